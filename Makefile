@@ -1,0 +1,77 @@
+# Everything starts from `python3` (3.11 or newer) and a package index.
+#   make demo        environment, then the fine-tuning example
+#   make test        environment, lint, types, wheel, fast tests
+#   make test-all    the same with the slow tests
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP ?= $(BIN)/python -m pip --disable-pip-version-check
+# One worker a core: most of a test's time is compiling, which one thread does.
+PYTEST ?= $(BIN)/pytest -n logical --maxprocesses 8
+
+STAMP := $(VENV)/.installed
+WHEEL := build/wheel
+PACKAGE := $(wildcard falqon_fx/*.py falqon_fx/py.typed passes/*.py kernels/*.py \
+	kernels/templates/*.jinja)
+
+.PHONY: venv demo test test-all check lint types format wheel-check clean
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml requirements-nodeps.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --editable '.[peft,examples,dev]'
+	$(PIP) install --no-deps --requirement requirements-nodeps.txt
+	touch $@
+
+demo: venv
+	$(BIN)/python examples/finetune.py
+
+# The tests come last, so that their closing line is the last one.
+test: check
+	$(PYTEST) -m "not slow"
+
+test-all: check
+	$(PYTEST) -m ""
+
+check: lint types wheel-check
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: venv
+	$(BIN)/mypy
+
+# Source archive, wheel from it, and a new environment that holds nothing but the wheel and what it
+# requires. The imports run in another folder and isolated (-I), so they cannot find the sources.
+wheel-check: venv
+	rm -rf $(WHEEL)
+	$(BIN)/python -m build --outdir $(WHEEL) .
+	$(BIN)/python -m zipfile --list $(WHEEL)/*.whl > $(WHEEL)/files.txt
+	for file in $(patsubst passes/%,falqon_fx/passes/%,$(patsubst kernels/%,falqon_fx/kernels/%,$(PACKAGE))); do \
+		grep -q "^$$file " $(WHEEL)/files.txt || { echo "$$file is not in the wheel"; exit 1; }; \
+	done
+	grep jinja $(WHEEL)/files.txt
+	$(PYTHON) -m venv $(WHEEL)/env
+	$(WHEEL)/env/bin/python -m pip --disable-pip-version-check install --quiet $(WHEEL)/*.whl
+	cd $(WHEEL)/env && bin/python -I -W ignore -c 'import torch; \
+		assert "falqon" in torch._dynamo.list_backends(); \
+		import falqon_fx, falqon_fx.passes, falqon_fx.kernels; \
+		[print(m.__name__, m.__file__) for m in (falqon_fx, falqon_fx.passes, falqon_fx.kernels)]; \
+		torch._dynamo.lookup_backend("falqon")'
+	rm -rf $(WHEEL)/env
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,456 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from falqon_fx.numerics import (
+    E4M3,
+    E5M2,
+    FP8_MAX,
+    amax_to_scale,
+    decode_fp8,
+    encode_fp8,
+    philox_uint16,
+    round_to_fp8,
+    round_to_fp8_stochastic,
+)
+from tests import tolerances as tol
+
+FORMATS = pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=["e4m3", "e5m2"])
+INF, NAN = float("inf"), float("nan")
+FINITE32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+def codes() -> Tensor:
+    return torch.arange(256, dtype=torch.int32).to(torch.uint8)
+
+
+def values(dtype: torch.dtype) -> Tensor:
+    """All finite values of the format, ascending, zero once."""
+    value = codes().view(dtype).float()
+    return value[value.isfinite()].unique()
+
+
+def bits(x: Tensor) -> Tensor:
+    """Bit patterns, all NaNs alike: tells -0 from 0, which `==` does not."""
+    return torch.where(x.isnan(), 0x7FC00000, x.contiguous().view(torch.int32))
+
+
+def torch_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.clamp(-FP8_MAX[dtype], FP8_MAX[dtype]).to(dtype).float()
+
+
+def random_floats(count: int, seed: int = 0) -> Tensor:
+    """Uniform over float32's bit patterns: every exponent, subnormals, Inf and NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    pattern = torch.randint(-(2**31), 2**31, (count,), generator=generator, dtype=torch.int64)
+    return pattern.to(torch.int32).view(torch.float32)
+
+
+def near(dtype: torch.dtype, count: int, seed: int = 0) -> Tensor:
+    """Random float32 within the format's range, all its binades alike."""
+    generator = torch.Generator().manual_seed(seed)
+    low = math.log2(tol.SUBNORMAL_SPACING[dtype]) - 3
+    high = math.log2(FP8_MAX[dtype]) + 1
+    exponent = torch.empty(count).uniform_(low, high, generator=generator)
+    sign = torch.randint(0, 2, (count,), generator=generator) * 2 - 1
+    return exponent.exp2() * sign
+
+
+# -- nearest ---------------------------------------------------------------------------------------
+
+
+@FORMATS
+def test_fp8_max_is_the_largest_value(dtype):
+    assert FP8_MAX[dtype] == torch.finfo(dtype).max == values(dtype).max()
+
+
+@FORMATS
+def test_rounding_keeps_every_fp8_value(dtype):
+    value = codes().view(dtype).float()
+    value = value[~value.isinf()]
+    assert torch.equal(bits(round_to_fp8(value, dtype)), bits(value))
+
+
+@FORMATS
+def test_rounding_equals_torch_on_random_bits(dtype):
+    x = random_floats(1 << 20)
+    assert torch.equal(bits(round_to_fp8(x, dtype)), bits(torch_cast(x, dtype)))
+
+
+@FORMATS
+def test_rounding_equals_torch_in_range(dtype):
+    x = near(dtype, 1 << 20)
+    assert torch.equal(bits(round_to_fp8(x, dtype)), bits(torch_cast(x, dtype)))
+
+
+@FORMATS
+def test_midpoints_go_to_the_even_neighbour(dtype):
+    value = values(dtype)
+    low, high = value[:-1], value[1:]
+    middle = (low + high) / 2  # exact: one bit more than FP8 has
+    # Even: the last mantissa bit of the code is 0. Of two neighbours just one is.
+    even = torch.where(low.to(dtype).view(torch.uint8) & 1 == 0, low, high)
+    assert torch.equal(round_to_fp8(middle, dtype), even)
+    # One float32 step off the midpoint decides it.
+    above = torch.nextafter(middle, torch.tensor(INF))
+    below = torch.nextafter(middle, torch.tensor(-INF))
+    assert torch.equal(round_to_fp8(above, dtype), high)
+    assert torch.equal(round_to_fp8(below, dtype), low)
+
+
+@FORMATS
+def test_one_step_off_a_value_stays(dtype):
+    value = values(dtype)
+    for direction in (INF, -INF):
+        beside = torch.nextafter(value, torch.tensor(direction))
+        assert torch.equal(round_to_fp8(beside, dtype), value)
+
+
+@FORMATS
+def test_rounding_saturates_and_keeps_nan_and_signed_zero(dtype):
+    largest = FP8_MAX[dtype]
+    x = torch.tensor([INF, -INF, 3e38, -1.1 * largest, NAN, 0.0, -0.0, 1e-45, -1e-45])
+    expected = torch.tensor([largest, -largest, largest, -largest, NAN, 0.0, -0.0, 0.0, -0.0])
+    assert torch.equal(bits(round_to_fp8(x, dtype)), bits(expected))
+
+
+@FORMATS
+def test_rounding_under_inductor_is_bit_equal(dtype):
+    """The float tricks survive the compiler: no reassociation, no flushed subnormals."""
+    x = torch.cat([random_floats(1 << 16, seed=1), near(dtype, 1 << 16, seed=1)])
+    compiled = torch.compile(lambda x: encode_fp8(round_to_fp8(x, dtype), dtype), fullgraph=True)
+    assert torch.equal(compiled(x), encode_fp8(round_to_fp8(x, dtype), dtype))
+
+
+# -- bytes -----------------------------------------------------------------------------------------
+
+
+@FORMATS
+def test_encode_inverts_every_code(dtype):
+    value = codes().view(dtype).float()
+    coded = encode_fp8(value, dtype)
+    finite = value.isfinite()
+    assert torch.equal(coded[finite], codes()[finite])
+    assert coded[value.isnan()].view(dtype).float().isnan().all()
+
+
+@FORMATS
+def test_encode_of_rounded_equals_torch_bytes(dtype):
+    x = torch.cat([random_floats(1 << 18, seed=2), near(dtype, 1 << 18, seed=2)])
+    x = x[~x.isnan()]
+    expected = torch_cast(x, dtype).to(dtype).view(torch.uint8)
+    assert torch.equal(encode_fp8(round_to_fp8(x, dtype), dtype), expected)
+
+
+@FORMATS
+def test_encode_does_not_depend_on_the_default_dtype(dtype):
+    value = values(dtype)
+    expected = encode_fp8(value, dtype)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(encode_fp8(value, dtype), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("scale", [1.0, 2.0**-20, 2.0**100, 2.0**-110])
+def test_decode_is_exact_for_pow2_scales(scale, out_dtype):
+    value = codes().view(E4M3).double()
+    code = codes()[value.isfinite()]
+    expected = value[value.isfinite()] * scale
+    for given_scale in (scale, torch.tensor(scale)):
+        decoded = decode_fp8(code, given_scale, out_dtype)
+        assert decoded.dtype == out_dtype
+        assert torch.equal(decoded.double(), expected)
+    assert decode_fp8(torch.tensor([128], dtype=torch.uint8), 1.0, out_dtype).signbit().all()
+
+
+@given(st.floats(2.0**-110, 2.0**110, width=32))
+def test_decode_rounds_once_in_float32(scale):
+    """value·scale is computed exactly and rounded: what float32 multiplication does."""
+    value = codes().view(E4M3).float()
+    code, value = codes()[value.isfinite()], value[value.isfinite()]
+    scale = torch.tensor(scale)
+    assert torch.equal(decode_fp8(code, scale, torch.float32), value * scale)
+    assert torch.equal(decode_fp8(code, scale, torch.bfloat16), (value * scale).bfloat16())
+
+
+def test_decode_broadcasts_row_scales():
+    code = codes()[:126].view(9, 14)
+    scale = torch.arange(1, 10, dtype=torch.float32).unsqueeze(1) / 3
+    expected = code.view(E4M3).float() * scale
+    assert torch.equal(decode_fp8(code, scale, torch.float32), expected)
+
+
+# -- scale -----------------------------------------------------------------------------------------
+
+
+@FORMATS
+@pytest.mark.parametrize("mode", ["amax", "pow2"])
+def test_scale_of_zero_nan_and_inf(dtype, mode):
+    scale = amax_to_scale(torch.tensor([0.0, -0.0, NAN, INF]), dtype, mode)
+    assert scale[:2].tolist() == [1.0, 1.0]
+    assert scale[2].isnan()
+    assert scale[3] == INF
+
+
+@FORMATS
+@pytest.mark.parametrize("mode", ["amax", "pow2"])
+def test_scale_and_its_inverse_are_finite_for_every_amax(dtype, mode):
+    largest = torch.finfo(torch.float32).max
+    amax = torch.tensor([1e-45, 1e-40, 2.0**-126, 1e-30, 1.0, 1e30, largest])
+    scale = amax_to_scale(amax, dtype, mode)
+    assert scale.dtype == torch.float32
+    assert scale.isfinite().all()
+    assert (1 / scale).isfinite().all()
+    assert (scale > 0).all()
+
+
+@FORMATS
+@pytest.mark.parametrize("amax_dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_scale_is_float32_whatever_amax_is(dtype, amax_dtype):
+    amax = torch.tensor([3.0, 448.0], dtype=amax_dtype)
+    expected = amax_to_scale(amax.float(), dtype, "amax")
+    assert torch.equal(amax_to_scale(amax, dtype, "amax"), expected)
+
+
+@FORMATS
+def test_amax_scale_within_two_roundings(dtype):
+    amax = random_floats(1 << 16, seed=3).abs()
+    amax = amax[amax.isfinite() & (amax / FP8_MAX[dtype] >= 2.0**-126)]
+    exact = amax.double() / FP8_MAX[dtype]
+    bound = tol.amax_scale_relative_bound() * exact
+    tol.assert_within(amax_to_scale(amax, dtype, "amax"), exact, bound)
+
+
+@FORMATS
+def test_pow2_scale_is_the_smallest_that_covers(dtype):
+    """At and beside every power of two times fp8_max, where one float32 step decides."""
+    exponents = torch.arange(-110, 111, dtype=torch.float64)
+    edge = (FP8_MAX[dtype] * exponents.exp2()).float()
+    edge = edge[edge.isfinite()].view(torch.int32).unsqueeze(1)
+    beside = (edge + torch.arange(-8, 9, dtype=torch.int32)).view(torch.float32).flatten()
+    amax = torch.cat([beside[beside.isfinite()], near(dtype, 1 << 16).abs()])
+    scale = amax_to_scale(amax, dtype, "pow2")
+    assert torch.equal(torch.frexp(scale).mantissa, torch.full_like(scale, 0.5))
+    low, high = tol.pow2_scale_range(amax, dtype)
+    assert (scale.double() >= low).all()
+    assert (scale.double() < high).all()
+
+
+def test_all_zero_group_casts_to_zeros():
+    x = torch.zeros(4)
+    scale = amax_to_scale(x.abs().amax(), E4M3, "amax")
+    assert torch.equal(round_to_fp8(x / scale, E4M3) * scale, x)
+
+
+@given(
+    st.lists(FINITE32, min_size=1, max_size=40),
+    st.sampled_from([E4M3, E5M2]),
+    st.sampled_from(["amax", "pow2"]),
+)
+def test_cast_error_within_bound(numbers, dtype, mode):
+    x = torch.tensor(numbers, dtype=torch.float32)
+    scale = amax_to_scale(x.abs().amax(), dtype, mode)
+    bound = tol.fp8_cast_bound(x, scale, dtype)
+    for scaled in (x / scale, x * (1 / scale)):
+        tol.assert_within(round_to_fp8(scaled, dtype) * scale, x, bound)
+
+
+@FORMATS
+def test_cast_bound_is_tight(dtype):
+    """The bound is not slack: values just past a midpoint come within 1e-5 of it."""
+    value = values(dtype)
+    middle = (value[1:] + value[:-1]) / 2
+    error = (round_to_fp8(middle, dtype) - middle).abs().double()
+    assert (error / tol.fp8_cast_bound(middle, 1.0, dtype)).max() > 1 - 1e-5
+
+
+# -- stochastic ------------------------------------------------------------------------------------
+
+ALL_RANDOM = torch.arange(1 << 16)
+
+
+@FORMATS
+def test_stochastic_keeps_every_fp8_value(dtype):
+    value = codes().view(dtype).float()
+    value = value[~value.isinf()]
+    for random in (0, 1, 1 << 15, (1 << 16) - 1):
+        rounded = round_to_fp8_stochastic(value, torch.full(value.shape, random), dtype)
+        assert torch.equal(bits(rounded), bits(value))
+
+
+@FORMATS
+def test_stochastic_saturates_and_keeps_nan_and_signed_zero(dtype):
+    largest = FP8_MAX[dtype]
+    x = torch.tensor([INF, -INF, 3e38, -1.001 * largest, NAN, -0.0])
+    expected = torch.tensor([largest, -largest, largest, -largest, NAN, -0.0])
+    for random in (0, (1 << 16) - 1):
+        rounded = round_to_fp8_stochastic(x, torch.full(x.shape, random), dtype)
+        assert torch.equal(bits(rounded), bits(expected))
+
+
+def neighbours(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The FP8 values around float32 x in range, toward zero and away from it."""
+    value = values(dtype)
+    value = value[value >= 0]
+    at = torch.searchsorted(value, x.abs().contiguous(), right=True) - 1
+    low, high = value[at], value[(at + 1).clamp(max=len(value) - 1)]
+    return torch.copysign(low, x), torch.copysign(high, x)
+
+
+@FORMATS
+def test_stochastic_yields_only_the_two_neighbours(dtype):
+    x = near(dtype, 1 << 18, seed=4)
+    x = x[x.abs() <= FP8_MAX[dtype]]
+    generator = torch.Generator().manual_seed(4)
+    random = torch.randint(0, 1 << 16, x.shape, generator=generator)
+    rounded = round_to_fp8_stochastic(x, random, dtype)
+    low, high = neighbours(x, dtype)
+    assert ((rounded == low) | (rounded == high)).all()
+    tol.assert_within(rounded, x, tol.fp8_stochastic_bound(x, 1.0, dtype))
+
+
+@FORMATS
+def test_stochastic_probability_over_all_random_numbers(dtype):
+    """Enumerated instead of sampled: of the 2**16 random numbers, frac·2**16 round away from zero.
+
+    The count is whole, so it is off by less than 1; float32 may add 1 more where frac·2**16 is
+    within its rounding of a whole number.
+    """
+    x = near(dtype, 200, seed=5)
+    x = x[x.abs() < FP8_MAX[dtype]]
+    low, high = neighbours(x, dtype)
+    gap = (high.double() - low.double()).abs()
+    exact = (x.double() - low.double()).abs() / gap * 2**16
+    rounded = round_to_fp8_stochastic(x.unsqueeze(1), ALL_RANDOM, dtype)
+    away = (rounded == high.unsqueeze(1)).sum(dim=1)
+    # A value that FP8 holds counts as its own lower neighbour.
+    tol.assert_within(away, exact, 1.0 + 2.0**-7)
+
+
+@FORMATS
+def test_stochastic_is_unbiased_with_philox(dtype):
+    """2**14 draws for each of 500 values; 3e-8 chance each to fail a right implementation."""
+    x = near(dtype, 500, seed=6)
+    x = x[x.abs() < FP8_MAX[dtype]]
+    trials = 1 << 14
+    zero = torch.tensor([0])
+    random = philox_uint16(torch.arange(trials), len(x), zero, zero, seed=7)  # [trials, x]
+    rounded = round_to_fp8_stochastic(x.expand(trials, -1), random, dtype)
+    low, high = neighbours(x, dtype)
+    gap = high.double() - low.double()
+    p = (x.double() - low.double()) / gap
+    frequency = (rounded == high).double().mean(dim=0)
+    resolution = 2.0**-16  # of the probability that a 16-bit random number can express
+    tol.assert_within(frequency, p, tol.binomial_bound(p, trials) + resolution)
+
+
+# -- random numbers --------------------------------------------------------------------------------
+
+MASK = 0xFFFFFFFF
+
+
+def philox4x32(counter: tuple[int, ...], key: tuple[int, ...]) -> tuple[int, ...]:
+    """Philox-4x32-10 by the book (Salmon et al., SC'11), in Python's own integers."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & MASK, (p0 >> 32) ^ c3 ^ k1, p0 & MASK
+        k0, k1 = (k0 + 0x9E3779B9) & MASK, (k1 + 0xBB67AE85) & MASK
+    return c0, c1, c2, c3
+
+
+# The published vectors (Random123, kat_vectors): counter, key, words.
+KNOWN_ANSWERS = [
+    (
+        (0, 0, 0, 0),
+        (0, 0),
+        (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8),
+    ),
+    (
+        (MASK, MASK, MASK, MASK),
+        (MASK, MASK),
+        (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
+    ),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), KNOWN_ANSWERS)
+def test_scalar_philox_gives_the_published_words(counter, key, words):
+    assert philox4x32(counter, key) == words
+
+
+def test_philox_gives_the_published_words_at_counter_zero():
+    zero = torch.tensor([0])
+    halves = philox_uint16(zero, 8, zero, zero, seed=0)[0].tolist()
+    words = tuple(low | high << 16 for low, high in zip(halves[::2], halves[1::2], strict=True))
+    assert words == KNOWN_ANSWERS[0][2]
+
+
+U32 = st.integers(0, MASK)
+
+
+@given(
+    row=st.lists(U32, min_size=1, max_size=4),
+    columns=st.integers(1, 40),
+    step=U32,
+    site=U32,
+    seed=st.integers(0, 2**64 - 1),
+)
+def test_philox_equals_the_scalar_one(row, columns, step, site, seed):
+    drawn = philox_uint16(
+        torch.tensor(row), columns, torch.tensor([step]), torch.tensor([site]), seed
+    )
+    assert drawn.shape == (len(row), columns)
+    key = (seed & MASK, seed >> 32)
+    for i, r in enumerate(row):
+        blocks = [philox4x32((b, r, step, site), key) for b in range(-(-columns // 8))]
+        halves = [
+            half for block in blocks for word in block for half in (word & 0xFFFF, word >> 16)
+        ]
+        assert drawn[i].tolist() == halves[:columns]
+
+
+def test_philox_columns_do_not_depend_on_the_width():
+    row, zero = torch.arange(3), torch.tensor([0])
+    wide = philox_uint16(row, 64, zero, zero, seed=1)
+    assert torch.equal(philox_uint16(row, 13, zero, zero, seed=1), wide[:, :13])
+
+
+@pytest.mark.parametrize("changed", ["row", "step", "site", "seed"])
+def test_philox_streams_differ(changed):
+    def draw(row=0, step=0, site=0, seed=0):
+        tensors = [torch.tensor([v]) for v in (row, step, site)]
+        return philox_uint16(tensors[0], 512, tensors[1], tensors[2], seed)
+
+    # Equal by chance at 512 x 2**-16: more than 8 equal places has a chance below 1e-21.
+    assert (draw() == draw(**{changed: 1})).sum() <= 8
+
+
+def test_philox_is_uniform():
+    """Chi-square of the high byte, the low byte, and of pairs of neighbouring columns."""
+    zero = torch.tensor([0])
+    drawn = philox_uint16(torch.arange(2048), 512, zero, zero, seed=3)  # 2**20 numbers
+    assert drawn.min() >= 0
+    assert drawn.max() < 1 << 16
+    pair = (drawn[:, ::2] >> 12) << 4 | drawn[:, 1::2] >> 12
+    for cell in (drawn >> 8, drawn & 0xFF, pair):
+        count = torch.bincount(cell.flatten(), minlength=256).double()
+        expected = cell.numel() / 256
+        statistic = ((count - expected) ** 2 / expected).sum().item()
+        low, high = tol.chi_square_bound(255)
+        assert low < statistic < high

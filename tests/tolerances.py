@@ -1,0 +1,146 @@
+"""Every bound that the tests compare against, each with its derivation.
+
+Notation: u is a unit roundoff (half the gap between 1 and the next value), s a scale, dq(q) = q·s.
+Bounds are float64 tensors or floats and absolute, element by element, unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# Round to nearest: |fl(x) - x| <= u |x|.
+UNIT_ROUNDOFF = {
+    torch.float64: 2.0**-53,
+    torch.float32: 2.0**-24,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+    torch.float8_e4m3fn: 2.0**-4,
+    torch.float8_e5m2: 2.0**-3,
+}
+# Below this magnitude values lie this far apart: smallest normal x 2 x unit roundoff.
+SUBNORMAL_SPACING = {
+    torch.float64: 2.0**-1074,
+    torch.float32: 2.0**-149,
+    torch.float16: 2.0**-24,
+    torch.bfloat16: 2.0**-133,
+    torch.float8_e4m3fn: 2.0**-9,
+    torch.float8_e5m2: 2.0**-16,
+}
+_U32 = UNIT_ROUNDOFF[torch.float32]
+SIGMAS = 6.0
+
+
+def cast_bound(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """|fl(x) - x| of one rounding to nearest, in range.
+
+    With x in [2^e, 2^(e+1)) the gap is 2u·2^e, so the error is at most u·2^e. It reaches that only
+    at |x| >= 2^e (1 + u), nearer to 2^e it is |x| - 2^e; so relative to |x| at most u / (1 + u):
+    |x|/17 for E4M3, |x|/9 for E5M2. Subnormals: half their spacing.
+    """
+    u = UNIT_ROUNDOFF[dtype]
+    return (x.double().abs() * (u / (1 + u))).clamp(min=SUBNORMAL_SPACING[dtype] / 2)
+
+
+def fp8_cast_bound(x: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
+    """|dq(q(x)) - x| of float32 x cast to FP8 with a scale that covers its amax.
+
+    In exact arithmetic this is s times `cast_bound` of x/s: max(|x|/17, s·2^-10) for E4M3,
+    max(|x|/9, s·2^-17) for E5M2. Float32 adds, with u = 2^-24: x/s is x times the rounded 1/s
+    (relative 2u, to first order), which moves the value that is cast by 2u|x| and its cast error
+    by at most 2u|x|/9; the product q·s rounds once more, u|q·s| <= u(10|x|/9 + s·spacing/2);
+    together under 4u|x| + u·s·spacing/2. Saturation: x/s passes fp8_max by 4u at most (the scale
+    rounds too), which saturating costs. A product below 2^-126 is off by up to 2^-149.
+    """
+    scale = torch.as_tensor(scale, dtype=torch.float64)
+    exact = scale * cast_bound(x.double() / scale, dtype)
+    return exact * (1 + _U32) + 4 * _U32 * x.double().abs() + SUBNORMAL_SPACING[torch.float32]
+
+
+def fp8_stochastic_bound(x: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
+    """|dq(q(x)) - x| with stochastic rounding: less than the gap instead of half of it.
+
+    The gap is 2u·2^e <= 2u|x|, so |x|/8 for E4M3 and |x|/4 for E5M2, or s times the spacing of the
+    subnormals. The float32 terms are those of `fp8_cast_bound`, with |q·s| <= 5|x|/4 + s·spacing:
+    2u·(5/4)|x| for the shift of the cast value, 5u|x|/4 for the product.
+    """
+    scale = torch.as_tensor(scale, dtype=torch.float64)
+    relative = 2 * UNIT_ROUNDOFF[dtype] * x.double().abs()
+    exact = torch.maximum(relative, scale * SUBNORMAL_SPACING[dtype])
+    return exact * (1 + _U32) + 4 * _U32 * x.double().abs() + SUBNORMAL_SPACING[torch.float32]
+
+
+def amax_scale_relative_bound() -> float:
+    """|s - amax/fp8_max| / (amax/fp8_max): the constant 1/fp8_max rounds once, the product once."""
+    return gamma(2)
+
+
+def pow2_scale_range(amax: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(low, high): the smallest power of two s >= amax/fp8_max lies in [low, high) =
+    [amax/fp8_max, 2 amax/fp8_max).
+    """
+    lowest = amax.double() / torch.finfo(dtype).max
+    return lowest, 2 * lowest
+
+
+def gamma(n: int, u: float = _U32) -> float:
+    """Relative error of n roundings in a row: (1 + u)^n - 1 <= gamma_n = nu / (1 - nu) (Higham)."""
+    if not n * u < 1:
+        raise ValueError(f"no bound for {n} roundings of unit {u}")
+    return n * u / (1 - n * u)
+
+
+def dot_bound(a: Tensor, b: Tensor, u: float = _U32) -> Tensor:
+    """|fl(a @ b) - a @ b| for a [m, K], b [K, n] that holds in every order of summation.
+
+    Each product passes at most K roundings (its own and K - 1 sums), so the error is at most
+    gamma_K · (|a| @ |b|). FP8 products are exact in float32, which the bound gives away. Hardware
+    that accumulates with fewer bits has its own u: pass it.
+    """
+    return gamma(a.shape[-1], u) * (a.double().abs() @ b.double().abs())
+
+
+def rounded_bound(exact: Tensor, bound: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bound after a result, already off from ``exact`` by ``bound``, is rounded to ``dtype``."""
+    u = UNIT_ROUNDOFF[dtype]
+    return bound + u * (exact.double().abs() + bound) + SUBNORMAL_SPACING[dtype] / 2
+
+
+def binomial_bound(p: Tensor | float, trials: int) -> Tensor:
+    """|hits/trials - p| that chance exceeds with a probability under 3e-8.
+
+    Bernstein's inequality at z = 6 sigma: with t = z sqrt(p(1 - p)/n) + z²/(3n),
+    P(|mean - p| >= t) <= 2 exp(-z²/2). The second term covers p near 0 and 1, where the binomial
+    is far from normal.
+    """
+    p = torch.as_tensor(p, dtype=torch.float64)
+    return SIGMAS * (p * (1 - p) / trials).sqrt() + SIGMAS**2 / (3 * trials)
+
+
+def chi_square_bound(freedom: int) -> tuple[float, float]:
+    """(low, high) of a chi-square statistic with k degrees of freedom at 6 sigma.
+
+    Wilson-Hilferty: (chi²/k)^(1/3) is near normal, mean 1 - 2/(9k) and variance 2/(9k), for k in
+    the hundreds; unlike mean k, variance 2k it keeps the skew.
+    """
+    mean, width = 1 - 2 / (9 * freedom), SIGMAS * math.sqrt(2 / (9 * freedom))
+    return freedom * (mean - width) ** 3, freedom * (mean + width) ** 3
+
+
+def assert_within(actual: Tensor, expected: Tensor, bound: Tensor | float) -> None:
+    """Compare in float64, element by element, and name the worst element. NaN never passes."""
+    actual, expected = actual.double(), expected.double()
+    bound = torch.as_tensor(bound, dtype=torch.float64).expand_as(expected)
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    error = (actual - expected).abs()
+    bad = ~(error <= bound)
+    if bad.any():
+        excess = torch.where(bad, (error / bound).nan_to_num(float("inf"), float("inf")), 0.0)
+        at = tuple(int(i) for i in torch.unravel_index(excess.argmax(), excess.shape))
+        raise AssertionError(
+            f"{int(bad.sum())} of {bad.numel()} beyond the bound; worst at {at}: "
+            f"{actual[at].item()} against {expected[at].item()}, "
+            f"off by {error[at].item():.3e}, allowed {bound[at].item():.3e}"
+        )
