@@ -1,0 +1,29 @@
+"""falqon-fx: LoRA fine-tuning on a merged FP8 backbone, as a torch.compile backend."""
+
+from falqon_fx.backend import RewriteResult, falqon, rewrite
+from falqon_fx.config import FalqonConfig
+from falqon_fx.errors import FalqonConfigError, FalqonError
+from falqon_fx.merged import MergedAdapter
+from falqon_fx.prepare import PrepareReport, adapters, flush, prepare, restore
+from falqon_fx.report import GraphReport, Rejected, RewriteReport, Site
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FalqonConfig",
+    "FalqonConfigError",
+    "FalqonError",
+    "GraphReport",
+    "MergedAdapter",
+    "PrepareReport",
+    "Rejected",
+    "RewriteReport",
+    "RewriteResult",
+    "Site",
+    "adapters",
+    "falqon",
+    "flush",
+    "prepare",
+    "restore",
+    "rewrite",
+]

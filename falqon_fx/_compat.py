@@ -1,0 +1,102 @@
+"""The only file that imports private torch names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+
+def version(tensor: Tensor) -> int:
+    """Autograd's count of in-place writes; inference tensors have none."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def inductor_compile(
+    gm: fx.GraphModule, inputs: Sequence[Any], options: Mapping[str, Any], mode: str | None,
+    decompositions: Mapping[Any, Callable[..., Any]],
+) -> Callable[..., Any]:
+    """AOTAutograd + Inductor with extra decompositions."""
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.decomposition import select_decomp_table
+
+    patches = {**(list_mode_options(mode) if mode else {}), **options}
+    table = {**select_decomp_table(), **decompositions}
+    compiled: Callable[..., Any] = compile_fx(
+        gm, list(inputs), config_patches=patches, decompositions=table
+    )
+    return compiled
+
+
+def aot_eager_compile(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """AOTAutograd alone: the graph runs op by op after functionalization and partitioning."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    compiled: Callable[..., Any] = aot_eager(gm, list(inputs))
+    return compiled
+
+
+def fake_mode_of(values: Sequence[Any]) -> Any:
+    """The FakeTensorMode of a graph's values, or None."""
+    from torch._guards import detect_fake_mode
+
+    return detect_fake_mode(list(values))
+
+
+def is_fake(value: object) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(value, FakeTensor)
+
+
+def mark_static_input(node: fx.Node) -> None:
+    """Tell AOTAutograd that a placeholder is a tensor that stays where it is between calls."""
+    node._dynamo_source = None  # type: ignore[attr-defined]
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+
+
+def copy_dynamo_attributes(old: fx.GraphModule, new: fx.GraphModule) -> None:
+    """What Dynamo hangs on a graph module beside its graph and AOTAutograd reads back."""
+    if hasattr(old, "_param_name_to_source"):
+        new._param_name_to_source = old._param_name_to_source
+    for before, after in zip(
+        old.graph.find_nodes(op="placeholder"), new.graph.find_nodes(op="placeholder"), strict=False
+    ):
+        if hasattr(before, "_dynamo_source"):
+            after._dynamo_source = before._dynamo_source  # type: ignore[attr-defined]
+
+
+def is_checkpoint(target: object) -> bool:
+    """Whether an FX target is the activation-checkpoint higher-order op."""
+    return target is torch.ops.higher_order.tag_activation_checkpoint
+
+
+def is_plain(value: Tensor) -> bool:
+    """Whether a tensor is no subclass that carries a meaning of its own (DTensor, quantized)."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return type(value) in (Tensor, torch.nn.Parameter, FakeTensor)
+
+
+def is_dtensor(value: object) -> bool:
+    """Whether a parameter is sharded (FSDP2, tensor parallel)."""
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(value, DTensor)
+
+
+def source_path(node: fx.Node) -> str:
+    """The dotted attribute path of a Dynamo placeholder below the compiled module, or ""."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return ""
+    name = source.name if isinstance(source.name, str) else source.name()
+    parts = re.findall(r"\w+", re.sub(r"^L\['\w+'\]", "", name))
+    return ".".join(p for p in parts if p not in _HOLDERS)
+
+
+_HOLDERS = {"__dict__", "_modules", "_parameters", "_buffers"}

@@ -1,0 +1,44 @@
+"""Hands each call its own alias of a site's state, so that autograd can count writes rightly.
+
+The update op declares that it writes W', and W' is saved for backward. With one tensor object, a
+second forward pass before the backward pass of the first would look like an error even where
+nothing was written. Aliases share the memory but not autograd's version counter. When B moved, W'
+really changes under a backward pass that is still to come: then the aliases given out before are
+marked as written, and that backward pass fails loudly, as it would in the original model.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from falqon_fx._compat import version
+
+_REMEMBERED = 64  # forward passes between two optimizer steps that are still watched
+
+
+class Aliases:
+    """The aliases given out since B last moved, by B."""
+
+    def __init__(self) -> None:
+        self._by_b: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def give(self, lora_b: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Fresh aliases of a site's state for one call."""
+        now = version(lora_b)
+        before, given = self._by_b.get(lora_b, (now, deque(maxlen=_REMEMBERED)))
+        if now != before:
+            for alias in given:
+                torch.autograd.graph.increment_version(alias)
+            given.clear()
+        fresh = [tensor.data for tensor in tensors]
+        given.append(fresh[0])
+        self._by_b[lora_b] = (now, given)
+        return fresh
+
+
+aliases = Aliases()

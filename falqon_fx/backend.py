@@ -1,0 +1,238 @@
+"""The backend: passes → inner compiler → the callable that brings each site's state along.
+
+    torch.compile(model, backend="falqon")  ──▶  falqon(gm, example_inputs)
+        rewrite    normalize → match → plan → rewrite → insert updates → verify
+        compile    inductor (falqon ops opened below autograd), aot_eager or eager
+        per call   look up the state of each (W, A, B) → run → look at the NaN counters
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from falqon_fx import _compat
+from falqon_fx.aliases import aliases
+from falqon_fx.config import FalqonConfig
+from falqon_fx.errors import FalqonError
+from falqon_fx.merged import registry
+from falqon_fx.nonfinite import NonfiniteWatch
+from falqon_fx.ops import DECOMPOSITIONS
+from falqon_fx.passes.insert_updates import insert_updates
+from falqon_fx.passes.match import match
+from falqon_fx.passes.normalize import Scope, attribute, normalize, value_of
+from falqon_fx.passes.plan import Plan, plan
+from falqon_fx.passes.rewrite import STATE, SlotNodes
+from falqon_fx.passes.rewrite import rewrite as rewrite_sites
+from falqon_fx.passes.verify import operations, verify
+from falqon_fx.report import GraphReport, RewriteReport
+
+
+def falqon(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The backend behind ``torch.compile(model, backend="falqon", options={...})``.
+
+    Raises:
+        FalqonError: a bad option, or a site that can't be trained rightly; the message names the
+            site and the remedy.
+    """
+    config = FalqonConfig.from_options({"mode": mode, **(options or {})} if mode else options)
+    result = rewrite(gm, example_inputs, config)
+    _warn(result.report.graphs[0], gm)
+    compiled = _compile(result, example_inputs, config)
+    if not result.slots:
+        return compiled
+
+    watch = NonfiniteWatch()
+
+    def run(*args: Any) -> Any:
+        inputs = result.bind(args)
+        watch.look()
+        output = compiled(*inputs.all)
+        watch.remember(inputs.counters)
+        return output
+
+    return run
+
+
+@dataclass(frozen=True)
+class RewriteResult:
+    """A rewritten graph.
+
+    ``gm`` takes the inputs of the original graph, then the state of the unprepared sites. Calling
+    the result looks that state up by the parameters among the arguments and runs ``gm``.
+    """
+
+    gm: fx.GraphModule
+    report: RewriteReport
+    slots: tuple[SlotNodes, ...]
+    config: FalqonConfig
+
+    def __call__(self, *args: Any) -> Any:
+        return self.gm(*self.bind(args).all)
+
+    def bind(self, args: Sequence[Any]) -> Inputs:
+        """The inputs of ``gm`` that belong to ``args``; state is made where there is none yet.
+
+        Raises:
+            FalqonError: a site's parameters can't be merged (NaN, Inf, beyond FP8).
+        """
+        everything, counters = list(args), []
+        for nodes in self.slots:
+            slot, lora_b = nodes.slot, self._value(nodes.lora_b, args)
+            if nodes.base is not None:
+                base, lora_a = self._value(nodes.base, args), self._value(nodes.lora_a, args)
+                state = registry.get(slot.path, base, lora_a, lora_b, slot.scaling, self.config)
+                given = aliases.give(lora_b, state.tensors)
+                everything.extend(given)
+            else:
+                places = [self._places[node] for node in nodes.state]
+                given = aliases.give(lora_b, [args[i] for i in places])
+                for i, tensor in zip(places, given, strict=True):
+                    everything[i] = tensor
+            counters.append(given[STATE.index("counters")])
+        return Inputs(everything, counters)
+
+    def fake_state(self) -> list[Tensor]:
+        """Stand-ins with the state's shapes and dtypes, for compilation."""
+        placeholders = self.gm.graph.find_nodes(op="placeholder")
+        mode = _compat.fake_mode_of([value_of(node) for node in placeholders])
+        shapes = [node.meta["falqon_shape"] for node in placeholders if "falqon_shape" in node.meta]
+        with mode:
+            return [torch.empty(s, dtype=dtype, device=device) for s, dtype, device in shapes]
+
+    def _value(self, node: fx.Node, args: Sequence[Any]) -> Tensor:
+        if node.op == "placeholder":
+            value = args[self._places[node]]
+        else:
+            value = attribute(self.gm, str(node.target))
+        assert isinstance(value, Tensor)
+        return value
+
+    @functools.cached_property
+    def _places(self) -> dict[fx.Node, int]:
+        return {n: i for i, n in enumerate(self.gm.graph.find_nodes(op="placeholder"))}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one call hands to the graph, and the counters of its sites."""
+
+    all: list[Any]
+    counters: list[Tensor]
+
+
+def rewrite(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: FalqonConfig | None = None
+) -> RewriteResult:
+    """The passes alone, on any torch-level graph: from Dynamo, ``symbolic_trace`` or export.
+
+    Leaves ``gm`` as it is.
+
+    Raises:
+        FalqonError: a site that can't be trained rightly as asked.
+    """
+    config = config or FalqonConfig()
+    clock = _Clock()
+    with clock("copy"):
+        copy = _copy(gm)
+    with clock("normalize"):
+        root: Scope = normalize(copy, example_inputs)
+        before = operations(root)
+    with clock("match"):
+        matches, rejected = match(root)
+    with clock("plan"):
+        chosen: Plan = plan(root, matches, rejected, config)
+    with clock("rewrite"):
+        slots = rewrite_sites(chosen)
+    with clock("insert_updates"):
+        insert_updates(chosen, slots)
+    with clock("verify"):
+        verify(chosen, before)
+    graph = GraphReport(
+        sites=tuple(site.report for site in chosen.sites),
+        rejected=chosen.rejected,
+        nodes_before=len(before),
+        nodes_after=len(operations(root)),
+        pass_seconds=clock.seconds,
+    )
+    return RewriteResult(copy, RewriteReport((graph,)), slots, config)
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+
+def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """Dynamo goes on using the graph it gave us, so the passes edit a copy."""
+    graph = fx.Graph()
+    graph.set_codegen(gm.graph._codegen)
+    mapping: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, mapping, return_output_node=True)
+    assert output is not None
+    value, old_output = output
+    node = graph.output(value, getattr(old_output, "type", None))
+    node.meta.update(old_output.meta)
+    copy = fx.GraphModule(gm, graph)
+    copy.meta.update(gm.meta)
+    _compat.copy_dynamo_attributes(gm, copy)
+    for node in graph.nodes:
+        if node.op == "call_function" and _compat.is_checkpoint(node.target):
+            name = str(node.args[0].target)
+            setattr(copy, name, _copy(gm.get_submodule(name)))
+    return copy
+
+
+def _compile(
+    result: RewriteResult, example_inputs: Sequence[Any], config: FalqonConfig
+) -> Callable[..., Any]:
+    inputs = [*example_inputs, *result.fake_state()]
+    if config.inner == "eager":
+        return result.gm
+    if config.inner == "aot_eager":
+        return _compat.aot_eager_compile(result.gm, inputs)
+    return _compat.inductor_compile(
+        result.gm, inputs, config.inductor, config.mode, DECOMPOSITIONS
+    )
+
+
+def _warn(graph: GraphReport, gm: fx.GraphModule) -> None:
+    dropped = [site for site in graph.sites if site.dropout > 0]
+    if dropped:
+        warnings.warn(
+            f"falqon: adapter dropout p={dropped[0].dropout:g} is ignored at {len(dropped)} sites "
+            f'(first: {dropped[0].path}): a merged weight has none. Set dropout="reject" to leave '
+            "such sites alone.",
+            stacklevel=2,
+        )
+    for item in graph.rejected:
+        warnings.warn(f"falqon: left as it was: {item}", stacklevel=2)
+    if not graph.sites and not graph.rejected and len(gm.graph.nodes) > 0:
+        warnings.warn(
+            "falqon: no LoRA layer in a compiled graph; it runs as with the inner compiler alone. "
+            "See falqon_fx.explain.",
+            stacklevel=2,
+        )
+
+
+__all__ = ["FalqonError", "RewriteResult", "falqon", "rewrite"]

@@ -1,0 +1,154 @@
+"""`FalqonConfig`: every option, its values and its default."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from falqon_fx.errors import FalqonConfigError
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "init": ("svd", "keep"),
+    "granularity": ("tensor", "row"),
+    "scale": ("amax", "pow2"),
+    "pending": ("hold", "drop", "apply"),
+    "rounding": ("nearest", "stochastic"),
+    "grad_dtype": ("e5m2", "e4m3"),
+    "dropout": ("ignore", "reject"),
+    "inner": ("inductor", "aot_eager", "eager"),
+}
+
+
+@dataclass(frozen=True)
+class FalqonConfig:
+    """Options of ``torch.compile(model, backend="falqon", options={...})``.
+
+    Args:
+        init: "keep" leaves lora_A as it is. "svd" overwrites it with the top right singular vectors
+            of the FP8 error of W (paper section 1), only where lora_B is still zero.
+        granularity: "row" gives each row of W' and each token its own scale, "tensor" one scale.
+        scale: "pow2" rounds scales up to powers of two, which dequantize exactly into bf16;
+            "amax" is amax / fp8_max (the paper).
+        topk: rows written per optimizer step: a count >= 1, a fraction in (0, 1], or "all".
+        pending: what happens to the part of B that is not yet in W'. "apply" adds it to the output,
+            "hold" keeps it until its row is written (the paper), "drop" zeroes B after each write
+            (the public code).
+        rounding: of written rows. "stochastic" is unbiased and reproducible from ``seed``.
+        grad_dtype: FP8 format of dL/dO in dL/dx.
+        dropout: a merged weight has no adapter dropout: "ignore" it with a warning, or "reject"
+            the site.
+        inner: the compiler that gets the rewritten graph.
+        include, exclude: shell patterns on module paths; an empty ``include`` takes all.
+        seed: of stochastic rounding and of the randomized SVD.
+        mode: Inductor's mode (torch refuses ``mode=`` beside ``options=``).
+        inductor: options handed to Inductor; in ``options=`` they are the keys with a dot.
+
+    Raises:
+        FalqonConfigError: a value that the option doesn't take.
+    """
+
+    init: Literal["svd", "keep"] = "keep"
+    granularity: Literal["tensor", "row"] = "row"
+    scale: Literal["amax", "pow2"] = "pow2"
+    topk: int | float | Literal["all"] = 10
+    pending: Literal["hold", "drop", "apply"] = "apply"
+    rounding: Literal["nearest", "stochastic"] = "stochastic"
+    grad_dtype: Literal["e5m2", "e4m3"] = "e5m2"
+    dropout: Literal["ignore", "reject"] = "ignore"
+    inner: Literal["inductor", "aot_eager", "eager"] = "inductor"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    seed: int = 0
+    mode: str | None = None
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            _check_choice(name, getattr(self, name), choices)
+        _check_topk(self.topk)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise FalqonConfigError("seed", f"{self.seed!r} is not an integer >= 0", "Give one")
+        for name in ("include", "exclude"):
+            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+        if self.mode is not None and not isinstance(self.mode, str):
+            raise FalqonConfigError("mode", f"{self.mode!r} is not a string", "Give Inductor's mode")
+        if not isinstance(self.inductor, Mapping):
+            raise FalqonConfigError("inductor", "not a mapping", "Give option names and values")
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None) -> FalqonConfig:
+        """The config that ``torch.compile(options=...)`` means.
+
+        A whole `FalqonConfig` may stand under "config"; keys with a dot go to Inductor.
+        """
+        options = dict(options or {})
+        base = options.pop("config", None)
+        if base is not None and not isinstance(base, cls):
+            raise FalqonConfigError("config", f"{base!r} is not a FalqonConfig", "Give one")
+        inductor = {name: options.pop(name) for name in list(options) if "." in name}
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+                raise FalqonConfigError(name, "is unknown", f"The nearest option is {near[0]!r}")
+        values = {f.name: getattr(base, f.name) for f in fields(cls)} if base else {}
+        values.update(options)
+        values["inductor"] = {**values.get("inductor", {}), **inductor}
+        return cls(**values)
+
+    def rows(self, out: int) -> int:
+        """Rows written per step at a site with ``out`` rows.
+
+        Raises:
+            FalqonConfigError: a count above ``out``.
+        """
+        if self.topk == "all":
+            return out
+        if isinstance(self.topk, float):
+            return max(1, round(self.topk * out))
+        if self.topk > out:
+            raise FalqonConfigError(
+                "topk", f"{self.topk} rows are asked, the site has {out}", "Give a smaller count, a "
+                'fraction in (0, 1], or "all"'
+            )
+        return int(self.topk)
+
+    def selects(self, path: str) -> bool:
+        """Whether ``include`` and ``exclude`` admit the site at ``path``."""
+        included = not self.include or any(fnmatch.fnmatch(path, p) for p in self.include)
+        return included and not any(fnmatch.fnmatch(path, p) for p in self.exclude)
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)[0]
+        raise FalqonConfigError(
+            name, f"{value!r} is none of {', '.join(map(repr, choices))}", f"The nearest is {near!r}"
+        )
+
+
+def _check_topk(topk: object) -> None:
+    problem = None
+    if topk == "all":
+        return
+    if isinstance(topk, bool) or not isinstance(topk, int | float):
+        problem = f"{topk!r} is neither a count, a fraction nor 'all'"
+    elif isinstance(topk, int) and topk < 1:
+        problem = f"the count {topk} is below 1"
+    elif isinstance(topk, float) and not 0 < topk <= 1:
+        problem = f"the fraction {topk} is outside (0, 1]"
+    if problem:
+        raise FalqonConfigError(
+            "topk", problem, 'Give an int >= 1, a float in (0, 1], or "all"'
+        )
+
+
+def _patterns(name: str, value: object) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, list | tuple) or not all(isinstance(p, str) for p in value):
+        raise FalqonConfigError(name, f"{value!r} is not a list of patterns", "Give strings")
+    return tuple(value)

@@ -1,0 +1,21 @@
+"""Errors that name the site, what is wrong, and the remedy."""
+
+from __future__ import annotations
+
+
+class FalqonError(RuntimeError):
+    """A model, parameter or environment that falqon can't train rightly.
+
+    Raised before anything is changed.
+    """
+
+    def __init__(self, site: str, problem: str, remedy: str) -> None:
+        self.site, self.problem, self.remedy = site, problem, remedy
+        super().__init__(f"{site}: {problem}. {remedy}." if site else f"{problem}. {remedy}.")
+
+
+class FalqonConfigError(FalqonError, ValueError):
+    """An unknown option, or a value outside what the option takes."""
+
+    def __init__(self, option: str, problem: str, remedy: str) -> None:
+        super().__init__(f"option {option!r}", problem, remedy)

@@ -1,0 +1,225 @@
+"""`MergedAdapter`, the state of one site, and the registry that finds it again.
+
+State belongs to the triple (W, A, B) with its scaling, neither to W alone nor to a compiled graph:
+Dynamo shares one graph between blocks and models, so the backend looks the state up per call.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from falqon_fx import lowering, update
+from falqon_fx._compat import version
+from falqon_fx.config import FalqonConfig
+from falqon_fx.errors import FalqonError
+from falqon_fx.numerics import E4M3, amax_to_scale, decode_fp8, round_to_fp8
+from falqon_fx.spec import SiteSpec
+from falqon_fx.svd import low_rank_rows
+
+
+class MergedAdapter:
+    """The live state of one site.
+
+    Invariant: dq(weight[:out]) = base + scaling · applied · Â up to its casts' rounding, with
+    Â = dq(weight[out:]), the A that is really used (design: "The contract of a site", 2).
+
+    Attributes:
+        code: uint8 [out + r, in], the E4M3 bytes of W' = [W; A].
+        scale: float32 [] or [out + r, 1]; multiplies on dequantize.
+        applied: [out, r], the part of B that W' contains.
+        counters: int64, see `falqon_fx.update`.
+        writes: int32 [out], how often each row was written.
+        scaling: LoRA's alpha / r.
+    """
+
+    def __init__(
+        self, code: Tensor, scale: Tensor, applied: Tensor, counters: Tensor, writes: Tensor,
+        scaling: float, plan: SiteSpec,
+    ) -> None:
+        self.code, self.scale, self.applied = code, scale, applied
+        self.counters, self.writes = counters, writes
+        self.scaling, self.plan = scaling, plan
+        self.base_ref: weakref.ref[Tensor] | None = None
+        self.a_ref: weakref.ref[Tensor] | None = None
+        self.b_ref: weakref.ref[Tensor] | None = None
+        self.stamp: tuple[Any, ...] = ()
+
+    @property
+    def weight(self) -> Tensor:
+        """W' = [W; A], float8_e4m3fn [out + r, in]."""
+        return self.code.view(E4M3)
+
+    @property
+    def rank(self) -> int:
+        return self.applied.shape[1]
+
+    @property
+    def nonfinite_rows(self) -> int:
+        """Rows of B that were not written because they held NaN or Inf (reads the device)."""
+        return int(self.counters[update.NONFINITE])
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The state in the order in which the graph takes it."""
+        return (self.code, self.scale, self.applied, self.counters, self.writes)
+
+    def lora_b(self) -> Tensor:
+        """The user's own parameter B, [out, r].
+
+        Raises:
+            FalqonError: the parameter no longer exists.
+        """
+        b = self.b_ref() if self.b_ref is not None else None
+        if b is None:
+            raise FalqonError("", "this site's lora_B is gone", "Call falqon_fx.adapters(model) again")
+        return b.detach()
+
+    def pending(self) -> Tensor:
+        """B - applied (with pending="drop": B), float32 [out, r]: not yet in W'."""
+        b = self.lora_b().to(torch.float32)
+        return b if self.plan.pending == "drop" else b - self.applied.to(torch.float32)
+
+    def dequantize(self) -> Tensor:
+        """dq(W'), float32 [out + r, in]."""
+        return decode_fp8(self.code, self.scale, torch.float32)
+
+    def base(self) -> Tensor:
+        """dq(W) - scaling · applied · dq(A), float32 [out, in]: the weight without its adapter."""
+        return lowering.dequantize_base(self.code, self.scale, self.applied, self.scaling)
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Write every pending row now (with pending="drop", then zero B)."""
+        b = self.lora_b()
+        update.flush_(*self.tensors, b, self.scaling, self.plan)
+        if self.plan.pending == "drop":
+            b.zero_()
+
+
+def allocate(
+    out: int, features: int, rank: int, base_dtype: torch.dtype, scaling: float, plan: SiteSpec,
+    device: torch.device,
+) -> MergedAdapter:
+    """An unfilled state; its shapes and dtypes are what the graph is compiled for."""
+    # 16 bits hold `applied` beside a 16-bit base: what they round away of B stays pending.
+    applied_dtype = torch.float32 if base_dtype == torch.float32 else torch.bfloat16
+    scale_shape = (out + rank, 1) if plan.per_row else ()
+    return MergedAdapter(
+        torch.empty(out + rank, features, dtype=torch.uint8, device=device),
+        torch.empty(scale_shape, dtype=torch.float32, device=device),
+        torch.empty(out, rank, dtype=applied_dtype, device=device),
+        torch.zeros(update.COUNTERS, dtype=torch.int64, device=device),
+        torch.zeros(out, dtype=torch.int32, device=device),
+        scaling,
+        plan,
+    )
+
+
+def create(
+    path: str, base: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, config: FalqonConfig
+) -> MergedAdapter:
+    """Merge W and A into a new FP8 state; with init="svd" and B = 0, overwrite A first.
+
+    Raises:
+        FalqonError: W, A or B holds NaN or Inf, or lies beyond what an FP8 scale can carry.
+    """
+    plan = SiteSpec.from_config(config)
+    # State outlives the call: no inference tensors, no autocast, no graph.
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(base.device.type, enabled=False):
+        _check_values(path, base, lora_a, lora_b)
+        if config.init == "svd" and not lora_b.any():
+            _init_svd_(base, lora_a, plan, config.seed)
+        out, features = base.shape
+        state = allocate(
+            out, features, lora_a.shape[0], base.dtype, scaling, plan, base.device
+        )
+        _fill_(state, base, lora_a, lora_b)
+        counters = state.counters
+        mixed = counters[update.FINGERPRINT_W] * 31 + counters[update.FINGERPRINT_A]
+        counters[update.SITE] = (mixed ^ (mixed >> 32)) & 0xFFFFFFFF
+    return state
+
+
+def _check_values(path: str, base: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
+    for name, tensor in (("base weight", base), ("lora_A", lora_a), ("lora_B", lora_b)):
+        if not torch.isfinite(tensor).all():
+            raise FalqonError(
+                path, f"its {name} holds NaN or Inf",
+                "Repair the checkpoint, or leave the layer out with exclude="
+            )
+    if base.abs().amax() >= 2.0**16:
+        raise FalqonError(
+            path, "its base weight exceeds 65536 in magnitude, beyond the FP8 scales in use",
+            "Rescale the layer, or leave it out with exclude="
+        )
+
+
+def _init_svd_(base: Tensor, lora_a: Tensor, plan: SiteSpec, seed: int) -> None:
+    wide = base.to(torch.float32)
+    amax = wide.abs().amax(1, keepdim=True) if plan.per_row else wide.abs().amax()
+    scale = amax_to_scale(amax, E4M3, plan.scale)
+    error = wide - round_to_fp8(wide * scale.reciprocal(), E4M3) * scale
+    rows = low_rank_rows(error, lora_a.shape[0], seed)
+    # lora_A gets the Â that the GEMM will use: the rows after their own cast.
+    a_amax = rows.abs().amax(1, keepdim=True) if plan.per_row else amax
+    a_scale = amax_to_scale(a_amax, E4M3, plan.scale)
+    lora_a.copy_(round_to_fp8(rows * a_scale.reciprocal(), E4M3) * a_scale)
+
+
+def _fill_(state: MergedAdapter, base: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
+    update.write_merged_(*state.tensors, base, lora_a, lora_b, state.scaling, state.plan)
+
+
+class Registry:
+    """Finds the state of a (W, A, B) again, or makes it; holds no parameter alive."""
+
+    def __init__(self) -> None:
+        self._by_b: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def get(
+        self, path: str, base: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float,
+        config: FalqonConfig,
+    ) -> MergedAdapter:
+        """The state of the site, rebuilt where W or A changed since it was made."""
+        plan = SiteSpec.from_config(config)
+        known: list[MergedAdapter] = self._by_b.setdefault(lora_b, [])
+        stamp = _stamp(base, lora_a)
+        for state in known:
+            if state.base_ref is None or state.base_ref() is not base:
+                continue
+            if state.a_ref is None or state.a_ref() is not lora_a:
+                continue
+            if state.scaling == scaling and state.plan == plan:
+                if state.stamp == stamp:
+                    return state
+                known.remove(state)  # W or A was written or moved: start from the new values
+                break
+        state = create(path, base, lora_a, lora_b, scaling, config)
+        state.base_ref, state.a_ref = weakref.ref(base), weakref.ref(lora_a)
+        state.b_ref = weakref.ref(lora_b)
+        state.stamp = _stamp(base, lora_a)
+        known[:] = [s for s in known if s.base_ref is not None and s.base_ref() is not None]
+        known.append(state)
+        return state
+
+    def of(self, lora_b: Tensor) -> list[MergedAdapter]:
+        """The states that a parameter B takes part in."""
+        return list(self._by_b.get(lora_b, []))
+
+    def forget(self, lora_b: Tensor) -> None:
+        """Drop the states of a parameter B."""
+        self._by_b.pop(lora_b, None)
+
+
+def _stamp(base: Tensor, lora_a: Tensor) -> tuple[Any, ...]:
+    return tuple(
+        (t.data_ptr(), version(t), t.dtype, t.device, t.shape) for t in (base, lora_a)
+    )
+
+
+registry = Registry()

@@ -1,0 +1,59 @@
+"""Tell the user once that rows of B were not written because they held NaN or Inf.
+
+The counters live on the device. They are copied to the host without waiting, and looked at in the
+next call: one step late at most, no synchronization.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from falqon_fx.errors import FalqonError
+from falqon_fx.update import NONFINITE, STALE
+
+
+class NonfiniteWatch:
+    """One compiled graph's view of its sites' counters."""
+
+    def __init__(self) -> None:
+        self._copy: Tensor | None = None
+        self._event: torch.cuda.Event | None = None
+        self._warned = False
+
+    def remember(self, sites: Sequence[Tensor]) -> None:
+        """Start copying the counters of a call's sites to the host."""
+        counters = torch.stack(list(sites))
+        if counters.device.type == "cuda":
+            self._copy = counters.to("cpu", non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._copy = counters
+
+    def look(self) -> None:
+        """Warn about what the last copy shows.
+
+        Raises:
+            FalqonError: W or A changed in a way that only the device could see.
+        """
+        if self._copy is None or (self._event is not None and not self._event.query()):
+            return
+        seen, self._copy = self._copy, None
+        if seen[:, STALE].any():
+            raise FalqonError(
+                "", "a base weight or lora_A was changed through .data while compiled",
+                "Write it in place (copy_), or call torch._dynamo.reset() after the change",
+            )
+        rows = int(seen[:, NONFINITE].sum())
+        if rows and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"falqon: {rows} rows of lora_B held NaN or Inf at an update and were not written "
+                "into W'. See MergedAdapter.nonfinite_rows; lower the learning rate or clip "
+                "gradients.",
+                stacklevel=3,
+            )

@@ -1,0 +1,171 @@
+"""``torch.ops.falqon.*``: schema, fake implementation, autograd.
+
+What the ops compute stands in `falqon_fx.lowering` and `falqon_fx.update`. The ops are opaque in a
+graph, so that a person can read it; `DECOMPOSITIONS` opens them below autograd for Inductor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from falqon_fx import lowering, update
+
+
+@torch.library.custom_op("falqon::merged_linear", mutates_args=())
+def merged_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, applied: Tensor, lora_b: Tensor,
+    bias: Tensor | None, scaling: float, out_dtype: torch.dtype, spec: str,
+) -> tuple[Tensor, Tensor]:
+    """O [..., out] = x · dq(W)ᵀ + bias and O_A [n, r] = x · dq(A)ᵀ, x and W' = [W; A] in FP8.
+
+    See `falqon_fx.lowering.merged_linear`. Gradients reach x, lora_b and bias:
+    dL/dB = scaling · (dL/dO)ᵀ · O_A (paper section 2).
+    """
+    return lowering.merged_linear(
+        x, weight, scale, applied, lora_b, bias, scaling, out_dtype, spec
+    )
+
+
+@merged_linear.register_fake
+def _(
+    x: Tensor, weight: Tensor, scale: Tensor, applied: Tensor, lora_b: Tensor,
+    bias: Tensor | None, scaling: float, out_dtype: torch.dtype, spec: str,
+) -> tuple[Tensor, Tensor]:
+    out, rank = applied.shape
+    tokens = math.prod(x.shape[:-1])
+    return (
+        x.new_empty((*x.shape[:-1], out), dtype=out_dtype),
+        x.new_empty((tokens, rank), dtype=lowering.gemm_dtype(out_dtype)),
+    )
+
+
+@torch.library.custom_op("falqon::merged_linear_grad_x", mutates_args=())
+def merged_linear_grad_x(
+    grad: Tensor, weight: Tensor, scale: Tensor, applied: Tensor, lora_b: Tensor,
+    scaling: float, x_dtype: torch.dtype, spec: str,
+) -> Tensor:
+    """dL/dx [n, in] = q(dL/dO) · dq(W[:out]), dL/dO [n, out] cast to FP8.
+
+    See `falqon_fx.lowering.merged_linear_grad_x`.
+    """
+    return lowering.merged_linear_grad_x(
+        grad, weight, scale, applied, lora_b, scaling, x_dtype, spec
+    )
+
+
+@merged_linear_grad_x.register_fake
+def _(
+    grad: Tensor, weight: Tensor, scale: Tensor, applied: Tensor, lora_b: Tensor,
+    scaling: float, x_dtype: torch.dtype, spec: str,
+) -> Tensor:
+    return grad.new_empty((grad.shape[0], weight.shape[1]), dtype=x_dtype)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, scale, applied, lora_b, bias, scaling, _, spec = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], weight, scale, applied, lora_b)
+    ctx.x_dtype, ctx.x_shape, ctx.b_dtype = x.dtype, x.shape, lora_b.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.scaling, ctx.spec = scaling, spec
+
+
+def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    grad_x = grad_b = grad_bias = None
+    if grad is not None:
+        out_a, weight, scale, applied, lora_b = ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1])
+        if ctx.needs_input_grad[0]:
+            grad_x = merged_linear_grad_x(
+                flat, weight, scale, applied, lora_b, ctx.scaling, ctx.x_dtype, ctx.spec
+            ).reshape(ctx.x_shape)
+        if ctx.needs_input_grad[4]:
+            product = flat.to(out_a.dtype).t() @ out_a
+            grad_b = (product.to(torch.float32) * ctx.scaling).to(ctx.b_dtype)
+        if ctx.needs_input_grad[5]:
+            grad_bias = flat.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    return grad_x, None, None, None, grad_b, grad_bias, None, None, None
+
+
+merged_linear.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("falqon::base_linear", mutates_args=())
+def base_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, applied: Tensor, counters: Tensor, writes: Tensor,
+    bias: Tensor | None, scaling: float, spec: str,
+) -> Tensor:
+    """The base layer of a prepared site alone: x · (dq(W) - scaling · applied · dq(A))ᵀ + bias.
+
+    ``counters``, ``writes`` and ``spec`` are not read: with them the site's whole state is in the
+    graph, where the passes find it.
+    """
+    return lowering.base_linear(x, weight, scale, applied, bias, scaling)
+
+
+@base_linear.register_fake
+def _(
+    x: Tensor, weight: Tensor, scale: Tensor, applied: Tensor, counters: Tensor, writes: Tensor,
+    bias: Tensor | None, scaling: float, spec: str,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], applied.shape[0]))
+
+
+def _save_base(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, weight, scale, applied, _, _, bias, scaling, _ = inputs
+    ctx.save_for_backward(weight, scale, applied)
+    ctx.bias_dtype, ctx.scaling = None if bias is None else bias.dtype, scaling
+
+
+def _backward_base(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weight, scale, applied = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        base = lowering.dequantize_base(weight, scale, applied, ctx.scaling)
+        grad_x = grad @ base.to(grad.dtype)
+    if ctx.needs_input_grad[6]:
+        flat = grad.reshape(-1, grad.shape[-1])
+        grad_bias = flat.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    return grad_x, None, None, None, None, None, grad_bias, None, None
+
+
+base_linear.register_autograd(_backward_base, setup_context=_save_base)
+
+
+@torch.library.custom_op(
+    "falqon::proxy_update_", mutates_args=("weight", "scale", "applied", "counters", "writes")
+)
+def proxy_update_(
+    weight: Sequence[Tensor], scale: Sequence[Tensor], applied: Sequence[Tensor],
+    counters: Sequence[Tensor], writes: Sequence[Tensor], lora_b: Sequence[Tensor],
+    lora_a: Sequence[Tensor], base: Sequence[Tensor | None], scaling: Sequence[float], spec: str,
+) -> None:
+    """Write the steps of B into W' for all sites of a graph, once per change of B.
+
+    See `falqon_fx.update.proxy_update_`. ``base`` holds the base weights, None where prepare()
+    freed them.
+    """
+    update.proxy_update_(
+        weight, scale, applied, counters, writes, lora_b, lora_a, base, scaling, spec
+    )
+
+
+@proxy_update_.register_fake
+def _(
+    weight: Sequence[Tensor], scale: Sequence[Tensor], applied: Sequence[Tensor],
+    counters: Sequence[Tensor], writes: Sequence[Tensor], lora_b: Sequence[Tensor],
+    lora_a: Sequence[Tensor], base: Sequence[Tensor | None], scaling: Sequence[float], spec: str,
+) -> None:
+    return None
+
+
+DECOMPOSITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
+    torch.ops.falqon.merged_linear.default: lowering.merged_linear,
+    torch.ops.falqon.merged_linear_grad_x.default: lowering.merged_linear_grad_x,
+}

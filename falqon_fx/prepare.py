@@ -1,0 +1,275 @@
+"""`prepare`, `restore`, `flush`, `adapters`: what acts on a whole model, module by module."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from falqon_fx import ops
+from falqon_fx.config import FalqonConfig
+from falqon_fx.errors import FalqonError
+from falqon_fx.merged import MergedAdapter, create, registry
+from falqon_fx.spec import parse_spec
+
+
+class MergedBaseLinear(nn.Module):
+    """The base layer of a prepared site. Eagerly it is the base layer alone: merged minus applied.
+
+    The FP8 bytes are a uint8 parameter: ``.to(bfloat16)`` would cast a float8 one away, and a
+    buffer would be broadcast by DDP in each forward pass.
+    """
+
+    def __init__(self, state: MergedAdapter, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.code, self.scale, self.applied, self.counters, self.writes = (
+            nn.Parameter(tensor, requires_grad=False) for tensor in state.tensors
+        )
+        self.bias = bias
+        self.scaling, self.spec, self.dtype = state.scaling, str(state.plan), dtype
+        self.out_features, self.rank = state.applied.shape
+        self.in_features = state.code.shape[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        result: Tensor = ops.base_linear(
+            x, self.code, self.scale, self.applied, self.counters, self.writes, self.bias,
+            self.scaling, self.spec,
+        )
+        return result
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight, dequantized anew at each access, [out, in] in the original dtype."""
+        return self.merged().base().to(self.dtype)
+
+    def merged(self) -> MergedAdapter:
+        """The state as a `MergedAdapter` (without its B)."""
+        tensors = (self.code, self.scale, self.applied, self.counters, self.writes)
+        return MergedAdapter(*(t.detach() for t in tensors), self.scaling, parse_spec(self.spec))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MergedBaseLinear:
+        """Follow moves between devices, never a cast: the scales are part of the FP8 weight."""
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        bias, self.bias = self.bias, None
+        super()._apply(keep_dtype, recurse)
+        if bias is not None:
+            self.bias = nn.Parameter(fn(bias.detach()), requires_grad=bias.requires_grad)
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"rank={self.rank}, bias={self.bias is not None}, {self.spec}"
+        )
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """What `prepare` merged, what it left and why, and the bytes of the weights it touched."""
+
+    prepared: tuple[str, ...]
+    skipped: dict[str, str]
+    bytes_before: int
+    bytes_after: int
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.prepared)} layers prepared: {self.bytes_before / 2**20:.1f} MiB of base "
+            f"weights became {self.bytes_after / 2**20:.1f} MiB"
+        ]
+        lines += [f"skipped {path}: {reason}" for path, reason in self.skipped.items()]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _LoraLayer:
+    """A PEFT-style layer: ``base_layer``, ``lora_A``, ``lora_B`` and ``scaling`` by adapter."""
+
+    path: str
+    module: Any
+    adapter: str
+
+    @property
+    def base(self) -> Any:
+        return self.module.base_layer
+
+    @property
+    def lora_a(self) -> nn.Parameter:
+        return self.module.lora_A[self.adapter].weight  # type: ignore[no-any-return]
+
+    @property
+    def lora_b(self) -> nn.Parameter:
+        return self.module.lora_B[self.adapter].weight  # type: ignore[no-any-return]
+
+    @property
+    def scaling(self) -> float:
+        return float(self.module.scaling[self.adapter])
+
+
+def prepare(
+    model: nn.Module, config: FalqonConfig | None = None, *, progress: bool = True
+) -> PrepareReport:
+    """Merge every LoRA layer in place, one at a time, and free its base weight.
+
+    Optional: without it the base weights stay beside the FP8 ones. Call it after loading the
+    adapter and before making the optimizer, with the config that ``torch.compile`` will get.
+
+    Raises:
+        FalqonError: a base weight that another module shares, or that holds NaN or Inf. Nothing
+            has been changed then.
+    """
+    config = config or FalqonConfig()
+    layers, skipped = _sort_layers(unwrap(model), config)
+    _check_before(unwrap(model), layers, config)
+    before = after = 0
+    for layer in _track(layers, progress):
+        base = layer.base
+        state = create(
+            layer.path, base.weight, layer.lora_a, layer.lora_b, layer.scaling, config
+        )
+        registry.forget(layer.lora_b)
+        before += base.weight.nbytes
+        after += sum(tensor.nbytes for tensor in state.tensors)
+        layer.module.base_layer = MergedBaseLinear(state, base.bias, base.weight.dtype)
+    return PrepareReport(tuple(layer.path for layer in layers), skipped, before, after)
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Give prepared layers plain base weights again: dq(W) - scaling · applied · dq(A).
+
+    The adapter stays apart, so B is not counted twice. Exact to the rounding of the base dtype on
+    top of the FP8 casts. Layers that were not prepared have their base weight still.
+    """
+    for layer in _lora_layers(unwrap(model)):
+        merged = layer.base
+        if not isinstance(merged, MergedBaseLinear):
+            registry.forget(layer.lora_b)
+            continue
+        plain = nn.Linear(
+            merged.in_features, merged.out_features, bias=False, device="meta", dtype=merged.dtype
+        )
+        plain.weight = nn.Parameter(merged.weight, requires_grad=False)
+        plain.bias = merged.bias
+        layer.module.base_layer = plain.train(merged.training)
+    return model
+
+
+def adapters(model: nn.Module) -> dict[str, MergedAdapter]:
+    """The live state of each site by the path of its LoRA layer, for a module or its compiled
+    wrapper. Unprepared sites appear after the first compiled call."""
+    found: dict[str, MergedAdapter] = {}
+    inner = unwrap(model)
+    for layer in _lora_layers(inner):
+        if isinstance(layer.base, MergedBaseLinear):
+            state = layer.base.merged()
+            state.b_ref = weakref.ref(layer.lora_b)
+            found[layer.path] = state
+    names = {id(p): name for name, p in inner.named_parameters(remove_duplicate=False)}
+    for parameter in inner.parameters():
+        for state in registry.of(parameter):
+            members = [r() for r in (state.base_ref, state.a_ref, state.b_ref) if r is not None]
+            if all(id(member) in names for member in members):
+                path = _common_path([names[id(member)] for member in members])
+                found[path if path not in found else names[id(parameter)]] = state
+    return found
+
+
+def flush(model: nn.Module) -> None:
+    """Write every pending row of every site into its FP8 weight now."""
+    for state in adapters(model).values():
+        state.flush()
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside ``torch.compile``'s wrapper."""
+    return getattr(model, "_orig_mod", model)
+
+
+def _lora_layers(model: nn.Module) -> Iterator[_LoraLayer]:
+    for path, module in model.named_modules():
+        parts = ("base_layer", "lora_A", "lora_B", "scaling")
+        if not all(hasattr(module, part) for part in parts):
+            continue
+        names = list(getattr(module, "active_adapters", None) or module.lora_A)  # type: ignore[arg-type]
+        for name in names[:1]:
+            if name in module.lora_A and name in module.lora_B:  # type: ignore[operator]
+                yield _LoraLayer(path, module, name)
+
+
+def _sort_layers(
+    model: nn.Module, config: FalqonConfig
+) -> tuple[list[_LoraLayer], dict[str, str]]:
+    layers, skipped = [], {}
+    for layer in _lora_layers(model):
+        reason = _skip_reason(layer, config)
+        if reason is None:
+            layers.append(layer)
+        else:
+            skipped[layer.path] = reason
+    return layers, skipped
+
+
+def _skip_reason(layer: _LoraLayer, config: FalqonConfig) -> str | None:
+    if isinstance(layer.base, MergedBaseLinear):
+        return "it is prepared already"
+    if type(layer.base) is not nn.Linear:
+        return f"its base layer is a {type(layer.base).__name__}, not an nn.Linear"
+    if layer.base.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"its base weight is already quantized ({layer.base.weight.dtype})"
+    if layer.base.weight.requires_grad:
+        return "its base weight is trained too"
+    if getattr(layer.module, "use_dora", {}).get(layer.adapter):
+        return "DoRA scales the merged weight by its own norm"
+    if len(getattr(layer.module, "active_adapters", [layer.adapter])) > 1:
+        return "more than one adapter is active on it"
+    if not config.selects(layer.path):
+        return "include= or exclude= leaves it out"
+    return None
+
+
+def _check_before(model: nn.Module, layers: list[_LoraLayer], config: FalqonConfig) -> None:
+    """All that could fail is looked at before the first layer is changed."""
+    holders: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        holders.setdefault(parameter.untyped_storage().data_ptr(), []).append(name)
+    for layer in layers:
+        weight = layer.base.weight
+        shared = holders[weight.untyped_storage().data_ptr()]
+        if len(shared) > 1 and weight.device.type != "meta":
+            raise FalqonError(
+                layer.path, f"its base weight is tied (also {shared[0]} or {shared[-1]}), so it "
+                "can't be freed", "Leave the layer out with exclude=, or untie the weights"
+            )
+        config.rows(layer.lora_b.shape[0])
+        if not torch.isfinite(weight).all():
+            raise FalqonError(
+                layer.path, "its base weight holds NaN or Inf",
+                "Repair the checkpoint, or leave the layer out with exclude="
+            )
+
+
+def _track(layers: list[_LoraLayer], show: bool) -> Iterator[_LoraLayer]:
+    columns = (TextColumn("merging"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not show, transient=True) as bar:
+        yield from bar.track(layers)
+
+
+def _common_path(names: list[str]) -> str:
+    """The deepest module that holds all of a site's parameters."""
+    common: list[str] = []
+    for column in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(column)) > 1:
+            break
+        common.append(column[0])
+    return ".".join(common) or names[0]

@@ -1,0 +1,271 @@
+"""The row-wise proxy update (paper section 3): B's steps are written into the FP8 weight.
+
+All sites of one shape are updated together as one batch of G. Nothing here reads a value back to
+the host on an accelerator; on CPU, where looking is free, unchanged sites are skipped at once.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from falqon_fx.errors import FalqonError
+from falqon_fx.numerics import (
+    E4M3,
+    amax_to_scale,
+    decode_fp8,
+    encode_fp8,
+    philox_uint16,
+    round_to_fp8,
+    round_to_fp8_stochastic,
+)
+from falqon_fx.spec import SiteSpec, parse_spec
+
+# Columns of a site's `counters` (int64).
+FINGERPRINT_B, FINGERPRINT_A, FINGERPRINT_W, STEP, SITE, NONFINITE, STALE = range(7)
+COUNTERS = 7
+_CHUNK = 1 << 24  # elements of W' held in float32 at a time
+
+
+def fingerprint(batch: Tensor) -> Tensor:
+    """64-bit hash of the bits of each tensor of a batch [G, m, n]; zeros hash to zero.
+
+    Σ_ij bits_ij · (p_j + q_i) mod 2**64 with fixed odd-looking p and q: depends on the place of
+    every element and needs only row sums and column sums.
+    """
+    batch = batch.detach().contiguous()
+    if batch.storage_offset():
+        batch = batch.clone()  # a view as int64 must be aligned
+    bits = batch.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[
+        batch.element_size()
+    ])
+    wide = 8 // batch.element_size()
+    if bits.shape[-1] % wide == 0:
+        bits = bits.view(torch.int64)
+    columns, rows = bits.sum(dim=1, dtype=torch.int64), bits.sum(dim=2, dtype=torch.int64)
+    return (columns * _hash_weights(columns, 0x1E3779B97F4A7C15)).sum(-1) + (
+        rows * _hash_weights(rows, 0x3F58476D1CE4E5B9)
+    ).sum(-1)
+
+
+def _hash_weights(like: Tensor, multiplier: int) -> Tensor:
+    index = torch.arange(1, like.shape[-1] + 1, device=like.device)
+    mixed = index * multiplier
+    return (mixed ^ (mixed >> 29)) * multiplier | 1
+
+
+def sample(weight: Tensor) -> Tensor:
+    """At most 16 x 64 evenly spaced elements of a base weight, which stand for its contents.
+
+    Reading all of W each step would cost as much as the step's own GEMMs; in-place edits that
+    autograd counts are seen exactly through the version counter (see `MergedAdapter`).
+    """
+    rows, columns = weight.shape
+    return weight[:: max(1, rows // 16), :: max(1, columns // 64)][:16, :64].contiguous()
+
+
+def select_rows(delta: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` rows of ``delta`` [G, out, r] with the largest Σ|·| (ties to the lowest row),
+    [G, count], and which of them are worth writing: finite and not zero."""
+    score = delta.abs().sum(dim=-1)
+    score = torch.where(score < float("inf"), score, -1.0)  # NaN and Inf compare false
+    place = torch.arange(score.shape[-1], device=score.device)
+    # A float's bits order like the float when it is not negative; the row breaks ties.
+    key = (score.clamp(min=0).view(torch.int32).to(torch.int64) << 32) | (0xFFFFFFFF - place)
+    rows = key.topk(count, dim=-1).indices
+    return rows, score.gather(-1, rows) > 0
+
+
+def proxy_update_(
+    weight: Sequence[Tensor], scale: Sequence[Tensor], applied: Sequence[Tensor],
+    counters: Sequence[Tensor], writes: Sequence[Tensor], lora_b: Sequence[Tensor],
+    lora_a: Sequence[Tensor], base: Sequence[Tensor | None], scaling: Sequence[float], spec: str,
+) -> None:
+    """W[k] ← q(dq(W[k]) + scaling · ΔB[k] · dq(A)), applied[k] ← B[k] for the top rows k of each
+    site whose B changed since its last write (design: "The contract of a site", 3 and 4)."""
+    plan = parse_spec(spec)
+    groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    for i in range(len(weight)):
+        b, a, w = lora_b[i], lora_a[i], base[i]
+        sampled = None if w is None else (w.shape, w.dtype)
+        groups[(weight[i].shape, b.shape, b.dtype, a.dtype, b.device, sampled)].append(i)
+    for members in groups.values():
+        sites = [
+            _Site(weight[i], scale[i], applied[i], counters[i], writes[i], lora_b[i], lora_a[i],
+                  base[i], scaling[i])
+            for i in members
+        ]
+        changed = _find_changed(sites, plan)
+        rows = plan.rows(applied[members[0]].shape[0])
+        step = max(1, _CHUNK // (rows * weight[members[0]].shape[1]))
+        for first in range(0, len(changed), step):
+            _write_rows(changed[first : first + step], rows, plan)
+
+
+def flush_(
+    weight: Tensor, scale: Tensor, applied: Tensor, counters: Tensor, writes: Tensor,
+    lora_b: Tensor, scaling: float, plan: SiteSpec,
+) -> None:
+    """Write every pending row of one site now, whether B changed or not."""
+    site = _Site(weight, scale, applied, counters, writes, lora_b, lora_b, None, scaling)
+    site.changed = torch.ones((), dtype=torch.bool, device=counters.device)
+    counters[STEP] += 1
+    counters[FINGERPRINT_B] = 0 if plan.pending == "drop" else fingerprint(lora_b[None])[0]
+    rows = torch.arange(applied.shape[0])
+    for chunk in rows.split(max(1, _CHUNK // weight.shape[1])):
+        _write_rows([site], len(chunk), plan)
+
+
+class _Site:
+    """The tensors of one site, as the op got them."""
+
+    __slots__ = ("applied", "base", "changed", "counters", "lora_a", "lora_b", "scale", "scaling",
+                 "weight", "writes")
+
+    def __init__(
+        self, weight: Tensor, scale: Tensor, applied: Tensor, counters: Tensor, writes: Tensor,
+        lora_b: Tensor, lora_a: Tensor, base: Tensor | None, scaling: float,
+    ) -> None:
+        self.weight, self.scale, self.applied = weight, scale, applied
+        self.counters, self.writes = counters, writes
+        self.lora_b, self.lora_a, self.base, self.scaling = lora_b, lora_a, base, scaling
+        self.changed: Tensor | None = None
+
+
+def _find_changed(sites: list[_Site], plan: SiteSpec) -> list[_Site]:
+    """Compare fingerprints with the stored ones, store the new ones, return the sites to write."""
+    stored = torch.stack([site.counters for site in sites])  # [G, COUNTERS]
+    now_b = fingerprint(torch.stack([site.lora_b for site in sites]))
+    now_a = fingerprint(torch.stack([site.lora_a for site in sites]))
+    changed = now_b != stored[:, FINGERPRINT_B]
+    stale = now_a != stored[:, FINGERPRINT_A]
+    if sites[0].base is not None:
+        samples = torch.stack([sample(site.base) for site in sites if site.base is not None])
+        stale = stale | (fingerprint(samples) != stored[:, FINGERPRINT_W])
+    if stored.device.type == "cpu":
+        if stale.any():
+            _rebuild([site for site, flag in zip(sites, stale.tolist(), strict=True) if flag], plan)
+        flags = (changed & ~stale).tolist()
+        sites = [site for site, flag in zip(sites, flags, strict=True) if flag]
+        if not sites:
+            return []
+        now_b, stored = now_b[changed & ~stale], stored[changed & ~stale]
+        changed = changed[changed & ~stale]
+    else:
+        # Seen by the backend at the next call; until then nothing is written.
+        stored[:, STALE] |= stale.to(torch.int64)
+        changed = changed & ~stale
+    # With "drop" the graph zeroes B right after this op; zeros hash to zero.
+    stored[:, FINGERPRINT_B] = 0 if plan.pending == "drop" else now_b
+    stored[:, STEP] += changed.to(torch.int64)
+    for i, site in enumerate(sites):
+        site.counters.copy_(stored[i])
+        site.changed = changed[i]
+    return sites
+
+
+def _rebuild(sites: list[_Site], plan: SiteSpec) -> None:
+    for site in sites:
+        if site.base is None:
+            raise FalqonError(
+                f"site {tuple(site.weight.shape)}", "lora_A changed after prepare() freed the base "
+                "weight", "Load adapters before prepare(), or call falqon_fx.restore(model) first"
+            )
+        write_merged_(
+            site.weight, site.scale, site.applied, site.counters, site.writes,
+            site.base, site.lora_a, site.lora_b, site.scaling, plan,
+        )
+
+
+def _write_rows(sites: list[_Site], count: int, plan: SiteSpec) -> None:
+    """Gather → add → new row scale → cast → scatter, for a batch of sites that changed."""
+    out = sites[0].applied.shape[0]
+    applied = torch.stack([site.applied for site in sites]).to(torch.float32)  # [G, out, r]
+    target = torch.stack([site.lora_b for site in sites]).to(torch.float32)
+    if plan.pending == "drop":
+        target = applied + target
+    rows, worth = select_rows(target - applied, count)  # [G, k]
+    changed = torch.stack([_flag(site) for site in sites])
+    worth = worth & changed[:, None]
+    bad = ~torch.isfinite(target).all(dim=-1) & changed[:, None]  # [G, out]
+
+    index = rows[..., None].expand(-1, -1, applied.shape[-1])
+    old_applied = applied.gather(1, index)
+    new_applied = target.gather(1, index).to(sites[0].applied.dtype)
+    new_applied = torch.where(worth[..., None], new_applied, old_applied.to(new_applied.dtype))
+    delta = new_applied.to(torch.float32) - old_applied  # what W' really gains
+    delta = delta * torch.tensor([site.scaling for site in sites], device=delta.device)[:, None, None]
+
+    per_row = sites[0].scale.dim() == 2
+    old_code = torch.stack([s.weight.index_select(0, r) for s, r in zip(sites, rows, strict=True)])
+    a_code = torch.stack([site.weight[out:] for site in sites])
+    scale = torch.stack([site.scale for site in sites]).reshape(len(sites), -1, 1)
+    a_scale, old_scale = scale, scale
+    if per_row:
+        a_scale, old_scale = scale[:, out:], scale.gather(1, rows[..., None])
+    lora_a = decode_fp8(a_code, a_scale, torch.float32)  # [G, r, in]
+    value = decode_fp8(old_code, old_scale, torch.float32) + torch.bmm(delta, lora_a)  # [G, k, in]
+
+    new_scale = old_scale
+    if per_row:
+        amax = value.abs().amax(dim=-1, keepdim=True)
+        new_scale = torch.where(worth[..., None], amax_to_scale(amax, E4M3, plan.scale), old_scale)
+    code = encode_fp8(_round(value * new_scale.reciprocal(), rows, sites, plan), E4M3)
+    code = torch.where(worth[..., None], code, old_code)
+
+    for i, site in enumerate(sites):
+        site.weight.index_copy_(0, rows[i], code[i])
+        if per_row:
+            site.scale.index_copy_(0, rows[i], new_scale[i])
+        site.applied.index_copy_(0, rows[i], new_applied[i])
+        site.writes.index_add_(0, rows[i], worth[i].to(site.writes.dtype))
+        site.counters[NONFINITE] += bad[i].sum()
+
+
+def _flag(site: _Site) -> Tensor:
+    assert site.changed is not None
+    return site.changed
+
+
+def _round(scaled: Tensor, rows: Tensor, sites: list[_Site], plan: SiteSpec) -> Tensor:
+    if plan.rounding == "nearest":
+        return round_to_fp8(scaled, E4M3)
+    counters = torch.stack([site.counters for site in sites])[:, None]  # [G, 1, COUNTERS]
+    random = philox_uint16(
+        rows, scaled.shape[-1], counters[..., STEP], counters[..., SITE], plan.seed
+    )
+    return round_to_fp8_stochastic(scaled, random, E4M3)
+
+
+def write_merged_(
+    weight: Tensor, scale: Tensor, applied: Tensor, counters: Tensor, writes: Tensor,
+    base: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, plan: SiteSpec,
+) -> None:
+    """Fill a site's state from scratch: W' = [q(W + scaling · B · Â); q(A)], applied = B."""
+    out = applied.shape[0]
+    applied.copy_(lora_b)
+    wide_a = lora_a.detach().to(torch.float32)
+    wide = base.detach().to(torch.float32)
+    merged = wide + (applied.to(torch.float32) * scaling) @ wide_a
+    if plan.per_row:
+        a_amax, w_amax = wide_a.abs().amax(1, keepdim=True), merged.abs().amax(1, keepdim=True)
+    else:
+        a_amax = w_amax = torch.maximum(wide_a.abs().amax(), merged.abs().amax())
+    a_scale = amax_to_scale(a_amax, E4M3, plan.scale)
+    w_scale = amax_to_scale(w_amax, E4M3, plan.scale)
+    a_value = round_to_fp8(wide_a * a_scale.reciprocal(), E4M3)
+    # W gets the A that is really used; with B = 0 this is W itself.
+    merged = wide + (applied.to(torch.float32) * scaling) @ (a_value * a_scale)
+    if plan.per_row:
+        w_scale = amax_to_scale(merged.abs().amax(1, keepdim=True), E4M3, plan.scale)
+    weight[:out] = encode_fp8(round_to_fp8(merged * w_scale.reciprocal(), E4M3), E4M3)
+    weight[out:] = encode_fp8(a_value, E4M3)
+    scale.copy_(torch.cat((w_scale, a_scale)) if plan.per_row else w_scale)
+    writes.zero_()
+    counters[FINGERPRINT_B] = 0 if plan.pending == "drop" else fingerprint(lora_b[None])[0]
+    counters[FINGERPRINT_A] = fingerprint(lora_a[None])[0]
+    counters[FINGERPRINT_W] = fingerprint(sample(base)[None])[0]
+    counters[STALE] = 0

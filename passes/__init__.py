@@ -1,0 +1,1 @@
+"""The passes: normalize → match → plan → rewrite → insert updates → verify, one a file."""

@@ -1,0 +1,262 @@
+"""Pass 2: find base(x) + s · B(A(x)) by data flow, and say why a LoRA-like pair is not one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from falqon_fx._compat import is_plain
+from falqon_fx.passes.normalize import (
+    Add,
+    BaseLinear,
+    Cast,
+    Dropout,
+    Linear,
+    Param,
+    Scale,
+    Scope,
+    value_of,
+)
+
+
+@dataclass(frozen=True)
+class Match:
+    """One site: ``anchor`` is the node whose value the fused op will replace."""
+
+    scope: Scope
+    anchor: fx.Node
+    nodes: frozenset[fx.Node]  # computed inside the site; gone after the rewrite
+    x: fx.Node
+    base: Linear | BaseLinear
+    lora_a: Param
+    lora_b: Param
+    lora_bias: Param | None
+    scaling: float
+    dropout: float
+
+
+@dataclass(frozen=True)
+class RejectedMatch:
+    """A LoRA-like pair B(A(·)) that stays as it is."""
+
+    scope: Scope
+    lora_a: Param
+    lora_b: Param
+    reason: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """What lies between two points of the data flow, with the nodes passed on the way."""
+
+    end: fx.Node
+    factor: float
+    dropout: float
+    nodes: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """s · B(A(x)), found at the node of B's linear."""
+
+    scope: Scope
+    b_node: fx.Node
+    a: Linear
+    b: Linear
+    inner: _Chain  # from B's input down to A's node
+    outer: _Chain  # from A's input down to x
+
+
+class _Refusal(Exception):
+    def __init__(self, reason: str, remedy: str) -> None:
+        self.reason, self.remedy = reason, remedy
+
+
+_LEAVE = "The layer runs unmerged, as it was"
+
+
+def match(root: Scope) -> tuple[list[Match], list[RejectedMatch]]:
+    """All sites of a graph and its checkpoint bodies, in graph order."""
+    matches: list[Match] = []
+    rejected: list[RejectedMatch] = []
+    for scope in root.walk():
+        taken: set[fx.Node] = set()
+        for pair in _pairs(scope):
+            try:
+                found = _complete(pair, taken)
+            except _Refusal as no:
+                rejected.append(
+                    RejectedMatch(scope, pair.a.weight, pair.b.weight, no.reason, no.remedy)
+                )
+                continue
+            taken |= found.nodes
+            matches.append(found)
+    return matches, rejected
+
+
+def _pairs(scope: Scope) -> Iterator[_Pair]:
+    for node in scope.gm.graph.nodes:
+        b = scope.term(node)
+        if not isinstance(b, Linear):
+            continue
+        inner = _peel(scope, b.x)
+        a = scope.term(inner.end)
+        if not isinstance(a, Linear):
+            continue
+        rank = _shape(a.weight)[0]
+        if _shape(b.weight)[1] == rank and rank < min(_shape(a.weight)[1], _shape(b.weight)[0]):
+            yield _Pair(scope, node, a, b, inner, _peel(scope, a.x))
+
+
+def _peel(scope: Scope, node: fx.Node) -> _Chain:
+    """Go down through casts, scalings and dropouts."""
+    factor, dropout, nodes = 1.0, 0.0, []
+    while True:
+        term = scope.term(node)
+        if isinstance(term, Scale):
+            factor *= term.factor
+        elif isinstance(term, Dropout):
+            dropout = 1 - (1 - dropout) * (1 - term.p)
+        elif not isinstance(term, Cast):
+            return _Chain(node, factor, dropout, tuple(nodes))
+        nodes.append(node)
+        node = term.x
+
+
+def _complete(pair: _Pair, taken: set[fx.Node]) -> Match:
+    scope = pair.scope
+    if pair.a.bias is not None:
+        raise _Refusal("lora_A has a bias, which a merged weight can't hold", _LEAVE)
+    if pair.a.weight.transposed or pair.b.weight.transposed:
+        raise _Refusal("lora_A or lora_B is stored transposed", "Store A as [r, in], B as [out, r]")
+    add_node, base_operand, up, factor = _find_add(pair)
+    base_chain = _peel(scope, base_operand)
+    base = scope.term(base_chain.end)
+    if isinstance(base, Add):
+        raise _Refusal("a second adapter is active on this layer", "Activate one adapter at a time")
+    if isinstance(base, Linear):
+        _check_base(base)
+    elif not isinstance(base, BaseLinear):
+        raise _Refusal(
+            f"the adapter is added to {base_chain.end.target!s}, not to a linear on a parameter "
+            "(a quantized or wrapped base layer?)",
+            "Use an unquantized nn.Linear as base",
+        )
+    if base_chain.factor != 1.0 or base_chain.dropout:
+        raise _Refusal("the base output is scaled or dropped before the add", _LEAVE)
+    x = _peel_casts(scope, base.x)
+    if x is not _peel_casts(scope, pair.outer.end):
+        raise _Refusal("lora_A reads another input than the base layer", _LEAVE)
+    scaling = factor * pair.inner.factor * pair.outer.factor
+    anchor = _trailing_cast(scope, add_node)
+    inside = {add_node, anchor, pair.b_node, pair.inner.end, base_chain.end}
+    inside |= {*pair.inner.nodes, *base_chain.nodes, *up}
+    inside |= _exclusive(pair.outer.nodes, inside)
+    _check_private(inside - {anchor}, inside, taken)
+    if isinstance(base, BaseLinear) and base.scaling != scaling:
+        raise _Refusal(
+            f"prepare() merged it with scaling {base.scaling}, the graph has {scaling}",
+            "Call falqon_fx.restore(model), then prepare() again",
+        )
+    _check_shapes(base, pair)
+    return Match(
+        scope, anchor, frozenset(inside), x, base, pair.a.weight, pair.b.weight, pair.b.bias,
+        scaling, 1 - (1 - pair.inner.dropout) * (1 - pair.outer.dropout),
+    )
+
+
+def _find_add(pair: _Pair) -> tuple[fx.Node, fx.Node, list[fx.Node], float]:
+    """Climb from B's output through scalings and casts to the add with the base output."""
+    node, factor, up = pair.b_node, 1.0, []
+    while len(node.users) == 1:
+        (user,) = node.users
+        term = pair.scope.term(user)
+        if isinstance(term, Add):
+            if term.right is node:
+                return user, term.left, up, factor * term.factor
+            if term.factor != 1.0:
+                raise _Refusal("the base output is scaled before the add", _LEAVE)
+            return user, term.right, up, factor
+        if isinstance(term, Scale):
+            factor *= term.factor
+        elif isinstance(term, Dropout) and term.p > 0:
+            raise _Refusal("a dropout follows lora_B", _LEAVE)
+        elif not isinstance(term, Cast | Dropout):
+            break
+        up.append(user)
+        node = user
+    raise _Refusal("the output of B(A(x)) is not added to a linear's output in this graph", _LEAVE)
+
+
+def _check_base(base: Linear) -> None:
+    value = base.weight.value
+    if base.weight.transposed:
+        raise _Refusal("the base weight is stored [in, out]", "Use a layer that stores [out, in]")
+    if not is_plain(value):
+        raise _Refusal(
+            f"the base weight is a {type(value).__name__}", "Use an unquantized nn.Linear as base"
+        )
+    if value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise _Refusal(
+            f"the base weight is already quantized ({value.dtype})",
+            "Use an unquantized nn.Linear as base",
+        )
+    if value.requires_grad:
+        raise _Refusal(
+            "the base weight is trained too", "Freeze it (requires_grad_(False)); only B is trained"
+        )
+
+
+def _check_shapes(base: Linear | BaseLinear, pair: _Pair) -> None:
+    if isinstance(base, Linear):
+        out, features = _shape(base.weight)
+    else:
+        rows, features = value_of(base.state[0]).shape
+        out = rows - _shape(pair.a.weight)[0]
+    if (out, features) != (_shape(pair.b.weight)[0], _shape(pair.a.weight)[1]):
+        raise _Refusal("the shapes of W, A and B don't belong together", _LEAVE)
+
+
+def _peel_casts(scope: Scope, node: fx.Node) -> fx.Node:
+    while isinstance(term := scope.term(node), Cast):
+        node = term.x
+    return node
+
+
+def _trailing_cast(scope: Scope, add: fx.Node) -> fx.Node:
+    """The cast of the sum, where it is the sum's only use: the fused op writes that dtype."""
+    if len(add.users) == 1:
+        (user,) = add.users
+        if isinstance(scope.term(user), Cast):
+            return user
+    return add
+
+
+def _exclusive(nodes: tuple[fx.Node, ...], inside: set[fx.Node]) -> set[fx.Node]:
+    """Of the casts and dropouts above x, those that serve this site alone."""
+    own: set[fx.Node] = set()
+    for node in nodes:
+        if not all(user in inside or user in own for user in node.users):
+            break
+        own.add(node)
+    return own
+
+
+def _check_private(nodes: set[fx.Node], inside: set[fx.Node], taken: set[fx.Node]) -> None:
+    for node in nodes:
+        if node in taken:
+            raise _Refusal("the base layer already belongs to another adapter's site", _LEAVE)
+        for user in node.users:
+            if user not in inside:
+                raise _Refusal(
+                    f"its intermediate value {node.name} is also used by {user.name}", _LEAVE
+                )
+
+
+def _shape(param: Param) -> tuple[int, int]:
+    first, second = param.value.shape
+    return (second, first) if param.transposed else (first, second)

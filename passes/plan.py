@@ -1,0 +1,183 @@
+"""Pass 3: decide what becomes of each match: which state, which spec, or why not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import fx
+
+from falqon_fx._compat import is_dtensor, source_path
+from falqon_fx.config import FalqonConfig
+from falqon_fx.errors import FalqonError
+from falqon_fx.passes.match import Match, RejectedMatch
+from falqon_fx.passes.normalize import BaseLinear, Param, Scope, value_of
+from falqon_fx.report import Rejected, Site
+from falqon_fx.spec import SiteSpec, parse_spec
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The state of one (W, A, B) in a graph, shared by all sites that use it.
+
+    ``prepared`` are the root nodes of a prepared state; else the state is looked up per call.
+    """
+
+    index: int
+    path: str
+    base: Param | None
+    lora_a: Param
+    lora_b: Param
+    out: int
+    features: int
+    rank: int
+    scaling: float
+    prepared: tuple[fx.Node, ...] | None
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """A match that will be rewritten."""
+
+    match: Match
+    slot: Slot
+    report: Site
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do with a graph."""
+
+    root: Scope
+    config: FalqonConfig
+    spec: SiteSpec
+    sites: tuple[SitePlan, ...]
+    slots: tuple[Slot, ...]
+    rejected: tuple[Rejected, ...]
+
+
+def plan(
+    root: Scope, matches: list[Match], rejected: list[RejectedMatch], config: FalqonConfig
+) -> Plan:
+    """Choose sites and give equal (W, A, B, scaling) one slot.
+
+    Raises:
+        FalqonError: a site that can't be trained rightly as asked (device, topk, sharding).
+    """
+    spec = SiteSpec.from_config(config)
+    refused = [
+        Rejected(_path(root, (r.lora_a, r.lora_b), r.scope), r.reason, r.remedy) for r in rejected
+    ]
+    sites: list[SitePlan] = []
+    slots: dict[tuple[object, ...], Slot] = {}
+    for found in matches:
+        path = _path(root, _params(found), found.scope)
+        why = _refusal(found, path, config)
+        if why is not None:
+            refused.append(why)
+            continue
+        _check(found, path, config)
+        key = (*(_identity(found.scope, p) for p in _params(found)), found.scaling)
+        if key not in slots:
+            slots[key] = _slot(len(slots), path, found)
+        sites.append(SitePlan(found, slots[key], _describe(found, slots[key], spec)))
+    return Plan(root, config, spec, tuple(sites), tuple(slots.values()), tuple(refused))
+
+
+def _params(found: Match) -> tuple[Param, ...]:
+    if isinstance(found.base, BaseLinear):
+        code = found.base.state[0]
+        return (Param(value_of(found.scope.outer(code)), code), found.lora_a, found.lora_b)
+    return (found.base.weight, found.lora_a, found.lora_b)
+
+
+def _refusal(found: Match, path: str, config: FalqonConfig) -> Rejected | None:
+    if not config.selects(path):
+        return Rejected(path, "include= or exclude= leaves it out", "Change the patterns")
+    if found.dropout > 0 and config.dropout == "reject":
+        return Rejected(
+            path, f"a merged weight can't apply the adapter dropout p={found.dropout:g}",
+            'Set lora_dropout=0, or dropout="ignore"',
+        )
+    return None
+
+
+def _check(found: Match, path: str, config: FalqonConfig) -> None:
+    x = value_of(found.x)
+    for param in _params(found):
+        if is_dtensor(param.value):
+            raise FalqonError(
+                path, "its parameters are sharded (DTensor: FSDP2 or tensor parallel), which is "
+                "not built yet", "Use DDP or one GPU"
+            )
+        if x is not None and param.value.device != x.device:
+            raise FalqonError(
+                path, f"a parameter is on {param.value.device}, its input on {x.device}",
+                "Move the whole model to one device",
+            )
+    config.rows(found.lora_b.value.shape[0])
+    if isinstance(found.base, BaseLinear):
+        done = parse_spec(found.base.spec)
+        asked = SiteSpec.from_config(config)
+        if (done.granularity, done.scale) != (asked.granularity, asked.scale):
+            raise FalqonError(
+                path, f"prepare() used granularity={done.granularity!r}, scale={done.scale!r}; the "
+                f"backend is asked for {asked.granularity!r}, {asked.scale!r}",
+                "Give prepare() and torch.compile() the same config",
+            )
+
+
+def _identity(scope: Scope, param: Param) -> object:
+    """Equal for equal parameters, wherever in the graph they are read."""
+    if param.node is None:
+        return id(param.value)
+    outer = scope.outer(param.node)
+    return str(outer.target) if outer.op == "get_attr" else outer
+
+
+def _slot(index: int, path: str, found: Match) -> Slot:
+    out, rank = found.lora_b.value.shape
+    base, scope = found.base, found.scope
+    common = {
+        "index": index, "path": path, "out": out, "rank": rank, "scaling": found.scaling,
+        "features": found.lora_a.value.shape[1],
+        "lora_a": _at_root(scope, found.lora_a), "lora_b": _at_root(scope, found.lora_b),
+    }
+    if isinstance(base, BaseLinear):
+        nodes = tuple(scope.outer(node) for node in base.state)
+        return Slot(base=None, prepared=nodes, **common)  # type: ignore[arg-type]
+    return Slot(base=_at_root(scope, base.weight), prepared=None, **common)  # type: ignore[arg-type]
+
+
+def _at_root(scope: Scope, param: Param) -> Param:
+    if param.node is None:
+        return param
+    return Param(param.value, scope.outer(param.node), param.name, param.transposed)
+
+
+def _describe(found: Match, slot: Slot, spec: SiteSpec) -> Site:
+    value = value_of(found.anchor)
+    return Site(
+        path=slot.path, out_features=slot.out, in_features=slot.features, rank=slot.rank,
+        scaling=found.scaling, dropout=found.dropout,
+        out_dtype=str(value.dtype).removeprefix("torch."), spec=str(spec),
+    )
+
+
+def _path(root: Scope, params: Iterable[Param], scope: Scope) -> str:
+    """The deepest module path that holds all of the site's parameters."""
+    names = [name for p in params if (name := _name(scope, p))]
+    parts = [name.split(".") for name in names]
+    common: list[str] = []
+    for column in zip(*(p[:-1] for p in parts), strict=False):
+        if len(set(column)) > 1:
+            break
+        common.append(column[0])
+    return ".".join(common) or (names[0] if names else "?")
+
+
+def _name(scope: Scope, param: Param) -> str:
+    if param.node is None:
+        return param.name or ""
+    outer = scope.outer(param.node)
+    return str(outer.target) if outer.op == "get_attr" else source_path(outer) or str(outer.target)

@@ -1,0 +1,130 @@
+"""Pass 4: put ``falqon::merged_linear`` in the place of each planned site."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from falqon_fx._compat import mark_static_input
+from falqon_fx.merged import allocate
+from falqon_fx.passes.normalize import BaseLinear, Param, Scope, value_of
+from falqon_fx.passes.plan import Plan, SitePlan, Slot
+
+STATE = ("code", "scale", "applied", "counters", "writes")
+
+
+@dataclass(frozen=True)
+class SlotNodes:
+    """The root graph's nodes of a slot: its state, in the order of `STATE`, and its parameters."""
+
+    slot: Slot
+    state: tuple[fx.Node, ...]
+    base: fx.Node | None
+    lora_a: fx.Node
+    lora_b: fx.Node
+
+
+def rewrite(plan: Plan) -> tuple[SlotNodes, ...]:
+    """Edit the graph of ``plan.root`` in place; returns where each slot's state enters it.
+
+    State of unprepared sites becomes trailing placeholders of the root graph, and trailing operands
+    of the checkpoint bodies that hold sites.
+    """
+    slots = tuple(_enter(plan, slot) for slot in plan.slots)
+    for site in plan.sites:
+        _replace(plan, site, slots[site.slot.index])
+    for scope in plan.root.walk():
+        scope.gm.graph.lint()
+        scope.gm.recompile()
+    return slots
+
+
+def _enter(plan: Plan, slot: Slot) -> SlotNodes:
+    lora_a, lora_b = _node(plan.root, slot.lora_a), _node(plan.root, slot.lora_b)
+    if slot.prepared is not None:
+        return SlotNodes(slot, slot.prepared, None, lora_a, lora_b)
+    assert slot.base is not None
+    base = _node(plan.root, slot.base)
+    state = []
+    value = slot.base.value
+    fake = allocate(  # shapes and dtypes; the values come at run time
+        slot.out, slot.features, slot.rank, value.dtype, slot.scaling, plan.spec,
+        torch.device("meta"),
+    )
+    for name, tensor in zip(STATE, fake.tensors, strict=True):
+        node = plan.root.add_input(f"falqon_{slot.index}_{name}")
+        node.meta["falqon_shape"] = (tuple(tensor.shape), tensor.dtype, value.device)
+        mark_static_input(node)
+        state.append(node)
+    return SlotNodes(slot, tuple(state), base, lora_a, lora_b)
+
+
+def _node(scope: Scope, param: Param) -> fx.Node:
+    """The node of a parameter; one is made for the parameter of a module called as such."""
+    if param.node is not None:
+        return param.node
+    with scope.after_inputs():
+        node = scope.gm.graph.get_attr(str(param.name))
+    node.meta["val"] = param.value
+    return node
+
+
+def _replace(plan: Plan, site: SitePlan, slot: SlotNodes) -> None:
+    found = site.match
+    scope, anchor, graph = found.scope, found.anchor, found.scope.gm.graph
+    value = value_of(anchor)
+    code, scale, applied = (_bring(scope, node) for node in slot.state[:3])
+    lora_b = _bring(scope, slot.lora_b)
+    bias = found.base.bias
+    if isinstance(bias, Param):
+        bias = _node(scope, bias)
+    with graph.inserting_before(anchor):
+        pair = graph.call_function(
+            torch.ops.falqon.merged_linear.default,
+            (found.x, code, scale, applied, lora_b, bias, found.scaling, value.dtype,
+             str(plan.spec)),
+        )
+        fused = graph.call_function(operator.getitem, (pair, 0))
+        result = fused
+        if found.lora_bias is not None:
+            # A bias of lora_B is outside W': it is added as the original does.
+            term = _node(scope, found.lora_bias)
+            if found.scaling != 1.0:
+                term = graph.call_function(operator.mul, (term, found.scaling))
+            total = graph.call_function(operator.add, (fused, term))
+            result = graph.call_method("to", (total, value.dtype))
+    for node in (pair, fused, result):
+        node.meta.update({k: v for k, v in anchor.meta.items() if k in _KEPT})
+    key = "example_value" if "example_value" in anchor.meta else "val"
+    fused.meta[key] = result.meta[key] = value
+    anchor.replace_all_uses_with(result)
+    _erase(graph, found.nodes)
+
+
+_KEPT = ("nn_module_stack", "stack_trace", "source_fn_stack")
+
+
+def _erase(graph: fx.Graph, nodes: frozenset[fx.Node]) -> None:
+    remaining = set(nodes)
+    while free := [node for node in remaining if not node.users]:
+        for node in free:
+            graph.erase_node(node)
+        remaining.difference_update(free)
+
+
+def _bring(scope: Scope, node: fx.Node) -> fx.Node:
+    """A root node's value inside ``scope``: itself, or the operand that carries it there."""
+    if scope.parent is None or scope.call is None:
+        return node
+    operand = _bring(scope.parent, node)
+    for inner, outer in scope.operands.items():
+        if outer is operand:
+            return inner
+    inner = scope.add_input(node.name)
+    inner.meta.update(node.meta)
+    scope.call.args = (*scope.call.args, operand)
+    scope.operands[inner] = operand
+    return inner
