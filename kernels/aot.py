@@ -1,0 +1,71 @@
+"""Ahead-of-time compilation of generated kernels, for GPUs that this machine need not have."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+ARCHITECTURES = (89, 90, 100, 120)
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """One kernel for one architecture: its PTX and what the assembler made of it.
+
+    ``stack_bytes`` counts what was spilled from registers, or never fitted there.
+    """
+
+    name: str
+    architecture: int
+    ptx: str
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+
+
+def compile_ahead(
+    kernel: Any, signature: Mapping[str, str], architecture: int, num_warps: int
+) -> CompiledKernel:
+    """Compiles ``kernel`` (loaded with ``interpret=False``) for sm_``architecture``.
+
+    ``signature`` gives each argument's Triton type (``"*bf16"``, ``"i32"``); a type that ends in
+    ``:16``, the form that Triton uses itself, is a pointer or integer divisible by 16.
+    """
+    types = {name: kind.removesuffix(":16") for name, kind in signature.items()}
+    attributes = {
+        (index,): [["tt.divisibility", 16]]
+        for index, kind in enumerate(signature.values())
+        if kind.endswith(":16")
+    }
+    compiled = triton.compile(
+        ASTSource(fn=kernel, signature=types, attrs=attributes),
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": num_warps},
+    )
+    usage = _resource_usage(compiled.asm["cubin"])
+    return CompiledKernel(
+        name=kernel.__name__,
+        architecture=architecture,
+        ptx=compiled.asm["ptx"],
+        registers=usage["REG"],
+        stack_bytes=usage["STACK"] + usage["LOCAL"],
+        shared_bytes=compiled.metadata.shared,
+    )
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    # The assembler's own log is empty when Triton finds the kernel in its cache; this is not.
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}

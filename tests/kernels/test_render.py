@@ -1,0 +1,71 @@
+import ast
+import os
+from itertools import product
+from pathlib import Path
+
+import jinja2
+import pytest
+
+from falqon_fx.kernels import ActivationCastSpec, spec
+from falqon_fx.kernels.render import render
+
+GOLDEN = Path(__file__).parent / "golden"
+SPECS = [
+    ActivationCastSpec.for_width(4096, input_dtype="bfloat16", granularity="row"),
+    ActivationCastSpec.for_width(4096, input_dtype="bfloat16", granularity="tensor", scale="pow2"),
+    ActivationCastSpec.for_width(
+        32768, input_dtype="float32", fp8="e5m2", granularity="row", scale="pow2", cast="integer"
+    ),
+    ActivationCastSpec.for_width(
+        256, input_dtype="float16", fp8="e4m3", granularity="tensor", cast="integer"
+    ),
+]
+
+
+@pytest.mark.parametrize("golden_spec", SPECS, ids=lambda s: s.name)
+def test_golden_source(golden_spec):
+    path = GOLDEN / f"{golden_spec.name}.py.txt"
+    source = render(golden_spec)
+    if os.environ.get("FALQON_WRITE_GOLDEN"):
+        path.write_text(source)
+    assert source == path.read_text(), "set FALQON_WRITE_GOLDEN=1 to accept the new source"
+
+
+def test_no_golden_file_is_left_over():
+    assert {p.name for p in GOLDEN.iterdir()} == {f"{s.name}.py.txt" for s in SPECS}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fp8", "granularity", "scale", "cast"),
+    list(
+        product(
+            ["float32", "bfloat16", "float16"],
+            ["e4m3", "e5m2"],
+            ["tensor", "row"],
+            ["amax", "pow2"],
+            ["hardware", "integer"],
+        )
+    ),
+)
+def test_every_choice_renders_to_readable_python(dtype, fp8, granularity, scale, cast):
+    made_for = ActivationCastSpec.for_width(
+        4096, input_dtype=dtype, fp8=fp8, granularity=granularity, scale=scale, cast=cast
+    )
+    source = render(made_for)
+    assert source == render(made_for)
+    assert not any(mark in source for mark in ("{{", "{%", "{#"))
+    assert max(map(len, source.splitlines())) <= 100
+    header = source.split("import triton")[0].replace("\n#  ", "")
+    assert str(made_for) in header
+    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    assert all(ast.get_docstring(function) for function in functions)
+
+
+def test_name_that_the_spec_lacks_is_an_error(monkeypatch):
+    monkeypatch.setattr("falqon_fx.kernels.render.template_text", lambda name: "{{ no_such }}")
+    with pytest.raises(jinja2.UndefinedError, match="no_such"):
+        render(SPECS[0])
+
+
+def test_template_text_is_installed():
+    assert "triton" in spec.template_text("activation_cast")
