@@ -1,0 +1,323 @@
+"""Held-out NLL of falqon against LoRA, each at its own best learning rate.
+
+    python benchmarks/nll.py                                     # b, c and d of the demo
+    python benchmarks/nll.py --variants falqon --extra nearest:rounding=nearest,topk=all
+
+Every learning rate is tried on seed 0, the best goes on to the other seeds. Steps, batches and
+the start of A are the same for all. Finished runs are kept in ``results/nll-<date>-<machine>.json``
+and are not repeated: an interrupted benchmark goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import common
+import smollm
+import training
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import nn
+from training import PUBLIC_CODE, Variant
+
+import falqon_fx
+
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+DEFAULT = ("lora_frozen_a", "falqon", "falqon_public_code")
+BATCH_SIZE = 8
+NUMERIC_OPTIONS = ("init", "granularity", "scale", "topk", "pending", "rounding", "grad_dtype")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One finished run."""
+
+    variant: str
+    options: str  # of FalqonConfig, defaults included
+    learning_rate: float
+    seed: int
+    steps: int
+    nll_before: float
+    nll_half: float  # after half of the steps
+    nll_after: float
+    seconds_per_step: float
+    commit: str
+
+    @property
+    def key(self) -> tuple[str, str, float, int, int]:
+        return self.variant, self.options, self.learning_rate, self.seed, self.steps
+
+    @property
+    def score(self) -> float:
+        """The NLL to minimize; a diverged run never wins."""
+        after = self.nll_after
+        return after if after is not None and math.isfinite(after) else math.inf
+
+
+@dataclass(frozen=True)
+class Data:
+    """The base and the data, loaded once."""
+
+    base: nn.Module
+    tokenizer: Any
+    chats: smollm.Split
+    length: int
+    held_out: list[smollm.Batch]
+
+    @classmethod
+    def load(cls) -> Data:
+        base, tokenizer = smollm.load_model()
+        chats = smollm.split(smollm.chatterbot_pairs())
+        length = smollm.fixed_length(tokenizer, chats.train)
+        held_out = smollm.batches(tokenizer, chats.held_out, length, BATCH_SIZE, fill=True)
+        return cls(base, tokenizer, chats, length, held_out)
+
+    def train(self, steps: int, seed: int) -> list[smollm.Batch]:
+        return smollm.training_batches(
+            self.tokenizer, self.chats.train, self.length, BATCH_SIZE, steps, seed
+        )
+
+
+class Results:
+    """The records of a file, written after each run."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        content = common.read_json(file) if file.exists() else {"records": []}
+        self.records = [Record(**record) for record in content["records"]]
+
+    def find(self, key: tuple[str, str, float, int, int]) -> Record | None:
+        return next((record for record in self.records if record.key == key), None)
+
+    def add(self, record: Record) -> None:
+        self.records.append(record)
+        rows = [asdict(record) for record in self.records]
+        common.write_json(self.file, {"environment": common.environment(), "records": rows})
+        common.write_csv(self.file.with_suffix(".csv"), rows)
+
+
+# ---------------------------------------------------------------- variants
+
+
+def known_variants(baseline: str, inner: str) -> dict[str, Variant]:
+    """Variants by name; the learning rate is set for each run."""
+    options = {} if inner == "inductor" else {"inner": inner}
+    runs = (
+        Variant("lora", "LoRA", 0.0, baseline),
+        Variant("lora_frozen_a", "LoRA, A frozen", 0.0, baseline, train_a=False),
+        Variant("falqon", "falqon", 0.0, "falqon", options),
+        Variant("falqon_public_code", "public code", 0.0, "falqon", PUBLIC_CODE | options),
+    )
+    return {variant.name: variant for variant in runs}
+
+
+def extra_variant(text: str, inner: str) -> Variant:
+    """``name:key=value,key=value``: falqon with these options of FalqonConfig."""
+    name, colon, assignments = text.partition(":")
+    if not name or not colon:
+        raise argparse.ArgumentTypeError(f"{text!r} is not name:key=value,key=value")
+    options: dict[str, Any] = {} if inner == "inductor" else {"inner": inner}
+    for assignment in filter(None, assignments.split(",")):
+        key, _, value = assignment.partition("=")
+        options[key] = _value(value)
+    falqon_fx.FalqonConfig.from_options(options)  # complains now, not after an hour
+    return Variant(name, name, 0.0, "falqon", options)
+
+
+def _value(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def options_text(variant: Variant) -> str:
+    """Every option that changes results, so that a changed default is measured anew."""
+    if variant.backend != "falqon":
+        return "-"
+    config = falqon_fx.FalqonConfig.from_options(variant.options)
+    return " ".join(f"{name}={getattr(config, name)}" for name in NUMERIC_OPTIONS)
+
+
+# ---------------------------------------------------------------- runs
+
+
+class Bench:
+    """Runs what the results don't hold yet."""
+
+    def __init__(self, results: Results, steps: int, progress: Progress) -> None:
+        self.results = results
+        self.steps = steps
+        self.progress = progress
+        self.data: Data | None = None
+        self.commit = common.versions()["commit"]
+
+    def best_rate(self, variant: Variant, rates: Sequence[float], seed: int) -> float:
+        """The learning rate with the lowest held-out NLL on ``seed``."""
+        tried = [self.record(replace(variant, learning_rate=rate), seed) for rate in rates]
+        return min(tried, key=lambda record: record.score).learning_rate
+
+    def record(self, variant: Variant, seed: int) -> Record:
+        """The finished run, from the results or made now."""
+        key = (variant.name, options_text(variant), variant.learning_rate, seed, self.steps)
+        found = self.results.find(key)
+        if found is None:
+            found = self._run(variant, seed)
+            self.results.add(found)
+        return found
+
+    def _run(self, variant: Variant, seed: int) -> Record:
+        self.data = self.data or Data.load()
+        data = self.data
+        title = f"{variant.title} {variant.learning_rate:g} seed {seed}"
+        trainee = training.build(variant, data.base, seed)
+        optimizer = training.make_optimizer(trainee.model, variant.learning_rate)
+        batches = data.train(self.steps, seed)
+        half = self.steps // 2
+        nll = [training.mean_nll(trainee, data.held_out, self.progress, f"{title}: before")]
+        seconds: list[float] = []
+        for part in (batches[:half], batches[half:]):
+            seconds += training.train_steps(trainee, optimizer, part, self.progress, title)[1]
+            nll.append(training.mean_nll(trainee, data.held_out, self.progress, f"{title}: NLL"))
+        self.progress.console.print(f"{title}: {' -> '.join(f'{value:.3f}' for value in nll)}")
+        for task in self.progress.task_ids:
+            self.progress.remove_task(task)
+        return Record(
+            variant.name,
+            options_text(variant),
+            variant.learning_rate,
+            seed,
+            self.steps,
+            *nll,
+            statistics.median(seconds[1:] or seconds),
+            self.commit,
+        )
+
+
+def measure(
+    bench: Bench, variants: Sequence[Variant], rates: Sequence[float], seeds: Sequence[int]
+) -> dict[str, list[Record]]:
+    """The records of each variant's best learning rate, one a seed."""
+    chosen = {}
+    for variant in variants:
+        rate = bench.best_rate(variant, rates, seeds[0])
+        best = replace(variant, learning_rate=rate)
+        chosen[variant.name] = [bench.record(best, seed) for seed in seeds]
+        training.release()  # runs of one variant share their compiled graphs, others don't
+        gc.collect()
+    return chosen
+
+
+# ---------------------------------------------------------------- report
+
+HEADER = ("variant", "options", "best lr", "before", "half", "after: mean", "spread", "each seed")
+
+
+def summary(chosen: dict[str, list[Record]]) -> list[list[str]]:
+    """A row a variant: mean and spread (largest minus smallest) over the seeds."""
+    rows = []
+    for name, records in chosen.items():
+        after = [record.score for record in records]
+        rows.append(
+            [
+                name,
+                records[0].options,
+                f"{records[0].learning_rate:g}",
+                f"{records[0].nll_before:.3f}",
+                f"{statistics.fmean(r.nll_half or math.inf for r in records):.3f}",
+                f"{statistics.fmean(after):.3f}",
+                f"{max(after) - min(after):.3f}",
+                " ".join(f"{value:.3f}" for value in after),
+            ]
+        )
+    return rows
+
+
+def claims(chosen: dict[str, list[Record]]) -> list[str]:
+    """The differences that are promised, where their runs are there."""
+    mean = {name: statistics.fmean(r.score for r in records) for name, records in chosen.items()}
+    lines = []
+    if {"falqon", "lora_frozen_a"} <= set(mean):
+        gap = mean["falqon"] - mean["lora_frozen_a"]
+        lines.append(f"falqon - lora_frozen_a = {gap:+.3f} (wanted: at most 0.05)")
+    if {"falqon", "falqon_public_code"} <= set(mean):
+        gain = mean["falqon_public_code"] - mean["falqon"]
+        lines.append(f"falqon_public_code - falqon = {gain:+.3f} (wanted: at least 0.1)")
+    return lines
+
+
+def sweep(records: Sequence[Record], seed: int, steps: int) -> list[list[str]]:
+    """Every learning rate that was tried on ``seed``."""
+    tried = [r for r in records if r.seed == seed and r.steps == steps]
+    tried.sort(key=lambda r: (r.variant, r.options, r.learning_rate))
+    groups = itertools.groupby(tried, key=lambda r: (r.variant, r.options))
+    return [
+        [name, options, "; ".join(f"{r.learning_rate:g}: {r.score:.3f}" for r in group)]
+        for (name, options), group in groups
+    ]
+
+
+def report(chosen: dict[str, list[Record]], results: Results, console: Console) -> None:
+    """Print the table and write it as Markdown beside the JSON."""
+    rows = summary(chosen)
+    first = next(iter(chosen.values()))
+    steps, seeds = first[0].steps, len(first)
+    title = f"Held-out NLL after {steps} steps of batch {BATCH_SIZE}, {seeds} seeds"
+    table = Table(*HEADER, title=title)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table, *claims(chosen), sep="\n")
+    page = common.markdown(title, common.environment(), HEADER, rows)
+    page += "".join(f"\n- {claim}" for claim in claims(chosen))
+    page += f"\n\nEvery learning rate, seed {first[0].seed}:\n\n"
+    tried = sweep(results.records, first[0].seed, steps)
+    page += "\n".join(common.markdown_table(("variant", "options", "NLL"), tried)) + "\n"
+    results.file.with_suffix(".md").write_text(page, encoding="utf-8")
+    console.print(f"Written: {results.file.with_suffix('')}.json, .csv, .md", highlight=False)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--variants", nargs="*", default=DEFAULT)
+    parser.add_argument("--extra", nargs="*", default=[], metavar="NAME:KEY=VALUE,...")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
+    parser.add_argument("--baseline", choices=("eager", "inductor"), default="inductor")
+    parser.add_argument("--inner", choices=("eager", "inductor"), default="inductor")
+    parser.add_argument("--results", type=Path, help="default: this machine's newest")
+    args = parser.parse_args(argv)
+    known = known_variants(args.baseline, args.inner)
+    for name in args.variants:
+        if name not in known:
+            parser.error(f"unknown variant {name!r}; known: {', '.join(known)}")
+    args.chosen = [known[name] for name in args.variants]
+    args.chosen += [extra_variant(text, args.inner) for text in args.extra]
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    console = Console()
+    results = Results(args.results or common.latest_or_new("nll"))
+    with training.progress_bar(console) as progress:
+        bench = Bench(results, args.steps, progress)
+        chosen = measure(bench, args.chosen, args.rates, args.seeds)
+    report(chosen, results, console)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""One training run of a LoRA model, plain or through falqon; used by examples and benchmarks.
+
+Every run starts from the same bf16 base, the same Kaiming A and the same batches, and is measured
+in the same way, so that only the thing named by its :class:`Variant` differs.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from smollm import IGNORED, Batch, prompt_ids
+from torch import Tensor, nn
+
+import falqon_fx
+
+LORA = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+PUBLIC_CODE = {
+    "pending": "drop",
+    "granularity": "tensor",
+    "topk": 10,
+    "rounding": "nearest",
+    "init": "svd",
+    "scale": "amax",
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What distinguishes one run from another."""
+
+    name: str
+    title: str
+    learning_rate: float
+    backend: str  # "eager", "inductor" or "falqon"
+    options: Mapping[str, Any] = field(default_factory=dict)  # of FalqonConfig
+    train_a: bool = True  # falqon freezes A by itself
+    bf16_adapter: bool = False  # PEFT's default keeps A and B in float32
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A model with its two ways to be called."""
+
+    model: PeftModel
+    train_step: Callable[..., Any]
+    evaluate: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The measurements of one finished run."""
+
+    nll_before: float
+    nll_after: float
+    losses: list[float]
+    seconds: list[float]  # of each step, the first with compilation
+
+    @property
+    def first_step_seconds(self) -> float:
+        return self.seconds[0]
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Median of the steps after the first (of all, if there is only one)."""
+        return statistics.median(self.seconds[1:] or self.seconds)
+
+
+# ---------------------------------------------------------------- build
+
+
+def build(variant: Variant, base: nn.Module, seed: int) -> Trainee:
+    """The variant's model on a copy of ``base``, ready to be trained."""
+    model = with_adapter(variant, copy.deepcopy(base), seed)
+    if variant.backend == "falqon":
+        falqon_fx.prepare(model, falqon_fx.FalqonConfig(**variant.options))
+    return compiled(variant, model)
+
+
+def with_adapter(variant: Variant, base: nn.Module, seed: int) -> PeftModel:
+    """PEFT's adapter on ``base``, with an A that depends on ``seed`` alone."""
+    torch.manual_seed(seed)
+    model = get_peft_model(
+        base, copy.deepcopy(LORA), autocast_adapter_dtype=not variant.bf16_adapter
+    )
+    if not variant.train_a:
+        freeze_a(model)
+    return model
+
+
+def compiled(variant: Variant, model: PeftModel) -> Trainee:
+    """The model with the variant's compiler.
+
+    Inductor's baseline is evaluated eagerly: to compile once more costs more than it saves.
+    """
+    if variant.backend == "falqon":
+        call = torch.compile(model, backend="falqon", options=dict(variant.options))
+        return Trainee(model, call, call)
+    if variant.backend == "inductor":
+        return Trainee(model, torch.compile(model), model)
+    return Trainee(model, model, model)
+
+
+def freeze_a(model: nn.Module) -> None:
+    """Train B alone, as LoRA-FA does."""
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            parameter.requires_grad_(False)
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """The layers that PEFT put an adapter on, by path."""
+    return {path: layer for path, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+
+
+def site_weight_bytes(trainee: Trainee, variant: Variant) -> int:
+    """Bytes of the base weights: bf16, or FP8 with its scales and the applied part of B."""
+    if variant.backend == "falqon":
+        return sum(
+            tensor.nbytes
+            for site in falqon_fx.adapters(trainee.model).values()
+            for tensor in (site.weight, site.scale, site.applied)
+        )
+    layers = lora_layers(trainee.model).values()
+    return sum(layer.get_base_layer().weight.nbytes for layer in layers)
+
+
+def site_count(trainee: Trainee, variant: Variant) -> int:
+    """How many layers train an adapter; for falqon, how many it merged."""
+    if variant.backend == "falqon":
+        return len(falqon_fx.adapters(trainee.model))
+    return len(lora_layers(trainee.model))
+
+
+def release() -> None:
+    """Drop compiled code and what it keeps alive, before the next model comes."""
+    torch._dynamo.reset()
+    gc.collect()
+
+
+# ---------------------------------------------------------------- run
+
+
+def progress_bar(console: Console | None = None) -> Progress:
+    """The bars of one run."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description:<44}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:>3}/{task.total}"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    )
+
+
+def run(
+    trainee: Trainee,
+    variant: Variant,
+    train: list[Batch],
+    held_out: list[Batch],
+    progress: Progress,
+    nll_before: float | None = None,
+) -> Trained:
+    """Evaluate, train on every batch of ``train``, evaluate again.
+
+    ``nll_before`` is measured unless it is given: with B = 0 every bf16 run starts as the base.
+    """
+    if nll_before is None:
+        nll_before = mean_nll(trainee, held_out, progress, f"{variant.title}: held-out before")
+    optimizer = make_optimizer(trainee.model, variant.learning_rate)
+    title = f"{variant.title}: training"
+    losses, seconds = train_steps(trainee, optimizer, train, progress, title)
+    nll_after = mean_nll(trainee, held_out, progress, f"{variant.title}: held-out after")
+    return Trained(nll_before, nll_after, losses, seconds)
+
+
+def train_steps(
+    trainee: Trainee,
+    optimizer: torch.optim.Optimizer,
+    batches: list[Batch],
+    progress: Progress,
+    title: str,
+) -> tuple[list[float], list[float]]:
+    """Loss and seconds of one step a batch."""
+    trainee.model.train()
+    task = progress.add_task(title, total=len(batches), note="first step")
+    losses: list[float] = []
+    seconds: list[float] = []
+    for batch in batches:
+        start = time.perf_counter()
+        loss = train_step(trainee, optimizer, batch)
+        seconds.append(time.perf_counter() - start)
+        losses.append(loss)
+        progress.update(task, advance=1, note=f"loss {loss:.3f}  {seconds[-1]:.2f} s")
+    return losses, seconds
+
+
+def make_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    """Fused AdamW on what is trainable, at a constant rate and without weight decay."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=0.0, fused=True)
+
+
+def train_step(trainee: Trainee, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
+    """Forward, backward, step; the loss before the step."""
+    loss = trainee.train_step(input_ids=batch.input_ids, labels=batch.labels).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+@torch.no_grad()
+def mean_nll(trainee: Trainee, batches: list[Batch], progress: Progress, title: str) -> float:
+    """Mean negative log-likelihood of an answer token, over all batches."""
+    trainee.model.eval()
+    task = progress.add_task(title, total=len(batches), note="")
+    total = 0.0
+    for batch in batches:
+        loss = trainee.evaluate(input_ids=batch.input_ids, labels=batch.labels).loss
+        total += loss.item() * batch.targets
+        progress.update(task, advance=1)
+    return total / sum(batch.targets for batch in batches)
+
+
+@torch.no_grad()
+def answers(
+    trainee: Trainee, tokenizer: Any, questions: list[str], shape: torch.Size, tokens: int = 24
+) -> list[str]:
+    """A short greedy answer to each question.
+
+    Runs batches of ``shape``, the one that evaluation uses, so that nothing is compiled again.
+    """
+    trainee.model.eval()
+    prompts = [prompt_ids(tokenizer, (("user", question),)) for question in questions]
+    ids = torch.full(shape, tokenizer.pad_token_id)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = torch.tensor(prompt)
+    ends = [len(prompt) for prompt in prompts]
+    unlabelled = torch.full_like(ids, IGNORED)
+    for _ in range(tokens):
+        logits = trainee.evaluate(input_ids=ids, labels=unlabelled).logits
+        if not _append_best(ids, ends, logits, tokenizer.eos_token_id):
+            break
+    return [
+        tokenizer.decode(ids[row, len(prompt) : ends[row]], skip_special_tokens=True).strip()
+        for row, prompt in enumerate(prompts)
+    ]
+
+
+def _append_best(ids: Tensor, ends: list[int], logits: Tensor, eos: int) -> bool:
+    """Append the likeliest token to every row that goes on; whether any does."""
+    running = False
+    for row, end in enumerate(ends):
+        if end >= ids.shape[1] or ids[row, end - 1] == eos:
+            continue
+        ids[row, end] = logits[row, end - 1].argmax()
+        ends[row] += 1
+        running = True
+    return running
