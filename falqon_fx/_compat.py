@@ -17,19 +17,35 @@ def version(tensor: Tensor) -> int:
 
 def inductor_compile(
     gm: fx.GraphModule, inputs: Sequence[Any], options: Mapping[str, Any], mode: str | None,
-    decompositions: Mapping[Any, Callable[..., Any]],
+    decompositions: Mapping[Any, Callable[..., Any]], joint_pass: Callable[[fx.Graph], None],
+    version: str,
 ) -> Callable[..., Any]:
-    """AOTAutograd + Inductor with extra decompositions."""
+    """AOTAutograd + Inductor with decompositions and a joint-graph pass, both named ``version``."""
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.custom_graph_pass import CustomGraphPass
 
-    patches = {**(list_mode_options(mode) if mode else {}), **options}
-    table = {**select_decomp_table(), **decompositions}
+    class JointPass(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            joint_pass(graph)
+
+        def uuid(self) -> str:
+            return version
+
+    patches = {
+        "joint_custom_post_pass": JointPass(), **(list_mode_options(mode) if mode else {}), **options
+    }
     compiled: Callable[..., Any] = compile_fx(
-        gm, list(inputs), config_patches=patches, decompositions=table
+        gm, list(inputs), config_patches=patches, decompositions=decompositions
     )
     return compiled
+
+
+def inductor_decompositions() -> Mapping[Any, Callable[..., Any]]:
+    """The decompositions that Inductor uses by itself."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    return select_decomp_table()
 
 
 def aot_eager_compile(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from falqon_fx._compat import version
+from falqon_fx.numerics import as_e4m3
 
 _REMEMBERED = 64  # forward passes between two optimizer steps that are still watched
 
@@ -28,14 +29,14 @@ class Aliases:
         self._by_b: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def give(self, lora_b: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Fresh aliases of a site's state for one call."""
+        """Fresh aliases of a site's state for one call; the weight comes as E4M3."""
         now = version(lora_b)
         before, given = self._by_b.get(lora_b, (now, deque(maxlen=_REMEMBERED)))
         if now != before:
             for alias in given:
                 torch.autograd.graph.increment_version(alias)
             given.clear()
-        fresh = [tensor.data for tensor in tensors]
+        fresh = [as_e4m3(tensors[0].data), *(tensor.data for tensor in tensors[1:])]
         given.append(fresh[0])
         self._by_b[lora_b] = (now, given)
         return fresh

@@ -25,15 +25,18 @@ from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
 from falqon_fx.merged import registry
 from falqon_fx.nonfinite import NonfiniteWatch
-from falqon_fx.ops import DECOMPOSITIONS
+from falqon_fx.numerics import as_e4m3
+from falqon_fx.ops import decompositions
 from falqon_fx.passes.insert_updates import insert_updates
 from falqon_fx.passes.match import match
 from falqon_fx.passes.normalize import Scope, attribute, normalize, value_of
 from falqon_fx.passes.plan import Plan, plan
+from falqon_fx.passes.recompute_weights import recompute_weights
 from falqon_fx.passes.rewrite import STATE, SlotNodes
 from falqon_fx.passes.rewrite import rewrite as rewrite_sites
 from falqon_fx.passes.verify import operations, verify
 from falqon_fx.report import GraphReport, RewriteReport
+from falqon_fx.spec import lowering_version
 
 
 def falqon(
@@ -106,13 +109,18 @@ class RewriteResult:
             counters.append(given[STATE.index("counters")])
         return Inputs(everything, counters)
 
-    def fake_state(self) -> list[Tensor]:
-        """Stand-ins with the state's shapes and dtypes, for compilation."""
+    def fake_inputs(self, example_inputs: Sequence[Any]) -> list[Any]:
+        """What to compile ``gm`` for: the example inputs with stand-ins for the state."""
         placeholders = self.gm.graph.find_nodes(op="placeholder")
         mode = _compat.fake_mode_of([value_of(node) for node in placeholders])
         shapes = [node.meta["falqon_shape"] for node in placeholders if "falqon_shape" in node.meta]
         with mode:
-            return [torch.empty(s, dtype=dtype, device=device) for s, dtype, device in shapes]
+            inputs = [*example_inputs, *(torch.empty(s, dtype=d, device=v) for s, d, v in shapes)]
+        for nodes in self.slots:
+            if nodes.base is None:  # a prepared module holds bytes, the graph gets E4M3
+                place = self._places[nodes.state[0]]
+                inputs[place] = as_e4m3(inputs[place].detach())
+        return inputs
 
     def _value(self, node: fx.Node, args: Sequence[Any]) -> Tensor:
         if node.op == "placeholder":
@@ -206,13 +214,14 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
 def _compile(
     result: RewriteResult, example_inputs: Sequence[Any], config: FalqonConfig
 ) -> Callable[..., Any]:
-    inputs = [*example_inputs, *result.fake_state()]
+    inputs = result.fake_inputs(example_inputs)
     if config.inner == "eager":
         return result.gm
     if config.inner == "aot_eager":
         return _compat.aot_eager_compile(result.gm, inputs)
     return _compat.inductor_compile(
-        result.gm, inputs, config.inductor, config.mode, DECOMPOSITIONS
+        result.gm, inputs, config.inductor, config.mode, decompositions(), recompute_weights,
+        lowering_version(),
     )
 
 

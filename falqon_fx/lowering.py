@@ -3,7 +3,7 @@
 The same functions run as the eager kernels and as the decompositions that Inductor traces below
 autograd, where the casts fuse into whatever made x or dL/dO.
 
-Shapes: x [n, in], W' = [W; A] [out + r, in] (E4M3 bytes), scale [] or [out + r, 1] float32,
+Shapes: x [n, in], W' = [W; A] [out + r, in] (E4M3, or its bytes), scale [] or [out + r, 1] float32,
 applied and lora_b [out, r], dL/dO [n, out].
 """
 
@@ -13,33 +13,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from falqon_fx.numerics import E4M3, amax_to_scale, decode_fp8, round_to_fp8
+from falqon_fx.numerics import (
+    E4M3,
+    amax_to_scale,
+    decode_fp8,
+    round_to_fp8,
+    round_to_scaled_fp8,
+)
 from falqon_fx.spec import SiteSpec, parse_spec
 
 
-def quantize(x: Tensor, dtype: torch.dtype, spec: SiteSpec) -> tuple[Tensor, Tensor]:
-    """FP8 values of float32 ``x`` [n, k], as float32, and their scale, [n, 1] or []."""
+def quantize(x: Tensor, dtype: torch.dtype, spec: SiteSpec) -> tuple[Tensor, Tensor | float]:
+    """``x ≈ value * rest``: float32 ``x`` [n, k] cast to FP8 with one scale a row, or one in all.
+
+    A scale that is a power of two is already in ``value``, which bfloat16 still holds exactly.
+    Others are left in ``rest``, [n, 1] or [], for the GEMM's result.
+    """
     amax = x.abs().amax(dim=1, keepdim=True)
     if not spec.per_row:
         # The padded zero is the amax of no tokens at all.
         amax = F.pad(amax, (0, 0, 0, 1)).amax()
     scale = amax_to_scale(amax, dtype, spec.scale)
-    return round_to_fp8(x * scale.reciprocal(), dtype), scale
-
-
-def scaled_mm(
-    q: Tensor, q_scale: Tensor, code: Tensor, code_scale: Tensor | float, dtype: torch.dtype,
-    spec: SiteSpec,
-) -> Tensor:
-    """``(q * q_scale) @ (value(code) * code_scale)`` with a GEMM in ``dtype``; code is [k, m].
-
-    FP8 values are exact in bfloat16, and so are they times a power of two: then the scales go in
-    before the GEMM and nothing is left to do behind it. Other scales multiply the result.
-    """
     if spec.scale == "pow2":
-        return (q * q_scale).to(dtype) @ decode_fp8(code, code_scale, dtype)
-    product = q.to(dtype) @ decode_fp8(code, 1.0, dtype)
-    return (product.to(torch.float32) * q_scale * code_scale).to(dtype)
+        return round_to_scaled_fp8(x, scale, dtype), 1.0
+    return round_to_fp8(x * scale.reciprocal(), dtype), scale
 
 
 def gemm_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -63,12 +60,16 @@ def merged_linear(
     plan = parse_spec(spec)
     out, rank = applied.shape
     dtype = gemm_dtype(out_dtype)
-    q, q_scale = quantize(x.reshape(-1, x.shape[-1]).to(torch.float32), E4M3, plan)
-    w_scale, a_scale = (scale[:out].t(), scale[out:].t()) if plan.per_row else (scale, scale)
+    q, rest = quantize(x.reshape(-1, x.shape[-1]).to(torch.float32), E4M3, plan)
+    exact = plan.scale == "pow2"
+    values = decode_fp8(weight, scale if exact else 1.0, dtype)
     # Two GEMMs, so that O and O_A lie in their own buffers: a view of [O | O_A] kept for backward
     # would keep all of it alive.
-    y = scaled_mm(q, q_scale, weight[:out].t(), w_scale, dtype, plan)
-    out_a = scaled_mm(q, q_scale, weight[out:].t(), a_scale, dtype, plan)
+    y, out_a = q.to(dtype) @ values[:out].t(), q.to(dtype) @ values[out:].t()
+    if not exact:
+        w_scale, a_scale = (scale[:out].t(), scale[out:].t()) if plan.per_row else (scale, scale)
+        y = (y.to(torch.float32) * rest * w_scale).to(dtype)
+        out_a = (out_a.to(torch.float32) * rest * a_scale).to(dtype)
     if plan.pending == "apply":
         y = torch.addmm(y, out_a, pending_part(lora_b, applied, scaling, dtype).t())
     if bias is not None:
@@ -83,20 +84,30 @@ def merged_linear_grad_x(
     """dL/dx = q(dL/dO · diag(s_W)) · W[:out] (paper section 2), [n, in] in ``x_dtype``.
 
     The row scales of W belong to the dimension that is summed over, so they go into dL/dO before
-    its cast. With pending="apply" the product is [dO | scaling · dO · (B - applied)] · W'.
+    its cast. With pending="apply", dL/dx += (scaling · dL/dO · (B - applied)) · dq(A): r columns
+    that are too few to gain from FP8.
     """
     plan = parse_spec(spec)
     out, _ = applied.shape
     dtype = gemm_dtype(grad.dtype)
-    full = grad.to(torch.float32)
+    wide = grad.to(torch.float32)
+    if plan.per_row:
+        wide = wide * scale[:out].t()
+    q, rest = quantize(wide, plan.grad_dtype, plan)
+    # Row scales of W are in q by now; one scale for all goes in or behind as in the forward pass.
+    exact = plan.scale == "pow2"
+    left: Tensor | float = 1.0 if plan.per_row else scale
+    values = decode_fp8(weight, left if exact else 1.0, dtype)
+    product = q.to(dtype) @ values[:out]
+    if not exact:
+        product = (product.to(torch.float32) * rest * left).to(dtype)
     if plan.pending == "apply":
         tail = grad.to(dtype) @ pending_part(lora_b, applied, scaling, dtype)
-        full = torch.cat((full, tail.to(torch.float32)), dim=1)
-    if plan.per_row:
-        full = full * scale[: full.shape[1]].t()
-    q, q_scale = quantize(full, plan.grad_dtype, plan)
-    code_scale = 1.0 if plan.per_row else scale
-    return scaled_mm(q, q_scale, weight[: full.shape[1]], code_scale, dtype, plan).to(x_dtype)
+        if plan.per_row or not exact:  # values[out:] lacks the scales of A
+            a_scale = scale[out:].t() if plan.per_row else scale
+            tail = (tail.to(torch.float32) * a_scale).to(dtype)
+        product = torch.addmm(product, tail, values[out:])
+    return product.to(x_dtype)
 
 
 def dequantize_base(weight: Tensor, scale: Tensor, applied: Tensor, scaling: float) -> Tensor:

@@ -66,7 +66,7 @@ class MergedAdapter:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """The state in the order in which the graph takes it."""
-        return (self.code, self.scale, self.applied, self.counters, self.writes)
+        return (self.weight, self.scale, self.applied, self.counters, self.writes)
 
     def lora_b(self) -> Tensor:
         """The user's own parameter B, [out, r].

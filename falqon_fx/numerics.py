@@ -7,7 +7,6 @@ dequantize: ``x ≈ q * scale``.
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -31,68 +30,62 @@ def amax_to_scale(amax: Tensor, dtype: torch.dtype, mode: ScaleMode) -> Tensor:
     visible in the result.
     """
     amax = amax.to(torch.float32)
-    scale = (amax * (1.0 / FP8_MAX[dtype])).clamp(min=_TINY)
-    if mode == "pow2":
-        # Round the significand up: add (2**23 - 1) ulps, then drop the fraction bits.
-        bits = scale.view(torch.int32)
-        rounded = ((bits + 0x7FFFFF) & -0x800000).view(torch.float32)
-        scale = torch.where(amax < float("inf"), rounded, scale)
-    return torch.where(amax == 0, 1.0, scale)
+    if mode == "amax":
+        scale = amax * (1.0 / FP8_MAX[dtype])
+    else:
+        # fp8_max is 1.75 * 2**k: what exceeds 1.75 in its significand carries into the exponent.
+        wanted = amax * (1.75 / FP8_MAX[dtype])
+        power = ((wanted.view(torch.int32) + 0x1FFFFF) & 0x7F800000).view(torch.float32)
+        scale = torch.where(wanted < float("inf"), power, wanted)
+    return torch.where(amax == 0, 1.0, scale.clamp(min=_TINY))
 
 
 def round_to_fp8(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Round float32 ``x`` to the nearest FP8 value, ties to even, as float32.
 
-    Saturates beyond ``fp8_max``; NaN stays NaN. Equal to ``x.clamp(-max, max).to(dtype).float()``,
-    in eight float operations that vectorise: torch's own FP8 casts, and bit casts under Inductor,
-    are scalar loops on CPU.
+    Saturates beyond ``fp8_max``; NaN stays NaN. Equal to ``x.clamp(-max, max).to(dtype).float()``.
+    """
+    return round_to_scaled_fp8(x.clamp(-FP8_MAX[dtype], FP8_MAX[dtype]), 1.0, dtype)
 
-    Adding a number M with 2**23 times the wanted spacing as its leading bit makes the FPU round at
-    that spacing; subtracting M again is exact. M follows the magnitude of ``x``, first cut to 12
-    bits so that it is an even multiple of the spacing (ties to even), and is at least the M of the
-    subnormals.
+
+def round_to_scaled_fp8(x: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
+    """``round_to_fp8(x / scale) * scale`` for a power of two that covers ``x``: |x| <= fp8_max *
+    scale < 2**115, as `amax_to_scale` gives it.
+
+    Nine float operations that vectorise: torch's own FP8 casts, and bit casts under Inductor, are
+    scalar loops on CPU. Adding a number M with 2**23 times the wanted spacing as its leading bit
+    makes the FPU round at that spacing; subtracting M again is exact. M follows the magnitude of
+    ``x``, first cut to 12 bits so that it is an even multiple of the spacing (ties to even), and is
+    at least the M of the subnormals.
     """
     mantissa, _, spacing = _LAYOUT[dtype]
-    magnitude = x.abs().clamp(max=FP8_MAX[dtype])
+    magnitude = x.abs()
     wide = magnitude * 2.0**12
     leading = (wide + magnitude) - wide
-    shift = (leading * 2.0 ** (23 - mantissa)).clamp(min=2.0**23 * spacing)
+    least = scale * (2.0**23 * spacing)
+    shift = leading * 2.0 ** (23 - mantissa)
+    shift = torch.maximum(shift, least) if isinstance(least, Tensor) else shift.clamp(min=least)
     return torch.copysign((shift + magnitude) - shift, x)
 
 
 def encode_fp8(value: Tensor, dtype: torch.dtype) -> Tensor:
     """Bytes (uint8) of float32 tensors that already hold FP8 values (see `round_to_fp8`)."""
-    mantissa, min_normal, spacing = _LAYOUT[dtype]
-    drop = 23 - mantissa
-    bits = value.view(torch.int32)
-    sign = (bits >> 24) & 0x80
-    magnitude = value.abs()
-    # Exponent bias moves from 127 to the FP8 bias: the exponent field of min_normal becomes 1.
-    field = 127 + math.frexp(min_normal)[1] - 1
-    normal = ((bits & 0x7FFFFFFF) >> drop) - ((field - 1) << mantissa)
-    subnormal = (magnitude * (1.0 / spacing)).to(torch.int32)
-    code = torch.where(magnitude < min_normal, subnormal, normal)
-    code = torch.where(value != value, 0x7F, code)
-    return (code | sign).to(torch.uint8)
+    return value.to(dtype).view(torch.uint8)
 
 
 def decode_fp8(code: Tensor, scale: Tensor | float, out_dtype: torch.dtype) -> Tensor:
-    """``value(code) * scale`` of E4M3 bytes (uint8), computed in float32, in ``out_dtype``.
+    """``value(code) * scale`` of an E4M3 tensor or of its bytes (uint8), in ``out_dtype``.
 
-    Exact in bfloat16 when ``scale`` is a power of two. No bit casts (see `round_to_fp8`): the four
-    exponent bits select the factors 2, 4, 16 and 256. NaN never occurs in a merged weight, so its
-    code is not looked at.
+    Computed in float32; exact in bfloat16 when ``scale`` is a power of two. Under Inductor on CPU
+    an E4M3 tensor is read by vector code, a cast from bytes inside the graph is not: hand E4M3 to
+    what gets compiled.
     """
-    wide = code.to(torch.int32)
+    return (as_e4m3(code).to(torch.float32) * scale).to(out_dtype)
 
-    def bit(mask: int) -> Tensor:
-        return (wide & mask).to(torch.float32) * (1.0 / mask)
 
-    power = (1 + bit(8)) * (1 + 3 * bit(16)) * (1 + 15 * bit(32)) * (1 + 255 * bit(64))
-    fraction = (wide & 7).to(torch.float32)
-    magnitude = torch.where((wide & 0x78) == 0, fraction * 2, (fraction + 8) * power)
-    signed = magnitude * (1 - 2 * bit(128))
-    return (signed * (scale * 2.0**-10)).to(out_dtype)
+def as_e4m3(code: Tensor) -> Tensor:
+    """An E4M3 tensor as it is; bytes (uint8) as the E4M3 tensor that they are."""
+    return code if code.dtype == E4M3 else code.view(E4M3)
 
 
 def round_to_fp8_stochastic(x: Tensor, random: Tensor, dtype: torch.dtype) -> Tensor:

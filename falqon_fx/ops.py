@@ -1,7 +1,7 @@
 """``torch.ops.falqon.*``: schema, fake implementation, autograd.
 
 What the ops compute stands in `falqon_fx.lowering` and `falqon_fx.update`. The ops are opaque in a
-graph, so that a person can read it; `DECOMPOSITIONS` opens them below autograd for Inductor.
+graph, so that a person can read it; `decompositions` opens them below autograd for Inductor.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from falqon_fx import lowering, update
+from falqon_fx._compat import inductor_decompositions
+from falqon_fx.spec import lowering_version
 
 
 @torch.library.custom_op("falqon::merged_linear", mutates_args=())
@@ -165,7 +167,20 @@ def _(
     return None
 
 
-DECOMPOSITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
-    torch.ops.falqon.merged_linear.default: lowering.merged_linear,
-    torch.ops.falqon.merged_linear_grad_x.default: lowering.merged_linear_grad_x,
-}
+class Decompositions(dict[torch._ops.OpOverload, Callable[..., Any]]):
+    """A decomposition table that stands in a disk cache's key as what made it.
+
+    Inductor pickles the table into the key of its graph cache, and gives up caching where an entry
+    can't be pickled.
+    """
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str, str]]:
+        return decompositions, (torch.__version__, lowering_version())
+
+
+def decompositions(_torch: str = "", _lowering: str = "") -> Decompositions:
+    """Inductor's decompositions and those that open the ``falqon::`` ops below autograd."""
+    table = Decompositions(inductor_decompositions())
+    table[torch.ops.falqon.merged_linear.default] = lowering.merged_linear
+    table[torch.ops.falqon.merged_linear_grad_x.default] = lowering.merged_linear_grad_x
+    return table

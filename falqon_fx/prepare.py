@@ -28,7 +28,8 @@ class MergedBaseLinear(nn.Module):
     def __init__(self, state: MergedAdapter, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.code, self.scale, self.applied, self.counters, self.writes = (
-            nn.Parameter(tensor, requires_grad=False) for tensor in state.tensors
+            nn.Parameter(tensor, requires_grad=False)
+            for tensor in (state.code, state.scale, state.applied, state.counters, state.writes)
         )
         self.bias = bias
         self.scaling, self.spec, self.dtype = state.scaling, str(state.plan), dtype

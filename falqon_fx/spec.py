@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +22,10 @@ from falqon_fx.numerics import E4M3, E5M2, ScaleMode
 def lowering_version() -> str:
     """Hash of the sources that decide what a ``falqon::`` op is lowered to."""
     digest = hashlib.sha256()
-    for name in ("numerics.py", "spec.py", "lowering.py", "update.py", "ops.py"):
-        digest.update((Path(__file__).parent / name).read_bytes())
+    for name in ("numerics", "spec", "lowering", "update", "ops", "passes.recompute_weights"):
+        spec = importlib.util.find_spec(f"falqon_fx.{name}")
+        assert spec is not None and spec.origin is not None
+        digest.update(Path(spec.origin).read_bytes())
     return digest.hexdigest()[:12]
 
 

@@ -129,7 +129,7 @@ class _Site:
         self, weight: Tensor, scale: Tensor, applied: Tensor, counters: Tensor, writes: Tensor,
         lora_b: Tensor, lora_a: Tensor, base: Tensor | None, scaling: float,
     ) -> None:
-        self.weight, self.scale, self.applied = weight, scale, applied
+        self.weight, self.scale, self.applied = weight.view(torch.uint8), scale, applied
         self.counters, self.writes = counters, writes
         self.lora_b, self.lora_a, self.base, self.scaling = lora_b, lora_a, base, scaling
         self.changed: Tensor | None = None
@@ -245,7 +245,7 @@ def write_merged_(
     base: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, plan: SiteSpec,
 ) -> None:
     """Fill a site's state from scratch: W' = [q(W + scaling · B · Â); q(A)], applied = B."""
-    out = applied.shape[0]
+    out, code = applied.shape[0], weight.view(torch.uint8)
     applied.copy_(lora_b)
     wide_a = lora_a.detach().to(torch.float32)
     wide = base.detach().to(torch.float32)
@@ -261,8 +261,8 @@ def write_merged_(
     merged = wide + (applied.to(torch.float32) * scaling) @ (a_value * a_scale)
     if plan.per_row:
         w_scale = amax_to_scale(merged.abs().amax(1, keepdim=True), E4M3, plan.scale)
-    weight[:out] = encode_fp8(round_to_fp8(merged * w_scale.reciprocal(), E4M3), E4M3)
-    weight[out:] = encode_fp8(a_value, E4M3)
+    code[:out] = encode_fp8(round_to_fp8(merged * w_scale.reciprocal(), E4M3), E4M3)
+    code[out:] = encode_fp8(a_value, E4M3)
     scale.copy_(torch.cat((w_scale, a_scale)) if plan.per_row else w_scale)
     writes.zero_()
     counters[FINGERPRINT_B] = 0 if plan.pending == "drop" else fingerprint(lora_b[None])[0]

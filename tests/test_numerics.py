@@ -18,6 +18,7 @@ from falqon_fx.numerics import (
     philox_uint16,
     round_to_fp8,
     round_to_fp8_stochastic,
+    round_to_scaled_fp8,
 )
 from tests import tolerances as tol
 
@@ -124,8 +125,24 @@ def test_rounding_saturates_and_keeps_nan_and_signed_zero(dtype):
 def test_rounding_under_inductor_is_bit_equal(dtype):
     """The float tricks survive the compiler: no reassociation, no flushed subnormals."""
     x = torch.cat([random_floats(1 << 16, seed=1), near(dtype, 1 << 16, seed=1)])
-    compiled = torch.compile(lambda x: encode_fp8(round_to_fp8(x, dtype), dtype), fullgraph=True)
-    assert torch.equal(compiled(x), encode_fp8(round_to_fp8(x, dtype), dtype))
+    compiled = torch.compile(lambda x: round_to_fp8(x, dtype), fullgraph=True)
+    result, expected = compiled(x), round_to_fp8(x, dtype)
+    number = ~expected.isnan()
+    assert torch.equal(bits(result[number]), bits(expected[number]))
+    assert result[~number].isnan().all()
+
+
+@FORMATS
+@pytest.mark.parametrize("exponent", [-100, -9, 0, 7, 90])
+def test_rounding_on_a_scaled_grid_equals_rounding_of_the_quotient(dtype, exponent):
+    """Scaling by a power of two is exact, so the order of scaling and rounding can't matter."""
+    scale = 2.0**exponent
+    x = near(dtype, 1 << 16, seed=4)
+    x = x[x.abs() <= FP8_MAX[dtype]]
+    expected = round_to_fp8(x, dtype) * scale
+    result = round_to_scaled_fp8(x * scale, torch.tensor(scale), dtype)
+    assert torch.equal(bits(result), bits(expected))
+    assert torch.equal(bits(round_to_scaled_fp8(x * scale, scale, dtype)), bits(expected))
 
 
 # -- bytes -----------------------------------------------------------------------------------------

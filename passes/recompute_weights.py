@@ -1,0 +1,45 @@
+"""Joint-graph pass: W' is decoded anew in backward, never kept from the forward pass.
+
+AOTAutograd's partitioner weighs what to save for backward. To it, W' is the result of an update, not
+a parameter, and a bf16 copy of all weights may look cheaper to keep than their FP8 form.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from falqon_fx.numerics import E4M3
+
+
+def recompute_weights(graph: fx.Graph) -> None:
+    """Mark what reads an updated W' in a functionalized joint graph."""
+    for node in graph.nodes:
+        if _is_update(node):
+            for result in node.users:
+                if _dtype(result) == E4M3:
+                    _mark(result)
+
+
+def _mark(weight: fx.Node) -> None:
+    for user in weight.users:
+        if user.op == "call_function" and _dtype(user) is not None:
+            user.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+            if _is_view(user):
+                _mark(user)
+
+
+def _is_update(node: fx.Node) -> bool:
+    """The functionalized form of ``falqon::proxy_update_``."""
+    return node.op == "call_function" and node.args[:1] == (
+        torch.ops.falqon.proxy_update_.default,
+    )
+
+
+def _is_view(node: fx.Node) -> bool:
+    return getattr(node.target, "is_view", False)
+
+
+def _dtype(node: fx.Node) -> torch.dtype | None:
+    return getattr(node.meta.get("val"), "dtype", None)
