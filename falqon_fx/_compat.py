@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,12 @@ def version(tensor: Tensor) -> int:
 
 
 def inductor_compile(
-    gm: fx.GraphModule, inputs: Sequence[Any], options: Mapping[str, Any], mode: str | None,
-    decompositions: Mapping[Any, Callable[..., Any]], joint_pass: Callable[[fx.Graph], None],
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    options: Mapping[str, Any],
+    mode: str | None,
+    decompositions: dict[Any, Callable[..., Any]],
+    joint_pass: Callable[[fx.Graph], None],
     version: str,
 ) -> Callable[..., Any]:
     """AOTAutograd + Inductor with decompositions and a joint-graph pass, both named ``version``."""
@@ -32,13 +36,13 @@ def inductor_compile(
         def uuid(self) -> str:
             return version
 
-    patches = {
-        "joint_custom_post_pass": JointPass(), **(list_mode_options(mode) if mode else {}), **options
-    }
-    compiled: Callable[..., Any] = compile_fx(
+    patches: dict[str, Any] = {"joint_custom_post_pass": JointPass()}
+    patches |= list_mode_options(mode) if mode else {}
+    patches |= options
+    compiled: Any = compile_fx(
         gm, list(inputs), config_patches=patches, decompositions=decompositions
     )
-    return compiled
+    return compiled  # type: ignore[no-any-return]
 
 
 def inductor_decompositions() -> Mapping[Any, Callable[..., Any]]:
@@ -71,7 +75,7 @@ def is_fake(value: object) -> bool:
 
 def mark_static_input(node: fx.Node) -> None:
     """Tell AOTAutograd that a placeholder is a tensor that stays where it is between calls."""
-    node._dynamo_source = None  # type: ignore[attr-defined]
+    node._dynamo_source = None
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
 
 
@@ -83,12 +87,22 @@ def copy_dynamo_attributes(old: fx.GraphModule, new: fx.GraphModule) -> None:
         old.graph.find_nodes(op="placeholder"), new.graph.find_nodes(op="placeholder"), strict=False
     ):
         if hasattr(before, "_dynamo_source"):
-            after._dynamo_source = before._dynamo_source  # type: ignore[attr-defined]
+            after._dynamo_source = before._dynamo_source
 
 
 def is_checkpoint(target: object) -> bool:
     """Whether an FX target is the activation-checkpoint higher-order op."""
     return target is torch.ops.higher_order.tag_activation_checkpoint
+
+
+def checkpoint_bodies(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, str, fx.GraphModule]]:
+    """The checkpoint calls of a graph, with the name and the graph module of the body of each."""
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and is_checkpoint(node.target):
+            name = str(node.args[0].target)
+            body = gm.get_submodule(name)
+            assert isinstance(body, fx.GraphModule)
+            yield node, name, body
 
 
 def is_plain(value: Tensor) -> bool:

@@ -1,9 +1,9 @@
 """The backend: passes → inner compiler → the callable that brings each site's state along.
 
-    torch.compile(model, backend="falqon")  ──▶  falqon(gm, example_inputs)
-        rewrite    normalize → match → plan → rewrite → insert updates → verify
-        compile    inductor (falqon ops opened below autograd), aot_eager or eager
-        per call   look up the state of each (W, A, B) → run → look at the NaN counters
+torch.compile(model, backend="falqon")  ──▶  falqon(gm, example_inputs)
+    rewrite    normalize → match → plan → rewrite → insert updates → verify
+    compile    inductor (falqon ops opened below autograd), aot_eager or eager
+    per call   look up the state of each (W, A, B) → run → look at the NaN counters
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -198,16 +198,14 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     mapping: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(gm.graph, mapping, return_output_node=True)
     assert output is not None
-    value, old_output = output
+    value, old_output = cast(tuple[Any, fx.Node], output)
     node = graph.output(value, getattr(old_output, "type", None))
     node.meta.update(old_output.meta)
     copy = fx.GraphModule(gm, graph)
     copy.meta.update(gm.meta)
     _compat.copy_dynamo_attributes(gm, copy)
-    for node in graph.nodes:
-        if node.op == "call_function" and _compat.is_checkpoint(node.target):
-            name = str(node.args[0].target)
-            setattr(copy, name, _copy(gm.get_submodule(name)))
+    for _, name, body in list(_compat.checkpoint_bodies(copy)):
+        setattr(copy, name, _copy(body))
     return copy
 
 
@@ -220,7 +218,12 @@ def _compile(
     if config.inner == "aot_eager":
         return _compat.aot_eager_compile(result.gm, inputs)
     return _compat.inductor_compile(
-        result.gm, inputs, config.inductor, config.mode, decompositions(), recompute_weights,
+        result.gm,
+        inputs,
+        config.inductor,
+        config.mode,
+        decompositions(),
+        recompute_weights,
         lowering_version(),
     )
 

@@ -74,7 +74,9 @@ class FalqonConfig:
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         if self.mode is not None and not isinstance(self.mode, str):
-            raise FalqonConfigError("mode", f"{self.mode!r} is not a string", "Give Inductor's mode")
+            raise FalqonConfigError(
+                "mode", f"{self.mode!r} is not a string", "Give Inductor's mode"
+            )
         if not isinstance(self.inductor, Mapping):
             raise FalqonConfigError("inductor", "not a mapping", "Give option names and values")
 
@@ -111,8 +113,9 @@ class FalqonConfig:
             return max(1, round(self.topk * out))
         if self.topk > out:
             raise FalqonConfigError(
-                "topk", f"{self.topk} rows are asked, the site has {out}", "Give a smaller count, a "
-                'fraction in (0, 1], or "all"'
+                "topk",
+                f"{self.topk} rows are asked, the site has {out}",
+                'Give a smaller count, a fraction in (0, 1], or "all"',
             )
         return int(self.topk)
 
@@ -126,7 +129,9 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)[0]
         raise FalqonConfigError(
-            name, f"{value!r} is none of {', '.join(map(repr, choices))}", f"The nearest is {near!r}"
+            name,
+            f"{value!r} is none of {', '.join(map(repr, choices))}",
+            f"The nearest is {near!r}",
         )
 
 
@@ -141,9 +146,7 @@ def _check_topk(topk: object) -> None:
     elif isinstance(topk, float) and not 0 < topk <= 1:
         problem = f"the fraction {topk} is outside (0, 1]"
     if problem:
-        raise FalqonConfigError(
-            "topk", problem, 'Give an int >= 1, a float in (0, 1], or "all"'
-        )
+        raise FalqonConfigError("topk", problem, 'Give an int >= 1, a float in (0, 1], or "all"')
 
 
 def _patterns(name: str, value: object) -> tuple[str, ...]:

@@ -50,8 +50,15 @@ def pending_part(lora_b: Tensor, applied: Tensor, scaling: float, dtype: torch.d
 
 
 def merged_linear(
-    x: Tensor, weight: Tensor, scale: Tensor, applied: Tensor, lora_b: Tensor, bias: Tensor | None,
-    scaling: float, out_dtype: torch.dtype, spec: str,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    applied: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    out_dtype: torch.dtype,
+    spec: str,
 ) -> tuple[Tensor, Tensor]:
     """[O | O_A] = q(x) · W'ᵀ (paper section 2); O [..., out] in ``out_dtype``, O_A [n, r].
 
@@ -78,8 +85,14 @@ def merged_linear(
 
 
 def merged_linear_grad_x(
-    grad: Tensor, weight: Tensor, scale: Tensor, applied: Tensor, lora_b: Tensor,
-    scaling: float, x_dtype: torch.dtype, spec: str,
+    grad: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    applied: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    x_dtype: torch.dtype,
+    spec: str,
 ) -> Tensor:
     """dL/dx = q(dL/dO · diag(s_W)) · W[:out] (paper section 2), [n, in] in ``x_dtype``.
 

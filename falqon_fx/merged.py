@@ -38,8 +38,14 @@ class MergedAdapter:
     """
 
     def __init__(
-        self, code: Tensor, scale: Tensor, applied: Tensor, counters: Tensor, writes: Tensor,
-        scaling: float, plan: SiteSpec,
+        self,
+        code: Tensor,
+        scale: Tensor,
+        applied: Tensor,
+        counters: Tensor,
+        writes: Tensor,
+        scaling: float,
+        plan: SiteSpec,
     ) -> None:
         self.code, self.scale, self.applied = code, scale, applied
         self.counters, self.writes = counters, writes
@@ -64,7 +70,7 @@ class MergedAdapter:
         return int(self.counters[update.NONFINITE])
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The state in the order in which the graph takes it."""
         return (self.weight, self.scale, self.applied, self.counters, self.writes)
 
@@ -76,7 +82,9 @@ class MergedAdapter:
         """
         b = self.b_ref() if self.b_ref is not None else None
         if b is None:
-            raise FalqonError("", "this site's lora_B is gone", "Call falqon_fx.adapters(model) again")
+            raise FalqonError(
+                "", "this site's lora_B is gone", "Call falqon_fx.adapters(model) again"
+            )
         return b.detach()
 
     def pending(self) -> Tensor:
@@ -102,7 +110,12 @@ class MergedAdapter:
 
 
 def allocate(
-    out: int, features: int, rank: int, base_dtype: torch.dtype, scaling: float, plan: SiteSpec,
+    out: int,
+    features: int,
+    rank: int,
+    base_dtype: torch.dtype,
+    scaling: float,
+    plan: SiteSpec,
     device: torch.device,
 ) -> MergedAdapter:
     """An unfilled state; its shapes and dtypes are what the graph is compiled for."""
@@ -130,14 +143,16 @@ def create(
     """
     plan = SiteSpec.from_config(config)
     # State outlives the call: no inference tensors, no autocast, no graph.
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(base.device.type, enabled=False):
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(base.device.type, enabled=False),
+    ):
         _check_values(path, base, lora_a, lora_b)
         if config.init == "svd" and not lora_b.any():
             _init_svd_(base, lora_a, plan, config.seed)
         out, features = base.shape
-        state = allocate(
-            out, features, lora_a.shape[0], base.dtype, scaling, plan, base.device
-        )
+        state = allocate(out, features, lora_a.shape[0], base.dtype, scaling, plan, base.device)
         _fill_(state, base, lora_a, lora_b)
         counters = state.counters
         mixed = counters[update.FINGERPRINT_W] * 31 + counters[update.FINGERPRINT_A]
@@ -149,13 +164,15 @@ def _check_values(path: str, base: Tensor, lora_a: Tensor, lora_b: Tensor) -> No
     for name, tensor in (("base weight", base), ("lora_A", lora_a), ("lora_B", lora_b)):
         if not torch.isfinite(tensor).all():
             raise FalqonError(
-                path, f"its {name} holds NaN or Inf",
-                "Repair the checkpoint, or leave the layer out with exclude="
+                path,
+                f"its {name} holds NaN or Inf",
+                "Repair the checkpoint, or leave the layer out with exclude=",
             )
     if base.abs().amax() >= 2.0**16:
         raise FalqonError(
-            path, "its base weight exceeds 65536 in magnitude, beyond the FP8 scales in use",
-            "Rescale the layer, or leave it out with exclude="
+            path,
+            "its base weight exceeds 65536 in magnitude, beyond the FP8 scales in use",
+            "Rescale the layer, or leave it out with exclude=",
         )
 
 
@@ -182,7 +199,12 @@ class Registry:
         self._by_b: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def get(
-        self, path: str, base: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float,
+        self,
+        path: str,
+        base: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scaling: float,
         config: FalqonConfig,
     ) -> MergedAdapter:
         """The state of the site, rebuilt where W or A changed since it was made."""
@@ -217,9 +239,7 @@ class Registry:
 
 
 def _stamp(base: Tensor, lora_a: Tensor) -> tuple[Any, ...]:
-    return tuple(
-        (t.data_ptr(), version(t), t.dtype, t.device, t.shape) for t in (base, lora_a)
-    )
+    return tuple((t.data_ptr(), version(t), t.dtype, t.device, t.shape) for t in (base, lora_a))
 
 
 registry = Registry()

@@ -45,7 +45,8 @@ class NonfiniteWatch:
         seen, self._copy = self._copy, None
         if seen[:, STALE].any():
             raise FalqonError(
-                "", "a base weight or lora_A was changed through .data while compiled",
+                "",
+                "a base weight or lora_A was changed through .data while compiled",
                 "Write it in place (copy_), or call torch._dynamo.reset() after the change",
             )
         rows = int(seen[:, NONFINITE].sum())

@@ -20,23 +20,35 @@ from falqon_fx.spec import lowering_version
 
 @torch.library.custom_op("falqon::merged_linear", mutates_args=())
 def merged_linear(
-    x: Tensor, weight: Tensor, scale: Tensor, applied: Tensor, lora_b: Tensor,
-    bias: Tensor | None, scaling: float, out_dtype: torch.dtype, spec: str,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    applied: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    out_dtype: torch.dtype,
+    spec: str,
 ) -> tuple[Tensor, Tensor]:
     """O [..., out] = x · dq(W)ᵀ + bias and O_A [n, r] = x · dq(A)ᵀ, x and W' = [W; A] in FP8.
 
     See `falqon_fx.lowering.merged_linear`. Gradients reach x, lora_b and bias:
     dL/dB = scaling · (dL/dO)ᵀ · O_A (paper section 2).
     """
-    return lowering.merged_linear(
-        x, weight, scale, applied, lora_b, bias, scaling, out_dtype, spec
-    )
+    return lowering.merged_linear(x, weight, scale, applied, lora_b, bias, scaling, out_dtype, spec)
 
 
 @merged_linear.register_fake
 def _(
-    x: Tensor, weight: Tensor, scale: Tensor, applied: Tensor, lora_b: Tensor,
-    bias: Tensor | None, scaling: float, out_dtype: torch.dtype, spec: str,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    applied: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    out_dtype: torch.dtype,
+    spec: str,
 ) -> tuple[Tensor, Tensor]:
     out, rank = applied.shape
     tokens = math.prod(x.shape[:-1])
@@ -48,8 +60,14 @@ def _(
 
 @torch.library.custom_op("falqon::merged_linear_grad_x", mutates_args=())
 def merged_linear_grad_x(
-    grad: Tensor, weight: Tensor, scale: Tensor, applied: Tensor, lora_b: Tensor,
-    scaling: float, x_dtype: torch.dtype, spec: str,
+    grad: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    applied: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    x_dtype: torch.dtype,
+    spec: str,
 ) -> Tensor:
     """dL/dx [n, in] = q(dL/dO) · dq(W[:out]), dL/dO [n, out] cast to FP8.
 
@@ -62,8 +80,14 @@ def merged_linear_grad_x(
 
 @merged_linear_grad_x.register_fake
 def _(
-    grad: Tensor, weight: Tensor, scale: Tensor, applied: Tensor, lora_b: Tensor,
-    scaling: float, x_dtype: torch.dtype, spec: str,
+    grad: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    applied: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    x_dtype: torch.dtype,
+    spec: str,
 ) -> Tensor:
     return grad.new_empty((grad.shape[0], weight.shape[1]), dtype=x_dtype)
 
@@ -100,8 +124,15 @@ merged_linear.register_autograd(_backward, setup_context=_save)
 
 @torch.library.custom_op("falqon::base_linear", mutates_args=())
 def base_linear(
-    x: Tensor, weight: Tensor, scale: Tensor, applied: Tensor, counters: Tensor, writes: Tensor,
-    bias: Tensor | None, scaling: float, spec: str,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    applied: Tensor,
+    counters: Tensor,
+    writes: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    spec: str,
 ) -> Tensor:
     """The base layer of a prepared site alone: x · (dq(W) - scaling · applied · dq(A))ᵀ + bias.
 
@@ -113,8 +144,15 @@ def base_linear(
 
 @base_linear.register_fake
 def _(
-    x: Tensor, weight: Tensor, scale: Tensor, applied: Tensor, counters: Tensor, writes: Tensor,
-    bias: Tensor | None, scaling: float, spec: str,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    applied: Tensor,
+    counters: Tensor,
+    writes: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    spec: str,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], applied.shape[0]))
 
@@ -144,9 +182,16 @@ base_linear.register_autograd(_backward_base, setup_context=_save_base)
     "falqon::proxy_update_", mutates_args=("weight", "scale", "applied", "counters", "writes")
 )
 def proxy_update_(
-    weight: Sequence[Tensor], scale: Sequence[Tensor], applied: Sequence[Tensor],
-    counters: Sequence[Tensor], writes: Sequence[Tensor], lora_b: Sequence[Tensor],
-    lora_a: Sequence[Tensor], base: Sequence[Tensor | None], scaling: Sequence[float], spec: str,
+    weight: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    applied: Sequence[Tensor],
+    counters: Sequence[Tensor],
+    writes: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    base: Sequence[Tensor | None],
+    scaling: Sequence[float],
+    spec: str,
 ) -> None:
     """Write the steps of B into W' for all sites of a graph, once per change of B.
 
@@ -160,9 +205,16 @@ def proxy_update_(
 
 @proxy_update_.register_fake
 def _(
-    weight: Sequence[Tensor], scale: Sequence[Tensor], applied: Sequence[Tensor],
-    counters: Sequence[Tensor], writes: Sequence[Tensor], lora_b: Sequence[Tensor],
-    lora_a: Sequence[Tensor], base: Sequence[Tensor | None], scaling: Sequence[float], spec: str,
+    weight: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    applied: Sequence[Tensor],
+    counters: Sequence[Tensor],
+    writes: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    base: Sequence[Tensor | None],
+    scaling: Sequence[float],
+    spec: str,
 ) -> None:
     return None
 

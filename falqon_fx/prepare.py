@@ -40,8 +40,15 @@ class MergedBaseLinear(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         result: Tensor = ops.base_linear(
-            x, self.code, self.scale, self.applied, self.counters, self.writes, self.bias,
-            self.scaling, self.spec,
+            x,
+            self.code,
+            self.scale,
+            self.applied,
+            self.counters,
+            self.writes,
+            self.bias,
+            self.scaling,
+            self.spec,
         )
         return result
 
@@ -52,8 +59,15 @@ class MergedBaseLinear(nn.Module):
 
     def merged(self) -> MergedAdapter:
         """The state as a `MergedAdapter` (without its B)."""
-        tensors = (self.code, self.scale, self.applied, self.counters, self.writes)
-        return MergedAdapter(*(t.detach() for t in tensors), self.scaling, parse_spec(self.spec))
+        return MergedAdapter(
+            self.code.detach(),
+            self.scale.detach(),
+            self.applied.detach(),
+            self.counters.detach(),
+            self.writes.detach(),
+            self.scaling,
+            parse_spec(self.spec),
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MergedBaseLinear:
         """Follow moves between devices, never a cast: the scales are part of the FP8 weight."""
@@ -63,9 +77,10 @@ class MergedBaseLinear(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         bias, self.bias = self.bias, None
-        super()._apply(keep_dtype, recurse)
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         if bias is not None:
-            self.bias = nn.Parameter(fn(bias.detach()), requires_grad=bias.requires_grad)
+            bias.data = fn(bias.data)
+        self.bias = bias
         return self
 
     def extra_repr(self) -> str:
@@ -136,9 +151,7 @@ def prepare(
     before = after = 0
     for layer in _track(layers, progress):
         base = layer.base
-        state = create(
-            layer.path, base.weight, layer.lora_a, layer.lora_b, layer.scaling, config
-        )
+        state = create(layer.path, base.weight, layer.lora_a, layer.lora_b, layer.scaling, config)
         registry.forget(layer.lora_b)
         before += base.weight.nbytes
         after += sum(tensor.nbytes for tensor in state.tensors)
@@ -161,14 +174,15 @@ def restore(model: nn.Module) -> nn.Module:
             merged.in_features, merged.out_features, bias=False, device="meta", dtype=merged.dtype
         )
         plain.weight = nn.Parameter(merged.weight, requires_grad=False)
-        plain.bias = merged.bias
+        plain.register_parameter("bias", merged.bias)
         layer.module.base_layer = plain.train(merged.training)
     return model
 
 
 def adapters(model: nn.Module) -> dict[str, MergedAdapter]:
     """The live state of each site by the path of its LoRA layer, for a module or its compiled
-    wrapper. Unprepared sites appear after the first compiled call."""
+    wrapper. Unprepared sites appear after the first compiled call.
+    """
     found: dict[str, MergedAdapter] = {}
     inner = unwrap(model)
     for layer in _lora_layers(inner):
@@ -202,15 +216,13 @@ def _lora_layers(model: nn.Module) -> Iterator[_LoraLayer]:
         parts = ("base_layer", "lora_A", "lora_B", "scaling")
         if not all(hasattr(module, part) for part in parts):
             continue
-        names = list(getattr(module, "active_adapters", None) or module.lora_A)  # type: ignore[arg-type]
+        names = list(getattr(module, "active_adapters", None) or module.lora_A)
         for name in names[:1]:
-            if name in module.lora_A and name in module.lora_B:  # type: ignore[operator]
+            if name in module.lora_A and name in module.lora_B:
                 yield _LoraLayer(path, module, name)
 
 
-def _sort_layers(
-    model: nn.Module, config: FalqonConfig
-) -> tuple[list[_LoraLayer], dict[str, str]]:
+def _sort_layers(model: nn.Module, config: FalqonConfig) -> tuple[list[_LoraLayer], dict[str, str]]:
     layers, skipped = [], {}
     for layer in _lora_layers(model):
         reason = _skip_reason(layer, config)
@@ -249,14 +261,16 @@ def _check_before(model: nn.Module, layers: list[_LoraLayer], config: FalqonConf
         shared = holders[weight.untyped_storage().data_ptr()]
         if len(shared) > 1 and weight.device.type != "meta":
             raise FalqonError(
-                layer.path, f"its base weight is tied (also {shared[0]} or {shared[-1]}), so it "
-                "can't be freed", "Leave the layer out with exclude=, or untie the weights"
+                layer.path,
+                f"its base weight is tied (also {shared[0]} or {shared[-1]}), so it can't be freed",
+                "Leave the layer out with exclude=, or untie the weights",
             )
         config.rows(layer.lora_b.shape[0])
         if not torch.isfinite(weight).all():
             raise FalqonError(
-                layer.path, "its base weight holds NaN or Inf",
-                "Repair the checkpoint, or leave the layer out with exclude="
+                layer.path,
+                "its base weight holds NaN or Inf",
+                "Repair the checkpoint, or leave the layer out with exclude=",
             )
 
 

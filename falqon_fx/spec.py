@@ -24,8 +24,8 @@ def lowering_version() -> str:
     digest = hashlib.sha256()
     for name in ("numerics", "spec", "lowering", "update", "ops", "passes.recompute_weights"):
         spec = importlib.util.find_spec(f"falqon_fx.{name}")
-        assert spec is not None and spec.origin is not None
-        digest.update(Path(spec.origin).read_bytes())
+        assert spec is not None
+        digest.update(Path(str(spec.origin)).read_bytes())
     return digest.hexdigest()[:12]
 
 

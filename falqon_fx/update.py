@@ -39,9 +39,9 @@ def fingerprint(batch: Tensor) -> Tensor:
     batch = batch.detach().contiguous()
     if batch.storage_offset():
         batch = batch.clone()  # a view as int64 must be aligned
-    bits = batch.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[
-        batch.element_size()
-    ])
+    bits = batch.view(
+        {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[batch.element_size()]
+    )
     wide = 8 // batch.element_size()
     if bits.shape[-1] % wide == 0:
         bits = bits.view(torch.int64)
@@ -67,10 +67,10 @@ def sample(weight: Tensor) -> Tensor:
     return weight[:: max(1, rows // 16), :: max(1, columns // 64)][:16, :64].contiguous()
 
 
-def select_rows(delta: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` rows of ``delta`` [G, out, r] with the largest Σ|·| (ties to the lowest row),
-    [G, count], and which of them are worth writing: finite and not zero."""
-    score = delta.abs().sum(dim=-1)
+def select_rows(score: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` rows with the largest ``score`` [G, out] (ties to the lowest row), [G, count],
+    and which of them are worth writing: finite and not zero.
+    """
     score = torch.where(score < float("inf"), score, -1.0)  # NaN and Inf compare false
     place = torch.arange(score.shape[-1], device=score.device)
     # A float's bits order like the float when it is not negative; the row breaks ties.
@@ -80,12 +80,20 @@ def select_rows(delta: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def proxy_update_(
-    weight: Sequence[Tensor], scale: Sequence[Tensor], applied: Sequence[Tensor],
-    counters: Sequence[Tensor], writes: Sequence[Tensor], lora_b: Sequence[Tensor],
-    lora_a: Sequence[Tensor], base: Sequence[Tensor | None], scaling: Sequence[float], spec: str,
+    weight: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    applied: Sequence[Tensor],
+    counters: Sequence[Tensor],
+    writes: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    base: Sequence[Tensor | None],
+    scaling: Sequence[float],
+    spec: str,
 ) -> None:
     """W[k] ← q(dq(W[k]) + scaling · ΔB[k] · dq(A)), applied[k] ← B[k] for the top rows k of each
-    site whose B changed since its last write (design: "The contract of a site", 3 and 4)."""
+    site whose B changed since its last write (design: "The contract of a site", 3 and 4).
+    """
     plan = parse_spec(spec)
     groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for i in range(len(weight)):
@@ -94,8 +102,17 @@ def proxy_update_(
         groups[(weight[i].shape, b.shape, b.dtype, a.dtype, b.device, sampled)].append(i)
     for members in groups.values():
         sites = [
-            _Site(weight[i], scale[i], applied[i], counters[i], writes[i], lora_b[i], lora_a[i],
-                  base[i], scaling[i])
+            _Site(
+                weight[i],
+                scale[i],
+                applied[i],
+                counters[i],
+                writes[i],
+                lora_b[i],
+                lora_a[i],
+                base[i],
+                scaling[i],
+            )
             for i in members
         ]
         changed = _find_changed(sites, plan)
@@ -106,8 +123,14 @@ def proxy_update_(
 
 
 def flush_(
-    weight: Tensor, scale: Tensor, applied: Tensor, counters: Tensor, writes: Tensor,
-    lora_b: Tensor, scaling: float, plan: SiteSpec,
+    weight: Tensor,
+    scale: Tensor,
+    applied: Tensor,
+    counters: Tensor,
+    writes: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    plan: SiteSpec,
 ) -> None:
     """Write every pending row of one site now, whether B changed or not."""
     site = _Site(weight, scale, applied, counters, writes, lora_b, lora_b, None, scaling)
@@ -122,12 +145,30 @@ def flush_(
 class _Site:
     """The tensors of one site, as the op got them."""
 
-    __slots__ = ("applied", "base", "changed", "counters", "lora_a", "lora_b", "scale", "scaling",
-                 "weight", "writes")
+    __slots__ = (
+        "applied",
+        "base",
+        "changed",
+        "counters",
+        "lora_a",
+        "lora_b",
+        "scale",
+        "scaling",
+        "weight",
+        "writes",
+    )
 
     def __init__(
-        self, weight: Tensor, scale: Tensor, applied: Tensor, counters: Tensor, writes: Tensor,
-        lora_b: Tensor, lora_a: Tensor, base: Tensor | None, scaling: float,
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        applied: Tensor,
+        counters: Tensor,
+        writes: Tensor,
+        lora_b: Tensor,
+        lora_a: Tensor,
+        base: Tensor | None,
+        scaling: float,
     ) -> None:
         self.weight, self.scale, self.applied = weight.view(torch.uint8), scale, applied
         self.counters, self.writes = counters, writes
@@ -171,12 +212,21 @@ def _rebuild(sites: list[_Site], plan: SiteSpec) -> None:
     for site in sites:
         if site.base is None:
             raise FalqonError(
-                f"site {tuple(site.weight.shape)}", "lora_A changed after prepare() freed the base "
-                "weight", "Load adapters before prepare(), or call falqon_fx.restore(model) first"
+                f"site {tuple(site.weight.shape)}",
+                "lora_A changed after prepare() freed the base weight",
+                "Load adapters before prepare(), or call falqon_fx.restore(model) first",
             )
         write_merged_(
-            site.weight, site.scale, site.applied, site.counters, site.writes,
-            site.base, site.lora_a, site.lora_b, site.scaling, plan,
+            site.weight,
+            site.scale,
+            site.applied,
+            site.counters,
+            site.writes,
+            site.base,
+            site.lora_a,
+            site.lora_b,
+            site.scaling,
+            plan,
         )
 
 
@@ -187,17 +237,20 @@ def _write_rows(sites: list[_Site], count: int, plan: SiteSpec) -> None:
     target = torch.stack([site.lora_b for site in sites]).to(torch.float32)
     if plan.pending == "drop":
         target = applied + target
-    rows, worth = select_rows(target - applied, count)  # [G, k]
+    score = (target - applied).abs().sum(dim=-1)  # [G, out]
+    rows, worth = select_rows(score, count)  # [G, k]
     changed = torch.stack([_flag(site) for site in sites])
     worth = worth & changed[:, None]
-    bad = ~torch.isfinite(target).all(dim=-1) & changed[:, None]  # [G, out]
+    nonfinite = (~(score < float("inf"))).sum(dim=-1) * changed  # [G]
 
     index = rows[..., None].expand(-1, -1, applied.shape[-1])
     old_applied = applied.gather(1, index)
     new_applied = target.gather(1, index).to(sites[0].applied.dtype)
     new_applied = torch.where(worth[..., None], new_applied, old_applied.to(new_applied.dtype))
     delta = new_applied.to(torch.float32) - old_applied  # what W' really gains
-    delta = delta * torch.tensor([site.scaling for site in sites], device=delta.device)[:, None, None]
+    delta = (
+        delta * torch.tensor([site.scaling for site in sites], device=delta.device)[:, None, None]
+    )
 
     per_row = sites[0].scale.dim() == 2
     old_code = torch.stack([s.weight.index_select(0, r) for s, r in zip(sites, rows, strict=True)])
@@ -222,7 +275,7 @@ def _write_rows(sites: list[_Site], count: int, plan: SiteSpec) -> None:
             site.scale.index_copy_(0, rows[i], new_scale[i])
         site.applied.index_copy_(0, rows[i], new_applied[i])
         site.writes.index_add_(0, rows[i], worth[i].to(site.writes.dtype))
-        site.counters[NONFINITE] += bad[i].sum()
+        site.counters[NONFINITE] += nonfinite[i]
 
 
 def _flag(site: _Site) -> Tensor:
@@ -241,8 +294,16 @@ def _round(scaled: Tensor, rows: Tensor, sites: list[_Site], plan: SiteSpec) -> 
 
 
 def write_merged_(
-    weight: Tensor, scale: Tensor, applied: Tensor, counters: Tensor, writes: Tensor,
-    base: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, plan: SiteSpec,
+    weight: Tensor,
+    scale: Tensor,
+    applied: Tensor,
+    counters: Tensor,
+    writes: Tensor,
+    base: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    plan: SiteSpec,
 ) -> None:
     """Fill a site's state from scratch: W' = [q(W + scaling · B · Â); q(A)], applied = B."""
     out, code = applied.shape[0], weight.view(torch.uint8)

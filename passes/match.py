@@ -114,7 +114,8 @@ def _pairs(scope: Scope) -> Iterator[_Pair]:
 
 def _peel(scope: Scope, node: fx.Node) -> _Chain:
     """Go down through casts, scalings and dropouts."""
-    factor, dropout, nodes = 1.0, 0.0, []
+    factor, dropout = 1.0, 0.0
+    nodes: list[fx.Node] = []
     while True:
         term = scope.term(node)
         if isinstance(term, Scale):
@@ -164,14 +165,23 @@ def _complete(pair: _Pair, taken: set[fx.Node]) -> Match:
         )
     _check_shapes(base, pair)
     return Match(
-        scope, anchor, frozenset(inside), x, base, pair.a.weight, pair.b.weight, pair.b.bias,
-        scaling, 1 - (1 - pair.inner.dropout) * (1 - pair.outer.dropout),
+        scope,
+        anchor,
+        frozenset(inside),
+        x,
+        base,
+        pair.a.weight,
+        pair.b.weight,
+        pair.b.bias,
+        scaling,
+        1 - (1 - pair.inner.dropout) * (1 - pair.outer.dropout),
     )
 
 
 def _find_add(pair: _Pair) -> tuple[fx.Node, fx.Node, list[fx.Node], float]:
     """Climb from B's output through scalings and casts to the add with the base output."""
-    node, factor, up = pair.b_node, 1.0, []
+    node, factor = pair.b_node, 1.0
+    up: list[fx.Node] = []
     while len(node.users) == 1:
         (user,) = node.users
         term = pair.scope.term(user)

@@ -1,6 +1,6 @@
 """Pass 1: read a graph as terms, whatever its spelling.
 
-``F.linear``, ``nn.Linear``, ``x @ W.T``, ``addmm`` and their ATen forms all read as `Linear`; casts,
+``F.linear``, ``nn.Linear``, ``x @ W.T``, ``addmm`` and their ATen forms read as `Linear`; casts,
 dropouts, scalings and adds likewise. The graph itself is not edited: what is not matched later
 stays exactly as it was. `Scope` carries this through the bodies of activation checkpoints, and
 follows a body's placeholder to the operand that it stands for.
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from falqon_fx._compat import fake_mode_of, is_checkpoint
+from falqon_fx._compat import checkpoint_bodies, fake_mode_of
 
 aten = torch.ops.aten
 
@@ -26,7 +26,8 @@ aten = torch.ops.aten
 @dataclass(frozen=True)
 class Param:
     """A leaf tensor: a placeholder or get_attr ``node``, or the attribute ``name`` of a module that
-    is still called as a module. ``transposed`` where the graph uses its transpose."""
+    is still called as a module. ``transposed`` where the graph uses its transpose.
+    """
 
     value: Tensor
     node: fx.Node | None = None
@@ -99,8 +100,15 @@ _TRANSPOSE = {torch.t, aten.t.default}
 _TRANSPOSE_DIMS = {torch.transpose, aten.transpose.int}
 _CAST_METHODS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
 _METHODS: dict[str, Callable[..., Any]] = {
-    "add": torch.add, "add_": torch.add, "mul": torch.mul, "mul_": torch.mul, "div": torch.div,
-    "matmul": torch.matmul, "mm": torch.mm, "t": torch.t, "transpose": torch.transpose,
+    "add": torch.add,
+    "add_": torch.add,
+    "mul": torch.mul,
+    "mul_": torch.mul,
+    "div": torch.div,
+    "matmul": torch.matmul,
+    "mm": torch.mm,
+    "t": torch.t,
+    "transpose": torch.transpose,
 }
 
 
@@ -143,11 +151,11 @@ class Scope:
         """Insert behind the last placeholder, before everything that is computed."""
         graph = self.gm.graph
         if self.last_input is None:
-            return graph.inserting_before(next(iter(graph.nodes)))  # type: ignore[no-any-return]
-        return graph.inserting_after(self.last_input)  # type: ignore[no-any-return]
+            return graph.inserting_before(next(iter(graph.nodes)))
+        return graph.inserting_after(self.last_input)
 
     def outer(self, node: fx.Node) -> fx.Node:
-        """The root graph's node that a placeholder of a body stands for; other nodes as they are."""
+        """The root graph's node that a body's placeholder stands for; other nodes as they are."""
         scope: Scope | None = self
         while scope is not None and node in scope.operands:
             node, scope = scope.operands[node], scope.parent
@@ -180,10 +188,8 @@ def _scope(gm: fx.GraphModule, parent: Scope | None, call: fx.Node | None) -> Sc
     scope = Scope(gm, parent, call, last_input=inputs[-1] if inputs else None)
     if call is not None:
         scope.operands = dict(zip(inputs, call.args[1:], strict=True))  # type: ignore[arg-type]
-    for node in gm.graph.nodes:
-        if node.op == "call_function" and is_checkpoint(node.target):
-            body = gm.get_submodule(str(node.args[0].target))  # type: ignore[union-attr]
-            scope.children.append(_scope(body, scope, node))
+    for node, _, body in checkpoint_bodies(gm):
+        scope.children.append(_scope(body, scope, node))
     return scope
 
 
@@ -253,7 +259,11 @@ def _read_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scope
         p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
         training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
         return Dropout(args[0], float(p) if training else 0.0)
-    if target in (aten.to.dtype, aten._to_copy.default, torch.ops.prims.convert_element_type.default):
+    if target in (
+        aten.to.dtype,
+        aten._to_copy.default,
+        torch.ops.prims.convert_element_type.default,
+    ):
         extra = {k: v for k, v in kwargs.items() if k != "dtype" and v is not None}
         return None if extra else Cast(args[0])
     return None
@@ -265,7 +275,12 @@ def _linear(args: tuple[Any, ...], kwargs: dict[str, Any], scope: Scope) -> Term
     x, weight, bias = (bound.get(name) for name in names)
     w = param_of(weight, scope)
     b = None if bias is None else param_of(bias, scope)
-    if not isinstance(x, fx.Node) or w is None or w.value.dim() != 2 or (bias is not None and not b):
+    if (
+        not isinstance(x, fx.Node)
+        or w is None
+        or w.value.dim() != 2
+        or (bias is not None and not b)
+    ):
         return None
     return Linear(x, w, b)
 
@@ -273,7 +288,12 @@ def _linear(args: tuple[Any, ...], kwargs: dict[str, Any], scope: Scope) -> Term
 def _matmul(x: Any, weight: Any, bias: Any, scope: Scope) -> Term:
     w = param_of(weight, scope)
     b = None if bias is None else param_of(bias, scope)
-    if not isinstance(x, fx.Node) or w is None or w.value.dim() != 2 or (bias is not None and not b):
+    if (
+        not isinstance(x, fx.Node)
+        or w is None
+        or w.value.dim() != 2
+        or (bias is not None and not b)
+    ):
         return None
     if b is not None and b.value.dim() != 1:
         return None

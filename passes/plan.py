@@ -96,7 +96,8 @@ def _refusal(found: Match, path: str, config: FalqonConfig) -> Rejected | None:
         return Rejected(path, "include= or exclude= leaves it out", "Change the patterns")
     if found.dropout > 0 and config.dropout == "reject":
         return Rejected(
-            path, f"a merged weight can't apply the adapter dropout p={found.dropout:g}",
+            path,
+            f"a merged weight can't apply the adapter dropout p={found.dropout:g}",
             'Set lora_dropout=0, or dropout="ignore"',
         )
     return None
@@ -107,12 +108,15 @@ def _check(found: Match, path: str, config: FalqonConfig) -> None:
     for param in _params(found):
         if is_dtensor(param.value):
             raise FalqonError(
-                path, "its parameters are sharded (DTensor: FSDP2 or tensor parallel), which is "
-                "not built yet", "Use DDP or one GPU"
+                path,
+                "its parameters are sharded (DTensor: FSDP2 or tensor parallel), which is "
+                "not built yet",
+                "Use DDP or one GPU",
             )
         if x is not None and param.value.device != x.device:
             raise FalqonError(
-                path, f"a parameter is on {param.value.device}, its input on {x.device}",
+                path,
+                f"a parameter is on {param.value.device}, its input on {x.device}",
                 "Move the whole model to one device",
             )
     config.rows(found.lora_b.value.shape[0])
@@ -121,7 +125,8 @@ def _check(found: Match, path: str, config: FalqonConfig) -> None:
         asked = SiteSpec.from_config(config)
         if (done.granularity, done.scale) != (asked.granularity, asked.scale):
             raise FalqonError(
-                path, f"prepare() used granularity={done.granularity!r}, scale={done.scale!r}; the "
+                path,
+                f"prepare() used granularity={done.granularity!r}, scale={done.scale!r}; the "
                 f"backend is asked for {asked.granularity!r}, {asked.scale!r}",
                 "Give prepare() and torch.compile() the same config",
             )
@@ -139,9 +144,14 @@ def _slot(index: int, path: str, found: Match) -> Slot:
     out, rank = found.lora_b.value.shape
     base, scope = found.base, found.scope
     common = {
-        "index": index, "path": path, "out": out, "rank": rank, "scaling": found.scaling,
+        "index": index,
+        "path": path,
+        "out": out,
+        "rank": rank,
+        "scaling": found.scaling,
         "features": found.lora_a.value.shape[1],
-        "lora_a": _at_root(scope, found.lora_a), "lora_b": _at_root(scope, found.lora_b),
+        "lora_a": _at_root(scope, found.lora_a),
+        "lora_b": _at_root(scope, found.lora_b),
     }
     if isinstance(base, BaseLinear):
         nodes = tuple(scope.outer(node) for node in base.state)
@@ -158,9 +168,14 @@ def _at_root(scope: Scope, param: Param) -> Param:
 def _describe(found: Match, slot: Slot, spec: SiteSpec) -> Site:
     value = value_of(found.anchor)
     return Site(
-        path=slot.path, out_features=slot.out, in_features=slot.features, rank=slot.rank,
-        scaling=found.scaling, dropout=found.dropout,
-        out_dtype=str(value.dtype).removeprefix("torch."), spec=str(spec),
+        path=slot.path,
+        out_features=slot.out,
+        in_features=slot.features,
+        rank=slot.rank,
+        scaling=found.scaling,
+        dropout=found.dropout,
+        out_dtype=str(value.dtype).removeprefix("torch."),
+        spec=str(spec),
     )
 
 

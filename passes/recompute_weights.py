@@ -1,7 +1,7 @@
 """Joint-graph pass: W' is decoded anew in backward, never kept from the forward pass.
 
-AOTAutograd's partitioner weighs what to save for backward. To it, W' is the result of an update, not
-a parameter, and a bf16 copy of all weights may look cheaper to keep than their FP8 form.
+AOTAutograd's partitioner weighs what to save for backward. To it, W' is the result of an update and
+no parameter, and a bf16 copy of all weights may look cheaper to keep than their FP8 form.
 """
 
 from __future__ import annotations
@@ -32,9 +32,7 @@ def _mark(weight: fx.Node) -> None:
 
 def _is_update(node: fx.Node) -> bool:
     """The functionalized form of ``falqon::proxy_update_``."""
-    return node.op == "call_function" and node.args[:1] == (
-        torch.ops.falqon.proxy_update_.default,
-    )
+    return node.op == "call_function" and node.args[:1] == (torch.ops.falqon.proxy_update_.default,)
 
 
 def _is_view(node: fx.Node) -> bool:

@@ -10,7 +10,7 @@ from torch import fx
 
 from falqon_fx._compat import mark_static_input
 from falqon_fx.merged import allocate
-from falqon_fx.passes.normalize import BaseLinear, Param, Scope, value_of
+from falqon_fx.passes.normalize import Param, Scope, value_of
 from falqon_fx.passes.plan import Plan, SitePlan, Slot
 
 STATE = ("code", "scale", "applied", "counters", "writes")
@@ -51,7 +51,12 @@ def _enter(plan: Plan, slot: Slot) -> SlotNodes:
     state = []
     value = slot.base.value
     fake = allocate(  # shapes and dtypes; the values come at run time
-        slot.out, slot.features, slot.rank, value.dtype, slot.scaling, plan.spec,
+        slot.out,
+        slot.features,
+        slot.rank,
+        value.dtype,
+        slot.scaling,
+        plan.spec,
         torch.device("meta"),
     )
     for name, tensor in zip(STATE, fake.tensors, strict=True):
@@ -84,8 +89,17 @@ def _replace(plan: Plan, site: SitePlan, slot: SlotNodes) -> None:
     with graph.inserting_before(anchor):
         pair = graph.call_function(
             torch.ops.falqon.merged_linear.default,
-            (found.x, code, scale, applied, lora_b, bias, found.scaling, value.dtype,
-             str(plan.spec)),
+            (
+                found.x,
+                code,
+                scale,
+                applied,
+                lora_b,
+                bias,
+                found.scaling,
+                value.dtype,
+                str(plan.spec),
+            ),
         )
         fused = graph.call_function(operator.getitem, (pair, 0))
         result = fused

@@ -19,10 +19,7 @@ _ADDED = {_FUSED, _UPDATE, operator.getitem, operator.add, operator.mul, "to", "
 def operations(root: Scope) -> tuple[fx.Node, ...]:
     """Every node that computes something, in the graph and its checkpoint bodies."""
     return tuple(
-        node
-        for scope in root.walk()
-        for node in scope.gm.graph.nodes
-        if node.op.startswith("call")
+        node for scope in root.walk() for node in scope.gm.graph.nodes if node.op.startswith("call")
     )
 
 
@@ -44,9 +41,7 @@ def verify(plan: Plan, before: tuple[fx.Node, ...]) -> None:
     _check_update(plan)
 
 
-def _check_outside(
-    plan: Plan, before: tuple[fx.Node, ...], after: tuple[fx.Node, ...]
-) -> None:
+def _check_outside(plan: Plan, before: tuple[fx.Node, ...], after: tuple[fx.Node, ...]) -> None:
     inside = {node for site in plan.sites for node in site.match.nodes}
     outside, present = [n for n in before if n not in inside], set(after)
     lost = [node.name for node in outside if node not in present]
