@@ -3,6 +3,7 @@
 from falqon_fx.backend import RewriteResult, falqon, rewrite
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonConfigError, FalqonError
+from falqon_fx.explain import explain
 from falqon_fx.merged import MergedAdapter
 from falqon_fx.prepare import PrepareReport, adapters, flush, prepare, restore
 from falqon_fx.report import GraphReport, Rejected, RewriteReport, Site
@@ -21,6 +22,7 @@ __all__ = [
     "RewriteResult",
     "Site",
     "adapters",
+    "explain",
     "falqon",
     "flush",
     "prepare",

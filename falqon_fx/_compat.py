@@ -81,8 +81,9 @@ def mark_static_input(node: fx.Node) -> None:
 
 def copy_dynamo_attributes(old: fx.GraphModule, new: fx.GraphModule) -> None:
     """What Dynamo hangs on a graph module beside its graph and AOTAutograd reads back."""
-    if hasattr(old, "_param_name_to_source"):
-        new._param_name_to_source = old._param_name_to_source
+    for name in ("_param_name_to_source", "compile_subgraph_reason"):
+        if hasattr(old, name):
+            setattr(new, name, getattr(old, name))
     for before, after in zip(
         old.graph.find_nodes(op="placeholder"), new.graph.find_nodes(op="placeholder"), strict=False
     ):
@@ -119,6 +120,18 @@ def is_dtensor(value: object) -> bool:
     return isinstance(value, DTensor)
 
 
+def is_fsdp(node: fx.Node) -> bool:
+    """Whether a Dynamo placeholder is a parameter of an FSDP module, gathered for this call."""
+    source = getattr(node, "_dynamo_source", None)
+    return source is not None and bool(source.guard_source.is_fsdp_module())
+
+
+def is_ddp_piece(gm: fx.GraphModule) -> bool:
+    """Whether DDP's optimizer cut this graph out of a larger one, to overlap its buckets."""
+    why = getattr(gm, "compile_subgraph_reason", None)
+    return why is not None and "DDPOptimizer" in why.reason
+
+
 def source_path(node: fx.Node) -> str:
     """The dotted attribute path of a Dynamo placeholder below the compiled module, or ""."""
     source = getattr(node, "_dynamo_source", None)
@@ -130,3 +143,17 @@ def source_path(node: fx.Node) -> str:
 
 
 _HOLDERS = {"__dict__", "_modules", "_parameters", "_buffers"}
+
+
+def fake_mode() -> Any:
+    """A fresh FakeTensorMode."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()
+
+
+def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
+    """``function`` applied to every leaf of nested containers."""
+    from torch.utils._pytree import tree_map as apply
+
+    return apply(function, tree)
