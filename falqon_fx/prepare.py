@@ -216,6 +216,8 @@ def _lora_layers(model: nn.Module) -> Iterator[_LoraLayer]:
         parts = ("base_layer", "lora_A", "lora_B", "scaling")
         if not all(hasattr(module, part) for part in parts):
             continue
+        if not isinstance(module.lora_A, nn.ModuleDict):  # LoRA by the same names, not PEFT's
+            continue
         names = list(getattr(module, "active_adapters", None) or module.lora_A)
         for name in names[:1]:
             if name in module.lora_A and name in module.lora_B:

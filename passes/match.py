@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from falqon_fx._compat import is_plain
+from falqon_fx._compat import is_dtensor, is_plain
 from falqon_fx.passes.normalize import (
     Add,
     BaseLinear,
@@ -206,7 +206,7 @@ def _check_base(base: Linear) -> None:
     value = base.weight.value
     if base.weight.transposed:
         raise _Refusal("the base weight is stored [in, out]", "Use a layer that stores [out, in]")
-    if not is_plain(value):
+    if not is_plain(value) and not is_dtensor(value):  # plan refuses sharded ones by name
         raise _Refusal(
             f"the base weight is a {type(value).__name__}", "Use an unquantized nn.Linear as base"
         )

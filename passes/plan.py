@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from falqon_fx._compat import is_dtensor, source_path
+from falqon_fx._compat import is_ddp_piece, is_dtensor, is_fsdp, source_path
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
 from falqon_fx.passes.match import Match, RejectedMatch
-from falqon_fx.passes.normalize import BaseLinear, Param, Scope, value_of
+from falqon_fx.passes.normalize import BaseLinear, Linear, Param, Scope, value_of
 from falqon_fx.report import Rejected, Site
 from falqon_fx.spec import SiteSpec, parse_spec
 
@@ -62,8 +62,11 @@ def plan(
     """Choose sites and give equal (W, A, B, scaling) one slot.
 
     Raises:
-        FalqonError: a site that can't be trained rightly as asked (device, topk, sharding).
+        FalqonError: a site that can't be trained rightly as asked (device, topk, sharding, a cut
+            through it).
     """
+    if is_ddp_piece(root.gm):
+        _check_whole(root, matches)
     spec = SiteSpec.from_config(config)
     refused = [
         Rejected(_path(root, (r.lora_a, r.lora_b), r.scope), r.reason, r.remedy) for r in rejected
@@ -106,11 +109,11 @@ def _refusal(found: Match, path: str, config: FalqonConfig) -> Rejected | None:
 def _check(found: Match, path: str, config: FalqonConfig) -> None:
     x = value_of(found.x)
     for param in _params(found):
-        if is_dtensor(param.value):
+        node = None if param.node is None else found.scope.outer(param.node)
+        if is_dtensor(param.value) or (node is not None and is_fsdp(node)):
             raise FalqonError(
                 path,
-                "its parameters are sharded (DTensor: FSDP2 or tensor parallel), which is "
-                "not built yet",
+                "its parameters are sharded (FSDP or tensor parallel), which is not built yet",
                 "Use DDP or one GPU",
             )
         if x is not None and param.value.device != x.device:
@@ -130,6 +133,25 @@ def _check(found: Match, path: str, config: FalqonConfig) -> None:
                 f"backend is asked for {asked.granularity!r}, {asked.scale!r}",
                 "Give prepare() and torch.compile() the same config",
             )
+
+
+def _check_whole(root: Scope, matches: list[Match]) -> None:
+    """What is trained in a piece of a graph must be whole sites."""
+    inside = {node for found in matches for node in found.nodes}
+    cut = [
+        _path(root, (term.weight,), scope)
+        for scope in root.walk()
+        for node in scope.gm.graph.nodes
+        if isinstance(term := scope.term(node), Linear)
+        and node not in inside
+        and term.weight.value.requires_grad
+    ]
+    if cut:
+        raise FalqonError(
+            ", ".join(cut),
+            "DDP's optimizer compiles the model in pieces and cuts through these sites",
+            "Set torch._dynamo.config.optimize_ddp = False, or a larger bucket_cap_mb",
+        )
 
 
 def _identity(scope: Scope, param: Param) -> object:
