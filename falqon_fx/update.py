@@ -33,27 +33,30 @@ _CHUNK = 1 << 24  # elements of W' held in float32 at a time
 def fingerprint(batch: Tensor) -> Tensor:
     """64-bit hash of the bits of each tensor of a batch [G, m, n]; zeros hash to zero.
 
-    Σ_ij bits_ij · (p_j + q_i) mod 2**64 with fixed odd-looking p and q: depends on the place of
-    every element and needs only row sums and column sums.
+    Σ_ij word_ij · q_i · p_j mod 2**64 with fixed odd-looking p and q: it depends on the place of
+    every element and sees every change of a single one. A word is 64 bits of a row; its upper half
+    is added to the lower, since what differs in the last bits of a word, such as two signs, could
+    cancel modulo 2**64.
     """
-    batch = batch.detach().contiguous()
+    # The second view gives a dimension of size 1 the stride that a view as int64 asks for.
+    batch = batch.detach().contiguous().view(-1).view(batch.shape)
     if batch.storage_offset():
         batch = batch.clone()  # a view as int64 must be aligned
     bits = batch.view(
         {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[batch.element_size()]
     )
-    wide = 8 // batch.element_size()
-    if bits.shape[-1] % wide == 0:
-        bits = bits.view(torch.int64)
-    columns, rows = bits.sum(dim=1, dtype=torch.int64), bits.sum(dim=2, dtype=torch.int64)
-    return (columns * _hash_weights(columns, 0x1E3779B97F4A7C15)).sum(-1) + (
-        rows * _hash_weights(rows, 0x3F58476D1CE4E5B9)
-    ).sum(-1)
+    if bits.shape[-1] * bits.element_size() % 8:
+        words = bits.to(torch.int64)
+    else:
+        whole = bits.view(torch.int64)
+        words = (whole >> 32).mul_(5).add_(whole)
+    # Sums over rows vectorise, those over a few columns don't.
+    columns = words.mul_(_hash_weights(words.shape[1], words, 0x3F58476D1CE4E5B9)[:, None]).sum(1)
+    return (columns * _hash_weights(words.shape[2], words, 0x1E3779B97F4A7C15)).sum(-1)
 
 
-def _hash_weights(like: Tensor, multiplier: int) -> Tensor:
-    index = torch.arange(1, like.shape[-1] + 1, device=like.device)
-    mixed = index * multiplier
+def _hash_weights(count: int, like: Tensor, multiplier: int) -> Tensor:
+    mixed = torch.arange(1, count + 1, device=like.device) * multiplier
     return (mixed ^ (mixed >> 29)) * multiplier | 1
 
 

@@ -7,6 +7,7 @@ Bounds are float64 tensors or floats and absolute, element by element, unless a 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -144,3 +145,134 @@ def assert_within(actual: Tensor, expected: Tensor, bound: Tensor | float) -> No
             f"{actual[at].item()} against {expected[at].item()}, "
             f"off by {error[at].item():.3e}, allowed {bound[at].item():.3e}"
         )
+
+
+@dataclass(frozen=True)
+class Approx:
+    """An exact float64 ``value`` and a ``bound`` on how far the computed one is off.
+
+    Running error analysis (Higham, chapter 3): each operation of the code under test is repeated
+    here on ``value``, and what the operands' errors and its own roundings may cost goes into
+    ``bound``. Sums and products are exact until `rounded` says where a result is rounded.
+    """
+
+    value: Tensor
+    bound: Tensor
+
+    @classmethod
+    def exact(cls, value: Tensor) -> Approx:
+        return cls(value.double(), torch.zeros_like(value, dtype=torch.float64))
+
+    @property
+    def largest(self) -> Tensor:
+        return self.value.abs() + self.bound
+
+    def rounded(self, *dtypes: torch.dtype) -> Approx:
+        """After one rounding to each of ``dtypes``, one after the other."""
+        bound = self.bound
+        for dtype in dtypes:
+            bound = rounded_bound(self.value, bound, dtype)
+        return Approx(self.value, bound)
+
+    def t(self) -> Approx:
+        return Approx(self.value.t(), self.bound.t())
+
+    def __add__(self, other: Approx) -> Approx:
+        return Approx(self.value + other.value, self.bound + other.bound)
+
+    def __mul__(self, other: Approx) -> Approx:
+        off = self.largest * other.bound + self.bound * other.value.abs()
+        return Approx(self.value * other.value, off)
+
+    def __matmul__(self, other: Approx) -> Approx:
+        """Accumulated in float32, in any order (`dot_bound`)."""
+        off = self.largest @ other.bound + self.bound @ other.value.abs()
+        own = dot_bound(self.largest, other.largest)
+        return Approx(self.value @ other.value, off + own)
+
+    def addmm(self, a: Approx, b: Approx, dtype: torch.dtype) -> Approx:
+        """self + a @ b in ``dtype``. Implementations may start the sum with self (one rounding
+        more for everything, float32) or round a @ b to ``dtype`` first: the bound admits both.
+        """
+        product = a @ b
+        own = gamma(a.value.shape[-1] + 1) * (self.largest + a.largest @ b.largest)
+        total = self + product.rounded(dtype)
+        return Approx(total.value, total.bound + own).rounded(dtype)
+
+    def assert_holds(self, actual: Tensor) -> None:
+        assert_within(actual, self.value, self.bound)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What a site consists of."""
+
+    base: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+    bias: Tensor | None = None
+    lora_bias: Tensor | None = None  # of B, scaled by at most `scaling` or 1
+
+
+@dataclass(frozen=True)
+class SiteBounds:
+    """How far the output and the gradients of a rewritten site may be off, flat over tokens."""
+
+    y: Tensor
+    grad_x: Tensor
+    grad_b: Tensor
+
+
+def site_bounds(x: Tensor, grad: Tensor, p: Parameters) -> SiteBounds:
+    """A rewritten site (init="keep", row and pow2 scales, first call) against exact arithmetic on
+    its unquantized operands: y = x·(W + s·B·A)ᵀ + biases, dL/dx and dL/dB.
+
+    Three casts to E4M3 (x, A, and W + s·B·Â), one to E5M2 (dL/dO), and the roundings in between.
+    ``applied`` is B rounded: W' holds the rounded part, the output gets the rest, so `pending` is 0
+    in exact arithmetic and its size is the error of the one and the value of the other.
+    """
+    dtype = torch.bfloat16 if grad.dtype == torch.bfloat16 else torch.float32
+    x, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
+    qx, qa = _row_cast(Approx.exact(x)), _row_cast(Approx.exact(p.lora_a))
+    held = torch.float32 if p.base.dtype == torch.float32 else torch.bfloat16
+    applied = Approx.exact(p.lora_b).rounded(held)
+    step = (applied * Approx.exact(torch.tensor(p.scaling))).rounded(torch.float32)
+    merged = (Approx.exact(p.base) + (step @ qa).rounded(torch.float32)).rounded(torch.float32)
+    qw = _row_cast(merged)
+    pending = Approx(torch.zeros_like(step.value), step.bound).rounded(torch.float32, dtype)
+
+    out_a = (qx @ qa.t()).rounded(dtype)
+    y = (qx @ qw.t()).rounded(dtype).addmm(out_a, pending.t(), dtype)
+    if p.bias is not None:
+        y = (y + Approx.exact(p.bias).rounded(dtype)).rounded(dtype)
+    y = y.rounded(grad.dtype)
+    if p.lora_bias is not None:
+        largest = torch.tensor(max(abs(p.scaling), 1.0))
+        term = (Approx.exact(p.lora_bias) * Approx.exact(largest)).rounded(p.lora_bias.dtype)
+        y = (y + term).rounded(grad.dtype, grad.dtype)
+
+    # q(dL/dO · s_W) / s_W: s_W drops out but where the cast underflows.
+    exact = Approx.exact(grad)
+    low = ((merged.value.abs() - merged.bound).amax(1).clamp(min=0)) / torch.finfo(e4m3).max
+    high = 2 * merged.largest.amax(1) / torch.finfo(e4m3).max
+    g_scale = 2 * (exact.largest * high).amax(1, keepdim=True) / torch.finfo(e5m2).max
+    quotient = g_scale.clamp(min=torch.finfo(torch.float32).tiny) / low
+    qg = Approx(exact.value, fp8_cast_bound(grad, quotient, e5m2) * (1 + gamma(4)))
+    tail = (exact @ pending).rounded(dtype, torch.float32, dtype)
+    grad_x = (qg @ qw).rounded(dtype).addmm(tail, qa, dtype).rounded(x.dtype)
+
+    product = (exact.rounded(dtype).t() @ out_a).rounded(dtype)
+    grad_b = (product * Approx.exact(torch.tensor(p.scaling))).rounded(
+        torch.float32, p.lora_b.dtype
+    )
+    return SiteBounds(y.bound, grad_x.bound, grad_b.bound)
+
+
+def _row_cast(a: Approx) -> Approx:
+    """After a cast to E4M3, a row at a time. A scale of a power of two is below 2·amax/448."""
+    e4m3 = torch.float8_e4m3fn
+    scale = 2 * a.largest.amax(1, keepdim=True) / torch.finfo(e4m3).max
+    scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
+    return Approx(a.value, a.bound + fp8_cast_bound(a.largest, scale, e4m3))

@@ -1,0 +1,102 @@
+"""One site without a model around it: random parameters, state, and its operands in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from falqon_fx import FalqonConfig, MergedAdapter
+from falqon_fx.merged import create
+from falqon_fx.numerics import amax_to_scale, round_to_fp8
+from falqon_fx.spec import SiteSpec
+
+
+@dataclass
+class Site:
+    """The parameters of a site and the state made from them; ``base`` None once it is freed."""
+
+    base: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
+    state: MergedAdapter
+
+    def step(self, seed: int = 0, size: float = 0.02) -> None:
+        """Move B as an optimizer would."""
+        with torch.no_grad():
+            self.lora_b.add_(randn(*self.lora_b.shape, seed=seed) * size)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_site(
+    out: int = 24,
+    features: int = 40,
+    rank: int = 4,
+    *,
+    dtype: torch.dtype = torch.float32,
+    b_size: float = 0.1,
+    scaling: float = 2.0,
+    seed: int = 0,
+    **options: Any,
+) -> Site:
+    """A site with random W (rows of different size), A and B; ``b_size=0`` gives a new adapter."""
+    base = randn(out, features, seed=seed) * randn(out, 1, seed=seed + 1).exp2()
+    lora_a = randn(rank, features, seed=seed + 2) / 4
+    lora_b = randn(out, rank, seed=seed + 3) * b_size
+    return site_of(base.to(dtype), lora_a, lora_b, scaling, **options)
+
+
+def site_of(
+    base: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float = 2.0, **options: Any
+) -> Site:
+    config = FalqonConfig(**{"init": "keep", "topk": "all", **options})
+    return Site(base, lora_a, lora_b, create("site", base, lora_a, lora_b, scaling, config))
+
+
+def update(*sites: Site) -> None:
+    """One `falqon::proxy_update_` for all sites."""
+    states = [site.state for site in sites]
+    torch.ops.falqon.proxy_update_(
+        *([state.tensors[i] for state in states] for i in range(5)),
+        [site.lora_b for site in sites],
+        [site.lora_a for site in sites],
+        [site.base for site in sites],
+        [state.scaling for state in states],
+        str(states[0].plan),
+    )
+
+
+def snapshot(state: MergedAdapter) -> list[Tensor]:
+    """Copies of what an update may write: bytes, scale, applied, counters, writes."""
+    return [t.clone() for t in (state.code, *state.tensors[1:])]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def dequantized(state: MergedAdapter) -> Tensor:
+    """W' = code · scale, exact in float64."""
+    return state.weight.float().double() * state.scale.double()
+
+
+def cast(x: Tensor, dtype: torch.dtype, plan: SiteSpec) -> Tensor:
+    """Float32 x [n, k] after the library's FP8 cast, dequantized exactly in float64."""
+    scale = cast_scale(x, dtype, plan)
+    return round_to_fp8(x * scale.reciprocal(), dtype).double() * scale.double()
+
+
+def cast_scale(x: Tensor, dtype: torch.dtype, plan: SiteSpec) -> Tensor:
+    if plan.per_row:
+        return amax_to_scale(x.abs().amax(1, keepdim=True), dtype, plan.scale)
+    amax = x.abs().amax() if x.numel() else torch.zeros(())
+    return amax_to_scale(amax, dtype, plan.scale)
+
+
+def spec(site: Site, **changes: Any) -> str:
+    return str(replace(site.state.plan, **changes))

@@ -1,0 +1,538 @@
+"""The proxy update: which rows are written, when, and what is in them afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from falqon_fx import FalqonConfig, FalqonError, adapters
+from falqon_fx.merged import registry
+from falqon_fx.numerics import (
+    E4M3,
+    FP8_MAX,
+    amax_to_scale,
+    philox_uint16,
+    round_to_fp8,
+    round_to_fp8_stochastic,
+)
+from falqon_fx.update import SITE, STEP, fingerprint
+from tests.models import LoraLinear
+from tests.sites import Site, dequantized, make_site, randn, same, site_of, snapshot, update
+from tests.tolerances import gamma
+
+GRANULARITY = pytest.mark.parametrize("granularity", ["tensor", "row"])
+SCALE = pytest.mark.parametrize("scale", ["amax", "pow2"])
+ROUNDING = pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+INF, NAN = float("inf"), float("nan")
+
+
+def changed_rows(before: list[Tensor], state: object) -> list[int]:
+    """Rows of `writes` that went up."""
+    return (state.writes != before[4]).nonzero().flatten().tolist()
+
+
+# -- what is written -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pending", ["hold", "drop", "apply"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@GRANULARITY
+@SCALE
+@ROUNDING
+def test_a_written_row_is_the_cast_of_the_exact_sum(granularity, scale, rounding, dtype, pending):
+    """dq(old) + s·Δ·dq(A), Δ = what `applied` gained, exact in float64, then the cast.
+
+    The op sums in float32: r products and the old value, each factor rounded at most 4 times (dq,
+    difference, scaling, its product), and the product with the scale's reciprocal twice more; so
+    what it casts is within gamma(r + 8) of the terms' magnitudes. Rounding is monotone, so its
+    result lies between the casts of both ends. Of nearest rounding and of stochastic rounding with
+    the row's own random numbers alike: the tests pin the Philox stream (row, step, site, seed).
+    """
+    options = {"granularity": granularity, "scale": scale, "rounding": rounding}
+    site = make_site(dtype=dtype, topk=5, pending=pending, seed=3, **options)
+    state = site.state
+    for step in range(3):
+        site.step(seed=step, size=0.2)
+        old, before = dequantized(state), snapshot(state)
+        update(site)
+        rows = changed_rows(before, state)
+        assert len(rows) == 5
+
+        delta = (state.applied.double() - before[2].double())[rows] * state.scaling
+        lora_a = old[24:]
+        exact = old[rows] + delta @ lora_a
+        off = gamma(state.rank + 8) * (old[rows].abs() + delta.abs() @ lora_a.abs())
+        low, high = exact - off, exact + off
+        if granularity == "row":
+            new_scale = state.scale[rows]
+            ends = [
+                torch.maximum(low.abs(), high.abs()).amax(1, keepdim=True),
+                torch.where(low * high > 0, torch.minimum(low.abs(), high.abs()), 0.0).amax(
+                    1, keepdim=True
+                ),
+            ]
+            most, least = (amax_to_scale(end.float(), E4M3, scale) for end in ends)
+            assert ((least * (1 - 2**-22) <= new_scale) & (new_scale <= most * (1 + 2**-22))).all()
+        else:
+            new_scale = state.scale
+            assert torch.equal(new_scale, before[1])
+
+        def to_fp8(x: Tensor, rows: list[int] = rows, divisor: Tensor = new_scale) -> Tensor:
+            scaled = (x / divisor.double()).float()
+            if rounding == "nearest":
+                return round_to_fp8(scaled, E4M3)
+            counters = state.counters
+            random = philox_uint16(
+                torch.tensor(rows), scaled.shape[1], counters[STEP], counters[SITE], seed=0
+            )
+            return round_to_fp8_stochastic(scaled, random, E4M3)
+
+        code = state.weight[rows].float()
+        assert (to_fp8(low) <= code).all()
+        assert (code <= to_fp8(high)).all()
+        # The interval is narrow: nearly every element is decided by it.
+        assert (to_fp8(low) == to_fp8(high)).double().mean() > 0.99
+
+
+@GRANULARITY
+@ROUNDING
+def test_rows_that_are_not_chosen_stay_bit_equal(granularity, rounding):
+    site = make_site(granularity=granularity, rounding=rounding, topk=3)
+    for step in range(4):
+        site.step(seed=step)
+        before = snapshot(site.state)
+        update(site)
+        rows = changed_rows(before, site.state)
+        others = [row for row in range(28) if row not in rows]  # A's rows among them
+        assert len(rows) == 3
+        assert torch.equal(site.state.code[others], before[0][others])
+        if granularity == "row":
+            assert torch.equal(site.state.scale[others], before[1][others])
+        left = [row for row in others if row < 24]
+        assert torch.equal(site.state.applied[left], before[2][left])
+        assert not torch.equal(site.state.code[rows], before[0][rows])
+
+
+@SCALE
+def test_a_fresh_row_scale_never_clamps(scale):
+    """A written row's largest code is what its own amax gives: 448 exactly with "amax", and above
+    half of it with "pow2", however much the row grew.
+    """
+    site = make_site(granularity="row", scale=scale, rounding="nearest")
+    old = dequantized(site.state)
+    site.lora_b += 1000 * randn(24, 4, seed=9)
+    update(site)
+    largest = site.state.weight[:24].float().abs().amax(1)
+    if scale == "amax":
+        assert (largest == FP8_MAX[E4M3]).all()
+    else:
+        assert ((largest >= 224) & (largest <= 448)).all()
+    exact = old[:24] + 2 * (site.state.applied.double() - randn(24, 4, seed=3) * 0.1) @ old[24:]
+    grown = exact.abs().amax(1)
+    kept = dequantized(site.state)[:24].abs().amax(1)
+    # The largest element of a row is off by its own cast alone: 1/17, and float32's roundings.
+    assert ((kept - grown).abs() <= grown * (1 / 17 + gamma(12))).all()
+
+
+def test_a_tensor_scale_clamps_and_stays():
+    site = make_site(granularity="tensor", rounding="nearest")
+    scale = site.state.scale.clone()
+    site.lora_b += 1000
+    update(site)
+    assert torch.equal(site.state.scale, scale)
+    assert site.state.weight.float().abs().max() == FP8_MAX[E4M3]
+    assert torch.equal(site.state.applied, site.lora_b)
+
+
+@given(
+    b=st.lists(st.lists(st.integers(-3, 3), min_size=2, max_size=2), min_size=1, max_size=12),
+    topk=st.one_of(st.integers(1, 12), st.floats(0.01, 1.0), st.just("all")),
+    granularity=st.sampled_from(["tensor", "row"]),
+)
+def test_the_top_rows_are_written_and_ties_go_to_the_lowest(b, topk, granularity):
+    """Σ|ΔB| of small integers is exact, and ties are frequent."""
+    out = len(b)
+    assume(not isinstance(topk, int) or topk <= out)
+    base, lora_a = randn(out, 6), randn(2, 6, seed=1)
+    site = site_of(base, lora_a, torch.zeros(out, 2), topk=topk, granularity=granularity)
+    site.lora_b += torch.tensor(b, dtype=torch.float32)
+    update(site)
+    scores = [abs(x) + abs(y) for x, y in b]
+    count = {str: out, float: max(1, round(float(topk) * out)) if topk != "all" else 0}.get(
+        type(topk), topk
+    )
+    order = sorted((row for row in range(out) if scores[row]), key=lambda row: -scores[row])
+    wanted = sorted(order[:count])  # sorted() keeps equal keys in order: the lowest row first
+    assert site.state.writes.nonzero().flatten().tolist() == wanted
+    assert torch.equal(site.state.applied[wanted], site.lora_b[wanted])
+    assert site.state.applied.abs().sum() == site.lora_b[wanted].abs().sum()
+
+
+@pytest.mark.parametrize(("topk", "count"), [(1, 1), (7, 7), (24, 24), (0.25, 6), (1e-9, 1)])
+def test_topk_counts_rows_or_is_a_fraction_of_them(topk, count):
+    site = make_site(topk=topk)
+    site.step()
+    update(site)
+    assert int(site.state.writes.sum()) == count
+
+
+@pytest.mark.parametrize("pending", ["hold", "apply"])
+@GRANULARITY
+def test_b_is_applied_plus_pending(granularity, pending):
+    """applied and pending are float32 here: their sum rounds once, the difference once."""
+    site = make_site(granularity=granularity, pending=pending, topk=2)
+    site.state.b_ref = lambda: site.lora_b
+    for step in range(5):
+        site.step(seed=step)
+        update(site)
+        total = site.state.applied + site.state.pending()
+        assert ((total - site.lora_b).abs() <= gamma(2) * 2 * site.lora_b.abs().max()).all()
+        written = (site.state.pending() == 0).all(1)
+        assert written.sum() >= 2
+
+
+def test_every_row_gets_written_in_the_end_when_b_rests():
+    """Held rows are not forgotten: the next changes of B, however small, bring them in."""
+    site = make_site(pending="hold", topk=4)
+    site.step()
+    for _ in range(6):
+        site.lora_b[0, 0] += 1e-6
+        update(site)
+    # What can be left is what woke the updates, in row 0.
+    assert ((site.lora_b - site.state.applied).abs() <= 6.1e-6).all()
+
+
+def test_writes_counts_per_row():
+    site = make_site(topk=2)
+    for rows in ([1, 5], [5, 7], [5, 1]):
+        site.lora_b[rows] += 10
+        update(site)
+    wanted = torch.zeros(24, dtype=torch.int32)
+    wanted[[1, 5, 7]] = torch.tensor([2, 3, 1], dtype=torch.int32)
+    assert torch.equal(site.state.writes, wanted)
+
+
+def test_sites_of_different_shapes_are_updated_in_one_call_as_if_alone():
+    def sites() -> list[Site]:
+        shapes = [(24, 40, 4), (8, 16, 1), (24, 40, 4), (24, 40, 3)]
+        made = [make_site(*shape, topk=3, seed=i) for i, shape in enumerate(shapes)]
+        for i, site in enumerate(made):
+            if i != 2:  # unchanged, in a group with a changed one
+                site.step(seed=i)
+        return made
+
+    together, apart = sites(), sites()
+    update(*together)
+    for a, b in zip(together, apart, strict=True):
+        update(b)
+        assert same(snapshot(a.state), snapshot(b.state))
+    assert [int(site.state.writes.sum()) for site in together] == [3, 3, 0, 3]
+
+
+# -- when ------------------------------------------------------------------------------------------
+
+
+@GRANULARITY
+@pytest.mark.parametrize("pending", ["hold", "apply"])
+def test_nothing_is_written_while_b_rests_and_once_when_it_moved(granularity, pending):
+    site = make_site(granularity=granularity, pending=pending, topk=2)
+    before = snapshot(site.state)
+    for _ in range(3):
+        update(site)
+    assert same(before, snapshot(site.state))
+    site.step()
+    update(site)
+    after = snapshot(site.state)
+    assert int(site.state.writes.sum()) == 2
+    for _ in range(3):  # gradient accumulation, evaluation, recomputation: B is still the same
+        update(site)
+    assert same(after, snapshot(site.state))
+
+
+def with_optimizer(make: Callable[[list[Tensor]], torch.optim.Optimizer]) -> Callable[..., None]:
+    def move(b: Tensor) -> None:
+        b.requires_grad_().grad = torch.ones_like(b)
+        make([b]).step()
+        b.requires_grad_(False)
+
+    return move
+
+
+MOVES = {
+    "data": lambda b: setattr(b, "data", b.data + 0.1),
+    "data_in_place": lambda b: b.data.view(-1)[3].mul_(-1),
+    "copy": lambda b: b.copy_(b * 1.01),
+    "sgd": with_optimizer(lambda p: torch.optim.SGD(p, lr=0.1)),
+    "adamw": with_optimizer(lambda p: torch.optim.AdamW(p, lr=0.1, foreach=False)),
+    "adamw_foreach": with_optimizer(lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True)),
+    "adamw_fused": with_optimizer(lambda p: torch.optim.AdamW(p, lr=0.1, fused=True)),
+}
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+def test_every_way_of_moving_b_is_noticed(move):
+    site = make_site()
+    site.lora_b = torch.nn.Parameter(site.lora_b, requires_grad=False)
+    move(site.lora_b)
+    update(site)
+    assert int(site.state.writes.sum()) > 0
+    assert torch.equal(site.state.applied, site.lora_b)
+
+
+# -- bad values ------------------------------------------------------------------------------------
+
+
+@GRANULARITY
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("topk", [3, "all"])
+def test_rows_of_b_with_nan_or_inf_are_not_written_and_counted(granularity, bad, topk):
+    site = make_site(granularity=granularity, topk=topk)
+    site.step()
+    site.lora_b[4, 1] = bad
+    site.lora_b[9] = bad
+    before = snapshot(site.state)
+    update(site)
+    state = site.state
+    assert state.nonfinite_rows == 2
+    assert [int(w) for w in state.writes[[4, 9]]] == [0, 0]
+    assert torch.equal(state.code[[4, 9]], before[0][[4, 9]])
+    assert int(state.writes.sum()) == (3 if topk == 3 else 22)
+    for tensor in (dequantized(state), state.applied, state.scale):
+        assert tensor.isfinite().all()
+    update(site)  # B rests: not counted again
+    assert state.nonfinite_rows == 2
+    site.lora_b[[4, 9]] = 50.0  # repaired
+    update(site)
+    assert int(state.writes[4]) == int(state.writes[9]) == 1
+    assert state.nonfinite_rows == 2
+
+
+# -- reproducible ----------------------------------------------------------------------------------
+
+
+@GRANULARITY
+def test_the_same_seed_gives_the_same_bits_after_50_updates_and_another_does_not(granularity):
+    def train(seed: int) -> list[Tensor]:
+        site = make_site(granularity=granularity, rounding="stochastic", topk=6, seed=0)
+        site = site_of(
+            site.base,
+            site.lora_a,
+            site.lora_b,
+            granularity=granularity,
+            rounding="stochastic",
+            topk=6,
+            **{"seed": seed},
+        )
+        for step in range(50):
+            site.step(seed=step, size=0.01)
+            update(site)
+        return snapshot(site.state)
+
+    first = train(1)
+    assert same(first, train(1))
+    assert not torch.equal(first[0], train(2)[0])
+
+
+def test_sites_and_steps_draw_different_random_numbers():
+    """Two sites with equal B and equal steps round differently, each step anew."""
+    a, b = make_site(rounding="stochastic", seed=0), make_site(rounding="stochastic", seed=5)
+    assert a.state.counters[SITE] != b.state.counters[SITE]
+    a.step()
+    update(a)
+    step = int(a.state.counters[STEP])
+    a.step(seed=1)
+    update(a)
+    assert int(a.state.counters[STEP]) == step + 1
+
+
+def test_stochastic_rounding_keeps_small_steps_in_expectation():
+    """Steps far below half an ulp vanish with nearest rounding and add up with stochastic.
+
+    Every element of dq(W) should move by 100 · 0.0025. A stochastic write adds an error of mean
+    zero and a deviation of at most half the gap (a Bernoulli's), so 6 deviations of the mean over
+    100 writes and n elements are 6 · gap / 2 · sqrt(100 / n). The gap of E4M3 is 1/8 in [1, 2),
+    and 1/4 for the few elements that get beyond.
+    """
+    out, features = 64, 64
+    base = torch.full((out, features), 1.0)
+    base[:, 0] = 448.0  # pins the scale at 1
+    moved = {}
+    for rounding in ("nearest", "stochastic"):
+        site = site_of(
+            base,
+            torch.ones(1, features),
+            torch.zeros(out, 1),
+            scaling=1.0,
+            rounding=rounding,
+            granularity="tensor",
+        )
+        for _ in range(100):
+            site.lora_b += 0.0025
+            update(site)
+        moved[rounding] = (dequantized(site.state)[:out, 1:] - 1).mean()
+    assert moved["nearest"] == 0
+    allowed = 6 * 0.25 / 2 * (100 / (out * (features - 1))) ** 0.5
+    assert abs(moved["stochastic"] - 0.25) <= allowed < 0.125
+
+
+# -- A or W changed --------------------------------------------------------------------------------
+
+
+@GRANULARITY
+@pytest.mark.parametrize("which", ["base", "lora_a"])
+def test_a_change_of_a_or_w_rebuilds_the_site_from_the_base_weight(granularity, which):
+    site = make_site(granularity=granularity)
+    site.step()
+    update(site)
+    getattr(site, which).data.mul_(1.5)
+    update(site)
+    fresh = site_of(site.base, site.lora_a, site.lora_b, granularity=granularity)
+    assert same(snapshot(site.state)[:3], snapshot(fresh.state)[:3])
+    assert not site.state.writes.any()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_the_registry_rebuilds_after_a_counted_write_and_keeps_otherwise(which):
+    params = [torch.nn.Parameter(p, requires_grad=False) for p in
+              (randn(8, 16), randn(2, 16, seed=1), randn(8, 2, seed=2))]  # fmt: skip
+    config = FalqonConfig(topk="all")
+    state = registry.get("site", *params, 2.0, config)
+    params[2].add_(1)
+    assert registry.get("site", *params, 2.0, config) is state
+    params[which].view(-1)[5] += 0.01
+    rebuilt = registry.get("site", *params, 2.0, config)
+    assert rebuilt is not state
+    fresh = site_of(*params)
+    assert same(snapshot(rebuilt)[:3], snapshot(fresh.state)[:3])
+
+
+def test_a_change_of_a_after_prepare_raises_and_writes_nothing():
+    site = make_site()
+    site.base = None
+    site.step()
+    site.lora_a[0, 0] += 1
+    before = snapshot(site.state)
+    with pytest.raises(FalqonError, match="lora_A changed after prepare") as error:
+        update(site)
+    assert "restore" in error.value.remedy
+    assert same(before, snapshot(site.state))
+
+
+# -- drop ------------------------------------------------------------------------------------------
+
+
+def test_drop_in_a_graph_reproduces_the_rule_of_the_public_code():
+    """W[k] += s·B[k]·A for the k rows with the largest Σ|B|, then the whole of B becomes zero."""
+    torch.manual_seed(0)
+    model = LoraLinear(16, 24, rank=4, scaling=2.0)
+    options = {"pending": "drop", "granularity": "tensor", "rounding": "nearest", "topk": 10}
+    compiled = torch.compile(model, backend="falqon", options={**options, "inner": "eager"})
+    b, x = model.lora_B.weight, randn(3, 16)
+    compiled(x)
+    (state,) = adapters(model).values()
+    applied = torch.zeros(24, 4, dtype=torch.float64)
+    for step in range(4):
+        with torch.no_grad():
+            b.add_(randn(24, 4, seed=step) * 0.1)
+        moved = b.detach().double()
+        top = moved.abs().sum(1).topk(10).indices
+        old = dequantized(state)
+        expected = old.clone()
+        limit = 448 * state.scale.double()  # the scale stays, so values beyond it clamp
+        expected[top] = (old[top] + 2.0 * moved[top] @ old[24:]).clamp(-limit, limit)
+        applied[top] += moved[top]
+        compiled(x)
+        assert not b.any()
+        # One cast a write: at most |x|/17, or half a subnormal gap, and the sum's own roundings.
+        new = dequantized(state)
+        half_gap = (expected.abs() / 17).clamp(min=state.scale.item() * 2**-10) * (1 + gamma(12))
+        assert ((new - expected).abs() <= half_gap).all()
+        others = [row for row in range(28) if row not in top.tolist()]
+        assert torch.equal(new[others], old[others])
+        # float32 sums of four steps
+        assert ((state.applied.double() - applied).abs() <= gamma(4) * 4 * 0.1 * 4).all()
+        compiled(x)  # B is zero and rests: nothing more
+        assert torch.equal(dequantized(state), new)
+
+
+# -- fingerprint -----------------------------------------------------------------------------------
+
+
+def bits_of(dtype: torch.dtype) -> torch.dtype:
+    return {4: torch.int32, 2: torch.int16}[dtype.itemsize]
+
+
+@given(
+    m=st.integers(1, 40),
+    n=st.integers(1, 40),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    data=st.data(),
+)
+def test_the_fingerprint_sees_every_change_of_one_element(m, n, dtype, data):
+    """Any bits to any others: signs, last places, subnormals, NaN."""
+    tensor = randn(m, n, seed=data.draw(st.integers(0, 99))).to(dtype)
+    changed = tensor.clone()
+    element = changed.view(-1)[data.draw(st.integers(0, m * n - 1))].view(bits_of(dtype))
+    width = 8 * dtype.itemsize
+    element.bitwise_xor_(
+        data.draw(st.integers(1, 2**width - 1).map(lambda v: v - 2**width if v >> width - 1 else v))
+    )
+    assert fingerprint(tensor[None]) != fingerprint(changed[None])
+
+
+@given(
+    m=st.integers(2, 40),
+    n=st.integers(2, 40),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    values=st.sampled_from(["normal", "signs", "permutations"]),
+    dim=st.integers(0, 1),
+    data=st.data(),
+)
+def test_the_fingerprint_sees_swapped_rows_and_columns(m, n, dtype, values, dim, data):
+    """Also where sums can't tell them apart: entries of ±1, rows and columns of equal content."""
+    seed = data.draw(st.integers(0, 99))
+    tensor = randn(m, n, seed=seed)
+    if values == "signs":
+        tensor = tensor.sign()
+    elif values == "permutations":
+        tensor = (torch.arange(m)[:, None] + torch.arange(n)) % max(m, n) + 1.0
+    tensor = tensor.to(dtype)
+    size = tensor.shape[dim]
+    i, j = data.draw(st.tuples(st.integers(0, size - 1), st.integers(0, size - 1)))
+    assume(not torch.equal(tensor.select(dim, i), tensor.select(dim, j)))
+    order = torch.arange(size)
+    order[[i, j]] = order[[j, i]]
+    swapped = tensor.index_select(dim, order)
+    assert fingerprint(tensor[None]) != fingerprint(swapped[None])
+
+
+def test_the_fingerprint_sees_flipped_signs():
+    """A sign is the last bit of a word, where sums modulo 2**64 lose most."""
+    tensor = randn(6, 8)
+    places = [(i, j) for i in range(6) for j in range(8)]
+    seen = {int(fingerprint(tensor[None]))}
+    for first, a in enumerate(places):
+        for b in places[first:]:
+            flipped = tensor.clone()
+            for place in {a, b}:
+                flipped[place] *= -1
+            seen.add(int(fingerprint(flipped[None])))
+    assert len(seen) == 1 + 48 * 49 // 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 130), (130, 1), (3, 7), (1, 1), (5, 64)])
+def test_the_fingerprint_is_the_same_for_every_layout(shape, dtype):
+    tensor = randn(*shape).to(dtype)
+    wide = torch.zeros(shape[0] + 1, 2 * shape[1] + 1, dtype=dtype)
+    wide[1:, 1::2] = tensor
+    expected = fingerprint(tensor[None])
+    assert torch.equal(fingerprint(tensor.t().contiguous().t()[None]), expected)
+    assert torch.equal(fingerprint(wide[1:, 1::2][None]), expected)
+    assert torch.equal(fingerprint(torch.stack([tensor, tensor]))[1:], expected)
+    assert fingerprint(torch.zeros(1, *shape, dtype=dtype)) == 0
