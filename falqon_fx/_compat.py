@@ -138,8 +138,11 @@ def source_path(node: fx.Node) -> str:
     if source is None:
         return ""
     name = source.name if isinstance(source.name, str) else source.name()
-    parts = re.findall(r"\w+", re.sub(r"^L\['\w+'\]", "", name))
-    return ".".join(p for p in parts if p not in _HOLDERS)
+    parts = [p for p in re.findall(r"\w+", re.sub(r"^L\['\w+'\]", "", name)) if p not in _HOLDERS]
+    local = re.match(r"L\['(\w+)'\]", name)
+    if len(parts) == 1 and local is not None and local[1] != "self":
+        parts.insert(0, local[1])  # a module in a local variable, its path unknown
+    return ".".join(parts)
 
 
 _HOLDERS = {"__dict__", "_modules", "_parameters", "_buffers"}

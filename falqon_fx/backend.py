@@ -77,20 +77,23 @@ def falqon(
 class RewriteResult:
     """A rewritten graph.
 
-    ``gm`` takes the inputs of the original graph, then the state of the unprepared sites. Calling
-    the result looks that state up by the parameters among the arguments and runs ``gm``.
+    ``gm`` takes the inputs of the original graph (flat, where that is a pytree, as in export), then
+    the state of the unprepared sites. Calling the result looks that state up by the parameters
+    among the arguments and runs ``gm``; it takes and returns what the original graph does.
     """
 
     gm: fx.GraphModule
     report: RewriteReport
     slots: tuple[SlotNodes, ...]
     config: FalqonConfig
+    original: fx.Graph
 
     def __call__(self, *args: Any) -> Any:
-        return self.gm(*self.bind(args).all)
+        flat = self.original.process_inputs(*args)
+        return self.original.process_outputs(self.gm(*self.bind(flat).all))
 
     def bind(self, args: Sequence[Any]) -> Inputs:
-        """The inputs of ``gm`` that belong to ``args``; state is made where there is none yet.
+        """The inputs of ``gm`` that belong to flat ``args``; state is made where there is none yet.
 
         Raises:
             FalqonError: a site's parameters can't be merged (NaN, Inf, beyond FP8).
@@ -160,7 +163,7 @@ def rewrite(
     with clock("copy"):
         copy = _copy(gm)
     with clock("normalize"):
-        root: Scope = normalize(copy, example_inputs)
+        root: Scope = normalize(copy, gm.graph.process_inputs(*example_inputs))
         before = operations(root)
     with clock("match"):
         matches, rejected = match(root)
@@ -179,7 +182,7 @@ def rewrite(
         nodes_after=len(operations(root)),
         pass_seconds=clock.seconds,
     )
-    return RewriteResult(copy, RewriteReport((graph,)), slots, config)
+    return RewriteResult(copy, RewriteReport((graph,)), slots, config, gm.graph)
 
 
 class _Clock:
@@ -196,7 +199,6 @@ class _Clock:
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     """Dynamo goes on using the graph it gave us, so the passes edit a copy."""
     graph = fx.Graph()
-    graph.set_codegen(gm.graph._codegen)
     mapping: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(gm.graph, mapping, return_output_node=True)
     assert output is not None

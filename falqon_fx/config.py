@@ -101,7 +101,7 @@ class FalqonConfig:
         values["inductor"] = {**values.get("inductor", {}), **inductor}
         return cls(**values)
 
-    def rows(self, out: int) -> int:
+    def rows(self, out: int, site: str = "a site") -> int:
         """Rows written per step at a site with ``out`` rows.
 
         Raises:
@@ -114,7 +114,7 @@ class FalqonConfig:
         if self.topk > out:
             raise FalqonConfigError(
                 "topk",
-                f"{self.topk} rows are asked, the site has {out}",
+                f"{self.topk} rows are asked, {site} has {out}",
                 'Give a smaller count, a fraction in (0, 1], or "all"',
             )
         return int(self.topk)

@@ -267,7 +267,7 @@ def _check_before(model: nn.Module, layers: list[_LoraLayer], config: FalqonConf
                 f"its base weight is tied (also {shared[0]} or {shared[-1]}), so it can't be freed",
                 "Leave the layer out with exclude=, or untie the weights",
             )
-        config.rows(layer.lora_b.shape[0])
+        config.rows(layer.lora_b.shape[0], layer.path)
         if not torch.isfinite(weight).all():
             raise FalqonError(
                 layer.path,

@@ -37,11 +37,23 @@ class Param:
 
 @dataclass(frozen=True)
 class Linear:
-    """x · Wᵀ + bias."""
+    """x · Wᵀ + bias; ``parts`` are nodes of its own, where the bias is added apart."""
 
     x: fx.Node
     weight: Param
     bias: Param | None
+    parts: tuple[fx.Node, ...] = ()
+
+
+@dataclass(frozen=True)
+class AddLinear:
+    """beta · left + factor · x · Wᵀ: ``addmm`` onto a computed value."""
+
+    left: fx.Node
+    x: fx.Node
+    weight: Param
+    beta: float
+    factor: float
 
 
 @dataclass(frozen=True)
@@ -66,7 +78,7 @@ class Add:
 
 @dataclass(frozen=True)
 class Scale:
-    """factor · x."""
+    """factor · x; with dynamic=True the factor is a SymFloat until a match pins it."""
 
     x: fx.Node
     factor: float
@@ -87,24 +99,54 @@ class Dropout:
     p: float
 
 
-Term = Linear | BaseLinear | Add | Scale | Cast | Dropout | None
+@dataclass(frozen=True)
+class Other:
+    """An embedding or a convolution with ``weight``: what LoRA is also put on, but no linear."""
+
+    x: fx.Node
+    weight: Param
+    kind: str
+
+
+Term = Linear | AddLinear | Other | BaseLinear | Add | Scale | Cast | Dropout | None
 
 _LINEAR = {F.linear, torch._C._nn.linear, aten.linear.default}
 _MATMUL = {torch.matmul, operator.matmul, aten.matmul.default, aten.mm.default, torch.mm}
 _ADDMM = {torch.addmm, aten.addmm.default}
+_OTHER = {
+    F.embedding: "an embedding",
+    aten.embedding.default: "an embedding",
+    F.conv1d: "a convolution",
+    F.conv2d: "a convolution",
+    F.conv3d: "a convolution",
+    aten.conv1d.default: "a convolution",
+    aten.conv2d.default: "a convolution",
+    aten.conv3d.default: "a convolution",
+}
+_OTHER_MODULES: dict[Any, str] = {
+    nn.Embedding: "an embedding",
+    nn.Conv1d: "a convolution",
+    nn.Conv2d: "a convolution",
+    nn.Conv3d: "a convolution",
+}
 _ADD = {torch.add, operator.add, operator.iadd, aten.add.Tensor, aten.add_.Tensor}
-_MUL = {torch.mul, operator.mul, operator.imul, aten.mul.Tensor, aten.mul.Scalar, torch.multiply}
-_DIV = {torch.div, operator.truediv, operator.itruediv, aten.div.Tensor, aten.div.Scalar}
+_MUL = {torch.mul, operator.mul, operator.imul, torch.multiply}
+_MUL |= {aten.mul.Tensor, aten.mul.Scalar, aten.mul_.Tensor, aten.mul_.Scalar}
+_DIV = {torch.div, operator.truediv, operator.itruediv}
+_DIV |= {aten.div.Tensor, aten.div.Scalar, aten.div_.Tensor, aten.div_.Scalar}
 _DROPOUT = {F.dropout, torch.dropout, aten.dropout.default}
-_TRANSPOSE = {torch.t, aten.t.default}
+_TRANSPOSE = {torch.t, aten.t.default, aten.numpy_T.default, aten.mT.default}
 _TRANSPOSE_DIMS = {torch.transpose, aten.transpose.int}
+_OPERANDS = ("input", "mat1", "mat2", "other")  # in the order of their positions
 _CAST_METHODS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
 _METHODS: dict[str, Callable[..., Any]] = {
     "add": torch.add,
     "add_": torch.add,
+    "addmm": torch.addmm,
     "mul": torch.mul,
     "mul_": torch.mul,
     "div": torch.div,
+    "div_": torch.div,
     "matmul": torch.matmul,
     "mm": torch.mm,
     "t": torch.t,
@@ -204,13 +246,16 @@ def _read(node: fx.Node, scope: Scope) -> Term:
 
 
 def _read_module(node: fx.Node, scope: Scope) -> Term:
-    module = scope.gm.get_submodule(str(node.target))
+    module: Any = scope.gm.get_submodule(str(node.target))
     (x,) = node.args if len(node.args) == 1 else (None,)
     if not isinstance(x, fx.Node) or node.kwargs:
         return None
     if type(module) is nn.Linear:
         bias = None if module.bias is None else Param(module.bias, name=f"{node.target}.bias")
         return Linear(x, Param(module.weight, name=f"{node.target}.weight"), bias)
+    if type(module) in _OTHER_MODULES:
+        weight = Param(module.weight, name=f"{node.target}.weight")
+        return Other(x, weight, _OTHER_MODULES[type(module)])
     if isinstance(module, nn.Dropout):
         return Dropout(x, module.p if module.training else 0.0)
     if isinstance(module, nn.Identity):
@@ -227,15 +272,17 @@ def _read_method(node: fx.Node, scope: Scope) -> Term:
         return None
     if name in _CAST_METHODS and len(node.args) == 1 and not node.kwargs:
         return Cast(x)
-    if name in ("to", "type") and _casts_only(node):
+    if name in ("to", "type", "type_as") and _casts_only(node, x):
         return Cast(x)
     return Cast(x) if name == "contiguous" and len(node.args) == 1 else None
 
 
-def _casts_only(node: fx.Node) -> bool:
-    """Whether a ``.to`` keeps the device: only dtypes among its arguments."""
-    rest = [*node.args[1:], *node.kwargs.values()]
-    return bool(rest) and all(isinstance(a, torch.dtype | bool) for a in rest)
+def _casts_only(node: fx.Node, x: fx.Node) -> bool:
+    """Whether a ``.to`` keeps the device."""
+    before, after = value_of(x), value_of(node)
+    return (
+        isinstance(before, Tensor) and isinstance(after, Tensor) and before.device == after.device
+    )
 
 
 def _read_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scope: Scope) -> Term:
@@ -243,22 +290,32 @@ def _read_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scope
         return BaseLinear(args[0], tuple(args[1:6]), args[6], args[7], args[8])
     if target in _LINEAR:
         return _linear(args, kwargs, scope)
+    if target in _OTHER:
+        return _other(_OTHER[target], args[0], args[1], scope) if len(args) > 1 else None
+    args = (*args, *(kwargs.pop(name) for name in _OPERANDS if name in kwargs))
     if target in _MATMUL and len(args) == 2:
         return _matmul(args[0], args[1], None, scope)
-    if target in _ADDMM and len(args) == 3 and not kwargs:
-        return _matmul(args[1], args[2], args[0], scope)
+    if target in _ADDMM and len(args) == 3:
+        return _addmm(*args, kwargs, scope)
     if target in _ADD and _are_nodes(args[:2]):
         factor = kwargs.get("alpha", args[2] if len(args) > 2 else 1)
-        return Add(args[0], args[1], float(factor)) if _is_number(factor) else None
+        if not _is_number(factor):
+            return None
+        plain = _add_bias(args[0], args[1], scope) or _add_bias(args[1], args[0], scope)
+        return plain if plain and factor == 1 else Add(args[0], args[1], float(factor))
     if target in _MUL and len(args) == 2 and not kwargs:
-        node, factor = args if isinstance(args[0], fx.Node) else args[::-1]
-        return Scale(node, float(factor)) if _is_number(factor) and _are_nodes([node]) else None
+        for node, factor in (args, args[::-1]):
+            if isinstance(node, fx.Node) and (number := _factor(factor)) is not None:
+                return Scale(node, number)
+        return None
     if target in _DIV and len(args) == 2 and not kwargs and isinstance(args[0], fx.Node):
-        return Scale(args[0], 1.0 / args[1]) if _is_number(args[1]) and args[1] else None
+        divisor = _factor(args[1])
+        return Scale(args[0], 1.0 / divisor) if divisor is not None and args[1] != 0 else None
     if target in _DROPOUT:
         p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
         training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
-        return Dropout(args[0], float(p) if training else 0.0)
+        inplace = kwargs.get("inplace", args[3] if len(args) > 3 else False)
+        return None if inplace else Dropout(args[0], float(p) if training else 0.0)
     if target in (
         aten.to.dtype,
         aten._to_copy.default,
@@ -301,6 +358,49 @@ def _matmul(x: Any, weight: Any, bias: Any, scope: Scope) -> Term:
     return Linear(x, flipped, b)
 
 
+def _other(kind: str, first: Any, second: Any, scope: Scope) -> Other | None:
+    x, weight = (second, first) if param_of(first, scope) else (first, second)
+    w = param_of(weight, scope)
+    return Other(x, w, kind) if isinstance(x, fx.Node) and w else None
+
+
+def _addmm(left: Any, x: Any, weight: Any, kwargs: dict[str, Any], scope: Scope) -> Term:
+    beta, factor = kwargs.get("beta", 1), kwargs.get("alpha", 1)
+    if not _is_number(beta) or not _is_number(factor):
+        return None
+    if beta == factor == 1 and param_of(left, scope):
+        return _matmul(x, weight, left, scope)
+    product = _matmul(x, weight, None, scope)
+    if not isinstance(product, Linear) or not isinstance(left, fx.Node):
+        return None
+    return AddLinear(left, product.x, product.weight, float(beta), float(factor))
+
+
+def _add_bias(product: fx.Node, bias: fx.Node, scope: Scope) -> Linear | None:
+    """``x @ W.T + bias`` as one linear."""
+    b = param_of(bias, scope)
+    if b is None or b.value.dim() != 1:
+        return None
+    linear = scope.term(product)
+    if not isinstance(linear, Linear) or linear.bias is not None or len(product.users) != 1:
+        return None
+    return Linear(linear.x, linear.weight, b, (product,))
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether a node writes its first argument in place."""
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    name = getattr(node.target, "__name__", "")
+    inplace = name.endswith("_") and not name.endswith("__")
+    return inplace or node.target in _INPLACE or node.kwargs.get("inplace") is True
+
+
+_INPLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
+
+
 def param_of(node: Any, scope: Scope) -> Param | None:
     """The leaf tensor that a node is, or is the 2-D transpose of; None for computed values."""
     if not isinstance(node, fx.Node):
@@ -336,6 +436,13 @@ def _is_transpose(node: fx.Node) -> bool:
     if target in _TRANSPOSE_DIMS and len(node.args) == 3:
         return {d % 2 for d in node.args[1:] if isinstance(d, int)} == {0, 1}
     return False
+
+
+def _factor(value: object) -> Any:
+    """A number as a float; one that varies between calls as a SymFloat, which `float` pins."""
+    if isinstance(value, fx.Node) and isinstance(value_of(value), torch.SymFloat):
+        return value_of(value)
+    return float(value) if _is_number(value) else None  # type: ignore[arg-type]
 
 
 def _is_number(value: object) -> bool:

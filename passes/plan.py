@@ -122,7 +122,7 @@ def _check(found: Match, path: str, config: FalqonConfig) -> None:
                 f"a parameter is on {param.value.device}, its input on {x.device}",
                 "Move the whole model to one device",
             )
-    config.rows(found.lora_b.value.shape[0])
+    config.rows(found.lora_b.value.shape[0], path)
     if isinstance(found.base, BaseLinear):
         done = parse_spec(found.base.spec)
         asked = SiteSpec.from_config(config)

@@ -106,8 +106,8 @@ def _replace(plan: Plan, site: SitePlan, slot: SlotNodes) -> None:
         if found.lora_bias is not None:
             # A bias of lora_B is outside W': it is added as the original does.
             term = _node(scope, found.lora_bias)
-            if found.scaling != 1.0:
-                term = graph.call_function(operator.mul, (term, found.scaling))
+            if found.bias_scaling != 1.0:
+                term = graph.call_function(operator.mul, (term, found.bias_scaling))
             total = graph.call_function(operator.add, (fused, term))
             result = graph.call_method("to", (total, value.dtype))
     for node in (pair, fused, result):
