@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 _OVERSAMPLING = 10
-_POWER_ITERATIONS = 2
+_POWER_ITERATIONS = 4
 
 
 def low_rank_rows(error: Tensor, rank: int, seed: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -30,29 +30,39 @@ def captured(error: Tensor, rows: Tensor) -> Tensor:
     return (error.double() @ basis).square().sum()
 
 
-@settings(max_examples=30)
 @given(
     out=st.integers(8, 160),
     features=st.integers(8, 160),
     rank=st.sampled_from([1, 2, 4, 8, 16, 64]),
     granularity=st.sampled_from(["tensor", "row"]),
+    equal_rows=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_the_randomized_svd_captures_nearly_what_the_full_one_does(
-    out, features, rank, granularity, seed
+    out, features, rank, granularity, equal_rows, seed
 ):
     """At least 0.95 of the energy of the best rows of that rank.
 
-    An FP8 error has a flat spectrum, the hardest case. Two power iterations raise it to the fifth
-    power: a direction at 0.9 of the largest singular value weighs 0.59 against it in the range
-    finder, and 10 directions more are drawn than kept.
+    The error of a weight whose rows are all of one size is white noise: the flattest spectrum, and
+    the hardest case. Each power iteration multiplies exponents: (σ/σ₁)^9 after four.
     """
-    base = randn(out, features, seed=seed) * randn(out, 1, seed=seed + 1).exp()
+    base = randn(out, features, seed=seed)
+    if not equal_rows:
+        base = base * randn(out, 1, seed=seed + 1).exp()
     error = fp8_error(base, granularity, "amax")
     rows = low_rank_rows(error, rank, seed)
     assert rows.shape == (rank, features)
     best = torch.linalg.svdvals(error.double())[:rank].square().sum()
     assert captured(error, rows) >= 0.95 * best
+
+
+@GRANULARITY
+@pytest.mark.parametrize("rank", [4, 16])
+def test_white_noise_needs_the_power_iterations(granularity, rank):
+    """The range finder alone captures 0.72 to 0.77 here, two iterations 0.93 to 0.94."""
+    error = fp8_error(randn(320, 320), granularity, "amax")
+    best = torch.linalg.svdvals(error.double())[:rank].square().sum()
+    assert captured(error, low_rank_rows(error, rank, seed=0)) >= 0.95 * best
 
 
 @pytest.mark.parametrize(("out", "features"), [(96, 64), (64, 96), (40, 300), (1, 9), (9, 1)])
@@ -62,14 +72,14 @@ def test_an_error_of_low_rank_is_found_exactly(out, features, rank):
 
     QR, products and SVD are backward stable: together they act on E + D with ‖D‖_F at most
     gamma(12 · stages · max(out, in)) ‖E‖_F (Higham, theorem 19.4, a modest constant for each of the
-    8 stages), and ‖|E + D| - |E|‖_F <= √2 ‖D‖_F (Araki and Yamagami).
+    12 stages), and ‖|E + D| - |E|‖_F <= √2 ‖D‖_F (Araki and Yamagami).
     """
     error = randn(out, rank, seed=1) @ randn(rank, features, seed=2) / 7
     rows = low_rank_rows(error, rank, seed=0).double()
     _, sigma, right = torch.linalg.svd(error.double(), full_matrices=False)
     expected = right.t() @ (sigma[:, None] * right)
     off = (rows.t() @ rows - expected).norm()
-    assert off <= 2**0.5 * gamma(12 * 8 * max(out, features)) * error.double().norm()
+    assert off <= 2**0.5 * gamma(12 * 12 * max(out, features)) * error.double().norm()
 
 
 def test_a_rank_above_the_size_is_filled_with_zeros():
@@ -121,10 +131,13 @@ def test_svd_overwrites_a_fresh_a_with_what_the_gemm_uses(granularity, scale, dt
 
 
 @GRANULARITY
-def test_a_with_b_not_zero_is_kept_and_b_is_merged_at_the_start(granularity):
-    """W' starts as the cast of base + s·B·Â; B counts as applied."""
+@pytest.mark.parametrize("dense", [False, True], ids=["one_element", "dense"])
+def test_a_with_b_not_zero_is_kept_and_b_is_merged_at_the_start(granularity, dense):
+    """W' starts as the cast of base + s·B·Â, with Â and not A; B counts as applied."""
     base, lora_a, lora_b = randn(24, 40), randn(4, 40, seed=1), torch.zeros(24, 4)
     lora_b[5, 2] = 1e-3  # one element is enough to be a loaded adapter
+    if dense:
+        lora_b += 3 * randn(24, 4, seed=2)
     before = lora_a.clone()
     site = site_of(base, lora_a, lora_b, scaling=2.0, init="svd", granularity=granularity)
     assert torch.equal(lora_a, before)

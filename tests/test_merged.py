@@ -1,0 +1,216 @@
+"""`MergedAdapter`: what a user sees of a site, and the invariant that ties it to the base."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+from torch import Tensor
+
+from falqon_fx import FalqonError
+from falqon_fx.numerics import E4M3, amax_to_scale
+from tests.sites import Site, dequantized, make_site, randn, same, site_of, snapshot, update
+from tests.tolerances import fp8_cast_bound, fp8_stochastic_bound, gamma
+
+GRANULARITY = pytest.mark.parametrize("granularity", ["tensor", "row"])
+SCALE = pytest.mark.parametrize("scale", ["amax", "pow2"])
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"]
+)
+
+
+def with_b(site: Site) -> Site:
+    site.lora_b = torch.nn.Parameter(site.lora_b)
+    site.state.b_ref = weakref.ref(site.lora_b)
+    return site
+
+
+@GRANULARITY
+@DTYPES
+def test_shapes_and_dtypes(granularity, dtype):
+    site = make_site(7, 13, 3, granularity=granularity, dtype=dtype)
+    state = site.state
+    assert (state.weight.shape, state.weight.dtype) == ((10, 13), E4M3)
+    assert state.weight.is_contiguous()
+    assert state.scale.shape == ((10, 1) if granularity == "row" else ())
+    assert state.scale.dtype == torch.float32
+    # 16 bits beside a 16-bit base weight, so that the state stays small.
+    expected = torch.float32 if dtype == torch.float32 else torch.bfloat16
+    assert (state.applied.shape, state.applied.dtype) == ((7, 3), expected)
+    assert (state.dequantize().shape, state.dequantize().dtype) == ((10, 13), torch.float32)
+    assert (state.base().shape, state.base().dtype) == ((7, 13), torch.float32)
+    assert (state.writes.shape, int(state.writes.sum())) == ((7,), 0)
+    assert state.rank == 3
+    assert state.nonfinite_rows == 0
+
+
+@GRANULARITY
+@SCALE
+def test_dequantize_is_code_times_scale(granularity, scale):
+    """The product of an FP8 value and a float32 scale rounds once, to float32."""
+    site = make_site(granularity=granularity, scale=scale)
+    assert torch.equal(site.state.dequantize(), dequantized(site.state).float())
+
+
+@GRANULARITY
+@SCALE
+def test_scales_come_from_the_amax_of_w_and_a_together_or_of_each_row(granularity, scale):
+    base, lora_a = randn(24, 40), 5 * randn(4, 40, seed=1)
+    site = site_of(base, lora_a, torch.zeros(24, 4), granularity=granularity, scale=scale)
+    merged = torch.cat([base, lora_a])
+    amax = merged.abs().amax(1, keepdim=True) if granularity == "row" else merged.abs().amax()
+    assert torch.equal(site.state.scale, amax_to_scale(amax, E4M3, scale))
+    bound = fp8_cast_bound(merged, site.state.scale, E4M3)
+    assert ((dequantized(site.state) - merged.double()).abs() <= bound).all()
+
+
+@GRANULARITY
+@SCALE
+@DTYPES
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_w_is_base_plus_scaled_applied_a_after_many_steps(granularity, scale, dtype, rounding):
+    """Invariant 2 of the contract: the error of a row is that of its first cast, plus one cast for
+    each time it was written, at the scale it had then, plus the float32 sums of each write.
+    """
+    options = {"granularity": granularity, "scale": scale, "rounding": rounding, "topk": 6}
+    site = make_site(dtype=dtype, seed=1, **options)
+    state, out, s = site.state, 24, site.state.scaling
+    cast = fp8_cast_bound if rounding == "nearest" else fp8_stochastic_bound
+    lora_a = dequantized(state)[out:]
+
+    def target() -> Tensor:
+        return site.base.double() + s * state.applied.double() @ lora_a
+
+    def sums(applied: Tensor) -> Tensor:
+        terms = dequantized(state)[:out].abs() + abs(s) * applied.abs() @ lora_a.abs()
+        return gamma(state.rank + 8) * terms
+
+    scales = state.scale.double().expand(out + 4, 1)[:out]
+    first = target()
+    own = sums(state.applied.double())
+    bound = own + fp8_cast_bound(first.abs() + own, scales, E4M3)
+    for step in range(30):
+        site.step(seed=step, size=0.05)
+        old_applied, old = state.applied.double(), dequantized(state)[:out]
+        writes = state.writes.clone()
+        own = sums(old_applied)
+        update(site)
+        rows = state.writes != writes
+        assert rows.sum() == 6
+        delta = state.applied.double() - old_applied
+        own = own + gamma(state.rank + 8) * abs(s) * delta.abs() @ lora_a.abs()
+        exact = old + s * delta @ lora_a
+        scales = state.scale.double().expand(out + 4, 1)[:out]
+        bound[rows] += (own + cast(exact.abs() + own, scales, E4M3))[rows]
+    assert (state.writes > 1).sum() > 10
+    error = dequantized(state)[:out] - target()
+    assert (error.abs() <= bound).all()
+    # `base()` is the same statement the other way round, in float32.
+    off = (state.base().double() - site.base.double()).abs()
+    assert (off <= bound + sums(state.applied.double())).all()
+    # The bound means something: without the adapter the weight is beyond it in many places.
+    alone = dequantized(state)[:out] - site.base.double()
+    assert (alone.abs() > bound).double().mean() > 0.02
+
+
+@pytest.mark.parametrize("pending", ["hold", "apply", "drop"])
+def test_pending_is_what_w_does_not_contain(pending):
+    site = with_b(make_site(topk=2, pending=pending))
+    state = site.state
+    site.step()
+    expected = site.lora_b if pending == "drop" else site.lora_b - state.applied
+    assert state.pending().dtype == torch.float32
+    assert torch.equal(state.pending(), expected.detach())
+    update(site)
+    if pending != "drop":
+        assert ((state.pending() != 0).any(1).sum()) == 22
+
+
+@GRANULARITY
+@pytest.mark.parametrize("pending", ["hold", "apply"])
+def test_flush_writes_every_pending_row_once(granularity, pending):
+    site = with_b(make_site(topk=2, granularity=granularity, pending=pending))
+    state = site.state
+    site.step()
+    update(site)
+    written = state.writes.clone()
+    state.flush()
+    assert torch.equal(state.applied, site.lora_b)
+    assert not state.pending().any()
+    assert torch.equal(state.writes - written, 1 - written)  # those not yet written
+    after = snapshot(state)
+    update(site)  # B has not moved since
+    assert same(after, snapshot(state))
+
+
+def test_flush_with_drop_writes_b_and_zeroes_it():
+    site = with_b(make_site(topk=2, pending="drop", b_size=0.0))
+    with torch.no_grad():
+        site.lora_b.copy_(randn(24, 4))
+    b = site.lora_b.detach().clone()
+    site.state.flush()
+    assert not site.lora_b.any()
+    assert torch.equal(site.state.applied, b)
+    after = snapshot(site.state)
+    update(site)
+    assert same(after, snapshot(site.state))
+
+
+def test_flush_leaves_rows_with_nan():
+    site = with_b(make_site(topk=2))
+    with torch.no_grad():
+        site.lora_b[3] = float("nan")
+    site.step()
+    site.state.flush()
+    assert int(site.state.writes[3]) == 0
+    assert site.state.nonfinite_rows == 1
+    assert site.state.dequantize().isfinite().all()
+
+
+def test_the_state_says_when_its_b_is_gone():
+    site = with_b(make_site())
+    assert torch.equal(site.state.lora_b(), site.lora_b)
+    del site.lora_b
+    with pytest.raises(FalqonError, match=r"lora_B is gone.*adapters"):
+        site.state.pending()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", ["base", "lora_a", "lora_b"])
+def test_nan_and_inf_are_refused_before_anything_is_changed(which, bad):
+    params = {"base": randn(8, 16), "lora_a": randn(2, 16, seed=1), "lora_b": torch.zeros(8, 2)}
+    params[which][1, 1] = bad
+    before = {name: p.clone() for name, p in params.items()}
+    with pytest.raises(FalqonError, match="holds NaN or Inf") as error:
+        site_of(**params, init="svd")
+    assert error.value.site == "site"
+    assert "exclude" in error.value.remedy
+    for name, p in params.items():
+        assert torch.equal(p.nan_to_num(7), before[name].nan_to_num(7))
+
+
+def test_a_base_weight_beyond_the_scales_is_refused():
+    base = randn(8, 16)
+    base[0, 0] = 70000
+    with pytest.raises(FalqonError, match="exceeds 65536"):
+        site_of(base, randn(2, 16), torch.zeros(8, 2))
+
+
+@GRANULARITY
+def test_rows_of_zeros_get_scale_one(granularity):
+    base, lora_a = randn(8, 16), torch.zeros(2, 16)
+    base[3] = 0
+    site = site_of(base, lora_a, torch.zeros(8, 2), granularity=granularity)
+    assert site.state.scale.isfinite().all()
+    assert not site.state.dequantize()[[3, 8, 9]].any()
+    if granularity == "row":
+        assert (site.state.scale[[3, 8, 9]] == 1).all()
+
+
+def test_init_runs_under_inference_mode_and_autocast_as_without():
+    plain = make_site(dtype=torch.bfloat16, seed=2)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        odd = make_site(dtype=torch.bfloat16, seed=2)
+    assert same(snapshot(plain.state), snapshot(odd.state))
+    assert not any(t.is_inference() for t in odd.state.tensors)
