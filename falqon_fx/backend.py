@@ -23,7 +23,7 @@ from falqon_fx import _compat
 from falqon_fx.aliases import aliases
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
-from falqon_fx.merged import registry
+from falqon_fx.merged import Wanted, registry
 from falqon_fx.nonfinite import NonfiniteWatch
 from falqon_fx.numerics import as_e4m3
 from falqon_fx.ops import decompositions
@@ -99,12 +99,11 @@ class RewriteResult:
             FalqonError: a site's parameters can't be merged (NaN, Inf, beyond FP8).
         """
         everything, counters = list(args), []
+        states = iter(registry.get([*self._wanted(args)], self.config))
         for nodes in self.slots:
-            slot, lora_b = nodes.slot, self._value(nodes.lora_b, args)
+            lora_b = self._value(nodes.lora_b, args)
             if nodes.base is not None:
-                base, lora_a = self._value(nodes.base, args), self._value(nodes.lora_a, args)
-                state = registry.get(slot.path, base, lora_a, lora_b, slot.scaling, self.config)
-                given = aliases.give(lora_b, state.tensors)
+                given = aliases.give(lora_b, next(states).tensors)
                 everything.extend(given)
             else:
                 places = [self._places[node] for node in nodes.state]
@@ -126,6 +125,14 @@ class RewriteResult:
                 place = self._places[nodes.state[0]]
                 inputs[place] = as_e4m3(inputs[place].detach())
         return inputs
+
+    def _wanted(self, args: Sequence[Any]) -> Iterator[Wanted]:
+        for nodes in self.slots:
+            if nodes.base is not None:
+                base, lora_a, lora_b = (
+                    self._value(node, args) for node in (nodes.base, nodes.lora_a, nodes.lora_b)
+                )
+                yield Wanted(nodes.slot.path, base, lora_a, lora_b, nodes.slot.scaling)
 
     def _value(self, node: fx.Node, args: Sequence[Any]) -> Tensor:
         if node.op == "placeholder":
@@ -235,20 +242,29 @@ def _compile(
 def _warn(graph: GraphReport, gm: fx.GraphModule) -> None:
     dropped = [site for site in graph.sites if site.dropout > 0]
     if dropped:
-        warnings.warn(
+        _warn_once(
             f"falqon: adapter dropout p={dropped[0].dropout:g} is ignored at {len(dropped)} sites "
             f'(first: {dropped[0].path}): a merged weight has none. Set dropout="reject" to leave '
-            "such sites alone.",
-            stacklevel=2,
+            "such sites alone."
         )
     for item in graph.rejected:
-        warnings.warn(f"falqon: left as it was: {item}", stacklevel=2)
+        _warn_once(f"falqon: left as it was: {item}")
     if not graph.sites and not graph.rejected and len(gm.graph.nodes) > 0:
-        warnings.warn(
+        _warn_once(
             "falqon: no LoRA layer in a compiled graph; it runs as with the inner compiler alone. "
-            "See falqon_fx.explain.",
-            stacklevel=2,
+            "See falqon_fx.explain."
         )
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """Python's own "once" forgets whenever someone uses `warnings.catch_warnings`, as torch does in
+    each compilation.
+    """
+    warnings.warn(text, stacklevel=4)
+
+
+falqon.reset = _warn_once.cache_clear  # type: ignore[attr-defined] # torch._dynamo.reset() calls it
 
 
 __all__ = ["FalqonError", "RewriteResult", "falqon", "rewrite"]

@@ -7,6 +7,8 @@ Dynamo shares one graph between blocks and models, so the backend looks the stat
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -192,41 +194,61 @@ def _fill_(state: MergedAdapter, base: Tensor, lora_a: Tensor, lora_b: Tensor) -
     update.write_merged_(*state.tensors, base, lora_a, lora_b, state.scaling, state.plan)
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """A site whose state is looked up."""
+
+    path: str
+    base: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+
+
 class Registry:
     """Finds the state of a (W, A, B) again, or makes it; holds no parameter alive."""
 
     def __init__(self) -> None:
         self._by_b: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
-    def get(
-        self,
-        path: str,
-        base: Tensor,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        scaling: float,
-        config: FalqonConfig,
-    ) -> MergedAdapter:
-        """The state of the site, rebuilt where W or A changed since it was made."""
+    def get(self, wanted: Sequence[Wanted], config: FalqonConfig) -> list[MergedAdapter]:
+        """The states of sites, made anew where W or A changed since; none unless all can be.
+
+        Raises:
+            FalqonError: W, A or B of a site holds NaN or Inf, or lies beyond what an FP8 scale can
+                carry.
+        """
         plan = SiteSpec.from_config(config)
-        known: list[MergedAdapter] = self._by_b.setdefault(lora_b, [])
+        found = [self._find(site, plan) for site in wanted]
+        for site, state in zip(wanted, found):
+            if state is None:
+                _check_values(site.path, site.base, site.lora_a, site.lora_b)
+        return [state or self._make(site, config) for site, state in zip(wanted, found)]
+
+    def _find(self, site: Wanted, plan: SiteSpec) -> MergedAdapter | None:
+        base, lora_a = site.base, site.lora_a
+        known: list[MergedAdapter] = self._by_b.get(site.lora_b, [])
         stamp = _stamp(base, lora_a)
         for state in known:
             if state.base_ref is None or state.base_ref() is not base:
                 continue
             if state.a_ref is None or state.a_ref() is not lora_a:
                 continue
-            if state.scaling == scaling and state.plan == plan:
+            if state.scaling == site.scaling and state.plan == plan:
                 if state.stamp == stamp:
                     return state
                 known.remove(state)  # W or A was written or moved: start from the new values
                 break
-        state = create(path, base, lora_a, lora_b, scaling, config)
-        state.base_ref, state.a_ref = weakref.ref(base), weakref.ref(lora_a)
-        state.b_ref = weakref.ref(lora_b)
-        state.stamp = _stamp(base, lora_a)
-        known[:] = [s for s in known if s.base_ref is not None and s.base_ref() is not None]
-        known.append(state)
+        return None
+
+    def _make(self, site: Wanted, config: FalqonConfig) -> MergedAdapter:
+        state = create(site.path, site.base, site.lora_a, site.lora_b, site.scaling, config)
+        state.base_ref, state.a_ref = weakref.ref(site.base), weakref.ref(site.lora_a)
+        state.b_ref = weakref.ref(site.lora_b)
+        state.stamp = _stamp(site.base, site.lora_a)
+        known = self._by_b.get(site.lora_b, [])
+        alive = [s for s in known if s.base_ref is not None and s.base_ref() is not None]
+        self._by_b[site.lora_b] = [*alive, state]
         return state
 
     def of(self, lora_b: Tensor) -> list[MergedAdapter]:

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from falqon_fx._compat import checkpoint_bodies, fake_mode_of
+from falqon_fx.errors import FalqonError
 
 aten = torch.ops.aten
 
@@ -221,8 +222,30 @@ def _propagate(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+    class Propagation(FakeTensorProp):
+        def run_node(self, n: fx.Node) -> Any:
+            try:
+                return super().run_node(n)
+            except RuntimeError as error:
+                _check_devices(gm, n, self.fetch_args_kwargs_from_env(n)[0])
+                raise error
+
     mode = fake_mode_of(example_inputs) or FakeTensorMode(allow_non_fake_inputs=True)
-    FakeTensorProp(gm, mode).propagate(*example_inputs)
+    Propagation(gm, mode).propagate(*example_inputs)
+
+
+def _check_devices(gm: fx.GraphModule, node: fx.Node, args: tuple[Any, ...]) -> None:
+    """Why a call failed, if its parameters and inputs lie on several devices."""
+    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    inputs = {arg.device for arg in args if isinstance(arg, Tensor)}
+    own = {p.device for p in module.parameters()} if module is not None else set()
+    if len(inputs | own) > 1:
+        devices = ", ".join(sorted(map(str, inputs | own)))
+        raise FalqonError(
+            str(node.target) if module is not None else node.name,
+            f"a parameter is on another device than its input ({devices})",
+            "Move the whole model to one device",
+        )
 
 
 def _scope(gm: fx.GraphModule, parent: Scope | None, call: fx.Node | None) -> Scope:
