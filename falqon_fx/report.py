@@ -69,6 +69,9 @@ class RewriteReport:
             table.add_row(site.path, shape, str(site.rank), f"{site.scaling:g}", site.out_dtype)
         for item in self.rejected:
             table.add_row(item.site, "rejected", "", "", f"{item.reason}. {item.remedy}.")
-        console = Console(width=100, file=io.StringIO(), record=True)
+        # Reasons hold brackets such as [in, out]: no markup, no emoji codes.
+        console = Console(
+            width=100, file=io.StringIO(), record=True, markup=False, emoji=False, highlight=False
+        )
         console.print(table)
         return console.export_text()

@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from falqon_fx._compat import is_dtensor, is_plain
-from falqon_fx.passes.normalize import (
+from falqon_fx.passes.normalize import Scope, value_of, writes
+from falqon_fx.passes.terms import (
     Add,
     AddLinear,
     BaseLinear,
@@ -20,9 +21,6 @@ from falqon_fx.passes.normalize import (
     Other,
     Param,
     Scale,
-    Scope,
-    value_of,
-    writes,
 )
 
 
@@ -184,9 +182,14 @@ def _peel(scope: Scope, node: fx.Node, until: tuple[fx.Node, ...] = ()) -> _Chai
         if isinstance(term, Scale):
             factor *= term.factor
         elif isinstance(term, Dropout):
-            dropout = 1 - (1 - dropout) * (1 - term.p)
+            dropout = _either(dropout, term.p)
         nodes.append(node)
         node = term.x
+
+
+def _either(p: float, q: float) -> float:
+    """The probability that one of two dropouts strikes."""
+    return p + q - p * q
 
 
 def _complete(pair: _Pair, several: set[fx.Node], taken: set[fx.Node]) -> Match:
@@ -210,7 +213,7 @@ def _complete(pair: _Pair, several: set[fx.Node], taken: set[fx.Node]) -> Match:
         )
     if base_chain.factor != 1.0 or base_chain.dropout:
         raise _Refusal("the base output is scaled or dropped before the add", _LEAVE)
-    reads = _casts(scope, base.x)
+    reads = _casts(scope, base.x, taken)
     outer, x = _peel(scope, pair.a.x, until=reads), reads[-1]
     if outer.end not in reads:
         raise _Refusal("lora_A reads another input than the base layer", _LEAVE)
@@ -240,7 +243,7 @@ def _complete(pair: _Pair, several: set[fx.Node], taken: set[fx.Node]) -> Match:
         pair.b.bias,
         factor,
         scaling,
-        1 - (1 - pair.inner.dropout) * (1 - outer.dropout),
+        _either(pair.inner.dropout, outer.dropout),
     )
 
 
@@ -302,10 +305,10 @@ def _check_shapes(base: Linear | BaseLinear, pair: _Pair) -> None:
         raise _Refusal("the shapes of W, A and B don't belong together", _LEAVE)
 
 
-def _casts(scope: Scope, node: fx.Node) -> tuple[fx.Node, ...]:
-    """A node and what it is a cast of, down to the first that is none."""
+def _casts(scope: Scope, node: fx.Node, taken: set[fx.Node]) -> tuple[fx.Node, ...]:
+    """A node and what it is a cast of, down to the first that is none or is another site's."""
     nodes = [node]
-    while isinstance(term := scope.term(nodes[-1]), Cast):
+    while isinstance(term := scope.term(nodes[-1]), Cast) and nodes[-1] not in taken:
         nodes.append(term.x)
     return tuple(nodes)
 

@@ -20,96 +20,20 @@ from torch.nn import functional as F
 
 from falqon_fx._compat import checkpoint_bodies, fake_mode_of
 from falqon_fx.errors import FalqonError
+from falqon_fx.passes.terms import (
+    Add,
+    AddLinear,
+    BaseLinear,
+    Cast,
+    Dropout,
+    Linear,
+    Other,
+    Param,
+    Scale,
+    Term,
+)
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Param:
-    """A leaf tensor: a placeholder or get_attr ``node``, or the attribute ``name`` of a module that
-    is still called as a module. ``transposed`` where the graph uses its transpose.
-    """
-
-    value: Tensor
-    node: fx.Node | None = None
-    name: str | None = None
-    transposed: bool = False
-
-
-@dataclass(frozen=True)
-class Linear:
-    """x · Wᵀ + bias; ``parts`` are nodes of its own, where the bias is added apart."""
-
-    x: fx.Node
-    weight: Param
-    bias: Param | None
-    parts: tuple[fx.Node, ...] = ()
-
-
-@dataclass(frozen=True)
-class AddLinear:
-    """beta · left + factor · x · Wᵀ: ``addmm`` onto a computed value."""
-
-    left: fx.Node
-    x: fx.Node
-    weight: Param
-    beta: float
-    factor: float
-
-
-@dataclass(frozen=True)
-class BaseLinear:
-    """The base layer of a prepared site (``falqon::base_linear``); ``state`` are its five nodes."""
-
-    x: fx.Node
-    state: tuple[fx.Node, ...]
-    bias: fx.Node | None
-    scaling: float
-    spec: str
-
-
-@dataclass(frozen=True)
-class Add:
-    """left + factor · right."""
-
-    left: fx.Node
-    right: fx.Node
-    factor: float = 1.0
-
-
-@dataclass(frozen=True)
-class Scale:
-    """factor · x; with dynamic=True the factor is a SymFloat until a match pins it."""
-
-    x: fx.Node
-    factor: float
-
-
-@dataclass(frozen=True)
-class Cast:
-    """x in another dtype (or in the same)."""
-
-    x: fx.Node
-
-
-@dataclass(frozen=True)
-class Dropout:
-    """Dropout with probability ``p`` (0 in evaluation)."""
-
-    x: fx.Node
-    p: float
-
-
-@dataclass(frozen=True)
-class Other:
-    """An embedding or a convolution with ``weight``: what LoRA is also put on, but no linear."""
-
-    x: fx.Node
-    weight: Param
-    kind: str
-
-
-Term = Linear | AddLinear | Other | BaseLinear | Add | Scale | Cast | Dropout | None
 
 _LINEAR = {F.linear, torch._C._nn.linear, aten.linear.default}
 _MATMUL = {torch.matmul, operator.matmul, aten.matmul.default, aten.mm.default, torch.mm}
@@ -131,13 +55,24 @@ _OTHER_MODULES: dict[Any, str] = {
     nn.Conv3d: "a convolution",
 }
 _ADD = {torch.add, operator.add, operator.iadd, aten.add.Tensor, aten.add_.Tensor}
-_MUL = {torch.mul, operator.mul, operator.imul, torch.multiply}
+_MUL: set[Any] = {torch.mul, operator.mul, operator.imul, torch.multiply}
 _MUL |= {aten.mul.Tensor, aten.mul.Scalar, aten.mul_.Tensor, aten.mul_.Scalar}
-_DIV = {torch.div, operator.truediv, operator.itruediv}
+_MUL |= {aten.multiply.Tensor, aten.multiply.Scalar}
+_DIV: set[Any] = {torch.div, torch.divide, torch.true_divide, operator.truediv, operator.itruediv}
+_DIV |= {aten.divide.Tensor, aten.divide.Scalar, aten.true_divide.Tensor, aten.true_divide.Scalar}
 _DIV |= {aten.div.Tensor, aten.div.Scalar, aten.div_.Tensor, aten.div_.Scalar}
 _DROPOUT = {F.dropout, torch.dropout, aten.dropout.default}
 _TRANSPOSE = {torch.t, aten.t.default, aten.numpy_T.default, aten.mT.default}
 _TRANSPOSE_DIMS = {torch.transpose, aten.transpose.int}
+_CASTS = {
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.device,
+    aten.to.other,
+    aten.type_as.default,
+    aten._to_copy.default,
+    torch.ops.prims.convert_element_type.default,
+}
 _OPERANDS = ("input", "mat1", "mat2", "other")  # in the order of their positions
 _CAST_METHODS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
 _METHODS: dict[str, Callable[..., Any]] = {
@@ -263,6 +198,9 @@ def _read(node: fx.Node, scope: Scope) -> Term:
         return _read_module(node, scope)
     if node.op == "call_method":
         return _read_method(node, scope)
+    if node.op == "call_function" and node.target in _CASTS:
+        x = node.args[0]
+        return Cast(x) if isinstance(x, fx.Node) and _casts_only(node, x) else None
     if node.op == "call_function":
         return _read_call(node.target, node.args, dict(node.kwargs), scope)
     return None
@@ -339,13 +277,6 @@ def _read_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scope
         training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
         inplace = kwargs.get("inplace", args[3] if len(args) > 3 else False)
         return None if inplace else Dropout(args[0], float(p) if training else 0.0)
-    if target in (
-        aten.to.dtype,
-        aten._to_copy.default,
-        torch.ops.prims.convert_element_type.default,
-    ):
-        extra = {k: v for k, v in kwargs.items() if k != "dtype" and v is not None}
-        return None if extra else Cast(args[0])
     return None
 
 

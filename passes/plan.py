@@ -11,7 +11,8 @@ from falqon_fx._compat import is_ddp_piece, is_dtensor, is_fsdp, source_path
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
 from falqon_fx.passes.match import Match, RejectedMatch
-from falqon_fx.passes.normalize import BaseLinear, Linear, Param, Scope, value_of
+from falqon_fx.passes.normalize import Scope, value_of
+from falqon_fx.passes.terms import BaseLinear, Linear, Param
 from falqon_fx.report import Rejected, Site
 from falqon_fx.spec import SiteSpec, parse_spec
 

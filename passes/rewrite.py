@@ -10,8 +10,9 @@ from torch import fx
 
 from falqon_fx._compat import mark_static_input
 from falqon_fx.merged import allocate
-from falqon_fx.passes.normalize import Param, Scope, value_of
+from falqon_fx.passes.normalize import Scope, value_of
 from falqon_fx.passes.plan import Plan, SitePlan, Slot
+from falqon_fx.passes.terms import Param
 
 STATE = ("code", "scale", "applied", "counters", "writes")
 
@@ -34,8 +35,9 @@ def rewrite(plan: Plan) -> tuple[SlotNodes, ...]:
     of the checkpoint bodies that hold sites.
     """
     slots = tuple(_enter(plan, slot) for slot in plan.slots)
+    replaced: dict[fx.Node, fx.Node] = {}  # a site may read the result of another
     for site in plan.sites:
-        _replace(plan, site, slots[site.slot.index])
+        _replace(plan, site, slots[site.slot.index], replaced)
     for scope in plan.root.walk():
         scope.gm.graph.lint()
         scope.gm.recompile()
@@ -77,7 +79,7 @@ def _node(scope: Scope, param: Param) -> fx.Node:
     return node
 
 
-def _replace(plan: Plan, site: SitePlan, slot: SlotNodes) -> None:
+def _replace(plan: Plan, site: SitePlan, slot: SlotNodes, replaced: dict[fx.Node, fx.Node]) -> None:
     found = site.match
     scope, anchor, graph = found.scope, found.anchor, found.scope.gm.graph
     value = value_of(anchor)
@@ -90,7 +92,7 @@ def _replace(plan: Plan, site: SitePlan, slot: SlotNodes) -> None:
         pair = graph.call_function(
             torch.ops.falqon.merged_linear.default,
             (
-                found.x,
+                replaced.get(found.x, found.x),
                 code,
                 scale,
                 applied,
@@ -115,6 +117,7 @@ def _replace(plan: Plan, site: SitePlan, slot: SlotNodes) -> None:
     key = "example_value" if "example_value" in anchor.meta else "val"
     fused.meta[key] = result.meta[key] = value
     anchor.replace_all_uses_with(result)
+    replaced[anchor] = result
     _erase(graph, found.nodes)
 
 

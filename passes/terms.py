@@ -1,0 +1,95 @@
+"""What a node can mean to the passes, whatever its spelling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+
+@dataclass(frozen=True)
+class Param:
+    """A leaf tensor: a placeholder or get_attr ``node``, or the attribute ``name`` of a module that
+    is still called as a module. ``transposed`` where the graph uses its transpose.
+    """
+
+    value: Tensor
+    node: fx.Node | None = None
+    name: str | None = None
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Linear:
+    """x · Wᵀ + bias; ``parts`` are nodes of its own, where the bias is added apart."""
+
+    x: fx.Node
+    weight: Param
+    bias: Param | None
+    parts: tuple[fx.Node, ...] = ()
+
+
+@dataclass(frozen=True)
+class AddLinear:
+    """beta · left + factor · x · Wᵀ: ``addmm`` onto a computed value."""
+
+    left: fx.Node
+    x: fx.Node
+    weight: Param
+    beta: float
+    factor: float
+
+
+@dataclass(frozen=True)
+class BaseLinear:
+    """The base layer of a prepared site (``falqon::base_linear``); ``state`` are its five nodes."""
+
+    x: fx.Node
+    state: tuple[fx.Node, ...]
+    bias: fx.Node | None
+    scaling: float
+    spec: str
+
+
+@dataclass(frozen=True)
+class Add:
+    """left + factor · right."""
+
+    left: fx.Node
+    right: fx.Node
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Scale:
+    """factor · x; with dynamic=True the factor is a SymFloat until a match pins it."""
+
+    x: fx.Node
+    factor: float
+
+
+@dataclass(frozen=True)
+class Cast:
+    """x in another dtype (or in the same)."""
+
+    x: fx.Node
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Dropout with probability ``p`` (0 in evaluation)."""
+
+    x: fx.Node
+    p: float
+
+
+@dataclass(frozen=True)
+class Other:
+    """An embedding or a convolution with ``weight``: what LoRA is also put on, but no linear."""
+
+    x: fx.Node
+    weight: Param
+    kind: str
+
+
+Term = Linear | AddLinear | Other | BaseLinear | Add | Scale | Cast | Dropout | None

@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from falqon_fx import FalqonConfig, FalqonConfigError, FalqonError
+from tests.sites import randn
+
+OPTIONS = [field.name for field in dataclasses.fields(FalqonConfig)]
+
+
+@pytest.mark.parametrize(
+    ("given_name", "nearest"),
+    [
+        ("topkk", "topk"),
+        ("top_k", "topk"),
+        ("Init", "init"),
+        ("granularit", "granularity"),
+        ("row_granularity", "granularity"),
+        ("scales", "scale"),
+        ("pend", "pending"),
+        ("round", "rounding"),
+        ("grad-dtype", "grad_dtype"),
+        ("lora_dropout", "dropout"),
+        ("inner_compiler", "inner"),
+        ("includes", "include"),
+        ("excludes", "exclude"),
+        ("seeds", "seed"),
+        ("modes", "mode"),
+    ],
+)
+def test_an_unknown_option_names_the_nearest_one(given_name, nearest):
+    with pytest.raises(FalqonConfigError) as error:
+        FalqonConfig.from_options({given_name: 1})
+    assert str(error.value) == (
+        f"option {given_name!r}: is unknown. The nearest option is {nearest!r}."
+    )
+
+
+@given(st.text(min_size=1).filter(lambda t: "." not in t and t not in OPTIONS and t != "config"))
+def test_any_unknown_option_names_one_that_exists(name):
+    with pytest.raises(FalqonConfigError, match=r"is unknown\. The nearest option is") as error:
+        FalqonConfig.from_options({name: 1})
+    assert error.value.remedy.split("'")[1] in OPTIONS
+
+
+CHOICES = {
+    "init": ("svd", "keep"),
+    "granularity": ("tensor", "row"),
+    "scale": ("amax", "pow2"),
+    "pending": ("hold", "drop", "apply"),
+    "rounding": ("nearest", "stochastic"),
+    "grad_dtype": ("e5m2", "e4m3"),
+    "dropout": ("ignore", "reject"),
+    "inner": ("inductor", "aot_eager", "eager"),
+}
+
+
+@pytest.mark.parametrize(("name", "choices"), CHOICES.items())
+def test_every_documented_choice_is_taken(name, choices):
+    for choice in choices:
+        assert getattr(FalqonConfig(**{name: choice}), name) == choice
+
+
+@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize(
+    "value", ["nonsense", "", "SVD", 1, None, True, ["svd"], {}, torch.float32]
+)
+def test_any_other_value_of_a_choice_is_an_error_that_lists_them(name, value):
+    with pytest.raises(FalqonConfigError, match="is none of") as error:
+        FalqonConfig(**{name: value})
+    assert error.value.site == f"option {name!r}"
+    for choice in CHOICES[name]:
+        assert repr(choice) in error.value.problem
+    assert error.value.remedy.split("'")[1] in CHOICES[name]
+
+
+def test_a_mistyped_choice_names_the_nearest():
+    with pytest.raises(FalqonConfigError, match="The nearest is 'stochastic'"):
+        FalqonConfig(rounding="stochastik")
+
+
+@pytest.mark.parametrize(
+    ("topk", "said"),
+    [
+        (0, "the count 0 is below 1"),
+        (-3, "the count -3 is below 1"),
+        (0.0, r"the fraction 0.0 is outside \(0, 1\]"),
+        (-0.5, "outside"),
+        (1.0000001, "outside"),
+        (10.0, "outside"),
+        (math.nan, "outside"),
+        (math.inf, "outside"),
+        (True, "neither a count, a fraction nor 'all'"),
+        (False, "neither"),
+        ("ten", "neither"),
+        ("10", "neither"),
+        ("ALL", "neither"),
+        (None, "neither"),
+        ([10], "neither"),
+        (torch.tensor(10), "neither"),
+    ],
+)
+def test_a_bad_topk_says_what_it_takes(topk, said):
+    with pytest.raises(FalqonConfigError, match=said) as error:
+        FalqonConfig(topk=topk)
+    assert error.value.remedy == 'Give an int >= 1, a float in (0, 1], or "all"'
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seed", -1),
+        ("seed", 1.5),
+        ("seed", True),
+        ("seed", "0"),
+        ("seed", None),
+        ("include", 3),
+        ("include", [1]),
+        ("include", None),
+        ("exclude", {"a"}),
+        ("exclude", ["a", None]),
+        ("mode", 3),
+        ("mode", True),
+        ("inductor", ["triton.cudagraphs"]),
+        ("inductor", "max-autotune"),
+        ("inductor", None),
+    ],
+)
+def test_an_ill_typed_value_names_its_option(name, value):
+    with pytest.raises(FalqonConfigError) as error:
+        FalqonConfig(**{name: value})
+    assert error.value.site == f"option {name!r}"
+    assert error.value.remedy
+
+
+@given(st.integers(1, 10_000), st.integers(1, 10_000))
+def test_a_count_is_taken_up_to_the_rows_of_a_site(topk, out):
+    config = FalqonConfig(topk=topk)
+    if topk <= out:
+        assert config.rows(out) == topk
+    else:
+        with pytest.raises(FalqonConfigError, match=f"{topk} rows are asked, blocks.3 has {out}"):
+            config.rows(out, "blocks.3")
+
+
+@given(st.floats(0, 1, exclude_min=True), st.integers(1, 10_000))
+def test_a_fraction_gives_at_least_one_row_and_never_too_many(fraction, out):
+    rows = FalqonConfig(topk=fraction).rows(out)
+    assert isinstance(rows, int)
+    assert 1 <= rows <= out
+    assert abs(rows - fraction * out) <= 1
+
+
+def test_all_of_the_rows():
+    assert FalqonConfig(topk="all").rows(7) == FalqonConfig(topk=1.0).rows(7) == 7
+    assert FalqonConfig(topk=1).rows(7) == 1
+
+
+# -- torch.compile(options=...) --------------------------------------------------------------------
+
+
+def test_no_options_are_the_defaults():
+    assert FalqonConfig.from_options(None) == FalqonConfig.from_options({}) == FalqonConfig()
+
+
+def test_keys_with_a_dot_go_to_inductor():
+    config = FalqonConfig.from_options({"triton.cudagraphs": True, "topk": 3, "a.b": 1})
+    assert config.inductor == {"triton.cudagraphs": True, "a.b": 1}
+    assert config.topk == 3
+
+
+def test_a_whole_config_stands_under_config_and_options_beside_it_win():
+    base = FalqonConfig(topk=3, rounding="nearest", inductor={"a.b": 1, "c.d": 1})
+    assert FalqonConfig.from_options({"config": base}) == base
+    config = FalqonConfig.from_options({"config": base, "topk": 5, "c.d": 2})
+    assert (config.topk, config.rounding) == (5, "nearest")
+    assert config.inductor == {"a.b": 1, "c.d": 2}
+    assert base.topk == 3
+    assert base.inductor == {"a.b": 1, "c.d": 1}
+
+
+@pytest.mark.parametrize("value", [{"topk": 3}, "default", 3])
+def test_config_takes_only_a_config(value):
+    with pytest.raises(FalqonConfigError, match=r"option 'config': .* is not a FalqonConfig"):
+        FalqonConfig.from_options({"config": value})
+
+
+def test_the_given_options_are_not_changed():
+    options = {"config": FalqonConfig(), "a.b": 1, "topk": 3}
+    before = dict(options)
+    FalqonConfig.from_options(options)
+    assert options == before
+
+
+def test_a_config_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        FalqonConfig().topk = 3
+
+
+def test_patterns_may_be_one_string_or_several():
+    assert FalqonConfig(include="a*").include == ("a*",)
+    assert FalqonConfig(include=["a", "b"]).include == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "path", "taken"),
+    [
+        ((), (), "model.layers.0.q_proj", True),
+        (("*.q_proj",), (), "model.layers.0.q_proj", True),
+        (("*.q_proj",), (), "model.layers.0.k_proj", False),
+        ((), ("*.q_proj",), "model.layers.0.q_proj", False),
+        (("*.layers.*",), ("*.0.*",), "model.layers.0.q_proj", False),
+        (("*.layers.*",), ("*.0.*",), "model.layers.1.q_proj", True),
+    ],
+)
+def test_exclude_wins_over_include(include, exclude, path, taken):
+    assert FalqonConfig(include=include, exclude=exclude).selects(path) is taken
+
+
+def test_a_config_error_is_a_value_error_and_a_falqon_error():
+    error = FalqonConfigError("topk", "the count 0 is below 1", "Give an int >= 1")
+    assert isinstance(error, ValueError)
+    assert isinstance(error, FalqonError)
+    assert (error.site, error.problem) == ("option 'topk'", "the count 0 is below 1")
+    assert str(error) == "option 'topk': the count 0 is below 1. Give an int >= 1."
+
+
+def test_an_error_without_a_site_leaves_it_out():
+    assert str(FalqonError("", "it is gone", "Look again")) == "it is gone. Look again."
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"topkk": 3}, "The nearest option is 'topk'"),
+        ({"topk": 0}, "the count 0 is below 1"),
+        ({"init": "qr"}, "'qr' is none of 'svd', 'keep'"),
+    ],
+)
+def test_compile_reports_a_bad_option_and_changes_nothing(options: dict[str, Any], said):
+    torch._dynamo.reset()
+    model = nn.Linear(4, 4)
+    before = model.weight.detach().clone()
+    with pytest.raises(RuntimeError, match=said):
+        torch.compile(model, backend="falqon", options=options)(randn(2, 4))
+    assert torch.equal(model.weight, before)
