@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from falqon_fx import FalqonError, adapters
-from falqon_fx.merged import Wanted, registry
 from falqon_fx.numerics import (
     E4M3,
     FP8_MAX,
