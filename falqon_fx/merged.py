@@ -150,7 +150,7 @@ def create(
         torch.no_grad(),
         torch.autocast(base.device.type, enabled=False),
     ):
-        _check_values(path, base, lora_a, lora_b)
+        check_values(path, base, lora_a, lora_b)
         if config.init == "svd" and not lora_b.any():
             _init_svd_(base, lora_a, plan, config.seed)
         out, features = base.shape
@@ -162,7 +162,12 @@ def create(
     return state
 
 
-def _check_values(path: str, base: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
+def check_values(path: str, base: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
+    """Refuse parameters that can't be merged.
+
+    Raises:
+        FalqonError: W, A or B holds NaN or Inf, or W lies beyond what an FP8 scale can carry.
+    """
     for name, tensor in (("base weight", base), ("lora_A", lora_a), ("lora_B", lora_b)):
         if not torch.isfinite(tensor).all():
             raise FalqonError(
@@ -222,7 +227,7 @@ class Registry:
         found = [self._find(site, plan) for site in wanted]
         for site, state in zip(wanted, found):
             if state is None:
-                _check_values(site.path, site.base, site.lora_a, site.lora_b)
+                check_values(site.path, site.base, site.lora_a, site.lora_b)
         return [state or self._make(site, config) for site, state in zip(wanted, found)]
 
     def _find(self, site: Wanted, plan: SiteSpec) -> MergedAdapter | None:

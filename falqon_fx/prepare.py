@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from falqon_fx import ops
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
-from falqon_fx.merged import MergedAdapter, create, registry
+from falqon_fx.merged import MergedAdapter, check_values, create, registry
 from falqon_fx.spec import parse_spec
 
 
@@ -71,16 +71,15 @@ class MergedBaseLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MergedBaseLinear:
         """Follow moves between devices, never a cast: the scales are part of the FP8 weight."""
+        state = {id(p) for p in (self.code, self.scale, self.applied, self.counters, self.writes)}
 
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+            if id(tensor) not in state or moved.dtype == tensor.dtype:
+                return moved
+            return tensor.to(moved.device)
 
-        bias, self.bias = self.bias, None
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
-        if bias is not None:
-            bias.data = fn(bias.data)
-        self.bias = bias
         return self
 
     def extra_repr(self) -> str:
@@ -142,8 +141,8 @@ def prepare(
     adapter and before making the optimizer, with the config that ``torch.compile`` will get.
 
     Raises:
-        FalqonError: a base weight that another module shares, or that holds NaN or Inf. Nothing
-            has been changed then.
+        FalqonError: a base weight that another module shares, or a layer that can't be merged (NaN,
+            Inf, beyond FP8). Nothing has been changed then.
     """
     config = config or FalqonConfig()
     layers, skipped = _sort_layers(unwrap(model), config)
@@ -268,12 +267,7 @@ def _check_before(model: nn.Module, layers: list[_LoraLayer], config: FalqonConf
                 "Leave the layer out with exclude=, or untie the weights",
             )
         config.rows(layer.lora_b.shape[0], layer.path)
-        if not torch.isfinite(weight).all():
-            raise FalqonError(
-                layer.path,
-                "its base weight holds NaN or Inf",
-                "Repair the checkpoint, or leave the layer out with exclude=",
-            )
+        check_values(layer.path, weight, layer.lora_a, layer.lora_b)
 
 
 def _track(layers: list[_LoraLayer], show: bool) -> Iterator[_LoraLayer]:
