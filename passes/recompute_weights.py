@@ -23,11 +23,18 @@ def recompute_weights(graph: fx.Graph) -> None:
 
 
 def _mark(weight: fx.Node) -> None:
+    """The cast, its scale and the views in between, but not the GEMMs behind them."""
     for user in weight.users:
-        if user.op == "call_function" and _dtype(user) is not None:
+        if user.op == "call_function" and (_is_view(user) or user.target in _DECODING):
             user.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
-            if _is_view(user):
-                _mark(user)
+            _mark(user)
+
+
+_DECODING = {
+    torch.ops.aten._to_copy.default,
+    torch.ops.prims.convert_element_type.default,
+    torch.ops.aten.mul.Tensor,
+}
 
 
 def _is_update(node: fx.Node) -> bool:

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import aot_function, make_boxed_func, min_cut_rematerialization_partition
+from torch import Tensor, fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from falqon_fx import FalqonConfig, rewrite
+from falqon_fx.ops import decompositions
+from falqon_fx.passes.recompute_weights import recompute_weights
+from tests.sites import randn
+from tests.spellings import HandWritten, Spelling
+
+OUT, FEATURES, RANK = 48, 32, 4
+WIDE = (OUT * FEATURES, (OUT + RANK) * FEATURES)
+
+
+@dataclass
+class Partitioned:
+    """A backend: the passes, AOTAutograd, and the joint pass before the partitioner if asked."""
+
+    mark: bool
+    options: dict[str, Any] = field(default_factory=dict)
+    joint: fx.Graph | None = None
+    kept: list[Tensor] = field(default_factory=list)  # for backward, fake
+
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        result = rewrite(gm, inputs, FalqonConfig(init="keep", topk=2, **self.options))
+        compiled = aot_function(
+            result.gm.forward,
+            fw_compiler=lambda gm, _: make_boxed_func(gm),
+            bw_compiler=self.backward,
+            partition_fn=self.partition,
+            decompositions=decompositions(),
+        )
+        return lambda *args: compiled(*result.bind(args).all)
+
+    def partition(self, gm: fx.GraphModule, args: Any, **kwargs: Any) -> Any:
+        if self.mark:
+            recompute_weights(gm.graph)
+        self.joint = gm.graph
+        return min_cut_rematerialization_partition(gm, args, **kwargs)
+
+    def backward(self, gm: fx.GraphModule, _: Sequence[Any]) -> Any:
+        self.kept = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
+        return make_boxed_func(gm)
+
+    def train(self) -> tuple[Tensor, Tensor]:
+        """dL/dx and dL/dB of a site with few tokens: W' looks dear to make and cheap to keep."""
+        model = HandWritten(Spelling(out=OUT, features=FEATURES, rank=RANK, dtype=torch.bfloat16))
+        x = randn(3, FEATURES).bfloat16().requires_grad_()
+        torch._dynamo.reset()
+        torch.compile(model, backend=self)(x).float().sum().backward()
+        return x.grad, model.lora_b.weight.grad
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+def test_w_is_kept_for_backward_as_fp8_alone(granularity):
+    backend = Partitioned(True, {"granularity": granularity})
+    backend.train()
+    kept = [(t.dtype, t.numel()) for t in backend.kept]
+    assert (torch.bfloat16, 3 * RANK) in kept  # O_A: its GEMM does not run again
+    assert (torch.float8_e4m3fn, WIDE[1]) in kept
+    assert not [k for k in kept if k[1] in WIDE and k[0] != torch.float8_e4m3fn], kept
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+def test_what_decodes_the_updated_weight_is_marked_and_nothing_else(granularity):
+    backend = Partitioned(True, {"granularity": granularity})
+    backend.train()
+    assert backend.joint is not None
+    nodes = list(backend.joint.nodes)
+    (update,) = (n for n in nodes if n.args[:1] == (torch.ops.falqon.proxy_update_.default,))
+    weight = next(n for n in update.users if n.meta["val"].dtype == torch.float8_e4m3fn)
+    marked = [n for n in nodes if n.meta.get("recompute") is CheckpointPolicy.MUST_RECOMPUTE]
+    gemms = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+    decoded: set[fx.Node] = set()  # all that is made from the weight, up to the GEMMs
+    for node in nodes:
+        from_weight = weight in node.all_input_nodes or decoded & set(node.all_input_nodes)
+        if from_weight and node.op == "call_function" and node.target not in gemms:
+            decoded.add(node)
+    assert set(marked) == decoded
+    assert decoded
+
+
+def test_marking_changes_no_value():
+    for plain, marked in zip(Partitioned(False).train(), Partitioned(True).train(), strict=True):
+        assert torch.equal(plain, marked)
