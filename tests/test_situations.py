@@ -273,6 +273,7 @@ def test_set_adapter_switches_between_two_states(created):
     assert not torch.equal(default, other)
     assert torch.equal(default, run("default"))
     assert torch.equal(other, run("other"))
+    assert len(created) == 4
     for name in ("default", "other"):  # alone, with the same base weights
         alone = copy.deepcopy(model)
         alone.set_adapter(name)
