@@ -122,8 +122,10 @@ class RewriteResult:
             inputs = [*example_inputs, *(torch.empty(s, dtype=d, device=v) for s, d, v in shapes)]
         for nodes in self.slots:
             if nodes.base is None:  # a prepared module holds bytes, the graph gets E4M3
-                place = self._places[nodes.state[0]]
-                inputs[place] = as_e4m3(inputs[place].detach())
+                # Of the fake bytes, whose sizes Dynamo fixed: AOTAutograd would give new symbols to
+                # the sizes of a real tensor that it meets for the first time.
+                code = nodes.state[0]
+                inputs[self._places[code]] = as_e4m3(value_of(code).detach())
         return inputs
 
     def _wanted(self, args: Sequence[Any]) -> Iterator[Wanted]:
