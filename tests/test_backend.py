@@ -97,6 +97,16 @@ def test_inductor_trains_bit_for_bit_as_eager_where_only_gemms_and_exact_ops_run
     assert all_equal(result[0][1], result[1][1])
 
 
+def test_the_sizes_of_a_prepared_weight_are_fixed_for_the_compiler():
+    """Symbols that AOTAutograd gave to them had no source: with one scale a weight, compiling for
+    evaluation failed in a guard on such a symbol.
+    """
+    model, x = tiny_mlp().bfloat16(), torch.randn(4, 32).bfloat16()
+    falqon_fx.prepare(model, falqon_fx.FalqonConfig(**PUBLIC_CODE), progress=False)
+    with torch.no_grad():
+        assert compiled(model, "inductor", **PUBLIC_CODE)(x).isfinite().all()
+
+
 @pytest.mark.parametrize("options", [{}, PUBLIC_CODE], ids=["default", "public code"])
 def test_a_rewritten_llama_equals_an_eager_emulation_of_the_same_quantized_ops(options):
     """The emulation (tests/emulation.py) is written with torch's own FP8 casts and takes the same
