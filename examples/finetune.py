@@ -60,7 +60,7 @@ LEARNING_RATES = {
     "lora": 1e-3,
     "lora_frozen_a": 3e-3,
     "falqon": 3e-3,
-    "falqon_public_code": 3e-2,
+    "falqon_public_code": 1e-1,
 }
 # Over 30 steps on 2 cores, compiling the baselines and the public code's rule costs more than it
 # saves.
