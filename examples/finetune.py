@@ -321,7 +321,7 @@ def _running_mean(values: list[float], window: int) -> list[float]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison; 0 when it went well, 2 when the model or data can't be used."""
     args = parse(argv)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 110)  # a log has room for the table
     try:
         work = prepare_work(args, console)
     except DataError as error:
