@@ -11,6 +11,7 @@ A straight line is fitted to time against layers; the passes are linear where no
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import statistics
 import tempfile
@@ -46,7 +47,8 @@ def model(layers: int) -> nn.Module:
         vocab_size=256,
         num_hidden_layers=layers,
     )
-    return get_peft_model(LlamaForCausalLM(config), training.LORA)
+    # PEFT writes the names that it found into the config it is given.
+    return get_peft_model(LlamaForCausalLM(config), copy.deepcopy(training.LORA))
 
 
 def measure(layers: int) -> list[GraphReport]:
@@ -123,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         reports = measure(layers)
         spent = {s: statistics.median(r.pass_seconds[s] for r in reports) for s in STEPS}
         totals.append(statistics.median(sum(r.pass_seconds.values()) for r in reports))
+        assert len(reports[0].sites) == 7 * layers
         row = [str(layers), str(len(reports[0].sites))]
         rows.append([*row, *(f"{spent[s]:.4f}" for s in STEPS), f"{totals[-1]:.3f}"])
         table.add_row(*rows[-1])
@@ -136,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"SmolLM2-135M, 210 sites, empty cache: passes {passes:.2f} s of a first step of "
             f"{whole:.1f} s = {passes / whole:.1%} (wanted: at most 5%)"
         )
-    console = Console()
+    console = Console(width=110)
     console.print(table, *lines, sep="\n")
     page = common.markdown(
         "Time of the passes", common.environment(), ["layers", "sites", *STEPS, "all, s"], rows
