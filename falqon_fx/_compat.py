@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 
 def version(tensor: Tensor) -> int:
@@ -68,8 +69,6 @@ def fake_mode_of(values: Sequence[Any]) -> Any:
 
 
 def is_fake(value: object) -> bool:
-    from torch._subclasses.fake_tensor import FakeTensor
-
     return isinstance(value, FakeTensor)
 
 
@@ -108,8 +107,6 @@ def checkpoint_bodies(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, str, fx.Gra
 
 def is_plain(value: Tensor) -> bool:
     """Whether a tensor is no subclass that carries a meaning of its own (DTensor, quantized)."""
-    from torch._subclasses.fake_tensor import FakeTensor
-
     return type(value) in (Tensor, torch.nn.Parameter, FakeTensor)
 
 
@@ -148,11 +145,9 @@ def source_path(node: fx.Node) -> str:
 _HOLDERS = {"__dict__", "_modules", "_parameters", "_buffers"}
 
 
-def fake_mode() -> Any:
+def fake_mode(*, allow_non_fake_inputs: bool = False) -> Any:
     """A fresh FakeTensorMode."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    return FakeTensorMode()
+    return FakeTensorMode(allow_non_fake_inputs=allow_non_fake_inputs)
 
 
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:

@@ -15,6 +15,7 @@ from falqon_fx import ops
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
 from falqon_fx.merged import MergedAdapter, check_values, create, registry
+from falqon_fx.report import common_path
 from falqon_fx.spec import parse_spec
 
 
@@ -194,7 +195,7 @@ def adapters(model: nn.Module) -> dict[str, MergedAdapter]:
         for state in registry.of(parameter):
             members = [r() for r in (state.base_ref, state.a_ref, state.b_ref) if r is not None]
             if all(id(member) in names for member in members):
-                path = _common_path([names[id(member)] for member in members])
+                path = common_path([names[id(member)] for member in members])
                 found[path if path not in found else names[id(parameter)]] = state
     return found
 
@@ -274,13 +275,3 @@ def _track(layers: list[_LoraLayer], show: bool) -> Iterator[_LoraLayer]:
     columns = (TextColumn("merging"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not show, transient=True) as bar:
         yield from bar.track(layers)
-
-
-def _common_path(names: list[str]) -> str:
-    """The deepest module that holds all of a site's parameters."""
-    common: list[str] = []
-    for column in zip(*(name.split(".")[:-1] for name in names), strict=False):
-        if len(set(column)) > 1:
-            break
-        common.append(column[0])
-    return ".".join(common) or names[0]

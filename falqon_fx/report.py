@@ -75,3 +75,13 @@ class RewriteReport:
         )
         console.print(table)
         return console.export_text()
+
+
+def common_path(names: list[str]) -> str:
+    """The deepest module that holds all of a site's parameters."""
+    common: list[str] = []
+    for column in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(column)) > 1:
+            break
+        common.append(column[0])
+    return ".".join(common) or names[0]

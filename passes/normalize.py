@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from falqon_fx._compat import checkpoint_bodies, fake_mode_of
+from falqon_fx._compat import checkpoint_bodies, fake_mode, fake_mode_of
 from falqon_fx.errors import FalqonError
 from falqon_fx.passes.terms import (
     Add,
@@ -154,7 +154,6 @@ def value_of(node: fx.Node) -> Any:
 
 
 def _propagate(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
     class Propagation(FakeTensorProp):
@@ -165,7 +164,7 @@ def _propagate(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
                 _check_devices(gm, n, self.fetch_args_kwargs_from_env(n)[0])
                 raise error
 
-    mode = fake_mode_of(example_inputs) or FakeTensorMode(allow_non_fake_inputs=True)
+    mode = fake_mode_of(example_inputs) or fake_mode(allow_non_fake_inputs=True)
     Propagation(gm, mode).propagate(*example_inputs)
 
 
@@ -284,6 +283,20 @@ def _linear(args: tuple[Any, ...], kwargs: dict[str, Any], scope: Scope) -> Term
     names = ("input", "weight", "bias")
     bound = {**dict(zip(names, args, strict=False)), **kwargs}
     x, weight, bias = (bound.get(name) for name in names)
+    return _on_parameters(x, weight, bias, scope)
+
+
+def _matmul(x: Any, weight: Any, bias: Any, scope: Scope) -> Term:
+    found = _on_parameters(x, weight, bias, scope)
+    if found is None or (found.bias is not None and found.bias.value.dim() != 1):
+        return None
+    w = found.weight
+    flipped = Param(w.value, w.node, w.name, not w.transposed)  # x @ M is a Linear with W = Mᵀ
+    return Linear(found.x, flipped, found.bias)
+
+
+def _on_parameters(x: Any, weight: Any, bias: Any, scope: Scope) -> Linear | None:
+    """x · Wᵀ + bias, where W and the bias are leaves of the graph."""
     w = param_of(weight, scope)
     b = None if bias is None else param_of(bias, scope)
     if (
@@ -294,22 +307,6 @@ def _linear(args: tuple[Any, ...], kwargs: dict[str, Any], scope: Scope) -> Term
     ):
         return None
     return Linear(x, w, b)
-
-
-def _matmul(x: Any, weight: Any, bias: Any, scope: Scope) -> Term:
-    w = param_of(weight, scope)
-    b = None if bias is None else param_of(bias, scope)
-    if (
-        not isinstance(x, fx.Node)
-        or w is None
-        or w.value.dim() != 2
-        or (bias is not None and not b)
-    ):
-        return None
-    if b is not None and b.value.dim() != 1:
-        return None
-    flipped = Param(w.value, w.node, w.name, not w.transposed)  # x @ M is a Linear with W = Mᵀ
-    return Linear(x, flipped, b)
 
 
 def _other(kind: str, first: Any, second: Any, scope: Scope) -> Other | None:

@@ -13,7 +13,7 @@ from falqon_fx.errors import FalqonError
 from falqon_fx.passes.match import Match, RejectedMatch
 from falqon_fx.passes.normalize import Scope, value_of
 from falqon_fx.passes.terms import BaseLinear, Linear, Param
-from falqon_fx.report import Rejected, Site
+from falqon_fx.report import Rejected, Site, common_path
 from falqon_fx.spec import SiteSpec, parse_spec
 
 
@@ -205,13 +205,7 @@ def _describe(found: Match, slot: Slot, spec: SiteSpec) -> Site:
 def _path(root: Scope, params: Iterable[Param], scope: Scope) -> str:
     """The deepest module path that holds all of the site's parameters."""
     names = [name for p in params if (name := _name(scope, p))]
-    parts = [name.split(".") for name in names]
-    common: list[str] = []
-    for column in zip(*(p[:-1] for p in parts), strict=False):
-        if len(set(column)) > 1:
-            break
-        common.append(column[0])
-    return ".".join(common) or (names[0] if names else "?")
+    return common_path(names) if names else "?"
 
 
 def _name(scope: Scope, param: Param) -> str:
