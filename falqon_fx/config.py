@@ -38,6 +38,7 @@ class FalqonConfig:
             (the public code).
         rounding: of written rows. "stochastic" is unbiased and reproducible from ``seed``.
         grad_dtype: FP8 format of dL/dO in dL/dx.
+        siblings: sites that share x (q/k/v, gate/up) become one op with one cast and one GEMM.
         dropout: a merged weight has no adapter dropout: "ignore" it with a warning, or "reject"
             the site.
         inner: the compiler that gets the rewritten graph.
@@ -57,6 +58,7 @@ class FalqonConfig:
     pending: Literal["hold", "drop", "apply"] = "apply"
     rounding: Literal["nearest", "stochastic"] = "stochastic"
     grad_dtype: Literal["e5m2", "e4m3"] = "e5m2"
+    siblings: bool = True
     dropout: Literal["ignore", "reject"] = "ignore"
     inner: Literal["inductor", "aot_eager", "eager"] = "inductor"
     include: tuple[str, ...] = ()
@@ -68,6 +70,10 @@ class FalqonConfig:
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             _check_choice(name, getattr(self, name), choices)
+        if not isinstance(self.siblings, bool):
+            raise FalqonConfigError(
+                "siblings", f"{self.siblings!r} is no bool", "Give True or False"
+            )
         _check_topk(self.topk)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise FalqonConfigError("seed", f"{self.seed!r} is not an integer >= 0", "Give one")

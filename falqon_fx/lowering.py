@@ -9,6 +9,9 @@ applied and lora_b [out, r], dL/dO [n, out].
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -51,76 +54,118 @@ def pending_part(lora_b: Tensor, applied: Tensor, scaling: float, dtype: torch.d
 
 def merged_linear(
     x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    applied: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    scaling: float,
+    weight: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    applied: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    scaling: Sequence[float],
     out_dtype: torch.dtype,
     spec: str,
-) -> tuple[Tensor, Tensor]:
-    """[O | O_A] = q(x) · W'ᵀ (paper section 2); O [..., out] in ``out_dtype``, O_A [n, r].
+) -> list[Tensor]:
+    """[O_i | O_A,i] = q(x) · W'_iᵀ (paper section 2) for the sites i that read x: each
+    O_i [..., out_i] in ``out_dtype``, then the O_A of all of them side by side, [n, Σ r_i].
 
-    With pending="apply", O += scaling · O_A · (B - applied)ᵀ.
+    With pending="apply", O_i += scaling_i · O_A,i · (B_i - applied_i)ᵀ. ``bias`` has one entry a
+    site, or none.
     """
     plan = parse_spec(spec)
-    out, rank = applied.shape
+    outs, ranks = [a.shape[0] for a in applied], [a.shape[1] for a in applied]
     dtype = gemm_dtype(out_dtype)
     q, rest = quantize(x.reshape(-1, x.shape[-1]).to(torch.float32), E4M3, plan)
+    q = q.to(dtype)
     exact = plan.scale == "pow2"
-    values = decode_fp8(weight, scale if exact else 1.0, dtype)
-    # Two GEMMs, so that O and O_A lie in their own buffers: a view of [O | O_A] kept for backward
-    # would keep all of it alive.
-    y, out_a = q.to(dtype) @ values[:out].t(), q.to(dtype) @ values[out:].t()
+    values = [decode_fp8(w, s if exact else 1.0, dtype) for w, s in zip(weight, scale)]
+    # O_A in a buffer of its own: a view of [O | O_A] kept for backward would keep all of it alive.
+    out_a = q @ _stack([v[out:] for v, out in zip(values, outs)]).t()
+    rows = [(s[:out], s[out:]) if plan.per_row else (s, s) for s, out in zip(scale, outs)]
     if not exact:
-        w_scale, a_scale = (scale[:out].t(), scale[out:].t()) if plan.per_row else (scale, scale)
-        y = (y.to(torch.float32) * rest * w_scale).to(dtype)
-        out_a = (out_a.to(torch.float32) * rest * a_scale).to(dtype)
-    if plan.pending == "apply":
-        y = torch.addmm(y, out_a, pending_part(lora_b, applied, scaling, dtype).t())
-    if bias is not None:
-        y = y + bias.to(dtype)
-    return y.to(out_dtype).reshape(*x.shape[:-1], out), out_a
+        parts = out_a.split(ranks, dim=1)
+        out_a = torch.cat([_rescale(o, rest, of_a) for o, (_, of_a) in zip(parts, rows)], dim=1)
+    ys = []
+    for i, (w, o) in enumerate(zip(values, out_a.split(ranks, dim=1))):
+        w_t = w[: outs[i]].t()
+        if plan.pending != "apply":
+            y = q @ w_t if exact else _rescale(q @ w_t, rest, rows[i][0])
+        else:
+            part = pending_part(lora_b[i], applied[i], scaling[i], dtype).t()
+            if exact:
+                y = torch.ops.falqon.add_products([q, o], [w_t, part])
+            else:
+                y = torch.addmm(_rescale(q @ w_t, rest, rows[i][0]), o, part)
+        if bias:
+            y = y + bias[i].to(dtype)
+        ys.append(y.to(out_dtype).reshape(*x.shape[:-1], outs[i]))
+    return [*ys, out_a]
+
+
+def _stack(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat([*parts], dim)
+
+
+def add_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """left_1 · right_1 + left_2 · right_2 + …, [n, m], added up in one buffer in the given order.
+
+    A GEMM that adds to a buffer of its own spares the copy that ``torch.addmm`` makes of its first
+    argument, which at rank 16 costs more than the product.
+    """
+    total = left[0] @ right[0]
+    for a, b in zip(left[1:], right[1:]):
+        total.addmm_(a, b)
+    return total
+
+
+def _rescale(y: Tensor, rest: Tensor | float, scale: Tensor) -> Tensor:
+    """Multiply a GEMM's result by the scales that its operands lack, in float32."""
+    return (y.to(torch.float32) * rest * (scale.t() if scale.dim() == 2 else scale)).to(y.dtype)
 
 
 def merged_linear_grad_x(
-    grad: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    applied: Tensor,
-    lora_b: Tensor,
-    scaling: float,
+    grad: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    applied: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scaling: Sequence[float],
     x_dtype: torch.dtype,
     spec: str,
 ) -> Tensor:
-    """dL/dx = q(dL/dO · diag(s_W)) · W[:out] (paper section 2), [n, in] in ``x_dtype``.
+    """dL/dx = Σ_i q(dL/dO_i · diag(s_W,i)) · W_i[:out_i] (paper section 2), [n, in] in ``x_dtype``.
 
     The row scales of W belong to the dimension that is summed over, so they go into dL/dO before
-    its cast. With pending="apply", dL/dx += (scaling · dL/dO · (B - applied)) · dq(A): r columns
-    that are too few to gain from FP8.
+    its cast. With pending="apply", dL/dx += (scaling_i · dL/dO_i · (B_i - applied_i)) · dq(A_i): r
+    columns that are too few to gain from FP8.
     """
     plan = parse_spec(spec)
-    out, _ = applied.shape
-    dtype = gemm_dtype(grad.dtype)
-    wide = grad.to(torch.float32)
-    if plan.per_row:
-        wide = wide * scale[:out].t()
-    q, rest = quantize(wide, plan.grad_dtype, plan)
-    # Row scales of W are in q by now; one scale for all goes in or behind as in the forward pass.
+    dtype = gemm_dtype(grad[0].dtype)
     exact = plan.scale == "pow2"
-    left: Tensor | float = 1.0 if plan.per_row else scale
-    values = decode_fp8(weight, left if exact else 1.0, dtype)
-    product = q.to(dtype) @ values[:out]
-    if not exact:
-        product = (product.to(torch.float32) * rest * left).to(dtype)
-    if plan.pending == "apply":
-        tail = grad.to(dtype) @ pending_part(lora_b, applied, scaling, dtype)
-        if plan.per_row or not exact:  # values[out:] lacks the scales of A
-            a_scale = scale[out:].t() if plan.per_row else scale
-            tail = (tail.to(torch.float32) * a_scale).to(dtype)
-        product = torch.addmm(product, tail, values[out:])
-    return product.to(x_dtype)
+    left, right, behind, tails, lora_a = [], [], [], [], []
+    for g, w, s, a, b, factor in zip(grad, weight, scale, applied, lora_b, scaling):
+        out = a.shape[0]
+        # Row scales of W go into dL/dO before its cast; one scale for all, into W or behind.
+        wide = g.to(torch.float32)
+        q, rest = quantize(wide * s[:out].t() if plan.per_row else wide, plan.grad_dtype, plan)
+        values = decode_fp8(w, s if exact and not plan.per_row else 1.0, dtype)
+        left.append(q.to(dtype))
+        right.append(values[:out])
+        behind.append((rest, 1.0 if plan.per_row else s))
+        if plan.pending == "apply":
+            tail = g.to(dtype) @ pending_part(b, a, factor, dtype)
+            if plan.per_row or not exact:  # values[out:] lacks the scales of A
+                tail = _rescale(tail, 1.0, s[out:] if plan.per_row else s)
+            tails.append(tail)
+            lora_a.append(values[out:])
+    last = ([_stack(tails, dim=1)], [_stack(lora_a)]) if tails else ([], [])
+    if exact:
+        total = torch.ops.falqon.add_products([*left, *last[0]], [*right, *last[1]])
+        return total.to(x_dtype)  # type: ignore[no-any-return]
+    products = ((q @ w).to(torch.float32) for q, w in zip(left, right))
+    total = functools.reduce(
+        torch.add, [(p * rest * s).to(dtype) for p, (rest, s) in zip(products, behind)]
+    )
+    if tails:
+        total = torch.addmm(total, last[0][0], last[1][0])
+    return total.to(x_dtype)
 
 
 def dequantize_base(weight: Tensor, scale: Tensor, applied: Tensor, scaling: float) -> Tensor:

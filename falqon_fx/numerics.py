@@ -97,11 +97,12 @@ def round_to_fp8_stochastic(x: Tensor, random: Tensor, dtype: torch.dtype) -> Te
     """
     mantissa, _, spacing = _LAYOUT[dtype]
     x = x.clamp(-FP8_MAX[dtype], FP8_MAX[dtype])
-    power = (x.view(torch.int32) & 0x7F800000).view(torch.float32)  # 2**floor(log2|x|)
-    gap = (power * 2.0**-mantissa).clamp(min=spacing)
-    steps = (x.abs() / gap + random.to(torch.float32) * 2.0**-16).floor()
-    value = torch.copysign(steps * gap, x)
-    return torch.where(x != x, x, value)
+    magnitude = x.abs()
+    power = (magnitude.view(torch.int32) & 0x7F800000).view(torch.float32)  # 2**floor(log2|x|)
+    gap = power.mul_(2.0**-mantissa).clamp_(min=spacing)
+    # A NaN's power is Inf, and Inf / Inf is NaN again.
+    steps = torch.add(magnitude.div_(gap), random, alpha=2.0**-16).floor_()
+    return steps.mul_(gap).copysign_(x)
 
 
 _PHILOX_ROUND = (0xD2511F53, 0xCD9E8D57)
@@ -110,7 +111,7 @@ _MASK32 = 0xFFFFFFFF
 
 
 def philox_uint16(row: Tensor, columns: int, step: Tensor, site: Tensor, seed: int) -> Tensor:
-    """Random integers in [0, 2**16) for rows of a weight, int64 [..., columns].
+    """Random integers in [0, 2**16) for rows of a weight, int32 [..., columns].
 
     Philox-4x32-10 with key ``seed`` (64 bits) and counter (column // 8, row, step, site); the eight
     halves of the four words it yields, low half first, belong to eight neighbouring columns.
@@ -123,15 +124,16 @@ def philox_uint16(row: Tensor, columns: int, step: Tensor, site: Tensor, seed: i
     )
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
     for _ in range(10):
-        # A 32x32-bit product wraps int64's sign but keeps its 64 bits: shift, then mask.
+        # A 32x32-bit product wraps int64's sign but keeps its 64 bits; above 32 bits c1 and c3 hold
+        # what nothing reads.
         p0, p1 = c0 * _PHILOX_ROUND[0], c2 * _PHILOX_ROUND[1]
         c0, c1, c2, c3 = (
-            ((p1 >> 32) & _MASK32) ^ c1 ^ k0,
-            p1 & _MASK32,
-            ((p0 >> 32) & _MASK32) ^ c3 ^ k1,
-            p0 & _MASK32,
+            (p1 >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_MASK32),
+            p1,
+            (p0 >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_MASK32),
+            p0,
         )
         k0, k1 = (k0 + _PHILOX_KEY[0]) & _MASK32, (k1 + _PHILOX_KEY[1]) & _MASK32
-    words = torch.stack((c0, c1, c2, c3), dim=-1)
-    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1)
-    return halves.flatten(start_dim=-3)[..., :columns]
+    words = torch.stack((c0, c1, c2, c3), dim=-1).to(torch.int32)
+    halves = words.view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)
+    return halves.flatten(start_dim=-2)[..., :columns]

@@ -21,19 +21,20 @@ from falqon_fx.spec import lowering_version
 @torch.library.custom_op("falqon::merged_linear", mutates_args=())
 def merged_linear(
     x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    applied: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    scaling: float,
+    weight: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    applied: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    scaling: Sequence[float],
     out_dtype: torch.dtype,
     spec: str,
-) -> tuple[Tensor, Tensor]:
-    """O [..., out] = x · dq(W)ᵀ + bias and O_A [n, r] = x · dq(A)ᵀ, x and W' = [W; A] in FP8.
+) -> list[Tensor]:
+    """O_i [..., out_i] = x · dq(W_i)ᵀ + bias_i of each site i that reads x, then the O_A of all of
+    them side by side, [n, Σ r_i] = x · dq(A_i)ᵀ; x and W'_i = [W_i; A_i] in FP8.
 
-    See `falqon_fx.lowering.merged_linear`. Gradients reach x, lora_b and bias:
-    dL/dB = scaling · (dL/dO)ᵀ · O_A (paper section 2).
+    See `falqon_fx.lowering.merged_linear`. ``bias`` has one entry a site, or none. Gradients reach
+    x, lora_b and bias: dL/dB_i = scaling_i · (dL/dO_i)ᵀ · O_A,i (paper section 2).
     """
     return lowering.merged_linear(x, weight, scale, applied, lora_b, bias, scaling, out_dtype, spec)
 
@@ -41,35 +42,33 @@ def merged_linear(
 @merged_linear.register_fake
 def _(
     x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    applied: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    scaling: float,
+    weight: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    applied: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    scaling: Sequence[float],
     out_dtype: torch.dtype,
     spec: str,
-) -> tuple[Tensor, Tensor]:
-    out, rank = applied.shape
-    tokens = math.prod(x.shape[:-1])
-    return (
-        x.new_empty((*x.shape[:-1], out), dtype=out_dtype),
-        x.new_empty((tokens, rank), dtype=lowering.gemm_dtype(out_dtype)),
-    )
+) -> list[Tensor]:
+    tokens, rank = x.shape[:-1], sum(a.shape[1] for a in applied)
+    outputs = [x.new_empty((*tokens, a.shape[0]), dtype=out_dtype) for a in applied]
+    out_a = x.new_empty((math.prod(tokens), rank), dtype=lowering.gemm_dtype(out_dtype))
+    return [*outputs, out_a]
 
 
 @torch.library.custom_op("falqon::merged_linear_grad_x", mutates_args=())
 def merged_linear_grad_x(
-    grad: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    applied: Tensor,
-    lora_b: Tensor,
-    scaling: float,
+    grad: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    applied: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scaling: Sequence[float],
     x_dtype: torch.dtype,
     spec: str,
 ) -> Tensor:
-    """dL/dx [n, in] = q(dL/dO) · dq(W[:out]), dL/dO [n, out] cast to FP8.
+    """dL/dx [n, in] = Σ_i q(dL/dO_i) · dq(W_i[:out_i]), dL/dO_i [n, out_i] cast to FP8.
 
     See `falqon_fx.lowering.merged_linear_grad_x`.
     """
@@ -80,46 +79,66 @@ def merged_linear_grad_x(
 
 @merged_linear_grad_x.register_fake
 def _(
-    grad: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    applied: Tensor,
-    lora_b: Tensor,
-    scaling: float,
+    grad: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    applied: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scaling: Sequence[float],
     x_dtype: torch.dtype,
     spec: str,
 ) -> Tensor:
-    return grad.new_empty((grad.shape[0], weight.shape[1]), dtype=x_dtype)
+    return grad[0].new_empty((grad[0].shape[0], weight[0].shape[1]), dtype=x_dtype)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, weight, scale, applied, lora_b, bias, scaling, _, spec = inputs
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(output[-1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1], weight, scale, applied, lora_b)
-    ctx.x_dtype, ctx.x_shape, ctx.b_dtype = x.dtype, x.shape, lora_b.dtype
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(output[-1], *weight, *scale, *applied, *lora_b)
+    ctx.x_dtype, ctx.x_shape = x.dtype, x.shape
+    ctx.ranks = [a.shape[1] for a in applied]
+    ctx.bias_dtypes = [b.dtype for b in bias]
     ctx.scaling, ctx.spec = scaling, spec
 
 
-def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    grad_x = grad_b = grad_bias = None
-    if grad is not None:
-        out_a, weight, scale, applied, lora_b = ctx.saved_tensors
-        flat = grad.reshape(-1, grad.shape[-1])
-        if ctx.needs_input_grad[0]:
-            grad_x = merged_linear_grad_x(
-                flat, weight, scale, applied, lora_b, ctx.scaling, ctx.x_dtype, ctx.spec
-            ).reshape(ctx.x_shape)
-        if ctx.needs_input_grad[4]:
-            product = flat.to(out_a.dtype).t() @ out_a
-            grad_b = (product.to(torch.float32) * ctx.scaling).to(ctx.b_dtype)
-        if ctx.needs_input_grad[5]:
-            grad_bias = flat.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    return grad_x, None, None, None, grad_b, grad_bias, None, None, None
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    out_a, *state = ctx.saved_tensors
+    sites = len(ctx.ranks)
+    weight, scale, applied, lora_b = (state[i : i + sites] for i in range(0, 4 * sites, sites))
+    flat = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads[:-1]]
+    grad_x = None
+    reached = [i for i, g in enumerate(flat) if g is not None]
+    if reached and ctx.needs_input_grad[0]:
+        columns = ([c[i] for i in reached] for c in (flat, weight, scale, applied, lora_b))
+        factors = [ctx.scaling[i] for i in reached]
+        grad_x = merged_linear_grad_x(*columns, factors, ctx.x_dtype, ctx.spec).reshape(ctx.x_shape)
+    nothing: list[None] = [None] * sites
+    grad_b: list[Tensor | None] = [*nothing]
+    grad_bias: list[Tensor | None] = [None] * len(ctx.bias_dtypes)
+    parts = out_a.split(ctx.ranks, dim=1)
+    for i in reached:
+        g = flat[i]
+        assert g is not None
+        if ctx.needs_input_grad[4][i]:
+            product = g.to(out_a.dtype).t() @ parts[i]
+            grad_b[i] = (product.to(torch.float32) * ctx.scaling[i]).to(lora_b[i].dtype)
+        if grad_bias and ctx.needs_input_grad[5][i]:
+            grad_bias[i] = g.sum(0, dtype=torch.float32).to(ctx.bias_dtypes[i])
+    return grad_x, nothing, nothing, nothing, grad_b, grad_bias, None, None, None
 
 
 merged_linear.register_autograd(_backward, setup_context=_save)
+
+
+# A definition without the wrapping of `custom_op`: it is called several times a layer.
+torch.library.define("falqon::add_products", "(Tensor[] left, Tensor[] right) -> Tensor")
+torch.library.impl("falqon::add_products", "default", lowering.add_products)
+
+
+@torch.library.register_fake("falqon::add_products")  # type: ignore[untyped-decorator]
+def _(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    return left[0].new_empty((left[0].shape[0], right[0].shape[1]))
 
 
 @torch.library.custom_op("falqon::base_linear", mutates_args=())

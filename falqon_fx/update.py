@@ -27,7 +27,7 @@ from falqon_fx.spec import SiteSpec, parse_spec
 # Columns of a site's `counters` (int64).
 FINGERPRINT_B, FINGERPRINT_A, FINGERPRINT_W, STEP, SITE, NONFINITE, STALE = range(7)
 COUNTERS = 7
-_CHUNK = 1 << 24  # elements of W' held in float32 at a time
+_CHUNK = 1 << 20  # elements held in float32 at a time: temporaries stay in the cache
 
 
 def fingerprint(batch: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def fingerprint(batch: Tensor) -> Tensor:
         words = bits.to(torch.int64)
     else:
         whole = bits.view(torch.int64)
-        words = (whole >> 32).mul_(5).add_(whole)
+        words = torch.add(whole, whole >> 32, alpha=5)
     # Sums over rows vectorise, those over a few columns don't.
     columns = words.mul_(_hash_weights(words.shape[1], words, 0x3F58476D1CE4E5B9)[:, None]).sum(1)
     return (columns * _hash_weights(words.shape[2], words, 0x1E3779B97F4A7C15)).sum(-1)
@@ -120,7 +120,7 @@ def proxy_update_(
         ]
         changed = _find_changed(sites, plan)
         rows = plan.rows(applied[members[0]].shape[0])
-        step = max(1, _CHUNK // (rows * weight[members[0]].shape[1]))
+        step = max(1, _CHUNK // max(rows * weight[members[0]].shape[1], lora_b[members[0]].numel()))
         for first in range(0, len(changed), step):
             _write_rows(changed[first : first + step], rows, plan)
 
@@ -240,7 +240,7 @@ def _write_rows(sites: list[_Site], count: int, plan: SiteSpec) -> None:
     target = torch.stack([site.lora_b for site in sites]).to(torch.float32)
     if plan.pending == "drop":
         target = applied + target
-    score = (target - applied).abs().sum(dim=-1)  # [G, out]
+    score = (target - applied).abs_().sum(dim=-1)  # [G, out]
     rows, worth = select_rows(score, count)  # [G, k]
     changed = torch.stack([_flag(site) for site in sites])
     worth = worth & changed[:, None]
@@ -272,13 +272,16 @@ def _write_rows(sites: list[_Site], count: int, plan: SiteSpec) -> None:
     code = encode_fp8(_round(value * new_scale.reciprocal(), rows, sites, plan), E4M3)
     code = torch.where(worth[..., None], code, old_code)
 
+    # On CPU, where looking is free, the counters are left alone when there is nothing to count.
+    counts = nonfinite.device.type != "cpu" or bool(nonfinite.any())
     for i, site in enumerate(sites):
         site.weight.index_copy_(0, rows[i], code[i])
         if per_row:
             site.scale.index_copy_(0, rows[i], new_scale[i])
         site.applied.index_copy_(0, rows[i], new_applied[i])
         site.writes.index_add_(0, rows[i], worth[i].to(site.writes.dtype))
-        site.counters[NONFINITE] += nonfinite[i]
+        if counts:
+            site.counters[NONFINITE] += nonfinite[i]
 
 
 def _flag(site: _Site) -> Tensor:

@@ -12,6 +12,7 @@ from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
 from falqon_fx.passes.match import Match, RejectedMatch
 from falqon_fx.passes.normalize import Scope, value_of
+from falqon_fx.passes.siblings import group_siblings
 from falqon_fx.passes.terms import BaseLinear, Linear, Param
 from falqon_fx.report import Rejected, Site, common_path
 from falqon_fx.spec import SiteSpec, parse_spec
@@ -52,9 +53,14 @@ class Plan:
     root: Scope
     config: FalqonConfig
     spec: SiteSpec
-    sites: tuple[SitePlan, ...]
+    groups: tuple[tuple[SitePlan, ...], ...]  # each becomes one op: siblings share their x
     slots: tuple[Slot, ...]
     rejected: tuple[Rejected, ...]
+
+    @property
+    def sites(self) -> tuple[SitePlan, ...]:
+        """All sites, group by group."""
+        return tuple(site for group in self.groups for site in group)
 
 
 def plan(
@@ -85,7 +91,16 @@ def plan(
         if key not in slots:
             slots[key] = _slot(len(slots), path, found)
         sites.append(SitePlan(found, slots[key], _describe(found, slots[key], spec)))
-    return Plan(root, config, spec, tuple(sites), tuple(slots.values()), tuple(refused))
+    groups = _groups(sites, config)
+    return Plan(root, config, spec, groups, tuple(slots.values()), tuple(refused))
+
+
+def _groups(sites: list[SitePlan], config: FalqonConfig) -> tuple[tuple[SitePlan, ...], ...]:
+    if not config.siblings:
+        return tuple((site,) for site in sites)
+    of = {id(site.match): site for site in sites}
+    groups = group_siblings([site.match for site in sites])
+    return tuple(tuple(of[id(found)] for found in group) for group in groups)
 
 
 def _params(found: Match) -> tuple[Param, ...]:

@@ -1,4 +1,4 @@
-"""Pass 4: put ``falqon::merged_linear`` in the place of each planned site."""
+"""Pass 4: put ``falqon::merged_linear`` in the place of each planned group of siblings."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def rewrite(plan: Plan) -> tuple[SlotNodes, ...]:
     """
     slots = tuple(_enter(plan, slot) for slot in plan.slots)
     replaced: dict[fx.Node, fx.Node] = {}  # a site may read the result of another
-    for site in plan.sites:
-        _replace(plan, site, slots[site.slot.index], replaced)
+    for group in plan.groups:
+        _replace(plan, group, slots, replaced)
     for scope in plan.root.walk():
         scope.gm.graph.lint()
         scope.gm.recompile()
@@ -79,46 +79,76 @@ def _node(scope: Scope, param: Param) -> fx.Node:
     return node
 
 
-def _replace(plan: Plan, site: SitePlan, slot: SlotNodes, replaced: dict[fx.Node, fx.Node]) -> None:
-    found = site.match
-    scope, anchor, graph = found.scope, found.anchor, found.scope.gm.graph
-    value = value_of(anchor)
-    code, scale, applied = (_bring(scope, node) for node in slot.state[:3])
-    lora_b = _bring(scope, slot.lora_b)
-    bias = found.base.bias
-    if isinstance(bias, Param):
-        bias = _node(scope, bias)
-    with graph.inserting_before(anchor):
-        pair = graph.call_function(
+def _replace(
+    plan: Plan,
+    group: tuple[SitePlan, ...],
+    slots: tuple[SlotNodes, ...],
+    replaced: dict[fx.Node, fx.Node],
+) -> None:
+    first = group[0].match
+    scope, graph = first.scope, first.scope.gm.graph
+    own = [slots[site.slot.index] for site in group]
+    biases = [site.match.base.bias for site in group]
+    columns = [[_bring(scope, slot.state[i]) for slot in own] for i in range(3)]
+    columns.append([_bring(scope, slot.lora_b) for slot in own])
+    columns.append([_bias(scope, bias) for bias in biases if bias is not None])
+    with graph.inserting_before(first.anchor):
+        fused = graph.call_function(
             torch.ops.falqon.merged_linear.default,
             (
-                replaced.get(found.x, found.x),
-                code,
-                scale,
-                applied,
-                lora_b,
-                bias,
-                found.scaling,
-                value.dtype,
+                replaced.get(first.x, first.x),
+                *([_at_hand(graph, node) for node in column] for column in columns),
+                [site.match.scaling for site in group],
+                value_of(first.anchor).dtype,
                 str(plan.spec),
             ),
         )
-        fused = graph.call_function(operator.getitem, (pair, 0))
-        result = fused
-        if found.lora_bias is not None:
-            # A bias of lora_B is outside W': it is added as the original does.
-            term = _node(scope, found.lora_bias)
-            if found.bias_scaling != 1.0:
-                term = graph.call_function(operator.mul, (term, found.bias_scaling))
-            total = graph.call_function(operator.add, (fused, term))
-            result = graph.call_method("to", (total, value.dtype))
-    for node in (pair, fused, result):
-        node.meta.update({k: v for k, v in anchor.meta.items() if k in _KEPT})
+        outputs = [graph.call_function(operator.getitem, (fused, i)) for i in range(len(group))]
+    fused.meta.update({k: v for k, v in first.anchor.meta.items() if k in _KEPT})
+    for site, output in zip(group, outputs, strict=True):
+        anchor = site.match.anchor
+        _describe(output, anchor)
+        result = _add_lora_bias(site, output)
+        anchor.replace_all_uses_with(result)
+        replaced[anchor] = result
+    for site in group:
+        _erase(graph, site.match.nodes)
+
+
+def _bias(scope: Scope, bias: Param | fx.Node) -> fx.Node:
+    return _node(scope, bias) if isinstance(bias, Param) else bias
+
+
+def _at_hand(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """A parameter where the graph is being edited: its own get_attr may stand further down."""
+    if node.op != "get_attr":
+        return node
+    copy = graph.get_attr(str(node.target))
+    copy.meta.update(node.meta)
+    return copy
+
+
+def _add_lora_bias(site: SitePlan, output: fx.Node) -> fx.Node:
+    """A bias of lora_B is outside W': it is added as the original does."""
+    found = site.match
+    if found.lora_bias is None:
+        return output
+    graph, anchor = found.scope.gm.graph, found.anchor
+    with graph.inserting_before(anchor):
+        term = _node(found.scope, found.lora_bias)
+        if found.bias_scaling != 1.0:
+            term = graph.call_function(operator.mul, (term, found.bias_scaling))
+        total = graph.call_function(operator.add, (output, term))
+        result = graph.call_method("to", (total, value_of(anchor).dtype))
+    _describe(result, anchor)
+    return result
+
+
+def _describe(node: fx.Node, anchor: fx.Node) -> None:
+    """The metadata of a node that gives the anchor's value."""
+    node.meta.update({k: v for k, v in anchor.meta.items() if k in _KEPT})
     key = "example_value" if "example_value" in anchor.meta else "val"
-    fused.meta[key] = result.meta[key] = value
-    anchor.replace_all_uses_with(result)
-    replaced[anchor] = result
-    _erase(graph, found.nodes)
+    node.meta[key] = value_of(anchor)
 
 
 _KEPT = ("nn_module_stack", "stack_trace", "source_fn_stack")

@@ -33,9 +33,10 @@ def verify(plan: Plan, before: tuple[fx.Node, ...]) -> None:
         scope.gm.graph.lint()
     after, old = operations(plan.root), set(before)
     fused = [node for node in after if node.target is _FUSED and node not in old]
-    assert len(fused) == len(plan.sites), f"{len(fused)} fused ops for {len(plan.sites)} sites"
-    for node in fused:
-        output = next(iter(node.users))
+    assert len(fused) == len(plan.groups), f"{len(fused)} fused ops for {len(plan.groups)} groups"
+    outputs = [output for node in fused for output in node.users]
+    assert len(outputs) == len(plan.sites), f"{len(outputs)} outputs for {len(plan.sites)} sites"
+    for output in outputs:
         assert value_of(output) is not None, f"{output.name} has lost its metadata"
     _check_outside(plan, before, after)
     _check_update(plan, old)

@@ -56,6 +56,31 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 @st.composite
+def siblings(draw: st.DrawFn) -> list[Case]:
+    """Two to four sites that read the same x, with their own shapes, ranks and scalings."""
+    first = draw(cases())
+    plan, features = first.site.state.plan, first.x.shape[-1]
+    found = [first]
+    for i in range(draw(st.integers(1, 3))):
+        out, rank, seed = draw(st.integers(1, 40)), draw(RANKS), draw(SEEDS)
+        site = site_of(
+            (randn(out, features, seed=seed) * 2.0 ** draw(st.integers(-6, 1))).to(draw(FLOATS)),
+            randn(rank, features, seed=seed + 1) * 2.0 ** draw(st.integers(-6, 0)),
+            randn(out, rank, seed=seed + 2) * draw(st.sampled_from([0.0, 2.0**-8, 0.25])),
+            scaling=draw(st.sampled_from([1.0, 0.3, 2.0, -1.5])),
+            granularity=plan.granularity,
+            scale=plan.scale,
+            pending=plan.pending,
+            grad_dtype=plan.grad,
+        )
+        site.step(seed=seed + 3, size=draw(st.sampled_from([0.0, 2.0**-8, 0.1])))
+        bias = None if first.bias is None else randn(out, seed=seed + 5).to(draw(FLOATS))
+        grad = randn(*first.x.shape[:-1], out, seed=seed + 6 + i) * 2.0 ** draw(st.integers(-12, 1))
+        found.append(Case(site, first.x, bias, first.out_dtype, grad.to(first.out_dtype)))
+    return found
+
+
+@st.composite
 def inputs(draw: st.DrawFn, features: int, seed: int) -> Tensor:
     """x [..., features] with zero to eight tokens, contiguous or a view with other strides."""
     dtype, size = draw(FLOATS), 2.0 ** draw(st.integers(-6, 2))

@@ -8,25 +8,25 @@ from torch import Tensor
 
 from falqon_fx.numerics import E4M3
 from tests.sites import cast, cast_scale, dequantized
-from tests.strategies import Case, cases
-from tests.tolerances import Approx, fp8_cast_bound
+from tests.strategies import Case, cases, siblings
+from tests.tolerances import Approx, fp8_cast_bound, rounded_bound
 
 F32, BF16 = torch.float32, torch.bfloat16
 
 
 def run(case: Case) -> dict[str, Tensor]:
-    """The op and its gradients."""
+    """The op for one site, and its gradients."""
     state, x = case.site.state, case.x.detach().requires_grad_()
     lora_b = case.site.lora_b.detach().requires_grad_()
     bias = None if case.bias is None else case.bias.detach().requires_grad_()
     y, out_a = torch.ops.falqon.merged_linear(
         x,
-        state.weight,
-        state.scale,
-        state.applied,
-        lora_b,
-        bias,
-        state.scaling,
+        [state.weight],
+        [state.scale],
+        [state.applied],
+        [lora_b],
+        [] if bias is None else [bias],
+        [state.scaling],
         case.out_dtype,
         str(state.plan),
     )
@@ -158,3 +158,46 @@ def test_results_equal_the_original_layer_within_the_fp8_casts(case):
     for name, near in {"y": y, "grad_x": grad_x, "grad_b": grad_b}.items():
         shape, bound = actual[name].shape, near.bound + own[name].bound
         Approx(near.value.reshape(shape), bound.reshape(shape)).assert_holds(actual[name])
+
+
+@settings(max_examples=2 * settings.default.max_examples)
+@given(siblings())
+def test_siblings_equal_the_sites_alone_up_to_the_order_of_sums(cases):
+    """One op for all sites that read x: O and dL/dB as the sites alone, dL/dx their sum."""
+    (plan,) = {case.site.state.plan for case in cases}
+    x = cases[0].x.detach().requires_grad_()
+    lora_b = [case.site.lora_b.detach().requires_grad_() for case in cases]
+    biases = [case.bias.detach().requires_grad_() for case in cases if case.bias is not None]
+    states = [case.site.state for case in cases]
+    *ys, out_a = torch.ops.falqon.merged_linear(
+        x,
+        *([state.tensors[i] for state in states] for i in range(3)),
+        lora_b,
+        biases,
+        [state.scaling for state in states],
+        cases[0].out_dtype,
+        str(plan),
+    )
+    wanted = [expected(case) for case in cases]
+    for y, own in zip(ys, wanted, strict=True):
+        Approx(own["y"].value.reshape(y.shape), own["y"].bound.reshape(y.shape)).assert_holds(y)
+    for part, own in zip(out_a.split([s.rank for s in states], dim=1), wanted, strict=True):
+        own["out_a"].assert_holds(part)
+
+    inputs = [x, *lora_b, *biases]
+    grads = torch.autograd.grad(ys, inputs, [case.grad for case in cases])
+    for grad, own in zip(grads[1:], wanted):
+        own["grad_b"].assert_holds(grad)
+    for grad, own, case in zip(grads[1 + len(cases) :], wanted, cases):
+        own["grad_bias"].rounded(case.bias.dtype).assert_holds(grad)
+    # A buffer that several products are added to is rounded after each of them, at a size that is
+    # below the sum of their sizes.
+    dtype = BF16 if cases[0].out_dtype == BF16 else F32
+    largest = torch.stack([own["grad_x"].largest for own in wanted]).sum(0)
+    total = Approx(
+        torch.stack([own["grad_x"].value for own in wanted]).sum(0),
+        torch.stack([own["grad_x"].bound for own in wanted]).sum(0),
+    )
+    steps = 2 * len(cases)
+    bound = total.bound + steps * rounded_bound(largest, torch.zeros_like(largest), dtype)
+    Approx(total.value, bound).rounded(x.dtype).assert_holds(grads[0].reshape(total.value.shape))

@@ -25,23 +25,14 @@ def linear_args(
     site: Site, x: Tensor, out_dtype: torch.dtype, bias: Tensor | None
 ) -> tuple[Any, ...]:
     state, spec = site.state, str(site.state.plan)
-    weight, scale, applied = state.code, state.scale, state.applied
-    return (x, weight, scale, applied, site.lora_b, bias, state.scaling, out_dtype, spec)
+    own = ([t] for t in (state.code, state.scale, state.applied, site.lora_b))
+    return (x, *own, [] if bias is None else [bias], [state.scaling], out_dtype, spec)
 
 
 def grad_args(site: Site, grad: Tensor, x_dtype: torch.dtype) -> tuple[Any, ...]:
     state = site.state
-    weight, scale, applied = state.code, state.scale, state.applied
-    return (
-        grad,
-        weight,
-        scale,
-        applied,
-        site.lora_b.detach(),
-        state.scaling,
-        x_dtype,
-        str(state.plan),
-    )
+    own = ([t] for t in (grad, state.code, state.scale, state.applied, site.lora_b.detach()))
+    return (*own, [state.scaling], x_dtype, str(state.plan))
 
 
 def base_args(site: Site, x: Tensor, bias: Tensor | None) -> tuple[Any, ...]:

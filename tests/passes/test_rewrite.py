@@ -95,10 +95,10 @@ def test_the_fused_op_reads_what_the_site_read():
     model, x = HandWritten(Spelling(bias=True, dtype=torch.bfloat16)), randn(5, 24).bfloat16()
     gm = traced(model, x).gm
     (op,) = gm.graph.find_nodes(op="call_function", target=torch.ops.falqon.merged_linear.default)
-    given, *state, lora_b, bias, scaling, out_dtype, _ = op.args
+    given, *state, (lora_b,), (bias,), (scaling,), out_dtype, _ = op.args
     assert given.op == "placeholder"
     assert given.target == "x"
-    assert [node.target for node in state] == [
+    assert [node.target for (node,) in state] == [
         f"falqon_0_{n}" for n in ("code", "scale", "applied")
     ]
     assert (lora_b.target, bias.target) == ("lora_b.weight", "base.bias")

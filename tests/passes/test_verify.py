@@ -73,7 +73,7 @@ def test_a_missing_site_is_seen():
     item.replace_all_uses_with(node_of(chosen, "relu"))
     chosen.root.gm.graph.erase_node(item)
     chosen.root.gm.graph.erase_node(node_of(chosen, FUSED))
-    with pytest.raises(AssertionError, match="0 fused ops for 1 sites"):
+    with pytest.raises(AssertionError, match="0 fused ops for 1 groups"):
         verify(chosen, before)
 
 

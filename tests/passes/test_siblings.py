@@ -1,0 +1,82 @@
+"""Which sites become one op."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from falqon_fx import FalqonConfig, rewrite
+from tests.sites import randn
+from tests.spellings import HandWritten, Spelling
+
+FUSED = torch.ops.falqon.merged_linear.default
+
+
+class Attention(nn.Module):
+    """q, k, v read x; o reads what they give."""
+
+    def __init__(self, bias: tuple[bool, bool, bool] = (False, False, False), write: str = ""):
+        super().__init__()
+        self.q, self.k, self.v = (
+            HandWritten(Spelling(out=o, features=24, bias=b)) for o, b in zip((24, 12, 24), bias)
+        )
+        self.o = HandWritten(Spelling(out=24, features=24))
+        self.write = write
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.sin()
+        q = self.q(x)
+        if self.write == "x":
+            x.mul_(2.0)
+        elif self.write == "view":
+            x.view(-1).mul_(2.0)
+        k = self.k(x)
+        v = self.v(x)
+        return self.o(q * k.sum(-1, keepdim=True) + v)
+
+
+def groups(model: nn.Module, **options: object) -> list[int]:
+    """Sites of each fused op, in graph order; the result is checked against the sites alone."""
+    x, grad = randn(5, 24), randn(5, 24, seed=1)
+    results = []
+    for siblings in (True, False):
+        config = FalqonConfig(**{"init": "keep", "siblings": siblings, **options})
+        result = rewrite(torch.fx.symbolic_trace(model), (x,), config)
+        y = result(x)
+        model.zero_grad()
+        y.backward(grad)
+        bs = [p.grad for n, p in model.named_parameters() if n.endswith("lora_b.weight")]
+        results.append((result, y, bs))
+    (together, y, bs), (apart, y_apart, bs_apart) = results
+    # Each O is a GEMM of its own either way; dL/dx, which q's site alone hands on here, isn't read.
+    torch.testing.assert_close(y, y_apart)
+    torch.testing.assert_close(bs, bs_apart)
+    ops = apart.gm.graph.find_nodes(op="call_function", target=FUSED)
+    assert [len(op.args[1]) for op in ops] == [1, 1, 1, 1]
+    assert len(together.report.sites) == 4
+    return [
+        len(op.args[1]) for op in together.gm.graph.find_nodes(op="call_function", target=FUSED)
+    ]
+
+
+@pytest.mark.parametrize("pending", ["apply", "hold"])
+def test_sites_that_read_one_x_are_one_op(pending):
+    assert groups(Attention(), pending=pending) == [3, 1]
+    assert groups(Attention((True, True, True)), pending=pending) == [3, 1]
+
+
+def test_a_site_with_a_bias_is_none_of_those_without():
+    assert groups(Attention((True, False, True))) == [2, 1, 1]
+
+
+@pytest.mark.parametrize("write", ["x", "view"])
+def test_nothing_is_written_in_place_between_siblings(write):
+    assert groups(Attention(write=write)) == [1, 2, 1]
+
+
+def test_siblings_can_be_switched_off():
+    result = rewrite(
+        torch.fx.symbolic_trace(Attention()), (randn(5, 24),), FalqonConfig(siblings=False)
+    )
+    assert len(result.gm.graph.find_nodes(op="call_function", target=FUSED)) == 4
