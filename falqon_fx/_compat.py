@@ -145,6 +145,13 @@ def source_path(node: fx.Node) -> str:
 _HOLDERS = {"__dict__", "_modules", "_parameters", "_buffers"}
 
 
+def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two shapes are equal whatever their symbols stand for; adds no guard."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return len(a) == len(b) and all(statically_known_true(m == n) for m, n in zip(a, b))
+
+
 def fake_mode(*, allow_non_fake_inputs: bool = False) -> Any:
     """A fresh FakeTensorMode."""
     return FakeTensorMode(allow_non_fake_inputs=allow_non_fake_inputs)

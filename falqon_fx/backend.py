@@ -134,7 +134,10 @@ class RewriteResult:
                 base, lora_a, lora_b = (
                     self._value(node, args) for node in (nodes.base, nodes.lora_a, nodes.lora_b)
                 )
-                yield Wanted(nodes.slot.path, base, lora_a, lora_b, nodes.slot.scaling)
+                slot = nodes.slot
+                assert slot.base is not None
+                flip = slot.base.transposed
+                yield Wanted(slot.path, base, lora_a, lora_b, slot.scaling, flip)
 
     def _value(self, node: fx.Node, args: Sequence[Any]) -> Tensor:
         if node.op == "placeholder":

@@ -21,6 +21,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "inner": ("inductor", "aot_eager", "eager"),
 }
 
+_ROWS = 10  # written per step where no topk is given
+
 
 @dataclass(frozen=True)
 class FalqonConfig:
@@ -32,7 +34,8 @@ class FalqonConfig:
         granularity: "row" gives each row of W' and each token its own scale, "tensor" one scale.
         scale: "pow2" rounds scales up to powers of two, which dequantize exactly into bf16;
             "amax" is amax / fp8_max (the paper).
-        topk: rows written per optimizer step: a count >= 1, a fraction in (0, 1], or "all".
+        topk: rows written per optimizer step: a count >= 1, a fraction in (0, 1], or "all". None is
+            10, or all rows of a layer that has fewer (a router, a gate).
         pending: what happens to the part of B that is not yet in W'. "apply" adds it to the output,
             "hold" keeps it until its row is written (the paper), "drop" zeroes B after each write
             (the public code).
@@ -54,7 +57,7 @@ class FalqonConfig:
     init: Literal["svd", "keep"] = "keep"
     granularity: Literal["tensor", "row"] = "row"
     scale: Literal["amax", "pow2"] = "pow2"
-    topk: int | float | Literal["all"] = 10
+    topk: int | float | Literal["all"] | None = None
     pending: Literal["hold", "drop", "apply"] = "apply"
     rounding: Literal["nearest", "stochastic"] = "stochastic"
     grad_dtype: Literal["e5m2", "e4m3"] = "e5m2"
@@ -115,6 +118,8 @@ class FalqonConfig:
         """
         if self.topk == "all":
             return out
+        if self.topk is None:
+            return min(_ROWS, out)
         if isinstance(self.topk, float):
             return max(1, round(self.topk * out))
         if self.topk > out:
@@ -143,7 +148,7 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 def _check_topk(topk: object) -> None:
     problem = None
-    if topk == "all":
+    if topk == "all" or topk is None:
         return
     if isinstance(topk, bool) or not isinstance(topk, int | float):
         problem = f"{topk!r} is neither a count, a fraction nor 'all'"

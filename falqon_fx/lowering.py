@@ -95,7 +95,9 @@ def merged_linear(
                 y = torch.addmm(_rescale(q @ w_t, rest, rows[i][0]), o, part)
         if bias:
             y = y + bias[i].to(dtype)
-        ys.append(y.to(out_dtype).reshape(*x.shape[:-1], outs[i]))
+        # Not `reshape`: below autograd that makes a view, which may not be written in place later.
+        shaped = torch.ops.aten._unsafe_view(y.to(out_dtype), (*x.shape[:-1], outs[i]))
+        ys.append(shaped)
     return [*ys, out_a]
 
 

@@ -55,6 +55,7 @@ class MergedAdapter:
         self.base_ref: weakref.ref[Tensor] | None = None
         self.a_ref: weakref.ref[Tensor] | None = None
         self.b_ref: weakref.ref[Tensor] | None = None
+        self.transposed = False  # whether the base weight is stored [in, out]
         self.stamp: tuple[Any, ...] = ()
 
     @property
@@ -201,13 +202,19 @@ def _fill_(state: MergedAdapter, base: Tensor, lora_a: Tensor, lora_b: Tensor) -
 
 @dataclass(frozen=True)
 class Wanted:
-    """A site whose state is looked up."""
+    """A site whose state is looked up; ``transposed`` where ``base`` is stored [in, out]."""
 
     path: str
     base: Tensor
     lora_a: Tensor
     lora_b: Tensor
     scaling: float
+    transposed: bool = False
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight, [out, in]."""
+        return self.base.t() if self.transposed else self.base
 
 
 class Registry:
@@ -239,7 +246,8 @@ class Registry:
                 continue
             if state.a_ref is None or state.a_ref() is not lora_a:
                 continue
-            if state.scaling == site.scaling and state.plan == plan:
+            same = (state.scaling, state.transposed) == (site.scaling, site.transposed)
+            if same and state.plan == plan:
                 if state.stamp == stamp:
                     return state
                 known.remove(state)  # W or A was written or moved: start from the new values
@@ -247,10 +255,10 @@ class Registry:
         return None
 
     def _make(self, site: Wanted, config: FalqonConfig) -> MergedAdapter:
-        state = create(site.path, site.base, site.lora_a, site.lora_b, site.scaling, config)
+        state = create(site.path, site.weight, site.lora_a, site.lora_b, site.scaling, config)
         state.base_ref, state.a_ref = weakref.ref(site.base), weakref.ref(site.lora_a)
         state.b_ref = weakref.ref(site.lora_b)
-        state.stamp = _stamp(site.base, site.lora_a)
+        state.transposed, state.stamp = site.transposed, _stamp(site.base, site.lora_a)
         known = self._by_b.get(site.lora_b, [])
         alive = [s for s in known if s.base_ref is not None and s.base_ref() is not None]
         self._by_b[site.lora_b] = [*alive, state]

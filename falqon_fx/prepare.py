@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,7 +27,13 @@ class MergedBaseLinear(nn.Module):
     buffer would be broadcast by DDP in each forward pass.
     """
 
-    def __init__(self, state: MergedAdapter, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        state: MergedAdapter,
+        bias: nn.Parameter | None,
+        dtype: torch.dtype,
+        transposed: bool = False,
+    ) -> None:
         super().__init__()
         self.code, self.scale, self.applied, self.counters, self.writes = (
             nn.Parameter(tensor, requires_grad=False)
@@ -34,6 +41,7 @@ class MergedBaseLinear(nn.Module):
         )
         self.bias = bias
         self.scaling, self.spec, self.dtype = state.scaling, str(state.plan), dtype
+        self.transposed = transposed  # whether the base layer stored its weight [in, out]
         self.out_features, self.rank = state.applied.shape
         self.in_features = state.code.shape[1]
 
@@ -55,8 +63,9 @@ class MergedBaseLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base weight, dequantized anew at each access, [out, in] in the original dtype."""
-        return self.merged().base().to(self.dtype)
+        """The base weight, dequantized anew at each access, in the original dtype and layout."""
+        base = self.merged().base().to(self.dtype)
+        return base.t().contiguous() if self.transposed else base
 
     def merged(self) -> MergedAdapter:
         """The state as a `MergedAdapter` (without its B)."""
@@ -121,6 +130,17 @@ class _LoraLayer:
         return self.module.base_layer
 
     @property
+    def transposed(self) -> bool:
+        """Whether the base weight is stored [in, out]: GPT-2's Conv1D."""
+        return bool(getattr(self.module, "fan_in_fan_out", False))
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight, [out, in]."""
+        weight: Tensor = self.base.weight
+        return weight.t() if self.transposed else weight
+
+    @property
     def lora_a(self) -> nn.Parameter:
         return self.module.lora_A[self.adapter].weight  # type: ignore[no-any-return]
 
@@ -151,11 +171,13 @@ def prepare(
     before = after = 0
     for layer in _track(layers, progress):
         base = layer.base
-        state = create(layer.path, base.weight, layer.lora_a, layer.lora_b, layer.scaling, config)
+        state = create(layer.path, layer.weight, layer.lora_a, layer.lora_b, layer.scaling, config)
         registry.forget(layer.lora_b)
         before += base.weight.nbytes
         after += sum(tensor.nbytes for tensor in state.tensors)
-        layer.module.base_layer = MergedBaseLinear(state, base.bias, base.weight.dtype)
+        layer.module.base_layer = MergedBaseLinear(
+            state, base.bias, base.weight.dtype, layer.transposed
+        )
     return PrepareReport(tuple(layer.path for layer in layers), skipped, before, after)
 
 
@@ -170,13 +192,21 @@ def restore(model: nn.Module) -> nn.Module:
         if not isinstance(merged, MergedBaseLinear):
             registry.forget(layer.lora_b)
             continue
-        plain = nn.Linear(
-            merged.in_features, merged.out_features, bias=False, device="meta", dtype=merged.dtype
-        )
+        plain = _plain_layer(merged)
         plain.weight = nn.Parameter(merged.weight, requires_grad=False)
         plain.register_parameter("bias", merged.bias)
         layer.module.base_layer = plain.train(merged.training)
     return model
+
+
+def _plain_layer(merged: MergedBaseLinear) -> nn.Module:
+    """A layer like the one that was merged; its parameters are still to come."""
+    with torch.device("meta"):
+        if merged.transposed:
+            from transformers.pytorch_utils import Conv1D
+
+            return Conv1D(merged.out_features, merged.in_features)  # type: ignore[no-untyped-call]
+        return nn.Linear(merged.in_features, merged.out_features, bias=False)
 
 
 def adapters(model: nn.Module) -> dict[str, MergedAdapter]:
@@ -238,7 +268,7 @@ def _sort_layers(model: nn.Module, config: FalqonConfig) -> tuple[list[_LoraLaye
 def _skip_reason(layer: _LoraLayer, config: FalqonConfig) -> str | None:
     if isinstance(layer.base, MergedBaseLinear):
         return "it is prepared already"
-    if type(layer.base) is not nn.Linear:
+    if not _is_linear(layer.base, layer.transposed):
         return f"its base layer is a {type(layer.base).__name__}, not an nn.Linear"
     if layer.base.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its base weight is already quantized ({layer.base.weight.dtype})"
@@ -251,6 +281,13 @@ def _skip_reason(layer: _LoraLayer, config: FalqonConfig) -> str | None:
     if not config.selects(layer.path):
         return "include= or exclude= leaves it out"
     return None
+
+
+def _is_linear(base: nn.Module, transposed: bool) -> bool:
+    if not transposed:
+        return type(base) is nn.Linear
+    module = sys.modules.get("transformers.pytorch_utils")  # where it is not, there is no Conv1D
+    return module is not None and type(base) is module.Conv1D
 
 
 def _check_before(model: nn.Module, layers: list[_LoraLayer], config: FalqonConfig) -> None:
@@ -268,7 +305,7 @@ def _check_before(model: nn.Module, layers: list[_LoraLayer], config: FalqonConf
                 "Leave the layer out with exclude=, or untie the weights",
             )
         config.rows(layer.lora_b.shape[0], layer.path)
-        check_values(layer.path, weight, layer.lora_a, layer.lora_b)
+        check_values(layer.path, layer.weight, layer.lora_a, layer.lora_b)
 
 
 def _track(layers: list[_LoraLayer], show: bool) -> Iterator[_LoraLayer]:

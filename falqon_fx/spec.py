@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -64,8 +65,11 @@ class SiteSpec:
     def rows(self, out: int) -> int:
         """Rows written per step (see `FalqonConfig.rows`)."""
         value = self.topk
-        topk = value if value == "all" else int(value) if value.isdigit() else float(value)
-        return FalqonConfig(topk=topk).rows(out)  # type: ignore[arg-type]
+        if value in ("all", "None"):
+            topk: Any = None if value == "None" else value
+        else:
+            topk = int(value) if value.isdigit() else float(value)
+        return FalqonConfig(topk=topk).rows(out)
 
     def __str__(self) -> str:
         return (

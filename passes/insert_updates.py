@@ -21,7 +21,7 @@ def insert_updates(plan: Plan, slots: tuple[SlotNodes, ...]) -> None:
     with plan.root.after_inputs():
         anchor = graph.call_function(torch.ops.falqon.proxy_update_.default)
     with graph.inserting_before(anchor):
-        base = [None if s.base is None else _at_head(graph, s.base) for s in slots]
+        base = [_base(graph, s) for s in slots]
         lora_a = [_at_head(graph, s.lora_a) for s in slots]
         lora_b = [_at_head(graph, s.lora_b) for s in slots]
     columns = [[s.state[i] for s in slots] for i in range(5)]
@@ -32,6 +32,14 @@ def insert_updates(plan: Plan, slots: tuple[SlotNodes, ...]) -> None:
             for node in lora_b:
                 _zero(graph, node)
     plan.root.gm.recompile()
+
+
+def _base(graph: fx.Graph, nodes: SlotNodes) -> fx.Node | None:
+    """The base weight as [out, in], or None where a prepared module holds it in FP8 alone."""
+    if nodes.base is None or nodes.slot.base is None:
+        return None
+    node = _at_head(graph, nodes.base)
+    return graph.call_method("t", (node,)) if nodes.slot.base.transposed else node
 
 
 def _at_head(graph: fx.Graph, node: fx.Node) -> fx.Node:

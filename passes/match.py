@@ -278,8 +278,6 @@ def _find_add(scope: Scope, b_node: fx.Node) -> tuple[fx.Node, fx.Node, list[fx.
 
 def _check_base(base: Linear) -> None:
     value = base.weight.value
-    if base.weight.transposed:
-        raise _Refusal("the base weight is stored [in, out]", "Use a layer that stores [out, in]")
     if not is_plain(value) and not is_dtensor(value):  # plan refuses sharded ones by name
         raise _Refusal(
             f"the base weight is a {type(value).__name__}", "Use an unquantized nn.Linear as base"

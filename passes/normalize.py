@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from falqon_fx._compat import checkpoint_bodies, fake_mode, fake_mode_of
+from falqon_fx._compat import checkpoint_bodies, fake_mode, fake_mode_of, same_sizes
 from falqon_fx.errors import FalqonError
 from falqon_fx.passes.terms import (
     Add,
@@ -73,6 +73,9 @@ _CASTS = {
     aten._to_copy.default,
     torch.ops.prims.convert_element_type.default,
 }
+_VIEWS: set[Any] = {torch.reshape, torch.flatten, aten.view.default, aten.reshape.default}
+_VIEWS |= {aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int}
+_VIEW_METHODS = {"view", "reshape", "flatten", "unflatten"}
 _OPERANDS = ("input", "mat1", "mat2", "other")  # in the order of their positions
 _CAST_METHODS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
 _METHODS: dict[str, Callable[..., Any]] = {
@@ -193,6 +196,8 @@ def _scope(gm: fx.GraphModule, parent: Scope | None, call: fx.Node | None) -> Sc
 
 
 def _read(node: fx.Node, scope: Scope) -> Term:
+    if _is_view(node):
+        return _linear_between_views(node, scope)
     if node.op == "call_module":
         return _read_module(node, scope)
     if node.op == "call_method":
@@ -336,6 +341,31 @@ def _add_bias(product: fx.Node, bias: fx.Node, scope: Scope) -> Linear | None:
     if not isinstance(linear, Linear) or linear.bias is not None or len(product.users) != 1:
         return None
     return Linear(linear.x, linear.weight, b, (product,))
+
+
+def _linear_between_views(node: fx.Node, scope: Scope) -> Linear | None:
+    """``(x.view(-1, in) @ W.T).view(*x.shape[:-1], out)`` as one linear on x."""
+    inner = node.args[0]
+    linear = scope.term(inner) if isinstance(inner, fx.Node) else None
+    if not isinstance(linear, Linear) or not isinstance(inner, fx.Node) or not _is_view(linear.x):
+        return None
+    x = linear.x.args[0]
+    given, flat = value_of(x), value_of(linear.x)  # type: ignore[arg-type]
+    product, result = value_of(inner), value_of(node)
+    if not all(isinstance(v, Tensor) and v.dim() > 0 for v in (given, flat, product, result)):
+        return None
+    # A view that keeps the last dimension only groups the tokens in another way.
+    kept = same_sizes(given.shape[-1:], flat.shape[-1:])
+    if not kept or not same_sizes(result.shape, (*given.shape[:-1], product.shape[-1])):
+        return None
+    parts = (*linear.parts, inner, linear.x)
+    return Linear(x, linear.weight, linear.bias, parts)  # type: ignore[arg-type]
+
+
+def _is_view(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in _VIEW_METHODS and len(node.args) > 0
+    return node.op == "call_function" and node.target in _VIEWS and len(node.args) > 0
 
 
 def writes(node: fx.Node) -> bool:

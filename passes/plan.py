@@ -175,7 +175,7 @@ def _identity(scope: Scope, param: Param) -> object:
     if param.node is None:
         return id(param.value)
     outer = scope.outer(param.node)
-    return str(outer.target) if outer.op == "get_attr" else outer
+    return (str(outer.target) if outer.op == "get_attr" else outer, param.transposed)
 
 
 def _slot(index: int, path: str, found: Match) -> Slot:

@@ -12,8 +12,10 @@ from falqon_fx.passes.plan import Plan
 
 _FUSED = torch.ops.falqon.merged_linear.default
 _UPDATE = torch.ops.falqon.proxy_update_.default
-# What the passes may add: the ops, a lora_B bias, and the zeroing of B that "drop" asks for.
+# What the passes may add: the ops, a lora_B bias, the zeroing of B that "drop" asks for, and the
+# view as [out, in] of a base weight that is stored [in, out].
 _ADDED = {_FUSED, _UPDATE, operator.getitem, operator.add, operator.mul, "to", "detach", "zero_"}
+_ADDED |= {"t"}
 
 
 def operations(root: Scope) -> tuple[fx.Node, ...]:
@@ -56,4 +58,5 @@ def _check_update(plan: Plan, old: set[fx.Node]) -> None:
     calls = [n for n in plan.root.gm.graph.nodes if n.op.startswith("call")]
     updates = [node for node in calls if node.target is _UPDATE and node not in old]
     assert len(updates) == bool(plan.slots), f"{len(updates)} updates in one graph"
+    calls = [node for node in calls if node.target != "t" or node in old]
     assert not updates or calls[0] is updates[0], "the update is not the graph's first operation"

@@ -28,13 +28,13 @@ def cast(x: Tensor, dtype: torch.dtype, per_row: bool, pow2: bool) -> tuple[Tens
 
 
 class Site(torch.autograd.Function):
-    """One merged layer, float32."""
+    """One merged layer on x [n, in], float32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, lora_b: Tensor, state: MergedAdapter) -> Tensor:
         plan, out = state.plan, state.applied.shape[0]
         row, pow2 = plan.granularity == "row", plan.scale == "pow2"
-        codes, s_x = cast(x.reshape(-1, x.shape[-1]), E4M3, row, pow2)
+        codes, s_x = cast(x, E4M3, row, pow2)
         merged, scale = state.weight.float(), state.scale
         s_w, s_a = (scale[:out].t(), scale[out:].t()) if row else (scale, scale)
         y = codes @ merged[:out].t() * s_x * s_w
@@ -42,37 +42,44 @@ class Site(torch.autograd.Function):
         rest = (lora_b - state.applied) * state.scaling
         if plan.pending == "apply":
             y = torch.addmm(y, out_a, rest.t())
-        ctx.state, ctx.shape = state, x.shape
+        ctx.state = state
         ctx.save_for_backward(out_a, rest)
-        return y.reshape(*x.shape[:-1], out)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         out_a, rest = ctx.saved_tensors
-        state, flat = ctx.state, grad.reshape(-1, grad.shape[-1])
+        state = ctx.state
         plan, out = state.plan, state.applied.shape[0]
         row, pow2 = plan.granularity == "row", plan.scale == "pow2"
         merged, scale = state.weight.float(), state.scale
-        wide = flat * scale[:out].t() if row else flat
+        wide = grad * scale[:out].t() if row else grad
         codes, s_g = cast(wide, E5M2 if plan.grad == "e5m2" else E4M3, row, pow2)
         grad_x = codes @ merged[:out] * s_g * (1.0 if row else scale)
         if plan.pending == "apply":
-            tail = flat @ rest * (scale[out:].t() if row else scale)
+            tail = grad @ rest * (scale[out:].t() if row else scale)
             grad_x = torch.addmm(grad_x, tail, merged[out:])
-        grad_b = flat.t() @ out_a * state.scaling
-        return grad_x.reshape(ctx.shape), grad_b, None
+        grad_b = grad.t() @ out_a * state.scaling
+        return grad_x, grad_b, None
 
 
 class EmulatedSite(nn.Module):
     """Takes the place of a LoRA layer."""
 
-    def __init__(self, lora_b: nn.Parameter, state: MergedAdapter) -> None:
+    def __init__(self, lora_b: nn.Parameter, base: nn.Module, state: MergedAdapter) -> None:
         super().__init__()
-        self.lora_B, self.state = lora_b, state
+        self.lora_B, self.base_layer, self.state = lora_b, base, state
+
+    @property
+    def weight(self) -> Tensor:
+        """Some models ask for the dtype of a layer's weight."""
+        return self.base_layer.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = Site.apply(x, self.lora_B, self.state)
-        return result
+        flat = x.reshape(-1, x.shape[-1])
+        result: Tensor = Site.apply(flat, self.lora_B, self.state).reshape(*x.shape[:-1], -1)
+        bias = self.base_layer.bias
+        return result if bias is None else result + bias
 
 
 def emulate(model: nn.Module, states: dict[str, MergedAdapter]) -> nn.Module:
@@ -80,6 +87,6 @@ def emulate(model: nn.Module, states: dict[str, MergedAdapter]) -> nn.Module:
     for path, state in states.items():
         parent, _, name = path.rpartition(".")
         layer: Any = model.get_submodule(path)
-        site = EmulatedSite(layer.lora_B["default"].weight, state)
+        site = EmulatedSite(layer.lora_B["default"].weight, layer.base_layer, state)
         setattr(model.get_submodule(parent), name, site)
     return model

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from falqon_fx import FalqonConfig, FalqonConfigError, FalqonError
+from falqon_fx.spec import SiteSpec, parse_spec
 from tests.sites import randn
 
 OPTIONS = [field.name for field in dataclasses.fields(FalqonConfig)]
@@ -103,7 +104,6 @@ def test_a_mistyped_choice_names_the_nearest():
         ("ten", "neither"),
         ("10", "neither"),
         ("ALL", "neither"),
-        (None, "neither"),
         ([10], "neither"),
         (torch.tensor(10), "neither"),
     ],
@@ -157,6 +157,14 @@ def test_a_fraction_gives_at_least_one_row_and_never_too_many(fraction, out):
     assert isinstance(rows, int)
     assert 1 <= rows <= out
     assert abs(rows - fraction * out) <= 1
+
+
+def test_without_a_count_small_layers_give_all_their_rows():
+    """A router or a gate among the linear layers of a model is no reason to refuse it."""
+    config = FalqonConfig()
+    assert [config.rows(out) for out in (1, 9, 10, 11, 4096)] == [1, 9, 10, 10, 10]
+    spec = SiteSpec.from_config(config)
+    assert parse_spec(str(spec)).rows(4) == 4
 
 
 def test_all_of_the_rows():

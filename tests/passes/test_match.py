@@ -496,12 +496,6 @@ def test_adapters_stored_transposed_are_refused():
     refused(layer, randn(5, 24), "stored transposed")
 
 
-def test_a_base_stored_transposed_is_refused():
-    layer = Layer(lambda m, x: x @ m.base.weight + m.b(m.a(x)))
-    layer.base.weight = nn.Parameter(randn(24, 20), requires_grad=False)
-    refused(layer, randn(5, 24), "stored [in, out]")
-
-
 def test_dora_is_refused():
     passes = refused(one(use_dora=True), randn(5, 24), "not added to a linear's output")
     # Where PEFT's DoRA breaks the graph, its adapter is compiled apart, in a helper's frame.
