@@ -1,9 +1,11 @@
 """falqon-fx: LoRA fine-tuning on a merged FP8 backbone, as a torch.compile backend."""
 
 from falqon_fx.backend import RewriteResult, falqon, rewrite
+from falqon_fx.checkpoint import CheckpointReport, load_checkpoint, save_checkpoint
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonConfigError, FalqonError
 from falqon_fx.explain import explain
+from falqon_fx.export import ExportReport, save_fp8
 from falqon_fx.merged import MergedAdapter
 from falqon_fx.prepare import PrepareReport, adapters, flush, prepare, restore
 from falqon_fx.report import GraphReport, Rejected, RewriteReport, Site
@@ -11,6 +13,8 @@ from falqon_fx.report import GraphReport, Rejected, RewriteReport, Site
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointReport",
+    "ExportReport",
     "FalqonConfig",
     "FalqonConfigError",
     "FalqonError",
@@ -25,7 +29,10 @@ __all__ = [
     "explain",
     "falqon",
     "flush",
+    "load_checkpoint",
     "prepare",
     "restore",
     "rewrite",
+    "save_checkpoint",
+    "save_fp8",
 ]

@@ -57,6 +57,7 @@ class MergedAdapter:
         self.b_ref: weakref.ref[Tensor] | None = None
         self.transposed = False  # whether the base weight is stored [in, out]
         self.stamp: tuple[Any, ...] = ()
+        self.resumed = False  # from a checkpoint: no other config may start over beside it
 
     @property
     def weight(self) -> Tensor:
@@ -252,17 +253,34 @@ class Registry:
                     return state
                 known.remove(state)  # W or A was written or moved: start from the new values
                 break
+            if state.resumed and state.stamp == stamp:
+                raise FalqonError(
+                    site.path,
+                    f"its checkpoint was trained with {state.plan} and scaling {state.scaling:g}, "
+                    f"now {plan} and {site.scaling:g} are asked for",
+                    "Compile with the options of the checkpoint, or call falqon_fx.restore(model) "
+                    "to start anew from the base weights and the adapter",
+                )
         return None
 
     def _make(self, site: Wanted, config: FalqonConfig) -> MergedAdapter:
         state = create(site.path, site.weight, site.lora_a, site.lora_b, site.scaling, config)
-        state.base_ref, state.a_ref = weakref.ref(site.base), weakref.ref(site.lora_a)
-        state.b_ref = weakref.ref(site.lora_b)
-        state.transposed, state.stamp = site.transposed, _stamp(site.base, site.lora_a)
-        known = self._by_b.get(site.lora_b, [])
-        alive = [s for s in known if s.base_ref is not None and s.base_ref() is not None]
-        self._by_b[site.lora_b] = [*alive, state]
+        state.transposed = site.transposed
+        self._remember(state, site.base, site.lora_a, site.lora_b)
         return state
+
+    def _remember(self, state: MergedAdapter, base: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
+        state.base_ref, state.a_ref = weakref.ref(base), weakref.ref(lora_a)
+        state.b_ref = weakref.ref(lora_b)
+        state.stamp = _stamp(base, lora_a)
+        known = self._by_b.get(lora_b, [])
+        alive = [s for s in known if s.base_ref is not None and s.base_ref() is not None]
+        self._by_b[lora_b] = [*alive, state]
+
+    def adopt(self, state: MergedAdapter, base: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
+        """Take a state that was saved for these parameters; only its own config may use it."""
+        state.resumed = True
+        self._remember(state, base, lora_a, lora_b)
 
     def of(self, lora_b: Tensor) -> list[MergedAdapter]:
         """The states that a parameter B takes part in."""

@@ -118,7 +118,7 @@ class PrepareReport:
 
 
 @dataclass(frozen=True)
-class _LoraLayer:
+class LoraLayer:
     """A PEFT-style layer: ``base_layer``, ``lora_A``, ``lora_B`` and ``scaling`` by adapter."""
 
     path: str
@@ -151,6 +151,12 @@ class _LoraLayer:
     @property
     def scaling(self) -> float:
         return float(self.module.scaling[self.adapter])
+
+    def state(self) -> MergedAdapter:
+        """The live state of a prepared layer, with its B."""
+        state: MergedAdapter = self.base.merged()
+        state.b_ref = weakref.ref(self.lora_b)
+        return state
 
 
 def prepare(
@@ -187,7 +193,7 @@ def restore(model: nn.Module) -> nn.Module:
     The adapter stays apart, so B is not counted twice. Exact to the rounding of the base dtype on
     top of the FP8 casts. Layers that were not prepared have their base weight still.
     """
-    for layer in _lora_layers(unwrap(model)):
+    for layer in lora_layers(unwrap(model)):
         merged = layer.base
         if not isinstance(merged, MergedBaseLinear):
             registry.forget(layer.lora_b)
@@ -215,11 +221,9 @@ def adapters(model: nn.Module) -> dict[str, MergedAdapter]:
     """
     found: dict[str, MergedAdapter] = {}
     inner = unwrap(model)
-    for layer in _lora_layers(inner):
+    for layer in lora_layers(inner):
         if isinstance(layer.base, MergedBaseLinear):
-            state = layer.base.merged()
-            state.b_ref = weakref.ref(layer.lora_b)
-            found[layer.path] = state
+            found[layer.path] = layer.state()
     names = {id(p): name for name, p in inner.named_parameters(remove_duplicate=False)}
     for parameter in inner.parameters():
         for state in registry.of(parameter):
@@ -241,7 +245,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
-def _lora_layers(model: nn.Module) -> Iterator[_LoraLayer]:
+def lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
+    """The LoRA layers in a model, each with its first active adapter."""
     for path, module in model.named_modules():
         parts = ("base_layer", "lora_A", "lora_B", "scaling")
         if not all(hasattr(module, part) for part in parts):
@@ -251,12 +256,12 @@ def _lora_layers(model: nn.Module) -> Iterator[_LoraLayer]:
         names = list(getattr(module, "active_adapters", None) or module.lora_A)
         for name in names[:1]:
             if name in module.lora_A and name in module.lora_B:
-                yield _LoraLayer(path, module, name)
+                yield LoraLayer(path, module, name)
 
 
-def _sort_layers(model: nn.Module, config: FalqonConfig) -> tuple[list[_LoraLayer], dict[str, str]]:
+def _sort_layers(model: nn.Module, config: FalqonConfig) -> tuple[list[LoraLayer], dict[str, str]]:
     layers, skipped = [], {}
-    for layer in _lora_layers(model):
+    for layer in lora_layers(model):
         reason = _skip_reason(layer, config)
         if reason is None:
             layers.append(layer)
@@ -265,7 +270,7 @@ def _sort_layers(model: nn.Module, config: FalqonConfig) -> tuple[list[_LoraLaye
     return layers, skipped
 
 
-def _skip_reason(layer: _LoraLayer, config: FalqonConfig) -> str | None:
+def _skip_reason(layer: LoraLayer, config: FalqonConfig) -> str | None:
     if isinstance(layer.base, MergedBaseLinear):
         return "it is prepared already"
     if not _is_linear(layer.base, layer.transposed):
@@ -290,7 +295,7 @@ def _is_linear(base: nn.Module, transposed: bool) -> bool:
     return module is not None and type(base) is module.Conv1D
 
 
-def _check_before(model: nn.Module, layers: list[_LoraLayer], config: FalqonConfig) -> None:
+def _check_before(model: nn.Module, layers: list[LoraLayer], config: FalqonConfig) -> None:
     """All that could fail is looked at before the first layer is changed."""
     holders: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -308,7 +313,7 @@ def _check_before(model: nn.Module, layers: list[_LoraLayer], config: FalqonConf
         check_values(layer.path, layer.weight, layer.lora_a, layer.lora_b)
 
 
-def _track(layers: list[_LoraLayer], show: bool) -> Iterator[_LoraLayer]:
+def _track(layers: list[LoraLayer], show: bool) -> Iterator[LoraLayer]:
     columns = (TextColumn("merging"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not show, transient=True) as bar:
         yield from bar.track(layers)

@@ -1,0 +1,332 @@
+"""Training that goes on from a checkpoint is the training that was never interrupted."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import falqon_fx
+from falqon_fx import FalqonConfig, FalqonError
+from falqon_fx.checkpoint import MANIFEST
+from falqon_fx.prepare import MergedBaseLinear
+from falqon_fx.storage import DamagedFileError, join, separate
+from tests.models import Stack, lora_b, tiny_llama, tiny_mlp
+from tests.sites import randn, same, snapshot
+
+STEPS = 6
+EAGER = {"inner": "eager", "topk": 5}
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+
+
+class Run:
+    """A training run: model, optimizer, scheduler, and what has to be equal at its end."""
+
+    def __init__(self, prepared: bool, seed: int = 0, model: nn.Module | None = None, **options):
+        torch.manual_seed(seed)
+        self.model = tiny_mlp(lora_dropout=0.0) if model is None else model
+        self.config = FalqonConfig(**{**EAGER, **options})
+        if prepared:
+            falqon_fx.prepare(self.model, self.config, progress=False)
+        self.compiled = torch.compile(self.model, backend="falqon", options={"config": self.config})
+        # A is in the optimizer, as PEFT has it.
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=0.05, weight_decay=0.1)
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, STEPS)
+
+    def steps(self, first: int, last: int) -> None:
+        for step in range(first, last):
+            x = randn(4, 32, seed=100 + step)
+            loss = (self.compiled(x) - torch.rand(4, 32) - random.random()).square().mean()
+            loss.backward()
+            self.optimizer.step()
+            self.scheduler.step()
+            self.optimizer.zero_grad()
+
+    def save(self, folder: Path) -> None:
+        falqon_fx.save_checkpoint(
+            self.model, folder, optimizer=self.optimizer, scheduler=self.scheduler
+        )
+
+    def load(self, folder: Path) -> None:
+        falqon_fx.load_checkpoint(
+            self.model, folder, optimizer=self.optimizer, scheduler=self.scheduler
+        )
+
+    def states(self) -> dict[str, list[Tensor]]:
+        return {path: snapshot(s) for path, s in falqon_fx.adapters(self.model).items()}
+
+
+def assert_same_run(a: Run, b: Run) -> None:
+    named = dict(b.model.named_parameters())
+    assert named.keys() == dict(a.model.named_parameters()).keys()
+    for name, parameter in a.model.named_parameters():
+        assert torch.equal(parameter, named[name]), name
+    assert a.states().keys() == b.states().keys()
+    assert len(a.states()) == 2
+    for path, tensors in a.states().items():
+        assert same(tensors, b.states()[path]), path
+    slots = [r.optimizer.state_dict()["state"].values() for r in (a, b)]
+    for one, other in zip(*slots, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
+@pytest.mark.parametrize("interrupted", [0, 1, 3, 5])
+def test_interrupted_training_is_bit_equal(tmp_path, prepared, interrupted):
+    """Weights, states, optimizer; with random numbers drawn in training from both generators."""
+    whole, first = Run(prepared), Run(prepared)
+    random.seed(1)
+    torch.manual_seed(5)
+    whole.steps(0, STEPS)
+
+    random.seed(1)
+    torch.manual_seed(5)
+    first.steps(0, interrupted)
+    first.save(tmp_path)
+    resumed = Run(prepared, seed=9)  # another A, another base bias: all comes from the file
+    if not prepared:
+        _same_base(resumed.model, first.model)
+    random.seed(2)
+    torch.manual_seed(2)
+    resumed.load(tmp_path)
+    resumed.steps(interrupted, STEPS)
+    assert_same_run(whole, resumed)
+
+
+def _same_base(model: nn.Module, other: nn.Module) -> None:
+    for name in ("0", "2"):
+        base = model.base_model.model.get_submodule(name).base_layer
+        base.load_state_dict(other.base_model.model.get_submodule(name).base_layer.state_dict())
+
+
+@pytest.mark.parametrize("options", [
+    {"pending": "hold"}, {"pending": "drop"}, {"rounding": "nearest"}, {"granularity": "tensor"},
+    {"scale": "amax"}, {"topk": "all"}, {"init": "svd"}, {"seed": 3},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
+def test_every_option_resumes_bit_equal(tmp_path, prepared, options):
+    whole, first, resumed = (Run(prepared, **options) for _ in range(3))
+    torch.manual_seed(5)
+    random.seed(5)
+    whole.steps(0, 5)
+    torch.manual_seed(5)
+    random.seed(5)
+    first.steps(0, 2)
+    first.save(tmp_path)
+    resumed.load(tmp_path)
+    resumed.steps(2, 5)
+    assert_same_run(whole, resumed)
+
+
+def test_a_checkpoint_without_the_update_counters_would_not_resume(tmp_path):
+    """What is tested above is not true by itself: losing one counter changes the weights."""
+    whole, resumed = Run(True), Run(True)
+    torch.manual_seed(5)
+    whole.steps(0, 2)
+    whole.save(tmp_path)
+    resumed.load(tmp_path)
+    for state in falqon_fx.adapters(resumed.model).values():
+        state.counters[3] = 0  # the step that stochastic rounding draws for
+    for run in (whole, resumed):
+        torch.manual_seed(6)
+        random.seed(6)
+        run.steps(2, STEPS)
+    with pytest.raises(AssertionError):
+        assert_same_run(whole, resumed)
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["unprepared", "prepared"])
+def test_either_form_loads_into_the_other(tmp_path, saved):
+    """A saved prepared model prepares the one it is loaded into, without a cast; a model that is
+    prepared since takes over the states of one that wasn't.
+    """
+    first, resumed = Run(saved), Run(not saved)
+    first.steps(0, 3)
+    first.save(tmp_path)
+    resumed.load(tmp_path)
+    assert [same(*pair) for pair in zip(first.states().values(), resumed.states().values())] == [
+        True,
+        True,
+    ]
+    layer = resumed.model.base_model.model[0].base_layer
+    assert isinstance(layer, MergedBaseLinear)
+    for run in (first, resumed):
+        torch.manual_seed(3)
+        random.seed(3)
+        run.steps(3, STEPS)
+    for a, b in zip(lora_b(first.model), lora_b(resumed.model), strict=True):
+        assert torch.equal(a, b)
+    assert [same(*pair) for pair in zip(first.states().values(), resumed.states().values())] == [
+        True,
+        True,
+    ]
+
+
+def test_hand_written_lora_resumes(tmp_path):
+    """Sites outside PEFT are found by their parameters."""
+    runs = []
+    for _ in range(3):
+        torch.manual_seed(0)
+        runs.append(Run(False, model=Stack(blocks=1)))
+    whole, first, resumed = runs
+    torch.manual_seed(5)
+    random.seed(5)
+    whole.steps(0, STEPS)
+    torch.manual_seed(5)
+    random.seed(5)
+    first.steps(0, 2)
+    first.save(tmp_path)
+    resumed.load(tmp_path)
+    resumed.steps(2, STEPS)
+    assert_same_run(whole, resumed)
+
+
+def test_a_new_process_resumes_bit_equal(tmp_path):
+    """Nothing rests on what stays in a process: each half runs in its own."""
+    code = """
+import sys; sys.path.insert(0, {root!r})
+import pathlib, random, torch
+from tests.test_checkpoint import Run
+run = Run({prepared})
+folder = pathlib.Path({folder!r})
+random.seed(5); torch.manual_seed(5)
+if {first}:
+    run.load(folder)
+run.steps({first}, {last})
+run.save(folder)
+"""
+    root = str(Path(__file__).parents[1])
+    for folder, parts in {"whole": [(0, 4)], "halves": [(0, 2), (2, 4)]}.items():
+        for first, last in parts:
+            text = code.format(
+                root=root, prepared=True, folder=str(tmp_path / folder), first=first, last=last
+            )
+            subprocess.run([sys.executable, "-W", "ignore", "-c", text], check=True)
+    runs = [Run(True, seed=7), Run(True, seed=8)]
+    for run, folder in zip(runs, ("whole", "halves"), strict=True):
+        run.load(tmp_path / folder)
+    assert_same_run(*runs)
+
+
+def test_extra_comes_back_as_it_was(tmp_path):
+    model, tensor = tiny_mlp(), randn(3, 2)
+    extra = {"step": 7, "loss": float("inf"), "name": "a", "ids": [1, (2, None)], "t": tensor,
+             "nested": {3: {"x": True}}}  # fmt: skip
+    falqon_fx.save_checkpoint(model, tmp_path, extra=extra)
+    back = falqon_fx.load_checkpoint(model, tmp_path)
+    assert torch.equal(back.pop("t"), tensor)
+    assert back == {k: v for k, v in extra.items() if k != "t"}
+
+
+def test_what_is_not_plain_data_is_refused_by_its_path(tmp_path):
+    with pytest.raises(FalqonError, match=r"training\.extra\.counts: a Counter can't be saved"):
+        falqon_fx.save_checkpoint(tiny_mlp(), tmp_path, extra={"counts": Counter([1])})
+    assert not list(tmp_path.iterdir())
+
+
+def test_trees_round_trip_their_types():
+    tensors: dict[str, Tensor] = {}
+    value = {"a": [1, 2.5, (True, None)], 4: {"t": torch.ones(2)}}
+    text = json.dumps(separate(value, "p", tensors))
+    back = join(json.loads(text), tensors)
+    assert torch.equal(back[4].pop("t"), torch.ones(2))
+    assert back == {"a": [1, 2.5, (True, None)], 4: {}}
+
+
+def test_tied_weights_are_written_once(tmp_path):
+    torch.manual_seed(0)
+    model = tiny_llama(target_modules=["q_proj"])
+    inner = model.get_base_model()
+    inner.lm_head.weight = inner.model.embed_tokens.weight
+    falqon_fx.save_checkpoint(model, tmp_path)
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    assert [*manifest["same"]] == ["base_model.model.lm_head.weight"]
+    with torch.no_grad():
+        inner.lm_head.weight.zero_()
+    falqon_fx.load_checkpoint(model, tmp_path)
+    assert inner.lm_head.weight.any()
+    assert inner.lm_head.weight is inner.model.embed_tokens.weight
+
+
+# -- refusals change nothing -----------------------------------------------------------------------
+
+
+def refused(model: nn.Module, folder: Path, **arguments: object) -> str:
+    before = {n: p.clone() for n, p in model.state_dict().items()}
+    with pytest.raises(FalqonError) as caught:
+        falqon_fx.load_checkpoint(model, folder, **arguments)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    return str(caught.value)
+
+
+def test_another_base_weight_is_refused(tmp_path):
+    first = Run(False)
+    first.steps(0, 1)
+    first.save(tmp_path)
+    text = refused(Run(False, seed=1).model, tmp_path)
+    assert "base_model.model.0.base_layer.weight" in text
+    assert "not those that" in text
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
+def test_another_shape_is_refused(tmp_path, prepared):
+    first = Run(prepared)
+    first.steps(0, 1)
+    first.save(tmp_path)
+    torch.manual_seed(0)
+    other = Run(prepared, model=tiny_mlp(r=8))
+    assert "lora_A" in refused(other.model, tmp_path)
+
+
+def test_another_model_is_refused(tmp_path):
+    first = Run(True)
+    first.save(tmp_path)
+    assert "but not in the model" in refused(tiny_llama(), tmp_path)
+
+
+def test_a_checkpoint_without_an_optimizer_says_so(tmp_path):
+    model = tiny_mlp()
+    falqon_fx.save_checkpoint(model, tmp_path)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    assert "it holds no optimizer" in refused(model, tmp_path, optimizer=optimizer)
+
+
+def test_compiling_with_other_options_after_loading_is_refused(tmp_path):
+    first = Run(False)
+    first.steps(0, 2)
+    first.save(tmp_path)
+    other = Run(False, topk=7)
+    other.load(tmp_path)
+    with pytest.raises(Exception, match="Compile with the options of the checkpoint") as caught:
+        other.steps(2, 3)
+    assert "topk=5" in str(caught.value)
+    falqon_fx.restore(other.model)  # the remedy
+    other.steps(2, 3)
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(FalqonError, match=r"there is no checkpoint\.json in it"):
+        falqon_fx.load_checkpoint(tiny_mlp(), tmp_path)
+
+
+def test_a_newer_format_is_refused(tmp_path):
+    falqon_fx.save_checkpoint(tiny_mlp(), tmp_path)
+    file = tmp_path / MANIFEST
+    file.write_text(file.read_text().replace("checkpoint.1", "checkpoint.2"))
+    with pytest.raises(DamagedFileError, match=r"its format is not 'falqon_fx\.checkpoint\.1'"):
+        falqon_fx.load_checkpoint(tiny_mlp(), tmp_path)

@@ -1,0 +1,307 @@
+"""A checkpoint is whole or it is the one before: killed writers, damaged files, full disks."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import falqon_fx
+from falqon_fx.checkpoint import MANIFEST
+from falqon_fx.storage import DamagedFileError, new_folder, save_tensors, unshared
+from tests.models import fill_b, tiny_mlp
+
+KILLS = 200
+
+
+class Layers(nn.Module):
+    """Parameters that all hold the number of their generation: a mixture would show."""
+
+    def __init__(self, generation: int = 0) -> None:
+        super().__init__()
+        self.layers = nn.ParameterList(
+            nn.Parameter(torch.full((64, 512), float(generation))) for _ in range(12)
+        )
+
+    def generation(self) -> int:
+        found = {value for layer in self.layers for value in layer.unique().tolist()}
+        assert len(found) == 1, f"a mixture of {found}"
+        return int(found.pop())
+
+
+def kill_writers(folder: Path, kills: int) -> tuple[int, int]:
+    """Kill writers that save one generation after the other; check what each leaves. Returns the
+    last generation and how many saves were cut in the middle.
+
+    All is done in forks of this process, which itself never starts a thread that a fork would lack.
+    """
+    torch.set_num_threads(1)
+    one_save = float(in_a_fork(lambda: time_a_save(folder)))
+    chance, last, cut = random.Random(0), 0, 0
+    for _ in range(kills):
+        writer = os.fork()
+        if writer == 0:
+            save_for_ever(folder, last)
+        time.sleep(chance.uniform(0, 3 * one_save))
+        os.kill(writer, signal.SIGKILL)
+        assert os.WTERMSIG(os.waitpid(writer, 0)[1]) == signal.SIGKILL
+        cut += any("partial" in path.name for path in folder.iterdir())
+        generation = int(in_a_fork(lambda: generation_in(folder)))
+        assert generation >= last
+        last = generation
+    return last, cut
+
+
+def in_a_fork(function: Callable[[], object]) -> str:
+    """What ``function`` returns in a child of this process, as text."""
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with os.fdopen(theirs, "w") as pipe:
+            pipe.write(str(function()))
+        os._exit(0)
+    os.close(theirs)
+    with os.fdopen(ours) as pipe:
+        text = pipe.read()
+    assert os.waitpid(child, 0)[1] == 0
+    return text
+
+
+def time_a_save(folder: Path) -> float:
+    """Of the first save of a process, which takes the longest."""
+    start = time.perf_counter()
+    falqon_fx.save_checkpoint(Layers(), folder, extra={"generation": 0})
+    return time.perf_counter() - start
+
+
+def generation_in(folder: Path) -> int:
+    loaded = Layers(-1)
+    stated = falqon_fx.load_checkpoint(loaded, folder)["generation"]
+    assert loaded.generation() == stated
+    return loaded.generation()
+
+
+def save_for_ever(folder: Path, generation: int) -> NoReturn:
+    while True:
+        generation += 1
+        extra = {"generation": generation, "in a second file": torch.ones(9)}
+        falqon_fx.save_checkpoint(Layers(generation), folder, extra=extra)
+
+
+def test_a_writer_killed_at_any_moment_leaves_a_whole_checkpoint():
+    """Kill -9 at 200 random moments of a process that saves without a pause: what is left loads
+    with right checksums, is one generation in all its tensors, and never an older one than before.
+
+    In memory, where a save is quick: what a kill can do to it is the same as on a disk.
+    """
+    code = """
+import sys; sys.path.insert(0, {root!r})
+from pathlib import Path
+from tests.test_storage import kill_writers
+print(*kill_writers(Path({folder!r}), {kills}))
+"""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as temporary:
+        folder = Path(temporary, "run")
+        text = code.format(root=str(Path(__file__).parents[1]), folder=str(folder), kills=KILLS)
+        done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        last, cut = map(int, done.stdout.split())
+        assert last > 20  # saves went through
+        assert cut > 20  # and were cut in the middle
+        # What killed writers left behind is gone after the next save.
+        falqon_fx.save_checkpoint(Layers(1), folder)
+        assert len(list(folder.iterdir())) == 3
+
+
+# -- damaged files ---------------------------------------------------------------------------------
+
+
+def saved(folder: Path) -> nn.Module:
+    torch.manual_seed(0)
+    model = tiny_mlp()
+    fill_b(model, 0.1)
+    falqon_fx.prepare(model, progress=False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    falqon_fx.save_checkpoint(model, folder, optimizer=optimizer, extra={"t": torch.ones(3)})
+    return model
+
+
+def refused(folder: Path, model: nn.Module) -> str:
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(DamagedFileError) as caught:
+        falqon_fx.load_checkpoint(model, folder)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("which", ["model", "training", "checkpoint"])
+def test_every_flipped_bit_is_found(tmp_path, which):
+    """In the headers, the padding, the data and the manifest alike, and the file is named."""
+    model = saved(tmp_path)
+    (file,) = tmp_path.glob(f"{which}*")
+    whole, chance = file.read_bytes(), random.Random(0)
+    header = 8 + int.from_bytes(whole[:8], "little") if which != "checkpoint" else 300
+    places = [*range(8), *(chance.randrange(header) for _ in range(40))]
+    places += [chance.randrange(len(whole)) for _ in range(40)]
+    for place in places:
+        changed = bytearray(whole)
+        changed[place] ^= 1 << chance.randrange(8)
+        file.write_bytes(changed)
+        assert file.name in refused(tmp_path, model)
+    file.write_bytes(whole)
+    falqon_fx.load_checkpoint(model, tmp_path)
+
+
+def test_a_flipped_bit_names_the_tensor(tmp_path):
+    model = saved(tmp_path)
+    (file,) = tmp_path.glob("model-*")
+    whole = bytearray(file.read_bytes())
+    start = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + start])
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        changed = bytearray(whole)
+        changed[8 + start + entry["data_offsets"][0]] ^= 1
+        file.write_bytes(changed)
+        assert f"the checksum of tensor {name!r} is wrong" in refused(tmp_path, model)
+
+
+@pytest.mark.parametrize("which", ["model", "training", "checkpoint"])
+def test_a_truncated_file_is_refused(tmp_path, which):
+    model = saved(tmp_path)
+    (file,) = tmp_path.glob(f"{which}*")
+    whole = file.read_bytes()
+    for length in (0, 1, 7, 8, 100, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        assert file.name in refused(tmp_path, model)
+    file.write_bytes(whole + b"\0")
+    assert file.name in refused(tmp_path, model)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    model = saved(tmp_path)
+    (file,) = tmp_path.glob("model-*")
+    file.unlink()
+    assert "it is missing" in refused(tmp_path, model)
+
+
+def test_a_file_of_another_checkpoint_is_refused(tmp_path):
+    model = saved(tmp_path / "a")
+    fill_b(model, 0.2, seed=1)
+    falqon_fx.save_checkpoint(model, tmp_path / "b")
+    (ours,), (other,) = ((tmp_path / n).glob("model-*") for n in "ab")
+    shutil.copyfile(other, ours)
+    assert "lora_B" in refused(tmp_path / "a", model)
+
+
+def test_a_foreign_file_is_refused(tmp_path):
+    model = saved(tmp_path)
+    (file,) = tmp_path.glob("model-*")
+    torch.save({"a": torch.ones(2)}, file)  # a pickle
+    assert "instead of" in refused(tmp_path, model)
+    file = tmp_path / MANIFEST
+    file.write_text('{"weight_map": {}}')
+    assert "its format is not" in refused(tmp_path, model)
+    file.write_bytes(b"\x80\x04N.")
+    assert "not valid JSON" in refused(tmp_path, model)
+
+
+def test_loading_never_unpickles(tmp_path, monkeypatch):
+    import pickle
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("unpickled")
+
+    model = saved(tmp_path)
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, forbidden)
+    monkeypatch.setattr(torch, "load", forbidden)
+    falqon_fx.load_checkpoint(model, tmp_path)
+
+
+# -- full disks ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [1000, 1_000_000])  # the first in a header, the other in the data
+def test_a_full_disk_is_a_clear_error_and_leaves_the_old_checkpoint(tmp_path, limit):
+    """A process whose files may not pass ``limit`` bytes gets the kernel's refusal in a write."""
+    falqon_fx.save_checkpoint(Layers(1), tmp_path, extra={"generation": 1})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    code = f"""
+import resource, signal, sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+import falqon_fx
+from tests.test_storage import Layers
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+try:
+    falqon_fx.save_checkpoint(Layers(2), {str(tmp_path)!r})
+except falqon_fx.FalqonError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "the disk is full" in done.stdout
+    assert "Free some space" in done.stdout
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    loaded = Layers()
+    falqon_fx.load_checkpoint(loaded, tmp_path)
+    assert loaded.generation() == 1
+
+
+def test_a_folder_that_fails_leaves_nothing(tmp_path):
+    final = tmp_path / "out"
+    with pytest.raises(FileNotFoundError), new_folder(final) as folder:
+        (folder / "half").rename(folder / "whole")
+    assert not list(tmp_path.iterdir())
+    with new_folder(final) as folder:
+        (folder / "whole").write_text("whole")
+        assert not final.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# -- tensors ---------------------------------------------------------------------------------------
+
+
+def test_memory_that_tensors_share_is_written_once_where_it_is_the_same(tmp_path):
+    weight = torch.arange(12.0).reshape(3, 4)
+    named = {"a": weight, "tied": weight, "view": weight[1:], "t": weight.t(), "other": weight + 1}
+    kept, same = unshared(named.items())
+    assert same == {"tied": "a"}
+    save_file(kept, tmp_path / "x")  # refuses shared memory
+    for name, tensor in kept.items():
+        assert torch.equal(tensor, named[name])
+
+
+def test_a_file_has_the_rights_of_any_new_file(tmp_path):
+    save_tensors(tmp_path / "x", {"a": torch.ones(2)})
+    (tmp_path / "y").touch()
+    assert (tmp_path / "x").stat().st_mode == (tmp_path / "y").stat().st_mode
+
+
+def test_empty_tensors_and_scalars_survive(tmp_path):
+    model = nn.Module()
+    for name, tensor in {
+        "a": torch.empty(0, 3),
+        "b": torch.empty(0),
+        "s": torch.tensor(2.5),
+    }.items():
+        model.register_buffer(name, tensor)
+    falqon_fx.save_checkpoint(model, tmp_path)
+    model.s.zero_()
+    falqon_fx.load_checkpoint(model, tmp_path)
+    assert model.s == 2.5
