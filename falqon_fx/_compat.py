@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import re
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -162,3 +165,62 @@ def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
     from torch.utils._pytree import tree_map as apply
 
     return apply(function, tree)
+
+
+def hint(size: Any) -> int:
+    """The value of a size in the traced call; a symbol is not pinned by reading it."""
+    if isinstance(size, torch.SymInt):
+        value: int = size.node.hint
+        return value
+    return int(size)
+
+
+def frames_of(node: fx.Node) -> list[tuple[str, int, str, str]]:
+    """The (file, line, function, code) of a node's stack trace, outermost first."""
+    text = node.meta.get("stack_trace") or node.stack_trace or ""
+    found = re.findall(r'File "([^"]+)", line (\d+), in (.*)\n\s*(.*)', text)
+    return [(file, int(line), function, code.strip()) for file, line, function, code in found]
+
+
+def graph_break(gm: fx.GraphModule) -> tuple[str, list[tuple[str, int, str, str]]] | None:
+    """Why Dynamo ended this graph before its function returned, and the user's stack there."""
+    why = getattr(gm, "compile_subgraph_reason", None)
+    if why is None or not why.graph_break:
+        return None
+    frames = [(f.filename, f.lineno or 0, f.name, (f.line or "").strip()) for f in why.user_stack]
+    return why.reason, frames
+
+
+def copy_dynamic_marks(old: Tensor, new: Tensor) -> None:
+    """What `torch._dynamo.mark_dynamic` and its like wrote on a tensor."""
+    for name, value in vars(old).items():
+        if name.startswith("_dynamo_") or name == "_specialize_on":
+            setattr(new, name, value)
+
+
+def trace_alone(function: Callable[[], Any], backend: Callable[..., Any]) -> Any:
+    """Run ``function`` under Dynamo with ``backend``, apart from all other compilations.
+
+    Neither the sizes seen here nor the entries made here count for the user's own compilations,
+    nor those of earlier calls for this one. An error of ``backend`` comes out as it is.
+    """
+    from torch._dynamo.pgo import get_code_state
+
+    options: dict[str, Any] = {}
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        options["isolate_recompiles"] = True
+    # Dynamo knows functions by their code: a fresh one has no entries yet.
+    code = function.__code__
+    fresh = types.FunctionType(
+        code.replace(), function.__globals__, function.__name__, None, function.__closure__
+    )
+    sizes = get_code_state()  # the sizes seen by each function, from which Dynamo guesses symbols
+    mine = copy.deepcopy(dict(sizes))
+    sizes.clear()
+    try:
+        return torch.compile(fresh, backend=backend, **options)()
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        raise error.inner_exception from None
+    finally:
+        sizes.clear()
+        sizes.update(mine)

@@ -46,6 +46,9 @@ class FalqonConfig:
             the site.
         inner: the compiler that gets the rewritten graph.
         include, exclude: shell patterns on module paths; an empty ``include`` takes all.
+        card: the card that the cost model speaks of, by name; by default the one at hand.
+        min_gain: leave a site alone where the cost model predicts time before / time after below
+            this; off by default.
         seed: of stochastic rounding and of the randomized SVD.
         mode: Inductor's mode (torch refuses ``mode=`` beside ``options=``).
         inductor: options handed to Inductor; in ``options=`` they are the keys with a dot.
@@ -67,6 +70,8 @@ class FalqonConfig:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     seed: int = 0
+    card: str | None = None
+    min_gain: float | None = None
     mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
@@ -82,6 +87,9 @@ class FalqonConfig:
             raise FalqonConfigError("seed", f"{self.seed!r} is not an integer >= 0", "Give one")
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+        _check_min_gain(self.min_gain)
+        if self.card is not None and not isinstance(self.card, str):
+            raise FalqonConfigError("card", f"{self.card!r} is not a name", "Give a card's name")
         if self.mode is not None and not isinstance(self.mode, str):
             raise FalqonConfigError(
                 "mode", f"{self.mode!r} is not a string", "Give Inductor's mode"
@@ -158,6 +166,13 @@ def _check_topk(topk: object) -> None:
         problem = f"the fraction {topk} is outside (0, 1]"
     if problem:
         raise FalqonConfigError("topk", problem, 'Give an int >= 1, a float in (0, 1], or "all"')
+
+
+def _check_min_gain(gain: object) -> None:
+    if gain is None:
+        return
+    if isinstance(gain, bool) or not isinstance(gain, int | float) or not gain > 0:
+        raise FalqonConfigError("min_gain", f"{gain!r} is not a number > 0", "Give one, or None")
 
 
 def _patterns(name: str, value: object) -> tuple[str, ...]:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from falqon_fx._compat import fake_mode, tree_map
-from falqon_fx.backend import rewrite
+from falqon_fx import _compat
+from falqon_fx.backend import RewriteResult, rewrite
 from falqon_fx.config import FalqonConfig
+from falqon_fx.listing import listing
+from falqon_fx.passes import cards, cost
+from falqon_fx.passes.describe import innermost
 from falqon_fx.prepare import unwrap
-from falqon_fx.report import GraphReport, RewriteReport
+from falqon_fx.report import Cost, GraphBreak, GraphReport, RewriteReport, Site
 
 
 def explain(
@@ -21,33 +26,147 @@ def explain(
     """What ``torch.compile(model, backend="falqon")`` would do with this call; compiles nothing.
 
     The model runs through Dynamo and the passes on fake tensors: no parameter, buffer or random
-    state changes, and no memory for activations is needed.
+    state changes, the user's own compilations neither see nor feel it, and no memory for
+    activations is needed. A model on the meta device will do. Sizes that
+    ``torch._dynamo.mark_dynamic`` marks on the arguments appear as symbols.
+
+    Where the config of a Hugging Face model asks for a cache, this call gets ``use_cache=False``
+    on the meta device, where a cache can't be made; the report says so.
 
     Raises:
         FalqonError: what compiling would raise.
     """
-    inner = unwrap(model)
-    config = config or FalqonConfig()
-    graphs: list[GraphReport] = []
-
-    def look(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        graphs.extend(rewrite(gm, example_inputs, config).report.graphs)
-        return gm.forward
-
-    with fake_mode() as mode:
+    inner, config = unwrap(model), config or FalqonConfig()
+    kwargs, notes = _without_cache(inner, kwargs)
+    with _compat.fake_mode() as mode:
 
         def fake(value: Any) -> Any:
-            return mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+            if not isinstance(value, torch.Tensor):
+                return value
+            stand_in = mode.from_tensor(value)
+            _compat.copy_dynamic_marks(value, stand_in)
+            return stand_in
 
-        tensors = {name: fake(t) for name, t in _tensors(inner)}
-        args, kwargs = tree_map(fake, (args, kwargs))
+        tensors = {f"model.{name}": fake(t) for name, t in _tensors(inner)}
+        args, kwargs = _compat.tree_map(fake, (args, kwargs))
+        tracer = _Tracer(inner, config)
+        # Around Dynamo, not inside of it: tracing the exchange of each tensor takes longer than the
+        # model itself.
+        torch.func.functional_call(tracer, tensors, args, kwargs)
+    predict = _Predictor(config, _device(inner))
+    return RewriteReport(
+        tuple(predict(graph) for graph in tracer.graphs),
+        {name: str(value) for name, value in asdict(config).items()},
+        tuple(_modules(inner)),
+        (*notes, *predict.notes),
+    )
+
+
+class _Tracer(nn.Module):
+    """Runs a model under Dynamo and keeps the report of each graph."""
+
+    def __init__(self, model: nn.Module, config: FalqonConfig) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+        self.graphs: list[GraphReport] = []
+        self.traced: list[fx.GraphModule] = []
+
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        model = self.model
 
         def call() -> Any:
-            return torch.func.functional_call(inner, tensors, args, kwargs)
+            return model(*args, **kwargs)
 
-        torch.compile(call, backend=look)()
-    return RewriteReport(tuple(graphs))
+        _compat.trace_alone(call, self._look)
+        self.traced.clear()  # Dynamo keeps what a backend returns
+
+    def _look(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        result = rewrite(gm, example_inputs, self.config)
+        self.graphs.append(_report(result, gm))
+        traced, index = self.traced, len(self.traced)
+        traced.append(gm)
+        return lambda *inputs: traced[index].forward(*inputs)
+
+
+def _report(result: RewriteResult, gm: fx.GraphModule) -> GraphReport:
+    (graph,) = result.report.graphs
+    why = _compat.graph_break(gm)
+    return replace(
+        graph,
+        ended_by=None if why is None else GraphBreak(_first_line(why[0]), innermost(why[1])),
+        before=tuple(listing(gm)),
+        after=tuple(listing(result.gm)),
+    )
+
+
+def _first_line(reason: str) -> str:
+    return reason.strip().splitlines()[0]
+
+
+class _Predictor:
+    """Adds predicted costs to the sites of a graph; equal sites are computed once."""
+
+    def __init__(self, config: FalqonConfig, device: torch.device) -> None:
+        self.config = config
+        self.card, self.notes = _card(config, device)
+        self.known: dict[object, Cost] = {}
+
+    def __call__(self, graph: GraphReport) -> GraphReport:
+        if self.card is None:
+            return graph
+        together = [site.group for site in graph.sites]
+        return replace(
+            graph,
+            sites=tuple(
+                replace(site, cost=self._cost(site, together.count(site.group)))
+                for site in graph.sites
+            ),
+        )
+
+    def _cost(self, site: Site, siblings: int) -> Cost:
+        assert self.card is not None
+        shape = cost.shape_of(site, self.config.pending == "apply", siblings)
+        key = (shape, site.kernel, site.tokens_hint)
+        if key not in self.known:
+            variant = cost.variant_of(site.kernel)
+            self.known[key] = cost.predict(shape, variant, self.card, site.tokens_hint)
+        return self.known[key]
+
+
+def _card(config: FalqonConfig, device: torch.device) -> tuple[cards.Card | None, list[str]]:
+    if config.card is not None:
+        return cards.find(config.card), []
+    card = cards.at_hand(device)
+    if card is not None:
+        return card, []
+    return None, [
+        f"no times are predicted: nothing is known of the {device.type} device at hand; give "
+        "card=, or measure it with `falqon-fx cost --calibrate`"
+    ]
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((t.device for _, t in _tensors(model)), torch.device("cpu"))
+
+
+def _without_cache(
+    model: nn.Module, kwargs: dict[str, Any]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    wanted = getattr(getattr(model, "config", None), "use_cache", False)
+    if not wanted or "use_cache" in kwargs or _device(model).type != "meta":
+        return kwargs, ()
+    takes = inspect.signature(model.forward).parameters
+    if "use_cache" not in takes and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+        return kwargs, ()
+    note = "use_cache=False was passed: a key-value cache can't be made on the meta device"
+    return {**kwargs, "use_cache": False}, (note,)
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
+
+
+def _modules(model: nn.Module) -> Iterator[str]:
+    for path, module in model.named_modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            yield path

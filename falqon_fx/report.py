@@ -1,17 +1,98 @@
-"""What the passes did and why: data first, text second."""
+"""What the passes did and why: data first, text second (`falqon_fx.report_text`).
+
+The JSON of a report (`RewriteReport.to_json`) is this tree, field by field, plus "schema"; its
+schema is `json_schema`. Sizes that are symbols of Dynamo are strings such as "s77", all else is
+plain JSON.
+"""
 
 from __future__ import annotations
 
-import io
-from dataclasses import dataclass, field
+import json
+import types
+import typing
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+SCHEMA = 1  # counts up when a field changes its meaning or goes
+
+
+@dataclass(frozen=True)
+class Source:
+    """A line of the user's code: the innermost frame outside torch and PEFT."""
+
+    file: str
+    line: int
+    function: str
+    code: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}, in {self.function}: {self.code}"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a site keeps between steps; A and B are the same before and after.
+
+    Attributes:
+        base: the base weight; ``prepare`` frees it, else it stays beside the state.
+        state: W' with its scales, applied, counters and writes.
+        adapter: A and B.
+    """
+
+    base: int
+    state: int
+    adapter: int
+
+    @property
+    def before(self) -> int:
+        return self.base + self.adapter
+
+    @property
+    def after(self) -> int:
+        """With ``prepare``; without it, ``base`` comes on top."""
+        return self.state + self.adapter
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A prediction of `falqon_fx.passes.cost` for one site and step: forward, backward, update.
+
+    Attributes:
+        variant: what runs afterwards: "merged" on FP8 matrix units, else "emulated".
+        tokens: what the two times, the FLOPs and the bytes moved hold for.
+        break_even: tokens from which on the rewrite is never slower; None if it stays slower.
+        speedup: time before / time after by number of tokens.
+    """
+
+    card: str
+    variant: str
+    tokens: int
+    seconds_before: float
+    seconds_after: float
+    flops_before: int
+    flops_after: int
+    moved_before: int
+    moved_after: int
+    break_even: int | None
+    speedup: dict[int, float]
+
+    @property
+    def gain(self) -> float:
+        """Time before / time after at ``tokens``."""
+        return self.seconds_before / self.seconds_after
 
 
 @dataclass(frozen=True)
 class Site:
-    """One Linear+LoRA subgraph that was rewritten."""
+    """One Linear+LoRA subgraph that was rewritten.
+
+    Attributes:
+        spec: the options in force, as the op in the graph carries them.
+        x_shape: of the input, symbols by Dynamo's names; ``tokens`` is the product of all but the
+            last, ``tokens_hint`` its value in this call.
+        group: sites of a graph with equal numbers are siblings: one op computes them.
+        nodes: names of the nodes that the rewrite replaced.
+    """
 
     path: str
     out_features: int
@@ -21,6 +102,29 @@ class Site:
     dropout: float
     out_dtype: str
     spec: str
+    source: Source | None = None
+    x_shape: tuple[str, ...] = ()
+    tokens: str = ""
+    tokens_hint: int = 0
+    x_dtype: str = ""
+    base_dtype: str = ""
+    adapter_dtype: str = ""
+    prepared: bool = False
+    train_a: bool = False
+    rows: int = 0
+    group: int = 0
+    kernel: str = ""
+    kernel_reason: str = ""
+    memory: Memory | None = None
+    cost: Cost | None = None
+    nodes: tuple[str, ...] = ()
+
+    @property
+    def options(self) -> dict[str, str]:
+        """The options in force at this site."""
+        from falqon_fx.spec import parse_spec
+
+        return {name: str(value) for name, value in asdict(parse_spec(self.spec)).items()}
 
 
 @dataclass(frozen=True)
@@ -30,27 +134,61 @@ class Rejected:
     site: str
     reason: str
     remedy: str
+    source: Source | None = None
 
     def __str__(self) -> str:
         return f"{self.site}: {self.reason}. {self.remedy}."
 
 
 @dataclass(frozen=True)
+class GraphBreak:
+    """Why Dynamo ended a graph where it did, and at which line of the user's."""
+
+    reason: str
+    source: Source | None
+
+
+@dataclass(frozen=True)
+class Line:
+    """One node of a graph as text; ``node`` is its name, the same before and after."""
+
+    node: str
+    text: str
+
+
+@dataclass(frozen=True)
 class GraphReport:
-    """One graph that went through the passes."""
+    """One graph that went through the passes.
+
+    Attributes:
+        ended_by: the graph break behind it, None where the function simply returned.
+        before, after: the graph as text (`explain` alone fills them in).
+    """
 
     sites: tuple[Site, ...]
     rejected: tuple[Rejected, ...]
     nodes_before: int
     nodes_after: int
     pass_seconds: dict[str, float] = field(default_factory=dict)
+    ended_by: GraphBreak | None = None
+    before: tuple[Line, ...] = ()
+    after: tuple[Line, ...] = ()
 
 
 @dataclass(frozen=True)
 class RewriteReport:
-    """All graphs of a compilation; prints as a table."""
+    """All graphs of a compilation; prints as tables that fit 100 columns.
+
+    Attributes:
+        options: the config in force.
+        modules: paths of all modules that hold parameters of their own, the map of the model.
+        notes: what `explain` did or assumed on its own account.
+    """
 
     graphs: tuple[GraphReport, ...]
+    options: dict[str, str] = field(default_factory=dict)
+    modules: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -61,20 +199,93 @@ class RewriteReport:
         return tuple(item for graph in self.graphs for item in graph.rejected)
 
     def __str__(self) -> str:
-        table = Table(title=f"{len(self.sites)} sites rewritten, {len(self.rejected)} rejected")
-        for column in ("module", "weight", "rank", "scaling", "out"):
-            table.add_column(column, overflow="fold")
-        for site in self.sites:
-            shape = f"{site.out_features} x {site.in_features}"
-            table.add_row(site.path, shape, str(site.rank), f"{site.scaling:g}", site.out_dtype)
-        for item in self.rejected:
-            table.add_row(item.site, "rejected", "", "", f"{item.reason}. {item.remedy}.")
-        # Reasons hold brackets such as [in, out]: no markup, no emoji codes.
-        console = Console(
-            width=100, file=io.StringIO(), record=True, markup=False, emoji=False, highlight=False
-        )
-        console.print(table)
-        return console.export_text()
+        from falqon_fx.report_text import to_text
+
+        return to_text(self)
+
+    def to_json(self, *, graphs: bool = False, indent: int | None = None) -> str:
+        """The report as JSON (`json_schema`); the text of the graphs only if asked for."""
+        tree = {"schema": SCHEMA, **asdict(self)}
+        for site, plain in zip(self.sites, (s for g in tree["graphs"] for s in g["sites"])):
+            plain["options"] = site.options
+        for graph in tree["graphs"] if not graphs else ():
+            graph["before"] = graph["after"] = []
+        return json.dumps(tree, indent=indent)
+
+    @classmethod
+    def from_json(cls, text: str) -> RewriteReport:
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: another schema.
+        """
+        tree = json.loads(text)
+        if tree.pop("schema", None) != SCHEMA:
+            raise ValueError(f"not a report of schema {SCHEMA}")
+        report = _build(cls, tree)
+        assert isinstance(report, cls)
+        return report
+
+
+def _build(kind: Any, value: Any) -> Any:
+    """``value``, as `json.loads` gives it, as the type ``kind``."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        return None if value is None else _build(inner[0], value)
+    if origin is tuple:
+        return tuple(_build(inner[0], item) for item in value)
+    if origin is dict:
+        return {inner[0](key): item for key, item in value.items()}
+    if is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        known = {f.name: _build(hints[f.name], value[f.name]) for f in fields(kind)}
+        return kind(**known)  # type: ignore[operator]
+    return value
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (2020-12) of `RewriteReport.to_json`."""
+    definitions: dict[str, Any] = {}
+    root = _schema(RewriteReport, definitions)
+    definitions["Site"]["properties"]["options"] = {
+        "type": "object",
+        "additionalProperties": {"type": "string"},
+    }
+    definitions["RewriteReport"]["properties"]["schema"] = {"const": SCHEMA}
+    definitions["RewriteReport"]["required"].append("schema")
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **root,
+        "$defs": definitions,
+    }
+
+
+_PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean"}
+
+
+def _schema(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        return {"anyOf": [_schema(inner[0], definitions), {"type": "null"}]}
+    if origin is tuple:
+        return {"type": "array", "items": _schema(inner[0], definitions)}
+    if origin is dict:
+        return {"type": "object", "additionalProperties": _schema(inner[1], definitions)}
+    if not is_dataclass(kind):
+        return {"type": _PLAIN[kind]}
+    name = kind.__name__  # type: ignore[union-attr]
+    if name not in definitions:
+        definitions[name] = {}
+        hints = typing.get_type_hints(kind)
+        properties = {f.name: _schema(hints[f.name], definitions) for f in fields(kind)}
+        definitions[name] = {
+            "type": "object",
+            "description": (kind.__doc__ or "").splitlines()[0],
+            "properties": properties,
+            "required": list(properties),
+            "additionalProperties": False,
+        }
+    return {"$ref": f"#/$defs/{name}"}
 
 
 def common_path(names: list[str]) -> str:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
 from falqon_fx._compat import is_ddp_piece, is_dtensor, is_fsdp, source_path
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
+from falqon_fx.passes.cost import losing
+from falqon_fx.passes.describe import describe, source_of
 from falqon_fx.passes.match import Match, RejectedMatch
 from falqon_fx.passes.normalize import Scope, value_of
 from falqon_fx.passes.siblings import group_siblings
 from falqon_fx.passes.terms import BaseLinear, Linear, Param
-from falqon_fx.report import Rejected, Site, common_path
+from falqon_fx.report import Rejected, Site, Source, common_path
 from falqon_fx.spec import SiteSpec, parse_spec
 
 
@@ -76,7 +78,8 @@ def plan(
         _check_whole(root, matches)
     spec = SiteSpec.from_config(config)
     refused = [
-        Rejected(_path(root, (r.lora_a, r.lora_b), r.scope), r.reason, r.remedy) for r in rejected
+        Rejected(_path(root, (r.lora_a, r.lora_b), r.scope), r.reason, r.remedy, _source(r.lora_b))
+        for r in rejected
     ]
     sites: list[SitePlan] = []
     slots: dict[tuple[object, ...], Slot] = {}
@@ -88,19 +91,29 @@ def plan(
             continue
         _check(found, path, config)
         key = (*(_identity(found.scope, p) for p in _params(found)), found.scaling)
-        if key not in slots:
-            slots[key] = _slot(len(slots), path, found)
-        sites.append(SitePlan(found, slots[key], _describe(found, slots[key], spec)))
+        slot = slots.get(key) or _slot(len(slots), path, found)
+        site = describe(found, slot, spec, group=0)
+        why = losing(site, config, value_of(found.x).device)
+        if why is not None:
+            refused.append(why)
+            continue
+        slots[key] = slot
+        sites.append(SitePlan(found, slot, site))
     groups = _groups(sites, config)
     return Plan(root, config, spec, groups, tuple(slots.values()), tuple(refused))
 
 
 def _groups(sites: list[SitePlan], config: FalqonConfig) -> tuple[tuple[SitePlan, ...], ...]:
-    if not config.siblings:
-        return tuple((site,) for site in sites)
+    """Sites that become one op together, numbered in the report."""
+    matches = [site.match for site in sites]
+    groups = group_siblings(matches) if config.siblings else [[found] for found in matches]
     of = {id(site.match): site for site in sites}
-    groups = group_siblings([site.match for site in sites])
-    return tuple(tuple(of[id(found)] for found in group) for group in groups)
+    return tuple(
+        tuple(
+            replace(of[id(found)], report=replace(of[id(found)].report, group=i)) for found in group
+        )
+        for i, group in enumerate(groups)
+    )
 
 
 def _params(found: Match) -> tuple[Param, ...]:
@@ -112,12 +125,18 @@ def _params(found: Match) -> tuple[Param, ...]:
 
 def _refusal(found: Match, path: str, config: FalqonConfig) -> Rejected | None:
     if not config.selects(path):
-        return Rejected(path, "include= or exclude= leaves it out", "Change the patterns")
+        return Rejected(
+            path,
+            "include= or exclude= leaves it out",
+            "Change the patterns",
+            source_of(found.anchor),
+        )
     if found.dropout > 0 and config.dropout == "reject":
         return Rejected(
             path,
             f"a merged weight can't apply the adapter dropout p={found.dropout:g}",
             'Set lora_dropout=0, or dropout="ignore"',
+            source_of(found.anchor),
         )
     return None
 
@@ -203,18 +222,9 @@ def _at_root(scope: Scope, param: Param) -> Param:
     return Param(param.value, scope.outer(param.node), param.name, param.transposed)
 
 
-def _describe(found: Match, slot: Slot, spec: SiteSpec) -> Site:
-    value = value_of(found.anchor)
-    return Site(
-        path=slot.path,
-        out_features=slot.out,
-        in_features=slot.features,
-        rank=slot.rank,
-        scaling=found.scaling,
-        dropout=found.dropout,
-        out_dtype=str(value.dtype).removeprefix("torch."),
-        spec=str(spec),
-    )
+def _source(param: Param) -> Source | None:
+    """Where a parameter is used."""
+    return source_of(next(iter(param.node.users))) if param.node is not None else None
 
 
 def _path(root: Scope, params: Iterable[Param], scope: Scope) -> str:

@@ -1,17 +1,44 @@
 from __future__ import annotations
 
+import inspect
 import json
-from dataclasses import asdict
+import warnings
 
+import jsonschema
 import pytest
 import torch
 from torch import nn
 
 import falqon_fx
-from falqon_fx import FalqonConfig
-from tests.models import Stack, fill_b, tiny_llama
+from falqon_fx import FalqonConfig, FalqonError, RewriteReport
+from falqon_fx.report import json_schema
+from tests import models
+from tests.models import Stack, fill_b, tiny_llama, tiny_mlp
 
 pytest.importorskip("peft")
+
+
+class Breaks(Stack):
+    """A graph break between two blocks."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.blocks[0](x)
+        torch._dynamo.graph_break()
+        return self.blocks[1](x)
+
+
+IDS = torch.zeros(2, 5, dtype=torch.int64)
+
+
+@pytest.fixture(scope="module")
+def llama() -> tuple[nn.Module, RewriteReport]:
+    """A bf16 model with PEFT on all 14 linears, and its report."""
+    model = tiny_llama(torch.bfloat16)
+    return model, falqon_fx.explain(model, input_ids=IDS, config=FalqonConfig(card="H100"))
+
+
+def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {path: m for path, m in model.named_modules() if hasattr(m, "base_layer")}
 
 
 def contents(model: nn.Module) -> dict[str, tuple[torch.Tensor, int]]:
@@ -20,14 +47,15 @@ def contents(model: nn.Module) -> dict[str, tuple[torch.Tensor, int]]:
     return {name: (tensor.detach().clone(), tensor._version) for name, tensor in named}
 
 
-def test_explain_names_every_site_of_a_peft_model():
-    model = tiny_llama()
-    ids = torch.zeros(2, 5, dtype=torch.int64)
-    report = falqon_fx.explain(model, input_ids=ids, labels=ids)
-    layers = {name for name, m in model.named_modules() if hasattr(m, "base_layer")}
+def test_explain_names_every_site_of_a_peft_model(llama):
+    model, report = llama
+    layers = lora_layers(model).keys()
     assert {site.path for site in report.sites} == layers
     assert len(report.graphs) == 1
     assert report.rejected == ()
+    assert report.options["topk"] == "10"
+    assert layers.isdisjoint(report.modules)  # a LoRA layer itself holds no parameter
+    assert {f"{path}.base_layer" for path in layers} <= set(report.modules)
 
 
 @pytest.mark.parametrize("prepared", [False, True])
@@ -41,12 +69,67 @@ def test_explain_changes_nothing(prepared):
     ids = torch.zeros(2, 5, dtype=torch.int64)
     report = falqon_fx.explain(model, input_ids=ids)
     assert len(report.sites) == 14
+    assert all(site.prepared is prepared for site in report.sites)
     assert torch.equal(torch.get_rng_state(), random)
     after = contents(model)
     assert after.keys() == before.keys()
     for name, (value, version) in before.items():
         assert torch.equal(after[name][0], value), name
         assert after[name][1] == version, name
+    assert all(p.grad is None for p in model.parameters())
+    assert model.config.use_cache is False
+
+
+def entries(function: object) -> list[int]:
+    """The user's own compilations of a function."""
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+    code = function.__code__  # type: ignore[attr-defined]
+    return [id(entry.code) for entry in _debug_get_cache_entry_list(code)]
+
+
+def test_the_users_compilations_stay_as_they_are():
+    """Here the model's own functions are compiled frames, since its graph breaks."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    model, x = Breaks(), torch.randn(3, 32)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter)
+    compiled(x)
+    mine, count = entries(Breaks.forward), counter.frame_count
+    assert mine
+    assert count == 2
+    for tokens in (3, 4, 5):  # other sizes would count towards dynamic shapes
+        assert len(falqon_fx.explain(compiled, torch.randn(tokens, 32)).sites) == 4
+    compiled(x)
+    assert entries(Breaks.forward)[: len(mine)] == mine
+    assert counter.frame_count == count
+
+
+def test_explain_leaves_no_sizes_behind_for_later_compilations():
+    shapes = []
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: list[torch.Tensor]) -> object:
+        shapes.extend(tuple(n.meta["example_value"].shape) for n in gm.graph.nodes if n.name == "x")
+        return gm.forward
+
+    torch._dynamo.reset()
+    model = Breaks()
+    falqon_fx.explain(model, torch.randn(3, 32))
+    falqon_fx.explain(model, torch.randn(5, 32))
+    torch.compile(model, backend=backend)(torch.randn(7, 32))
+    sizes = [size for shape in shapes for size in shape]
+    assert all(type(size) is int for size in sizes), sizes
+
+
+def test_explain_works_as_often_as_one_likes():
+    """Dynamo gives up on a function after eight compilations, and remembers sizes."""
+    for i in range(10):
+        width = 32 + 16 * i
+        report = falqon_fx.explain(models.LoraLinear(width, 48), torch.randn(3 + i, width))
+        assert [site.in_features for site in report.sites] == [width]
+        assert report.sites[0].x_shape == (str(3 + i), str(width))
 
 
 def test_explain_of_a_compiled_model_looks_inside_and_leaves_its_graphs_alone():
@@ -69,17 +152,191 @@ def test_explain_says_why_a_site_stays():
     assert all("exclude" in item.reason for item in report.rejected)
 
 
-def test_explain_reports_each_graph_of_a_model_that_breaks():
-    class Breaks(Stack):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = self.blocks[0](x)
-            torch._dynamo.graph_break()
-            return self.blocks[1](x)
+def line_of(function: object, text: str) -> int:
+    lines, first = inspect.getsourcelines(function)  # type: ignore[arg-type]
+    (found,) = [first + i for i, line in enumerate(lines) if text in line]
+    return found
 
+
+def test_sites_and_rejections_name_the_line_in_the_users_code():
+    report = falqon_fx.explain(
+        Stack(), torch.randn(3, 32), config=FalqonConfig(exclude=("*.down",))
+    )
+    wanted = line_of(models.LoraLinear.forward, "self.base_layer(x) + adapter")
+    for item in (*report.sites, *report.rejected):
+        assert item.source is not None
+        assert (item.source.file, item.source.line) == (models.__file__, wanted)
+        assert "adapter * self.scaling" in item.source.code
+
+
+def test_a_rejected_match_names_its_line():
+    model = models.LoraLinear(32, 48)
+    model.base_layer.weight.requires_grad_(True)
+    (item,) = falqon_fx.explain(model, torch.randn(3, 32)).rejected
+    assert item.source is not None
+    assert "lora_B" in item.source.code
+
+
+def test_a_peft_site_is_placed_in_the_models_code_not_in_peft(llama):
+    for site in llama[1].sites:
+        assert site.source is not None
+        assert "/transformers/" in site.source.file
+        assert site.path.rsplit(".", 1)[1] in site.source.code
+
+
+def test_each_graph_says_what_ended_it():
     report = falqon_fx.explain(Breaks(), torch.randn(3, 32))
     assert [len(graph.sites) for graph in report.graphs] == [2, 2]
+    first, last = (graph.ended_by for graph in report.graphs)
+    assert last is None
+    assert first is not None
+    assert "graph_break" in first.reason
+    assert first.source is not None
+    assert first.source.line == line_of(Breaks.forward, "graph_break")
+    for graph in report.graphs:
+        assert graph.nodes_after < graph.nodes_before
+        assert set(graph.pass_seconds) >= {"normalize", "match", "plan", "rewrite", "verify"}
 
 
-def test_a_report_is_plain_data():
+def test_marked_sizes_are_symbols():
+    x = torch.randn(2, 7, 32)
+    torch._dynamo.mark_dynamic(x, 1)
+    site = falqon_fx.explain(Stack(), x).sites[0]
+    two, symbol, width = site.x_shape
+    assert (two, width) == ("2", "32")
+    assert symbol.startswith("s")
+    assert site.tokens in (f"2*{symbol}", f"{symbol}*2")
+    assert site.tokens_hint == 14
+
+
+def test_sites_that_read_one_input_form_a_group(llama):
+    groups: dict[int, set[str]] = {}
+    for site in llama[1].sites:
+        groups.setdefault(site.group, set()).add(site.path.rsplit(".", 1)[1])
+    one_layer = [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}]
+    assert list(groups.values()) == [*one_layer, {"down_proj"}] * 2
+
+
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_are_those_of_the_live_tensors(dtype, granularity):
+    config = FalqonConfig(granularity=granularity)
+    model, x = tiny_mlp().to(dtype), torch.randn(3, 32, dtype=dtype)
+    layers = lora_layers(model)
+    base = {path: m.base_layer.weight.nbytes for path, m in layers.items()}
+    unprepared = falqon_fx.explain(model, x, config=config)
+    falqon_fx.prepare(model, config, progress=False)
+    prepared = falqon_fx.explain(model, x, config=config)
+    state = falqon_fx.adapters(model)
+    for report in (unprepared, prepared):
+        assert len(report.sites) == 2
+        for site in report.sites:
+            memory, layer = site.memory, layers[site.path]
+            assert memory is not None
+            assert memory.base == base[site.path]
+            assert memory.state == sum(t.nbytes for t in state[site.path].tensors)
+            adapter = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+            assert memory.adapter == sum(t.nbytes for t in adapter)
+            assert memory.before == base[site.path] + memory.adapter
+            assert memory.after == memory.state + memory.adapter
+
+
+def test_shapes_and_dtypes_are_those_of_the_model(llama):
+    model, report = llama
+    layers = lora_layers(model)
+    for site in report.sites:
+        layer = layers[site.path]
+        assert (site.out_features, site.in_features) == tuple(layer.base_layer.weight.shape)
+        assert site.rank == layer.r["default"]
+        assert site.scaling == layer.scaling["default"]
+        assert site.x_shape == ("2", "5", str(site.in_features))
+        assert (site.x_dtype, site.base_dtype, site.adapter_dtype, site.out_dtype) == (
+            "bfloat16",
+            "bfloat16",
+            "float32",
+            "bfloat16",
+        )
+        assert site.train_a
+        assert site.options["rounding"] == "stochastic"
+
+
+def test_json_has_the_documented_schema_and_comes_back_the_same():
+    config = FalqonConfig(exclude=("*.0.up",), card="H100")
+    report = falqon_fx.explain(Breaks(), torch.randn(3, 32), config=config)
+    for graphs in (False, True):
+        tree = json.loads(report.to_json(graphs=graphs))
+        jsonschema.Draft202012Validator(json_schema()).validate(tree)
+        assert tree["graphs"][0]["sites"][0]["options"]["granularity"] == "row"
+        assert bool(tree["graphs"][0]["before"]) is graphs
+    assert RewriteReport.from_json(report.to_json(graphs=True)) == report
+    with pytest.raises(ValueError, match="schema"):
+        RewriteReport.from_json('{"schema": 0}')
+
+
+def test_a_wrong_json_does_not_pass_the_schema():
+    tree = json.loads(falqon_fx.explain(Stack(), torch.randn(3, 32)).to_json())
+    tree["graphs"][0]["sites"][0]["rank"] = "four"
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(tree, json_schema())
+
+
+def test_a_model_on_the_meta_device_is_explained_without_a_cache():
+    with torch.device("meta"):
+        model = tiny_llama()
+        ids = torch.zeros(2, 5, dtype=torch.int64)
+    model.config.use_cache = True
+    report = falqon_fx.explain(model, input_ids=ids)
+    assert len(report.sites) == 14
+    assert any("use_cache=False" in note for note in report.notes)
+    assert model.config.use_cache is True
+    assert all(p.device.type == "meta" for p in model.parameters())
+
+
+def test_costs_come_from_the_named_card(llama):
+    report = llama[1]
+    costs = {site.path: site.cost for site in report.sites}
+    for cost in costs.values():
+        assert cost is not None
+        assert cost.card == "H100"
+        assert cost.tokens == 10
+        assert cost.gain == cost.seconds_before / cost.seconds_after
+    assert "H100" in str(report)
+
+
+def test_without_a_known_card_no_time_is_invented(monkeypatch, tmp_path):
+    monkeypatch.setenv("FALQON_CARDS", str(tmp_path / "none.json"))
     report = falqon_fx.explain(Stack(), torch.randn(3, 32))
-    assert json.loads(json.dumps(asdict(report)))["graphs"][0]["sites"][0]["rank"] == 4
+    assert all(site.cost is None for site in report.sites)
+    assert any("no times are predicted" in note for note in report.notes)
+
+
+def test_min_gain_leaves_losing_sites_alone():
+    model, x = Stack(), torch.randn(3, 32)
+    everything = FalqonConfig(card="H100", min_gain=0.01)
+    assert len(falqon_fx.explain(model, x, config=everything).sites) == 4
+    nothing = FalqonConfig(card="H100", min_gain=1000.0)
+    report = falqon_fx.explain(model, x, config=nothing)
+    assert report.sites == ()
+    assert len(report.rejected) == 4
+    assert all("min_gain=1000" in item.reason for item in report.rejected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        options = {"config": nothing, "inner": "eager"}
+        assert torch.equal(torch.compile(model, backend="falqon", options=options)(x), model(x))
+
+
+def test_min_gain_without_a_known_card_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("FALQON_CARDS", str(tmp_path / "none.json"))
+    with pytest.raises(FalqonError, match="calibrate"):
+        falqon_fx.explain(Stack(), torch.randn(3, 32), config=FalqonConfig(min_gain=1.0))
+
+
+def test_listings_keep_the_names_of_nodes():
+    (graph,) = falqon_fx.explain(Stack(), torch.randn(3, 32)).graphs
+    before, after = ({line.node for line in lines} for lines in (graph.before, graph.after))
+    replaced = {name for site in graph.sites for name in site.nodes}
+    assert replaced <= before
+    assert before - after == replaced
+    text = "\n".join(line.text for line in graph.after)
+    assert "falqon.merged_linear(" in text
+    assert "f32[3, 48]" in text

@@ -1,0 +1,72 @@
+"""Graphs as text: a line a node, with names that stay the same from pass to pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from falqon_fx import _compat
+from falqon_fx.passes.normalize import value_of
+from falqon_fx.report import Line
+
+_SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int64": "i64", "int32": "i32"}
+
+
+def listing(gm: fx.GraphModule, prefix: str = "") -> Iterator[Line]:
+    """``name: dtype[shape] = op(arguments)`` for each node; checkpoint bodies follow indented."""
+    bodies = {node: (name, body) for node, name, body in _compat.checkpoint_bodies(gm)}
+    for node in gm.graph.nodes:
+        yield Line(prefix + node.name, " " * 4 * prefix.count(".") + _text(node))
+        if node in bodies:
+            name, body = bodies[node]
+            yield from listing(body, f"{prefix}{name}.")
+
+
+def _text(node: fx.Node) -> str:
+    value = _type(value_of(node)) or _state_type(node)
+    head = f"{node.name}{': ' if value else ''}{value}"
+    if node.op == "placeholder":
+        return head
+    if node.op == "output":
+        return f"return {_argument(node.args[0])}"
+    arguments = [_argument(a) for a in node.args]
+    arguments += [f"{name}={_argument(a)}" for name, a in node.kwargs.items()]
+    if node.op == "get_attr":
+        return f"{head} = self.{node.target}"
+    if node.op == "call_method":
+        return f"{head} = {arguments[0]}.{node.target}({', '.join(arguments[1:])})"
+    return f"{head} = {_name(node.target)}({', '.join(arguments)})"
+
+
+def _state_type(node: fx.Node) -> str:
+    if "falqon_shape" not in node.meta:
+        return ""
+    shape, dtype, _ = node.meta["falqon_shape"]
+    return _type(torch.empty(shape, dtype=dtype, device="meta"))
+
+
+def _name(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target).removesuffix(".default")
+    if isinstance(target, str):
+        return f"self.{target}"
+    return str(getattr(target, "__name__", target)).lstrip("_")
+
+
+def _argument(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        inner = ", ".join(map(_argument, value))
+        return f"[{inner}]" if isinstance(value, list) else f"({inner})"
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return str(value) if isinstance(value, fx.Node) else repr(value)
+
+
+def _type(value: Any) -> str:
+    if not isinstance(value, torch.Tensor):
+        return ""
+    dtype = str(value.dtype).removeprefix("torch.")
+    return f"{_SHORT.get(dtype, dtype)}[{', '.join(str(s) for s in value.shape)}]"

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import jsonschema
+import pytest
+import torch
+
+from falqon_fx import RewriteReport
+from falqon_fx.cli import main
+from falqon_fx.report import json_schema
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+FLAGS = ["--length", "8", "--rank", "4"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model folder as a hub holds it, without weights."""
+    path = tmp_path_factory.mktemp("model")
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    config.save_pretrained(path)
+    return str(path)
+
+
+def test_explain_prints_the_report_of_a_folder_without_weights(folder, capsys):
+    assert main(["explain", folder, *FLAGS, "--check"]) == 0
+    text = capsys.readouterr().out
+    assert "7 sites rewritten, 0 rejected" in text
+    assert "H100" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_explain_as_json_has_the_schema(folder, capsys):
+    assert main(["explain", folder, *FLAGS, "--json", "--dynamic", "--card", "L40S"]) == 0
+    text = capsys.readouterr().out
+    jsonschema.validate(json.loads(text), json_schema())
+    report = RewriteReport.from_json(text)
+    assert len(report.sites) == 7
+    assert all(site.rank == 4 and site.base_dtype == "bfloat16" for site in report.sites)
+    assert all(site.tokens.count("s") == 2 for site in report.sites)  # two symbols
+    assert all(site.cost is not None and site.cost.card == "L40S" for site in report.sites)
+    assert any("use_cache=False" in note for note in report.notes)
+
+
+def test_explain_takes_rank_and_targets_from_an_adapter_folder(folder, tmp_path, capsys):
+    lora = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["down_proj"])
+    lora.save_pretrained(str(tmp_path))
+    assert main(["explain", folder, "--length", "8", "--adapter", str(tmp_path), "--json"]) == 0
+    (site,) = RewriteReport.from_json(capsys.readouterr().out).sites
+    assert (site.rank, site.scaling) == (2, 4.0)
+    assert site.path.endswith("down_proj")
+
+
+def test_check_exits_with_3_where_something_is_left_alone(folder, capsys):
+    options = ["--option", 'exclude=["*.q_proj"]', "--option", "topk=all"]
+    assert main(["explain", folder, *FLAGS, *options, "--check"]) == 3
+    text = capsys.readouterr().out
+    assert "6 sites rewritten, 1 rejected" in text
+    assert "topk=all" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["explian", "x"], "the nearest is 'explain'"),
+        (["explain", "x", "--rnak", "4"], "the nearest is '--rank'"),
+        (["cost", "--cards", "--jsn"], "the nearest is '--json'"),
+    ],
+)
+def test_a_wrong_word_exits_with_2_and_names_the_nearest(words, said, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(words)
+    assert left.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--option", "topkk=3"], "nearest option is 'topk'"),
+        (["--option", "rounding=nearst"], "The nearest is 'nearest'"),
+        (["--option", "topk"], "name=value"),
+        (["--card", "H1000"], "The nearest is 'H100'"),
+    ],
+)
+def test_a_wrong_value_exits_with_1_and_names_the_nearest(folder, words, said, capsys):
+    assert main(["explain", folder, *FLAGS, *words, "--json"]) == 1
+    found = capsys.readouterr()
+    assert said in found.err
+    assert said in json.loads(found.out)["error"]
+
+
+def test_a_folder_without_a_model_is_an_error_with_a_remedy(tmp_path, capsys):
+    assert main(["explain", str(tmp_path)]) == 1
+    assert "config.json" in capsys.readouterr().err
+
+
+def test_no_words_print_the_help(capsys):
+    assert main([]) == 2
+    assert "Exit codes" in capsys.readouterr().out
+
+
+def test_cost_shows_the_papers_finding(capsys):
+    layer = ["--in", "1024", "--out", "1024", "--adapter-dtype", "bfloat16", "--pending", "hold"]
+    assert main(["cost", "--card", "RTX 4090", *layer, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["card"] == "RTX 4090"
+    assert found["break_even"]["merged"] == 1
+    assert found["break_even"]["fp8_lora"] > 500
+    row = next(r for r in found["seconds"] if r["tokens"] == 256)
+    assert row["merged"] < row["lora"] < row["fp8_lora"]
+    assert main(["cost", "--card", "RTX 4090", *layer]) == 0
+    assert "pays from" in capsys.readouterr().out
+
+
+def test_cost_lists_cards_and_formulas(capsys):
+    assert main(["cost", "--cards", "--json"]) == 0
+    assert {"H100", "MI300X"} <= {card["name"] for card in json.loads(capsys.readouterr().out)}
+    assert main(["cost", "--symbolic", "--json"]) == 0
+    formulas = json.loads(capsys.readouterr().out)
+    assert formulas["merged update"]["flops"] == "2*in*k*r"
+    for words in (["--cards"], ["--symbolic"]):
+        assert main(["cost", *words]) == 0
+        assert capsys.readouterr().out
+
+
+def test_cost_without_a_known_card_says_what_to_do(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("FALQON_CARDS", str(tmp_path / "none.json"))
+    if torch.cuda.is_available():
+        pytest.skip("this machine's card may be in the table")
+    assert main(["cost"]) == 1
+    assert "--calibrate" in capsys.readouterr().err
+
+
+def test_the_module_runs_as_a_program():
+    done = subprocess.run(
+        [sys.executable, "-m", "falqon_fx", "cost", "--cards", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert len(json.loads(done.stdout)) >= 7
