@@ -64,8 +64,15 @@ def run(arguments: argparse.Namespace) -> int:
             torch._dynamo.mark_dynamic(ids, dimension)
     report = explain(model, input_ids=ids, config=config)
     print(
-        report.to_json(indent=1) if arguments.json else report, end="\n" if arguments.json else ""
+        report.to_json(graphs=arguments.diff, indent=1) if arguments.json else report,
+        end="\n" if arguments.json else "",
     )
+    if arguments.diff and not arguments.json:
+        print(report.to_diff())
+    if arguments.html:
+        arguments.html.write_text(report.to_html(), encoding="utf-8")
+    if arguments.svg:
+        Path(arguments.svg[1]).write_text(report.to_svg(arguments.svg[0]), encoding="utf-8")
     failed = bool(report.rejected) or not report.sites
     return 3 if arguments.check and failed else 0
 

@@ -17,23 +17,28 @@ _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int64": "i64"
 
 def listing(gm: fx.GraphModule, prefix: str = "") -> Iterator[Line]:
     """``name: dtype[shape] = op(arguments)`` for each node; checkpoint bodies follow indented."""
+    names = {
+        node: _compat.source_path(node) or node.name
+        for node in gm.graph.find_nodes(op="placeholder")
+    }
     bodies = {node: (name, body) for node, name, body in _compat.checkpoint_bodies(gm)}
     for node in gm.graph.nodes:
-        yield Line(prefix + node.name, " " * 4 * prefix.count(".") + _text(node))
+        inputs = tuple(prefix + n.name for n in node.all_input_nodes)
+        yield Line(prefix + node.name, " " * 4 * prefix.count(".") + _text(node, names), inputs)
         if node in bodies:
             name, body = bodies[node]
             yield from listing(body, f"{prefix}{name}.")
 
 
-def _text(node: fx.Node) -> str:
+def _text(node: fx.Node, names: dict[fx.Node, str]) -> str:
     value = _type(value_of(node)) or _state_type(node)
-    head = f"{node.name}{': ' if value else ''}{value}"
+    head = f"{names.get(node, node.name)}{': ' if value else ''}{value}"
     if node.op == "placeholder":
         return head
     if node.op == "output":
-        return f"return {_argument(node.args[0])}"
-    arguments = [_argument(a) for a in node.args]
-    arguments += [f"{name}={_argument(a)}" for name, a in node.kwargs.items()]
+        return f"return {_argument(node.args[0], names)}"
+    arguments = [_argument(a, names) for a in node.args]
+    arguments += [f"{name}={_argument(a, names)}" for name, a in node.kwargs.items()]
     if node.op == "get_attr":
         return f"{head} = self.{node.target}"
     if node.op == "call_method":
@@ -56,13 +61,13 @@ def _name(target: Any) -> str:
     return str(getattr(target, "__name__", target)).lstrip("_")
 
 
-def _argument(value: Any) -> str:
+def _argument(value: Any, names: dict[fx.Node, str]) -> str:
     if isinstance(value, list | tuple):
-        inner = ", ".join(map(_argument, value))
+        inner = ", ".join(_argument(item, names) for item in value)
         return f"[{inner}]" if isinstance(value, list) else f"({inner})"
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
-    return str(value) if isinstance(value, fx.Node) else repr(value)
+    return names.get(value, value.name) if isinstance(value, fx.Node) else repr(value)
 
 
 def _type(value: Any) -> str:

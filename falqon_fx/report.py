@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -154,6 +155,38 @@ class Line:
 
     node: str
     text: str
+    inputs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What one write-back did at one site (see `falqon_fx.watch`).
+
+    Norms are Frobenius norms over the rows that were written.
+
+    Attributes:
+        step: the site's number of optimizer steps so far.
+        asked: |scaling · ΔB · Â|, what the optimizer wanted of W.
+        kept: |ΔW|, what the FP8 weight really changed by.
+        lost: |asked - kept| as matrices: what rounding and clamping took or added.
+        clamped: elements beyond the row's FP8 range.
+        pending: Σ|B - applied| over all rows after the write.
+        saturated, underflowed: share of written elements at ±448, and of those not 0 that
+            became 0.
+        rows: indices of the rows written.
+    """
+
+    site: str
+    step: int
+    asked: float
+    kept: float
+    lost: float
+    clamped: int
+    pending: float
+    saturated: float
+    underflowed: float
+    out: int
+    rows: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -202,6 +235,31 @@ class RewriteReport:
         from falqon_fx.report_text import to_text
 
         return to_text(self)
+
+    def to_html(self, audits: Sequence[Audit] = ()) -> str:
+        """One self-contained page: the model's map, each site's graph, kernel, costs, live state.
+
+        ``audits`` is the history of a `falqon_fx.watch`.
+        """
+        from falqon_fx.page import to_html
+
+        return to_html(self, audits)
+
+    def to_diff(self, width: int = 160) -> str:
+        """The graphs before and after side by side, unchanged stretches folded."""
+        from falqon_fx.views import to_diff
+
+        return to_diff(self, width)
+
+    def to_svg(self, path: str) -> str:
+        """The graph around the site at ``path``, before and after, as an SVG image.
+
+        Raises:
+            FalqonError: no such site; the message names the nearest.
+        """
+        from falqon_fx.views import to_svg
+
+        return to_svg(self, path)
 
     def to_json(self, *, graphs: bool = False, indent: int | None = None) -> str:
         """The report as JSON (`json_schema`); the text of the graphs only if asked for."""

@@ -42,6 +42,15 @@ def test_explain_prints_the_report_of_a_folder_without_weights(folder, capsys):
     assert max(map(len, text.splitlines())) <= 100
 
 
+def test_explain_writes_the_page_an_image_and_the_diff(folder, tmp_path, capsys):
+    site, page, image = "base_model.model.model.layers.0.mlp.up_proj", "r.html", "s.svg"
+    files = ["--html", str(tmp_path / page), "--svg", site, str(tmp_path / image), "--diff"]
+    assert main(["explain", folder, *FLAGS, *files]) == 0
+    assert "falqon.merged_linear(" in capsys.readouterr().out
+    assert (tmp_path / page).read_text().startswith("<!doctype html>")
+    assert site in (tmp_path / image).read_text()
+
+
 def test_explain_as_json_has_the_schema(folder, capsys):
     assert main(["explain", folder, *FLAGS, "--json", "--dynamic", "--card", "L40S"]) == 0
     text = capsys.readouterr().out

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+import falqon_fx
+from falqon_fx import FalqonConfig, FalqonError, RewriteReport
+from falqon_fx.report import Audit
+from falqon_fx.views import around, near, rows
+from tests.models import Stack
+
+CHROMIUM = shutil.which("chromium")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+
+
+@pytest.fixture(scope="module")
+def report() -> RewriteReport:
+    config = FalqonConfig(card="H100", exclude=("*.1.down",))
+    return falqon_fx.explain(Stack(), torch.randn(3, 32), config=config)
+
+
+def audits(site: str) -> list[Audit]:
+    return [
+        Audit(site, i, 1.0, 0.9, 0.1, 0, 2.5, 0.0, 0.25, 48, tuple(range(i, i + 10)))
+        for i in range(1, 6)
+    ]
+
+
+def test_rows_keep_both_listings_in_order(report):
+    (graph,) = report.graphs
+    found = rows(graph)
+    assert tuple(row.before for row in found if row.before) == graph.before
+    assert tuple(row.after for row in found if row.after) == graph.after
+    gone = {row.node for row in found if row.kind == "gone"}
+    assert gone == {name for site in graph.sites for name in site.nodes}
+    new = [row for row in found if row.kind == "new"]
+    assert sum("falqon.merged_linear(" in row.after.text for row in new if row.after) == 3
+
+
+def test_around_a_site_lie_all_its_nodes_and_its_op(report):
+    (graph,) = report.graphs
+    found = rows(graph)
+    for site in graph.sites:
+        first, last = around(found, site.nodes)
+        part = found[first:last]
+        assert set(site.nodes) <= {row.node for row in part}
+        assert any(row.after and "merged_linear" in row.after.text for row in part)
+        assert last - first < len(found) / 2
+
+
+def test_the_diff_folds_what_stays_and_fits(report):
+    text = report.to_diff(width=120)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 120
+    assert any(re.fullmatch(r"  \.\.\. \d+ unchanged", line) for line in lines)
+    assert sum(line.startswith("-") for line in lines) == sum(len(s.nodes) for s in report.sites)
+    hidden = sum(int(line.split()[1]) for line in lines if line.startswith("  ..."))
+    assert hidden + len(lines) - 1 - text.count("unchanged") == len(rows(report.graphs[0]))
+
+
+def test_a_sites_own_parameters_are_named_from_the_site_on(report):
+    (graph,) = report.graphs
+    site = graph.sites[0]
+    text = "\n".join(line.text for line in near(site, graph.before))
+    assert re.search(r"linear\(\w+, base_layer\.weight, None\)", text)
+
+
+def test_svg_shows_the_nodes_of_a_site(report):
+    image = report.to_svg("blocks.0.up")
+    root = ElementTree.fromstring(image)
+    names = {"s": "http://www.w3.org/2000/svg"}
+    titles = [t.text or "" for t in root.findall(".//s:g/s:title", names)]
+    (site,) = [s for s in report.sites if s.path == "blocks.0.up"]
+    assert len(root.findall(".//s:g[@class='gone']", names)) == len(site.nodes)
+    assert any("falqon.merged_linear" in title for title in titles)
+    assert any("lora_A.weight" in title for title in titles)
+    with pytest.raises(FalqonError, match=r"nearest is 'blocks\.0\.up'"):
+        report.to_svg("blocks.0.upp")
+
+
+class Links(HTMLParser):
+    """Everything that a page would load."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found += [v or "" for k, v in attrs if k in ("src", "href", "srcset", "action")]
+
+
+def test_the_page_loads_nothing_and_its_data_cannot_end_the_script(report):
+    evil = replace(report.sites[0], path="</script><script>alert(1)</script>")
+    graph = replace(report.graphs[0], sites=(evil, *report.sites[1:]))
+    page = replace(report, graphs=(graph,)).to_html()
+    assert Links(page).found == []
+    assert "@import" not in page
+    assert "url(" not in page
+    assert "<script>alert" not in page
+
+
+def opened(page: str, tmp_path: Path, script: str = "", fragment: str = "") -> str:
+    """The page's DOM after it has loaded and ``script`` has run in it."""
+    file = tmp_path / "page.html"
+    file.write_text(page.replace("</body>", f"<script>{script}</script></body>"))
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    done = subprocess.run(
+        [*command, profile, f"{file.as_uri()}#{fragment}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return done.stdout
+
+
+@needs_chromium
+def test_the_map_shows_every_module_and_its_state(report, tmp_path):
+    dom = opened(report.to_html(), tmp_path)
+    assert len(re.findall(r'<button class="cell matched"', dom)) == 3
+    assert len(re.findall(r'<button class="cell refused"', dom)) == 1
+    assert len(re.findall(r'<i class="cell untouched"', dom)) == 2  # two norms
+    assert "3 sites rewritten, 1 rejected" in dom
+
+
+@needs_chromium
+def test_a_link_opens_a_site_with_graph_kernel_costs_and_live_state(report, tmp_path):
+    page = report.to_html(audits("blocks.0.up"))
+    dom = opened(page, tmp_path, fragment="blocks.0.up")
+    for text in (
+        "<h2>blocks.0.up</h2>",
+        "Predicted speed-up by tokens",
+        "Graph, before and after",
+        "falqon.merged_linear(",
+        "Kernel: aten",
+        '<span class="k">def</span>',
+        "50, 10 in the last step",
+        "25.00 %",
+        "<canvas",
+    ):
+        assert text in dom, text
+
+
+@needs_chromium
+def test_arrow_keys_go_from_site_to_site(report, tmp_path):
+    press = 'document.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight"}));'
+    look = 'document.title = document.querySelector("h2").textContent;'
+    assert "<title>blocks.0.up</title>" in opened(report.to_html(), tmp_path, press + look)
+    dom = opened(report.to_html(), tmp_path, press * 4 + look)
+    assert "<title>blocks.1.down</title>" in dom
+    assert "exclude= leaves it out" in dom
+
+
+@needs_chromium
+def test_a_click_opens_a_site_and_sets_the_address(report, tmp_path):
+    click = 'document.querySelectorAll("button.cell")[1].click(); document.title = location.hash;'
+    dom = opened(report.to_html(), tmp_path, click)
+    assert "<title>#blocks.0.down</title>" in dom
+    assert "<h2>blocks.0.down</h2>" in dom
+
+
+@needs_chromium
+def test_280_sites_open_within_a_second(report, tmp_path):
+    """The page's own clock, from the start of navigation to the drawn map."""
+    (graph,) = report.graphs
+    graphs, modules = [], []
+    for i in range(94):
+        sites = tuple(replace(s, path=s.path.replace("blocks", f"layers.{i}")) for s in graph.sites)
+        graphs.append(replace(graph, sites=sites, rejected=()))
+        modules += [f"{site.path}.base_layer" for site in sites]
+    page = RewriteReport(tuple(graphs), {}, tuple(modules)).to_html()
+    look = "document.title = document.documentElement.dataset.ready;"
+    dom = opened(page, tmp_path, look)
+    assert dom.count('<button class="cell matched"') == 282
+    milliseconds = re.search(r"<title>(\d+)</title>", dom)
+    assert milliseconds is not None
+    assert int(milliseconds[1]) < 1000
