@@ -45,6 +45,11 @@ def add_parser(commands: Any) -> None:
     )
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="the report as JSON")
+    output.add_argument("--diff", action="store_true", help="the graphs before and after as well")
+    output.add_argument("--html", type=Path, metavar="FILE", help="write the page as well")
+    output.add_argument(
+        "--svg", nargs=2, metavar=("SITE", "FILE"), help="write a site's graph as well"
+    )
     output.add_argument(
         "--check", action="store_true", help="exit with 3 unless all sites are merged"
     )
