@@ -8,11 +8,13 @@ from falqon_fx.explain import explain
 from falqon_fx.export import ExportReport, save_fp8
 from falqon_fx.merged import MergedAdapter
 from falqon_fx.prepare import PrepareReport, adapters, flush, prepare, restore
-from falqon_fx.report import GraphReport, Rejected, RewriteReport, Site
+from falqon_fx.report import Audit, GraphReport, Rejected, RewriteReport, Site
+from falqon_fx.watching import watch
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Audit",
     "CheckpointReport",
     "ExportReport",
     "FalqonConfig",
@@ -35,4 +37,5 @@ __all__ = [
     "rewrite",
     "save_checkpoint",
     "save_fp8",
+    "watch",
 ]

@@ -224,3 +224,15 @@ def trace_alone(function: Callable[[], Any], backend: Callable[..., Any]) -> Any
     finally:
         sizes.clear()
         sizes.update(mine)
+
+
+def trace_artifact(name: str, payload: Callable[[], str]) -> None:
+    """Hand a text to torch's structured trace; ``payload`` runs only where one is being written."""
+    from torch._logging._internal import trace_structured
+
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "string"},
+        payload_fn=payload,
+        expect_trace_id=False,
+    )

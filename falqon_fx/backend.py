@@ -9,10 +9,8 @@ torch.compile(model, backend="falqon")  ──▶  falqon(gm, example_inputs)
 from __future__ import annotations
 
 import functools
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -35,6 +33,7 @@ from falqon_fx.passes.recompute_weights import recompute_weights
 from falqon_fx.passes.rewrite import STATE, SlotNodes
 from falqon_fx.passes.rewrite import rewrite as rewrite_sites
 from falqon_fx.passes.verify import operations, verify
+from falqon_fx.passlog import PassLog
 from falqon_fx.report import GraphReport, RewriteReport
 from falqon_fx.spec import lowering_version
 
@@ -171,9 +170,9 @@ def rewrite(
         FalqonError: a site that can't be trained rightly as asked.
     """
     config = config or FalqonConfig()
-    clock = _Clock()
+    clock = PassLog()
     with clock("copy"):
-        copy = _copy(gm)
+        copy = clock.gm = _copy(gm)
     with clock("normalize"):
         root: Scope = normalize(copy, gm.graph.process_inputs(*example_inputs))
         before = operations(root)
@@ -194,18 +193,9 @@ def rewrite(
         nodes_after=len(operations(root)),
         pass_seconds=clock.seconds,
     )
-    return RewriteResult(copy, RewriteReport((graph,)), slots, config, gm.graph)
-
-
-class _Clock:
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start
+    report = RewriteReport((graph,))
+    clock.finish(report)
+    return RewriteResult(copy, report, slots, config, gm.graph)
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from falqon_fx import cost_cli, explain_cli
+from falqon_fx import cost_cli, explain_cli, repro_cli
 from falqon_fx.errors import FalqonError
 
 DONE, FAILED, USAGE, FOUND = 0, 1, 2, 3
@@ -41,7 +41,7 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
     """The parser and those of its commands; ``run`` of each takes its arguments to an exit code."""
     parser = Parser(prog="falqon-fx", description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
-    for module in (explain_cli, cost_cli):
+    for module in (explain_cli, cost_cli, repro_cli):
         module.add_parser(commands)
     return parser, commands.choices
 

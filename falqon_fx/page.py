@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-from falqon_fx import lowering
+from falqon_fx.passlog import kernel_source
 from falqon_fx.report import Audit, Line, RewriteReport, Site
 from falqon_fx.report_text import to_text
 from falqon_fx.views import around, near, rows
@@ -64,12 +63,12 @@ def _data(report: RewriteReport, audits: Sequence[Audit]) -> dict[str, Any]:
         }
         for r in report.rejected
     ]
-    kernels = sorted({site.kernel for site in report.sites})
+    kernels = {site.kernel: site for site in report.sites}
     return {
         "sites": sites,
         "refused": refused,
         "blocks": _blocks(report),
-        "kernels": {name: _source(name) for name in kernels},
+        "kernels": {name: _source(site) for name, site in kernels.items()},
         "live": live,
     }
 
@@ -78,12 +77,9 @@ def _side(site: Site, line: Line | None) -> str:
     return near(site, [line])[0].text if line else ""
 
 
-def _source(kernel: str) -> str:
-    """What runs as ``kernel``, highlighted."""
-    assert kernel == "aten", kernel
-    code = inspect.getsource(lowering.merged_linear) + "\n\n"
-    code += inspect.getsource(lowering.merged_linear_grad_x)
-    return str(highlight(code, PythonLexer(), HtmlFormatter(nowrap=True)))
+def _source(site: Site) -> str:
+    """What runs a site, highlighted."""
+    return str(highlight(kernel_source(site), PythonLexer(), HtmlFormatter(nowrap=True)))
 
 
 def _facts(site: Site) -> list[list[str]]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from falqon_fx import audit
 from falqon_fx.errors import FalqonError
 from falqon_fx.numerics import (
     E4M3,
@@ -263,7 +264,8 @@ def _write_rows(sites: list[_Site], count: int, plan: SiteSpec) -> None:
     if per_row:
         a_scale, old_scale = scale[:, out:], scale.gather(1, rows[..., None])
     lora_a = decode_fp8(a_code, a_scale, torch.float32)  # [G, r, in]
-    value = decode_fp8(old_code, old_scale, torch.float32) + torch.bmm(delta, lora_a)  # [G, k, in]
+    old, asked = decode_fp8(old_code, old_scale, torch.float32), torch.bmm(delta, lora_a)
+    value = old + asked  # [G, k, in]
 
     new_scale = old_scale
     if per_row:
@@ -271,6 +273,25 @@ def _write_rows(sites: list[_Site], count: int, plan: SiteSpec) -> None:
         new_scale = torch.where(worth[..., None], amax_to_scale(amax, E4M3, plan.scale), old_scale)
     code = encode_fp8(_round(value * new_scale.reciprocal(), rows, sites, plan), E4M3)
     code = torch.where(worth[..., None], code, old_code)
+
+    if audit.watchers:
+        step = torch.stack([site.counters[STEP] for site in sites])
+        remains = (target.gather(1, index) - new_applied.to(torch.float32)).abs().sum(dim=-1)
+        done = audit.Written(
+            [site.applied for site in sites],
+            step,
+            rows,
+            worth,
+            asked,
+            old,
+            value,
+            code,
+            new_scale,
+            score,
+            remains,
+        )
+        for watcher in audit.watchers:
+            watcher(done)
 
     # On CPU, where looking is free, the counters are left alone when there is nothing to count.
     counts = nonfinite.device.type != "cpu" or bool(nonfinite.any())

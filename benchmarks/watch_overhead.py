@@ -1,0 +1,70 @@
+"""What `falqon_fx.watch` adds to a training step on this machine.
+
+    python benchmarks/watch_overhead.py [--blocks 8] [--steps 40]
+
+Blocks of two linears (576 x 1536 and back, the sizes of SmolLM2-135M's MLP), rank 16, bf16, 768
+tokens, AdamW. Watched and unwatched steps take turns of four in one process, so that both see the
+same machine; medians of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import common
+import torch
+
+import falqon_fx
+
+sys.path.insert(0, str(common.ROOT))
+
+TURN = 4
+COLUMNS = ["blocks", "sites", "unwatched, ms", "watched, ms", "added"]
+
+
+def measure(blocks: int, steps: int) -> list[str]:
+    """One row: medians over ``steps`` steps of each kind."""
+    from tests.models import Stack, lora_b
+
+    torch.manual_seed(0)
+    model = Stack(blocks, 576, 1536, rank=16, dtype=torch.bfloat16)
+    compiled = torch.compile(model, backend="falqon")
+    optimizer = torch.optim.AdamW(lora_b(model), lr=1e-3, fused=True)
+    x = torch.randn(768, 576, dtype=torch.bfloat16)
+    times: dict[bool, list[float]] = {True: [], False: []}
+    for turn in range(2 * steps // TURN + 2):
+        watched = turn % 2 == 1
+        with falqon_fx.watch(model) if watched else nullcontext():
+            for _ in range(TURN):
+                start = time.perf_counter()
+                (compiled(x) - x).float().square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                if turn >= 2:  # the first ones compile
+                    times[watched].append(time.perf_counter() - start)
+    off, on = (statistics.median(times[kind]) * 1e3 for kind in (False, True))
+    return [str(blocks), str(2 * blocks), f"{off:.1f}", f"{on:.1f}", f"{on / off - 1:+.1%}"]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=40)
+    args = parser.parse_args(argv)
+    row = measure(args.blocks, args.steps)
+    print(dict(zip(COLUMNS, row, strict=True)))
+    page = common.markdown("falqon_fx.watch", common.environment(), COLUMNS, [row])
+    file = common.result_path("watch_overhead", ".md")
+    file.write_text(page, encoding="utf-8")
+    print(f"Written: {file}")
+
+
+if __name__ == "__main__":
+    main()

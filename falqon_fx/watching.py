@@ -1,0 +1,178 @@
+"""`watch`: the audit of every write-back, live in the terminal, as JSONL, and for callbacks."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from torch import Tensor, nn
+
+from falqon_fx import audit
+from falqon_fx.audit import Written
+from falqon_fx.prepare import adapters
+from falqon_fx.report import Audit
+
+Callback = Callable[[Sequence[Audit]], None]
+_SHOWN = 12  # sites in the live view: those that lose the largest share
+
+
+class watch:  # used as a function: with falqon_fx.watch(model) as history
+    """Context manager: what each optimizer step's write-back did at each site of ``model``.
+
+        with falqon_fx.watch(model, jsonl="audit.jsonl", live=True) as seen:
+            train()
+        report.to_html(seen.history)
+
+    A step is complete when the next one begins, since a graph writes it in pieces: callbacks, lines
+    and the view come then, and for the last step on leaving (or at `flush`). On an accelerator
+    nothing waits for the device before that.
+
+    Args:
+        model: the module or its compiled wrapper.
+        jsonl: a file that gets one line a site and step (`falqon_fx.report.Audit`).
+        live: a table in the terminal (nothing where stderr is none).
+        callbacks: called with the audits of each step (see `tensorboard`, `trainer_callback`).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        jsonl: str | Path | None = None,
+        live: bool = False,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.history: list[Audit] = []
+        self._model, self._callbacks = model, tuple(callbacks)
+        self._path = jsonl
+        self._pieces: list[tuple[Written, dict[str, Tensor]]] = []
+        self._seen: set[int] = set()
+        self._paths: dict[int, str] = {}
+        self._file: TextIO | None = None
+        self._live = Live(console=Console(file=sys.stderr), auto_refresh=False) if live else None
+
+    def __enter__(self) -> watch:
+        if self._path is not None:
+            self._file = open(self._path, "w", encoding="utf-8")  # closed on leaving
+        if self._live is not None:
+            self._live.start()
+        audit.watchers.append(self._look)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        audit.watchers.remove(self._look)
+        self.flush()
+        if self._live is not None:
+            self._live.stop()
+        if self._file is not None:
+            self._file.close()
+
+    def _look(self, written: Written) -> None:
+        places = {tensor.data_ptr() for tensor in written.applied}
+        if places & self._seen:  # a site comes again: a new step has begun
+            self.flush()
+        self._seen |= places
+        self._pieces.append((written, written.measures()))
+
+    def flush(self) -> list[Audit]:
+        """Close the step that is under way, hand its audits on, and return them."""
+        if not self._pieces:
+            return []
+        if not self._seen <= self._paths.keys():  # state is made at the first compiled call
+            found = adapters(self._model).items()
+            self._paths = {state.applied.data_ptr(): path for path, state in found}
+        step: list[Audit] = []
+        for written, measures in self._pieces:
+            step.extend(_audits(written, measures, self._paths))
+        self._pieces.clear()
+        self._seen.clear()
+        self.history.extend(step)
+        if step:
+            self._hand_on(step)
+        return step
+
+    def _hand_on(self, step: Sequence[Audit]) -> None:
+        if self._file is not None:
+            self._file.writelines(json.dumps(asdict(item)) + "\n" for item in step)
+            self._file.flush()
+        if self._live is not None:
+            self._live.update(_view(step), refresh=True)
+        for callback in self._callbacks:
+            callback(step)
+
+
+def _audits(written: Written, measures: dict[str, Tensor], paths: dict[int, str]) -> list[Audit]:
+    values = {name: tensor.tolist() for name, tensor in measures.items()}
+    rows, worth, steps = written.rows.tolist(), written.worth.tolist(), written.step.tolist()
+    found = []
+    for i, applied in enumerate(written.applied):
+        path = paths.get(applied.data_ptr())
+        if path is None:  # another model's site
+            continue
+        chosen = tuple(sorted(row for row, used in zip(rows[i], worth[i]) if used))
+        own = {name: value[i] for name, value in values.items()}
+        found.append(Audit(site=path, step=steps[i], out=applied.shape[0], rows=chosen, **own))
+    return found
+
+
+def summary(step: Sequence[Audit]) -> dict[str, float]:
+    """One step over all sites: norms as of one long vector, counts and masses as sums."""
+    names = ("asked", "kept", "lost")
+    norms = {n: sum(getattr(item, n) ** 2 for item in step) ** 0.5 for n in names}
+    rows = sum(len(item.rows) for item in step)
+    sums = {n: float(sum(getattr(item, n) for item in step)) for n in ("clamped", "pending")}
+    return {**norms, **sums, "rows": float(rows)}
+
+
+def tensorboard(writer: Any, tag: str = "falqon") -> Callback:
+    """A callback that writes each step's `summary` to a ``SummaryWriter``."""
+
+    def write(step: Sequence[Audit]) -> None:
+        for name, value in summary(step).items():
+            writer.add_scalar(f"{tag}/{name}", value, step[0].step)
+
+    return write
+
+
+def trainer_callback(seen: watch) -> Any:
+    """A callback for transformers' Trainer: its logs get the last step's `summary`."""
+    from transformers import TrainerCallback
+
+    class FalqonCallback(TrainerCallback):
+        """Adds ``falqon/...`` to what the Trainer logs."""
+
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.flush()
+            if seen.history:
+                last = seen.history[-1].step
+                step = [item for item in seen.history if item.step == last]
+                kwargs["logs"].update({f"falqon/{k}": v for k, v in summary(step).items()})
+
+    return FalqonCallback()
+
+
+def _view(step: Sequence[Audit]) -> Table:
+    total = summary(step)
+    title = (
+        f"step {step[0].step}: {total['rows']:.0f} rows, asked {total['asked']:.3g}, kept "
+        f"{total['kept']:.3g}, lost {total['lost']:.3g}"
+    )
+    table = Table("site", "rows", "asked", "kept", "lost", "clamped", "pending", title=title)
+    for item in sorted(step, key=lambda item: -item.lost / (item.asked or 1.0))[:_SHOWN]:
+        norms = (f"{v:.3g}" for v in (item.asked, item.kept, item.lost))
+        rows = str(len(item.rows))
+        table.add_row(item.site, rows, *norms, str(item.clamped), f"{item.pending:.3g}")
+    return table
