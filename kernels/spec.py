@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -28,8 +29,10 @@ _MAX_ROW = 16384  # widest row that stays in the registers of one program
 
 @cache
 def template_text(template: str) -> str:
-    """Text of ``templates/<template>.py.jinja``."""
-    return files(__package__).joinpath("templates", f"{template}.py.jinja").read_text("utf-8")
+    """Text of ``templates/<template>.py.jinja``, behind the macros that all templates share."""
+    folder = files(__package__).joinpath("templates")
+    names = ("numerics", template)
+    return "".join(folder.joinpath(f"{name}.py.jinja").read_text("utf-8") for name in names)
 
 
 @cache
@@ -69,6 +72,22 @@ class KernelSpec:
         return f"{self.template}({', '.join(f'{k}={v}' for k, v in self.fields.items())})"
 
 
+def check_choices(spec: KernelSpec, choices: Mapping[str, object]) -> None:
+    """Raises ValueError where a field of ``spec`` is outside its `Literal`."""
+    for name, literal in choices.items():
+        if spec.fields[name] not in get_args(literal):
+            valid = ", ".join(map(str, get_args(literal)))
+            raise ValueError(f"{name}={spec.fields[name]!r}: expected one of {valid}")
+
+
+def check_powers_of_two(spec: KernelSpec, *names: str) -> None:
+    """Raises ValueError where a field of ``spec`` is not a power of two."""
+    for name in names:
+        size = spec.fields[name]
+        if not isinstance(size, int) or size < 1 or size & (size - 1):
+            raise ValueError(f"{name}={size!r}: expected a power of two")
+
+
 @dataclass(frozen=True)
 class ActivationCastSpec(KernelSpec):
     """The cast of x [n, width] to FP8 with one scale per tensor or per row.
@@ -102,14 +121,8 @@ class ActivationCastSpec(KernelSpec):
             "scale": ScaleMode,
             "cast": CastMode,
         }
-        for name, literal in choices.items():
-            if self.fields[name] not in get_args(literal):
-                valid = ", ".join(get_args(literal))
-                raise ValueError(f"{name}={self.fields[name]!r}: expected one of {valid}")
-        for name in ("block_rows", "block_width", "programs", "num_warps"):
-            size = self.fields[name]
-            if not isinstance(size, int) or size < 1 or size & (size - 1):
-                raise ValueError(f"{name}={size!r}: expected a power of two")
+        check_choices(self, choices)
+        check_powers_of_two(self, "block_rows", "block_width", "programs", "num_warps")
         if self.granularity == "tensor" and self.loop:
             raise ValueError("loop=True: only granularity='row' loops over a row")
         if self.granularity == "row" and self.programs != 1:

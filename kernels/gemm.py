@@ -1,0 +1,192 @@
+"""Host side of the FP8 GEMM over several pieces: allocates the outputs and launches the kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .gemm_spec import GemmSpec
+from .interpreter import runs_interpreted
+from .loader import load
+
+_FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+_TYPE = {"float32": "*fp32:16", "bfloat16": "*bf16:16", "float16": "*fp16:16"}
+_FP8_TYPE = {"e4m3": "fp8e4nv", "e5m2": "fp8e5"}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One right operand and what belongs to its columns of the output.
+
+    ``weight``: E4M3 [rows, K] (layout "nk") or [K, rows] ("kn"), rows without gaps. ``scale``:
+    float32 [rows, 1], [] or None. ``left`` [n, r] and ``right`` [rows, r]: see `GemmSpec`. For
+    memory "tma" the weights of all pieces are consecutive rows of one tensor.
+    """
+
+    weight: Tensor
+    scale: Tensor | None
+    bias: Tensor | None = None
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+
+def gemm(q: Tensor, q_scale: Tensor, pieces: Sequence[Piece], spec: GemmSpec) -> list[Tensor]:
+    """Y_g [n, rows_g] as `GemmSpec` says, one for each piece, each in its own buffer.
+
+    ``q`` [n, K] is FP8 with rows of any stride, ``q_scale`` float32 [n, 1] or []. Sums are float32
+    (but see ``accumulation``), and so is all that follows up to the store. An empty q launches
+    nothing.
+
+    Raises ValueError where the tensors are not what the spec is for.
+    """
+    _check(q, q_scale, pieces, spec)
+    n, k = q.shape
+    rows = [_rows(piece, spec) for piece in pieces]
+    dtypes = [spec.out_dtype] * (spec.pieces - spec.a_pieces) + [spec.a_dtype] * spec.a_pieces
+    y = [
+        torch.empty((n, m), dtype=getattr(torch, dtype), device=q.device)
+        for m, dtype in zip(rows, dtypes, strict=True)
+    ]
+    if n == 0:
+        return y
+    arguments = [*_operands(q, pieces, spec), q_scale]
+    if spec.w_scale != "none":
+        arguments += [piece.scale for piece in pieces]
+    arguments += y
+    if spec.bias != "none":
+        unread = torch.empty(1, dtype=getattr(torch, spec.bias), device=q.device)
+        for piece, m in zip(pieces, rows, strict=True):
+            absent = piece.bias is None
+            arguments += [unread if absent else piece.bias, 0 if absent else m]
+    if spec.extra:
+        for piece in pieces:
+            assert piece.left is not None and piece.right is not None
+            left, right = piece.left.contiguous(), piece.right.contiguous()
+            arguments += [left, right, left.shape[1]]
+    arguments += [*rows, n, k]
+    if spec.memory == "pointer":
+        arguments += [q.stride(0), pieces[0].weight.stride(0)]
+    tiles = _cdiv(n, spec.block_m) * sum(_cdiv(m, spec.block_n) for m in rows)
+    if spec.persistent:
+        tiles = min(tiles, programs(q.device))
+    kernel = load(spec, runs_interpreted(q)).gemm
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        kernel[(tiles,)](*arguments, num_warps=spec.num_warps, num_stages=spec.num_stages)
+    return y
+
+
+def signatures(spec: GemmSpec) -> dict[str, dict[str, str]]:
+    """Argument types of the kernel, for `aot.compile_ahead`: aligned, sizes divisible by 16."""
+    g = range(spec.pieces)
+    x, w = _FP8_TYPE[spec.x], "fp8e4nv"
+    if spec.operands != "fp8":
+        x = w = "u8"
+    types: dict[str, str] = {}
+    if spec.memory == "tma":
+        w_block = (
+            (spec.block_n, spec.block_k) if spec.layout == "nk" else (spec.block_k, spec.block_n)
+        )
+        types["x_desc"] = f"tensordesc<{x}[{spec.block_m}, {spec.block_k}]>"
+        types["w_desc"] = f"tensordesc<{w}[{w_block[0]}, {w_block[1]}]>"
+    else:
+        types["x_ptr"] = f"*{x}:16"
+        types |= {f"w{i}_ptr": f"*{w}:16" for i in g}
+    types["x_scale_ptr"] = "*fp32:16"
+    if spec.w_scale != "none":
+        types |= {f"w{i}_scale_ptr": "*fp32:16" for i in g}
+    for i in g:
+        is_a = i >= spec.pieces - spec.a_pieces
+        types[f"y{i}_ptr"] = _TYPE[spec.a_dtype if is_a else spec.out_dtype]
+    if spec.bias != "none":
+        for i in g:
+            types |= {f"bias{i}_ptr": _TYPE[spec.bias], f"bias{i}_rows": "i32:16"}
+    if spec.extra:
+        for i in g:
+            types |= {f"left{i}_ptr": _TYPE[spec.a_dtype], f"right{i}_ptr": _TYPE[spec.a_dtype]}
+            types[f"rank{i}"] = "i32:16"
+    types |= {f"rows{i}": "i32:16" for i in g}
+    types |= {"n": "i32", "k": "i32:16"}
+    if spec.memory == "pointer":
+        types |= {"x_stride": "i32:16", "w_stride": "i32:16"}
+    return {"gemm": types}
+
+
+def programs(device: torch.device) -> int:
+    """How many programs of a persistent kernel run at once; 3 under the interpreter, to test it."""
+    if device.type != "cuda":
+        return 3
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _operands(q: Tensor, pieces: Sequence[Piece], spec: GemmSpec) -> list[object]:
+    weights = [piece.weight for piece in pieces]
+    if spec.operands != "fp8":  # decoded from the bytes
+        q, weights = q.view(torch.uint8), [weight.view(torch.uint8) for weight in weights]
+    if spec.memory == "pointer":
+        return [q, *weights]
+    first, total = weights[0], sum(_rows(piece, spec) for piece in pieces)
+    nk = spec.layout == "nk"
+    shape = (total, first.shape[1]) if nk else tuple(first.shape)
+    block = [spec.block_n, spec.block_k] if nk else [spec.block_k, spec.block_n]
+    whole = first.as_strided(shape, (first.stride(0), 1))
+    return [
+        TensorDescriptor.from_tensor(q, [spec.block_m, spec.block_k]),
+        TensorDescriptor.from_tensor(whole, block),
+    ]
+
+
+def _rows(piece: Piece, spec: GemmSpec) -> int:
+    return piece.weight.shape[0 if spec.layout == "nk" else 1]
+
+
+def _check(q: Tensor, q_scale: Tensor, pieces: Sequence[Piece], spec: GemmSpec) -> None:
+    if len(pieces) != spec.pieces:
+        raise ValueError(f"gemm: {len(pieces)} pieces, {spec} takes {spec.pieces}")
+    if q.dim() != 2 or q.shape[1] == 0 or q.stride(1) != 1 or q.dtype != _FP8[spec.x]:
+        raise ValueError(f"gemm: q is {q.dtype} {tuple(q.shape)}, {spec} takes [n, K] {spec.x}")
+    n, k = q.shape
+    if q_scale.numel() != (n if spec.x_scale == "row" else 1):
+        raise ValueError(f"gemm: q_scale {tuple(q_scale.shape)} is not x_scale={spec.x_scale!r}")
+    if spec.even_k and k % spec.block_k:
+        raise ValueError(f"gemm: K = {k} is not a multiple of {spec.block_k}, as even_k says")
+    if spec.operands != "float32" and runs_interpreted(q):
+        raise ValueError("gemm: the interpreter needs operands='float32'")
+    for piece in pieces:
+        weight, rows = piece.weight, _rows(piece, spec)
+        if weight.dtype != _FP8["e4m3"] or weight.dim() != 2 or not weight.is_contiguous():
+            raise ValueError(f"gemm: a weight is {weight.dtype} with strides {weight.stride()}")
+        if weight.shape[1 if spec.layout == "nk" else 0] != k:
+            raise ValueError(f"gemm: a weight is {tuple(weight.shape)}, K is {k}")
+        wanted = {"none": None, "tensor": 1, "row": rows}[spec.w_scale]
+        if (None if piece.scale is None else piece.scale.numel()) != wanted:
+            raise ValueError(f"gemm: a weight's scale does not fit w_scale={spec.w_scale!r}")
+        if piece.bias is not None and piece.bias.dtype != getattr(torch, spec.bias, None):
+            raise ValueError(f"gemm: a bias is {piece.bias.dtype}, the spec says {spec.bias!r}")
+        for side, length in ((piece.left, n), (piece.right, rows)):
+            if (side is None) != (spec.extra == 0):
+                raise ValueError("gemm: left and right go with extra > 0, and it with them")
+            if side is not None and (
+                side.dtype != getattr(torch, spec.a_dtype)
+                or side.shape[0] != length
+                or not 0 < side.shape[1] <= spec.extra
+            ):
+                raise ValueError(f"gemm: left or right is {side.dtype} {tuple(side.shape)}")
+    if spec.memory == "tma":
+        _check_described(q, pieces)
+
+
+def _check_described(q: Tensor, pieces: Sequence[Piece]) -> None:
+    for tensor in (q, pieces[0].weight):
+        if tensor.data_ptr() % 16 or tensor.stride(0) % 16:
+            raise ValueError("gemm: memory='tma' takes rows that start at multiples of 16 bytes")
+    for before, after in zip(pieces, pieces[1:], strict=False):
+        if after.weight.data_ptr() != before.weight.data_ptr() + before.weight.numel():
+            raise ValueError("gemm: memory='tma' takes pieces that are rows of one tensor")
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
