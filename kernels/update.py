@@ -1,0 +1,145 @@
+"""Host side of the proxy update: a table of all sites, then four launches."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .interpreter import runs_interpreted
+from .loader import load
+from .update_spec import UpdateSpec
+
+_FOUND = 5  # columns of `found`, see the template
+# Programs that share a site's fingerprint or its scores, and those that share its rows at most; on
+# a GPU and under the interpreter, which runs one after the other.
+_PARTS, _WRITERS = {"cuda": 8, "cpu": 2}, {"cuda": 64, "cpu": 2}
+_POINTERS = ("weight", "scale", "applied", "counters", "writes", "lora_b", "lora_a", "base")
+
+
+@dataclass(frozen=True)
+class UpdateSite:
+    """The tensors of one site (see `falqon_fx.update`); ``count`` is how many rows it may write.
+
+    ``weight`` [out + r, in] E4M3 or its bytes; ``base`` may have any strides, the others have none.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    applied: Tensor
+    counters: Tensor
+    writes: Tensor
+    lora_b: Tensor
+    lora_a: Tensor
+    base: Tensor | None
+    scaling: float
+    count: int
+
+
+def update_(sites: Sequence[UpdateSite], seed: int, spec: UpdateSpec) -> None:
+    """W[k] ← q(dq(W[k]) + scaling · ΔB[k] · dq(A)), applied[k] ← B[k], for the ``count`` rows k of
+    each site whose Σ|ΔB[k]| is largest, ties to the lowest row; nothing where B has not changed.
+
+    Four launches whatever the number of sites, and no value read back. Rows whose Σ|ΔB| is NaN or
+    Inf are counted in ``counters`` and never written. Where A or the base weight changed, the site
+    is marked stale and left as it is. All as on CPU, `falqon_fx.update.proxy_update_`; Philox
+    included.
+
+    Raises ValueError where the sites are not what the spec is for.
+    """
+    for site in sites:
+        _check(site, spec)
+    if not sites:
+        return
+    device = sites[0].weight.device
+    table = _table(tuple(_row(site) for site in sites), seed, device)
+    found = torch.zeros((len(sites), _FOUND), dtype=torch.int64, device=device)
+    score = torch.empty(sum(_out(s) for s in sites), dtype=torch.int32, device=device)
+    rows = torch.empty(sum(s.count for s in sites), dtype=torch.int32, device=device)
+    parts = _PARTS[device.type]
+    writers = min(_WRITERS[device.type], -(-max(site.count for site in sites) // spec.rows))
+    kernels, g = load(spec, runs_interpreted(table)), len(sites)
+    with torch.cuda.device_of(table):
+        kernels.fingerprint[(g, parts)](table, found, num_warps=spec.num_warps)
+        kernels.score[(g, parts)](table, found, score, num_warps=spec.num_warps)
+        kernels.select[(g,)](table, found, score, rows, num_warps=spec.num_warps)
+        kernels.write[(g, writers)](table, found, rows, num_warps=spec.num_warps)
+
+
+def signatures(spec: UpdateSpec) -> dict[str, dict[str, str]]:
+    """Argument types of each kernel, for `aot.compile_ahead`."""
+    table = {"table_ptr": "*i64:16", "found_ptr": "*i64:16"}
+    score, rows = {"score_ptr": "*i32:16"}, {"rows_ptr": "*i32:16"}
+    return {
+        "fingerprint": table,
+        "score": table | score,
+        "select": table | score | rows,
+        "write": table | rows,
+    }
+
+
+def _out(site: UpdateSite) -> int:
+    return site.applied.shape[0]
+
+
+def _row(site: UpdateSite) -> tuple[int, ...]:
+    """A site's line of the table, but for the offsets and the seed."""
+    tensors = [getattr(site, name) for name in _POINTERS]
+    out, rank = site.applied.shape
+    steps = (0, 0, 0, 0)
+    if site.base is not None:
+        sizes, strides = site.base.shape, site.base.stride()
+        apart = (max(1, sizes[0] // 16), max(1, sizes[1] // 64))  # as falqon_fx.update.sample
+        taken = (min(16, -(-sizes[0] // apart[0])), min(64, -(-sizes[1] // apart[1])))
+        steps = (apart[0] * strides[0], apart[1] * strides[1], *taken)
+    scaling = struct.unpack("<i", struct.pack("<f", site.scaling))[0]
+    addresses = (0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+    return (*addresses, out, rank, site.weight.shape[1], *steps, scaling, site.count)
+
+
+@lru_cache(maxsize=64)
+def _table(sites: tuple[tuple[int, ...], ...], seed: int, device: torch.device) -> Tensor:
+    """The table on the device; the same addresses and sizes give the same table, so it is kept."""
+    lines: list[Iterable[int]] = []
+    score_offset = rows_offset = 0
+    for *line, count in sites:
+        offsets = (score_offset, rows_offset, count, seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
+        lines.append((*line, *offsets))
+        score_offset += line[len(_POINTERS)]
+        rows_offset += count
+    return torch.tensor(lines, dtype=torch.int64).to(device)
+
+
+def _check(site: UpdateSite, spec: UpdateSpec) -> None:
+    out, rank = site.applied.shape
+    width = site.weight.shape[1]
+    dtypes = {"lora_b": spec.b_dtype, "lora_a": spec.a_dtype, "applied": spec.applied_dtype}
+    for name, dtype in dtypes.items():
+        tensor: Tensor = getattr(site, name)
+        if tensor.dtype != getattr(torch, dtype):
+            raise ValueError(f"update: {name} is {tensor.dtype}, {spec} takes {dtype}")
+    base = "none" if site.base is None else str(site.base.dtype).removeprefix("torch.")
+    if base != spec.base_dtype:
+        raise ValueError(f"update: the base weight is {base}, {spec} takes {spec.base_dtype}")
+    for name in _POINTERS[:-1]:
+        tensor = getattr(site, name)
+        if not tensor.is_contiguous():
+            raise ValueError(f"update: {name} has strides {tensor.stride()}")
+        if name in ("lora_b", "lora_a") and tensor.data_ptr() % 8:
+            raise ValueError(f"update: {name} does not start at a multiple of 8 bytes")
+    if site.scale.dim() != (2 if spec.granularity == "row" else 0):
+        raise ValueError(f"update: scale {tuple(site.scale.shape)} does not fit {spec}")
+    if rank > spec.rank:
+        raise ValueError(f"update: rank {rank} does not fit {spec}")
+    if width > spec.width and not spec.loop:
+        raise ValueError(f"update: rows of {width} do not fit {spec}; loop=True takes them")
+    if spec.aligned and (width % 16 or site.weight.data_ptr() % 16):
+        raise ValueError(f"update: rows of {width} are not multiples of 16 bytes")
+    if not 1 <= site.count <= out:
+        raise ValueError(f"update: {site.count} rows of {out}")
+    if spec.cast == "hardware" and runs_interpreted(site.weight):
+        raise ValueError("update: the interpreter needs cast='integer'")

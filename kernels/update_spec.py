@@ -1,0 +1,80 @@
+"""`UpdateSpec`: the proxy update of all sites of a graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from .spec import (
+    CastMode,
+    Granularity,
+    InputDtype,
+    KernelSpec,
+    ScaleMode,
+    check_choices,
+    check_powers_of_two,
+)
+
+
+@dataclass(frozen=True)
+class UpdateSpec(KernelSpec):
+    """The row-wise proxy update (`falqon_fx.update`) as four kernels, each over all sites.
+
+    The dtypes are those of lora_B, lora_A, `applied` and the base weight ("none" where prepare()
+    freed it). ``drop`` is pending="drop": B holds the step itself. ``rank`` is the padded rank.
+    ``aligned`` says that all rows of W' are multiples of 16 bytes. A program that writes holds
+    ``rows`` × ``width`` elements; ``loop`` reads wider rows piece by piece, twice where they get a
+    new scale.
+
+    Raises ValueError for a value outside its `Literal` or a size that is not a power of two.
+    """
+
+    template: ClassVar[str] = "update"
+
+    b_dtype: InputDtype
+    a_dtype: InputDtype
+    applied_dtype: Literal["float32", "bfloat16"]
+    base_dtype: Literal["none", "float32", "bfloat16", "float16"]
+    granularity: Granularity
+    scale: ScaleMode
+    rounding: Literal["nearest", "stochastic"]
+    drop: bool
+    cast: CastMode
+    rank: int
+    aligned: bool
+    rows: int
+    width: int
+    loop: bool
+    block: int = 1024
+    num_warps: int = 4
+
+    def __post_init__(self) -> None:
+        check_choices(
+            self,
+            {
+                "b_dtype": InputDtype,
+                "a_dtype": InputDtype,
+                "applied_dtype": Literal["float32", "bfloat16"],
+                "base_dtype": Literal["none", "float32", "bfloat16", "float16"],
+                "granularity": Granularity,
+                "scale": ScaleMode,
+                "rounding": Literal["nearest", "stochastic"],
+                "cast": CastMode,
+            },
+        )
+        check_powers_of_two(self, "rank", "rows", "width", "block", "num_warps")
+        if self.width < 8:
+            raise ValueError(f"width={self.width}: eight columns share a block of random bits")
+
+    @property
+    def name(self) -> str:
+        flags = "".join(
+            f"_{text}"
+            for text, on in (("drop", self.drop), ("aligned", self.aligned), ("loop", self.loop))
+            if on
+        )
+        return (
+            f"{self.template}_{self.b_dtype}_{self.a_dtype}_{self.applied_dtype}_{self.base_dtype}_"
+            f"{self.granularity}_{self.scale}_{self.rounding}_{self.cast}{flags}_r{self.rank}_"
+            f"{self.rows}x{self.width}_b{self.block}_w{self.num_warps}"
+        )

@@ -1,0 +1,281 @@
+"""The proxy-update kernels, interpreted, against the CPU op.
+
+Where all sums are exact in float32 (operands that are small multiples of powers of two), everything
+that the two write is equal bit for bit, random bits included. Elsewhere a byte may differ only
+where the exact value lies within the error of its float32 sum from a tie.
+"""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from falqon_fx import update as reference
+from falqon_fx.kernels.update import UpdateSite, update_
+from falqon_fx.kernels.update_spec import UpdateSpec
+from falqon_fx.numerics import E4M3, philox_uint16, round_to_fp8, round_to_fp8_stochastic
+from tests import sites as sites_module
+from tests.sites import make_site, randn, same, site_of, snapshot
+from tests.tolerances import gamma
+
+# numpy, which the interpreter computes with, announces what hashing and Inf do on purpose.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:(overflow|invalid value) encountered:RuntimeWarning"
+)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def spec_of(sites, **changes):
+    state, plan = sites[0].state, sites[0].state.plan
+    wanted = {
+        "b_dtype": name(sites[0].lora_b.dtype),
+        "a_dtype": name(sites[0].lora_a.dtype),
+        "applied_dtype": name(state.applied.dtype),
+        "base_dtype": "none" if sites[0].base is None else name(sites[0].base.dtype),
+        "granularity": plan.granularity,
+        "scale": plan.scale,
+        "rounding": plan.rounding,
+        "drop": plan.pending == "drop",
+        "cast": "integer",
+        "rank": 16,
+        "aligned": False,
+        "rows": 2,
+        "width": 64,
+        "loop": False,
+        "block": 64,
+    }
+    return UpdateSpec(**{**wanted, **changes})
+
+
+def by_kernel(*sites, **changes):
+    given = [
+        UpdateSite(
+            *site.state.tensors,
+            site.lora_b,
+            site.lora_a,
+            site.base,
+            site.state.scaling,
+            site.state.plan.rows(len(site.lora_b)),
+        )
+        for site in sites
+    ]
+    update_(given, sites[0].state.plan.seed, spec_of(sites, **changes))
+
+
+def twins(sites):
+    """The same sites again, in memory of their own."""
+    others = copy.copy(sites)
+    for i, site in enumerate(sites):
+        state = copy.copy(site.state)
+        for part in ("code", "scale", "applied", "counters", "writes"):
+            setattr(state, part, getattr(state, part).clone())
+        base = None if site.base is None else site.base.clone()
+        others[i] = replace(
+            site, base=base, lora_a=site.lora_a.clone(), lora_b=site.lora_b.clone(), state=state
+        )
+    return others
+
+
+def dyadic(rows, columns, seed, bits=4, low=-3):
+    """Small integers times a power of two."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-(2**bits), 2**bits + 1, (rows, columns), generator=generator) * 2.0**low
+
+
+@st.composite
+def exact_sites(draw):
+    """One to three sites of different shapes whose sums are exact: 21 bits in all."""
+    options = {
+        "granularity": draw(st.sampled_from(["tensor", "row"])),
+        "scale": "pow2",
+        "rounding": draw(st.sampled_from(["nearest", "stochastic"])),
+        "pending": draw(st.sampled_from(["hold", "apply", "drop"])),
+        "topk": draw(st.sampled_from([1, 3, 0.2, "all"])),
+        "seed": draw(st.sampled_from([0, 1, 2**33 + 5])),
+    }
+    dtype, ab_dtype = draw(st.sampled_from(list(DTYPES.values()))), torch.float32
+    if draw(st.booleans()):
+        ab_dtype = torch.bfloat16
+    made = []
+    for i in range(draw(st.integers(1, 2))):
+        out, rank = draw(st.sampled_from([3, 17, 70])), draw(st.sampled_from([1, 5, 8, 16]))
+        width, seed = draw(st.sampled_from([1, 7, 8, 33, 64])), draw(st.integers(0, 2**32 - 9))
+        base, lora_a = dyadic(out, width, seed), dyadic(rank, width, seed + 1)
+        lora_b = dyadic(out, rank, seed + 2, bits=6, low=-6)
+        made.append(
+            site_of(base.to(dtype), lora_a.to(ab_dtype), lora_b.to(ab_dtype), 2.0**i, **options)
+        )
+    return made
+
+
+@settings(max_examples=12)
+@given(made=exact_sites(), loop=st.booleans(), rows=st.sampled_from([1, 4]), data=st.data())
+def test_equals_the_cpu_bit_for_bit(made, loop, rows, data):
+    others = twins(made)
+    for step in range(2):
+        for site, other in zip(made, others, strict=True):
+            if data.draw(st.booleans()):
+                site.lora_b.add_(dyadic(*site.lora_b.shape, seed=step, bits=8, low=-8))
+                other.lora_b.copy_(site.lora_b)
+        sites_module.update(*made)
+        by_kernel(*others, rows=rows, width=32 if loop else 64, loop=loop)
+        for site, other in zip(made, others, strict=True):
+            assert same(snapshot(site.state), snapshot(other.state))
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+def test_bytes_differ_only_at_ties(granularity, rounding):
+    site = make_site(
+        out=40, features=64, rank=16, scale="amax", granularity=granularity, rounding=rounding
+    )
+    (other,) = twins([site])
+    for s in (site, other):
+        s.step(size=0.3)
+    before = other.state.dequantize().double()
+    old_applied = other.state.applied.double()
+    by_kernel(other)
+    sites_module.update(site)
+    for part in ("applied", "counters", "writes"):
+        torch.testing.assert_close(
+            getattr(other.state, part), getattr(site.state, part), rtol=0, atol=0
+        )
+    delta = (other.state.applied.double() - old_applied) * other.state.scaling
+    exact = before[:40] + delta @ before[40:]
+    # Row scale times byte rounds, delta rounds twice, sixteen products and sums, the new scale and
+    # its reciprocal: 24 roundings at most on the way of any term.
+    off = gamma(24) * (before[:40].abs() + delta.abs() @ before[40:].abs())
+    scale = (other.state.scale[:40] if granularity == "row" else other.state.scale).double()
+    low, high = ((exact + sign * off) / scale for sign in (-1, 1))
+    if rounding == "nearest":
+        low, high = (round_to_fp8(v.float(), E4M3) for v in (low, high))
+    else:
+        row, counters = torch.arange(40), other.state.counters
+        random = philox_uint16(row, 64, counters[3].expand(40), counters[4].expand(40), 0)
+        low, high = (round_to_fp8_stochastic(v.float(), random, E4M3) for v in (low, high))
+    value = other.state.weight[:40].float()
+    slack = 2.0**-20 * value.abs()  # of the float32 that low and high were rounded to
+    assert ((value >= low - slack) & (value <= high + slack)).all()
+    assert (low == high).double().mean() > 0.99
+    torch.testing.assert_close(other.state.scale, site.state.scale, rtol=gamma(24), atol=0)
+    assert torch.equal(other.state.code[40:], site.state.code[40:])
+
+
+def test_ties_go_to_the_lowest_row():
+    site = make_site(out=200, features=16, rank=4, topk=7, b_size=0.0)
+    site.lora_b.fill_(0.5)
+    site.lora_b[150] = 2.0
+    by_kernel(site)
+    assert site.state.writes.nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5, 150]
+
+
+def test_nothing_is_done_where_b_has_not_changed():
+    site = make_site(topk=3)
+    before = snapshot(site.state)
+    by_kernel(site)
+    assert same(before, snapshot(site.state))
+    site.step()
+    by_kernel(site)
+    after = snapshot(site.state)
+    assert not same(before, after)
+    by_kernel(site)
+    assert same(after, snapshot(site.state))
+
+
+def test_a_sign_is_a_change():
+    site = make_site(out=4, features=16, rank=4)
+    site.lora_b[2, 1] = -site.lora_b[2, 1]
+    by_kernel(site)
+    assert site.state.writes.tolist() == [0, 0, 1, 0]
+
+
+def test_rows_that_are_not_finite_are_counted_and_left():
+    site = make_site(out=24, topk="all")
+    (other,) = twins([site])
+    for s in (site, other):
+        s.step()
+        s.lora_b[3, 1], s.lora_b[5, 0] = float("nan"), -float("inf")
+    sites_module.update(site)
+    by_kernel(other)
+    assert other.state.nonfinite_rows == site.state.nonfinite_rows == 2
+    assert other.state.writes[[3, 5]].tolist() == [0, 0]
+    assert other.state.writes.sum() == 22
+    assert other.state.applied.isfinite().all()
+
+
+@pytest.mark.parametrize("changed", ["a", "base"])
+def test_a_changed_a_or_base_marks_the_site_stale(changed):
+    site = make_site()
+    before = snapshot(site.state)
+    site.step()
+    if changed == "a":
+        site.lora_a[1, 2] += 1
+    else:
+        site.base[0, 0] += 1
+    by_kernel(site)
+    assert site.state.counters[reference.STALE] == 1
+    assert all(torch.equal(before[i], snapshot(site.state)[i]) for i in (0, 1, 2, 4))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", [(3, 5), (40, 64), (17, 70)])
+def test_fingerprints_are_those_of_the_cpu(dtype, shape):
+    # A wrong hash would look like a change: nothing changed, so nothing may be written.
+    base = randn(*shape).to(dtype)
+    if shape[0] == 40:
+        base = base.t().contiguous().t()
+    site = site_of(base, randn(3, shape[1]).to(dtype), randn(shape[0], 3).to(dtype) / 8)
+    before = snapshot(site.state)
+    by_kernel(site, width=128)
+    assert same(before, snapshot(site.state))
+
+
+def test_prepared_sites_have_no_base():
+    made = [make_site(seed=s) for s in range(2)]
+    others = [replace(site, base=None) for site in twins(made)]
+    for s in (*made, *others):
+        s.step()
+    sites_module.update(*made)
+    by_kernel(*others)
+    torch.testing.assert_close(
+        [s.state.applied for s in others], [s.state.applied for s in made], rtol=0, atol=0
+    )
+
+
+def test_no_sites_launch_nothing(monkeypatch):
+    monkeypatch.setattr("falqon_fx.kernels.update.load", None)
+    update_([], 0, spec_of([make_site()]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"b_dtype": "bfloat16"}, "lora_b is torch.float32.*takes bfloat16"),
+        ({"base_dtype": "none"}, "the base weight is float32"),
+        ({"granularity": "tensor"}, "scale .* does not fit"),
+        ({"rank": 2}, "rank 4 does not fit"),
+        ({"width": 32}, "rows of 40 do not fit"),
+        ({"aligned": True}, "not multiples of 16"),
+        ({"cast": "hardware"}, "cast='integer'"),
+    ],
+)
+def test_bad_input_is_explained(change, message):
+    with pytest.raises(ValueError, match=message):
+        by_kernel(make_site(), **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"rounding": "up"}, "rounding='up'"), ({"rank": 3}, "rank=3"), ({"width": 4}, "eight")],
+)
+def test_bad_spec_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(spec_of([make_site()]), **change)
