@@ -21,6 +21,7 @@ class CompiledKernel:
     """One kernel for one architecture: its PTX and what the assembler made of it.
 
     ``stack_bytes`` counts what was spilled from registers, or never fitted there.
+    ``tensor_columns`` is what it takes of a sm_100's tensor memory, 0 elsewhere.
     """
 
     name: str
@@ -29,10 +30,15 @@ class CompiledKernel:
     registers: int
     stack_bytes: int
     shared_bytes: int
+    tensor_columns: int = 0
 
 
 def compile_ahead(
-    kernel: Any, signature: Mapping[str, str], architecture: int, num_warps: int
+    kernel: Any,
+    signature: Mapping[str, str],
+    architecture: int,
+    num_warps: int,
+    num_stages: int = 3,
 ) -> CompiledKernel:
     """Compiles ``kernel`` (loaded with ``interpret=False``) for sm_``architecture``.
 
@@ -48,7 +54,7 @@ def compile_ahead(
     compiled = triton.compile(
         ASTSource(fn=kernel, signature=types, attrs=attributes),
         target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": num_warps},
+        options={"num_warps": num_warps, "num_stages": num_stages},
     )
     usage = _resource_usage(compiled.asm["cubin"])
     return CompiledKernel(
@@ -58,6 +64,7 @@ def compile_ahead(
         registers=usage["REG"],
         stack_bytes=usage["STACK"] + usage["LOCAL"],
         shared_bytes=compiled.metadata.shared,
+        tensor_columns=getattr(compiled.metadata, "tmem_size", None) or 0,
     )
 
 

@@ -29,6 +29,9 @@ class GemmSpec(KernelSpec):
     ``a_pieces`` of ``pieces`` are stored in ``a_dtype``, the others in ``out_dtype``. Each piece
     starts its own column of tiles.
 
+    In backward of sites that share x, ``k_pieces`` > 1 such products are added up before the rest,
+    Σ_s (x_s · W_sᵀ) ⊙ s_x,s, each with its own K.
+
     ``extra`` is 0, or the padded rank of the term left_g · right_gᵀ (pending rows in forward, their
     counterpart in backward). ``bias`` is "none" or the dtype of the biases. ``even_k`` says that
     block_k divides K.
@@ -60,6 +63,7 @@ class GemmSpec(KernelSpec):
     group_m: int = 8
     num_warps: int = 8
     num_stages: int = 3
+    k_pieces: int = 1
 
     def __post_init__(self) -> None:
         check_choices(
@@ -86,6 +90,12 @@ class GemmSpec(KernelSpec):
             raise ValueError("extra: O_A must be there before the launch that adds to O")
         if self.layout == "kn" and self.pieces != 1:
             raise ValueError("layout='kn': one piece, whose rows lie one stride apart")
+        if self.k_pieces != 1 and (self.memory, self.pieces, self.w_scale) != (
+            "pointer",
+            1,
+            "none",
+        ):
+            raise ValueError("k_pieces: one output, by pointers, scales of W in those of x")
         if self.accumulation == "promoted" and self.operands != "fp8":
             raise ValueError("accumulation='promoted': only FP8 sums need it")
 
@@ -97,6 +107,7 @@ class GemmSpec(KernelSpec):
                 ("promoted", self.accumulation == "promoted"),
                 (f"bias_{self.bias}", self.bias != "none"),
                 (f"r{self.extra}", self.extra > 0),
+                (f"k{self.k_pieces}", self.k_pieces > 1),
                 ("persistent", self.persistent),
                 ("evenk", self.even_k),
             )

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from falqon_fx.kernels.gemm import Piece, gemm
+from falqon_fx.kernels.gemm import Piece, Product, gemm
 from falqon_fx.kernels.gemm_spec import GemmSpec
 from falqon_fx.numerics import E4M3, E5M2
 from tests.sites import randn
@@ -71,13 +71,23 @@ def expected(q, q_scale, piece, spec, dtype):
     return y.rounded(dtype)
 
 
-def check(q, q_scale, pieces, spec):
-    actual = gemm(q, q_scale, pieces, spec)
+def separate(results, pieces, spec):
+    """One output for each piece: those of O_A lie side by side."""
     y_pieces = spec.pieces - spec.a_pieces
+    if not spec.a_pieces:
+        return results
+    assert results[-1].is_contiguous()
+    rows = [piece.weight.shape[0] for piece in pieces[y_pieces:]]
+    return [*results[:-1], *results[-1].split(rows, dim=1)]
+
+
+def check(q, q_scale, pieces, spec):
+    y_pieces = spec.pieces - spec.a_pieces
+    actual = separate(gemm(q, q_scale, pieces, spec), pieces, spec)
     for g, (piece, y) in enumerate(zip(pieces, actual, strict=True)):
         dtype = DTYPES[spec.out_dtype if g < y_pieces else spec.a_dtype]
         assert y.dtype == dtype
-        assert y.is_contiguous()
+        assert y.is_contiguous() or g >= y_pieces
         expected(q, q_scale, piece, spec, dtype).assert_holds(y)
     return actual
 
@@ -85,7 +95,7 @@ def check(q, q_scale, pieces, spec):
 @st.composite
 def problems(draw):
     layout = draw(st.sampled_from(["nk", "nk", "kn"]))
-    k, block_k = draw(st.integers(1, 80)), 32
+    k = draw(st.integers(1, 80))
     even_k = draw(st.booleans())
     if even_k:
         k = 32 * draw(st.integers(1, 3))
@@ -160,6 +170,43 @@ def test_siblings_are_the_same_as_each_alone():
         torch.testing.assert_close(y, alone, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("layout", ["nk", "kn"])
+@pytest.mark.parametrize("x_scale", ["tensor", "row"])
+def test_products_with_their_own_scales_are_added_up(x_scale, layout):
+    products = []
+    for i, k in enumerate((64, 33, 20)):
+        weight = codes(24, k, E4M3, i)
+        q_scale = scale(19, i + 8) if x_scale == "row" else scale(1, i + 8)[0, 0]
+        given = weight if layout == "nk" else weight.t().contiguous()
+        products.append(Product(codes(19, k, E5M2, i + 4), q_scale, given))
+    left, right = randn(19, 5).bfloat16(), randn(24, 5).bfloat16()
+    spec = replace(
+        SMALL,
+        x="e5m2",
+        x_scale=x_scale,
+        w_scale="none",
+        pieces=1,
+        a_pieces=0,
+        extra=16,
+        layout=layout,
+        k_pieces=3,
+    )
+    first, *more = products
+    piece = Piece(first.weight, None, None, left, right)
+    (y,) = gemm(first.q, first.q_scale, [piece], spec, more)
+    f32, total = torch.float32, Approx.exact(torch.zeros(19, 24))
+    for p in products:
+        weight = p.weight.double() if layout == "nk" else p.weight.double().t()
+        product = (Approx.exact(p.q.double()) @ Approx.exact(weight).t()).rounded(f32)
+        product = (product * Approx.exact(p.q_scale.double())).rounded(f32)
+        total = (total + product).rounded(f32)
+    total.addmm(Approx.exact(left), Approx.exact(right).t(), f32).rounded(
+        torch.bfloat16
+    ).assert_holds(y)
+    with pytest.raises(ValueError, match="2 more products"):
+        gemm(first.q, first.q_scale, [piece], replace(spec, k_pieces=1), more)
+
+
 def test_every_code_is_decoded_exactly():
     for x in FP8:
         bytes_ = torch.arange(256, dtype=torch.uint8)
@@ -229,6 +276,7 @@ def test_bad_input_is_explained(change, message):
         ({"extra": 8, "a_pieces": 0}, "extra=8"),
         ({"extra": 16}, "O_A must be there"),
         ({"layout": "kn"}, "layout='kn': one piece"),
+        ({"k_pieces": 2}, "k_pieces: one output"),
         ({"accumulation": "promoted"}, "accumulation='promoted'"),
     ],
 )
