@@ -19,6 +19,11 @@ def version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def scaled_mm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, **options: Any) -> Tensor:
+    """The library's FP8 GEMM: a [n, K] row by row, b [K, m] column by column."""
+    return torch._scaled_mm(a, b, scale_a, scale_b, **options)
+
+
 def inductor_compile(
     gm: fx.GraphModule,
     inputs: Sequence[Any],

@@ -18,6 +18,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "rounding": ("nearest", "stochastic"),
     "grad_dtype": ("e5m2", "e4m3"),
     "dropout": ("ignore", "reject"),
+    "kernel": ("auto", "triton", "scaled_mm", "dequantize"),
+    "accumulation": ("fast", "promoted"),
+    "transpose": ("auto", "transient", "kernel"),
     "inner": ("inductor", "aot_eager", "eager"),
 }
 
@@ -44,6 +47,12 @@ class FalqonConfig:
         siblings: sites that share x (q/k/v, gate/up) become one op with one cast and one GEMM.
         dropout: a merged weight has no adapter dropout: "ignore" it with a warning, or "reject"
             the site.
+        kernel: what computes the products on a GPU. "auto" times the candidates once per device and
+            keeps the fastest; the others force generated kernels, the library's, or plain GEMMs.
+        accumulation: of FP8 products on a GPU. "promoted" adds up in float32 where tensor cores
+            keep fewer bits (sm_90), "fast" leaves it to them.
+        transpose: how dL/dx reads W on a GPU. "transient" transposes W's bytes each time, "kernel"
+            reads W as it lies, "auto" takes what is faster.
         inner: the compiler that gets the rewritten graph.
         include, exclude: shell patterns on module paths; an empty ``include`` takes all.
         card: the card that the cost model speaks of, by name; by default the one at hand.
@@ -66,6 +75,9 @@ class FalqonConfig:
     grad_dtype: Literal["e5m2", "e4m3"] = "e5m2"
     siblings: bool = True
     dropout: Literal["ignore", "reject"] = "ignore"
+    kernel: Literal["auto", "triton", "scaled_mm", "dequantize"] = "auto"
+    accumulation: Literal["fast", "promoted"] = "fast"
+    transpose: Literal["auto", "transient", "kernel"] = "auto"
     inner: Literal["inductor", "aot_eager", "eager"] = "inductor"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()

@@ -23,7 +23,15 @@ from falqon_fx.numerics import E4M3, E5M2, ScaleMode
 def lowering_version() -> str:
     """Hash of the sources that decide what a ``falqon::`` op is lowered to."""
     digest = hashlib.sha256()
-    for name in ("numerics", "spec", "lowering", "update", "ops", "passes.recompute_weights"):
+    for name in (
+        "numerics",
+        "spec",
+        "lowering",
+        "update",
+        "ops",
+        "cuda",
+        "passes.recompute_weights",
+    ):
         spec = importlib.util.find_spec(f"falqon_fx.{name}")
         assert spec is not None
         digest.update(Path(str(spec.origin)).read_bytes())
@@ -41,6 +49,9 @@ class SiteSpec:
     topk: str
     rounding: str
     seed: int
+    kernel: str = "auto"
+    accumulation: str = "fast"
+    transpose: str = "auto"
 
     @classmethod
     def from_config(cls, config: FalqonConfig) -> SiteSpec:
@@ -52,6 +63,9 @@ class SiteSpec:
             repr(config.topk).strip("'"),
             config.rounding,
             config.seed,
+            config.kernel,
+            config.accumulation,
+            config.transpose,
         )
 
     @property
@@ -74,14 +88,15 @@ class SiteSpec:
     def __str__(self) -> str:
         return (
             f"{self.granularity} {self.scale} {self.pending} {self.grad} topk={self.topk} "
-            f"{self.rounding} seed={self.seed} #{lowering_version()}"
+            f"{self.rounding} seed={self.seed} {self.kernel} {self.accumulation} {self.transpose} "
+            f"#{lowering_version()}"
         )
 
 
 @functools.lru_cache(maxsize=1024)
 def parse_spec(text: str) -> SiteSpec:
     """The inverse of ``str(spec)``."""
-    granularity, scale, pending, grad, topk, rounding, seed, _ = text.split(" ")
+    granularity, scale, pending, grad, topk, rounding, seed, *kernels, _ = text.split(" ")
     return SiteSpec(
         granularity,
         "pow2" if scale == "pow2" else "amax",
@@ -90,4 +105,5 @@ def parse_spec(text: str) -> SiteSpec:
         topk.removeprefix("topk="),
         rounding,
         int(seed.removeprefix("seed=")),
+        *kernels,
     )

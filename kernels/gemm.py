@@ -204,18 +204,21 @@ def _check(
 
 
 def _check_product(q: Tensor, q_scale: Tensor, weight: Tensor, spec: GemmSpec) -> None:
-    if q.dim() != 2 or q.shape[1] == 0 or q.stride(1) != 1 or q.dtype != _FP8[spec.x]:
+    if q.dim() != 2 or q.shape[1] == 0 or _has_gaps(q) or q.dtype != _FP8[spec.x]:
         raise ValueError(f"gemm: q is {q.dtype} {tuple(q.shape)}, {spec} takes [n, K] {spec.x}")
     n, k = q.shape
     if q_scale.numel() != (n if spec.x_scale == "row" else 1):
         raise ValueError(f"gemm: q_scale {tuple(q_scale.shape)} is not x_scale={spec.x_scale!r}")
     if spec.even_k and k % spec.block_k:
         raise ValueError(f"gemm: K = {k} is not a multiple of {spec.block_k}, as even_k says")
-    gaps = weight.dim() == 2 and weight.shape[1] > 1 and weight.stride(1) != 1
-    if weight.dtype != _FP8["e4m3"] or weight.dim() != 2 or gaps:
+    if weight.dtype != _FP8["e4m3"] or weight.dim() != 2 or _has_gaps(weight):
         raise ValueError(f"gemm: a weight is {weight.dtype} with strides {weight.stride()}")
     if weight.shape[_k_axis(spec)] != k:
         raise ValueError(f"gemm: a weight is {tuple(weight.shape)}, K is {k}")
+
+
+def _has_gaps(matrix: Tensor) -> bool:
+    return matrix.shape[1] > 1 and matrix.stride(1) != 1
 
 
 def _check_extra(piece: Piece, n: int, rows: int, spec: GemmSpec) -> None:
@@ -225,7 +228,7 @@ def _check_extra(piece: Piece, n: int, rows: int, spec: GemmSpec) -> None:
         if side is not None and (
             side.dtype != getattr(torch, spec.a_dtype)
             or side.shape[0] != length
-            or side.stride(1) != 1
+            or _has_gaps(side)
             or not 0 < side.shape[1] <= spec.extra
         ):
             raise ValueError(f"gemm: left or right is {side.dtype} {tuple(side.shape)}")

@@ -43,13 +43,21 @@ def store(source: str, name: str, folder: Path) -> Path:
     """
     content = source.encode()
     path = folder / f"{name}-{hashlib.sha256(content).hexdigest()[:16]}.py"
+    replace_file(path, content)
+    return path
+
+
+def replace_file(path: str | Path, content: bytes) -> None:
+    """Puts ``content`` into a file by an atomic rename, unless it is there already; warns once
+    where its folder cannot be written.
+    """
+    path = Path(path)
     try:
         if not _holds(path, content):
             _write(path, content)
     except OSError as error:
         # The full message may name the temporary file, and so differ each time.
-        _warn_unwritable(folder, error.strerror or str(error))
-    return path
+        _warn_unwritable(path.parent, error.strerror or str(error))
 
 
 def _holds(path: Path, content: bytes) -> bool:
@@ -77,7 +85,7 @@ def _warn_unwritable(folder: Path, reason: str) -> None:
         f"generated kernels are not kept: {folder} cannot be written ({reason}); "
         "set FALQON_CACHE to a folder that can",
         RuntimeWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
 
 

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import triton
 from rich.console import Console
@@ -30,7 +30,7 @@ from .aot import ARCHITECTURES, CompiledKernel, compile_ahead
 from .backward_spec import GradBSpec, TransposeSpec
 from .gemm_spec import GemmSpec
 from .loader import load
-from .spec import ActivationCastSpec, KernelSpec
+from .spec import ActivationCastSpec, Fp8Format, Granularity, KernelSpec
 from .tiles import GemmProblem, gemm_specs
 from .update_spec import UpdateSpec
 
@@ -72,8 +72,8 @@ def matrix() -> list[tuple[KernelSpec, tuple[int, ...]]]:
     found: dict[KernelSpec, list[int]] = {}
     for architecture in (80, *ARCHITECTURES):
         for problem in _gemm_problems(architecture):
-            for spec in gemm_specs(problem, architecture):
-                found.setdefault(spec, []).append(architecture)
+            for product in gemm_specs(problem, architecture):
+                found.setdefault(product, []).append(architecture)
     for spec in _others():
         found[spec] = list(ARCHITECTURES)
     return [(spec, tuple(dict.fromkeys(where))) for spec, where in found.items()]
@@ -148,13 +148,13 @@ def _others() -> Iterator[KernelSpec]:
     yield replace(row, b_dtype="bfloat16", a_dtype="bfloat16", rank=16)
     yield replace(row, granularity="tensor", scale="amax", rounding="nearest", drop=True)
     yield replace(row, rows=8, width=512, loop=True)
-    for granularity in ("row", "tensor"):
-        for fp8 in ("e4m3", "e5m2"):
+    for granularity in get_args(Granularity):
+        for fp8 in get_args(Fp8Format):
             yield ActivationCastSpec.for_width(
                 4096,
                 input_dtype="bfloat16",
-                fp8=fp8,  # type: ignore[arg-type]
-                granularity=granularity,  # type: ignore[arg-type]
+                fp8=fp8,
+                granularity=granularity,
                 scale="pow2",
             )
 
@@ -277,7 +277,7 @@ def read(path: Path = COMMITTED) -> tuple[str, dict[tuple[str, str, int], Line]]
     version, *rows = path.read_text().splitlines()
     kinds = {field.name: field.type for field in fields(Line)}
     lines = [
-        Line(**{k: int(v) if kinds[k] == "int" else v for k, v in row.items()})
+        Line(**{k: int(v) if kinds[k] == "int" else v for k, v in row.items()})  # type: ignore[arg-type]
         for row in csv.DictReader(rows)
     ]
     return version.removeprefix("# Triton "), {line.key: line for line in lines}

@@ -36,7 +36,8 @@ def template_text(template: str) -> str:
 
 
 @cache
-def _library_version() -> str:
+def library_version() -> str:
+    """The installed version of falqon-fx."""
     try:
         return version("falqon-fx")
     except PackageNotFoundError:  # run from a source tree that is not installed
@@ -65,7 +66,7 @@ class KernelSpec:
 
         Whatever caches something made from this spec puts the key into its own.
         """
-        content = [_library_version(), template_text(self.template), self.template, self.fields]
+        content = [library_version(), template_text(self.template), self.template, self.fields]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def __str__(self) -> str:

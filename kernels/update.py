@@ -6,13 +6,15 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from .interpreter import runs_interpreted
 from .loader import load
-from .update_spec import UpdateSpec
+from .spec import CastMode, InputDtype, ScaleMode
+from .update_spec import AppliedDtype, BaseDtype, UpdateSpec
 
 _FOUND = 5  # columns of `found`, see the template
 # Programs that share a site's fingerprint or its scores, and those that share its rows at most; on
@@ -114,23 +116,74 @@ def _table(sites: tuple[tuple[int, ...], ...], seed: int, device: torch.device) 
     return torch.tensor(lines, dtype=torch.int64).to(device)
 
 
+def dtypes(site: UpdateSite) -> tuple[str, str, str, str]:
+    """What sites of one launch have in common: dtypes of B, A, `applied` and the base weight."""
+    tensors = (site.lora_b, site.lora_a, site.applied, site.base)
+    b, a, applied, base = ("none" if t is None else str(t.dtype)[6:] for t in tensors)
+    return b, a, applied, base
+
+
+def refusal(site: UpdateSite) -> str:
+    """Why the kernels don't take a site, or ""."""
+    out, rank = site.applied.shape
+    if not {*dtypes(site)} <= {"float32", "bfloat16", "float16", "none"}:
+        return f"a dtype among {', '.join(dtypes(site))}"
+    for name in _POINTERS[:-1]:
+        tensor: Tensor = getattr(site, name)
+        if not tensor.is_contiguous():
+            return f"{name} has strides {tensor.stride()}"
+        if name in ("lora_b", "lora_a") and tensor.data_ptr() % 8:
+            return f"{name} does not start at a multiple of 8 bytes"
+    if rank > 1024:
+        return f"rank {rank}, more than 1024"
+    return ""
+
+
+def spec_for(
+    sites: Sequence[UpdateSite], scale: ScaleMode, rounding: str, drop: bool
+) -> UpdateSpec:
+    """The spec for sites that have `dtypes` in common.
+
+    A program holds one row where few are written, else eight; rows wider than 4096 in pieces.
+    """
+    b, a, applied, base = dtypes(sites[0])
+    widest = max(site.weight.shape[1] for site in sites)
+    many = max(site.count for site in sites) > 64
+    width = min(max(8, 1 << (widest - 1).bit_length()), 512 if many else 4096)
+    rank = max(site.applied.shape[1] for site in sites)
+    return UpdateSpec(
+        b_dtype=cast(InputDtype, b),
+        a_dtype=cast(InputDtype, a),
+        applied_dtype=cast(AppliedDtype, applied),
+        base_dtype=cast(BaseDtype, base),
+        granularity="row" if sites[0].scale.dim() == 2 else "tensor",
+        scale=scale,
+        rounding="stochastic" if rounding == "stochastic" else "nearest",
+        drop=drop,
+        cast=_cast_mode(sites[0].weight),
+        rank=max(16, 1 << (rank - 1).bit_length()),
+        aligned=all(s.weight.shape[1] % 16 == 0 and s.weight.data_ptr() % 16 == 0 for s in sites),
+        rows=8 if many else 1,
+        width=width,
+        loop=widest > width,
+        num_warps=8 if width > 2048 else 4,
+    )
+
+
+def _cast_mode(tensor: Tensor) -> CastMode:
+    if runs_interpreted(tensor) or torch.cuda.get_device_capability(tensor.device) < (8, 9):
+        return "integer"
+    return "hardware"
+
+
 def _check(site: UpdateSite, spec: UpdateSpec) -> None:
     out, rank = site.applied.shape
     width = site.weight.shape[1]
-    dtypes = {"lora_b": spec.b_dtype, "lora_a": spec.a_dtype, "applied": spec.applied_dtype}
-    for name, dtype in dtypes.items():
-        tensor: Tensor = getattr(site, name)
-        if tensor.dtype != getattr(torch, dtype):
-            raise ValueError(f"update: {name} is {tensor.dtype}, {spec} takes {dtype}")
-    base = "none" if site.base is None else str(site.base.dtype).removeprefix("torch.")
-    if base != spec.base_dtype:
-        raise ValueError(f"update: the base weight is {base}, {spec} takes {spec.base_dtype}")
-    for name in _POINTERS[:-1]:
-        tensor = getattr(site, name)
-        if not tensor.is_contiguous():
-            raise ValueError(f"update: {name} has strides {tensor.stride()}")
-        if name in ("lora_b", "lora_a") and tensor.data_ptr() % 8:
-            raise ValueError(f"update: {name} does not start at a multiple of 8 bytes")
+    wanted = (spec.b_dtype, spec.a_dtype, spec.applied_dtype, spec.base_dtype)
+    if dtypes(site) != wanted:
+        raise ValueError(f"update: dtypes {', '.join(dtypes(site))}; {spec} takes others")
+    if why := refusal(site):
+        raise ValueError(f"update: {why}")
     if site.scale.dim() != (2 if spec.granularity == "row" else 0):
         raise ValueError(f"update: scale {tuple(site.scale.shape)} does not fit {spec}")
     if rank > spec.rank:

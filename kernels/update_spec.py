@@ -15,6 +15,10 @@ from .spec import (
     check_powers_of_two,
 )
 
+AppliedDtype = Literal["float32", "bfloat16"]
+BaseDtype = Literal["none", "float32", "bfloat16", "float16"]
+Rounding = Literal["nearest", "stochastic"]
+
 
 @dataclass(frozen=True)
 class UpdateSpec(KernelSpec):
@@ -33,11 +37,11 @@ class UpdateSpec(KernelSpec):
 
     b_dtype: InputDtype
     a_dtype: InputDtype
-    applied_dtype: Literal["float32", "bfloat16"]
-    base_dtype: Literal["none", "float32", "bfloat16", "float16"]
+    applied_dtype: AppliedDtype
+    base_dtype: BaseDtype
     granularity: Granularity
     scale: ScaleMode
-    rounding: Literal["nearest", "stochastic"]
+    rounding: Rounding
     drop: bool
     cast: CastMode
     rank: int
@@ -54,11 +58,11 @@ class UpdateSpec(KernelSpec):
             {
                 "b_dtype": InputDtype,
                 "a_dtype": InputDtype,
-                "applied_dtype": Literal["float32", "bfloat16"],
-                "base_dtype": Literal["none", "float32", "bfloat16", "float16"],
+                "applied_dtype": AppliedDtype,
+                "base_dtype": BaseDtype,
                 "granularity": Granularity,
                 "scale": ScaleMode,
-                "rounding": Literal["nearest", "stochastic"],
+                "rounding": Rounding,
                 "cast": CastMode,
             },
         )

@@ -45,7 +45,7 @@ def test_key_depends_on_template_and_version(monkeypatch):
     keys = {SPEC.key}
     monkeypatch.setattr(spec, "template_text", lambda template: "another text")
     keys.add(SPEC.key)
-    monkeypatch.setattr(spec, "_library_version", lambda: "another version")
+    monkeypatch.setattr(spec, "library_version", lambda: "another version")
     keys.add(SPEC.key)
     assert len(keys) == 3
 

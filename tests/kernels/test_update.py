@@ -258,8 +258,8 @@ def test_no_sites_launch_nothing(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"b_dtype": "bfloat16"}, "lora_b is torch.float32.*takes bfloat16"),
-        ({"base_dtype": "none"}, "the base weight is float32"),
+        ({"b_dtype": "bfloat16"}, "takes others"),
+        ({"base_dtype": "none"}, "dtypes float32, float32, float32, float32"),
         ({"granularity": "tensor"}, "scale .* does not fit"),
         ({"rank": 2}, "rank 4 does not fit"),
         ({"width": 32}, "rows of 40 do not fit"),

@@ -1,0 +1,150 @@
+"""What the ``falqon::`` ops compute on a GPU: ATen casts, and products by `falqon_fx.kernels`.
+
+The functions take what those of `falqon_fx.lowering` take and compute the same; here products get
+FP8 operands and their scales, and add up in float32 up to the store. The casts are ATen, so that
+Inductor fuses them into whatever made x or dL/dO; the products are opaque ops.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from falqon_fx import update
+from falqon_fx.lowering import gemm_dtype, pending_part
+from falqon_fx.numerics import E4M3, FP8_MAX, amax_to_scale, as_e4m3
+from falqon_fx.spec import SiteSpec, parse_spec
+
+
+def quantize(x: Tensor, dtype: torch.dtype, plan: SiteSpec) -> tuple[Tensor, Tensor]:
+    """float32 ``x`` [n, k] ≈ q · scale: FP8 q [n, k], scale float32 [n, 1] or []."""
+    amax = x.abs().amax(dim=1, keepdim=True)
+    if not plan.per_row:
+        # The padded zero is the amax of no tokens at all.
+        amax = F.pad(amax, (0, 0, 0, 1)).amax()
+    scale = amax_to_scale(amax, dtype, plan.scale)
+    largest = FP8_MAX[dtype]
+    # A transposed x would stay so; the products read row by row.
+    return (x * scale.reciprocal()).clamp(-largest, largest).to(dtype).contiguous(), scale
+
+
+def merged_linear(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    applied: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    scaling: Sequence[float],
+    out_dtype: torch.dtype,
+    spec: str,
+) -> list[Tensor]:
+    """See `falqon_fx.lowering.merged_linear`.
+
+    With pending="apply", O_A comes first, since all of it is needed for each tile of O.
+    """
+    plan, dtype = parse_spec(spec), gemm_dtype(out_dtype)
+    outs = [a.shape[0] for a in applied]
+    q, q_scale = quantize(x.reshape(-1, x.shape[-1]).to(torch.float32), E4M3, plan)
+    codes = [as_e4m3(w) for w in weight]
+    product = torch.ops.falqon.merged_product
+    if plan.pending == "apply":
+        (out_a,) = product(q, q_scale, codes, scale, outs, "a", [], [], [], out_dtype, spec)
+        left = [*out_a.split([a.shape[1] for a in applied], dim=1)]
+        right = [pending_part(b, a, s, dtype) for b, a, s in zip(lora_b, applied, scaling)]
+        ys = product(q, q_scale, codes, scale, outs, "y", left, right, bias, out_dtype, spec)
+    else:
+        *ys, out_a = product(q, q_scale, codes, scale, outs, "both", [], [], bias, out_dtype, spec)
+    return [*(y.reshape(*x.shape[:-1], y.shape[1]) for y in ys), out_a]
+
+
+def merged_linear_grad_x(
+    grad: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    applied: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scaling: Sequence[float],
+    x_dtype: torch.dtype,
+    spec: str,
+) -> Tensor:
+    """See `falqon_fx.lowering.merged_linear_grad_x`."""
+    plan, dtype = parse_spec(spec), gemm_dtype(grad[0].dtype)
+    qs, q_scales, tails, lora_a = [], [], [], []
+    outs = [a.shape[0] for a in applied]
+    for g, w, s, a, b, factor in zip(grad, weight, scale, applied, lora_b, scaling):
+        out, wide = a.shape[0], g.to(torch.float32)
+        q, q_scale = quantize(wide * s[:out].t() if plan.per_row else wide, plan.grad_dtype, plan)
+        qs.append(q)
+        q_scales.append(q_scale if plan.per_row else q_scale * s)
+        if plan.pending == "apply":
+            tail = g.to(dtype) @ pending_part(b, a, factor, dtype)
+            tails.append((tail.to(torch.float32) * (s[out:].t() if plan.per_row else s)).to(dtype))
+            lora_a.append(as_e4m3(w)[out:].to(dtype))
+    left = [torch.cat(tails, dim=1)] if tails else []
+    right = [torch.cat(lora_a).t().contiguous()] if tails else []
+    codes = [as_e4m3(w) for w in weight]
+    product: Tensor = torch.ops.falqon.grad_x_product(
+        qs, q_scales, codes, outs, left, right, x_dtype, spec
+    )
+    return product
+
+
+def proxy_update_(
+    weight: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    applied: Sequence[Tensor],
+    counters: Sequence[Tensor],
+    writes: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    base: Sequence[Tensor | None],
+    scaling: Sequence[float],
+    spec: str,
+) -> None:
+    """See `falqon_fx.update.proxy_update_`: four launches for all sites whose tensors have the same
+    dtypes, whatever their shapes. Sites that the kernels don't take are updated by ATen.
+    """
+    # Triton is there where a GPU is, and need not be elsewhere.
+    from falqon_fx.kernels.update import UpdateSite, dtypes, refusal, spec_for, update_
+
+    plan = parse_spec(spec)
+    groups: dict[object, list[UpdateSite]] = defaultdict(list)
+    rest: list[int] = []
+    for i in range(len(weight)):
+        site = UpdateSite(
+            weight[i],
+            scale[i],
+            applied[i],
+            counters[i],
+            writes[i],
+            lora_b[i],
+            lora_a[i],
+            base[i],
+            scaling[i],
+            plan.rows(applied[i].shape[0]),
+        )
+        if plan.kernel == "dequantize" or refusal(site):
+            rest.append(i)
+        else:
+            groups[dtypes(site)].append(site)
+    drop = plan.pending == "drop"
+    for sites in groups.values():
+        update_(sites, plan.seed, spec_for(sites, plan.scale, plan.rounding, drop))
+    if rest:
+        update.proxy_update_(
+            [weight[i] for i in rest],
+            [scale[i] for i in rest],
+            [applied[i] for i in rest],
+            [counters[i] for i in rest],
+            [writes[i] for i in rest],
+            [lora_b[i] for i in rest],
+            [lora_a[i] for i in rest],
+            [base[i] for i in rest],
+            [scaling[i] for i in rest],
+            spec,
+        )

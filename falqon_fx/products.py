@@ -1,0 +1,158 @@
+"""The opaque products that the ``falqon::`` ops are lowered to on a GPU (see `falqon_fx.cuda`).
+
+They are defined without the wrapping of `torch.library.custom_op`: several run in each layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from falqon_fx.lowering import gemm_dtype
+from falqon_fx.spec import parse_spec
+
+if TYPE_CHECKING:
+    from falqon_fx.kernels.dispatch import Options
+
+
+def merged_product(
+    q: Tensor,
+    q_scale: Tensor,
+    weight: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    outs: Sequence[int],
+    part: str,
+    left: Sequence[Tensor],
+    right: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    out_dtype: torch.dtype,
+    spec: str,
+) -> list[Tensor]:
+    """[O_i] and O_A of the sites i that share x: O_i [n, out_i] = dq(q) · dq(W_i)ᵀ + left_i ·
+    right_iᵀ + bias_i, then O_A [n, Σ r_i] = dq(q) · dq(A_i)ᵀ side by side.
+
+    ``part`` is "y" for the O_i alone, "a" for O_A alone, or "both". W'_i [out_i + r_i, in] is E4M3,
+    its scale float32 [out_i + r_i, 1] or [].
+    """
+    from falqon_fx.kernels import dispatch
+    from falqon_fx.kernels.gemm import Piece
+
+    y, a = [], []
+    for i, (w, s, out) in enumerate(zip(weight, scale, outs)):
+        w_scale, a_scale = (s[:out], s[out:]) if s.dim() == 2 else (s, s)
+        piece = Piece(w[:out], w_scale, bias[i] if bias else None)
+        y.append(replace(piece, left=left[i], right=right[i]) if left else piece)
+        a.append(Piece(w[out:], a_scale))
+    pieces = {"y": y, "a": a, "both": [*y, *a]}[part]
+    a_pieces = 0 if part == "y" else len(a)
+    dtype = gemm_dtype(out_dtype)
+    return dispatch.forward(q, q_scale, pieces, a_pieces, out_dtype, dtype, _options(spec))
+
+
+def _merged_product_fake(
+    q: Tensor,
+    q_scale: Tensor,
+    weight: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    outs: Sequence[int],
+    part: str,
+    left: Sequence[Tensor],
+    right: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    out_dtype: torch.dtype,
+    spec: str,
+) -> list[Tensor]:
+    n, rank = q.shape[0], sum(w.shape[0] - out for w, out in zip(weight, outs))
+    results = [] if part == "a" else [q.new_empty((n, out), dtype=out_dtype) for out in outs]
+    if part != "y":
+        results.append(q.new_empty((n, rank), dtype=gemm_dtype(out_dtype)))
+    return results
+
+
+def grad_x_product(
+    q: Sequence[Tensor],
+    q_scale: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    outs: Sequence[int],
+    left: Sequence[Tensor],
+    right: Sequence[Tensor],
+    x_dtype: torch.dtype,
+    spec: str,
+) -> Tensor:
+    """dL/dx [n, in] = Σ_i (q_i · W_i[:out_i]) ⊙ s_q,i + left · rightᵀ; ``left`` and ``right`` have
+    one entry or none. The scales of W are in q_i, or in s_q,i.
+    """
+    from falqon_fx.kernels import dispatch
+    from falqon_fx.kernels.gemm import Product
+
+    products = [Product(a, s, w[:out]) for a, s, w, out in zip(q, q_scale, weight, outs)]
+    options = _options(spec)
+    if not left:
+        return dispatch.grad_x(products, None, None, x_dtype, options)
+    return dispatch.grad_x(products, left[0], right[0], x_dtype, options)
+
+
+def _grad_x_product_fake(
+    q: Sequence[Tensor],
+    q_scale: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    outs: Sequence[int],
+    left: Sequence[Tensor],
+    right: Sequence[Tensor],
+    x_dtype: torch.dtype,
+    spec: str,
+) -> Tensor:
+    return q[0].new_empty((q[0].shape[0], weight[0].shape[1]), dtype=x_dtype)
+
+
+def grad_b_product(
+    grad: Tensor, out_a: Tensor, scaling: float, b_dtype: torch.dtype, spec: str
+) -> Tensor:
+    """dL/dB [out, r] = scaling · gradᵀ · out_a."""
+    from falqon_fx.kernels import dispatch
+
+    return dispatch.grad_b(grad, out_a, scaling, b_dtype, parse_spec(spec).kernel)
+
+
+def _grad_b_product_fake(
+    grad: Tensor, out_a: Tensor, scaling: float, b_dtype: torch.dtype, spec: str
+) -> Tensor:
+    return grad.new_empty((grad.shape[1], out_a.shape[1]), dtype=b_dtype)
+
+
+def _options(spec: str) -> Options:
+    from falqon_fx.kernels import dispatch
+
+    plan = parse_spec(spec)
+    return dispatch.Options(plan.kernel, plan.accumulation, plan.transpose)  # type: ignore[arg-type]
+
+
+for _name, _schema, _run, _fake in (
+    (
+        "falqon::merged_product",
+        "(Tensor q, Tensor q_scale, Tensor[] weight, Tensor[] scale, int[] outs, str part, "
+        "Tensor[] left, Tensor[] right, Tensor[] bias, ScalarType out_dtype, str spec) -> Tensor[]",
+        merged_product,
+        _merged_product_fake,
+    ),
+    (
+        "falqon::grad_x_product",
+        "(Tensor[] q, Tensor[] q_scale, Tensor[] weight, int[] outs, Tensor[] left, "
+        "Tensor[] right, ScalarType x_dtype, str spec) -> Tensor",
+        grad_x_product,
+        _grad_x_product_fake,
+    ),
+    (
+        "falqon::grad_b_product",
+        "(Tensor grad, Tensor out_a, float scaling, ScalarType b_dtype, str spec) -> Tensor",
+        grad_b_product,
+        _grad_b_product_fake,
+    ),
+):
+    torch.library.define(_name, _schema)
+    torch.library.impl(_name, "default", _run)
+    torch.library.register_fake(_name, _fake)

@@ -1,0 +1,352 @@
+"""The products of the merged ops by whichever kernel is best here: ours, the library's, or plain.
+
+Each function takes FP8 operands with their scales, lists the implementations that could do, and
+runs the chosen one (`falqon_fx.kernels.choice`):
+
+========================  ====================================================================
+triton:<spec>             a generated kernel (`falqon_fx.kernels.gemm`)
+scaled_mm                 ``torch._scaled_mm``, one call a weight (sm_89 and newer)
+dequantize                ``torch.mm`` on decoded operands; takes everything
+========================  ====================================================================
+
+On CPU "dequantize" is the rule; ``kernel="triton"`` runs the generated kernels interpreted.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from falqon_fx._compat import scaled_mm
+
+from . import backward
+from .backward_spec import GradBSpec, TransposeSpec
+from .choice import Candidate, choices_for
+from .gemm import Piece, Product, gemm, programs
+from .gemm_spec import Accumulation, GemmSpec
+from .interpreter import runs_interpreted
+from .spec import InputDtype
+from .tiles import GemmProblem, gemm_specs, likeliest
+
+E4M3 = torch.float8_e4m3fn
+Transpose = Literal["auto", "transient", "kernel"]
+_TIMED = 3  # generated kernels that are tried for one problem
+_MAX_PIECES = 8  # weights in one launch
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the products are to be computed (see `FalqonConfig`)."""
+
+    kernel: str = "auto"
+    accumulation: Accumulation = "fast"
+    transpose: Transpose = "auto"
+
+
+def forward(
+    q: Tensor,
+    q_scale: Tensor,
+    pieces: Sequence[Piece],
+    a_pieces: int,
+    out_dtype: torch.dtype,
+    a_dtype: torch.dtype,
+    options: Options,
+) -> list[Tensor]:
+    """Y_g = (q · W_gᵀ) ⊙ s_q ⊙ s_W,g + left_g · right_gᵀ + bias_g: one [n, rows_g] for each piece,
+    the last ``a_pieces`` side by side in one (O_A).
+
+    Raises ValueError where no kernel, or not the one asked for, takes the operands; the message
+    holds the reason of each.
+    """
+    problem = _problem(q, q_scale, pieces, a_pieces, out_dtype, a_dtype, options)
+    dtypes = [out_dtype] * (len(pieces) - a_pieces) + [a_dtype] * a_pieces
+    typed = [*zip(pieces, dtypes, strict=True)]
+
+    def library() -> list[Tensor]:
+        mode = options.accumulation
+        return _join([_scaled_mm(q, q_scale, p, dtype, mode) for p, dtype in typed], a_pieces)
+
+    def plain() -> list[Tensor]:
+        return _join([_plain(q, q_scale, p, dtype) for p, dtype in typed], a_pieces)
+
+    candidates: dict[str, Candidate] = dict(_triton(problem, q, q_scale, pieces))
+    candidates |= {"scaled_mm": library, "dequantize": plain}
+    return cast(list[Tensor], _run(_key("forward", problem), candidates, q, options))
+
+
+def grad_x(
+    products: Sequence[Product],
+    left: Tensor | None,
+    right: Tensor | None,
+    x_dtype: torch.dtype,
+    options: Options,
+) -> Tensor:
+    """dL/dx [n, in] = Σ_s (q_s · W_s) ⊙ s_q,s + left · rightᵀ, for weights W_s [out_s, in] as
+    stored. ``left`` [n, r] and ``right`` [in, r] have one dtype.
+
+    Where the tensor cores want Wᵀ row by row, its bytes are transposed first, each time
+    (transpose="transient"), unless a kernel reads W as it lies (transpose="kernel").
+
+    Raises ValueError as `forward` does.
+    """
+    q, q_scale, weight = products[0].q, products[0].q_scale, products[0].weight
+    more = products[1:]
+    features = weight.shape[1]
+    a_dtype = x_dtype if left is None else left.dtype
+    piece = Piece(weight, None, None, left, right)
+    problem = replace(
+        _problem(q, q_scale, [piece], 0, x_dtype, a_dtype, options),
+        k=q.shape[1],
+        rows=(features,),
+        more_k=tuple(other.q.shape[1] for other in more),
+        layout="kn",
+        one_tensor=not more,
+    )
+    candidates: dict[str, Candidate] = {}
+    if options.transpose != "transient":
+        candidates |= _triton(problem, q, q_scale, [piece], more)
+    if options.transpose != "kernel":
+        turned = replace(problem, layout="nk")
+        candidates |= {
+            f"{name}+transpose": run
+            for name, run in _triton(turned, q, q_scale, [piece], more, transpose=True)
+        }
+        candidates["scaled_mm+transpose"] = lambda: [
+            _scaled_grad(products, left, right, x_dtype, options.accumulation)
+        ]
+    candidates["dequantize"] = lambda: [_plain_grad(products, left, right, x_dtype)]
+    (result,) = cast(list[Tensor], _run(_key("dL/dx", problem), candidates, q, options))
+    return result
+
+
+def grad_b(
+    grad: Tensor, out_a: Tensor, scaling: float, b_dtype: torch.dtype, kernel: str
+) -> Tensor:
+    """dL/dB [out, r] = scaling · gradᵀ · out_a, for dL/dO [n, out] and O_A [n, r].
+
+    Raises ValueError as `forward` does.
+    """
+    rank = max(16, 1 << (out_a.shape[1] - 1).bit_length())
+    spec = GradBSpec(
+        grad_dtype=_name(grad.dtype),
+        a_dtype=_name(out_a.dtype),
+        b_dtype=_name(b_dtype),
+        operands="float32" if runs_interpreted(grad) else "native",
+        rank=rank,
+        block_m=64 if rank > 64 else 128,
+    )
+    candidates: dict[str, Candidate] = {
+        f"triton:{spec.name}": lambda: backward.grad_b(grad, out_a, scaling, spec),
+        "dequantize": lambda: plain_grad_b(grad, out_a, scaling, b_dtype),
+    }
+    key = f"dL/dB n={_bucket(len(grad))} out={grad.shape[1]} {spec.name}"
+    wanted = kernel if kernel in ("triton", "dequantize") else "auto"
+    return cast(Tensor, _run(key, candidates, grad, Options(kernel=wanted)))
+
+
+def plain_grad_b(grad: Tensor, out_a: Tensor, scaling: float, b_dtype: torch.dtype) -> Tensor:
+    """`grad_b` by ``torch.mm``."""
+    product = grad.to(out_a.dtype).t() @ out_a
+    return (product.to(torch.float32) * scaling).to(b_dtype)
+
+
+def architecture(device: torch.device) -> int:
+    """90 for sm_90 and so on; 0 for a CPU, where kernels are interpreted.
+
+    A GPU without FP8 tensor cores is named once: it saves memory, and no time.
+    """
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 9):
+        _warn_below_fp8(torch.cuda.get_device_name(device), major * 10 + minor)
+    return major * 10 + minor
+
+
+@functools.cache
+def _warn_below_fp8(card: str, number: int) -> None:
+    warnings.warn(
+        f"falqon: {card} (sm_{number}) has no FP8 tensor cores (sm_89 and newer have): weights "
+        "stay FP8 in memory, and are decoded to bfloat16 in every product. Memory is saved, time "
+        "is not.",
+        stacklevel=5,
+    )
+
+
+def _run(key: str, candidates: dict[str, Candidate], like: Tensor, options: Options) -> object:
+    plain_here = not like.is_cuda and options.kernel == "auto"
+    if plain_here or like.shape[0] == 0:
+        return candidates["dequantize"]()
+    # While a CUDA graph is captured nothing can be timed; warming up came before.
+    time = like.is_cuda and not torch.cuda.is_current_stream_capturing()
+    choice = choices_for(like.device).get(key, candidates, options.kernel, time=time)
+    return candidates[choice.winner]()
+
+
+def _triton(
+    problem: GemmProblem,
+    q: Tensor,
+    q_scale: Tensor,
+    pieces: Sequence[Piece],
+    more: Sequence[Product] = (),
+    *,
+    transpose: bool = False,
+) -> Iterator[tuple[str, Candidate]]:
+    """The likeliest generated kernels for a problem, none where they don't take it."""
+    interpreted = runs_interpreted(q)
+    where = 0 if interpreted else architecture(q.device)
+    if problem.k == 0 or len(pieces) > _MAX_PIECES or problem.rank > 256:
+        return
+    # The same order for all token counts that share a choice.
+    usual = replace(problem, n=_bucket(problem.n))
+    specs = likeliest(gemm_specs(problem, where), usual, programs(q.device))
+    for spec in specs[:_TIMED]:
+        if transpose:
+            run = functools.partial(_transposed_gemm, q, q_scale, pieces[0], spec, more)
+        else:
+            run = functools.partial(gemm, q, q_scale, pieces, spec, more)
+        yield f"triton:{spec.name}", run
+
+
+def _transposed_gemm(
+    q: Tensor, q_scale: Tensor, piece: Piece, spec: GemmSpec, more: Sequence[Product]
+) -> list[Tensor]:
+    turned = replace(piece, weight=transposed(piece.weight))
+    others = [replace(other, weight=transposed(other.weight)) for other in more]
+    return gemm(q, q_scale, [turned], spec, others)
+
+
+def transposed(weight: Tensor) -> Tensor:
+    """Wᵀ [in, out] of FP8 W [out, in], row by row."""
+    out, features = weight.shape
+    code = torch.empty((features, out), dtype=torch.uint8, device=weight.device)
+    interpreted = runs_interpreted(weight)
+    spec = TransposeSpec(block=32 if interpreted else 128)
+    backward.transpose_(weight.contiguous().view(torch.uint8), code, spec)
+    return code.view(E4M3)
+
+
+def _scaled_mm(
+    q: Tensor, q_scale: Tensor, piece: Piece, dtype: torch.dtype, accumulation: Accumulation
+) -> Tensor:
+    """One piece by the library: its own GEMM, then the extra term and the bias."""
+    n, rows = q.shape[0], piece.weight.shape[0]
+    one = torch.ones((), dtype=torch.float32, device=q.device)
+    w_scale = one if piece.scale is None else piece.scale
+    if q_scale.numel() > 1 or w_scale.numel() > 1:  # the library wants both by row, or neither
+        q_scale = q_scale.reshape(-1, 1).expand(n, 1).contiguous()
+        w_scale = w_scale.reshape(1, -1).expand(1, rows).contiguous()
+    wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    fast = accumulation == "fast"
+    y = scaled_mm(q, piece.weight.t(), q_scale, w_scale, out_dtype=wide, use_fast_accum=fast)
+    return _finish(y, piece, dtype)
+
+
+def _scaled_grad(
+    products: Sequence[Product],
+    left: Tensor | None,
+    right: Tensor | None,
+    dtype: torch.dtype,
+    accumulation: Accumulation,
+) -> Tensor:
+    total: Tensor | None = None
+    for product in products:
+        piece = Piece(transposed(product.weight), None)
+        y = _scaled_mm(product.q, product.q_scale, piece, dtype, accumulation)
+        total = y if total is None else total + y
+    assert total is not None
+    return _finish(total, Piece(products[0].weight, None, None, left, right), dtype)
+
+
+def _plain(q: Tensor, q_scale: Tensor, piece: Piece, dtype: torch.dtype) -> Tensor:
+    """One piece by ``torch.mm`` on the decoded operands, in bfloat16 where the result is that."""
+    y = _decoded(q, dtype) @ _decoded(piece.weight, dtype).t()
+    wide = y.to(torch.float32) * q_scale
+    if piece.scale is not None:
+        wide = wide * piece.scale.reshape(1, -1)
+    return _finish(wide.to(y.dtype), piece, dtype)
+
+
+def _plain_grad(
+    products: Sequence[Product], left: Tensor | None, right: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    total: Tensor | None = None
+    for product in products:
+        y = _decoded(product.q, dtype) @ _decoded(product.weight, dtype)
+        y = y.to(torch.float32) * product.q_scale
+        total = y if total is None else total + y
+    assert total is not None
+    return _finish(total, Piece(products[0].weight, None, None, left, right), dtype)
+
+
+def _finish(y: Tensor, piece: Piece, dtype: torch.dtype) -> Tensor:
+    if piece.left is not None:
+        assert piece.right is not None
+        y = torch.addmm(y.to(piece.left.dtype), piece.left, piece.right.t())
+    if piece.bias is not None:
+        y = y + piece.bias.to(y.dtype)
+    return y.to(dtype)
+
+
+def _decoded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # bfloat16 holds every FP8 value; a raw FP8 sum overflows float16.
+    return tensor.to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+
+
+def _join(parts: list[Tensor], a_pieces: int) -> list[Tensor]:
+    if not a_pieces:
+        return parts
+    y, a = parts[: len(parts) - a_pieces], parts[len(parts) - a_pieces :]
+    return [*y, a[0] if len(a) == 1 else torch.cat(a, dim=1)]
+
+
+def _problem(
+    q: Tensor,
+    q_scale: Tensor,
+    pieces: Sequence[Piece],
+    a_pieces: int,
+    out_dtype: torch.dtype,
+    a_dtype: torch.dtype,
+    options: Options,
+) -> GemmProblem:
+    n, k = q.shape
+    biases = {_name(p.bias.dtype) for p in pieces if p.bias is not None}
+    scales = [p.scale for p in pieces]
+    rows = tuple(p.weight.shape[0] for p in pieces)
+    ends = [p.weight.data_ptr() + p.weight.numel() for p in pieces]
+    return GemmProblem(
+        n=n,
+        k=k,
+        rows=rows,
+        a_pieces=a_pieces,
+        x="e4m3" if q.dtype == E4M3 else "e5m2",
+        x_scale="row" if q_scale.dim() == 2 else "tensor",
+        w_scale="none" if scales[0] is None else "row" if scales[0].dim() == 2 else "tensor",
+        out_dtype=_name(out_dtype),
+        a_dtype=_name(a_dtype),
+        bias=biases.pop() if len(biases) == 1 else "none",
+        rank=max(0 if p.right is None else p.right.shape[1] for p in pieces),
+        accumulation=options.accumulation,
+        one_tensor=all(a == b.weight.data_ptr() for a, b in zip(ends, pieces[1:], strict=False)),
+    )
+
+
+def _name(dtype: torch.dtype) -> InputDtype:
+    return cast(InputDtype, str(dtype).removeprefix("torch."))
+
+
+def _bucket(n: int) -> int:
+    """Token counts between two powers of two share a choice."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _key(what: str, problem: GemmProblem) -> str:
+    rounded = replace(problem, n=_bucket(problem.n))
+    fields = ", ".join(f"{name}={value}" for name, value in vars(rounded).items())
+    return f"{what} {fields}"

@@ -1,0 +1,167 @@
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from falqon_fx.kernels import choice, loader
+from falqon_fx.kernels.choice import Choice, Choices, environment_of
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("FALQON_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+class Clock:
+    """Says what it is told a candidate took, and counts."""
+
+    def __init__(self, **seconds):
+        self.seconds, self.timed = seconds, []
+
+    def __call__(self, run):
+        name = run()
+        self.timed.append(name)
+        return self.seconds[name]
+
+
+def candidates(*names):
+    return {name: lambda name=name: name for name in names}
+
+
+def refuse():
+    raise ValueError("K is odd\nand more")
+
+
+def test_the_fastest_wins_and_is_timed_once(folder):
+    clock = Clock(a=3.0, b=1.0, c=2.0)
+    choices = Choices("card", clock)
+    chosen = choices.get("p", candidates("a", "b", "c"))
+    assert chosen.winner == "b"
+    assert choices.get("p", candidates("a", "b", "c")) is chosen
+    assert clock.timed == ["a", "b", "c"]
+    assert str(chosen) == "p: b, 2.00x the speed of c"
+    assert choices.all() == [chosen]
+
+
+def test_another_process_reads_the_choice(folder):
+    Choices("card", Clock(a=1.0, b=2.0)).get("p", candidates("a", "b"))
+    silent = Clock()
+    again = Choices("card", silent).get("p", candidates("a", "b"))
+    assert (again.winner, again.seconds, silent.timed) == ("a", {"a": 1.0, "b": 2.0}, [])
+
+
+@pytest.mark.parametrize("change", ["environment", "key", "wanted", "winner gone"])
+def test_what_a_choice_depends_on_makes_a_new_one(folder, change):
+    Choices("card", Clock(a=1.0, b=2.0)).get("p", candidates("a", "b"))
+    clock = Clock(a=2.0, b=1.0)
+    choices = Choices("other" if change == "environment" else "card", clock)
+    names = ["b"] if change == "winner gone" else ["a", "b"]
+    wanted = "b" if change == "wanted" else "auto"
+    chosen = choices.get("q" if change == "key" else "p", candidates(*names), wanted)
+    assert chosen.winner == "b"
+    assert clock.timed
+
+
+def test_a_candidate_that_refuses_is_passed_over_with_its_reason(folder):
+    chosen = Choices("card", Clock(b=1.0)).get("p", {"a": refuse, **candidates("b")})
+    assert chosen.winner == "b"
+    assert chosen.refused == {"a": "K is odd"}
+    assert "not a: K is odd" in str(chosen)
+
+
+def test_an_error_that_is_no_refusal_is_not_swallowed(folder):
+    def broken():
+        raise KeyError("bug")
+
+    with pytest.raises(KeyError):
+        Choices("card", Clock()).get("p", {"a": broken})
+
+
+def test_no_candidate_is_an_error_that_gives_each_reason(folder):
+    with pytest.raises(ValueError, match="no kernel takes p: a: K is odd"):
+        Choices("card", Clock()).get("p", {"a": refuse})
+
+
+def test_a_forced_kernel_is_the_only_one_tried(folder):
+    clock = Clock(**{"triton:1": 2.0, "triton:2": 1.0})
+    chosen = Choices("card", clock).get("p", candidates("lib", "triton:1", "triton:2"), "triton")
+    assert chosen.winner == "triton:2"
+    with pytest.raises(ValueError, match="kernel='cutlass': p has lib"):
+        Choices("card", clock).get("p", candidates("lib"), "cutlass")
+
+
+def test_nothing_is_timed_while_a_graph_is_captured(folder):
+    clock = Clock()
+    assert Choices("card", clock).get("p", candidates("a", "b"), time=False).winner == "a"
+    assert clock.timed == []
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[]",
+        b'{"environment": "card"}',
+        b'{"environment": "card", "choices": 3}',
+    ],
+)
+def test_damaged_file_is_rebuilt(folder, damage):
+    choices = Choices("card", Clock(a=1.0))
+    Path(choices.path).parent.mkdir(parents=True)
+    Path(choices.path).write_bytes(damage)
+    assert choices.get("p", candidates("a")).winner == "a"
+    assert json.loads(Path(choices.path).read_bytes())["choices"][0]["winner"] == "a"
+
+
+def test_choices_of_two_processes_are_both_kept(folder):
+    one, two = Choices("card", Clock(a=1.0)), Choices("card", Clock(a=1.0))
+    assert one.all() == two.all() == []
+    one.get("p", candidates("a"))
+    two.get("q", candidates("a"))
+    assert {c.key for c in Choices("card", Clock()).all()} == {"p", "q"}
+
+
+def test_processes_that_choose_at_once_never_see_a_partial_file(folder):
+    code = """
+import sys
+from falqon_fx.kernels.choice import Choices
+for i in range(40):
+    choices = Choices("card", lambda run: run())
+    assert choices.get(f"{sys.argv[1]} {i}", {"a": lambda: 1.0}).winner == "a"
+"""
+    command = [sys.executable, "-W", "error", "-c", code]
+    processes = [subprocess.Popen([*command, str(i)], stderr=subprocess.PIPE) for i in range(2)]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors.decode()
+    assert all(isinstance(c, Choice) for c in Choices("card", Clock()).all())
+
+
+def test_unwritable_folder_works_from_memory_with_one_warning(tmp_path, monkeypatch):
+    blocker = tmp_path / "file"
+    blocker.touch()
+    monkeypatch.setenv("FALQON_CACHE", str(blocker / "choices"))
+    loader._warn_unwritable.cache_clear()
+    clock = Clock(a=1.0)
+    choices = Choices("card", clock)
+    with pytest.warns(RuntimeWarning, match="set FALQON_CACHE"):
+        choices.get("p", candidates("a"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        choices.get("q", candidates("a"))
+        choices.get("p", candidates("a"))
+    assert clock.timed == ["a", "a"]
+
+
+def test_environment_names_versions():
+    text = environment_of(torch.device("cpu"))
+    assert torch.__version__ in text
+    assert choice.library_version() in text

@@ -1,0 +1,165 @@
+"""The path of a GPU, on CPU: the same casts, with products by generated kernels (interpreted), by
+the library or plain; against float64 on the same quantized operands.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from falqon_fx import cuda, products
+from tests import sites as sites_module
+from tests.sites import make_site, randn, same, snapshot
+from tests.strategies import Case, cases
+from tests.test_lowering import expected
+from tests.tolerances import Approx
+
+KERNELS = ["triton", "dequantize", "scaled_mm"]
+
+# numpy, which the interpreter computes with, announces what hashing does on purpose.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:(overflow|invalid value) encountered:RuntimeWarning"
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kernel_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FALQON_CACHE", str(tmp_path_factory.mktemp("falqon-cache")))
+        yield
+
+
+def columns(made):
+    states = [site.state for site in made]
+    return (
+        [s.weight for s in states],
+        [s.scale for s in states],
+        [s.applied for s in states],
+        [site.lora_b for site in made],
+    )
+
+
+def run(made, x, bias, out_dtype, grads, kernel):
+    """(O of each site, O_A, dL/dx, dL/dB of each)."""
+    states = [site.state for site in made]
+    spec, scaling = str(replace(states[0].plan, kernel=kernel)), [s.scaling for s in states]
+    *ys, out_a = cuda.merged_linear(x, *columns(made), bias, scaling, out_dtype, spec)
+    grad_x = cuda.merged_linear_grad_x(grads, *columns(made), scaling, x.dtype, spec)
+    parts = out_a.split([s.rank for s in states], dim=1)
+    grad_bs = [
+        products.grad_b_product(g, a, s.state.scaling, s.lora_b.dtype, spec)
+        for g, a, s in zip(grads, parts, made, strict=True)
+    ]
+    return ys, out_a, grad_x, grad_bs
+
+
+def holds(wanted: Approx, actual: torch.Tensor) -> None:
+    Approx(wanted.value.reshape(actual.shape), wanted.bound.reshape(actual.shape)).assert_holds(
+        actual
+    )
+
+
+@settings(max_examples=30)
+@given(case=cases(), kernel=st.sampled_from(["triton", "triton", "dequantize"]))
+def test_results_equal_float64_on_the_same_quantized_operands(case: Case, kernel: str):
+    wanted, bias = expected(case), [] if case.bias is None else [case.bias]
+    grad = case.grad.reshape(-1, case.grad.shape[-1])
+    (y,), out_a, grad_x, (grad_b,) = run([case.site], case.x, bias, case.out_dtype, [grad], kernel)
+    assert y.shape == (*case.x.shape[:-1], len(case.site.lora_b))
+    assert (y.dtype, grad_x.dtype, grad_b.dtype) == (
+        case.out_dtype,
+        case.x.dtype,
+        case.site.lora_b.dtype,
+    )
+    for name, actual in {"y": y, "out_a": out_a, "grad_x": grad_x, "grad_b": grad_b}.items():
+        holds(wanted[name], actual)
+
+
+def siblings(granularity, pending):
+    """Sites of different sizes and ranks that share x, some of B not yet written."""
+    made = []
+    for i, (out, rank) in enumerate(((48, 16), (32, 8), (16, 16))):
+        site = make_site(out, 64, rank, granularity=granularity, pending=pending, seed=i)
+        site.step(seed=i)
+        made.append(site)
+    return made
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("pending", ["apply", "hold"])
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+def test_siblings_share_a_cast_and_the_products(granularity, pending, kernel):
+    made, x = siblings(granularity, pending), randn(32, 64).bfloat16()
+    grads = [randn(32, len(s.lora_b), seed=i).bfloat16() for i, s in enumerate(made)]
+    ys, out_a, grad_x, _ = run(made, x, [], torch.bfloat16, grads, kernel)
+    total = Approx.exact(torch.zeros(32, 64))
+    for site, y, a, grad in zip(made, ys, out_a.split([16, 8, 16], dim=1), grads, strict=True):
+        case = Case(site, x, None, torch.bfloat16, grad)
+        wanted = expected(case)
+        holds(wanted["y"], y)
+        holds(wanted["out_a"], a)
+        total = (total + wanted["grad_x"]).rounded(torch.float32)
+    holds(total.rounded(torch.bfloat16), grad_x)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "triton"])
+def test_no_tokens(kernel):
+    made = siblings("row", "apply")
+    grads = [torch.zeros(0, len(s.lora_b)) for s in made]
+    ys, out_a, grad_x, grad_bs = run(made, torch.zeros(2, 0, 64), [], torch.float32, grads, kernel)
+    assert [y.shape for y in ys] == [(2, 0, 48), (2, 0, 32), (2, 0, 16)]
+    assert (out_a.shape, grad_x.shape) == ((0, 40), (0, 64))
+    assert all((b == 0).all() for b in grad_bs)
+
+
+@pytest.mark.parametrize("pending", ["apply", "hold"])
+def test_fake_results_look_like_the_real_ones(pending):
+    made, x = siblings("row", pending), randn(5, 64)
+    spec = str(made[0].state.plan)
+    q, q_scale = cuda.quantize(x, torch.float8_e4m3fn, made[0].state.plan)
+    weight, scale, applied, lora_b = columns(made)
+    outs = [len(b) for b in lora_b]
+
+    def check(op, args):  # the other checks multiply operands, and torch can't multiply FP8
+        torch.library.opcheck(op, args, test_utils=("test_faketensor",))
+
+    for part in ("a", "y", "both"):
+        args = (q, q_scale, weight, scale, outs, part, [], [], [], torch.float16, spec)
+        check(torch.ops.falqon.merged_product, args)
+    grads = [cuda.quantize(randn(5, n), torch.float8_e5m2, made[0].state.plan) for n in outs]
+    args = ([g for g, _ in grads], [s for _, s in grads], weight, outs, [], [], x.dtype, spec)
+    check(torch.ops.falqon.grad_x_product, args)
+    args = (randn(5, 48), randn(5, 16), 0.5, torch.bfloat16, spec)
+    check(torch.ops.falqon.grad_b_product, args)
+
+
+def test_update_takes_sites_of_all_kinds_in_few_launches():
+    made = [make_site(40, 64, 8), make_site(24, 32, 4, dtype=torch.bfloat16)]
+    odd = make_site(24, 32, 4)
+    odd.lora_b = odd.lora_b.t().contiguous().t()  # the kernels take no strides
+    others = [
+        make_site(40, 64, 8),
+        make_site(24, 32, 4, dtype=torch.bfloat16),
+        make_site(24, 32, 4),
+    ]
+    for site in (*made, odd, *others):
+        site.step()
+    states = [s.state for s in (*made, odd)]
+    cuda.proxy_update_(
+        *([s.tensors[i] for s in states] for i in range(5)),
+        [s.lora_b for s in (*made, odd)],
+        [s.lora_a for s in (*made, odd)],
+        [s.base for s in (*made, odd)],
+        [s.scaling for s in states],
+        str(states[0].plan),
+    )
+    sites_module.update(*others)
+    for site, other in zip((*made, odd), others, strict=True):
+        code, other_code = site.state.code, other.state.code
+        # Sums of eight products in another order: bytes may differ at ties alone.
+        assert (code != other_code).double().mean() < 0.01
+        assert same(snapshot(site.state)[2:], snapshot(other.state)[2:])
