@@ -2,6 +2,7 @@
 #   make demo        environment, then the fine-tuning example
 #   make test        environment, lint, types, wheel, fast tests
 #   make test-all    the same with the slow tests
+#   make kernels     every generated kernel compiled for each GPU architecture, and inspected
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -19,7 +20,7 @@ WHEEL := build/wheel
 PACKAGE := $(wildcard falqon_fx/*.py falqon_fx/py.typed passes/*.py kernels/*.py \
 	kernels/templates/*.jinja falqon_fx/templates/*.jinja)
 
-.PHONY: venv demo test test-all check lint types format wheel-check clean
+.PHONY: venv demo test test-all kernels check lint types format wheel-check clean
 
 venv: $(STAMP)
 
@@ -39,6 +40,9 @@ test: check
 
 test-all: check
 	$(PYTEST) -m ""
+
+kernels: venv
+	$(BIN)/python -m falqon_fx.kernels.matrix
 
 check: lint types wheel-check
 

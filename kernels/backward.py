@@ -12,22 +12,24 @@ from .loader import load
 _TYPE = {"float32": "*fp32:16", "bfloat16": "*bf16:16", "float16": "*fp16:16"}
 
 
-def transpose_(x: Tensor, y: Tensor, spec: TransposeSpec) -> None:
-    """y [columns, rows] ← xᵀ, bytes. x [rows, columns] has no gaps; y's rows may lie further apart.
+def transpose(x: Tensor, spec: TransposeSpec) -> Tensor:
+    """xᵀ [columns, rows] of bytes x [rows, columns] without gaps; its rows start at multiples of 16
+    bytes.
 
-    Raises ValueError where the tensors are something else.
+    Raises ValueError where x is something else.
     """
     rows, columns = x.shape
-    if x.dtype != torch.uint8 or y.dtype != torch.uint8 or not x.is_contiguous():
-        raise ValueError(f"transpose: {x.dtype} with strides {x.stride()} into {y.dtype}")
-    if y.shape != (columns, rows) or y.stride(1) != 1:
-        raise ValueError(f"transpose: {tuple(x.shape)} into {tuple(y.shape)}, {y.stride()}")
+    if x.dtype != torch.uint8 or not x.is_contiguous():
+        raise ValueError(f"transpose: {x.dtype} with strides {x.stride()}")
+    y = torch.empty((columns, -(-rows // 16) * 16), dtype=torch.uint8, device=x.device)
     if x.numel() == 0:
-        return
+        return y[:, :rows]
     grid = (-(-rows // spec.block), -(-columns // spec.block))
     kernel = load(spec, runs_interpreted(x)).transpose
+    words = y.view(torch.int32)
     with torch.cuda.device_of(x):
-        kernel[grid](x, y, rows, columns, y.stride(0), num_warps=spec.num_warps)
+        kernel[grid](x, words, rows, columns, words.stride(0), num_warps=spec.num_warps)
+    return y[:, :rows]
 
 
 def grad_b(grad: Tensor, out_a: Tensor, scaling: float, spec: GradBSpec) -> Tensor:
@@ -68,7 +70,7 @@ def grad_b(grad: Tensor, out_a: Tensor, scaling: float, spec: GradBSpec) -> Tens
 def signatures(spec: GradBSpec | TransposeSpec) -> dict[str, dict[str, str]]:
     """Argument types of each kernel, for `aot.compile_ahead`: aligned, sizes divisible by 16."""
     if isinstance(spec, TransposeSpec):
-        bytes_ = {"x_ptr": "*u8:16", "y_ptr": "*u8:16"}
+        bytes_ = {"x_ptr": "*u8:16", "y_ptr": "*i32:16"}
         return {
             "transpose": {**bytes_, "rows": "i32:16", "columns": "i32:16", "y_stride": "i32:16"}
         }

@@ -63,6 +63,30 @@ class GradBSpec(KernelSpec):
         if self.rank < 16:
             raise ValueError(f"rank={self.rank}: tensor cores take at least 16 columns")
 
+    @classmethod
+    def for_rank(
+        cls,
+        rank: int,
+        *,
+        grad_dtype: InputDtype,
+        a_dtype: InputDtype,
+        b_dtype: InputDtype,
+        operands: Literal["native", "float32"] = "native",
+    ) -> GradBSpec:
+        """The spec for an adapter of ``rank``; float32 products take three times the registers."""
+        padded, wide = max(16, 1 << (rank - 1).bit_length()), a_dtype == "float32"
+        return cls(
+            grad_dtype=grad_dtype,
+            a_dtype=a_dtype,
+            b_dtype=b_dtype,
+            operands=operands,
+            rank=padded,
+            block_m=64 if padded > 64 or wide else 128,
+            block_k=32 if wide else 64,
+            num_warps=8 if padded > 64 or wide else 4,
+            num_stages=2 if wide else 3,
+        )
+
     @property
     def name(self) -> str:
         return (

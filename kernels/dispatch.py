@@ -132,14 +132,12 @@ def grad_b(
 
     Raises ValueError as `forward` does.
     """
-    rank = max(16, 1 << (out_a.shape[1] - 1).bit_length())
-    spec = GradBSpec(
+    spec = GradBSpec.for_rank(
+        out_a.shape[1],
         grad_dtype=_name(grad.dtype),
         a_dtype=_name(out_a.dtype),
         b_dtype=_name(b_dtype),
         operands="float32" if runs_interpreted(grad) else "native",
-        rank=rank,
-        block_m=64 if rank > 64 else 128,
     )
     candidates: dict[str, Candidate] = {
         f"triton:{spec.name}": lambda: backward.grad_b(grad, out_a, scaling, spec),
@@ -224,12 +222,8 @@ def _transposed_gemm(
 
 def transposed(weight: Tensor) -> Tensor:
     """Wᵀ [in, out] of FP8 W [out, in], row by row."""
-    out, features = weight.shape
-    code = torch.empty((features, out), dtype=torch.uint8, device=weight.device)
-    interpreted = runs_interpreted(weight)
-    spec = TransposeSpec(block=32 if interpreted else 128)
-    backward.transpose_(weight.contiguous().view(torch.uint8), code, spec)
-    return code.view(E4M3)
+    spec = TransposeSpec(block=32 if runs_interpreted(weight) else 128)
+    return backward.transpose(weight.contiguous().view(torch.uint8), spec).view(E4M3)
 
 
 def _scaled_mm(

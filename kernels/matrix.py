@@ -123,9 +123,9 @@ def _gemm_problems(architecture: int) -> Iterator[GemmProblem]:
 
 def _others() -> Iterator[KernelSpec]:
     yield TransposeSpec()
-    for rank in (16, 64, 128):
-        yield GradBSpec("bfloat16", "bfloat16", "float32", "native", rank)
-    yield GradBSpec("float16", "float32", "float32", "native", 64)
+    for rank in (16, 64, 128, 256):
+        yield GradBSpec.for_rank(rank, grad_dtype="bfloat16", a_dtype="bfloat16", b_dtype="float32")
+    yield GradBSpec.for_rank(64, grad_dtype="float16", a_dtype="float32", b_dtype="float32")
     row = UpdateSpec(
         b_dtype="float32",
         a_dtype="float32",
@@ -144,10 +144,10 @@ def _others() -> Iterator[KernelSpec]:
         num_warps=8,
     )
     yield row
-    yield replace(row, base_dtype="bfloat16", width=2048, loop=True)
+    yield replace(row, base_dtype="bfloat16", loop=True)
     yield replace(row, b_dtype="bfloat16", a_dtype="bfloat16", rank=16)
     yield replace(row, granularity="tensor", scale="amax", rounding="nearest", drop=True)
-    yield replace(row, rows=8, width=512, loop=True)
+    yield replace(row, rows=4, width=1024, loop=True, num_warps=4)
     for granularity in get_args(Granularity):
         for fp8 in get_args(Fp8Format):
             yield ActivationCastSpec.for_width(

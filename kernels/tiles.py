@@ -53,6 +53,7 @@ class Tile:
 
 # By the least architecture that they are for; the extra term takes registers, so it has its own.
 _PLAIN = {
+    80: (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3)),
     120: (Tile(128, 128, 64, 4, 3), Tile(64, 128, 64, 4, 3), Tile(128, 64, 64, 4, 3)),
     100: (
         Tile(128, 256, 128, 8, 3, "tma"),
@@ -70,10 +71,16 @@ _PLAIN = {
     0: (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 3)),
 }
 _EXTRA = {
-    120: (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3)),
+    120: (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 8, 3)),
     100: (Tile(128, 128, 128, 8, 3, "tma"), Tile(128, 128, 128, 8, 3)),
     90: (Tile(128, 128, 128, 8, 3, "tma"), Tile(128, 128, 128, 8, 3), Tile(64, 128, 128, 4, 3)),
-    0: (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3)),
+    0: (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 8, 3)),
+}
+# Several products: a second accumulator.
+_SUMMED = {
+    100: (Tile(128, 64, 128, 8, 3), Tile(64, 128, 64, 8, 3)),
+    90: (Tile(128, 128, 128, 8, 3), Tile(64, 128, 128, 8, 3)),
+    0: (Tile(64, 128, 64, 8, 3), Tile(64, 64, 64, 8, 3)),
 }
 # O_A alone is at most 256 columns wide, so tiles are low, and there are more of them.
 _SKINNY = {90: (64, 128, 4, 4), 0: (64, 64, 4, 3)}
@@ -108,9 +115,12 @@ def _tiles(problem: GemmProblem, architecture: int) -> tuple[Tile, ...]:
         m, k, warps, stages = _SKINNY[90 if architecture in (90, 100) else 0]
         widest = max(16, min(128, 1 << (max(problem.rows) - 1).bit_length()))
         return (Tile(m if architecture != 100 else 128, widest, k, warps, stages),)
-    # A second accumulator takes as many registers as the extra term.
-    table = _EXTRA if problem.rank or problem.more_k else _PLAIN
+    table = _SUMMED if problem.more_k else _EXTRA if problem.rank else _PLAIN
     tiles = table[architecture if architecture in table else 0]
+    if len({problem.out_dtype, problem.a_dtype}) > 1 and problem.a_pieces:
+        tiles = tuple(tile for tile in tiles if tile.n <= 128)  # two stores, two layouts
+    if problem.bias != "none" and architecture == 100:
+        tiles = tuple(tile for tile in tiles if tile.n <= 128)
     if problem.accumulation == "promoted" and architecture == 90:
         return tuple(tile for tile in tiles if tile.m * tile.n <= 128 * 128 and tile.warps == 8)
     return tiles
@@ -140,7 +150,8 @@ def _spec(problem: GemmProblem, tile: Tile, architecture: int) -> GemmSpec:
         extra=max(16, 1 << (problem.rank - 1).bit_length()) if problem.rank else 0,
         layout=problem.layout,
         memory=tile.memory,
-        persistent=tma,
+        # Flattened into one loop, the extra term serializes sm_90's products.
+        persistent=tma and not problem.rank,
         even_k=not tma and all(k % tile.k == 0 for k in (problem.k, *problem.more_k)),
         block_m=tile.m,
         block_n=tile.n,

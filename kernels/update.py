@@ -144,12 +144,12 @@ def spec_for(
 ) -> UpdateSpec:
     """The spec for sites that have `dtypes` in common.
 
-    A program holds one row where few are written, else eight; rows wider than 4096 in pieces.
+    A program holds one row where few are written, else four; wider rows in pieces.
     """
     b, a, applied, base = dtypes(sites[0])
     widest = max(site.weight.shape[1] for site in sites)
     many = max(site.count for site in sites) > 64
-    width = min(max(8, 1 << (widest - 1).bit_length()), 512 if many else 4096)
+    width = min(max(8, 1 << (widest - 1).bit_length()), 1024 if many else 4096)
     rank = max(site.applied.shape[1] for site in sites)
     return UpdateSpec(
         b_dtype=cast(InputDtype, b),
@@ -163,7 +163,7 @@ def spec_for(
         cast=_cast_mode(sites[0].weight),
         rank=max(16, 1 << (rank - 1).bit_length()),
         aligned=all(s.weight.shape[1] % 16 == 0 and s.weight.data_ptr() % 16 == 0 for s in sites),
-        rows=8 if many else 1,
+        rows=4 if many else 1,
         width=width,
         loop=widest > width,
         num_warps=8 if width > 2048 else 4,

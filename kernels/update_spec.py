@@ -49,7 +49,7 @@ class UpdateSpec(KernelSpec):
     rows: int
     width: int
     loop: bool
-    block: int = 1024
+    block: int = 512
     num_warps: int = 4
 
     def __post_init__(self) -> None:

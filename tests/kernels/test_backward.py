@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from falqon_fx.kernels.backward import grad_b, transpose_
+from falqon_fx.kernels.backward import grad_b, transpose
 from falqon_fx.kernels.backward_spec import GradBSpec, TransposeSpec
 from tests.sites import randn
 from tests.tolerances import Approx
@@ -24,21 +24,19 @@ SMALL = GradBSpec(
 )
 
 
-@pytest.mark.parametrize("shape", [(16, 16), (1, 40), (33, 17), (70, 5), (0, 4)])
+@pytest.mark.parametrize("shape", [(16, 16), (1, 40), (33, 17), (70, 5), (0, 4), (4, 0)])
 def test_transpose(shape):
     x = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    y = torch.full((shape[1], shape[0] + 3), 77, dtype=torch.uint8)
-    transpose_(x, y[:, : shape[0]], TransposeSpec(block=16))
-    assert torch.equal(y[:, : shape[0]], x.t())
-    assert (y[:, shape[0] :] == 77).all()
+    y = transpose(x, TransposeSpec(block=16))
+    assert torch.equal(y, x.t())
+    assert y.stride(0) % 16 == 0 or y.numel() == 0
 
 
 def test_transpose_refuses_what_it_is_not_for():
-    x = torch.zeros(4, 8, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="into torch"):
-        transpose_(x, torch.zeros(8, 4, dtype=torch.int8), TransposeSpec())
-    with pytest.raises(ValueError, match=r"\(4, 8\) into \(4, 8\)"):
-        transpose_(x, x, TransposeSpec())
+    with pytest.raises(ValueError, match="int8"):
+        transpose(torch.zeros(8, 4, dtype=torch.int8), TransposeSpec())
+    with pytest.raises(ValueError, match="strides"):
+        transpose(torch.zeros(8, 4, dtype=torch.uint8).t(), TransposeSpec())
 
 
 @settings(max_examples=25)

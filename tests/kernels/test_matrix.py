@@ -1,0 +1,161 @@
+"""Compiled code of the kernels, for GPUs that need not be here: a few; all of them when slow."""
+
+from dataclasses import replace
+
+import pytest
+import triton
+
+from falqon_fx.kernels import matrix as module
+from falqon_fx.kernels.aot import ARCHITECTURES
+from falqon_fx.kernels.gemm_spec import GemmSpec
+from falqon_fx.kernels.matrix import (
+    Line,
+    compile_lines,
+    instruction_problems,
+    main,
+    matrix,
+    problems,
+    read,
+    worse,
+)
+from falqon_fx.kernels.tiles import GemmProblem, gemm_specs, likeliest, waves
+
+LINE = Line("spec", "gemm", 90, 168, 0, 160_000, 0, "wgmma m64n256k32 e4m3 e4m3 x4", 6, 0)
+
+
+def test_matrix_is_large_and_has_each_architecture():
+    made = matrix()
+    assert len({spec.name for spec, _ in made}) == len(made) >= 60
+    for architecture in ARCHITECTURES:
+        assert sum(architecture in where for _, where in made) >= 15
+
+
+def test_committed_table_is_that_of_the_matrix():
+    _, committed = read()
+    wanted = {(spec.name, where) for spec, archs in matrix() for where in archs}
+    assert {(line.spec, line.architecture) for line in committed.values()} == wanted
+    assert not any(line.spilled or line.byte_accesses for line in committed.values())
+
+
+def first(architecture, text):
+    return next(s for s, where in matrix() if architecture in where and text in s.name)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "text"),
+    [
+        (89, "gemm_e4m3_fp8_row_row_bfloat16_bfloat16_1y1a"),
+        (90, "tma_persistent_128x256"),
+        (100, "tma_persistent_128x256"),
+        (120, "r64"),
+        (90, "update_float32"),
+        (90, "transpose"),
+    ],
+)
+def test_compiled_code_keeps_the_rules_and_is_no_worse_than_committed(architecture, text):
+    spec = first(architecture, text)
+    version, committed = read()
+    for line, compiled in compile_lines(spec, architecture):
+        assert problems(spec, line) == []
+        assert instruction_problems(spec, line, compiled) == []
+        if version == triton.__version__:
+            assert worse(line, committed[line.key]) == []
+
+
+@pytest.mark.slow
+def test_make_kernels(capsys):
+    assert main([]) == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"spilled": 8}, "8 bytes spilled"),
+        ({"shared": 240_000}, "shared memory"),
+        ({"shared": 110_000, "architecture": 120}, "shared memory"),
+        ({"tensor_columns": 1024}, "tensor memory"),
+        ({"byte_accesses": 2}, "single bytes"),
+        ({"wide_loads": 0}, "no 16-byte loads"),
+    ],
+)
+def test_each_rule_is_checked(change, message):
+    spec = first(90, "gemm")
+    assert problems(spec, LINE) == []
+    (text,) = problems(spec, replace(LINE, **change))
+    assert message in text
+
+
+def test_a_product_that_is_serialized_or_not_fp8_is_found():
+    spec = first(90, "pointer")
+    ((line, compiled),) = compile_lines(spec, 90)
+    assert instruction_problems(spec, line, compiled) == []
+    decoded = replace(spec, operands="bfloat16", block_k=64, num_stages=2)
+    ((line, compiled),) = compile_lines(decoded, 90)
+    assert instruction_problems(decoded, line, compiled)[0] == "no FP8 tensor-core instruction"
+
+
+def test_worse_is_named():
+    assert worse(LINE, LINE) == []
+    assert worse(replace(LINE, registers=170), LINE) == ["registers 168 -> 170"]
+    assert worse(replace(LINE, registers=160), LINE) == []
+
+
+def test_a_regression_fails_the_command(monkeypatch, capsys):
+    spec = first(90, "transpose")
+    monkeypatch.setattr(module, "matrix", lambda: [(spec, (90,))])
+    assert main(["--only", "transpose"]) == 0
+    ((line, _),) = compile_lines(spec, 90)
+    better = replace(line, registers=line.registers - 1)
+    monkeypatch.setattr(module, "read", lambda: (triton.__version__, {line.key: better}))
+    assert main(["--only", "transpose"]) == 1
+    assert "registers" in capsys.readouterr().out
+
+
+PROBLEM = GemmProblem(
+    n=4096,
+    k=4096,
+    rows=(4096, 64),
+    a_pieces=1,
+    x="e4m3",
+    x_scale="row",
+    w_scale="row",
+    out_dtype="bfloat16",
+    a_dtype="bfloat16",
+    one_tensor=True,
+)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "operands"), [(0, "float32"), (80, "bfloat16"), (89, "fp8"), (120, "fp8")]
+)
+def test_operands_follow_the_architecture(architecture, operands):
+    assert {s.operands for s in gemm_specs(PROBLEM, architecture)} == {operands}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"one_tensor": False},
+        {"k": 4104},
+        {"more_k": (64,), "w_scale": "none", "rows": (64,), "a_pieces": 0},
+    ],
+)
+def test_descriptors_only_where_they_can_be(change):
+    assert any(s.memory == "tma" for s in gemm_specs(PROBLEM, 90))
+    specs = gemm_specs(replace(PROBLEM, **change), 90)
+    assert specs
+    assert all(s.memory == "pointer" for s in specs)
+
+
+def test_tiles_count_waves():
+    """A's rows start a column of their own: at n = out = 4096 they cost 128 x 256 a whole wave."""
+    wide, tall = (
+        next(s for s in gemm_specs(PROBLEM, 90) if (s.block_m, s.block_n) == shape)
+        for shape in ((128, 256), (256, 128))
+    )
+    alone = replace(PROBLEM, rows=(4096,), a_pieces=0)
+    assert (waves(alone, wide, 132), waves(PROBLEM, wide, 132)) == (4, 5)
+    assert (waves(alone, tall, 132), waves(PROBLEM, tall, 132)) == (4, 4)
+    order = likeliest(gemm_specs(PROBLEM, 90), PROBLEM, 132)
+    assert order.index(tall) < order.index(wide)
+    assert all(isinstance(s, GemmSpec) for s in order)
