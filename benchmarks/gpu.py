@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import gpu_kernels
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -266,6 +267,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "training": check_training(args.device),
     }
     print(about, flush=True)
+    kernels = gpu_kernels.report(args.device, args.out)
+    print("\n".join(kernels), flush=True)
     rows = []
     for name in args.sizes:
         rows += measure(name, SIZES[name], args.device, args.rounds, args.steps)
@@ -276,7 +279,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         writer = csv.DictWriter(stream, list(asdict(rows[0])))
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
-    page = "\n".join([f"- {key}: {value}" for key, value in about.items()] + ["", *table(rows), ""])
+    page = "\n".join(
+        [f"- {key}: {value}" for key, value in about.items()] + ["", *table(rows), "", *kernels, ""]
+    )
     (args.out / "gpu.md").write_text(page)
     print(page)
 
