@@ -144,10 +144,11 @@ def _others() -> Iterator[KernelSpec]:
         num_warps=8,
     )
     yield row
-    yield replace(row, base_dtype="bfloat16", loop=True)
+    pieces = replace(row, rows=4, width=1024, loop=True, num_warps=4)
+    yield pieces
+    yield replace(pieces, base_dtype="bfloat16")
     yield replace(row, b_dtype="bfloat16", a_dtype="bfloat16", rank=16)
     yield replace(row, granularity="tensor", scale="amax", rounding="nearest", drop=True)
-    yield replace(row, rows=4, width=1024, loop=True, num_warps=4)
     for granularity in get_args(Granularity):
         for fp8 in get_args(Fp8Format):
             yield ActivationCastSpec.for_width(
@@ -167,7 +168,7 @@ def compile_lines(spec: KernelSpec, architecture: int) -> Iterator[tuple[Line, C
             getattr(module, name),
             signature,
             architecture,
-            int(spec.fields["num_warps"]),
+            4 if name in _FOUR_WARPS else int(spec.fields["num_warps"]),
             int(spec.fields.get("num_stages", 3)),
         )
         yield _line(spec, name, compiled), compiled
@@ -231,6 +232,7 @@ def problems(spec: KernelSpec, line: Line) -> list[str]:
     return found
 
 
+_FOUR_WARPS = {"fingerprint", "score", "select", "add_up"}
 # These read addresses and sizes out of a table, or a few numbers a row; 0.2% of a step in all.
 _NARROW = {"fingerprint", "score", "select", "cast_tiles"}
 

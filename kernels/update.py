@@ -20,6 +20,7 @@ _FOUND = 5  # columns of `found`, see the template
 # Programs that share a site's fingerprint or its scores, and those that share its rows at most; on
 # a GPU and under the interpreter, which runs one after the other.
 _PARTS, _WRITERS = {"cuda": 8, "cpu": 2}, {"cuda": 64, "cpu": 2}
+SMALL_WARPS = 4  # of all kernels but `write`
 _POINTERS = ("weight", "scale", "applied", "counters", "writes", "lora_b", "lora_a", "base")
 
 
@@ -66,9 +67,9 @@ def update_(sites: Sequence[UpdateSite], seed: int, spec: UpdateSpec) -> None:
     writers = min(_WRITERS[device.type], -(-max(site.count for site in sites) // spec.rows))
     kernels, g = load(spec, runs_interpreted(table)), len(sites)
     with torch.cuda.device_of(table):
-        kernels.fingerprint[(g, parts)](table, found, num_warps=spec.num_warps)
-        kernels.score[(g, parts)](table, found, score, num_warps=spec.num_warps)
-        kernels.select[(g,)](table, found, score, rows, num_warps=spec.num_warps)
+        kernels.fingerprint[(g, parts)](table, found, num_warps=SMALL_WARPS)
+        kernels.score[(g, parts)](table, found, score, num_warps=SMALL_WARPS)
+        kernels.select[(g,)](table, found, score, rows, num_warps=SMALL_WARPS)
         kernels.write[(g, writers)](table, found, rows, num_warps=spec.num_warps)
 
 
@@ -144,12 +145,13 @@ def spec_for(
 ) -> UpdateSpec:
     """The spec for sites that have `dtypes` in common.
 
-    A program holds one row where few are written, else four; wider rows in pieces.
+    A program holds one row, or pieces of four where many are written or rows are wide.
     """
     b, a, applied, base = dtypes(sites[0])
     widest = max(site.weight.shape[1] for site in sites)
     many = max(site.count for site in sites) > 64
-    width = min(max(8, 1 << (widest - 1).bit_length()), 1024 if many else 4096)
+    pieces = many or widest > 4096
+    width = min(max(8, 1 << (widest - 1).bit_length()), 1024 if pieces else 4096)
     rank = max(site.applied.shape[1] for site in sites)
     return UpdateSpec(
         b_dtype=cast(InputDtype, b),
@@ -163,7 +165,7 @@ def spec_for(
         cast=_cast_mode(sites[0].weight),
         rank=max(16, 1 << (rank - 1).bit_length()),
         aligned=all(s.weight.shape[1] % 16 == 0 and s.weight.data_ptr() % 16 == 0 for s in sites),
-        rows=4 if many else 1,
+        rows=4 if pieces else 1,
         width=width,
         loop=widest > width,
         num_warps=8 if width > 2048 else 4,
