@@ -59,7 +59,9 @@ def merged_linear(
         ys = product(q, q_scale, codes, scale, outs, "y", left, right, bias, out_dtype, spec)
     else:
         *ys, out_a = product(q, q_scale, codes, scale, outs, "both", [], [], bias, out_dtype, spec)
-    return [*(y.reshape(*x.shape[:-1], y.shape[1]) for y in ys), out_a]
+    # Not `reshape`: below autograd that makes a view, which may not be written in place later.
+    shaped = [torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1])) for y in ys]
+    return [*shaped, out_a]
 
 
 def merged_linear_grad_x(

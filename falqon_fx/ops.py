@@ -1,7 +1,8 @@
 """``torch.ops.falqon.*``: schema, fake implementation, autograd.
 
-What the ops compute stands in `falqon_fx.lowering` and `falqon_fx.update`. The ops are opaque in a
-graph, so that a person can read it; `decompositions` opens them below autograd for Inductor.
+What the ops compute stands in `falqon_fx.lowering` and `falqon_fx.update`, and for GPUs in
+`falqon_fx.cuda`. The ops are opaque in a graph, so that a person can read it; `decompositions`
+opens them below autograd for Inductor.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from falqon_fx import lowering, update
+from falqon_fx import cuda, lowering, products, update
 from falqon_fx._compat import inductor_decompositions
 from falqon_fx.spec import lowering_version
 
@@ -36,7 +37,20 @@ def merged_linear(
     See `falqon_fx.lowering.merged_linear`. ``bias`` has one entry a site, or none. Gradients reach
     x, lora_b and bias: dL/dB_i = scaling_i · (dL/dO_i)ᵀ · O_A,i (paper section 2).
     """
-    return lowering.merged_linear(x, weight, scale, applied, lora_b, bias, scaling, out_dtype, spec)
+    return lower_merged_linear(x, weight, scale, applied, lora_b, bias, scaling, out_dtype, spec)
+
+
+def lower_merged_linear(x: Tensor, *rest: Any) -> list[Tensor]:
+    """`falqon_fx.lowering.merged_linear`, or its like for GPUs."""
+    run = cuda.merged_linear if x.device.type == "cuda" else lowering.merged_linear
+    return run(x, *rest)
+
+
+def lower_grad_x(grad: Sequence[Tensor], *rest: Any) -> Tensor:
+    """`falqon_fx.lowering.merged_linear_grad_x`, or its like for GPUs."""
+    on_gpu = grad[0].device.type == "cuda"
+    run = cuda.merged_linear_grad_x if on_gpu else lowering.merged_linear_grad_x
+    return run(grad, *rest)
 
 
 @merged_linear.register_fake
@@ -72,9 +86,7 @@ def merged_linear_grad_x(
 
     See `falqon_fx.lowering.merged_linear_grad_x`.
     """
-    return lowering.merged_linear_grad_x(
-        grad, weight, scale, applied, lora_b, scaling, x_dtype, spec
-    )
+    return lower_grad_x(grad, weight, scale, applied, lora_b, scaling, x_dtype, spec)
 
 
 @merged_linear_grad_x.register_fake
@@ -121,8 +133,9 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         g = flat[i]
         assert g is not None
         if ctx.needs_input_grad[4][i]:
-            product = g.to(out_a.dtype).t() @ parts[i]
-            grad_b[i] = (product.to(torch.float32) * ctx.scaling[i]).to(lora_b[i].dtype)
+            on_gpu = g.device.type == "cuda"
+            run = torch.ops.falqon.grad_b_product if on_gpu else products.plain_grad_b
+            grad_b[i] = run(g, parts[i], ctx.scaling[i], lora_b[i].dtype, ctx.spec)
         if grad_bias and ctx.needs_input_grad[5][i]:
             grad_bias[i] = g.sum(0, dtype=torch.float32).to(ctx.bias_dtypes[i])
     return grad_x, nothing, nothing, nothing, grad_b, grad_bias, None, None, None
@@ -217,9 +230,9 @@ def proxy_update_(
     See `falqon_fx.update.proxy_update_`. ``base`` holds the base weights, None where prepare()
     freed them.
     """
-    update.proxy_update_(
-        weight, scale, applied, counters, writes, lora_b, lora_a, base, scaling, spec
-    )
+    on_gpu = bool(weight) and weight[0].device.type == "cuda"
+    run = cuda.proxy_update_ if on_gpu else update.proxy_update_
+    run(weight, scale, applied, counters, writes, lora_b, lora_a, base, scaling, spec)
 
 
 @proxy_update_.register_fake
@@ -252,6 +265,6 @@ class Decompositions(dict[torch._ops.OpOverload, Callable[..., Any]]):
 def decompositions(_torch: str = "", _lowering: str = "") -> Decompositions:
     """Inductor's decompositions and those that open the ``falqon::`` ops below autograd."""
     table = Decompositions(inductor_decompositions())
-    table[torch.ops.falqon.merged_linear.default] = lowering.merged_linear
-    table[torch.ops.falqon.merged_linear_grad_x.default] = lowering.merged_linear_grad_x
+    table[torch.ops.falqon.merged_linear.default] = lower_merged_linear
+    table[torch.ops.falqon.merged_linear_grad_x.default] = lower_grad_x
     return table

@@ -118,6 +118,14 @@ def grad_b_product(
     return dispatch.grad_b(grad, out_a, scaling, b_dtype, parse_spec(spec).kernel)
 
 
+def plain_grad_b(
+    grad: Tensor, out_a: Tensor, scaling: float, b_dtype: torch.dtype, spec: str = ""
+) -> Tensor:
+    """The same by ATen, which Inductor sees through."""
+    product = grad.to(out_a.dtype).t() @ out_a
+    return (product.to(torch.float32) * scaling).to(b_dtype)
+
+
 def _grad_b_product_fake(
     grad: Tensor, out_a: Tensor, scaling: float, b_dtype: torch.dtype, spec: str
 ) -> Tensor:

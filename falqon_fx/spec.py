@@ -30,6 +30,7 @@ def lowering_version() -> str:
         "update",
         "ops",
         "cuda",
+        "products",
         "passes.recompute_weights",
     ):
         spec = importlib.util.find_spec(f"falqon_fx.{name}")

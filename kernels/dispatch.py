@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from falqon_fx._compat import scaled_mm
+from falqon_fx.products import plain_grad_b
 
 from . import backward
 from .backward_spec import GradBSpec, TransposeSpec
@@ -146,12 +147,6 @@ def grad_b(
     key = f"dL/dB n={_bucket(len(grad))} out={grad.shape[1]} {spec.name}"
     wanted = kernel if kernel in ("triton", "dequantize") else "auto"
     return cast(Tensor, _run(key, candidates, grad, Options(kernel=wanted)))
-
-
-def plain_grad_b(grad: Tensor, out_a: Tensor, scaling: float, b_dtype: torch.dtype) -> Tensor:
-    """`grad_b` by ``torch.mm``."""
-    product = grad.to(out_a.dtype).t() @ out_a
-    return (product.to(torch.float32) * scaling).to(b_dtype)
 
 
 def architecture(device: torch.device) -> int:

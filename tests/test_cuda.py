@@ -4,14 +4,20 @@ the library or plain; against float64 on the same quantized operands.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._inductor.utils import run_and_get_code
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from falqon_fx import cuda, products
+from falqon_fx.ops import decompositions
 from tests import sites as sites_module
 from tests.sites import make_site, randn, same, snapshot
 from tests.strategies import Case, cases
@@ -163,3 +169,54 @@ def test_update_takes_sites_of_all_kinds_in_few_launches():
         # Sums of eight products in another order: bytes may differ at ties alone.
         assert (code != other_code).double().mean() < 0.01
         assert same(snapshot(site.state)[2:], snapshot(other.state)[2:])
+
+
+def traced(function, *args):
+    """Names of the ops that a function runs on fake tensors."""
+    graph = make_fx(function)(*args).graph
+    return Counter(str(node.target) for node in graph.nodes if node.op == "call_function")
+
+
+@pytest.mark.parametrize("pending", ["apply", "hold"])
+def test_on_a_gpu_the_ops_are_lowered_to_products(pending, monkeypatch):
+    table, made = decompositions(), siblings("row", pending)
+    spec, scaling, state = str(made[0].state.plan), [2.0] * 3, columns(made)
+    monkeypatch.setattr(cuda, "merged_linear_grad_x", lambda grad, *rest: "for GPUs")
+    with FakeTensorMode():
+        given = [
+            [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in column] for column in state
+        ]
+        x = torch.empty(2, 5, 64, device="cuda", dtype=torch.bfloat16)
+
+        def forward(x, *given):
+            op = torch.ops.falqon.merged_linear.default
+            return table[op](x, *given, [], scaling, torch.bfloat16, spec)
+
+        ops = traced(forward, x, *given)
+        assert ops["falqon.merged_product.default"] == (2 if pending == "apply" else 1)
+        assert ops["aten.mm.default"] == 0
+        assert table[torch.ops.falqon.merged_linear_grad_x.default]([x]) == "for GPUs"
+
+
+def test_inductor_fuses_the_casts_into_the_norm():
+    """One kernel makes the FP8 x and its scales from what the norm reads; no bfloat16 x is written.
+
+    Inductor's scheduler decides, which is the same for all devices; here it writes C++.
+    """
+    made = siblings("row", "apply")
+    spec, given = str(made[0].state.plan), columns(made)
+    gain = torch.ones(64, dtype=torch.bfloat16)
+
+    def layer(x):
+        y = torch.nn.functional.rms_norm(x, (64,), gain)
+        return cuda.merged_linear(y, *given, [], [2.0] * 3, torch.bfloat16, spec)
+
+    x = randn(4, 8, 64).bfloat16()
+    _, (code,) = run_and_get_code(torch.compile(layer, fullgraph=True), x)
+    before, after = code.split("torch.ops.falqon.merged_product.default(", 1)
+    body = before[before.rindex("def call(") :]
+    made_by = re.findall(r"^ *(cpp_fused_\w+)\(", body, re.MULTILINE)
+    assert len(made_by) == 1, made_by
+    buffers = re.findall(r"= empty_strided_cpu\(\((.*?)\), .*torch\.(\w+)\)", body)
+    assert ("32, 64", "float8_e4m3fn") in buffers or ("4, 8, 64", "float8_e4m3fn") in buffers
+    assert not [b for b in buffers if b[0] in ("32, 64", "4, 8, 64") and b[1] == "bfloat16"]
