@@ -8,7 +8,9 @@ from falqon_fx.explain import explain
 from falqon_fx.export import ExportReport, save_fp8
 from falqon_fx.merged import MergedAdapter
 from falqon_fx.prepare import PrepareReport, adapters, flush, prepare, restore
+from falqon_fx.prequantize import PrequantizeReport, load, prequantize
 from falqon_fx.report import Audit, GraphReport, Rejected, RewriteReport, Site
+from falqon_fx.unload import merge_and_unload
 from falqon_fx.watching import watch
 
 __version__ = "0.1.0"
@@ -23,6 +25,7 @@ __all__ = [
     "GraphReport",
     "MergedAdapter",
     "PrepareReport",
+    "PrequantizeReport",
     "Rejected",
     "RewriteReport",
     "RewriteResult",
@@ -31,8 +34,11 @@ __all__ = [
     "explain",
     "falqon",
     "flush",
+    "load",
     "load_checkpoint",
+    "merge_and_unload",
     "prepare",
+    "prequantize",
     "restore",
     "rewrite",
     "save_checkpoint",

@@ -142,7 +142,8 @@ def collect(model: nn.Module) -> tuple[list[dict[str, Any]], list[tuple[str, Ten
     for path, module in model.named_modules():
         if isinstance(module, MergedBaseLinear):
             dtype = str(module.dtype).removeprefix("torch.")
-            sites.append({"prepared": path, "dtype": dtype, **_describe(module.merged())})
+            known = {"prepared": path, "dtype": dtype, "transposed": module.transposed}
+            sites.append({**known, **_describe(module.merged())})
     freed = set()
     for site, state in _unprepared(model):
         prefix = f"falqon.{len(sites)}."
@@ -157,7 +158,7 @@ def _describe(state: MergedAdapter) -> dict[str, Any]:
     return {"scaling": state.scaling, "spec": asdict(state.plan)}
 
 
-def _unprepared(model: nn.Module) -> Iterator[tuple[dict[str, str], MergedAdapter]]:
+def _unprepared(model: nn.Module) -> Iterator[tuple[dict[str, Any], MergedAdapter]]:
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), name)
@@ -166,7 +167,8 @@ def _unprepared(model: nn.Module) -> Iterator[tuple[dict[str, str], MergedAdapte
             members = [r() for r in (state.base_ref, state.a_ref, state.b_ref) if r is not None]
             if all(id(member) in names for member in members):
                 keys = ("base", "lora_a", "lora_b")
-                yield {k: names[id(m)] for k, m in zip(keys, members, strict=True)}, state
+                site = {k: names[id(m)] for k, m in zip(keys, members, strict=True)}
+                yield {**site, "transposed": state.transposed}, state
 
 
 def _rng_state() -> dict[str, Any]:
@@ -257,11 +259,9 @@ def _check_names(
     for site in sites:
         if "prepared" in site:
             path = site["prepared"]
-            base = _submodule(model, path, where)
-            out, rank = tensors[f"{path}.applied"].shape
-            shape = (out, tensors[f"{path}.code"].shape[1])
-            if (base.out_features, base.in_features) != shape:
-                found = (base.out_features, base.in_features)
+            found = _layer_shape(model, path, site["transposed"], where)
+            shape = (tensors[f"{path}.applied"].shape[0], tensors[f"{path}.code"].shape[1])
+            if found != shape:
                 raise FalqonError(path, f"{where} has shape {shape}, the model {found}", _REMEDY)
             for name in ("weight", *STATE):
                 expected.pop(f"{path}.{name}", None)
@@ -293,15 +293,20 @@ def _shape(shape: torch.Size, dtype: torch.dtype) -> str:
     return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
 
 
-def _submodule(model: nn.Module, path: str, where: str) -> Any:
+def _layer_shape(model: nn.Module, path: str, transposed: bool, where: str) -> tuple[int, int]:
+    """(out, in) of the linear layer at a path."""
     try:
-        module = model.get_submodule(path)
+        module: Any = model.get_submodule(path)
     except AttributeError as error:
         raise FalqonError(path, f"it is in {where} but not in the model", _REMEDY) from error
-    if not isinstance(module, nn.Linear | MergedBaseLinear):
+    if isinstance(module, MergedBaseLinear):
+        return module.out_features, module.in_features
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
         kind = type(module).__name__
         raise FalqonError(path, f"{where} has an FP8 layer there, the model a {kind}", _REMEDY)
-    return module
+    out, features = weight.t().shape if transposed else weight.shape
+    return out, features
 
 
 def _check_base(
@@ -313,6 +318,7 @@ def _check_base(
     if isinstance(module, MergedBaseLinear):
         return  # freed, so there is none to compare
     base = getattr(module, name)
+    base = base.t() if site["transposed"] else base
     out, rank = tensors[site["state"] + "applied"].shape
     stored = tensors[site["state"] + "counters"][update.FINGERPRINT_W]
     same = base.shape[0] == out and torch.equal(
@@ -338,7 +344,8 @@ def _prepare_site(model: nn.Module, site: dict[str, Any], tensors: Mapping[str, 
         return
     state = _empty_state(site, tensors, f"{path}.", next(module.parameters()).device)
     bias: Any = module.bias
-    merged = MergedBaseLinear(state, bias, getattr(torch, site["dtype"]))
+    dtype = getattr(torch, site["dtype"])
+    merged = MergedBaseLinear(state, bias, dtype, site["transposed"])
     model.set_submodule(path, merged.train(module.training))
 
 
@@ -366,6 +373,7 @@ def _adopt(model: nn.Module, site: dict[str, Any], tensors: Mapping[str, Tensor]
         target.copy_(tensors[prefix + key])
     if not isinstance(module, MergedBaseLinear):
         a, b = model.get_parameter(site["lora_a"]), model.get_parameter(site["lora_b"])
+        state.transposed = site["transposed"]
         registry.adopt(state, base, a, b)
 
 

@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from torch import Tensor, nn
 
 from falqon_fx import storage
 from falqon_fx.errors import FalqonError
-from falqon_fx.merged import MergedAdapter, registry
+from falqon_fx.merged import MergedAdapter
 from falqon_fx.numerics import E4M3
-from falqon_fx.prepare import LoraLayer, MergedBaseLinear, lora_layers, unwrap
+from falqon_fx.prepare import unwrap
+from falqon_fx.unload import fp8_layers, merged_bias, merged_weight, plain_layer
 
 Form = Literal["compressed-tensors", "fp8"]
 _BLOCK = 128  # the block size that engines have kernels for
@@ -109,9 +109,9 @@ def save_fp8(
     directory = Path(directory)
     storage.refuse_existing(directory)
     base = _transformers_model(unwrap(model))
-    found = _Export(base, _states(base))
+    found = _Export(base)
     _check_form(form, found)
-    flushed = _flush(found.states.values())
+    flushed = _flush(found.all_states.values())
 
     tensors = _renamed(base, found.tensors(form))
     plan = _shards(tensors, max_shard_size)
@@ -141,44 +141,27 @@ def _transformers_model(model: nn.Module) -> Any:
     return base
 
 
-def _states(base: nn.Module) -> dict[str, MergedAdapter]:
-    """The FP8 state of each LoRA layer that has one, by module path in the base model."""
-    found = {}
-    for layer in lora_layers(base):
-        states = layer_states(layer)
-        if len(states) > 1:
-            raise FalqonError(
-                layer.path,
-                f"it was trained under {len(states)} different configs, each with its FP8 weight",
-                "Call falqon_fx.restore(model), compile with one config, and run a step",
-            )
-        if states:
-            found[layer.path] = states[0]
-    if not found:
+def _fp8_layers(base: nn.Module) -> dict[str, tuple[Any, MergedAdapter]]:
+    found = fp8_layers(base)
+    if not any(not layer.transposed for layer, _ in found.values()):
         raise FalqonError(
             "",
-            "no layer of the model has an FP8 weight yet",
-            "Call falqon_fx.prepare(model), or train it under torch.compile(backend='falqon')",
+            "no layer of the model has an FP8 weight that engines can hold",
+            "Call falqon_fx.prepare(model), or train it under torch.compile(backend='falqon'); "
+            "weights stored [in, out] (GPT-2's Conv1D) have no FP8 form",
         )
     return found
-
-
-def layer_states(layer: LoraLayer) -> list[MergedAdapter]:
-    """The FP8 states of a LoRA layer: its own when prepared, else what compiled calls made."""
-    if isinstance(layer.base, MergedBaseLinear):
-        return [layer.state()]
-    return [
-        state
-        for state in registry.of(layer.lora_b)
-        if state.base_ref is not None and state.base_ref() is layer.base.weight
-    ]
 
 
 class _Export:
     """Walks a model and gives its tensors under the names they have without PEFT."""
 
-    def __init__(self, base: nn.Module, states: dict[str, MergedAdapter]) -> None:
-        self.base, self.states = base, states
+    def __init__(self, base: nn.Module) -> None:
+        self.base = base
+        layers = _fp8_layers(base)
+        self.states = {p: state for p, (layer, state) in layers.items() if not layer.transposed}
+        self.layers = {path: layer for path, (layer, _) in layers.items()}
+        self.all_states = {path: state for path, (_, state) in layers.items()}
         self.dense: dict[str, str] = {}  # linear layers that stay dense, and why
 
     def tensors(self, form: Form) -> dict[str, Tensor]:
@@ -186,10 +169,15 @@ class _Export:
 
     def _walk(self, module: Any, path: str, form: Form) -> Iterator[tuple[str, Tensor]]:
         if path in self.states:
-            yield from self._fp8(module, path, form)
+            yield from self._fp8(path, form)
             return
         reason = "it has no adapter"
-        if hasattr(module, "unload_and_optionally_merge_module"):  # PEFT's modules_to_save
+        if path in self.layers:
+            reason = "Conv1D has no FP8 form, so the merged weight was written dense"
+            layer, state = self.layers[path], self.all_states[path]
+            module = plain_layer(layer, merged_weight(state), merged_bias(layer))
+            self.dense[path] = reason
+        elif hasattr(module, "unload_and_optionally_merge_module"):  # PEFT's modules_to_save
             module = copy.deepcopy(module).unload_and_optionally_merge_module(
                 merge=True, safe_merge=True, adapter_names=None
             )
@@ -207,7 +195,7 @@ class _Export:
         for name, child in module.named_children():
             yield from self._walk(child, prefix + name, form)
 
-    def _fp8(self, module: Any, path: str, form: Form) -> Iterator[tuple[str, Tensor]]:
+    def _fp8(self, path: str, form: Form) -> Iterator[tuple[str, Tensor]]:
         state = self.states[path]
         out, _ = state.applied.shape
         yield f"{path}.weight", state.code[:out].view(E4M3)
@@ -218,7 +206,7 @@ class _Export:
             size = self.block_size
             grid = (-(-out // size), -(-state.code.shape[1] // size))
             yield f"{path}.weight_scale_inv", scale.expand(grid).contiguous()
-        bias = _bias(module, path)
+        bias = merged_bias(self.layers[path])
         if bias is not None:
             yield f"{path}.bias", bias
 
@@ -230,23 +218,6 @@ class _Export:
             while state.applied.shape[0] % size or state.code.shape[1] % size:
                 size //= 2
         return size
-
-
-def _bias(module: Any, path: str) -> Tensor | None:
-    """The base layer's bias, plus scaling times that of lora_B where it has one."""
-    bias: Tensor | None = module.base_layer.bias
-    layer = next(iter(lora_layers(module)))
-    extra = module.lora_B[layer.adapter].bias
-    if extra is None:
-        return None if bias is None else bias.detach()
-    if bias is None:
-        raise FalqonError(
-            path,
-            "its lora_B has a bias and its base layer none, so there is no place for it",
-            "Train without lora_bias, or give the base layer a bias of zeros",
-        )
-    wide: Tensor = bias.detach().to(torch.float32) + extra.detach().float() * layer.scaling
-    return wide.to(bias.dtype)
 
 
 def _check_form(form: Form, found: _Export) -> None:

@@ -186,15 +186,25 @@ def check_values(path: str, base: Tensor, lora_a: Tensor, lora_b: Tensor) -> Non
 
 
 def _init_svd_(base: Tensor, lora_a: Tensor, plan: SiteSpec, seed: int) -> None:
-    wide = base.to(torch.float32)
-    amax = wide.abs().amax(1, keepdim=True) if plan.per_row else wide.abs().amax()
+    amax = base.abs().amax(1, keepdim=True) if plan.per_row else base.abs().amax()
+    amax = amax.to(torch.float32)
     scale = amax_to_scale(amax, E4M3, plan.scale)
-    error = wide - round_to_fp8(wide * scale.reciprocal(), E4M3) * scale
-    rows = low_rank_rows(error, lora_a.shape[0], seed)
+    rows = low_rank_rows(_cast_error(base, scale), lora_a.shape[0], seed)
     # lora_A gets the Â that the GEMM will use: the rows after their own cast.
     a_amax = rows.abs().amax(1, keepdim=True) if plan.per_row else amax
     a_scale = amax_to_scale(a_amax, E4M3, plan.scale)
     lora_a.copy_(round_to_fp8(rows * a_scale.reciprocal(), E4M3) * a_scale)
+
+
+def _cast_error(base: Tensor, scale: Tensor) -> Tensor:
+    """base - dq(q(base)), float32 [out, in]."""
+    error = torch.empty(base.shape, dtype=torch.float32, device=base.device)
+    for rows in update.row_chunks(base):
+        part = scale[rows] if scale.dim() else scale
+        wide = base[rows].to(torch.float32)
+        value = round_to_fp8(wide * part.reciprocal(), E4M3) * part
+        torch.sub(wide, value, out=error[rows])
+    return error
 
 
 def _fill_(state: MergedAdapter, base: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:

@@ -7,7 +7,7 @@ the host on an accelerator; on CPU, where looking is free, unchanged sites are s
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from falqon_fx.spec import SiteSpec, parse_spec
 FINGERPRINT_B, FINGERPRINT_A, FINGERPRINT_W, STEP, SITE, NONFINITE, STALE = range(7)
 COUNTERS = 7
 _CHUNK = 1 << 20  # elements held in float32 at a time: temporaries stay in the cache
+_CACHED = 1 << 15  # elements that a core casts at a time
 
 
 def fingerprint(batch: Tensor) -> Tensor:
@@ -320,6 +321,18 @@ def _round(scaled: Tensor, rows: Tensor, sites: list[_Site], plan: SiteSpec) -> 
     return round_to_fp8_stochastic(scaled, random, E4M3)
 
 
+def row_chunks(weight: Tensor) -> Iterator[slice]:
+    """The rows of a weight in pieces whose intermediate results stay in a CPU's cache; all rows at
+    once elsewhere.
+    """
+    rows, columns = weight.shape
+    step = rows
+    if weight.device.type == "cpu":
+        step = max(1, _CACHED * torch.get_num_threads() // columns)
+    for first in range(0, rows, step):
+        yield slice(first, min(first + step, rows))
+
+
 def write_merged_(
     weight: Tensor,
     scale: Tensor,
@@ -335,23 +348,33 @@ def write_merged_(
     """Fill a site's state from scratch: W' = [q(W + scaling · B · Â); q(A)], applied = B."""
     out, code = applied.shape[0], weight.view(torch.uint8)
     applied.copy_(lora_b)
-    wide_a = lora_a.detach().to(torch.float32)
-    wide = base.detach().to(torch.float32)
-    merged = wide + (applied.to(torch.float32) * scaling) @ wide_a
+    wide_a, base = lora_a.detach().to(torch.float32), base.detach()
+    step = applied.to(torch.float32) * scaling
+    merging = bool(step.any())  # with B = 0, W' holds W itself
+
+    def merged(rows: slice, a: Tensor) -> Tensor:
+        wide = base[rows].to(torch.float32)
+        return wide + step[rows] @ a if merging else wide
+
+    chunks = list(row_chunks(base))
     if plan.per_row:
-        a_amax, w_amax = wide_a.abs().amax(1, keepdim=True), merged.abs().amax(1, keepdim=True)
+        a_amax = wide_a.abs().amax(1, keepdim=True)
     else:
-        a_amax = w_amax = torch.maximum(wide_a.abs().amax(), merged.abs().amax())
-    a_scale = amax_to_scale(a_amax, E4M3, plan.scale)
-    w_scale = amax_to_scale(w_amax, E4M3, plan.scale)
+        a_amax = torch.stack([merged(rows, wide_a).abs().amax() for rows in chunks]).amax()
+        a_amax = torch.maximum(a_amax, wide_a.abs().amax())
+    a_scale = w_scale = amax_to_scale(a_amax, E4M3, plan.scale)
     a_value = round_to_fp8(wide_a * a_scale.reciprocal(), E4M3)
-    # W gets the A that is really used; with B = 0 this is W itself.
-    merged = wide + (applied.to(torch.float32) * scaling) @ (a_value * a_scale)
-    if plan.per_row:
-        w_scale = amax_to_scale(merged.abs().amax(1, keepdim=True), E4M3, plan.scale)
-    code[:out] = encode_fp8(round_to_fp8(merged * w_scale.reciprocal(), E4M3), E4M3)
+    for rows in chunks:
+        value = merged(rows, a_value * a_scale)  # W gets the A that is really used
+        if plan.per_row:
+            w_scale = amax_to_scale(value.abs().amax(1, keepdim=True), E4M3, plan.scale)
+            scale[rows] = w_scale
+        code[rows] = encode_fp8(round_to_fp8(value * w_scale.reciprocal(), E4M3), E4M3)
     code[out:] = encode_fp8(a_value, E4M3)
-    scale.copy_(torch.cat((w_scale, a_scale)) if plan.per_row else w_scale)
+    if plan.per_row:
+        scale[out:] = a_scale
+    else:
+        scale.copy_(a_scale)
     writes.zero_()
     counters[FINGERPRINT_B] = 0 if plan.pending == "drop" else fingerprint(lora_b[None])[0]
     counters[FINGERPRINT_A] = fingerprint(lora_a[None])[0]

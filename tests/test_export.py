@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
-from falqon_fx.export import _states
 from falqon_fx.lowering import quantize
 from falqon_fx.numerics import E4M3
+from falqon_fx.unload import fp8_layers
 from tests.models import fill_b, tiny_llama, tiny_mlp
 from tests.sites import randn
 from tests.tolerances import Approx, fp8_cast_bound, gamma
@@ -111,7 +111,7 @@ def test_the_bytes_are_those_trained_on(tmp_path, prepared, granularity, scale):
 
 
 def _states_of(model: nn.Module) -> dict[str, falqon_fx.MergedAdapter]:
-    return _states(model.get_base_model())
+    return {path: state for path, (_, state) in fp8_layers(model.get_base_model()).items()}
 
 
 def test_the_config_is_valid_for_the_real_packages(tmp_path):

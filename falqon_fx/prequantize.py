@@ -1,0 +1,519 @@
+"""`prequantize` and `load`: models whose dense weights don't fit into memory.
+
+``prequantize`` reads a checkpoint one weight at a time and writes each as a file of its own; a run
+that was killed goes on with the weights that are missing. ``load`` builds the model without
+weights and maps the files in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from falqon_fx import storage
+from falqon_fx.checkpoint import STATE, versions
+from falqon_fx.config import FalqonConfig
+from falqon_fx.errors import FalqonError
+from falqon_fx.merged import MergedAdapter, create
+from falqon_fx.prepare import MergedBaseLinear, _lora_layers, _skip_reason
+from falqon_fx.spec import SiteSpec
+
+FORMAT = "falqon_fx.prequantized.1"
+MANIFEST = "falqon.json"
+_SMALL = 1 << 20  # bytes; tensors below go into one file together
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class PrequantizeReport:
+    """What `prequantize` wrote, and how fast: seconds are summed over workers."""
+
+    directory: Path
+    layers: int
+    resumed: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    profile: dict[str, float]
+
+    def __str__(self) -> str:
+        rate = self.bytes_read / 2**30 / max(self.seconds, 1e-9) * 60
+        parts = ", ".join(f"{name} {value:.1f} s" for name, value in self.profile.items())
+        resumed = f", {self.resumed} of them from an earlier run" if self.resumed else ""
+        return (
+            f"{self.directory}: {self.layers} layers in FP8{resumed}; "
+            f"{self.bytes_read / 2**30:.2f} GiB became {self.bytes_written / 2**30:.2f} GiB "
+            f"in {self.seconds:.1f} s ({rate:.1f} GiB/min; {parts})"
+        )
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """What one file holds: a merged weight, or tensors as they are."""
+
+    file: str
+    tensors: tuple[str, ...]
+    layer: str | None  # module path of the LoRA layer in the PEFT model
+    bytes: int
+    dtype: str = ""  # of the weight that is merged
+
+
+def prequantize(
+    model: str | Path,
+    out: str | Path,
+    lora: Any = None,
+    config: FalqonConfig | None = None,
+    *,
+    workers: int = 1,
+    progress: bool = True,
+) -> PrequantizeReport:
+    """Merge the linear weights of a transformers checkpoint into FP8, one at a time.
+
+    Args:
+        model: a folder with config.json and safetensors.
+        out: a new folder; `load` makes the model from it. Until it is whole it is called
+            ``out.partial``; the same call goes on with that after it was interrupted.
+        lora: a PEFT ``LoraConfig``; by default rank 16 on all linear layers.
+        config: as for `prepare`. Here init="svd" is the default: the rows of A are the top right
+            singular vectors of the cast's error.
+        workers: threads that merge weights side by side, each with its share of torch's threads.
+        progress: show a bar.
+
+    Raises:
+        FalqonError: no such checkpoint, weights that can't be merged, a folder that exists, or a
+            full disk (what is done until then is kept in ``out.partial``).
+    """
+    source, out = Path(model), Path(out)
+    config = config or FalqonConfig(init="svd")
+    storage.refuse_existing(out)
+    index = _read_index(source)
+    skeleton = empty_model(source, _lora_config(lora))
+    units = _units(skeleton, source, index, config)
+    partial = _begin(out, source, skeleton, config, units)
+
+    clock = _Clock()
+    start = time.perf_counter()
+    waiting = [unit for unit in units if not _done(partial, unit)]
+    with _shared_threads(workers), ThreadPoolExecutor(workers) as pool:
+        admit = _Admission(max(4 * max(unit.bytes for unit in units), 2**28))
+        jobs = [pool.submit(_convert, u, source, index, partial, skeleton, config, clock, admit)
+                for u in waiting]  # fmt: skip
+        columns = (
+            TextColumn("prequantizing"),
+            BarColumn(),
+            DownloadColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, disable=not progress, transient=True) as bar:
+            task = bar.add_task("", total=sum(unit.bytes for unit in waiting))
+            try:
+                for job in as_completed(jobs):
+                    bar.advance(task, job.result())
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+    described = {u.file: json.loads(_record(partial, u).read_text()) for u in units}
+    _finish(partial, out, skeleton, config, units, described)
+    return PrequantizeReport(
+        out,
+        sum(unit.layer is not None for unit in units),
+        sum(unit.layer is not None for unit in units) - sum(u.layer is not None for u in waiting),
+        sum(unit.bytes for unit in waiting),
+        sum(item["bytes"] for item in described.values()),
+        time.perf_counter() - start,
+        clock.seconds,
+    )
+
+
+# -- the plan --------------------------------------------------------------------------------------
+
+
+def _read_index(source: Path) -> dict[str, str]:
+    """The file that holds each tensor of a checkpoint."""
+    if not (source / "config.json").is_file():
+        raise FalqonError(str(source), "there is no config.json in it", "Name a model's folder")
+    if (source / _INDEX).is_file():
+        weight_map: dict[str, str] = json.loads((source / _INDEX).read_text())["weight_map"]
+        return weight_map
+    storage.require("safetensors", "export")
+    from safetensors import safe_open
+
+    index: dict[str, str] = {}
+    for file in sorted(source.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            index |= dict.fromkeys(opened.keys(), file.name)
+    if not index:
+        raise FalqonError(
+            str(source),
+            "there are no safetensors in it",
+            "Save the model with model.save_pretrained(folder) first",
+        )
+    return index
+
+
+def _lora_config(lora: Any) -> Any:
+    peft = storage.require("peft", "export")
+    return lora or peft.LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def empty_model(source: Path, lora: Any) -> Any:
+    """A PEFT model of a folder's config whose parameters are on the meta device."""
+    peft = storage.require("peft", "export")
+    transformers = storage.require("transformers", "export")
+    accelerate = storage.require("accelerate", "export")
+    config = transformers.AutoConfig.from_pretrained(source)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with accelerate.init_empty_weights(include_buffers=False):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+    model.config._name_or_path = str(source)
+    if transformers.GenerationConfig and (source / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(source)
+    return peft.get_peft_model(model.eval(), lora, low_cpu_mem_usage=True)
+
+
+def _units(
+    skeleton: Any, source: Path, index: Mapping[str, str], config: FalqonConfig
+) -> list[_Unit]:
+    sizes = _sizes(source, index)
+    merged: list[_Unit] = []
+    for layer in _lora_layers(skeleton):
+        reason = _skip_reason(layer, config)
+        if reason is not None:
+            continue
+        name = layer.path.removeprefix("base_model.model.") + ".weight"
+        if name not in index:
+            raise FalqonError(
+                layer.path,
+                f"the checkpoint has no tensor {name!r}",
+                "Load the model with transformers and save it again; leave tied layers out",
+            )
+        size, dtype = sizes[name]
+        if dtype not in _DTYPES:
+            raise FalqonError(
+                layer.path, f"its weight is {dtype} already", "falqon_fx.load takes FP8 as it is"
+            )
+        file = f"weights/{layer.path}.safetensors"
+        merged.append(_Unit(file, (name,), layer.path, size, _DTYPES[dtype]))
+    if not merged:
+        raise FalqonError(str(source), "none of its layers is to be merged", "Check the LoraConfig")
+    taken = {unit.tensors[0] for unit in merged}
+    rest = [name for name in index if name not in taken]
+    small = tuple(name for name in rest if sizes[name][0] < _SMALL)
+    units = merged + [
+        _Unit(f"weights/{name}.safetensors", (name,), None, sizes[name][0])
+        for name in rest
+        if name not in small
+    ]
+    if small:
+        units.append(
+            _Unit("weights/small.safetensors", small, None, sum(sizes[n][0] for n in small))
+        )
+    # The largest first, so that workers end together.
+    return sorted(units, key=lambda unit: -unit.bytes)
+
+
+def _sizes(source: Path, index: Mapping[str, str]) -> dict[str, tuple[int, str]]:
+    """Bytes and dtype of each tensor, from the headers alone."""
+    sizes = {}
+    for file in sorted(set(index.values())):
+        with (source / file).open("rb") as opened:
+            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        for name, entry in header.items():
+            if name in index:
+                start, end = entry["data_offsets"]
+                sizes[name] = (end - start, entry["dtype"])
+    return sizes
+
+
+def _begin(
+    out: Path, source: Path, skeleton: Any, config: FalqonConfig, units: list[_Unit]
+) -> Path:
+    """The folder to work in, new or of an interrupted run with the same plan."""
+    partial = out.with_name(out.name + ".partial")
+    files = [(path.name, path.stat()) for path in sorted(source.glob("*.safetensors"))]
+    plan = {
+        "config": str(config),
+        "lora": skeleton.peft_config["default"].to_dict(),
+        "units": [asdict(unit) for unit in units],
+        "source": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in files],
+    }
+    text = json.dumps(plan, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
+    if partial.exists():
+        old = partial / "plan.json"
+        if not old.is_file() or old.read_text() != text:
+            raise FalqonError(
+                str(partial), "it is of another run, with other options or files", "Remove it"
+            )
+        return partial
+    for name in ("weights", "records"):
+        storage.make_folder(partial / name)
+    with storage.written_aside(partial / "plan.json") as aside:
+        aside.write_text(text)
+    return partial
+
+
+# -- one weight ------------------------------------------------------------------------------------
+
+
+def _convert(
+    unit: _Unit,
+    source: Path,
+    index: Mapping[str, str],
+    partial: Path,
+    skeleton: Any,
+    config: FalqonConfig,
+    clock: _Clock,
+    admit: _Admission,
+) -> int:
+    with admit(unit.bytes if unit.layer is None else 4 * unit.bytes):
+        with clock("read"):
+            tensors = {name: read_tensor(source / index[name], name) for name in unit.tensors}
+        if unit.layer is not None:
+            with clock("merge"):
+                tensors = _merge(unit, skeleton, tensors[unit.tensors[0]], config)
+        with clock("write"):
+            folder = partial / "writing" / unit.file.replace("/", "_")
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            described = storage.write_tensors(folder / "tensors", tensors)
+            storage.flush_to_disk(folder / "tensors")
+            os.replace(folder / "tensors", partial / unit.file)
+            (folder / "record").write_text(json.dumps(described))
+            storage.flush_to_disk(folder / "record")
+            os.replace(folder / "record", _record(partial, unit))
+            shutil.rmtree(folder)
+    return unit.bytes
+
+
+def read_tensor(file: Path, name: str) -> Tensor:
+    """One tensor of a file, read and not mapped, so that its memory is given back with it."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt", backend="pread") as opened:
+        tensor: Tensor = opened.get_tensor(name)
+    return tensor
+
+
+def _merge(unit: _Unit, skeleton: Any, weight: Tensor, config: FalqonConfig) -> dict[str, Tensor]:
+    layer = next(_lora_layers(skeleton.get_submodule(unit.layer)))
+    rank = layer.lora_a.shape[0]
+    weight = weight.t().contiguous() if layer.transposed else weight
+    generator = torch.Generator().manual_seed(config.seed)
+    lora_a = torch.empty(rank, weight.shape[1])
+    nn.init.kaiming_uniform_(lora_a, a=5**0.5, generator=generator)  # as PEFT starts A
+    zeros = torch.zeros(weight.shape[0], rank)
+    state = create(str(unit.layer), weight, lora_a, zeros, layer.scaling, config)
+    tensors = dict(zip(STATE, (state.code, *state.tensors[1:]), strict=True))
+    return {**tensors, "lora_A": lora_a}
+
+
+def _record(partial: Path, unit: _Unit) -> Path:
+    return partial / "records" / (unit.file.removeprefix("weights/") + ".json")
+
+
+def _done(partial: Path, unit: _Unit) -> bool:
+    record = _record(partial, unit)
+    if not record.is_file() or not (partial / unit.file).is_file():
+        return False
+    stated: int = json.loads(record.read_text())["bytes"]
+    return (partial / unit.file).stat().st_size == stated
+
+
+class _Clock:
+    """Seconds in each part of the work, summed over workers."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        with self._lock:
+            spent = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent
+
+
+class _Admission:
+    """Lets weights be worked on side by side while their bytes together stay below a budget; one
+    alone is always let in.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self._budget, self._held = budget, 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def __call__(self, size: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._held == 0 or self._held + size <= self._budget)
+            self._held += size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held -= size
+                self._changed.notify_all()
+
+
+@contextmanager
+def _shared_threads(workers: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before // workers))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# -- the whole -------------------------------------------------------------------------------------
+
+
+def _finish(
+    partial: Path,
+    out: Path,
+    skeleton: Any,
+    config: FalqonConfig,
+    units: list[_Unit],
+    described: Mapping[str, Any],
+) -> None:
+    source = Path(skeleton.get_base_model().config._name_or_path)
+    for path in source.iterdir():
+        weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+        if path.is_file() and not weights and path.name != _INDEX:
+            shutil.copyfile(path, partial / path.name)
+    skeleton.peft_config["default"].save_pretrained(partial)
+    layers = {layer.path: layer for layer in _lora_layers(skeleton)}
+    sites = [
+        {
+            "layer": unit.layer,
+            "file": unit.file,
+            "dtype": unit.dtype,
+            "transposed": layers[unit.layer].transposed,
+            "scaling": layers[unit.layer].scaling,
+            "spec": asdict(SiteSpec.from_config(config)),
+        }
+        for unit in units
+        if unit.layer is not None
+    ]
+    shutil.rmtree(partial / "records")
+    shutil.rmtree(partial / "writing", ignore_errors=True)
+    (partial / "plan.json").unlink()
+    storage.write_manifest(
+        partial / MANIFEST,
+        {"format": FORMAT, "versions": versions(), "files": dict(described), "sites": sites},
+    )
+    os.replace(partial, out)
+    storage.flush_to_disk(out.parent)
+
+
+def load(
+    directory: str | Path,
+    lora: Any = None,
+    config: FalqonConfig | None = None,
+    *,
+    verify: bool = True,
+) -> nn.Module:
+    """A prepared PEFT model from a folder of `prequantize`, or from an FP8 checkpoint.
+
+    The model is built without weights and the FP8 bytes are mapped in: dense copies of merged
+    weights never exist. Of an FP8 checkpoint (compressed-tensors ``float-quantized``, or the fp8
+    form with a scale a tensor) the bytes are base weights as they are, beside a new A and B = 0.
+
+    Args:
+        directory: the folder.
+        lora: for FP8 checkpoints: a PEFT ``LoraConfig``; by default rank 16 on all linear layers.
+        config: for FP8 checkpoints: as for `prepare`; scales that aren't all powers of two make it
+            scale="amax", which torch.compile must then get too.
+        verify: compare checksums of a prequantized folder (reads every byte once).
+
+    Raises:
+        DamagedFileError: a file that is truncated or was changed.
+        FalqonError: neither kind of folder, or a form that can't be taken as it is.
+    """
+    directory = Path(directory)
+    if not (directory / MANIFEST).is_file():
+        from falqon_fx.foreign import load_fp8
+
+        return load_fp8(directory, lora, config)
+    peft = storage.require("peft", "export")
+    manifest = storage.read_manifest(directory / MANIFEST, FORMAT)
+    model = empty_model(directory, peft.LoraConfig.from_pretrained(directory))
+    by_file = {site["file"]: site for site in manifest["sites"]}
+    tensors: dict[str, Tensor] = {}
+    states = {}
+    for file, expected in manifest["files"].items():
+        found = storage.open_tensors(directory / file, expected, verify=verify)
+        site = by_file.get(file)
+        if site is None:
+            tensors |= {f"base_model.model.{name}": tensor for name, tensor in found.items()}
+            continue
+        path = site["layer"]
+        tensors[f"{path}.lora_A.default.weight"] = found.pop("lora_A")
+        code, scale, applied, counters, writes = (found[name] for name in STATE)
+        plan = SiteSpec(**site["spec"])
+        state = MergedAdapter(code, scale, applied, counters, writes, site["scaling"], plan)
+        state.transposed = site["transposed"]
+        states[f"{path}.base_layer"] = (state, getattr(torch, site["dtype"]))
+    return fill(model, states, tensors, str(directory))
+
+
+def fill(
+    model: Any,
+    states: Mapping[str, tuple[MergedAdapter, torch.dtype]],
+    tensors: Mapping[str, Tensor],
+    where: str,
+) -> nn.Module:
+    """Give a model on the meta device its layers in FP8 and its other tensors, as they are. New
+    adapters start as PEFT starts them.
+
+    Raises:
+        FalqonError: a tensor without a place, or a place without a tensor.
+    """
+    for path, (state, dtype) in states.items():
+        bias = model.get_submodule(path).bias
+        model.set_submodule(path, MergedBaseLinear(state, bias, dtype, state.transposed))
+    named = {}
+    for name, tensor in tensors.items():
+        path, _, last = name.rpartition(".")
+        inside = f"{path}.base_layer.{last}"  # PEFT wrapped the layer
+        named[inside if _exists(model, inside) else name] = tensor
+    unknown = model.load_state_dict(named, strict=False, assign=True).unexpected_keys
+    model.get_base_model().tie_weights()
+    if unknown:
+        raise FalqonError(unknown[0], f"it is in {where} but not in the model", "Check config.json")
+    for name, parameter in list(model.named_parameters()):
+        if parameter.device.type == "meta" and "lora_" in name:
+            path, _, last = name.rpartition(".")
+            fresh = torch.zeros(parameter.shape)
+            if "lora_A" in name:
+                nn.init.kaiming_uniform_(fresh, a=5**0.5)
+            setattr(model.get_submodule(path), last, nn.Parameter(fresh))
+        elif parameter.device.type == "meta":
+            raise FalqonError(name, f"the model needs it, {where} lacks it", "Check config.json")
+    loaded: nn.Module = model
+    return loaded
+
+
+def _exists(model: nn.Module, name: str) -> bool:
+    path, _, last = name.rpartition(".")
+    try:
+        return hasattr(model.get_submodule(path), last)
+    except AttributeError:
+        return False

@@ -1,0 +1,383 @@
+"""Models that never exist in dense form: `prequantize`, `load`, and FP8 checkpoints of others."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import falqon_fx
+from falqon_fx import FalqonConfig, FalqonError, export_cli
+from falqon_fx.numerics import E4M3
+from falqon_fx.prepare import MergedBaseLinear
+from falqon_fx.storage import DamagedFileError
+from tests.models import fill_b, lora_b
+from tests.sites import same, snapshot
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors.torch")
+
+IDS = torch.arange(12).view(2, 6)
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+def dense_model(tied: bool = False, **options) -> nn.Module:
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied, use_cache=False,
+        **options,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).to(BF16)
+
+
+def folder_of(model: nn.Module, folder: Path, shard: str = "5GB") -> Path:
+    model.save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+def lora(**options):
+    return peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **options})
+
+
+def prequantize(source: Path, out: Path, config=None, *, workers: int = 1, **options):
+    return falqon_fx.prequantize(
+        source, out, lora(**options), config, workers=workers, progress=False
+    )
+
+
+# -- prequantize and load --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+@pytest.mark.parametrize("scale", ["pow2", "amax"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_it_is_prepare_bit_for_bit(tmp_path, granularity, scale, tied):
+    """The same bytes, scales, counters and A as `prepare` makes from the whole model in memory."""
+    config = FalqonConfig(init="svd", granularity=granularity, scale=scale)
+    source = folder_of(dense_model(tied), tmp_path / "dense", "20KB")
+    report = prequantize(source, tmp_path / "out", config)
+    assert report.layers == 14
+    loaded = falqon_fx.load(tmp_path / "out")
+
+    dense = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=BF16)
+    expected = peft.get_peft_model(dense, lora())
+    falqon_fx.prepare(expected, config, progress=False)
+    states, others = falqon_fx.adapters(loaded), falqon_fx.adapters(expected)
+    assert states.keys() == others.keys()
+    for path, state in states.items():
+        assert same(snapshot(state), snapshot(others[path]))
+        assert state.scaling == others[path].scaling
+        assert state.plan == others[path].plan
+    named = dict(expected.named_parameters())
+    assert named.keys() == dict(loaded.named_parameters()).keys()
+    for name, parameter in loaded.named_parameters():
+        assert parameter.dtype == named[name].dtype
+        assert parameter.requires_grad == named[name].requires_grad
+        assert torch.equal(parameter, named[name]), name
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, expected.eval()(IDS).logits)
+
+
+def test_the_loaded_model_trains(tmp_path):
+    source = folder_of(dense_model(), tmp_path / "dense")
+    prequantize(source, tmp_path / "out")
+    model = falqon_fx.load(tmp_path / "out").train()
+    options = {"config": FalqonConfig(inner="eager", topk="all")}
+    compiled = torch.compile(model, backend="falqon", options=options)
+    optimizer = torch.optim.AdamW(lora_b(model), 0.02)
+    losses = []
+    for _ in range(6):
+        loss = compiled(IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(state.writes.any() for state in falqon_fx.adapters(model).values())
+    # Nothing was written into the files.
+    again = falqon_fx.load(tmp_path / "out")
+    assert not any(state.writes.any() for state in falqon_fx.adapters(again).values())
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_give_the_same_files(tmp_path, workers):
+    source = folder_of(dense_model(attention_bias=True), tmp_path / "dense")
+    prequantize(source, tmp_path / "one")
+    prequantize(source, tmp_path / "out", workers=workers)
+    one, out = ({p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()}
+                for f in (tmp_path / "one", tmp_path / "out"))  # fmt: skip
+    assert one.keys() == out.keys()
+    assert all(one[n] == out[n] for n in one if n.suffix == ".safetensors")
+    model = falqon_fx.load(tmp_path / "out")
+    assert model(IDS).logits.isfinite().all()
+    assert model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.bias is not None
+
+
+def test_layers_left_out_stay_dense(tmp_path):
+    dense = dense_model()
+    source = folder_of(dense, tmp_path / "dense")
+    report = prequantize(source, tmp_path / "out", FalqonConfig(exclude=("*mlp*",)))
+    assert report.layers == 8
+    model = falqon_fx.load(tmp_path / "out")
+    up = model.base_model.model.model.layers[1].mlp.up_proj
+    assert torch.equal(up.base_layer.weight, dense.model.layers[1].mlp.up_proj.weight)
+    assert up.lora_A.default.weight.any()
+    assert not up.lora_B.default.weight.any()
+
+
+KILL = """
+import sys, time; sys.path.insert(0, {root!r})
+import falqon_fx
+p = sys.modules["falqon_fx.prequantize"]
+convert = p._convert
+def slowly(*arguments):
+    print("one", flush=True)
+    time.sleep(0.02)
+    return convert(*arguments)
+p._convert = slowly
+from pathlib import Path
+from tests.test_prequantize import prequantize
+prequantize(Path({source!r}), Path({out!r}))
+"""
+
+
+def test_a_killed_run_goes_on_where_it_ended(tmp_path):
+    source = folder_of(dense_model(), tmp_path / "dense")
+    out = tmp_path / "out"
+    prequantize(source, tmp_path / "whole")
+    code = KILL.format(root=str(Path(__file__).parents[1]), source=str(source), out=str(out))
+    writer = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.PIPE)
+    assert writer.stdout is not None
+    for _ in range(6):
+        assert writer.stdout.readline() == b"one\n"
+    os.kill(writer.pid, signal.SIGKILL)
+    writer.wait()
+    assert not out.exists()
+    done = {p: p.stat().st_mtime_ns for p in (tmp_path / "out.partial/weights").iterdir()}
+    assert 0 < len(done) < 15
+    report = prequantize(source, out)
+    assert 0 < report.resumed < 14
+    assert "from an earlier run" in str(report)
+    for path, when in done.items():
+        assert (out / "weights" / path.name).stat().st_mtime_ns == when
+    for path in (tmp_path / "whole/weights").iterdir():
+        assert path.read_bytes() == (out / "weights" / path.name).read_bytes()
+    assert not (tmp_path / "out.partial").exists()
+    falqon_fx.load(out)
+
+
+def test_a_partial_folder_of_other_options_is_refused(tmp_path):
+    source = folder_of(dense_model(), tmp_path / "dense")
+    dense = dense_model()
+    with torch.no_grad():
+        dense.model.layers[0].mlp.down_proj.weight[0, 0] = float("nan")
+    bad = folder_of(dense, tmp_path / "bad")
+    with pytest.raises(FalqonError, match="NaN or Inf"):
+        prequantize(bad, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(FalqonError, match="of another run"):
+        prequantize(source, tmp_path / "out")
+
+
+def test_a_folder_that_exists_is_left_alone(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine").write_text("mine")
+    with pytest.raises(FalqonError, match="exists already"):
+        prequantize(tmp_path, tmp_path / "out")
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(FalqonError, match=r"there is no config\.json in it"):
+        prequantize(tmp_path, tmp_path / "out")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FalqonError, match="there are no safetensors in it"):
+        prequantize(tmp_path, tmp_path / "out")
+
+
+def test_a_damaged_weight_is_named(tmp_path):
+    source = folder_of(dense_model(), tmp_path / "dense")
+    prequantize(source, tmp_path / "out")
+    file = tmp_path / "out/weights/base_model.model.model.layers.0.mlp.up_proj.safetensors"
+    whole = bytearray(file.read_bytes())
+    whole[-3] ^= 4
+    file.write_bytes(whole)
+    with pytest.raises(DamagedFileError, match=r"layers\.0\.mlp\.up_proj.*checksum of tensor"):
+        falqon_fx.load(tmp_path / "out")
+    falqon_fx.load(tmp_path / "out", verify=False)
+
+
+def test_no_dense_weight_is_made_while_loading(tmp_path, monkeypatch):
+    """The FP8 parameters are the mapped files themselves."""
+    source = folder_of(dense_model(), tmp_path / "dense")
+    prequantize(source, tmp_path / "out")
+    model = falqon_fx.load(tmp_path / "out")
+    for module in model.modules():
+        if isinstance(module, MergedBaseLinear):
+            storage = module.code.untyped_storage()
+            assert not storage.resizable()  # memory that torch did not allocate
+
+
+# -- FP8 checkpoints of others ---------------------------------------------------------------------
+
+
+def exported(folder: Path, form: str = "compressed-tensors", **options) -> nn.Module:
+    """An FP8 checkpoint in ``folder``, and the model that it was written from."""
+    if form == "fp8":
+        options["granularity"] = "tensor"
+    model = peft.get_peft_model(dense_model(), lora())
+    fill_b(model, 0.1)
+    falqon_fx.prepare(model, FalqonConfig(**options), progress=False)
+    falqon_fx.save_fp8(model, folder, form=form, progress=False)
+    return model
+
+
+@pytest.mark.parametrize("form", ["compressed-tensors", "fp8"])
+@pytest.mark.parametrize("scale", ["pow2", "amax"])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]], ids=["all", "q_proj"])
+def test_fp8_weights_are_taken_as_they_are(tmp_path, form, scale, targets):
+    exported(tmp_path / "fp8", form, scale=scale)
+    tensors = safetensors.load_file(tmp_path / "fp8/model.safetensors")
+    model = falqon_fx.load(tmp_path / "fp8", lora(target_modules=targets))
+    end = "weight_scale" if form == "compressed-tensors" else "weight_scale_inv"
+    count = 0
+    for path, module in model.named_modules():
+        if isinstance(module, MergedBaseLinear):
+            name = path.removeprefix("base_model.model.").removesuffix(".base_layer")
+            weight, out = tensors[f"{name}.weight"], module.out_features
+            assert weight.dtype == E4M3
+            assert torch.equal(module.code[:out], weight.view(torch.uint8))
+            given = tensors[f"{name}.{end}"]
+            expected = given if form == "compressed-tensors" else given[0, 0].expand(out, 1)
+            assert torch.equal(module.scale[:out], expected)
+            assert f"{scale} " in module.spec
+            assert module.rank == (4 if targets == "all-linear" or "q_proj" in path else 0)
+            count += 1
+    assert count == 14
+    assert len(falqon_fx.adapters(model)) == (14 if targets == "all-linear" else 2)
+
+
+def test_an_fp8_model_computes_what_transformers_does(tmp_path):
+    exported(tmp_path / "fp8")
+    config = transformers.CompressedTensorsConfig(dequantize=True)
+    dense = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "fp8", dtype=BF16, quantization_config=config
+    )
+    model = falqon_fx.load(tmp_path / "fp8", lora(target_modules=["q_proj"]))
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, dense(IDS).logits)
+
+
+@pytest.mark.parametrize("scale", ["pow2", "amax"])
+def test_an_fp8_model_trains_and_is_exported_again(tmp_path, scale):
+    """Rows that were not written keep the bytes of the checkpoint that they came from."""
+    exported(tmp_path / "fp8", scale=scale)
+    model = falqon_fx.load(tmp_path / "fp8", lora()).train()
+    options = {"config": FalqonConfig(inner="eager", topk=3, scale=scale)}
+    compiled = torch.compile(model, backend="falqon", options=options)
+    optimizer = torch.optim.AdamW(lora_b(model), 0.02)
+    for _ in range(3):
+        compiled(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    before = safetensors.load_file(tmp_path / "fp8/model.safetensors")
+    written = 0
+    for path, state in falqon_fx.adapters(model).items():
+        name = path.removeprefix("base_model.model.") + ".weight"
+        kept = state.writes == 0
+        written += int((~kept).sum())
+        old = before[name].view(torch.uint8)
+        assert torch.equal(state.code[: len(old)][kept], old[kept])
+    assert written
+    falqon_fx.save_fp8(model, tmp_path / "again", progress=False)
+    again = falqon_fx.load(tmp_path / "again", lora())
+    for path, state in falqon_fx.adapters(again).items():
+        out = state.applied.shape[0]
+        assert torch.equal(state.code[:out], falqon_fx.adapters(model)[path].code[:out])
+
+
+def test_block_scales_are_refused(tmp_path):
+    exported(tmp_path / "fp8", "fp8")
+    file = tmp_path / "fp8/model.safetensors"
+    tensors = safetensors.load_file(file)
+    name = "model.layers.0.mlp.up_proj.weight_scale_inv"
+    tensors[name][0, 0] *= 2
+    safetensors.save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(FalqonError, match=r"mlp\.up_proj: it has scales a block"):
+        falqon_fx.load(tmp_path / "fp8", lora())
+
+
+def test_a_dense_checkpoint_is_not_loaded_as_fp8(tmp_path):
+    folder_of(dense_model(), tmp_path / "dense")
+    with pytest.raises(FalqonError, match=r"Call falqon_fx\.prequantize on it"):
+        falqon_fx.load(tmp_path / "dense")
+
+
+def test_other_quantizations_are_refused(tmp_path):
+    exported(tmp_path / "fp8")
+    file = tmp_path / "fp8/config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 4
+    file.write_text(json.dumps(config))
+    with pytest.raises(FalqonError, match="4 bits of type 'float'"):
+        falqon_fx.load(tmp_path / "fp8")
+
+
+# -- command line ----------------------------------------------------------------------------------
+
+
+def run(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    export_cli.add_parser(parser.add_subparsers(required=True))
+    parsed = parser.parse_args(arguments)
+    return parsed.run(parsed)
+
+
+def test_prequantize_and_export_on_the_command_line(tmp_path, capsys):
+    source = folder_of(dense_model(), tmp_path / "dense")
+    out, serving = tmp_path / "out", tmp_path / "serving"
+    assert (
+        run("prequantize", str(source), str(out), "--rank", "4", "--workers", "2", "--quiet") == 0
+    )
+    assert "14 layers in FP8" in capsys.readouterr().out
+    model = falqon_fx.load(out)
+    fill_b(model, 0.05)
+    falqon_fx.save_checkpoint(model, tmp_path / "trained")
+    arguments = ("--checkpoint", str(tmp_path / "trained"), "--quiet")
+    assert run("export", str(out), str(serving), *arguments) == 0
+    printed = capsys.readouterr().out
+    assert "14 layers in FP8" in printed
+    assert "pending rows in 14 layers" in printed
+    falqon_fx.flush(model)
+    served = falqon_fx.load(serving, lora())
+    for path, state in falqon_fx.adapters(served).items():
+        rows = state.applied.shape[0]
+        assert torch.equal(state.code[:rows], falqon_fx.adapters(model)[path].code[:rows])
+
+
+@pytest.mark.parametrize("form", ["compressed-tensors", "fp8"])
+def test_export_of_a_peft_adapter_on_the_command_line(tmp_path, capsys, form):
+    dense = dense_model()
+    source = folder_of(dense, tmp_path / "dense")
+    model = peft.get_peft_model(dense, lora())
+    fill_b(model, 0.05)
+    model.save_pretrained(tmp_path / "adapter")
+    arguments = ("--adapter", str(tmp_path / "adapter"), "--form", form, "--quiet")
+    assert run("export", str(source), str(tmp_path / "out"), *arguments) == 0
+    assert f"14 layers in FP8 ({form})" in capsys.readouterr().out
+    with pytest.raises(FalqonError, match="--adapter"):
+        run("export", str(source), str(tmp_path / "other"))
