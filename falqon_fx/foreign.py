@@ -16,7 +16,7 @@ from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
 from falqon_fx.merged import MergedAdapter, allocate
 from falqon_fx.numerics import E4M3, amax_to_scale, encode_fp8, round_to_fp8
-from falqon_fx.prepare import _lora_layers
+from falqon_fx.prepare import lora_layers
 from falqon_fx.prequantize import _lora_config, _read_index, empty_model, fill
 from falqon_fx.spec import SiteSpec
 
@@ -45,7 +45,7 @@ def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = No
     plan = SiteSpec.from_config(config)
 
     dtype = model.get_base_model().config.dtype
-    layers = {layer.path: layer for layer in _lora_layers(model)}
+    layers = {layer.path: layer for layer in lora_layers(model)}
     states: dict[str, tuple[MergedAdapter, torch.dtype]] = {}
     for name, weight in weights.items():
         path = f"base_model.model.{name}"

@@ -28,7 +28,7 @@ from falqon_fx.checkpoint import STATE, versions
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
 from falqon_fx.merged import MergedAdapter, create
-from falqon_fx.prepare import MergedBaseLinear, _lora_layers, _skip_reason
+from falqon_fx.prepare import MergedBaseLinear, _skip_reason, lora_layers
 from falqon_fx.spec import SiteSpec
 
 FORMAT = "falqon_fx.prequantized.1"
@@ -191,7 +191,7 @@ def _units(
 ) -> list[_Unit]:
     sizes = _sizes(source, index)
     merged: list[_Unit] = []
-    for layer in _lora_layers(skeleton):
+    for layer in lora_layers(skeleton):
         reason = _skip_reason(layer, config)
         if reason is not None:
             continue
@@ -310,7 +310,7 @@ def read_tensor(file: Path, name: str) -> Tensor:
 
 
 def _merge(unit: _Unit, skeleton: Any, weight: Tensor, config: FalqonConfig) -> dict[str, Tensor]:
-    layer = next(_lora_layers(skeleton.get_submodule(unit.layer)))
+    layer = next(lora_layers(skeleton.get_submodule(unit.layer)))
     rank = layer.lora_a.shape[0]
     weight = weight.t().contiguous() if layer.transposed else weight
     generator = torch.Generator().manual_seed(config.seed)
@@ -399,7 +399,7 @@ def _finish(
         if path.is_file() and not weights and path.name != _INDEX:
             shutil.copyfile(path, partial / path.name)
     skeleton.peft_config["default"].save_pretrained(partial)
-    layers = {layer.path: layer for layer in _lora_layers(skeleton)}
+    layers = {layer.path: layer for layer in lora_layers(skeleton)}
     sites = [
         {
             "layer": unit.layer,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from falqon_fx.errors import FalqonError
 from falqon_fx.merged import MergedAdapter, registry
-from falqon_fx.prepare import MergedBaseLinear, _lora_layers, _LoraLayer, unwrap
+from falqon_fx.prepare import LoraLayer, MergedBaseLinear, lora_layers, unwrap
 
 
 def merge_and_unload(model: nn.Module) -> nn.Module:
@@ -40,14 +40,14 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     return merged
 
 
-def fp8_layers(base: nn.Module) -> dict[str, tuple[_LoraLayer, MergedAdapter]]:
+def fp8_layers(base: nn.Module) -> dict[str, tuple[LoraLayer, MergedAdapter]]:
     """The LoRA layers of a model that have an FP8 weight, and its state, by module path.
 
     Raises:
         FalqonError: a layer with the states of several configs.
     """
     found = {}
-    for layer in _lora_layers(base):
+    for layer in lora_layers(base):
         states = _states(layer)
         if len(states) > 1:
             raise FalqonError(
@@ -60,7 +60,7 @@ def fp8_layers(base: nn.Module) -> dict[str, tuple[_LoraLayer, MergedAdapter]]:
     return found
 
 
-def _states(layer: _LoraLayer) -> list[MergedAdapter]:
+def _states(layer: LoraLayer) -> list[MergedAdapter]:
     if isinstance(layer.base, MergedBaseLinear):
         state = layer.base.merged()
         state.b_ref = weakref.ref(layer.lora_b)
@@ -82,7 +82,7 @@ def merged_weight(state: MergedAdapter) -> Tensor:
     return merged[:out]
 
 
-def merged_bias(layer: _LoraLayer) -> Tensor | None:
+def merged_bias(layer: LoraLayer) -> Tensor | None:
     """The base layer's bias, plus scaling times that of lora_B where it has one.
 
     Raises:
@@ -102,7 +102,7 @@ def merged_bias(layer: _LoraLayer) -> Tensor | None:
     return wide.to(bias.dtype)
 
 
-def plain_layer(layer: _LoraLayer, weight: Tensor, bias: Tensor | None) -> nn.Module:
+def plain_layer(layer: LoraLayer, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """A layer of the base layer's kind with ``weight`` [out, in] in the base weight's dtype."""
     dtype = (
         layer.base.dtype if isinstance(layer.base, MergedBaseLinear) else layer.base.weight.dtype
