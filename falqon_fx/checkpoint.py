@@ -6,9 +6,11 @@ is renamed into place last. So a save that is killed leaves the checkpoint befor
 
 from __future__ import annotations
 
+import json
 import platform
 import random
 import uuid
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -227,6 +229,13 @@ def load_checkpoint(
     return extra
 
 
+def read_extra(directory: Path) -> dict[str, Any]:
+    """What a checkpoint holds as ``extra``, apart from its tensors, which are empty."""
+    objects = dict(storage.read_manifest(directory / MANIFEST, FORMAT)["objects"]["dict"])
+    extra: dict[str, Any] = storage.join(objects["extra"], defaultdict(lambda: torch.empty(0)))
+    return extra
+
+
 def apply(
     model: nn.Module, sites: list[dict[str, Any]], tensors: Mapping[str, Tensor], where: str
 ) -> None:
@@ -382,3 +391,52 @@ def _set_rng_state(state: dict[str, Any]) -> None:
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
     random.setstate(state["python"])
+
+
+# -- torch.distributed.checkpoint ------------------------------------------------------------------
+
+
+class CheckpointState:
+    """A model, and its optimizer, for `torch.distributed.checkpoint` (its ``Stateful`` protocol):
+    ``dcp.save({"falqon": CheckpointState(model, optimizer)}, checkpoint_id=...)``, and ``dcp.load``
+    likewise into a model made as for the run that was saved.
+
+    Unlike in `save_checkpoint`, all base weights are in it. ``dcp.load`` reads into the model's
+    parameters itself, before anything can be compared. DCP pickles its own metadata: where files
+    come from people whom you don't trust, use `load_checkpoint`.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        self.model, self.optimizer = unwrap(model), optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """The model's tensors by name; all else, whose shapes DCP can't know before it loads, as
+        the bytes of a safetensors file and text.
+        """
+        from safetensors.torch import save
+
+        sites, named = collect(self.model)
+        packed = {name: t for name, t in named if name.startswith("falqon.")}
+        optimizer = None if self.optimizer is None else self.optimizer.state_dict()
+        tree = storage.separate(optimizer, "training", packed)
+        return {
+            "model": self.model.state_dict(),
+            "packed": save(storage.unshared(packed.items())[0]),
+            "text": json.dumps({"sites": sites, "optimizer": tree}),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Write what ``dcp.load`` has read into the model and the optimizer.
+
+        Raises:
+            FalqonError: a checkpoint of another model.
+        """
+        from safetensors.torch import load
+
+        text, packed = json.loads(state["text"]), load(state["packed"])
+        bases = {site.get("base") for site in text["sites"]}
+        tensors = {name: t for name, t in state["model"].items() if name not in bases}
+        tensors |= {name: t for name, t in packed.items() if name.startswith("falqon.")}
+        apply(self.model, text["sites"], tensors, "the checkpoint")
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(storage.join(text["optimizer"], packed))

@@ -1,4 +1,5 @@
-"""The command line: ``falqon-fx explain | cost | kernels | repro`` (also ``python -m falqon_fx``).
+"""The command line: ``falqon-fx explain | cost | export | prequantize | repro | kernels``, also as
+``python -m falqon_fx``.
 
 Exit codes: 0 done; 1 a `FalqonError`: the model or the options can't be used as asked; 2 a wrong
 command line; 3 ``explain --check`` found rejected or no sites, or ``repro`` a difference.
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from falqon_fx import cost_cli, explain_cli, repro_cli
+from falqon_fx import cost_cli, explain_cli, export_cli, repro_cli
 from falqon_fx.errors import FalqonError
 
 DONE, FAILED, USAGE, FOUND = 0, 1, 2, 3
@@ -41,7 +42,7 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
     """The parser and those of its commands; ``run`` of each takes its arguments to an exit code."""
     parser = Parser(prog="falqon-fx", description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
-    for module in (explain_cli, cost_cli, repro_cli):
+    for module in (explain_cli, cost_cli, export_cli, repro_cli):
         module.add_parser(commands)
     return parser, commands.choices
 

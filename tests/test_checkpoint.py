@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.stateful import Stateful
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
@@ -259,6 +261,27 @@ def test_tied_weights_are_written_once(tmp_path):
     falqon_fx.load_checkpoint(model, tmp_path)
     assert inner.lm_head.weight.any()
     assert inner.lm_head.weight is inner.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
+def test_torch_distributed_checkpoint_resumes_bit_equal(tmp_path, prepared):
+    """Through its public save and load, in one process."""
+    whole, first, resumed = Run(prepared), Run(prepared), Run(prepared)
+    for run in (whole, first):
+        random.seed(5)
+        torch.manual_seed(5)
+        run.steps(0, 3)
+    assert isinstance(falqon_fx.CheckpointState(first.model), Stateful)
+    state = falqon_fx.CheckpointState(first.compiled, first.optimizer)
+    dcp.save({"falqon": state}, checkpoint_id=tmp_path)
+    state = falqon_fx.CheckpointState(resumed.model, resumed.optimizer)
+    dcp.load({"falqon": state}, checkpoint_id=tmp_path)
+    resumed.scheduler.load_state_dict(first.scheduler.state_dict())
+    for run in (whole, resumed):
+        random.seed(6)
+        torch.manual_seed(6)
+        run.steps(3, STEPS)
+    assert_same_run(whole, resumed)
 
 
 # -- refusals change nothing -----------------------------------------------------------------------

@@ -12,6 +12,16 @@ import torch
 import falqon_fx
 
 PUBLIC = {
+    "save_fp8",
+    "save_checkpoint",
+    "prequantize",
+    "merge_and_unload",
+    "load_checkpoint",
+    "load",
+    "PrequantizeReport",
+    "ExportReport",
+    "CheckpointState",
+    "CheckpointReport",
     "FalqonConfig",
     "MergedAdapter",
     "PrepareReport",
