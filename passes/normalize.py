@@ -54,6 +54,14 @@ _OTHER_MODULES: dict[Any, str] = {
     nn.Conv2d: "a convolution",
     nn.Conv3d: "a convolution",
 }
+_EINSUM = {torch.einsum, aten.einsum.default}
+_PRODUCTS: set[Any] = {*_LINEAR, *_MATMUL, *_ADDMM, *_EINSUM, *_OTHER}
+_PRODUCTS |= {torch.bmm, torch.baddbmm, aten.bmm.default, aten.baddbmm.default}
+_PRODUCT_METHODS = {"matmul", "mm", "bmm", "addmm", "baddbmm", "__matmul__"}
+_MOVES: set[Any] = {torch.unsqueeze, torch.squeeze, torch.permute, torch.split, torch.chunk}
+_MOVES |= {torch.movedim, torch.cat, operator.getitem, aten.unsqueeze.default, aten.permute.default}
+_MOVE_METHODS = {"unsqueeze", "squeeze", "permute", "split", "chunk", "movedim", "expand"}
+_MOVE_METHODS |= {"contiguous", "clone", "view_as"}
 _ADD = {torch.add, operator.add, operator.iadd, aten.add.Tensor, aten.add_.Tensor}
 _MUL: set[Any] = {torch.mul, operator.mul, operator.imul, torch.multiply}
 _MUL |= {aten.mul.Tensor, aten.mul.Scalar, aten.mul_.Tensor, aten.mul_.Scalar}
@@ -257,6 +265,8 @@ def _read_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scope
         return _linear(args, kwargs, scope)
     if target in _OTHER:
         return _other(_OTHER[target], args[0], args[1], scope) if len(args) > 1 else None
+    if target in _EINSUM:
+        return _einsum(args, scope)
     args = (*args, *(kwargs.pop(name) for name in _OPERANDS if name in kwargs))
     if target in _MATMUL and len(args) == 2:
         return _matmul(args[0], args[1], None, scope)
@@ -298,6 +308,76 @@ def _matmul(x: Any, weight: Any, bias: Any, scope: Scope) -> Term:
     w = found.weight
     flipped = Param(w.value, w.node, w.name, not w.transposed)  # x @ M is a Linear with W = Mᵀ
     return Linear(found.x, flipped, found.bias)
+
+
+def _einsum(args: tuple[Any, ...], scope: Scope) -> Term:
+    """``einsum("...i,oi->...o", x, W)``, its operands and the dimensions of W in either order."""
+    equation, *operands = args
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = list(operands[0])
+    left, arrow, result = str(equation).replace(" ", "").partition("->")
+    names = left.split(",")
+    if not arrow or len(names) != 2 or len(operands) != 2:
+        return None
+    for (x_dims, x), (w_dims, weight) in (zip(names, operands), reversed([*zip(names, operands)])):
+        lead, contracted = x_dims[:-1], x_dims[-1:]
+        if len(w_dims) != 2 or contracted not in w_dims or len(set(w_dims)) != 2:
+            continue
+        out = w_dims.replace(contracted, "")
+        if result != lead + out or out in x_dims or contracted in lead or out == ".":
+            continue
+        if found := _on_parameters(x, weight, None, scope):
+            w = found.weight
+            stored = w.transposed != (w_dims[0] == contracted)
+            return Linear(found.x, Param(w.value, w.node, w.name, stored), None)
+    return None
+
+
+@dataclass(frozen=True)
+class ComputedLinear:
+    """x · wᵀ + bias with a weight ``weight`` [out, in] that the graph computes."""
+
+    x: fx.Node
+    weight: fx.Node
+    bias: Param | None
+    views: tuple[fx.Node, ...]  # transposes of the weight
+
+
+def computed_linear(node: fx.Node, scope: Scope) -> ComputedLinear | None:
+    """``F.linear(x, w, b)`` or ``x @ w.T``, where w is no leaf of the graph."""
+    target: Any = _METHODS.get(str(node.target)) if node.op == "call_method" else node.target
+    names = ("input", "weight", "bias") if target in _LINEAR else ("input", "other", "")
+    bound = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    x, weight, bias = (bound.get(name) for name in names)
+    if target not in _LINEAR | _MATMUL or not _are_nodes((x, weight)):
+        return None
+    assert isinstance(x, fx.Node)
+    assert isinstance(weight, fx.Node)
+    views: tuple[fx.Node, ...] = ()
+    if target in _MATMUL:
+        if not _is_transpose(weight):
+            return None
+        views, weight = (weight,), weight.args[0]
+    b = None if bias is None else param_of(bias, scope)
+    if not isinstance(weight, fx.Node) or param_of(weight, scope) or (bias is not None and not b):
+        return None
+    return ComputedLinear(x, weight, b, views)
+
+
+def is_product(node: fx.Node) -> bool:
+    """Whether a node multiplies matrices, of whatever shape."""
+    if node.op == "call_method":
+        return node.target in _PRODUCT_METHODS
+    return node.op == "call_function" and node.target in _PRODUCTS
+
+
+def only_moves(node: fx.Node) -> bool:
+    """Whether a node only views, splits or reorders the elements of its first argument."""
+    if _is_view(node) or _is_transpose(node):
+        return True
+    if node.op == "call_method":
+        return node.target in _MOVE_METHODS
+    return node.op == "call_function" and node.target in _MOVES
 
 
 def _on_parameters(x: Any, weight: Any, bias: Any, scope: Scope) -> Linear | None:

@@ -11,8 +11,8 @@ from falqon_fx._compat import is_ddp_piece, is_dtensor, is_fsdp, source_path
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
 from falqon_fx.passes.cost import losing
+from falqon_fx.passes.dataflow import Match, RejectedMatch
 from falqon_fx.passes.describe import describe, source_of
-from falqon_fx.passes.match import Match, RejectedMatch
 from falqon_fx.passes.normalize import Scope, value_of
 from falqon_fx.passes.siblings import group_siblings
 from falqon_fx.passes.terms import BaseLinear, Linear, Param

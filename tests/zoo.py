@@ -17,7 +17,7 @@ import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
-VOCABULARY, TOKENS = 64, 8
+TOKENS = (2, 8)  # batch, length
 
 # Sizes by the names that configs have for them.
 _SIZES = {
@@ -161,6 +161,35 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }
 
+# These map their composite config to a model that takes the config of the decoder alone.
+_CONFIGS: dict[str, Any] = {
+    "musicgen": transformers.models.musicgen.configuration_musicgen.MusicgenDecoderConfig,
+    "musicgen_melody": (
+        transformers.models.musicgen_melody.configuration_musicgen_melody.MusicgenMelodyDecoderConfig
+    ),
+}
+_CODEBOOKS = 2
+OPTIONS["musicgen"] = OPTIONS["musicgen_melody"] = {"num_codebooks": _CODEBOOKS}
+
+# What PEFT itself can't adapt with target_modules="all-linear", and the error that says so.
+PEFT_CANNOT = {
+    **dict.fromkeys(
+        ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"),
+        "is incompatible with Mamba-based models",
+    ),
+    # A subclass of nn.Linear that returns a tuple, or that multiplies groups.
+    **dict.fromkeys(("llama4_text", "phimoe"), "'tuple' object has no attribute 'dtype'"),
+    "deepseek_v4": "must match the size of tensor b",
+}
+
+# What the zoo does not train, and why.
+LEFT_OUT = {
+    "gemma3n": "its decoder is gemma3n_text; its vision tower has no tiny config",
+    "gemma4": "its decoder is gemma4_text; its vision tower has no tiny config",
+    "gemma4_assistant": "a draft head: runs on the hidden states and caches of another model",
+    "gemma4_unified_assistant": "a draft head, as gemma4_assistant",
+}
+
 
 def families() -> dict[str, type[nn.Module]]:
     """Transformers' causal language models: the first name of each model class."""
@@ -176,18 +205,20 @@ def families() -> dict[str, type[nn.Module]]:
 
 def build(name: str) -> nn.Module:
     """A tiny model of a family in float32, without LoRA; the same weights each time."""
-    cls: Any = CONFIG_MAPPING[name]
+    cls: Any = _CONFIGS.get(name) or CONFIG_MAPPING[name]
     config = cls(**_options(cls, OPTIONS.get(name, {})))
     config._attn_implementation = "eager"  # sdpa takes another path when traced
+    config.loss_type = "ForCausalLM"  # else a warning about it breaks the graph
     config._experts_implementation = "batched_mm"  # others have shapes that depend on the data
     if hasattr(config, "is_decoder") and not config.is_encoder_decoder:
         config.is_decoder = True
+    make: Any = families()[name]._from_config if name in _CONFIGS else _from_config
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in _from_config(config).parameters())
+        parameters = sum(p.numel() for p in make(config).parameters())
     if parameters > 10_000_000:
         raise ValueError(f"{name} has {parameters} parameters: it needs sizes of its own")
     torch.manual_seed(0)
-    model = _from_config(config)
+    model: nn.Module = make(config)
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             if path.endswith("bias"):  # most are zero at first
@@ -229,6 +260,17 @@ def _takes(config: Any, name: str) -> bool:
     if isinstance(attribute, property) and attribute.fset is None:
         return False
     return name in config.__dict__ or name in getattr(cls, "__dataclass_fields__", {})
+
+
+def batch(name: str) -> dict[str, torch.Tensor]:
+    """A call that returns logits and a loss."""
+    generator = torch.Generator().manual_seed(1)
+    streams = _CODEBOOKS if name.startswith("musicgen") else 1
+    ids = torch.randint(3, 64, (TOKENS[0] * streams, TOKENS[1]), generator=generator)
+    if streams > 1:
+        return {"input_ids": ids}
+    extra = {"pixel_values": torch.randn(TOKENS[0], 3, 32, 32)} if name == "git" else {}
+    return {"input_ids": ids, "labels": ids, **extra}
 
 
 def adapt(model: nn.Module, **lora: Any) -> nn.Module:

@@ -1,0 +1,160 @@
+"""What the matchers share: walking the data flow, and the checks that make a site safe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from falqon_fx._compat import is_dtensor, is_plain
+from falqon_fx.passes.normalize import Scope, writes
+from falqon_fx.passes.terms import BaseLinear, Cast, Dropout, Linear, Param, Scale
+
+
+@dataclass(frozen=True)
+class Match:
+    """One site: ``anchor`` is the node whose value the fused op will replace."""
+
+    scope: Scope
+    anchor: fx.Node
+    nodes: frozenset[fx.Node]  # computed inside the site; gone after the rewrite
+    x: fx.Node
+    base: Linear | BaseLinear
+    lora_a: Param
+    lora_b: Param
+    lora_bias: Param | None
+    bias_scaling: float  # of lora_bias: what is applied behind B
+    scaling: float
+    dropout: float
+
+
+@dataclass(frozen=True)
+class RejectedMatch:
+    """A LoRA-like pair B(A(·)) that stays as it is."""
+
+    scope: Scope
+    lora_a: Param
+    lora_b: Param
+    reason: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What lies between two points of the data flow, with the nodes passed on the way."""
+
+    end: fx.Node
+    factor: float
+    dropout: float
+    nodes: tuple[fx.Node, ...]
+
+
+class Refusal(Exception):
+    """Why something is not a site, and what the user can do about it."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        self.reason, self.remedy = reason, remedy
+
+
+LEAVE = "The layer runs unmerged, as it was"
+
+
+def peel(scope: Scope, node: fx.Node, until: tuple[fx.Node, ...] = ()) -> Chain:
+    """Go down through casts, scalings and dropouts."""
+    factor, dropout = 1.0, 0.0
+    nodes: list[fx.Node] = []
+    while True:
+        term = scope.term(node)
+        if node in until or not isinstance(term, Scale | Dropout | Cast):
+            return Chain(node, factor, dropout, tuple(nodes))
+        if isinstance(term, Scale):
+            factor *= term.factor
+        elif isinstance(term, Dropout):
+            dropout = either(dropout, term.p)
+        nodes.append(node)
+        node = term.x
+
+
+def either(p: float, q: float) -> float:
+    """The probability that one of two dropouts strikes."""
+    return p + q - p * q
+
+
+def check_trained(lora_a: Param, lora_b: Param) -> None:
+    """Refuse adapters that train A alone: a merged weight holds A fixed, nothing would train."""
+    if lora_a.value.requires_grad and not lora_b.value.requires_grad:
+        raise Refusal("lora_A is trained and lora_B is frozen (as in MiCA)", LEAVE)
+
+
+def check_base(base: Linear) -> None:
+    """Refuse base weights that can't be merged."""
+    value = base.weight.value
+    if not is_plain(value) and not is_dtensor(value):  # plan refuses sharded ones by name
+        raise Refusal(
+            f"the base weight is a {type(value).__name__}", "Use an unquantized nn.Linear as base"
+        )
+    if value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise Refusal(
+            f"the base weight is already quantized ({value.dtype})",
+            "Use an unquantized nn.Linear as base",
+        )
+    if value.requires_grad:
+        raise Refusal(
+            "the base weight is trained too", "Freeze it (requires_grad_(False)); only B is trained"
+        )
+
+
+def casts(scope: Scope, node: fx.Node, taken: set[fx.Node]) -> tuple[fx.Node, ...]:
+    """A node and what it is a cast of, down to the first that is none or is another site's."""
+    nodes = [node]
+    while isinstance(term := scope.term(nodes[-1]), Cast) and nodes[-1] not in taken:
+        nodes.append(term.x)
+    return tuple(nodes)
+
+
+def trailing_cast(scope: Scope, add: fx.Node) -> fx.Node:
+    """The cast of the sum, where it is the sum's only use: the fused op writes that dtype."""
+    if len(add.users) == 1:
+        (user,) = add.users
+        if isinstance(scope.term(user), Cast):
+            return user
+    return add
+
+
+def exclusive(nodes: tuple[fx.Node, ...], inside: set[fx.Node]) -> set[fx.Node]:
+    """Of the casts and dropouts above x, those that serve this site alone."""
+    own: set[fx.Node] = set()
+    for node in nodes:
+        if not all(user in inside or user in own for user in node.users):
+            break
+        own.add(node)
+    return own
+
+
+def check_unwritten(
+    x: fx.Node, above: tuple[fx.Node, ...], inside: set[fx.Node], anchor: fx.Node
+) -> None:
+    """The fused op reads x where the sum stands: x must still be what base and A have read."""
+    first = min(inside)
+    late = [user for user in x.users if user.args[:1] == (x,) and first <= user < anchor]
+    if any(writes(node) for node in (*late, *above)):
+        raise Refusal("its input is written in place meanwhile", LEAVE)
+
+
+def check_private(nodes: set[fx.Node], inside: set[fx.Node], taken: set[fx.Node]) -> None:
+    """Refuse a site whose inner values serve something else too."""
+    for node in nodes:
+        if node in taken:
+            raise Refusal("the base layer already belongs to another adapter's site", LEAVE)
+        for user in node.users:
+            if user not in inside:
+                raise Refusal(
+                    f"its intermediate value {node.name} is also used by {user.name}", LEAVE
+                )
+
+
+def shape(param: Param) -> tuple[int, int]:
+    """[out, in] of a weight as it is used."""
+    first, second = param.value.shape
+    return (second, first) if param.transposed else (first, second)

@@ -1,0 +1,165 @@
+"""LoRA on every family of models: sites, numbers, training, recompiles.
+
+Per family, with backend="falqon": every LoRA linear layer that runs is a site; output and gradients
+of B equal an eager emulation of the same quantized ops bit for bit; both point where the original
+model's point; three steps train; nothing recompiles after the first.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import falqon_fx
+from falqon_fx import backend
+from falqon_fx.update import STEP
+from tests import zoo
+from tests.emulation import emulate
+from tests.models import fill_b, lora_b
+
+FAMILIES = zoo.families()
+COVERED = [name for name in FAMILIES if name not in zoo.LEFT_OUT and name not in zoo.PEFT_CANNOT]
+# One of each way to write a linear layer, a block or a model.
+FAST = {
+    "bloom",  # fused QKV
+    "falcon",  # writes the result of a linear in place
+    "gemma2",
+    "gpt2",  # Conv1D
+    "llama",
+    "phi3",  # fused QKV and gate
+    "qwen2_moe",  # a gate with one row
+    "rwkv",  # no attention
+}
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> list[falqon_fx.RewriteReport]:
+    """The report of each graph that is rewritten."""
+    reports: list[falqon_fx.RewriteReport] = []
+    rewrite = backend.rewrite
+
+    def counting(*args: Any) -> falqon_fx.RewriteResult:
+        result = rewrite(*args)
+        reports.append(result.report)
+        return result
+
+    monkeypatch.setattr(backend, "rewrite", counting)
+    return reports
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+
+
+Run = Callable[..., Any]
+
+
+def result_of(output: Any) -> tuple[Tensor, Tensor]:
+    """What a model returns, and a loss of it."""
+    names = ("logits", "sample", "logits_per_image", "last_hidden_state")
+    value = output if isinstance(output, Tensor) else None
+    for name in names:
+        value = getattr(output, name, None) if value is None else value
+    loss = getattr(output, "loss", None)
+    return value, value.float().square().mean() if loss is None else loss
+
+
+def run(call: Run, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Output and gradients of B; the seed fixes what a model drops out."""
+    model.zero_grad()
+    torch.manual_seed(5)
+    value, loss = result_of(call(**batch))
+    loss.backward()
+    return value.detach(), [b.grad for b in lora_b(model)]
+
+
+def layers_that_run(model: nn.Module, batch: dict[str, Tensor]) -> set[str]:
+    """The paths of the LoRA linear layers that a forward pass calls."""
+    called: set[str] = set()
+    hooks = [
+        module.register_forward_hook(lambda *_, path=path: called.add(path))
+        for path, module in model.named_modules()
+        if isinstance(module, peft.tuners.lora.Linear)
+    ]
+    with torch.no_grad():
+        model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return called
+
+
+def same(a: list[Tensor | None], b: list[Tensor | None]) -> bool:
+    """Bit for bit, and absent where the other is."""
+    pairs = zip(a, b, strict=True)
+    return all(p is q is None or (p is not None and torch.equal(p, q)) for p, q in pairs)
+
+
+def cosine(a: list[Tensor | None], b: list[Tensor | None]) -> float:
+    """Of all values as one vector."""
+    left, right = (torch.cat([t.double().flatten() for t in x if t is not None]) for x in (a, b))
+    return float(torch.nn.functional.cosine_similarity(left, right, dim=0))
+
+
+def check(model: nn.Module, batch: dict[str, Tensor], graphs: list[Any]) -> None:
+    fill_b(model, size=0.05)
+    expected_sites = layers_that_run(model, batch)
+    original, original_grads = run(model, model, batch)
+
+    call = torch.compile(model, backend="falqon", options={"inner": "eager"})
+    quantized, grads = run(call, model, batch)
+    states = falqon_fx.adapters(model)
+    assert set(states) == expected_sites
+    assert not [item for report in graphs for item in report.rejected if item.site in states]
+
+    twin = emulate(copy.deepcopy(model), states)
+    emulated, emulated_grads = run(twin, twin, batch)
+    assert torch.equal(quantized, emulated)
+    assert same(grads, emulated_grads)
+    assert cosine([original], [quantized]) > 0.9
+    assert cosine(original_grads, grads) > 0.9
+
+    optimizer = torch.optim.AdamW(lora_b(model), lr=1e-3)
+    first = len(graphs)
+    for step in range(3):
+        if step:
+            run(call, model, batch)
+        optimizer.step()
+    assert len(graphs) == first, "recompiled after the first step"
+    assert {int(state.counters[STEP]) for state in falqon_fx.adapters(model).values()} == {2}
+
+
+def marked(names: list[str], fast: set[str]) -> Iterator[Any]:
+    for name in names:
+        yield pytest.param(name, marks=() if name in fast else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", marked(COVERED, FAST))
+def test_decoder(name, graphs):
+    check(zoo.adapt(zoo.build(name)), zoo.batch(name), graphs)
+
+
+@pytest.mark.parametrize("name", [n for n in zoo.PEFT_CANNOT if n in FAMILIES])
+def test_what_peft_cannot_adapt(name):
+    with pytest.raises((ValueError, AttributeError, RuntimeError), match=zoo.PEFT_CANNOT[name]):
+        zoo.adapt(zoo.build(name))(**zoo.batch(name))
+
+
+def test_coverage(capsys):
+    adaptable = [name for name in FAMILIES if name not in zoo.PEFT_CANNOT]
+    with capsys.disabled():
+        print(
+            f"\n{len(FAMILIES)} decoder families in transformers {transformers.__version__}, "
+            f"{len(adaptable)} that PEFT can adapt, {len(COVERED)} in the zoo "
+            f"({len(COVERED) / len(adaptable):.1%})"
+        )
+        for name, reason in zoo.LEFT_OUT.items():
+            print(f"  left out: {name}: {reason}")
+    assert len(COVERED) >= 0.95 * len(adaptable)
