@@ -84,8 +84,9 @@ _CASTS = {
 _VIEWS: set[Any] = {torch.reshape, torch.flatten, aten.view.default, aten.reshape.default}
 _VIEWS |= {aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int}
 _VIEW_METHODS = {"view", "reshape", "flatten", "unflatten"}
+_ROUNDING = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 _OPERANDS = ("input", "mat1", "mat2", "other")  # in the order of their positions
-_CAST_METHODS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
+_CAST_METHODS = ("float", "half", "bfloat16", "double")
 _METHODS: dict[str, Callable[..., Any]] = {
     "add": torch.add,
     "add_": torch.add,
@@ -243,19 +244,20 @@ def _read_method(node: fx.Node, scope: Scope) -> Term:
     x = node.args[0]
     if not isinstance(x, fx.Node):
         return None
-    if name in _CAST_METHODS and len(node.args) == 1 and not node.kwargs:
-        return Cast(x)
-    if name in ("to", "type", "type_as") and _casts_only(node, x):
+    if name in ("to", "type", "type_as", *_CAST_METHODS) and _casts_only(node, x):
         return Cast(x)
     return Cast(x) if name == "contiguous" and len(node.args) == 1 else None
 
 
 def _casts_only(node: fx.Node, x: fx.Node) -> bool:
-    """Whether a ``.to`` keeps the device."""
+    """Whether a ``.to`` keeps the device, and the value up to the rounding of 16 bits or more.
+
+    A cast to FP8 or to integers is a quantization of the user's own.
+    """
     before, after = value_of(x), value_of(node)
-    return (
-        isinstance(before, Tensor) and isinstance(after, Tensor) and before.device == after.device
-    )
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        return False
+    return before.device == after.device and {before.dtype, after.dtype} <= _ROUNDING
 
 
 def _read_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scope: Scope) -> Term:

@@ -18,7 +18,7 @@ from tests import tolerances as tol
 from tests.sites import randn
 
 # How x · Wᵀ is written, where s is applied, how the two are added.
-LINEARS = ("module", "functional", "matmul", "mm", "addmm")
+LINEARS = ("module", "functional", "matmul", "mm", "addmm", "einsum")
 SCALES = ("absent", "x", "a", "b", "left", "divide", "multiply_", "alpha")
 ADDS = ("base + adapter", "adapter + base", "+=", "torch.add", ".add", ".add_", "addmm")
 
@@ -98,7 +98,9 @@ class HandWritten(nn.Module):
             return F.linear(x, layer.weight, layer.bias)
         if how == "addmm" and layer.bias is not None:
             return torch.addmm(layer.bias, x, layer.weight.t())
-        if how == "mm":
+        if how == "einsum":
+            product = torch.einsum("...i,oi->...o", x, layer.weight)
+        elif how == "mm":
             product = torch.matmul(x, layer.weight.transpose(0, 1))
         else:
             product = x @ layer.weight.T
