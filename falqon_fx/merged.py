@@ -164,6 +164,7 @@ def create(
     return state
 
 
+@torch.no_grad()  # or a checkpoint around the first call would see tensors saved for backward
 def check_values(path: str, base: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
     """Refuse parameters that can't be merged.
 

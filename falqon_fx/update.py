@@ -194,6 +194,9 @@ def _find_changed(sites: list[_Site], plan: SiteSpec) -> list[_Site]:
     if stored.device.type == "cpu":
         if stale.any():
             _rebuild([site for site, flag in zip(sites, stale.tolist(), strict=True) if flag], plan)
+        if plan.pending == "drop":  # the graph zeroes B right after this op; zeros hash to zero
+            for site in sites:
+                site.counters[FINGERPRINT_B] = 0
         flags = (changed & ~stale).tolist()
         sites = [site for site, flag in zip(sites, flags, strict=True) if flag]
         if not sites:
@@ -204,7 +207,6 @@ def _find_changed(sites: list[_Site], plan: SiteSpec) -> list[_Site]:
         # Seen by the backend at the next call; until then nothing is written.
         stored[:, STALE] |= stale.to(torch.int64)
         changed = changed & ~stale
-    # With "drop" the graph zeroes B right after this op; zeros hash to zero.
     stored[:, FINGERPRINT_B] = 0 if plan.pending == "drop" else now_b
     stored[:, STEP] += changed.to(torch.int64)
     for i, site in enumerate(sites):
@@ -376,7 +378,7 @@ def write_merged_(
     else:
         scale.copy_(a_scale)
     writes.zero_()
-    counters[FINGERPRINT_B] = 0 if plan.pending == "drop" else fingerprint(lora_b[None])[0]
+    counters[FINGERPRINT_B] = fingerprint(lora_b[None])[0]
     counters[FINGERPRINT_A] = fingerprint(lora_a[None])[0]
     counters[FINGERPRINT_W] = fingerprint(sample(base)[None])[0]
     counters[STALE] = 0

@@ -72,14 +72,17 @@ class EmulatedSite(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Some models ask for the dtype of a layer's weight."""
+        """Some models ask a layer for its parameters."""
         return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         result: Tensor = Site.apply(flat, self.lora_B, self.state).reshape(*x.shape[:-1], -1)
-        bias = self.base_layer.bias
-        return result if bias is None else result + bias
+        return result if self.bias is None else result + self.bias
 
 
 def emulate(model: nn.Module, states: dict[str, MergedAdapter]) -> nn.Module:

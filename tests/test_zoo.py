@@ -133,7 +133,9 @@ def check(model: nn.Module, batch: dict[str, Tensor], graphs: list[Any]) -> None
             run(call, model, batch)
         optimizer.step()
     assert len(graphs) == first, "recompiled after the first step"
-    assert {int(state.counters[STEP]) for state in falqon_fx.adapters(model).values()} == {2}
+    for state in falqon_fx.adapters(model).values():
+        trained = state.b_ref().grad is not None  # an indexer that only picks tokens is not
+        assert int(state.counters[STEP]) == (2 if trained else 0)
 
 
 def marked(names: list[str], fast: set[str]) -> Iterator[Any]:

@@ -1,0 +1,115 @@
+"""Failures that the zoo, the dialects and the fuzzers found, each by its name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import falqon_fx
+from falqon_fx.update import STEP
+from tests.models import LoraLinear, Relu, fill_b
+from tests.sites import randn
+from tests.spellings import Passes
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+def compiled(model: nn.Module, **options: object) -> nn.Module:
+    return torch.compile(model, backend="falqon", options={"inner": "eager", **options})
+
+
+def test_a_result_that_is_written_in_place():
+    """Falcon adds the attention output onto that of the MLP in place: the result may be no view."""
+
+    class InPlace(LoraLinear):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            y += 1
+            return y
+
+    model, x = InPlace(24, 20), randn(2, 5, 24).requires_grad_()
+    fill_b(model)
+    plain = LoraLinear(24, 20)
+    plain.load_state_dict(model.state_dict())
+    y, expected = compiled(model)(x), compiled(plain)(x) + 1
+    assert torch.equal(y, expected)
+    y.sum().backward()
+    expected.sum().backward()
+    assert torch.equal(model.lora_B.weight.grad, plain.lora_B.weight.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.bool])
+def test_a_quantization_of_the_users_own_is_no_cast(dtype):
+    """A site reads x from before its casts, but these change the value."""
+
+    class Quantized(LoraLinear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.to(dtype).to(torch.float32))
+
+    model, x, passes = Quantized(24, 20), 3 * randn(5, 24), Passes()
+    fill_b(model)
+    plain = LoraLinear(24, 20)
+    plain.load_state_dict(model.state_dict())
+    result = passes.run(model, x)
+    assert len(passes.sites) == 1
+    assert torch.equal(result, Passes().run(plain, x.to(dtype).to(torch.float32)))
+
+
+def test_drop_counts_a_loaded_adapter_once():
+    """W' is made with the loaded B in it; the first update may not add that B again."""
+    model, x = LoraLinear(24, 20), randn(5, 24)
+    fill_b(model, 0.1)
+    loaded = model.lora_B.weight.detach().clone()
+    call = compiled(model, pending="drop", topk="all")
+    for _ in range(2):
+        call(x)
+        (state,) = falqon_fx.adapters(model).values()
+        assert torch.equal(state.applied, loaded)
+        assert not model.lora_B.weight.any()
+        assert int(state.counters[STEP]) == 0
+    with torch.no_grad():
+        model.lora_B.weight.fill_(0.5)
+    call(x)
+    assert torch.equal(state.applied, loaded + 0.5)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_the_first_call_inside_a_checkpoint(reentrant):
+    """What making a state computes may not be saved for backward: recomputing has it already."""
+    model, x = Relu(), randn(5, 32).requires_grad_()
+    fill_b(model)
+    checkpoint(compiled(model), x, use_reentrant=reentrant).square().mean().backward()
+    grads = [p.grad for n, p in model.named_parameters() if "lora_B" in n]
+    model.zero_grad()
+    compiled(model)(x).square().mean().backward()
+    again = [p.grad for n, p in model.named_parameters() if "lora_B" in n]
+    assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
+
+
+def test_an_adapter_that_trains_a_alone_is_refused():
+    """MiCA freezes B: in a merged weight, which holds A fixed, nothing would train."""
+    model, passes = LoraLinear(24, 20), Passes()
+    fill_b(model)
+    model.lora_B.requires_grad_(False)
+    passes.run(model, randn(5, 24))
+    assert not passes.sites
+    (item,) = passes.rejected
+    assert "lora_B is frozen" in item.reason
+    model.lora_A.requires_grad_(False)  # a frozen adapter in inference
+    passes = Passes()
+    passes.run(model, randn(5, 24))
+    assert len(passes.sites) == 1
+
+
+def test_a_layer_with_fewer_rows_than_the_default_topk():
+    """Routers and gates are linear layers too; Qwen2-MoE's gate of shared experts has one row."""
+    model = LoraLinear(24, 1)
+    compiled(model)(randn(5, 24))
+    (state,) = falqon_fx.adapters(model).values()
+    assert state.weight.shape == (5, 24)
