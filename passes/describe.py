@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from falqon_fx import report as falqon_fx_report
 from falqon_fx._compat import frames_of, hint
 from falqon_fx.merged import allocate
-from falqon_fx.passes.match import Match
+from falqon_fx.passes.dataflow import Match
 from falqon_fx.passes.normalize import value_of
 from falqon_fx.passes.terms import BaseLinear
 from falqon_fx.report import Memory, Site, Source

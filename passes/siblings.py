@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from falqon_fx.passes.match import Match
+from falqon_fx.passes.dataflow import Match
 from falqon_fx.passes.normalize import value_of, writes
 from falqon_fx.passes.terms import BaseLinear
 

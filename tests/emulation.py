@@ -27,40 +27,59 @@ def cast(x: Tensor, dtype: torch.dtype, per_row: bool, pow2: bool) -> tuple[Tens
     return scaled.clamp(-largest, largest).to(dtype).float(), scale
 
 
-class Site(torch.autograd.Function):
-    """One merged layer on x [n, in], float32."""
+class Sites(torch.autograd.Function):
+    """Merged layers that share x [n, in], float32. dL/dx is summed in their order, then the part
+    that is pending in all of them.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lora_b: Tensor, state: MergedAdapter) -> Tensor:
-        plan, out = state.plan, state.applied.shape[0]
+    def forward(ctx: Any, x: Tensor, states: list[MergedAdapter], *lora_b: Tensor) -> Any:
+        results, saved = [], []
+        # One GEMM for all A: a library may sum one column in another order than several.
+        ranks = [state.rank for state in states]
+        all_a = torch.cat([state.weight.float()[-r:] for state, r in zip(states, ranks)])
+        plan = states[0].plan
         row, pow2 = plan.granularity == "row", plan.scale == "pow2"
         codes, s_x = cast(x, E4M3, row, pow2)
-        merged, scale = state.weight.float(), state.scale
-        s_w, s_a = (scale[:out].t(), scale[out:].t()) if row else (scale, scale)
-        y = codes @ merged[:out].t() * s_x * s_w
-        out_a = codes @ merged[out:].t() * s_x * s_a
-        rest = (lora_b - state.applied) * state.scaling
-        if plan.pending == "apply":
-            y = torch.addmm(y, out_a, rest.t())
-        ctx.state = state
-        ctx.save_for_backward(out_a, rest)
-        return y
+        sums = (codes @ all_a.t()).split(ranks, dim=1)
+        scales = [s.scale[-s.rank :].t() if row else s.scale for s in states]
+        all_out_a = torch.cat([o * s_x * s_a for o, s_a in zip(sums, scales)], 1).split(ranks, 1)
+        for state, b, out_a in zip(states, lora_b, all_out_a, strict=True):
+            out = state.applied.shape[0]
+            merged, scale = state.weight.float(), state.scale
+            y = codes @ merged[:out].t() * s_x * (scale[:out].t() if row else scale)
+            rest = (b - state.applied) * state.scaling
+            if plan.pending == "apply":
+                y = torch.addmm(y, out_a, rest.t())
+            results.append(y)
+            saved += [out_a, rest]
+        ctx.states = states
+        ctx.save_for_backward(*saved)
+        return tuple(results)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        out_a, rest = ctx.saved_tensors
-        state = ctx.state
-        plan, out = state.plan, state.applied.shape[0]
-        row, pow2 = plan.granularity == "row", plan.scale == "pow2"
-        merged, scale = state.weight.float(), state.scale
-        wide = grad * scale[:out].t() if row else grad
-        codes, s_g = cast(wide, E5M2 if plan.grad == "e5m2" else E4M3, row, pow2)
-        grad_x = codes @ merged[:out] * s_g * (1.0 if row else scale)
-        if plan.pending == "apply":
-            tail = grad @ rest * (scale[out:].t() if row else scale)
-            grad_x = torch.addmm(grad_x, tail, merged[out:])
-        grad_b = grad.t() @ out_a * state.scaling
-        return grad_x, grad_b, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved, total, tails, lora_a, grad_b = ctx.saved_tensors, None, [], [], []
+        for i, (state, grad) in enumerate(zip(ctx.states, grads, strict=True)):
+            out_a, rest = saved[2 * i : 2 * i + 2]
+            plan, out = state.plan, state.applied.shape[0]
+            row, pow2 = plan.granularity == "row", plan.scale == "pow2"
+            merged, scale = state.weight.float(), state.scale
+            wide = grad * scale[:out].t() if row else grad
+            codes, s_g = cast(wide, E5M2 if plan.grad == "e5m2" else E4M3, row, pow2)
+            if pow2:
+                left, right = codes * s_g, merged[:out] * (1.0 if row else scale)
+                total = left @ right if total is None else torch.addmm(total, left, right)
+            else:
+                product = codes @ merged[:out] * s_g * (1.0 if row else scale)
+                total = product if total is None else total + product
+            if plan.pending == "apply":
+                tails.append(grad @ rest * (scale[out:].t() if row else scale))
+                lora_a.append(merged[out:])
+            grad_b.append(grad.t() @ out_a * state.scaling)
+        if tails:
+            total = torch.addmm(total, torch.cat(tails, 1), torch.cat(lora_a))
+        return total, None, *grad_b
 
 
 class EmulatedSite(nn.Module):
@@ -80,9 +99,15 @@ class EmulatedSite(nn.Module):
         return self.base_layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        result: Tensor = Site.apply(flat, self.lora_B, self.state).reshape(*x.shape[:-1], -1)
-        return result if self.bias is None else result + self.bias
+        return siblings([self], x)[0]
+
+
+def siblings(sites: list[EmulatedSite], x: Tensor) -> list[Tensor]:
+    """The results of sites that became one op."""
+    flat = x.reshape(-1, x.shape[-1])
+    results = Sites.apply(flat, [s.state for s in sites], *(s.lora_B for s in sites))
+    shaped = [y.reshape(*x.shape[:-1], -1) for y in results]
+    return [y if s.bias is None else y + s.bias for s, y in zip(sites, shaped, strict=True)]
 
 
 def emulate(model: nn.Module, states: dict[str, MergedAdapter]) -> nn.Module:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from falqon_fx import MergedAdapter
-from tests.emulation import EmulatedSite
+from tests.emulation import EmulatedSite, siblings
 from tests.sites import randn
 from tests.spellings import HandWritten, Spelling, spellings
 
@@ -78,6 +78,7 @@ class Program(nn.Module):
         self.steps = steps
         self.layers = nn.ModuleList()
         self.used: list[list[int]] = []  # the layers of each step
+        self.groups: list[list[int]] = []  # of the emulation: which layers are siblings
         for step in steps:
             self.used.append(self._make(step))
 
@@ -128,7 +129,7 @@ class Program(nn.Module):
             y += x
             return y
         if kind == "shared input":
-            first, second, third = (layer(x) for layer in layers)
+            first, second, third = self.together(layers, x)
             return first.sigmoid() * second - third
         if kind in ("view", "flattened base"):
             return layers[0](x.view(2, 3, WIDTH)).view(6, WIDTH)
@@ -141,6 +142,17 @@ class Program(nn.Module):
         if kind == "in-place activation":
             return (x * 2).relu_()
         return layers[0](x)
+
+    def together(self, layers: list[nn.Module], x: Tensor) -> list[Tensor]:
+        """What layers make of one x, in groups where the rewritten program computes them so."""
+        results: dict[int, Tensor] = {}
+        index = {id(layer): i for i, layer in enumerate(self.layers)}
+        places = [index[id(layer)] for layer in layers]
+        for group in self.groups:
+            if group[0] in places:
+                made = siblings([self.layers[i] for i in group], x)
+                results.update(zip(group, made, strict=True))
+        return [results[i] if i in results else self.layers[i](x) for i in places]
 
     def sites(self) -> dict[str, nn.Module]:
         """The LoRA layers that run, by path."""
@@ -169,9 +181,12 @@ def programs(draw: st.DrawFn) -> Program:
     return Program(steps)
 
 
-def emulated(program: Program, states: Mapping[str, MergedAdapter]) -> Program:
+def emulated(
+    program: Program, states: Mapping[str, MergedAdapter], groups: list[list[int]]
+) -> Program:
     """The same program with each LoRA layer replaced by the emulation of its merged form."""
     twin = copy.deepcopy(program)
+    twin.groups = groups
     for path, state in states.items():
         index = int(path.removeprefix("layers.").partition(".")[0])
         layer = twin.layers[index]

@@ -9,14 +9,17 @@ step of B. So all that is outside of the sites runs as it did.
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor, fx
 
-from falqon_fx import FalqonConfig, MergedAdapter, adapters, rewrite
+from falqon_fx import FalqonConfig, MergedAdapter, RewriteResult, adapters, rewrite
 from tests.programs import Program, emulated, programs
 from tests.sites import randn
+from tests.spellings import Passes
 
 CONFIG = FalqonConfig(topk=3, rounding="nearest")
 _default = settings.get_profile(settings.get_current_profile_name()).max_examples
@@ -36,9 +39,9 @@ def results(call: object, program: Program, x: Tensor) -> list[Tensor | None]:
 
 
 def twin_results(
-    program: Program, states: dict[str, MergedAdapter], x: Tensor
+    program: Program, states: dict[str, MergedAdapter], groups: list[list[int]], x: Tensor
 ) -> list[Tensor | None]:
-    twin = emulated(program, states)
+    twin = emulated(program, states, groups)
     x = x.clone().requires_grad_()
     y = twin(x)
     y.backward(randn(*y.shape, seed=3))
@@ -46,23 +49,39 @@ def twin_results(
     return [y.detach(), x.grad, *(site.lora_B.grad for site in sites)]
 
 
-def check(program: Program, call: object, x: Tensor) -> None:
+def groups_of(result: RewriteResult) -> list[list[int]]:
+    """The layers of each rewritten op that stands for several: siblings that share x."""
+    fused = torch.ops.falqon.merged_linear.default
+    ops = result.gm.graph.find_nodes(op="call_function", target=fused)
+    groups = [[layer_of(node) for node in op.args[4]] for op in ops]
+    return [group for group in groups if len(group) > 1]
+
+
+def layer_of(lora_b: fx.Node) -> int:
+    """layers.3.lora_b.weight, or Dynamo's l_self_modules_layers_modules_3_..."""
+    found = re.search(r"layers(?:\.|_modules_)(\d+)", str(lora_b.target))
+    assert found
+    return int(found[1])
+
+
+def check(program: Program, call: object, x: Tensor, rewritten: list[RewriteResult]) -> None:
     got = results(call, program, x)
+    groups = [group for result in rewritten for group in groups_of(result)]
     states = adapters(program)
     own = {id(layer.lora_b.weight): path for path, layer in program.sites().items()}
     by_site = {own[id(s.b_ref())]: s for s in states.values()}
     assert by_site.keys() == program.sites().keys()
-    for a, b in zip(got, twin_results(program, by_site, x), strict=True):
+    for a, b in zip(got, twin_results(program, by_site, groups, x), strict=True):
         assert torch.equal(a, b)
 
 
-def check_twice(program: Program, call: object, x: Tensor) -> None:
+def check_twice(program: Program, call: object, x: Tensor, rewritten: list[RewriteResult]) -> None:
     """At the start, where B is in W'; and after a step, where a part of it is pending."""
-    check(program, call, x)
+    check(program, call, x, rewritten)
     with torch.no_grad():
         for i, layer in enumerate(program.sites().values()):
             layer.lora_b.weight.add_(randn(*layer.lora_b.weight.shape, seed=i) / 64)
-    check(program, call, x)
+    check(program, call, x, rewritten)
 
 
 @given(programs())
@@ -71,7 +90,7 @@ def test_symbolically_traced_programs(program):
     x = randn(6, 24, seed=1)
     result = rewrite(fx.symbolic_trace(program), [x], CONFIG)
     assert not result.report.rejected
-    check_twice(program, result, x)
+    check_twice(program, result, x, [result])
 
 
 @pytest.mark.slow
@@ -79,10 +98,10 @@ def test_symbolically_traced_programs(program):
 @settings(max_examples=40)
 def test_programs_from_dynamo(program):
     torch._dynamo.reset()
-    call = torch.compile(
-        program, backend="falqon", options={"inner": "eager", "topk": 3, "rounding": "nearest"}
-    )
-    check_twice(program, call, randn(6, 24, seed=1))
+    passes = Passes(topk=3, rounding="nearest")
+    call = torch.compile(program, backend=passes)
+    check_twice(program, call, randn(6, 24, seed=1), passes.results)
+    assert not passes.rejected
 
 
 @pytest.mark.slow
@@ -92,4 +111,4 @@ def test_exported_programs(program):
     x = randn(6, 24, seed=1)
     result = rewrite(torch.export.export(program, (x,)).module(), [x], CONFIG)
     assert not result.report.rejected
-    check_twice(program, result, x)
+    check_twice(program, result, x, [result])

@@ -1,8 +1,8 @@
 """LoRA on every family of models: sites, numbers, training, recompiles.
 
 Per family, with backend="falqon": every LoRA linear layer that runs is a site; output and gradients
-of B equal an eager emulation of the same quantized ops bit for bit; both point where the original
-model's point; three steps train; nothing recompiles after the first.
+of B equal an eager emulation of the same quantized ops; both point where the original model's
+point; three steps train; nothing recompiles after the first.
 """
 
 from __future__ import annotations
@@ -96,10 +96,17 @@ def layers_that_run(model: nn.Module, batch: dict[str, Tensor]) -> set[str]:
     return called
 
 
-def same(a: list[Tensor | None], b: list[Tensor | None]) -> bool:
-    """Bit for bit, and absent where the other is."""
-    pairs = zip(a, b, strict=True)
-    return all(p is q is None or (p is not None and torch.equal(p, q)) for p, q in pairs)
+def off_by(a: list[Tensor | None], b: list[Tensor | None]) -> float:
+    """|a - b| / |b| of all values as one vector; absent in both or in none."""
+    assert [t is None for t in a] == [t is None for t in b]
+    left, right = (torch.cat([t.double().flatten() for t in x if t is not None]) for x in (a, b))
+    return float((left - right).norm() / right.norm())
+
+
+# Sites that share x add up dL/dx, and multiply with A, in another order than layer by layer. That
+# costs float32 roundings, 2^-24 each, and where one crosses a boundary of the E5M2 grid the gap of
+# one element in thousands, 2^-2 of it.
+ORDER = 1e-3
 
 
 def cosine(a: list[Tensor | None], b: list[Tensor | None]) -> float:
@@ -122,7 +129,7 @@ def check(model: nn.Module, batch: dict[str, Tensor], graphs: list[Any]) -> None
     twin = emulate(copy.deepcopy(model), states)
     emulated, emulated_grads = run(twin, twin, batch)
     assert torch.equal(quantized, emulated)
-    assert same(grads, emulated_grads)
+    assert off_by(grads, emulated_grads) < ORDER
     assert cosine([original], [quantized]) > 0.9
     assert cosine(original_grads, grads) > 0.9
 
