@@ -56,7 +56,9 @@ def _by_owner(scope: Scope, known: set[int]) -> dict[str, dict[str, Param]]:
     """By the path of their layer and their names."""
     found: dict[str, dict[str, Param]] = {}
     for node in scope.gm.graph.nodes:
-        if node.op not in ("placeholder", "get_attr") or any(map(_is_ours, node.users)):
+        if node.op not in ("placeholder", "get_attr") or not node.users:
+            continue
+        if any(map(_is_ours, node.users)):
             continue
         name = source_path(node) or str(node.target)
         named = re.search(r"\blora_[AaBb](?![a-z])", name)
