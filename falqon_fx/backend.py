@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from falqon_fx import _compat
 from falqon_fx.aliases import aliases
 from falqon_fx.config import FalqonConfig
-from falqon_fx.errors import FalqonError
+from falqon_fx.errors import FalqonError, SiteError
 from falqon_fx.merged import Wanted, registry
 from falqon_fx.nonfinite import NonfiniteWatch
 from falqon_fx.numerics import as_e4m3
@@ -58,14 +58,15 @@ def falqon(
     if not result.slots:
         return compiled
 
-    watch = NonfiniteWatch()
+    watch = NonfiniteWatch([nodes.slot.path for nodes in result.slots])
 
     def run(*args: Any) -> Any:
         if any(_compat.is_fake(value) for value in args):  # DDP's optimizer asks for shapes
             return compiled(*result.fake_inputs(args))
         inputs = result.bind(args)
         watch.look()
-        output = compiled(*inputs.all)
+        with result.naming_sites():
+            output = compiled(*inputs.all)
         watch.remember(inputs.counters)
         return output
 
@@ -89,7 +90,17 @@ class RewriteResult:
 
     def __call__(self, *args: Any) -> Any:
         flat = self.original.process_inputs(*args)
-        return self.original.process_outputs(self.gm(*self.bind(flat).all))
+        with self.naming_sites():
+            output = self.gm(*self.bind(flat).all)
+        return self.original.process_outputs(output)
+
+    @contextmanager
+    def naming_sites(self) -> Iterator[None]:
+        """Errors of the ops within get the path of their site."""
+        try:
+            yield
+        except SiteError as error:
+            raise error.at(self.slots[error.index].slot.path) from error
 
     def bind(self, args: Sequence[Any]) -> Inputs:
         """The inputs of ``gm`` that belong to flat ``args``; state is made where there is none yet.

@@ -87,6 +87,15 @@ class FalqonConfig:
     mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
+    def __new__(cls, *args: Any, **options: Any) -> FalqonConfig:
+        """Names an unknown option, where the dataclass's own __init__ would raise a TypeError."""
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+                raise FalqonConfigError(name, "is unknown", f"The nearest option is {near[0]!r}")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             _check_choice(name, getattr(self, name), choices)
@@ -120,11 +129,6 @@ class FalqonConfig:
         if base is not None and not isinstance(base, cls):
             raise FalqonConfigError("config", f"{base!r} is not a FalqonConfig", "Give one")
         inductor = {name: options.pop(name) for name in list(options) if "." in name}
-        known = [f.name for f in fields(cls)]
-        for name in options:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-                raise FalqonConfigError(name, "is unknown", f"The nearest option is {near[0]!r}")
         values = {f.name: getattr(base, f.name) for f in fields(cls)} if base else {}
         values.update(options)
         values["inductor"] = {**values.get("inductor", {}), **inductor}

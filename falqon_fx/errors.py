@@ -14,6 +14,21 @@ class FalqonError(RuntimeError):
         super().__init__(f"{site}: {problem}. {remedy}." if site else f"{problem}. {remedy}.")
 
 
+class SiteError(FalqonError):
+    """What an op found wrong with the site at ``index`` of its lists; it knows no paths.
+
+    The backend raises it again under the site's path.
+    """
+
+    def __init__(self, index: int, problem: str, remedy: str) -> None:
+        self.index = index
+        super().__init__(f"site {index}", problem, remedy)
+
+    def at(self, path: str) -> FalqonError:
+        """The same error under a path."""
+        return FalqonError(path, self.problem, self.remedy)
+
+
 class FalqonConfigError(FalqonError, ValueError):
     """An unknown option, or a value outside what the option takes."""
 

@@ -17,9 +17,10 @@ from falqon_fx.update import NONFINITE, STALE
 
 
 class NonfiniteWatch:
-    """One compiled graph's view of its sites' counters."""
+    """One compiled graph's view of the counters of its sites, which lie at ``paths``."""
 
-    def __init__(self) -> None:
+    def __init__(self, paths: Sequence[str]) -> None:
+        self._paths = paths
         self._copy: Tensor | None = None
         self._event: torch.cuda.Event | None = None
         self._warned = False
@@ -45,9 +46,10 @@ class NonfiniteWatch:
         seen, self._copy = self._copy, None
         if seen[:, STALE].any():
             raise FalqonError(
-                "",
-                "a base weight or lora_A was changed through .data while compiled",
-                "Write it in place (copy_), or call torch._dynamo.reset() after the change",
+                ", ".join(self._paths[i] for i in seen[:, STALE].nonzero().flatten().tolist()),
+                "its base weight or lora_A was changed through .data while compiled, or another "
+                "adapter was activated after prepare()",
+                "Write it in place (copy_); after prepare(), call falqon_fx.restore(model) first",
             )
         rows = int(seen[:, NONFINITE].sum())
         if rows and not self._warned:

@@ -33,8 +33,10 @@ class MergedBaseLinear(nn.Module):
         bias: nn.Parameter | None,
         dtype: torch.dtype,
         transposed: bool = False,
+        path: str = "",
     ) -> None:
         super().__init__()
+        self.path = path
         self.code, self.scale, self.applied, self.counters, self.writes = (
             nn.Parameter(tensor, requires_grad=False)
             for tensor in (state.code, state.scale, state.applied, state.counters, state.writes)
@@ -63,7 +65,21 @@ class MergedBaseLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base weight, dequantized anew at each access, in the original dtype and layout."""
+        """The base weight, dequantized anew at each access, in the original dtype and layout.
+
+        Raises a `FalqonError` where someone writes to it, as PEFT's merge does.
+        """
+        weight = self._dequantized()
+        return weight if torch.compiler.is_compiling() else _ReadOnly.of(weight, self.path)
+
+    def plain(self) -> nn.Module:
+        """The base layer as it was before `prepare`, within the casts."""
+        layer = _plain_layer(self)
+        layer.weight = nn.Parameter(self._dequantized(), requires_grad=False)
+        layer.register_parameter("bias", self.bias)
+        return layer.train(self.training)
+
+    def _dequantized(self) -> Tensor:
         base = self.merged().base().to(self.dtype)
         return base.t().contiguous() if self.transposed else base
 
@@ -97,6 +113,45 @@ class MergedBaseLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"rank={self.rank}, bias={self.bias is not None}, {self.spec}"
         )
+
+
+class _ReadOnly(Tensor):
+    """A dequantized copy of a base weight, and its views: writes into it would be lost."""
+
+    path: str
+
+    @classmethod
+    def of(cls, weight: Tensor, path: str) -> _ReadOnly:
+        result = weight.as_subclass(cls)
+        result.path = path
+        return result
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if _writes(func.__name__) and isinstance(args[0], cls):
+            raise FalqonError(
+                args[0].path,
+                "prepare() has merged its base weight, so a write into it would be lost "
+                "(merge_adapter, merge_and_unload, an initialization such as PiSSA)",
+                "Call falqon_fx.restore(model) first",
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs or {})
+        own = [arg for arg in args if isinstance(arg, cls)]
+        if own and isinstance(result, Tensor) and result.data_ptr() == own[0].data_ptr():
+            return cls.of(result, own[0].path)
+        return result
+
+
+def _writes(name: str) -> bool:
+    """Whether a function of this name changes its first argument's values."""
+    in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+    return in_place or name in _WRITES
+
+
+_WRITES = {"__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
 
 
 @dataclass(frozen=True)
@@ -182,7 +237,7 @@ def prepare(
         before += base.weight.nbytes
         after += sum(tensor.nbytes for tensor in state.tensors)
         layer.module.base_layer = MergedBaseLinear(
-            state, base.bias, base.weight.dtype, layer.transposed
+            state, base.bias, base.weight.dtype, layer.transposed, layer.path
         )
     return PrepareReport(tuple(layer.path for layer in layers), skipped, before, after)
 
@@ -191,17 +246,16 @@ def restore(model: nn.Module) -> nn.Module:
     """Give prepared layers plain base weights again: dq(W) - scaling · applied · dq(A).
 
     The adapter stays apart, so B is not counted twice. Exact to the rounding of the base dtype on
-    top of the FP8 casts. Layers that were not prepared have their base weight still.
+    top of the FP8 casts. Layers that were not prepared have their base weight still. Works after
+    PEFT's ``unload()`` too, which leaves prepared base layers in the model.
     """
-    for layer in lora_layers(unwrap(model)):
-        merged = layer.base
-        if not isinstance(merged, MergedBaseLinear):
-            registry.forget(layer.lora_b)
-            continue
-        plain = _plain_layer(merged)
-        plain.weight = nn.Parameter(merged.weight, requires_grad=False)
-        plain.register_parameter("bias", merged.bias)
-        layer.module.base_layer = plain.train(merged.training)
+    inner = unwrap(model)
+    for parameter in inner.parameters():
+        registry.forget(parameter)
+    for parent in list(inner.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, MergedBaseLinear):
+                setattr(parent, name, child.plain())
     return model
 
 
@@ -281,6 +335,8 @@ def _skip_reason(layer: LoraLayer, config: FalqonConfig) -> str | None:
         return "its base weight is trained too"
     if getattr(layer.module, "use_dora", {}).get(layer.adapter):
         return "DoRA scales the merged weight by its own norm"
+    if getattr(layer.module, "merged", False):
+        return "its adapter is merged into the base weight (call unmerge_adapter() first)"
     if len(getattr(layer.module, "active_adapters", [layer.adapter])) > 1:
         return "more than one adapter is active on it"
     if not config.selects(layer.path):

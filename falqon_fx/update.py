@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from falqon_fx import audit
-from falqon_fx.errors import FalqonError
+from falqon_fx.errors import SiteError
 from falqon_fx.numerics import (
     E4M3,
     amax_to_scale,
@@ -108,6 +108,7 @@ def proxy_update_(
     for members in groups.values():
         sites = [
             _Site(
+                i,
                 weight[i],
                 scale[i],
                 applied[i],
@@ -138,12 +139,13 @@ def flush_(
     plan: SiteSpec,
 ) -> None:
     """Write every pending row of one site now, whether B changed or not."""
-    site = _Site(weight, scale, applied, counters, writes, lora_b, lora_b, None, scaling)
+    site = _Site(0, weight, scale, applied, counters, writes, lora_b, lora_b, None, scaling)
     site.changed = torch.ones((), dtype=torch.bool, device=counters.device)
     counters[STEP] += 1
     counters[FINGERPRINT_B] = 0 if plan.pending == "drop" else fingerprint(lora_b[None])[0]
-    rows = torch.arange(applied.shape[0])
+    rows, nonfinite = torch.arange(applied.shape[0]), counters[NONFINITE].clone()
     for chunk in rows.split(max(1, _CHUNK // weight.shape[1])):
+        counters[NONFINITE] = nonfinite  # each chunk looks at all rows and counts them
         _write_rows([site], len(chunk), plan)
 
 
@@ -155,6 +157,7 @@ class _Site:
         "base",
         "changed",
         "counters",
+        "index",
         "lora_a",
         "lora_b",
         "scale",
@@ -165,6 +168,7 @@ class _Site:
 
     def __init__(
         self,
+        index: int,
         weight: Tensor,
         scale: Tensor,
         applied: Tensor,
@@ -175,6 +179,7 @@ class _Site:
         base: Tensor | None,
         scaling: float,
     ) -> None:
+        self.index = index
         self.weight, self.scale, self.applied = weight.view(torch.uint8), scale, applied
         self.counters, self.writes = counters, writes
         self.lora_b, self.lora_a, self.base, self.scaling = lora_b, lora_a, base, scaling
@@ -218,10 +223,11 @@ def _find_changed(sites: list[_Site], plan: SiteSpec) -> list[_Site]:
 def _rebuild(sites: list[_Site], plan: SiteSpec) -> None:
     for site in sites:
         if site.base is None:
-            raise FalqonError(
-                f"site {tuple(site.weight.shape)}",
-                "lora_A changed after prepare() freed the base weight",
-                "Load adapters before prepare(), or call falqon_fx.restore(model) first",
+            raise SiteError(
+                site.index,
+                "its lora_A is not the one that prepare() merged before it freed the base weight "
+                "(changed since, or another adapter is active)",
+                "Call falqon_fx.restore(model), load or activate the adapter, then prepare()",
             )
         write_merged_(
             site.weight,

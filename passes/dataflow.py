@@ -114,12 +114,20 @@ def casts(scope: Scope, node: fx.Node, taken: set[fx.Node]) -> tuple[fx.Node, ..
 
 
 def trailing_cast(scope: Scope, add: fx.Node) -> fx.Node:
-    """The cast of the sum, where it is the sum's only use: the fused op writes that dtype."""
+    """The cast of the sum, where it is the sum's only use: the fused op writes that dtype.
+
+    Not a wider one, for which the original rounds first.
+    """
     if len(add.users) == 1:
         (user,) = add.users
-        if isinstance(scope.term(user), Cast):
+        if isinstance(scope.term(user), Cast) and not _widens(add, user):
             return user
     return add
+
+
+def _widens(node: fx.Node, cast: fx.Node) -> bool:
+    before, after = value_of(node), value_of(cast)
+    return before is not None and after.dtype.itemsize > before.dtype.itemsize
 
 
 def exclusive(nodes: tuple[fx.Node, ...], inside: set[fx.Node]) -> set[fx.Node]:

@@ -240,5 +240,10 @@ def _check_shapes(base: Linear | BaseLinear, pair: _Pair) -> None:
     else:
         rows, features = value_of(base.state[0]).shape
         out = rows - shape(pair.a.weight)[0]
+    if isinstance(base, BaseLinear) and out != shape(pair.b.weight)[0]:
+        raise Refusal(
+            "prepare() merged an adapter of another rank",
+            "Call falqon_fx.restore(model), activate the adapter, then prepare() again",
+        )
     if (out, features) != (shape(pair.b.weight)[0], shape(pair.a.weight)[1]):
         raise Refusal("the shapes of W, A and B don't belong together", LEAVE)

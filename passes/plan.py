@@ -11,11 +11,12 @@ from falqon_fx._compat import is_ddp_piece, is_dtensor, is_fsdp, source_path
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
 from falqon_fx.passes.cost import losing
+from falqon_fx.passes.cuts import cut_sites
 from falqon_fx.passes.dataflow import Match, RejectedMatch
 from falqon_fx.passes.describe import describe, source_of
 from falqon_fx.passes.normalize import Scope, value_of
 from falqon_fx.passes.siblings import group_siblings
-from falqon_fx.passes.terms import BaseLinear, Linear, Param
+from falqon_fx.passes.terms import BaseLinear, Param
 from falqon_fx.report import Rejected, Site, Source, common_path
 from falqon_fx.spec import SiteSpec, parse_spec
 
@@ -171,16 +172,9 @@ def _check(found: Match, path: str, config: FalqonConfig) -> None:
 
 
 def _check_whole(root: Scope, matches: list[Match]) -> None:
-    """What is trained in a piece of a graph must be whole sites."""
-    inside = {node for found in matches for node in found.nodes}
-    cut = [
-        _path(root, (term.weight,), scope)
-        for scope in root.walk()
-        for node in scope.gm.graph.nodes
-        if isinstance(term := scope.term(node), Linear)
-        and node not in inside
-        and term.weight.value.requires_grad
-    ]
+    """No site may lie half in this piece of a graph."""
+    whole = {node for found in matches for node in found.nodes}
+    cut = [_path(root, (param,), scope) for scope, param in cut_sites(root, whole)]
     if cut:
         raise FalqonError(
             ", ".join(cut),

@@ -270,7 +270,7 @@ def test_ddp_buckets_that_cut_a_site_are_refused(group, monkeypatch, bucket):
     model = Stack()
     error = refusal(model, compiled(ddp(model, bucket, monkeypatch)), torch.randn(2, 32))
     assert "blocks." in error.site
-    assert "lora_A" in error.site
+    assert "lora_B" in error.site
     assert "torch._dynamo.config.optimize_ddp = False" in str(error)
 
 
@@ -288,6 +288,46 @@ def test_ddp_buckets_that_cut_no_site_train_as_without_ddp(group, monkeypatch):
     assert train(call, adam(model), x, steps=4) == expected
     assert [len(piece.report.sites) for piece in pieces] == [2, 2]
     assert [int(state.counters[STEP]) for state in falqon_fx.adapters(model).values()] == [3] * 4
+
+
+class Headed(nn.Module):
+    """Trained layers besides the sites, as PEFT's modules_to_save has: each alone in its piece."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.stack, self.head = nn.Linear(32, 40), Stack(), nn.Linear(32, 20)
+        self.narrow = nn.Linear(40, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.stack(self.narrow(torch.relu(self.wide(x))) + x))
+
+
+def test_ddp_pieces_may_hold_other_trained_layers(group, monkeypatch):
+    """Buckets of a block's size: the head, then the blocks, then the rest."""
+    model, x = Headed(), torch.randn(2, 5, 32)
+    alone, pieces = copy.deepcopy(model), []
+    rewrite = falqon_fx.backend.rewrite
+    monkeypatch.setattr(
+        falqon_fx.backend, "rewrite", lambda *args: pieces.append(rewrite(*args)) or pieces[-1]
+    )
+
+    def run(call: nn.Module, model: nn.Module) -> list[Tensor]:
+        torch._dynamo.reset()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        outputs = []
+        for _ in range(3):
+            outputs.append(call(x).detach())
+            call(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return outputs
+
+    expected = run(compiled(alone, inner="aot_eager"), alone)
+    pieces.clear()
+    found = run(compiled(ddp(model, BLOCK, monkeypatch), inner="aot_eager"), model)
+    assert len(pieces) > 2
+    assert sum(len(piece.report.sites) for piece in pieces) == 4
+    assert all(map(torch.equal, found, expected))
 
 
 def test_ddp_without_its_optimizer_trains_with_any_buckets(group, monkeypatch):

@@ -401,7 +401,7 @@ def test_a_change_of_a_after_prepare_raises_and_writes_nothing():
     site.step()
     site.lora_a[0, 0] += 1
     before = snapshot(site.state)
-    with pytest.raises(FalqonError, match="lora_A changed after prepare") as error:
+    with pytest.raises(FalqonError, match="lora_A is not the one that prepare") as error:
         update(site)
     assert "restore" in error.value.remedy
     assert same(before, snapshot(site.state))

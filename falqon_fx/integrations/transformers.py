@@ -1,0 +1,115 @@
+"""transformers' `Trainer`, and all built on it (trl's `SFTTrainer`), with ``backend="falqon"``.
+
+`TrainingArguments(torch_compile_backend=...)` takes only the names in accelerate's own list, so the
+backend comes in through a callback, or through a mixin that turns the argument into the callback.
+Both use nothing but public calls: `TrainerCallback`, ``nn.Module.compile``.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import weakref
+from typing import Any
+
+from torch import nn
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from falqon_fx.config import FalqonConfig
+from falqon_fx.errors import FalqonError
+from falqon_fx.prepare import prepare
+
+
+class FalqonCallback(TrainerCallback):  # type: ignore[misc]
+    """Compiles the trainer's model in place: ``Trainer(..., callbacks=[FalqonCallback()])``.
+
+    The model keeps its class, so that saving, evaluation and PEFT's calls work as without it.
+
+    Args:
+        config: options of the backend.
+        prepare: call `falqon_fx.prepare`, which frees the base weights, when training begins: by
+            then a checkpoint that is resumed from has set lora_A.
+        compile_arguments: handed to ``nn.Module.compile`` (``dynamic``, ``fullgraph``).
+    """
+
+    def __init__(
+        self,
+        config: FalqonConfig | None = None,
+        *,
+        prepare: bool = False,
+        **compile_arguments: Any,
+    ) -> None:
+        self.config, self.prepare = config or FalqonConfig(), prepare
+        self.compile_arguments = compile_arguments
+        self._compiled: weakref.ref[nn.Module] | None = None
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Compile before anything runs, `Trainer.evaluate` included."""
+        self._compile(args, kwargs.get("model"))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Merge, and compile what was not there yet: a model from ``model_init``, or one that the
+        trainer had before it got this callback.
+        """
+        model = kwargs["model"]
+        self._compile(args, model)
+        if self.prepare:
+            prepare(model, self.config)
+
+    def _compile(self, args: TrainingArguments, model: nn.Module | None) -> None:
+        if args.torch_compile:
+            raise FalqonError(
+                "TrainingArguments",
+                f"torch_compile compiles the model with {args.torch_compile_backend!r}, around "
+                "what FalqonCallback compiles",
+                "Leave torch_compile, torch_compile_backend and torch_compile_mode unset",
+            )
+        if model is None or (self._compiled is not None and self._compiled() is model):
+            return
+        model.compile(backend="falqon", options={"config": self.config}, **self.compile_arguments)
+        self._compiled = weakref.ref(model)
+
+
+class FalqonTrainerMixin:
+    """Makes ``TrainingArguments(torch_compile=True, torch_compile_backend="falqon")`` work.
+
+    ``class MyTrainer(FalqonTrainerMixin, SFTTrainer): ...``: the arguments reach the trainer
+    without their torch_compile part, which becomes a `FalqonCallback` with ``falqon_config``.
+    torch_compile_mode is Inductor's mode.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        *rest: Any,
+        callbacks: list[TrainerCallback] | None = None,
+        falqon_config: FalqonConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args is not None and args.torch_compile_backend == "falqon":
+            config = falqon_config or FalqonConfig()
+            if args.torch_compile_mode is not None:
+                config = dataclasses.replace(config, mode=args.torch_compile_mode)
+            callbacks = [FalqonCallback(config), *(callbacks or ())]
+            args = copy.copy(args)
+            args.torch_compile = False
+            args.torch_compile_backend = args.torch_compile_mode = None
+        super().__init__(model, args, *rest, callbacks=callbacks, **kwargs)  # type: ignore[call-arg]
+
+
+class FalqonTrainer(FalqonTrainerMixin, Trainer):  # type: ignore[misc]
+    """transformers' `Trainer` that takes ``torch_compile_backend="falqon"``."""
+
+
+__all__ = ["FalqonCallback", "FalqonTrainer", "FalqonTrainerMixin"]

@@ -1,0 +1,380 @@
+"""Training loops as people write them: precision, shapes, frozen and shared parameters, copies.
+
+Each gives the numbers of the same ops run eagerly, or of exact arithmetic within the bounds of
+tests/tolerances.py, and writes each step of B once.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import falqon_fx
+from falqon_fx import FalqonConfig, FalqonError
+from falqon_fx.update import STEP
+from tests import tolerances as tol
+from tests.emulation import emulate
+from tests.models import LoraLinear, Relu, fill_b, lora_b, tiny_llama, tiny_mlp, train
+from tests.sites import randn
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+def compiled(model: nn.Module, inner: str = "eager", **options: object) -> nn.Module:
+    return torch.compile(
+        model, backend="falqon", options={"inner": inner, "rounding": "nearest", **options}
+    )
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(lora_b(model), lr=1e-2)
+
+
+def steps(model: nn.Module) -> list[int]:
+    return [int(state.counters[STEP]) for state in falqon_fx.adapters(model).values()]
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    """Everything that training changes: B, and the state of every site."""
+    states = [tensor for s in falqon_fx.adapters(model).values() for tensor in s.tensors]
+    live = [t.view(torch.uint8) if t.element_size() == 1 else t for t in states]
+    return [t.detach().clone() for t in (*lora_b(model), *live)]
+
+
+def all_equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) > 0 and all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+# -- precision -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_exact_arithmetic_within_the_casts(dtype):
+    """Forward and backward of a site under autocast, its parameters and input in float32."""
+    model, x = LoraLinear(32, 48, bias=True), randn(6, 32).requires_grad_()
+    fill_b(model, 0.1)
+    with torch.autocast("cpu", dtype):
+        y = compiled(model, "aot_eager")(x)
+        original = model(x.detach())
+    assert y.dtype == original.dtype
+    grad = randn(6, 48, seed=1).to(y.dtype)
+    y.backward(grad)
+
+    base, a, b = (m.weight.detach() for m in (model.base_layer, model.lora_A, model.lora_B))
+    bias = model.base_layer.bias.detach()
+    bounds = tol.site_bounds(x.detach(), grad, tol.Parameters(base, a, b, model.scaling, bias))
+    merged = base.double() + model.scaling * b.double() @ a.double()
+    wide_x, wide_grad = x.detach().double(), grad.double()
+    tol.assert_within(y.detach(), wide_x @ merged.t() + bias.double(), bounds.y)
+    tol.assert_within(x.grad, wide_grad @ merged, bounds.grad_x)
+    expected = model.scaling * wide_grad.t() @ (wide_x @ a.double().t())
+    tol.assert_within(model.lora_B.weight.grad, expected, bounds.grad_b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_trains_bit_for_bit_as_eager(dtype):
+    model, x = Relu(), torch.randn(2, 5, 32)
+    result = []
+    for inner in ("eager", "aot_eager"):
+        own = copy.deepcopy(model)
+        with torch.autocast("cpu", dtype):
+            losses = train(compiled(own, inner), adam(own), x, steps=5)
+        result.append((losses, weights(own)))
+    assert result[0][0] == result[1][0]
+    assert all_equal(result[0][1], result[1][1])
+    assert result[0][0][-1] < result[0][0][0]
+
+
+def test_float16_with_a_grad_scaler_writes_the_steps_that_were_taken():
+    """The first scales overflow float16: those steps are skipped, and nothing is written."""
+    model, x = Relu(), torch.randn(2, 5, 32)
+    result = []
+    for inner in ("eager", "aot_eager"):
+        own = copy.deepcopy(model)
+        call, optimizer = compiled(own, inner), adam(own)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**26)
+        taken, losses = 0, []
+        for _ in range(16):
+            with torch.autocast("cpu", torch.float16):
+                loss = (call(x) - x / 2).float().square().mean()
+            scaler.scale(loss).backward()
+            before = lora_b(own)[1].detach().clone()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            taken += not torch.equal(before, lora_b(own)[1])
+            losses.append(loss.item())
+        call(x)
+        assert 0 < taken < 16
+        assert steps(own) == [taken - 1, taken]  # the first step of B leaves dL/dx = 0 behind it
+        assert losses[-1] < losses[0]
+        result.append((losses, weights(own)))
+    assert result[0][0] == result[1][0]
+    assert all_equal(result[0][1], result[1][1])
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
+@pytest.mark.parametrize("cast", ["half", "bfloat16"])
+def test_a_cast_after_compile_goes_on_as_a_cast_before_it(cast, prepared):
+    model, x = tiny_mlp(), torch.randn(5, 32)
+    fill_b(model, 0.1)
+    if prepared:
+        falqon_fx.prepare(model, FalqonConfig(rounding="nearest"), progress=False)
+    before = getattr(copy.deepcopy(model), cast)()
+    call = compiled(model)
+    call(x)
+    half = getattr(x, cast)()
+    found = train(call, adam(getattr(model, cast)()), half, steps=3)
+    torch._dynamo.reset()
+    assert found == train(compiled(before), adam(before), half, steps=3)
+    assert all_equal(weights(model), weights(before))
+    assert steps(model) == [2, 2]
+
+
+# -- shapes ----------------------------------------------------------------------------------------
+
+
+def test_inductor_trains_as_eager_where_no_size_is_a_multiple_of_16():
+    """Out, in, rank and tokens. A transposed input, then one that changes its shape."""
+    torch.manual_seed(1)
+    model = Relu(33, 47, rank=3)
+    result = []
+    for inner in ("eager", "inductor"):
+        own = copy.deepcopy(model)
+        losses = train(compiled(own, inner), adam(own), randn(33, 7).t(), steps=4)
+        result.append((losses, weights(own)))
+    assert result[0][0] == result[1][0]
+    assert all_equal(result[0][1], result[1][1])
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_strided_inputs_have_the_gradients_of_contiguous_ones(inner):
+    model = Relu()
+    fill_b(model)
+    whole = torch.randn(4, 32, 6)
+    inputs = [
+        whole.transpose(1, 2),
+        whole[::2].transpose(1, 2),
+        whole[:, :, :1].expand(4, 32, 6).mT,
+    ]
+    for x in inputs:
+        grads = []
+        for own in (x.detach(), x.contiguous()):
+            own = own.requires_grad_() if own.is_leaf else own
+            model.zero_grad()
+            compiled(model, inner)(own).square().sum().backward()
+            grads.append([own.grad, *(b.grad.clone() for b in lora_b(model))])
+        assert not x.is_contiguous()
+        assert all_equal(*grads)
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+def test_no_tokens_at_all_give_zero_gradients_and_write_nothing(inner, granularity):
+    model = Relu()
+    fill_b(model)
+    call = compiled(model, inner, granularity=granularity)
+    for shape in ((0, 32), (2, 0, 32)):
+        x = torch.empty(shape, requires_grad=True)
+        y = call(x)
+        assert y.shape == shape
+        y.sum().backward()
+        assert x.grad.shape == shape
+    assert all(b.grad is not None and not b.grad.any() for b in lora_b(model))
+    assert steps(model) == [0, 0]
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_batches_and_lengths_that_change_train_as_in_eager(dynamic):
+    model = Relu()
+    xs = [torch.randn(*shape, 32) for shape in ((4, 9), (3, 7), (1, 1), (2, 5), (4, 9))]
+    result = []
+    for inner in ("eager", "aot_eager"):
+        own = copy.deepcopy(model)
+        call = torch.compile(own, backend="falqon", options={"inner": inner}, dynamic=dynamic)
+        optimizer = adam(own)
+        losses = [train(call, optimizer, x, steps=1)[0] for x in xs]
+        assert steps(own) == [len(xs) - 1] * 2
+        result.append((losses, weights(own)))
+    assert result[0][0] == result[1][0]
+    assert all_equal(result[0][1], result[1][1])
+
+
+def test_fullgraph_trains_a_llama():
+    model, ids = tiny_llama(target_modules=["q_proj", "down_proj"]), torch.randint(0, 64, (2, 9))
+    call = torch.compile(model, backend="falqon", options={"inner": "aot_eager"}, fullgraph=True)
+    optimizer, losses = adam(model), []
+    for _ in range(3):
+        loss = call(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert steps(model) == [2] * 4
+
+
+# -- parameters ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_a_frozen_b_counts_and_gets_no_gradient(inner):
+    model, x = Relu(), torch.randn(5, 32)
+    fill_b(model, 0.1)
+    expected = compiled(copy.deepcopy(model), inner)(x)
+    model.up.lora_B.requires_grad_(False)
+    found = compiled(model, inner)(x)
+    assert torch.equal(found, expected)
+    found.sum().backward()
+    assert model.up.lora_B.weight.grad is None
+    assert model.down.lora_B.weight.grad.any()
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_a_site_that_a_step_does_not_use_is_not_written(inner):
+    """Its B has no gradient, so the optimizer leaves it; the next step uses it again."""
+
+    class Skip(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = LoraLinear(32, 32), LoraLinear(32, 32)
+
+        def forward(self, x: Tensor, both: bool) -> Tensor:
+            return self.second(self.first(x)) if both else self.first(x)
+
+    model, x = Skip(), torch.randn(5, 32)
+    call, optimizer = compiled(model, inner), adam(model)
+    fill_b(model, 0.1)
+    counts = []
+    for both in (True, False, False, True, True):
+        call(x, both).square().mean().backward()
+        counts.append(steps(model))
+        assert (model.second.lora_B.weight.grad is not None) == both
+        optimizer.step()
+        optimizer.zero_grad()
+    assert counts == [[0, 0], [1, 0], [2, 0], [3, 1], [4, 2]]
+
+
+def test_two_adapters_on_one_tied_base_weight_train_as_on_two():
+    """And an embedding that shares it stays as it is."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(32, 32).requires_grad_(False)
+            self.up, self.head = LoraLinear(32, 32), LoraLinear(32, 32)
+            self.up.base_layer.weight = self.head.base_layer.weight = self.embed.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(torch.relu(self.up(self.embed(ids))))
+
+    tied, ids = Tied(), torch.randint(0, 32, (2, 5))
+    untied = copy.deepcopy(tied)
+    for layer in (untied.up, untied.head):
+        layer.base_layer.weight = nn.Parameter(tied.embed.weight.clone(), requires_grad=False)
+    weight, result = tied.embed.weight.clone(), []
+    for model in (tied, untied):
+        call, optimizer = compiled(model, "aot_eager"), adam(model)
+        for _ in range(4):
+            loss = call(ids).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        result.append((loss.item(), lora_b(model)))
+    assert result[0][0] == result[1][0]
+    assert all_equal(result[0][1], result[1][1])
+    assert torch.equal(tied.embed.weight, weight)
+    assert tied.up.base_layer.weight is tied.embed.weight
+    assert len(falqon_fx.adapters(tied)) == 2
+
+
+# -- copies ----------------------------------------------------------------------------------------
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
+def test_a_copy_of_a_model_compiled_in_place_trains_apart(
+    copied: Callable[[nn.Module], nn.Module], prepared
+):
+    """A prepared copy goes on with W' as it is; without prepare, W' is merged anew."""
+    model, x = tiny_mlp(), torch.randn(5, 32)
+    fill_b(model, 0.1)
+    options = {"inner": "eager", "rounding": "nearest"}
+    if prepared:
+        falqon_fx.prepare(model, FalqonConfig(rounding="nearest"), progress=False)
+    model.compile(backend="falqon", options=options)
+    train(model, adam(model), x, steps=3)
+    twin = copied(model)
+    kept = weights(model)
+    twin.compile(backend="falqon", options=options)
+    found = train(twin, adam(twin), x, steps=3)
+    assert all_equal(weights(model), kept)
+    if not prepared:
+        falqon_fx.restore(model)
+    assert train(model, adam(model), x, steps=3) == found
+    assert all_equal(weights(model), weights(twin))
+
+
+# -- compilers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{"triton.cudagraphs": True}, {"mode": "reduce-overhead"}], ids=["option", "mode"]
+)
+def test_cuda_graphs_asked_for_on_cpu_change_nothing(options):
+    """Inductor skips them on a CPU. (On a GPU nothing was run.)"""
+    model, x = LoraLinear(32, 48), torch.randn(5, 32)
+    result = []
+    for asked in ({"inner": "eager"}, {"inner": "inductor", **options}):
+        own = copy.deepcopy(model)
+        call, optimizer = compiled(own, **asked), adam(own)
+        losses = []
+        for _ in range(4):
+            loss = call(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        result.append((losses, weights(own)))
+    assert result[0][0] == pytest.approx(result[1][0], rel=1e-6)
+    assert all_equal(result[0][1], result[1][1])
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
+def test_generate_with_the_whole_model_compiled_gives_the_tokens_of_the_emulation(prepared):
+    """A KV cache that grows, in one graph with the sites."""
+    model = tiny_llama(target_modules=["q_proj", "down_proj"]).eval()
+    fill_b(model, size=1.0)
+    ids = torch.randint(0, 64, (1, 6))
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "use_cache": True}
+    if prepared:
+        falqon_fx.prepare(model, FalqonConfig(rounding="nearest"), progress=False)
+    inner = model.get_base_model()
+    inner.compile(backend="falqon", options={"inner": "eager", "rounding": "nearest"})
+    tokens = model.generate(input_ids=ids, **settings)
+    states = falqon_fx.adapters(model)
+    assert len(states) == 4
+    twin = emulate(copy.deepcopy(model), states)
+    assert torch.equal(tokens, twin.generate(input_ids=ids, **settings))
+
+
+def test_a_model_moved_to_meta_after_compile_is_an_error_that_names_the_site():
+    """Meta stands for any device that the values don't reach."""
+    model, x = Relu(), torch.randn(5, 32)
+    call = compiled(model)
+    call(x)
+    with pytest.raises(FalqonError, match=r"up: its base weight .* meta"):
+        call.to("meta")(x.to("meta"))
