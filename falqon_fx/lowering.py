@@ -22,6 +22,7 @@ from falqon_fx.numerics import (
     decode_fp8,
     round_to_fp8,
     round_to_scaled_fp8,
+    without_autocast,
 )
 from falqon_fx.spec import SiteSpec, parse_spec
 
@@ -52,6 +53,7 @@ def pending_part(lora_b: Tensor, applied: Tensor, scaling: float, dtype: torch.d
     return ((lora_b.to(torch.float32) - applied.to(torch.float32)) * scaling).to(dtype)
 
 
+@without_autocast
 def merged_linear(
     x: Tensor,
     weight: Sequence[Tensor],
@@ -122,6 +124,7 @@ def _rescale(y: Tensor, rest: Tensor | float, scale: Tensor) -> Tensor:
     return (y.to(torch.float32) * rest * (scale.t() if scale.dim() == 2 else scale)).to(y.dtype)
 
 
+@without_autocast
 def merged_linear_grad_x(
     grad: Sequence[Tensor],
     weight: Sequence[Tensor],
@@ -170,6 +173,7 @@ def merged_linear_grad_x(
     return total.to(x_dtype)
 
 
+@without_autocast
 def dequantize_base(weight: Tensor, scale: Tensor, applied: Tensor, scaling: float) -> Tensor:
     """dq(W) - scaling · applied · dq(A), float32 [out, in]: the base weight without its adapter."""
     out, _ = applied.shape
@@ -177,6 +181,7 @@ def dequantize_base(weight: Tensor, scale: Tensor, applied: Tensor, scaling: flo
     return merged[:out] - (applied.to(torch.float32) * scaling) @ merged[out:]
 
 
+@without_autocast
 def base_linear(
     x: Tensor, weight: Tensor, scale: Tensor, applied: Tensor, bias: Tensor | None, scaling: float
 ) -> Tensor:

@@ -169,9 +169,14 @@ def check_values(path: str, base: Tensor, lora_a: Tensor, lora_b: Tensor) -> Non
     """Refuse parameters that can't be merged.
 
     Raises:
-        FalqonError: W, A or B holds NaN or Inf, or W lies beyond what an FP8 scale can carry.
+        FalqonError: W, A or B holds NaN or Inf or nothing (meta), or W lies beyond what an FP8
+            scale can carry.
     """
     for name, tensor in (("base weight", base), ("lora_A", lora_a), ("lora_B", lora_b)):
+        if tensor.is_meta:
+            raise FalqonError(
+                path, f"its {name} is on the meta device", "Give it values before the first call"
+            )
         if not torch.isfinite(tensor).all():
             raise FalqonError(
                 path,

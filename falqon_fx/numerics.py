@@ -7,7 +7,9 @@ dequantize: ``x ≈ q * scale``.
 
 from __future__ import annotations
 
-from typing import Literal
+import functools
+from collections.abc import Callable
+from typing import Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +22,29 @@ _LAYOUT = {E4M3: (3, 2.0**-6, 2.0**-9), E5M2: (2, 2.0**-14, 2.0**-16)}
 _TINY = 2.0**-126  # smallest normal float32: 1 / scale stays finite
 
 ScaleMode = Literal["amax", "pow2"]
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """Autocast off inside: an op's dtypes are its own. Autocast reaches into the kernel of a custom
+    op and would run its float32 products in 16 bits, the update of W' among them.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        for arg in args:
+            tensor = arg[0] if isinstance(arg, list | tuple) and arg else arg
+            if isinstance(tensor, Tensor):
+                device = tensor.device.type
+                if not torch.amp.is_autocast_available(device):
+                    break
+                if not torch.is_autocast_enabled(device):
+                    break
+                with torch.autocast(device, enabled=False):
+                    return function(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return wrapped
 
 
 def amax_to_scale(amax: Tensor, dtype: torch.dtype, mode: ScaleMode) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from falqon_fx import cuda, lowering, products, update
 from falqon_fx._compat import inductor_decompositions
+from falqon_fx.numerics import without_autocast
 from falqon_fx.spec import lowering_version
 
 
@@ -114,6 +115,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.scaling, ctx.spec = scaling, spec
 
 
+@without_autocast
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     out_a, *state = ctx.saved_tensors
     sites = len(ctx.ranks)
@@ -195,6 +197,7 @@ def _save_base(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.bias_dtype, ctx.scaling = None if bias is None else bias.dtype, scaling
 
 
+@without_autocast
 def _backward_base(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight, scale, applied = ctx.saved_tensors
     grad_x = grad_bias = None

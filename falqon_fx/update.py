@@ -22,6 +22,7 @@ from falqon_fx.numerics import (
     philox_uint16,
     round_to_fp8,
     round_to_fp8_stochastic,
+    without_autocast,
 )
 from falqon_fx.spec import SiteSpec, parse_spec
 
@@ -84,6 +85,7 @@ def select_rows(score: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return rows, score.gather(-1, rows) > 0
 
 
+@without_autocast
 def proxy_update_(
     weight: Sequence[Tensor],
     scale: Sequence[Tensor],
@@ -128,6 +130,7 @@ def proxy_update_(
             _write_rows(changed[first : first + step], rows, plan)
 
 
+@without_autocast
 def flush_(
     weight: Tensor,
     scale: Tensor,
@@ -226,7 +229,7 @@ def _rebuild(sites: list[_Site], plan: SiteSpec) -> None:
             raise SiteError(
                 site.index,
                 "its lora_A is not the one that prepare() merged before it freed the base weight "
-                "(changed since, or another adapter is active)",
+                "(changed or cast since, or another adapter is active)",
                 "Call falqon_fx.restore(model), load or activate the adapter, then prepare()",
             )
         write_merged_(

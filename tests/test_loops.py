@@ -80,11 +80,21 @@ def test_autocast_is_exact_arithmetic_within_the_casts(dtype):
     tol.assert_within(model.lora_B.weight.grad, expected, bounds.grad_b)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_trains_bit_for_bit_as_eager(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "compiler"),
+    [
+        (torch.bfloat16, "aot_eager"),
+        (torch.float16, "aot_eager"),
+        (torch.bfloat16, "inductor"),
+    ],
+)
+def test_autocast_trains_bit_for_bit_as_eager(dtype, compiler):
+    """Autocast is on around the eager ops, and off in what AOTAutograd runs. (Inductor drops the
+    rounding to float16 between two kernels that it fuses.)
+    """
     model, x = Relu(), torch.randn(2, 5, 32)
     result = []
-    for inner in ("eager", "aot_eager"):
+    for inner in ("eager", compiler):
         own = copy.deepcopy(model)
         with torch.autocast("cpu", dtype):
             losses = train(compiled(own, inner), adam(own), x, steps=5)
@@ -115,29 +125,44 @@ def test_float16_with_a_grad_scaler_writes_the_steps_that_were_taken():
             losses.append(loss.item())
         call(x)
         assert 0 < taken < 16
-        assert steps(own) == [taken - 1, taken]  # the first step of B leaves dL/dx = 0 behind it
+        assert steps(own)[1] == taken
         assert losses[-1] < losses[0]
         result.append((losses, weights(own)))
     assert result[0][0] == result[1][0]
     assert all_equal(result[0][1], result[1][1])
 
 
-@pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
 @pytest.mark.parametrize("cast", ["half", "bfloat16"])
-def test_a_cast_after_compile_goes_on_as_a_cast_before_it(cast, prepared):
+def test_a_cast_after_compile_goes_on_as_a_cast_before_it(cast):
     model, x = tiny_mlp(), torch.randn(5, 32)
     fill_b(model, 0.1)
-    if prepared:
-        falqon_fx.prepare(model, FalqonConfig(rounding="nearest"), progress=False)
     before = getattr(copy.deepcopy(model), cast)()
-    call = compiled(model)
+    call, half = compiled(model), getattr(x, cast)()
     call(x)
-    half = getattr(x, cast)()
-    found = train(call, adam(getattr(model, cast)()), half, steps=3)
+    getattr(model, cast)()
+    found = train(call, torch.optim.SGD(lora_b(model), lr=0.1), half, steps=3)
     torch._dynamo.reset()
-    assert found == train(compiled(before), adam(before), half, steps=3)
+    sgd = torch.optim.SGD(lora_b(before), lr=0.1)
+    assert found == train(compiled(before), sgd, half, steps=3)
+    assert found[-1] < found[0]
     assert all_equal(weights(model), weights(before))
     assert steps(model) == [2, 2]
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16"])
+def test_a_cast_of_a_prepared_models_adapter_is_an_error_whose_remedy_works(cast):
+    """It rounds lora_A, which W' holds as it was."""
+    model, x, config = tiny_mlp(), torch.randn(5, 32), FalqonConfig(rounding="nearest")
+    falqon_fx.prepare(model, config, progress=False)
+    call, half = compiled(model), getattr(x, cast)()
+    call(x)
+    getattr(model, cast)()
+    with pytest.raises(FalqonError, match=r"changed or cast since") as no:
+        call(half)
+    assert no.value.site == "base_model.model.0"
+    falqon_fx.restore(model)
+    falqon_fx.prepare(model, config, progress=False)
+    assert call(half).isfinite().all()
 
 
 # -- shapes ----------------------------------------------------------------------------------------

@@ -424,14 +424,14 @@ class Lit(lightning.LightningModule):
         return torch.optim.AdamW(lora_b(self.model), lr=1e-2)
 
 
-def lightning_run(folder: Path, prepare: bool, steps: int, resume: str | None = None) -> Lit:
+def lightning_run(folder: Path, prepare: bool, epochs: int, resume: str | None = None) -> Lit:
     """Epochs of SAVED steps: Lightning resumes at the start of an epoch."""
     torch._dynamo.reset()
     module = Lit(prepare)
     run = lightning.Trainer(
         default_root_dir=folder,
         accelerator="cpu",
-        max_steps=steps,
+        max_epochs=epochs,
         accumulate_grad_batches=2,
         gradient_clip_val=CLIP,
         logger=False,
@@ -445,17 +445,17 @@ def lightning_run(folder: Path, prepare: bool, steps: int, resume: str | None = 
 def test_lightning_trains_as_a_loop_by_hand(tmp_path):
     assert STEPS == 2 * SAVED
     expected, model = by_hand(tiny_mlp, 2 * [*batches(2 * SAVED)])
-    run = lightning_run(tmp_path, prepare=False, steps=STEPS)
+    run = lightning_run(tmp_path, prepare=False, epochs=2)
     assert run.losses == expected
     assert same(adapter(run.model), adapter(model))
 
 
 def test_lightning_resumes_a_prepared_model_exactly(tmp_path):
     """Its checkpoint is the module's whole state, and a prepared model's state holds W'."""
-    whole = lightning_run(tmp_path / "whole", prepare=True, steps=STEPS)
-    lightning_run(tmp_path / "first", prepare=True, steps=SAVED)
+    whole = lightning_run(tmp_path / "whole", prepare=True, epochs=2)
+    lightning_run(tmp_path / "first", prepare=True, epochs=1)
     (saved,) = (tmp_path / "first").rglob("*.ckpt")
-    resumed = lightning_run(tmp_path, prepare=True, steps=STEPS, resume=str(saved))
+    resumed = lightning_run(tmp_path, prepare=True, epochs=2, resume=str(saved))
     assert resumed.losses == whole.losses[2 * SAVED :]
     ends = [module.state_dict() for module in (whole, resumed)]
     assert any(name.endswith(".code") for name in ends[0])
