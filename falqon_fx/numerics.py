@@ -22,7 +22,8 @@ _LAYOUT = {E4M3: (3, 2.0**-6, 2.0**-9), E5M2: (2, 2.0**-14, 2.0**-16)}
 _TINY = 2.0**-126  # smallest normal float32: 1 / scale stays finite
 
 ScaleMode = Literal["amax", "pow2"]
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
@@ -32,17 +33,13 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        for arg in args:
-            tensor = arg[0] if isinstance(arg, list | tuple) and arg else arg
-            if isinstance(tensor, Tensor):
-                device = tensor.device.type
-                if not torch.amp.is_autocast_available(device):
-                    break
-                if not torch.is_autocast_enabled(device):
-                    break
-                with torch.autocast(device, enabled=False):
-                    return function(*args, **kwargs)
-        return function(*args, **kwargs)
+        tensors = (arg[0] if isinstance(arg, list | tuple) and arg else arg for arg in args)
+        devices = (tensor.device.type for tensor in tensors if isinstance(tensor, Tensor))
+        device = next(devices, "meta")
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
 
     return wrapped
 

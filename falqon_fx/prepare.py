@@ -118,7 +118,7 @@ class MergedBaseLinear(nn.Module):
 class _ReadOnly(Tensor):
     """A dequantized copy of a base weight, and its views: writes into it would be lost."""
 
-    path: str
+    path: str = ""
 
     @classmethod
     def of(cls, weight: Tensor, path: str) -> _ReadOnly:

@@ -37,9 +37,18 @@ OPTIONS = [field.name for field in dataclasses.fields(FalqonConfig)]
         ("modes", "mode"),
     ],
 )
-def test_an_unknown_option_names_the_nearest_one(given_name, nearest):
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda options: FalqonConfig.from_options(options),
+        lambda options: FalqonConfig(**options),
+        lambda options: dataclasses.replace(FalqonConfig(), **options),
+    ],
+    ids=["from_options", "FalqonConfig", "replace"],
+)
+def test_an_unknown_option_names_the_nearest_one(call, given_name, nearest):
     with pytest.raises(FalqonConfigError) as error:
-        FalqonConfig.from_options({given_name: 1})
+        call({given_name: 1})
     assert str(error.value) == (
         f"option {given_name!r}: is unknown. The nearest option is {nearest!r}."
     )

@@ -353,6 +353,16 @@ def test_a_copy_of_a_model_compiled_in_place_trains_apart(
     assert all_equal(weights(model), weights(twin))
 
 
+def test_a_pickled_wrapper_compiles_again():
+    model, x = Relu(), torch.randn(5, 32)
+    fill_b(model, 0.1)
+    call = compiled(model)
+    expected = call(x)
+    twin = pickled(call)
+    assert torch.equal(twin(x), expected)
+    assert len(falqon_fx.adapters(twin)) == 2
+
+
 # -- compilers -------------------------------------------------------------------------------------
 
 
@@ -378,7 +388,9 @@ def test_cuda_graphs_asked_for_on_cpu_change_nothing(options):
     assert all_equal(result[0][1], result[1][1])
 
 
-@pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
+@pytest.mark.parametrize(
+    "prepared", [pytest.param(False, marks=pytest.mark.slow), True], ids=["unprepared", "prepared"]
+)
 def test_generate_with_the_whole_model_compiled_gives_the_tokens_of_the_emulation(prepared):
     """A KV cache that grows, in one graph with the sites."""
     model = tiny_llama(target_modules=["q_proj", "down_proj"]).eval()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import falqon_fx
 from falqon_fx import FalqonError
 from falqon_fx.numerics import E4M3, amax_to_scale
 from tests.sites import Site, dequantized, make_site, randn, same, site_of, snapshot, update
@@ -157,13 +158,17 @@ def test_flush_with_drop_writes_b_and_zeroes_it():
     assert same(after, snapshot(site.state))
 
 
-def test_flush_leaves_rows_with_nan():
+@pytest.mark.parametrize("chunk", [None, 40, 7 * 40])
+def test_flush_leaves_rows_with_nan_and_counts_each_once(monkeypatch, chunk):
+    """Whether the 24 rows of 40 are written together, one at a time or by sevens."""
+    monkeypatch.setattr(falqon_fx.update, "_CHUNK", chunk or 1 << 24)
     site = with_b(make_site(topk=2))
     with torch.no_grad():
         site.lora_b[3] = float("nan")
     site.step()
     site.state.flush()
     assert int(site.state.writes[3]) == 0
+    assert torch.equal(site.state.applied[4:], site.lora_b[4:])
     assert site.state.nonfinite_rows == 1
     assert site.state.dequantize().isfinite().all()
 

@@ -292,6 +292,7 @@ class SFTTrainer(FalqonTrainerMixin, trl.SFTTrainer):
     """trl's trainer that takes torch_compile_backend="falqon"."""
 
 
+@pytest.mark.slow
 def test_sft_trainer_trains_evaluates_saves_and_resumes(tmp_path):
     """With trl's defaults: bfloat16 autocast, activation checkpoints, lengths that change."""
 
