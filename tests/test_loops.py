@@ -80,6 +80,30 @@ def test_autocast_is_exact_arithmetic_within_the_casts(dtype):
     tol.assert_within(model.lora_B.weight.grad, expected, bounds.grad_b)
 
 
+def test_a_wider_cast_behind_a_site_sees_the_rounded_sum():
+    """As in the original: logits of a bfloat16 head that are cast to float32 for the loss."""
+
+    class Head(nn.Module):
+        def __init__(self, wide: bool) -> None:
+            super().__init__()
+            self.base, self.a = (
+                nn.Linear(32, 48).requires_grad_(False),
+                nn.Linear(32, 4, bias=False),
+            )
+            self.b, self.wide = nn.Linear(4, 48, bias=False), wide
+
+        def forward(self, x: Tensor) -> Tensor:
+            total = self.base(x) + self.b(self.a(x)) * 2.0
+            return total.float() if self.wide else total
+
+    head, x = Head(wide=True).bfloat16(), torch.randn(5, 32).bfloat16()
+    wide = compiled(head)(x)
+    head.wide = False
+    assert wide.dtype == torch.float32
+    assert torch.equal(wide, compiled(head)(x).float())
+    assert len(falqon_fx.adapters(head)) == 1
+
+
 @pytest.mark.parametrize(
     ("dtype", "compiler"),
     [
