@@ -265,7 +265,8 @@ def _plain_layer(merged: MergedBaseLinear) -> nn.Module:
         if merged.transposed:
             from transformers.pytorch_utils import Conv1D
 
-            return Conv1D(merged.out_features, merged.in_features)  # type: ignore[no-untyped-call]
+            layer: nn.Module = Conv1D(merged.out_features, merged.in_features)
+            return layer
         return nn.Linear(merged.in_features, merged.out_features, bias=False)
 
 
