@@ -135,7 +135,7 @@ class _ReadOnly(Tensor):
                 args[0].path,
                 "prepare() has merged its base weight, so a write into it would be lost "
                 "(merge_adapter, merge_and_unload, an initialization such as PiSSA)",
-                "Call falqon_fx.restore(model) first",
+                "Call falqon_fx.restore(model) first, or falqon_fx.merge_and_unload(model)",
             )
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs or {})
