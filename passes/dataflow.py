@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from falqon_fx._compat import is_dtensor, is_plain
-from falqon_fx.passes.normalize import Scope, writes
+from falqon_fx.passes.normalize import Scope, value_of, writes
 from falqon_fx.passes.terms import BaseLinear, Cast, Dropout, Linear, Param, Scale
 
 
