@@ -13,7 +13,7 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-from falqon_fx.passlog import kernel_source
+from falqon_fx.passes.kernels import source
 from falqon_fx.report import Audit, Line, RewriteReport, Site
 from falqon_fx.report_text import to_text
 from falqon_fx.views import around, near, rows
@@ -79,7 +79,7 @@ def _side(site: Site, line: Line | None) -> str:
 
 def _source(site: Site) -> str:
     """What runs a site, highlighted."""
-    return str(highlight(kernel_source(site), PythonLexer(), HtmlFormatter(nowrap=True)))
+    return str(highlight(source(site), PythonLexer(), HtmlFormatter(nowrap=True)))
 
 
 def _facts(site: Site) -> list[list[str]]:

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import re
@@ -18,9 +17,10 @@ from pathlib import Path
 
 from torch import fx
 
-from falqon_fx import _compat, lowering
+from falqon_fx import _compat
 from falqon_fx.listing import listing
-from falqon_fx.report import RewriteReport, Site
+from falqon_fx.passes.kernels import source
+from falqon_fx.report import RewriteReport
 from falqon_fx.repro import script
 
 log = logging.getLogger(__name__)
@@ -67,14 +67,7 @@ class PassLog:
             folder = self._folder / re.sub(r"[^\w.-]", "_", site.path)
             folder.mkdir(exist_ok=True)
             (folder / "repro.py").write_text(script(site), encoding="utf-8")
-            (folder / "kernel.py").write_text(kernel_source(site), encoding="utf-8")
-
-
-def kernel_source(site: Site) -> str:
-    """The source of what runs a site: for "aten" the composition that the inner compiler gets."""
-    assert site.kernel == "aten", site.kernel
-    parts = (lowering.merged_linear, lowering.merged_linear_grad_x)
-    return "\n\n".join(inspect.getsource(part) for part in parts)
+            (folder / "kernel.py").write_text(source(site), encoding="utf-8")
 
 
 def _folder() -> Path | None:

@@ -92,6 +92,7 @@ class Site:
         x_shape: of the input, symbols by Dynamo's names; ``tokens`` is the product of all but the
             last, ``tokens_hint`` its value in this call.
         group: sites of a graph with equal numbers are siblings: one op computes them.
+        architecture: 90 for sm_90 and so on; 0 where no FP8 kernel runs.
         nodes: names of the nodes that the rewrite replaced.
     """
 
@@ -114,6 +115,7 @@ class Site:
     train_a: bool = False
     rows: int = 0
     group: int = 0
+    architecture: int = 0
     kernel: str = ""
     kernel_reason: str = ""
     memory: Memory | None = None

@@ -68,19 +68,20 @@ def check(
     x, grad = random(tokens, features).to(kind), random(tokens, out).to(kind)
 
     leaf = lora_b.clone().requires_grad_()
+    weight, scale, applied = ([tensor] for tensor in state.tensors[:3])
     y, out_a = torch.ops.falqon.merged_linear(
-        x, *state.tensors[:3], leaf, None, scaling, kind, spec
+        x, weight, scale, applied, [leaf], [], [scaling], kind, spec
     )
     y.backward(grad)
     assert leaf.grad is not None
 
     q, rest = lowering.quantize(x.float(), E4M3, plan)
-    x_q, weight = q.double() * rest, state.dequantize().double()
+    x_q, merged = q.double() * rest, state.dequantize().double()
     gemm = lowering.gemm_dtype(kind)
     unit = 2.0**-8 if gemm == torch.bfloat16 else 2.0**-24
-    exact_a = x_q @ weight[out:].t()
-    size_a = x_q.abs() @ weight[out:].abs().t()
-    exact, size = x_q @ weight[:out].t(), x_q.abs() @ weight[:out].abs().t()
+    exact_a = x_q @ merged[out:].t()
+    size_a = x_q.abs() @ merged[out:].abs().t()
+    exact, size = x_q @ merged[:out].t(), x_q.abs() @ merged[:out].abs().t()
     if plan.pending == "apply":
         pending = lora_b.double() - state.applied.double()
         exact = exact + scaling * exact_a @ pending.t()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from falqon_fx.errors import FalqonError
-from falqon_fx.passlog import kernel_source
+from falqon_fx.passes.kernels import source
 from falqon_fx.report import RewriteReport, Site
 from falqon_fx.repro import arguments as repro_arguments
 from falqon_fx.repro import check, script
@@ -85,7 +85,7 @@ def run_kernels(arguments: argparse.Namespace) -> int:
             "kernel": name,
             "why": why,
             "sites": [site.path for site in members],
-            **({"source": kernel_source(members[0])} if arguments.source else {}),
+            **({"source": source(members[0])} if arguments.source else {}),
         }
         for (name, why), members in chosen.items()
     ]

@@ -29,6 +29,7 @@ class Card:
         bandwidth: device memory, bytes/s.
         casts: FP8 casts and decodings, elements/s; 0 where memory alone bounds them.
         launch: seconds from one kernel to the next.
+        architecture: 90 for sm_90 and so on; 0 where this library has no FP8 kernels.
         source: where each figure comes from.
     """
 
@@ -38,6 +39,7 @@ class Card:
     casts: float
     launch: float
     source: dict[str, str]
+    architecture: int = 0
 
     @property
     def has_fp8(self) -> bool:
@@ -52,13 +54,15 @@ _LAUNCH_SOURCE = (
 )
 
 
-def _gpu(name: str, bf16: float, fp8: float, f32: float, bandwidth: float, source: str) -> Card:
+def _gpu(
+    name: str, bf16: float, fp8: float, f32: float, bandwidth: float, source: str, architecture: int
+) -> Card:
     """TFLOP/s and GB/s as vendors print them; ``f32`` is TF32 or FP32, whichever torch's default
     (FP32 without TF32) runs.
     """
     flops = {"bfloat16": bf16 * 1e12, "float8": fp8 * 1e12, "float32": f32 * 1e12}
     sources = {"flops": source, "bandwidth": source, "launch": _LAUNCH_SOURCE}
-    return Card(name, flops, bandwidth * 1e9, 0.0, _LAUNCH, sources)
+    return Card(name, flops, bandwidth * 1e9, 0.0, _LAUNCH, sources, architecture)
 
 
 _ADA = "NVIDIA Ada GPU Architecture whitepaper, appendix A (dense, FP32 accumulate)"
@@ -69,13 +73,13 @@ _MI = "AMD Instinct MI300X datasheet (dense)"
 _RTX = "NVIDIA RTX Blackwell GPU Architecture whitepaper, appendix A (dense, FP32 accumulate)"
 
 CARDS: tuple[Card, ...] = (
-    _gpu("RTX 4090", 165.2, 330.3, 82.6, 1008, _ADA),
-    _gpu("L40S", 362.05, 733, 91.6, 864, _L40S),
-    _gpu("H100", 989.5, 1979, 67, 3350, _HOPPER.format("H100")),
-    _gpu("H200", 989.5, 1979, 67, 4800, _HOPPER.format("H200")),
-    _gpu("B200", 2250, 4500, 75, 7700, _HGX),
-    _gpu("MI300X", 1307.4, 2614.9, 163.4, 5300, _MI),
-    _gpu("RTX 5090", 209.5, 419, 104.8, 1792, _RTX),
+    _gpu("RTX 4090", 165.2, 330.3, 82.6, 1008, _ADA, 89),
+    _gpu("L40S", 362.05, 733, 91.6, 864, _L40S, 89),
+    _gpu("H100", 989.5, 1979, 67, 3350, _HOPPER.format("H100"), 90),
+    _gpu("H200", 989.5, 1979, 67, 4800, _HOPPER.format("H200"), 90),
+    _gpu("B200", 2250, 4500, 75, 7700, _HGX, 100),
+    _gpu("MI300X", 1307.4, 2614.9, 163.4, 5300, _MI, 0),
+    _gpu("RTX 5090", 209.5, 419, 104.8, 1792, _RTX, 120),
 )
 
 
@@ -194,7 +198,15 @@ def _measure(device: torch.device, size: int, repeats: int) -> Card:
         _casts(device, size, median),
         median(many) / _LAUNCHES,
         dict.fromkeys(("flops", "bandwidth", "casts", "launch"), measured),
+        _architecture(device),
     )
+
+
+def _architecture(device: torch.device) -> int:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
 
 
 def _casts(

@@ -164,6 +164,12 @@ def _gemm(
     return Kernel(phase, name, dtype, 2 * m * k * n, moved)
 
 
+def _adding(phase: str, name: str, dtype: str, m: Any, k: Any, n: Any, width: int) -> Kernel:
+    """[m, k] · [k, n] added to what is there."""
+    moved = width * (m * k + k * n + 2 * m * n)
+    return Kernel(phase, name, dtype, 2 * m * k * n, moved)
+
+
 def _cast(phase: str, name: str, count: Any, width: int) -> list[Kernel]:
     return [
         Kernel(phase, f"amax {name}", "float8", 0, count * width),
@@ -178,11 +184,9 @@ def _pending(s: Shape) -> list[Kernel]:
     n, i, o, r, e = s.n, s.features, s.out, s.rank, _WIDTH[s.dtype]
     return [
         Kernel("forward", "B - applied", s.dtype, 0, o * r * (_WIDTH[s.adapter_dtype] + 2 * e)),
-        _gemm("forward", "O_A·pendingᵀ", s.dtype, n, r, o, e),
-        Kernel("forward", "add", s.dtype, 0, 3 * n * o * e),
+        _adding("forward", "O_A·pendingᵀ", s.dtype, n, r, o, e),
         _gemm("backward", "dO·pending", s.dtype, n, o, r, e),
-        _gemm("backward", "(dO·pending)·A", s.dtype, n, r, i, e),
-        Kernel("backward", "add", s.dtype, 0, 3 * n * i * e),
+        _adding("backward", "(dO·pending)·A", s.dtype, n, r, i, e),
     ]
 
 

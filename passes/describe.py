@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from falqon_fx import report as falqon_fx_report
 from falqon_fx._compat import frames_of, hint
 from falqon_fx.merged import allocate
 from falqon_fx.passes.dataflow import Match
+from falqon_fx.passes.kernels import choose
 from falqon_fx.passes.normalize import value_of
 from falqon_fx.passes.terms import BaseLinear
 from falqon_fx.report import Memory, Site, Source
@@ -23,12 +25,11 @@ if TYPE_CHECKING:
     from falqon_fx.passes.plan import Slot
 
 
-def describe(found: Match, slot: Slot, spec: SiteSpec, group: int) -> Site:
+def describe(found: Match, slot: Slot, spec: SiteSpec, group: int, architecture: int) -> Site:
     """The report of one site; ``group`` numbers the op that it becomes, with its siblings."""
     x, result = value_of(found.x), value_of(found.anchor)
     tokens = math.prod(x.shape[:-1])
-    kernel, reason = kernel_of(x.device)
-    return Site(
+    site = Site(
         path=slot.path,
         out_features=slot.out,
         in_features=slot.features,
@@ -48,21 +49,16 @@ def describe(found: Match, slot: Slot, spec: SiteSpec, group: int) -> Site:
         train_a=found.lora_a.value.requires_grad,
         rows=spec.rows(hint(slot.out)),
         group=group,
-        kernel=kernel,
-        kernel_reason=reason,
+        architecture=architecture,
         memory=_memory(found, slot, spec, _base_dtype(found, x)),
         nodes=tuple(sorted(node.name for node in found.nodes)),
     )
+    kernel, reason = choose(site)
+    return replace(site, kernel=kernel, kernel_reason=reason)
 
 
 _LIBRARY = re.compile(r"-packages/(torch|peft)/")
 _OWN = (Path(__file__).parent, Path(falqon_fx_report.__file__).parent)
-
-
-def kernel_of(device: torch.device) -> tuple[str, str]:
-    """What runs a site on a device, and why."""
-    where = "the meta device has no kernels" if device.type == "meta" else f"on {device.type}"
-    return "aten", f"{where}: casts and bf16 GEMMs, which the inner compiler fuses and tunes"
 
 
 def source_of(node: fx.Node) -> Source | None:

@@ -14,6 +14,7 @@ from falqon_fx.passes.cost import losing
 from falqon_fx.passes.cuts import cut_sites
 from falqon_fx.passes.dataflow import Match, RejectedMatch
 from falqon_fx.passes.describe import describe, source_of
+from falqon_fx.passes.kernels import architecture_of
 from falqon_fx.passes.normalize import Scope, value_of
 from falqon_fx.passes.siblings import group_siblings
 from falqon_fx.passes.terms import BaseLinear, Param
@@ -93,8 +94,9 @@ def plan(
         _check(found, path, config)
         key = (*(_identity(found.scope, p) for p in _params(found)), found.scaling)
         slot = slots.get(key) or _slot(len(slots), path, found)
-        site = describe(found, slot, spec, group=0)
-        why = losing(site, config, value_of(found.x).device)
+        device = value_of(found.x).device
+        site = describe(found, slot, spec, 0, architecture_of(device, config))
+        why = losing(site, config, device)
         if why is not None:
             refused.append(why)
             continue

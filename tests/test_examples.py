@@ -209,3 +209,16 @@ def test_labels_cover_the_answer_alone(example, model_folder):
     )
     assert cut.targets == 1
     assert smollm.batches(tokenizer, [chat], 4, 1) == []
+
+
+def test_inspect_rewrite_writes_a_page_with_every_site(example, model_folder, tmp_path, capsys):
+    page = tmp_path / "report.html"
+    words = ["--model", str(model_folder), "--card", "H100", "--rank", "4", "--tokens", "8"]
+    report = example("inspect_rewrite").main([*words, "--steps", "3", "--out", str(page)])
+    assert len(report.sites) == SITES
+    text = capsys.readouterr().out
+    assert f"{SITES} sites rewritten, 0 rejected" in text
+    assert "7 sites stay as they are" in text
+    assert "step 2:" in text
+    assert "alone: right" in text
+    assert all(site.path in page.read_text() for site in report.sites)

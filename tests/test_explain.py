@@ -53,7 +53,7 @@ def test_explain_names_every_site_of_a_peft_model(llama):
     assert {site.path for site in report.sites} == layers
     assert len(report.graphs) == 1
     assert report.rejected == ()
-    assert report.options["topk"] == "10"
+    assert report.options["granularity"] == "row"
     assert layers.isdisjoint(report.modules)  # a LoRA layer itself holds no parameter
     assert {f"{path}.base_layer" for path in layers} <= set(report.modules)
 

@@ -142,7 +142,7 @@ def test_a_link_opens_a_site_with_graph_kernel_costs_and_live_state(report, tmp_
         "Predicted speed-up by tokens",
         "Graph, before and after",
         "falqon.merged_linear(",
-        "Kernel: aten",
+        "Kernel: triton:",
         '<span class="k">def</span>',
         "50, 10 in the last step",
         "25.00 %",

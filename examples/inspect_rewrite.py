@@ -1,0 +1,81 @@
+"""Look before you train: what falqon would rewrite, whether it pays, and what each step writes.
+
+    python examples/inspect_rewrite.py [--model FOLDER] [--card H100] [--out report.html]
+
+1. `falqon_fx.explain` on the model as it is: nothing is compiled, nothing changes.
+2. The same with an option changed: what is left out, and why.
+3. A few training steps inside `falqon_fx.watch`: what the optimizer asked of the FP8 weights, what
+   they kept, what rounding took.
+4. One page with all of it, and one site rebuilt alone and checked against exact arithmetic.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import peft
+import smollm
+import torch
+
+import falqon_fx
+from falqon_fx.repro import arguments, check
+from falqon_fx.watching import summary
+
+
+def main(argv: Sequence[str] | None = None) -> falqon_fx.RewriteReport:
+    """Inspect one model; returns the report that the page shows."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, help="by default SmolLM2-135M from its package")
+    parser.add_argument("--card", help="whose times are predicted (default: the one at hand)")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--out", type=Path, default=Path("report.html"))
+    args = parser.parse_args(argv)
+
+    torch.manual_seed(0)
+    base, _ = smollm.load_model(args.model)
+    lora = peft.LoraConfig(r=args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(base, lora)
+    ids = torch.randint(base.config.vocab_size, (2, args.tokens))
+    batch = {"input_ids": ids, "labels": ids, "use_cache": False}
+
+    config = falqon_fx.FalqonConfig(card=args.card, inner="eager")
+    report = falqon_fx.explain(model, config=config, **batch)
+    print(report)
+
+    less = falqon_fx.FalqonConfig(card=args.card, exclude=("*.layers.0.*",))
+    left = falqon_fx.explain(model, config=less, **batch).rejected
+    print(f"With exclude='*.layers.0.*' {len(left)} sites stay as they are, first: {left[0]}\n")
+
+    falqon_fx.prepare(model)
+    compiled = torch.compile(model, backend="falqon", options={"config": config})
+    trained = [p for name, p in model.named_parameters() if "lora_B" in name]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+
+    def say(step: Sequence[falqon_fx.Audit]) -> None:
+        found = summary(step)
+        print(
+            f"step {step[0].step}: {found['rows']:.0f} rows written, |ΔW| asked "
+            f"{found['asked']:.4f}, kept {found['kept']:.4f}, lost {found['lost']:.4f}"
+        )
+
+    with falqon_fx.watch(compiled, callbacks=[say]) as seen:
+        for _ in range(args.steps):
+            compiled(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    args.out.write_text(report.to_html(seen.history), encoding="utf-8")
+    print(f"\n{args.out}: {len(report.sites)} sites, open it in a browser")
+
+    site = report.sites[0]
+    print(f"{site.path} alone: {check(**arguments(site))}")  # type: ignore[arg-type]
+    return report
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Which kernel a site gets on a GPU, as far as it can be said without one; and its source."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from falqon_fx.passes import cards
+from falqon_fx.spec import parse_spec
+
+if TYPE_CHECKING:
+    from falqon_fx.config import FalqonConfig
+    from falqon_fx.kernels.gemm_spec import GemmSpec
+    from falqon_fx.report import Site
+
+
+def architecture_of(device: torch.device, config: FalqonConfig) -> int:
+    """90 for sm_90 and so on, of the named card or the device at hand; 0 without FP8 kernels."""
+    if config.kernel == "dequantize":
+        return 0
+    if config.card is not None:
+        return cards.find(config.card).architecture
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    number = major * 10 + minor
+    return number if number >= 89 else 0
+
+
+def choose(site: Site) -> tuple[str, str]:
+    """The name of what runs the forward product of a site, and why."""
+    if not site.architecture:
+        return "aten", "no FP8 kernels there: casts and bf16 GEMMs, which the inner compiler fuses"
+    specs = candidates(site)
+    return f"triton:{specs[0].name}", (
+        f"the likeliest of {len(specs)} generated kernels for sm_{site.architecture}; the first "
+        "call times them and the library's, and takes the fastest"
+    )
+
+
+def candidates(site: Site) -> list[GemmSpec]:
+    """The generated kernels for the forward product of a site alone, the likeliest first."""
+    from falqon_fx.kernels.tiles import GemmProblem, gemm_specs
+
+    plan = parse_spec(site.spec)
+    apply = plan.pending == "apply"  # then O_A is a product of its own, before this one
+    problem = GemmProblem(
+        n=site.tokens_hint,
+        k=site.in_features,
+        rows=(site.out_features,) if apply else (site.out_features, site.rank),
+        a_pieces=0 if apply else 1,
+        x="e4m3",
+        x_scale=plan.granularity,  # type: ignore[arg-type]
+        w_scale=plan.granularity,  # type: ignore[arg-type]
+        out_dtype=site.out_dtype,  # type: ignore[arg-type]
+        a_dtype="bfloat16" if site.out_dtype == "bfloat16" else "float32",
+        bias="none",
+        rank=site.rank if apply else 0,
+        accumulation=plan.accumulation,  # type: ignore[arg-type]
+        one_tensor=True,
+    )
+    return gemm_specs(problem, site.architecture)
+
+
+def source(site: Site) -> str:
+    """The source of the kernel of a site; for "aten" the composition that the compiler gets."""
+    if site.kernel == "aten":
+        import inspect
+
+        from falqon_fx import lowering
+
+        parts = (lowering.merged_linear, lowering.merged_linear_grad_x)
+        return "\n\n".join(inspect.getsource(part) for part in parts)
+    from falqon_fx.kernels.render import render
+
+    (spec,) = [spec for spec in candidates(site) if f"triton:{spec.name}" == site.kernel]
+    return render(spec)
