@@ -13,7 +13,7 @@ from falqon_fx.checkpoint import MANIFEST, load_checkpoint, read_extra, save_che
 FOLDER = "falqon"
 
 
-class TrainerCheckpoints(TrainerCallback):
+class TrainerCheckpoints(TrainerCallback):  # type: ignore[misc]
     """Writes a `falqon_fx.save_checkpoint` into each ``checkpoint-N`` folder and loads it where the
     trainer resumes from one; optimizer, schedule and random numbers stay the trainer's own.
 

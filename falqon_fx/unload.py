@@ -113,7 +113,7 @@ def plain_layer(layer: LoraLayer, weight: Tensor, bias: Tensor | None) -> nn.Mod
         from transformers.pytorch_utils import Conv1D
 
         with torch.device("meta"):
-            plain = Conv1D(out, features)  # type: ignore[no-untyped-call]
+            plain = Conv1D(out, features)
         weight = weight.t().contiguous()
     else:
         plain = nn.Linear(features, out, bias=False, device="meta")

@@ -151,7 +151,7 @@ def trainer_callback(seen: watch) -> Any:
     """A callback for transformers' Trainer: its logs get the last step's `summary`."""
     from transformers import TrainerCallback
 
-    class FalqonCallback(TrainerCallback):
+    class FalqonCallback(TrainerCallback):  # type: ignore[misc]
         """Adds ``falqon/...`` to what the Trainer logs."""
 
         def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -28,7 +28,7 @@ from falqon_fx.products import plain_grad_b
 
 from . import backward
 from .backward_spec import GradBSpec, TransposeSpec
-from .choice import Candidate, choices_for
+from .choice import Candidate, Choice, choices_for
 from .gemm import Piece, Product, gemm, programs
 from .gemm_spec import Accumulation, GemmSpec
 from .interpreter import runs_interpreted
@@ -147,6 +147,16 @@ def grad_b(
     key = f"dL/dB n={_bucket(len(grad))} out={grad.shape[1]} {spec.name}"
     wanted = kernel if kernel in ("triton", "dequantize") else "auto"
     return cast(Tensor, _run(key, candidates, grad, Options(kernel=wanted)))
+
+
+def forward_choice(device: torch.device, features: int, out: int) -> Choice | None:
+    """The newest choice made on ``device`` for the forward product of a site's shape, if any."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    wanted = (f" k={features},", f" rows=({out},")
+    made = [c for c in choices_for(device).all() if c.key.startswith("forward ")]
+    matching = [c for c in made if all(text in c.key for text in wanted)]
+    return matching[-1] if matching else None
 
 
 def architecture(device: torch.device) -> int:

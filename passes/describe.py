@@ -53,7 +53,7 @@ def describe(found: Match, slot: Slot, spec: SiteSpec, group: int, architecture:
         memory=_memory(found, slot, spec, _base_dtype(found, x)),
         nodes=tuple(sorted(node.name for node in found.nodes)),
     )
-    kernel, reason = choose(site)
+    kernel, reason = choose(site, x.device)
     return replace(site, kernel=kernel, kernel_reason=reason)
 
 

@@ -28,8 +28,16 @@ def architecture_of(device: torch.device, config: FalqonConfig) -> int:
     return number if number >= 89 else 0
 
 
-def choose(site: Site) -> tuple[str, str]:
-    """The name of what runs the forward product of a site, and why."""
+def choose(site: Site, device: torch.device) -> tuple[str, str]:
+    """The name of what runs the forward product of a site on a device, and why; on a GPU, what won
+    for its shape.
+    """
+    if site.architecture and device.type == "cuda":
+        from falqon_fx.kernels.dispatch import forward_choice
+
+        choice = forward_choice(device, site.in_features, site.out_features)
+        if choice is not None:
+            return choice.winner, str(choice)
     if not site.architecture:
         return "aten", "no FP8 kernels there: casts and bf16 GEMMs, which the inner compiler fuses"
     specs = candidates(site)
@@ -74,5 +82,5 @@ def source(site: Site) -> str:
         return "\n\n".join(inspect.getsource(part) for part in parts)
     from falqon_fx.kernels.render import render
 
-    (spec,) = [spec for spec in candidates(site) if f"triton:{spec.name}" == site.kernel]
-    return render(spec)
+    rendered = [render(spec) for spec in candidates(site) if f"triton:{spec.name}" == site.kernel]
+    return rendered[0] if rendered else f"# {site.kernel}: torch's own FP8 product"

@@ -16,10 +16,14 @@ from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from falqon_fx import cuda, products
+from falqon_fx import FalqonConfig, cuda, products, rewrite
+from falqon_fx.kernels import dispatch
+from falqon_fx.kernels.choice import Choices
 from falqon_fx.ops import decompositions
+from falqon_fx.passes.kernels import choose
 from tests import sites as sites_module
 from tests.sites import make_site, randn, same, snapshot
+from tests.spellings import HandWritten, Spelling
 from tests.strategies import Case, cases
 from tests.test_lowering import expected
 from tests.tolerances import Approx
@@ -220,3 +224,25 @@ def test_inductor_fuses_the_casts_into_the_norm():
     buffers = re.findall(r"= empty_strided_cpu\(\((.*?)\), .*torch\.(\w+)\)", body)
     assert ("32, 64", "float8_e4m3fn") in buffers or ("4, 8, 64", "float8_e4m3fn") in buffers
     assert not [b for b in buffers if b[0] in ("32, 64", "4, 8, 64") and b[1] == "bfloat16"]
+
+
+def test_explain_shows_what_won(monkeypatch):
+    device = torch.device("cuda", 0)
+    choices = Choices("card", lambda run: run())
+    monkeypatch.setattr(dispatch, "choices_for", lambda device: choices)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    model = HandWritten(Spelling(out=48, features=64))
+    gm = torch.fx.symbolic_trace(model)
+    (site,) = rewrite(gm, (randn(5, 64),), FalqonConfig(card="H100")).report.sites
+    kernel, why = choose(site, device)
+    assert kernel.startswith("triton:"), why
+    assert "the first call times them" in why
+    candidates = {"triton:x": lambda: 1.0, "scaled_mm": lambda: 1.5}
+    choices.get("forward n=32, k=64, rows=(48, 16), a_pieces=1", candidates)
+    assert choose(site, device) == (
+        "triton:x",
+        "forward n=32, k=64, rows=(48, 16), a_pieces=1: triton:x, 1.50x the speed of scaled_mm",
+    )
+    choices.get("forward n=64, k=64, rows=(48, 16), a_pieces=1", {"scaled_mm": lambda: 1.0})
+    assert choose(site, device)[0] == "scaled_mm"
+    assert choose(site, torch.device("cpu"))[0].startswith("triton:")

@@ -44,5 +44,5 @@ def test_without_fp8_kernels_it_is_aten(options):
     found = site(**options)
     assert (found.architecture, found.kernel) == (0, "aten")
     assert found.cost is None or found.cost.variant == "emulated"
-    assert choose(found) == (found.kernel, found.kernel_reason)
-    assert source(found).startswith("def merged_linear(")
+    assert choose(found, torch.device("cpu")) == (found.kernel, found.kernel_reason)
+    assert "def merged_linear(" in source(found)
