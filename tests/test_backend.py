@@ -358,17 +358,39 @@ def test_no_wide_copy_of_the_weight_is_kept_for_backward(fused):
     assert max(wide) < 96 * 64, kept
 
 
+def norm_kernel(code: str) -> tuple[int, str]:
+    """How many bfloat16 buffers the kernel of the norm writes, and its body."""
+    kernels = re.findall(r"cpp_pybinding\(\[(.*?)\], r\'\'\'(.*?)\'\'\'", code, re.DOTALL)
+    ((pointers, body),) = [(pointers, body) for pointers, body in kernels if "sqrt" in body]
+    assert "const at::Float8_e4m3fn*" in pointers
+    return pointers.count("'at::BFloat16*'"), body
+
+
 def test_the_activation_cast_stands_in_the_norms_kernel(fused):
-    """The first kernel holds both. It writes two bfloat16 buffers: FP8 values of x, marked by the
+    """One kernel holds both. It writes two bfloat16 buffers: FP8 values of x, marked by the
     copysign that ends the cast, and W'. The norm's output would be a third.
     """
-    kernels = re.findall(r"cpp_pybinding\(\[(.*?)\], r\'\'\'(.*?)\'\'\'", fused.code[0], re.DOTALL)
-    norm = [(pointers, body) for pointers, body in kernels if "rsqrt" in body]
-    assert len(norm) == 1
-    pointers, body = norm[0]
+    written, body = norm_kernel(fused.code[0])
     assert "copysign" in body
-    assert "const at::Float8_e4m3fn*" in pointers
-    assert pointers.count("'at::BFloat16*'") == 2
+    assert written == 2
+
+
+def test_a_norm_that_something_else_reads_too_is_written(fused):
+    """What the test above would see, were the cast a kernel of its own."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.site = fused.model
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.norm(x)
+            return x, self.site(x)
+
+    torch._dynamo.reset()
+    _, code = run_and_get_code(lambda: compiled(Both(), "inductor")(fused.x))
+    written, _ = norm_kernel(next(c for c in code if "rsqrt" in c))
+    assert written == 3
 
 
 def test_the_step_has_no_host_sync(fused):

@@ -69,6 +69,12 @@ def test_w_is_kept_for_backward_as_fp8_alone(granularity):
     assert not [k for k in kept if k[1] in WIDE and k[0] != torch.float8_e4m3fn], kept
 
 
+def test_unmarked_the_partitioner_would_keep_a_wide_copy():
+    backend = Partitioned(False, {"granularity": "tensor"})
+    backend.train()
+    assert [t for t in backend.kept if t.numel() in WIDE and t.dtype != torch.float8_e4m3fn]
+
+
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
 def test_what_decodes_the_updated_weight_is_marked_and_nothing_else(granularity):
     backend = Partitioned(True, {"granularity": granularity})
