@@ -19,6 +19,7 @@ from falqon_fx.passes.dataflow import (
     check_private,
     check_trained,
     check_unwritten,
+    either,
     peel,
     shape,
     trailing_cast,
@@ -65,14 +66,16 @@ def _sum(scope: Scope, above: Chain) -> _Sum | None:
         product = scope.term(chain.end)
         if not isinstance(product, Linear) or product.bias is not None:
             continue
-        lora_b = param_of(product.x, scope)
+        scaled = peel(scope, product.x)
+        lora_b = param_of(scaled.end, scope)
         if lora_b is None or lora_b.value.dim() != 2:
             continue
         # B @ A is a linear on B with the weight Aᵀ.
         a = product.weight
         lora_a = Param(a.value, a.node, a.name, not a.transposed)
-        nodes = (*above.nodes, above.end, *chain.nodes, chain.end)
-        return _Sum(weight, lora_a, lora_b, factor * chain.factor, chain.dropout, nodes)
+        nodes = (*above.nodes, above.end, *chain.nodes, chain.end, *scaled.nodes)
+        whole = factor * chain.factor * scaled.factor
+        return _Sum(weight, lora_a, lora_b, whole, either(chain.dropout, scaled.dropout), nodes)
     return None
 
 

@@ -104,6 +104,24 @@ def off_by(a: list[Tensor | None], b: list[Tensor | None]) -> float:
     return float((left - right).norm() / right.norm())
 
 
+def floor_of(
+    model: nn.Module, batch: dict[str, Tensor], output: Tensor, grads: list[Tensor | None]
+) -> tuple[float, float]:
+    """Cosines that output and gradients must exceed: 0.9, but in a model that is too sensitive for
+    that, 0.1 below what casting the weights of the original to FP8 leaves.
+    """
+    cast = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, weight in cast.named_parameters():
+            if "base_layer.weight" in name and weight.dim() == 2:
+                scale = weight.abs().amax(1, keepdim=True) / 448
+                scale[scale == 0] = 1
+                weight.copy_((weight / scale).to(torch.float8_e4m3fn).to(weight.dtype) * scale)
+    other, other_grads = run(cast, cast, batch)
+    values = cosine([output], [other]), cosine(grads, other_grads)
+    return min(0.9, values[0] - 0.1), min(0.9, values[1] - 0.1)
+
+
 # Sites that share x add up dL/dx, and multiply with A, in another order than layer by layer. That
 # costs float32 roundings, 2^-24 each, and where one crosses a boundary of the E5M2 grid the gap of
 # one element in thousands, 2^-2 of it.
@@ -120,6 +138,7 @@ def check(model: nn.Module, batch: dict[str, Tensor], graphs: list[Any]) -> None
     fill_b(model, size=0.05)
     expected_sites = layers_that_run(model, batch)
     original, original_grads = run(model, model, batch)
+    floor = floor_of(model, batch, original, original_grads)
 
     call = torch.compile(model, backend="falqon", options={"inner": "eager"})
     quantized, grads = run(call, model, batch)
@@ -131,8 +150,8 @@ def check(model: nn.Module, batch: dict[str, Tensor], graphs: list[Any]) -> None
     emulated, emulated_grads = run(twin, twin, batch)
     assert torch.equal(quantized, emulated)
     assert off_by(grads, emulated_grads) < ORDER
-    assert cosine([original], [quantized]) > 0.9
-    assert cosine(original_grads, grads) > 0.9
+    assert cosine([original], [quantized]) > floor[0]
+    assert cosine(original_grads, grads) > floor[1]
 
     first = len(graphs)
     train(model, call, batch, steps=3)
@@ -172,6 +191,12 @@ def marked(names: list[str], fast: set[str]) -> Iterator[Any]:
 @pytest.mark.parametrize("name", marked(COVERED, FAST))
 def test_decoder(name, graphs):
     check(zoo.adapt(zoo.build(name)), zoo.batch(name), graphs)
+
+
+@pytest.mark.parametrize("name", marked(list(zoo.OTHERS), {"bert", "t5", "vit"}))
+def test_other_models(name, graphs):
+    model, batch = zoo.OTHERS[name]()
+    check(zoo.adapt(model), batch, graphs)
 
 
 @pytest.mark.parametrize("name", [n for n in zoo.PEFT_CANNOT if n in FAMILIES])

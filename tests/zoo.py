@@ -7,8 +7,9 @@ reason. All models are built from their configs, without any download.
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import peft
@@ -188,6 +189,7 @@ LEFT_OUT = {
     "gemma4": "its decoder is gemma4_text; its vision tower has no tiny config",
     "gemma4_assistant": "a draft head: runs on the hidden states and caches of another model",
     "gemma4_unified_assistant": "a draft head, as gemma4_assistant",
+    "recurrent_gemma": "keeps values of a forward pass, so no copy of it can be made to emulate",
 }
 
 
@@ -277,3 +279,96 @@ def adapt(model: nn.Module, **lora: Any) -> nn.Module:
     """LoRA of rank 4 on all linear layers."""
     options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **lora}
     return peft.get_peft_model(model, peft.LoraConfig(**options)).train()
+
+
+# -- encoders, speech, vision, diffusion -----------------------------------------------------------
+
+_Made = tuple[nn.Module, dict[str, torch.Tensor]]
+
+
+def _made(model: type[Any], config: Any, **inputs: torch.Tensor) -> _Made:
+    torch.manual_seed(0)
+    config._attn_implementation = "eager"
+    return model(config), inputs
+
+
+def _ids(seed: int = 1) -> torch.Tensor:
+    return torch.randint(3, 64, TOKENS, generator=torch.Generator().manual_seed(seed))
+
+
+def _noise(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def _text_encoder(name: str) -> _Made:
+    config: Any = CONFIG_MAPPING[name]
+    model = getattr(transformers, {"bert": "Bert", "roberta": "Roberta"}[name] + "ForMaskedLM")
+    return _made(model, config(**_options(config, {})), input_ids=_ids(), labels=_ids())
+
+
+_IMAGES = {"image_size": 16, "patch_size": 8}
+
+
+def _vit() -> _Made:
+    config = transformers.ViTConfig(**_options(transformers.ViTConfig, _IMAGES))
+    return _made(transformers.ViTForImageClassification, config, pixel_values=_noise(2, 3, 16, 16))
+
+
+def _t5() -> _Made:
+    config = transformers.T5Config(**_options(transformers.T5Config, {"d_kv": 8}))
+    config.decoder_start_token_id = 0
+    model = transformers.T5ForConditionalGeneration
+    return _made(model, config, input_ids=_ids(), labels=_ids(2))
+
+
+def _whisper() -> _Made:
+    own = {"max_source_positions": 8, "num_mel_bins": 8, "decoder_start_token_id": 1}
+    config = transformers.WhisperConfig(**_options(transformers.WhisperConfig, own))
+    model = transformers.WhisperForConditionalGeneration
+    return _made(model, config, input_features=_noise(2, 8, 16), labels=_ids())
+
+
+def _clip() -> _Made:
+    parts = {
+        "text_config": _options(transformers.CLIPTextConfig, {"projection_dim": 16}),
+        "vision_config": _options(transformers.CLIPVisionConfig, _IMAGES),
+    }
+    config = transformers.CLIPConfig(**parts, projection_dim=16)
+    inputs = {"input_ids": _ids(), "pixel_values": _noise(2, 3, 16, 16)}
+    return _made(transformers.CLIPModel, config, **inputs)
+
+
+def _diffusion_transformer() -> _Made:
+    import diffusers
+
+    torch.manual_seed(0)
+    model = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        cross_attention_dim=32,
+        caption_channels=16,
+        sample_size=8,
+        use_additional_conditions=False,
+    )
+    for parameter in model.parameters():
+        if not parameter.any():  # its last layers start at zero
+            nn.init.normal_(parameter, std=0.05)
+    return model, {
+        "hidden_states": _noise(2, 4, 8, 8),
+        "encoder_hidden_states": _noise(2, 5, 16),
+        "timestep": torch.tensor([3, 7]),
+    }
+
+
+OTHERS: dict[str, Callable[[], _Made]] = {
+    "bert": functools.partial(_text_encoder, "bert"),
+    "roberta": functools.partial(_text_encoder, "roberta"),
+    "vit": _vit,
+    "t5": _t5,
+    "whisper": _whisper,
+    "clip": _clip,
+    "diffusion transformer": _diffusion_transformer,
+}
