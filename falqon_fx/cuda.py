@@ -12,24 +12,24 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from falqon_fx import audit, update
 from falqon_fx.lowering import gemm_dtype, pending_part
-from falqon_fx.numerics import E4M3, FP8_MAX, amax_to_scale, as_e4m3
-from falqon_fx.spec import SiteSpec, parse_spec
+from falqon_fx.numerics import E4M3, as_e4m3
+from falqon_fx.products import cast_fp8
+from falqon_fx.spec import parse_spec
 
 
-def quantize(x: Tensor, dtype: torch.dtype, plan: SiteSpec) -> tuple[Tensor, Tensor]:
-    """float32 ``x`` [n, k] ≈ q · scale: FP8 q [n, k], scale float32 [n, 1] or []."""
-    amax = x.abs().amax(dim=1, keepdim=True)
-    if not plan.per_row:
-        # The padded zero is the amax of no tokens at all.
-        amax = F.pad(amax, (0, 0, 0, 1)).amax()
-    scale = amax_to_scale(amax, dtype, plan.scale)
-    largest = FP8_MAX[dtype]
-    # A transposed x would stay so; the products read row by row.
-    return (x * scale.reciprocal()).clamp(-largest, largest).to(dtype).contiguous(), scale
+def quantize(x: Tensor, dtype: torch.dtype, spec: str) -> tuple[Tensor, Tensor]:
+    """float32 ``x`` [n, k] ≈ q · scale: FP8 q [n, k], scale float32 [n, 1] or [].
+
+    Below sm_89 the compiler of generated kernels has no FP8: there the cast is an op by itself.
+    """
+    known = x.device.type == "cuda" and torch.cuda.is_available()
+    if known and torch.cuda.get_device_capability(x.device) < (8, 9):
+        q, scale = torch.ops.falqon.cast_fp8(x, dtype, spec)
+        return q, scale
+    return cast_fp8(x, dtype, spec)
 
 
 def merged_linear(
@@ -49,7 +49,7 @@ def merged_linear(
     """
     plan, dtype = parse_spec(spec), gemm_dtype(out_dtype)
     outs = [a.shape[0] for a in applied]
-    q, q_scale = quantize(x.reshape(-1, x.shape[-1]).to(torch.float32), E4M3, plan)
+    q, q_scale = quantize(x.reshape(-1, x.shape[-1]).to(torch.float32), E4M3, spec)
     codes = [as_e4m3(w) for w in weight]
     product = torch.ops.falqon.merged_product
     if plan.pending == "apply":
@@ -76,22 +76,20 @@ def merged_linear_grad_x(
 ) -> Tensor:
     """See `falqon_fx.lowering.merged_linear_grad_x`."""
     plan, dtype = parse_spec(spec), gemm_dtype(grad[0].dtype)
-    qs, q_scales, tails, lora_a = [], [], [], []
+    qs, q_scales, tails = [], [], []
     outs = [a.shape[0] for a in applied]
-    for g, w, s, a, b, factor in zip(grad, weight, scale, applied, lora_b, scaling):
+    for g, s, a, b, factor in zip(grad, scale, applied, lora_b, scaling):
         out, wide = a.shape[0], g.to(torch.float32)
-        q, q_scale = quantize(wide * s[:out].t() if plan.per_row else wide, plan.grad_dtype, plan)
+        q, q_scale = quantize(wide * s[:out].t() if plan.per_row else wide, plan.grad_dtype, spec)
         qs.append(q)
         q_scales.append(q_scale if plan.per_row else q_scale * s)
         if plan.pending == "apply":
             tail = g.to(dtype) @ pending_part(b, a, factor, dtype)
             tails.append((tail.to(torch.float32) * (s[out:].t() if plan.per_row else s)).to(dtype))
-            lora_a.append(as_e4m3(w)[out:].to(dtype))
     left = [torch.cat(tails, dim=1)] if tails else []
-    right = [torch.cat(lora_a).t().contiguous()] if tails else []
     codes = [as_e4m3(w) for w in weight]
     product: Tensor = torch.ops.falqon.grad_x_product(
-        qs, q_scales, codes, outs, left, right, x_dtype, spec
+        qs, q_scales, codes, outs, left, x_dtype, spec
     )
     return product
 

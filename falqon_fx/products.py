@@ -11,12 +11,31 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from falqon_fx.lowering import gemm_dtype
+from falqon_fx.numerics import FP8_MAX, amax_to_scale
 from falqon_fx.spec import parse_spec
 
 if TYPE_CHECKING:
     from falqon_fx.kernels.dispatch import Options
+
+
+def cast_fp8(x: Tensor, dtype: torch.dtype, spec: str) -> tuple[Tensor, Tensor]:
+    """float32 ``x`` [n, k] ≈ q · scale: FP8 q [n, k], scale float32 [n, 1] or []."""
+    plan = parse_spec(spec)
+    amax = x.abs().amax(dim=1, keepdim=True)
+    if not plan.per_row:
+        # The padded zero is the amax of no tokens at all.
+        amax = F.pad(amax, (0, 0, 0, 1)).amax()
+    scale, largest = amax_to_scale(amax, dtype, plan.scale), FP8_MAX[dtype]
+    # A transposed x would stay so; the products read row by row.
+    return (x * scale.reciprocal()).clamp(-largest, largest).to(dtype).contiguous(), scale
+
+
+def _cast_fp8_fake(x: Tensor, dtype: torch.dtype, spec: str) -> tuple[Tensor, Tensor]:
+    scale = (x.shape[0], 1) if parse_spec(spec).per_row else ()
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(scale)
 
 
 def merged_product(
@@ -79,12 +98,11 @@ def grad_x_product(
     weight: Sequence[Tensor],
     outs: Sequence[int],
     left: Sequence[Tensor],
-    right: Sequence[Tensor],
     x_dtype: torch.dtype,
     spec: str,
 ) -> Tensor:
-    """dL/dx [n, in] = Σ_i (q_i · W_i[:out_i]) ⊙ s_q,i + left · rightᵀ; ``left`` and ``right`` have
-    one entry or none. The scales of W are in q_i, or in s_q,i.
+    """dL/dx [n, in] = Σ_i (q_i · W_i[:out_i]) ⊙ s_q,i + left · [A_i]; ``left`` [n, Σ r_i] has one
+    entry or none. The scales of W are in q_i, or in s_q,i, those of A in ``left``.
     """
     from falqon_fx.kernels import dispatch
     from falqon_fx.kernels.gemm import Product
@@ -93,7 +111,8 @@ def grad_x_product(
     options = _options(spec)
     if not left:
         return dispatch.grad_x(products, None, None, x_dtype, options)
-    return dispatch.grad_x(products, left[0], right[0], x_dtype, options)
+    lora_a = torch.cat([w[out:].to(left[0].dtype) for w, out in zip(weight, outs)])
+    return dispatch.grad_x(products, left[0], lora_a.t().contiguous(), x_dtype, options)
 
 
 def _grad_x_product_fake(
@@ -102,7 +121,6 @@ def _grad_x_product_fake(
     weight: Sequence[Tensor],
     outs: Sequence[int],
     left: Sequence[Tensor],
-    right: Sequence[Tensor],
     x_dtype: torch.dtype,
     spec: str,
 ) -> Tensor:
@@ -141,6 +159,12 @@ def _options(spec: str) -> Options:
 
 for _name, _schema, _run, _fake in (
     (
+        "falqon::cast_fp8",
+        "(Tensor x, ScalarType dtype, str spec) -> (Tensor, Tensor)",
+        cast_fp8,
+        _cast_fp8_fake,
+    ),
+    (
         "falqon::merged_product",
         "(Tensor q, Tensor q_scale, Tensor[] weight, Tensor[] scale, int[] outs, str part, "
         "Tensor[] left, Tensor[] right, Tensor[] bias, ScalarType out_dtype, str spec) -> Tensor[]",
@@ -150,7 +174,7 @@ for _name, _schema, _run, _fake in (
     (
         "falqon::grad_x_product",
         "(Tensor[] q, Tensor[] q_scale, Tensor[] weight, int[] outs, Tensor[] left, "
-        "Tensor[] right, ScalarType x_dtype, str spec) -> Tensor",
+        "ScalarType x_dtype, str spec) -> Tensor",
         grad_x_product,
         _grad_x_product_fake,
     ),

@@ -130,7 +130,7 @@ def test_no_tokens(kernel):
 def test_fake_results_look_like_the_real_ones(pending):
     made, x = siblings("row", pending), randn(5, 64)
     spec = str(made[0].state.plan)
-    q, q_scale = cuda.quantize(x, torch.float8_e4m3fn, made[0].state.plan)
+    q, q_scale = cuda.quantize(x, torch.float8_e4m3fn, spec)
     weight, scale, applied, lora_b = columns(made)
     outs = [len(b) for b in lora_b]
 
@@ -140,11 +140,12 @@ def test_fake_results_look_like_the_real_ones(pending):
     for part in ("a", "y", "both"):
         args = (q, q_scale, weight, scale, outs, part, [], [], [], torch.float16, spec)
         check(torch.ops.falqon.merged_product, args)
-    grads = [cuda.quantize(randn(5, n), torch.float8_e5m2, made[0].state.plan) for n in outs]
-    args = ([g for g, _ in grads], [s for _, s in grads], weight, outs, [], [], x.dtype, spec)
+    grads = [cuda.quantize(randn(5, n), torch.float8_e5m2, spec) for n in outs]
+    args = ([g for g, _ in grads], [s for _, s in grads], weight, outs, [], x.dtype, spec)
     check(torch.ops.falqon.grad_x_product, args)
     args = (randn(5, 48), randn(5, 16), 0.5, torch.bfloat16, spec)
     check(torch.ops.falqon.grad_b_product, args)
+    check(torch.ops.falqon.cast_fp8, (x, torch.float8_e5m2, spec))
 
 
 def test_update_takes_sites_of_all_kinds_in_few_launches():
@@ -200,6 +201,18 @@ def test_on_a_gpu_the_ops_are_lowered_to_products(pending, monkeypatch):
         assert ops["falqon.merged_product.default"] == (2 if pending == "apply" else 1)
         assert ops["aten.mm.default"] == 0
         assert table[torch.ops.falqon.merged_linear_grad_x.default]([x]) == "for GPUs"
+
+
+def test_below_sm_89_the_cast_is_an_op_by_itself(monkeypatch):
+    made = siblings("row", "apply")
+    spec = str(made[0].state.plan)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, calls in (((8, 0), 1), ((8, 9), 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        with FakeTensorMode():
+            x = torch.empty(5, 64, device="cuda")
+            ops = traced(lambda x: cuda.quantize(x, torch.float8_e4m3fn, spec), x)
+        assert ops["falqon.cast_fp8.default"] == calls
 
 
 def test_inductor_fuses_the_casts_into_the_norm():
