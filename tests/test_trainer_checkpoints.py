@@ -16,18 +16,24 @@ from tests.sites import same, snapshot
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+from falqon_fx.integrations.transformers import FalqonCallback  # noqa: E402
 from falqon_fx.trainer_checkpoints import FOLDER, TrainerCheckpoints  # noqa: E402
 
 CONFIG = FalqonConfig(inner="eager", topk=5)
 
 
-def trainer_of(folder: Path, prepared: bool, last: int, seed: int = 0) -> transformers.Trainer:
+def trainer_of(
+    folder: Path, prepared: bool, last: int, seed: int = 0, own: bool = True
+) -> transformers.Trainer:
+    """With ``own``, compiled by hand; else by `FalqonCallback`, which saves by itself."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = tiny_llama(target_modules=["q_proj", "down_proj"])
-    if prepared:
-        falqon_fx.prepare(model, CONFIG, progress=False)
-    model.compile(backend="falqon", options={"config": CONFIG})
+    callback = TrainerCheckpoints() if own else FalqonCallback(CONFIG, prepare=prepared)
+    if own:
+        if prepared:
+            falqon_fx.prepare(model, CONFIG, progress=False)
+        model.compile(backend="falqon", options={"config": CONFIG})
     if seed:  # what a checkpoint must bring
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -39,9 +45,7 @@ def trainer_of(folder: Path, prepared: bool, last: int, seed: int = 0) -> transf
         learning_rate=0.02, report_to="none", use_cpu=True, disable_tqdm=True, logging_steps=100,
         lr_scheduler_type="constant",
     )  # fmt: skip
-    return transformers.Trainer(
-        model, arguments, train_dataset=data, callbacks=[TrainerCheckpoints()]
-    )
+    return transformers.Trainer(model, arguments, train_dataset=data, callbacks=[callback])
 
 
 def assert_same(one: nn.Module, other: nn.Module) -> None:
@@ -55,13 +59,14 @@ def assert_same(one: nn.Module, other: nn.Module) -> None:
         assert state.writes.any()
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["FalqonCallback", "own"])
 @pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
-def test_the_trainer_resumes_bit_for_bit(tmp_path, prepared):
-    whole = trainer_of(tmp_path / "whole", prepared, 6)
+def test_the_trainer_resumes_bit_for_bit(tmp_path, prepared, own):
+    whole = trainer_of(tmp_path / "whole", prepared, 6, own=own)
     whole.train()
-    trainer_of(tmp_path / "run", prepared, 3).train()
+    trainer_of(tmp_path / "run", prepared, 3, own=own).train()
     assert (tmp_path / "run/checkpoint-3" / FOLDER / "checkpoint.json").is_file()
-    resumed = trainer_of(tmp_path / "run", prepared, 6, seed=1)
+    resumed = trainer_of(tmp_path / "run", prepared, 6, seed=1, own=own)
     resumed.train(resume_from_checkpoint=True)
     assert_same(whole.model, resumed.model)
 

@@ -24,17 +24,20 @@ from transformers import (
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
 from falqon_fx.prepare import prepare
+from falqon_fx.trainer_checkpoints import TrainerCheckpoints
 
 
-class FalqonCallback(TrainerCallback):  # type: ignore[misc]
+class FalqonCallback(TrainerCheckpoints):
     """Compiles the trainer's model in place: ``Trainer(..., callbacks=[FalqonCallback()])``.
 
-    The model keeps its class, so that saving, evaluation and PEFT's calls work as without it.
+    The model keeps its class, so that saving, evaluation and PEFT's calls work as without it. The
+    trainer's checkpoints hold the FP8 states too, so that it resumes bit for bit from them.
 
     Args:
         config: options of the backend.
         prepare: call `falqon_fx.prepare`, which frees the base weights, when training begins: by
             then a checkpoint that is resumed from has set lora_A.
+        checkpoints: write FP8 states into the trainer's checkpoints (see `TrainerCheckpoints`).
         compile_arguments: handed to ``nn.Module.compile`` (``dynamic``, ``fullgraph``).
     """
 
@@ -43,9 +46,11 @@ class FalqonCallback(TrainerCallback):  # type: ignore[misc]
         config: FalqonConfig | None = None,
         *,
         prepare: bool = False,
+        checkpoints: bool = True,
         **compile_arguments: Any,
     ) -> None:
         self.config, self.prepare = config or FalqonConfig(), prepare
+        self.checkpoints = checkpoints
         self.compile_arguments = compile_arguments
         self._compiled: weakref.ref[nn.Module] | None = None
 
@@ -65,6 +70,15 @@ class FalqonCallback(TrainerCallback):  # type: ignore[misc]
         self._compile(args, model)
         if self.prepare:
             prepare(model, self.config)
+        if self.checkpoints:
+            super().on_train_begin(args, state, control, **kwargs)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Add the FP8 states to the checkpoint that the trainer just wrote."""
+        if self.checkpoints:
+            super().on_save(args, state, control, **kwargs)
 
     def _compile(self, args: TrainingArguments, model: nn.Module | None) -> None:
         if args.torch_compile:
