@@ -276,16 +276,31 @@ def test_fullgraph_trains_a_llama():
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-def test_a_frozen_b_counts_and_gets_no_gradient(inner):
+def test_a_frozen_adapter_counts_and_gets_no_gradient(inner):
     model, x = Relu(), torch.randn(5, 32)
     fill_b(model, 0.1)
     expected = compiled(copy.deepcopy(model), inner)(x)
-    model.up.lora_B.requires_grad_(False)
+    model.up.requires_grad_(False)
     found = compiled(model, inner)(x)
     assert torch.equal(found, expected)
     found.sum().backward()
     assert model.up.lora_B.weight.grad is None
     assert model.down.lora_B.weight.grad.any()
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_a_frozen_b_whose_a_is_trained_runs_as_it_was(inner):
+    """What is trained there is A, which a merged weight freezes."""
+    model, x = Relu(), torch.randn(5, 32)
+    fill_b(model, 0.1)
+    model.up.lora_B.requires_grad_(False)
+    call = compiled(model, inner, exclude="down")
+    call(x).sum().backward()
+    expected = copy.deepcopy(model)
+    expected.zero_grad()
+    expected(x).sum().backward()
+    assert torch.equal(model.up.lora_A.weight.grad, expected.up.lora_A.weight.grad)
+    assert model.up.lora_B.weight.grad is None
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
