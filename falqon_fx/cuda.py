@@ -43,22 +43,17 @@ def merged_linear(
     out_dtype: torch.dtype,
     spec: str,
 ) -> list[Tensor]:
-    """See `falqon_fx.lowering.merged_linear`.
-
-    With pending="apply", O_A comes first, since all of it is needed for each tile of O.
-    """
+    """See `falqon_fx.lowering.merged_linear`."""
     plan, dtype = parse_spec(spec), gemm_dtype(out_dtype)
     outs = [a.shape[0] for a in applied]
     q, q_scale = quantize(x.reshape(-1, x.shape[-1]).to(torch.float32), E4M3, spec)
     codes = [as_e4m3(w) for w in weight]
-    product = torch.ops.falqon.merged_product
+    pending: list[Tensor] = []
     if plan.pending == "apply":
-        (out_a,) = product(q, q_scale, codes, scale, outs, "a", [], [], [], out_dtype, spec)
-        left = [*out_a.split([a.shape[1] for a in applied], dim=1)]
-        right = [pending_part(b, a, s, dtype) for b, a, s in zip(lora_b, applied, scaling)]
-        ys = product(q, q_scale, codes, scale, outs, "y", left, right, bias, out_dtype, spec)
-    else:
-        *ys, out_a = product(q, q_scale, codes, scale, outs, "both", [], [], bias, out_dtype, spec)
+        pending = [pending_part(b, a, s, dtype) for b, a, s in zip(lora_b, applied, scaling)]
+    *ys, out_a = torch.ops.falqon.merged_product(
+        q, q_scale, codes, scale, outs, pending, bias, out_dtype, spec
+    )
     # Not `reshape`: below autograd that makes a view, which may not be written in place later.
     shaped = [torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1])) for y in ys]
     return [*shaped, out_a]

@@ -44,18 +44,17 @@ def merged_product(
     weight: Sequence[Tensor],
     scale: Sequence[Tensor],
     outs: Sequence[int],
-    part: str,
-    left: Sequence[Tensor],
-    right: Sequence[Tensor],
+    pending: Sequence[Tensor],
     bias: Sequence[Tensor],
     out_dtype: torch.dtype,
     spec: str,
 ) -> list[Tensor]:
-    """[O_i] and O_A of the sites i that share x: O_i [n, out_i] = dq(q) · dq(W_i)ᵀ + left_i ·
-    right_iᵀ + bias_i, then O_A [n, Σ r_i] = dq(q) · dq(A_i)ᵀ side by side.
+    """O_i [n, out_i] of the sites i that share x, then their O_A [n, Σ r_i] side by side:
+    O_i = dq(q) · dq(W_i)ᵀ + O_A,i · pending_iᵀ + bias_i, O_A,i = dq(q) · dq(A_i)ᵀ.
 
-    ``part`` is "y" for the O_i alone, "a" for O_A alone, or "both". W'_i [out_i + r_i, in] is E4M3,
-    its scale float32 [out_i + r_i, 1] or [].
+    W'_i [out_i + r_i, in] is E4M3, its scale float32 [out_i + r_i, 1] or []. ``pending`` and
+    ``bias`` have one entry a site, or none. With ``pending`` O_A comes first, since all of it is
+    needed for each tile of O. One op, so that Inductor writes q once.
     """
     from falqon_fx.kernels import dispatch
     from falqon_fx.kernels.gemm import Piece
@@ -63,13 +62,15 @@ def merged_product(
     y, a = [], []
     for i, (w, s, out) in enumerate(zip(weight, scale, outs)):
         w_scale, a_scale = (s[:out], s[out:]) if s.dim() == 2 else (s, s)
-        piece = Piece(w[:out], w_scale, bias[i] if bias else None)
-        y.append(replace(piece, left=left[i], right=right[i]) if left else piece)
+        y.append(Piece(w[:out], w_scale, bias[i] if bias else None))
         a.append(Piece(w[out:], a_scale))
-    pieces = {"y": y, "a": a, "both": [*y, *a]}[part]
-    a_pieces = 0 if part == "y" else len(a)
-    dtype = gemm_dtype(out_dtype)
-    return dispatch.forward(q, q_scale, pieces, a_pieces, out_dtype, dtype, _options(spec))
+    dtype, options = gemm_dtype(out_dtype), _options(spec)
+    if not pending:
+        return dispatch.forward(q, q_scale, [*y, *a], len(a), out_dtype, dtype, options)
+    (out_a,) = dispatch.forward(q, q_scale, a, len(a), out_dtype, dtype, options)
+    parts = out_a.split([p.weight.shape[0] for p in a], dim=1)
+    y = [replace(p, left=part, right=b) for p, part, b in zip(y, parts, pending)]
+    return [*dispatch.forward(q, q_scale, y, 0, out_dtype, dtype, options), out_a]
 
 
 def _merged_product_fake(
@@ -78,18 +79,14 @@ def _merged_product_fake(
     weight: Sequence[Tensor],
     scale: Sequence[Tensor],
     outs: Sequence[int],
-    part: str,
-    left: Sequence[Tensor],
-    right: Sequence[Tensor],
+    pending: Sequence[Tensor],
     bias: Sequence[Tensor],
     out_dtype: torch.dtype,
     spec: str,
 ) -> list[Tensor]:
     n, rank = q.shape[0], sum(w.shape[0] - out for w, out in zip(weight, outs))
-    results = [] if part == "a" else [q.new_empty((n, out), dtype=out_dtype) for out in outs]
-    if part != "y":
-        results.append(q.new_empty((n, rank), dtype=gemm_dtype(out_dtype)))
-    return results
+    results = [q.new_empty((n, out), dtype=out_dtype) for out in outs]
+    return [*results, q.new_empty((n, rank), dtype=gemm_dtype(out_dtype))]
 
 
 def grad_x_product(
@@ -166,8 +163,8 @@ for _name, _schema, _run, _fake in (
     ),
     (
         "falqon::merged_product",
-        "(Tensor q, Tensor q_scale, Tensor[] weight, Tensor[] scale, int[] outs, str part, "
-        "Tensor[] left, Tensor[] right, Tensor[] bias, ScalarType out_dtype, str spec) -> Tensor[]",
+        "(Tensor q, Tensor q_scale, Tensor[] weight, Tensor[] scale, int[] outs, "
+        "Tensor[] pending, Tensor[] bias, ScalarType out_dtype, str spec) -> Tensor[]",
         merged_product,
         _merged_product_fake,
     ),
