@@ -105,7 +105,7 @@ def _facts(site: Site) -> list[list[str]]:
             ],
             ["FLOPs", f"{cost.flops_before:,} before, {cost.flops_after:,} after"],
             ["bytes moved", f"{cost.moved_before:,} before, {cost.moved_after:,} after"],
-            ["pays from", "never" if pays is None else f"{pays} tokens"],
+            ["pays from", "never" if pays is None else "always" if pays == 1 else f"{pays} tokens"],
         ]
     return facts
 
