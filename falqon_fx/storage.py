@@ -142,10 +142,11 @@ def flush_to_disk(path: Path) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Write contiguous tensors on CPU that share no memory; returns what `open_tensors` checks."""
-    save_tensors(path, tensors)
     names = list(tensors)
     with _threads() as pool:
-        sums = list(pool.map(checksum, (tensors[name] for name in names)))
+        pending = pool.map(checksum, (tensors[name] for name in names))  # beside the writing
+        save_tensors(path, tensors)
+        sums = list(pending)
     return {
         "bytes": path.stat().st_size,
         "header": _header_checksum(path),
