@@ -59,7 +59,9 @@ def assert_same(one: nn.Module, other: nn.Module) -> None:
         assert state.writes.any()
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["FalqonCallback", "own"])
+@pytest.mark.parametrize(
+    "own", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["FalqonCallback", "own"]
+)
 @pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
 def test_the_trainer_resumes_bit_for_bit(tmp_path, prepared, own):
     whole = trainer_of(tmp_path / "whole", prepared, 6, own=own)
@@ -71,6 +73,7 @@ def test_the_trainer_resumes_bit_for_bit(tmp_path, prepared, own):
     assert_same(whole.model, resumed.model)
 
 
+@pytest.mark.slow
 def test_without_the_callback_it_would_not(tmp_path):
     whole = trainer_of(tmp_path / "whole", True, 6)
     whole.train()
@@ -82,6 +85,7 @@ def test_without_the_callback_it_would_not(tmp_path):
         assert_same(whole.model, resumed.model)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_elsewhere_is_found_by_its_argument_or_missed_loudly(tmp_path):
     trainer_of(tmp_path / "run", True, 3).train()
     (tmp_path / "run").rename(tmp_path / "moved")

@@ -57,7 +57,7 @@ def train(forward: nn.Module, model: nn.Module, steps: int, rate: float = 0.02) 
 # -- merge_and_unload ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("dtype", [F32, BF16, pytest.param(F16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
 def test_merged_weights_are_the_fp8_weights(dtype, prepared):
     """Nothing pending and powers of two as scales: bit for bit, in every dtype.
