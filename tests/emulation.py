@@ -113,8 +113,10 @@ def siblings(sites: list[EmulatedSite], x: Tensor) -> list[Tensor]:
 def emulate(model: nn.Module, states: dict[str, MergedAdapter]) -> nn.Module:
     """Put emulated sites in the place of PEFT's layers, with the given states."""
     for path, state in states.items():
-        parent, _, name = path.rpartition(".")
         layer: Any = model.get_submodule(path)
         site = EmulatedSite(layer.lora_B["default"].weight, layer.base_layer, state)
-        setattr(model.get_submodule(parent), name, site)
+        for parent in list(model.modules()):  # a block may be shared by several
+            for name, child in list(parent._modules.items()):
+                if child is layer:
+                    setattr(parent, name, site)
     return model
