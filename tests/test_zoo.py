@@ -193,10 +193,7 @@ def marked(names: list[str], fast: set[str]) -> Iterator[Any]:
 
 @pytest.mark.parametrize("name", marked(COVERED, FAST))
 def test_decoder(name, graphs):
-    model = zoo.adapt(zoo.build(name))
-    if name == "reformer":  # its reversible layers ask for a gradient of their input
-        model.enable_input_require_grads()
-    check(model, zoo.batch(name), graphs)
+    check(zoo.adapt(zoo.build(name)), zoo.batch(name), graphs)
 
 
 @pytest.mark.parametrize("name", marked(list(zoo.OTHERS), {"bert", "t5", "vit"}))

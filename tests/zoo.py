@@ -121,7 +121,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "ngram_vocab_size_base": 64,
         "ple_embed_dim": 16,
     },
-    "zamba2": "its blocks share layers under several paths; the emulation finds layers by path",
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "reformer": {
         "axial_pos_embds_dim": [16, 16],
@@ -191,6 +190,7 @@ LEFT_OUT = {
     "gemma4_assistant": "a draft head: runs on the hidden states and caches of another model",
     "gemma4_unified_assistant": "a draft head, as gemma4_assistant",
     "zamba2": "its blocks share layers under several paths; the emulation finds layers by path",
+    "reformer": "draws seeds of its own, so no two runs are alike",
     "recurrent_gemma": "keeps values of a forward pass, so no copy of it can be made to emulate",
 }
 
