@@ -86,15 +86,11 @@ def merged_linear(
         out_a = torch.cat([_rescale(o, rest, of_a) for o, (_, of_a) in zip(parts, rows)], dim=1)
     ys = []
     for i, (w, o) in enumerate(zip(values, out_a.split(ranks, dim=1))):
-        w_t = w[: outs[i]].t()
-        if plan.pending != "apply":
-            y = q @ w_t if exact else _rescale(q @ w_t, rest, rows[i][0])
-        else:
-            part = pending_part(lora_b[i], applied[i], scaling[i], dtype).t()
-            if exact:
-                y = torch.ops.falqon.add_products([q, o], [w_t, part])
-            else:
-                y = torch.addmm(_rescale(q @ w_t, rest, rows[i][0]), o, part)
+        y = q @ w[: outs[i]].t()
+        if not exact:
+            y = _rescale(y, rest, rows[i][0])
+        if plan.pending == "apply":
+            y = torch.addmm(y, o, pending_part(lora_b[i], applied[i], scaling[i], dtype).t())
         if bias:
             y = y + bias[i].to(dtype)
         # Not `reshape`: below autograd that makes a view, which may not be written in place later.
@@ -105,18 +101,6 @@ def merged_linear(
 
 def _stack(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat([*parts], dim)
-
-
-def add_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """left_1 · right_1 + left_2 · right_2 + …, [n, m], added up in one buffer in the given order.
-
-    A GEMM that adds to a buffer of its own spares the copy that ``torch.addmm`` makes of its first
-    argument, which at rank 16 costs more than the product.
-    """
-    total = left[0] @ right[0]
-    for a, b in zip(left[1:], right[1:]):
-        total.addmm_(a, b)
-    return total
 
 
 def _rescale(y: Tensor, rest: Tensor | float, scale: Tensor) -> Tensor:
@@ -160,20 +144,17 @@ def merged_linear_grad_x(
                 tail = _rescale(tail, 1.0, s[out:] if plan.per_row else s)
             tails.append(tail)
             lora_a.append(values[out:])
-    last = ([_stack(tails, dim=1)], [_stack(lora_a)]) if tails else ([], [])
-    if exact:
-        total = torch.ops.falqon.add_products([*left, *last[0]], [*right, *last[1]])
-        return total.to(x_dtype)  # type: ignore[no-any-return]
-    products = ((q @ w).to(torch.float32) for q, w in zip(left, right))
-    total = functools.reduce(
-        torch.add, [(p * rest * s).to(dtype) for p, (rest, s) in zip(products, behind)]
-    )
+    products = [q @ w for q, w in zip(left, right)]
+    if not exact:
+        pairs = zip(products, behind)
+        products = [(p.to(torch.float32) * rest * s).to(dtype) for p, (rest, s) in pairs]
     if tails:
-        total = torch.addmm(total, last[0][0], last[1][0])
-    return total.to(x_dtype)
+        products[0] = torch.addmm(products[0], _stack(tails, dim=1), _stack(lora_a))
+    if len(products) == 1:
+        return products[0].to(x_dtype)
+    return functools.reduce(torch.add, [p.to(torch.float32) for p in products]).to(x_dtype)
 
 
-@without_autocast
 def dequantize_base(weight: Tensor, scale: Tensor, applied: Tensor, scaling: float) -> Tensor:
     """dq(W) - scaling · applied · dq(A), float32 [out, in]: the base weight without its adapter."""
     out, _ = applied.shape

@@ -146,16 +146,6 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 merged_linear.register_autograd(_backward, setup_context=_save)
 
 
-# A definition without the wrapping of `custom_op`: it is called several times a layer.
-torch.library.define("falqon::add_products", "(Tensor[] left, Tensor[] right) -> Tensor")
-torch.library.impl("falqon::add_products", "default", lowering.add_products)
-
-
-@torch.library.register_fake("falqon::add_products")  # type: ignore[untyped-decorator]
-def _(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    return left[0].new_empty((left[0].shape[0], right[0].shape[1]))
-
-
 @torch.library.custom_op("falqon::base_linear", mutates_args=())
 def base_linear(
     x: Tensor,

@@ -84,7 +84,7 @@ def test_what_decodes_the_updated_weight_is_marked_and_nothing_else(granularity)
     (update,) = (n for n in nodes if n.args[:1] == (torch.ops.falqon.proxy_update_.default,))
     weight = next(n for n in update.users if n.meta["val"].dtype == torch.float8_e4m3fn)
     marked = [n for n in nodes if n.meta.get("recompute") is CheckpointPolicy.MUST_RECOMPUTE]
-    gemms = {torch.ops.aten.mm.default, torch.ops.falqon.add_products.default}
+    gemms = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
     decoded: set[fx.Node] = set()  # all that is made from the weight, up to the GEMMs
     for node in nodes:
         from_weight = weight in node.all_input_nodes or decoded & set(node.all_input_nodes)
