@@ -7,6 +7,7 @@ the paper gives, so that a float32 model is equal bit for bit to what the backen
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -28,8 +29,8 @@ def cast(x: Tensor, dtype: torch.dtype, per_row: bool, pow2: bool) -> tuple[Tens
 
 
 class Sites(torch.autograd.Function):
-    """Merged layers that share x [n, in], float32. dL/dx is summed in their order, then the part
-    that is pending in all of them.
+    """Merged layers that share x [n, in], float32. The part of dL/dx that is pending in all of them
+    joins the first's; then the parts are summed in the layers' order.
     """
 
     @staticmethod
@@ -59,7 +60,7 @@ class Sites(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved, total, tails, lora_a, grad_b = ctx.saved_tensors, None, [], [], []
+        saved, products, tails, lora_a, grad_b = ctx.saved_tensors, [], [], [], []
         for i, (state, grad) in enumerate(zip(ctx.states, grads, strict=True)):
             out_a, rest = saved[2 * i : 2 * i + 2]
             plan, out = state.plan, state.applied.shape[0]
@@ -68,18 +69,16 @@ class Sites(torch.autograd.Function):
             wide = grad * scale[:out].t() if row else grad
             codes, s_g = cast(wide, E5M2 if plan.grad == "e5m2" else E4M3, row, pow2)
             if pow2:
-                left, right = codes * s_g, merged[:out] * (1.0 if row else scale)
-                total = left @ right if total is None else torch.addmm(total, left, right)
+                products.append((codes * s_g) @ (merged[:out] * (1.0 if row else scale)))
             else:
-                product = codes @ merged[:out] * s_g * (1.0 if row else scale)
-                total = product if total is None else total + product
+                products.append(codes @ merged[:out] * s_g * (1.0 if row else scale))
             if plan.pending == "apply":
                 tails.append(grad @ rest * (scale[out:].t() if row else scale))
                 lora_a.append(merged[out:])
             grad_b.append(grad.t() @ out_a * state.scaling)
         if tails:
-            total = torch.addmm(total, torch.cat(tails, 1), torch.cat(lora_a))
-        return total, None, *grad_b
+            products[0] = torch.addmm(products[0], torch.cat(tails, 1), torch.cat(lora_a))
+        return functools.reduce(torch.add, products), None, *grad_b
 
 
 class EmulatedSite(nn.Module):
