@@ -22,7 +22,7 @@ from falqon_fx import _compat
 from falqon_fx.aliases import aliases
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError, SiteError
-from falqon_fx.merged import Wanted, registry
+from falqon_fx.merged import STATE, Wanted, registry
 from falqon_fx.nonfinite import NonfiniteWatch
 from falqon_fx.numerics import as_e4m3
 from falqon_fx.ops import decompositions
@@ -31,7 +31,7 @@ from falqon_fx.passes.match import match
 from falqon_fx.passes.normalize import Scope, attribute, normalize, value_of
 from falqon_fx.passes.plan import Plan, plan
 from falqon_fx.passes.recompute_weights import recompute_weights
-from falqon_fx.passes.rewrite import STATE, SlotNodes
+from falqon_fx.passes.rewrite import SlotNodes
 from falqon_fx.passes.rewrite import rewrite as rewrite_sites
 from falqon_fx.passes.verify import operations, verify
 from falqon_fx.passlog import PassLog

@@ -22,13 +22,12 @@ from torch import Tensor, nn
 
 from falqon_fx import storage, update
 from falqon_fx.errors import FalqonError
-from falqon_fx.merged import MergedAdapter, allocate, registry
+from falqon_fx.merged import STATE, MergedAdapter, allocate, registry
 from falqon_fx.prepare import MergedBaseLinear, unwrap
 from falqon_fx.spec import SiteSpec
 
 FORMAT = "falqon_fx.checkpoint.1"
 MANIFEST = "checkpoint.json"
-STATE = ("code", "scale", "applied", "counters", "writes")
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ def collect(model: nn.Module) -> tuple[list[dict[str, Any]], list[tuple[str, Ten
     for site, state in _unprepared(model):
         prefix = f"falqon.{len(sites)}."
         sites.append({"state": prefix, **site, **_describe(state)})
-        extra += [(prefix + n, t) for n, t in zip(STATE, (state.code, *state.tensors[1:]))]
+        extra += [(prefix + n, t) for n, t in state.stored.items()]
         freed.add(site["base"])
     named = [(name, t) for name, t in model.state_dict().items() if name not in freed]
     return sites, named + extra
@@ -164,13 +163,9 @@ def _unprepared(model: nn.Module) -> Iterator[tuple[dict[str, Any], MergedAdapte
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), name)
-    for parameter in model.parameters():
-        for state in registry.of(parameter):
-            members = [r() for r in (state.base_ref, state.a_ref, state.b_ref) if r is not None]
-            if all(id(member) in names for member in members):
-                keys = ("base", "lora_a", "lora_b")
-                site = {k: names[id(m)] for k, m in zip(keys, members, strict=True)}
-                yield {**site, "transposed": state.transposed}, state
+    for state, of_state in registry.within(model.parameters(), names):
+        site = dict(zip(("base", "lora_a", "lora_b"), of_state, strict=True))
+        yield {**site, "transposed": state.transposed}, state
 
 
 def _rng_state() -> dict[str, Any]:
@@ -378,7 +373,7 @@ def _adopt(model: nn.Module, site: dict[str, Any], tensors: Mapping[str, Tensor]
     else:
         base = getattr(module, name)
         state = _empty_state(site, tensors, prefix, base.device)
-    for key, target in zip(STATE, (state.code, *state.tensors[1:])):
+    for key, target in state.stored.items():
         target.copy_(tensors[prefix + key])
     if not isinstance(module, MergedBaseLinear):
         a, b = model.get_parameter(site["lora_a"]), model.get_parameter(site["lora_b"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,21 +109,13 @@ def proxy_update_(
     from falqon_fx.kernels.update import UpdateSite, dtypes, refusal, spec_for, update_
 
     plan = parse_spec(spec)
+    columns: list[Sequence[Any]] = [weight, scale, applied, counters, writes]
+    columns += [lora_b, lora_a, base, scaling]
+    counts = [plan.rows(a.shape[0]) for a in applied]
     groups: dict[object, list[UpdateSite]] = defaultdict(list)
     rest: list[int] = []
     for i in range(len(weight)):
-        site = UpdateSite(
-            weight[i],
-            scale[i],
-            applied[i],
-            counters[i],
-            writes[i],
-            lora_b[i],
-            lora_a[i],
-            base[i],
-            scaling[i],
-            plan.rows(applied[i].shape[0]),
-        )
+        site = UpdateSite(*(column[i] for column in (*columns, counts)))
         # The kernels say nothing of what they write: whoever watches gets ATen's update.
         if audit.watchers or plan.kernel == "dequantize" or refusal(site):
             rest.append(i)
@@ -132,15 +125,5 @@ def proxy_update_(
     for sites in groups.values():
         update_(sites, plan.seed, spec_for(sites, plan.scale, plan.rounding, drop))
     if rest:
-        update.proxy_update_(
-            [weight[i] for i in rest],
-            [scale[i] for i in rest],
-            [applied[i] for i in rest],
-            [counters[i] for i in rest],
-            [writes[i] for i in rest],
-            [lora_b[i] for i in rest],
-            [lora_a[i] for i in rest],
-            [base[i] for i in rest],
-            [scaling[i] for i in rest],
-            spec,
-        )
+        arguments: list[Any] = [[column[i] for i in rest] for column in columns]
+        update.proxy_update_(*[*arguments, spec])

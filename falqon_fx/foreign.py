@@ -17,7 +17,7 @@ from falqon_fx.errors import FalqonError
 from falqon_fx.merged import MergedAdapter, allocate
 from falqon_fx.numerics import E4M3, amax_to_scale, encode_fp8, round_to_fp8
 from falqon_fx.prepare import lora_layers
-from falqon_fx.prequantize import _lora_config, _read_index, empty_model, fill
+from falqon_fx.prequantize import _lora_config, _read_index, empty_model, fill, new_lora_a
 from falqon_fx.spec import SiteSpec
 
 _SCALES = (".weight_scale", ".weight_scale_inv")
@@ -52,8 +52,7 @@ def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = No
         layer = layers.get(path)
         rows = torch.empty(0, weight.shape[1])
         if layer is not None:
-            rows = torch.empty(layer.lora_a.shape)
-            nn.init.kaiming_uniform_(rows, a=5**0.5)  # as PEFT starts A
+            rows = new_lora_a(layer.lora_a.shape)
             tensors[f"{name}.lora_A.default.weight"] = rows
             path += ".base_layer"
         scaling = 1.0 if layer is None else layer.scaling
@@ -133,5 +132,5 @@ def _merge(
     counters = state.counters
     counters[update.FINGERPRINT_A] = update.fingerprint(lora_a[None])[0] if rank else 0
     mixed = update.fingerprint(update.sample(state.code)[None])[0]
-    counters[update.SITE] = (mixed ^ (mixed >> 32)) & 0xFFFFFFFF
+    counters[update.SITE] = update.site_number(mixed)
     return state

@@ -27,17 +27,22 @@ from falqon_fx.numerics import (
 from falqon_fx.spec import SiteSpec, parse_spec
 
 
+def scale_of(x: Tensor, dtype: torch.dtype, spec: SiteSpec) -> Tensor:
+    """The scale of each row of ``x`` [n, k], float32 [n, 1], or of all of it, []."""
+    amax = x.abs().amax(dim=1, keepdim=True)
+    if not spec.per_row:
+        # The padded zero is the amax of no tokens at all.
+        amax = F.pad(amax, (0, 0, 0, 1)).amax()
+    return amax_to_scale(amax, dtype, spec.scale)
+
+
 def quantize(x: Tensor, dtype: torch.dtype, spec: SiteSpec) -> tuple[Tensor, Tensor | float]:
     """``x ≈ value * rest``: float32 ``x`` [n, k] cast to FP8 with one scale a row, or one in all.
 
     A scale that is a power of two is already in ``value``, which bfloat16 still holds exactly.
     Others are left in ``rest``, [n, 1] or [], for the GEMM's result.
     """
-    amax = x.abs().amax(dim=1, keepdim=True)
-    if not spec.per_row:
-        # The padded zero is the amax of no tokens at all.
-        amax = F.pad(amax, (0, 0, 0, 1)).amax()
-    scale = amax_to_scale(amax, dtype, spec.scale)
+    scale = scale_of(x, dtype, spec)
     if spec.scale == "pow2":
         return round_to_scaled_fp8(x, scale, dtype), 1.0
     return round_to_fp8(x * scale.reciprocal(), dtype), scale
@@ -128,26 +133,24 @@ def merged_linear_grad_x(
     plan = parse_spec(spec)
     dtype = gemm_dtype(grad[0].dtype)
     exact = plan.scale == "pow2"
-    left, right, behind, tails, lora_a = [], [], [], [], []
+    products, tails, lora_a = [], [], []
     for g, w, s, a, b, factor in zip(grad, weight, scale, applied, lora_b, scaling):
         out = a.shape[0]
         # Row scales of W go into dL/dO before its cast; one scale for all, into W or behind.
         wide = g.to(torch.float32)
         q, rest = quantize(wide * s[:out].t() if plan.per_row else wide, plan.grad_dtype, plan)
         values = decode_fp8(w, s if exact and not plan.per_row else 1.0, dtype)
-        left.append(q.to(dtype))
-        right.append(values[:out])
-        behind.append((rest, 1.0 if plan.per_row else s))
+        product = q.to(dtype) @ values[:out]
+        if not exact:
+            behind = 1.0 if plan.per_row else s
+            product = (product.to(torch.float32) * rest * behind).to(dtype)
+        products.append(product)
         if plan.pending == "apply":
             tail = g.to(dtype) @ pending_part(b, a, factor, dtype)
             if plan.per_row or not exact:  # values[out:] lacks the scales of A
                 tail = _rescale(tail, 1.0, s[out:] if plan.per_row else s)
             tails.append(tail)
             lora_a.append(values[out:])
-    products = [q @ w for q, w in zip(left, right)]
-    if not exact:
-        pairs = zip(products, behind)
-        products = [(p.to(torch.float32) * rest * s).to(dtype) for p, (rest, s) in pairs]
     if tails:
         products[0] = torch.addmm(products[0], _stack(tails, dim=1), _stack(lora_a))
     if len(products) == 1:

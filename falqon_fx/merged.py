@@ -7,7 +7,7 @@ Dynamo shares one graph between blocks and models, so the backend looks the stat
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ from falqon_fx.errors import FalqonError
 from falqon_fx.numerics import E4M3, amax_to_scale, decode_fp8, round_to_fp8
 from falqon_fx.spec import SiteSpec
 from falqon_fx.svd import low_rank_rows
+
+STATE = ("code", "scale", "applied", "counters", "writes")
 
 
 class MergedAdapter:
@@ -77,6 +79,11 @@ class MergedAdapter:
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The state in the order in which the graph takes it."""
         return (self.weight, self.scale, self.applied, self.counters, self.writes)
+
+    @property
+    def stored(self) -> dict[str, Tensor]:
+        """The state by the names of `STATE`, as files and prepared modules hold it: W' as bytes."""
+        return dict(zip(STATE, (self.code, *self.tensors[1:]), strict=True))
 
     def lora_b(self) -> Tensor:
         """The user's own parameter B, [out, r].
@@ -160,7 +167,7 @@ def create(
         _fill_(state, base, lora_a, lora_b)
         counters = state.counters
         mixed = counters[update.FINGERPRINT_W] * 31 + counters[update.FINGERPRINT_A]
-        counters[update.SITE] = (mixed ^ (mixed >> 32)) & 0xFFFFFFFF
+        counters[update.SITE] = update.site_number(mixed)
     return state
 
 
@@ -301,6 +308,19 @@ class Registry:
     def of(self, lora_b: Tensor) -> list[MergedAdapter]:
         """The states that a parameter B takes part in."""
         return list(self._by_b.get(lora_b, []))
+
+    def within(
+        self, parameters: Iterable[Tensor], names: Mapping[int, str]
+    ) -> Iterator[tuple[MergedAdapter, tuple[str, ...]]]:
+        """The states whose B is among ``parameters`` and whose W, A and B all have a name, by id,
+        with these names.
+        """
+        for parameter in parameters:
+            for state in self.of(parameter):
+                refs = (state.base_ref, state.a_ref, state.b_ref)
+                members = [r() for r in refs if r is not None]
+                if all(id(member) in names for member in members):
+                    yield state, tuple(names[id(member)] for member in members)
 
     def forget(self, lora_b: Tensor) -> None:
         """Drop the states of a parameter B."""

@@ -280,12 +280,9 @@ def adapters(model: nn.Module) -> dict[str, MergedAdapter]:
         if isinstance(layer.base, MergedBaseLinear):
             found[layer.path] = layer.state()
     names = {id(p): name for name, p in inner.named_parameters(remove_duplicate=False)}
-    for parameter in inner.parameters():
-        for state in registry.of(parameter):
-            members = [r() for r in (state.base_ref, state.a_ref, state.b_ref) if r is not None]
-            if all(id(member) in names for member in members):
-                path = common_path([names[id(member)] for member in members])
-                found[path if path not in found else names[id(parameter)]] = state
+    for state, of_state in registry.within(inner.parameters(), names):
+        path = common_path([*of_state])
+        found[path if path not in found else of_state[-1]] = state
     return found
 
 

@@ -12,7 +12,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,10 +24,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from torch import Tensor, nn
 
 from falqon_fx import storage
-from falqon_fx.checkpoint import STATE, versions
+from falqon_fx.checkpoint import versions
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
-from falqon_fx.merged import MergedAdapter, create
+from falqon_fx.merged import STATE, MergedAdapter, create
 from falqon_fx.prepare import MergedBaseLinear, _skip_reason, lora_layers
 from falqon_fx.spec import SiteSpec
 
@@ -314,12 +314,15 @@ def _merge(unit: _Unit, skeleton: Any, weight: Tensor, config: FalqonConfig) -> 
     rank = layer.lora_a.shape[0]
     weight = weight.t().contiguous() if layer.transposed else weight
     generator = torch.Generator().manual_seed(config.seed)
-    lora_a = torch.empty(rank, weight.shape[1])
-    nn.init.kaiming_uniform_(lora_a, a=5**0.5, generator=generator)  # as PEFT starts A
+    lora_a = new_lora_a((rank, weight.shape[1]), generator)
     zeros = torch.zeros(weight.shape[0], rank)
     state = create(str(unit.layer), weight, lora_a, zeros, layer.scaling, config)
-    tensors = dict(zip(STATE, (state.code, *state.tensors[1:]), strict=True))
-    return {**tensors, "lora_A": lora_a}
+    return {**state.stored, "lora_A": lora_a}
+
+
+def new_lora_a(shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
+    """A as PEFT starts it, float32 [r, in]."""
+    return nn.init.kaiming_uniform_(torch.empty(*shape), a=5**0.5, generator=generator)
 
 
 def _record(partial: Path, unit: _Unit) -> Path:
@@ -466,8 +469,8 @@ def load(
             continue
         path = site["layer"]
         tensors[f"{path}.lora_A.default.weight"] = found.pop("lora_A")
-        code, scale, applied, counters, writes = (found[name] for name in STATE)
         plan = SiteSpec(**site["spec"])
+        code, scale, applied, counters, writes = (found[name] for name in STATE)
         state = MergedAdapter(code, scale, applied, counters, writes, site["scaling"], plan)
         state.transposed = site["transposed"]
         states[f"{path}.base_layer"] = (state, getattr(torch, site["dtype"]))
@@ -501,9 +504,8 @@ def fill(
     for name, parameter in list(model.named_parameters()):
         if parameter.device.type == "meta" and "lora_" in name:
             path, _, last = name.rpartition(".")
-            fresh = torch.zeros(parameter.shape)
-            if "lora_A" in name:
-                nn.init.kaiming_uniform_(fresh, a=5**0.5)
+            is_a = "lora_A" in name
+            fresh = new_lora_a(parameter.shape) if is_a else torch.zeros(parameter.shape)
             setattr(model.get_submodule(path), last, nn.Parameter(fresh))
         elif parameter.device.type == "meta":
             raise FalqonError(name, f"the model needs it, {where} lacks it", "Check config.json")

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from falqon_fx.lowering import gemm_dtype
-from falqon_fx.numerics import FP8_MAX, amax_to_scale
+from falqon_fx.lowering import gemm_dtype, scale_of
+from falqon_fx.numerics import FP8_MAX
 from falqon_fx.spec import parse_spec
 
 if TYPE_CHECKING:
@@ -23,12 +22,7 @@ if TYPE_CHECKING:
 
 def cast_fp8(x: Tensor, dtype: torch.dtype, spec: str) -> tuple[Tensor, Tensor]:
     """float32 ``x`` [n, k] ≈ q · scale: FP8 q [n, k], scale float32 [n, 1] or []."""
-    plan = parse_spec(spec)
-    amax = x.abs().amax(dim=1, keepdim=True)
-    if not plan.per_row:
-        # The padded zero is the amax of no tokens at all.
-        amax = F.pad(amax, (0, 0, 0, 1)).amax()
-    scale, largest = amax_to_scale(amax, dtype, plan.scale), FP8_MAX[dtype]
+    scale, largest = scale_of(x, dtype, parse_spec(spec)), FP8_MAX[dtype]
     # A transposed x would stay so; the products read row by row.
     return (x * scale.reciprocal()).clamp(-largest, largest).to(dtype).contiguous(), scale
 

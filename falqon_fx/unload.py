@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
@@ -62,9 +61,7 @@ def fp8_layers(base: nn.Module) -> dict[str, tuple[LoraLayer, MergedAdapter]]:
 
 def _states(layer: LoraLayer) -> list[MergedAdapter]:
     if isinstance(layer.base, MergedBaseLinear):
-        state = layer.base.merged()
-        state.b_ref = weakref.ref(layer.lora_b)
-        return [state]
+        return [layer.state()]
     return [
         state
         for state in registry.of(layer.lora_b)

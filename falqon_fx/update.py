@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +64,11 @@ def _hash_weights(count: int, like: Tensor, multiplier: int) -> Tensor:
     return (mixed ^ (mixed >> 29)) * multiplier | 1
 
 
+def site_number(mixed: Tensor) -> Tensor:
+    """The 32 bits by which random numbers tell a site from others, from a 64-bit hash of it."""
+    return (mixed ^ (mixed >> 32)) & 0xFFFFFFFF
+
+
 def sample(weight: Tensor) -> Tensor:
     """At most 16 x 64 evenly spaced elements of a base weight, which stand for its contents.
 
@@ -102,27 +108,15 @@ def proxy_update_(
     site whose B changed since its last write (design: "The contract of a site", 3 and 4).
     """
     plan = parse_spec(spec)
+    columns: list[Sequence[Any]] = [weight, scale, applied, counters, writes]
+    columns += [lora_b, lora_a, base, scaling]
     groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for i in range(len(weight)):
         b, a, w = lora_b[i], lora_a[i], base[i]
         sampled = None if w is None else (w.shape, w.dtype)
         groups[(weight[i].shape, b.shape, b.dtype, a.dtype, b.device, sampled)].append(i)
     for members in groups.values():
-        sites = [
-            _Site(
-                i,
-                weight[i],
-                scale[i],
-                applied[i],
-                counters[i],
-                writes[i],
-                lora_b[i],
-                lora_a[i],
-                base[i],
-                scaling[i],
-            )
-            for i in members
-        ]
+        sites = [_Site(i, *(column[i] for column in columns)) for i in members]
         changed = _find_changed(sites, plan)
         rows = plan.rows(applied[members[0]].shape[0])
         step = max(1, _CHUNK // max(rows * weight[members[0]].shape[1], lora_b[members[0]].numel()))

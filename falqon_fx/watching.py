@@ -151,7 +151,7 @@ def trainer_callback(seen: watch) -> Any:
     """A callback for transformers' Trainer: its logs get the last step's `summary`."""
     from transformers import TrainerCallback
 
-    class FalqonCallback(TrainerCallback):  # type: ignore[misc]
+    class AuditLog(TrainerCallback):  # type: ignore[misc]
         """Adds ``falqon/...`` to what the Trainer logs."""
 
         def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -161,7 +161,7 @@ def trainer_callback(seen: watch) -> Any:
                 step = [item for item in seen.history if item.step == last]
                 kwargs["logs"].update({f"falqon/{k}": v for k, v in summary(step).items()})
 
-    return FalqonCallback()
+    return AuditLog()
 
 
 def _view(step: Sequence[Audit]) -> Table:

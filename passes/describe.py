@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from falqon_fx.passes.plan import Slot
 
 
-def describe(found: Match, slot: Slot, spec: SiteSpec, group: int, architecture: int) -> Site:
-    """The report of one site; ``group`` numbers the op that it becomes, with its siblings."""
+def describe(found: Match, slot: Slot, spec: SiteSpec, architecture: int) -> Site:
+    """The report of one site; its group is numbered once all sites are known."""
     x, result = value_of(found.x), value_of(found.anchor)
     tokens = math.prod(x.shape[:-1])
     site = Site(
@@ -48,7 +48,6 @@ def describe(found: Match, slot: Slot, spec: SiteSpec, group: int, architecture:
         prepared=isinstance(found.base, BaseLinear),
         train_a=found.lora_a.value.requires_grad,
         rows=spec.rows(hint(slot.out)),
-        group=group,
         architecture=architecture,
         memory=_memory(found, slot, spec, _base_dtype(found, x)),
         nodes=tuple(sorted(node.name for node in found.nodes)),

@@ -95,7 +95,7 @@ def plan(
         key = (*(_identity(found.scope, p) for p in _params(found)), found.scaling)
         slot = slots.get(key) or _slot(len(slots), path, found)
         device = value_of(found.x).device
-        site = describe(found, slot, spec, 0, architecture_of(device, config))
+        site = describe(found, slot, spec, architecture_of(device, config))
         why = losing(site, config, device)
         if why is not None:
             refused.append(why)

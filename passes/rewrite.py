@@ -9,12 +9,10 @@ import torch
 from torch import fx
 
 from falqon_fx._compat import mark_static_input
-from falqon_fx.merged import allocate
+from falqon_fx.merged import STATE, allocate
 from falqon_fx.passes.normalize import Scope, value_of
 from falqon_fx.passes.plan import Plan, SitePlan, Slot
 from falqon_fx.passes.terms import Param
-
-STATE = ("code", "scale", "applied", "counters", "writes")
 
 
 @dataclass(frozen=True)
