@@ -84,10 +84,10 @@ def merged_linear_grad_x(
             tails.append((tail.to(torch.float32) * (s[out:].t() if plan.per_row else s)).to(dtype))
     left = [torch.cat(tails, dim=1)] if tails else []
     codes = [as_e4m3(w) for w in weight]
-    product: Tensor = torch.ops.falqon.grad_x_product(
-        qs, q_scales, codes, outs, left, x_dtype, spec
-    )
-    return product
+    # Products for bfloat16 may round to it on their way, which those of a float32 dL/dO must not.
+    stored = torch.float32 if x_dtype == torch.bfloat16 != dtype else x_dtype
+    product: Tensor = torch.ops.falqon.grad_x_product(qs, q_scales, codes, outs, left, stored, spec)
+    return product.to(x_dtype)
 
 
 def proxy_update_(
