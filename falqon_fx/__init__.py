@@ -11,9 +11,10 @@ from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonConfigError, FalqonError
 from falqon_fx.explain import explain
 from falqon_fx.export import ExportReport, save_fp8
+from falqon_fx.loading import load
 from falqon_fx.merged import MergedAdapter
 from falqon_fx.prepare import PrepareReport, adapters, flush, prepare, restore
-from falqon_fx.prequantize import PrequantizeReport, load, prequantize
+from falqon_fx.prequantize import PrequantizeReport, prequantize
 from falqon_fx.report import Audit, GraphReport, Rejected, RewriteReport, Site
 from falqon_fx.unload import merge_and_unload
 from falqon_fx.watching import watch

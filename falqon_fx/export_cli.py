@@ -97,8 +97,8 @@ def _trained_model(arguments: argparse.Namespace) -> Any:
     from pathlib import Path
 
     from falqon_fx.checkpoint import load_checkpoint
+    from falqon_fx.loading import MANIFEST, load
     from falqon_fx.prepare import prepare
-    from falqon_fx.prequantize import MANIFEST, load
 
     peft = storage.require("peft", "export")
     transformers = storage.require("transformers", "export")

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from falqon_fx import update
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
+from falqon_fx.loading import empty_model, fill, lora_config, new_lora_a, read_index
 from falqon_fx.merged import MergedAdapter, allocate
 from falqon_fx.numerics import E4M3, amax_to_scale, encode_fp8, round_to_fp8
 from falqon_fx.prepare import lora_layers
-from falqon_fx.prequantize import _lora_config, _read_index, empty_model, fill, new_lora_a
 from falqon_fx.spec import SiteSpec
 
 _SCALES = (".weight_scale", ".weight_scale_inv")
@@ -34,7 +34,7 @@ def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = No
     """
     tensors = _read(directory)
     _check_format(directory)
-    model = empty_model(directory, _lora_config(lora))
+    model = empty_model(directory, lora_config(lora))
     weights = {n.removesuffix(".weight"): t for n, t in tensors.items() if t.dtype == E4M3}
     if not weights:
         raise FalqonError(str(directory), "it holds no float8_e4m3fn weight", "Use transformers")
@@ -63,7 +63,7 @@ def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = No
 
 
 def _read(directory: Path) -> dict[str, Tensor]:
-    index = _read_index(directory)
+    index = read_index(directory)
     from safetensors.torch import load_file
 
     tensors: dict[str, Tensor] = {}

@@ -1,8 +1,7 @@
-"""`prequantize` and `load`: models whose dense weights don't fit into memory.
+"""`prequantize`: merges models whose dense weights don't fit into memory.
 
-``prequantize`` reads a checkpoint one weight at a time and writes each as a file of its own; a run
-that was killed goes on with the weights that are missing. ``load`` builds the model without
-weights and maps the files in.
+It reads a checkpoint one weight at a time and writes each as a file of its own; a run that was
+killed goes on with the weights that are missing. `falqon_fx.loading` maps the files in.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,21 +20,27 @@ from typing import Any
 
 import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import Tensor
 
 from falqon_fx import storage
 from falqon_fx.checkpoint import versions
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
-from falqon_fx.merged import STATE, MergedAdapter, create
-from falqon_fx.prepare import MergedBaseLinear, _skip_reason, lora_layers
+from falqon_fx.loading import (
+    FORMAT,
+    INDEX,
+    MANIFEST,
+    empty_model,
+    lora_config,
+    new_lora_a,
+    read_index,
+)
+from falqon_fx.merged import create
+from falqon_fx.prepare import _skip_reason, lora_layers
 from falqon_fx.spec import SiteSpec
 
-FORMAT = "falqon_fx.prequantized.1"
-MANIFEST = "falqon.json"
 _SMALL = 1 << 20  # bytes; tensors below go into one file together
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -100,8 +105,8 @@ def prequantize(
     source, out = Path(model), Path(out)
     config = config or FalqonConfig(init="svd")
     storage.refuse_existing(out)
-    index = _read_index(source)
-    skeleton = empty_model(source, _lora_config(lora))
+    index = read_index(source)
+    skeleton = empty_model(source, lora_config(lora))
     units = _units(skeleton, source, index, config)
     partial = _begin(out, source, skeleton, config, units)
 
@@ -140,50 +145,6 @@ def prequantize(
 
 
 # -- the plan --------------------------------------------------------------------------------------
-
-
-def _read_index(source: Path) -> dict[str, str]:
-    """The file that holds each tensor of a checkpoint."""
-    if not (source / "config.json").is_file():
-        raise FalqonError(str(source), "there is no config.json in it", "Name a model's folder")
-    if (source / _INDEX).is_file():
-        weight_map: dict[str, str] = json.loads((source / _INDEX).read_text())["weight_map"]
-        return weight_map
-    storage.require("safetensors", "export")
-    from safetensors import safe_open
-
-    index: dict[str, str] = {}
-    for file in sorted(source.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            index |= dict.fromkeys(opened.keys(), file.name)
-    if not index:
-        raise FalqonError(
-            str(source),
-            "there are no safetensors in it",
-            "Save the model with model.save_pretrained(folder) first",
-        )
-    return index
-
-
-def _lora_config(lora: Any) -> Any:
-    peft = storage.require("peft", "export")
-    return lora or peft.LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
-def empty_model(source: Path, lora: Any) -> Any:
-    """A PEFT model of a folder's config whose parameters are on the meta device."""
-    peft = storage.require("peft", "export")
-    transformers = storage.require("transformers", "export")
-    accelerate = storage.require("accelerate", "export")
-    config = transformers.AutoConfig.from_pretrained(source)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with accelerate.init_empty_weights(include_buffers=False):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype)
-    model.config._name_or_path = str(source)
-    if transformers.GenerationConfig and (source / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(source)
-    return peft.get_peft_model(model.eval(), lora, low_cpu_mem_usage=True)
 
 
 def _units(
@@ -320,11 +281,6 @@ def _merge(unit: _Unit, skeleton: Any, weight: Tensor, config: FalqonConfig) -> 
     return {**state.stored, "lora_A": lora_a}
 
 
-def new_lora_a(shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
-    """A as PEFT starts it, float32 [r, in]."""
-    return nn.init.kaiming_uniform_(torch.empty(*shape), a=5**0.5, generator=generator)
-
-
 def _record(partial: Path, unit: _Unit) -> Path:
     return partial / "records" / (unit.file.removeprefix("weights/") + ".json")
 
@@ -399,7 +355,7 @@ def _finish(
     source = Path(skeleton.get_base_model().config._name_or_path)
     for path in source.iterdir():
         weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-        if path.is_file() and not weights and path.name != _INDEX:
+        if path.is_file() and not weights and path.name != INDEX:
             shutil.copyfile(path, partial / path.name)
     skeleton.peft_config["default"].save_pretrained(partial)
     layers = {layer.path: layer for layer in lora_layers(skeleton)}
@@ -424,98 +380,3 @@ def _finish(
     )
     os.replace(partial, out)
     storage.flush_to_disk(out.parent)
-
-
-def load(
-    directory: str | Path,
-    lora: Any = None,
-    config: FalqonConfig | None = None,
-    *,
-    verify: bool = True,
-) -> nn.Module:
-    """A prepared PEFT model from a folder of `prequantize`, or from an FP8 checkpoint.
-
-    The model is built without weights and the FP8 bytes are mapped in: dense copies of merged
-    weights never exist. Of an FP8 checkpoint (compressed-tensors ``float-quantized``, or the fp8
-    form with a scale a tensor) the bytes are base weights as they are, beside a new A and B = 0.
-
-    Args:
-        directory: the folder.
-        lora: for FP8 checkpoints: a PEFT ``LoraConfig``; by default rank 16 on all linear layers.
-        config: for FP8 checkpoints: as for `prepare`; scales that aren't all powers of two make it
-            scale="amax", which torch.compile must then get too.
-        verify: compare checksums of a prequantized folder (reads every byte once).
-
-    Raises:
-        DamagedFileError: a file that is truncated or was changed.
-        FalqonError: neither kind of folder, or a form that can't be taken as it is.
-    """
-    directory = Path(directory)
-    if not (directory / MANIFEST).is_file():
-        from falqon_fx.foreign import load_fp8
-
-        return load_fp8(directory, lora, config)
-    peft = storage.require("peft", "export")
-    manifest = storage.read_manifest(directory / MANIFEST, FORMAT)
-    model = empty_model(directory, peft.LoraConfig.from_pretrained(directory))
-    by_file = {site["file"]: site for site in manifest["sites"]}
-    tensors: dict[str, Tensor] = {}
-    states = {}
-    for file, expected in manifest["files"].items():
-        found = storage.open_tensors(directory / file, expected, verify=verify)
-        site = by_file.get(file)
-        if site is None:
-            tensors |= {f"base_model.model.{name}": tensor for name, tensor in found.items()}
-            continue
-        path = site["layer"]
-        tensors[f"{path}.lora_A.default.weight"] = found.pop("lora_A")
-        plan = SiteSpec(**site["spec"])
-        code, scale, applied, counters, writes = (found[name] for name in STATE)
-        state = MergedAdapter(code, scale, applied, counters, writes, site["scaling"], plan)
-        state.transposed = site["transposed"]
-        states[f"{path}.base_layer"] = (state, getattr(torch, site["dtype"]))
-    return fill(model, states, tensors, str(directory))
-
-
-def fill(
-    model: Any,
-    states: Mapping[str, tuple[MergedAdapter, torch.dtype]],
-    tensors: Mapping[str, Tensor],
-    where: str,
-) -> nn.Module:
-    """Give a model on the meta device its layers in FP8 and its other tensors, as they are. New
-    adapters start as PEFT starts them.
-
-    Raises:
-        FalqonError: a tensor without a place, or a place without a tensor.
-    """
-    for path, (state, dtype) in states.items():
-        bias = model.get_submodule(path).bias
-        model.set_submodule(path, MergedBaseLinear(state, bias, dtype, state.transposed))
-    named = {}
-    for name, tensor in tensors.items():
-        path, _, last = name.rpartition(".")
-        inside = f"{path}.base_layer.{last}"  # PEFT wrapped the layer
-        named[inside if _exists(model, inside) else name] = tensor
-    unknown = model.load_state_dict(named, strict=False, assign=True).unexpected_keys
-    model.get_base_model().tie_weights()
-    if unknown:
-        raise FalqonError(unknown[0], f"it is in {where} but not in the model", "Check config.json")
-    for name, parameter in list(model.named_parameters()):
-        if parameter.device.type == "meta" and "lora_" in name:
-            path, _, last = name.rpartition(".")
-            is_a = "lora_A" in name
-            fresh = new_lora_a(parameter.shape) if is_a else torch.zeros(parameter.shape)
-            setattr(model.get_submodule(path), last, nn.Parameter(fresh))
-        elif parameter.device.type == "meta":
-            raise FalqonError(name, f"the model needs it, {where} lacks it", "Check config.json")
-    loaded: nn.Module = model
-    return loaded
-
-
-def _exists(model: nn.Module, name: str) -> bool:
-    path, _, last = name.rpartition(".")
-    try:
-        return hasattr(model.get_submodule(path), last)
-    except AttributeError:
-        return False
