@@ -37,15 +37,17 @@ def scale_of(x: Tensor, dtype: torch.dtype, spec: SiteSpec) -> Tensor:
 
 
 def quantize(x: Tensor, dtype: torch.dtype, spec: SiteSpec) -> tuple[Tensor, Tensor | float]:
-    """``x ≈ value * rest``: float32 ``x`` [n, k] cast to FP8 with one scale a row, or one in all.
+    """``x ≈ value * rest``: ``x`` [n, k] cast to FP8 with one scale a row, or one in all; ``value``
+    is float32.
 
     A scale that is a power of two is already in ``value``, which bfloat16 still holds exactly.
     Others are left in ``rest``, [n, 1] or [], for the GEMM's result.
     """
-    scale = scale_of(x, dtype, spec)
+    # The amax of x as it is: were x widened first, Inductor would keep a wide copy of a costly x.
+    scale, wide = scale_of(x, dtype, spec), x.to(torch.float32)
     if spec.scale == "pow2":
-        return round_to_scaled_fp8(x, scale, dtype), 1.0
-    return round_to_fp8(x * scale.reciprocal(), dtype), scale
+        return round_to_scaled_fp8(wide, scale, dtype), 1.0
+    return round_to_fp8(wide * scale.reciprocal(), dtype), scale
 
 
 def gemm_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -79,7 +81,7 @@ def merged_linear(
     plan = parse_spec(spec)
     outs, ranks = [a.shape[0] for a in applied], [a.shape[1] for a in applied]
     dtype = gemm_dtype(out_dtype)
-    q, rest = quantize(x.reshape(-1, x.shape[-1]).to(torch.float32), E4M3, plan)
+    q, rest = quantize(x.reshape(-1, x.shape[-1]), E4M3, plan)
     q = q.to(dtype)
     exact = plan.scale == "pow2"
     values = [decode_fp8(w, s if exact else 1.0, dtype) for w, s in zip(weight, scale)]
@@ -133,26 +135,31 @@ def merged_linear_grad_x(
     plan = parse_spec(spec)
     dtype = gemm_dtype(grad[0].dtype)
     exact = plan.scale == "pow2"
-    products, tails, lora_a = [], [], []
+    left: list[Tensor] = []
+    right: list[Tensor] = []
+    products: list[Tensor] = []
     for g, w, s, a, b, factor in zip(grad, weight, scale, applied, lora_b, scaling):
         out = a.shape[0]
         # Row scales of W go into dL/dO before its cast; one scale for all, into W or behind.
         wide = g.to(torch.float32)
         q, rest = quantize(wide * s[:out].t() if plan.per_row else wide, plan.grad_dtype, plan)
         values = decode_fp8(w, s if exact and not plan.per_row else 1.0, dtype)
-        product = q.to(dtype) @ values[:out]
-        if not exact:
-            behind = 1.0 if plan.per_row else s
-            product = (product.to(torch.float32) * rest * behind).to(dtype)
-        products.append(product)
+        if exact:
+            left.append(q.to(dtype))
+        else:
+            product = (q.to(dtype) @ values[:out]).to(torch.float32) * rest
+            products.append(product if plan.per_row else product * s)
+            values = values[out:]
         if plan.pending == "apply":
             tail = g.to(dtype) @ pending_part(b, a, factor, dtype)
             if plan.per_row or not exact:  # values[out:] lacks the scales of A
                 tail = _rescale(tail, 1.0, s[out:] if plan.per_row else s)
-            tails.append(tail)
-            lora_a.append(values[out:])
-    if tails:
-        products[0] = torch.addmm(products[0], _stack(tails, dim=1), _stack(lora_a))
+            left.append(tail)
+            right.append(values)
+        elif exact:
+            right.append(values[:out])
+    if left:  # as one GEMM: it adds up in float32, and nothing is written in between
+        products.append(_stack(left, dim=1) @ _stack(right))
     if len(products) == 1:
         return products[0].to(x_dtype)
     return functools.reduce(torch.add, [p.to(torch.float32) for p in products]).to(x_dtype)

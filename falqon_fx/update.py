@@ -30,7 +30,7 @@ from falqon_fx.spec import SiteSpec, parse_spec
 # Columns of a site's `counters` (int64).
 FINGERPRINT_B, FINGERPRINT_A, FINGERPRINT_W, STEP, SITE, NONFINITE, STALE = range(7)
 COUNTERS = 7
-_CHUNK = 1 << 20  # elements held in float32 at a time: temporaries stay in the cache
+_CHUNK = 1 << 17  # elements held in float32 at a time: temporaries stay in the cache
 _CACHED = 1 << 15  # elements that a core casts at a time
 
 
@@ -263,7 +263,8 @@ def _write_rows(sites: list[_Site], count: int, plan: SiteSpec) -> None:
     )
 
     per_row = sites[0].scale.dim() == 2
-    old_code = torch.stack([s.weight.index_select(0, r) for s, r in zip(sites, rows, strict=True)])
+    each = zip(sites, rows.unbind(), strict=True)
+    old_code = torch.stack([site.weight.index_select(0, row) for site, row in each])
     a_code = torch.stack([site.weight[out:] for site in sites])
     scale = torch.stack([site.scale for site in sites]).reshape(len(sites), -1, 1)
     a_scale, old_scale = scale, scale
@@ -301,14 +302,16 @@ def _write_rows(sites: list[_Site], count: int, plan: SiteSpec) -> None:
 
     # On CPU, where looking is free, the counters are left alone when there is nothing to count.
     counts = nonfinite.device.type != "cpu" or bool(nonfinite.any())
-    for i, site in enumerate(sites):
-        site.weight.index_copy_(0, rows[i], code[i])
+    written = worth.to(sites[0].writes.dtype)
+    scattered = (rows, code, new_scale, new_applied, written, nonfinite)
+    for site, row, *new in zip(sites, *(column.unbind() for column in scattered), strict=True):
+        site.weight.index_copy_(0, row, new[0])
         if per_row:
-            site.scale.index_copy_(0, rows[i], new_scale[i])
-        site.applied.index_copy_(0, rows[i], new_applied[i])
-        site.writes.index_add_(0, rows[i], worth[i].to(site.writes.dtype))
+            site.scale.index_copy_(0, row, new[1])
+        site.applied.index_copy_(0, row, new[2])
+        site.writes.index_add_(0, row, new[3])
         if counts:
-            site.counters[NONFINITE] += nonfinite[i]
+            site.counters[NONFINITE] += new[4]
 
 
 def _flag(site: _Site) -> Tensor:
