@@ -31,8 +31,8 @@ def captured(error: Tensor, rows: Tensor) -> Tensor:
 
 
 @given(
-    out=st.integers(8, 160),
-    features=st.integers(8, 160),
+    out=st.integers(8, 320),
+    features=st.integers(8, 320),
     rank=st.sampled_from([1, 2, 4, 8, 16, 64]),
     granularity=st.sampled_from(["tensor", "row"]),
     equal_rows=st.booleans(),
@@ -44,7 +44,7 @@ def test_the_randomized_svd_captures_nearly_what_the_full_one_does(
     """At least 0.95 of the energy of the best rows of that rank.
 
     The error of a weight whose rows are all of one size is white noise: the flattest spectrum, and
-    the hardest case. Each power iteration multiplies exponents: (σ/σ₁)^9 after four.
+    the hardest case.
     """
     base = randn(out, features, seed=seed)
     if not equal_rows:
@@ -57,22 +57,22 @@ def test_the_randomized_svd_captures_nearly_what_the_full_one_does(
 
 
 @GRANULARITY
-@pytest.mark.parametrize("rank", [4, 16])
-def test_white_noise_needs_the_power_iterations(granularity, rank):
-    """The range finder alone captures 0.72 to 0.77 here, two iterations 0.93 to 0.94."""
-    error = fp8_error(randn(320, 320), granularity, "amax")
+@pytest.mark.parametrize("rank", [4, 16, 64])
+def test_white_noise_needs_the_krylov_blocks(granularity, rank):
+    """The first block alone captures 0.28 to 0.46 here, three blocks 0.74 to 0.89."""
+    error = fp8_error(randn(640, 640), granularity, "amax")
     best = torch.linalg.svdvals(error.double())[:rank].square().sum()
     assert captured(error, low_rank_rows(error, rank, seed=0)) >= 0.95 * best
 
 
-@pytest.mark.parametrize(("out", "features"), [(96, 64), (64, 96), (40, 300), (1, 9), (9, 1)])
+@pytest.mark.parametrize(("out", "features"), [(96, 64), (64, 96), (300, 400), (1, 9), (9, 1)])
 @pytest.mark.parametrize("rank", [1, 3, 8])
 def test_an_error_of_low_rank_is_found_exactly(out, features, rank):
     """rowsᵀ·rows = V·S·Vᵀ = (EᵀE)^½, whatever the signs of singular vectors.
 
     QR, products and SVD are backward stable: together they act on E + D with ‖D‖_F at most
     gamma(12 · stages · max(out, in)) ‖E‖_F (Higham, theorem 19.4, a modest constant for each of the
-    12 stages), and ‖|E + D| - |E|‖_F <= √2 ‖D‖_F (Araki and Yamagami).
+    12 stages at the least), and ‖|E + D| - |E|‖_F <= √2 ‖D‖_F (Araki and Yamagami).
     """
     error = randn(out, rank, seed=1) @ randn(rank, features, seed=2) / 7
     rows = low_rank_rows(error, rank, seed=0).double()
@@ -90,7 +90,7 @@ def test_a_rank_above_the_size_is_filled_with_zeros():
 
 
 def test_the_svd_depends_on_its_seed_alone():
-    error = randn(40, 50)
+    error = randn(200, 250)
     torch.manual_seed(1)
     first = low_rank_rows(error, 4, seed=3)
     torch.manual_seed(2)
