@@ -33,7 +33,7 @@ from falqon_fx.passes.plan import Plan, plan
 from falqon_fx.passes.recompute_weights import recompute_weights
 from falqon_fx.passes.rewrite import SlotNodes
 from falqon_fx.passes.rewrite import rewrite as rewrite_sites
-from falqon_fx.passes.verify import operations, verify
+from falqon_fx.passes.verify import operations, verify, wiring
 from falqon_fx.passlog import PassLog
 from falqon_fx.report import GraphReport, RewriteReport
 from falqon_fx.spec import lowering_version
@@ -187,7 +187,7 @@ def rewrite(
         copy = clock.gm = _copy(gm)
     with clock("normalize"):
         root: Scope = normalize(copy, gm.graph.process_inputs(*example_inputs))
-        before = operations(root)
+        before = wiring(root)
     with clock("match"):
         matches, rejected = match(root)
     with clock("plan"):
@@ -197,12 +197,12 @@ def rewrite(
     with clock("insert_updates"):
         insert_updates(chosen, slots)
     with clock("verify"):
-        verify(chosen, before)
+        verify(chosen, slots, before)
     graph = GraphReport(
         sites=tuple(site.report for site in chosen.sites),
         rejected=chosen.rejected,
-        nodes_before=len(before),
-        nodes_after=len(operations(root)),
+        nodes_before=len(operations(before)),
+        nodes_after=len(operations(wiring(root))),
         pass_seconds=clock.seconds,
     )
     report = RewriteReport((graph,))

@@ -151,7 +151,7 @@ def philox_uint16(row: Tensor, columns: int, step: Tensor, site: Tensor, seed: i
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
     for _ in range(10):
         # A 32x32-bit product wraps int64's sign but keeps its 64 bits; above 32 bits c1 and c3 hold
-        # what nothing reads. The counters broadcast as late as they can: the first rounds are cheap.
+        # what nothing reads. Counters broadcast as late as they can: the first rounds are cheap.
         p0, p1 = c0 * _PHILOX_ROUND[0], c2 * _PHILOX_ROUND[1]
         c0, c1, c2, c3 = (
             ((p1 >> 32) ^ c1).bitwise_xor_(k0).bitwise_and_(_MASK32),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from falqon_fx.passes.normalize import value_of
 from falqon_fx.passes.plan import Plan
 from falqon_fx.passes.rewrite import SlotNodes
 
@@ -26,6 +27,7 @@ def insert_updates(plan: Plan, slots: tuple[SlotNodes, ...]) -> None:
         lora_b = [_at_head(graph, s.lora_b) for s in slots]
     columns = [[s.state[i] for s in slots] for i in range(5)]
     scaling = [s.slot.scaling for s in slots]
+    anchor.meta["val"] = None  # it returns nothing
     anchor.args = (*columns, lora_b, lora_a, base, scaling, str(plan.spec))
     if plan.spec.pending == "drop":
         with graph.inserting_after(anchor):
@@ -39,7 +41,11 @@ def _base(graph: fx.Graph, nodes: SlotNodes) -> fx.Node | None:
     if nodes.base is None or nodes.slot.base is None:
         return None
     node = _at_head(graph, nodes.base)
-    return graph.call_method("t", (node,)) if nodes.slot.base.transposed else node
+    if not nodes.slot.base.transposed:
+        return node
+    flipped = graph.call_method("t", (node,))
+    flipped.meta["val"] = nodes.slot.base.value.t()
+    return flipped
 
 
 def _at_head(graph: fx.Graph, node: fx.Node) -> fx.Node:
@@ -55,4 +61,5 @@ def _zero(graph: fx.Graph, lora_b: fx.Node) -> None:
     """B := 0 outside autograd, as the public code does after each of its writes."""
     detached = graph.call_method("detach", (lora_b,))
     with graph.inserting_after(detached):
-        graph.call_method("zero_", (detached,))
+        zero = graph.call_method("zero_", (detached,))
+    detached.meta["val"] = zero.meta["val"] = value_of(lora_b).detach()

@@ -102,10 +102,10 @@ def _replace(
             ),
         )
         outputs = [graph.call_function(operator.getitem, (fused, i)) for i in range(len(group))]
-    fused.meta.update({k: v for k, v in first.anchor.meta.items() if k in _KEPT})
+    _describe(fused, first.anchor, tuple(value_of(site.match.anchor) for site in group))
     for site, output in zip(group, outputs, strict=True):
         anchor = site.match.anchor
-        _describe(output, anchor)
+        _describe(output, anchor, value_of(anchor))
         result = _add_lora_bias(site, output)
         anchor.replace_all_uses_with(result)
         replaced[anchor] = result
@@ -132,21 +132,23 @@ def _add_lora_bias(site: SitePlan, output: fx.Node) -> fx.Node:
     if found.lora_bias is None:
         return output
     graph, anchor = found.scope.gm.graph, found.anchor
+    value, bias = value_of(anchor), found.lora_bias.value
     with graph.inserting_before(anchor):
         term = _node(found.scope, found.lora_bias)
         if found.bias_scaling != 1.0:
             term = graph.call_function(operator.mul, (term, found.bias_scaling))
+            _describe(term, anchor, bias)
         total = graph.call_function(operator.add, (output, term))
-        result = graph.call_method("to", (total, value_of(anchor).dtype))
-    _describe(result, anchor)
+        result = graph.call_method("to", (total, value.dtype))
+    _describe(total, anchor, value.to(torch.promote_types(value.dtype, bias.dtype)))
+    _describe(result, anchor, value)
     return result
 
 
-def _describe(node: fx.Node, anchor: fx.Node) -> None:
-    """The metadata of a node that gives the anchor's value."""
+def _describe(node: fx.Node, anchor: fx.Node, value: object) -> None:
+    """A node that is ``value`` comes from the same place in the model as the anchor."""
     node.meta.update({k: v for k, v in anchor.meta.items() if k in _KEPT})
-    key = "example_value" if "example_value" in anchor.meta else "val"
-    node.meta[key] = value_of(anchor)
+    node.meta["example_value" if "example_value" in anchor.meta else "val"] = value
 
 
 _KEPT = ("nn_module_stack", "stack_trace", "source_fn_stack")

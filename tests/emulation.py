@@ -29,8 +29,9 @@ def cast(x: Tensor, dtype: torch.dtype, per_row: bool, pow2: bool) -> tuple[Tens
 
 
 class Sites(torch.autograd.Function):
-    """Merged layers that share x [n, in], float32. The part of dL/dx that is pending in all of them
-    joins the first's; then the parts are summed in the layers' order.
+    """Merged layers that share x [n, in], float32. What dL/dx gets from products that no scale
+    follows (all of them with scale="pow2", else the pending parts) is one GEMM; other products are
+    summed before it in the layers' order.
     """
 
     @staticmethod
@@ -60,7 +61,7 @@ class Sites(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved, products, tails, lora_a, grad_b = ctx.saved_tensors, [], [], [], []
+        saved, products, left, right, grad_b = ctx.saved_tensors, [], [], [], []
         for i, (state, grad) in enumerate(zip(ctx.states, grads, strict=True)):
             out_a, rest = saved[2 * i : 2 * i + 2]
             plan, out = state.plan, state.applied.shape[0]
@@ -69,15 +70,16 @@ class Sites(torch.autograd.Function):
             wide = grad * scale[:out].t() if row else grad
             codes, s_g = cast(wide, E5M2 if plan.grad == "e5m2" else E4M3, row, pow2)
             if pow2:
-                products.append((codes * s_g) @ (merged[:out] * (1.0 if row else scale)))
+                left.append(codes * s_g)
+                right.append(merged[:out] * (1.0 if row else scale))
             else:
                 products.append(codes @ merged[:out] * s_g * (1.0 if row else scale))
             if plan.pending == "apply":
-                tails.append(grad @ rest * (scale[out:].t() if row else scale))
-                lora_a.append(merged[out:])
+                left.append(grad @ rest * (scale[out:].t() if row else scale))
+                right.append(merged[out:])
             grad_b.append(grad.t() @ out_a * state.scaling)
-        if tails:
-            products[0] = torch.addmm(products[0], torch.cat(tails, 1), torch.cat(lora_a))
+        if left:  # one GEMM: a library may sum two in another order
+            products.append(torch.cat(left, 1) @ torch.cat(right))
         return functools.reduce(torch.add, products), None, *grad_b
 
 
