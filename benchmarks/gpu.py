@@ -1,290 +1,253 @@
-"""Everything that needs a GPU, in one call: correctness, step time, memory.
+"""Everything that needs a GPU, in one call of less than nine minutes.
 
-    python benchmarks/gpu.py --out "$OUT"                 # on the machine with the card
-    python benchmarks/gpu.py --device cpu --sizes tiny    # a rehearsal without one
+    python benchmarks/gpu.py                # on the machine with the card
+    python benchmarks/gpu.py --tiny         # the same flow without one: toy sizes, on CPU
 
-Needs torch and falqon-fx's own requirements alone. First the ops and the activation-cast kernels
-are held against the CPU; a failure ends the run. Then a Llama-shaped decoder with LoRA on all its
-linear layers trains in bf16 (eager, Inductor) and through falqon, one after the other in the same
-process on the same data; each is timed several times. Memory is what the allocator really held at
-the peak of a step.
+First every kernel is held against float64 or the CPU; a failure ends the run. Then the ceilings of
+the card, single products and updates, and full training steps of real transformers layers with
+random weights against the ways that LoRA is trained otherwise, the most important first: what does
+not fit into ``--seconds`` is named. Writes `gpu-<date>-<card>` .json, .csv (steps), -kernels.csv,
+.png and .md with the targets into ``--out``; with ``--tiny`` only where ``--out`` is given.
+
+Needs transformers and PEFT; bitsandbytes and torchao where installed. Each decoder layer is
+compiled by itself, for every contender alike, so that all layers of a model share their code.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import gc
-import json
-import platform
-import statistics
+import datetime
+import re
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import common
+import gpu_check
 import gpu_kernels
+import gpu_steps
+import gpu_targets
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from gpu_check import Checked
+from gpu_kernels import KernelRow, UpdateRow
+from gpu_measure import Budget, Clock, card, ceilings
+from gpu_steps import StepRow
+from gpu_targets import Target
 
-import falqon_fx
-from falqon_fx.kernels.activation_cast import activation_cast
-from falqon_fx.kernels.spec import ActivationCastSpec
-from falqon_fx.numerics import E4M3, amax_to_scale, encode_fp8, round_to_fp8
-
-
-@dataclass(frozen=True)
-class Size:
-    """A decoder and its batch."""
-
-    width: int
-    hidden: int
-    heads: int
-    layers: int
-    batch: int
-    length: int
-    rank: int = 64
+from falqon_fx.kernels.dispatch import Options
 
 
-SIZES = {
-    "tiny": Size(64, 128, 4, 2, 2, 16, 8),
-    "1b": Size(2048, 8192, 32, 16, 8, 512),
-    "7b-quarter": Size(4096, 11008, 32, 8, 8, 512),
-    "7b-quarter-long": Size(4096, 11008, 32, 8, 1, 4096),
-}
-CONTENDERS = ("eager", "inductor", "falqon")
-VOCABULARY = 32000
-
-
-# ---------------------------------------------------------------- model
-
-
-class LoraLinear(nn.Module):
-    """base(x) + B(A(x)), everything bf16: the fastest form of plain LoRA."""
-
-    def __init__(self, features: int, out: int, rank: int) -> None:
-        super().__init__()
-        self.base_layer = nn.Linear(features, out, bias=False).requires_grad_(False)
-        self.lora_A = nn.Linear(features, rank, bias=False)
-        self.lora_B = nn.Linear(rank, out, bias=False)
-        nn.init.zeros_(self.lora_B.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base_layer(x) + self.lora_B(self.lora_A(x))
-
-
-class Block(nn.Module):
-    """A decoder layer with seven sites."""
-
-    def __init__(self, size: Size) -> None:
-        super().__init__()
-        width, hidden, rank = size.width, size.hidden, size.rank
-        self.heads = size.heads
-        self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
-        self.q, self.k, self.v, self.o = (LoraLinear(width, width, rank) for _ in range(4))
-        self.gate, self.up = (LoraLinear(width, hidden, rank) for _ in range(2))
-        self.down = LoraLinear(hidden, width, rank)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm1(x)
-        q, k, v = (
-            f(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v)
-        )
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.o(y.transpose(1, 2).flatten(2))
-        y = self.norm2(x)
-        return x + self.down(F.silu(self.gate(y)) * self.up(y))
-
-
-class Decoder(nn.Module):
-    """Embedding, blocks, head; only LoRA is trained."""
-
-    def __init__(self, size: Size) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, size.width)
-        self.blocks = nn.ModuleList(Block(size) for _ in range(size.layers))
-        self.head = nn.Linear(size.width, VOCABULARY, bias=False)
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_("lora_" in name)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embedding(ids)
-        for block in self.blocks:
-            x = block(x)
-        logits = self.head(x)[:, :-1]
-        return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
-
-
-# ---------------------------------------------------------------- correctness
-
-
-def check_activation_cast(device: str) -> str:
-    """The kernel against the CPU's cast: equal bytes, equal scales."""
-    if device != "cuda":
-        return "skipped: no GPU"
-    x = torch.randn(333, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
-    for granularity in ("row", "tensor"):
-        for scale_mode in ("amax", "pow2"):
-            spec = ActivationCastSpec.for_width(
-                x.shape[1], input_dtype="bfloat16", granularity=granularity, scale=scale_mode
-            )
-            q, scale = activation_cast(x.to(device), spec)
-            wide = x.float()
-            amax = wide.abs().amax(1, keepdim=True) if granularity == "row" else wide.abs().amax()
-            expected = amax_to_scale(amax, E4M3, scale_mode)
-            code = encode_fp8(round_to_fp8(wide * expected.reciprocal(), E4M3), E4M3)
-            torch.testing.assert_close(scale.cpu(), expected, rtol=0, atol=0)
-            torch.testing.assert_close(q.cpu().view(torch.uint8), code, rtol=0, atol=0)
-    return "bit-equal to the CPU"
-
-
-def check_training(device: str) -> str:
-    """Three steps of a tiny decoder: the card against the CPU, falqon on both."""
-    losses, codes = {}, {}
-    for place in ("cpu", device):
-        torch.manual_seed(0)
-        model = Decoder(SIZES["tiny"]).to(place, torch.bfloat16)
-        step = stepper(model, "falqon", {"inner": "eager"}, SIZES["tiny"], place)
-        losses[place] = [step() for _ in range(3)]
-        codes[place] = [s.code.cpu() for s in falqon_fx.adapters(model).values()]
-    a, b = torch.tensor(losses["cpu"]), torch.tensor(losses[device])
-    # Both run the same casts; GEMMs differ in summation order, at most some bf16 roundings a layer.
-    torch.testing.assert_close(a, b, rtol=8 * 2.0**-8, atol=0)
-    same = statistics.fmean(
-        (x == y).float().mean().item() for x, y in zip(codes["cpu"], codes[device], strict=True)
-    )
-    return f"losses agree; {same:.2%} of the FP8 weights are the same after three steps"
-
-
-# ---------------------------------------------------------------- speed
-
-
-def stepper(
-    model: nn.Module, backend: str, options: dict[str, Any], size: Size, device: str
-) -> Callable[[], float]:
-    """One training step on fixed data, as a function."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    call: Any = model
-    if backend != "eager":
-        call = torch.compile(model, backend=backend, options=options or None)
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, VOCABULARY, (size.batch, size.length), generator=generator).to(device)
-
-    def step() -> float:
-        loss = call(ids)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-    return step
-
-
-@dataclass(frozen=True)
-class Row:
-    """What one contender did at one size."""
-
-    size: str
-    contender: str
-    tokens: int
-    seconds: list[float]  # median of each round
-    first_step_seconds: float
-    peak_gib: float
-
-
-def measure(name: str, size: Size, device: str, rounds: int, steps: int) -> list[Row]:
-    """All contenders, one after the other: built, measured in every round, freed."""
-    rows = []
-    for contender in CONTENDERS:
-        torch.manual_seed(0)
-        with torch.device(device):
-            model = Decoder(size).to(torch.bfloat16)
-        step = stepper(model, contender, {}, size, device)
-        start = time.perf_counter()
-        step()
-        first = time.perf_counter() - start
-        for _ in range(2):
-            step()
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        seconds = [statistics.median(timed(step) for _ in range(steps)) for _ in range(rounds)]
-        peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
-        rows.append(Row(name, contender, size.batch * size.length, seconds, first, peak))
-        print(rows[-1], flush=True)
-        del model, step
-        torch._dynamo.reset()
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
-    return rows
-
-
-def timed(step: Callable[[], float]) -> float:
-    """Seconds of a step; reading the loss waits for the card."""
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
-
-
-def table(rows: list[Row]) -> list[str]:
-    """Markdown: medians, spreads and the ratio to Inductor."""
-    lines = [
-        "| size | tokens | run | s / step | spread | ÷ inductor | first step, s | peak GiB |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    base = {row.size: statistics.median(row.seconds) for row in rows if row.contender == "inductor"}
-    for row in rows:
-        middle = statistics.median(row.seconds)
-        lines.append(
-            f"| {row.size} | {row.tokens} | {row.contender} | {middle:.4f} | "
-            f"{max(row.seconds) - min(row.seconds):.4f} | {middle / base[row.size]:.3f} | "
-            f"{row.first_step_seconds:.1f} | {row.peak_gib:.2f} |"
-        )
-    return lines
-
-
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 1 where a step of falqon failed, else 0."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--sizes", nargs="+", default=["1b", "7b-quarter", "7b-quarter-long"])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("out/gpu"))
+    parser.add_argument("--tiny", action="store_true", help="toy sizes on CPU, kernels interpreted")
+    parser.add_argument("--seconds", type=float, default=520.0, help="for everything together")
+    parser.add_argument("--out", type=Path, default=None, help="folder; default benchmarks/results")
     args = parser.parse_args(argv)
-    card = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor()
-    about = {
-        "device": card,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "falqon-fx": falqon_fx.__version__,
-        "command": " ".join(["python", "benchmarks/gpu.py", *(argv or sys.argv[1:])]),
-        "activation cast": check_activation_cast(args.device),
-        "training": check_training(args.device),
-    }
-    print(about, flush=True)
-    kernels = gpu_kernels.report(args.device, args.out)
-    print("\n".join(kernels), flush=True)
-    rows = []
-    for name in args.sizes:
-        rows += measure(name, SIZES[name], args.device, args.rounds, args.steps)
-    args.out.mkdir(parents=True, exist_ok=True)
-    content = {"about": about, "rows": [asdict(row) for row in rows]}
-    (args.out / "gpu.json").write_text(json.dumps(content, indent=2) + "\n")
-    with (args.out / "gpu.csv").open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(asdict(rows[0])))
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-    page = "\n".join(
-        [f"- {key}: {value}" for key, value in about.items()] + ["", *table(rows), "", *kernels, ""]
+    if not args.tiny and not torch.cuda.is_available():
+        parser.error("no CUDA device here; --tiny rehearses on CPU")
+    out = args.out or (None if args.tiny else common.RESULTS)
+    # Dropped adapter dropout, kernels below FP8 and the like are told once by the library itself.
+    warnings.filterwarnings("ignore", module="torch|transformers|peft|numpy")
+    clock, budget = Clock("cpu" if args.tiny else "cuda"), Budget(args.seconds)
+    about = common.environment() | card(clock)
+
+    options = Options(kernel="triton") if args.tiny else Options()
+    checked = timed("correctness", lambda: gpu_check.all_checks(clock.device, options))
+    ceiling = timed("ceilings", lambda: ceilings(clock, 64 if args.tiny else 8192))
+    kernels, updates = timed(
+        "kernels", lambda: gpu_kernels.all_rows(args.tiny, clock, ceiling, budget)
     )
-    (args.out / "gpu.md").write_text(page)
+    steps, failures = timed("steps", lambda: gpu_steps.all_rows(args.tiny, clock, ceiling, budget))
+    found = gpu_targets.targets(steps, kernels, updates)
+
+    content = {
+        "about": about,
+        "seconds": time.perf_counter() - budget.start,
+        "ceilings": asdict(ceiling),
+        "targets": [asdict(t) | {"verdict": t.verdict} for t in found],
+        "dropped": budget.dropped,
+        "failures": failures,
+        "checked": [asdict(c) for c in checked],
+        "updates": [asdict(u) for u in updates],
+        "steps": [asdict(s) for s in steps],
+        "kernels": [asdict(k) for k in kernels],
+    }
+    page = "\n".join(_page(content, checked, steps, kernels, updates, found))
     print(page)
+    if out is not None:
+        write(out, content, steps, kernels, page)
+    return 1 if any(text.startswith("falqon") for text in failures) else 0
+
+
+def timed(what: str, work: Any) -> Any:
+    start = time.perf_counter()
+    result = work()
+    print(f"-- {what}: {time.perf_counter() - start:.1f} s", flush=True)
+    return result
+
+
+def _page(
+    content: dict[str, Any],
+    checked: Sequence[Checked],
+    steps: Sequence[StepRow],
+    kernels: Sequence[KernelRow],
+    updates: Sequence[UpdateRow],
+    found: Sequence[Target],
+) -> list[str]:
+    about, ceiling = content["about"], content["ceilings"]
+    worst = max(checked, key=lambda c: c.worst)
+    lines = [
+        "# One GPU",
+        "",
+        *(f"- {key}: {about[key]}" for key in about if key != "machine"),
+        f"- seconds: {content['seconds']:.0f}",
+        f"- ceilings measured: bf16 {ceiling['bf16'] / 1e12:.0f} TFLOP/s, FP8 tensorwise "
+        f"{ceiling['fp8_tensor'] / 1e12:.0f}, rowwise {ceiling['fp8_row'] / 1e12:.0f}, memory "
+        f"{ceiling['bandwidth'] / 1e12:.2f} TB/s",
+        f"- correctness: {len(checked)} results within their bounds, the worst {worst.what} by "
+        f"{worst.kernel} at {worst.worst:.2f}",
+        *(
+            f"- update, {u.shape} r{u.rank}, {u.sites} sites: {1e3 * u.seconds:.3f} ms; nothing "
+            f"changed: {1e3 * u.unchanged_seconds:.3f} ms"
+            for u in updates
+        ),
+        *(f"- could not run: {text}" for text in content["failures"]),
+        *(f"- dropped, no time: {text}" for text in content["dropped"]),
+        "",
+        "## Targets (of an H100)",
+        "",
+        *common.markdown_table(("what", "wanted", "found", "verdict"), gpu_targets.table(found)),
+        "",
+        "## Steps",
+        "",
+        *common.markdown_table(
+            (
+                "model",
+                "tokens",
+                "rank",
+                "run",
+                "checkpointing",
+                "layers",
+                "s",
+                "spread",
+                "forward",
+                "backward",
+                "tokens/s, all layers",
+                "of ceiling",
+                "GiB",
+                "attention",
+            ),
+            [
+                (
+                    s.shape,
+                    f"{s.batch} x {s.length}",
+                    s.rank,
+                    s.contender,
+                    s.checkpointing,
+                    s.layers,
+                    f"{s.seconds:.4f}",
+                    f"{s.spread:.4f}",
+                    f"{s.forward:.4f}",
+                    f"{s.backward:.4f}",
+                    f"{s.tokens_per_second:.0f}",
+                    f"{s.of_ceiling:.2f}",
+                    f"{s.peak_gib:.1f}",
+                    s.attention,
+                )
+                for s in steps
+            ],
+        ),
+        "",
+        "## Products: what was fastest",
+        "",
+        *common.markdown_table(
+            (
+                "product",
+                "tokens",
+                "out x in",
+                "rank",
+                "scales",
+                "sums",
+                "fastest",
+                "us",
+                "of _scaled_mm on W",
+                "of ceiling",
+            ),
+            [
+                (
+                    k.what,
+                    k.tokens,
+                    f"{k.out} x {k.features}",
+                    k.rank,
+                    k.mode,
+                    k.accumulation,
+                    k.candidate,
+                    f"{1e6 * k.seconds:.1f}",
+                    "" if k.of_library is None else f"{k.of_library:.2f}",
+                    f"{k.of_ceiling:.2f}",
+                )
+                for k in kernels
+                if k.chosen
+            ],
+        ),
+        "",
+    ]
+    return lines
+
+
+def write(
+    folder: Path,
+    content: dict[str, Any],
+    steps: Sequence[StepRow],
+    kernels: Sequence[KernelRow],
+    page: str,
+) -> None:
+    """The result files of a run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    label = re.sub(r"[^a-z0-9]+", "-", content["about"]["card"].split(",")[0].lower()).strip("-")
+    stem = folder / f"gpu-{datetime.date.today().isoformat()}-{label}"
+    common.write_json(Path(f"{stem}.json"), content)
+    if steps:
+        common.write_csv(Path(f"{stem}.csv"), [asdict(s) for s in steps])
+    if kernels:
+        common.write_csv(Path(f"{stem}-kernels.csv"), [asdict(k) for k in kernels])
+    plot(Path(f"{stem}.png"), steps)
+    Path(f"{stem}.md").write_text(f"{page}\n![tokens per second]({stem.name}.png)\n")
+
+
+def plot(file: Path, steps: Sequence[StepRow]) -> None:
+    """Tokens per second of whole models: a group of bars a setting, a bar a contender."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    bars = [s for s in steps if not s.checkpointing]
+    settings = list(dict.fromkeys((s.shape, s.batch, s.length, s.rank) for s in bars))
+    names = list(dict.fromkeys(s.contender for s in bars))
+    figure, axes = pyplot.subplots(figsize=(12, 0.35 * len(bars) + 1.5), layout="constrained")
+    places, labels = [], []
+    place = 0
+    for setting in settings:
+        group = [s for s in bars if (s.shape, s.batch, s.length, s.rank) == setting]
+        for s in sorted(group, key=lambda s: -s.tokens_per_second):
+            axes.barh(-place, s.tokens_per_second, color=f"C{names.index(s.contender) % 10}")
+            places.append(-place)
+            labels.append(f"{s.contender}   {s.shape} {s.batch}x{s.length} r{s.rank}")
+            place += 1
+        place += 1
+    axes.set_yticks(places, labels)
+    axes.set_xlabel("tokens per second, all layers, without checkpointing")
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,6 +6,7 @@ runs the chosen one (`falqon_fx.kernels.choice`):
 ========================  ====================================================================
 triton:<spec>             a generated kernel (`falqon_fx.kernels.gemm`)
 scaled_mm                 ``torch._scaled_mm``, one call a weight (sm_89 and newer)
+scaled_mm+triton:<spec>   the same for O, and a generated kernel for O_A
 dequantize                ``torch.mm`` on decoded operands; takes everything
 ========================  ====================================================================
 
@@ -39,6 +40,7 @@ E4M3 = torch.float8_e4m3fn
 Transpose = Literal["auto", "transient", "kernel"]
 _TIMED = 3  # generated kernels that are tried for one problem
 _MAX_PIECES = 8  # weights in one launch
+_MAX_RANK = 256  # of the term that is added
 
 
 @dataclass(frozen=True)
@@ -65,20 +67,8 @@ def forward(
     Raises ValueError where no kernel, or not the one asked for, takes the operands; the message
     holds the reason of each.
     """
-    problem = _problem(q, q_scale, pieces, a_pieces, out_dtype, a_dtype, options)
-    dtypes = [out_dtype] * (len(pieces) - a_pieces) + [a_dtype] * a_pieces
-    typed = [*zip(pieces, dtypes, strict=True)]
-
-    def library() -> list[Tensor]:
-        mode = options.accumulation
-        return _join([_scaled_mm(q, q_scale, p, dtype, mode) for p, dtype in typed], a_pieces)
-
-    def plain() -> list[Tensor]:
-        return _join([_plain(q, q_scale, p, dtype) for p, dtype in typed], a_pieces)
-
-    candidates: dict[str, Candidate] = dict(_triton(problem, q, q_scale, pieces))
-    candidates |= {"scaled_mm": library, "dequantize": plain}
-    return cast(list[Tensor], _run(_key("forward", problem), candidates, q, options))
+    contest = forward_contest(q, q_scale, pieces, a_pieces, out_dtype, a_dtype, options)
+    return _run(contest, q, options)
 
 
 def grad_x(
@@ -96,6 +86,80 @@ def grad_x(
 
     Raises ValueError as `forward` does.
     """
+    (result,) = _run(
+        grad_x_contest(products, left, right, x_dtype, options), products[0].q, options
+    )
+    return result
+
+
+def grad_b(
+    grad: Tensor, out_a: Tensor, scaling: float, b_dtype: torch.dtype, kernel: str
+) -> Tensor:
+    """dL/dB [out, r] = scaling · gradᵀ · out_a, for dL/dO [n, out] and O_A [n, r].
+
+    Raises ValueError as `forward` does.
+    """
+    wanted = kernel if kernel in ("triton", "dequantize") else "auto"
+    contest = grad_b_contest(grad, out_a, scaling, b_dtype)
+    (result,) = _run(contest, grad, Options(kernel=wanted))
+    return result
+
+
+@dataclass(frozen=True)
+class Contest:
+    """The implementations of one product on given operands; ``key`` says what it is."""
+
+    key: str
+    candidates: dict[str, Candidate]
+
+
+def forward_contest(
+    q: Tensor,
+    q_scale: Tensor,
+    pieces: Sequence[Piece],
+    a_pieces: int,
+    out_dtype: torch.dtype,
+    a_dtype: torch.dtype,
+    options: Options,
+) -> Contest:
+    """What could compute `forward`."""
+    problem = _problem(q, q_scale, pieces, a_pieces, out_dtype, a_dtype, options)
+    y_pieces = len(pieces) - a_pieces
+    dtypes = [out_dtype] * y_pieces + [a_dtype] * a_pieces
+    typed = [*zip(pieces, dtypes, strict=True)]
+    mode = options.accumulation
+
+    def library() -> list[Tensor]:
+        return _join([_scaled_mm(q, q_scale, p, dtype, mode) for p, dtype in typed], a_pieces)
+
+    def plain() -> list[Tensor]:
+        return _join([_plain(q, q_scale, p, dtype) for p, dtype in typed], a_pieces)
+
+    candidates: dict[str, Candidate] = dict(_triton(problem, q, q_scale, pieces))
+    candidates["scaled_mm"] = library
+    if 0 < a_pieces < len(pieces):
+        # O by the library, and all of O_A by one skinny kernel of ours.
+        rest = pieces[y_pieces:]
+        narrow = replace(problem, rows=problem.rows[y_pieces:], bias="none")
+        for name, skinny in _triton(narrow, q, q_scale, rest):
+
+            def both(skinny: Candidate = skinny) -> list[Tensor]:
+                wide = [_scaled_mm(q, q_scale, p, dtype, mode) for p, dtype in typed[:y_pieces]]
+                return [*wide, *skinny()]
+
+            candidates[f"scaled_mm+{name}"] = both
+    candidates["dequantize"] = plain
+    return Contest(_key("forward", problem), candidates)
+
+
+def grad_x_contest(
+    products: Sequence[Product],
+    left: Tensor | None,
+    right: Tensor | None,
+    x_dtype: torch.dtype,
+    options: Options,
+) -> Contest:
+    """What could compute `grad_x`; each gives a list of one."""
     q, q_scale, weight = products[0].q, products[0].q_scale, products[0].weight
     more = products[1:]
     features = weight.shape[1]
@@ -118,21 +182,30 @@ def grad_x(
             f"{name}+transpose": run
             for name, run in _triton(turned, q, q_scale, [piece], more, transpose=True)
         }
-        candidates["scaled_mm+transpose"] = lambda: [
-            _scaled_grad(products, left, right, x_dtype, options.accumulation)
+
+        def library() -> list[Tensor]:
+            mode = options.accumulation
+            parts = [
+                _scaled_mm(p.q, p.q_scale, Piece(transposed(p.weight), None), x_dtype, mode)
+                for p in products
+            ]
+            return [_finish(_sum(parts), piece, x_dtype)]
+
+        candidates["scaled_mm+transpose"] = library
+
+    def plain() -> list[Tensor]:
+        parts = [
+            (_decoded(p.q, x_dtype) @ _decoded(p.weight, x_dtype)).to(torch.float32) * p.q_scale
+            for p in products
         ]
-    candidates["dequantize"] = lambda: [_plain_grad(products, left, right, x_dtype)]
-    (result,) = cast(list[Tensor], _run(_key("dL/dx", problem), candidates, q, options))
-    return result
+        return [_finish(_sum(parts), piece, x_dtype)]
+
+    candidates["dequantize"] = plain
+    return Contest(_key("dL/dx", problem), candidates)
 
 
-def grad_b(
-    grad: Tensor, out_a: Tensor, scaling: float, b_dtype: torch.dtype, kernel: str
-) -> Tensor:
-    """dL/dB [out, r] = scaling · gradᵀ · out_a, for dL/dO [n, out] and O_A [n, r].
-
-    Raises ValueError as `forward` does.
-    """
+def grad_b_contest(grad: Tensor, out_a: Tensor, scaling: float, b_dtype: torch.dtype) -> Contest:
+    """What could compute `grad_b`; each gives a list of one."""
     spec = GradBSpec.for_rank(
         out_a.shape[1],
         grad_dtype=_name(grad.dtype),
@@ -141,12 +214,10 @@ def grad_b(
         operands="float32" if runs_interpreted(grad) else "native",
     )
     candidates: dict[str, Candidate] = {
-        f"triton:{spec.name}": lambda: backward.grad_b(grad, out_a, scaling, spec),
-        "dequantize": lambda: plain_grad_b(grad, out_a, scaling, b_dtype),
+        f"triton:{spec.name}": lambda: [backward.grad_b(grad, out_a, scaling, spec)],
+        "dequantize": lambda: [plain_grad_b(grad, out_a, scaling, b_dtype)],
     }
-    key = f"dL/dB n={_bucket(len(grad))} out={grad.shape[1]} {spec.name}"
-    wanted = kernel if kernel in ("triton", "dequantize") else "auto"
-    return cast(Tensor, _run(key, candidates, grad, Options(kernel=wanted)))
+    return Contest(f"dL/dB n={_bucket(len(grad))} out={grad.shape[1]} {spec.name}", candidates)
 
 
 def forward_choice(device: torch.device, features: int, out: int) -> Choice | None:
@@ -182,14 +253,17 @@ def _warn_below_fp8(card: str, number: int) -> None:
     )
 
 
-def _run(key: str, candidates: dict[str, Candidate], like: Tensor, options: Options) -> object:
+def _run(contest: Contest, like: Tensor, options: Options) -> list[Tensor]:
+    candidates = contest.candidates
     plain_here = not like.is_cuda and options.kernel == "auto"
     if plain_here or like.shape[0] == 0:
-        return candidates["dequantize"]()
+        result: list[Tensor] = candidates["dequantize"]()
+        return result
     # While a CUDA graph is captured nothing can be timed; warming up came before.
     time = like.is_cuda and not torch.cuda.is_current_stream_capturing()
-    choice = choices_for(like.device).get(key, candidates, options.kernel, time=time)
-    return candidates[choice.winner]()
+    choice = choices_for(like.device).get(contest.key, candidates, options.kernel, time=time)
+    result = candidates[choice.winner]()
+    return result
 
 
 def _triton(
@@ -201,10 +275,11 @@ def _triton(
     *,
     transpose: bool = False,
 ) -> Iterator[tuple[str, Candidate]]:
-    """The likeliest generated kernels for a problem, none where they don't take it."""
+    """The likeliest generated kernels for a problem; where none takes it, one that says why."""
     interpreted = runs_interpreted(q)
     where = 0 if interpreted else architecture(q.device)
-    if problem.k == 0 or len(pieces) > _MAX_PIECES or problem.rank > 256:
+    if why := _refusal(problem):
+        yield "triton", functools.partial(_refuse, why)
         return
     # The same order for all token counts that share a choice.
     usual = replace(problem, n=_bucket(problem.n))
@@ -215,6 +290,21 @@ def _triton(
         else:
             run = functools.partial(gemm, q, q_scale, pieces, spec, more)
         yield f"triton:{spec.name}", run
+
+
+def _refusal(problem: GemmProblem) -> str:
+    """Why no generated kernel takes a problem, or ""."""
+    if problem.k == 0:
+        return "K is 0"
+    if len(problem.rows) > _MAX_PIECES:
+        return f"{len(problem.rows)} weights, more than {_MAX_PIECES}"
+    if problem.rank > _MAX_RANK:
+        return f"rank {problem.rank}, more than {_MAX_RANK}"
+    return ""
+
+
+def _refuse(why: str) -> list[Tensor]:
+    raise ValueError(why)
 
 
 def _transposed_gemm(
@@ -247,41 +337,18 @@ def _scaled_mm(
     return _finish(y, piece, dtype)
 
 
-def _scaled_grad(
-    products: Sequence[Product],
-    left: Tensor | None,
-    right: Tensor | None,
-    dtype: torch.dtype,
-    accumulation: Accumulation,
-) -> Tensor:
-    total: Tensor | None = None
-    for product in products:
-        piece = Piece(transposed(product.weight), None)
-        y = _scaled_mm(product.q, product.q_scale, piece, dtype, accumulation)
-        total = y if total is None else total + y
-    assert total is not None
-    return _finish(total, Piece(products[0].weight, None, None, left, right), dtype)
-
-
 def _plain(q: Tensor, q_scale: Tensor, piece: Piece, dtype: torch.dtype) -> Tensor:
     """One piece by ``torch.mm`` on the decoded operands, in bfloat16 where the result is that."""
     y = _decoded(q, dtype) @ _decoded(piece.weight, dtype).t()
     wide = y.to(torch.float32) * q_scale
     if piece.scale is not None:
         wide = wide * piece.scale.reshape(1, -1)
-    return _finish(wide.to(y.dtype), piece, dtype)
+    return _finish(wide, piece, dtype)
 
 
-def _plain_grad(
-    products: Sequence[Product], left: Tensor | None, right: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    total: Tensor | None = None
-    for product in products:
-        y = _decoded(product.q, dtype) @ _decoded(product.weight, dtype)
-        y = y.to(torch.float32) * product.q_scale
-        total = y if total is None else total + y
-    assert total is not None
-    return _finish(total, Piece(products[0].weight, None, None, left, right), dtype)
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    """The sum, in float32 where there is something to add."""
+    return functools.reduce(torch.add, [p.to(torch.float32) for p in parts[1:]], parts[0])
 
 
 def _finish(y: Tensor, piece: Piece, dtype: torch.dtype) -> Tensor:
