@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from falqon_fx.numerics import E4M3, amax_to_scale, decode_fp8, round_to_fp8
 from falqon_fx.spec import SiteSpec
 from falqon_fx.svd import low_rank_rows
 
+T = TypeVar("T")
 STATE = ("code", "scale", "applied", "counters", "writes")
 
 
@@ -310,10 +311,10 @@ class Registry:
         return list(self._by_b.get(lora_b, []))
 
     def within(
-        self, parameters: Iterable[Tensor], names: Mapping[int, str]
-    ) -> Iterator[tuple[MergedAdapter, tuple[str, ...]]]:
-        """The states whose B is among ``parameters`` and whose W, A and B all have a name, by id,
-        with these names.
+        self, parameters: Iterable[Tensor], names: Mapping[int, T]
+    ) -> Iterator[tuple[MergedAdapter, tuple[T, ...]]]:
+        """The states whose B is among ``parameters`` and whose W, A and B all have an entry in
+        ``names``, by id, with these entries.
         """
         for parameter in parameters:
             for state in self.of(parameter):

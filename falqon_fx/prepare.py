@@ -16,7 +16,7 @@ from falqon_fx import ops
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
 from falqon_fx.merged import MergedAdapter, check_values, create, registry
-from falqon_fx.report import common_path
+from falqon_fx.report import deepest_path
 from falqon_fx.spec import parse_spec
 
 
@@ -279,10 +279,12 @@ def adapters(model: nn.Module) -> dict[str, MergedAdapter]:
     for layer in lora_layers(inner):
         if isinstance(layer.base, MergedBaseLinear):
             found[layer.path] = layer.state()
-    names = {id(p): name for name, p in inner.named_parameters(remove_duplicate=False)}
+    names: dict[int, list[str]] = {}
+    for name, parameter in inner.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
     for state, of_state in registry.within(inner.parameters(), names):
-        path = common_path([*of_state])
-        found[path if path not in found else of_state[-1]] = state
+        path = deepest_path(of_state)
+        found[path if path not in found else of_state[-1][0]] = state
     return found
 
 

@@ -86,7 +86,7 @@ def plan(
     sites: list[SitePlan] = []
     slots: dict[tuple[object, ...], Slot] = {}
     for found in matches:
-        path = _path(root, _params(found), found.scope)
+        path = _path(root, _named_by(found), found.scope)
         why = _refusal(found, path, config)
         if why is not None:
             refused.append(why)
@@ -124,6 +124,18 @@ def _params(found: Match) -> tuple[Param, ...]:
         code = found.base.state[0]
         return (Param(value_of(found.scope.outer(code)), code), found.lora_a, found.lora_b)
     return (found.base.weight, found.lora_a, found.lora_b)
+
+
+def _named_by(found: Match) -> tuple[Param, ...]:
+    """The parameters whose module is the site's: not a tied W, which has the name of its first use
+    in the graph.
+    """
+    base, *adapter = _params(found)
+    node = base.node
+    if node is None:
+        return (base, *adapter)
+    tied = len(found.scope.outer(node).users) > 1 or not found.nodes.issuperset(node.users)
+    return tuple(adapter) if tied else (base, *adapter)
 
 
 def _refusal(found: Match, path: str, config: FalqonConfig) -> Rejected | None:

@@ -113,3 +113,57 @@ def test_a_layer_with_fewer_rows_than_the_default_topk():
     compiled(model)(randn(5, 24))
     (state,) = falqon_fx.adapters(model).values()
     assert state.weight.shape == (5, 24)
+
+
+class TiedBlocks(nn.Module):
+    """Zamba2: a block in two places with one base weight and an adapter in each place; and a head
+    tied to the embedding, with an adapter of its own.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(32, 24).requires_grad_(False)
+        self.layers = nn.ModuleList(nn.ModuleDict({"proj": LoraLinear(24, 24)}) for _ in range(2))
+        self.layers[1]["proj"].base_layer.weight = self.layers[0]["proj"].base_layer.weight
+        self.head = LoraLinear(24, 32)
+        self.head.base_layer.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = torch.relu(layer["proj"](x))
+        return self.head(x)
+
+
+TIED = {"layers.0.proj", "layers.1.proj", "head"}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_sites_on_a_tied_base_weight_have_the_paths_of_their_adapters(checkpointed):
+    model, passes = TiedBlocks(), Passes()
+    ids = torch.randint(0, 32, (2, 5))
+    if checkpointed:
+        for i, layer in enumerate(model.layers):
+            model.layers[i] = Checkpointed(layer["proj"])
+    passes.run(model, ids)
+    assert {site.path.replace(".layer", ".proj") for site in passes.sites} == TIED
+    found = falqon_fx.adapters(model)
+    assert {path.replace(".layer", ".proj") for path in found} == TIED
+
+
+class Checkpointed(nn.ModuleDict):
+    """A block whose projection is recomputed in backward."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__({"layer": layer})
+
+    def __getitem__(self, name: str) -> object:
+        return lambda x: checkpoint(self._modules["layer"], x, use_reentrant=False)
+
+
+def test_a_layer_with_two_names_has_the_first():
+    """As `named_modules` and PEFT name it."""
+    model, x = nn.Sequential(LoraLinear(24, 24), nn.ReLU(), LoraLinear(24, 24)), randn(5, 24)
+    model[2] = model[0]
+    compiled(model)(x)
+    assert list(falqon_fx.adapters(model)) == ["0"]

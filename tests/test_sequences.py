@@ -10,8 +10,6 @@ casts.
 
 from __future__ import annotations
 
-import os
-
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -231,6 +229,6 @@ class Plain(nn.Module):
         return layer.base_layer(x) + layer.lora_B(layer.lora_A(x)) * layer.scaling
 
 
-_many = os.environ.get("HYPOTHESIS_PROFILE") == "fuzz"
+_default = settings.get_profile(settings.get_current_profile_name()).max_examples
 TestLoop = Loop.TestCase
-TestLoop.settings = settings(max_examples=500 if _many else 40, stateful_step_count=25)
+TestLoop.settings = settings(max_examples=max(40, _default // 10), stateful_step_count=25)

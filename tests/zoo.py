@@ -189,7 +189,6 @@ LEFT_OUT = {
     "gemma4": "its decoder is gemma4_text; its vision tower has no tiny config",
     "gemma4_assistant": "a draft head: runs on the hidden states and caches of another model",
     "gemma4_unified_assistant": "a draft head, as gemma4_assistant",
-    "zamba2": "its blocks share layers under several paths; the emulation finds layers by path",
     "reformer": "draws seeds of its own, so no two runs are alike",
     "recurrent_gemma": "keeps values of a forward pass, so no copy of it can be made to emulate",
 }
