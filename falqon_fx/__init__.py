@@ -1,13 +1,9 @@
 """falqon-fx: LoRA fine-tuning on a merged FP8 backbone, as a torch.compile backend."""
 
 from falqon_fx.backend import RewriteResult, falqon, rewrite
-from falqon_fx.checkpoint import (
-    CheckpointReport,
-    CheckpointState,
-    load_checkpoint,
-    save_checkpoint,
-)
+from falqon_fx.checkpoint import CheckpointReport, load_checkpoint, save_checkpoint
 from falqon_fx.config import FalqonConfig
+from falqon_fx.distributed_checkpoint import CheckpointState
 from falqon_fx.errors import FalqonConfigError, FalqonError
 from falqon_fx.explain import explain
 from falqon_fx.export import ExportReport, save_fp8

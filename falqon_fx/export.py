@@ -18,7 +18,7 @@ from falqon_fx.errors import FalqonError
 from falqon_fx.merged import MergedAdapter
 from falqon_fx.numerics import E4M3
 from falqon_fx.prepare import unwrap
-from falqon_fx.unload import fp8_layers, merged_bias, merged_weight, plain_layer
+from falqon_fx.unload import fp8_layers, merged_bias, merged_layer
 
 Form = Literal["compressed-tensors", "fp8"]
 _BLOCK = 128  # the block size that engines have kernels for
@@ -175,7 +175,7 @@ class _Export:
         if path in self.layers:
             reason = "Conv1D has no FP8 form, so the merged weight was written dense"
             layer, state = self.layers[path], self.all_states[path]
-            module = plain_layer(layer, merged_weight(state), merged_bias(layer))
+            module = merged_layer(layer, state)
             self.dense[path] = reason
         elif hasattr(module, "unload_and_optionally_merge_module"):  # PEFT's modules_to_save
             module = copy.deepcopy(module).unload_and_optionally_merge_module(

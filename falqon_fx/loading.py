@@ -14,7 +14,7 @@ from falqon_fx import storage
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
 from falqon_fx.merged import STATE, MergedAdapter
-from falqon_fx.prepare import MergedBaseLinear
+from falqon_fx.prepare import MergedBaseLinear, lora_path
 from falqon_fx.spec import SiteSpec
 
 FORMAT = "falqon_fx.prequantized.1"  # what `falqon_fx.prequantize` writes
@@ -87,7 +87,8 @@ def fill(
     """
     for path, (state, dtype) in states.items():
         bias = model.get_submodule(path).bias
-        model.set_submodule(path, MergedBaseLinear(state, bias, dtype, state.transposed))
+        layer = MergedBaseLinear(state, bias, dtype, state.transposed, lora_path(path))
+        model.set_submodule(path, layer)
     named = {}
     for name, tensor in tensors.items():
         path, _, last = name.rpartition(".")

@@ -32,11 +32,11 @@ class MergedBaseLinear(nn.Module):
         state: MergedAdapter,
         bias: nn.Parameter | None,
         dtype: torch.dtype,
-        transposed: bool = False,
-        path: str = "",
+        transposed: bool,
+        path: str,
     ) -> None:
         super().__init__()
-        self.path = path
+        self.path = path  # of its LoRA layer, for errors
         self.code, self.scale, self.applied, self.counters, self.writes = (
             nn.Parameter(tensor, requires_grad=False)
             for tensor in (state.code, state.scale, state.applied, state.counters, state.writes)
@@ -74,10 +74,8 @@ class MergedBaseLinear(nn.Module):
 
     def plain(self) -> nn.Module:
         """The base layer as it was before `prepare`, within the casts."""
-        layer = _plain_layer(self)
-        layer.weight = nn.Parameter(self._dequantized(), requires_grad=False)
-        layer.register_parameter("bias", self.bias)
-        return layer.train(self.training)
+        weight = self.merged().base().to(self.dtype)
+        return plain_layer(weight, self.bias, self.transposed).train(self.training)
 
     def _dequantized(self) -> Tensor:
         base = self.merged().base().to(self.dtype)
@@ -196,6 +194,12 @@ class LoraLayer:
         return weight.t() if self.transposed else weight
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the base weight, now or before `prepare`."""
+        prepared = isinstance(self.base, MergedBaseLinear)
+        return self.base.dtype if prepared else self.base.weight.dtype  # type: ignore[no-any-return]
+
+    @property
     def lora_a(self) -> nn.Parameter:
         return self.module.lora_A[self.adapter].weight  # type: ignore[no-any-return]
 
@@ -259,15 +263,22 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
-def _plain_layer(merged: MergedBaseLinear) -> nn.Module:
-    """A layer like the one that was merged; its parameters are still to come."""
-    with torch.device("meta"):
-        if merged.transposed:
+def plain_layer(weight: Tensor, bias: nn.Parameter | None, transposed: bool) -> nn.Module:
+    """A frozen linear layer with ``weight`` [out, in]: GPT-2's Conv1D where it is to be stored
+    [in, out], else ``nn.Linear``.
+    """
+    out, features = weight.shape
+    layer: nn.Module
+    with torch.device("meta"):  # its parameters are given
+        if transposed:
             from transformers.pytorch_utils import Conv1D
 
-            layer: nn.Module = Conv1D(merged.out_features, merged.in_features)
-            return layer
-        return nn.Linear(merged.in_features, merged.out_features, bias=False)
+            layer, weight = Conv1D(out, features), weight.t().contiguous()
+        else:
+            layer = nn.Linear(features, out, bias=False)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.register_parameter("bias", bias)
+    return layer
 
 
 def adapters(model: nn.Module) -> dict[str, MergedAdapter]:
@@ -292,6 +303,11 @@ def flush(model: nn.Module) -> None:
     """Write every pending row of every site into its FP8 weight now."""
     for state in adapters(model).values():
         state.flush()
+
+
+def lora_path(base_path: str) -> str:
+    """The path of the LoRA layer whose base layer lies at ``base_path``."""
+    return base_path.removesuffix(".base_layer")
 
 
 def unwrap(model: nn.Module) -> nn.Module:

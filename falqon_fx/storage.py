@@ -141,11 +141,14 @@ def flush_to_disk(path: Path) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write contiguous tensors on CPU that share no memory; returns what `open_tensors` checks."""
+    """Write contiguous tensors on CPU that share no memory, onto the disk; returns what
+    `open_tensors` checks.
+    """
     names = list(tensors)
+    save_tensors(path, tensors)
     with _threads() as pool:
-        pending = pool.map(checksum, (tensors[name] for name in names))  # beside the writing
-        save_tensors(path, tensors)
+        pending = pool.map(checksum, (tensors[name] for name in names))
+        flush_to_disk(path)  # the disk works meanwhile
         sums = list(pending)
     return {
         "bytes": path.stat().st_size,
@@ -168,6 +171,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
     path.touch()
     rights = path.stat().st_mode
+    path.unlink()  # safetensors renames its file; over another, that would wait for the disk
     save_file(dict(tensors), path, metadata={"format": "pt"})
     path.chmod(rights)  # safetensors lets nobody else read
 

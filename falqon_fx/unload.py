@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from falqon_fx.errors import FalqonError
 from falqon_fx.merged import MergedAdapter, registry
-from falqon_fx.prepare import LoraLayer, MergedBaseLinear, lora_layers, unwrap
+from falqon_fx.prepare import LoraLayer, MergedBaseLinear, lora_layers, plain_layer, unwrap
 
 
 def merge_and_unload(model: nn.Module) -> nn.Module:
@@ -31,9 +31,10 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         )
     base: Any = model.get_base_model()  # type: ignore[operator]
     layers = fp8_layers(base)
-    biases = {path: merged_bias(layer) for path, (layer, _) in layers.items()}
+    for layer, _ in layers.values():
+        merged_bias(layer)  # refused before anything is changed
     for path, (layer, state) in layers.items():  # one dense weight at a time
-        base.set_submodule(path, plain_layer(layer, merged_weight(state), biases[path]))
+        base.set_submodule(path, merged_layer(layer, state))
         registry.forget(layer.lora_b)
     merged: nn.Module = model.merge_and_unload()  # type: ignore[operator]
     return merged
@@ -99,23 +100,9 @@ def merged_bias(layer: LoraLayer) -> Tensor | None:
     return wide.to(bias.dtype)
 
 
-def plain_layer(layer: LoraLayer, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """A layer of the base layer's kind with ``weight`` [out, in] in the base weight's dtype."""
-    dtype = (
-        layer.base.dtype if isinstance(layer.base, MergedBaseLinear) else layer.base.weight.dtype
-    )
-    out, features = weight.shape
-    plain: Any
-    if layer.transposed:
-        from transformers.pytorch_utils import Conv1D
-
-        with torch.device("meta"):
-            plain = Conv1D(out, features)
-        weight = weight.t().contiguous()
-    else:
-        plain = nn.Linear(features, out, bias=False, device="meta")
-    plain.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-    plain.register_parameter(
-        "bias", None if bias is None else nn.Parameter(bias, requires_grad=False)
-    )
-    return plain.train(layer.module.training)  # type: ignore[no-any-return]
+def merged_layer(layer: LoraLayer, state: MergedAdapter) -> nn.Module:
+    """A plain layer of the base layer's kind and dtype, with the adapter merged."""
+    bias = merged_bias(layer)
+    parameter = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    plain = plain_layer(merged_weight(state).to(layer.dtype), parameter, layer.transposed)
+    return plain.train(layer.module.training)

@@ -165,6 +165,9 @@ def test_either_form_loads_into_the_other(tmp_path, saved):
     ]
     layer = resumed.model.base_model.model[0].base_layer
     assert isinstance(layer, MergedBaseLinear)
+    with pytest.raises(FalqonError, match="would be lost") as lost:
+        resumed.model.merge_adapter()
+    assert lost.value.site == next(iter(falqon_fx.adapters(resumed.model)))
     for run in (first, resumed):
         torch.manual_seed(3)
         random.seed(3)
@@ -351,6 +354,6 @@ def test_an_empty_folder_is_refused(tmp_path):
 def test_a_newer_format_is_refused(tmp_path):
     falqon_fx.save_checkpoint(tiny_mlp(), tmp_path)
     file = tmp_path / MANIFEST
-    file.write_text(file.read_text().replace("checkpoint.1", "checkpoint.2"))
-    with pytest.raises(DamagedFileError, match=r"its format is not 'falqon_fx\.checkpoint\.1'"):
+    file.write_text(file.read_text().replace("checkpoint.2", "checkpoint.3"))
+    with pytest.raises(DamagedFileError, match=r"its format is not 'falqon_fx\.checkpoint\.2'"):
         falqon_fx.load_checkpoint(tiny_mlp(), tmp_path)

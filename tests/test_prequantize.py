@@ -93,6 +93,14 @@ def test_it_is_prepare_bit_for_bit(tmp_path, granularity, scale, tied):
         assert torch.equal(loaded(IDS).logits, expected.eval()(IDS).logits)
 
 
+def test_a_write_into_a_loaded_weight_names_its_layer(tmp_path):
+    prequantize(folder_of(dense_model(), tmp_path / "dense"), tmp_path / "out")
+    model = falqon_fx.load(tmp_path / "out")
+    with pytest.raises(FalqonError, match="would be lost") as refused:
+        model.merge_adapter()
+    assert refused.value.site == next(iter(falqon_fx.adapters(model)))
+
+
 def test_the_loaded_model_trains(tmp_path):
     source = folder_of(dense_model(), tmp_path / "dense")
     prequantize(source, tmp_path / "out")
