@@ -38,7 +38,9 @@ def unmatched(
 def named_as_lora(
     root: Scope, matches: Sequence[Match], rejected: Sequence[RejectedMatch]
 ) -> Iterator[RejectedMatch]:
-    """Trained weights of a whole graph that are named as LoRA's and stand in neither list."""
+    """Weights of a whole graph that are named as LoRA's and stand in neither list; frozen ones too,
+    as Arrow's.
+    """
     for params in _by_owner(root, _known(matches, rejected)).values():
         names = " and ".join(params)
         why = f"{names} {'stand' if len(params) > 1 else 'stands'} in this graph, but not as"
@@ -62,8 +64,8 @@ def _by_owner(scope: Scope, known: set[int]) -> dict[str, dict[str, Param]]:
             continue
         name = source_path(node) or str(node.target)
         named = re.search(r"\blora_[AaBb](?![a-z])", name)
-        param = _trained(scope, node) if named else None
-        if named and param is not None and id(param.value) not in known:
+        param = param_of(node, scope) if named else None
+        if named and param is not None and param.value.dim() > 1 and id(param.value) not in known:
             found.setdefault(name[: named.start()].rstrip("."), {})[named[0]] = param
     return found
 

@@ -8,13 +8,19 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from peft.tuners.lora import config as options
+from peft.tuners.lora.arrow import create_arrow_model
+from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import falqon_fx
+from falqon_fx.update import STEP
 from tests import tolerances as tol
 from tests.models import fill_b
-from tests.passes.test_match import One, adapt, one
+from tests.passes.test_match import One, adapt, check_peft, layer_of, one
 from tests.sites import randn
 from tests.spellings import Passes, check_site
 
@@ -96,31 +102,123 @@ def test_a_parametrized_weight():
     assert added.b.grad is not None
 
 
-INITS = {
-    "orthogonal": {"init_lora_weights": "orthogonal"},
-    "EVA": {"init_lora_weights": "eva", "eva_config": peft.EvaConfig()},
-    "LoRA-GA": {"init_lora_weights": True},
-    # Its own arithmetic is for quantized layers alone; on nn.Linear the graph is plain LoRA.
-    "QA-LoRA on an unquantized layer": {"use_qalora": True, "qalora_group_size": 4},
-}
+def base_model() -> One:
+    torch.manual_seed(0)
+    return One(nn.Linear(24, 20).requires_grad_(False))
 
 
-@pytest.mark.parametrize("lora", INITS.values(), ids=INITS)
-def test_initializations_change_no_graph(lora):
-    passes = Passes()
-    passes.run(one(**lora), randn(5, 24))
-    assert len(passes.sites) == 1
-    assert not passes.rejected
+def lora(**options: Any) -> peft.LoraConfig:
+    return peft.LoraConfig(r=4, lora_alpha=8, target_modules=["proj"], **options)
+
+
+def orthogonal() -> nn.Module:
+    return peft.get_peft_model(base_model(), lora(init_lora_weights="orthogonal"))
+
+
+def qalora() -> nn.Module:
+    """Its own arithmetic is for quantized layers alone; on nn.Linear the graph is plain LoRA."""
+    return peft.get_peft_model(base_model(), lora(use_qalora=True, qalora_group_size=4))
+
+
+def eva() -> nn.Module:
+    config = lora(init_lora_weights="eva", eva_config=peft.EvaConfig())
+    model = peft.get_peft_model(base_model(), config)
+    batches = [{"x": randn(8, 24, seed=i)} for i in range(8)]
+    peft.initialize_lora_eva_weights(
+        model,
+        batches,
+        prepare_model_inputs_fn=None,
+        prepare_layer_inputs_fn=lambda inputs, *_: inputs[0],
+        show_progress_bar=False,
+    )
+    return model
+
+
+def corda() -> nn.Module:
+    model, parts = base_model(), options.CordaConfig(corda_method="kpm")
+    config = lora(init_lora_weights="corda", corda_config=parts)
+    preprocess_corda(model, config, lambda: [model(randn(16, 24, seed=i)) for i in range(4)])
+    return peft.get_peft_model(model, config)
+
+
+def lora_ga() -> nn.Module:
+    model = base_model()
+    config = lora(init_lora_weights="lora_ga", lora_ga_config=options.LoraGAConfig())
+    preprocess_loraga(model, config, lambda: model(randn(16, 24)).square().mean().backward())
+    return peft.get_peft_model(model, config)
+
+
+def loftq() -> nn.Module:
+    """PEFT's own (peft/utils/loftq_utils.py, `loftq_init`) needs a GPU. The same by hand, with its
+    8 bits: W := dq(q(W)), and the largest singular parts of what that lost become B · A.
+    """
+    model = peft.get_peft_model(base_model(), lora())
+    layer = layer_of(model)
+    weight, scaling = layer.base_layer.weight, layer.scaling["default"]
+    step = weight.detach().abs().amax(1, keepdim=True) / 127
+    quantized = (weight.detach() / step).round() * step
+    u, s, v = torch.linalg.svd(weight.detach() - quantized, full_matrices=False)
+    with torch.no_grad():
+        weight.copy_(quantized)
+        layer.lora_B["default"].weight.copy_(u[:, :4] * s[:4].sqrt() / scaling)
+        layer.lora_A["default"].weight.copy_(s[:4, None].sqrt() * v[:4])
+    return model
+
+
+# Whether B is away from zero at the start.
+INITS = {orthogonal: True, qalora: False, eva: False, corda: True, lora_ga: True, loftq: True}
+
+
+@pytest.mark.parametrize("make", INITS, ids=lambda make: make.__name__)
+def test_initializations_are_one_site_within_the_fp8_bound(make):
+    model = make()
+    assert bool(layer_of(model).lora_B["default"].weight.any()) == INITS[make]
+    if not INITS[make]:
+        fill_b(model, size=0.1)
+    check_peft(model, randn(2, 3, 24))
+
+
+def trained_with(make: Callable[[nn.Module], torch.optim.Optimizer]) -> tuple[Tensor, Tensor, int]:
+    """B and its gradient after three steps, and how many of them the state has seen."""
+    model, x = one(), randn(5, 24)
+    optimizer = make(model)
+    call = torch.compile(model, backend="falqon", options={"inner": "eager", "topk": "all"})
+    for _ in range(3):
+        optimizer.zero_grad()
+        call(x).square().mean().backward()
+        optimizer.step()
+    call(x)
+    (state,) = falqon_fx.adapters(model).values()
+    b = layer_of(model).lora_B["default"].weight
+    return b.detach(), b.grad, int(state.counters[STEP])
 
 
 def test_lora_fa():
-    """A frozen: the same graph."""
-    model, passes = one(), Passes()
-    for name, parameter in model.named_parameters():
-        if "lora_A" in name:
-            parameter.requires_grad_(False)
-    passes.run(model, randn(5, 24)).sum().backward()
-    assert len(passes.sites) == 1
+    """A frozen: the same graph, each step of PEFT's optimizer for it is seen."""
+
+    def make(model: nn.Module) -> torch.optim.Optimizer:
+        return create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-2)
+
+    before = layer_of(one()).lora_B["default"].weight
+    b, grad, steps = trained_with(make)
+    assert steps == 3
+    assert grad.any()
+    assert not torch.equal(b, before)
+
+
+def test_lora_plus_is_the_learning_rate_of_b():
+    """A is held fixed, so the ratio of its two learning rates is all that is left."""
+
+    def plus(model: nn.Module) -> torch.optim.Optimizer:
+        return create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
+
+    def plain(model: nn.Module) -> torch.optim.Optimizer:
+        b = layer_of(model).lora_B["default"].weight
+        return torch.optim.AdamW([b], lr=16e-3, weight_decay=0.0)
+
+    found, expected = trained_with(plus), trained_with(plain)
+    assert found[2] == expected[2] == 3
+    assert torch.equal(found[0], expected[0])
 
 
 def test_diffusers_attention():
@@ -214,6 +312,37 @@ def test_experts_are_refused():
             return torch.bmm(x, (self.weight + torch.bmm(self.b, self.a)).transpose(1, 2))
 
     refused(Experts(), randn(3, 5, 24), "stacked weights, such as those of experts")
+
+
+class Grouped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(randn(3, 20, 24), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.bmm(x, self.weight.transpose(1, 2))
+
+
+def test_a_param_wrapper_is_refused():
+    """PEFT's own, on stacked weights of experts."""
+    targets = {"target_modules": [], "target_parameters": ["proj.weight"]}
+    model = peft.get_peft_model(One(Grouped()), peft.LoraConfig(r=4, **targets))
+    fill_b(model, 0.1)
+    refused(model, randn(3, 5, 24), BY_NAME)
+
+
+def test_arrow_is_refused(tmp_path):
+    """Frozen adapters that a router mixes token by token; nothing in it is trained."""
+    for i in range(2):
+        model = peft.get_peft_model(base_model(), lora())
+        fill_b(model, 0.1, seed=i)
+        model.save_pretrained(tmp_path / str(i))
+    paths = [str(tmp_path / str(i)) for i in range(2)]
+    refused(
+        create_arrow_model(base_model(), paths, options.ArrowConfig(top_k=1)),
+        randn(2, 5, 24),
+        BY_NAME,
+    )
 
 
 def test_mixed_batches_of_adapters_are_refused():
