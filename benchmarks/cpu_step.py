@@ -5,8 +5,9 @@
 Each contender lives in its own process with its own empty compile cache. They take turns: in a
 round every contender runs a few steps, in an order that rotates, while the others sleep; a ratio
 is taken within its round. The baseline is whichever bf16 PEFT run (A and B trained, adapter in
-float32 or bf16, eager or Inductor) has the lowest median. Also measured: the first step, the
-memory of the process around ``prepare``, the bytes of the merged weights.
+float32 or bf16, eager or Inductor) has the lowest median; the peer of a run is the fastest of those
+whose adapter has its dtype (PEFT itself makes a bf16 model's adapter float32). Also measured: the
+first step, the memory of the process around ``prepare``, the bytes of the merged weights.
 """
 
 from __future__ import annotations
@@ -37,7 +38,6 @@ from training import Trainee, Variant
 
 import falqon_fx
 
-BATCH_SIZE = 8
 CONTENDERS = {
     "falqon": Variant("falqon", "falqon", 1e-3, "falqon"),
     "falqon, bf16 adapter": Variant(
@@ -85,12 +85,12 @@ def resident_bytes() -> int:
 class Contender:
     """One model, trained on command."""
 
-    def __init__(self, variant: Variant) -> None:
+    def __init__(self, variant: Variant, batch_size: int) -> None:
         self.variant = variant
         base, tokenizer = smollm.load_model()
         train = smollm.split(smollm.chatterbot_pairs()).train
         length = smollm.fixed_length(tokenizer, train)
-        self.batches = smollm.training_batches(tokenizer, train, length, BATCH_SIZE, 16, seed=0)
+        self.batches = smollm.training_batches(tokenizer, train, length, batch_size, 16, seed=0)
         self.model = training.with_adapter(variant, base, seed=0)
         self.done = 0
 
@@ -128,11 +128,11 @@ class Contender:
         return seconds
 
 
-def serve(name: str) -> None:
+def serve(name: str, batch_size: int) -> None:
     """Answer the commands on stdin, one JSON line each; everything else printed goes to stderr."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    contender = Contender(CONTENDERS[name])
+    contender = Contender(CONTENDERS[name], batch_size)
     print(json.dumps(asdict(contender.start())), file=answers)
     for line in sys.stdin:
         print(json.dumps(contender.steps(int(line))), file=answers)
@@ -144,13 +144,13 @@ def serve(name: str) -> None:
 class Process:
     """A contender's process, seen from outside."""
 
-    def __init__(self, name: str, cache: Path, log: Path) -> None:
+    def __init__(self, name: str, batch_size: int, cache: Path, log: Path) -> None:
         self.name = name
         self.log = log
         environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
         with log.open("w") as stream:
             self._process = subprocess.Popen(
-                [sys.executable, __file__, "--contender", name],
+                [sys.executable, __file__, "--contender", name, "--batch-size", str(batch_size)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stream,
@@ -184,7 +184,7 @@ class Process:
 
 @contextlib.contextmanager
 def processes(
-    names: Sequence[str], progress: Progress
+    names: Sequence[str], batch_size: int, progress: Progress
 ) -> Iterator[dict[str, tuple[Process, Start]]]:
     """The contenders, started one after the other."""
     task = progress.add_task("first steps", total=len(names), note="")
@@ -194,7 +194,7 @@ def processes(
             for index, name in enumerate(names):
                 progress.update(task, note=name)
                 place = Path(folder) / str(index)
-                process = Process(name, place, place.with_suffix(".log"))
+                process = Process(name, batch_size, place, place.with_suffix(".log"))
                 running[name] = (process, process.started())
                 progress.update(task, advance=1, note="")
             yield running
@@ -236,10 +236,20 @@ class Comparison:
         there = [name for name in BASELINES if name in self.seconds]
         return min(there, key=lambda name: statistics.median(self.seconds[name]))
 
-    def ratios(self, name: str) -> list[float]:
-        """Its step time over the baseline's, round by round."""
-        pairs = zip(self.seconds[name], self.seconds[self.baseline], strict=True)
-        return [mine / base for mine, base in pairs]
+    def peer(self, name: str) -> str | None:
+        """The fastest of the runs that count and train an adapter of the same dtype."""
+        same = [
+            other
+            for other in BASELINES
+            if other in self.seconds
+            and CONTENDERS[other].bf16_adapter == CONTENDERS[name].bf16_adapter
+        ]
+        return min(same, key=lambda other: statistics.median(self.seconds[other]), default=None)
+
+    def ratios(self, name: str, base: str | None = None) -> list[float]:
+        """Its step time over that of ``base`` (the baseline), round by round."""
+        pairs = zip(self.seconds[name], self.seconds[base or self.baseline], strict=True)
+        return [mine / other for mine, other in pairs]
 
     def rows(self) -> list[list[str]]:
         return [self._row(name) for name in self.seconds]
@@ -249,9 +259,11 @@ class Comparison:
         memory = "-"
         if start.rss_before_prepare is not None and start.rss_after_prepare is not None:
             memory = f"{start.rss_before_prepare / 1e6:.0f} -> {start.rss_after_prepare / 1e6:.0f}"
+        peer = self.peer(name)
         return [
             name + (" (baseline)" if name == self.baseline else ""),
             f"{statistics.median(self.seconds[name]):.3f}",
+            f"{statistics.median(self.ratios(name, peer)):.3f}" if peer else "-",
             f"{statistics.median(ratios):.3f}",
             f"{min(ratios):.3f} .. {max(ratios):.3f}",
             f"{start.first_step_seconds:.1f}",
@@ -263,7 +275,8 @@ class Comparison:
 HEADER = (
     "run",
     "s / step",
-    "ratio",
+    "to its peer",
+    "to the baseline",
     "over the rounds",
     "first step, s",
     "weights / bf16",
@@ -288,22 +301,23 @@ def report(comparison: Comparison, console: Console) -> None:
         "seconds": comparison.seconds,
         "ratios": {name: comparison.ratios(name) for name in comparison.seconds},
     }
-    common.write_json(common.result_path("cpu_step", ".json"), content)
+    common.write_json(common.result_path(f"cpu_step_{tokens}", ".json"), content)
     rows = [
         {"run": name, "round": index, "seconds": value}
         for name, values in comparison.seconds.items()
         for index, value in enumerate(values)
     ]
-    common.write_csv(common.result_path("cpu_step", ".csv"), rows)
+    common.write_csv(common.result_path(f"cpu_step_{tokens}", ".csv"), rows)
     page = common.markdown(title, about, HEADER, comparison.rows())
-    common.result_path("cpu_step", ".md").write_text(page, encoding="utf-8")
-    console.print(f"Written: {common.result_path('cpu_step', '')}.json, .csv, .md", highlight=False)
+    common.result_path(f"cpu_step_{tokens}", ".md").write_text(page, encoding="utf-8")
+    console.print(f"Written: {common.result_path(f'cpu_step_{tokens}', '')}.json, .csv, .md", highlight=False)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences of 96 tokens")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="of each contender in a round")
     parser.add_argument("--runs", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
@@ -317,12 +331,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     if args.contender:
-        serve(args.contender)
+        serve(args.contender, args.batch_size)
         return
     console = Console()
     with (
         training.progress_bar(console) as progress,
-        processes(args.runs, progress) as running,
+        processes(args.runs, args.batch_size, progress) as running,
     ):
         seconds = take_rounds(running, args.rounds, args.steps, progress)
         starts = {name: start for name, (_, start) in running.items()}

@@ -30,7 +30,7 @@ from falqon_fx.spec import SiteSpec, parse_spec
 # Columns of a site's `counters` (int64).
 FINGERPRINT_B, FINGERPRINT_A, FINGERPRINT_W, STEP, SITE, NONFINITE, STALE = range(7)
 COUNTERS = 7
-_CHUNK = 1 << 17  # elements held in float32 at a time: temporaries stay in the cache
+_CHUNK = 1 << 17  # elements held in float32, or hashed, at a time: temporaries stay in the cache
 _CACHED = 1 << 15  # elements that a core casts at a time
 
 
@@ -57,6 +57,17 @@ def fingerprint(batch: Tensor) -> Tensor:
     # Sums over rows vectorise, those over a few columns don't.
     columns = words.mul_(_hash_weights(words.shape[1], words, 0x3F58476D1CE4E5B9)[:, None]).sum(1)
     return (columns * _hash_weights(words.shape[2], words, 0x1E3779B97F4A7C15)).sum(-1)
+
+
+def _fingerprints(tensors: list[Tensor]) -> Tensor:
+    """The `fingerprint` of each of G tensors of one shape, int64 [G]; on CPU in batches whose
+    temporaries stay in the cache.
+    """
+    step = len(tensors)
+    if tensors[0].device.type == "cpu":
+        step = max(1, _CHUNK // max(1, tensors[0].numel()))
+    batches = (tensors[first : first + step] for first in range(0, len(tensors), step))
+    return torch.cat([fingerprint(torch.stack(batch)) for batch in batches])
 
 
 def _hash_weights(count: int, like: Tensor, multiplier: int) -> Tensor:
@@ -186,13 +197,13 @@ class _Site:
 def _find_changed(sites: list[_Site], plan: SiteSpec) -> list[_Site]:
     """Compare fingerprints with the stored ones, store the new ones, return the sites to write."""
     stored = torch.stack([site.counters for site in sites])  # [G, COUNTERS]
-    now_b = fingerprint(torch.stack([site.lora_b for site in sites]))
-    now_a = fingerprint(torch.stack([site.lora_a for site in sites]))
+    now_b = _fingerprints([site.lora_b for site in sites])
+    now_a = _fingerprints([site.lora_a for site in sites])
     changed = now_b != stored[:, FINGERPRINT_B]
     stale = now_a != stored[:, FINGERPRINT_A]
     if sites[0].base is not None:
-        samples = torch.stack([sample(site.base) for site in sites if site.base is not None])
-        stale = stale | (fingerprint(samples) != stored[:, FINGERPRINT_W])
+        samples = [sample(site.base) for site in sites if site.base is not None]
+        stale = stale | (_fingerprints(samples) != stored[:, FINGERPRINT_W])
     if stored.device.type == "cpu":
         if stale.any():
             _rebuild([site for site, flag in zip(sites, stale.tolist(), strict=True) if flag], plan)
