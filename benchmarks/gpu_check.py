@@ -18,7 +18,7 @@ from torch import Tensor
 
 from falqon_fx import FalqonConfig, MergedAdapter, cuda
 from falqon_fx import update as reference
-from falqon_fx.kernels import dispatch
+from falqon_fx.kernels import dispatch, stored
 from falqon_fx.kernels.activation_cast import activation_cast
 from falqon_fx.kernels.choice import Candidate
 from falqon_fx.kernels.gemm import Piece, Product
@@ -199,7 +199,7 @@ def _twice(merged: Tensor, scales: Tensor, out: int) -> tuple[Tensor, Tensor]:
 
 def check_transpose(device: str) -> Checked:
     w = fp8(*((300, 272) if device == "cuda" else (40, 48)), E4M3, device, 0)
-    turned = dispatch.transposed(w)
+    turned = stored.transposed(w)
     assert torch.equal(turned.view(torch.uint8), w.view(torch.uint8).t()), "transpose"
     return Checked("Wᵀ", "transpose", tuple(w.shape), 0.0)
 

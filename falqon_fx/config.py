@@ -20,7 +20,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "dropout": ("ignore", "reject"),
     "kernel": ("auto", "triton", "scaled_mm", "dequantize"),
     "accumulation": ("fast", "promoted"),
-    "transpose": ("auto", "transient", "kernel"),
+    "transpose": ("auto", "transient", "store", "kernel"),
     "inner": ("inductor", "aot_eager", "eager"),
 }
 
@@ -52,7 +52,8 @@ class FalqonConfig:
         accumulation: of FP8 products on a GPU. "promoted" adds up in float32 where tensor cores
             keep fewer bits (sm_90), "fast" leaves it to them.
         transpose: how dL/dx reads W on a GPU. "transient" transposes W's bytes each time, "kernel"
-            reads W as it lies, "auto" takes what is faster.
+            reads W as it lies, "auto" takes what is faster of the two; "store" keeps the transpose
+            beside W, which takes as much memory again.
         inner: the compiler that gets the rewritten graph.
         include, exclude: shell patterns on module paths; an empty ``include`` takes all.
         card: the card that the cost model speaks of, by name; by default the one at hand.
@@ -77,7 +78,7 @@ class FalqonConfig:
     dropout: Literal["ignore", "reject"] = "ignore"
     kernel: Literal["auto", "triton", "scaled_mm", "dequantize"] = "auto"
     accumulation: Literal["fast", "promoted"] = "fast"
-    transpose: Literal["auto", "transient", "kernel"] = "auto"
+    transpose: Literal["auto", "transient", "store", "kernel"] = "auto"
     inner: Literal["inductor", "aot_eager", "eager"] = "inductor"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()

@@ -106,6 +106,7 @@ def proxy_update_(
     dtypes, whatever their shapes. Sites that the kernels don't take are updated by ATen.
     """
     # Triton is there where a GPU is, and need not be elsewhere.
+    from falqon_fx.kernels import stored
     from falqon_fx.kernels.update import UpdateSite, dtypes, refusal, spec_for, update_
 
     plan = parse_spec(spec)
@@ -127,3 +128,5 @@ def proxy_update_(
     if rest:
         arguments: list[Any] = [[column[i] for i in rest] for column in columns]
         update.proxy_update_(*[*arguments, spec])
+    if plan.transpose == "store":
+        stored.refresh(weight, writes, counters)

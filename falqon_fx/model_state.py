@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from falqon_fx import update
+from falqon_fx import stored, update
 from falqon_fx.errors import FalqonError
 from falqon_fx.merged import STATE, MergedAdapter, allocate, registry
 from falqon_fx.prepare import MergedBaseLinear, lora_path
@@ -73,6 +73,7 @@ def apply(
     for site in sites:
         if "state" in site:
             _adopt(model, site, tensors)
+    stored.forget()
 
 
 def _check_names(

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from .spec import InputDtype, KernelSpec, check_choices, check_powers_of_two
+from falqon_fx.update import COUNTERS, FINGERPRINT_A, FINGERPRINT_W, SITE, STEP
+
+from .spec import InputDtype, KernelSpec, check_literals, check_powers_of_two
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,31 @@ class TransposeSpec(KernelSpec):
     @property
     def name(self) -> str:
         return f"{self.template}_{self.block}_w{self.num_warps}"
+
+
+@dataclass(frozen=True)
+class StoredSpec(KernelSpec):
+    """Brings copies Wᵀ up to date, a program ``rows`` rows of W, ``width`` bytes of each a turn."""
+
+    template: ClassVar[str] = "stored"
+
+    rows: int = 16
+    width: int = 256
+    block: int = 512
+    num_warps: int = 4
+    # Places in `MergedAdapter.counters`, and how many there are.
+    fingerprint_a: int = FINGERPRINT_A
+    fingerprint_w: int = FINGERPRINT_W
+    step: int = STEP
+    site_number: int = SITE
+    counters: int = COUNTERS
+
+    def __post_init__(self) -> None:
+        check_powers_of_two(self, "rows", "width", "block", "num_warps")
+
+    @property
+    def name(self) -> str:
+        return f"{self.template}_{self.rows}x{self.width}_b{self.block}_w{self.num_warps}"
 
 
 @dataclass(frozen=True)
@@ -50,15 +77,7 @@ class GradBSpec(KernelSpec):
     num_stages: int = 3
 
     def __post_init__(self) -> None:
-        check_choices(
-            self,
-            {
-                "grad_dtype": InputDtype,
-                "a_dtype": InputDtype,
-                "b_dtype": InputDtype,
-                "operands": Literal["native", "float32"],
-            },
-        )
+        check_literals(self)
         check_powers_of_two(self, "rank", "block_m", "block_k", "num_warps")
         if self.rank < 16:
             raise ValueError(f"rank={self.rank}: tensor cores take at least 16 columns")

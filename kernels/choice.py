@@ -41,7 +41,7 @@ class Choice:
     def __str__(self) -> str:
         text = f"{self.key}: {self.winner}"
         others = sorted((t, name) for name, t in self.seconds.items() if name != self.winner)
-        if others:
+        if others and others[0][0] > 0:  # there was a clock
             text += f", {others[0][0] / self.seconds[self.winner]:.2f}x the speed of {others[0][1]}"
         return text + "".join(f"; not {name}: {why}" for name, why in self.refused.items())
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
@@ -27,8 +27,8 @@ from torch import Tensor
 from falqon_fx._compat import scaled_mm
 from falqon_fx.products import plain_grad_b
 
-from . import backward
-from .backward_spec import GradBSpec, TransposeSpec
+from . import backward, stored
+from .backward_spec import GradBSpec
 from .choice import Candidate, Choice, choices_for
 from .gemm import Piece, Product, gemm, programs
 from .gemm_spec import Accumulation, GemmSpec
@@ -37,7 +37,8 @@ from .spec import InputDtype
 from .tiles import GemmProblem, gemm_specs, likeliest
 
 E4M3 = torch.float8_e4m3fn
-Transpose = Literal["auto", "transient", "kernel"]
+Transpose = Literal["auto", "transient", "store", "kernel"]
+Turn = Callable[[Tensor], Tensor]  # W [out, in] -> Wᵀ
 _TIMED = 3  # generated kernels that are tried for one problem
 _MAX_PIECES = 8  # weights in one launch
 _MAX_RANK = 256  # of the term that is added
@@ -82,7 +83,8 @@ def grad_x(
     stored. ``left`` [n, r] and ``right`` [in, r] have one dtype.
 
     Where the tensor cores want Wᵀ row by row, its bytes are transposed first, each time
-    (transpose="transient"), unless a kernel reads W as it lies (transpose="kernel").
+    (transpose="transient"), or a copy is kept beside W (transpose="store"), unless a kernel reads W
+    as it lies (transpose="kernel"). "auto" takes the faster of the first and the last.
 
     Raises ValueError as `forward` does.
     """
@@ -174,24 +176,25 @@ def grad_x_contest(
         one_tensor=not more,
     )
     candidates: dict[str, Candidate] = {}
-    if options.transpose != "transient":
+    if options.transpose in ("auto", "kernel"):
         candidates |= _triton(problem, q, q_scale, [piece], more)
     if options.transpose != "kernel":
+        storing = options.transpose == "store"
+        turn, suffix = (stored.kept, "+stored") if storing else (stored.transposed, "+transpose")
         turned = replace(problem, layout="nk")
         candidates |= {
-            f"{name}+transpose": run
-            for name, run in _triton(turned, q, q_scale, [piece], more, transpose=True)
+            f"{name}{suffix}": run for name, run in _triton(turned, q, q_scale, [piece], more, turn)
         }
 
         def library() -> list[Tensor]:
             mode = options.accumulation
             parts = [
-                _scaled_mm(p.q, p.q_scale, Piece(transposed(p.weight), None), x_dtype, mode)
+                _scaled_mm(p.q, p.q_scale, Piece(turn(p.weight), None), x_dtype, mode)
                 for p in products
             ]
             return [_finish(_sum(parts), piece, x_dtype)]
 
-        candidates["scaled_mm+transpose"] = library
+        candidates[f"scaled_mm{suffix}"] = library
 
     def plain() -> list[Tensor]:
         parts = [
@@ -272,8 +275,7 @@ def _triton(
     q_scale: Tensor,
     pieces: Sequence[Piece],
     more: Sequence[Product] = (),
-    *,
-    transpose: bool = False,
+    turn: Turn | None = None,
 ) -> Iterator[tuple[str, Candidate]]:
     """The likeliest generated kernels for a problem; where none takes it, one that says why."""
     interpreted = runs_interpreted(q)
@@ -281,15 +283,15 @@ def _triton(
     if why := _refusal(problem):
         yield "triton", functools.partial(_refuse, why)
         return
-    # The same order for all token counts that share a choice.
-    usual = replace(problem, n=_bucket(problem.n))
-    specs = likeliest(gemm_specs(problem, where), usual, programs(q.device))
-    for spec in specs[:_TIMED]:
-        if transpose:
-            run = functools.partial(_transposed_gemm, q, q_scale, pieces[0], spec, more)
-        else:
-            run = functools.partial(gemm, q, q_scale, pieces, spec, more)
-        yield f"triton:{spec.name}", run
+    for name, spec in _specs(_rounded(problem), where, programs(q.device)):
+        yield name, functools.partial(_generated, q, q_scale, pieces, spec, more, turn, problem)
+
+
+@functools.lru_cache(maxsize=4096)  # each call of each product of a step asks
+def _specs(problem: GemmProblem, where: int, processors: int) -> list[tuple[str, GemmSpec]]:
+    """Names and specs of the kernels to try, in the order of all that share a choice."""
+    specs = likeliest(gemm_specs(problem, where), problem, processors)
+    return [(f"triton:{spec.name}", spec) for spec in specs[:_TIMED]]
 
 
 def _refusal(problem: GemmProblem) -> str:
@@ -307,18 +309,25 @@ def _refuse(why: str) -> list[Tensor]:
     raise ValueError(why)
 
 
-def _transposed_gemm(
-    q: Tensor, q_scale: Tensor, piece: Piece, spec: GemmSpec, more: Sequence[Product]
+def _generated(
+    q: Tensor,
+    q_scale: Tensor,
+    pieces: Sequence[Piece],
+    spec: GemmSpec,
+    more: Sequence[Product],
+    turn: Turn | None,
+    problem: GemmProblem,
 ) -> list[Tensor]:
-    turned = replace(piece, weight=transposed(piece.weight))
-    others = [replace(other, weight=transposed(other.weight)) for other in more]
-    return gemm(q, q_scale, [turned], spec, others)
-
-
-def transposed(weight: Tensor) -> Tensor:
-    """Wᵀ [in, out] of FP8 W [out, in], row by row."""
-    spec = TransposeSpec(block=32 if runs_interpreted(weight) else 128)
-    return backward.transpose(weight.contiguous().view(torch.uint8), spec).view(E4M3)
+    """A generated kernel, and what it leaves over."""
+    if turn is not None:
+        pieces = [replace(piece, weight=turn(piece.weight)) for piece in pieces]
+        more = [replace(other, weight=turn(other.weight)) for other in more]
+    if pieces[0].left is None or spec.extra:
+        return gemm(q, q_scale, pieces, spec, more)
+    alone = [Piece(piece.weight, piece.scale) for piece in pieces]
+    results = gemm(q, q_scale, alone, spec, more)
+    dtype = getattr(torch, problem.out_dtype)
+    return [_finish(y, piece, dtype) for y, piece in zip(results, pieces, strict=True)]
 
 
 def _scaled_mm(
@@ -412,7 +421,16 @@ def _bucket(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
+def _rounded(problem: GemmProblem) -> GemmProblem:
+    n = _bucket(problem.n)
+    return problem if n == problem.n else replace(problem, n=n)
+
+
 def _key(what: str, problem: GemmProblem) -> str:
-    rounded = replace(problem, n=_bucket(problem.n))
-    fields = ", ".join(f"{name}={value}" for name, value in vars(rounded).items())
+    return _key_of(what, _rounded(problem))
+
+
+@functools.lru_cache(maxsize=4096)
+def _key_of(what: str, problem: GemmProblem) -> str:
+    fields = ", ".join(f"{name}={value}" for name, value in vars(problem).items())
     return f"{what} {fields}"

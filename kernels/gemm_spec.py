@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from .spec import Fp8Format, InputDtype, KernelSpec, check_choices, check_powers_of_two
+from .spec import Fp8Format, InputDtype, KernelSpec, check_literals, check_powers_of_two
 
 # What the multiply instruction gets. "fp8": the bytes themselves (sm_89 and newer). "bfloat16" and
 # "float32": the bytes decoded in the kernel, exactly, for GPUs without FP8 and the interpreter.
@@ -66,21 +66,7 @@ class GemmSpec(KernelSpec):
     k_pieces: int = 1
 
     def __post_init__(self) -> None:
-        check_choices(
-            self,
-            {
-                "x": Fp8Format,
-                "operands": Operands,
-                "accumulation": Accumulation,
-                "x_scale": Literal["tensor", "row"],
-                "w_scale": WeightScale,
-                "out_dtype": InputDtype,
-                "a_dtype": InputDtype,
-                "bias": Literal["none", "float32", "bfloat16", "float16"],
-                "layout": Layout,
-                "memory": Memory,
-            },
-        )
+        check_literals(self)
         check_powers_of_two(self, "block_m", "block_n", "block_k", "group_m", "num_warps")
         if not 0 <= self.a_pieces <= self.pieces or self.pieces < 1:
             raise ValueError(f"a_pieces={self.a_pieces} of pieces={self.pieces}")

@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from . import activation_cast, backward, gemm, update
+from . import activation_cast, backward, gemm, stored, update
 from .aot import ARCHITECTURES, CompiledKernel, compile_ahead
-from .backward_spec import GradBSpec, TransposeSpec
+from .backward_spec import GradBSpec, StoredSpec, TransposeSpec
 from .gemm_spec import GemmSpec
 from .loader import load
 from .spec import ActivationCastSpec, Fp8Format, Granularity, KernelSpec
@@ -114,6 +114,17 @@ def _gemm_problems(architecture: int) -> Iterator[GemmProblem]:
     yield replace(pending, rows=(4096, 1024, 1024), one_tensor=False)
     yield replace(only_a, rows=(64, 64, 64), a_pieces=3, one_tensor=False)
     yield replace(grad_x, rank=192, more_k=(1024, 1024))
+    yield replace(site, rows=(11008, 11008, 64, 64), a_pieces=2, one_tensor=False)
+    yield replace(pending, rows=(11008, 11008), one_tensor=False)
+    yield replace(pending, rank=128)
+    yield replace(pending, rank=256)
+    yield replace(pending, x_scale="tensor", w_scale="tensor")
+    # float16 and float32 models.
+    yield replace(pending, out_dtype="float16", a_dtype="float32")
+    yield replace(only_a, out_dtype="float16", a_dtype="float32")
+    yield replace(site, out_dtype="float32", a_dtype="float32")
+    yield replace(grad_x, out_dtype="float32", a_dtype="float32")
+    yield replace(grad_x, out_dtype="float32", a_dtype="float32", more_k=(1024, 1024))
     if architecture == 90:
         yield replace(site, accumulation="promoted")
     if architecture == 100:
@@ -123,6 +134,7 @@ def _gemm_problems(architecture: int) -> Iterator[GemmProblem]:
 
 def _others() -> Iterator[KernelSpec]:
     yield TransposeSpec()
+    yield StoredSpec()
     for rank in (16, 64, 128, 256):
         yield GradBSpec.for_rank(rank, grad_dtype="bfloat16", a_dtype="bfloat16", b_dtype="float32")
     yield GradBSpec.for_rank(64, grad_dtype="float16", a_dtype="float32", b_dtype="float32")
@@ -179,6 +191,8 @@ def _signatures(spec: KernelSpec) -> Mapping[str, Mapping[str, str]]:
         return gemm.signatures(spec)
     if isinstance(spec, UpdateSpec):
         return update.signatures(spec)
+    if isinstance(spec, StoredSpec):
+        return stored.signatures(spec)
     if isinstance(spec, GradBSpec | TransposeSpec):
         return backward.signatures(spec)
     assert isinstance(spec, ActivationCastSpec)
@@ -225,7 +239,7 @@ def problems(spec: KernelSpec, line: Line) -> list[str]:
         found.append(f"{line.shared} bytes of shared memory, the chip has less")
     if line.tensor_columns > _TENSOR_COLUMNS:
         found.append(f"{line.tensor_columns} columns of tensor memory, the chip has less")
-    if line.byte_accesses:
+    if line.byte_accesses and line.kernel != "refresh":  # columns of bytes, few in a step
         found.append(f"{line.byte_accesses} loads or stores of single bytes")
     if not line.wide_loads and line.kernel not in _NARROW:
         found.append("no 16-byte loads")
@@ -234,7 +248,7 @@ def problems(spec: KernelSpec, line: Line) -> list[str]:
 
 _FOUR_WARPS = {"fingerprint", "score", "select", "add_up"}
 # These read addresses and sizes out of a table, or a few numbers a row; 0.2% of a step in all.
-_NARROW = {"fingerprint", "score", "select", "cast_tiles"}
+_NARROW = {"fingerprint", "score", "select", "cast_tiles", "refresh", "seal"}
 
 
 def instruction_problems(spec: KernelSpec, line: Line, compiled: CompiledKernel) -> list[str]:

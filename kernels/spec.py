@@ -8,12 +8,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 InputDtype = Literal["float32", "bfloat16", "float16"]
 Fp8Format = Literal["e4m3", "e5m2"]
@@ -73,12 +72,21 @@ class KernelSpec:
         return f"{self.template}({', '.join(f'{k}={v}' for k, v in self.fields.items())})"
 
 
-def check_choices(spec: KernelSpec, choices: Mapping[str, object]) -> None:
+@cache
+def _literals(kind: type) -> dict[str, tuple[object, ...]]:
+    """The values that each `Literal` field of a class of specs may have."""
+    hints = get_type_hints(kind)
+    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+
+
+def check_literals(spec: KernelSpec) -> None:
     """Raises ValueError where a field of ``spec`` is outside its `Literal`."""
-    for name, literal in choices.items():
-        if spec.fields[name] not in get_args(literal):
-            valid = ", ".join(map(str, get_args(literal)))
-            raise ValueError(f"{name}={spec.fields[name]!r}: expected one of {valid}")
+    kind: Any = type(spec)  # as a key; mypy thinks that it has no hash
+    for name, valid in _literals(kind).items():
+        if spec.fields[name] not in valid:
+            raise ValueError(
+                f"{name}={spec.fields[name]!r}: expected one of {', '.join(map(str, valid))}"
+            )
 
 
 def check_powers_of_two(spec: KernelSpec, *names: str) -> None:
@@ -115,14 +123,7 @@ class ActivationCastSpec(KernelSpec):
     num_warps: int = 4
 
     def __post_init__(self) -> None:
-        choices: dict[str, object] = {
-            "input_dtype": InputDtype,
-            "fp8": Fp8Format,
-            "granularity": Granularity,
-            "scale": ScaleMode,
-            "cast": CastMode,
-        }
-        check_choices(self, choices)
+        check_literals(self)
         check_powers_of_two(self, "block_rows", "block_width", "programs", "num_warps")
         if self.granularity == "tensor" and self.loop:
             raise ValueError("loop=True: only granularity='row' loops over a row")

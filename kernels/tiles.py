@@ -6,7 +6,7 @@ All compile without spills (`make kernels`). Which is fastest, the device decide
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from .gemm_spec import Accumulation, GemmSpec, Layout, Memory, Operands, WeightScale
@@ -92,7 +92,14 @@ def operands(architecture: int) -> Operands:
 
 
 def gemm_specs(problem: GemmProblem, architecture: int) -> list[GemmSpec]:
-    """The kernels that can compute ``problem`` on sm_``architecture``, the likeliest first."""
+    """The kernels that can compute ``problem`` on sm_``architecture``, the likeliest first.
+
+    Where the extra term has float32 factors (beside float16 and float32 results), they leave it and
+    the bias out and give float32: three products of each would spill, and on sm_100 take more
+    tensor memory than there is.
+    """
+    if architecture and problem.rank and problem.a_dtype == "float32":
+        problem = replace(problem, rank=0, bias="none", out_dtype="float32")
     tiles = [tile for tile in _tiles(problem, architecture) if _takes(tile, problem)]
     return [_spec(problem, tile, architecture) for tile in tiles]
 
@@ -121,6 +128,10 @@ def _tiles(problem: GemmProblem, architecture: int) -> tuple[Tile, ...]:
         tiles = tuple(tile for tile in tiles if tile.n <= 128)  # two stores, two layouts
     if problem.bias != "none" and architecture == 100:
         tiles = tuple(tile for tile in tiles if tile.n <= 128)
+    if problem.out_dtype == "float32" and architecture in (90, 100):
+        tiles = tuple(
+            tile for tile in tiles if tile.n <= 128
+        )  # results leave through shared memory
     if problem.accumulation == "promoted" and architecture == 90:
         return tuple(tile for tile in tiles if tile.m * tile.n <= 128 * 128 and tile.warps == 8)
     return tiles

@@ -11,7 +11,7 @@ from .spec import (
     InputDtype,
     KernelSpec,
     ScaleMode,
-    check_choices,
+    check_literals,
     check_powers_of_two,
 )
 
@@ -53,19 +53,7 @@ class UpdateSpec(KernelSpec):
     num_warps: int = 4
 
     def __post_init__(self) -> None:
-        check_choices(
-            self,
-            {
-                "b_dtype": InputDtype,
-                "a_dtype": InputDtype,
-                "applied_dtype": AppliedDtype,
-                "base_dtype": BaseDtype,
-                "granularity": Granularity,
-                "scale": ScaleMode,
-                "rounding": Rounding,
-                "cast": CastMode,
-            },
-        )
+        check_literals(self)
         check_powers_of_two(self, "rank", "rows", "width", "block", "num_warps")
         if self.width < 8:
             raise ValueError(f"width={self.width}: eight columns share a block of random bits")

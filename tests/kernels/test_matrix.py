@@ -27,14 +27,16 @@ def test_matrix_is_large_and_has_each_architecture():
     made = matrix()
     assert len({spec.name for spec, _ in made}) == len(made) >= 60
     for architecture in ARCHITECTURES:
-        assert sum(architecture in where for _, where in made) >= 15
+        assert sum(architecture in where for _, where in made) >= 60
 
 
 def test_committed_table_is_that_of_the_matrix():
     _, committed = read()
     wanted = {(spec.name, where) for spec, archs in matrix() for where in archs}
     assert {(line.spec, line.architecture) for line in committed.values()} == wanted
-    assert not any(line.spilled or line.byte_accesses for line in committed.values())
+    assert not any(
+        problems(first(line.architecture, line.spec), line) for line in committed.values()
+    )
 
 
 def first(architecture, text):

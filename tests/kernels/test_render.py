@@ -8,7 +8,7 @@ import jinja2
 import pytest
 
 from falqon_fx.kernels import ActivationCastSpec, spec
-from falqon_fx.kernels.backward_spec import GradBSpec, TransposeSpec
+from falqon_fx.kernels.backward_spec import GradBSpec, StoredSpec, TransposeSpec
 from falqon_fx.kernels.gemm_spec import GemmSpec
 from falqon_fx.kernels.matrix import matrix
 from falqon_fx.kernels.render import render
@@ -77,6 +77,7 @@ SPECS = [
     replace(UPDATE, granularity="tensor", scale="amax", rounding="nearest", drop=True),
     GradBSpec.for_rank(64, grad_dtype="bfloat16", a_dtype="bfloat16", b_dtype="float32"),
     TransposeSpec(),
+    StoredSpec(),
 ]
 
 

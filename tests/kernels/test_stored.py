@@ -1,0 +1,174 @@
+"""transpose="store": the copy Wᵀ, interpreted, against W after whatever may have written it."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+
+import pytest
+import torch
+
+from falqon_fx import cuda, prepare, stored
+from falqon_fx.kernels.stored import kept, refresh
+from falqon_fx.prepare import MergedBaseLinear
+from falqon_fx.update import STEP, flush_
+from tests.models import tiny_mlp
+from tests.sites import Site, make_site, randn
+
+# numpy, which the interpreter computes with, announces what hashing does on purpose.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:(overflow|invalid value) encountered:RuntimeWarning"
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_copies():
+    stored.forget()
+    yield
+    stored.forget()
+
+
+def w_of(site: Site) -> torch.Tensor:
+    return site.state.weight[: len(site.lora_b)]
+
+
+def update(*sites: Site, transpose: str = "store") -> None:
+    states = [site.state for site in sites]
+    cuda.proxy_update_(
+        *([s.tensors[i] for s in states] for i in range(5)),
+        [site.lora_b for site in sites],
+        [site.lora_a for site in sites],
+        [site.base for site in sites],
+        [s.scaling for s in states],
+        str(replace(states[0].plan, transpose=transpose)),
+    )
+
+
+def is_up_to_date(site: Site) -> bool:
+    found = stored.find(w_of(site))
+    assert found is not None
+    return torch.equal(found.turned, w_of(site).view(torch.uint8).t())
+
+
+def two_sites() -> tuple[Site, Site]:
+    return make_site(40, 64, 8, topk=3), make_site(21, 300, 4, topk=2, seed=1)
+
+
+def test_a_copy_is_made_once_and_follows_the_updates():
+    made = two_sites()
+    for site in made:
+        copy = kept(w_of(site))
+        assert torch.equal(copy.view(torch.uint8), w_of(site).view(torch.uint8).t())
+        assert kept(w_of(site)).data_ptr() == copy.data_ptr()
+    for step in range(3):
+        before = [site.state.code.clone() for site in made]
+        for site in made:
+            site.step(seed=step)
+        update(*made)
+        for site, old in zip(made, before, strict=True):
+            assert not torch.equal(site.state.code, old)
+            assert is_up_to_date(site)
+    update(*made)  # nothing changed
+    assert all(is_up_to_date(site) for site in made)
+
+
+def test_only_written_rows_are_copied():
+    """So that an update costs no transpose: what was put beside them stays."""
+    site, other = two_sites()
+    for each in (site, other):
+        kept(w_of(each))
+    update(site, other)  # the first makes the copies anew, whose age it can't tell
+    mark = torch.full_like(stored.find(w_of(site)).turned, 0x7E)
+    stored.find(w_of(site)).turned.copy_(mark)
+    writes = site.state.writes.clone()
+    site.step()
+    update(site, other)
+    rows = site.state.writes != writes
+    assert rows.sum() == 3
+    turned = stored.find(w_of(site)).turned
+    assert torch.equal(turned[:, rows], w_of(site).view(torch.uint8).t()[:, rows])
+    assert torch.equal(turned[:, ~rows], mark[:, ~rows])
+
+
+def flush(site: Site) -> None:
+    flush_(*site.state.tensors, site.lora_b, site.state.scaling, site.state.plan)
+
+
+def another_adapter(site: Site) -> None:
+    """As a checkpoint of another run writes it: the same counts of writes, another A."""
+    other = make_site(*w_of(site).shape, site.lora_a.shape[0], seed=7)
+    other.state.writes.copy_(site.state.writes)
+    for target, source in zip(site.state.tensors, other.state.tensors, strict=True):
+        target.view(torch.uint8).copy_(source.view(torch.uint8))
+    site.base, site.lora_a, site.lora_b = other.base, other.lora_a, other.lora_b
+
+
+def an_earlier_step(site: Site) -> None:
+    site.state.code[:5] = 1
+    site.state.counters[STEP] -= 1
+
+
+@pytest.mark.parametrize("change", [flush, another_adapter, an_earlier_step])
+def test_the_next_update_sees_what_wrote_w(change):
+    site, _ = two_sites()
+    kept(w_of(site))
+    for step in range(2):
+        site.step(seed=step)
+        update(site)
+    assert is_up_to_date(site)
+    site.step(seed=5)
+    change(site)
+    assert not is_up_to_date(site)
+    refresh([site.state.weight], [site.state.writes], [site.state.counters])
+    assert is_up_to_date(site)
+
+
+def test_loading_a_prepared_model_drops_the_copies():
+    pytest.importorskip("peft")
+    model = tiny_mlp()
+    prepare(model, progress=False)
+    site = next(m for m in model.modules() if isinstance(m, MergedBaseLinear))
+    weight = site.merged().weight[: site.out_features]
+    kept(weight)
+    assert stored.find(weight) is not None
+    model.load_state_dict(model.state_dict())
+    assert stored.find(weight) is None
+
+
+def test_a_copy_goes_with_its_weight():
+    site, other = two_sites()
+    kept(w_of(site))
+    assert stored.find(w_of(other)) is None
+    place = w_of(site).data_ptr()
+    del site
+    gc.collect()
+    kept(w_of(other))
+    assert place not in stored._kept
+
+
+def test_without_the_option_nothing_is_kept_or_refreshed():
+    site, _ = two_sites()
+    kept(w_of(site))
+    site.step()
+    update(site, transpose="auto")
+    assert not is_up_to_date(site)
+
+
+@pytest.mark.parametrize("kernel", ["triton", "scaled_mm"])
+def test_grad_x_is_that_of_a_transient_transpose(kernel):
+    made = [make_site(48, 64, 16), make_site(32, 64, 8, seed=1)]
+    grads = [randn(20, len(s.lora_b), seed=i).bfloat16() for i, s in enumerate(made)]
+
+    def grad_x(transpose: str) -> torch.Tensor:
+        states = [s.state for s in made]
+        spec = str(replace(states[0].plan, kernel=kernel, transpose=transpose))
+        columns = ([s.weight for s in states], [s.scale for s in states])
+        columns += ([s.applied for s in states], [s.lora_b for s in made])
+        return cuda.merged_linear_grad_x(grads, *columns, [2.0, 2.0], torch.bfloat16, spec)
+
+    for step in range(2):
+        for site in made:
+            site.step(seed=step)
+        update(*made)
+        assert torch.equal(grad_x("store"), grad_x("transient"))
+    assert all(is_up_to_date(site) for site in made)
