@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from falqon_fx import _compat
+from falqon_fx import _compat, serving
 from falqon_fx.aliases import aliases
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError, SiteError
@@ -192,6 +192,8 @@ def rewrite(
         matches, rejected = match(root)
     with clock("plan"):
         chosen: Plan = plan(root, matches, rejected, config)
+    for site in chosen.sites:
+        serving.announce(site.report.out_features, site.report.in_features, site.report.path)
     with clock("rewrite"):
         slots = rewrite_sites(chosen)
     with clock("insert_updates"):

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from falqon_fx.lowering import gemm_dtype, pending_part
 from falqon_fx.numerics import E4M3, as_e4m3
 from falqon_fx.products import cast_fp8
 from falqon_fx.spec import parse_spec
+
+if TYPE_CHECKING:
+    from falqon_fx.kernels.update import Launch
 
 
 def quantize(x: Tensor, dtype: torch.dtype, spec: str) -> tuple[Tensor, Tensor]:
@@ -105,28 +109,72 @@ def proxy_update_(
     """See `falqon_fx.update.proxy_update_`: four launches for all sites whose tensors have the same
     dtypes, whatever their shapes. Sites that the kernels don't take are updated by ATen.
     """
-    # Triton is there where a GPU is, and need not be elsewhere.
-    from falqon_fx.kernels import stored
-    from falqon_fx.kernels.update import UpdateSite, dtypes, refusal, spec_for, update_
-
     plan = parse_spec(spec)
     columns: list[Sequence[Any]] = [weight, scale, applied, counters, writes]
     columns += [lora_b, lora_a, base, scaling]
-    counts = [plan.rows(a.shape[0]) for a in applied]
+    # The kernels say nothing of what they write: whoever watches gets ATen's update.
+    if audit.watchers or plan.kernel == "dequantize":
+        update.proxy_update_(*[*columns, spec])
+    else:
+        launches = _launches_of(columns, spec)
+        for launch in launches.kernels:
+            launch.run()
+        if launches.rest:
+            arguments: list[Any] = [[column[i] for i in launches.rest] for column in columns]
+            update.proxy_update_(*[*arguments, spec])
+    if plan.transpose == "store":
+        from falqon_fx.kernels import stored
+
+        stored.refresh(weight, writes, counters)
+
+
+@dataclass(frozen=True)
+class _Launches:
+    """How the sites of a call are updated: by kernels, and by ATen those at the places ``rest``."""
+
+    kernels: tuple[Launch, ...]
+    rest: tuple[int, ...]
+
+
+_known: dict[tuple[Any, ...], _Launches] = {}
+
+
+def _launches_of(columns: Sequence[Sequence[Any]], spec: str) -> _Launches:
+    """The launches for sites whose tensors lie where they do; remembered, since a step of a large
+    model asks for hundreds of sites what has not changed.
+    """
+    weight, scale, applied, counters, writes, lora_b, lora_a, base, scaling = columns
+    key: tuple[Any, ...] = (spec, *scaling)
+    for column in (weight, scale, applied, counters, writes, lora_b, lora_a):
+        key += tuple([t.data_ptr() for t in column])
+    key += tuple([(w.shape, a.dtype) for w, a in zip(weight, applied)])
+    key += tuple([(b.dtype, b.stride()) for b in lora_b])
+    key += tuple([(a.dtype, a.stride()) for a in lora_a])
+    key += tuple([None if w is None else (w.data_ptr(), w.dtype, w.stride()) for w in base])
+    if key not in _known:
+        if len(_known) >= 64:
+            _known.clear()
+        _known[key] = _plan_launches(columns, spec)
+    return _known[key]
+
+
+def _plan_launches(columns: Sequence[Sequence[Any]], spec: str) -> _Launches:
+    # Triton is there where a GPU is, and need not be elsewhere.
+    from falqon_fx.kernels.update import UpdateSite, dtypes, launch, refusal, spec_for
+
+    plan = parse_spec(spec)
     groups: dict[object, list[UpdateSite]] = defaultdict(list)
     rest: list[int] = []
-    for i in range(len(weight)):
-        site = UpdateSite(*(column[i] for column in (*columns, counts)))
-        # The kernels say nothing of what they write: whoever watches gets ATen's update.
-        if audit.watchers or plan.kernel == "dequantize" or refusal(site):
+    for i in range(len(columns[0])):
+        fields = [column[i] for column in columns]
+        site = UpdateSite(*fields, plan.rows(fields[2].shape[0]))
+        if refusal(site):
             rest.append(i)
         else:
             groups[dtypes(site)].append(site)
     drop = plan.pending == "drop"
-    for sites in groups.values():
-        update_(sites, plan.seed, spec_for(sites, plan.scale, plan.rounding, drop))
-    if rest:
-        arguments: list[Any] = [[column[i] for i in rest] for column in columns]
-        update.proxy_update_(*[*arguments, spec])
-    if plan.transpose == "store":
-        stored.refresh(weight, writes, counters)
+    made = [
+        launch(sites, plan.seed, spec_for(sites, plan.scale, plan.rounding, drop))
+        for sites in groups.values()
+    ]
+    return _Launches(tuple(made), tuple(rest))

@@ -24,6 +24,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
+from falqon_fx import serving
 from falqon_fx._compat import scaled_mm
 from falqon_fx.products import plain_grad_b
 
@@ -33,6 +34,7 @@ from .choice import Candidate, Choice, choices_for
 from .gemm import Piece, Product, gemm, programs
 from .gemm_spec import Accumulation, GemmSpec
 from .interpreter import runs_interpreted
+from .loader import serves
 from .spec import InputDtype
 from .tiles import GemmProblem, gemm_specs, likeliest
 
@@ -290,8 +292,18 @@ def _triton(
 @functools.lru_cache(maxsize=4096)  # each call of each product of a step asks
 def _specs(problem: GemmProblem, where: int, processors: int) -> list[tuple[str, GemmSpec]]:
     """Names and specs of the kernels to try, in the order of all that share a choice."""
-    specs = likeliest(gemm_specs(problem, where), problem, processors)
-    return [(f"triton:{spec.name}", spec) for spec in specs[:_TIMED]]
+    specs = likeliest(gemm_specs(problem, where), problem, processors)[:_TIMED]
+    for spec in specs:
+        serves(spec, serving.sites(_weights(problem)))
+    return [(f"triton:{spec.name}", spec) for spec in specs]
+
+
+def _weights(problem: GemmProblem) -> list[tuple[int | None, int]]:
+    """[out, in] of the weights of a problem; of O_A's, in alone."""
+    if problem.w_scale == "none":  # dL/dx
+        return [(k, problem.rows[0]) for k in (problem.k, *problem.more_k)]
+    outs = problem.rows[: len(problem.rows) - problem.a_pieces]
+    return [(out, problem.k) for out in outs or (None,)]
 
 
 def _refusal(problem: GemmProblem) -> str:

@@ -11,6 +11,7 @@ import linecache
 import os
 import sys
 import tempfile
+import textwrap
 import warnings
 from functools import cache
 from pathlib import Path
@@ -89,10 +90,29 @@ def _warn_unwritable(folder: Path, reason: str) -> None:
     )
 
 
+_served: dict[KernelSpec, str] = {}
+
+
+def serves(spec: KernelSpec, sites: str) -> None:
+    """Names the sites that ``spec`` is for, in the header of its file; the first to say so does."""
+    if sites:
+        _served.setdefault(spec, sites)
+
+
+def _with_sites(source: str, sites: str) -> str:
+    """The names behind the last line of the header's comment."""
+    head, code = source.split("import triton\n", 1)
+    lines = textwrap.wrap(f"Sites: {sites}", 96, subsequent_indent="  ")
+    comment = "".join(f"# {line}\n" for line in lines)
+    return f"{head}{comment}import triton\n{code}"
+
+
 @cache
 def load(spec: KernelSpec, interpret: bool = False) -> ModuleType:
     """The module rendered from ``spec``, its kernels compiled on demand or interpreted."""
     source = render(spec)
+    if spec in _served:
+        source = _with_sites(source, _served[spec])
     path = str(store(source, spec.name, cache_folder()))
     # Triton reads the source of a kernel through linecache: an entry without a time is never
     # checked against the disk, so that Triton sees this text whatever becomes of the file.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import cast
 
 import torch
@@ -54,23 +53,52 @@ def update_(sites: Sequence[UpdateSite], seed: int, spec: UpdateSpec) -> None:
 
     Raises ValueError where the sites are not what the spec is for.
     """
+    if sites:
+        launch(sites, seed, spec).run()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """An update of the same sites again and again: `update_` without what it checks and computes
+    of their sizes and addresses. It holds none of their tensors.
+    """
+
+    spec: UpdateSpec
+    table: Tensor
+    rows: int  # that may be written, of all sites
+    scores: int  # one for each row of all sites
+    writers: int
+
+    def run(self) -> None:
+        """Four kernels."""
+        table, g, device = self.table, len(self.table), self.table.device
+        found = torch.zeros((g, _FOUND), dtype=torch.int64, device=device)
+        score = torch.empty(self.scores, dtype=torch.int32, device=device)
+        rows = torch.empty(self.rows, dtype=torch.int32, device=device)
+        kernels, parts = load(self.spec, runs_interpreted(table)), _PARTS[device.type]
+        with torch.cuda.device_of(table):
+            kernels.fingerprint[(g, parts)](table, found, num_warps=SMALL_WARPS)
+            kernels.score[(g, parts)](table, found, score, num_warps=SMALL_WARPS)
+            kernels.select[(g,)](table, found, score, rows, num_warps=SMALL_WARPS)
+            kernels.write[(g, self.writers)](table, found, rows, num_warps=self.spec.num_warps)
+
+
+def launch(sites: Sequence[UpdateSite], seed: int, spec: UpdateSpec) -> Launch:
+    """What updates ``sites`` as long as their tensors stay where they are.
+
+    Raises ValueError where the sites are not what the spec is for.
+    """
     for site in sites:
         _check(site, spec)
-    if not sites:
-        return
     device = sites[0].weight.device
-    table = _table(tuple(_row(site) for site in sites), seed, device)
-    found = torch.zeros((len(sites), _FOUND), dtype=torch.int64, device=device)
-    score = torch.empty(sum(_out(s) for s in sites), dtype=torch.int32, device=device)
-    rows = torch.empty(sum(s.count for s in sites), dtype=torch.int32, device=device)
-    parts = _PARTS[device.type]
-    writers = min(_WRITERS[device.type], -(-max(site.count for site in sites) // spec.rows))
-    kernels, g = load(spec, runs_interpreted(table)), len(sites)
-    with torch.cuda.device_of(table):
-        kernels.fingerprint[(g, parts)](table, found, num_warps=SMALL_WARPS)
-        kernels.score[(g, parts)](table, found, score, num_warps=SMALL_WARPS)
-        kernels.select[(g,)](table, found, score, rows, num_warps=SMALL_WARPS)
-        kernels.write[(g, writers)](table, found, rows, num_warps=spec.num_warps)
+    most = max(site.count for site in sites)
+    return Launch(
+        spec,
+        _table([_row(site) for site in sites], seed, device),
+        sum(site.count for site in sites),
+        sum(len(site.applied) for site in sites),
+        min(_WRITERS[device.type], -(-most // spec.rows)),
+    )
 
 
 def signatures(spec: UpdateSpec) -> dict[str, dict[str, str]]:
@@ -83,10 +111,6 @@ def signatures(spec: UpdateSpec) -> dict[str, dict[str, str]]:
         "select": table | score | rows,
         "write": table | rows,
     }
-
-
-def _out(site: UpdateSite) -> int:
-    return site.applied.shape[0]
 
 
 def _row(site: UpdateSite) -> tuple[int, ...]:
@@ -104,9 +128,8 @@ def _row(site: UpdateSite) -> tuple[int, ...]:
     return (*addresses, out, rank, site.weight.shape[1], *steps, scaling, site.count)
 
 
-@lru_cache(maxsize=64)
-def _table(sites: tuple[tuple[int, ...], ...], seed: int, device: torch.device) -> Tensor:
-    """The table on the device; the same addresses and sizes give the same table, so it is kept."""
+def _table(sites: Sequence[tuple[int, ...]], seed: int, device: torch.device) -> Tensor:
+    """The table on the device."""
     lines: list[Iterable[int]] = []
     score_offset = rows_offset = 0
     for *line, count in sites:

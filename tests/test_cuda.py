@@ -177,6 +177,36 @@ def test_update_takes_sites_of_all_kinds_in_few_launches():
         assert same(snapshot(site.state)[2:], snapshot(other.state)[2:])
 
 
+def test_launches_are_remembered_while_the_tensors_stay_where_they_are(monkeypatch):
+    site, other = make_site(40, 64, 8), make_site(40, 64, 8)
+    planned = []
+    plan = cuda._plan_launches
+    monkeypatch.setattr(cuda, "_known", {})
+    monkeypatch.setattr(cuda, "_plan_launches", lambda *a: planned.append(1) or plan(*a))
+
+    def update():
+        cuda.proxy_update_(
+            *([tensor] for tensor in site.state.tensors),
+            [site.lora_b],
+            [site.lora_a],
+            [site.base],
+            [site.state.scaling],
+            str(site.state.plan),
+        )
+
+    for step, launches in ((0, 1), (1, 1), (2, 2)):
+        if step == 2:
+            site.lora_b = site.lora_b.clone()
+        for each in (site, other):
+            each.step(seed=step)
+        update()
+        sites_module.update(other)
+        assert len(planned) == launches
+        code, other_code = site.state.code, other.state.code
+        assert (code != other_code).double().mean() < 0.01  # at ties alone
+        assert same(snapshot(site.state)[2:], snapshot(other.state)[2:])
+
+
 def traced(function, *args):
     """Names of the ops that a function runs on fake tensors."""
     graph = make_fx(function)(*args).graph

@@ -8,13 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from falqon_fx.kernels import dispatch
+from falqon_fx import rewrite, serving
+from falqon_fx.kernels import dispatch, loader
 from falqon_fx.kernels.choice import Choices, run_once
 from falqon_fx.kernels.dispatch import Contest, Options
 from falqon_fx.kernels.gemm import Piece, Product
 from falqon_fx.kernels.tiles import GemmProblem, gemm_specs
 from falqon_fx.numerics import E4M3, E5M2
 from tests.sites import randn
+from tests.spellings import HandWritten, Spelling
 from tests.tolerances import Approx
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -181,3 +183,34 @@ def test_a_card_below_sm_89_is_told_once_what_it_loses(monkeypatch, capability, 
         assert f"Old Card (sm_{number}) has no FP8 tensor cores" in text
         assert "Memory is saved, time is not" in text
     dispatch._warn_below_fp8.cache_clear()
+
+
+def test_the_header_of_a_generated_file_names_the_sites_that_it_serves(tmp_path, monkeypatch):
+    monkeypatch.setattr(serving, "_paths", {})
+    monkeypatch.setattr(loader, "_served", {})
+    dispatch._specs.cache_clear()
+    loader.load.cache_clear()
+    model = torch.fx.symbolic_trace(HandWritten(Spelling(out=48, features=64)))
+    (site,) = rewrite(model, (randn(5, 64),)).report.sites
+    for i in range(8):
+        serving.announce(32, 64, f"layers.{i}.k_proj")
+    options = Options(kernel="triton")
+    q, scale = fp8(20, 64, E4M3, 0), positive(20, 1)
+    w, k = (
+        Piece(fp8(48, 64, E4M3, 2), positive(48, 3)),
+        Piece(fp8(32, 64, E4M3, 4), positive(32, 5)),
+    )
+    dispatch.forward(q, scale, [w], 0, F32, F32, options)
+    (only,) = tmp_path.glob("gemm*.py")
+    assert f"# Serves: O of 1 site.\n# Sites: {site.path}\nimport triton\n" in only.read_text()
+    dispatch.forward(q, scale, [w, k], 0, F32, F32, options)
+    (both,) = set(tmp_path.glob("gemm*.py")) - {only}
+    text = " ".join(line.strip("# ") for line in both.read_text().split("import")[0].splitlines())
+    named = ", ".join([site.path, *(f"layers.{i}.k_proj" for i in range(5))])
+    assert f"Sites: {named} and 3 more" in text
+    grad = Product(fp8(20, 48, E5M2, 6), positive(20, 7), fp8(48, 64, E4M3, 8))
+    dispatch.grad_x([grad], None, None, F32, replace(options, transpose="kernel"))
+    (back,) = set(tmp_path.glob("gemm*.py")) - {only, both}
+    assert f"# Sites: {site.path}\n" in back.read_text()
+    loader.load.cache_clear()
+    dispatch._specs.cache_clear()
