@@ -114,14 +114,15 @@ def proxy_update_(
     columns += [lora_b, lora_a, base, scaling]
     # The kernels say nothing of what they write: whoever watches gets ATen's update.
     if audit.watchers or plan.kernel == "dequantize":
-        update.proxy_update_(*[*columns, spec])
+        arguments: list[Any] = [*columns, spec]
+        update.proxy_update_(*arguments)
     else:
         launches = _launches_of(columns, spec)
         for launch in launches.kernels:
             launch.run()
         if launches.rest:
-            arguments: list[Any] = [[column[i] for i in launches.rest] for column in columns]
-            update.proxy_update_(*[*arguments, spec])
+            arguments = [*([column[i] for i in launches.rest] for column in columns), spec]
+            update.proxy_update_(*arguments)
     if plan.transpose == "store":
         from falqon_fx.kernels import stored
 
@@ -166,8 +167,8 @@ def _plan_launches(columns: Sequence[Sequence[Any]], spec: str) -> _Launches:
     groups: dict[object, list[UpdateSite]] = defaultdict(list)
     rest: list[int] = []
     for i in range(len(columns[0])):
-        fields = [column[i] for column in columns]
-        site = UpdateSite(*fields, plan.rows(fields[2].shape[0]))
+        fields: list[Any] = [*(column[i] for column in columns), plan.rows(len(columns[2][i]))]
+        site = UpdateSite(*fields)
         if refusal(site):
             rest.append(i)
         else:
