@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -24,3 +25,19 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 # Workers of pytest-xdist share the cores.
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _workers))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How much of the zoo passed, where more of it ran than the fast tests."""
+    passed = {
+        report.nodeid.partition("[")[2].rstrip("]")
+        for report in terminalreporter.stats.get("passed", [])
+        if "test_zoo.py::test_decoder[" in report.nodeid
+    }
+    if len(passed) > 20:
+        from tests import zoo
+
+        able = zoo.families().keys() - zoo.PEFT_CANNOT.keys()
+        share = len(passed & able) / len(able)
+        text = f"zoo: {len(passed & able)} of {len(able)} families that PEFT can adapt passed"
+        terminalreporter.write_line(f"{text} ({share:.1%})")
