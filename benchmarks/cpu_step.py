@@ -310,7 +310,9 @@ def report(comparison: Comparison, console: Console) -> None:
     common.write_csv(common.result_path(f"cpu_step_{tokens}", ".csv"), rows)
     page = common.markdown(title, about, HEADER, comparison.rows())
     common.result_path(f"cpu_step_{tokens}", ".md").write_text(page, encoding="utf-8")
-    console.print(f"Written: {common.result_path(f'cpu_step_{tokens}', '')}.json, .csv, .md", highlight=False)
+    console.print(
+        f"Written: {common.result_path(f'cpu_step_{tokens}', '')}.json, .csv, .md", highlight=False
+    )
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

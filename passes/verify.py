@@ -52,9 +52,10 @@ def verify(plan: Plan, slots: Sequence[SlotNodes], before: Wiring) -> None:
     new = [node for node in after if node not in before]
     _check_gone(plan, before, after)
     _check_counts(plan, new)
-    results = _results(plan, before, after)
+    anchors = {site.match.anchor for site in plan.sites}
+    results = _results(plan, anchors, before, after)
     for group in reversed(plan.groups):  # what reads a site's result comes before that site
-        _check_group(plan, group, slots, results)
+        _check_group(plan, group, slots, anchors, results)
     _check_update(plan, slots, new)
     _check_metadata(plan, new, results)
 
@@ -105,9 +106,10 @@ def _check_counts(plan: Plan, new: list[fx.Node]) -> None:
         assert count == wanted, f"{count} new operations {target}, {wanted} are to be added"
 
 
-def _results(plan: Plan, before: Wiring, after: Wiring) -> dict[fx.Node, fx.Node]:
+def _results(
+    plan: Plan, anchors: set[fx.Node], before: Wiring, after: Wiring
+) -> dict[fx.Node, fx.Node]:
     """What is read now in the place of each anchor; everything else must be read as before."""
-    anchors = {site.match.anchor for site in plan.sites}
     calls = {scope.call for scope in plan.root.walk()}
     found: dict[fx.Node, fx.Node] = {}
     for node, now in after.items():
@@ -134,11 +136,11 @@ def _check_group(
     plan: Plan,
     group: tuple[SitePlan, ...],
     slots: Sequence[SlotNodes],
+    anchors: set[fx.Node],
     results: dict[fx.Node, fx.Node],
 ) -> None:
     """The op that stands for a group reads x and the state that the plan gives to its sites."""
     first = group[0].match
-    anchors = {site.match.anchor for site in plan.sites}
     for i, site in enumerate(group):
         found, path = site.match, site.report.path
         if found.anchor not in results:
