@@ -5,7 +5,8 @@ The update op runs as Python in every compiled graph, so watching needs no other
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -70,5 +71,29 @@ def _norm(value: Tensor) -> Tensor:
     return torch.bmm(flat[:, None], flat[:, :, None]).flatten().sqrt()  # vectorised on CPU
 
 
-Watcher = Callable[[Written], None]
-watchers: list[Watcher] = []  # those inside a `falqon_fx.watch`; the op calls each
+class Audience:
+    """Those who are told of each write-back. An op gets tensors alone, so there is one for all
+    models in the process; a watcher tells its own sites by ``Written.applied``.
+    """
+
+    def __init__(self) -> None:
+        self._watchers: tuple[Callable[[Written], None], ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self._watchers)
+
+    @contextmanager
+    def joined_by(self, watcher: Callable[[Written], None]) -> Iterator[None]:
+        """While this is open, ``watcher`` is called with each write-back."""
+        self._watchers = (*self._watchers, watcher)
+        try:
+            yield
+        finally:
+            self._watchers = tuple(other for other in self._watchers if other != watcher)
+
+    def tell(self, written: Written) -> None:
+        for watcher in self._watchers:
+            watcher(written)
+
+
+audience = Audience()

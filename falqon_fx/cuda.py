@@ -113,7 +113,7 @@ def proxy_update_(
     columns: list[Sequence[Any]] = [weight, scale, applied, counters, writes]
     columns += [lora_b, lora_a, base, scaling]
     # The kernels say nothing of what they write: whoever watches gets ATen's update.
-    if audit.watchers or plan.kernel == "dequantize":
+    if audit.audience or plan.kernel == "dequantize":
         arguments: list[Any] = [*columns, spec]
         update.proxy_update_(*arguments)
     else:

@@ -292,24 +292,24 @@ def _write_rows(sites: list[_Site], count: int, plan: SiteSpec) -> None:
     code = encode_fp8(_round(value * new_scale.reciprocal(), rows, sites, plan), E4M3)
     code = torch.where(worth[..., None], code, old_code)
 
-    if audit.watchers:
+    if audit.audience:
         step = torch.stack([site.counters[STEP] for site in sites])
         remains = (target.gather(1, index) - new_applied.to(torch.float32)).abs().sum(dim=-1)
-        done = audit.Written(
-            [site.applied for site in sites],
-            step,
-            rows,
-            worth,
-            asked,
-            old,
-            value,
-            code,
-            new_scale,
-            score,
-            remains,
+        audit.audience.tell(
+            audit.Written(
+                [site.applied for site in sites],
+                step,
+                rows,
+                worth,
+                asked,
+                old,
+                value,
+                code,
+                new_scale,
+                score,
+                remains,
+            )
         )
-        for watcher in audit.watchers:
-            watcher(done)
 
     # On CPU, where looking is free, the counters are left alone when there is nothing to count.
     counts = nonfinite.device.type != "cpu" or bool(nonfinite.any())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -56,6 +57,7 @@ class watch:  # used as a function: with falqon_fx.watch(model) as history
         self._pieces: list[tuple[Written, dict[str, Tensor]]] = []
         self._seen: set[int] = set()
         self._paths: dict[int, str] = {}
+        self._open = ExitStack()  # while it is, write-backs are looked at
         self._file: TextIO | None = None
         self._live = Live(console=Console(file=sys.stderr), auto_refresh=False) if live else None
 
@@ -64,7 +66,7 @@ class watch:  # used as a function: with falqon_fx.watch(model) as history
             self._file = open(self._path, "w", encoding="utf-8")  # closed on leaving
         if self._live is not None:
             self._live.start()
-        audit.watchers.append(self._look)
+        self._open.enter_context(audit.audience.joined_by(self._look))
         return self
 
     def __exit__(
@@ -73,7 +75,7 @@ class watch:  # used as a function: with falqon_fx.watch(model) as history
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        audit.watchers.remove(self._look)
+        self._open.close()
         self.flush()
         if self._live is not None:
             self._live.stop()

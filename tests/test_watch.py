@@ -107,7 +107,7 @@ def test_each_step_is_seen_once_and_only_inside(tmp_path):
     assert [falqon_fx.Audit(**{**line, "rows": tuple(line["rows"])}) for line in lines] == (
         seen.history
     )
-    assert audit.watchers == []
+    assert not audit.audience
 
 
 def test_watching_changes_no_result():
@@ -147,7 +147,7 @@ def test_it_ends_when_the_training_fails():
 
     with pytest.raises(ZeroDivisionError):
         fail()
-    assert audit.watchers == []
+    assert not audit.audience
 
 
 def test_prepared_models_are_watched_too():
