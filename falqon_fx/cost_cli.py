@@ -58,11 +58,8 @@ def _card(name: str | None) -> cards.Card:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     card = cards.at_hand(device)
     if card is None:
-        raise FalqonError(
-            cards.device_name(device),
-            "is unknown",
-            "Give --card, or run falqon-fx cost --calibrate",
-        )
+        problem, remedy = cards.unknown(device)
+        raise FalqonError(str(device), problem, remedy.replace("card=", "--card"))
     return card
 
 

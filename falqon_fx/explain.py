@@ -139,10 +139,8 @@ def _card(config: FalqonConfig, device: torch.device) -> tuple[cards.Card | None
     card = cards.at_hand(device)
     if card is not None:
         return card, []
-    return None, [
-        f"no times are predicted: nothing is known of the {device.type} device at hand; give "
-        "card=, or measure it with `falqon-fx cost --calibrate`"
-    ]
+    problem, remedy = cards.unknown(device)
+    return None, [f"no times are predicted: {problem}. {remedy}"]
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -129,6 +129,15 @@ def at_hand(device: torch.device) -> Card | None:
     return max(fits, key=lambda card: len(card.name), default=None)
 
 
+def unknown(device: torch.device) -> tuple[str, str]:
+    """What is missing where `at_hand` knows no card, and the remedy."""
+    choose = "Give card= (`falqon-fx cost --cards` lists them)"
+    if device.type not in ("cpu", "cuda"):
+        return f"the {device.type} device is no card", choose
+    measure = f"or measure it with `falqon-fx cost --calibrate {device.type}`"
+    return f"nothing is known of this {device.type} ({device_name(device)})", f"{choose}, {measure}"
+
+
 def device_name(device: torch.device) -> str:
     """What a card is stored under: the GPU's name, or the CPU's model and its threads."""
     if device.type == "cuda":

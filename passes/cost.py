@@ -345,11 +345,7 @@ def losing(site: Site, config: FalqonConfig, device: torch.device) -> Rejected |
         return None
     card = cards.find(config.card) if config.card else cards.at_hand(device)
     if card is None:
-        raise FalqonError(
-            "min_gain",
-            f"nothing is known of the {device.type} device at hand",
-            "Give card=, or measure it with `falqon-fx cost --calibrate`",
-        )
+        raise FalqonError("min_gain", *cards.unknown(device))
     shape = replace(shape_of(site, config.pending == "apply", 1), n=site.tokens_hint)
     after = VARIANTS[variant_of(site.kernel)]
     gain = float(seconds(lora(shape), card)) / float(seconds(after(shape), card))

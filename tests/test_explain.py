@@ -307,7 +307,14 @@ def test_without_a_known_card_no_time_is_invented(monkeypatch, tmp_path):
     monkeypatch.setenv("FALQON_CARDS", str(tmp_path / "none.json"))
     report = falqon_fx.explain(Stack(), torch.randn(3, 32))
     assert all(site.cost is None for site in report.sites)
-    assert any("no times are predicted" in note for note in report.notes)
+    (note,) = report.notes
+    assert "no times are predicted: nothing is known of this cpu" in note
+    assert "--calibrate cpu" in note
+    with torch.device("meta"):
+        model, x = Stack(), torch.randn(3, 32)
+    (note,) = falqon_fx.explain(model, x).notes
+    assert "the meta device is no card. Give card=" in note
+    assert "--calibrate" not in note  # there is nothing to measure
 
 
 def test_min_gain_leaves_losing_sites_alone():
