@@ -112,8 +112,9 @@ def proxy_update_(
     plan = parse_spec(spec)
     columns: list[Sequence[Any]] = [weight, scale, applied, counters, writes]
     columns += [lora_b, lora_a, base, scaling]
-    # The kernels say nothing of what they write: whoever watches gets ATen's update.
-    if audit.audience or plan.kernel == "dequantize":
+    # The kernels say nothing of what they write: whoever watches gets ATen's update; and on AMD's
+    # GPUs none has been tried.
+    if audit.audience or plan.kernel == "dequantize" or torch.version.hip is not None:
         arguments: list[Any] = [*columns, spec]
         update.proxy_update_(*arguments)
     else:

@@ -45,17 +45,8 @@ def compile_ahead(
     ``signature`` gives each argument's Triton type (``"*bf16"``, ``"i32"``); a type that ends in
     ``:16``, the form that Triton uses itself, is a pointer or integer divisible by 16.
     """
-    types = {name: kind.removesuffix(":16") for name, kind in signature.items()}
-    attributes = {
-        (index,): [["tt.divisibility", 16]]
-        for index, kind in enumerate(signature.values())
-        if kind.endswith(":16")
-    }
-    compiled = triton.compile(
-        ASTSource(fn=kernel, signature=types, attrs=attributes),
-        target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages},
-    )
+    target = GPUTarget("cuda", architecture, 32)
+    compiled = _compile(kernel, signature, target, num_warps, num_stages)
     usage = _resource_usage(compiled.asm["cubin"])
     return CompiledKernel(
         name=kernel.__name__,
@@ -65,6 +56,40 @@ def compile_ahead(
         stack_bytes=usage["STACK"] + usage["LOCAL"],
         shared_bytes=compiled.metadata.shared,
         tensor_columns=getattr(compiled.metadata, "tmem_size", None) or 0,
+    )
+
+
+def compile_for_amd(
+    kernel: Any,
+    signature: Mapping[str, str],
+    architecture: str,
+    num_warps: int,
+    num_stages: int = 2,
+) -> str:
+    """The assembly of ``kernel`` for "gfx942", "gfx950" and so on; Triton has AMD's compiler in it.
+
+    Kernels cast to FP8 by ``cast="integer"`` there: the other is written in PTX, at which AMD's
+    compiler ends the process. gfx950 multiplies E4M3 and E5M2 as they are; the FP8 formats of
+    gfx942 are others ("fnuz"), so that Triton decodes ours to float16 and nothing is gained but
+    memory.
+    """
+    target = GPUTarget("hip", architecture, 64)
+    return str(_compile(kernel, signature, target, num_warps, num_stages).asm["amdgcn"])
+
+
+def _compile(
+    kernel: Any, signature: Mapping[str, str], target: GPUTarget, num_warps: int, num_stages: int
+) -> Any:
+    types = {name: kind.removesuffix(":16") for name, kind in signature.items()}
+    attributes = {
+        (index,): [["tt.divisibility", 16]]
+        for index, kind in enumerate(signature.values())
+        if kind.endswith(":16")
+    }
+    return triton.compile(
+        ASTSource(fn=kernel, signature=types, attrs=attributes),
+        target=target,
+        options={"num_warps": num_warps, "num_stages": num_stages},
     )
 
 

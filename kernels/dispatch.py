@@ -11,6 +11,21 @@ dequantize                ``torch.mm`` on decoded operands; takes everything
 ========================  ====================================================================
 
 On CPU "dequantize" is the rule; ``kernel="triton"`` runs the generated kernels interpreted.
+
+What is not among them, and why:
+
+- One ``torch._scaled_mm`` over all out + r rows of W', with O as a strided view of its result. The
+  choice falls when a product first runs, on the device; the strides of what an op returns are part
+  of the graphs that were compiled before, and kept on disk, which assert them. Laid out anew, O
+  would cost a pass of its own: 2 · 2 · n · out bytes, a fifth of the product's time at 4096³.
+- Inductor's templates of scaled_mm. They are made while Inductor compiles a graph
+  (max_autotune), as part of it; there is nothing to call with operands. To let Inductor have the
+  products one would lower the ops to ``aten._scaled_mm`` before anything is timed, and lose O_A in
+  its own tiles, the extra term and the kernels that add up siblings.
+- dL/dB in the pass that casts dL/dO. Inductor casts dL/dO where it is made, dL/dB reads it once;
+  a kernel for both would read it once and write its FP8, which is as many bytes. Where a library
+  kernel makes dL/dO it would save one read of two, but a row's scale must be known before its first
+  tile is cast: rowwise it needs that read for the scale.
 """
 
 from __future__ import annotations
@@ -211,15 +226,22 @@ def grad_x_contest(
 
 def grad_b_contest(grad: Tensor, out_a: Tensor, scaling: float, b_dtype: torch.dtype) -> Contest:
     """What could compute `grad_b`; each gives a list of one."""
+    interpreted = runs_interpreted(grad)
     spec = GradBSpec.for_rank(
         out_a.shape[1],
         grad_dtype=_name(grad.dtype),
         a_dtype=_name(out_a.dtype),
         b_dtype=_name(b_dtype),
-        operands="float32" if runs_interpreted(grad) else "native",
+        operands="float32" if interpreted else "native",
     )
+
+    def generated() -> list[Tensor]:
+        if why := _untried(interpreted):
+            return _refuse(why)
+        return [backward.grad_b(grad, out_a, scaling, spec)]
+
     candidates: dict[str, Candidate] = {
-        f"triton:{spec.name}": lambda: [backward.grad_b(grad, out_a, scaling, spec)],
+        f"triton:{spec.name}": generated,
         "dequantize": lambda: [plain_grad_b(grad, out_a, scaling, b_dtype)],
     }
     return Contest(f"dL/dB n={_bucket(len(grad))} out={grad.shape[1]} {spec.name}", candidates)
@@ -282,7 +304,7 @@ def _triton(
     """The likeliest generated kernels for a problem; where none takes it, one that says why."""
     interpreted = runs_interpreted(q)
     where = 0 if interpreted else architecture(q.device)
-    if why := _refusal(problem):
+    if why := _refusal(problem, interpreted):
         yield "triton", functools.partial(_refuse, why)
         return
     for name, spec in _specs(_rounded(problem), where, programs(q.device)):
@@ -306,8 +328,10 @@ def _weights(problem: GemmProblem) -> list[tuple[int | None, int]]:
     return [(out, problem.k) for out in outs or (None,)]
 
 
-def _refusal(problem: GemmProblem) -> str:
+def _refusal(problem: GemmProblem, interpreted: bool) -> str:
     """Why no generated kernel takes a problem, or ""."""
+    if why := _untried(interpreted):
+        return why
     if problem.k == 0:
         return "K is 0"
     if len(problem.rows) > _MAX_PIECES:
@@ -315,6 +339,11 @@ def _refusal(problem: GemmProblem) -> str:
     if problem.rank > _MAX_RANK:
         return f"rank {problem.rank}, more than {_MAX_RANK}"
     return ""
+
+
+def _untried(interpreted: bool) -> str:
+    tried = interpreted or torch.version.hip is None
+    return "" if tried else "no kernel has been tried on an AMD GPU"
 
 
 def _refuse(why: str) -> list[Tensor]:

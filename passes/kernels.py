@@ -21,7 +21,7 @@ def architecture_of(device: torch.device, config: FalqonConfig) -> int:
         return 0
     if config.card is not None:
         return cards.find(config.card).architecture
-    if device.type != "cuda":
+    if device.type != "cuda" or torch.version.hip is not None:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     number = major * 10 + minor

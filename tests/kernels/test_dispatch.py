@@ -8,13 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from falqon_fx import rewrite, serving
+from falqon_fx import FalqonConfig, rewrite, serving
 from falqon_fx.kernels import dispatch, loader
 from falqon_fx.kernels.choice import Choices, run_once
 from falqon_fx.kernels.dispatch import Contest, Options
 from falqon_fx.kernels.gemm import Piece, Product
 from falqon_fx.kernels.tiles import GemmProblem, gemm_specs
 from falqon_fx.numerics import E4M3, E5M2
+from falqon_fx.passes.kernels import architecture_of
 from tests.sites import randn
 from tests.spellings import HandWritten, Spelling
 from tests.tolerances import Approx
@@ -214,3 +215,15 @@ def test_the_header_of_a_generated_file_names_the_sites_that_it_serves(tmp_path,
     assert f"# Sites: {site.path}\n" in back.read_text()
     loader.load.cache_clear()
     dispatch._specs.cache_clear()
+
+
+def test_on_amd_only_what_has_been_tried_there(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(dispatch, "runs_interpreted", lambda tensor: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    choice = choose(forward())
+    assert choice.refused["triton"] == "no kernel has been tried on an AMD GPU"
+    assert "dequantize" in choice.seconds
+    choice = choose(dispatch.grad_b_contest(randn(8, 16), randn(8, 4), 1.0, F32))
+    assert choice.winner == "dequantize"
+    assert architecture_of(torch.device("cuda", 0), FalqonConfig()) == 0
