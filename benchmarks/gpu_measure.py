@@ -104,6 +104,16 @@ def captured(run: Callable[[], Any], calls: int = 1) -> torch.cuda.CUDAGraph:
     return graph
 
 
+def has_row_scales(device: str) -> bool:
+    """Whether ``torch._scaled_mm`` takes a scale a row there; on CPU only newer versions do."""
+    q, scale = torch.zeros(16, 16, device=device).to(E4M3), torch.ones(16, 1, device=device)
+    try:
+        scaled_mm(q, q.t(), scale, scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True)
+    except RuntimeError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class Ceilings:
     """What the library reaches on this card at a size that suits it: the measure of all else."""
@@ -136,10 +146,11 @@ def ceilings(clock: Clock, size: int) -> Ceilings:
 
     source = torch.empty(16 * size * size, dtype=torch.bfloat16, device=device)
     target = torch.empty_like(source)
+    tensorwise = fp8(one, one)
     return Ceilings(
         flops / replay(lambda: a @ b.t(), clock).median,
-        fp8(one, one),
-        fp8(rows, rows.t()),
+        tensorwise,
+        fp8(rows, rows.t()) if has_row_scales(device) else tensorwise,
         2 * source.nbytes / replay(lambda: target.copy_(source), clock).median,
     )
 

@@ -10,7 +10,16 @@ from dataclasses import dataclass, replace
 
 import gpu_models
 import torch
-from gpu_measure import Budget, Ceilings, Clock, Timing, free, peak_gib, repeat
+from gpu_measure import (
+    Budget,
+    Ceilings,
+    Clock,
+    Timing,
+    free,
+    has_row_scales,
+    peak_gib,
+    repeat,
+)
 from gpu_models import CONTENDERS, SHAPES, Phases, Shape, Trainer, Unavailable
 
 LAUNCH_BOUND = 1024  # tokens up to which a step is replayed as a CUDA graph too
@@ -81,7 +90,8 @@ class StepRow:
 def cases(tiny: bool) -> list[Case]:
     """The most important first: the budget drops from the end."""
     if tiny:
-        names = ("falqon", "peft + inductor", "nf4", "fp8 + lora", "torchao + lora")
+        names = ["falqon", "peft + inductor", "nf4", "torchao + lora"]
+        names += ["fp8 + lora"] * has_row_scales("cpu")
         return [Case("tiny", 2, 16, 8, name, checkpointing=name == "falqon") for name in names]
     faster = ("peft + inductor", "peft + inductor, fp32 adapter")
     listed: list[Case] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from falqon_fx import FalqonConfig, MergedAdapter
+from falqon_fx._compat import scaled_mm
 from falqon_fx.merged import create
 from falqon_fx.numerics import amax_to_scale, round_to_fp8
 from falqon_fx.spec import SiteSpec
@@ -31,6 +33,17 @@ class Site:
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@functools.cache
+def takes_row_scales() -> bool:
+    """Whether ``torch._scaled_mm`` takes a scale a row on CPU; torch 2.11's takes none."""
+    q, scale = torch.zeros(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
+    try:
+        scaled_mm(q, q.t(), scale, scale.t(), out_dtype=torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True
 
 
 def make_site(

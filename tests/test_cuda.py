@@ -22,7 +22,7 @@ from falqon_fx.kernels.choice import Choices
 from falqon_fx.ops import decompositions
 from falqon_fx.passes.kernels import choose
 from tests import sites as sites_module
-from tests.sites import make_site, randn, same, snapshot
+from tests.sites import make_site, randn, same, snapshot, takes_row_scales
 from tests.spellings import HandWritten, Spelling
 from tests.strategies import Case, cases
 from tests.test_lowering import expected
@@ -103,6 +103,8 @@ def siblings(granularity, pending):
 @pytest.mark.parametrize("pending", ["apply", "hold"])
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
 def test_siblings_share_a_cast_and_the_products(granularity, pending, kernel):
+    if kernel == "scaled_mm" and granularity == "row" and not takes_row_scales():
+        pytest.skip("torch's _scaled_mm takes no row scales on CPU")
     made, x = siblings(granularity, pending), randn(32, 64).bfloat16()
     grads = [randn(32, len(s.lora_b), seed=i).bfloat16() for i, s in enumerate(made)]
     ys, out_a, grad_x, _ = run(made, x, [], torch.bfloat16, grads, kernel)

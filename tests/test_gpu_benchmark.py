@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.sites import takes_row_scales
+
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
@@ -58,12 +60,9 @@ def test_the_whole_flow_at_toy_sizes(benchmark, tmp_path, monkeypatch, capsys):
         "update",
         "three steps",
     }
-    assert {c["kernel"].split(":")[0] for c in content["checked"]} >= {
-        "triton",
-        "scaled_mm",
-        "scaled_mm+triton",
-        "dequantize",
-    }
+    library = {"scaled_mm", "scaled_mm+triton"} if takes_row_scales() else set()
+    kinds = {c["kernel"].split(":")[0] for c in content["checked"]}
+    assert kinds >= {"triton", "dequantize"} | library
     with files[".csv"].open() as stream:
         rows = list(csv.DictReader(stream))
     assert [row["checkpointing"] for row in rows if row["contender"] == "falqon"] == [

@@ -50,7 +50,7 @@ def assemblies(spec, architecture):
 
 def check(spec, architecture):
     for assembly in assemblies(spec, architecture):
-        sizes = re.findall(r"(?:[vs]gpr_spill_count|ScratchSize): *(\d+)", assembly)
+        sizes = re.findall(r"(?:vgpr_spill_count|ScratchSize): *(\d+)", assembly)
         assert sizes
         assert set(sizes) == {"0"}
         if isinstance(spec, GemmSpec):
