@@ -13,6 +13,17 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+# How Dynamo writes `torch.no_grad()`, `torch.inference_mode()` and `torch.autocast()` in a graph.
+SET_GRAD = torch._C._set_grad_enabled
+ENTER_MODE = (
+    torch.amp.autocast_mode._enter_autocast,
+    torch.autograd.grad_mode._enter_inference_mode,
+)
+EXIT_MODE = (
+    torch.amp.autocast_mode._exit_autocast,
+    torch.autograd.grad_mode._exit_inference_mode,
+)
+
 
 def version(tensor: Tensor) -> int:
     """Autograd's count of in-place writes; inference tensors have none."""

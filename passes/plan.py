@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -15,6 +15,7 @@ from falqon_fx.passes.cuts import cut_sites
 from falqon_fx.passes.dataflow import Match, RejectedMatch
 from falqon_fx.passes.describe import describe, source_of
 from falqon_fx.passes.kernels import architecture_of
+from falqon_fx.passes.modes import Mode, modes
 from falqon_fx.passes.normalize import Scope, value_of
 from falqon_fx.passes.siblings import group_siblings
 from falqon_fx.passes.terms import BaseLinear, Param
@@ -83,11 +84,12 @@ def plan(
         Rejected(_path(root, (r.lora_a, r.lora_b), r.scope), r.reason, r.remedy, _source(r.lora_b))
         for r in rejected
     ]
+    within = {id(scope): modes(scope.gm.graph) for scope in root.walk()}
     sites: list[SitePlan] = []
     slots: dict[tuple[object, ...], Slot] = {}
     for found in matches:
         path = _path(root, _named_by(found), found.scope)
-        why = _refusal(found, path, config)
+        why = _refusal(found, path, config, within[id(found.scope)])
         if why is not None:
             refused.append(why)
             continue
@@ -138,7 +140,9 @@ def _named_by(found: Match) -> tuple[Param, ...]:
     return tuple(adapter) if tied else (base, *adapter)
 
 
-def _refusal(found: Match, path: str, config: FalqonConfig) -> Rejected | None:
+def _refusal(
+    found: Match, path: str, config: FalqonConfig, within: Mapping[fx.Node, Mode]
+) -> Rejected | None:
     if not config.selects(path):
         return Rejected(
             path,
@@ -151,6 +155,13 @@ def _refusal(found: Match, path: str, config: FalqonConfig) -> Rejected | None:
             path,
             f"a merged weight can't apply the adapter dropout p={found.dropout:g}",
             'Set lora_dropout=0, or dropout="ignore"',
+            source_of(found.anchor),
+        )
+    if len({within[node] for node in found.nodes}) > 1:
+        return Rejected(
+            path,
+            "torch.no_grad() or torch.autocast() covers a part of it alone; one op has one mode",
+            "Compute the base layer and its adapter in the same mode",
             source_of(found.anchor),
         )
     return None

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import fx
 
 from falqon_fx.passes.dataflow import Match
+from falqon_fx.passes.modes import modes
 from falqon_fx.passes.normalize import value_of, writes
 from falqon_fx.passes.terms import BaseLinear
 
@@ -14,14 +15,16 @@ from falqon_fx.passes.terms import BaseLinear
 def group_siblings(matches: Sequence[Match]) -> list[list[Match]]:
     """Matches that can be computed where the first of them stands, group by group in graph order.
 
-    Siblings share their scope, x, output dtype and whether they have a bias. No operation between
-    the first and the last of them writes in place: x is the same for all.
+    Siblings share their scope, x, output dtype, modes and whether they have a bias; a site under
+    ``no_grad`` takes no others with it. No operation between the first and the last of them writes
+    in place: x is the same for all.
     """
     groups: dict[object, list[list[Match]]] = {}
     scopes = {id(found.scope): found.scope for found in matches}
     written = {k: [n for n in scope.gm.graph.nodes if writes(n)] for k, scope in scopes.items()}
+    mode = {k: modes(scope.gm.graph) for k, scope in scopes.items()}
     for found in matches:
-        of_key = groups.setdefault(_key(found), [])
+        of_key = groups.setdefault((_key(found), mode[id(found.scope)][found.anchor]), [])
         if of_key and not _written_between(of_key[-1][0], found, written[id(found.scope)]):
             of_key[-1].append(found)
         else:
