@@ -20,7 +20,7 @@ from falqon_fx import FalqonConfig, MergedAdapter, cuda
 from falqon_fx import update as reference
 from falqon_fx.kernels import dispatch, stored
 from falqon_fx.kernels.activation_cast import activation_cast
-from falqon_fx.kernels.choice import Candidate
+from falqon_fx.kernels.choice import Candidate, Refusal
 from falqon_fx.kernels.gemm import Piece, Product
 from falqon_fx.kernels.spec import ActivationCastSpec
 from falqon_fx.merged import create
@@ -129,7 +129,7 @@ def run_all(
 def _try(what: str, name: str, candidate: Candidate) -> list[Tensor] | None:
     try:
         results: list[Tensor] = candidate()
-    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+    except Refusal as error:
         # A candidate that is not for this card or this shape; what none takes, fails in `dispatch`.
         print(f"{what}: {name}: {str(error).splitlines()[0][:160]}", flush=True)
         return None

@@ -14,6 +14,7 @@ from torch import Tensor
 from falqon_fx import FalqonConfig, cuda
 from falqon_fx._compat import scaled_mm
 from falqon_fx.kernels import dispatch
+from falqon_fx.kernels.choice import Refusal
 from falqon_fx.kernels.gemm import Piece, Product
 from falqon_fx.kernels.gemm_spec import Accumulation
 from falqon_fx.merged import allocate
@@ -120,7 +121,7 @@ def measure(problem: Problem, clock: Clock, ceiling: Ceilings) -> Iterator[Kerne
         for name, run in contest.candidates.items():
             try:
                 timings[name] = _timed(run, clock, n)
-            except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+            except Refusal as error:
                 print(f"{what} {problem}: {name}: {str(error).splitlines()[0][:120]}", flush=True)
         best = min(timings, key=lambda name: timings[name].median)
         for name, timing in timings.items():

@@ -84,12 +84,12 @@ def plan(
         Rejected(_path(root, (r.lora_a, r.lora_b), r.scope), r.reason, r.remedy, _source(r.lora_b))
         for r in rejected
     ]
-    within = {id(scope): modes(scope.gm.graph) for scope in root.walk()}
+    within = {n: mode for scope in root.walk() for n, mode in modes(scope.gm.graph).items()}
     sites: list[SitePlan] = []
     slots: dict[tuple[object, ...], Slot] = {}
     for found in matches:
         path = _path(root, _named_by(found), found.scope)
-        why = _refusal(found, path, config, within[id(found.scope)])
+        why = _refusal(found, path, config, within)
         if why is not None:
             refused.append(why)
             continue
@@ -104,14 +104,16 @@ def plan(
             continue
         slots[key] = slot
         sites.append(SitePlan(found, slot, site))
-    groups = _groups(sites, config)
+    groups = _groups(sites, config, within)
     return Plan(root, config, spec, groups, tuple(slots.values()), tuple(refused))
 
 
-def _groups(sites: list[SitePlan], config: FalqonConfig) -> tuple[tuple[SitePlan, ...], ...]:
+def _groups(
+    sites: list[SitePlan], config: FalqonConfig, within: Mapping[fx.Node, Mode]
+) -> tuple[tuple[SitePlan, ...], ...]:
     """Sites that become one op together, numbered in the report."""
     matches = [site.match for site in sites]
-    groups = group_siblings(matches) if config.siblings else [[found] for found in matches]
+    groups = group_siblings(matches, within) if config.siblings else [[found] for found in matches]
     of = {id(site.match): site for site in sites}
     return tuple(
         tuple(

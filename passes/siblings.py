@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import fx
 
 from falqon_fx.passes.dataflow import Match
-from falqon_fx.passes.modes import modes
+from falqon_fx.passes.modes import Mode
 from falqon_fx.passes.normalize import value_of, writes
 from falqon_fx.passes.terms import BaseLinear
 
 
-def group_siblings(matches: Sequence[Match]) -> list[list[Match]]:
-    """Matches that can be computed where the first of them stands, group by group in graph order.
+def group_siblings(matches: Sequence[Match], within: Mapping[fx.Node, Mode]) -> list[list[Match]]:
+    """Matches that can be computed where the first of them stands, group by group in graph order;
+    ``within`` says which modes each node runs in.
 
     Siblings share their scope, x, output dtype, modes and whether they have a bias; a site under
     ``no_grad`` takes no others with it. No operation between the first and the last of them writes
@@ -22,9 +23,8 @@ def group_siblings(matches: Sequence[Match]) -> list[list[Match]]:
     groups: dict[object, list[list[Match]]] = {}
     scopes = {id(found.scope): found.scope for found in matches}
     written = {k: [n for n in scope.gm.graph.nodes if writes(n)] for k, scope in scopes.items()}
-    mode = {k: modes(scope.gm.graph) for k, scope in scopes.items()}
     for found in matches:
-        of_key = groups.setdefault((_key(found), mode[id(found.scope)][found.anchor]), [])
+        of_key = groups.setdefault((_key(found), within[found.anchor]), [])
         if of_key and not _written_between(of_key[-1][0], found, written[id(found.scope)]):
             of_key[-1].append(found)
         else:
