@@ -14,6 +14,9 @@ from torch import Tensor
 
 from falqon_fx.numerics import E4M3, FP8_MAX, decode_fp8
 
+# Columns of `Written.table`: fields of `falqon_fx.report.Audit`.
+COLUMNS = ("step", "asked", "kept", "lost", "clamped", "saturated", "underflowed", "pending")
+
 
 @dataclass(frozen=True)
 class Written:
@@ -42,33 +45,36 @@ class Written:
     score: Tensor
     remains: Tensor
 
-    def measures(self) -> dict[str, Tensor]:
-        """Float32 [G] each, named as the fields of `falqon_fx.report.Audit`; on the device.
+    def table(self) -> Tensor:
+        """Float64 [G, len(COLUMNS) + 2k] on the device: `COLUMNS`, then ``rows``, then ``worth``.
 
-        Rows that were not written ask for nothing and keep what they had: they add 0 to each norm.
+        Few passes over [G, k, in], all of kinds that vectorise on CPU: comparisons in place, which
+        give numbers instead of booleans, and sums of one row each.
         """
-        mask = self.worth[..., None]
-        count = (self.worth.sum(-1) * self.asked.shape[-1]).clamp(min=1)
-        kept = decode_fp8(self.code, self.scale, self.old.dtype) - self.old
-        size = self.code & 0x7F  # without the sign
-        zero = (size == 0) & (self.value != 0) & mask
-        chosen = self.score.gather(-1, self.rows)
-        left = self.score.sum(-1) - (chosen - self.remains).where(self.worth, 0.0).sum(-1)
-        clamped = (self.value * self.scale.reciprocal()).abs() > FP8_MAX[E4M3]
-        return {
-            "asked": _norm(self.asked),
-            "kept": _norm(kept),
-            "lost": _norm(kept - self.asked),
-            "clamped": (clamped & mask).sum((1, 2)),
-            "pending": left,
-            "saturated": ((size == 0x7E) & mask).sum((1, 2)) / count,
-            "underflowed": zero.sum((1, 2)) / count,
-        }
+        kept = decode_fp8(self.code, self.scale, self.old.dtype).sub_(self.old)
+        squares = [_square_sums(self.asked), _square_sums(kept)]
+        squares.append(_square_sums(kept.sub_(self.asked)))
+        scaled = torch.mul(self.value, self.scale.reciprocal(), out=kept)  # kept is done with
+        clamped = scaled.abs_().gt_(FP8_MAX[E4M3]).sum(-1)
+        saturated = self._codes(0x7E)
+        # Zero is cast to zero; the other zeros are what underflowed.
+        underflowed = self._codes(0) - torch.eq(self.value, 0, out=kept).sum(-1)
+        written = self.score.gather(-1, self.rows) - self.remains
+        each = torch.stack([*squares, clamped, saturated, underflowed, written])
+        sums = each.where(self.worth, 0).sum(-1, dtype=torch.float64)  # [7, G]
+        sums[:3].sqrt_()
+        sums[4:6] /= (self.worth.sum(-1) * self.asked.shape[-1]).clamp(min=1)
+        sums[6] = self.score.sum(-1) - sums[6]
+        return torch.cat([self.step[:, None], sums.t(), self.rows, self.worth], -1)
+
+    def _codes(self, size: int) -> Tensor:
+        """How many elements of each row have this code, whatever their sign."""
+        return (self.code & 0x7F).eq_(size).sum(-1, dtype=torch.int32)
 
 
-def _norm(value: Tensor) -> Tensor:
-    flat = value.flatten(1)
-    return torch.bmm(flat[:, None], flat[:, :, None]).flatten().sqrt()  # vectorised on CPU
+def _square_sums(value: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(value, dim=-1)
+    return norm.square_()
 
 
 class Audience:

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+import torch
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from torch import Tensor, nn
 
 from falqon_fx import audit
-from falqon_fx.audit import Written
+from falqon_fx.audit import COLUMNS, Written
 from falqon_fx.prepare import adapters
 from falqon_fx.report import Audit
 
 Callback = Callable[[Sequence[Audit]], None]
+_Piece = tuple[list[Tensor], Tensor]  # `Written.applied` and `Written.table`
 _SHOWN = 12  # sites in the live view: those that lose the largest share
 
 
@@ -54,18 +56,23 @@ class watch:  # used as a function: with falqon_fx.watch(model) as history
         self.history: list[Audit] = []
         self._model, self._callbacks = model, tuple(callbacks)
         self._path = jsonl
-        self._pieces: list[tuple[Written, dict[str, Tensor]]] = []
+        self._pieces: list[_Piece] = []
         self._seen: set[int] = set()
         self._paths: dict[int, str] = {}
-        self._open = ExitStack()  # while it is, write-backs are looked at
+        self._open = ExitStack()  # while it is, write-backs are looked at; then the last step comes
         self._file: TextIO | None = None
-        self._live = Live(console=Console(file=sys.stderr), auto_refresh=False) if live else None
+        self._step: Sequence[Audit] = ()  # the last one
+        # Drawn four times a second by a thread of its own, however short a step is.
+        terminal = Console(file=sys.stderr)
+        view = Live(console=terminal, get_renderable=lambda: _view(self._step))
+        self._live = view if live else None
 
     def __enter__(self) -> watch:
         if self._path is not None:
-            self._file = open(self._path, "w", encoding="utf-8")  # closed on leaving
+            self._file = self._open.enter_context(open(self._path, "w", encoding="utf-8"))
         if self._live is not None:
-            self._live.start()
+            self._open.enter_context(self._live)
+        self._open.callback(self.flush)
         self._open.enter_context(audit.audience.joined_by(self._look))
         return self
 
@@ -76,18 +83,13 @@ class watch:  # used as a function: with falqon_fx.watch(model) as history
         trace: TracebackType | None,
     ) -> None:
         self._open.close()
-        self.flush()
-        if self._live is not None:
-            self._live.stop()
-        if self._file is not None:
-            self._file.close()
 
     def _look(self, written: Written) -> None:
         places = {tensor.data_ptr() for tensor in written.applied}
         if places & self._seen:  # a site comes again: a new step has begun
             self.flush()
         self._seen |= places
-        self._pieces.append((written, written.measures()))
+        self._pieces.append((written.applied, written.table()))
 
     def flush(self) -> list[Audit]:
         """Close the step that is under way, hand its audits on, and return them."""
@@ -96,9 +98,7 @@ class watch:  # used as a function: with falqon_fx.watch(model) as history
         if not self._seen <= self._paths.keys():  # state is made at the first compiled call
             found = adapters(self._model).items()
             self._paths = {state.applied.data_ptr(): path for path, state in found}
-        step: list[Audit] = []
-        for written, measures in self._pieces:
-            step.extend(_audits(written, measures, self._paths))
+        step = list(_audits(self._pieces, self._paths))
         self._pieces.clear()
         self._seen.clear()
         self.history.extend(step)
@@ -107,27 +107,31 @@ class watch:  # used as a function: with falqon_fx.watch(model) as history
         return step
 
     def _hand_on(self, step: Sequence[Audit]) -> None:
+        self._step = step
         if self._file is not None:
-            self._file.writelines(json.dumps(asdict(item)) + "\n" for item in step)
+            self._file.writelines(json.dumps(vars(item)) + "\n" for item in step)
             self._file.flush()
-        if self._live is not None:
-            self._live.update(_view(step), refresh=True)
         for callback in self._callbacks:
             callback(step)
 
 
-def _audits(written: Written, measures: dict[str, Tensor], paths: dict[int, str]) -> list[Audit]:
-    values = {name: tensor.tolist() for name, tensor in measures.items()}
-    rows, worth, steps = written.rows.tolist(), written.worth.tolist(), written.step.tolist()
-    found = []
-    for i, applied in enumerate(written.applied):
-        path = paths.get(applied.data_ptr())
-        if path is None:  # another model's site
-            continue
-        chosen = tuple(sorted(row for row, used in zip(rows[i], worth[i]) if used))
-        own = {name: value[i] for name, value in values.items()}
-        found.append(Audit(site=path, step=steps[i], out=applied.shape[0], rows=chosen, **own))
-    return found
+def _audits(pieces: Sequence[_Piece], paths: dict[int, str]) -> Iterator[Audit]:
+    device = pieces[0][1].device
+    tables = torch.cat([table.to(device).flatten() for _, table in pieces])
+    values = iter(tables.tolist())  # the step's one look at the device
+    for applied, table in pieces:
+        for site in applied:
+            line = list(islice(values, table.shape[1]))
+            path = paths.get(site.data_ptr())
+            if path is None:  # another model's site
+                continue
+            own = dict(zip(COLUMNS, line))
+            rest = line[len(COLUMNS) :]
+            half = len(rest) // 2
+            rows = sorted(int(row) for row, used in zip(rest[:half], rest[half:]) if used)
+            for name in ("step", "clamped"):
+                own[name] = int(own[name])
+            yield Audit(site=path, out=site.shape[0], rows=tuple(rows), **own)
 
 
 def summary(step: Sequence[Audit]) -> dict[str, float]:
@@ -167,6 +171,8 @@ def trainer_callback(seen: watch) -> Any:
 
 
 def _view(step: Sequence[Audit]) -> Table:
+    if not step:
+        return Table(title="no write-back yet")
     total = summary(step)
     title = (
         f"step {step[0].step}: {total['rows']:.0f} rows, asked {total['asked']:.3g}, kept "

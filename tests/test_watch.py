@@ -10,6 +10,7 @@ from torch import nn
 
 import falqon_fx
 from falqon_fx import audit
+from falqon_fx.numerics import encode_fp8, round_to_fp8
 from falqon_fx.watching import summary, tensorboard, trainer_callback
 from tests.models import Stack, lora_b, train
 
@@ -210,3 +211,36 @@ def test_the_live_view_names_the_sites(capsys, monkeypatch):
     shown = capsys.readouterr().err
     assert "blocks.1.down" in shown
     assert "step 1: 40 rows" in shown
+
+
+def test_rows_not_written_and_zeros_are_not_counted():
+    """Two sites of three rows of eight; the middle one of each is not written."""
+    torch.manual_seed(0)
+    value = 500 * torch.randn(2, 3, 8)
+    value[..., :2], value[..., 2:4] = 0.0, 1e-4  # zeros; elements that E4M3 makes zero
+    value[:, 0, 4] = 500.0
+    code = encode_fp8(round_to_fp8(value, torch.float8_e4m3fn), torch.float8_e4m3fn)
+    rows, worth = torch.arange(3).expand(2, 3), torch.tensor([[True, False, True]] * 2)
+    score, remains = torch.rand(2, 5), torch.rand(2, 3)
+    old = value / 3
+    applied = [torch.zeros(5, 1) for _ in range(2)]
+    one = torch.ones(2, 1, 1)
+    given = (rows, worth, value - old, old, value, code, one, score, remains)
+    table = audit.Written(applied, torch.tensor([7, 8]), *given).table()
+    for g in range(2):
+        got = dict(zip(audit.COLUMNS, table[g].tolist()))
+        new, asked = code[g, ::2].view(torch.float8_e4m3fn).double(), (value - old)[g, ::2].double()
+        kept = new - old[g, ::2].double()
+        left = score[g].sum() - score[g, [0, 2]].sum() + remains[g, [0, 2]].sum()
+        wanted = {
+            "step": 7 + g,
+            "asked": asked.norm(),
+            "kept": kept.norm(),
+            "lost": (kept - asked).norm(),
+            "clamped": (value[g, ::2].abs() > 448).sum(),
+            "saturated": (new.abs() == 448).double().mean(),
+            "underflowed": 4 / 16,
+            "pending": left,
+        }
+        assert got == pytest.approx({name: float(v) for name, v in wanted.items()}, rel=1e-5)
+        assert table[g, len(audit.COLUMNS) :].tolist() == [0, 1, 2, 1, 0, 1]
