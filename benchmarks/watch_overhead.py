@@ -1,6 +1,6 @@
 """What `falqon_fx.watch` adds to a training step on this machine.
 
-    python benchmarks/watch_overhead.py [--blocks 8] [--steps 40]
+    python benchmarks/watch_overhead.py [--blocks 8] [--steps 120]
 
 Blocks of two linears (576 x 1536 and back, the sizes of SmolLM2-135M's MLP), rank 16, bf16, 768
 tokens, AdamW. Watched and unwatched steps take turns of four in one process, so that both see the
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--blocks", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=120)
     args = parser.parse_args(argv)
     row = measure(args.blocks, args.steps)
     print(dict(zip(COLUMNS, row, strict=True)))
