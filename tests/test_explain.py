@@ -13,7 +13,7 @@ import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError, RewriteReport
 from falqon_fx.report import json_schema
 from tests import models
-from tests.models import Stack, fill_b, tiny_llama, tiny_mlp
+from tests.models import LoraLinear, Stack, fill_b, tiny_llama, tiny_mlp
 
 pytest.importorskip("peft")
 
@@ -196,6 +196,73 @@ def test_each_graph_says_what_ended_it():
     for graph in report.graphs:
         assert graph.nodes_after < graph.nodes_before
         assert set(graph.pass_seconds) >= {"normalize", "match", "plan", "rewrite", "verify"}
+
+
+class Broken(nn.Module):
+    """Two blocks alike, each with a graph break: Dynamo shares their graphs."""
+
+    def __init__(self, block: type[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([block(), block()])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class BrokenBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = LoraLinear(32, 48)
+        self.down = LoraLinear(48, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.up(x)
+        torch._dynamo.graph_break()
+        return self.down(y)
+
+
+def test_paths_are_those_of_the_whole_model_behind_graph_breaks():
+    report = falqon_fx.explain(Broken(BrokenBlock), torch.randn(3, 32))
+    wanted = [f"layers.{i}.{name}" for i in (0, 1) for name in ("up", "down")]
+    assert [site.path for site in report.sites] == wanted
+    # The first graphs, or some of them, serve the second block too: no pass ran again for those.
+    assert {bool(graph.pass_seconds) for graph in report.graphs if graph.sites} == {True, False}
+
+
+class Grouped(nn.Module):
+    """Stacked weights of experts, as transformers keeps them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(3, 48, 32))
+        self.down_proj = nn.Parameter(torch.randn(3, 32, 48))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        up = torch.bmm(x, self.gate_up_proj.transpose(1, 2))
+        return torch.bmm(up, self.down_proj.transpose(1, 2))
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = Grouped()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.experts(x)
+
+
+def test_experts_are_refused_by_the_names_that_peft_gives_their_parameters():
+    peft = pytest.importorskip("peft")
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    lora = peft.LoraConfig(r=4, target_modules=[], target_parameters=targets)
+    model = peft.get_peft_model(Broken(Experts), lora)
+    rejected = falqon_fx.explain(model, torch.randn(3, 5, 32)).rejected
+    assert sorted(model.targeted_parameter_names) == sorted(
+        item.site.removeprefix("base_model.model.") for item in rejected
+    )
+    assert len(rejected) == 4
 
 
 def test_marked_sizes_are_symbols():
