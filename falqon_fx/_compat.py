@@ -35,6 +35,16 @@ def scaled_mm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, **options:
     return torch._scaled_mm(a, b, scale_a, scale_b, **options)
 
 
+def compile_cpp(source: str) -> Any:
+    """The shared library made from C++ ``source`` by Inductor's compiler, flags and disk cache, as
+    `ctypes.CDLL`.
+    """
+    from torch._inductor.codecache import CppCodeCache
+
+    # Inductor turns the compiler's own vectorizer off, since its loops come vectorized.
+    return CppCodeCache.load(source, extra_flags=("-ftree-loop-vectorize",))
+
+
 def inductor_compile(
     gm: fx.GraphModule,
     inputs: Sequence[Any],

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from falqon_fx import audit
 from falqon_fx.errors import SiteError
+from falqon_fx.kernels import cpu
 from falqon_fx.numerics import (
     E4M3,
     amax_to_scale,
@@ -30,7 +31,7 @@ from falqon_fx.spec import SiteSpec, parse_spec
 # Columns of a site's `counters` (int64).
 FINGERPRINT_B, FINGERPRINT_A, FINGERPRINT_W, STEP, SITE, NONFINITE, STALE = range(7)
 COUNTERS = 7
-_CHUNK = 1 << 17  # elements held in float32, or hashed, at a time: temporaries stay in the cache
+_CHUNK = 1 << 17  # elements held in float32 at a time: temporaries stay in the cache
 _CACHED = 1 << 15  # elements that a core casts at a time
 
 
@@ -60,14 +61,10 @@ def fingerprint(batch: Tensor) -> Tensor:
 
 
 def _fingerprints(tensors: list[Tensor]) -> Tensor:
-    """The `fingerprint` of each of G tensors of one shape, int64 [G]; on CPU in batches whose
-    temporaries stay in the cache.
-    """
-    step = len(tensors)
-    if tensors[0].device.type == "cpu":
-        step = max(1, _CHUNK // max(1, tensors[0].numel()))
-    batches = (tensors[first : first + step] for first in range(0, len(tensors), step))
-    return torch.cat([fingerprint(torch.stack(batch)) for batch in batches])
+    """The `fingerprint` of each of G tensors of one shape, int64 [G]."""
+    if tensors[0].device.type == "cpu" and (compiled := cpu.fingerprints(tensors)) is not None:
+        return compiled
+    return fingerprint(torch.stack(tensors))
 
 
 def _hash_weights(count: int, like: Tensor, multiplier: int) -> Tensor:
@@ -87,7 +84,7 @@ def sample(weight: Tensor) -> Tensor:
     autograd counts are seen exactly through the version counter (see `MergedAdapter`).
     """
     rows, columns = weight.shape
-    return weight[:: max(1, rows // 16), :: max(1, columns // 64)][:16, :64].contiguous()
+    return weight[:: max(1, rows // 16), :: max(1, columns // 64)][:16, :64]
 
 
 def select_rows(score: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -130,9 +127,8 @@ def proxy_update_(
         sites = [_Site(i, *(column[i] for column in columns)) for i in members]
         changed = _find_changed(sites, plan)
         rows = plan.rows(applied[members[0]].shape[0])
-        step = max(1, _CHUNK // max(rows * weight[members[0]].shape[1], lora_b[members[0]].numel()))
-        for first in range(0, len(changed), step):
-            _write_rows(changed[first : first + step], rows, plan)
+        for batch in _batches(changed, rows):
+            _write_rows(batch, rows, plan)
 
 
 @without_autocast
@@ -193,6 +189,11 @@ class _Site:
         self.lora_b, self.lora_a, self.base, self.scaling = lora_b, lora_a, base, scaling
         self.changed: Tensor | None = None
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What `falqon_fx.kernels.cpu` needs, in its order."""
+        return self.weight, self.scale, self.applied, self.lora_b, self.counters, self.writes
+
 
 def _find_changed(sites: list[_Site], plan: SiteSpec) -> list[_Site]:
     """Compare fingerprints with the stored ones, store the new ones, return the sites to write."""
@@ -251,8 +252,50 @@ def _rebuild(sites: list[_Site], plan: SiteSpec) -> None:
         )
 
 
+def _batches(sites: list[_Site], rows: int) -> Iterator[list[_Site]]:
+    """Sites whose rows, held in float32, stay in a CPU's cache; all at once where none are held."""
+    if not sites:
+        return
+    step = len(sites)
+    if audit.audience or not cpu.takes([site.tensors for site in sites]):
+        held = max(rows * sites[0].weight.shape[1], sites[0].lora_b.numel())
+        step = max(1, _CHUNK // held)
+    for first in range(0, len(sites), step):
+        yield sites[first : first + step]
+
+
 def _write_rows(sites: list[_Site], count: int, plan: SiteSpec) -> None:
-    """Gather → add → new row scale → cast → scatter, for a batch of sites that changed."""
+    """Write ``count`` rows of each of a batch of sites that changed."""
+    tensors = [site.tensors for site in sites]
+    if cpu.takes(tensors):
+        scaling = [site.scaling for site in sites]
+        chosen = cpu.write_rows(tensors, scaling, count, plan, watched=bool(audit.audience))
+    else:
+        chosen = _write_rows_by_aten(sites, count, plan)
+    if audit.audience and chosen is not None:
+        audit.audience.tell(_written(sites, chosen))
+
+
+def _written(sites: list[_Site], chosen: cpu.Chosen) -> audit.Written:
+    index = chosen.rows[..., None]
+    scale = torch.stack([site.scale for site in sites]).reshape(len(sites), -1, 1)
+    return audit.Written(
+        [site.applied for site in sites],
+        torch.stack([site.counters[STEP] for site in sites]),
+        chosen.rows,
+        chosen.worth,
+        chosen.asked,
+        chosen.old,
+        chosen.old + chosen.asked,
+        torch.stack([s.weight.index_select(0, rows) for s, rows in zip(sites, chosen.rows)]),
+        scale.gather(1, index) if sites[0].scale.dim() == 2 else scale,
+        chosen.score,
+        chosen.remains,
+    )
+
+
+def _write_rows_by_aten(sites: list[_Site], count: int, plan: SiteSpec) -> cpu.Chosen:
+    """Gather → add → new row scale → cast → scatter."""
     out = sites[0].applied.shape[0]
     applied = torch.stack([site.applied for site in sites]).to(torch.float32)  # [G, out, r]
     target = torch.stack([site.lora_b for site in sites]).to(torch.float32)
@@ -292,25 +335,6 @@ def _write_rows(sites: list[_Site], count: int, plan: SiteSpec) -> None:
     code = encode_fp8(_round(value * new_scale.reciprocal(), rows, sites, plan), E4M3)
     code = torch.where(worth[..., None], code, old_code)
 
-    if audit.audience:
-        step = torch.stack([site.counters[STEP] for site in sites])
-        remains = (target.gather(1, index) - new_applied.to(torch.float32)).abs().sum(dim=-1)
-        audit.audience.tell(
-            audit.Written(
-                [site.applied for site in sites],
-                step,
-                rows,
-                worth,
-                asked,
-                old,
-                value,
-                code,
-                new_scale,
-                score,
-                remains,
-            )
-        )
-
     # On CPU, where looking is free, the counters are left alone when there is nothing to count.
     counts = nonfinite.device.type != "cpu" or bool(nonfinite.any())
     written = worth.to(sites[0].writes.dtype)
@@ -323,6 +347,8 @@ def _write_rows(sites: list[_Site], count: int, plan: SiteSpec) -> None:
         site.writes.index_add_(0, row, new[3])
         if counts:
             site.counters[NONFINITE] += new[4]
+    remains = (target.gather(1, index) - new_applied.to(torch.float32)).abs().sum(dim=-1)
+    return cpu.Chosen(rows, worth, old, asked, score, remains)
 
 
 def _flag(site: _Site) -> Tensor:

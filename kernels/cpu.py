@@ -1,0 +1,169 @@
+"""The proxy update on a CPU as compiled code: ``cpu.cpp``, built by Inductor's compiler at first use.
+
+What `falqon_fx.update` computes with ATen's operations, and bit for bit the same but for the order
+of the sums of r products (that of one row's score, and of scaling · ΔB · Â).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from falqon_fx import _compat
+from falqon_fx.spec import SiteSpec
+
+log = logging.getLogger(__name__)
+
+_POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (("data", _POINTER), ("row_stride", _INT64), ("column_stride", _INT64))
+
+
+class _Site(ctypes.Structure):
+    _fields_ = (
+        *((name, _POINTER) for name in ("weight", "scale", "applied", "lora_b")),
+        *((name, _POINTER) for name in ("counters", "writes")),
+        ("scaling", ctypes.c_float),
+    )
+
+
+class _Plan(ctypes.Structure):
+    _fields_ = (
+        *((name, _INT64) for name in ("out", "in_", "rank", "count")),
+        ("seed", ctypes.c_uint64),
+        *((name, _INT32) for name in ("b_is_bfloat16", "applied_is_bfloat16", "per_row")),
+        *((name, _INT32) for name in ("pow2", "stochastic", "drop")),
+    )
+
+
+class _Told(ctypes.Structure):
+    _fields_ = tuple(
+        (name, _POINTER) for name in ("rows", "worth", "old", "asked", "score", "remains")
+    )
+
+
+@functools.cache
+def library() -> Any | None:
+    """The compiled code; None where no compiler works, with the reason in the log."""
+    source = Path(__file__).with_suffix(".cpp").read_text()
+    try:
+        built = _compat.compile_cpp(source)
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        log.warning(
+            "falqon: the update can't be compiled for this CPU and runs as ATen operations, several "
+            "times slower. Remedy: install a C++ compiler, or name one with CXX=... Reason: %s",
+            error,
+        )
+        return None
+    built.falqon_fingerprints.restype = built.falqon_update.restype = None
+    return built
+
+
+def fingerprints(matrices: Sequence[Tensor]) -> Tensor | None:
+    """`falqon_fx.update.fingerprint` of each of G matrices [m, n] of one shape and dtype, int64 [G];
+    None where there is no compiled code.
+    """
+    built = library()
+    if built is None:
+        return None
+    (rows, columns), size = matrices[0].shape, matrices[0].element_size()
+    places = (_Matrix * len(matrices))()
+    for place, matrix in zip(places, matrices):
+        down, across = matrix.stride()
+        place.data, place.row_stride, place.column_stride = matrix.data_ptr(), down * size, across * size
+    result = torch.empty(len(matrices), dtype=torch.int64)
+    built.falqon_fingerprints(
+        places,
+        *map(_INT64, (len(matrices), rows, columns, size, torch.get_num_threads())),
+        _POINTER(result.data_ptr()),
+    )
+    return result
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The rows chosen and what became of them, for `falqon_fx.audit.Written`, which has the shapes."""
+
+    rows: Tensor
+    worth: Tensor
+    old: Tensor
+    asked: Tensor
+    score: Tensor
+    remains: Tensor
+
+
+Columns = Sequence[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]
+
+
+def takes(sites: Columns) -> bool:
+    """Whether `write_rows` can do these sites: on a CPU, contiguous, B and applied float32 or
+    bfloat16.
+    """
+    _, _, applied, lora_b, *_ = sites[0]
+    return (
+        applied.device.type == "cpu"
+        and {applied.dtype, lora_b.dtype} <= {torch.float32, torch.bfloat16}
+        and all(tensor.is_contiguous() for site in sites for tensor in site)
+        and library() is not None
+    )
+
+
+def write_rows(
+    sites: Columns, scaling: Sequence[float], count: int, plan: SiteSpec, watched: bool
+) -> Chosen | None:
+    """Choose ``count`` rows of each site and write them (`falqon_fx.update.proxy_update_`).
+
+    A site is weight (uint8), scale, applied, B, counters and writes; all have the same shapes and
+    dtypes, which `takes` accepted. Says what it did if ``watched``.
+    """
+    built, number = library(), len(sites)
+    assert built is not None
+    weight, scale, applied, lora_b, _, _ = sites[0]
+    out, rank = applied.shape
+    places = (_Site * number)(
+        *((*(tensor.data_ptr() for tensor in site), s) for site, s in zip(sites, scaling))
+    )
+    shape = _Plan(
+        out,
+        weight.shape[1],
+        rank,
+        count,
+        plan.seed,
+        lora_b.dtype == torch.bfloat16,
+        applied.dtype == torch.bfloat16,
+        scale.dim() == 2,
+        plan.scale == "pow2",
+        plan.rounding == "stochastic",
+        plan.pending == "drop",
+    )
+    told: Any = None
+    rows: Chosen | None = None
+    if watched:
+        wide = (number, count, weight.shape[1])
+        rows = Chosen(
+            torch.empty(number, count, dtype=torch.int64),
+            torch.empty(number, count, dtype=torch.bool),
+            torch.empty(wide),
+            torch.empty(wide),
+            torch.empty(number, out),
+            torch.empty(number, count),
+        )
+        columns = [vars(rows)[name] for name, _ in _Told._fields_]
+        told = (_Told * number)(
+            *(tuple(column[i].data_ptr() for column in columns) for i in range(number))
+        )
+    built.falqon_update(
+        places, told, _INT64(number), ctypes.byref(shape), _INT64(torch.get_num_threads())
+    )
+    return rows
