@@ -223,9 +223,9 @@ def _find_changed(sites: list[_Site], plan: SiteSpec) -> list[_Site]:
         changed = changed & ~stale
     stored[:, FINGERPRINT_B] = 0 if plan.pending == "drop" else now_b
     stored[:, STEP] += changed.to(torch.int64)
-    for i, site in enumerate(sites):
-        site.counters.copy_(stored[i])
-        site.changed = changed[i]
+    for site, row, flag in zip(sites, stored.unbind(), changed.unbind(), strict=True):
+        site.counters.copy_(row)
+        site.changed = flag
     return sites
 
 

@@ -1,7 +1,7 @@
-"""The proxy update on a CPU as compiled code: ``cpu.cpp``, built by Inductor's compiler at first use.
+"""The proxy update on a CPU as compiled code: ``cpu.cpp``, built by Inductor's compiler when needed.
 
-What `falqon_fx.update` computes with ATen's operations, and bit for bit the same but for the order
-of the sums of r products (that of one row's score, and of scaling · ΔB · Â).
+What `falqon_fx.update` computes with ATen's operations, and bit for bit the same but for the sign
+of zeros and the order of the sums of r products (a row's score, and scaling · ΔB · Â).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def library() -> Any | None:
         built = _compat.compile_cpp(source)
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         log.warning(
-            "falqon: the update can't be compiled for this CPU and runs as ATen operations, several "
+            "falqon: the update can't be compiled for this CPU and runs as ATen operations, five "
             "times slower. Remedy: install a C++ compiler, or name one with CXX=... Reason: %s",
             error,
         )
@@ -71,8 +71,8 @@ def library() -> Any | None:
 
 
 def fingerprints(matrices: Sequence[Tensor]) -> Tensor | None:
-    """`falqon_fx.update.fingerprint` of each of G matrices [m, n] of one shape and dtype, int64 [G];
-    None where there is no compiled code.
+    """`falqon_fx.update.fingerprint` of each of G matrices [m, n] of one shape and dtype on a CPU,
+    int64 [G]; None where there is no compiled code.
     """
     built = library()
     if built is None:
@@ -80,8 +80,8 @@ def fingerprints(matrices: Sequence[Tensor]) -> Tensor | None:
     (rows, columns), size = matrices[0].shape, matrices[0].element_size()
     places = (_Matrix * len(matrices))()
     for place, matrix in zip(places, matrices):
-        down, across = matrix.stride()
-        place.data, place.row_stride, place.column_stride = matrix.data_ptr(), down * size, across * size
+        place.data = matrix.data_ptr()
+        place.row_stride, place.column_stride = (stride * size for stride in matrix.stride())
     result = torch.empty(len(matrices), dtype=torch.int64)
     built.falqon_fingerprints(
         places,
@@ -93,7 +93,7 @@ def fingerprints(matrices: Sequence[Tensor]) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The rows chosen and what became of them, for `falqon_fx.audit.Written`, which has the shapes."""
+    """The rows chosen and what was asked of them; names and shapes as in `audit.Written`."""
 
     rows: Tensor
     worth: Tensor

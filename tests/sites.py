@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from dataclasses import dataclass, replace
 from typing import Any
@@ -82,6 +83,24 @@ def update(*sites: Site) -> None:
         [state.scaling for state in states],
         str(states[0].plan),
     )
+
+
+def twins(sites: list[Site]) -> list[Site]:
+    """The same sites again, in memory of their own."""
+    others = []
+    for site in sites:
+        state = copy.copy(site.state)
+        for part in ("code", "scale", "applied", "counters", "writes"):
+            setattr(state, part, getattr(state, part).clone())
+        base = None if site.base is None else site.base.clone()
+        others.append(Site(base, site.lora_a.clone(), site.lora_b.clone(), state))
+    return others
+
+
+def dyadic(rows: int, columns: int, seed: int, bits: int = 4, low: int = -3) -> Tensor:
+    """Small integers times a power of two."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-(2**bits), 2**bits + 1, (rows, columns), generator=generator) * 2.0**low
 
 
 def snapshot(state: MergedAdapter) -> list[Tensor]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.sites import Site, randn, site_of
+from tests.sites import Site, dyadic, randn, site_of
 
 FLOATS = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 RANKS = st.sampled_from([1, 2, 3, 4, 7, 8, 16, 17, 64])
@@ -98,3 +99,27 @@ def inputs(draw: st.DrawFn, features: int, seed: int) -> Tensor:
     if layout == "sliced":
         return memory[..., 1::2]
     return memory.expand(*leading, features)
+
+
+@st.composite
+def exact_sites(draw: st.DrawFn) -> list[Site]:
+    """One to three sites of different shapes whose sums are exact: 21 bits in all."""
+    options: dict[str, Any] = {
+        "granularity": draw(st.sampled_from(["tensor", "row"])),
+        "scale": "pow2",
+        "rounding": draw(st.sampled_from(["nearest", "stochastic"])),
+        "pending": draw(st.sampled_from(["hold", "apply", "drop"])),
+        "topk": draw(st.sampled_from([1, 3, 0.2, "all"])),
+        "seed": draw(st.sampled_from([0, 1, 2**33 + 5])),
+    }
+    dtype, ab_dtype = draw(FLOATS), draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    made = []
+    for i in range(draw(st.integers(1, 2))):
+        out, rank = draw(st.sampled_from([3, 17, 70])), draw(st.sampled_from([1, 5, 8, 16]))
+        width, seed = draw(st.sampled_from([1, 7, 8, 33, 64])), draw(st.integers(0, 2**32 - 9))
+        base, lora_a = dyadic(out, width, seed), dyadic(rank, width, seed + 1)
+        lora_b = dyadic(out, rank, seed + 2, bits=6, low=-6)
+        made.append(
+            site_of(base.to(dtype), lora_a.to(ab_dtype), lora_b.to(ab_dtype), 2.0**i, **options)
+        )
+    return made

@@ -5,7 +5,6 @@ that the two write is equal bit for bit, random bits included. Elsewhere a byte 
 where the exact value lies within the error of its float32 sum from a tie.
 """
 
-import copy
 from dataclasses import replace
 
 import pytest
@@ -18,7 +17,8 @@ from falqon_fx.kernels.update import UpdateSite, update_
 from falqon_fx.kernels.update_spec import UpdateSpec
 from falqon_fx.numerics import E4M3, philox_uint16, round_to_fp8, round_to_fp8_stochastic
 from tests import sites as sites_module
-from tests.sites import make_site, randn, same, site_of, snapshot
+from tests.sites import dyadic, make_site, randn, same, site_of, snapshot, twins
+from tests.strategies import exact_sites
 from tests.tolerances import gamma
 
 # numpy, which the interpreter computes with, announces what hashing and Inf do on purpose.
@@ -68,52 +68,6 @@ def by_kernel(*sites, **changes):
         for site in sites
     ]
     update_(given, sites[0].state.plan.seed, spec_of(sites, **changes))
-
-
-def twins(sites):
-    """The same sites again, in memory of their own."""
-    others = copy.copy(sites)
-    for i, site in enumerate(sites):
-        state = copy.copy(site.state)
-        for part in ("code", "scale", "applied", "counters", "writes"):
-            setattr(state, part, getattr(state, part).clone())
-        base = None if site.base is None else site.base.clone()
-        others[i] = replace(
-            site, base=base, lora_a=site.lora_a.clone(), lora_b=site.lora_b.clone(), state=state
-        )
-    return others
-
-
-def dyadic(rows, columns, seed, bits=4, low=-3):
-    """Small integers times a power of two."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-(2**bits), 2**bits + 1, (rows, columns), generator=generator) * 2.0**low
-
-
-@st.composite
-def exact_sites(draw):
-    """One to three sites of different shapes whose sums are exact: 21 bits in all."""
-    options = {
-        "granularity": draw(st.sampled_from(["tensor", "row"])),
-        "scale": "pow2",
-        "rounding": draw(st.sampled_from(["nearest", "stochastic"])),
-        "pending": draw(st.sampled_from(["hold", "apply", "drop"])),
-        "topk": draw(st.sampled_from([1, 3, 0.2, "all"])),
-        "seed": draw(st.sampled_from([0, 1, 2**33 + 5])),
-    }
-    dtype, ab_dtype = draw(st.sampled_from(list(DTYPES.values()))), torch.float32
-    if draw(st.booleans()):
-        ab_dtype = torch.bfloat16
-    made = []
-    for i in range(draw(st.integers(1, 2))):
-        out, rank = draw(st.sampled_from([3, 17, 70])), draw(st.sampled_from([1, 5, 8, 16]))
-        width, seed = draw(st.sampled_from([1, 7, 8, 33, 64])), draw(st.integers(0, 2**32 - 9))
-        base, lora_a = dyadic(out, width, seed), dyadic(rank, width, seed + 1)
-        lora_b = dyadic(out, rank, seed + 2, bits=6, low=-6)
-        made.append(
-            site_of(base.to(dtype), lora_a.to(ab_dtype), lora_b.to(ab_dtype), 2.0**i, **options)
-        )
-    return made
 
 
 @settings(max_examples=12)

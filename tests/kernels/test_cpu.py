@@ -1,0 +1,200 @@
+"""The compiled update of a CPU against the same in ATen operations.
+
+They add up r products in different orders, so they are equal bit for bit where all sums are exact
+in float32, and where there is one product (rank 1): casts, scales, random numbers, choice of rows.
+"""
+
+import logging
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from falqon_fx import _compat, audit
+from falqon_fx import update as reference
+from falqon_fx.kernels import cpu
+from tests.sites import dyadic, make_site, randn, same, site_of, snapshot, twins, update
+from tests.strategies import SEEDS, exact_sites
+
+pytestmark = pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler")
+
+
+def update_by_aten(*sites):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "library", lambda: None)
+        update(*sites)
+
+
+def assert_same_state(sites, others):
+    for site, other in zip(sites, others, strict=True):
+        code, *rest = snapshot(site.state)
+        other_code, *other_rest = snapshot(other.state)
+        assert same(rest, other_rest)
+        # A sum of one product may start from +0 or not: zeros may differ in sign, nothing else.
+        assert torch.equal(code.where(code != 0x80, 0), other_code.where(other_code != 0x80, 0))
+
+
+@given(made=exact_sites(), data=st.data())
+def test_equals_aten_bit_for_bit_where_sums_are_exact(made, data):
+    others = twins(made)
+    for step in range(2):
+        for site, other in zip(made, others, strict=True):
+            if data.draw(st.booleans()):
+                site.lora_b.add_(dyadic(*site.lora_b.shape, seed=step, bits=8, low=-8))
+                other.lora_b.copy_(site.lora_b)
+        update(*made)
+        update_by_aten(*others)
+        assert_same_state(made, others)
+
+
+@given(
+    out=st.integers(1, 40),
+    width=st.integers(1, 200),
+    seed=SEEDS,
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    spread=st.sampled_from([0, 4, 12]),
+    bad=st.sampled_from([None, float("nan"), float("inf"), 1e38]),
+    options=st.fixed_dictionaries(
+        {
+            "granularity": st.sampled_from(["tensor", "row"]),
+            "scale": st.sampled_from(["amax", "pow2"]),
+            "rounding": st.sampled_from(["nearest", "stochastic"]),
+            "pending": st.sampled_from(["hold", "apply", "drop"]),
+            "topk": st.sampled_from([1, 0.3, "all"]),
+            "seed": st.sampled_from([0, 2**63 + 7]),
+        }
+    ),
+)
+def test_equals_aten_bit_for_bit_at_rank_1(out, width, seed, dtype, spread, bad, options):
+    """Over many magnitudes: subnormal codes, saturation, new scales, rows that are not finite."""
+    base = randn(out, width, seed=seed) * (randn(out, width, seed=seed + 1) * spread).exp2()
+    base.clamp_(-30000, 30000)  # more is refused
+    lora_a, lora_b = randn(1, width, seed=seed + 2), randn(out, 1, seed=seed + 3)
+    site = site_of(base, lora_a.to(dtype), lora_b.to(dtype), 0.75, **options)
+    (other,) = twins([site])
+    for step in range(2):
+        site.lora_b.mul_((randn(out, 1, seed=seed + step) * 3).exp2())
+        if bad is not None:
+            site.lora_b[seed % out] = bad
+        other.lora_b.copy_(site.lora_b)
+        update(site)
+        update_by_aten(other)
+        assert_same_state([site], [other])
+
+
+MATRICES = st.builds(
+    lambda rows, columns, dtype, seed: (randn(rows, columns, seed=seed) * 50).to(dtype),
+    st.integers(1, 70),
+    st.integers(1, 70),
+    st.sampled_from(
+        [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.uint8]
+    ),
+    SEEDS,
+)
+
+
+VIEWS = st.sampled_from(["whole", "transposed", "strided", "shifted", "sample"])
+
+
+@given(matrix=MATRICES, view=VIEWS)
+def test_fingerprints_equal_atens(matrix, view):
+    matrix = {
+        "whole": lambda m: m,
+        "transposed": lambda m: m.t(),
+        "strided": lambda m: m[::2, ::3],
+        "shifted": lambda m: m.flatten()[1:].view(1, -1),
+        "sample": reference.sample,
+    }[view](matrix)
+    assume(matrix.numel())
+    both = [matrix, matrix.flip(0)]
+    expected = torch.stack([reference.fingerprint(m[None])[0] for m in both])
+    assert torch.equal(cpu.fingerprints(both), expected)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_who_watches_changes_nothing_and_is_told_what_aten_tells(rounding):
+    base, lora_a, lora_b = dyadic(20, 33, 0), dyadic(4, 33, 1), dyadic(20, 4, 2, bits=6, low=-6)
+    site = site_of(base, lora_a, lora_b, topk=7, rounding=rounding)
+    sites = [site, *twins([site]), *twins([site])]
+    for s in sites:
+        s.lora_b[:5].add_(dyadic(5, 4, seed=3, bits=8, low=-8))
+        s.lora_b[9, 1] = float("nan")
+    told = []
+    update(sites[0])
+    with audit.audience.joined_by(told.append):
+        update(sites[1])
+        update_by_aten(sites[2])
+    assert_same_state(sites[:1], sites[1:2])
+    assert_same_state(sites[:1], sites[2:])
+    compiled, aten = told
+    assert compiled.worth.sum() == 5
+    for name in ("step", "rows", "worth", "asked", "old", "value", "scale"):
+        assert torch.equal(getattr(compiled, name), getattr(aten, name)), name
+    for name in ("score", "remains"):
+        assert torch.equal(getattr(compiled, name).nan_to_num(), getattr(aten, name).nan_to_num())
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_change_nothing(threads):
+    sites = [make_site(seed=i, topk=9) for i in range(5)]
+    others = twins(sites)
+    for s in (*sites, *others):
+        s.step()
+    before = torch.get_num_threads()
+    update(*sites)
+    torch.set_num_threads(threads)
+    try:
+        update(*others)
+    finally:
+        torch.set_num_threads(before)
+    assert_same_state(sites, others)
+
+
+def test_ties_go_to_the_lowest_row():
+    site = make_site(out=200, features=16, rank=4, topk=7, b_size=0.0)
+    site.lora_b.fill_(0.5)
+    site.lora_b[150] = 2.0
+    update(site)
+    assert site.state.writes.nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5, 150]
+
+
+@pytest.mark.parametrize("how", ["float16", "strided"])
+def test_other_sites_are_left_to_aten(how):
+    site = make_site()
+    if how == "float16":
+        site.lora_b = site.lora_b.half()
+    else:
+        site.lora_b = site.lora_b.t().contiguous().t()
+    state = site.state
+    assert not cpu.takes(
+        [(state.code, state.scale, state.applied, site.lora_b, state.counters, state.writes)]
+    )
+    (other,) = twins([site])
+    for s in (site, other):
+        s.lora_b = s.lora_b + 0.25
+    update(site)
+    update_by_aten(other)
+    assert_same_state([site], [other])
+    assert site.state.writes.all()
+
+
+def test_without_a_compiler_aten_does_it_and_the_log_says_why(monkeypatch, caplog):
+    def fails(source):
+        raise RuntimeError("g++: not found")
+
+    monkeypatch.setattr(_compat, "compile_cpp", fails)
+    cpu.library.cache_clear()
+    try:
+        site = make_site()
+        with caplog.at_level(logging.WARNING):
+            site.step()
+            update(site)
+            site.step()
+            update(site)
+    finally:
+        cpu.library.cache_clear()
+    assert site.state.writes.all()
+    (record,) = caplog.records
+    assert "g++: not found" in record.getMessage()
+    assert "install a C++ compiler" in record.getMessage()
