@@ -1,4 +1,4 @@
-"""The proxy update on a CPU as compiled code: ``cpu.cpp``, built by Inductor's compiler when needed.
+"""The proxy update on a CPU as compiled code: ``cpu.cpp``, built by Inductor's compiler at need.
 
 What `falqon_fx.update` computes with ATen's operations, and bit for bit the same but for the sign
 of zeros and the order of the sums of r products (a row's score, and scaling · ΔB · Â).
@@ -47,10 +47,11 @@ class _Plan(ctypes.Structure):
     )
 
 
+_TOLD = ("rows", "worth", "old", "asked", "score", "remains")  # also the fields of `Chosen`
+
+
 class _Told(ctypes.Structure):
-    _fields_ = tuple(
-        (name, _POINTER) for name in ("rows", "worth", "old", "asked", "score", "remains")
-    )
+    _fields_ = tuple((name, _POINTER) for name in _TOLD)
 
 
 @functools.cache
@@ -107,13 +108,14 @@ Columns = Sequence[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]
 
 
 def takes(sites: Columns) -> bool:
-    """Whether `write_rows` can do these sites: on a CPU, contiguous, B and applied float32 or
-    bfloat16.
+    """Whether `write_rows` can do these sites: on a CPU, alike, contiguous, B and applied float32
+    or bfloat16.
     """
-    _, _, applied, lora_b, *_ = sites[0]
+    _, scale, applied, lora_b, *_ = sites[0]
     return (
         applied.device.type == "cpu"
         and {applied.dtype, lora_b.dtype} <= {torch.float32, torch.bfloat16}
+        and all(s.dim() == scale.dim() and a.dtype == applied.dtype for _, s, a, *_ in sites)
         and all(tensor.is_contiguous() for site in sites for tensor in site)
         and library() is not None
     )
@@ -132,7 +134,10 @@ def write_rows(
     weight, scale, applied, lora_b, _, _ = sites[0]
     out, rank = applied.shape
     places = (_Site * number)(
-        *((*(tensor.data_ptr() for tensor in site), s) for site, s in zip(sites, scaling))
+        *(
+            _Site(*(tensor.data_ptr() for tensor in site), factor)
+            for site, factor in zip(sites, scaling)
+        )
     )
     shape = _Plan(
         out,
@@ -159,9 +164,9 @@ def write_rows(
             torch.empty(number, out),
             torch.empty(number, count),
         )
-        columns = [vars(rows)[name] for name, _ in _Told._fields_]
+        columns = [vars(rows)[name] for name in _TOLD]
         told = (_Told * number)(
-            *(tuple(column[i].data_ptr() for column in columns) for i in range(number))
+            *(_Told(*(column[i].data_ptr() for column in columns)) for i in range(number))
         )
     built.falqon_update(
         places, told, _INT64(number), ctypes.byref(shape), _INT64(torch.get_num_threads())
