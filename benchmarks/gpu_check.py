@@ -25,6 +25,7 @@ from falqon_fx.kernels.gemm import Piece, Product
 from falqon_fx.kernels.spec import ActivationCastSpec
 from falqon_fx.merged import create
 from falqon_fx.numerics import E4M3, E5M2, amax_to_scale, encode_fp8, round_to_fp8
+from falqon_fx.products import cast_with_scale
 
 # (tokens, out, in, rank)
 SHAPES_CHECKED = ((256, 512, 1024, 16), (100, 1040, 272, 64), (1, 256, 4096, 8))
@@ -156,7 +157,7 @@ def _check_shape(
     exact_o, exact_a = both.columns(slice(out)), both.columns(slice(out, None))
 
     def contest(pieces: list[Piece], a_pieces: int) -> dispatch.Contest:
-        return dispatch.forward_contest(q, q_scale, pieces, a_pieces, BF16, BF16, options)
+        return dispatch.forward(q, q_scale, pieces, a_pieces, BF16, BF16, options)
 
     yield from run_all("O, O_A", shape, contest([o, a], 1), [exact_o, exact_a])
     yield from run_all("O_A", shape, contest([a], 1), [exact_a])
@@ -184,12 +185,39 @@ def _check_shape(
         ("dL/dx of siblings", [one, two], left, exact_two + product(left, tail)),
     ):
         ends = (last, None if last is None else tail)
-        found = dispatch.grad_x_contest(products, *ends, BF16, options)
+        found = dispatch.grad_x(products, *ends, BF16, options)
         yield from run_all(what, shape, found, [exact])
     grad = random_bf16(n, out, device, 11)
     exact_b = product(grad.t(), left.t())
-    found = dispatch.grad_b_contest(grad, left, 1.0, torch.float32)
+    found = dispatch.grad_b(grad, left, 1.0, torch.float32, "auto")
     yield from run_all("dL/dB", shape, found, [exact_b])
+    of_all = torch.tensor(0.37, device=device)
+    cast = cast_with_scale(grad.float().cpu(), of_all.cpu(), E5M2).double().to(device)
+    equal = Exact(cast, torch.zeros_like(cast), torch.zeros_like(cast), 1)
+    found = dispatch.cast_grad_b(grad, of_all, left, 1.0, torch.float32, E5M2, "auto")
+    yield from run_all("q(dL/dO), dL/dB", shape, found, [equal, exact_b])
+
+
+def check_inductor(device: str, options: dispatch.Options) -> Iterator[Checked]:
+    """Inductor's templates, one scale for all: of one shape, for each shape takes it seconds."""
+    n, out, features, _ = (SHAPES_CHECKED if device == "cuda" else TINY)[0]
+    q, weight = fp8(n, features, E4M3, device, 0), fp8(out, features, E4M3, device, 1)
+    grad, scale = fp8(n, out, E5M2, device, 2), torch.tensor(0.25, device=device)
+    options = replace(options, kernel="inductor")
+    for what, contest, exact in (
+        (
+            "O",
+            dispatch.forward(q, scale, [Piece(weight, scale)], 0, BF16, BF16, options),
+            product(q, weight, 0.0625),
+        ),
+        (
+            "dL/dx",
+            dispatch.grad_x([Product(grad, scale, weight)], None, None, BF16, options),
+            product(grad, weight.t(), 0.25),
+        ),
+    ):
+        named = {k: run for k, run in contest.candidates.items() if k.startswith("inductor")}
+        yield from run_all(what, (n, out, features), replace(contest, candidates=named), [exact])
 
 
 def _twice(merged: Tensor, scales: Tensor, out: int) -> tuple[Tensor, Tensor]:
@@ -294,5 +322,7 @@ def all_checks(device: str, options: dispatch.Options | None = None) -> list[Che
         lambda: check_update(device),
         lambda: check_training(device),
     ]
-    found = [*check_activation_cast(device), *check_products(device, options or dispatch.Options())]
+    options = options or dispatch.Options()
+    found = [*check_activation_cast(device), *check_products(device, options)]
+    found += check_inductor(device, options)
     return found + [check() for check in checks]

@@ -106,7 +106,7 @@ def measure(problem: Problem, clock: Clock, ceiling: Ceilings) -> Iterator[Kerne
     )
 
     def forward(pieces: list[Piece], a_pieces: int) -> dispatch.Contest:
-        return dispatch.forward_contest(q, q_scale, pieces, a_pieces, BF16, BF16, options)
+        return dispatch.forward(q, q_scale, pieces, a_pieces, BF16, BF16, options)
 
     def library() -> Tensor:
         s = (q_scale, scale[:out].t().contiguous()) if row else (scalar, scalar)
@@ -134,9 +134,12 @@ def measure(problem: Problem, clock: Clock, ceiling: Ceilings) -> Iterator[Kerne
     yield from rows("O with pending rows", forward([pending], 0), least)
     yield from rows("O, O_A", forward([w, a], 1), least)
     one = [Product(g, g_scale, merged[:out])]
-    yield from rows("dL/dx", dispatch.grad_x_contest(one, None, None, BF16, options), least)
-    contest = dispatch.grad_b_contest(grad, o_a, 1.0, torch.float32)
+    yield from rows("dL/dx", dispatch.grad_x(one, None, None, BF16, options), least)
+    contest = dispatch.grad_b(grad, o_a, 1.0, torch.float32, "auto")
     yield from rows("dL/dB", contest, ceiling.seconds(2.0 * n * out * rank, 0.0))
+    if not row:
+        contest = dispatch.cast_grad_b(grad, scalar, o_a, 1.0, torch.float32, E5M2, "auto")
+        yield from rows("q(dL/dO), dL/dB", contest, ceiling.seconds(2.0 * n * out * rank, 0.0))
 
 
 def _timed(run: Callable[[], object], clock: Clock, tokens: int) -> Timing:

@@ -18,7 +18,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "rounding": ("nearest", "stochastic"),
     "grad_dtype": ("e5m2", "e4m3"),
     "dropout": ("ignore", "reject"),
-    "kernel": ("auto", "triton", "scaled_mm", "dequantize"),
+    "kernel": ("auto", "triton", "scaled_mm", "inductor", "dequantize"),
     "accumulation": ("fast", "promoted"),
     "transpose": ("auto", "transient", "store", "kernel"),
     "inner": ("inductor", "aot_eager", "eager"),
@@ -48,7 +48,9 @@ class FalqonConfig:
         dropout: a merged weight has no adapter dropout: "ignore" it with a warning, or "reject"
             the site.
         kernel: what computes the products on a GPU. "auto" times the candidates once per device and
-            keeps the fastest; the others force generated kernels, the library's, or plain GEMMs.
+            keeps the fastest; the others force generated kernels, the library's, Inductor's or
+            plain GEMMs. Inductor's, which take long to compile, are among the candidates of "auto"
+            where ``mode`` is "max-autotune" or its like.
         accumulation: of FP8 products on a GPU. "promoted" adds up in float32 where tensor cores
             keep fewer bits (sm_90), "fast" leaves it to them.
         transpose: how dL/dx reads W on a GPU. "transient" transposes W's bytes each time, "kernel"
@@ -76,7 +78,7 @@ class FalqonConfig:
     grad_dtype: Literal["e5m2", "e4m3"] = "e5m2"
     siblings: bool = True
     dropout: Literal["ignore", "reject"] = "ignore"
-    kernel: Literal["auto", "triton", "scaled_mm", "dequantize"] = "auto"
+    kernel: Literal["auto", "triton", "scaled_mm", "inductor", "dequantize"] = "auto"
     accumulation: Literal["fast", "promoted"] = "fast"
     transpose: Literal["auto", "transient", "store", "kernel"] = "auto"
     inner: Literal["inductor", "aot_eager", "eager"] = "inductor"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from falqon_fx import audit, update
-from falqon_fx.lowering import gemm_dtype, pending_part
+from falqon_fx.lowering import gemm_dtype, pending_part, scale_of
 from falqon_fx.numerics import E4M3, as_e4m3
 from falqon_fx.products import cast_fp8
 from falqon_fx.spec import parse_spec
@@ -26,15 +26,17 @@ if TYPE_CHECKING:
 
 
 def quantize(x: Tensor, dtype: torch.dtype, spec: str) -> tuple[Tensor, Tensor]:
-    """float32 ``x`` [n, k] ≈ q · scale: FP8 q [n, k], scale float32 [n, 1] or [].
+    """``x`` [n, k] ≈ q · scale: FP8 q [n, k], scale float32 [n, 1] or [].
 
     Below sm_89 the compiler of generated kernels has no FP8: there the cast is an op by itself.
     """
     known = x.device.type == "cuda" and torch.cuda.is_available()
     if known and torch.cuda.get_device_capability(x.device) < (8, 9):
+        narrow = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        x = x if narrow else x.to(torch.float32)
         q, scale = torch.ops.falqon.cast_fp8(x, dtype, spec)
         return q, scale
-    return cast_fp8(x, dtype, spec)
+    return cast_fp8(x.to(torch.float32), dtype, spec)
 
 
 def merged_linear(
@@ -51,7 +53,7 @@ def merged_linear(
     """See `falqon_fx.lowering.merged_linear`."""
     plan, dtype = parse_spec(spec), gemm_dtype(out_dtype)
     outs = [a.shape[0] for a in applied]
-    q, q_scale = quantize(x.reshape(-1, x.shape[-1]).to(torch.float32), E4M3, spec)
+    q, q_scale = quantize(x.reshape(-1, x.shape[-1]), E4M3, spec)
     codes = [as_e4m3(w) for w in weight]
     pending: list[Tensor] = []
     if plan.pending == "apply":
@@ -75,22 +77,84 @@ def merged_linear_grad_x(
     spec: str,
 ) -> Tensor:
     """See `falqon_fx.lowering.merged_linear_grad_x`."""
+    plan = parse_spec(spec)
+    casts = []
+    for g, s, a in zip(grad, scale, applied):
+        folded = g.to(torch.float32) * s[: a.shape[0]].t() if plan.per_row else g
+        casts.append(quantize(folded, plan.grad_dtype, spec))
+    return _grad_x(casts, grad, weight, scale, applied, lora_b, scaling, x_dtype, spec)
+
+
+def casts_with_grad_b(device: torch.device, spec: str) -> bool:
+    """Whether dL/dO is to be cast by the kernel that computes dL/dB, see
+    `falqon_fx.kernels.dispatch`: there is one, and one scale for all of dL/dO.
+    """
+    plan = parse_spec(spec)
+    generated = plan.kernel not in ("dequantize", "scaled_mm", "inductor")
+    on_nvidia = device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available()
+    if plan.per_row or not generated or not on_nvidia:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def merged_linear_grads(
+    out_a: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    applied: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scaling: Sequence[float],
+    x_dtype: torch.dtype,
+    spec: str,
+) -> tuple[Tensor, list[Tensor]]:
+    """`merged_linear_grad_x` and the dL/dB_i, for sites with one scale each: dL/dO_i is read twice,
+    for its amax, which Inductor finds where it makes dL/dO_i, and for all the rest.
+    """
+    plan = parse_spec(spec)
+    casts, grad_b = [], []
+    for g, b, a, factor in zip(grad, lora_b, out_a, scaling):
+        of_all = scale_of(g.to(torch.float32), plan.grad_dtype, plan)
+        q, product = torch.ops.falqon.cast_grad_b_product(
+            g, of_all, a, factor, b.dtype, plan.grad_dtype, spec
+        )
+        casts.append((q, of_all))
+        grad_b.append(product)
+    grad_x = _grad_x(casts, grad, weight, scale, applied, lora_b, scaling, x_dtype, spec)
+    return grad_x, grad_b
+
+
+def _grad_x(
+    casts: Sequence[tuple[Tensor, Tensor]],
+    grad: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    applied: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scaling: Sequence[float],
+    x_dtype: torch.dtype,
+    spec: str,
+) -> Tensor:
     plan, dtype = parse_spec(spec), gemm_dtype(grad[0].dtype)
-    qs, q_scales, tails = [], [], []
-    outs = [a.shape[0] for a in applied]
-    for g, s, a, b, factor in zip(grad, scale, applied, lora_b, scaling):
-        out, wide = a.shape[0], g.to(torch.float32)
-        q, q_scale = quantize(wide * s[:out].t() if plan.per_row else wide, plan.grad_dtype, spec)
-        qs.append(q)
-        q_scales.append(q_scale if plan.per_row else q_scale * s)
-        if plan.pending == "apply":
+    tails = []
+    if plan.pending == "apply":
+        for g, s, a, b, factor in zip(grad, scale, applied, lora_b, scaling):
             tail = g.to(dtype) @ pending_part(b, a, factor, dtype)
-            tails.append((tail.to(torch.float32) * (s[out:].t() if plan.per_row else s)).to(dtype))
+            of_a = s[a.shape[0] :].t() if plan.per_row else s
+            tails.append((tail.to(torch.float32) * of_a).to(dtype))
+    q_scales = [q_scale if plan.per_row else q_scale * s for (_, q_scale), s in zip(casts, scale)]
     left = [torch.cat(tails, dim=1)] if tails else []
-    codes = [as_e4m3(w) for w in weight]
     # Products for bfloat16 may round to it on their way, which those of a float32 dL/dO must not.
     stored = torch.float32 if x_dtype == torch.bfloat16 != dtype else x_dtype
-    product: Tensor = torch.ops.falqon.grad_x_product(qs, q_scales, codes, outs, left, stored, spec)
+    product: Tensor = torch.ops.falqon.grad_x_product(
+        [q for q, _ in casts],
+        q_scales,
+        [as_e4m3(w) for w in weight],
+        [a.shape[0] for a in applied],
+        left,
+        stored,
+        spec,
+    )
     return product.to(x_dtype)
 
 

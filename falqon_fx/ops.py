@@ -123,18 +123,26 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     flat = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads[:-1]]
     grad_x = None
     reached = [i for i, g in enumerate(flat) if g is not None]
-    if reached and ctx.needs_input_grad[0]:
-        columns = ([c[i] for i in reached] for c in (flat, weight, scale, applied, lora_b))
-        factors = [ctx.scaling[i] for i in reached]
-        grad_x = merged_linear_grad_x(*columns, factors, ctx.x_dtype, ctx.spec).reshape(ctx.x_shape)
     nothing: list[None] = [None] * sites
     grad_b: list[Tensor | None] = [*nothing]
     grad_bias: list[Tensor | None] = [None] * len(ctx.bias_dtypes)
     parts = out_a.split(ctx.ranks, dim=1)
+    if reached and ctx.needs_input_grad[0]:
+        columns = [flat, weight, scale, applied, lora_b, ctx.scaling, parts]
+        *given, of_a = ([c[i] for i in reached] for c in columns)
+        arguments: list[Any] = [*given, ctx.x_dtype, ctx.spec]
+        every_b = all(ctx.needs_input_grad[4][i] for i in reached)
+        if every_b and cuda.casts_with_grad_b(out_a.device, ctx.spec):
+            grad_x, together = cuda.merged_linear_grads(of_a, *arguments)
+            for i, b in zip(reached, together):
+                grad_b[i] = b
+        else:
+            grad_x = merged_linear_grad_x(*arguments)
+        grad_x = grad_x.reshape(ctx.x_shape)
     for i in reached:
         g = flat[i]
         assert g is not None
-        if ctx.needs_input_grad[4][i]:
+        if ctx.needs_input_grad[4][i] and grad_b[i] is None:
             on_gpu = g.device.type == "cuda"
             run = torch.ops.falqon.grad_b_product if on_gpu else products.plain_grad_b
             grad_b[i] = run(g, parts[i], ctx.scaling[i], lora_b[i].dtype, ctx.spec)

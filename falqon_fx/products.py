@@ -22,14 +22,28 @@ if TYPE_CHECKING:
 
 def cast_fp8(x: Tensor, dtype: torch.dtype, spec: str) -> tuple[Tensor, Tensor]:
     """float32 ``x`` [n, k] ≈ q · scale: FP8 q [n, k], scale float32 [n, 1] or []."""
-    scale, largest = scale_of(x, dtype, parse_spec(spec)), FP8_MAX[dtype]
+    scale = scale_of(x, dtype, parse_spec(spec))
+    return cast_with_scale(x, scale, dtype), scale
+
+
+def cast_with_scale(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 ``x`` [n, k] / scale, in FP8, saturating."""
+    largest = FP8_MAX[dtype]
     # A transposed x would stay so; the products read row by row.
-    return (x * scale.reciprocal()).clamp(-largest, largest).to(dtype).contiguous(), scale
+    return (x * scale.reciprocal()).clamp(-largest, largest).to(dtype).contiguous()
+
+
+def cast_alone(x: Tensor, dtype: torch.dtype, spec: str) -> tuple[Tensor, Tensor]:
+    """`cast_fp8` as a kernel by itself, of ``x`` in its own dtype."""
+    from falqon_fx.kernels import dispatch
+
+    q, scale = dispatch.cast_fp8(x, dtype, spec).run()
+    return q, scale
 
 
 def _cast_fp8_fake(x: Tensor, dtype: torch.dtype, spec: str) -> tuple[Tensor, Tensor]:
     scale = (x.shape[0], 1) if parse_spec(spec).per_row else ()
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty(scale)
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(scale, dtype=torch.float32)
 
 
 def merged_product(
@@ -60,11 +74,11 @@ def merged_product(
         a.append(Piece(w[out:], a_scale))
     dtype, options = gemm_dtype(out_dtype), _options(spec)
     if not pending:
-        return dispatch.forward(q, q_scale, [*y, *a], len(a), out_dtype, dtype, options)
-    (out_a,) = dispatch.forward(q, q_scale, a, len(a), out_dtype, dtype, options)
+        return dispatch.forward(q, q_scale, [*y, *a], len(a), out_dtype, dtype, options).run()
+    (out_a,) = dispatch.forward(q, q_scale, a, len(a), out_dtype, dtype, options).run()
     parts = out_a.split([p.weight.shape[0] for p in a], dim=1)
     y = [replace(p, left=part, right=b) for p, part, b in zip(y, parts, pending)]
-    return [*dispatch.forward(q, q_scale, y, 0, out_dtype, dtype, options), out_a]
+    return [*dispatch.forward(q, q_scale, y, 0, out_dtype, dtype, options).run(), out_a]
 
 
 def _merged_product_fake(
@@ -101,9 +115,12 @@ def grad_x_product(
     products = [Product(a, s, w[:out]) for a, s, w, out in zip(q, q_scale, weight, outs)]
     options = _options(spec)
     if not left:
-        return dispatch.grad_x(products, None, None, x_dtype, options)
+        (result,) = dispatch.grad_x(products, None, None, x_dtype, options).run()
+        return result
     lora_a = torch.cat([w[out:].to(left[0].dtype) for w, out in zip(weight, outs)])
-    return dispatch.grad_x(products, left[0], lora_a.t().contiguous(), x_dtype, options)
+    right = lora_a.t().contiguous()
+    (result,) = dispatch.grad_x(products, left[0], right, x_dtype, options).run()
+    return result
 
 
 def _grad_x_product_fake(
@@ -124,7 +141,38 @@ def grad_b_product(
     """dL/dB [out, r] = scaling · gradᵀ · out_a."""
     from falqon_fx.kernels import dispatch
 
-    return dispatch.grad_b(grad, out_a, scaling, b_dtype, parse_spec(spec).kernel)
+    (result,) = dispatch.grad_b(grad, out_a, scaling, b_dtype, parse_spec(spec).kernel).run()
+    return result
+
+
+def cast_grad_b_product(
+    grad: Tensor,
+    scale: Tensor,
+    out_a: Tensor,
+    scaling: float,
+    b_dtype: torch.dtype,
+    dtype: torch.dtype,
+    spec: str,
+) -> tuple[Tensor, Tensor]:
+    """(q [n, out], dL/dB [out, r]): grad ≈ q · scale in the FP8 ``dtype``, and `grad_b_product`."""
+    from falqon_fx.kernels import dispatch
+
+    kernel = parse_spec(spec).kernel
+    q, result = dispatch.cast_grad_b(grad, scale, out_a, scaling, b_dtype, dtype, kernel).run()
+    return q, result
+
+
+def _cast_grad_b_product_fake(
+    grad: Tensor,
+    scale: Tensor,
+    out_a: Tensor,
+    scaling: float,
+    b_dtype: torch.dtype,
+    dtype: torch.dtype,
+    spec: str,
+) -> tuple[Tensor, Tensor]:
+    q = grad.new_empty(grad.shape, dtype=dtype)
+    return q, grad.new_empty((grad.shape[1], out_a.shape[1]), dtype=b_dtype)
 
 
 def plain_grad_b(
@@ -152,7 +200,7 @@ for _name, _schema, _run, _fake in (
     (
         "falqon::cast_fp8",
         "(Tensor x, ScalarType dtype, str spec) -> (Tensor, Tensor)",
-        cast_fp8,
+        cast_alone,
         _cast_fp8_fake,
     ),
     (
@@ -174,6 +222,13 @@ for _name, _schema, _run, _fake in (
         "(Tensor grad, Tensor out_a, float scaling, ScalarType b_dtype, str spec) -> Tensor",
         grad_b_product,
         _grad_b_product_fake,
+    ),
+    (
+        "falqon::cast_grad_b_product",
+        "(Tensor grad, Tensor scale, Tensor out_a, float scaling, ScalarType b_dtype, "
+        "ScalarType dtype, str spec) -> (Tensor, Tensor)",
+        cast_grad_b_product,
+        _cast_grad_b_product_fake,
     ),
 ):
     torch.library.define(_name, _schema)

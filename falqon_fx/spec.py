@@ -56,6 +56,8 @@ class SiteSpec:
 
     @classmethod
     def from_config(cls, config: FalqonConfig) -> SiteSpec:
+        autotunes = config.kernel == "auto" and (config.mode or "").startswith("max-autotune")
+        kernel = "max-autotune" if autotunes else config.kernel
         return cls(
             config.granularity,
             config.scale,
@@ -64,7 +66,7 @@ class SiteSpec:
             repr(config.topk).strip("'"),
             config.rounding,
             config.seed,
-            config.kernel,
+            kernel,
             config.accumulation,
             config.transpose,
         )

@@ -9,7 +9,7 @@ from .interpreter import runs_interpreted
 from .loader import load
 from .spec import ActivationCastSpec
 
-_FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
 def activation_cast(x: Tensor, spec: ActivationCastSpec) -> tuple[Tensor, Tensor]:
@@ -33,7 +33,7 @@ def activation_cast(x: Tensor, spec: ActivationCastSpec) -> tuple[Tensor, Tensor
     q = torch.empty((n, width), dtype=torch.uint8, device=x.device)
     scale_shape = (n, 1) if spec.granularity == "row" else ()
     if x.numel() == 0:
-        return q.view(_FP8[spec.fp8]), torch.ones(scale_shape, device=x.device)
+        return q.view(FP8[spec.fp8]), torch.ones(scale_shape, device=x.device)
     scale = torch.empty(scale_shape, dtype=torch.float32, device=x.device)
     x = x if x.stride(1) == 1 else x.contiguous()
     with torch.cuda.device_of(x):  # Triton launches on the current device
@@ -41,7 +41,7 @@ def activation_cast(x: Tensor, spec: ActivationCastSpec) -> tuple[Tensor, Tensor
             _launch_rows(x, q, scale, spec)
         else:
             _launch_tiles(x, q, scale, spec)
-    return q.view(_FP8[spec.fp8]), scale
+    return q.view(FP8[spec.fp8]), scale
 
 
 def signatures(spec: ActivationCastSpec) -> dict[str, dict[str, str]]:

@@ -89,7 +89,7 @@ class Choices:
         matching = {
             name: run
             for name, run in candidates.items()
-            if wanted in ("auto", name, re.split("[:+]", name)[0])
+            if wanted in ("auto", "max-autotune", name, re.split("[:+]", name)[0])
         }
         if not matching:
             raise ValueError(f"kernel={wanted!r}: {key} has {', '.join(candidates) or 'none'}")

@@ -1,31 +1,38 @@
 """The products of the merged ops by whichever kernel is best here: ours, the library's, or plain.
 
-Each function takes FP8 operands with their scales, lists the implementations that could do, and
-runs the chosen one (`falqon_fx.kernels.choice`):
+Each function takes operands, FP8 ones with their scales, and lists the implementations that could
+do; `Contest.run` runs the chosen one (`falqon_fx.kernels.choice`):
 
 ========================  ====================================================================
 triton:<spec>             a generated kernel (`falqon_fx.kernels.gemm`)
 scaled_mm                 ``torch._scaled_mm``, one call a weight (sm_89 and newer)
 scaled_mm+triton:<spec>   the same for O, and a generated kernel for O_A
+inductor                  Inductor's templates of ``torch._scaled_mm``, where autotuning was asked
+                          for (`falqon_fx.kernels.inductor`)
 dequantize                ``torch.mm`` on decoded operands; takes everything
 ========================  ====================================================================
 
 On CPU "dequantize" is the rule; ``kernel="triton"`` runs the generated kernels interpreted.
 
-What is not among them, and why:
+Not among them is one ``torch._scaled_mm`` over all out + r rows of W', with O as a strided view of
+its result. The choice falls when a product first runs, on the device; the strides of what an op
+returns are part of the graphs that were compiled before, and kept on disk, which assert them. Laid
+out anew, O would cost a pass of its own: 2 · 2 · n · out bytes, a fifth of the product's time at
+4096³.
 
-- One ``torch._scaled_mm`` over all out + r rows of W', with O as a strided view of its result. The
-  choice falls when a product first runs, on the device; the strides of what an op returns are part
-  of the graphs that were compiled before, and kept on disk, which assert them. Laid out anew, O
-  would cost a pass of its own: 2 · 2 · n · out bytes, a fifth of the product's time at 4096³.
-- Inductor's templates of scaled_mm. They are made while Inductor compiles a graph
-  (max_autotune), as part of it; there is nothing to call with operands. To let Inductor have the
-  products one would lower the ops to ``aten._scaled_mm`` before anything is timed, and lose O_A in
-  its own tiles, the extra term and the kernels that add up siblings.
-- dL/dB in the pass that casts dL/dO. Inductor casts dL/dO where it is made, dL/dB reads it once;
-  a kernel for both would read it once and write its FP8, which is as many bytes. Where a library
-  kernel makes dL/dO it would save one read of two, but a row's scale must be known before its first
-  tile is cast: rowwise it needs that read for the scale.
+dL/dB comes from the pass that casts dL/dO where one scale holds for all of it (`cast_grad_b`). Once
+the scale is known, bytes per element of a bfloat16 dL/dO are:
+
+==========  ===================================  ========================
+scales      cast, then dL/dB                     both in one pass
+==========  ===================================  ========================
+one         2 read, 1 written; 2 read: 5         2 read, 1 written: 3
+by row      1 written where Inductor makes       2 read, 1 written: 3
+            dL/dO, with the row at hand;
+            2 read: 3
+==========  ===================================  ========================
+
+By row a library's dL/dO (of attention) takes 2 + 1 and 2, or 2 for the scales and 2 + 1: the same.
 """
 
 from __future__ import annotations
@@ -34,6 +41,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -41,21 +49,26 @@ from torch import Tensor
 
 from falqon_fx import serving
 from falqon_fx._compat import scaled_mm
-from falqon_fx.products import plain_grad_b
+from falqon_fx.products import cast_fp8 as cast_as_aten
+from falqon_fx.products import cast_with_scale, plain_grad_b
+from falqon_fx.spec import parse_spec
 
-from . import backward, stored
+from . import backward, inductor, stored
+from .activation_cast import activation_cast
 from .backward_spec import GradBSpec
 from .choice import Candidate, Choice, choices_for
 from .gemm import Piece, Product, gemm, programs
 from .gemm_spec import Accumulation, GemmSpec
 from .interpreter import runs_interpreted
 from .loader import serves
-from .spec import InputDtype
+from .spec import ActivationCastSpec, Fp8Format, InputDtype, KernelSpec
 from .tiles import GemmProblem, gemm_specs, likeliest
 
 E4M3 = torch.float8_e4m3fn
 Transpose = Literal["auto", "transient", "store", "kernel"]
 Turn = Callable[[Tensor], Tensor]  # W [out, in] -> Wᵀ
+MatMul = Callable[..., Tensor]  # has the signature of `falqon_fx._compat.scaled_mm`
+AUTO = ("auto", "max-autotune")
 _TIMED = 3  # generated kernels that are tried for one problem
 _MAX_PIECES = 8  # weights in one launch
 _MAX_RANK = 256  # of the term that is added
@@ -63,11 +76,42 @@ _MAX_RANK = 256  # of the term that is added
 
 @dataclass(frozen=True)
 class Options:
-    """How the products are to be computed (see `FalqonConfig`)."""
+    """How the products are to be computed (see `FalqonConfig`); kernel="max-autotune" is "auto" in
+    Inductor's mode of that name.
+    """
 
     kernel: str = "auto"
     accumulation: Accumulation = "fast"
     transpose: Transpose = "auto"
+
+
+@dataclass(frozen=True)
+class Contest:
+    """The implementations of one product on given operands; ``key`` says what it is, ``like`` is
+    one of the operands, and ``wanted`` the option ``kernel``.
+    """
+
+    key: str
+    candidates: dict[str, Candidate]
+    like: Tensor
+    wanted: str
+
+    def run(self) -> list[Tensor]:
+        """The results of the chosen one, see `forward`, `grad_x`, `grad_b`, `cast_grad_b` and
+        `cast_fp8`.
+
+        Raises ValueError where no kernel, or not the one asked for, takes the operands; the message
+        holds the reason of each.
+        """
+        like, on_gpu = self.like, self.like.is_cuda
+        name = "dequantize"
+        if like.shape[0] and (on_gpu or self.wanted not in AUTO):
+            # While a CUDA graph is captured nothing can be timed; warming up came before.
+            time = on_gpu and not torch.cuda.is_current_stream_capturing()
+            choices = choices_for(like.device)
+            name = choices.get(self.key, self.candidates, self.wanted, time=time).winner
+        result: list[Tensor] = self.candidates[name]()
+        return result
 
 
 def forward(
@@ -78,15 +122,39 @@ def forward(
     out_dtype: torch.dtype,
     a_dtype: torch.dtype,
     options: Options,
-) -> list[Tensor]:
+) -> Contest:
     """Y_g = (q · W_gᵀ) ⊙ s_q ⊙ s_W,g + left_g · right_gᵀ + bias_g: one [n, rows_g] for each piece,
     the last ``a_pieces`` side by side in one (O_A).
-
-    Raises ValueError where no kernel, or not the one asked for, takes the operands; the message
-    holds the reason of each.
     """
-    contest = forward_contest(q, q_scale, pieces, a_pieces, out_dtype, a_dtype, options)
-    return _run(contest, q, options)
+    problem = _problem(q, q_scale, pieces, a_pieces, out_dtype, a_dtype, options)
+    y_pieces = len(pieces) - a_pieces
+    dtypes = [out_dtype] * y_pieces + [a_dtype] * a_pieces
+    typed = [*zip(pieces, dtypes, strict=True)]
+    mode = options.accumulation
+
+    def library(mm: MatMul) -> list[Tensor]:
+        parts = [_scaled_mm(mm, q, q_scale, p, dtype, mode) for p, dtype in typed]
+        return _join(parts, a_pieces)
+
+    def plain() -> list[Tensor]:
+        return _join([_plain(q, q_scale, p, dtype) for p, dtype in typed], a_pieces)
+
+    candidates: dict[str, Candidate] = dict(_triton(problem, q, q_scale, pieces))
+    candidates |= {name: partial(library, mm) for name, mm in _libraries(options)}
+    if 0 < a_pieces < len(pieces):
+        # O by the library, and all of O_A by one skinny kernel of ours.
+        rest = pieces[y_pieces:]
+        narrow = replace(problem, rows=problem.rows[y_pieces:], bias="none")
+        for name, skinny in _triton(narrow, q, q_scale, rest):
+
+            def both(skinny: Candidate = skinny) -> list[Tensor]:
+                ys = typed[:y_pieces]
+                wide = [_scaled_mm(scaled_mm, q, q_scale, p, dtype, mode) for p, dtype in ys]
+                return [*wide, *skinny()]
+
+            candidates[f"scaled_mm+{name}"] = both
+    candidates["dequantize"] = plain
+    return Contest(_key("forward", problem), candidates, q, options.kernel)
 
 
 def grad_x(
@@ -95,90 +163,14 @@ def grad_x(
     right: Tensor | None,
     x_dtype: torch.dtype,
     options: Options,
-) -> Tensor:
-    """dL/dx [n, in] = Σ_s (q_s · W_s) ⊙ s_q,s + left · rightᵀ, for weights W_s [out_s, in] as
-    stored. ``left`` [n, r] and ``right`` [in, r] have one dtype.
+) -> Contest:
+    """[dL/dx], dL/dx [n, in] = Σ_s (q_s · W_s) ⊙ s_q,s + left · rightᵀ, for weights W_s [out_s, in]
+    as stored. ``left`` [n, r] and ``right`` [in, r] have one dtype.
 
     Where the tensor cores want Wᵀ row by row, its bytes are transposed first, each time
     (transpose="transient"), or a copy is kept beside W (transpose="store"), unless a kernel reads W
     as it lies (transpose="kernel"). "auto" takes the faster of the first and the last.
-
-    Raises ValueError as `forward` does.
     """
-    (result,) = _run(
-        grad_x_contest(products, left, right, x_dtype, options), products[0].q, options
-    )
-    return result
-
-
-def grad_b(
-    grad: Tensor, out_a: Tensor, scaling: float, b_dtype: torch.dtype, kernel: str
-) -> Tensor:
-    """dL/dB [out, r] = scaling · gradᵀ · out_a, for dL/dO [n, out] and O_A [n, r].
-
-    Raises ValueError as `forward` does.
-    """
-    wanted = kernel if kernel in ("triton", "dequantize") else "auto"
-    contest = grad_b_contest(grad, out_a, scaling, b_dtype)
-    (result,) = _run(contest, grad, Options(kernel=wanted))
-    return result
-
-
-@dataclass(frozen=True)
-class Contest:
-    """The implementations of one product on given operands; ``key`` says what it is."""
-
-    key: str
-    candidates: dict[str, Candidate]
-
-
-def forward_contest(
-    q: Tensor,
-    q_scale: Tensor,
-    pieces: Sequence[Piece],
-    a_pieces: int,
-    out_dtype: torch.dtype,
-    a_dtype: torch.dtype,
-    options: Options,
-) -> Contest:
-    """What could compute `forward`."""
-    problem = _problem(q, q_scale, pieces, a_pieces, out_dtype, a_dtype, options)
-    y_pieces = len(pieces) - a_pieces
-    dtypes = [out_dtype] * y_pieces + [a_dtype] * a_pieces
-    typed = [*zip(pieces, dtypes, strict=True)]
-    mode = options.accumulation
-
-    def library() -> list[Tensor]:
-        return _join([_scaled_mm(q, q_scale, p, dtype, mode) for p, dtype in typed], a_pieces)
-
-    def plain() -> list[Tensor]:
-        return _join([_plain(q, q_scale, p, dtype) for p, dtype in typed], a_pieces)
-
-    candidates: dict[str, Candidate] = dict(_triton(problem, q, q_scale, pieces))
-    candidates["scaled_mm"] = library
-    if 0 < a_pieces < len(pieces):
-        # O by the library, and all of O_A by one skinny kernel of ours.
-        rest = pieces[y_pieces:]
-        narrow = replace(problem, rows=problem.rows[y_pieces:], bias="none")
-        for name, skinny in _triton(narrow, q, q_scale, rest):
-
-            def both(skinny: Candidate = skinny) -> list[Tensor]:
-                wide = [_scaled_mm(q, q_scale, p, dtype, mode) for p, dtype in typed[:y_pieces]]
-                return [*wide, *skinny()]
-
-            candidates[f"scaled_mm+{name}"] = both
-    candidates["dequantize"] = plain
-    return Contest(_key("forward", problem), candidates)
-
-
-def grad_x_contest(
-    products: Sequence[Product],
-    left: Tensor | None,
-    right: Tensor | None,
-    x_dtype: torch.dtype,
-    options: Options,
-) -> Contest:
-    """What could compute `grad_x`; each gives a list of one."""
     q, q_scale, weight = products[0].q, products[0].q_scale, products[0].weight
     more = products[1:]
     features = weight.shape[1]
@@ -203,15 +195,15 @@ def grad_x_contest(
             f"{name}{suffix}": run for name, run in _triton(turned, q, q_scale, [piece], more, turn)
         }
 
-        def library() -> list[Tensor]:
+        def library(mm: MatMul) -> list[Tensor]:
             mode = options.accumulation
             parts = [
-                _scaled_mm(p.q, p.q_scale, Piece(turn(p.weight), None), x_dtype, mode)
+                _scaled_mm(mm, p.q, p.q_scale, Piece(turn(p.weight), None), x_dtype, mode)
                 for p in products
             ]
             return [_finish(_sum(parts), piece, x_dtype)]
 
-        candidates[f"scaled_mm{suffix}"] = library
+        candidates |= {f"{name}{suffix}": partial(library, mm) for name, mm in _libraries(options)}
 
     def plain() -> list[Tensor]:
         parts = [
@@ -221,30 +213,123 @@ def grad_x_contest(
         return [_finish(_sum(parts), piece, x_dtype)]
 
     candidates["dequantize"] = plain
-    return Contest(_key("dL/dx", problem), candidates)
+    return Contest(_key("dL/dx", problem), candidates, q, options.kernel)
 
 
-def grad_b_contest(grad: Tensor, out_a: Tensor, scaling: float, b_dtype: torch.dtype) -> Contest:
-    """What could compute `grad_b`; each gives a list of one."""
-    interpreted = runs_interpreted(grad)
-    spec = GradBSpec.for_rank(
-        out_a.shape[1],
-        grad_dtype=_name(grad.dtype),
-        a_dtype=_name(out_a.dtype),
-        b_dtype=_name(b_dtype),
-        operands="float32" if interpreted else "native",
-    )
+def grad_b(
+    grad: Tensor, out_a: Tensor, scaling: float, b_dtype: torch.dtype, kernel: str
+) -> Contest:
+    """[dL/dB], dL/dB [out, r] = scaling · gradᵀ · out_a, for dL/dO [n, out] and O_A [n, r]."""
+    spec = _grad_b_spec(grad, out_a, b_dtype)
+
+    def plain() -> list[Tensor]:
+        return [plain_grad_b(grad, out_a, scaling, b_dtype)]
 
     def generated() -> list[Tensor]:
-        if why := _untried(interpreted):
-            return _refuse(why)
         return [backward.grad_b(grad, out_a, scaling, spec)]
 
-    candidates: dict[str, Candidate] = {
-        f"triton:{spec.name}": generated,
-        "dequantize": lambda: [plain_grad_b(grad, out_a, scaling, b_dtype)],
-    }
-    return Contest(f"dL/dB n={_bucket(len(grad))} out={grad.shape[1]} {spec.name}", candidates)
+    return _pair(f"dL/dB out={grad.shape[1]}", grad, spec, generated, plain, kernel)
+
+
+def cast_grad_b(
+    grad: Tensor,
+    scale: Tensor,
+    out_a: Tensor,
+    scaling: float,
+    b_dtype: torch.dtype,
+    dtype: torch.dtype,
+    kernel: str,
+) -> Contest:
+    """[q, dL/dB], where grad ≈ q · scale: q [n, out] has the FP8 ``dtype``, ``scale`` is []."""
+    spec = _grad_b_spec(grad, out_a, b_dtype, dtype)
+
+    def plain() -> list[Tensor]:
+        q = cast_with_scale(grad.to(torch.float32), scale, dtype)
+        return [q, plain_grad_b(grad, out_a, scaling, b_dtype)]
+
+    def generated() -> list[Tensor]:
+        return [*backward.cast_grad_b(grad, scale, out_a, scaling, spec)]
+
+    what = f"cast and dL/dB out={grad.shape[1]}"
+    return _pair(what, grad, spec, generated, plain, kernel)
+
+
+def cast_fp8(x: Tensor, dtype: torch.dtype, spec: str) -> Contest:
+    """[q, scale], x [n, k] ≈ q · scale, where Inductor can't cast (see `falqon_fx.products`)."""
+    interpreted = runs_interpreted(x)
+    hardware = not interpreted and architecture(x.device) >= 89
+    made = _cast_spec(x.shape[1], x.dtype, dtype, spec, hardware, serving.known())
+
+    def plain() -> list[Tensor]:
+        return [*cast_as_aten(x.to(torch.float32), dtype, spec)]
+
+    def generated() -> list[Tensor]:
+        return [*activation_cast(x, made)]
+
+    return _pair(f"cast width={x.shape[1]}", x, made, generated, plain, parse_spec(spec).kernel)
+
+
+@functools.lru_cache(maxsize=4096)
+def _cast_spec(
+    width: int, input_dtype: torch.dtype, dtype: torch.dtype, spec: str, hardware: bool, known: int
+) -> ActivationCastSpec:
+    """The spec, whose file's header names the sites: x is E4M3, dL/dO what the plan says."""
+    plan = parse_spec(spec)
+    made = ActivationCastSpec.for_width(
+        width,
+        input_dtype=_name(input_dtype),
+        fp8=_format(dtype),
+        granularity="row" if plan.per_row else "tensor",
+        scale=plan.scale,
+        cast="hardware" if hardware else "integer",
+    )
+    shapes: list[serving.Shape] = [(None, width)] if dtype == E4M3 else []
+    serves(made, shapes + [(width, None)] * (dtype == plan.grad_dtype))
+    return made
+
+
+def _pair(
+    what: str, like: Tensor, spec: KernelSpec, generated: Candidate, plain: Candidate, kernel: str
+) -> Contest:
+    """A generated kernel against ATen."""
+    if why := _untried(runs_interpreted(like)):
+        generated = partial(_refuse, why)
+    candidates = {f"triton:{spec.name}": generated, "dequantize": plain}
+    wanted = kernel if kernel in ("triton", "dequantize") else "auto"
+    return Contest(f"{what} n={_bucket(len(like))} {spec.name}", candidates, like, wanted)
+
+
+def _grad_b_spec(
+    grad: Tensor, out_a: Tensor, b_dtype: torch.dtype, dtype: torch.dtype | None = None
+) -> GradBSpec:
+    interpreted = runs_interpreted(grad)
+    dtypes = (_name(grad.dtype), _name(out_a.dtype), _name(b_dtype))
+    fp8: Fp8Format | Literal["none"] = "none" if dtype is None else _format(dtype)
+    shape = (grad.shape[1], None)
+    return _known_grad_b_spec(out_a.shape[1], dtypes, fp8, interpreted, shape, serving.known())
+
+
+@functools.lru_cache(maxsize=4096)
+def _known_grad_b_spec(
+    rank: int,
+    dtypes: tuple[InputDtype, InputDtype, InputDtype],
+    fp8: Fp8Format | Literal["none"],
+    interpreted: bool,
+    shape: serving.Shape,
+    known: int,
+) -> GradBSpec:
+    """The spec, whose file's header names the sites of ``shape``."""
+    spec = GradBSpec.for_rank(
+        rank,
+        grad_dtype=dtypes[0],
+        a_dtype=dtypes[1],
+        b_dtype=dtypes[2],
+        operands="float32" if interpreted else "native",
+        fp8=fp8,
+        cast="integer" if interpreted else "hardware",
+    )
+    serves(spec, [shape])
+    return spec
 
 
 def forward_choice(device: torch.device, features: int, out: int) -> Choice | None:
@@ -280,17 +365,13 @@ def _warn_below_fp8(card: str, number: int) -> None:
     )
 
 
-def _run(contest: Contest, like: Tensor, options: Options) -> list[Tensor]:
-    candidates = contest.candidates
-    plain_here = not like.is_cuda and options.kernel == "auto"
-    if plain_here or like.shape[0] == 0:
-        result: list[Tensor] = candidates["dequantize"]()
-        return result
-    # While a CUDA graph is captured nothing can be timed; warming up came before.
-    time = like.is_cuda and not torch.cuda.is_current_stream_capturing()
-    choice = choices_for(like.device).get(contest.key, candidates, options.kernel, time=time)
-    result = candidates[choice.winner]()
-    return result
+def _libraries(options: Options) -> Iterator[tuple[str, MatMul]]:
+    """What multiplies FP8 matrices beside our kernels. Inductor tries dozens of kernels a shape,
+    for which one has to have asked.
+    """
+    yield "scaled_mm", scaled_mm
+    if options.kernel in ("max-autotune", "inductor"):
+        yield "inductor", inductor.scaled_mm
 
 
 def _triton(
@@ -305,22 +386,25 @@ def _triton(
     interpreted = runs_interpreted(q)
     where = 0 if interpreted else architecture(q.device)
     if why := _refusal(problem, interpreted):
-        yield "triton", functools.partial(_refuse, why)
+        yield "triton", partial(_refuse, why)
         return
-    for name, spec in _specs(_rounded(problem), where, programs(q.device)):
-        yield name, functools.partial(_generated, q, q_scale, pieces, spec, more, turn, problem)
+    specs = _specs(_rounded(problem), where, programs(q.device), serving.known())
+    for name, spec in specs:
+        yield name, partial(_generated, q, q_scale, pieces, spec, more, turn, problem)
 
 
 @functools.lru_cache(maxsize=4096)  # each call of each product of a step asks
-def _specs(problem: GemmProblem, where: int, processors: int) -> list[tuple[str, GemmSpec]]:
+def _specs(
+    problem: GemmProblem, where: int, processors: int, known: int
+) -> list[tuple[str, GemmSpec]]:
     """Names and specs of the kernels to try, in the order of all that share a choice."""
     specs = likeliest(gemm_specs(problem, where), problem, processors)[:_TIMED]
     for spec in specs:
-        serves(spec, serving.sites(_weights(problem)))
+        serves(spec, _weights(problem))
     return [(f"triton:{spec.name}", spec) for spec in specs]
 
 
-def _weights(problem: GemmProblem) -> list[tuple[int | None, int]]:
+def _weights(problem: GemmProblem) -> list[serving.Shape]:
     """[out, in] of the weights of a problem; of O_A's, in alone."""
     if problem.w_scale == "none":  # dL/dx
         return [(k, problem.rows[0]) for k in (problem.k, *problem.more_k)]
@@ -372,9 +456,14 @@ def _generated(
 
 
 def _scaled_mm(
-    q: Tensor, q_scale: Tensor, piece: Piece, dtype: torch.dtype, accumulation: Accumulation
+    mm: MatMul,
+    q: Tensor,
+    q_scale: Tensor,
+    piece: Piece,
+    dtype: torch.dtype,
+    accumulation: Accumulation,
 ) -> Tensor:
-    """One piece by the library: its own GEMM, then the extra term and the bias."""
+    """One piece by a library: its own GEMM, then the extra term and the bias."""
     n, rows = q.shape[0], piece.weight.shape[0]
     one = torch.ones((), dtype=torch.float32, device=q.device)
     w_scale = one if piece.scale is None else piece.scale
@@ -383,7 +472,7 @@ def _scaled_mm(
         w_scale = w_scale.reshape(1, -1).expand(1, rows).contiguous()
     wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     fast = accumulation == "fast"
-    y = scaled_mm(q, piece.weight.t(), q_scale, w_scale, out_dtype=wide, use_fast_accum=fast)
+    y = mm(q, piece.weight.t(), q_scale, w_scale, out_dtype=wide, use_fast_accum=fast)
     return _finish(y, piece, dtype)
 
 
@@ -441,7 +530,7 @@ def _problem(
         k=k,
         rows=rows,
         a_pieces=a_pieces,
-        x="e4m3" if q.dtype == E4M3 else "e5m2",
+        x=_format(q.dtype),
         x_scale="row" if q_scale.dim() == 2 else "tensor",
         w_scale="none" if scales[0] is None else "row" if scales[0].dim() == 2 else "tensor",
         out_dtype=_name(out_dtype),
@@ -451,6 +540,10 @@ def _problem(
         accumulation=options.accumulation,
         one_tensor=all(a == b.weight.data_ptr() for a, b in zip(ends, pieces[1:], strict=False)),
     )
+
+
+def _format(dtype: torch.dtype) -> Fp8Format:
+    return "e4m3" if dtype == E4M3 else "e5m2"
 
 
 def _name(dtype: torch.dtype) -> InputDtype:

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import triton
 from rich.console import Console
@@ -76,6 +76,9 @@ def matrix() -> list[tuple[KernelSpec, tuple[int, ...]]]:
                 found.setdefault(product, []).append(architecture)
     for spec in _others():
         found[spec] = list(ARCHITECTURES)
+    for spec in _others():
+        if not isinstance(spec, GradBSpec) or spec.fp8 == "none":  # see `cuda.casts_with_grad_b`
+            found.setdefault(_below_fp8(spec), []).insert(0, 80)
     return [(spec, tuple(dict.fromkeys(where))) for spec, where in found.items()]
 
 
@@ -132,12 +135,28 @@ def _gemm_problems(architecture: int) -> Iterator[GemmProblem]:
         yield replace(grad_x, x="e4m3")
 
 
+def _below_fp8(spec: KernelSpec) -> KernelSpec:
+    """The same for sm_80, which casts by integer steps."""
+    if isinstance(spec, UpdateSpec | ActivationCastSpec):
+        return replace(spec, cast="integer")
+    return spec
+
+
 def _others() -> Iterator[KernelSpec]:
     yield TransposeSpec()
     yield StoredSpec()
-    for rank in (16, 64, 128, 256):
-        yield GradBSpec.for_rank(rank, grad_dtype="bfloat16", a_dtype="bfloat16", b_dtype="float32")
-    yield GradBSpec.for_rank(64, grad_dtype="float16", a_dtype="float32", b_dtype="float32")
+    formats: tuple[Literal["none", "e5m2"], ...] = ("none", "e5m2")
+    for fp8 in formats:
+        for rank in (16, 64, 128, 256):
+            yield GradBSpec.for_rank(
+                rank, grad_dtype="bfloat16", a_dtype="bfloat16", b_dtype="float32", fp8=fp8
+            )
+        yield GradBSpec.for_rank(
+            64, grad_dtype="float16", a_dtype="float32", b_dtype="float32", fp8=fp8
+        )
+    yield GradBSpec.for_rank(
+        64, grad_dtype="bfloat16", a_dtype="bfloat16", b_dtype="float32", fp8="e4m3"
+    )
     row = UpdateSpec(
         b_dtype="float32",
         a_dtype="float32",

@@ -26,10 +26,12 @@ def _float32_bits(value: float) -> str:
 _ENVIRONMENT.filters["float32_bits"] = _float32_bits
 
 
-def render(spec: KernelSpec) -> str:
+def render(spec: KernelSpec, sites: str = "none is known") -> str:
     """Triton source of the kernel that ``spec`` describes: a Python module as text.
+
+    ``sites`` stand in one line of its header, for people: the rest is the same whatever they are.
 
     Raises jinja2.UndefinedError where the template asks for a field that the spec lacks.
     """
     template = _ENVIRONMENT.from_string(template_text(spec.template))
-    return template.render(spec=spec, **spec.fields)
+    return template.render(spec=spec, sites=sites, **spec.fields)

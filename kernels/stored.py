@@ -8,22 +8,30 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from falqon_fx import stored
+from falqon_fx import serving, stored
 from falqon_fx.stored import Kept
 from falqon_fx.update import COUNTERS
 
 from . import backward
 from .backward_spec import StoredSpec, TransposeSpec
 from .interpreter import runs_interpreted
-from .loader import load
+from .loader import load, serves
 
 E4M3 = torch.float8_e4m3fn
+_SPEC = StoredSpec(rows=16, width=256)
 
 
 def transposed(weight: Tensor) -> Tensor:
     """Wᵀ [in, out] of FP8 W [out, in], row by row."""
-    spec = TransposeSpec(block=32 if runs_interpreted(weight) else 128)
+    spec = _transpose_spec(runs_interpreted(weight), weight.shape, serving.known())
     return backward.transpose(weight.contiguous().view(torch.uint8), spec).view(E4M3)
+
+
+@lru_cache(maxsize=4096)
+def _transpose_spec(interpreted: bool, shape: tuple[int, int], known: int) -> TransposeSpec:
+    spec = TransposeSpec(block=32 if interpreted else 128)
+    serves(spec, [shape])
+    return spec
 
 
 def kept(weight: Tensor) -> Tensor:
@@ -48,10 +56,9 @@ def refresh(weight: Sequence[Tensor], writes: Sequence[Tensor], counters: Sequen
     rows = [_row(k, w, n, c) for k, w, n, c in found if k is not None]
     if not rows:
         return
-    table = _table(tuple(rows), weight[0].device)
+    table = _table(tuple(rows), weight[0].device, serving.known())
     interpreted = runs_interpreted(table)
-    spec = StoredSpec(rows=16, width=256)
-    kernels = load(spec, interpreted)
+    kernels, spec = load(_SPEC, interpreted), _SPEC
     parts = max(-(-row[_OUT] // spec.rows) for row in rows)
     with torch.cuda.device_of(table):
         kernels.refresh[(len(rows), parts)](table, num_warps=spec.num_warps)
@@ -63,7 +70,7 @@ def signatures(spec: StoredSpec) -> dict[str, dict[str, str]]:
     return {"refresh": {"table_ptr": "*i64:16"}, "seal": {"table_ptr": "*i64:16"}}
 
 
-_OUT = 6  # the column of `out` in the table, see the template
+_OUT = 6  # the column of `out` in the table, before that of `width`; see the template
 
 
 def _row(kept: Kept, weight: Tensor, writes: Tensor, counters: Tensor) -> tuple[int, ...]:
@@ -73,5 +80,6 @@ def _row(kept: Kept, weight: Tensor, writes: Tensor, counters: Tensor) -> tuple[
 
 
 @lru_cache(maxsize=64)
-def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+def _table(rows: tuple[tuple[int, ...], ...], device: torch.device, known: int) -> Tensor:
+    serves(_SPEC, [(row[_OUT], row[_OUT + 1]) for row in rows])
     return torch.tensor(rows, dtype=torch.int64).to(device)

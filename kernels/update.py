@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .interpreter import runs_interpreted
-from .loader import load
+from .loader import load, serves
 from .spec import CastMode, InputDtype, ScaleMode
 from .update_spec import AppliedDtype, BaseDtype, UpdateSpec
 
@@ -90,6 +90,7 @@ def launch(sites: Sequence[UpdateSite], seed: int, spec: UpdateSpec) -> Launch:
     """
     for site in sites:
         _check(site, spec)
+    serves(spec, [(len(site.applied), site.weight.shape[1]) for site in sites])
     device = sites[0].weight.device
     most = max(site.count for site in sites)
     return Launch(

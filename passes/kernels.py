@@ -82,5 +82,7 @@ def source(site: Site) -> str:
         return "\n\n".join(inspect.getsource(part) for part in parts)
     from falqon_fx.kernels.render import render
 
-    rendered = [render(spec) for spec in candidates(site) if f"triton:{spec.name}" == site.kernel]
+    rendered = [
+        render(spec, site.path) for spec in candidates(site) if f"triton:{spec.name}" == site.kernel
+    ]
     return rendered[0] if rendered else f"# {site.kernel}: torch's own FP8 product"

@@ -269,3 +269,19 @@ def test_compile_reports_a_bad_option_and_changes_nothing(options: dict[str, Any
     with pytest.raises(RuntimeError, match=said):
         torch.compile(model, backend="falqon", options=options)(randn(2, 4))
     assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kernel", "wanted"),
+    [
+        (None, "auto", "auto"),
+        ("reduce-overhead", "auto", "auto"),
+        ("max-autotune", "auto", "max-autotune"),
+        ("max-autotune-no-cudagraphs", "auto", "max-autotune"),
+        ("max-autotune", "triton", "triton"),
+        (None, "inductor", "inductor"),
+    ],
+)
+def test_autotuning_is_asked_for_by_inductors_mode(mode, kernel, wanted):
+    spec = SiteSpec.from_config(FalqonConfig(mode=mode, kernel=kernel))
+    assert spec.kernel == parse_spec(str(spec)).kernel == wanted

@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from falqon_fx import FalqonConfig, cuda, lowering, products, rewrite
+from falqon_fx import FalqonConfig, cuda, lowering, ops, products, rewrite
 from falqon_fx.kernels import dispatch
 from falqon_fx.kernels.choice import Choices
 from falqon_fx.ops import decompositions
@@ -28,7 +29,7 @@ from tests.strategies import Case, cases
 from tests.test_lowering import expected
 from tests.tolerances import Approx
 
-KERNELS = ["triton", "dequantize", "scaled_mm"]
+KERNELS = ["triton", "dequantize", "scaled_mm", "inductor"]
 
 # numpy, which the interpreter computes with, announces what hashing does on purpose.
 pytestmark = pytest.mark.filterwarnings(
@@ -64,6 +65,10 @@ def run(made, x, bias, out_dtype, grads, kernel):
         products.grad_b_product(g, a, s.state.scaling, s.lora_b.dtype, spec)
         for g, a, s in zip(grads, parts, made, strict=True)
     ]
+    if not states[0].plan.per_row:  # in one pass they are the same, bit for bit
+        one_pass = cuda.merged_linear_grads(parts, grads, *columns(made), scaling, x.dtype, spec)
+        assert torch.equal(one_pass[0], grad_x)
+        assert all(map(torch.equal, one_pass[1], grad_bs))
     return ys, out_a, grad_x, grad_bs
 
 
@@ -103,7 +108,8 @@ def siblings(granularity, pending):
 @pytest.mark.parametrize("pending", ["apply", "hold"])
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
 def test_siblings_share_a_cast_and_the_products(granularity, pending, kernel):
-    if kernel == "scaled_mm" and granularity == "row" and not takes_row_scales():
+    library = kernel in ("scaled_mm", "inductor")
+    if library and granularity == "row" and not takes_row_scales():
         pytest.skip("torch's _scaled_mm takes no row scales on CPU")
     made, x = siblings(granularity, pending), randn(32, 64).bfloat16()
     grads = [randn(32, len(s.lora_b), seed=i).bfloat16() for i, s in enumerate(made)]
@@ -148,7 +154,102 @@ def test_fake_results_look_like_the_real_ones(pending):
     check(torch.ops.falqon.grad_x_product, args)
     args = (randn(5, 48), randn(5, 16), 0.5, torch.bfloat16, spec)
     check(torch.ops.falqon.grad_b_product, args)
+    args = (randn(5, 48), torch.tensor(0.5), randn(5, 16), 0.5, torch.bfloat16)
+    check(torch.ops.falqon.cast_grad_b_product, (*args, torch.float8_e5m2, spec))
     check(torch.ops.falqon.cast_fp8, (x, torch.float8_e5m2, spec))
+    check(torch.ops.falqon.cast_fp8, (x.bfloat16(), torch.float8_e5m2, spec))
+
+
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+@pytest.mark.parametrize("fp8", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_cast_by_itself_is_the_one_that_inductor_fuses(dtype, fp8, granularity):
+    x = randn(7, 40).to(dtype)
+    x[2], x[3, 5], x[4, 6] = 0, float("nan"), float("inf")
+    (made,) = [make_site(8, 40, 4, granularity=granularity)]
+    spec = str(replace(made.state.plan, kernel="triton"))
+    for rows in (x, x[:3], x[:0]):
+        q, scale = torch.ops.falqon.cast_fp8(rows, fp8, spec)
+        other_q, other_scale = products.cast_fp8(rows.float(), fp8, spec)
+        assert (
+            torch.equal(scale.view(torch.int32), other_scale.view(torch.int32))
+            or (scale.isnan() == other_scale.isnan()).all()
+        )
+        same_nan = q.float().isnan() == other_q.float().isnan()
+        same_code = q.view(torch.uint8) == other_q.view(torch.uint8)
+        assert (same_nan & (same_code | q.float().isnan())).all()
+
+
+def backward_ops(granularity, kernel, monkeypatch):
+    """What backward of three siblings runs on a GPU. Autograd itself needs a real one."""
+    made = siblings(granularity, "apply")
+    ranks = [site.state.rank for site in made]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    like = [torch.zeros(5, sum(ranks)), *(t for column in columns(made) for t in column)]
+    with FakeTensorMode():
+        saved = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in like]
+        grads = [torch.empty(5, n, dtype=torch.bfloat16, device="cuda") for n in (48, 32, 16)]
+        ctx = SimpleNamespace(
+            saved_tensors=saved,
+            ranks=ranks,
+            scaling=[2.0] * 3,
+            bias_dtypes=[],
+            x_dtype=torch.bfloat16,
+            x_shape=(5, 64),
+            spec=str(replace(made[0].state.plan, kernel=kernel)),
+            needs_input_grad=(True, None, None, None, [True] * 3, []),
+        )
+        return traced(lambda *grads: ops._backward(ctx, [*grads, None])[0], *grads)
+
+
+def test_one_pass_casts_dl_do_and_computes_dl_db_where_one_scale_holds_for_all(monkeypatch):
+    found = backward_ops("tensor", "auto", monkeypatch)
+    assert found["falqon.cast_grad_b_product.default"] == 3
+    assert found["falqon.grad_x_product.default"] == 1
+    assert (
+        found["falqon.grad_b_product.default"] == found["falqon.merged_linear_grad_x.default"] == 0
+    )
+    for granularity, kernel in (("row", "auto"), ("tensor", "dequantize"), ("tensor", "inductor")):
+        found = backward_ops(granularity, kernel, monkeypatch)
+        assert found["falqon.cast_grad_b_product.default"] == 0
+        assert found["falqon.grad_b_product.default"] == 3
+        assert found["falqon.merged_linear_grad_x.default"] == 1
+
+
+def test_gradients_of_the_one_pass_reach_their_sites(monkeypatch):
+    """Three siblings, the second one's result unused."""
+    found = []
+    for one_pass in (False, True):
+        made, x = siblings("tensor", "apply"), randn(5, 64).requires_grad_()
+        monkeypatch.setattr(cuda, "casts_with_grad_b", lambda device, spec, on=one_pass: on)
+        *given, lora_b = columns(made)
+        leaves = [x, *(b.requires_grad_() for b in lora_b)]
+        scaling, spec = [0.5, 1.0, 2.0], str(made[0].state.plan)
+        first, _, third, _ = torch.ops.falqon.merged_linear(
+            x, *given, lora_b, [], scaling, torch.float32, spec
+        )
+        loss = (first * randn(5, 48, seed=7)).sum() + (third * randn(5, 16, seed=8)).sum()
+        found.append(torch.autograd.grad(loss, leaves, allow_unused=True))
+    # The same casts; dL/dx is added up in another order.
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+    assert found[1][2] is None
+
+
+def test_inductors_product_is_compiled_within_a_graph_that_runs():
+    """The op is opaque: its product is compiled when the graph around it first runs."""
+    made = siblings("tensor", "hold")
+    spec = str(replace(made[0].state.plan, kernel="inductor"))
+    given = columns(made)
+
+    def layer(x):
+        y = cuda.merged_linear(x + x, *given, [], [2.0] * 3, torch.bfloat16, spec)
+        return [-part for part in y]
+
+    x = randn(32, 64).bfloat16()
+    compiled = torch.compile(layer, fullgraph=True)(x)
+    for actual, wanted in zip(compiled, layer(x), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=2.0**-7, atol=2.0**-7)
 
 
 def test_update_takes_sites_of_all_kinds_in_few_launches():

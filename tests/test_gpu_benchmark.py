@@ -55,6 +55,7 @@ def test_the_whole_flow_at_toy_sizes(benchmark, tmp_path, monkeypatch, capsys):
         "dL/dx, pending",
         "dL/dx of siblings",
         "dL/dB",
+        "q(dL/dO), dL/dB",
         "Wᵀ",
         "cast",
         "update",
@@ -62,7 +63,7 @@ def test_the_whole_flow_at_toy_sizes(benchmark, tmp_path, monkeypatch, capsys):
     }
     library = {"scaled_mm", "scaled_mm+triton"} if takes_row_scales() else set()
     kinds = {c["kernel"].split(":")[0] for c in content["checked"]}
-    assert kinds >= {"triton", "dequantize"} | library
+    assert kinds >= {"triton", "dequantize", "inductor", "inductor+transpose"} | library
     with files[".csv"].open() as stream:
         rows = list(csv.DictReader(stream))
     assert [row["checkpointing"] for row in rows if row["contender"] == "falqon"] == [

@@ -8,15 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from falqon_fx import FalqonConfig, rewrite, serving
-from falqon_fx.kernels import dispatch, loader
+from falqon_fx import FalqonConfig, cuda, rewrite, serving
+from falqon_fx.kernels import dispatch, inductor, loader, stored
 from falqon_fx.kernels.choice import Choices, run_once
 from falqon_fx.kernels.dispatch import Contest, Options
 from falqon_fx.kernels.gemm import Piece, Product
 from falqon_fx.kernels.tiles import GemmProblem, gemm_specs
 from falqon_fx.numerics import E4M3, E5M2
 from falqon_fx.passes.kernels import architecture_of
-from tests.sites import randn, takes_row_scales
+from tests.sites import make_site, randn, takes_row_scales
 from tests.spellings import HandWritten, Spelling
 from tests.tolerances import Approx
 
@@ -57,7 +57,7 @@ def forward(rank: int = 16, k: int = 64, out: int = 48, **change) -> Contest:
     w = Piece(fp8(out, k, E4M3, 0), positive(out, 1), **change)
     a = Piece(fp8(rank, k, E4M3, 2), positive(rank, 3))
     q, scale = fp8(20, k, E4M3, 4), positive(20, 5)
-    return dispatch.forward_contest(q, scale, [w, a], 1, BF16, BF16, Options())
+    return dispatch.forward(q, scale, [w, a], 1, BF16, BF16, Options())
 
 
 @pytest.mark.skipif(not takes_row_scales(), reason="torch's _scaled_mm takes no row scales on CPU")
@@ -65,7 +65,7 @@ def test_o_by_the_library_and_o_a_by_a_generated_kernel():
     w = Piece(fp8(48, 64, E4M3, 0), positive(48, 1))
     a = Piece(fp8(16, 64, E4M3, 2), positive(16, 3))
     q, scale = fp8(20, 64, E4M3, 4), positive(20, 5)
-    contest = dispatch.forward_contest(q, scale, [w, a], 1, BF16, BF16, Options())
+    contest = dispatch.forward(q, scale, [w, a], 1, BF16, BF16, Options())
     (name,) = [name for name in contest.candidates if name.startswith("scaled_mm+triton:")]
     y, out_a = contest.candidates[name]()
     exact(q, scale, w, BF16).assert_holds(y)
@@ -78,7 +78,7 @@ def test_o_by_the_library_and_o_a_by_a_generated_kernel():
 def test_a_rank_beyond_the_kernels_falls_to_the_next_with_the_reason():
     piece = Piece(fp8(48, 64, E4M3, 0), positive(48, 1), None, randn(20, 300), randn(48, 300))
     q, scale = fp8(20, 64, E4M3, 4), positive(20, 5)
-    contest = dispatch.forward_contest(q, scale, [piece], 0, F32, F32, Options())
+    contest = dispatch.forward(q, scale, [piece], 0, F32, F32, Options())
     choice = choose(contest)
     assert not choice.winner.startswith("triton")
     assert choice.refused["triton"] == "rank 300, more than 256"
@@ -92,7 +92,7 @@ def test_a_rank_beyond_the_kernels_falls_to_the_next_with_the_reason():
 def test_too_many_weights_at_once_say_so():
     w = [Piece(fp8(16, 64, E4M3, i), positive(16, i)) for i in range(9)]
     q, scale = fp8(20, 64, E4M3, 4), positive(20, 5)
-    choice = choose(dispatch.forward_contest(q, scale, w, 0, BF16, BF16, Options()))
+    choice = choose(dispatch.forward(q, scale, w, 0, BF16, BF16, Options()))
     assert choice.refused["triton"] == "9 weights, more than 8"
 
 
@@ -104,6 +104,45 @@ def test_sizes_that_the_library_does_not_take_fall_to_others(k, out):
         assert (name in choice.seconds) != (name in choice.refused)
     assert "dequantize" in choice.seconds
     assert any(name.startswith("triton:") for name in choice.seconds)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "max-autotune", "inductor"])
+def test_inductors_templates_are_tried_where_autotuning_was_asked_for(kernel):
+    q, scale = fp8(20, 64, E4M3, 4), torch.tensor(0.5)
+    w, options = Piece(fp8(48, 64, E4M3, 0), scale), Options(kernel=kernel)
+    products = [Product(fp8(20, 48, E5M2, 0), scale, w.weight)]
+    for contest, name in (
+        (dispatch.forward(q, scale, [w], 0, BF16, BF16, options), "inductor"),
+        (dispatch.grad_x(products, None, None, BF16, options), "inductor+transpose"),
+    ):
+        assert (name in contest.candidates) == (kernel != "auto")
+        if kernel == "inductor":
+            assert choose(contest, kernel).winner == name
+            (y,), (other,) = (
+                contest.candidates[name](),
+                contest.candidates["scaled_mm" + name[8:]](),
+            )
+            torch.testing.assert_close(y, other, rtol=2.0**-7, atol=2.0**-7)
+        else:
+            wanted = choose(contest, kernel)
+            assert set(wanted.seconds) | set(wanted.refused) == set(contest.candidates)
+
+
+def test_what_inductor_can_not_compile_falls_to_the_next_with_the_reason(monkeypatch):
+    def broken(a, b, *args, **options):
+        return torch.mm(a.to(BF16), b.t())
+
+    monkeypatch.setattr(inductor._compat, "scaled_mm", broken)
+    inductor._compiled.cache_clear()
+    q, scale = fp8(20, 64, E4M3, 4), torch.tensor(0.5)
+    w = Piece(fp8(48, 64, E4M3, 0), scale)
+    contest = dispatch.forward(q, scale, [w], 0, BF16, BF16, Options(kernel="max-autotune"))
+    choice = choose(contest, "max-autotune")
+    why = "a and b must have same reduction dim, but got [20, 64] X [48, 64]."
+    assert choice.refused["inductor"] == why
+    assert choice.winner != "inductor"
+    torch._dynamo.reset()
+    inductor._compiled.cache_clear()
 
 
 def problem(**change) -> GemmProblem:
@@ -149,7 +188,7 @@ def test_what_a_kernel_leaves_over_is_added(out_dtype):
 @pytest.mark.parametrize("transpose", ["auto", "transient", "store", "kernel"])
 def test_transpose_decides_what_dl_dx_is_chosen_from(transpose):
     products = [Product(fp8(20, 48, E5M2, 0), positive(20, 1), fp8(48, 64, E4M3, 2))]
-    contest = dispatch.grad_x_contest(products, None, None, BF16, Options(transpose=transpose))
+    contest = dispatch.grad_x(products, None, None, BF16, Options(transpose=transpose))
     ends = {name.partition("+")[2] for name in contest.candidates}
     assert (
         ends
@@ -192,35 +231,115 @@ def test_a_card_below_sm_89_is_told_once_what_it_loses(monkeypatch, capability, 
     dispatch._warn_below_fp8.cache_clear()
 
 
-def test_the_header_of_a_generated_file_names_the_sites_that_it_serves(tmp_path, monkeypatch):
-    monkeypatch.setattr(serving, "_paths", {})
-    monkeypatch.setattr(loader, "_served", {})
-    dispatch._specs.cache_clear()
-    loader.load.cache_clear()
-    model = torch.fx.symbolic_trace(HandWritten(Spelling(out=48, features=64)))
-    (site,) = rewrite(model, (randn(5, 64),)).report.sites
-    for i in range(8):
-        serving.announce(32, 64, f"layers.{i}.k_proj")
-    options = Options(kernel="triton")
-    q, scale = fp8(20, 64, E4M3, 0), positive(20, 1)
-    w, k = (
-        Piece(fp8(48, 64, E4M3, 2), positive(48, 3)),
-        Piece(fp8(32, 64, E4M3, 4), positive(32, 5)),
+@pytest.fixture
+def _no_sites(monkeypatch):
+    """A process that has neither seen a site nor loaded a kernel."""
+    caches = (
+        dispatch._specs,
+        dispatch._known_grad_b_spec,
+        dispatch._cast_spec,
+        stored._transpose_spec,
+        stored._table,
+        loader.load,
     )
-    dispatch.forward(q, scale, [w], 0, F32, F32, options)
-    (only,) = tmp_path.glob("gemm*.py")
-    assert f"# Serves: O of 1 site.\n# Sites: {site.path}\nimport triton\n" in only.read_text()
-    dispatch.forward(q, scale, [w, k], 0, F32, F32, options)
-    (both,) = set(tmp_path.glob("gemm*.py")) - {only}
-    text = " ".join(line.strip("# ") for line in both.read_text().split("import")[0].splitlines())
-    named = ", ".join([site.path, *(f"layers.{i}.k_proj" for i in range(5))])
-    assert f"Sites: {named} and 3 more" in text
-    grad = Product(fp8(20, 48, E5M2, 6), positive(20, 7), fp8(48, 64, E4M3, 8))
-    dispatch.grad_x([grad], None, None, F32, replace(options, transpose="kernel"))
-    (back,) = set(tmp_path.glob("gemm*.py")) - {only, both}
-    assert f"# Sites: {site.path}\n" in back.read_text()
-    loader.load.cache_clear()
-    dispatch._specs.cache_clear()
+    for name in ("_served", "_loaded"):
+        monkeypatch.setattr(loader, name, type(getattr(loader, name))())
+    monkeypatch.setattr(serving, "_paths", {})
+    for each in caches:
+        each.cache_clear()
+    yield
+    for each in caches:
+        each.cache_clear()
+
+
+def header(folder, name):
+    """What the only file of a template says of its sites."""
+    (path,) = folder.glob(f"{name}*.py")
+    above, below = path.read_text().split("\nimport triton\n")[0].split("# Sites: ")
+    assert "# Serves: " in above
+    return below.splitlines()[0]
+
+
+OUT, FEATURES = 48, 64
+
+
+@pytest.mark.usefixtures("_no_sites")
+def test_the_header_of_each_generated_file_names_the_sites_that_it_serves(tmp_path):
+    gm = torch.fx.symbolic_trace(HandWritten(Spelling(out=OUT, features=FEATURES)))
+    (site,) = rewrite(gm, (randn(5, FEATURES),)).report.sites
+    for i in range(3):
+        serving.announce(16, 32, f"layers.{i}.other")
+    w = Piece(fp8(OUT, FEATURES, E4M3, 2), positive(OUT, 3))
+    q, scale = fp8(20, FEATURES, E4M3, 0), positive(20, 1)
+    dispatch.forward(q, scale, [w], 0, F32, F32, Options(kernel="triton")).run()
+    assert header(tmp_path, "gemm") == site.path
+    grad, out_a = randn(20, OUT), randn(20, 8)
+    dispatch.grad_b(grad, out_a, 1.0, F32, "triton").run()
+    assert header(tmp_path, "grad_b_float32_float32_float32_float32_r16") == site.path
+    one = torch.tensor(1.0)
+    dispatch.cast_grad_b(grad, one, out_a, 1.0, F32, E5M2, "triton").run()
+    assert header(tmp_path, "grad_b_float32_float32_float32_float32_e5m2") == site.path
+    made = make_site(OUT, FEATURES, 8)
+    spec = str(replace(made.state.plan, kernel="triton"))
+    dispatch.cast_fp8(randn(20, FEATURES), E4M3, spec).run()
+    assert header(tmp_path, "activation_cast_float32_e4m3") == site.path
+    dispatch.cast_fp8(grad, E5M2, spec).run()
+    assert header(tmp_path, "activation_cast_float32_e5m2") == site.path
+    stored.kept(w.weight)
+    assert header(tmp_path, "transpose") == site.path
+    stored.refresh([w.weight], [made.state.tensors[4]], [made.state.tensors[3]])
+    assert header(tmp_path, "stored") == site.path
+    cuda.proxy_update_(
+        *([tensor] for tensor in made.state.tensors),
+        [made.lora_b],
+        [made.lora_a],
+        [made.base],
+        [made.state.scaling],
+        spec,
+    )
+    assert header(tmp_path, "update") == site.path
+
+
+@pytest.mark.usefixtures("_no_sites")
+def test_a_header_grows_with_the_sites_and_nothing_is_compiled_anew(tmp_path):
+    options = Options(kernel="triton")
+    w = {out: Piece(fp8(out, FEATURES, E4M3, 2), positive(out, 3)) for out in (OUT, 2 * OUT)}
+    q, scale = fp8(20, FEATURES, E4M3, 0), positive(20, 1)
+
+    def run(*outs):
+        dispatch.forward(q, scale, [w[out] for out in outs], 0, F32, F32, options).run()
+
+    run(OUT)
+    assert header(tmp_path, "gemm") == "none is known"
+    before = {path: path.read_text() for path in tmp_path.glob("*.py")}
+    for i in (0, 1, 2, 5):
+        serving.announce(OUT, FEATURES, f"layers.{i}.k_proj")
+    run(OUT)
+    assert header(tmp_path, "gemm") == "layers.{0-2,5}.k_proj"
+    serving.announce(2 * OUT, FEATURES, "layers.7.up_proj")
+    run(2 * OUT)
+    assert header(tmp_path, "gemm") == "layers.{0-2,5}.k_proj, layers.7.up_proj"
+    # The same file; and only that line of it changed, so that Triton's cache, which asks in which
+    # line a function starts, knows its kernels again.
+    (path,) = before
+    changed = [
+        (a, b)
+        for a, b in zip(before[path].splitlines(), path.read_text().splitlines(), strict=True)
+        if a != b
+    ]
+    assert [a for a, _ in changed] == ["# Sites: none is known"]
+
+
+@pytest.mark.usefixtures("_no_sites")
+def test_tritons_cache_does_not_ask_for_the_sites():
+    spec = gemm_specs(problem(), 90)[0]
+    keys = []
+    for path in ("a", "layers.0." + 40 * "b", "c"):
+        serving.announce(4096, 4096, path)
+        loader.serves(spec, [(4096, 4096)])
+        keys.append(loader.load(spec).gemm.cache_key)
+        loader.load.cache_clear()
+    assert len(set(keys)) == 1
 
 
 def test_on_amd_only_what_has_been_tried_there(monkeypatch):
@@ -230,6 +349,6 @@ def test_on_amd_only_what_has_been_tried_there(monkeypatch):
     choice = choose(forward())
     assert choice.refused["triton"] == "no kernel has been tried on an AMD GPU"
     assert "dequantize" in choice.seconds
-    choice = choose(dispatch.grad_b_contest(randn(8, 16), randn(8, 4), 1.0, F32))
+    choice = choose(dispatch.grad_b(randn(8, 16), randn(8, 4), 1.0, F32, "auto"))
     assert choice.winner == "dequantize"
     assert architecture_of(torch.device("cuda", 0), FalqonConfig()) == 0

@@ -76,6 +76,9 @@ SPECS = [
     UPDATE,
     replace(UPDATE, granularity="tensor", scale="amax", rounding="nearest", drop=True),
     GradBSpec.for_rank(64, grad_dtype="bfloat16", a_dtype="bfloat16", b_dtype="float32"),
+    GradBSpec.for_rank(
+        16, grad_dtype="bfloat16", a_dtype="bfloat16", b_dtype="float32", fp8="e5m2"
+    ),
     TransposeSpec(),
     StoredSpec(),
 ]
@@ -126,7 +129,9 @@ def check_readable(made_for):
     assert max(map(len, source.splitlines())) <= 100
     header = source.split("import triton")[0].replace("\n#  ", "")
     assert str(made_for) in header
-    assert made_for.template == "activation_cast" or "# Serves: " in header
+    assert header.count("# Serves: ") == header.count("# Sites: none is known\n") == 1
+    named = render(made_for, "layers.{0-31}.mlp.up_proj")
+    assert named == source.replace("# Sites: none is known", "# Sites: layers.{0-31}.mlp.up_proj")
     functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
     assert all(ast.get_docstring(function) for function in functions)
 
