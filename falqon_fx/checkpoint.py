@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from falqon_fx import storage
+from falqon_fx import storage, trees
 from falqon_fx.errors import FalqonError
 from falqon_fx.model_state import apply, collect
 from falqon_fx.prepare import unwrap
@@ -64,6 +64,7 @@ def save_checkpoint(
     optimizer, the scheduler, and the random generators of torch and Python.
 
     Base weights that `prepare` has not freed are not in it: the model to load into brings them.
+    Processes that save into one folder, or load from it, take turns.
 
     Args:
         model: the module or its compiled wrapper.
@@ -75,7 +76,8 @@ def save_checkpoint(
         rng: also the state of the random generators.
 
     Raises:
-        FalqonError: something that can't be saved, or a full disk. An earlier checkpoint stays.
+        FalqonError: something that can't be saved, a full disk, or a folder that can't be written
+            to. An earlier checkpoint stays.
     """
     directory = Path(directory)
     sites, named = collect(unwrap(model))
@@ -86,32 +88,38 @@ def save_checkpoint(
         "rng": _rng_state() if rng else None,
         "extra": dict(extra or {}),
     }
-    tree = storage.separate(objects, _TRAINING, training)
-    tensors, same = storage.unshared([*named, *training.items()])
+    tree = trees.separate(objects, _TRAINING, training)
+    tensors, same = trees.unshared([*named, *training.items()])
 
     storage.make_folder(directory)
+    with storage.lock(directory):
+        described = _write(directory, tensors, same, sites, tree)
+    size = sum(file["bytes"] for file in described.values())
+    return CheckpointReport(directory, tuple(described), len(tensors), size, len(sites))
+
+
+def _write(
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    same: Mapping[str, str],
+    sites: list[dict[str, Any]],
+    tree: Any,
+) -> dict[str, Any]:
+    """Write the tensors, then the manifest that names their file, which it returns described."""
     file = directory / f"tensors-{uuid.uuid4().hex[:12]}.safetensors"
     try:
         with storage.written_aside(file) as aside:
-            described = storage.write_tensors(aside, tensors)
-        storage.write_manifest(
-            directory / MANIFEST,
-            {
-                "format": FORMAT,
-                "versions": versions(),
-                "sites": sites,
-                "files": {file.name: described},
-                "same": same,
-                "objects": tree,
-            },
-        )
+            described = {file.name: storage.write_tensors(aside, tensors)}
+        content = {"format": FORMAT, "versions": versions(), "sites": sites}
+        content |= {"files": described, "same": same, "objects": tree}
+        storage.write_manifest(directory / MANIFEST, content)
     except BaseException:
         file.unlink(missing_ok=True)
         raise
     for other in directory.glob("tensors-*.safetensors"):
         if other != file:
             other.unlink()
-    return CheckpointReport(directory, (file.name,), len(tensors), described["bytes"], len(sites))
+    return described
 
 
 @functools.cache
@@ -154,15 +162,20 @@ def load_checkpoint(
             for. Nothing has been changed then.
     """
     directory, model = Path(directory), unwrap(model)
-    manifest = storage.read_manifest(directory / MANIFEST, FORMAT)
+    if not directory.is_dir():
+        raise FalqonError(str(directory), "there is no such folder", "Name another")
     tensors: dict[str, Tensor] = {}
-    for name, expected in manifest["files"].items():
-        tensors |= storage.open_tensors(directory / name, expected)
+    with storage.lock(directory, shared=True):  # or a save would remove files that are being opened
+        manifest = storage.read_manifest(directory / MANIFEST, FORMAT)
+        for name, expected in manifest["files"].items():
+            tensors |= storage.open_tensors(directory / name, expected)
     tensors |= {name: tensors[other] for name, other in manifest["same"].items()}
-    objects = storage.join(manifest["objects"], tensors)
+    objects = trees.join(manifest["objects"], tensors)
     for name, target in (("optimizer", optimizer), ("scheduler", scheduler)):
         if target is not None and objects[name] is None:
             raise FalqonError(str(directory), f"it holds no {name}", f"Leave out {name}=")
+    if optimizer is not None:
+        _check_groups(optimizer, objects["optimizer"], str(directory))
 
     ours = {n: t for n, t in tensors.items() if not n.startswith(_TRAINING)}
     apply(model, manifest["sites"], ours, str(directory))
@@ -175,10 +188,22 @@ def load_checkpoint(
     return extra
 
 
+def _check_groups(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], where: str) -> None:
+    """The optimizer has as many parameters in each group as the one that was saved."""
+    ours = [len(group["params"]) for group in optimizer.param_groups]
+    theirs = [len(group["params"]) for group in saved["param_groups"]]
+    if ours != theirs:
+        raise FalqonError(
+            "optimizer",
+            f"its groups have {ours} parameters, those in {where} {theirs}",
+            "Make it as for the run that was saved",
+        )
+
+
 def read_extra(directory: Path) -> dict[str, Any]:
     """What a checkpoint holds as ``extra``, apart from its tensors, which are empty."""
     objects = dict(storage.read_manifest(directory / MANIFEST, FORMAT)["objects"]["dict"])
-    extra: dict[str, Any] = storage.join(objects["extra"], defaultdict(lambda: torch.empty(0)))
+    extra: dict[str, Any] = trees.join(objects["extra"], defaultdict(lambda: torch.empty(0)))
     return extra
 
 

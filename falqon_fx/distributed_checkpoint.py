@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from falqon_fx import model_state, storage
+from falqon_fx import model_state, trees
 from falqon_fx.prepare import unwrap
 
 
@@ -34,10 +34,10 @@ class CheckpointState:
         sites, named = model_state.collect(self.model)
         packed = {name: t for name, t in named if name.startswith(model_state.SITES)}
         optimizer = None if self.optimizer is None else self.optimizer.state_dict()
-        tree = storage.separate(optimizer, ".training", packed)
+        tree = trees.separate(optimizer, ".training", packed)
         return {
             "model": self.model.state_dict(),
-            "packed": save(storage.unshared(packed.items())[0]),
+            "packed": save(trees.unshared(packed.items())[0]),
             "text": json.dumps({"sites": sites, "optimizer": tree}),
         }
 
@@ -55,4 +55,4 @@ class CheckpointState:
         tensors |= {n: t for n, t in packed.items() if n.startswith(model_state.SITES)}
         model_state.apply(self.model, text["sites"], tensors, "the checkpoint")
         if self.optimizer is not None:
-            self.optimizer.load_state_dict(storage.join(text["optimizer"], packed))
+            self.optimizer.load_state_dict(trees.join(text["optimizer"], packed))

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from torch import Tensor, nn
 
-from falqon_fx import storage
+from falqon_fx import storage, trees
 from falqon_fx.errors import FalqonError
 from falqon_fx.merged import MergedAdapter
 from falqon_fx.numerics import E4M3
@@ -264,7 +264,7 @@ def _renamed(base: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _shards(tensors: dict[str, Tensor], max_shard_size: int | str) -> Any:
     hub = storage.require("huggingface_hub", "export")
-    _, same = storage.unshared((n, t) for n, t in tensors.items() if t.device.type == "cpu")
+    _, same = trees.unshared((n, t) for n, t in tensors.items() if t.device.type == "cpu")
     for name in same:  # tied weights are written once
         del tensors[name]
     return hub.split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
@@ -275,7 +275,7 @@ def _write_shards(folder: Path, plan: Any, tensors: Mapping[str, Tensor], show: 
     with Progress(*columns, disable=not show, transient=True) as bar:
         task = bar.add_task("", total=sum(t.nbytes for t in tensors.values()))
         for file, names in plan.filename_to_tensors.items():
-            shard, _ = storage.unshared((name, tensors[name]) for name in names)
+            shard, _ = trees.unshared((name, tensors[name]) for name in names)
             storage.save_tensors(folder / file, shard)
             bar.advance(task, sum(t.nbytes for t in shard.values()))
     if plan.is_sharded:

@@ -125,13 +125,16 @@ def read_index(source: Path) -> dict[str, str]:
     if (source / INDEX).is_file():
         weight_map: dict[str, str] = json.loads((source / INDEX).read_text())["weight_map"]
         return weight_map
-    storage.require("safetensors", "export")
-    from safetensors import safe_open
-
     index: dict[str, str] = {}
     for file in sorted(source.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            index |= dict.fromkeys(opened.keys(), file.name)
+        for name in storage.read_header(file):
+            if name in index:
+                raise FalqonError(
+                    name,
+                    f"{index[name]} and {file.name} both hold it, and {source} has no {INDEX}",
+                    "Remove the file that doesn't belong to the model",
+                )
+            index[name] = file.name
     if not index:
         raise FalqonError(
             str(source),

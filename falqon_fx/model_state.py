@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from falqon_fx import stored, update
+from falqon_fx import storage, stored, update
 from falqon_fx.errors import FalqonError
 from falqon_fx.merged import STATE, MergedAdapter, allocate, registry
 from falqon_fx.prepare import MergedBaseLinear, lora_path
@@ -64,10 +64,7 @@ def apply(
         if "prepared" in site:
             _prepare_site(model, site, tensors)
     named = dict(model.state_dict(keep_vars=True))
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            if name in named:
-                named[name].copy_(tensor)
+    storage.copy_tensors((named[name], t) for name, t in tensors.items() if name in named)
     for parameter in model.parameters():
         registry.forget(parameter)
     for site in sites:

@@ -9,11 +9,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +36,10 @@ from falqon_fx.loading import (
 from falqon_fx.merged import create
 from falqon_fx.prepare import _skip_reason, lora_layers
 from falqon_fx.spec import SiteSpec
+from falqon_fx.workers import Admission, Clock, shared_threads
 
+_PLAN = "plan.json"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 _SMALL = 1 << 20  # bytes; tensors below go into one file together
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
@@ -108,13 +109,28 @@ def prequantize(
     index = read_index(source)
     skeleton = empty_model(source, lora_config(lora))
     units = _units(skeleton, source, index, config)
-    partial = _begin(out, source, skeleton, config, units)
+    partial = storage.partial(out)
+    with storage.lock(partial, wait=False), storage.explained(out):
+        _begin(partial, source, skeleton, config, units)
+        return _run(out, partial, source, index, skeleton, config, units, workers, progress)
 
-    clock = _Clock()
+
+def _run(
+    out: Path,
+    partial: Path,
+    source: Path,
+    index: Mapping[str, str],
+    skeleton: Any,
+    config: FalqonConfig,
+    units: list[_Unit],
+    workers: int,
+    progress: bool,
+) -> PrequantizeReport:
+    clock = Clock()
     start = time.perf_counter()
     waiting = [unit for unit in units if not _done(partial, unit)]
-    with _shared_threads(workers), ThreadPoolExecutor(workers) as pool:
-        admit = _Admission(max(4 * max(unit.bytes for unit in units), 2**28))
+    with shared_threads(workers), ThreadPoolExecutor(workers) as pool:
+        admit = Admission(max(4 * max(unit.bytes for unit in units), 2**28))
         jobs = [pool.submit(_convert, u, source, index, partial, skeleton, config, clock, admit)
                 for u in waiting]  # fmt: skip
         columns = (
@@ -192,20 +208,21 @@ def _sizes(source: Path, index: Mapping[str, str]) -> dict[str, tuple[int, str]]
     """Bytes and dtype of each tensor, from the headers alone."""
     sizes = {}
     for file in sorted(set(index.values())):
-        with (source / file).open("rb") as opened:
-            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-        for name, entry in header.items():
-            if name in index:
+        if not (source / file).is_file():
+            raise FalqonError(str(source), f"{INDEX} names {file}, which is missing", "Fetch it")
+        for name, entry in storage.read_header(source / file).items():
+            if index.get(name) == file:
                 start, end = entry["data_offsets"]
                 sizes[name] = (end - start, entry["dtype"])
+    for name in index.keys() - sizes.keys():
+        raise FalqonError(name, f"{INDEX} says that {index[name]} holds it", "Fetch both again")
     return sizes
 
 
 def _begin(
-    out: Path, source: Path, skeleton: Any, config: FalqonConfig, units: list[_Unit]
-) -> Path:
-    """The folder to work in, new or of an interrupted run with the same plan."""
-    partial = out.with_name(out.name + ".partial")
+    partial: Path, source: Path, skeleton: Any, config: FalqonConfig, units: list[_Unit]
+) -> None:
+    """Make the folder to work in, or see that it is of an interrupted run with the same plan."""
     files = [(path.name, path.stat()) for path in sorted(source.glob("*.safetensors"))]
     plan = {
         "config": str(config),
@@ -214,18 +231,16 @@ def _begin(
         "source": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in files],
     }
     text = json.dumps(plan, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
-    if partial.exists():
-        old = partial / "plan.json"
-        if not old.is_file() or old.read_text() != text:
-            raise FalqonError(
-                str(partial), "it is of another run, with other options or files", "Remove it"
-            )
-        return partial
+    file = partial / _PLAN
+    others = {path.name for path in partial.iterdir()} - {"weights", "records", ".partial"}
+    if file.read_text() != text if file.is_file() else others:
+        raise FalqonError(
+            str(partial), "it is of another run, with other options or files", "Remove it"
+        )
     for name in ("weights", "records"):
         storage.make_folder(partial / name)
-    with storage.written_aside(partial / "plan.json") as aside:
+    with storage.written_aside(file) as aside:
         aside.write_text(text)
-    return partial
 
 
 # -- one weight ------------------------------------------------------------------------------------
@@ -238,8 +253,8 @@ def _convert(
     partial: Path,
     skeleton: Any,
     config: FalqonConfig,
-    clock: _Clock,
-    admit: _Admission,
+    clock: Clock,
+    admit: Admission,
 ) -> int:
     with admit(unit.bytes if unit.layer is None else 4 * unit.bytes):
         with clock("read"):
@@ -293,54 +308,6 @@ def _done(partial: Path, unit: _Unit) -> bool:
     return (partial / unit.file).stat().st_size == stated
 
 
-class _Clock:
-    """Seconds in each part of the work, summed over workers."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._lock = threading.Lock()
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        with self._lock:
-            spent = time.perf_counter() - start
-            self.seconds[name] = self.seconds.get(name, 0.0) + spent
-
-
-class _Admission:
-    """Lets weights be worked on side by side while their bytes together stay below a budget; one
-    alone is always let in.
-    """
-
-    def __init__(self, budget: int) -> None:
-        self._budget, self._held = budget, 0
-        self._changed = threading.Condition()
-
-    @contextmanager
-    def __call__(self, size: int) -> Iterator[None]:
-        with self._changed:
-            self._changed.wait_for(lambda: self._held == 0 or self._held + size <= self._budget)
-            self._held += size
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._held -= size
-                self._changed.notify_all()
-
-
-@contextmanager
-def _shared_threads(workers: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, before // workers))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 # -- the whole -------------------------------------------------------------------------------------
 
 
@@ -354,8 +321,7 @@ def _finish(
 ) -> None:
     source = Path(skeleton.get_base_model().config._name_or_path)
     for path in source.iterdir():
-        weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-        if path.is_file() and not weights and path.name != INDEX:
+        if path.is_file() and path.suffix not in _WEIGHTS and path.name != INDEX:
             shutil.copyfile(path, partial / path.name)
     skeleton.peft_config["default"].save_pretrained(partial)
     layers = {layer.path: layer for layer in lora_layers(skeleton)}
@@ -371,12 +337,14 @@ def _finish(
         for unit in units
         if unit.layer is not None
     ]
-    shutil.rmtree(partial / "records")
-    shutil.rmtree(partial / "writing", ignore_errors=True)
-    (partial / "plan.json").unlink()
     storage.write_manifest(
         partial / MANIFEST,
         {"format": FORMAT, "versions": versions(), "files": dict(described), "sites": sites},
     )
-    os.replace(partial, out)
-    storage.flush_to_disk(out.parent)
+    for path in partial.iterdir():
+        storage.flush_to_disk(path)
+    storage.become(partial, out)
+    # Last: a run killed before would lack what it goes on with.
+    shutil.rmtree(out / "records")
+    shutil.rmtree(out / "writing", ignore_errors=True)
+    (out / _PLAN).unlink()

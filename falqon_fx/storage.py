@@ -8,23 +8,30 @@ or foreign file is refused by the name of what is wrong in it.
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from falqon_fx.errors import FalqonError
 
+T = TypeVar("T")
+R = TypeVar("R")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EBADF)  # some network file systems
+_AROUND_CACHE = 24 << 20  # bytes; from about here on, libc's memmove does
 _PARTIAL = ".partial"
+_LONGEST_HEADER = 100_000_000  # of a safetensors file, by its format
 
 
 class DamagedFileError(FalqonError):
@@ -55,18 +62,20 @@ def require(module: str, extra: str) -> Any:
 
 @contextmanager
 def written_aside(final: Path) -> Iterator[Path]:
-    """A path to write to. It gets the name ``final`` once it is whole and on the disk.
+    """A path to write to. It gets the name ``final`` once it is whole and on the disk. The caller
+    holds the folder's `lock`.
 
     Raises:
-        FalqonError: the disk is full. Nothing is left then, and what had the name before stays.
+        FalqonError: the disk is full, or the folder can't be written to. Nothing is left then, and
+            what had the name before stays.
     """
     # In a folder, since safetensors itself writes to files of random names beside its own.
     folder = final.parent / _PARTIAL
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-    folder.mkdir()
     aside = folder / final.name
     try:
-        with _disk_full_explained(final):
+        with explained(final):
+            folder.mkdir()
             yield aside
             flush_to_disk(aside)
             os.replace(aside, final)
@@ -80,31 +89,77 @@ def new_folder(final: Path) -> Iterator[Path]:
     """A folder to write into. It gets the name ``final`` once all in it is on the disk.
 
     Raises:
-        FalqonError: ``final`` exists and isn't an empty folder, or the disk is full.
+        FalqonError: ``final`` exists and isn't an empty folder, another process is writing it, the
+            disk is full, or the folder around it can't be written to.
     """
     refuse_existing(final)
-    final.parent.mkdir(parents=True, exist_ok=True)
+    aside = partial(final)
+    with lock(aside, wait=False):
+        try:
+            with explained(final):
+                for path in aside.iterdir():  # of a run that was killed
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                yield aside
+                for path in sorted(aside.rglob("*"), reverse=True):
+                    flush_to_disk(path)
+                become(aside, final)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+
+
+def partial(final: Path) -> Path:
+    """The folder that gets the name ``final`` later, on the disk."""
+    final = Path(os.path.realpath(final))  # a link keeps pointing where it did
     aside = final.with_name(final.name + _PARTIAL)
-    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
-    aside.mkdir()
-    try:
-        with _disk_full_explained(final):
-            yield aside
-            for path in sorted(aside.rglob("*"), reverse=True):
-                flush_to_disk(path)
-            flush_to_disk(aside)
-            os.replace(aside, final)
-            flush_to_disk(final.parent)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    make_folder(aside)
+    return aside
+
+
+def become(aside: Path, final: Path) -> None:
+    """Give a folder whose files are on the disk its name."""
+    flush_to_disk(aside)
+    final = Path(os.path.realpath(final))
+    os.replace(aside, final)
+    flush_to_disk(final.parent)
 
 
 def make_folder(path: Path) -> None:
     """Make a folder and its parents, on the disk."""
     if not path.is_dir():
-        path.mkdir(parents=True)
-        flush_to_disk(path.parent)
+        with explained(path):
+            path.mkdir(parents=True, exist_ok=True)
+            flush_to_disk(path.parent)
+
+
+@contextmanager
+def lock(folder: Path, *, shared: bool = False, wait: bool = True) -> Iterator[None]:
+    """Keep other processes and threads that `lock` a folder out; readers share it. A process that
+    dies gives it back.
+
+    Raises:
+        FalqonError: another has it, and ``wait`` is False.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+    try:
+        try:
+            fcntl.flock(handle, kind)
+        except BlockingIOError as error:
+            raise FalqonError(
+                str(folder), "another process is writing it", "Wait, or name another folder"
+            ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            yield
+            return
+        try:
+            yield
+        finally:
+            fcntl.flock(handle, fcntl.LOCK_UN)  # a process forked meanwhile would keep it
+    finally:
+        os.close(handle)
 
 
 def refuse_existing(final: Path) -> None:
@@ -114,14 +169,18 @@ def refuse_existing(final: Path) -> None:
 
 
 @contextmanager
-def _disk_full_explained(final: Path) -> Iterator[None]:
+def explained(final: Path) -> Iterator[None]:
+    """Say what a full disk or missing rights mean for ``final``."""
     try:
         yield
     except Exception as error:
         # safetensors reports the operating system's error as text.
-        code = getattr(error, "errno", None)
-        full = code in _FULL or any(f"os error {number}" in str(error) for number in _FULL)
-        if not full:
+        code, text = getattr(error, "errno", None), str(error)
+        if _is(code, text, _FORBIDDEN):
+            raise FalqonError(
+                str(final), f"it can't be written there ({text})", "Name a folder that is yours"
+            ) from error
+        if not _is(code, text, _FULL):
             raise
         free = shutil.disk_usage(final.parent).free
         raise FalqonError(
@@ -129,6 +188,10 @@ def _disk_full_explained(final: Path) -> Iterator[None]:
             f"the disk is full ({free / 2**20:.0f} MiB are free); nothing was left under this name",
             "Free some space, or name a folder on another disk",
         ) from error
+
+
+def _is(code: int | None, text: str, numbers: Iterable[int]) -> bool:
+    return any(code == number or f"os error {number})" in text for number in numbers)
 
 
 def flush_to_disk(path: Path) -> None:
@@ -146,10 +209,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """
     names = list(tensors)
     save_tensors(path, tensors)
-    with _threads() as pool:
-        pending = pool.map(checksum, (tensors[name] for name in names))
-        flush_to_disk(path)  # the disk works meanwhile
-        sums = list(pending)
+    with ThreadPoolExecutor(1) as pool:
+        on_disk = pool.submit(flush_to_disk, path)
+        parts = [_bytes(tensors[name]) for name in names]
+        sums = _spread(_checksum, parts, lambda part: part.nbytes)
+        on_disk.result()
     return {
         "bytes": path.stat().st_size,
         "header": _header_checksum(path),
@@ -216,10 +280,6 @@ def open_tensors(
     Raises:
         DamagedFileError: names the file, the tensor and what is wrong.
     """
-    require("safetensors", "checkpoint")
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     if not path.is_file():
         raise DamagedFileError(path, "it is missing")
     size = path.stat().st_size
@@ -227,98 +287,107 @@ def open_tensors(
         raise DamagedFileError(path, f"it has {size} bytes instead of {expected['bytes']}")
     if _header_checksum(path) != expected["header"]:
         raise DamagedFileError(path, "the checksum of its header is wrong")
+    header, start = read_header(path), len(_header(path))
+    memory: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
+    whole = torch.empty(0, dtype=torch.uint8).set_(memory).numpy()
+    parts = {}
+    for name in expected["tensors"]:
+        first, end = header[name]["data_offsets"]
+        parts[name] = whole[start + first : start + end]
+    names = list(parts) if verify else []
+    sums = _spread(_checksum, [parts[name] for name in names], lambda part: part.nbytes)
+    for name, digest in zip(names, sums, strict=True):
+        if digest != expected["tensors"][name]["xxh3"]:
+            raise DamagedFileError(path, f"the checksum of tensor {name!r} is wrong")
+    return {
+        name: torch.from_numpy(parts[name]).view(getattr(torch, of["dtype"])).view(of["shape"])
+        for name, of in expected["tensors"].items()
+    }
+
+
+def _checksum(part: Any) -> str:
+    """XXH3 (128 bits) of a buffer."""
+    return str(require("xxhash", "checkpoint").xxh3_128_hexdigest(part))
+
+
+def _bytes(tensor: Tensor) -> Any:
+    """The memory of a contiguous tensor on CPU, as a NumPy array."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy()
+
+
+def copy_tensors(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Write the second of each pair into the first, which is of the same shape and dtype."""
+    large = []
+    with torch.no_grad():
+        for target, tensor in {id(pair[0]): pair for pair in pairs}.values():  # tied ones once
+            if target.nbytes >= _AROUND_CACHE and _is_plain(target) and _is_plain(tensor):
+                large.append((_bytes(target), _bytes(tensor)))
+                torch.autograd.graph.increment_version(target)
+            else:
+                target.copy_(tensor)
+    # By memmove, which writes large blocks around the cache: a third less to move.
+    _spread(lambda pair: np.copyto(*pair), large, lambda pair: pair[0].nbytes)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference()
+    return plain and tensor.device.type == "cpu" and tensor.is_contiguous()
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The description of each tensor in a safetensors file, by name.
+
+    Raises:
+        DamagedFileError: it isn't one.
+    """
     try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except SafetensorError as error:
-        raise DamagedFileError(path, f"it is not a safetensors file ({error})") from error
-    names = list(expected["tensors"]) if verify else []
-    with _threads() as pool:
-        sums = pool.map(checksum, (tensors[name] for name in names))
-        for name, digest in zip(names, sums, strict=True):
-            if digest != expected["tensors"][name]["xxh3"]:
-                raise DamagedFileError(path, f"the checksum of tensor {name!r} is wrong")
-    return tensors
+        header = json.loads(_header(path)[8:])
+    except ValueError as error:
+        raise DamagedFileError(path, f"its header is not valid JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise DamagedFileError(path, "its header is no JSON object")
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
-def checksum(tensor: Tensor) -> str:
-    """XXH3 (128 bits) of the bytes of a contiguous tensor on CPU."""
-    xxhash = require("xxhash", "checkpoint")
-    flat = tensor.detach().reshape(-1).view(torch.uint8)
-    return str(xxhash.xxh3_128_hexdigest(flat.numpy()))
+def _header(path: Path) -> bytes:
+    """The length of a safetensors file's header, and the header."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if length > min(size - 8, _LONGEST_HEADER):
+            problem = f"its header would have {length} bytes, of {size} in all"
+            raise DamagedFileError(path, f"it is not a safetensors file: {problem}")
+        return start + file.read(length)
 
 
 def _header_checksum(path: Path) -> str:
-    xxhash = require("xxhash", "checkpoint")
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = min(int.from_bytes(start, "little"), path.stat().st_size)
-        return str(xxhash.xxh3_128_hexdigest(start + file.read(length)))
+    return _checksum(_header(path))
 
 
 def _json_checksum(content: Mapping[str, Any]) -> str:
-    xxhash = require("xxhash", "checkpoint")
-    return str(xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode()))
+    return _checksum(json.dumps(content, sort_keys=True).encode())
 
 
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(1, min(8, torch.get_num_threads())))
-
-
-# -- trees -----------------------------------------------------------------------------------------
-
-
-def separate(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """``value`` as JSON; its tensors go to ``tensors`` under their paths. `join` is the inverse.
-
-    Raises:
-        FalqonError: something that is neither a tensor nor plain data.
+def _spread(work: Callable[[T], R], items: Sequence[T], size: Callable[[T], int]) -> list[R]:
+    """``work`` of each item. Threads have a share each, of about the same size: with a queue, the
+    hand-over of many small items takes longer than the work.
     """
-    if isinstance(value, Tensor):
-        tensors[path] = value.detach()
-        return {"tensor": path}
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if type(value) in (list, tuple):
-        items = [separate(item, f"{path}.{i}", tensors) for i, item in enumerate(value)]
-        return items if type(value) is list else {"tuple": items}
-    if type(value) in (dict, OrderedDict) and all(type(key) in (str, int) for key in value):
-        return {"dict": [[k, separate(v, f"{path}.{k}", tensors)] for k, v in value.items()]}
-    raise FalqonError(
-        path,
-        f"a {type(value).__name__} can't be saved: only tensors, numbers, text, lists and dicts",
-        "Save it apart, or convert it first",
-    )
+    shares: list[list[int]] = [[] for _ in range(max(1, min(8, torch.get_num_threads())))]
+    sizes = [0] * len(shares)
+    for i in sorted(range(len(items)), key=lambda i: -size(items[i])):
+        smallest = sizes.index(min(sizes))
+        shares[smallest].append(i)
+        sizes[smallest] += size(items[i])
+    results: dict[int, R] = {}
 
+    def run(share: list[int]) -> None:
+        for i in share:
+            results[i] = work(items[i])
 
-def join(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of `separate`; tensors are copies."""
-    if isinstance(value, list):
-        return [join(item, tensors) for item in value]
-    if isinstance(value, dict):
-        ((kind, content),) = value.items()
-        if kind == "tensor":
-            return tensors[content].clone()
-        if kind == "tuple":
-            return tuple(join(item, tensors) for item in content)
-        return {key: join(item, tensors) for key, item in content}
-    return value
-
-
-def unshared(tensors: Iterable[tuple[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Contiguous tensors on CPU that share no memory, and the names that mean another's tensor."""
-    kept: dict[str, Tensor] = {}
-    same: dict[str, str] = {}
-    seen: dict[tuple[Any, ...], str] = {}
-    storages: set[int] = set()
-    for name, tensor in tensors:
-        tensor = tensor.detach()
-        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
-        if tensor.numel() and key in seen:
-            same[name] = seen[key]
-            continue
-        seen[key] = name
-        storage = tensor.untyped_storage().data_ptr()
-        plain = tensor.cpu().contiguous()
-        kept[name] = plain.clone() if storage in storages and plain is tensor else plain
-        storages.add(storage)
-    return kept, same
+    with ThreadPoolExecutor(len(shares)) as pool:  # starts no thread for nothing
+        others = [pool.submit(run, share) for share in shares[1:] if share]
+        run(shares[0])
+        for other in others:
+            other.result()
+    return [results[i] for i in range(len(items))]

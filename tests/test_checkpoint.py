@@ -19,8 +19,9 @@ import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
 from falqon_fx.checkpoint import MANIFEST
 from falqon_fx.prepare import MergedBaseLinear
-from falqon_fx.storage import DamagedFileError, join, separate
-from tests.models import Stack, lora_b, tiny_llama, tiny_mlp
+from falqon_fx.storage import DamagedFileError
+from falqon_fx.trees import join, separate
+from tests.models import Stack, fill_b, lora_b, tiny_llama, tiny_mlp
 from tests.sites import randn, same, snapshot
 
 STEPS = 6
@@ -331,6 +332,20 @@ def test_a_checkpoint_without_an_optimizer_says_so(tmp_path):
     falqon_fx.save_checkpoint(model, tmp_path)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     assert "it holds no optimizer" in refused(model, tmp_path, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("saved", [1, 2])
+def test_an_optimizer_with_other_groups_is_refused_before_anything_is_changed(tmp_path, saved):
+    model = tiny_mlp()
+    b = lora_b(model)
+    one, two = torch.optim.AdamW(b), torch.optim.AdamW([{"params": b[:1]}, {"params": b[1:]}])
+    optimizers = {1: one, 2: two}
+    falqon_fx.save_checkpoint(model, tmp_path, optimizer=optimizers[saved])
+    fill_b(model, 0.1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(FalqonError, match=r"optimizer: its groups have"):
+        falqon_fx.load_checkpoint(model, tmp_path, optimizer=optimizers[3 - saved])
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_compiling_with_other_options_after_loading_is_refused(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError, export_cli
 from falqon_fx.numerics import E4M3
 from falqon_fx.prepare import MergedBaseLinear
-from falqon_fx.storage import DamagedFileError
+from falqon_fx.storage import DamagedFileError, lock, partial
 from tests.models import fill_b, lora_b
 from tests.sites import same, snapshot
 
@@ -189,6 +190,51 @@ def test_a_killed_run_goes_on_where_it_ended(tmp_path):
     falqon_fx.load(out)
 
 
+@pytest.mark.parametrize("where", ["plan", "manifest", "become"])
+def test_a_run_cut_at_its_start_or_end_goes_on(tmp_path, monkeypatch, where):
+    """Before there is a plan, before there is a manifest, and before the folder has its name."""
+    source = folder_of(dense_model(), tmp_path / "dense")
+    out = tmp_path / "out"
+    module = sys.modules["falqon_fx.prequantize"]
+    cut = {
+        "plan": (module.json, "dumps"),
+        "manifest": (module.storage, "write_manifest"),
+        "become": (module.storage, "become"),
+    }
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*cut[where], stop)
+        with pytest.raises(KeyboardInterrupt):
+            prequantize(source, out)
+    assert not out.exists()
+    report = prequantize(source, out)
+    assert report.resumed == (0 if where == "plan" else report.layers)
+    assert not {"records", "writing", "plan.json"} & {path.name for path in out.iterdir()}
+    assert not (tmp_path / "out.partial").exists()
+    falqon_fx.load(out)
+
+
+def test_a_folder_that_another_process_works_in_is_refused(tmp_path):
+    source = folder_of(dense_model(), tmp_path / "dense")
+    with (
+        lock(partial(tmp_path / "out")),
+        pytest.raises(FalqonError, match="another process is writing"),
+    ):
+        prequantize(source, tmp_path / "out")
+
+
+def test_a_partial_folder_of_something_else_is_left_alone(tmp_path):
+    source = folder_of(dense_model(), tmp_path / "dense")
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial/mine").touch()
+    with pytest.raises(FalqonError, match="of another run"):
+        prequantize(source, tmp_path / "out")
+    assert (tmp_path / "out.partial/mine").exists()
+
+
 def test_a_partial_folder_of_other_options_is_refused(tmp_path):
     source = folder_of(dense_model(), tmp_path / "dense")
     dense = dense_model()
@@ -215,6 +261,73 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FalqonError, match="there are no safetensors in it"):
         prequantize(tmp_path, tmp_path / "out")
+
+
+def sharded(folder: Path) -> Path:
+    """A checkpoint of two files or more with an index."""
+    folder_of(dense_model(), folder, "20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return folder
+
+
+def test_a_tensor_in_two_files_is_refused_unless_an_index_says_which(tmp_path):
+    source = sharded(tmp_path / "dense")
+    prequantize(source, tmp_path / "whole")
+    first, *_, last = sorted(source.glob("*.safetensors"))
+    shutil.copyfile(first, source / "old.safetensors")
+    prequantize(source, tmp_path / "indexed")  # does not look into the file
+    (source / "model.safetensors.index.json").unlink()
+    with pytest.raises(FalqonError, match=rf"{first.name} and old\.safetensors both hold it"):
+        prequantize(source, tmp_path / "out")
+
+
+def test_an_index_that_is_wrong_is_refused(tmp_path):
+    source = sharded(tmp_path / "dense")
+    file = source / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    name, right = next(iter(index["weight_map"].items()))
+    for wrong, said in (
+        (next(f for f in index["weight_map"].values() if f != right), "says that .* holds it"),
+        ("gone.safetensors", "names gone.safetensors, which is missing"),
+    ):
+        changed = {**index["weight_map"], name: wrong}
+        file.write_text(json.dumps({**index, "weight_map": changed}))
+        with pytest.raises(FalqonError, match=said):
+            prequantize(source, tmp_path / "out")
+
+
+def test_a_source_whose_header_would_be_huge_is_refused(tmp_path):
+    source = folder_of(dense_model(), tmp_path / "dense")
+    (file,) = source.glob("*.safetensors")
+    whole = bytearray(file.read_bytes())
+    whole[:8] = (1 << 62).to_bytes(8, "little")
+    file.write_bytes(whole)
+    with pytest.raises(DamagedFileError, match=r"model\.safetensors: it is not a safetensors file"):
+        prequantize(source, tmp_path / "out")
+
+
+def test_a_full_disk_keeps_what_is_done(tmp_path):
+    """A process whose files may not pass 7000 bytes, which is less than the largest."""
+    source = folder_of(dense_model(), tmp_path / "dense")
+    code = f"""
+import resource, signal, sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+import falqon_fx
+from pathlib import Path
+from tests.test_prequantize import prequantize
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (7000, 7000))
+try:
+    prequantize(Path({str(source)!r}), Path({str(tmp_path / "out")!r}))
+except falqon_fx.FalqonError as error:
+    print(error)
+"""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "the disk is full" in done.stdout
+    assert not (tmp_path / "out").exists()
+    prequantize(source, tmp_path / "out")
+    falqon_fx.load(tmp_path / "out")
 
 
 def test_a_damaged_weight_is_named(tmp_path):

@@ -22,7 +22,17 @@ from torch import nn
 
 import falqon_fx
 from falqon_fx.checkpoint import MANIFEST
-from falqon_fx.storage import DamagedFileError, new_folder, save_tensors, unshared
+from falqon_fx.errors import FalqonError
+from falqon_fx.storage import (
+    DamagedFileError,
+    copy_tensors,
+    lock,
+    new_folder,
+    partial,
+    read_header,
+    save_tensors,
+)
+from falqon_fx.trees import unshared
 from tests.models import fill_b, tiny_mlp
 
 KILLS = 200
@@ -126,6 +136,96 @@ print(*kill_writers(Path({folder!r}), {kills}))
         assert len(list(folder.iterdir())) == 2
 
 
+SAVE = """
+import sys; sys.path.insert(0, {root!r})
+from pathlib import Path
+import falqon_fx
+from tests.test_storage import Layers
+for _ in range(40):
+    falqon_fx.save_checkpoint(Layers({number}), {folder!r}, extra={{"generation": {number}}})
+"""
+
+
+def test_two_processes_that_save_into_one_folder_take_turns(tmp_path):
+    """And who loads meanwhile gets what one of them saved."""
+    falqon_fx.save_checkpoint(Layers(1), tmp_path, extra={"generation": 1})
+    root = str(Path(__file__).parents[1])
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", SAVE.format(root=root, folder=str(tmp_path), number=number)]
+        )
+        for number in (1, 2)
+    ]
+    seen = set()
+    while any(writer.poll() is None for writer in writers):
+        seen.add(generation_in(tmp_path))
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert seen == {1, 2}
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_lock_does_not_outlive_its_end_in_a_process_forked_meanwhile(tmp_path):
+    with lock(tmp_path):
+        sleeper = os.fork()
+        if sleeper == 0:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with lock(tmp_path, wait=False):
+            pass
+    finally:
+        os.kill(sleeper, signal.SIGKILL)
+        os.waitpid(sleeper, 0)
+
+
+def test_a_folder_that_another_process_writes_is_refused(tmp_path):
+    aside = partial(tmp_path / "out")
+    (aside / "theirs").touch()
+    with (
+        lock(aside),
+        pytest.raises(FalqonError, match="another process is writing"),
+        new_folder(tmp_path / "out"),
+    ):
+        pass
+    assert (aside / "theirs").exists()
+
+
+def test_what_a_killed_export_left_is_gone_after_the_next(tmp_path):
+    (tmp_path / "out.partial/deep").mkdir(parents=True)
+    (tmp_path / "out.partial/file").touch()
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "whole").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "whole"]
+
+
+@pytest.mark.parametrize("name", ["with a space", "gr\u00fc\u00df \u4f60", "a'b\"c", "link"])
+def test_folders_of_any_name(tmp_path, name):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    folder = tmp_path / name
+    falqon_fx.save_checkpoint(Layers(1), folder, extra={"generation": 1})
+    falqon_fx.save_checkpoint(Layers(2), folder, extra={"generation": 2})
+    assert generation_in(folder) == 2
+    shutil.rmtree(tmp_path / "real")  # the link points at what isn't there yet
+    shutil.rmtree(folder, ignore_errors=True)
+    with new_folder(folder) as inside:
+        (inside / "whole").touch()
+    assert (folder / "whole").exists()
+    assert (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="needs a folder that nobody can write")
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
+    for folder in (Path("/sys/kernel"), Path("/sys/kernel/falqon")):
+        with pytest.raises(FalqonError, match="can't be written there"):
+            falqon_fx.save_checkpoint(Layers(1), folder)
+    with (
+        pytest.raises(FalqonError, match="can't be written there"),
+        new_folder(Path("/sys/kernel/falqon")),
+    ):
+        pass
+
+
 # -- damaged files ---------------------------------------------------------------------------------
 
 
@@ -221,6 +321,24 @@ def test_a_foreign_file_is_refused(tmp_path):
     assert "not valid JSON" in refused(tmp_path, model)
 
 
+@pytest.mark.parametrize("start", [(1 << 63) - 1, 1 << 40, 100_000_001])
+def test_a_header_that_would_be_huge_is_not_read(tmp_path, start):
+    file = tmp_path / "model.safetensors"
+    with file.open("wb") as opened:
+        opened.write(start.to_bytes(8, "little"))
+        opened.truncate(1 << 36)  # a hole, which takes no space; reading it would take the memory
+    with pytest.raises(DamagedFileError, match="its header would have"):
+        read_header(file)
+
+
+@pytest.mark.parametrize("header", [b"{", b"[1]", b"\xff\xfe"])
+def test_a_header_that_is_no_description_is_refused(tmp_path, header):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(DamagedFileError, match="header is n"):
+        read_header(file)
+
+
 def test_loading_never_unpickles(tmp_path, monkeypatch):
     import pickle
 
@@ -305,3 +423,20 @@ def test_empty_tensors_and_scalars_survive(tmp_path):
     model.s.zero_()
     falqon_fx.load_checkpoint(model, tmp_path)
     assert model.s == 2.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+def test_tensors_are_copied_in_place_whatever_their_layout(dtype):
+    values = torch.arange(24).reshape(2, 3, 4).to(dtype)
+    plain, turned = torch.zeros_like(values), torch.zeros_like(values.mT).mT
+    targets = [plain, turned]
+    if dtype.is_floating_point:  # else torch has no parameters
+        targets += [nn.Parameter(t.clone()) for t in targets]
+    versions = [target._version for target in targets]
+    empty, scalar = torch.zeros(0, 3), torch.tensor(1.0)
+    pairs = [(target, values) for target in targets]
+    copy_tensors([*pairs, pairs[0], (empty, torch.ones(0, 3)), (scalar, torch.tensor(2.5))])
+    assert all(torch.equal(target, values) for target in targets)
+    assert scalar == 2.5
+    # Autograd must see that what it saved was changed.
+    assert all(t._version > old for t, old in zip(targets, versions, strict=True))

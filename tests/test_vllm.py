@@ -9,7 +9,8 @@ vLLM brings its own torch, so it lives in an environment of its own, whose Pytho
 
 It reads the compressed-tensors form as W8A8 with a scale a row (its kernel
 ``ChannelWiseTorchFP8ScaledMMLinearKernel``). The fp8 form has scales a block, for which vLLM has
-CPU kernels only where there is AMX, so it is not served here.
+CPU kernels only where there is AMX: here a plugin of the test adds one in plain torch, and vLLM
+itself does all else, from reading the config to answering.
 """
 
 from __future__ import annotations
@@ -56,15 +57,46 @@ import torch
 
 def weights(model):
     return {n: p.detach().view(torch.uint8) if p.dtype == torch.float8_e4m3fn else p.detach()
-            for n, p in model.named_parameters() if n.endswith((".weight", ".weight_scale"))}
+            for n, p in model.named_parameters() if ".weight" in n}
 """
 READ = """
 import sys, torch, held_weights
-from vllm import LLM
+from vllm import LLM, SamplingParams
 
 if __name__ == "__main__":
     llm = LLM(sys.argv[1], dtype="bfloat16", enforce_eager=True, max_model_len=64)
     torch.save(llm.apply_model(held_weights.weights)[0], sys.argv[2])
+    prompt = {"prompt_token_ids": eval(sys.argv[3])}
+    greedy = SamplingParams(temperature=0, max_tokens=10)
+    print(*llm.generate([prompt], greedy)[0].outputs[0].token_ids)
+"""
+PLUGIN = """
+import torch
+from vllm.model_executor.kernels import linear
+from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUFp8BlockScaledMMKernel
+from vllm.platforms import PlatformEnum
+
+class Plain(CPUFp8BlockScaledMMKernel):
+    @classmethod
+    def is_supported(cls, compute_capability=None):
+        return True, None
+
+    @classmethod
+    def can_implement(cls, config):
+        return True, None
+
+    def process_weights_after_loading(self, layer):
+        pass  # the others pack the weight
+
+    def apply_weights(self, layer, x, bias=None, **kwargs):
+        params = self._get_layer_params(layer)
+        rows, columns = self.weight_group_shape
+        scale = params.weight_scale_inv.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+        weight = (params.weight.float() * scale).to(x.dtype)
+        return torch.nn.functional.linear(x, weight, bias)
+
+def register():
+    linear._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU] = [Plain]
 """
 FUSED = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -74,6 +106,10 @@ FUSED = {
 
 @pytest.fixture(scope="module")
 def trained() -> nn.Module:
+    return train()
+
+
+def train(**options: str) -> nn.Module:
     """A Llama that was trained to say one sentence."""
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -85,7 +121,7 @@ def trained() -> nn.Module:
     model = transformers.LlamaForCausalLM(shape).to(torch.bfloat16)
     lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
     model = peft.get_peft_model(model, lora)
-    config = FalqonConfig(inner="eager", topk="all")
+    config = FalqonConfig(inner="eager", topk="all", **options)
     falqon_fx.prepare(model, config, progress=False)
     compiled = torch.compile(model, backend="falqon", options={"config": config})
     optimizer = torch.optim.AdamW([p for n, p in model.named_parameters() if "lora_B" in n], 0.02)
@@ -99,6 +135,10 @@ def trained() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def folder(trained, tmp_path_factory) -> Path:
+    return export(trained, tmp_path_factory.mktemp("vllm") / "out")
+
+
+def export(trained: nn.Module, folder: Path, **options: str) -> Path:
     from tokenizers import Tokenizer as Words
     from tokenizers import models, pre_tokenizers
 
@@ -107,36 +147,73 @@ def folder(trained, tmp_path_factory) -> Path:
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=words, bos_token="t0", eos_token="t1"
     )
-    folder = tmp_path_factory.mktemp("vllm") / "out"
-    falqon_fx.save_fp8(trained, folder, tokenizer=tokenizer, progress=False)
+    falqon_fx.save_fp8(trained, folder, tokenizer=tokenizer, progress=False, **options)
     return folder
+
+
+def held_by_vllm(folder: Path, scripts: Path) -> tuple[dict[str, Tensor], list[int]]:
+    """The weights that vLLM holds, and how it goes on with `PROMPT`."""
+    script, file = scripts / "read.py", scripts / "weights.pt"
+    script.write_text(READ)
+    (scripts / "held_weights.py").write_text(WEIGHTS)  # a module: the worker imports it too
+    run = subprocess.run(
+        [PYTHON, str(script), str(folder), str(file), str(PROMPT)],
+        env={**ENVIRONMENT, "PYTHONPATH": str(scripts)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-4000:]
+    return torch.load(file), [int(token) for token in run.stdout.splitlines()[-1].split()]
+
+
+def fused(name: str) -> list[str]:
+    """The layers that vLLM stacks into one."""
+    *block, inner = name.split(".", 3)  # model.layers.0.
+    return [".".join([*block, part]) for part in FUSED.get(inner, (inner,))]
 
 
 def test_the_engine_holds_the_bytes_that_were_trained_on(trained, folder, tmp_path):
     """vLLM stacks q, k, v and gate, up, and stores weights [in, out]."""
-    script, file = tmp_path / "read.py", tmp_path / "weights.pt"
-    script.write_text(READ)
-    (tmp_path / "held_weights.py").write_text(WEIGHTS)  # a module: the worker imports it too
-    run = subprocess.run(
-        [PYTHON, str(script), str(folder), str(file)],
-        env={**ENVIRONMENT, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-4000:]
-    held = torch.load(file)
+    held, answer = held_by_vllm(folder, tmp_path)
     states = {path: state for path, (_, state) in fp8_layers(trained.get_base_model()).items()}
     seen = set()
     for name, code in held.items():
         path = name.removesuffix(".weight")
         if f"{path}.weight_scale" not in held:
             continue
-        *block, inner = path.split(".", 3)  # model.layers.0.
-        members = [".".join([*block, part]) for part in FUSED.get(inner, (inner,))]
-        parts = [(states[m], states[m].applied.shape[0]) for m in members]
+        parts = [(states[m], states[m].applied.shape[0]) for m in fused(path)]
         assert torch.equal(code.t(), torch.cat([s.code[:out] for s, out in parts]))
         scale = torch.cat([s.scale[:out] for s, out in parts])
         assert torch.equal(held[f"{path}.weight_scale"].reshape(-1, 1), scale)
-        seen |= set(members)
+        seen |= set(fused(path))
     assert seen == set(states)
+    assert answer == SENTENCE[10:]
+
+
+def test_the_engine_reads_the_fp8_form_as_it_is(tmp_path):
+    """Config, names, shapes and fused layers by vLLM's own reader; the product is the plugin's."""
+    trained = train(granularity="tensor")
+    folder = export(trained, tmp_path / "out", form="fp8")
+    (tmp_path / "plain_fp8.py").write_text(PLUGIN)
+    info = tmp_path / "plain_fp8-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plain-fp8\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nplain = plain_fp8:register\n")
+    held, answer = held_by_vllm(folder, tmp_path)
+    states = {path: state for path, (_, state) in fp8_layers(trained.get_base_model()).items()}
+    seen = set()
+    for name, grid in held.items():
+        if not name.endswith(".weight_scale_inv"):
+            continue
+        path = name.removesuffix(".weight_scale_inv")
+        parts = [(states[m], states[m].applied.shape[0]) for m in fused(path)]
+        assert torch.equal(held[f"{path}.weight"], torch.cat([s.code[:out] for s, out in parts]))
+        size = json.loads((folder / "config.json").read_text())["quantization_config"]
+        rows, columns = size["weight_block_size"]
+        scales = torch.cat([s.scale.expand(out // rows) for s, out in parts])
+        assert torch.equal(grid, scales[:, None].expand(grid.shape))
+        assert grid.shape[1] * columns == held[f"{path}.weight"].shape[1]
+        seen |= set(fused(path))
+    assert seen == set(states)
+    assert answer == SENTENCE[10:]
 
 
 def test_the_server_answers_as_the_trained_model_does(trained, folder):

@@ -1,0 +1,68 @@
+"""Optimizer states and the like as JSON with tensors beside it, and tensors that share memory."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from falqon_fx.errors import FalqonError
+
+
+def separate(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """``value`` as JSON; its tensors go to ``tensors`` under their paths. `join` is the inverse.
+
+    Raises:
+        FalqonError: something that is neither a tensor nor plain data.
+    """
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach()
+        return {"tensor": path}
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if type(value) in (list, tuple):
+        items = [separate(item, f"{path}.{i}", tensors) for i, item in enumerate(value)]
+        return items if type(value) is list else {"tuple": items}
+    if type(value) in (dict, OrderedDict) and all(type(key) in (str, int) for key in value):
+        return {"dict": [[k, separate(v, f"{path}.{k}", tensors)] for k, v in value.items()]}
+    raise FalqonError(
+        path,
+        f"a {type(value).__name__} can't be saved: only tensors, numbers, text, lists and dicts",
+        "Save it apart, or convert it first",
+    )
+
+
+def join(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of `separate`; tensors are copies."""
+    if isinstance(value, list):
+        return [join(item, tensors) for item in value]
+    if isinstance(value, dict):
+        ((kind, content),) = value.items()
+        if kind == "tensor":
+            return tensors[content].clone()
+        if kind == "tuple":
+            return tuple(join(item, tensors) for item in content)
+        return {key: join(item, tensors) for key, item in content}
+    return value
+
+
+def unshared(tensors: Iterable[tuple[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Contiguous tensors on CPU that share no memory, and the names that mean another's tensor."""
+    kept: dict[str, Tensor] = {}
+    same: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors:
+        tensor = tensor.detach()
+        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+        if tensor.numel() and key in seen:
+            same[name] = seen[key]
+            continue
+        seen[key] = name
+        storage = tensor.untyped_storage().data_ptr()
+        plain = tensor.cpu().contiguous()
+        kept[name] = plain.clone() if storage in storages and plain is tensor else plain
+        storages.add(storage)
+    return kept, same
