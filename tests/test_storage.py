@@ -426,9 +426,12 @@ def test_empty_tensors_and_scalars_survive(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
-def test_tensors_are_copied_in_place_whatever_their_layout(dtype):
+@pytest.mark.parametrize("limit", [0, 1 << 40], ids=["around the cache", "through it"])
+def test_tensors_are_copied_in_place_whatever_their_layout(dtype, limit, monkeypatch):
+    monkeypatch.setattr("falqon_fx.storage._AROUND_CACHE", limit)
     values = torch.arange(24).reshape(2, 3, 4).to(dtype)
-    plain, turned = torch.zeros_like(values), torch.zeros_like(values.mT).mT
+    plain, turned = torch.zeros_like(values), torch.zeros(values.mT.shape, dtype=dtype).mT
+    assert not turned.is_contiguous()
     targets = [plain, turned]
     if dtype.is_floating_point:  # else torch has no parameters
         targets += [nn.Parameter(t.clone()) for t in targets]
