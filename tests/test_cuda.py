@@ -22,6 +22,7 @@ from falqon_fx.kernels import dispatch
 from falqon_fx.kernels.choice import Choices
 from falqon_fx.ops import decompositions
 from falqon_fx.passes.kernels import choose
+from falqon_fx.spec import SiteSpec
 from tests import sites as sites_module
 from tests.sites import make_site, randn, same, snapshot, takes_row_scales
 from tests.spellings import HandWritten, Spelling
@@ -180,12 +181,10 @@ def test_the_cast_by_itself_is_the_one_that_inductor_fuses(dtype, fp8, granulari
         assert (same_nan & (same_code | q.float().isnan())).all()
 
 
-def backward_ops(granularity, kernel, monkeypatch):
+def backward_ops():
     """What backward of three siblings runs on a GPU. Autograd itself needs a real one."""
-    made = siblings(granularity, "apply")
+    made = siblings("tensor", "apply")
     ranks = [site.state.rank for site in made]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     like = [torch.zeros(5, sum(ranks)), *(t for column in columns(made) for t in column)]
     with FakeTensorMode():
         saved = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in like]
@@ -197,24 +196,46 @@ def backward_ops(granularity, kernel, monkeypatch):
             bias_dtypes=[],
             x_dtype=torch.bfloat16,
             x_shape=(5, 64),
-            spec=str(replace(made[0].state.plan, kernel=kernel)),
+            spec=str(made[0].state.plan),
             needs_input_grad=(True, None, None, None, [True] * 3, []),
         )
         return traced(lambda *grads: ops._backward(ctx, [*grads, None])[0], *grads)
 
 
-def test_one_pass_casts_dl_do_and_computes_dl_db_where_one_scale_holds_for_all(monkeypatch):
-    found = backward_ops("tensor", "auto", monkeypatch)
-    assert found["falqon.cast_grad_b_product.default"] == 3
-    assert found["falqon.grad_x_product.default"] == 1
-    assert (
-        found["falqon.grad_b_product.default"] == found["falqon.merged_linear_grad_x.default"] == 0
-    )
-    for granularity, kernel in (("row", "auto"), ("tensor", "dequantize"), ("tensor", "inductor")):
-        found = backward_ops(granularity, kernel, monkeypatch)
-        assert found["falqon.cast_grad_b_product.default"] == 0
-        assert found["falqon.grad_b_product.default"] == 3
-        assert found["falqon.merged_linear_grad_x.default"] == 1
+def test_one_pass_casts_dl_do_and_computes_dl_db(monkeypatch):
+    for one_pass in (True, False):
+        monkeypatch.setattr(cuda, "casts_with_grad_b", lambda device, spec, on=one_pass: on)
+        found = backward_ops()
+        assert found["falqon.cast_grad_b_product.default"] == 3 * one_pass
+        assert found["falqon.grad_x_product.default"] == one_pass
+        assert found["falqon.grad_b_product.default"] == 3 * (not one_pass)
+        assert found["falqon.merged_linear_grad_x.default"] == (not one_pass)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "kernel", "capability", "one_pass"),
+    [
+        ("tensor", "auto", (9, 0), True),
+        ("tensor", "max-autotune", (8, 9), True),
+        ("tensor", "triton", (12, 0), True),
+        ("row", "auto", (9, 0), False),
+        ("tensor", "dequantize", (9, 0), False),
+        ("tensor", "inductor", (9, 0), False),
+        ("tensor", "scaled_mm", (9, 0), False),
+        ("tensor", "auto", (8, 6), False),
+    ],
+)
+def test_one_pass_is_for_one_scale_and_generated_kernels(
+    granularity, kernel, capability, one_pass, monkeypatch
+):
+    spec = SiteSpec.from_config(FalqonConfig(granularity=granularity))
+    spec = str(replace(spec, kernel=kernel))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert cuda.casts_with_grad_b(torch.device("cuda", 0), spec) == one_pass
+    assert not cuda.casts_with_grad_b(torch.device("cpu"), spec)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert not cuda.casts_with_grad_b(torch.device("cuda", 0), spec)
 
 
 def test_gradients_of_the_one_pass_reach_their_sites(monkeypatch):

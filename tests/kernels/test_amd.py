@@ -28,6 +28,7 @@ def variants():
             spec = replace(spec, cast="integer")
         names = (
             "x",
+            "fp8",
             "x_scale",
             "pieces",
             "a_pieces",

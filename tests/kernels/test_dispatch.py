@@ -128,6 +128,17 @@ def test_inductors_templates_are_tried_where_autotuning_was_asked_for(kernel):
             assert set(wanted.seconds) | set(wanted.refused) == set(contest.candidates)
 
 
+def test_inductor_compiles_more_shapes_than_dynamo_does_of_one_function():
+    scale = torch.tensor(0.5)
+    inductor._compiled.cache_clear()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for out in (16, 32, 48):
+            q, w = fp8(20, 64, E4M3, 4), Piece(fp8(out, 64, E4M3, 0), scale)
+            contest = dispatch.forward(q, scale, [w], 0, BF16, BF16, Options(kernel="inductor"))
+            (y,) = contest.candidates["inductor"]()
+            assert y.shape == (20, out)
+
+
 def test_what_inductor_can_not_compile_falls_to_the_next_with_the_reason(monkeypatch):
     def broken(a, b, *args, **options):
         return torch.mm(a.to(BF16), b.t())
