@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -31,6 +31,10 @@ class Card:
         launch: seconds from one kernel to the next.
         architecture: 90 for sm_90 and so on; 0 where this library has no FP8 kernels.
         source: where each figure comes from.
+        thin: bytes/s of products with one side of `_THIN`, by dtype, where those are slower than
+            memory (packing the operands); else none.
+        fresh: bytes/s at which the system hands out memory that is touched for the first time, on
+            top of writing it; 0 where the allocator keeps what is freed.
     """
 
     name: str
@@ -40,6 +44,8 @@ class Card:
     launch: float
     source: dict[str, str]
     architecture: int = 0
+    thin: dict[str, float] = field(default_factory=dict)
+    fresh: float = 0.0
 
     @property
     def has_fp8(self) -> bool:
@@ -169,6 +175,8 @@ def calibrate(device: torch.device, size: int = 2048, repeats: int = 5) -> Card:
 
 
 _LAUNCHES = 1000
+_THIN = 16  # a common rank
+_LARGE = 64 << 20  # bytes: more than any C library's allocator keeps when it is freed
 
 
 def _measure(device: torch.device, size: int, repeats: int) -> Card:
@@ -183,11 +191,13 @@ def _measure(device: torch.device, size: int, repeats: int) -> Card:
             times.append(time.perf_counter() - start)
         return sorted(times)[repeats // 2]
 
-    flops = {}
+    flops, thin = {}, {}
     for dtype in (torch.bfloat16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         seconds = median(lambda a=a, b=b: a @ b.t())  # type: ignore[misc]
-        flops[str(dtype).removeprefix("torch.")] = 2 * size**3 / seconds
+        flops[name] = 2 * size**3 / seconds
+        thin[name] = _thin(a, median)
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
         flops["float8"] = 2 * size**3 / median(_scaled_mm(device, size))
     big = torch.randn(16 * size * size, device=device)
@@ -206,9 +216,33 @@ def _measure(device: torch.device, size: int, repeats: int) -> Card:
         bandwidth,
         _casts(device, size, median),
         median(many) / _LAUNCHES,
-        dict.fromkeys(("flops", "bandwidth", "casts", "launch"), measured),
+        dict.fromkeys(("flops", "bandwidth", "casts", "launch", "thin", "fresh"), measured),
         _architecture(device),
+        thin,
+        _fresh(median) if device.type == "cpu" else 0.0,  # torch keeps a GPU's memory
     )
+
+
+def _thin(square: torch.Tensor, median: Callable[[Callable[[], object]], float]) -> float:
+    """Bytes/s of the products that a low rank takes part in: x·Aᵀ, O_A·Bᵀ, dLᵀ·O_A and O_Aᵀ·x."""
+    narrow = square[:, :_THIN].contiguous()
+    pairs = (
+        (square, narrow),
+        (narrow, narrow.t().contiguous()),
+        (square.t(), narrow),
+        (narrow.t(), square),
+    )
+    moved = seconds = 0.0
+    for a, b in pairs:
+        moved += a.nbytes + b.nbytes + a.shape[0] * b.shape[1] * a.element_size()
+        seconds += median(lambda a=a, b=b: a @ b)  # type: ignore[misc]
+    return moved / seconds
+
+
+def _fresh(median: Callable[[Callable[[], object]], float]) -> float:
+    kept = torch.empty(_LARGE, dtype=torch.uint8)
+    extra = median(lambda: torch.empty_like(kept).zero_()) - median(kept.zero_)
+    return _LARGE / extra if extra > 0 else 0.0
 
 
 def _architecture(device: torch.device) -> int:
@@ -221,10 +255,10 @@ def _architecture(device: torch.device) -> int:
 def _casts(
     device: torch.device, size: int, median: Callable[[Callable[[], object]], float]
 ) -> float:
-    """Elements/s of the library's own decoding, compiled as it runs in a graph."""
-    from falqon_fx.numerics import decode_fp8
+    """Elements/s of the library's own decoding, compiled as it runs in a graph: from E4M3."""
+    from falqon_fx.numerics import E4M3, decode_fp8
 
-    code = torch.randint(0, 120, (size, size), dtype=torch.uint8, device=device)
+    code = torch.randint(0, 120, (size, size), dtype=torch.uint8, device=device).view(E4M3)
     scale = torch.ones(size, 1, device=device)
     decode = torch.compile(lambda c, s: decode_fp8(c, s, torch.bfloat16))
     return size * size / median(lambda: decode(code, scale))

@@ -3,8 +3,10 @@
 A variant is a list of kernels (`Kernel`), each with its FLOPs, its bytes to and from memory and its
 casts, as expressions in tokens n, in, out, rank r and written rows k: Python numbers, sympy
 expressions or Dynamo's symbols alike. A kernel takes launch + max(FLOPs / rate, bytes / bandwidth,
-casts / rate) (the roofline); a variant takes the sum, as on one stream. All terms are affine in n,
-so the break-even is found exactly, segment by segment.
+casts / rate) (the roofline), and on a CPU the page faults of new memory: of what a layer hands out
+or keeps for backward, since all layers' lives at once and is freed at the end of a step, whereas
+one layer's temporaries become the next one's. A variant takes the sum, as on one stream. All terms
+are affine in n, so the break-even is found exactly, segment by segment.
 
 Variants of the step (paper sections 1 to 3; e bytes an activation, a bytes an adapter element):
 
@@ -38,7 +40,9 @@ _ADAM = 7  # p, g, m, v read; p, m, v written
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch: FLOPs of its matrix product in ``dtype``, bytes moved, elements cast."""
+    """One launch: FLOPs of its matrix product in ``dtype``, bytes moved, elements cast, and those
+    bytes of its result that are kept or handed out.
+    """
 
     phase: str
     name: str
@@ -46,6 +50,7 @@ class Kernel:
     flops: Any
     bytes: Any
     casts: Any = 0
+    kept: Any = 0
 
 
 @dataclass(frozen=True)
@@ -74,16 +79,16 @@ def lora(s: Shape) -> list[Kernel]:
     wide = s.adapter_dtype
     kernels = [_gemm("forward", "x·Wᵀ", s.dtype, n, i, o, e)]
     if e != a:
-        kernels.append(Kernel("forward", "cast x", wide, 0, n * i * (e + a)))
+        kernels.append(Kernel("forward", "cast x", wide, 0, n * i * (e + a), kept=n * i * a))
     kernels += [
         _gemm("forward", "A", wide, n, i, r, a),
         _gemm("forward", "B", wide, n, r, o, a),
-        Kernel("forward", "add", wide, 0, n * o * (2 * e + a)),
+        Kernel("forward", "add", wide, 0, n * o * (2 * e + a), kept=n * o * e),
         _gemm("backward", "dO·W", s.dtype, n, o, i, e),
         Kernel("backward", "s·dO", wide, 0, n * o * (e + a)),
         _gemm("backward", "dO·B", wide, n, o, r, a),
         _gemm("backward", "dO_A·A", wide, n, r, i, a),
-        Kernel("backward", "add", wide, 0, n * i * (2 * e + a)),
+        Kernel("backward", "add", wide, 0, n * i * (2 * e + a), kept=n * i * e),
         _gemm("backward", "dB", wide, o, n, r, a),
     ]
     if s.train_a:
@@ -103,13 +108,13 @@ def fp8_lora(s: Shape) -> list[Kernel]:
         _gemm("forward", "A", "float8", n, i, r, 1, e),
         *_cast("forward", "O_A", n * r, e),
         _gemm("forward", "B", "float8", n, r, o, 1, e),
-        Kernel("forward", "add", s.dtype, 0, 3 * n * o * e),
+        Kernel("forward", "add", s.dtype, 0, 3 * n * o * e, kept=n * o * e),
         *_cast("backward", "dO", n * o, e),
         _gemm("backward", "dO·W", "float8", n, o, i, 1, e),
         _gemm("backward", "dO·B", "float8", n, o, r, 1, e),
         *_cast("backward", "dO_A", n * r, e),
         _gemm("backward", "dO_A·A", "float8", n, r, i, 1, e),
-        Kernel("backward", "add", s.dtype, 0, 3 * n * i * e),
+        Kernel("backward", "add", s.dtype, 0, 3 * n * i * e, kept=n * i * e),
         _gemm("backward", "dB", "float8", o, n, r, 1, a),
         *([_gemm("backward", "dA", "float8", r, n, i, 1, a)] if s.train_a else []),
         _optimizer(s, r * (i * int(s.train_a) + o)),
@@ -122,9 +127,9 @@ def merged(s: Shape) -> list[Kernel]:
     e = _WIDTH[s.dtype]
     kernels = [
         Kernel("forward", "cast x", "float8", 0, n * i * (e + 1) / s.siblings),
-        _gemm("forward", "x·W'ᵀ", "float8", n, i, o + r, 1, e),
+        _handed_out(_gemm("forward", "x·W'ᵀ", "float8", n, i, o + r, 1, e), n * o * e),
         Kernel("backward", "cast dO", "float8", 0, n * o * (e + 1)),
-        _gemm("backward", "dO·W", "float8", n, o, i, 1, e),
+        _handed_out(_gemm("backward", "dO·W", "float8", n, o, i, 1, e), n * i * e),
         _gemm("backward", "dB", s.dtype, o, n, r, e),
     ]
     return [*kernels, *_pending(s), _optimizer(s, r * o), *_write_back(s)]
@@ -137,11 +142,11 @@ def emulated(s: Shape) -> list[Kernel]:
     kernels = [
         Kernel("forward", "cast x", s.dtype, 0, n * i * 2 * e / s.siblings, n * i / s.siblings),
         Kernel("forward", "decode W'", s.dtype, 0, i * (o + r) * (1 + e), i * (o + r)),
-        _gemm("forward", "x·Wᵀ", s.dtype, n, i, o, e),
+        _handed_out(_gemm("forward", "x·Wᵀ", s.dtype, n, i, o, e), n * o * e),
         _gemm("forward", "x·Aᵀ", s.dtype, n, i, r, e),
         Kernel("backward", "cast dO", s.dtype, 0, n * o * 2 * e, n * o),
         Kernel("backward", "decode W'", s.dtype, 0, i * (o + r) * (1 + e), i * (o + r)),
-        _gemm("backward", "dO·W", s.dtype, n, o, i, e),
+        _handed_out(_gemm("backward", "dO·W", s.dtype, n, o, i, e), n * i * e),
         _gemm("backward", "dB", s.dtype, o, n, r, e),
     ]
     return [*kernels, *_pending(s), _optimizer(s, r * o), *_write_back(s)]
@@ -162,6 +167,10 @@ def _gemm(
     """[m, k] · [k, n]."""
     moved = width * (m * k + k * n) + (out_width or width) * m * n
     return Kernel(phase, name, dtype, 2 * m * k * n, moved)
+
+
+def _handed_out(kernel: Kernel, kept: Any) -> Kernel:
+    return replace(kernel, kept=kept)
 
 
 def _adding(phase: str, name: str, dtype: str, m: Any, k: Any, n: Any, width: int) -> Kernel:
@@ -228,7 +237,8 @@ def _time(kernel: Kernel, card: Card) -> Any:
     bounds = _bounds(kernel, card)
     symbolic = any(isinstance(b, sympy.Basic) and b.free_symbols for b in bounds)
     longest = sympy.Max(*bounds) if symbolic else max(map(float, bounds))
-    return card.launch + longest
+    faults = kernel.kept / card.fresh if card.fresh else 0
+    return card.launch + longest + faults
 
 
 def _bounds(kernel: Kernel, card: Card) -> list[Any]:
@@ -238,6 +248,7 @@ def _bounds(kernel: Kernel, card: Card) -> list[Any]:
         name = "bfloat16" if kernel.dtype == "float16" else kernel.dtype
         if name not in card.flops:
             raise FalqonError(card.name, f"has no {name} matrix units", "Compare another variant")
+        bounds = [kernel.bytes / card.thin.get(name, card.bandwidth)]
         bounds.append(kernel.flops / card.flops[name])
     if kernel.casts != 0 and card.casts:
         bounds.append(kernel.casts / card.casts)

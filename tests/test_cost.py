@@ -95,6 +95,25 @@ def test_bytes_of_a_layer_by_hand():
     assert fused.flops == 2 * 96 * 40 * 60
 
 
+def test_new_memory_is_what_a_layer_keeps_or_hands_out_and_costs_its_page_faults():
+    """In float32 beside bf16: y and dL/dx, and PEFT's wide copy of x."""
+    out, grad_x, wide_x = 2 * 96 * 56, 2 * 96 * 40, 4 * 96 * 40
+    kept = {"lora": out + grad_x + wide_x, "emulated": out + grad_x, "merged": out + grad_x}
+    for name, count in kept.items():
+        kernels = VARIANTS[name](NUMERIC)
+        assert sum(k.kept for k in kernels) == count
+        plain, faulting = (float(cost.seconds(kernels, replace(H100, fresh=f))) for f in (0.0, 1e9))
+        assert faulting - plain == pytest.approx(count / 1e9, rel=1e-9)
+
+
+def test_thin_products_move_their_bytes_at_the_rate_measured_for_them():
+    card = replace(H100, launch=0.0, thin={"float32": H100.bandwidth / 4})
+    kernels = {k.name: k for k in cost.lora(NUMERIC)}
+    for name, factor in (("A", 4), ("cast x", 1), ("x·Wᵀ", 1)):  # the last is in bf16
+        time = float(cost.seconds([kernels[name]], card))
+        assert time == pytest.approx(factor * kernels[name].bytes / H100.bandwidth, rel=1e-12)
+
+
 def test_siblings_share_one_cast_of_x():
     alone, third = (
         cost.moved([k for k in cost.merged(replace(NUMERIC, siblings=s)) if k.name == "cast x"])
@@ -124,7 +143,14 @@ def test_a_separate_lora_path_in_fp8_loses_below_some_size_and_merged_does_not(c
     assert cost.break_even(cost.lora, cost.merged, shape, card) == 1
 
 
-@given(SHAPES, st.sampled_from(CARDS), st.sampled_from(["fp8_lora", "merged", "emulated"]))
+CALIBRATED = replace(H100, casts=1e11, thin={"bfloat16": 1e12, "float32": 4e11}, fresh=1e11)
+
+
+@given(
+    SHAPES,
+    st.sampled_from([*CARDS, CALIBRATED]),
+    st.sampled_from(["fp8_lora", "merged", "emulated"]),
+)
 def test_break_even_is_where_the_sign_changes(shape, card, name):
     after = VARIANTS[name]
 
@@ -205,6 +231,7 @@ def test_calibration_measures_and_is_found_again(monkeypatch, tmp_path):
     assert cards.at_hand(cpu) == cards.find(measured.name) == measured
     assert not measured.has_fp8
     rates = [*measured.flops.values(), measured.bandwidth, measured.casts, measured.launch]
+    rates += measured.thin.values()
     assert all(rate > 0 for rate in rates)
     assert json.loads((tmp_path / "sub" / "cards.json").read_text()).keys() == {measured.name}
     x = torch.randn(3, 32)
