@@ -199,12 +199,12 @@ def rewrite(
     with clock("insert_updates"):
         insert_updates(chosen, slots)
     with clock("verify"):
-        verify(chosen, slots, before)
+        after = verify(chosen, slots, before)
     graph = GraphReport(
         sites=tuple(site.report for site in chosen.sites),
         rejected=chosen.rejected,
         nodes_before=len(operations(before)),
-        nodes_after=len(operations(wiring(root))),
+        nodes_after=len(operations(after)),
         pass_seconds=clock.seconds,
     )
     report = RewriteReport((graph,))

@@ -39,8 +39,8 @@ def operations(nodes: Wiring) -> list[fx.Node]:
     return [node for node in nodes if node.op.startswith("call")]
 
 
-def verify(plan: Plan, slots: Sequence[SlotNodes], before: Wiring) -> None:
-    """No site is half rewritten, and all else is as it was in ``before``.
+def verify(plan: Plan, slots: Sequence[SlotNodes], before: Wiring) -> Wiring:
+    """No site is half rewritten, and all else is as it was in ``before``; the graph as it is now.
 
     Raises:
         AssertionError: naming the first invariant that does not hold.
@@ -58,6 +58,7 @@ def verify(plan: Plan, slots: Sequence[SlotNodes], before: Wiring) -> None:
         _check_group(plan, group, slots, anchors, results)
     _check_update(plan, slots, new)
     _check_metadata(plan, new, results)
+    return after
 
 
 def _check_operands(scope: Scope) -> None:

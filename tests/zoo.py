@@ -183,6 +183,16 @@ PEFT_CANNOT = {
     "deepseek_v4": "must match the size of tensor b",
 }
 
+# What compiles again after the first step, with any backend: PEFT adapts stacked experts (its
+# ParamWrapper) by a parametrization that each forward pass registers and takes off again, and on
+# the class that torch makes for it each time Dynamo guards.
+_WITH_PARAM_WRAPPER = (
+    "afmoe beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe exaone_moe "
+    "flex_olmo glm4_moe glm4_moe_lite glm_moe_dsa hunyuan_v1_moe longcat_flash mellum minimax "
+    "minimax_m2 mixtral olmoe qwen3_moe qwen3_next solar_open"
+)
+RECOMPILES = set(_WITH_PARAM_WRAPPER.split())
+
 # What the zoo does not train, and why.
 LEFT_OUT = {
     "gemma3n": "its decoder is gemma3n_text; its vision tower has no tiny config",
