@@ -42,7 +42,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, cast
+from typing import Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -68,6 +68,7 @@ E4M3 = torch.float8_e4m3fn
 Transpose = Literal["auto", "transient", "store", "kernel"]
 Turn = Callable[[Tensor], Tensor]  # W [out, in] -> Wᵀ
 MatMul = Callable[..., Tensor]  # has the signature of `falqon_fx._compat.scaled_mm`
+S = TypeVar("S", bound=KernelSpec)
 AUTO = ("auto", "max-autotune")
 _TIMED = 3  # generated kernels that are tried for one problem
 _MAX_PIECES = 8  # weights in one launch
@@ -220,15 +221,15 @@ def grad_b(
     grad: Tensor, out_a: Tensor, scaling: float, b_dtype: torch.dtype, kernel: str
 ) -> Contest:
     """[dL/dB], dL/dB [out, r] = scaling · gradᵀ · out_a, for dL/dO [n, out] and O_A [n, r]."""
-    spec = _grad_b_spec(grad, out_a, b_dtype)
 
     def plain() -> list[Tensor]:
         return [plain_grad_b(grad, out_a, scaling, b_dtype)]
 
-    def generated() -> list[Tensor]:
+    def generated(spec: GradBSpec) -> list[Tensor]:
         return [backward.grad_b(grad, out_a, scaling, spec)]
 
-    return _pair(f"dL/dB out={grad.shape[1]}", grad, spec, generated, plain, kernel)
+    made = partial(_grad_b_spec, grad, out_a, b_dtype)
+    return _pair(f"dL/dB out={grad.shape[1]}", grad, made, generated, plain, kernel)
 
 
 def cast_grad_b(
@@ -241,31 +242,29 @@ def cast_grad_b(
     kernel: str,
 ) -> Contest:
     """[q, dL/dB], where grad ≈ q · scale: q [n, out] has the FP8 ``dtype``, ``scale`` is []."""
-    spec = _grad_b_spec(grad, out_a, b_dtype, dtype)
 
     def plain() -> list[Tensor]:
         q = cast_with_scale(grad.to(torch.float32), scale, dtype)
         return [q, plain_grad_b(grad, out_a, scaling, b_dtype)]
 
-    def generated() -> list[Tensor]:
+    def generated(spec: GradBSpec) -> list[Tensor]:
         return [*backward.cast_grad_b(grad, scale, out_a, scaling, spec)]
 
-    what = f"cast and dL/dB out={grad.shape[1]}"
-    return _pair(what, grad, spec, generated, plain, kernel)
+    made = partial(_grad_b_spec, grad, out_a, b_dtype, dtype)
+    return _pair(f"cast and dL/dB out={grad.shape[1]}", grad, made, generated, plain, kernel)
 
 
 def cast_fp8(x: Tensor, dtype: torch.dtype, spec: str) -> Contest:
     """[q, scale], x [n, k] ≈ q · scale, where Inductor can't cast (see `falqon_fx.products`)."""
-    interpreted = runs_interpreted(x)
-    hardware = not interpreted and architecture(x.device) >= 89
-    made = _cast_spec(x.shape[1], x.dtype, dtype, spec, hardware, serving.known())
+    hardware = not runs_interpreted(x) and architecture(x.device) >= 89
 
     def plain() -> list[Tensor]:
         return [*cast_as_aten(x.to(torch.float32), dtype, spec)]
 
-    def generated() -> list[Tensor]:
+    def generated(made: ActivationCastSpec) -> list[Tensor]:
         return [*activation_cast(x, made)]
 
+    made = partial(_cast_spec, x.shape[1], x.dtype, dtype, spec, hardware, serving.known())
     return _pair(f"cast width={x.shape[1]}", x, made, generated, plain, parse_spec(spec).kernel)
 
 
@@ -289,14 +288,25 @@ def _cast_spec(
 
 
 def _pair(
-    what: str, like: Tensor, spec: KernelSpec, generated: Candidate, plain: Candidate, kernel: str
+    what: str,
+    like: Tensor,
+    made: Callable[[], S],
+    generated: Callable[[S], list[Tensor]],
+    plain: Candidate,
+    kernel: str,
 ) -> Contest:
-    """A generated kernel against ATen."""
-    if why := _untried(runs_interpreted(like)):
-        generated = partial(_refuse, why)
-    candidates = {f"triton:{spec.name}": generated, "dequantize": plain}
+    """A generated kernel, of the spec that is ``made``, against ATen."""
+    why = _untried(runs_interpreted(like))
+    try:
+        spec = made()
+    except ValueError as error:  # a dtype that no spec has
+        name, run = "triton", partial(_refuse, str(error))
+    else:
+        name = f"triton:{spec.name}"
+        run = partial(_refuse, why) if why else partial(generated, spec)
     wanted = kernel if kernel in ("triton", "dequantize") else "auto"
-    return Contest(f"{what} n={_bucket(len(like))} {spec.name}", candidates, like, wanted)
+    key = f"{what} n={_bucket(len(like))} {like.dtype} {name}"
+    return Contest(key, {name: run, "dequantize": plain}, like, wanted)
 
 
 def _grad_b_spec(
@@ -388,7 +398,11 @@ def _triton(
     if why := _refusal(problem, interpreted):
         yield "triton", partial(_refuse, why)
         return
-    specs = _specs(_rounded(problem), where, programs(q.device), serving.known())
+    try:
+        specs = _specs(_rounded(problem), where, programs(q.device), serving.known())
+    except ValueError as error:  # a dtype that no spec has
+        yield "triton", partial(_refuse, str(error))
+        return
     for name, spec in specs:
         yield name, partial(_generated, q, q_scale, pieces, spec, more, turn, problem)
 

@@ -89,6 +89,27 @@ def test_a_rank_beyond_the_kernels_falls_to_the_next_with_the_reason():
         choose(contest, "triton")
 
 
+def test_dtypes_of_no_kernel_fall_to_the_next_with_the_reason():
+    wide = torch.float64
+    q, scale = fp8(20, 64, E4M3, 4), positive(20, 5)
+    piece = Piece(fp8(48, 64, E4M3, 0), positive(48, 1))
+    grad, out_a = randn(20, 48).double(), randn(20, 8)
+    product = Product(fp8(20, 48, E5M2, 0), scale, piece.weight)
+    spec = str(make_site(8, 64, 4).state.plan)
+    for contest, name, dtype in (
+        (dispatch.forward(q, scale, [piece], 0, wide, wide, Options()), "out_dtype", wide),
+        (dispatch.grad_x([product], None, None, wide, Options()), "out_dtype", wide),
+        (dispatch.grad_b(grad, out_a, 1.0, F32, "auto"), "grad_dtype", F32),
+        (dispatch.grad_b(grad.float(), out_a, 1.0, wide, "auto"), "b_dtype", wide),
+        (dispatch.cast_grad_b(grad, scale[0, 0], out_a, 1.0, F32, E5M2, "auto"), "grad_dtype", F32),
+        (dispatch.cast_fp8(grad, E5M2, spec), "input_dtype", F32),
+    ):
+        choice = choose(contest)
+        why = f"{name}='float64': expected one of float32, bfloat16, float16"
+        assert choice.refused["triton"] == why
+        assert contest.candidates[choice.winner]()[-1].dtype == dtype
+
+
 def test_too_many_weights_at_once_say_so():
     w = [Piece(fp8(16, 64, E4M3, i), positive(16, i)) for i in range(9)]
     q, scale = fp8(20, 64, E4M3, 4), positive(20, 5)
