@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -108,14 +109,16 @@ def test_the_page_loads_nothing_and_its_data_cannot_end_the_script(report):
     assert "<script>alert" not in page
 
 
-def opened(page: str, tmp_path: Path, script: str = "", fragment: str = "") -> str:
+def opened(
+    page: str, tmp_path: Path, script: str = "", fragment: str = "", flags: Sequence[str] = ()
+) -> str:
     """The page's DOM after it has loaded and ``script`` has run in it."""
     file = tmp_path / "page.html"
     file.write_text(page.replace("</body>", f"<script>{script}</script></body>"))
     command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
     profile = f"--user-data-dir={tmp_path / 'profile'}"
     done = subprocess.run(
-        [*command, profile, f"{file.as_uri()}#{fragment}"],
+        [*command, *flags, profile, f"{file.as_uri()}#{fragment}"],
         capture_output=True,
         text=True,
         timeout=120,
@@ -167,6 +170,32 @@ def test_a_click_opens_a_site_and_sets_the_address(report, tmp_path):
     dom = opened(report.to_html(), tmp_path, click)
     assert "<title>#blocks.0.down</title>" in dom
     assert "<h2>blocks.0.down</h2>" in dom
+
+
+def luminance(colour: str) -> float:
+    """WCAG 2.2's relative luminance of "rgb(r, g, b)"."""
+    parts = [int(part) / 255 for part in re.findall(r"\d+", colour)]
+    red, green, blue = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@needs_chromium
+@pytest.mark.parametrize("scheme", ["dark", "light"])
+def test_the_page_is_readable_in_light_and_dark(report, tmp_path, scheme):
+    """Contrast of text, faint text, highlighted source and comments: WCAG 2.2's AA, 4.5 to 1."""
+    look = """document.title = ["body", ".legend", "pre.code", "pre.code .k", "pre.code .c1"]
+        .map((name) => getComputedStyle(document.querySelector(name)).color)
+        .concat(["body", "pre.code"].map((name) =>
+            getComputedStyle(document.querySelector(name)).backgroundColor)).join(";");"""
+    flags = [f"--blink-settings=preferredColorScheme={int(scheme == 'light')}"]
+    dom = opened(report.to_html(), tmp_path, look, "blocks.0.up", flags)
+    title = re.search(r"<title>(.*)</title>", dom)
+    assert title is not None
+    *texts, page, panel = map(luminance, title[1].split(";"))
+    assert (page > 0.5) == (scheme == "light")
+    for text, ground in zip(texts, (page, page, panel, panel, panel), strict=True):
+        high, low = max(text, ground), min(text, ground)
+        assert (high + 0.05) / (low + 0.05) >= 4.5
 
 
 @needs_chromium
