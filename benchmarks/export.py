@@ -1,7 +1,7 @@
 """What `restore` and `merge_and_unload` lose with each form of the FP8 scales, and how long
 `save_fp8` takes.
 
-    python benchmarks/export.py
+    python benchmarks/export.py --nll --time
 
 SmolLM2-135M-Instruct with an adapter on all 210 linear layers whose B is random and moves each
 weight by 1%. All errors are relative, in Frobenius norms over all layers:
@@ -40,6 +40,8 @@ MOVED = 0.01  # |s B A| / |W|
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--nll", action="store_true", help="also of the merged models")
+    parser.add_argument("--time", action="store_true", help="also save_fp8")
     parser.add_argument("--out", type=Path, help="result file (JSON)")
     arguments = parser.parse_args(argv)
     data = Data.load()
@@ -50,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         model = copy.deepcopy(start)
         config = falqon_fx.FalqonConfig(granularity=granularity, scale=scale)
         falqon_fx.prepare(model, config, progress=False)
-        seconds = export(model)
+        seconds = export(model) if arguments.time else None
         states = falqon_fx.adapters(model)
         merged = {path: state.dequantize()[: len(wanted[path])] for path, state in states.items()}
         base = {path: state.base() for path, state in states.items()}
@@ -62,13 +64,13 @@ def main(argv: list[str] | None = None) -> int:
             "cast": error(merged, wanted),
             "merge": error(weights(plain, wanted), merged),
             "restore": error(weights(restored, wanted), base),
-            "nll": nll(plain, data),
+            "nll": nll(plain, data) if arguments.nll else None,
             "export_seconds": seconds,
         }
         print(json.dumps(row), flush=True)
         rows.append(row)
-    dense = start.merge_and_unload()
-    result = {**environment(), "moved": MOVED, "nll_of_bf16": nll(dense, data), "forms": rows}
+    dense = nll(start.merge_and_unload(), data) if arguments.nll else None
+    result = {**environment(), "moved": MOVED, "nll_of_bf16": dense, "forms": rows}
     write_json(arguments.out or result_path("export", ".json"), result)
     print(json.dumps(result, indent=1))
     return 0

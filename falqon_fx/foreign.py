@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from falqon_fx import update
+from falqon_fx import storage, update
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
 from falqon_fx.loading import empty_model, fill, lora_config, new_lora_a, read_index
@@ -68,7 +68,8 @@ def _read(directory: Path) -> dict[str, Tensor]:
 
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(index.values())):
-        tensors |= load_file(directory / file)
+        with storage.named(directory / file):
+            tensors |= load_file(directory / file)
     return tensors
 
 

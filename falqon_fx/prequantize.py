@@ -280,7 +280,7 @@ def read_tensor(file: Path, name: str) -> Tensor:
     """One tensor of a file, read and not mapped, so that its memory is given back with it."""
     from safetensors import safe_open
 
-    with safe_open(file, framework="pt", backend="pread") as opened:
+    with storage.named(file), safe_open(file, framework="pt", backend="pread") as opened:
         tensor: Tensor = opened.get_tensor(name)
     return tensor
 

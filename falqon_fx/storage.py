@@ -334,6 +334,22 @@ def _is_plain(tensor: Tensor) -> bool:
     return plain and tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Say which file it is that safetensors can't read.
+
+    Raises:
+        DamagedFileError: there is one.
+    """
+    require("safetensors", "export")
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise DamagedFileError(path, f"it is not a whole safetensors file ({error})") from error
+
+
 def read_header(path: Path) -> dict[str, Any]:
     """The description of each tensor in a safetensors file, by name.
 

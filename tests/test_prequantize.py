@@ -306,6 +306,19 @@ def test_a_source_whose_header_would_be_huge_is_refused(tmp_path):
         prequantize(source, tmp_path / "out")
 
 
+def test_a_truncated_source_is_named(tmp_path):
+    source = folder_of(dense_model(), tmp_path / "dense")
+    exported(tmp_path / "fp8")
+    for folder, function in (
+        (source, lambda: prequantize(source, tmp_path / "out")),
+        (tmp_path / "fp8", lambda: falqon_fx.load(tmp_path / "fp8")),
+    ):
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+        with pytest.raises(DamagedFileError, match=r"model\.safetensors: it is not a whole"):
+            function()
+
+
 def test_a_full_disk_keeps_what_is_done(tmp_path):
     """A process whose files may not pass 7000 bytes, which is less than the largest."""
     source = folder_of(dense_model(), tmp_path / "dense")
