@@ -286,6 +286,10 @@ def check_update(device: str) -> Checked:
         run = cuda.proxy_update_ if results else reference.proxy_update_
         run(*columns, lora_b, lora_a, base, [2.0] * len(made), str(made[0][0].plan))
         results.append([t.cpu() for column in columns for t in column])
+    if device == "cuda":  # B has not changed; and no value is read back on the host
+        torch.cuda.set_sync_debug_mode("error")
+        run(*columns, lora_b, lora_a, base, [2.0] * len(made), str(made[0][0].plan))
+        torch.cuda.set_sync_debug_mode("default")
     for expected, actual in zip(*results, strict=True):
         same = expected.view(torch.uint8) == actual.view(torch.uint8)
         assert same.all(), f"{(~same).sum().item()} bytes of {tuple(expected.shape)} differ"

@@ -5,7 +5,7 @@ the library or plain; against float64 on the same quantized operands.
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from falqon_fx import FalqonConfig, cuda, lowering, ops, products, rewrite
-from falqon_fx.kernels import dispatch
+from falqon_fx.kernels import dispatch, update
 from falqon_fx.kernels.choice import Choices
 from falqon_fx.ops import decompositions
 from falqon_fx.passes.kernels import choose
@@ -329,6 +330,37 @@ def test_launches_are_remembered_while_the_tensors_stay_where_they_are(monkeypat
         code, other_code = site.state.code, other.state.code
         assert (code != other_code).double().mean() < 0.01  # at ties alone
         assert same(snapshot(site.state)[2:], snapshot(other.state)[2:])
+
+
+def test_an_update_is_four_launches_that_read_nothing_back(monkeypatch):
+    launched, ops_run = [], []
+
+    class Kernels:
+        def __getattr__(self, name):
+            return defaultdict(lambda: lambda *args, **options: launched.append(name))
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            ops_run.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(update, "load", lambda spec, interpret: Kernels())
+    made = [make_site(40, 64, 8), make_site(24, 32, 4), make_site(16, 32, 4)]
+    arguments = [
+        *([s.state.tensors[i] for s in made] for i in range(5)),
+        [s.lora_b for s in made],
+        [s.lora_a for s in made],
+        [s.base for s in made],
+        [s.state.scaling for s in made],
+        str(made[0].state.plan),
+    ]
+    cuda.proxy_update_(*arguments)  # makes the table
+    launched.clear()
+    with Watch():
+        cuda.proxy_update_(*arguments)
+    assert launched == ["fingerprint", "score", "select", "write"]
+    # Buffers for the kernels; neither a value nor a copy goes to the host.
+    assert set(ops_run) <= {"aten.zeros.default", "aten.empty.memory_format"}, ops_run
 
 
 def traced(function, *args):
