@@ -38,7 +38,13 @@ def merged_linear(
     See `falqon_fx.lowering.merged_linear`. ``bias`` has one entry a site, or none. Gradients reach
     x, lora_b and bias: dL/dB_i = scaling_i · (dL/dO_i)ᵀ · O_A,i (paper section 2).
     """
-    return lower_merged_linear(x, weight, scale, applied, lora_b, bias, scaling, out_dtype, spec)
+    codes = [_as_read(w) for w in weight]
+    return lower_merged_linear(x, codes, scale, applied, lora_b, bias, scaling, out_dtype, spec)
+
+
+def _as_read(weight: Tensor) -> Tensor:
+    """W' as `decode_fp8` reads it fastest where nothing is compiled."""
+    return weight.view(torch.uint8) if weight.device.type == "cpu" else weight
 
 
 def lower_merged_linear(x: Tensor, *rest: Any) -> list[Tensor]:
@@ -87,7 +93,8 @@ def merged_linear_grad_x(
 
     See `falqon_fx.lowering.merged_linear_grad_x`.
     """
-    return lower_grad_x(grad, weight, scale, applied, lora_b, scaling, x_dtype, spec)
+    codes = [_as_read(w) for w in weight]
+    return lower_grad_x(grad, codes, scale, applied, lora_b, scaling, x_dtype, spec)
 
 
 @merged_linear_grad_x.register_fake

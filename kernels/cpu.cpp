@@ -1,7 +1,8 @@
-// The proxy update of sites in a CPU's memory (paper section 3), and the fingerprints by which it
-// sees what changed. falqon_fx/update.py says the same in ATen operations, which pass over memory
-// some sixty times; here a row is decoded, moved, rounded and written while it lies in the cache.
-// Bound by kernels/cpu.py, whose structures these are.
+// The proxy update of sites in a CPU's memory (paper section 3), the fingerprints by which it sees
+// what changed, and the decoding of W' where nothing is compiled around it. falqon_fx/update.py and
+// numerics.py say the same in ATen operations, which pass over memory some sixty times; here a row is
+// decoded, moved, rounded and written while it lies in the cache. Bound by kernels/cpu.py, whose
+// structures these are.
 
 #include <algorithm>
 #include <cmath>
@@ -9,6 +10,10 @@
 #include <cstring>
 #include <functional>
 #include <vector>
+
+#ifdef __AVX512BW__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -39,7 +44,8 @@ struct bfloat16 {
 float widen(float x) { return x; }
 float widen(bfloat16 x) { return as_float(uint32_t(x.bits) << 16); }
 void narrow(float x, float& to) { to = x; }
-void narrow(float x, bfloat16& to) {  // nearest, ties to even; x is finite
+// To the nearest, ties to even; NaNs are those of `decode`.
+void narrow(float x, bfloat16& to) {
   const uint32_t bits = as_bits(x);
   to.bits = uint16_t((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
 }
@@ -192,6 +198,65 @@ extern "C" void falqon_fingerprints(const Matrix* matrices, int64_t count, int64
   }
 }
 
+// ---------------------------------------------------------------- decoding
+
+namespace {
+
+void decode_row(float* __restrict to, const uint8_t* __restrict code, int64_t count, float scale) {
+  for (int64_t j = 0; j < count; ++j) to[j] = decode(code[j]) * scale;
+}
+
+// The values of the 128 codes without a sign.
+void fill_table(bfloat16* table, float scale) {
+  for (int code = 0; code < 128; ++code) narrow(decode(uint8_t(code)) * scale, table[code]);
+}
+
+void look_up(bfloat16* __restrict to, const uint8_t* __restrict code, int64_t count,
+             const bfloat16* __restrict table) {
+  int64_t j = 0;
+#ifdef __AVX512BW__
+  __m512i part[4];
+  for (int i = 0; i < 4; ++i) part[i] = _mm512_loadu_si512(table + 32 * i);
+  for (; j + 32 <= count; j += 32) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(code + j));
+    const __m512i wide = _mm512_cvtepu8_epi16(bytes);
+    const __m512i small = _mm512_permutex2var_epi16(part[0], wide, part[1]);
+    const __m512i large = _mm512_permutex2var_epi16(part[2], wide, part[3]);
+    const __mmask32 is_large = _mm512_test_epi16_mask(wide, _mm512_set1_epi16(0x40));
+    const __m512i value = _mm512_mask_blend_epi16(is_large, small, large);
+    const __m512i sign = _mm512_and_si512(_mm512_slli_epi16(wide, 8), _mm512_set1_epi16(-0x8000));
+    _mm512_storeu_si512(to + j, _mm512_or_si512(value, sign));
+  }
+#endif
+  for (; j < count; ++j) {
+    to[j].bits = uint16_t(table[code[j] & 0x7F].bits | (code[j] & 0x80) << 8);
+  }
+}
+
+}  // namespace
+
+// value(code) * scale, [rows, columns], as float32 or bfloat16; one scale in all, or one a row.
+extern "C" void falqon_decode(const uint8_t* code, const float* scale, int64_t scale_stride,
+                              int64_t rows, int64_t columns, int64_t to_bfloat16, int64_t threads,
+                              void* to) {
+#pragma omp parallel num_threads(threads)
+  {
+    bfloat16 table[128];
+    float known = -1.0f;  // no scale
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; ++row) {
+      const float of_row = scale[row * scale_stride];
+      const int64_t at = row * columns;
+      if (to_bfloat16) {
+        if (as_bits(of_row) != as_bits(known)) fill_table(table, known = of_row);
+        look_up(static_cast<bfloat16*>(to) + at, code + at, columns, table);
+      } else {
+        decode_row(static_cast<float*>(to) + at, code + at, columns, of_row);
+      }
+    }
+  }
+}
+
 // ---------------------------------------------------------------- the update
 
 struct Site {
@@ -222,10 +287,6 @@ struct Told {
 };
 
 namespace {
-
-void decode_row(float* __restrict to, const uint8_t* __restrict code, int64_t count, float scale) {
-  for (int64_t j = 0; j < count; ++j) to[j] = decode(code[j]) * scale;
-}
 
 constexpr int64_t kBlock = 64;  // columns that are summed in registers
 

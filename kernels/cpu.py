@@ -1,7 +1,9 @@
-"""The proxy update on a CPU as compiled code: ``cpu.cpp``, built by Inductor's compiler at need.
+"""The proxy update on a CPU and the decoding of W' as compiled code: ``cpu.cpp``, built by
+Inductor's compiler at need.
 
-What `falqon_fx.update` computes with ATen's operations, and bit for bit the same but for the sign
-of zeros and the order of the sums of r products (a row's score, and scaling · ΔB · Â).
+What `falqon_fx.update` and `falqon_fx.numerics` compute with ATen's operations, and bit for bit the
+same but for the sign of zeros and the order of the update's sums of r products (a row's score, and
+scaling · ΔB · Â).
 """
 
 from __future__ import annotations
@@ -67,7 +69,8 @@ def library() -> Any | None:
             error,
         )
         return None
-    built.falqon_fingerprints.restype = built.falqon_update.restype = None
+    for entry in (built.falqon_fingerprints, built.falqon_update, built.falqon_decode):
+        entry.restype = None
     return built
 
 
@@ -87,6 +90,31 @@ def fingerprints(matrices: Sequence[Tensor]) -> Tensor | None:
     built.falqon_fingerprints(
         places,
         *map(_INT64, (len(matrices), rows, columns, size, torch.get_num_threads())),
+        _POINTER(result.data_ptr()),
+    )
+    return result
+
+
+def decode(code: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """`falqon_fx.numerics.decode_fp8` of bytes [..., n] on a CPU, ``scale`` float32 [..., 1] or [].
+    None where there is no compiled code, or it doesn't take these.
+    """
+    built = library()
+    if (
+        built is None
+        or type(code) is not Tensor  # what is traced has no memory
+        or dtype not in (torch.float32, torch.bfloat16)
+        or scale.shape not in ((), (*code.shape[:-1], 1))
+        or not (code.is_contiguous() and scale.is_contiguous())
+    ):
+        return None
+    result, columns = torch.empty(code.shape, dtype=dtype), code.shape[-1]
+    rows = code.numel() // max(1, columns)
+    numbers = (rows, columns, dtype == torch.bfloat16, torch.get_num_threads())
+    built.falqon_decode(
+        _POINTER(code.data_ptr()),
+        _POINTER(scale.data_ptr()),
+        *map(_INT64, (1 if scale.dim() else 0, *numbers)),
         _POINTER(result.data_ptr()),
     )
     return result

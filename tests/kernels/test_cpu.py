@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from falqon_fx import _compat, audit
 from falqon_fx import update as reference
 from falqon_fx.kernels import cpu
+from falqon_fx.numerics import decode_fp8
 from tests.sites import dyadic, make_site, randn, same, site_of, snapshot, twins, update
 from tests.strategies import SEEDS, exact_sites
 
@@ -133,6 +134,28 @@ def test_who_watches_changes_nothing_and_is_told_what_aten_tells(rounding):
         assert torch.equal(getattr(compiled, name), getattr(aten, name)), name
     for name in ("score", "remains"):
         assert torch.equal(getattr(compiled, name).nan_to_num(), getattr(aten, name).nan_to_num())
+
+
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 90),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    scales=st.sampled_from(["one", "rows", "number"]),
+    seed=SEEDS,
+)
+def test_decoding_equals_atens_bit_for_bit(rows, columns, dtype, scales, seed):
+    code = torch.arange(seed % 256, seed % 256 + rows * columns).to(torch.uint8).view(rows, columns)
+    scale = {
+        "one": torch.tensor(0.3),
+        "rows": (randn(rows, 1, seed=seed) * 40).exp2(),
+        "number": 1.0,
+    }[scales]
+    decoded = decode_fp8(code, scale, dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "library", lambda: None)
+        expected = decode_fp8(code, scale, dtype)
+    torch.testing.assert_close(decoded, expected, rtol=0, atol=0, equal_nan=True)
+    assert decoded.isnan().sum() == (code & 0x7F == 0x7F).sum()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
