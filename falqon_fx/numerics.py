@@ -81,6 +81,11 @@ def round_to_scaled_fp8(x: Tensor, scale: Tensor | float, dtype: torch.dtype) ->
     at least the M of the subnormals.
     """
     mantissa, _, spacing = _LAYOUT[dtype]
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        from falqon_fx.kernels import cpu  # which is built on this module
+
+        if (compiled := cpu.round_scaled(x, scale, mantissa, spacing)) is not None:
+            return compiled
     magnitude = x.abs()
     wide = magnitude * 2.0**12
     leading = (wide + magnitude) - wide
@@ -103,11 +108,11 @@ def decode_fp8(code: Tensor, scale: Tensor | float, out_dtype: torch.dtype) -> T
     what gets compiled, and bytes to what runs eagerly.
     """
     if code.dtype == torch.uint8 and code.device.type == "cpu":
-        from falqon_fx.kernels import cpu  # which is built on this module
+        if not torch.compiler.is_compiling():
+            from falqon_fx.kernels import cpu  # which is built on this module
 
-        compiled = cpu.decode(code, torch.as_tensor(scale, dtype=torch.float32), out_dtype)
-        if compiled is not None:
-            return compiled
+            if (compiled := cpu.decode(code, scale, out_dtype)) is not None:
+                return compiled
         # Five times as fast as the loop by which torch itself casts FP8.
         table = torch.arange(256, dtype=torch.uint8).view(E4M3).to(torch.float32)
         value = table.index_select(0, code.flatten().to(torch.int32)).view(code.shape)

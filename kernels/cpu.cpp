@@ -257,6 +257,37 @@ extern "C" void falqon_decode(const uint8_t* code, const float* scale, int64_t s
   }
 }
 
+// ---------------------------------------------------------------- rounding to FP8
+
+namespace {
+
+// falqon_fx.numerics.round_to_scaled_fp8, which says why it rounds.
+void round_row(float* __restrict to, const float* __restrict x, int64_t count,
+               float shift_per_unit, float least) {
+  for (int64_t j = 0; j < count; ++j) {
+    const float size = magnitude(x[j]), wide = size * 0x1p12f;
+    const float leading = (wide + size) - wide;
+    const float shift = std::max(leading * shift_per_unit, least);  // a NaN stays
+    const float rounded = (shift + size) - shift;
+    to[j] = as_float((as_bits(rounded) & 0x7FFFFFFFu) | (as_bits(x[j]) & 0x80000000u));
+  }
+}
+
+}  // namespace
+
+// x [rows, columns] rounded to the values of an FP8 format times a scale, one in all or one a row.
+// The format's mantissa has `mantissa` bits, its subnormals are `spacing` apart.
+extern "C" void falqon_round(const float* x, const float* scale, int64_t scale_stride, int64_t rows,
+                             int64_t columns, int64_t mantissa, int64_t threads, float spacing,
+                             float* to) {
+  const float shift_per_unit = std::ldexp(1.0f, 23 - int(mantissa));
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < rows; ++row) {
+    const float least = scale[row * scale_stride] * (0x1p23f * spacing);
+    round_row(to + row * columns, x + row * columns, columns, shift_per_unit, least);
+  }
+}
+
 // ---------------------------------------------------------------- the update
 
 struct Site {

@@ -69,8 +69,8 @@ def library() -> Any | None:
             error,
         )
         return None
-    for entry in (built.falqon_fingerprints, built.falqon_update, built.falqon_decode):
-        entry.restype = None
+    for name in ("fingerprints", "update", "decode", "round"):
+        getattr(built, f"falqon_{name}").restype = None
     return built
 
 
@@ -95,29 +95,54 @@ def fingerprints(matrices: Sequence[Tensor]) -> Tensor | None:
     return result
 
 
-def decode(code: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """`falqon_fx.numerics.decode_fp8` of bytes [..., n] on a CPU, ``scale`` float32 [..., 1] or [].
-    None where there is no compiled code, or it doesn't take these.
+def decode(code: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor | None:
+    """`falqon_fx.numerics.decode_fp8` of bytes [..., n], ``scale`` [..., 1], [] or a number. None
+    where there is no compiled code, or it doesn't take these.
     """
-    built = library()
-    if (
-        built is None
-        or type(code) is not Tensor  # what is traced has no memory
-        or dtype not in (torch.float32, torch.bfloat16)
-        or scale.shape not in ((), (*code.shape[:-1], 1))
-        or not (code.is_contiguous() and scale.is_contiguous())
-    ):
+    scale = torch.as_tensor(scale)
+    if dtype not in (torch.float32, torch.bfloat16) or not _by_rows(code, torch.uint8, scale):
         return None
-    result, columns = torch.empty(code.shape, dtype=dtype), code.shape[-1]
-    rows = code.numel() // max(1, columns)
-    numbers = (rows, columns, dtype == torch.bfloat16, torch.get_num_threads())
-    built.falqon_decode(
-        _POINTER(code.data_ptr()),
-        _POINTER(scale.data_ptr()),
-        *map(_INT64, (1 if scale.dim() else 0, *numbers)),
-        _POINTER(result.data_ptr()),
-    )
+    result = torch.empty(code.shape, dtype=dtype)
+    sizes = (*_rows_of(code, scale), dtype == torch.bfloat16, torch.get_num_threads())
+    _call("falqon_decode", code, scale, *map(_INT64, sizes), result)
     return result
+
+
+def round_scaled(x: Tensor, scale: Tensor | float, mantissa: int, spacing: float) -> Tensor | None:
+    """`falqon_fx.numerics.round_to_scaled_fp8` of float32 [..., n], likewise."""
+    scale = torch.as_tensor(scale)
+    if not _by_rows(x, torch.float32, scale):
+        return None
+    result = torch.empty_like(x)
+    sizes = (*_rows_of(x, scale), mantissa, torch.get_num_threads())
+    _call("falqon_round", x, scale, *map(_INT64, sizes), ctypes.c_float(spacing), result)
+    return result
+
+
+def _by_rows(x: Tensor, dtype: torch.dtype, scale: Tensor) -> bool:
+    """Whether compiled code can read these row by row."""
+    return (
+        type(x) is Tensor  # what is traced has no memory
+        and x.device.type == "cpu"
+        and x.dtype == dtype
+        and scale.dtype == torch.float32
+        and x.dim() > 0
+        and scale.shape in ((), (*x.shape[:-1], 1))
+        and x.is_contiguous()
+        and scale.is_contiguous()
+        and library() is not None
+    )
+
+
+def _rows_of(x: Tensor, scale: Tensor) -> tuple[int, int, int]:
+    """The stride of the scales, the rows and the columns."""
+    columns = x.shape[-1]
+    return (1 if scale.dim() else 0), x.numel() // max(1, columns), columns
+
+
+def _call(name: str, *arguments: Any) -> None:
+    pointers = (_POINTER(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments)
+    getattr(library(), name)(*pointers)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from falqon_fx import _compat, audit
 from falqon_fx import update as reference
 from falqon_fx.kernels import cpu
-from falqon_fx.numerics import decode_fp8
+from falqon_fx.numerics import E4M3, E5M2, FP8_MAX, decode_fp8, round_to_scaled_fp8
 from tests.sites import dyadic, make_site, randn, same, site_of, snapshot, twins, update
 from tests.strategies import SEEDS, exact_sites
 
@@ -156,6 +156,31 @@ def test_decoding_equals_atens_bit_for_bit(rows, columns, dtype, scales, seed):
         expected = decode_fp8(code, scale, dtype)
     torch.testing.assert_close(decoded, expected, rtol=0, atol=0, equal_nan=True)
     assert decoded.isnan().sum() == (code & 0x7F == 0x7F).sum()
+
+
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 90),
+    dtype=st.sampled_from([E4M3, E5M2]),
+    scales=st.sampled_from(["one", "rows", "number"]),
+    seed=SEEDS,
+)
+def test_rounding_equals_atens_bit_for_bit(rows, columns, dtype, scales, seed):
+    scale = {
+        "one": torch.tensor(2.0**-3),
+        "rows": (randn(rows, 1, seed=seed) * 9).round().exp2(),
+        "number": 1.0,
+    }[scales]
+    wide = randn(rows, columns, seed=seed) * (randn(rows, columns, seed=seed + 1) * 6).exp2()
+    x = wide.clamp(-FP8_MAX[dtype], FP8_MAX[dtype]) * scale
+    x[0, 0], x[-1, -1] = float("nan"), -0.0
+    rounded = round_to_scaled_fp8(x, scale, dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "library", lambda: None)
+        expected = round_to_scaled_fp8(x, scale, dtype)
+    assert torch.equal(rounded.view(torch.int32)[x == x], expected.view(torch.int32)[x == x])
+    assert torch.equal(rounded.isnan(), x.isnan())
+    assert torch.equal((rounded / scale)[x == x], (x / scale).to(dtype).float()[x == x])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
