@@ -134,7 +134,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="JSON lines to train on")
     parser.add_argument("--steps", type=_positive, default=30)
     parser.add_argument("--batch-size", type=_positive, default=8)
-    parser.add_argument("--length", type=_positive, help="tokens a row; default: fits 95%%")
+    parser.add_argument("--length", type=_positive, help="tokens a row; default: fits 90%%")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/finetune"))
     parser.add_argument("--runs", nargs="+", choices=names, default=names, metavar="RUN")
@@ -160,7 +160,7 @@ def prepare_work(args: argparse.Namespace, console: Console) -> Work:
     parts = split(chats)
     with console.status("loading the model"):
         base, tokenizer = load_model(args.model)
-    length = args.length or fixed_length(tokenizer, parts.train)
+    length = args.length or fixed_length(tokenizer, parts.train, covered=0.9, step=16)
     train = training_batches(tokenizer, parts.train, length, args.batch_size, args.steps, args.seed)
     held_out = batches(tokenizer, parts.held_out, length, args.batch_size, fill=True)
     if not held_out:
@@ -187,13 +187,19 @@ def pick_questions(
 
 
 def execute(
-    variant: Variant, work: Work, args: argparse.Namespace, nll_before: float | None
+    variant: Variant,
+    work: Work,
+    args: argparse.Namespace,
+    nll_before: float | None,
+    console: Console,
 ) -> Outcome:
     """Build, train and question one variant; the default falqon run saves its adapter."""
-    with progress_bar() as progress:
+    # A compiled model is asked in the shape that it knows; the others need no empty rows.
+    rows = work.shape[0] if variant.backend == "falqon" else len(work.questions)
+    with progress_bar(console) as progress:
         trainee = build(variant, work.base, args.seed)
         trained = run(trainee, variant, work.train, work.held_out, progress, nll_before)
-        said = answers(trainee, work.tokenizer, work.questions, work.shape)
+        said = answers(trainee, work.tokenizer, work.questions, (rows, work.shape[1]))
     outcome = Outcome(
         variant, trained, site_count(trainee, variant), site_weight_bytes(trainee, variant), said
     )
@@ -204,10 +210,10 @@ def execute(
     return outcome
 
 
-def adapter_in_peft(work: Work, folder: Path) -> float:
+def adapter_in_peft(work: Work, folder: Path, console: Console) -> float:
     """Held-out NLL of the saved adapter on the bf16 base, in PEFT alone."""
     model = PeftModel.from_pretrained(work.base, folder)
-    with progress_bar() as progress:
+    with progress_bar(console) as progress:
         trainee = Trainee(model, model, model)
         return mean_nll(trainee, work.held_out, progress, "falqon's adapter in plain PEFT")
 
@@ -334,9 +340,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in args.runs:
             continue
         plain = variant.backend != "falqon"
-        outcomes.append(execute(variant, work, args, base_nll if plain else None))
+        outcomes.append(execute(variant, work, args, base_nll if plain else None, console))
         base_nll = outcomes[-1].trained.nll_before if plain else base_nll
-    in_peft = adapter_in_peft(work, args.out / "adapter") if "falqon" in args.runs else None
+    in_peft = None
+    if "falqon" in args.runs:
+        in_peft = adapter_in_peft(work, args.out / "adapter", console)
     print_table(outcomes, in_peft, console)
     print_answers(outcomes, work.questions, console)
     write_files(outcomes, in_peft, work, args)

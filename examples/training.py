@@ -153,7 +153,7 @@ def release() -> None:
 # ---------------------------------------------------------------- run
 
 
-def progress_bar(console: Console | None = None) -> Progress:
+def progress_bar(console: Console) -> Progress:
     """The bars of one run."""
     return Progress(
         SpinnerColumn(),
@@ -238,12 +238,9 @@ def mean_nll(trainee: Trainee, batches: list[Batch], progress: Progress, title: 
 
 @torch.no_grad()
 def answers(
-    trainee: Trainee, tokenizer: Any, questions: list[str], shape: torch.Size, tokens: int = 24
+    trainee: Trainee, tokenizer: Any, questions: list[str], shape: tuple[int, int], tokens: int = 24
 ) -> list[str]:
-    """A short greedy answer to each question.
-
-    Runs batches of ``shape``, the one that evaluation uses, so that nothing is compiled again.
-    """
+    """A short greedy answer to each question, from batches of ``shape``."""
     trainee.model.eval()
     prompts = [prompt_ids(tokenizer, (("user", question),)) for question in questions]
     ids = torch.full(shape, tokenizer.pad_token_id)
