@@ -241,6 +241,8 @@ def answers(
     trainee: Trainee, tokenizer: Any, questions: list[str], shape: tuple[int, int], tokens: int = 24
 ) -> list[str]:
     """A short greedy answer to each question, from batches of ``shape``."""
+    if not questions:
+        return []
     trainee.model.eval()
     prompts = [prompt_ids(tokenizer, (("user", question),)) for question in questions]
     ids = torch.full(shape, tokenizer.pad_token_id)
