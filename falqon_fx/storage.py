@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -288,6 +287,7 @@ def open_tensors(
     if _header_checksum(path) != expected["header"]:
         raise DamagedFileError(path, "the checksum of its header is wrong")
     header, start = read_header(path), len(_header(path))
+    require("numpy", "checkpoint")
     memory: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
     whole = torch.empty(0, dtype=torch.uint8).set_(memory).numpy()
     parts = {}
@@ -312,6 +312,7 @@ def _checksum(part: Any) -> str:
 
 def _bytes(tensor: Tensor) -> Any:
     """The memory of a contiguous tensor on CPU, as a NumPy array."""
+    require("numpy", "checkpoint")
     return tensor.detach().reshape(-1).view(torch.uint8).numpy()
 
 
@@ -326,7 +327,8 @@ def copy_tensors(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
             else:
                 target.copy_(tensor)
     # By memmove, which writes large blocks around the cache: a third less to move.
-    _spread(lambda pair: np.copyto(*pair), large, lambda pair: pair[0].nbytes)
+    copy = require("numpy", "checkpoint").copyto
+    _spread(lambda pair: copy(*pair), large, lambda pair: pair[0].nbytes)
 
 
 def _is_plain(tensor: Tensor) -> bool:
