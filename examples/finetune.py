@@ -62,7 +62,7 @@ LEARNING_RATES = {
     "falqon": 3e-3,
     "falqon_public_code": 1e-1,
 }
-# Over 30 steps on 2 cores, compiling the baselines and the public code's rule costs more than it
+# Over some 30 steps on 2 cores, compiling the baselines and the public code's rule costs more than it
 # saves.
 BASELINE = "eager"
 PUBLIC_CODE_INNER = "eager"
@@ -132,8 +132,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     names = list(LEARNING_RATES)
     parser.add_argument("--model", type=Path, help="folder of a causal language model")
     parser.add_argument("--data", type=Path, help="JSON lines to train on")
-    parser.add_argument("--steps", type=_positive, default=30)
+    parser.add_argument("--steps", type=_positive, default=25)
     parser.add_argument("--batch-size", type=_positive, default=8)
+    parser.add_argument(
+        "--evaluate", type=_positive, default=64, help="held-out pairs to measure the NLL of"
+    )
     parser.add_argument("--length", type=_positive, help="tokens a row; default: fits 90%%")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/finetune"))
@@ -162,11 +165,12 @@ def prepare_work(args: argparse.Namespace, console: Console) -> Work:
         base, tokenizer = load_model(args.model)
     length = args.length or fixed_length(tokenizer, parts.train, covered=0.9, step=16)
     train = training_batches(tokenizer, parts.train, length, args.batch_size, args.steps, args.seed)
-    held_out = batches(tokenizer, parts.held_out, length, args.batch_size, fill=True)
+    measured = parts.held_out[: args.evaluate]
+    held_out = batches(tokenizer, measured, length, args.batch_size, fill=True)
     if not held_out:
         raise DataError(f"every held-out prompt is longer than {length} tokens: raise --length")
     console.print(
-        f"{len(parts.train)} training and {len(parts.held_out)} held-out pairs; "
+        f"{len(parts.train)} training and {len(measured)} held-out pairs; "
         f"{args.steps} steps of {args.batch_size} x {length} tokens, "
         f"{torch.get_num_threads()} threads"
     )
