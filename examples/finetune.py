@@ -62,8 +62,8 @@ LEARNING_RATES = {
     "falqon": 3e-3,
     "falqon_public_code": 1e-1,
 }
-# Over some 30 steps on 2 cores, compiling the baselines and the public code's rule costs more than it
-# saves.
+# Over so few steps on 2 cores, compiling the baselines and the public code's rule costs more than
+# it saves.
 BASELINE = "eager"
 PUBLIC_CODE_INNER = "eager"
 
