@@ -127,8 +127,8 @@ def proxy_update_(
         sites = [_Site(i, *(column[i] for column in columns)) for i in members]
         changed = _find_changed(sites, plan)
         rows = plan.rows(applied[members[0]].shape[0])
-        for batch in _batches(changed, rows):
-            _write_rows(batch, rows, plan)
+        if changed:
+            _write_rows(changed, rows, plan)
 
 
 @without_autocast
@@ -252,28 +252,21 @@ def _rebuild(sites: list[_Site], plan: SiteSpec) -> None:
         )
 
 
-def _batches(sites: list[_Site], rows: int) -> Iterator[list[_Site]]:
-    """Sites whose rows, held in float32, stay in a CPU's cache; all at once where none are held."""
-    if not sites:
-        return
-    step = len(sites)
-    if audit.audience or not cpu.takes([site.tensors for site in sites]):
-        held = max(rows * sites[0].weight.shape[1], sites[0].lora_b.numel())
-        step = max(1, _CHUNK // held)
-    for first in range(0, len(sites), step):
-        yield sites[first : first + step]
-
-
 def _write_rows(sites: list[_Site], count: int, plan: SiteSpec) -> None:
-    """Write ``count`` rows of each of a batch of sites that changed."""
-    tensors = [site.tensors for site in sites]
-    if cpu.takes(tensors):
-        scaling = [site.scaling for site in sites]
-        chosen = cpu.write_rows(tensors, scaling, count, plan, watched=bool(audit.audience))
-    else:
-        chosen = _write_rows_by_aten(sites, count, plan)
-    if audit.audience and chosen is not None:
-        audit.audience.tell(_written(sites, chosen))
+    """Write ``count`` rows of each of some sites that changed."""
+    compiled = cpu.takes([site.tensors for site in sites])
+    step = len(sites)
+    if audit.audience or not compiled:  # their rows in float32 are to stay in a CPU's cache
+        step = max(1, _CHUNK // max(count * sites[0].weight.shape[1], sites[0].lora_b.numel()))
+    for first in range(0, len(sites), step):
+        batch = sites[first : first + step]
+        if compiled:
+            tensors, scaling = [site.tensors for site in batch], [site.scaling for site in batch]
+            chosen = cpu.write_rows(tensors, scaling, count, plan, watched=bool(audit.audience))
+        else:
+            chosen = _write_rows_by_aten(batch, count, plan)
+        if audit.audience and chosen is not None:
+            audit.audience.tell(_written(batch, chosen))
 
 
 def _written(sites: list[_Site], chosen: cpu.Chosen) -> audit.Written:

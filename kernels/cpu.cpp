@@ -1,8 +1,8 @@
 // The proxy update of sites in a CPU's memory (paper section 3), the fingerprints by which it sees
-// what changed, and the decoding of W' where nothing is compiled around it. falqon_fx/update.py and
-// numerics.py say the same in ATen operations, which pass over memory some sixty times; here a row is
-// decoded, moved, rounded and written while it lies in the cache. Bound by kernels/cpu.py, whose
-// structures these are.
+// what changed, and casts to FP8 and back where nothing is compiled around them. update.py and
+// numerics.py in falqon_fx say the same in ATen operations, which pass over memory some sixty times;
+// here a row is decoded, moved, rounded and written while it lies in the cache. Bound by
+// kernels/cpu.py, whose structures these are.
 
 #include <algorithm>
 #include <cmath>

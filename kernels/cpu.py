@@ -1,4 +1,4 @@
-"""The proxy update on a CPU and the decoding of W' as compiled code: ``cpu.cpp``, built by
+"""The proxy update on a CPU, casts to FP8 and back as compiled code: ``cpu.cpp``, built by
 Inductor's compiler at need.
 
 What `falqon_fx.update` and `falqon_fx.numerics` compute with ATen's operations, and bit for bit the
@@ -78,8 +78,7 @@ def fingerprints(matrices: Sequence[Tensor]) -> Tensor | None:
     """`falqon_fx.update.fingerprint` of each of G matrices [m, n] of one shape and dtype on a CPU,
     int64 [G]; None where there is no compiled code.
     """
-    built = library()
-    if built is None:
+    if library() is None:
         return None
     (rows, columns), size = matrices[0].shape, matrices[0].element_size()
     places = (_Matrix * len(matrices))()
@@ -87,11 +86,8 @@ def fingerprints(matrices: Sequence[Tensor]) -> Tensor | None:
         place.data = matrix.data_ptr()
         place.row_stride, place.column_stride = (stride * size for stride in matrix.stride())
     result = torch.empty(len(matrices), dtype=torch.int64)
-    built.falqon_fingerprints(
-        places,
-        *map(_INT64, (len(matrices), rows, columns, size, torch.get_num_threads())),
-        _POINTER(result.data_ptr()),
-    )
+    sizes = (len(matrices), rows, columns, size, torch.get_num_threads())
+    _call("falqon_fingerprints", places, *map(_INT64, sizes), result)
     return result
 
 
@@ -182,8 +178,7 @@ def write_rows(
     A site is weight (uint8), scale, applied, B, counters and writes; all have the same shapes and
     dtypes, which `takes` accepted. Says what it did if ``watched``.
     """
-    built, number = library(), len(sites)
-    assert built is not None
+    number = len(sites)
     weight, scale, applied, lora_b, _, _ = sites[0]
     out, rank = applied.shape
     places = (_Site * number)(
@@ -221,7 +216,6 @@ def write_rows(
         told = (_Told * number)(
             *(_Told(*(column[i].data_ptr() for column in columns)) for i in range(number))
         )
-    built.falqon_update(
-        places, told, _INT64(number), ctypes.byref(shape), _INT64(torch.get_num_threads())
-    )
+    threads = _INT64(torch.get_num_threads())
+    _call("falqon_update", places, told, _INT64(number), ctypes.byref(shape), threads)
     return rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -101,6 +102,14 @@ def dyadic(rows: int, columns: int, seed: int, bits: int = 4, low: int = -3) -> 
     """Small integers times a power of two."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(-(2**bits), 2**bits + 1, (rows, columns), generator=generator) * 2.0**low
+
+
+def step_alike(sites: list[Site], others: list[Site], seed: int, moves: Callable[[], bool]) -> None:
+    """Move B of those for which ``moves()``, in both lists alike, and so that sums stay exact."""
+    for site, other in zip(sites, others, strict=True):
+        if moves():
+            site.lora_b.add_(dyadic(*site.lora_b.shape, seed=seed, bits=8, low=-8))
+            other.lora_b.copy_(site.lora_b)
 
 
 def snapshot(state: MergedAdapter) -> list[Tensor]:

@@ -15,7 +15,7 @@ from falqon_fx import _compat, audit
 from falqon_fx import update as reference
 from falqon_fx.kernels import cpu
 from falqon_fx.numerics import E4M3, E5M2, FP8_MAX, decode_fp8, round_to_scaled_fp8
-from tests.sites import dyadic, make_site, randn, same, site_of, snapshot, twins, update
+from tests.sites import dyadic, make_site, randn, same, site_of, snapshot, step_alike, twins, update
 from tests.strategies import SEEDS, exact_sites
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler")
@@ -40,10 +40,7 @@ def assert_same_state(sites, others):
 def test_equals_aten_bit_for_bit_where_sums_are_exact(made, data):
     others = twins(made)
     for step in range(2):
-        for site, other in zip(made, others, strict=True):
-            if data.draw(st.booleans()):
-                site.lora_b.add_(dyadic(*site.lora_b.shape, seed=step, bits=8, low=-8))
-                other.lora_b.copy_(site.lora_b)
+        step_alike(made, others, step, lambda: data.draw(st.booleans()))
         update(*made)
         update_by_aten(*others)
         assert_same_state(made, others)

@@ -17,7 +17,7 @@ from falqon_fx.kernels.update import UpdateSite, update_
 from falqon_fx.kernels.update_spec import UpdateSpec
 from falqon_fx.numerics import E4M3, philox_uint16, round_to_fp8, round_to_fp8_stochastic
 from tests import sites as sites_module
-from tests.sites import dyadic, make_site, randn, same, site_of, snapshot, twins
+from tests.sites import make_site, randn, same, site_of, snapshot, step_alike, twins
 from tests.strategies import exact_sites
 from tests.tolerances import gamma
 
@@ -75,10 +75,7 @@ def by_kernel(*sites, **changes):
 def test_equals_the_cpu_bit_for_bit(made, loop, rows, data):
     others = twins(made)
     for step in range(2):
-        for site, other in zip(made, others, strict=True):
-            if data.draw(st.booleans()):
-                site.lora_b.add_(dyadic(*site.lora_b.shape, seed=step, bits=8, low=-8))
-                other.lora_b.copy_(site.lora_b)
+        step_alike(made, others, step, lambda: data.draw(st.booleans()))
         sites_module.update(*made)
         by_kernel(*others, rows=rows, width=32 if loop else 64, loop=loop)
         for site, other in zip(made, others, strict=True):
