@@ -3,15 +3,16 @@
     python benchmarks/checkpoint_speed.py --rounds 7 --folder /tmp/speed
 
 The bytes are the FP8 weights of decoder layers of LLaMA-7B (16 and 43 MiB each), LLaMA-13B (25 and
-68 MiB) and SmolLM2-135M. safetensors alone: ``save_file`` and an fsync, as a checkpoint needs one;
-``load_file`` and a copy into the model's parameters, as resuming needs one (``load_file`` itself
-only maps the file). Loads are timed with the files in the page cache, where checksums cost most,
-and without ("cold").
+68 MiB) and SmolLM2-135M. safetensors alone: ``save_file`` over the file before it, with fsyncs of
+file and folder, as a checkpoint needs them; ``load_file`` and a copy into the model's parameters,
+as resuming needs one (``load_file`` itself only maps the file). Loads are timed with the files in
+the page cache, where checksums cost most, and without ("cold"). Before each save the disk is
+synced, or it would wait for what the one before left to be discarded. Who goes first changes from
+round to round: a disk that grants bursts is slower for the second.
 
 In memory the bound is the memory: a checked load reads each byte twice, since nothing of the model
-may change before all is checked, where an unchecked one reads it once; the copy itself reads it and
-its place, and writes that. Blocks below 24 MiB or so are copied through the cache, larger ones past
-it without reading their place.
+may change before all is checked, and writes it around the cache; an unchecked one reads it once,
+and its target before it is overwritten.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ def measure(model: Bytes, folder: Path, rounds: int) -> dict[str, Any]:
     def save_alone() -> None:
         save_file(model.state_dict(), plain)
         flush_to_disk(plain)
+        flush_to_disk(folder)
 
     def load_alone() -> None:
         model.load_state_dict(load_file(plain))
@@ -94,29 +96,30 @@ def measure(model: Bytes, folder: Path, rounds: int) -> dict[str, Any]:
     def load_ours() -> None:
         falqon_fx.load_checkpoint(model, folder / "ours")
 
-    turns: dict[str, Callable[[], None]] = {
-        "save_alone": save_alone,
-        "save_ours": save_ours,
-        "load_alone": load_alone,
-        "load_ours": load_ours,
-        "cold_load_alone": load_alone,
-        "cold_load_ours": load_ours,
+    turns: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {
+        "save": (save_alone, save_ours),
+        "load": (load_alone, load_ours),
+        "cold_load": (load_alone, load_ours),
     }
-    runs: dict[str, list[float]] = {name: [] for name in turns}
-    for _ in range(rounds + 1):
-        for name, function in turns.items():
-            if name.startswith("cold"):
-                forget(folder)
-            start = time.perf_counter()
-            function()
-            runs[name].append(time.perf_counter() - start)
+    runs: dict[str, list[float]] = {f"{w}_{who}": [] for w in turns for who in ("alone", "ours")}
+    for work, (alone, ours) in turns.items():
+        for i in range(rounds + 1):
+            pair = [("alone", alone), ("ours", ours)]
+            for who, function in pair if i % 2 else reversed(pair):
+                if work == "cold_load":
+                    forget(folder)
+                elif work == "save":
+                    os.sync()
+                start = time.perf_counter()
+                function()
+                runs[f"{work}_{who}"].append(time.perf_counter() - start)
     # The first round warms the page cache. Ratios are taken within a round.
     seconds = {name: found[1:] for name, found in runs.items()}
     ratios = {
         work: [
             a / b for a, b in zip(seconds[f"{work}_alone"], seconds[f"{work}_ours"], strict=True)
         ]
-        for work in ("save", "load", "cold_load")
+        for work in turns
     }
     return {
         "mib": mib,

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from falqon_fx.errors import FalqonError
+from falqon_fx.kernels import cpu
 
 T = TypeVar("T")
 R = TypeVar("R")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EBADF)  # some network file systems
-_AROUND_CACHE = 24 << 20  # bytes; from about here on, libc's memmove does
 _PARTIAL = ".partial"
 _LONGEST_HEADER = 100_000_000  # of a safetensors file, by its format
 
@@ -318,17 +318,18 @@ def _bytes(tensor: Tensor) -> Any:
 
 def copy_tensors(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Write the second of each pair into the first, which is of the same shape and dtype."""
-    large = []
+    plain = []
     with torch.no_grad():
         for target, tensor in {id(pair[0]): pair for pair in pairs}.values():  # tied ones once
-            if target.nbytes >= _AROUND_CACHE and _is_plain(target) and _is_plain(tensor):
-                large.append((_bytes(target), _bytes(tensor)))
-                torch.autograd.graph.increment_version(target)
+            if _is_plain(target) and _is_plain(tensor):
+                plain.append((target, tensor))
             else:
                 target.copy_(tensor)
-    # By memmove, which writes large blocks around the cache: a third less to move.
-    copy = require("numpy", "checkpoint").copyto
-    _spread(lambda pair: copy(*pair), large, lambda pair: pair[0].nbytes)
+        if cpu.copy(plain):
+            torch.autograd.graph.increment_version([target for target, _ in plain])
+        else:
+            for target, tensor in plain:
+                target.copy_(tensor)
 
 
 def _is_plain(tensor: Tensor) -> bool:

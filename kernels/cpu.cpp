@@ -11,7 +11,7 @@
 #include <functional>
 #include <vector>
 
-#ifdef __AVX512BW__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -195,6 +195,56 @@ extern "C" void falqon_fingerprints(const Matrix* matrices, int64_t count, int64
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t i = 0; i < count; ++i) {
     results[i] = int64_t(fingerprint(matrices[i], rows, columns, size));
+  }
+}
+
+// ---------------------------------------------------------------- copies around the cache
+
+struct Copy {
+  char* to;
+  const char* from;
+  int64_t bytes;
+};
+
+namespace {
+
+// memcpy whose target is not read into the cache before it is overwritten: memory moves two bytes a
+// byte instead of three.
+void stream(char* to, const char* from, int64_t bytes) {
+#ifdef __AVX2__
+  constexpr int64_t kLine = 64, kAhead = 32 * kLine;
+  const int64_t head = std::min(bytes, int64_t(-reinterpret_cast<uintptr_t>(to) % kLine));
+  std::memcpy(to, from, head);
+  to += head, from += head, bytes -= head;
+  for (; bytes >= kLine; to += kLine, from += kLine, bytes -= kLine) {
+    __builtin_prefetch(from + kAhead, 0, 0);
+    const auto* source = reinterpret_cast<const __m256i*>(from);
+    auto* target = reinterpret_cast<__m256i*>(to);
+    const __m256i low = _mm256_loadu_si256(source), high = _mm256_loadu_si256(source + 1);
+    _mm256_stream_si256(target, low);
+    _mm256_stream_si256(target + 1, high);
+  }
+  _mm_sfence();
+#endif
+  std::memcpy(to, from, bytes);
+}
+
+}  // namespace
+
+// Each thread copies as many bytes as the others.
+extern "C" void falqon_copy(const Copy* copies, int64_t count, int64_t threads) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < count; ++i) total += copies[i].bytes;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t thread = 0; thread < threads; ++thread) {
+    const int64_t first = total * thread / threads, end = total * (thread + 1) / threads;
+    int64_t at = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const Copy& copy = copies[i];
+      const int64_t from = std::max(first - at, int64_t(0)), to = std::min(end - at, copy.bytes);
+      if (from < to) stream(copy.to + from, copy.from + from, to - from);
+      at += copy.bytes;
+    }
   }
 }
 

@@ -1,5 +1,5 @@
-"""The proxy update on a CPU, casts to FP8 and back as compiled code: ``cpu.cpp``, built by
-Inductor's compiler at need.
+"""The proxy update on a CPU, casts to FP8 and back, and copies as compiled code: ``cpu.cpp``, built
+by Inductor's compiler at need.
 
 What `falqon_fx.update` and `falqon_fx.numerics` compute with ATen's operations, and bit for bit the
 same but for the sign of zeros and the order of the update's sums of r products (a row's score, and
@@ -30,6 +30,10 @@ _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
 class _Matrix(ctypes.Structure):
     _fields_ = (("data", _POINTER), ("row_stride", _INT64), ("column_stride", _INT64))
+
+
+class _Copy(ctypes.Structure):
+    _fields_ = (("to", _POINTER), ("from_", _POINTER), ("bytes", _INT64))
 
 
 class _Site(ctypes.Structure):
@@ -69,7 +73,7 @@ def library() -> Any | None:
             error,
         )
         return None
-    for name in ("fingerprints", "update", "decode", "round"):
+    for name in ("fingerprints", "update", "copy", "decode", "round"):
         getattr(built, f"falqon_{name}").restype = None
     return built
 
@@ -89,6 +93,18 @@ def fingerprints(matrices: Sequence[Tensor]) -> Tensor | None:
     sizes = (len(matrices), rows, columns, size, torch.get_num_threads())
     _call("falqon_fingerprints", places, *map(_INT64, sizes), result)
     return result
+
+
+def copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """Write the second of each pair into the first, around the cache; both are contiguous, on a CPU
+    and of as many bytes. False where there is no compiled code.
+    """
+    if library() is None:
+        return False
+    copies = [_Copy(to.data_ptr(), of.data_ptr(), of.nbytes) for to, of in pairs]
+    places = (_Copy * len(copies))(*copies)
+    _call("falqon_copy", places, _INT64(len(pairs)), _INT64(torch.get_num_threads()))
+    return True
 
 
 def decode(code: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor | None:

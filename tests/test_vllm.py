@@ -8,9 +8,10 @@ vLLM brings its own torch, so it lives in an environment of its own, whose Pytho
     FALQON_VLLM_PYTHON=vllm/bin/python pytest -m slow tests/test_vllm.py
 
 It reads the compressed-tensors form as W8A8 with a scale a row (its kernel
-``ChannelWiseTorchFP8ScaledMMLinearKernel``). The fp8 form has scales a block, for which vLLM has
-CPU kernels only where there is AMX: here a plugin of the test adds one in plain torch, and vLLM
-itself does all else, from reading the config to answering.
+``ChannelWiseTorchFP8ScaledMMLinearKernel``). The fp8 form has scales a block, for which vLLM's one
+CPU kernel (``CPUFp8BlockScaledMMKernel``) wants AMX tiles and blocks of 128 columns: here a plugin
+of the test adds one in plain torch, and vLLM itself does all else, from reading the config to
+answering.
 """
 
 from __future__ import annotations
@@ -65,10 +66,11 @@ from vllm import LLM, SamplingParams
 
 if __name__ == "__main__":
     llm = LLM(sys.argv[1], dtype="bfloat16", enforce_eager=True, max_model_len=64)
-    torch.save(llm.apply_model(held_weights.weights)[0], sys.argv[2])
+    held = llm.apply_model(held_weights.weights)[0]
     prompt = {"prompt_token_ids": eval(sys.argv[3])}
     greedy = SamplingParams(temperature=0, max_tokens=10)
-    print(*llm.generate([prompt], greedy)[0].outputs[0].token_ids)
+    answer = llm.generate([prompt], greedy)[0].outputs[0].token_ids
+    torch.save((held, list(answer)), sys.argv[2])
 """
 PLUGIN = """
 import torch
@@ -153,7 +155,7 @@ def export(trained: nn.Module, folder: Path, **options: str) -> Path:
 
 def held_by_vllm(folder: Path, scripts: Path) -> tuple[dict[str, Tensor], list[int]]:
     """The weights that vLLM holds, and how it goes on with `PROMPT`."""
-    script, file = scripts / "read.py", scripts / "weights.pt"
+    script, file = scripts / "read.py", scripts / "held.pt"
     script.write_text(READ)
     (scripts / "held_weights.py").write_text(WEIGHTS)  # a module: the worker imports it too
     run = subprocess.run(
@@ -161,7 +163,8 @@ def held_by_vllm(folder: Path, scripts: Path) -> tuple[dict[str, Tensor], list[i
         env={**ENVIRONMENT, "PYTHONPATH": str(scripts)}, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-4000:]
-    return torch.load(file), [int(token) for token in run.stdout.splitlines()[-1].split()]
+    held, answer = torch.load(file)
+    return held, answer
 
 
 def fused(name: str) -> list[str]:

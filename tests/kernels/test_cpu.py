@@ -180,6 +180,29 @@ def test_rounding_equals_atens_bit_for_bit(rows, columns, dtype, scales, seed):
     assert torch.equal((rounded / scale)[x == x], (x / scale).to(dtype).float()[x == x])
 
 
+@given(
+    sizes=st.lists(st.integers(0, 5000), max_size=5),
+    offsets=st.tuples(st.integers(0, 70), st.integers(0, 70)),
+    threads=st.integers(1, 4),
+)
+def test_copies_write_every_byte_and_none_beside(sizes, offsets, threads):
+    room, before = max(sizes, default=0) + 200, torch.get_num_threads()
+    targets = torch.full((len(sizes), room), 7, dtype=torch.uint8)
+    sources = (torch.arange(len(sizes) * room) % 251).to(torch.uint8).view(-1, room)
+    expected = targets.clone()
+    pairs = []
+    for i, size in enumerate(sizes):
+        (to, of), rows = offsets, (targets[i], sources[i], expected[i])
+        pairs.append((rows[0][to : to + size], rows[1][of : of + size]))
+        rows[2][to : to + size] = rows[1][of : of + size]
+    torch.set_num_threads(threads)
+    try:
+        assert cpu.copy(pairs)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(targets, expected)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_change_nothing(threads):
     sites = [make_site(seed=i, topk=9) for i in range(5)]
