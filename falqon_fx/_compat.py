@@ -186,6 +186,13 @@ def fake_mode(*, allow_non_fake_inputs: bool = False) -> Any:
     return FakeTensorMode(allow_non_fake_inputs=allow_non_fake_inputs)
 
 
+def without_fake_mode() -> Any:
+    """A context in which tensors are real, whatever mode the caller is in."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    return unset_fake_temporarily()
+
+
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
     """``function`` applied to every leaf of nested containers."""
     from torch.utils._pytree import tree_map as apply

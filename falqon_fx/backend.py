@@ -1,7 +1,7 @@
 """The backend: passes → inner compiler → the callable that brings each site's state along.
 
 torch.compile(model, backend="falqon")  ──▶  falqon(gm, example_inputs)
-    rewrite    normalize → match → plan → rewrite → insert updates → verify
+    rewrite    normalize → match → plan → autotune → rewrite → insert updates → verify
     compile    inductor (falqon ops opened below autograd), aot_eager or eager
     per call   look up the state of each (W, A, B) → run → look at the NaN counters
 """
@@ -26,6 +26,7 @@ from falqon_fx.merged import STATE, Wanted, registry
 from falqon_fx.nonfinite import NonfiniteWatch
 from falqon_fx.numerics import as_e4m3
 from falqon_fx.ops import decompositions
+from falqon_fx.passes.autotune import autotune
 from falqon_fx.passes.insert_updates import insert_updates
 from falqon_fx.passes.match import match
 from falqon_fx.passes.normalize import Scope, attribute, normalize, value_of
@@ -194,6 +195,8 @@ def rewrite(
         chosen: Plan = plan(root, matches, rejected, config)
     for site in chosen.sites:
         serving.announce(site.report.out_features, site.report.in_features, site.report.path)
+    with clock("autotune"):
+        chosen = autotune(chosen)
     with clock("rewrite"):
         slots = rewrite_sites(chosen)
     with clock("insert_updates"):

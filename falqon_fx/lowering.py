@@ -60,6 +60,15 @@ def pending_part(lora_b: Tensor, applied: Tensor, scaling: float, dtype: torch.d
     return ((lora_b.to(torch.float32) - applied.to(torch.float32)) * scaling).to(dtype)
 
 
+def empty_output(
+    like: Tensor, tokens: Sequence[int], out: int, rank: int, dtype: torch.dtype, spec: str
+) -> Tensor:
+    """An O [*tokens, out] without values, in memory as the spec says."""
+    if parse_spec(spec).output == "strided":
+        return like.new_empty((*tokens, out + rank), dtype=dtype)[..., :out]
+    return like.new_empty((*tokens, out), dtype=dtype)
+
+
 @without_autocast
 def merged_linear(
     x: Tensor,
@@ -100,6 +109,8 @@ def merged_linear(
             y = torch.addmm(y, o, pending_part(lora_b[i], applied[i], scaling[i], dtype).t())
         if bias:
             y = y + bias[i].to(dtype)
+        if plan.output == "strided":
+            y = empty_output(y, y.shape[:1], outs[i], ranks[i], out_dtype, spec).copy_(y)
         # Not `reshape`: below autograd that makes a view, which may not be written in place later.
         shaped = torch.ops.aten._unsafe_view(y.to(out_dtype), (*x.shape[:-1], outs[i]))
         ys.append(shaped)

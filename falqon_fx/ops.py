@@ -73,7 +73,7 @@ def _(
     spec: str,
 ) -> list[Tensor]:
     tokens, rank = x.shape[:-1], sum(a.shape[1] for a in applied)
-    outputs = [x.new_empty((*tokens, a.shape[0]), dtype=out_dtype) for a in applied]
+    outputs = [lowering.empty_output(x, tokens, *a.shape, out_dtype, spec) for a in applied]
     out_a = x.new_empty((math.prod(tokens), rank), dtype=lowering.gemm_dtype(out_dtype))
     return [*outputs, out_a]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from falqon_fx.lowering import gemm_dtype, scale_of
+from falqon_fx.lowering import empty_output, gemm_dtype, scale_of
 from falqon_fx.numerics import FP8_MAX
 from falqon_fx.spec import parse_spec
 
@@ -63,10 +63,19 @@ def merged_product(
     W'_i [out_i + r_i, in] is E4M3, its scale float32 [out_i + r_i, 1] or []. ``pending`` and
     ``bias`` have one entry a site, or none. With ``pending`` O_A comes first, since all of it is
     needed for each tile of O. One op, so that Inductor writes q once.
+
+    Where the spec says output="strided", O_i is a view of [O_i | O_A,i], [n, out_i + r_i].
     """
     from falqon_fx.kernels import dispatch
     from falqon_fx.kernels.gemm import Piece
 
+    if parse_spec(spec).output == "strided":
+        merged = [Piece(w, s) for w, s in zip(weight, scale)]
+        dtypes, options = (out_dtype, gemm_dtype(out_dtype)), _options(spec)
+        strided = dispatch.forward_strided(
+            q, q_scale, merged, outs, pending, bias, *dtypes, options
+        )
+        return strided.run()
     y, a = [], []
     for i, (w, s, out) in enumerate(zip(weight, scale, outs)):
         w_scale, a_scale = (s[:out], s[out:]) if s.dim() == 2 else (s, s)
@@ -92,9 +101,9 @@ def _merged_product_fake(
     out_dtype: torch.dtype,
     spec: str,
 ) -> list[Tensor]:
-    n, rank = q.shape[0], sum(w.shape[0] - out for w, out in zip(weight, outs))
-    results = [q.new_empty((n, out), dtype=out_dtype) for out in outs]
-    return [*results, q.new_empty((n, rank), dtype=gemm_dtype(out_dtype))]
+    n, ranks = q.shape[0], [w.shape[0] - out for w, out in zip(weight, outs)]
+    results = [empty_output(q, (n,), *of, out_dtype, spec) for of in zip(outs, ranks)]
+    return [*results, q.new_empty((n, sum(ranks)), dtype=gemm_dtype(out_dtype))]
 
 
 def grad_x_product(

@@ -53,6 +53,7 @@ class SiteSpec:
     kernel: str = "auto"
     accumulation: str = "fast"
     transpose: str = "auto"
+    output: str = "own"  # O's memory: "own", or "strided", a view of [O | O_A]
 
     @classmethod
     def from_config(cls, config: FalqonConfig) -> SiteSpec:
@@ -92,7 +93,7 @@ class SiteSpec:
         return (
             f"{self.granularity} {self.scale} {self.pending} {self.grad} topk={self.topk} "
             f"{self.rounding} seed={self.seed} {self.kernel} {self.accumulation} {self.transpose} "
-            f"#{lowering_version()}"
+            f"{self.output} #{lowering_version()}"
         )
 
 

@@ -56,6 +56,7 @@ class Choices:
         self._timer = timer
         self._environment = environment
         self._known: dict[tuple[str, str], Choice] | None = None
+        self._passing: dict[tuple[str, str], Choice] = {}  # made while memory was short: not kept
 
     @property
     def path(self) -> str:
@@ -82,10 +83,10 @@ class Choices:
 
         Raises ValueError where no candidate works; the message holds each reason.
         """
-        known = self._load()
         place = (key, wanted)
-        if place in known and known[place].winner in candidates:
-            return known[place]
+        known = self._load().get(place) or self._passing.get(place)
+        if known is not None and known.winner in candidates:
+            return known
         matching = {
             name: run
             for name, run in candidates.items()
@@ -95,32 +96,37 @@ class Choices:
             raise ValueError(f"kernel={wanted!r}: {key} has {', '.join(candidates) or 'none'}")
         if not time:
             return Choice(key, next(iter(matching)), {}, {})
-        choice = self._measure(key, matching)
-        known[place] = choice
-        self._store()
+        choice, lasting = self._measure(key, matching)
+        if lasting:
+            self._store(place, choice)
+        else:
+            self._passing[place] = choice
         return choice
 
-    def _measure(self, key: str, candidates: Mapping[str, Candidate]) -> Choice:
+    def _measure(self, key: str, candidates: Mapping[str, Candidate]) -> tuple[Choice, bool]:
+        """The choice, and whether it is to last: memory may be short just now."""
         seconds: dict[str, float] = {}
         refused: dict[str, str] = {}
+        lasting = True
         for name, run in candidates.items():
             try:
                 seconds[name] = self._timer(run)
             except Refusal as error:
                 refused[name] = _first_line(error)
+                lasting &= not isinstance(error, torch.OutOfMemoryError)
         if not seconds:
             reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
             raise ValueError(f"no kernel takes {key}: {reasons}")
-        return Choice(key, min(seconds, key=seconds.__getitem__), seconds, refused)
+        return Choice(key, min(seconds, key=seconds.__getitem__), seconds, refused), lasting
 
     def _load(self) -> dict[tuple[str, str], Choice]:
         if self._known is None:
             self._known = _read(self.path, self._environment)
         return self._known
 
-    def _store(self) -> None:
+    def _store(self, place: tuple[str, str], choice: Choice) -> None:
         # Another process may have added its own since: keep both.
-        merged = _read(self.path, self._environment) | self._load()
+        merged = _read(self.path, self._environment) | self._load() | {place: choice}
         self._known = merged
         content = {
             "environment": self._environment,

@@ -7,6 +7,7 @@ do; `Contest.run` runs the chosen one (`falqon_fx.kernels.choice`):
 triton:<spec>             a generated kernel (`falqon_fx.kernels.gemm`)
 scaled_mm                 ``torch._scaled_mm``, one call a weight (sm_89 and newer)
 scaled_mm+triton:<spec>   the same for O, and a generated kernel for O_A
+scaled_mm:merged          one call for O and O_A of a site
 inductor                  Inductor's templates of ``torch._scaled_mm``, where autotuning was asked
                           for (`falqon_fx.kernels.inductor`)
 dequantize                ``torch.mm`` on decoded operands; takes everything
@@ -14,11 +15,10 @@ dequantize                ``torch.mm`` on decoded operands; takes everything
 
 On CPU "dequantize" is the rule; ``kernel="triton"`` runs the generated kernels interpreted.
 
-Not among them is one ``torch._scaled_mm`` over all out + r rows of W', with O as a strided view of
-its result. The choice falls when a product first runs, on the device; the strides of what an op
-returns are part of the graphs that were compiled before, and kept on disk, which assert them. Laid
-out anew, O would cost a pass of its own: 2 · 2 · n · out bytes, a fifth of the product's time at
-4096³.
+With one call for all out + r rows of W' (`forward_strided`) O is a strided view of the result: laid
+out anew, it would cost a pass of its own, 2 · 2 · n · out bytes, a fifth of the product's time at
+4096³. The strides of what an op returns are part of a compiled graph, so this candidate competes
+while the graph is compiled (`falqon_fx.passes.autotune`).
 
 dL/dB comes from the pass that casts dL/dO where one scale holds for all of it (`cast_grad_b`). Once
 the scale is known, bytes per element of a bfloat16 dL/dO are:
@@ -156,6 +156,41 @@ def forward(
             candidates[f"scaled_mm+{name}"] = both
     candidates["dequantize"] = plain
     return Contest(_key("forward", problem), candidates, q, options.kernel)
+
+
+def forward_strided(
+    q: Tensor,
+    q_scale: Tensor,
+    merged: Sequence[Piece],
+    outs: Sequence[int],
+    pending: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    out_dtype: torch.dtype,
+    a_dtype: torch.dtype,
+    options: Options,
+) -> Contest:
+    """O_i and O_A as of `falqon_fx.products.merged_product`, from one product [O_i | O_A,i] = q ·
+    W'_iᵀ for each W'_i [out_i + r_i, in] in ``merged``: O_i is a view of it, O_A a copy.
+    """
+    problem = _problem(q, q_scale, merged, 0, out_dtype, a_dtype, options)
+    ranks = [piece.weight.shape[0] - out for piece, out in zip(merged, outs, strict=True)]
+
+    def parted(wide: list[Tensor]) -> list[Tensor]:
+        out_a = torch.cat([y[:, out:] for y, out in zip(wide, outs, strict=True)], dim=1)
+        for i, (y, part) in enumerate(zip(wide, out_a.split(ranks, dim=1), strict=True)):
+            if pending:
+                y[:, : outs[i]].addmm_(part, pending[i].t())
+            if bias:
+                y[:, : outs[i]] += bias[i].to(a_dtype)
+        return [*(y.to(out_dtype)[:, :out] for y, out in zip(wide, outs, strict=True)), out_a]
+
+    def library(mm: MatMul) -> list[Tensor]:
+        mode = options.accumulation
+        return parted([_scaled_mm(mm, q, q_scale, piece, a_dtype, mode) for piece in merged])
+
+    candidates = {f"{name}:merged": partial(library, mm) for name, mm in _libraries(options)}
+    candidates["dequantize"] = lambda: parted([_plain(q, q_scale, p, a_dtype) for p in merged])
+    return Contest(_key("forward as views", problem), candidates, q, options.kernel)
 
 
 def grad_x(

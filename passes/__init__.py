@@ -1,1 +1,1 @@
-"""The passes: normalize → match → plan → rewrite → insert updates → verify, one a file."""
+"""The passes: normalize, match, plan, autotune, rewrite, insert updates, verify; one a file."""

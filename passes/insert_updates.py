@@ -1,4 +1,4 @@
-"""Pass 5: one ``falqon::proxy_update_`` at the head of the graph, for all its sites.
+"""Pass 6: one ``falqon::proxy_update_`` at the head of the graph, for all its sites.
 
 It compares fingerprints of B with the stored ones on the device, so it writes at most once per
 optimizer step, however often the graph runs in between.

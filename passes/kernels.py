@@ -42,8 +42,8 @@ def choose(site: Site, device: torch.device) -> tuple[str, str]:
         return "aten", "no FP8 kernels there: casts and bf16 GEMMs, which the inner compiler fuses"
     specs = candidates(site)
     return f"triton:{specs[0].name}", (
-        f"the likeliest of {len(specs)} generated kernels for sm_{site.architecture}; the first "
-        "call times them and the library's, and takes the fastest"
+        f"the likeliest of {len(specs)} generated kernels for sm_{site.architecture}; compiling on "
+        "such a GPU times them and the library's, and takes the fastest"
     )
 
 

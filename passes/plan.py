@@ -61,11 +61,17 @@ class Plan:
     groups: tuple[tuple[SitePlan, ...], ...]  # each becomes one op: siblings share their x
     slots: tuple[Slot, ...]
     rejected: tuple[Rejected, ...]
+    strided: frozenset[int] = frozenset()  # groups whose O is a view, see `passes.autotune`
 
     @property
     def sites(self) -> tuple[SitePlan, ...]:
         """All sites, group by group."""
         return tuple(site for group in self.groups for site in group)
+
+    def spec_of(self, group: tuple[SitePlan, ...]) -> str:
+        """What the op of a group carries."""
+        strided = group[0].report.group in self.strided
+        return str(replace(self.spec, output="strided") if strided else self.spec)
 
 
 def plan(

@@ -1,4 +1,4 @@
-"""Pass 4: put ``falqon::merged_linear`` in the place of each planned group of siblings."""
+"""Pass 5: put ``falqon::merged_linear`` in the place of each planned group of siblings."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _replace(
                 *([_at_hand(graph, node) for node in column] for column in columns),
                 [site.match.scaling for site in group],
                 value_of(first.anchor).dtype,
-                str(plan.spec),
+                plan.spec_of(group),
             ),
         )
         outputs = [graph.call_function(operator.getitem, (fused, i)) for i in range(len(group))]

@@ -1,4 +1,4 @@
-"""Pass 6: check the rewritten graph; a failure is a bug of the passes, never of the user.
+"""Pass 7: check the rewritten graph; a failure is a bug of the passes, never of the user.
 
 Every node is accounted for: those of the sites are gone, those that the passes add are counted and
 read what the plan says, and all others are as they were but for reading a site's new result.
@@ -163,7 +163,7 @@ def _check_group(
             name = bias.name if bias.node is None else found.scope.outer(bias.node).target
             assert found.scope.outer(biases[i]).target == name, f"{path}: {biases[i]} is not {name}"
         rest = tuple(columns[5:])
-        said = ([s.match.scaling for s in group], value_of(first.anchor).dtype, str(plan.spec))
+        said = ([s.match.scaling for s in group], value_of(first.anchor).dtype, plan.spec_of(group))
         assert rest == said, f"{path}: {fused.name} computes with {rest}, not {said}"
 
 

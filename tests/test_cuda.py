@@ -32,6 +32,7 @@ from tests.test_lowering import expected
 from tests.tolerances import Approx
 
 KERNELS = ["triton", "dequantize", "scaled_mm", "inductor"]
+OUTPUTS = ["own", "strided"]
 
 # numpy, which the interpreter computes with, announces what hashing does on purpose.
 pytestmark = pytest.mark.filterwarnings(
@@ -56,10 +57,14 @@ def columns(made):
     )
 
 
-def run(made, x, bias, out_dtype, grads, kernel):
+def run(made, x, bias, out_dtype, grads, kernel, output="own"):
     """(O of each site, O_A, dL/dx, dL/dB of each)."""
     states = [site.state for site in made]
-    spec, scaling = str(replace(states[0].plan, kernel=kernel)), [s.scaling for s in states]
+    plan, scaling = (
+        replace(states[0].plan, kernel=kernel, output=output),
+        [s.scaling for s in states],
+    )
+    spec = str(plan)
     *ys, out_a = cuda.merged_linear(x, *columns(made), bias, scaling, out_dtype, spec)
     grad_x = cuda.merged_linear_grad_x(grads, *columns(made), scaling, x.dtype, spec)
     parts = out_a.split([s.rank for s in states], dim=1)
@@ -81,11 +86,14 @@ def holds(wanted: Approx, actual: torch.Tensor) -> None:
 
 
 @settings(max_examples=30)
-@given(case=cases(), kernel=st.sampled_from(["triton", "triton", "dequantize"]))
-def test_results_equal_float64_on_the_same_quantized_operands(case: Case, kernel: str):
+@given(
+    case=cases(),
+    kernel=st.sampled_from([("triton", "own")] * 2 + [("dequantize", o) for o in OUTPUTS]),
+)
+def test_results_equal_float64_on_the_same_quantized_operands(case: Case, kernel: tuple[str, str]):
     wanted, bias = expected(case), [] if case.bias is None else [case.bias]
     grad = case.grad.reshape(-1, case.grad.shape[-1])
-    (y,), out_a, grad_x, (grad_b,) = run([case.site], case.x, bias, case.out_dtype, [grad], kernel)
+    (y,), out_a, grad_x, (grad_b,) = run([case.site], case.x, bias, case.out_dtype, [grad], *kernel)
     assert y.shape == (*case.x.shape[:-1], len(case.site.lora_b))
     assert (y.dtype, grad_x.dtype, grad_b.dtype) == (
         case.out_dtype,
@@ -106,16 +114,20 @@ def siblings(granularity, pending):
     return made
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("kernel", "output"), [*((k, "own") for k in KERNELS), *((k, "strided") for k in KERNELS[1:])]
+)
 @pytest.mark.parametrize("pending", ["apply", "hold"])
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
-def test_siblings_share_a_cast_and_the_products(granularity, pending, kernel):
+def test_siblings_share_a_cast_and_the_products(granularity, pending, kernel, output):
     library = kernel in ("scaled_mm", "inductor")
     if library and granularity == "row" and not takes_row_scales():
         pytest.skip("torch's _scaled_mm takes no row scales on CPU")
     made, x = siblings(granularity, pending), randn(32, 64).bfloat16()
     grads = [randn(32, len(s.lora_b), seed=i).bfloat16() for i, s in enumerate(made)]
-    ys, out_a, grad_x, _ = run(made, x, [], torch.bfloat16, grads, kernel)
+    ys, out_a, grad_x, _ = run(made, x, [], torch.bfloat16, grads, kernel, output)
+    assert [y.stride(0) for y in ys] == ([48, 32, 16] if output == "own" else [64, 40, 32])
+    assert out_a.is_contiguous()
     total = Approx.exact(torch.zeros(32, 64))
     for site, y, a, grad in zip(made, ys, out_a.split([16, 8, 16], dim=1), grads, strict=True):
         case = Case(site, x, None, torch.bfloat16, grad)
@@ -136,10 +148,11 @@ def test_no_tokens(kernel):
     assert all((b == 0).all() for b in grad_bs)
 
 
+@pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("pending", ["apply", "hold"])
-def test_fake_results_look_like_the_real_ones(pending):
+def test_fake_results_look_like_the_real_ones(pending, output):
     made, x = siblings("row", pending), randn(5, 64)
-    spec = str(made[0].state.plan)
+    spec = str(replace(made[0].state.plan, output=output))
     q, q_scale = cuda.quantize(x, torch.float8_e4m3fn, spec)
     weight, scale, applied, lora_b = columns(made)
     outs = [len(b) for b in lora_b]
@@ -151,6 +164,8 @@ def test_fake_results_look_like_the_real_ones(pending):
     rest = parts if pending == "apply" else []
     args = (q, q_scale, weight, scale, outs, rest, [], torch.float16, spec)
     check(torch.ops.falqon.merged_product, args)
+    args = (x, weight, scale, applied, lora_b, [], [2.0] * 3, torch.float16, spec)
+    check(torch.ops.falqon.merged_linear, args)
     grads = [cuda.quantize(randn(5, n), torch.float8_e5m2, spec) for n in outs]
     args = ([g for g, _ in grads], [s for _, s in grads], weight, outs, [], x.dtype, spec)
     check(torch.ops.falqon.grad_x_product, args)
@@ -437,7 +452,7 @@ def test_explain_shows_what_won(monkeypatch):
     (site,) = rewrite(gm, (randn(5, 64),), FalqonConfig(card="H100")).report.sites
     kernel, why = choose(site, device)
     assert kernel.startswith("triton:"), why
-    assert "the first call times them" in why
+    assert "times them and the library's" in why
     candidates = {"triton:x": lambda: 1.0, "scaled_mm": lambda: 1.5}
     choices.get("forward n=32, k=64, rows=(48, 16), a_pieces=1", candidates)
     assert choose(site, device) == (

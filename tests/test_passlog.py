@@ -15,7 +15,7 @@ from falqon_fx.cli import main
 from falqon_fx.repro import arguments, check
 from tests.models import Stack
 
-PASSES = ["copy", "normalize", "match", "plan", "rewrite", "insert_updates", "verify"]
+PASSES = ["copy", "normalize", "match", "plan", "autotune", "rewrite", "insert_updates", "verify"]
 TRAIN = """
 import torch
 from tests.models import Stack
@@ -68,7 +68,7 @@ def test_the_structured_trace_shows_the_graph_behind_each_pass(tmp_path):
     assert len(RewriteReport.from_json(found["falqon_report"]).sites) == 4
 
 
-@pytest.mark.parametrize(("setting", "graphs"), [("falqon_fx", 0), ("+falqon_fx", 7)])
+@pytest.mark.parametrize(("setting", "graphs"), [("falqon_fx", 0), ("+falqon_fx", len(PASSES))])
 def test_torch_logs_shows_the_passes(setting, graphs):
     text = run(TRAIN, TORCH_LOGS=setting).stderr
     assert len(re.findall(r"graph after \w+:", text)) == graphs

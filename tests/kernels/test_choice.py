@@ -74,6 +74,19 @@ def test_a_candidate_that_refuses_is_passed_over_with_its_reason(folder):
     assert "not a: K is odd" in str(chosen)
 
 
+def test_a_choice_made_while_memory_is_short_is_not_kept(folder):
+    def exhausted():
+        raise torch.OutOfMemoryError("out of memory. Tried to allocate 2 GiB")
+
+    clock = Clock(a=1.0, b=2.0, c=1.0)
+    choices, crowded = Choices("card", clock), {"a": exhausted, **candidates("b")}
+    assert choices.get("p", crowded).winner == "b"
+    assert choices.get("p", crowded).refused == {"a": "out of memory. Tried to allocate 2 GiB"}
+    assert clock.timed == ["b"]  # in this process it holds
+    choices.get("q", candidates("c"))  # which is kept, and not p with it
+    assert Choices("card", clock).get("p", candidates("a", "b")).winner == "a"
+
+
 def test_an_error_that_is_no_refusal_is_not_swallowed(folder):
     def broken():
         raise KeyError("bug")
