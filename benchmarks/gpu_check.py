@@ -166,6 +166,15 @@ def _check_shape(
     added = product(left, right) + constant(bias[None])
     pending = replace(o, bias=bias, left=left, right=right)
     yield from run_all("O, pending, bias", shape, contest([pending], 0), [exact_o + added])
+    views = dispatch.forward_strided(
+        q, q_scale, [Piece(merged, scale)], [out], [right], [bias], BF16, BF16, options
+    )
+    for name, run in views.candidates.items():
+        results = _try("[O | O_A], pending, bias", name, run)
+        if results is not None:  # O by the O_A that it is made of, as it was rounded
+            whole = exact_o + product(results[-1], right) + constant(bias[None])
+            found = replace(views, candidates={name: lambda results=results: results})
+            yield from run_all("[O | O_A], pending, bias", shape, found, [whole, exact_a])
     # The same weights twice, as siblings: the second O of fewer rows.
     few = out // 2
     part = Piece(merged[:few], scale[:few])

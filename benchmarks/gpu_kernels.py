@@ -23,6 +23,7 @@ from falqon_fx.spec import SiteSpec
 
 BF16 = torch.bfloat16
 LIBRARY = "torch._scaled_mm"  # of W alone: the roof
+NOT_O = ("O_A", "q(dL/dO), dL/dB")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Problem:
     rank: int
     mode: str = "row"
     accumulation: Accumulation = "fast"
+    templates: bool = False  # Inductor's too: seconds each
 
     def __str__(self) -> str:
         shape = f"{self.tokens}x{self.features}x{self.out} r{self.rank}"
@@ -71,7 +73,7 @@ def problems(tiny: bool) -> list[Problem]:
         return [Problem(17, 48, 64, 16, mode) for mode in modes]
     square, up, down = (4096, 4096), (11008, 4096), (4096, 11008)
     listed = [
-        Problem(n, *shape, 16, mode)
+        Problem(n, *shape, 16, mode, templates=(n, shape) == (4096, square))
         for mode in ("row", "tensor")
         for n in (4096, 8192, 2048)
         for shape in (square, up, down)
@@ -85,8 +87,8 @@ def problems(tiny: bool) -> list[Problem]:
 
 
 def measure(problem: Problem, clock: Clock, ceiling: Ceilings) -> Iterator[KernelRow]:
-    """Forward as the default plan does it (O_A, then O with pending rows), as pending="hold" does,
-    O alone, dL/dx and dL/dB.
+    """Forward as the default plan does it (O_A, then O with pending rows, or both in one), as
+    pending="hold" does, O alone, dL/dx and dL/dB.
     """
     n, out, features, rank = problem.tokens, problem.out, problem.features, problem.rank
     device, row = clock.device, problem.mode == "row"
@@ -100,13 +102,19 @@ def measure(problem: Problem, clock: Clock, ceiling: Ceilings) -> Iterator[Kerne
     )
     g, g_scale = fp8(n, out, E5M2, device, 4), positive(n, device, 5) if row else scalar
     o_a, grad = random_bf16(n, rank, device, 6), random_bf16(n, out, device, 7)
-    pending = replace(w, left=o_a, right=random_bf16(out, rank, device, 8))
+    right = random_bf16(out, rank, device, 8)
+    pending = replace(w, left=o_a, right=right)
     options = dispatch.Options(
-        accumulation="promoted" if problem.accumulation != "fast" else "fast"
+        kernel="max-autotune" if problem.templates else "auto",
+        accumulation=problem.accumulation,
     )
 
     def forward(pieces: list[Piece], a_pieces: int) -> dispatch.Contest:
         return dispatch.forward(q, q_scale, pieces, a_pieces, BF16, BF16, options)
+
+    def as_view(added: list[Tensor]) -> dispatch.Contest:
+        whole = [Piece(merged, scale)]
+        return dispatch.forward_strided(q, q_scale, whole, [out], added, [], BF16, BF16, options)
 
     def library() -> Tensor:
         s = (q_scale, scale[:out].t().contiguous()) if row else (scalar, scalar)
@@ -133,6 +141,8 @@ def measure(problem: Problem, clock: Clock, ceiling: Ceilings) -> Iterator[Kerne
     yield from rows("O_A", forward([a], 1), least * rank / out)
     yield from rows("O with pending rows", forward([pending], 0), least)
     yield from rows("O, O_A", forward([w, a], 1), least)
+    yield from rows("[O | O_A], O a view", as_view([]), least)
+    yield from rows("[O | O_A] with pending rows, O a view", as_view([right]), least)
     one = [Product(g, g_scale, merged[:out])]
     yield from rows("dL/dx", dispatch.grad_x(one, None, None, BF16, options), least)
     contest = dispatch.grad_b(grad, o_a, 1.0, torch.float32, "auto")
@@ -168,7 +178,7 @@ def _row(
         timing.median,
         timing.spread,
         timing.how,
-        roof.median / timing.median if what.startswith("O") and what != "O_A" else None,
+        roof.median / timing.median if "O" in what and what not in NOT_O else None,
         least / timing.median,
         chosen,
     )

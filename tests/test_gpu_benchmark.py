@@ -130,7 +130,8 @@ def test_targets(benchmark):
         kernel(kernels_module, "O with pending rows", "scaled_mm", 3.0, chosen=False),
     ]
     updates = [kernels_module.UpdateRow("llama-7b", 16, 224, 0.0004, 0.0, 0.0)]
-    found = benchmark("gpu_targets").targets(steps, kernels, updates)
+    gpu_targets = benchmark("gpu_targets")
+    found = gpu_targets.targets(steps, kernels, updates)
     by_name = {t.what: t for t in found}
     assert len(by_name) == len(found) == 14
 
@@ -153,3 +154,6 @@ def test_targets(benchmark):
     check("update of all sites, 7B, ms", 0.4, "met")
     check("merged linears / their bf16 bytes, 7B, rank 16", 0.505, "met")
     check("merged linears / their bf16 bytes, 7B, rank 64", None, "not measured")
+    view = kernel(kernels_module, gpu_targets.PLANS[1][0], "scaled_mm:merged", 0.8)
+    by_name = {t.what: t for t in gpu_targets.targets(steps, [*kernels, view], updates)}
+    check("the same, the least", 1 / 0.8, "met")
