@@ -73,7 +73,8 @@ def _(
     spec: str,
 ) -> list[Tensor]:
     tokens, rank = x.shape[:-1], sum(a.shape[1] for a in applied)
-    outputs = [lowering.empty_output(x, tokens, *a.shape, out_dtype, spec) for a in applied]
+    shapes = [(a.shape[0], a.shape[1]) for a in applied]
+    outputs = [lowering.empty_output(x, tokens, *shape, out_dtype, spec) for shape in shapes]
     out_a = x.new_empty((math.prod(tokens), rank), dtype=lowering.gemm_dtype(out_dtype))
     return [*outputs, out_a]
 

@@ -188,6 +188,7 @@ def forward_strided(
         mode = options.accumulation
         return parted([_scaled_mm(mm, q, q_scale, piece, a_dtype, mode) for piece in merged])
 
+    candidates: dict[str, Candidate]
     candidates = {f"{name}:merged": partial(library, mm) for name, mm in _libraries(options)}
     candidates["dequantize"] = lambda: parted([_plain(q, q_scale, p, a_dtype) for p in merged])
     return Contest(_key("forward as views", problem), candidates, q, options.kernel)
