@@ -100,7 +100,7 @@ def test_the_dump_holds_graphs_report_kernels_and_repros(dump):
     assert {file.name for file in dump.glob("*.txt")} == {
         f"{i}_{name}.txt" for i, name in enumerate(PASSES)
     }
-    before, after = ((dump / name).read_text() for name in ("0_copy.txt", "6_verify.txt"))
+    before, after = ((dump / name).read_text() for name in ("0_copy.txt", "7_verify.txt"))
     assert "merged_linear" not in before
     assert after.count("falqon.merged_linear(") == 4
     assert len(RewriteReport.from_json((dump / "report.json").read_text()).sites) == 4

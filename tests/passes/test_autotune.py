@@ -131,18 +131,19 @@ def test_a_choice_is_made_once_for_equal_groups_and_again_by_nobody(told, monkey
     assert again.made == []  # another process reads them
 
 
-def test_without_gradients_nothing_is_timed_for_backward(told, monkeypatch):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_nothing_is_timed_for_backward(told, mode):
     choices = told("own")
     torch._dynamo.reset()
     model = Mlp().bfloat16()
     options = {"kernel": "scaled_mm", "granularity": "tensor", "inner": "eager"}
-    with torch.no_grad():
+    with mode():
         torch.compile(model, backend="falqon", options=options)(randn(5, 32).bfloat16())
     assert choices.made
     assert not [key for key in choices.made if key.startswith("dL")]
 
 
-def test_random_numbers_autocast_and_gradients_of_the_model_stay(told, monkeypatch):
+def test_random_numbers_autocast_and_gradients_of_the_model_stay(told):
     told("own")
     torch._dynamo.reset()
     model, options = Mlp(), {"kernel": "dequantize", "inner": "eager"}
