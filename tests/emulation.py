@@ -83,12 +83,30 @@ class Sites(torch.autograd.Function):
         return functools.reduce(torch.add, products), None, *grad_b
 
 
-class EmulatedSite(nn.Module):
-    """Takes the place of a LoRA layer."""
+class Spread(torch.autograd.Function):
+    """The same values with gaps of ``more`` elements between rows: some of torch's functions round
+    those in another way.
+    """
 
-    def __init__(self, lora_b: nn.Parameter, base: nn.Module, state: MergedAdapter) -> None:
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, more: int) -> Tensor:
+        wide = y.new_empty((*y.shape[:-1], y.shape[-1] + more))
+        return y.new_empty_strided(y.shape, wide.stride()).copy_(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class EmulatedSite(nn.Module):
+    """Takes the place of a LoRA layer; ``strided``: O is a view of [O | O_A]."""
+
+    def __init__(
+        self, lora_b: nn.Parameter, base: nn.Module, state: MergedAdapter, strided: bool = False
+    ) -> None:
         super().__init__()
         self.lora_B, self.base_layer, self.state = lora_b, base, state
+        self.strided = strided
 
     @property
     def weight(self) -> Tensor:
@@ -108,7 +126,11 @@ def siblings(sites: list[EmulatedSite], x: Tensor) -> list[Tensor]:
     flat = x.reshape(-1, x.shape[-1])
     results = Sites.apply(flat, [s.state for s in sites], *(s.lora_B for s in sites))
     shaped = [y.reshape(*x.shape[:-1], -1) for y in results]
-    return [y if s.bias is None else y + s.bias for s, y in zip(sites, shaped, strict=True)]
+    with_bias = [y if s.bias is None else y + s.bias for s, y in zip(sites, shaped, strict=True)]
+    return [
+        Spread.apply(y, s.state.rank) if s.strided else y
+        for s, y in zip(sites, with_bias, strict=True)
+    ]
 
 
 def emulate(model: nn.Module, states: dict[str, MergedAdapter]) -> nn.Module:

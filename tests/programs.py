@@ -182,7 +182,10 @@ def programs(draw: st.DrawFn) -> Program:
 
 
 def emulated(
-    program: Program, states: Mapping[str, MergedAdapter], groups: list[list[int]]
+    program: Program,
+    states: Mapping[str, MergedAdapter],
+    groups: list[list[int]],
+    strided: bool = False,
 ) -> Program:
     """The same program with each LoRA layer replaced by the emulation of its merged form."""
     twin = copy.deepcopy(program)
@@ -190,5 +193,5 @@ def emulated(
     for path, state in states.items():
         index = int(path.removeprefix("layers.").partition(".")[0])
         layer = twin.layers[index]
-        twin.layers[index] = EmulatedSite(layer.lora_b.weight, layer.base, state)
+        twin.layers[index] = EmulatedSite(layer.lora_b.weight, layer.base, state, strided)
     return twin

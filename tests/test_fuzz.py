@@ -14,9 +14,11 @@ import re
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, fx
 
 from falqon_fx import FalqonConfig, MergedAdapter, RewriteResult, adapters, rewrite
+from falqon_fx.passes import autotune
 from tests.programs import Program, emulated, programs
 from tests.sites import randn
 from tests.spellings import Passes
@@ -39,9 +41,13 @@ def results(call: object, program: Program, x: Tensor) -> list[Tensor | None]:
 
 
 def twin_results(
-    program: Program, states: dict[str, MergedAdapter], groups: list[list[int]], x: Tensor
+    program: Program,
+    states: dict[str, MergedAdapter],
+    groups: list[list[int]],
+    x: Tensor,
+    strided: bool,
 ) -> list[Tensor | None]:
-    twin = emulated(program, states, groups)
+    twin = emulated(program, states, groups, strided)
     x = x.clone().requires_grad_()
     y = twin(x)
     y.backward(randn(*y.shape, seed=3))
@@ -64,33 +70,58 @@ def layer_of(lora_b: fx.Node) -> int:
     return int(found[1])
 
 
-def check(program: Program, call: object, x: Tensor, rewritten: list[RewriteResult]) -> None:
+def check(
+    program: Program, call: object, x: Tensor, rewritten: list[RewriteResult], strided: bool
+) -> None:
     got = results(call, program, x)
     groups = [group for result in rewritten for group in groups_of(result)]
     states = adapters(program)
     own = {id(layer.lora_b.weight): path for path, layer in program.sites().items()}
     by_site = {own[id(s.b_ref())]: s for s in states.values()}
     assert by_site.keys() == program.sites().keys()
-    for a, b in zip(got, twin_results(program, by_site, groups, x), strict=True):
+    for a, b in zip(got, twin_results(program, by_site, groups, x, strided), strict=True):
         assert torch.equal(a, b)
 
 
-def check_twice(program: Program, call: object, x: Tensor, rewritten: list[RewriteResult]) -> None:
+def check_twice(
+    program: Program,
+    call: object,
+    x: Tensor,
+    rewritten: list[RewriteResult],
+    strided: bool = False,
+) -> None:
     """At the start, where B is in W'; and after a step, where a part of it is pending."""
-    check(program, call, x, rewritten)
+    check(program, call, x, rewritten, strided)
     with torch.no_grad():
         for i, layer in enumerate(program.sites().values()):
             layer.lora_b.weight.add_(randn(*layer.lora_b.weight.shape, seed=i) / 64)
-    check(program, call, x, rewritten)
+    check(program, call, x, rewritten, strided)
 
 
-@given(programs())
+def rewritten_as_views(gm: fx.GraphModule, x: Tensor) -> RewriteResult | None:
+    """As where a GPU finds O as a view faster at every site; None where a reader takes no view."""
+    every: list[bool] = []
+
+    def look(_: object, views: bool, spec: object) -> autotune.Tuned:
+        every.append(views)
+        return autotune.Tuned(views, "")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(autotune, "_has_choices", lambda group, spec: True)
+        patch.setattr(autotune, "time_products", look)
+        result = rewrite(gm, [x], CONFIG)
+    return result if all(every) else None
+
+
+@given(programs(), st.booleans())
 @settings(max_examples=MANY)
-def test_symbolically_traced_programs(program):
-    x = randn(6, 24, seed=1)
-    result = rewrite(fx.symbolic_trace(program), [x], CONFIG)
+def test_symbolically_traced_programs(program, views):
+    x, gm = randn(6, 24, seed=1), fx.symbolic_trace(program)
+    result = rewritten_as_views(gm, x) if views else None
+    strided = result is not None
+    result = result or rewrite(gm, [x], CONFIG)
     assert not result.report.rejected
-    check_twice(program, result, x, [result])
+    check_twice(program, result, x, [result], strided)
 
 
 @pytest.mark.slow

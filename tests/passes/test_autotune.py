@@ -28,7 +28,7 @@ class Mlp(nn.Module):
         self.down = LoraLinear(48, 32, 16, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(F.silu(self.gate(x), inplace=True) * self.up(x))
 
 
 class Told(Choices):
