@@ -143,7 +143,8 @@ def test_operands_follow_the_architecture(architecture, operands):
     ],
 )
 def test_descriptors_only_where_they_can_be(change):
-    assert any(s.memory == "tma" for s in gemm_specs(PROBLEM, 90))
+    for architecture in (90, 100, 120):
+        assert any(s.memory == "tma" for s in gemm_specs(PROBLEM, architecture))
     specs = gemm_specs(replace(PROBLEM, **change), 90)
     assert specs
     assert all(s.memory == "pointer" for s in specs)
