@@ -20,7 +20,10 @@ from tests.sites import randn
 
 
 class Mlp(nn.Module):
-    """Siblings, and behind them a site whose O leaves the graph."""
+    """Siblings, and behind them a site whose O leaves the graph.
+
+    In between nothing is rounded: Inductor rounds elsewhere, and not always at the same places.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +31,7 @@ class Mlp(nn.Module):
         self.down = LoraLinear(48, 32, 16, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x), inplace=True) * self.up(x))
+        return self.down(torch.maximum(F.relu(self.gate(x), inplace=True), self.up(x)))
 
 
 class Told(Choices):
