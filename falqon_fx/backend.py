@@ -23,6 +23,7 @@ from falqon_fx.aliases import aliases
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError, SiteError
 from falqon_fx.merged import STATE, Wanted, registry
+from falqon_fx.naming import Names
 from falqon_fx.nonfinite import NonfiniteWatch
 from falqon_fx.numerics import as_e4m3
 from falqon_fx.ops import decompositions
@@ -55,7 +56,7 @@ def falqon(
     """
     config = FalqonConfig.from_options({"mode": mode, **(options or {})} if mode else options)
     result = rewrite(gm, example_inputs, config)
-    _warn(result.report.graphs[0], gm)
+    _warn(result.report.graphs[0], gm, example_inputs)
     compiled = _compile(result, example_inputs, config)
     if not result.slots:
         return compiled
@@ -65,9 +66,9 @@ def falqon(
     def run(*args: Any) -> Any:
         if any(_compat.is_fake(value) for value in args):  # DDP's optimizer asks for shapes
             return compiled(*result.fake_inputs(args))
-        inputs = result.bind(args)
         watch.look()
-        with result.naming_sites():
+        with result.naming_sites(args):
+            inputs = result.bind(args)
             output = compiled(*inputs.all)
         watch.remember(inputs.counters)
         return output
@@ -92,17 +93,21 @@ class RewriteResult:
 
     def __call__(self, *args: Any) -> Any:
         flat = self.original.process_inputs(*args)
-        with self.naming_sites():
+        with self.naming_sites(flat):
             output = self.gm(*self.bind(flat).all)
         return self.original.process_outputs(output)
 
     @contextmanager
-    def naming_sites(self) -> Iterator[None]:
-        """Errors of the ops within get the path of their site."""
+    def naming_sites(self, args: Sequence[Any]) -> Iterator[None]:
+        """Errors within, in a call with flat ``args``, get the path of their site."""
         try:
             yield
-        except SiteError as error:
-            raise error.at(self.slots[error.index].slot.path) from error
+        except FalqonError as error:
+            site = error.site
+            if isinstance(error, SiteError):
+                site = self.slots[error.index].slot.path
+            path = Names.of_call().paths(self.original, args).get(site, site)
+            raise FalqonError(path, error.problem, error.remedy) from error
 
     def bind(self, args: Sequence[Any]) -> Inputs:
         """The inputs of ``gm`` that belong to flat ``args``; state is made where there is none yet.
@@ -251,7 +256,9 @@ def _compile(
     )
 
 
-def _warn(graph: GraphReport, gm: fx.GraphModule) -> None:
+def _warn(graph: GraphReport, gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    if graph.rejected or any(site.dropout > 0 for site in graph.sites):
+        graph = Names.of_call().report(graph, gm.graph, inputs)
     dropped = [site for site in graph.sites if site.dropout > 0]
     if dropped:
         _warn_once(

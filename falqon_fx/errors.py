@@ -24,10 +24,6 @@ class SiteError(FalqonError):
         self.index = index
         super().__init__(f"site {index}", problem, remedy)
 
-    def at(self, path: str) -> FalqonError:
-        """The same error under a path."""
-        return FalqonError(path, self.problem, self.remedy)
-
 
 class FalqonConfigError(FalqonError, ValueError):
     """An unknown option, or a value outside what the option takes."""

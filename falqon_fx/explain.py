@@ -14,6 +14,7 @@ from falqon_fx import _compat
 from falqon_fx.backend import RewriteResult, rewrite
 from falqon_fx.config import FalqonConfig
 from falqon_fx.listing import listing
+from falqon_fx.naming import Names
 from falqon_fx.passes import cards, cost
 from falqon_fx.passes.describe import innermost
 from falqon_fx.prepare import unwrap
@@ -68,14 +69,13 @@ class _Tracer(nn.Module):
     def __init__(self, model: nn.Module, config: FalqonConfig) -> None:
         super().__init__()
         self.model, self.config = model, config
-        self.by_path: dict[str, Any] = dict(model.named_modules())
-        self.names: dict[int, str] = {}  # of the parameters, by their stand-ins
+        self.names = Names(nn.Module())
         self.graphs: list[GraphReport] = []
         self.traced: list[fx.GraphModule] = []
 
     def forward(self, *args: Any, **kwargs: Any) -> None:
         model = self.model
-        self.names = {id(tensor): name for name, tensor in _tensors(model)}
+        self.names = Names(model)  # of the parameters' stand-ins
 
         def call() -> Any:
             return model(*args, **kwargs)
@@ -91,49 +91,15 @@ class _Tracer(nn.Module):
 
         def run(*inputs: Any) -> Any:
             # Dynamo shares a graph between layers that are alike: each gets a report of its own.
-            names = tuple(self.names.get(id(value), "") for value in inputs)
+            names = self.names.of(inputs)
             if names not in seen:
                 passes = {} if seen else report.pass_seconds
-                own = self._named(report, _paths(traced[index], names))
+                own = self.names.report(report, traced[index].graph, inputs)
                 self.graphs.append(replace(own, pass_seconds=passes))
                 seen.add(names)
             return traced[index].forward(*inputs)
 
         return run
-
-    def _named(self, graph: GraphReport, paths: dict[str, str]) -> GraphReport:
-        """A graph's report with the paths that its layers have in the whole model."""
-        sites = (replace(site, path=paths.get(site.path, site.path)) for site in graph.sites)
-        refused = ((r, paths.get(r.site, r.site)) for r in graph.rejected)
-        rejected = (replace(r, site=self._target(path)) for r, path in refused)
-        return replace(graph, sites=tuple(sites), rejected=tuple(rejected))
-
-    def _target(self, path: str) -> str:
-        """Where PEFT wraps a parameter instead of a layer (ParamWrapper), the parameter's name as
-        its ``targeted_parameter_names`` has it; else the path as it is.
-        """
-        parameter = getattr(self.by_path.get(path), "parameter_name", None)
-        return f"{path}.{parameter}".replace(".base_layer.", ".") if parameter else path
-
-
-def _paths(gm: fx.GraphModule, names: Sequence[str]) -> dict[str, str]:
-    """Paths in the whole model by those in a graph, from the ``names`` of its inputs.
-
-    Behind a graph break Dynamo knows paths only from the module whose ``forward`` it then traces;
-    the two names of a parameter tell the rest. What lies in that module itself goes by the name of
-    a parameter in the graph.
-    """
-    paths: dict[str, str] = {}
-    for node, name in zip(gm.graph.find_nodes(op="placeholder"), names, strict=True):
-        inner = _compat.source_path(node)
-        if inner and f".{name}".endswith(f".{inner}"):
-            outer = name.removesuffix(inner)
-            paths.setdefault(inner, outer.rstrip(".") or inner)
-            parts = inner.split(".")[:-1]
-            for i in range(1, len(parts) + 1):
-                path = ".".join(parts[:i])
-                paths.setdefault(path, outer + path)
-    return paths
 
 
 def _report(result: RewriteResult, gm: fx.GraphModule) -> GraphReport:

@@ -56,7 +56,7 @@ def match_delta(scope: Scope, node: fx.Node, taken: set[fx.Node]) -> Match | Rej
 
 def _sum(scope: Scope, above: Chain) -> _Sum | None:
     term = scope.term(above.end)
-    if not isinstance(term, Add) or above.factor != 1.0 or above.dropout:
+    if not isinstance(term, Add) or above.factor != 1.0 or float(above.dropout):
         return None
     for left, right, factor in ((term.left, term.right, term.factor), (term.right, term.left, 1.0)):
         weight = param_of(left, scope)
@@ -91,7 +91,7 @@ def _complete(
     if total.lora_a.transposed or total.lora_b.transposed:
         raise Refusal("lora_A or lora_B is stored transposed", "Store A as [r, in], B as [out, r]")
     check_trained(total.lora_a, total.lora_b)
-    if total.dropout:
+    if float(total.dropout):
         raise Refusal("a dropout on B · A acts on weights, not on x", LEAVE)
     check_base(Linear(x, total.weight, bias))
     (out, features), (rank, a_in), (b_out, b_in) = map(

@@ -166,7 +166,7 @@ def _complete(pair: _Pair, several: set[fx.Node], taken: set[fx.Node]) -> Match:
             "(a quantized or wrapped base layer?)",
             "Use an unquantized nn.Linear as base",
         )
-    if base_chain.factor != 1.0 or base_chain.dropout:
+    if base_chain.factor != 1.0 or float(base_chain.dropout):
         raise Refusal("the base output is scaled or dropped before the add", LEAVE)
     reads = casts(scope, base.x, taken)
     outer, x = peel(scope, pair.a.x, until=reads), reads[-1]
@@ -198,7 +198,7 @@ def _complete(pair: _Pair, several: set[fx.Node], taken: set[fx.Node]) -> Match:
         pair.b.bias,
         factor,
         scaling,
-        either(pair.inner.dropout, outer.dropout),
+        float(either(pair.inner.dropout, outer.dropout)),
     )
 
 
@@ -222,7 +222,7 @@ def _find_add(scope: Scope, b_node: fx.Node) -> tuple[fx.Node, fx.Node, list[fx.
             return user, term.right, up, factor
         if isinstance(term, Scale):
             factor *= term.factor
-        elif isinstance(term, Dropout) and term.p > 0:
+        elif isinstance(term, Dropout) and float(term.p) > 0:
             raise Refusal("a dropout follows lora_B", LEAVE)
         elif not isinstance(term, Cast | Dropout):
             break

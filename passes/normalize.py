@@ -289,10 +289,10 @@ def _read_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scope
         divisor = _factor(args[1])
         return Scale(args[0], 1.0 / divisor) if divisor is not None and args[1] != 0 else None
     if target in _DROPOUT:
-        p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+        p = _factor(kwargs.get("p", args[1] if len(args) > 1 else 0.5))
         training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
         inplace = kwargs.get("inplace", args[3] if len(args) > 3 else False)
-        return None if inplace else Dropout(args[0], float(p) if training else 0.0)
+        return None if inplace or p is None else Dropout(args[0], p if training else 0.0)
     return None
 
 

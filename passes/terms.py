@@ -77,7 +77,7 @@ class Cast:
 
 @dataclass(frozen=True)
 class Dropout:
-    """Dropout with probability ``p`` (0 in evaluation)."""
+    """Dropout with probability ``p`` (0 in evaluation); a SymFloat where that is an input."""
 
     x: fx.Node
     p: float

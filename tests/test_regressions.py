@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import falqon_fx
 from falqon_fx.update import STEP
-from tests.models import LoraLinear, Relu, fill_b
+from tests.emulation import emulate
+from tests.models import LoraLinear, Relu, fill_b, tiny_mlp
 from tests.sites import randn
 from tests.spellings import Passes
 
@@ -167,3 +171,56 @@ def test_a_layer_with_two_names_has_the_first():
     model[2] = model[0]
     compiled(model)(x)
     assert list(falqon_fx.adapters(model)) == ["0"]
+
+
+class Dropping(nn.Module):
+    """Dropouts whose probability is an attribute: with dynamic=True Dynamo makes it an input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.p = LoraLinear(24, 20), 0.25
+
+    def forward(self, x: Tensor) -> Tensor:
+        base, scaling = self.layer.base_layer, self.layer.scaling
+        dropped = F.dropout(x, self.p, self.training)
+        y = base(x) + self.layer.lora_B(self.layer.lora_A(dropped)) * scaling
+        return F.dropout(y, self.p, self.training)
+
+
+def test_the_probability_of_a_dropout_is_an_input():
+    """torch.compile(dynamic=True) of Qwen2: its attention's dropout raised a TypeError."""
+    model, passes, x = Dropping(), Passes(), randn(5, 24)
+    fill_b(model.layer, 0.1)
+    call = torch.compile(model, backend=passes, dynamic=True)
+    call(x)
+    model.p = 0.5
+    call(x)
+    assert [site.dropout for site in passes.sites] == [0.25, 0.5]
+    model.p = 1.0
+    assert not call(x).any()
+
+
+def test_a_layer_that_dynamo_gives_up_on_is_trained_as_in_eager(caplog):
+    """Beyond recompile_limit a call runs PEFT's own layers, which train A too. The state follows:
+    W' is merged anew from the base weight, nothing of B counts twice or gets lost.
+    """
+    model = tiny_mlp()
+    fill_b(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    merged = []
+    with torch._dynamo.config.patch(recompile_limit=1):
+        call = torch.compile(model, backend="falqon", options={"inner": "eager"}, dynamic=False)
+        for n in (5, 5, 7, 5):
+            x = randn(n, 32)
+            y = call(x)
+            plain = copy.deepcopy(model)(x)
+            twin = emulate(copy.deepcopy(model), falqon_fx.adapters(model))
+            merged.append(torch.equal(y, twin(x)))
+            assert torch.equal(y, twin(x) if merged[-1] else plain)
+            y.square().mean().backward()
+            trained = [p.grad is not None for name, p in model.named_parameters() if "_A" in name]
+            assert trained == [not merged[-1]] * 2
+            optimizer.step()
+            optimizer.zero_grad()
+    assert merged == [True, True, False, True]
+    assert "hit config.recompile_limit" in caplog.text

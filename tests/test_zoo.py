@@ -2,7 +2,7 @@
 
 Per family, with backend="falqon": every LoRA linear layer that runs is a site; output and gradients
 of B equal an eager emulation of the same quantized ops; both point where the original model's
-point; three steps train; nothing recompiles after the first, or as the zoo's data says.
+point; three steps train; nothing compiles after the first (three families: the second).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-import torch._dynamo.testing
 import transformers
 from torch import Tensor, nn
 
@@ -104,35 +103,13 @@ def off_by(a: list[Tensor | None], b: list[Tensor | None]) -> float:
     return float((left - right).norm() / right.norm())
 
 
-def floor_of(
-    model: nn.Module, batch: dict[str, Tensor], output: Tensor, grads: list[Tensor | None]
-) -> tuple[float, float]:
-    """Cosines that output and gradients must exceed: 0.9, but in a model that is too sensitive for
-    that, 0.1 below what casting the weights and inputs of the original's layers to FP8 leaves.
-    """
-    cast = copy.deepcopy(model)
-    for layer in cast.modules():
-        if isinstance(layer, peft.tuners.lora.Linear):
-            layer.register_forward_pre_hook(lambda _, args: (through_fp8(args[0]), *args[1:]))
-            with torch.no_grad():
-                layer.base_layer.weight.copy_(through_fp8(layer.base_layer.weight))
-    other, other_grads = run(cast, cast, batch)
-    values = cosine([output], [other]), cosine(grads, other_grads)
-    return min(0.9, values[0] - 0.1), min(0.9, values[1] - 0.1)
-
-
-def through_fp8(x: Tensor) -> Tensor:
-    """Cast to E4M3 and back, one scale a row; the gradient goes straight through."""
-    plain = x.detach()
-    scale = plain.abs().amax(-1, keepdim=True) / 448
-    scale[scale == 0] = 1
-    return x + ((plain / scale).to(torch.float8_e4m3fn).to(plain.dtype) * scale - plain)
-
-
 # Sites that share x add up dL/dx, and multiply with A, in another order than layer by layer. That
 # costs float32 roundings, 2^-24 each, and where one crosses a boundary of the E5M2 grid the gap of
 # one element in thousands, 2^-2 of it.
 ORDER = 1e-3
+# FP8 rounds each weight and input by up to 2^-4 of it, 3% of a product in the mean, and gradients
+# by more. What a model makes of that is its own: this bound is no theorem, but what is asked for.
+COSINE = 0.9
 
 
 def cosine(a: list[Tensor | None], b: list[Tensor | None]) -> float:
@@ -141,13 +118,10 @@ def cosine(a: list[Tensor | None], b: list[Tensor | None]) -> float:
     return float(torch.nn.functional.cosine_similarity(left, right, dim=0))
 
 
-def check(
-    model: nn.Module, batch: dict[str, Tensor], graphs: list[Any], recompiles: bool = False
-) -> None:
+def check(model: nn.Module, batch: dict[str, Tensor], graphs: list[Any], warm_up: int = 1) -> None:
     fill_b(model, size=0.05)
     expected_sites = layers_that_run(model, batch)
     original, original_grads = run(model, model, batch)
-    floor = floor_of(model, batch, original, original_grads)
 
     call = torch.compile(model, backend="falqon", options={"inner": "eager"})
     quantized, grads = run(call, model, batch)
@@ -162,38 +136,20 @@ def check(
     emulated, emulated_grads = run(twin, twin, batch)
     assert torch.equal(quantized, emulated)
     assert off_by(grads, emulated_grads) < ORDER
-    assert cosine([original], [quantized]) > floor[0]
-    assert cosine(original_grads, grads) > floor[1]
+    assert cosine([original], [quantized]) > COSINE
+    assert cosine(original_grads, grads) > COSINE
 
-    first = len(graphs)
-    train(model, call, batch, steps=3)
-    recompiled = len(graphs) - first
-    assert (recompiled > 0) == recompiles
-    if recompiles:
-        assert recompiled == recompiles_of_dynamo_alone(model, batch)
+    compiled = []
+    optimizer = torch.optim.AdamW(lora_b(model), lr=1e-3)
+    for step in range(3):
+        if step:  # the first step's gradients are there already
+            run(call, model, batch)
+        optimizer.step()
+        compiled.append(len(graphs))
+    assert compiled.index(compiled[-1]) == warm_up - 1
     for state in falqon_fx.adapters(model).values():
         trained = state.b_ref().grad is not None  # an indexer that only picks tokens is not
         assert int(state.counters[STEP]) == (2 if trained else 0)
-
-
-def train(model: nn.Module, call: Run, batch: dict[str, Tensor], steps: int) -> None:
-    """The first step's gradients are there already."""
-    optimizer = torch.optim.AdamW(lora_b(model), lr=1e-3)
-    for step in range(steps):
-        if step:
-            run(call, model, batch)
-        optimizer.step()
-
-
-def recompiles_of_dynamo_alone(model: nn.Module, batch: dict[str, Tensor]) -> int:
-    """How often the same steps compile after the first with backend="eager"."""
-    torch._dynamo.reset()
-    count = torch._dynamo.testing.CompileCounter()
-    call = torch.compile(model, backend=count)
-    run(call, model, batch)
-    first = count.frame_count
-    train(model, call, batch, steps=3)
-    return count.frame_count - first
 
 
 def marked(names: list[str], fast: set[str]) -> list[Any]:
@@ -202,7 +158,7 @@ def marked(names: list[str], fast: set[str]) -> list[Any]:
 
 @pytest.mark.parametrize("name", marked(COVERED, FAST))
 def test_decoder(name, graphs):
-    check(zoo.adapt(zoo.build(name)), zoo.batch(name), graphs, name in zoo.RECOMPILES)
+    check(zoo.adapt(zoo.build(name)), zoo.batch(name), graphs, zoo.WARM_UP.get(name, 1))
 
 
 @pytest.mark.parametrize("name", marked(list(zoo.OTHERS), {"bert", "t5", "vit"}))
