@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -132,6 +133,27 @@ def checkpoint_bodies(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, str, fx.Gra
             body = gm.get_submodule(name)
             assert isinstance(body, fx.GraphModule)
             yield node, name, body
+
+
+def recompute_eagerly(gm: fx.GraphModule) -> fx.GraphModule:
+    """Make the checkpoints of a graph that runs op by op those of `torch.utils.checkpoint`.
+
+    Their higher-order op leaves it to AOTAutograd to recompute with the same random numbers: run by
+    itself it draws a dropout anew in backward, or in older torch does not recompute at all
+    (https://github.com/pytorch/pytorch/issues/160773).
+    """
+    for node, _, body in list(checkpoint_bodies(gm)):
+        recompute_eagerly(body)
+        node.target = _checkpoint
+        node.kwargs = {**node.kwargs, "use_reentrant": False}
+        if "_checkpoint_context_fn" in body.meta:
+            node.kwargs = {**node.kwargs, "context_fn": body.meta["_checkpoint_context_fn"]}
+    gm.recompile()
+    return gm
+
+
+def _checkpoint(body: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+    return torch.utils.checkpoint.checkpoint(body, *args, **kwargs)
 
 
 def is_plain(value: Tensor) -> bool:

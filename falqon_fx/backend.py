@@ -242,7 +242,7 @@ def _compile(
 ) -> Callable[..., Any]:
     inputs = result.fake_inputs(example_inputs)
     if config.inner == "eager":
-        return result.gm
+        return _compat.recompute_eagerly(result.gm)
     if config.inner == "aot_eager":
         return _compat.aot_eager_compile(result.gm, inputs)
     return _compat.inductor_compile(

@@ -58,7 +58,9 @@ DIALECTS: dict[str, tuple[str, str]] = {
     "PEFT ParamWrapper, experts": (
         REFUSED,
         "test_dialects.py::test_experts_are_refused "
-        "test_dialects.py::test_a_param_wrapper_is_refused",
+        "test_dialects.py::test_a_param_wrapper_is_refused "
+        "test_experts.py::test_what_is_refused_goes_by_its_whole_path_and_a_remedy "
+        "test_experts.py::test_experts_as_peft_makes_them_train_like_those_run_eagerly",
     ),
     "PEFT DoRA, aLoRA, BD-LoRA, VeLoRA, MiCA, KaSA, MonteCLoRA": (
         REFUSED,

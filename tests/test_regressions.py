@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import falqon_fx
 from falqon_fx.update import STEP
 from tests.emulation import emulate
-from tests.models import LoraLinear, Relu, fill_b, tiny_mlp
+from tests.models import LoraLinear, Relu, Stack, fill_b, lora_b, tiny_mlp
 from tests.sites import randn
 from tests.spellings import Passes
 
@@ -200,7 +201,18 @@ def test_the_probability_of_a_dropout_is_an_input():
     assert not call(x).any()
 
 
-def test_a_layer_that_dynamo_gives_up_on_is_trained_as_in_eager(caplog):
+@pytest.fixture
+def dynamo_log():
+    """What torch tells its users while it compiles."""
+    texts: list[str] = []
+    handler, logger = logging.Handler(), logging.getLogger("torch._dynamo.convert_frame")
+    handler.emit = lambda record: texts.append(record.getMessage())
+    logger.addHandler(handler)
+    yield texts
+    logger.removeHandler(handler)
+
+
+def test_a_layer_that_dynamo_gives_up_on_is_trained_as_in_eager(dynamo_log):
     """Beyond recompile_limit a call runs PEFT's own layers, which train A too. The state follows:
     W' is merged anew from the base weight, nothing of B counts twice or gets lost.
     """
@@ -223,4 +235,29 @@ def test_a_layer_that_dynamo_gives_up_on_is_trained_as_in_eager(caplog):
             optimizer.step()
             optimizer.zero_grad()
     assert merged == [True, True, False, True]
-    assert "hit config.recompile_limit" in caplog.text
+    assert any("hit config.recompile_limit" in text for text in dynamo_log)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_a_checkpoint_drops_the_same_values_when_it_recomputes(inner, reentrant):
+    """GPT-2 with gradient checkpointing and inner="eager": other gradients, and no error."""
+
+    class Drops(Stack):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = self.call(lambda x, block=block: block(F.dropout(x, 0.5)), x)
+            return x
+
+    plain, x = Drops(), randn(5, 32).requires_grad_()
+    fill_b(plain)
+    saving = copy.deepcopy(plain)
+    saving.call = lambda block, x: checkpoint(block, x, use_reentrant=reentrant)
+    results = []
+    for model in (plain, saving):
+        torch.manual_seed(3)
+        y = compiled(model, inner=inner)(x)
+        y.square().mean().backward()
+        results.append([y.detach(), *(b.grad for b in lora_b(model))])
+    for ours, expected in zip(*results, strict=True):
+        assert torch.equal(ours, expected)
