@@ -171,11 +171,10 @@ def load_checkpoint(
             tensors |= storage.open_tensors(directory / name, expected)
     tensors |= {name: tensors[other] for name, other in manifest["same"].items()}
     objects = trees.join(manifest["objects"], tensors)
-    for name, target in (("optimizer", optimizer), ("scheduler", scheduler)):
-        if target is not None and objects[name] is None:
-            raise FalqonError(str(directory), f"it holds no {name}", f"Leave out {name}=")
+    if scheduler is not None and objects["scheduler"] is None:
+        raise FalqonError(str(directory), "it holds no scheduler", "Leave out scheduler=")
     if optimizer is not None:
-        _check_groups(optimizer, objects["optimizer"], str(directory))
+        check_optimizer(optimizer, objects["optimizer"], str(directory))
 
     ours = {n: t for n, t in tensors.items() if not n.startswith(_TRAINING)}
     apply(model, manifest["sites"], ours, str(directory))
@@ -188,8 +187,12 @@ def load_checkpoint(
     return extra
 
 
-def _check_groups(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], where: str) -> None:
-    """The optimizer has as many parameters in each group as the one that was saved."""
+def check_optimizer(
+    optimizer: torch.optim.Optimizer, saved: Mapping[str, Any] | None, where: str
+) -> None:
+    """Raise where there is no saved state, or of other numbers of parameters in the groups."""
+    if saved is None:
+        raise FalqonError(where, "it holds no optimizer", "Leave out optimizer=")
     ours = [len(group["params"]) for group in optimizer.param_groups]
     theirs = [len(group["params"]) for group in saved["param_groups"]]
     if ours != theirs:

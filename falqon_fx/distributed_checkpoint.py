@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from falqon_fx import model_state, trees
+from falqon_fx.checkpoint import check_optimizer
+from falqon_fx.errors import FalqonError
 from falqon_fx.prepare import unwrap
 
 
@@ -17,9 +20,10 @@ class CheckpointState:
     ``dcp.save({"falqon": CheckpointState(model, optimizer)}, checkpoint_id=...)``, and ``dcp.load``
     likewise into a model made as for the run that was saved.
 
-    Unlike in `save_checkpoint`, all base weights are in it. ``dcp.load`` reads into the model's
-    parameters itself, before anything can be compared. DCP pickles its own metadata: where files
-    come from people whom you don't trust, use `load_checkpoint`.
+    Unlike in `save_checkpoint`, all base weights are in it. ``dcp.load`` reads into the tensors that
+    it is given before anything can be compared, so it is given copies, on the CPU: each save and
+    load holds the model's bytes there once more. DCP pickles its own metadata: where files come
+    from people whom you don't trust, use `load_checkpoint`.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -35,24 +39,40 @@ class CheckpointState:
         packed = {name: t for name, t in named if name.startswith(model_state.SITES)}
         optimizer = None if self.optimizer is None else self.optimizer.state_dict()
         tree = trees.separate(optimizer, ".training", packed)
+        model = {n: t.detach().to("cpu", copy=True) for n, t in self.model.state_dict().items()}
         return {
-            "model": self.model.state_dict(),
+            "model": model,
             "packed": save(trees.unshared(packed.items())[0]),
-            "text": json.dumps({"sites": sites, "optimizer": tree}),
+            "text": json.dumps({"sites": sites, "optimizer": tree, "dtypes": _dtypes(model)}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Write what ``dcp.load`` has read into the model and the optimizer.
 
         Raises:
-            FalqonError: a checkpoint of another model.
+            FalqonError: a checkpoint of another model, or of another optimizer. Nothing has been
+                changed then.
         """
         from safetensors.torch import load
 
+        where = "the checkpoint"
         text, packed = json.loads(state["text"]), load(state["packed"])
-        bases = {site.get("base") for site in text["sites"]}
-        tensors = {name: t for name, t in state["model"].items() if name not in bases}
-        tensors |= {n: t for n, t in packed.items() if n.startswith(model_state.SITES)}
-        model_state.apply(self.model, text["sites"], tensors, "the checkpoint")
+        saved = trees.join(text["optimizer"], packed)
         if self.optimizer is not None:
-            self.optimizer.load_state_dict(trees.join(text["optimizer"], packed))
+            check_optimizer(self.optimizer, saved, where)
+        ours, theirs = _dtypes(state["model"]), text.get("dtypes", {})
+        for name in theirs.keys() & ours.keys():  # DCP converts without a word
+            if theirs[name] != ours[name]:
+                raise FalqonError(
+                    name,
+                    f"{where} has it in {theirs[name]}, the model in {ours[name]}",
+                    "Make the model as for the run that was saved",
+                )
+        states = {n: t for n, t in packed.items() if n.startswith(model_state.SITES)}
+        model_state.apply(self.model, text["sites"], {**state["model"], **states}, where)
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(saved)
+
+
+def _dtypes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}

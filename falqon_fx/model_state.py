@@ -81,10 +81,11 @@ def _check_names(
     for site in sites:
         if "prepared" in site:
             path = site["prepared"]
-            found = _layer_shape(model, path, site["transposed"], where)
-            shape = (tensors[f"{path}.applied"].shape[0], tensors[f"{path}.code"].shape[1])
-            if found != shape:
-                raise FalqonError(path, f"{where} has shape {shape}, the model {found}", _REMEDY)
+            found = _layer(model, path, site["transposed"], where)
+            out, features = tensors[f"{path}.applied"].shape[0], tensors[f"{path}.code"].shape[1]
+            wanted = _shape(torch.Size((out, features)), getattr(torch, site["dtype"]))
+            if found != wanted:
+                raise FalqonError(path, f"{where} has {wanted}, the model {found}", _REMEDY)
             for name in ("weight", *STATE):
                 expected.pop(f"{path}.{name}", None)
                 saved.pop(f"{path}.{name}", None)
@@ -92,8 +93,9 @@ def _check_names(
             for name in STATE:
                 saved.pop(site["state"] + name)
             _check_base(model, site, tensors, where)
-            path = site["base"].rpartition(".")[0]
-            for name in (site["base"], *(f"{path}.{name}" for name in STATE)):
+            path, base = site["base"].rpartition(".")[0], site["base"]
+            known = () if base in tensors else (base,)
+            for name in (*known, *(f"{path}.{name}" for name in STATE)):
                 expected.pop(name, None)
     for name in sorted(expected.keys() | saved.keys()):
         if name not in saved:
@@ -112,31 +114,30 @@ def _shape(shape: torch.Size, dtype: torch.dtype) -> str:
     return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
 
 
-def _layer_shape(model: nn.Module, path: str, transposed: bool, where: str) -> tuple[int, int]:
-    """(out, in) of the linear layer at a path."""
+def _layer(model: nn.Module, path: str, transposed: bool, where: str) -> str:
+    """Dtype and [out, in] of the linear layer at a path."""
     try:
         module: Any = model.get_submodule(path)
     except AttributeError as error:
         raise FalqonError(path, f"it is in {where} but not in the model", _REMEDY) from error
     if isinstance(module, MergedBaseLinear):
-        return module.out_features, module.in_features
+        return _shape(torch.Size((module.out_features, module.in_features)), module.dtype)
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         kind = type(module).__name__
         raise FalqonError(path, f"{where} has an FP8 layer there, the model a {kind}", _REMEDY)
-    out, features = weight.t().shape if transposed else weight.shape
-    return out, features
+    return _shape(weight.t().shape if transposed else weight.shape, weight.dtype)
 
 
 def _check_base(
     model: nn.Module, site: dict[str, Any], tensors: Mapping[str, Tensor], where: str
 ) -> None:
-    """The base weight that an unprepared model brings must be the one that was merged."""
+    """The base weight must be the one that was merged, whether the model brings it or the file."""
     path, _, name = site["base"].rpartition(".")
     module = model.get_submodule(path)
     if isinstance(module, MergedBaseLinear):
         return  # freed, so there is none to compare
-    base = getattr(module, name)
+    base = tensors.get(site["base"], getattr(module, name))
     base = base.t() if site["transposed"] else base
     out, rank = tensors[site["state"] + "applied"].shape
     stored = tensors[site["state"] + "counters"][update.FINGERPRINT_W]

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -289,6 +290,64 @@ def test_torch_distributed_checkpoint_resumes_bit_equal(tmp_path, prepared):
     assert_same_run(whole, resumed)
 
 
+def test_torch_distributed_checkpoint_brings_the_base_weights(tmp_path):
+    first, other = Run(False), Run(False, seed=1)
+    first.steps(0, 2)
+    other.steps(0, 1)
+    dcp.save({"falqon": falqon_fx.CheckpointState(first.model)}, checkpoint_id=tmp_path)
+    dcp.load({"falqon": falqon_fx.CheckpointState(other.model)}, checkpoint_id=tmp_path)
+    for one, two in zip(first.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+    assert all(same(*pair) for pair in zip(first.states().values(), other.states().values()))
+
+
+OTHERS: dict[str, Callable[[], nn.Module]] = {
+    "rank": lambda: tiny_mlp(lora_dropout=0.0, r=8),
+    "fewer adapters": lambda: tiny_mlp(lora_dropout=0.0, target_modules=["0"]),
+    "dtype": lambda: tiny_mlp(lora_dropout=0.0).bfloat16(),
+    "base dtype": lambda: _base_in_half(tiny_mlp(lora_dropout=0.0)),
+    "no optimizer": lambda: tiny_mlp(lora_dropout=0.0),
+    "other groups": lambda: tiny_mlp(lora_dropout=0.0),
+}
+
+
+def _base_in_half(model: nn.Module) -> nn.Module:
+    for name in ("0", "2"):
+        model.base_model.model.get_submodule(name).base_layer.half()
+    return model
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
+@pytest.mark.parametrize("what", OTHERS)
+def test_torch_distributed_checkpoint_of_another_model_changes_nothing(tmp_path, prepared, what):
+    """DCP itself refuses what is missing or of another shape, and we the rest."""
+    first = Run(prepared)
+    first.steps(0, 2)
+    kept = None if what == "no optimizer" else first.optimizer
+    dcp.save({"falqon": falqon_fx.CheckpointState(first.model, kept)}, checkpoint_id=tmp_path)
+    other = Run(prepared, seed=3, model=OTHERS[what]())
+    if what not in ("dtype", "base dtype"):
+        other.steps(0, 1)
+    if what == "other groups":
+        b = lora_b(other.model)
+        other.optimizer = torch.optim.AdamW([{"params": b[:1]}, {"params": b[1:]}])
+    before = snapshot_of(other)
+    state = falqon_fx.CheckpointState(other.model, other.optimizer)
+    with pytest.raises((FalqonError, dcp.api.CheckpointException)):
+        dcp.load({"falqon": state}, checkpoint_id=tmp_path)
+    after = snapshot_of(other)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def snapshot_of(run: Run) -> dict[str, Tensor]:
+    """Every tensor of a run, under a name."""
+    tensors: dict[str, Tensor] = {}
+    objects = {"model": dict(run.model.state_dict()), "optimizer": run.optimizer.state_dict()}
+    separate({**objects, "states": run.states()}, "", tensors)
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
 # -- refusals change nothing -----------------------------------------------------------------------
 
 
@@ -319,6 +378,15 @@ def test_another_shape_is_refused(tmp_path, prepared):
     torch.manual_seed(0)
     other = Run(prepared, model=tiny_mlp(r=8))
     assert "lora_A" in refused(other.model, tmp_path)
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
+def test_another_dtype_of_a_base_weight_is_refused(tmp_path, prepared):
+    """`applied` would be rounded, or the layer become one of another dtype."""
+    Run(True).save(tmp_path)
+    other = Run(prepared, model=_base_in_half(tiny_mlp(lora_dropout=0.0)))
+    text = refused(other.model, tmp_path)
+    assert "has float32 [48, 32], the model float16 [48, 32]" in text
 
 
 def test_another_model_is_refused(tmp_path):
