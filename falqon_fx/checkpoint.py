@@ -63,7 +63,8 @@ def save_checkpoint(
     counters (the state of stochastic rounding), A, B and every other parameter and buffer; the
     optimizer, the scheduler, and the random generators of torch and Python.
 
-    Base weights that `prepare` has not freed are not in it: the model to load into brings them.
+    Base weights that `prepare` has not freed are not in it: the model to load into brings them. Nor
+    are gradients: a save between backward and the optimizer's step loses them.
     Processes that save into one folder, or load from it, take turns.
 
     Args:
@@ -190,7 +191,7 @@ def load_checkpoint(
 def check_optimizer(
     optimizer: torch.optim.Optimizer, saved: Mapping[str, Any] | None, where: str
 ) -> None:
-    """Raise where there is no saved state, or of other numbers of parameters in the groups."""
+    """Raise where there is no saved state, or one of other groups or of another optimizer."""
     if saved is None:
         raise FalqonError(where, "it holds no optimizer", "Leave out optimizer=")
     ours = [len(group["params"]) for group in optimizer.param_groups]
@@ -201,6 +202,15 @@ def check_optimizer(
             f"its groups have {ours} parameters, those in {where} {theirs}",
             "Make it as for the run that was saved",
         )
+    for group, other in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        # A scheduler adds to them, a newer torch may. Another optimizer has options that we lack.
+        lacking, unknown = group.keys() - other.keys(), other.keys() - group.keys() - {"initial_lr"}
+        if lacking and unknown:
+            raise FalqonError(
+                "optimizer",
+                f"it has the options {sorted(lacking)}, the one in {where} {sorted(unknown)}",
+                "Make it as for the run that was saved",
+            )
 
 
 def read_extra(directory: Path) -> dict[str, Any]:

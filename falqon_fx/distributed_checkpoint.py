@@ -20,10 +20,10 @@ class CheckpointState:
     ``dcp.save({"falqon": CheckpointState(model, optimizer)}, checkpoint_id=...)``, and ``dcp.load``
     likewise into a model made as for the run that was saved.
 
-    Unlike in `save_checkpoint`, all base weights are in it. ``dcp.load`` reads into the tensors that
-    it is given before anything can be compared, so it is given copies, on the CPU: each save and
-    load holds the model's bytes there once more. DCP pickles its own metadata: where files come
-    from people whom you don't trust, use `load_checkpoint`.
+    Unlike in `save_checkpoint`, all base weights are in it. ``dcp.load`` reads into the tensors it
+    is given before anything can be compared, so it is given copies, on the CPU: each save and load
+    holds the model's bytes there once more. DCP pickles its own metadata: where files come from
+    people whom you don't trust, use `load_checkpoint`.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -40,11 +40,9 @@ class CheckpointState:
         optimizer = None if self.optimizer is None else self.optimizer.state_dict()
         tree = trees.separate(optimizer, ".training", packed)
         model = {n: t.detach().to("cpu", copy=True) for n, t in self.model.state_dict().items()}
-        return {
-            "model": model,
-            "packed": save(trees.unshared(packed.items())[0]),
-            "text": json.dumps({"sites": sites, "optimizer": tree, "dtypes": _dtypes(model)}),
-        }
+        kept, same = trees.unshared(packed.items())
+        text = {"sites": sites, "optimizer": tree, "dtypes": _dtypes(model), "same": same}
+        return {"model": model, "packed": save(kept), "text": json.dumps(text)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Write what ``dcp.load`` has read into the model and the optimizer.
@@ -57,6 +55,7 @@ class CheckpointState:
 
         where = "the checkpoint"
         text, packed = json.loads(state["text"]), load(state["packed"])
+        packed |= {name: packed[other] for name, other in text.get("same", {}).items()}
         saved = trees.join(text["optimizer"], packed)
         if self.optimizer is not None:
             check_optimizer(self.optimizer, saved, where)

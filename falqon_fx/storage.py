@@ -27,7 +27,10 @@ from falqon_fx.kernels import cpu
 T = TypeVar("T")
 R = TypeVar("R")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_FORBIDDEN = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.EEXIST, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG),  # a file has the name, ...
+)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EBADF)  # some network file systems
 _PARTIAL = ".partial"
 _LONGEST_HEADER = 100_000_000  # of a safetensors file, by its format
@@ -125,6 +128,7 @@ def become(aside: Path, final: Path) -> None:
 
 def make_folder(path: Path) -> None:
     """Make a folder and its parents, on the disk."""
+    path = Path(os.path.realpath(path))  # mkdir refuses a link, even to where nothing is yet
     if not path.is_dir():
         with explained(path):
             path.mkdir(parents=True, exist_ok=True)
@@ -177,7 +181,7 @@ def explained(final: Path) -> Iterator[None]:
         code, text = getattr(error, "errno", None), str(error)
         if _is(code, text, _FORBIDDEN):
             raise FalqonError(
-                str(final), f"it can't be written there ({text})", "Name a folder that is yours"
+                str(final), f"it can't be written there ({text})", "Name a new folder that is yours"
             ) from error
         if not _is(code, text, _FULL):
             raise

@@ -6,18 +6,22 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from falqon_fx.errors import FalqonError
 
 
 def separate(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """``value`` as JSON; its tensors go to ``tensors`` under their paths. `join` is the inverse.
+    """``value`` as JSON; its tensors go to ``tensors`` under their paths, or near them where two
+    have the same ({"a.b": ...} and {"a": {"b": ...}}). `join` is the inverse.
 
     Raises:
         FalqonError: something that is neither a tensor nor plain data.
     """
     if isinstance(value, Tensor):
+        while path in tensors:
+            path += "'"
         tensors[path] = value.detach()
         return {"tensor": path}
     if value is None or type(value) in (bool, int, float, str):
@@ -49,13 +53,22 @@ def join(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def unshared(tensors: Iterable[tuple[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Contiguous tensors on CPU that share no memory, and the names that mean another's tensor."""
+    """Contiguous tensors on CPU that share no memory, and the names that mean another's tensor.
+
+    Raises:
+        FalqonError: a tensor that is not plain memory.
+    """
     kept: dict[str, Tensor] = {}
     same: dict[str, str] = {}
     seen: dict[tuple[Any, ...], str] = {}
     storages: set[int] = set()
     for name, tensor in tensors:
-        tensor = tensor.detach()
+        tensor = tensor.detach().resolve_conj().resolve_neg()
+        kind = "meta" if tensor.is_meta else "quantized" if tensor.is_quantized else tensor.layout
+        if kind != torch.strided:
+            kind = str(kind).removeprefix("torch.")
+            remedy = "Convert it to a dense one first"
+            raise FalqonError(name, f"a {kind} tensor can't be saved", remedy)
         key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
         if tensor.numel() and key in seen:
             same[name] = seen[key]

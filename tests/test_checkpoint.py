@@ -254,6 +254,47 @@ def test_trees_round_trip_their_types():
     assert back == {"a": [1, 2.5, (True, None)], 4: {}}
 
 
+def test_tensors_of_the_same_path_stay_apart(tmp_path):
+    model, (a, b, c) = tiny_mlp(), torch.arange(6.0).view(3, 2).unbind()
+    extra = {"x.y": a, "x": {"y": b}, 1: c, "1": a, "x.y'": c}
+    falqon_fx.save_checkpoint(model, tmp_path, extra=extra)
+    back = falqon_fx.load_checkpoint(model, tmp_path)
+    assert torch.equal(back["x"].pop("y"), b)
+    assert back.pop("x") == {}
+    assert [torch.equal(back[key], extra[key]) for key in ("x.y", 1, "1", "x.y'")] == [True] * 4
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize")
+@pytest.mark.parametrize("kind", ["sparse_coo", "meta", "quantized"])
+def test_a_tensor_without_plain_memory_is_refused_by_its_path(tmp_path, kind):
+    ones = torch.ones(3)
+    made = {
+        "sparse_coo": lambda: ones.to_sparse(),
+        "meta": lambda: ones.to("meta"),
+        "quantized": lambda: torch.quantize_per_tensor(ones, 0.1, 0, torch.qint8),
+    }
+    with pytest.raises(FalqonError, match=rf"training\.extra\.t: a {kind} tensor can't be saved"):
+        falqon_fx.save_checkpoint(tiny_mlp(), tmp_path, extra={"t": made[kind]()})
+    assert not list(tmp_path.iterdir())
+
+
+def test_conjugates_are_saved_as_what_they_are(tmp_path):
+    value = torch.arange(3) * torch.tensor(1 + 2j)
+    extra = {"t": value.conj(), "imaginary": value.conj().imag, "real": value.real}
+    falqon_fx.save_checkpoint(tiny_mlp(), tmp_path, extra=extra)
+    back = falqon_fx.load_checkpoint(tiny_mlp(), tmp_path)
+    assert all(torch.equal(back[name], tensor) for name, tensor in extra.items())
+
+
+def test_a_save_between_backward_and_step_keeps_the_gradients_of_the_run(tmp_path):
+    run = Run(True)
+    run.steps(0, 1)
+    run.compiled(randn(4, 32)).square().mean().backward()
+    before = [b.grad.clone() for b in lora_b(run.model)]
+    run.save(tmp_path)
+    assert all(torch.equal(b.grad, old) for b, old in zip(lora_b(run.model), before, strict=True))
+
+
 def test_tied_weights_are_written_once(tmp_path):
     torch.manual_seed(0)
     model = tiny_llama(target_modules=["q_proj"])
@@ -299,6 +340,16 @@ def test_torch_distributed_checkpoint_brings_the_base_weights(tmp_path):
     for one, two in zip(first.model.parameters(), other.model.parameters(), strict=True):
         assert torch.equal(one, two)
     assert all(same(*pair) for pair in zip(first.states().values(), other.states().values()))
+
+
+def test_torch_distributed_checkpoint_of_tensors_that_an_optimizer_holds_twice(tmp_path):
+    model, rate = tiny_mlp(), torch.tensor(0.5)
+    groups = [{"params": [b]} for b in lora_b(model)]
+    optimizers = [torch.optim.AdamW(groups, lr=rate), torch.optim.AdamW(groups, lr=1.0)]
+    for action, optimizer in zip((dcp.save, dcp.load), optimizers, strict=True):
+        state = falqon_fx.CheckpointState(model, optimizer)
+        action({"falqon": state}, checkpoint_id=tmp_path)
+    assert [float(group["lr"]) for group in optimizers[1].param_groups] == [0.5, 0.5]
 
 
 OTHERS: dict[str, Callable[[], nn.Module]] = {
@@ -414,6 +465,19 @@ def test_an_optimizer_with_other_groups_is_refused_before_anything_is_changed(tm
     with pytest.raises(FalqonError, match=r"optimizer: its groups have"):
         falqon_fx.load_checkpoint(model, tmp_path, optimizer=optimizers[3 - saved])
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_another_optimizer_is_refused_before_anything_is_changed(tmp_path):
+    model = tiny_mlp()
+    b = lora_b(model)
+    falqon_fx.save_checkpoint(model, tmp_path, optimizer=torch.optim.AdamW(b))
+    text = refused(model, tmp_path, optimizer=torch.optim.SGD(b, 0.1))
+    assert "optimizer: it has the options ['dampening', 'momentum', 'nesterov'" in text
+    scheduled = torch.optim.AdamW(b)
+    torch.optim.lr_scheduler.ConstantLR(scheduled)  # adds an option to the groups
+    falqon_fx.load_checkpoint(model, tmp_path, optimizer=scheduled)
+    falqon_fx.save_checkpoint(model, tmp_path, optimizer=scheduled)
+    falqon_fx.load_checkpoint(model, tmp_path, optimizer=torch.optim.AdamW(b))
 
 
 def test_compiling_with_other_options_after_loading_is_refused(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import rich
 import torch
 from torch import nn
 
@@ -515,3 +517,23 @@ def test_export_of_a_peft_adapter_on_the_command_line(tmp_path, capsys, form):
     assert f"14 layers in FP8 ({form})" in capsys.readouterr().out
     with pytest.raises(FalqonError, match="--adapter"):
         run("export", str(source), str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("where", ["terminal", "pipe", "quiet"])
+def test_export_shows_its_progress_on_a_terminal_alone(tmp_path, capsys, where):
+    """And leaves the report there, not the bar."""
+    source = folder_of(dense_model(), tmp_path / "dense")
+    prequantize(source, tmp_path / "fp8")
+    arguments = ["--max-shard-size", "10KB", *(["--quiet"] if where == "quiet" else [])]
+    rich.reconfigure(force_terminal=where != "pipe", force_interactive=where != "pipe", width=80)
+    try:
+        assert run("export", str(tmp_path / "fp8"), str(tmp_path / "out"), *arguments) == 0
+    finally:
+        rich.reconfigure()
+    printed = capsys.readouterr()
+    assert ("exporting" in printed.out) is (where == "terminal")
+    assert "14 layers in FP8" in printed.out
+    assert "exporting" not in printed.err
+    if where == "terminal":
+        steps = re.findall(r"([\d.]+)/([\d.]+) kB", printed.out)
+        assert steps[-1][0] == steps[-1][1] == max(whole for _, whole in steps)

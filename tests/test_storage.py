@@ -208,10 +208,27 @@ def test_folders_of_any_name(tmp_path, name):
     assert generation_in(folder) == 2
     shutil.rmtree(tmp_path / "real")  # the link points at what isn't there yet
     shutil.rmtree(folder, ignore_errors=True)
+    falqon_fx.save_checkpoint(Layers(3), folder, extra={"generation": 3})
+    assert generation_in(folder) == 3
+    shutil.rmtree(tmp_path / "real", ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     with new_folder(folder) as inside:
         (inside / "whole").touch()
     assert (folder / "whole").exists()
     assert (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize("inside", [".", "deep/er"])
+def test_a_file_in_the_way_is_refused(tmp_path, inside):
+    (tmp_path / "file").touch()
+    with pytest.raises(FalqonError, match="can't be written there"):
+        falqon_fx.save_checkpoint(Layers(1), tmp_path / "file" / inside)
+    with (
+        pytest.raises(FalqonError, match=r"can't be written there|exists already"),
+        new_folder(tmp_path / "file" / inside),
+    ):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="needs a folder that nobody can write")
