@@ -114,8 +114,10 @@ def _write(
         content = {"format": FORMAT, "versions": versions(), "sites": sites}
         content |= {"files": described, "same": same, "objects": tree}
         storage.write_manifest(directory / MANIFEST, content)
-    except BaseException:
-        file.unlink(missing_ok=True)
+    except BaseException:  # Ctrl-C too, which may come when the manifest has its name already
+        manifest = directory / MANIFEST
+        if not (manifest.is_file() and file.name in manifest.read_text(encoding="utf-8")):
+            file.unlink(missing_ok=True)
         raise
     for other in directory.glob("tensors-*.safetensors"):
         if other != file:

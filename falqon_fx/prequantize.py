@@ -144,7 +144,7 @@ def _run(
             try:
                 for job in as_completed(jobs):
                     bar.advance(task, job.result())
-            except BaseException:
+            except BaseException:  # Ctrl-C too stops the others
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
     described = {u.file: json.loads(_record(partial, u).read_text()) for u in units}

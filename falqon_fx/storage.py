@@ -105,7 +105,7 @@ def new_folder(final: Path) -> Iterator[Path]:
                 for path in sorted(aside.rglob("*"), reverse=True):
                     flush_to_disk(path)
                 become(aside, final)
-        except BaseException:
+        except BaseException:  # Ctrl-C too leaves nothing
             shutil.rmtree(aside, ignore_errors=True)
             raise
 

@@ -146,6 +146,34 @@ for _ in range(40):
 """
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("what", ["tensors", "checkpoint.json"])
+def test_a_save_interrupted_around_a_rename_leaves_a_whole_checkpoint(
+    tmp_path, monkeypatch, moment, what
+):
+    """Ctrl-C, unlike a kill, runs the clean-up, which must not take what counts already."""
+    falqon_fx.save_checkpoint(Layers(1), tmp_path, extra={"generation": 1})
+    rename = os.replace
+
+    def interrupted(source: Path, target: Path) -> None:
+        if moment == "after":
+            rename(source, target)
+        if target.name.startswith(what):
+            raise KeyboardInterrupt
+        if moment == "before":
+            rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            falqon_fx.save_checkpoint(Layers(2), tmp_path, extra={"generation": 2})
+    counts = (moment, what) == ("after", "checkpoint.json")
+    assert generation_in(tmp_path) == (2 if counts else 1)
+    assert len(list(tmp_path.iterdir())) == (3 if counts else 2)  # the old file goes at the next
+    falqon_fx.save_checkpoint(Layers(3), tmp_path, extra={"generation": 3})
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_two_processes_that_save_into_one_folder_take_turns(tmp_path):
     """And who loads meanwhile gets what one of them saved."""
     falqon_fx.save_checkpoint(Layers(1), tmp_path, extra={"generation": 1})
