@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from falqon_fx.unload import fp8_layers, merged_bias, merged_layer
 
 Form = Literal["compressed-tensors", "fp8"]
 _BLOCK = 128  # the block size that engines have kernels for
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # by vLLM, into one layer
 _TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
     "chat_template*", "*.model", "preprocessor_config.json", "processor_config.json",
@@ -118,7 +119,7 @@ def save_fp8(
     with storage.new_folder(directory) as folder:
         _write_shards(folder, plan, tensors, progress)
         _write_config(folder, base, found, form, tensors)
-        notes = _write_tokenizer(folder, base, tokenizer)
+        notes = (*_write_tokenizer(folder, base, tokenizer), *_mixed(found.states, found.dense))
         files = tuple(sorted(path.name for path in folder.iterdir()))
         size = sum(path.stat().st_size for path in folder.iterdir())
     return ExportReport(
@@ -218,6 +219,20 @@ class _Export:
             while state.applied.shape[0] % size or state.code.shape[1] % size:
                 size //= 2
         return size
+
+
+def _mixed(fp8: Collection[str], dense: Collection[str]) -> tuple[str, ...]:
+    """What vLLM refuses: layers that it fuses, of which only some are FP8."""
+    for path in fp8:
+        parent, _, name = path.rpartition(".")
+        for group in (group for group in _FUSED if name in group):
+            left = [other for other in group if f"{parent}.{other}" in dense]
+            if left:
+                return (
+                    f"{parent} has {name} in FP8 and {', '.join(left)} dense: vLLM, which fuses "
+                    f"them, refuses that. Remedy: an adapter on all of {', '.join(group)}",
+                )
+    return ()
 
 
 def _check_form(form: Form, found: _Export) -> None:

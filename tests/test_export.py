@@ -136,6 +136,24 @@ def test_the_config_is_valid_for_the_real_packages(tmp_path):
     }
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "up_proj"]], ids=["all", "some"])
+def test_ignore_names_every_layer_that_is_dense_and_no_other(tmp_path, targets):
+    """By the real package's own matching, on a model that it has not seen."""
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+
+    model = tiny_llama(target_modules=targets)
+    falqon_fx.prepare(model, progress=False)
+    report = export(model, tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    settings = QuantizationConfig.model_validate(config.quantization_config)
+    fresh = transformers.LlamaForCausalLM(model.get_base_model().config)
+    apply_quantization_config(fresh, settings)
+    found = {path for path, module in fresh.named_modules() if hasattr(module, "weight_scale")}
+    assert found == set(report.layers)
+    (noted,) = [note for note in report.notes if "fuse" in note] or [""]
+    assert ("model.layers.0.self_attn" in noted) is (targets != "all-linear")
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
 def test_transformers_loads_the_same_weights(tmp_path, dtype, granularity):

@@ -407,6 +407,60 @@ def test_fp8_weights_are_taken_as_they_are(tmp_path, form, scale, targets):
     assert len(falqon_fx.adapters(model)) == (14 if targets == "all-linear" else 2)
 
 
+@pytest.mark.parametrize("scheme", ["FP8", "FP8_DYNAMIC"], ids=["tensor", "channel"])
+def test_what_compressed_tensors_wrote_is_taken_as_it_is(tmp_path, scheme):
+    """Scales a tensor with static activations, and scales a row, from the real package; in bf16."""
+    compressed_tensors = pytest.importorskip("compressed_tensors")
+    from compressed_tensors import quantization
+
+    model = dense_model()
+    group = quantization.preset_name_to_scheme(scheme, ["Linear"])
+    config = quantization.QuantizationConfig(
+        config_groups={"group_0": group}, ignore=["lm_head"], quantization_status="frozen"
+    )
+    quantization.apply_quantization_config(model, config)
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            amax = module.weight.abs().amax(None if scheme == "FP8" else 1, keepdim=True)
+            module.weight_scale.data.copy_((amax / 448).reshape(module.weight_scale.shape))
+    compressor = compressed_tensors.ModelCompressor.from_pretrained_model(
+        model, quantization_format="float-quantized"
+    )
+    compressor.compress_model(model)
+    model.save_pretrained(tmp_path)
+    compressor.update_config(tmp_path)
+    assert_taken_as_it_is(tmp_path, ".weight_scale")
+
+
+def test_the_fp8_form_with_a_scale_a_tensor_is_taken_as_it_is(tmp_path):
+    """As AutoFP8 wrote it: scalars in float32, activations with a static scale."""
+    model = dense_model()
+    settings = {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}
+    model.config.quantization_config = settings
+    model.config.save_pretrained(tmp_path)
+    tensors = dict(model.state_dict())
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and path != "lm_head":
+            scale = module.weight.abs().amax().float() / 448
+            tensors[f"{path}.weight"] = (module.weight.float() / scale).to(E4M3)
+            tensors[f"{path}.weight_scale"] = scale
+            tensors[f"{path}.input_scale"] = torch.tensor(0.01)
+    safetensors.save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert_taken_as_it_is(tmp_path, ".weight_scale")
+
+
+def assert_taken_as_it_is(folder: Path, end: str) -> None:
+    tensors = safetensors.load_file(folder / "model.safetensors")
+    states = falqon_fx.adapters(falqon_fx.load(folder, lora()))
+    assert len(states) == 14
+    for path, state in states.items():
+        name = path.removeprefix("base_model.model.")
+        weight, scale = tensors[f"{name}.weight"], tensors[name + end].float()
+        assert torch.equal(state.code[: len(weight)], weight.view(torch.uint8))
+        rows = scale.reshape(-1, 1).expand(len(weight), 1)
+        assert torch.equal(state.scale[: len(weight)], rows)
+
+
 def test_an_fp8_model_computes_what_transformers_does(tmp_path):
     exported(tmp_path / "fp8")
     config = transformers.CompressedTensorsConfig(dequantize=True)
