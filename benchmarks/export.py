@@ -30,6 +30,7 @@ import torch
 from common import environment, result_path, write_json
 from nll import Data
 from peft import PeftModel
+from rich.console import Console
 from torch import Tensor, nn
 from training import Trainee, Variant, lora_layers, mean_nll, progress_bar, with_adapter
 
@@ -115,7 +116,7 @@ def error(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:
 
 
 def nll(model: nn.Module, data: Data) -> float:
-    with progress_bar() as progress:
+    with progress_bar(Console(stderr=True)) as progress:
         return mean_nll(Trainee(model, model, model), data.held_out, progress, "NLL")
 
 
