@@ -12,7 +12,8 @@ round to round: a disk that grants bursts is slower for the second.
 
 In memory the bound is the memory: a checked load reads each byte twice, since nothing of the model
 may change before all is checked, and writes it around the cache; an unchecked one reads it once,
-and its target before it is overwritten.
+and its target before it is overwritten. Copies around the cache are compiled code, which is loaded
+beforehand, as `falqon_fx.prepare` or a step would have done; without it they are ATen's.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import falqon_fx
+from falqon_fx.kernels import cpu
 from falqon_fx.storage import flush_to_disk
 
 # hidden, intermediate and key-value size, layers
@@ -64,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--out", type=Path, help="result file (JSON)")
     arguments = parser.parse_args(argv)
+    cpu.library()
     found = {}
     for name, sizes in MODELS.items():
         shutil.rmtree(arguments.folder, ignore_errors=True)

@@ -97,9 +97,10 @@ def fingerprints(matrices: Sequence[Tensor]) -> Tensor | None:
 
 def copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
     """Write the second of each pair into the first, around the cache; both are contiguous, on a CPU
-    and of as many bytes. False where there is no compiled code.
+    and of as many bytes. False where no compiled code is loaded yet, which takes seconds (the
+    import of Inductor, a probe of the compiler): more than a copy can win.
     """
-    if library() is None:
+    if not library.cache_info().currsize or library() is None:
         return False
     copies = [_Copy(to.data_ptr(), of.data_ptr(), of.nbytes) for to, of in pairs]
     places = (_Copy * len(copies))(*copies)

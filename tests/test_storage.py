@@ -23,6 +23,7 @@ from torch import nn
 import falqon_fx
 from falqon_fx.checkpoint import MANIFEST
 from falqon_fx.errors import FalqonError
+from falqon_fx.kernels import cpu
 from falqon_fx.storage import (
     DamagedFileError,
     copy_tensors,
@@ -474,8 +475,10 @@ def test_empty_tensors_and_scalars_survive(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "ATen"])
 def test_tensors_are_copied_in_place_whatever_their_layout(dtype, compiled, monkeypatch):
+    if compiled and cpu.library() is None:
+        pytest.skip("no C++ compiler")
     if not compiled:
-        monkeypatch.setattr("falqon_fx.kernels.cpu.library", lambda: None)
+        monkeypatch.setattr(cpu, "copy", lambda pairs: False)
     values = torch.arange(24).reshape(2, 3, 4).to(dtype)
     plain, turned = torch.zeros_like(values), torch.zeros(values.mT.shape, dtype=dtype).mT
     assert not turned.is_contiguous()

@@ -4,6 +4,7 @@ They add up r products in different orders, so they are equal bit for bit where 
 in float32, and where there is one product (rank 1): casts, scales, random numbers, choice of rows.
 """
 
+import functools
 import logging
 
 import pytest
@@ -201,6 +202,16 @@ def test_copies_write_every_byte_and_none_beside(sizes, offsets, threads):
     finally:
         torch.set_num_threads(before)
     assert torch.equal(targets, expected)
+
+
+def test_a_copy_compiles_nothing(monkeypatch):
+    monkeypatch.setattr(cpu, "library", functools.cache(cpu.library.__wrapped__))
+    target = torch.zeros(3)
+    assert not cpu.copy([(target, torch.ones(3))])
+    assert not cpu.library.cache_info().currsize
+    cpu.library()
+    assert cpu.copy([(target, torch.ones(3))])
+    assert (target == 1).all()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
