@@ -461,7 +461,7 @@ def test_a_file_has_the_rights_of_any_new_file(tmp_path):
 
 
 def test_the_package_reads_what_was_written(tmp_path):
-    """Every dtype, aligned to its elements; odd sizes, scalars, no elements, names to be escaped."""
+    """Every dtype, aligned to its elements; odd sizes, scalars, no elements, odd names."""
     tensors = {str(dtype): torch.arange(3).to(dtype) for dtype in _DTYPES}
     tensors |= {"b": torch.ones(5, 1), "a": torch.tensor(2.5), '\u00e9 "': torch.empty(0, 3)}
     save_tensors(tmp_path / "ours", tensors)
