@@ -430,6 +430,37 @@ except falqon_fx.FalqonError as error:
     assert loaded.generation() == 1
 
 
+ON_A_SMALL_DISK = """
+import sys; sys.path.insert(0, {root!r})
+from pathlib import Path
+import falqon_fx
+from tests.test_storage import Layers, generation_in
+folder = Path({folder!r}, "run")
+falqon_fx.save_checkpoint(Layers(1), folder, extra={{"generation": 1}})
+before = sorted(folder.iterdir())
+try:
+    falqon_fx.save_checkpoint(Layers(2), folder, extra={{"generation": 2}})
+except falqon_fx.FalqonError as error:
+    print(error)
+assert sorted(folder.iterdir()) == before
+print("holds", generation_in(folder))
+"""
+
+
+def test_a_disk_that_is_really_full(tmp_path):
+    """A file system of 2 MiB, which has room for one checkpoint of 1.5."""
+    mount = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    small = f"mount -t tmpfs -o size=2m none '{tmp_path}'"
+    if shutil.which("unshare") is None or subprocess.run([*mount, small]).returncode:
+        pytest.skip("no file system can be mounted here")
+    code = ON_A_SMALL_DISK.format(root=str(Path(__file__).parents[1]), folder=str(tmp_path))
+    command = [*mount, f'{small} && exec "$0" -c "$1"', sys.executable, code]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "the disk is full (0 MiB are free)" in done.stdout
+    assert "holds 1" in done.stdout
+
+
 def test_a_folder_that_fails_leaves_nothing(tmp_path):
     final = tmp_path / "out"
     with pytest.raises(FileNotFoundError), new_folder(final) as folder:
