@@ -145,7 +145,7 @@ def test_decoding_equals_atens_bit_for_bit(rows, columns, dtype, scales, seed):
     code = torch.arange(seed % 256, seed % 256 + rows * columns).to(torch.uint8).view(rows, columns)
     scale = {
         "one": torch.tensor(0.3),
-        "rows": (randn(rows, 1, seed=seed) * 40).exp2(),
+        "rows": (randn(rows, 1, seed=seed) * 40).clamp(-126, 119).exp2(),  # 448 of them is finite
         "number": 1.0,
     }[scales]
     decoded = decode_fp8(code, scale, dtype)
