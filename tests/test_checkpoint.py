@@ -229,6 +229,38 @@ run.save(folder)
     assert_same_run(*runs)
 
 
+def test_two_adapters_resume_bit_equal(tmp_path):
+    """One trained, then the other on the same base weights: both have their states in the file."""
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = tiny_mlp(lora_dropout=0.0)
+        model.add_adapter("other", model.peft_config["default"])
+        run = Run(False, model=model)
+        run.steps(0, 1)
+        model.set_adapter("other")
+        b = [p for n, p in model.named_parameters() if "lora_B.other" in n]
+        run.optimizer = torch.optim.AdamW(b, lr=0.05)
+        runs.append(run)
+    whole, resumed = runs
+    whole.scheduler = resumed.scheduler = torch.optim.lr_scheduler.ConstantLR(whole.optimizer)
+    whole.steps(1, 3)
+    falqon_fx.save_checkpoint(whole.model, tmp_path, optimizer=whole.optimizer)
+    falqon_fx.load_checkpoint(resumed.model, tmp_path, optimizer=resumed.optimizer)
+    for run in runs:
+        torch.manual_seed(5)
+        random.seed(5)
+        run.steps(3, 5)
+    named = dict(resumed.model.named_parameters())
+    assert all(torch.equal(p, named[name]) for name, p in whole.model.named_parameters())
+    assert whole.states().keys() == resumed.states().keys()
+    assert all(same(states, resumed.states()[path]) for path, states in whole.states().items())
+    for run in runs:
+        run.model.set_adapter("default")
+        run.compiled(randn(4, 32))
+    assert all(same(states, resumed.states()[path]) for path, states in whole.states().items())
+
+
 def test_extra_comes_back_as_it_was(tmp_path):
     model, tensor = tiny_mlp(), randn(3, 2)
     extra = {"step": 7, "loss": float("inf"), "name": "a", "ids": [1, (2, None)], "t": tensor,

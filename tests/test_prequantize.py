@@ -139,6 +139,25 @@ def test_workers_give_the_same_files(tmp_path, workers):
     assert model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.bias is not None
 
 
+def test_a_checkpoint_loads_into_mapped_files_and_leaves_them_as_they_are(tmp_path):
+    source = folder_of(dense_model(), tmp_path / "dense")
+    prequantize(source, tmp_path / "out")
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+    model = falqon_fx.load(tmp_path / "out")
+    fill_b(model, 0.1)
+    falqon_fx.flush(model)
+    falqon_fx.save_checkpoint(model, tmp_path / "trained")
+    mapped = falqon_fx.load(tmp_path / "out")
+    dense = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=BF16)
+    expected = {path: snapshot(state) for path, state in falqon_fx.adapters(model).items()}
+    for target in (mapped, peft.get_peft_model(dense, lora())):
+        falqon_fx.load_checkpoint(target, tmp_path / "trained")
+        states = falqon_fx.adapters(target)
+        assert states.keys() == expected.keys()
+        assert all(same(snapshot(state), expected[path]) for path, state in states.items())
+    assert all(path.read_bytes() == whole for path, whole in files.items())
+
+
 def test_layers_left_out_stay_dense(tmp_path):
     dense = dense_model()
     source = folder_of(dense, tmp_path / "dense")
