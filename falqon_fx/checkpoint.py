@@ -145,6 +145,7 @@ def _rng_state() -> dict[str, Any]:
 # -- loading ---------------------------------------------------------------------------------------
 
 
+@torch.inference_mode(False)  # what is loaded is to be trained
 def load_checkpoint(
     model: nn.Module,
     directory: str | Path,

@@ -87,6 +87,19 @@ def assert_same_run(a: Run, b: Run) -> None:
         assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+def test_what_was_loaded_in_inference_mode_can_be_trained(tmp_path):
+    whole, resumed = Run(prepared=True), Run(prepared=False)
+    whole.steps(0, 2)
+    whole.save(tmp_path)
+    with torch.inference_mode():
+        resumed.load(tmp_path)
+    for run in (whole, resumed):
+        torch.manual_seed(0)
+        random.seed(0)
+        run.steps(2, STEPS)
+    assert_same_run(whole, resumed)
+
+
 @pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
 @pytest.mark.parametrize("interrupted", [0, 3, 5])
 def test_interrupted_training_is_bit_equal(tmp_path, prepared, interrupted):
