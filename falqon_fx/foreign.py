@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,13 +22,17 @@ from falqon_fx.prepare import lora_layers
 from falqon_fx.spec import SiteSpec
 
 _SCALES = (".weight_scale", ".weight_scale_inv")
+# Of an FP8 cache of keys and values, by the names of AutoFP8, compressed-tensors and vLLM.
+_OF_CACHE = (".k_scale", ".v_scale", ".kv_scale", "k_proj.output_scale", "v_proj.output_scale")
 
 
 def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = None) -> nn.Module:
     """A prepared PEFT model on the FP8 weights of a compressed-tensors or fp8 checkpoint.
 
     Scales are a tensor's or a row's; they stay what they are, so W' has row scales, and with scales
-    that aren't powers of two scale="amax". FP8 layers without an adapter stay FP8 too.
+    that aren't powers of two scale="amax". FP8 layers without an adapter stay FP8 too. Left out are
+    static scales of activations, which are cast by their own largest value here, and with a warning
+    those of a cache.
 
     Raises:
         FalqonError: no FP8 checkpoint, or scales a block of columns.
@@ -58,6 +63,14 @@ def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = No
         scaling = 1.0 if layer is None else layer.scaling
         states[path] = (_merge(weight, scales[name], rows, scaling, plan, dtype), dtype)
     skip = {f"{name}{end}" for name in weights for end in (".weight", ".input_scale", *_SCALES)}
+    of_cache = {name for name in tensors if name.endswith(_OF_CACHE)}
+    if of_cache:
+        warnings.warn(
+            f"falqon: {directory} holds {len(of_cache)} scales of an FP8 cache of keys and values: "
+            "training has none, and they are left out. A server that wants them needs them again.",
+            stacklevel=3,
+        )
+    skip |= of_cache
     rest = {f"base_model.model.{n}": t for n, t in tensors.items() if n not in skip}
     return fill(model, states, rest, str(directory))
 

@@ -468,6 +468,18 @@ def test_the_fp8_form_with_a_scale_a_tensor_is_taken_as_it_is(tmp_path):
     assert_taken_as_it_is(tmp_path, ".weight_scale")
 
 
+@pytest.mark.parametrize("names", [("k_scale", "v_scale"), ("k_proj.output_scale",)])
+def test_scales_of_a_cache_are_left_out_with_a_warning(tmp_path, names):
+    exported(tmp_path / "fp8")
+    file = tmp_path / "fp8/model.safetensors"
+    tensors = safetensors.load_file(file)
+    tensors |= {f"model.layers.{i}.self_attn.{n}": torch.ones(1) for i in (0, 1) for n in names}
+    safetensors.save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match=f"holds {2 * len(names)} scales of an FP8 cache"):
+        model = falqon_fx.load(tmp_path / "fp8", lora())
+    assert len(falqon_fx.adapters(model)) == 14
+
+
 def assert_taken_as_it_is(folder: Path, end: str) -> None:
     tensors = safetensors.load_file(folder / "model.safetensors")
     states = falqon_fx.adapters(falqon_fx.load(folder, lora()))
