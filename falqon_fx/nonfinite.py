@@ -46,7 +46,7 @@ class NonfiniteWatch:
         seen, self._copy = self._copy, None
         if seen[:, STALE].any():
             raise FalqonError(
-                ", ".join(self._paths[i] for i in seen[:, STALE].nonzero().flatten().tolist()),
+                self._named(seen[:, STALE]),
                 "its base weight or lora_A was changed through .data while compiled, or another "
                 "adapter was activated after prepare()",
                 "Write it in place (copy_); after prepare(), call falqon_fx.restore(model) first",
@@ -55,8 +55,14 @@ class NonfiniteWatch:
         if rows and not self._warned:
             self._warned = True
             warnings.warn(
-                f"falqon: {rows} rows of lora_B held NaN or Inf at an update and were not written "
-                "into W'. See MergedAdapter.nonfinite_rows; lower the learning rate or clip "
-                "gradients.",
+                f"falqon: {rows} rows of lora_B of {self._named(seen[:, NONFINITE])} held NaN or "
+                "Inf at an update and were not written into W'. See MergedAdapter.nonfinite_rows; "
+                "lower the learning rate or clip gradients.",
                 stacklevel=3,
             )
+
+    def _named(self, count: Tensor) -> str:
+        """The sites whose count is not zero; of many the first."""
+        paths = [self._paths[i] for i in count.nonzero().flatten().tolist()]
+        more = f" and {len(paths) - 3} others" if len(paths) > 3 else ""
+        return ", ".join(paths[:3]) + more

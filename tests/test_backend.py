@@ -296,7 +296,7 @@ def test_nan_in_b_is_not_written_and_warned_of_once_one_step_late():
         lora_b(model)[0][3] = float("nan")
         lora_b(model)[0][7, 1] = float("inf")
     backend(x)
-    with pytest.warns(UserWarning, match="2 rows of lora_B held NaN or Inf") as seen:
+    with pytest.warns(UserWarning, match="2 rows of lora_B of up held NaN or Inf") as seen:
         backend(x)
         with torch.no_grad():
             lora_b(model)[0][4] = float("nan")
