@@ -65,6 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "kernels", lambda: gpu_kernels.all_rows(args.tiny, clock, ceiling, budget)
     )
     steps, failures = timed("steps", lambda: gpu_steps.all_rows(args.tiny, clock, ceiling, budget))
+    kernels += timed(
+        "Inductor's templates",
+        lambda: gpu_kernels.rows_with_templates(args.tiny, clock, ceiling, budget),
+    )
     found = gpu_targets.targets(steps, kernels, updates)
 
     content = {

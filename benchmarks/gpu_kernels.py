@@ -73,7 +73,7 @@ def problems(tiny: bool) -> list[Problem]:
         return [Problem(17, 48, 64, 16, mode) for mode in modes]
     square, up, down = (4096, 4096), (11008, 4096), (4096, 11008)
     listed = [
-        Problem(n, *shape, 16, mode, templates=(n, shape) == (4096, square))
+        Problem(n, *shape, 16, mode)
         for mode in ("row", "tensor")
         for n in (4096, 8192, 2048)
         for shape in (square, up, down)
@@ -246,3 +246,19 @@ def all_rows(
 
         rows += budget.run(f"kernels {problem}", kind, work, guess=5.0) or ()
     return rows, [row for row in updates if row is not None]
+
+
+def rows_with_templates(
+    tiny: bool, clock: Clock, ceiling: Ceilings, budget: Budget
+) -> list[KernelRow]:
+    """One shape with Inductor's templates among the candidates: it tries dozens of each product."""
+    shape = (17, 48, 64, 16) if tiny else (4096, 4096, 4096, 16)
+    rows: list[KernelRow] = []
+    for mode in ("tensor", "row") if has_row_scales(clock.device) else ("tensor",):
+        problem = Problem(*shape, mode, templates=True)
+
+        def work(problem: Problem = problem) -> list[KernelRow]:
+            return [*measure(problem, clock, ceiling)]
+
+        rows += budget.run(f"templates {problem}", "templates", work, guess=90.0) or ()
+    return rows
