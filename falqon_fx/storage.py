@@ -34,14 +34,6 @@ _FORBIDDEN = (
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EBADF)  # some network file systems
 _PARTIAL = ".partial"
 _LONGEST_HEADER = 100_000_000  # of a safetensors file, by its format
-_MOST_PARTS = os.sysconf("SC_IOV_MAX")  # of one write
-_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
-    torch.bool: "BOOL",
-}  # fmt: skip
 
 
 class DamagedFileError(FalqonError):
@@ -240,42 +232,24 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file of contiguous tensors on CPU: the length of the header (8 bytes), the
-    header, the tensors' bytes.
-
-    In as few calls as the system takes, so that the page cache holds it in large pieces, which are
-    mapped faster than what the package writes tensor by tensor.
+    """A safetensors file with the access rights that any new file gets.
 
     Raises:
         FalqonError: a dtype that the format doesn't have.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    parts, end = [], 0
-    # Wide elements first, so that all are aligned.
-    for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
-        tensor = tensors[name]
-        if tensor.dtype not in _DTYPES:
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise FalqonError(name, f"safetensors have no {kind}", "Convert it first")
-        start, end = end, end + tensor.nbytes
-        described = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape)}
-        header[name] = {**described, "data_offsets": [start, end]}
-        parts.append(memoryview(_bytes(tensor)))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("xb", buffering=0) as file:
-        _write_all(file.fileno(), [memoryview(len(text).to_bytes(8, "little") + text), *parts])
+    require("safetensors", "checkpoint")
+    from safetensors.torch import save_file
 
-
-def _write_all(file: int, parts: list[memoryview]) -> None:
-    first = 0
-    while first < len(parts):
-        written = os.writev(file, parts[first : first + _MOST_PARTS])
-        while first < len(parts) and written >= parts[first].nbytes:
-            written -= parts[first].nbytes
-            first += 1
-        if written:
-            parts[first] = parts[first][written:]
+    path.touch()
+    rights = path.stat().st_mode
+    path.unlink()  # safetensors renames its file; over another, that would wait for the disk
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except KeyError as error:  # the dtype
+        name = next(name for name, tensor in tensors.items() if tensor.dtype in error.args)
+        kind = str(tensors[name].dtype).removeprefix("torch.")
+        raise FalqonError(name, f"safetensors have no {kind}", "Convert it first") from error
+    path.chmod(rights)  # safetensors lets nobody else read
 
 
 def write_manifest(final: Path, content: Mapping[str, Any]) -> None:

@@ -17,8 +17,7 @@ from typing import NoReturn
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 import falqon_fx
@@ -26,7 +25,6 @@ from falqon_fx.checkpoint import MANIFEST
 from falqon_fx.errors import FalqonError
 from falqon_fx.kernels import cpu
 from falqon_fx.storage import (
-    _DTYPES,
     DamagedFileError,
     copy_tensors,
     lock,
@@ -489,38 +487,6 @@ def test_a_file_has_the_rights_of_any_new_file(tmp_path):
     save_tensors(tmp_path / "x", {"a": torch.ones(2)})
     (tmp_path / "y").touch()
     assert (tmp_path / "x").stat().st_mode == (tmp_path / "y").stat().st_mode
-
-
-def test_the_package_reads_what_was_written(tmp_path):
-    """Every dtype, aligned to its elements; odd sizes, scalars, no elements, odd names."""
-    tensors = {str(dtype): torch.arange(3).to(dtype) for dtype in _DTYPES}
-    tensors |= {"b": torch.ones(5, 1), "a": torch.tensor(2.5), '\u00e9 "': torch.empty(0, 3)}
-    save_tensors(tmp_path / "ours", tensors)
-    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
-    assert (tmp_path / "ours").stat().st_size == (tmp_path / "theirs").stat().st_size
-    back, header = load_file(tmp_path / "ours"), read_header(tmp_path / "ours")
-    assert back.keys() == header.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert back[name].dtype == tensor.dtype
-        assert torch.equal(back[name], tensor)
-        assert header[name]["data_offsets"][0] % tensor.element_size() == 0
-    with safe_open(tmp_path / "ours", framework="pt") as file:
-        assert file.metadata() == {"format": "pt"}
-    assert int.from_bytes((tmp_path / "ours").read_bytes()[:8], "little") % 8 == 0
-
-
-def test_writes_that_are_cut_short_go_on(tmp_path, monkeypatch):
-    """As those of more than 2 GiB are, or of more parts than one call takes."""
-    write, tensors = os.writev, {f"{i}": torch.arange(i, i + 9) for i in range(7)}
-    save_tensors(tmp_path / "whole", tensors)
-
-    def short(file: int, parts: list[memoryview]) -> int:
-        return write(file, [parts[0], parts[1][:50]] if len(parts) > 1 else [parts[0][:10]])
-
-    monkeypatch.setattr("falqon_fx.storage._MOST_PARTS", 3)
-    monkeypatch.setattr(os, "writev", short)
-    save_tensors(tmp_path / "short", tensors)
-    assert (tmp_path / "short").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 def test_a_dtype_that_the_format_lacks_is_refused(tmp_path):
