@@ -239,12 +239,7 @@ def all_rows(
     ]
     rows: list[KernelRow] = []
     for problem in problems(tiny):
-        kind = f"kernels {problem.mode} {problem.accumulation}"
-
-        def work(problem: Problem = problem) -> list[KernelRow]:
-            return [*measure(problem, clock, ceiling)]
-
-        rows += budget.run(f"kernels {problem}", kind, work, guess=5.0) or ()
+        rows += _within(budget, problem, clock, ceiling, guess=5.0)
     return rows, [row for row in updates if row is not None]
 
 
@@ -256,9 +251,18 @@ def rows_with_templates(
     rows: list[KernelRow] = []
     for mode in ("tensor", "row") if has_row_scales(clock.device) else ("tensor",):
         problem = Problem(*shape, mode, templates=True)
-
-        def work(problem: Problem = problem) -> list[KernelRow]:
-            return [*measure(problem, clock, ceiling)]
-
-        rows += budget.run(f"templates {problem}", "templates", work, guess=90.0) or ()
+        rows += _within(budget, problem, clock, ceiling, guess=90.0)
     return rows
+
+
+def _within(
+    budget: Budget, problem: Problem, clock: Clock, ceiling: Ceilings, guess: float
+) -> list[KernelRow]:
+    """What `measure` finds; nothing where there is no time for it."""
+    what = "templates" if problem.templates else "kernels"
+    kind = what if problem.templates else f"{what} {problem.mode} {problem.accumulation}"
+
+    def work() -> list[KernelRow]:
+        return [*measure(problem, clock, ceiling)]
+
+    return budget.run(f"{what} {problem}", kind, work, guess) or []

@@ -51,35 +51,19 @@ def merged_linear(
     spec: str,
 ) -> list[Tensor]:
     """See `falqon_fx.lowering.merged_linear`."""
-    q, q_scale = quantize(x.reshape(-1, x.shape[-1]), E4M3, spec)
-    *ys, out_a = product(q, q_scale, weight, scale, applied, lora_b, bias, scaling, out_dtype, spec)
-    # Not `reshape`: below autograd that makes a view, which may not be written in place later.
-    shaped = [torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1])) for y in ys]
-    return [*shaped, out_a]
-
-
-def product(
-    q: Tensor,
-    q_scale: Tensor,
-    weight: Sequence[Tensor],
-    scale: Sequence[Tensor],
-    applied: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    scaling: Sequence[float],
-    out_dtype: torch.dtype,
-    spec: str,
-) -> list[Tensor]:
-    """`falqon_fx.products.merged_product` of x as it was cast."""
     plan, dtype = parse_spec(spec), gemm_dtype(out_dtype)
-    codes, outs = [as_e4m3(w) for w in weight], [a.shape[0] for a in applied]
+    outs = [a.shape[0] for a in applied]
+    q, q_scale = quantize(x.reshape(-1, x.shape[-1]), E4M3, spec)
+    codes = [as_e4m3(w) for w in weight]
     pending: list[Tensor] = []
     if plan.pending == "apply":
         pending = [pending_part(b, a, s, dtype) for b, a, s in zip(lora_b, applied, scaling)]
-    results: list[Tensor] = torch.ops.falqon.merged_product(
+    *ys, out_a = torch.ops.falqon.merged_product(
         q, q_scale, codes, scale, outs, pending, bias, out_dtype, spec
     )
-    return results
+    # Not `reshape`: below autograd that makes a view, which may not be written in place later.
+    shaped = [torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1])) for y in ys]
+    return [*shaped, out_a]
 
 
 def merged_linear_grad_x(

@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from falqon_fx import cuda
 from falqon_fx._compat import hint, without_fake_mode
 from falqon_fx.merged import allocate
 from falqon_fx.numerics import E4M3
@@ -35,22 +34,19 @@ def autotune(plan: Plan) -> Plan:
 
     Equal groups are timed once. A plan for a CPU, or for kernel="dequantize", comes back as it is.
     """
-    if not any(_has_choices(group, plan.spec) for group in plan.groups):
+    timed = [i for i, group in enumerate(plan.groups) if _has_choices(group, plan.spec)]
+    if not timed:
         return plan
     tuned: dict[tuple[Operands, bool], Tuned] = {}
-    groups: list[Group] = []
-    strided: set[int] = set()
-    for group in _track(plan.groups):
-        if not _has_choices(group, plan.spec):
-            groups.append(group)
-            continue
-        views = all(may_be_strided(s.match.anchor, hint(s.slot.rank)) for s in group)
-        key = (Operands.of(group), views)
+    groups, strided = [*plan.groups], set()
+    for i in _track(timed):
+        views = all(may_be_strided(s.match.anchor, hint(s.slot.rank)) for s in groups[i])
+        key = (Operands.of(groups[i]), views)
         if key not in tuned:
             tuned[key] = time_products(*key, plan.spec)
         if tuned[key].strided:
-            strided.add(group[0].report.group)
-        groups.append(tuple(_reported(site, tuned[key]) for site in group))
+            strided.add(groups[i][0].report.group)
+        groups[i] = tuple(_reported(site, tuned[key]) for site in groups[i])
     return replace(plan, groups=tuple(groups), strided=frozenset(strided))
 
 
@@ -112,12 +108,10 @@ def time_products(operands: Operands, views: bool, spec: SiteSpec) -> Tuned:
     with without_fake_mode(), torch.autocast(device.type, enabled=False):
         given = Given.random(operands, spec)
         if views and operands.tokens:
-            q, q_scale = cuda.quantize(given.x.detach(), E4M3, str(spec))
-            runs = {
-                output: partial(given.forward, q, q_scale, replace(spec, output=output))
-                for output in ("own", "strided")
-            }
-            choice = choices_for(device).get(f"O's memory, {operands}, {spec}", runs)
+            outputs = ("own", "strided")
+            runs = {o: partial(given.step, replace(spec, output=o)) for o in outputs}
+            with torch.no_grad():
+                choice = choices_for(device).get(f"O's memory, {operands}, {spec}", runs)
             spec, why = replace(spec, output=choice.winner), str(choice)
         with torch.set_grad_enabled(trains):
             given.step(spec)
@@ -158,20 +152,13 @@ class Given:
                 column.append(tensor)
         return given
 
-    def forward(self, q: Tensor, q_scale: Tensor, spec: SiteSpec) -> list[Tensor]:
-        """The products of forward, of x as it was cast."""
-        return cuda.product(q, q_scale, *self.columns, self._scaling, self.out_dtype, str(spec))
-
     def step(self, spec: SiteSpec) -> None:
         """Forward, and backward where gradients are on."""
-        rest = (*self.columns, self._scaling, self.out_dtype, str(spec))
+        scaling = [1.0] * len(self.columns[0])
+        rest = (*self.columns, scaling, self.out_dtype, str(spec))
         *ys, _ = torch.ops.falqon.merged_linear(self.x, *rest)
         if torch.is_grad_enabled():
             torch.autograd.grad(ys, [self.x, *self.columns[3]], [torch.ones_like(y) for y in ys])
-
-    @property
-    def _scaling(self) -> list[float]:
-        return [1.0] * len(self.columns[0])
 
 
 def _has_choices(group: Group, spec: SiteSpec) -> bool:
@@ -194,7 +181,7 @@ def _bias_dtype(site: SitePlan) -> torch.dtype | None:
     return value.dtype
 
 
-def _track(groups: Sequence[Group]) -> Iterator[Group]:
+def _track(groups: Sequence[int]) -> Iterator[int]:
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         yield from bar.track(groups, description="falqon: timing kernels")

@@ -1,12 +1,15 @@
-"""Settings of the whole test run: hypothesis profiles and threads."""
+"""Settings of the whole test run: hypothesis profiles and threads; what several files look at."""
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from falqon_fx import RewriteReport, RewriteResult, backend
 
 # A compiled example takes seconds and its time varies: no deadline.
 settings.register_profile(
@@ -25,6 +28,21 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 # Workers of pytest-xdist share the cores.
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _workers))
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[RewriteReport]:
+    """The report of each graph that the backend rewrites."""
+    reports: list[RewriteReport] = []
+    rewrite = backend.rewrite
+
+    def counting(*args: Any) -> RewriteResult:
+        result = rewrite(*args)
+        reports.append(result.report)
+        return result
+
+    monkeypatch.setattr(backend, "rewrite", counting)
+    return reports
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

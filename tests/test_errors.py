@@ -274,19 +274,15 @@ def test_ddp_buckets_that_cut_a_site_are_refused(group, monkeypatch, bucket):
     assert "torch._dynamo.config.optimize_ddp = False" in str(error)
 
 
-def test_ddp_buckets_that_cut_no_site_train_as_without_ddp(group, monkeypatch):
+def test_ddp_buckets_that_cut_no_site_train_as_without_ddp(group, graphs, monkeypatch):
     model, x = Stack(), torch.randn(2, 5, 32)
     alone = copy.deepcopy(model)
     expected = train(compiled(alone, inner="aot_eager"), adam(alone), x, steps=4)
     torch._dynamo.reset()
-    pieces = []
-    rewrite = falqon_fx.backend.rewrite
-    monkeypatch.setattr(
-        falqon_fx.backend, "rewrite", lambda *args: pieces.append(rewrite(*args)) or pieces[-1]
-    )
+    graphs.clear()
     call = compiled(ddp(model, BLOCK, monkeypatch), inner="aot_eager")
     assert train(call, adam(model), x, steps=4) == expected
-    assert [len(piece.report.sites) for piece in pieces] == [2, 2]
+    assert [len(piece.sites) for piece in graphs] == [2, 2]
     assert [int(state.counters[STEP]) for state in falqon_fx.adapters(model).values()] == [3] * 4
 
 
@@ -302,14 +298,10 @@ class Headed(nn.Module):
         return self.head(self.stack(self.narrow(torch.relu(self.wide(x))) + x))
 
 
-def test_ddp_pieces_may_hold_other_trained_layers(group, monkeypatch):
+def test_ddp_pieces_may_hold_other_trained_layers(group, graphs, monkeypatch):
     """Buckets of a block's size: the head, then the blocks, then the rest."""
     model, x = Headed(), torch.randn(2, 5, 32)
-    alone, pieces = copy.deepcopy(model), []
-    rewrite = falqon_fx.backend.rewrite
-    monkeypatch.setattr(
-        falqon_fx.backend, "rewrite", lambda *args: pieces.append(rewrite(*args)) or pieces[-1]
-    )
+    alone = copy.deepcopy(model)
 
     def run(call: nn.Module, model: nn.Module) -> list[Tensor]:
         torch._dynamo.reset()
@@ -324,10 +316,10 @@ def test_ddp_pieces_may_hold_other_trained_layers(group, monkeypatch):
         return outputs
 
     expected = run(compiled(alone, inner="aot_eager"), alone)
-    pieces.clear()
+    graphs.clear()
     found = run(compiled(ddp(model, BLOCK, monkeypatch), inner="aot_eager"), model)
-    assert len(pieces) > 2
-    assert sum(len(piece.report.sites) for piece in pieces) == 4
+    assert len(graphs) > 2
+    assert sum(len(piece.sites) for piece in graphs) == 4
     assert all(map(torch.equal, found, expected))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from typing import Any
 
 import peft
 import pytest
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 import falqon_fx
-from falqon_fx import backend
 from falqon_fx.integrations.peft import run_param_wrappers_eagerly
 from falqon_fx.update import STEP
 from tests import zoo
@@ -65,21 +63,6 @@ def adapted() -> nn.Module:
 @pytest.fixture(autouse=True)
 def _fresh_dynamo() -> None:
     torch._dynamo.reset()
-
-
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of sites of each graph that is compiled."""
-    sites: list[int] = []
-    rewrite = backend.rewrite
-
-    def counting(*args: Any) -> falqon_fx.RewriteResult:
-        result = rewrite(*args)
-        sites.append(len(result.report.sites))
-        return result
-
-    monkeypatch.setattr(backend, "rewrite", counting)
-    return sites
 
 
 def train(model: nn.Module, batch: dict[str, Tensor], steps: int) -> list[Tensor]:

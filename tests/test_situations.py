@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import falqon_fx
-from falqon_fx import backend, merged
+from falqon_fx import merged
 from falqon_fx.update import STEP
 from tests.emulation import emulate
 from tests.models import LoraLinear, Relu, Stack, fill_b, lora_b, tiny_llama, tiny_mlp, train
@@ -37,21 +37,6 @@ def created(monkeypatch):
 
     monkeypatch.setattr(merged, "create", counting)
     return paths
-
-
-@pytest.fixture
-def graphs(monkeypatch):
-    """The report of each graph that is rewritten."""
-    reports: list[falqon_fx.RewriteReport] = []
-    rewrite = backend.rewrite
-
-    def counting(*args: object) -> falqon_fx.RewriteResult:
-        result = rewrite(*args)
-        reports.append(result.report)
-        return result
-
-    monkeypatch.setattr(backend, "rewrite", counting)
-    return reports
 
 
 def options(inner: str = "eager", **others: object) -> dict[str, object]:

@@ -18,7 +18,6 @@ import transformers
 from torch import Tensor, nn
 
 import falqon_fx
-from falqon_fx import backend
 from falqon_fx.update import STEP
 from tests import zoo
 from tests.emulation import emulate
@@ -37,21 +36,6 @@ FAST = {
     "qwen2_moe",  # a gate with one row
     "rwkv",  # no attention
 }
-
-
-@pytest.fixture
-def graphs(monkeypatch) -> list[falqon_fx.RewriteReport]:
-    """The report of each graph that is rewritten."""
-    reports: list[falqon_fx.RewriteReport] = []
-    rewrite = backend.rewrite
-
-    def counting(*args: Any) -> falqon_fx.RewriteResult:
-        result = rewrite(*args)
-        reports.append(result.report)
-        return result
-
-    monkeypatch.setattr(backend, "rewrite", counting)
-    return reports
 
 
 @pytest.fixture(autouse=True)

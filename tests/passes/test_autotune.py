@@ -14,7 +14,6 @@ from falqon_fx import backend, cuda, ops
 from falqon_fx.kernels import choice, dispatch
 from falqon_fx.kernels.choice import Candidate, Choice, Choices, run_once
 from falqon_fx.passes import autotune as autotuning
-from falqon_fx.report import RewriteReport
 from tests.models import LoraLinear, fill_b
 from tests.sites import randn
 
@@ -67,37 +66,28 @@ def told(monkeypatch, tmp_path):
     return use
 
 
-def step(monkeypatch, **options) -> tuple[list[Tensor], RewriteReport]:
-    """Output and gradients of one step, and the report."""
+def step(**options) -> list[Tensor]:
+    """Output and gradients of one step."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     model, x = Mlp().bfloat16(), randn(2, 5, 32).bfloat16().requires_grad_()
     fill_b(model)
-    reports, rewrite = [], backend.rewrite
-
-    def keeping(*args):
-        result = rewrite(*args)
-        reports.append(result.report)
-        return result
-
     options = {"kernel": "scaled_mm", "granularity": "tensor", **options}
-    with monkeypatch.context() as patch:
-        patch.setattr(backend, "rewrite", keeping)
-        y = torch.compile(model, backend="falqon", fullgraph=True, options=options)(x)
+    y = torch.compile(model, backend="falqon", fullgraph=True, options=options)(x)
     y.sum().backward()
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    return [y.detach(), x.grad, *grads], reports[0]
+    return [y.detach(), x.grad, *grads]
 
 
 @pytest.mark.parametrize("pending", ["apply", "hold"])
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
-def test_o_is_a_view_where_that_is_faster_and_the_numbers_stay(told, monkeypatch, inner, pending):
+def test_o_is_a_view_where_that_is_faster_and_the_numbers_stay(told, graphs, inner, pending):
     told("own")
-    own, report = step(monkeypatch, inner=inner, pending=pending)
-    assert "scaled_mm:merged" not in {site.kernel for site in report.sites}
+    own = step(inner=inner, pending=pending)
+    assert "scaled_mm:merged" not in {site.kernel for site in graphs.pop().sites}
     told("strided")
-    views, report = step(monkeypatch, inner=inner, pending=pending)
-    kernels = {site.path.split(".")[-1]: site for site in report.sites}
+    views = step(inner=inner, pending=pending)
+    kernels = {site.path.split(".")[-1]: site for site in graphs.pop().sites}
     assert kernels.pop("down").kernel != "scaled_mm:merged"  # its O is what the graph returns
     for site in kernels.values():
         assert site.kernel == "scaled_mm:merged"
@@ -115,22 +105,21 @@ def test_all_choices_of_a_step_fall_before_it_runs(told, monkeypatch):
         return compiled(*args)
 
     monkeypatch.setattr(backend, "_compile", compile_)
-    step(monkeypatch, inner="eager", pending="apply")
+    step(inner="eager", pending="apply")
     kinds = [key.split(" ")[0] for key in before]
     assert choices.made == before  # the step itself found them all
     # Two groups: O_A, O and dL/dx of each, and for the siblings O's memory and its view.
     assert sorted(kinds) == sorted(["O's", "forward", *["forward", "forward", "dL/dx"] * 2])
 
 
-def test_a_choice_is_made_once_for_equal_groups_and_again_by_nobody(told, monkeypatch):
+def test_a_choice_is_made_once_for_equal_groups_and_again_by_nobody(told):
     choices = told("own")
-    step(monkeypatch, inner="eager")
+    step(inner="eager")
     first = len(choices.made)
-    step(monkeypatch, inner="eager")
+    step(inner="eager")
     assert len(choices.made) == first
     again = told("own")
-    again._known = None
-    step(monkeypatch, inner="eager")
+    step(inner="eager")
     assert again.made == []  # another process reads them
 
 
@@ -158,10 +147,10 @@ def test_random_numbers_autocast_and_gradients_of_the_model_stay(told):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_on_a_cpu_nothing_is_timed(monkeypatch):
+def test_on_a_cpu_nothing_is_timed(graphs, monkeypatch):
     def never(*args):
         raise AssertionError("timed")
 
     monkeypatch.setattr(autotuning, "time_products", never)
-    _, report = step(monkeypatch, inner="eager", kernel="auto")
-    assert {site.kernel for site in report.sites} == {"aten"}
+    step(inner="eager", kernel="auto")
+    assert {site.kernel for site in graphs.pop().sites} == {"aten"}
