@@ -21,8 +21,8 @@ import common
 import torch
 from torch import Tensor, nn
 
-import falqon_fx
-from falqon_fx.passes import cards, cost
+from falqon_fx.lowering import gemm_dtype
+from falqon_fx.passes import cards, cost, variants
 
 sys.path.insert(0, str(common.ROOT))
 
@@ -53,8 +53,7 @@ def step_seconds(backend: str, out: int, features: int, tokens: int, device: str
     torch._dynamo.reset()
     model = Layers(features, out).to(device)
     compiled = torch.compile(model, backend=backend)
-    names = ("lora_A", "lora_B") if backend == "inductor" else ("lora_B",)
-    trained = [p for path, p in model.named_parameters() if any(n in path for n in names)]
+    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     made = {"device": device, "dtype": torch.bfloat16}
     xs = [torch.randn(tokens, features, **made, requires_grad=True) for _ in range(COPIES)]
@@ -73,6 +72,11 @@ def step_seconds(backend: str, out: int, features: int, tokens: int, device: str
     return statistics.median(times[WARM:]) / COPIES
 
 
+def operands(device: str) -> str:
+    """The dtype in which what is decoded is multiplied."""
+    return str(gemm_dtype(torch.bfloat16, torch.device(device))).removeprefix("torch.")
+
+
 def _wait(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
@@ -89,11 +93,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(card)
     rows = []
     for out, features in LAYERS:
-        shape = cost.Shape(
-            features=features, out=out, rank=RANK, rows=falqon_fx.FalqonConfig().rows(out)
-        )
+        shape = variants.Shape(features=features, out=out, rank=RANK, wide=operands(args.device))
         for tokens in TOKENS:
-            for backend, variant in (("inductor", cost.lora), ("falqon", cost.emulated)):
+            for backend, variant in (("inductor", variants.lora), ("falqon", variants.emulated)):
                 measured = step_seconds(backend, out, features, tokens, args.device) * 1e3
                 predicted = float(cost.seconds(variant(replace(shape, n=tokens)), card)) * 1e3
                 numbers = (f"{measured:.2f}", f"{predicted:.2f}", f"{predicted / measured:.2f}")

@@ -103,7 +103,7 @@ class Contender:
         self.optimizer = training.make_optimizer(self.model, self.variant.learning_rate)
         self.model.train()
         (first,) = self.steps(1)
-        sites = training.site_weight_bytes(self.trainee, self.variant)
+        sites = training.site_weight_bytes(self.trainee)
         return Start(self.batches[0].input_ids.numel(), first, sites, bf16, **memory)
 
     def _prepare(self) -> dict[str, Any]:

@@ -1,17 +1,20 @@
-"""What `restore` and `merge_and_unload` lose with each form of the FP8 scales, and how long
-`save_fp8` takes.
+"""What each form of the FP8 scales costs once an adapter is merged, in FP8 (`save_fp8`) and in bf16
+(`merge_and_unload`), and how long `save_fp8` takes.
 
     python benchmarks/export.py --nll --time
 
 SmolLM2-135M-Instruct with an adapter on all 210 linear layers whose B is random and moves each
 weight by 1%. All errors are relative, in Frobenius norms over all layers:
 
-- cast: dq(W) against base + s B A, what FP8 itself costs, `merge_and_unload` or not;
-- merge: what `merge_and_unload` gives in bf16 against dq(W), the model that was trained;
-- restore: what `restore` gives in bf16 against dq(W) - s applied Â in float32.
+- trained: dq(W) + s B A, what ran in training, against W + s B A, what FP8 itself costs;
+- once: the weights that `save_fp8` casts from the original ones, against W + s B A;
+- twice: those that it casts from dq(W), where `prepare` has freed the original ones, likewise;
+- merge: what `merge_and_unload` gives in bf16, against dq(W) + s B A;
+- restore: what `restore` gives in bf16, against dq(W).
 
-"nll" is the held-out NLL of the plain bf16 model that `merge_and_unload` gives, "export_seconds"
-the time of `save_fp8` with its fsyncs.
+"nll" is the held-out NLL of the plain bf16 model that `merge_and_unload` gives, "nll_once" and
+"nll_twice" those of the exported weights; "export_seconds" the time of `save_fp8` from the original
+weights, with its fsyncs.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import argparse
 import copy
 import itertools
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -31,6 +35,7 @@ from common import environment, result_path, write_json
 from nll import Data
 from peft import PeftModel
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from training import Trainee, Variant, lora_layers, mean_nll, progress_bar, with_adapter
 
@@ -49,27 +54,13 @@ def main(argv: list[str] | None = None) -> int:
     start = with_adapter(Variant("start", "start", 0.0, "falqon"), copy.deepcopy(data.base), 0)
     wanted = move(start)
     rows = []
-    for granularity, scale in itertools.product(("row", "tensor"), ("pow2", "amax")):
-        model = copy.deepcopy(start)
-        config = falqon_fx.FalqonConfig(granularity=granularity, scale=scale)
-        falqon_fx.prepare(model, config, progress=False)
-        seconds = export(model) if arguments.time else None
-        states = falqon_fx.adapters(model)
-        merged = {path: state.dequantize()[: len(wanted[path])] for path, state in states.items()}
-        base = {path: state.base() for path, state in states.items()}
-        restored = falqon_fx.restore(copy.deepcopy(model))
-        plain = falqon_fx.merge_and_unload(model)
-        row = {
-            "granularity": granularity,
-            "scale": scale,
-            "cast": error(merged, wanted),
-            "merge": error(weights(plain, wanted), merged),
-            "restore": error(weights(restored, wanted), base),
-            "nll": nll(plain, data) if arguments.nll else None,
-            "export_seconds": seconds,
-        }
-        print(json.dumps(row), flush=True)
-        rows.append(row)
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        data.base.save_pretrained(Path(folder, "base"))
+        for granularity, scale in itertools.product(("row", "tensor"), ("pow2", "amax")):
+            config = falqon_fx.FalqonConfig(granularity=granularity, scale=scale)
+            row = measure(start, config, wanted, data, Path(folder), arguments)
+            rows.append({"granularity": granularity, "scale": scale, **row})
+            print(json.dumps(rows[-1]), flush=True)
     dense = nll(start.merge_and_unload(), data) if arguments.nll else None
     result = {**environment(), "moved": MOVED, "nll_of_bf16": dense, "forms": rows}
     write_json(arguments.out or result_path("export", ".json"), result)
@@ -86,16 +77,57 @@ def move(model: PeftModel) -> dict[str, Tensor]:
         base, scaling = layer.get_base_layer().weight.float(), layer.scaling["default"]
         b.normal_(generator=generator)
         b *= MOVED * base.norm() / (scaling * (b @ a)).norm()
-        b.copy_(b.bfloat16())  # as `applied` holds it, so that nothing is pending
         wanted[path] = base + scaling * (b @ a)
     return wanted
 
 
-def export(model: PeftModel) -> float:
-    with tempfile.TemporaryDirectory(dir=".") as folder:
-        start = time.perf_counter()
-        falqon_fx.save_fp8(model, Path(folder, "out"), progress=False)
-        return time.perf_counter() - start
+def measure(
+    start: PeftModel,
+    config: falqon_fx.FalqonConfig,
+    wanted: Mapping[str, Tensor],
+    data: Data,
+    folder: Path,
+    arguments: argparse.Namespace,
+) -> dict[str, float | None]:
+    """The errors of one form of scales, and what else was asked for."""
+    model = copy.deepcopy(start)
+    falqon_fx.prepare(model, config, progress=False)
+    began = time.perf_counter()
+    once = exported(model, folder / "once", base=folder / "base")
+    seconds = time.perf_counter() - began
+    twice = exported(model, folder / "twice")
+    sites = falqon_fx.adapters(model)
+    trained = {path: site.merged() for path, site in sites.items()}
+    base = {path: site.base() for path, site in sites.items()}
+    restored = falqon_fx.restore(copy.deepcopy(model))
+    plain = falqon_fx.merge_and_unload(model)
+    found: dict[str, float | None] = {
+        "trained": error(trained, wanted),
+        "once": error(once, wanted),
+        "twice": error(twice, wanted),
+        "merge": error(weights(plain, wanted), trained),
+        "restore": error(weights(restored, wanted), base),
+        "export_seconds": seconds if arguments.time else None,
+    }
+    for name, of in {"nll": None, "nll_once": once, "nll_twice": twice}.items():
+        for path, weight in (of or {}).items():
+            layer = plain.get_submodule(path.removeprefix("base_model.model."))
+            layer.weight.data.copy_(weight)
+        found[name] = nll(plain, data) if arguments.nll else None
+    return found
+
+
+def exported(model: PeftModel, folder: Path, **options: Path) -> dict[str, Tensor]:
+    """The weights that `save_fp8` writes, float32, by the paths of the LoRA layers."""
+    falqon_fx.save_fp8(model, folder, progress=False, **options)
+    tensors = load_file(folder / "model.safetensors")
+    shutil.rmtree(folder)
+    return {
+        f"base_model.model.{name.removesuffix('.weight')}": tensor.float()
+        * tensors[f"{name}_scale"]
+        for name, tensor in tensors.items()
+        if tensor.dtype == torch.float8_e4m3fn
+    }
 
 
 def weights(model: nn.Module, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:

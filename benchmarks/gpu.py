@@ -4,10 +4,11 @@
     python benchmarks/gpu.py --tiny         # the same flow without one: toy sizes, on CPU
 
 First every kernel is held against float64 or the CPU; a failure ends the run. Then the ceilings of
-the card, single products and updates, and full training steps of real transformers layers with
-random weights against the ways that LoRA is trained otherwise, the most important first: what does
-not fit into ``--seconds`` is named. Writes `gpu-<date>-<card>` .json, .csv (steps), -kernels.csv,
-.png and .md with the targets into ``--out``; with ``--tiny`` only where ``--out`` is given.
+the card, single products and the casts of the adapters, and full training steps of real
+transformers layers with random weights against the ways that LoRA is trained otherwise, the most
+important first: what does not fit into ``--seconds`` is named. A trains where the name of a run
+doesn't say otherwise. Writes `gpu-<date>-<card>` .json, .csv (steps), -kernels.csv, .png and .md
+with the targets into ``--out``; with ``--tiny`` only where ``--out`` is given.
 
 Needs transformers and PEFT; bitsandbytes and torchao where installed. Each decoder layer is
 compiled by itself, for every contender alike, so that all layers of a model share their code.
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.tiny and not torch.cuda.is_available():
         parser.error("no CUDA device here; --tiny rehearses on CPU")
     out = args.out or (None if args.tiny else common.RESULTS)
-    # Dropped adapter dropout, kernels below FP8 and the like are told once by the library itself.
+    # Kernels below FP8 and the like are told once by the library itself.
     warnings.filterwarnings("ignore", module="torch|transformers|peft|numpy")
     clock, budget = Clock("cpu" if args.tiny else "cuda"), Budget(args.seconds)
     about = common.environment() | card(clock)
@@ -118,8 +119,12 @@ def _page(
         f"- correctness: {len(checked)} results within their bounds, the worst {worst.what} by "
         f"{worst.kernel} at {worst.worst:.2f}",
         *(
-            f"- update, {u.shape} r{u.rank}, {u.sites} sites: {1e3 * u.seconds:.3f} ms; nothing "
-            f"changed: {1e3 * u.unchanged_seconds:.3f} ms"
+            f"- {_NAMES[u.what]}, {u.shape} r{u.rank}, {u.sites} layers: {1e3 * u.seconds:.3f} ms"
+            + (
+                ""
+                if u.unchanged_seconds is None
+                else f"; unchanged: {1e3 * u.unchanged_seconds:.3f}"
+            )
             for u in updates
         ),
         *(f"- could not run: {text}" for text in content["failures"]),
@@ -204,6 +209,9 @@ def _page(
         "",
     ]
     return lines
+
+
+_NAMES = {"casts": "casts of the adapters in a pass", "rows": 'update="rows" in a step'}
 
 
 def write(

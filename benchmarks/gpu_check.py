@@ -16,16 +16,17 @@ from gpu_measure import Clock
 from gpu_models import CONTENDERS, SHAPES, Trainer
 from torch import Tensor
 
-from falqon_fx import FalqonConfig, MergedAdapter, cuda
-from falqon_fx import update as reference
+from falqon_fx import FalqonConfig, MergedAdapter, cuda, lowering
 from falqon_fx.kernels import dispatch, stored
 from falqon_fx.kernels.activation_cast import activation_cast
 from falqon_fx.kernels.choice import Candidate, Refusal
 from falqon_fx.kernels.gemm import Piece, Product
 from falqon_fx.kernels.spec import ActivationCastSpec
-from falqon_fx.merged import create
 from falqon_fx.numerics import E4M3, E5M2, amax_to_scale, encode_fp8, round_to_fp8
-from falqon_fx.products import cast_with_scale
+from falqon_fx.rows import cuda as rows_cuda
+from falqon_fx.rows import update as reference
+from falqon_fx.rows.state import create
+from falqon_fx.spec import SiteSpec
 
 # (tokens, out, in, rank)
 SHAPES_CHECKED = ((256, 512, 1024, 16), (100, 1040, 272, 64), (1, 256, 4096, 8))
@@ -81,6 +82,15 @@ class Exact:
     def columns(self, part: slice) -> Exact:
         fields = (self.value[:, part], self.gauge[:, part], self.partial[:, part])
         return Exact(*fields, self.terms)
+
+    def beside(self, other: Exact) -> Exact:
+        """Both, side by side."""
+        pairs = (
+            (self.value, other.value),
+            (self.gauge, other.gauge),
+            (self.partial, other.partial),
+        )
+        return Exact(*(torch.cat(pair, dim=1) for pair in pairs), max(self.terms, other.terms))
 
     @property
     def bound(self) -> Tensor:
@@ -138,73 +148,87 @@ def _try(what: str, name: str, candidate: Candidate) -> list[Tensor] | None:
 
 
 def check_products(device: str, options: dispatch.Options) -> Iterator[Checked]:
-    """O and O_A, O with pending rows and bias, O_A alone, siblings, dL/dx of one and of several
-    sites, dL/dB.
+    """O of layers alone, with adapters and as siblings, O_A, dL/dx of one and of several layers,
+    dL/dB and dL/dA.
     """
     for shape in SHAPES_CHECKED if device == "cuda" else TINY:
-        yield from _check_shape(shape, device, options)
+        yield from _check_forward(shape, device, options)
+        yield from _check_backward(shape, device, options)
 
 
-def _check_shape(
+def _check_forward(
     shape: tuple[int, int, int, int], device: str, options: dispatch.Options
 ) -> Iterator[Checked]:
+    """Of two layers, the second of fewer rows, with adapters of different rank."""
     n, out, features, rank = shape
+    few, low = out // 2, rank // 2
     q, q_scale = fp8(n, features, E4M3, device, 0), positive(n, device, 1)
-    merged, scale = fp8(out + rank, features, E4M3, device, 2), positive(out + rank, device, 3)
-    o, a = Piece(merged[:out], scale[:out]), Piece(merged[out:], scale[out:])
-    scales = q_scale.double() * scale.double().t()
-    both = product(q, merged, scales)
-    exact_o, exact_a = both.columns(slice(out)), both.columns(slice(out, None))
 
-    def contest(pieces: list[Piece], a_pieces: int) -> dispatch.Contest:
-        return dispatch.forward(q, q_scale, pieces, a_pieces, BF16, BF16, options)
+    def layer(rows: int, seed: int) -> tuple[Piece, Exact]:
+        piece = Piece(fp8(rows, features, E4M3, device, seed), positive(rows, device, seed + 1))
+        assert piece.scale is not None
+        return piece, product(q, piece.weight, q_scale.double() * piece.scale.double().t())
 
-    yield from run_all("O, O_A", shape, contest([o, a], 1), [exact_o, exact_a])
-    yield from run_all("O_A", shape, contest([a], 1), [exact_a])
-    left, right = random_bf16(n, rank, device, 6), random_bf16(out, rank, device, 7)
-    bias = random_bf16(1, out, device, 8)[0]
-    added = product(left, right) + constant(bias[None])
-    pending = replace(o, bias=bias, left=left, right=right)
-    yield from run_all("O, pending, bias", shape, contest([pending], 0), [exact_o + added])
-    views = dispatch.forward_strided(
-        q, q_scale, [Piece(merged, scale)], [out], [right], [bias], BF16, BF16, options
-    )
-    for name, run in views.candidates.items():
-        results = _try("[O | O_A], pending, bias", name, run)
-        if results is not None:  # O by the O_A that it is made of, as it was rounded
-            whole = exact_o + product(results[-1], right) + constant(bias[None])
-            found = replace(views, candidates={name: lambda results=results: results})
-            yield from run_all("[O | O_A], pending, bias", shape, found, [whole, exact_a])
-    # The same weights twice, as siblings: the second O of fewer rows.
-    few = out // 2
-    part = Piece(merged[:few], scale[:few])
-    exact_part, twice = exact_o.columns(slice(few)), product(q, *_twice(merged, scales, out))
-    found = contest([o, part, a, a], 2)
-    yield from run_all("O, O_A of siblings", shape, found, [exact_o, exact_part, twice])
-    g, g_scale = fp8(n, out, E5M2, device, 4), positive(n, device, 5)
-    h = fp8(n, few, E5M2, device, 9)
-    one = Product(g, g_scale, merged[:out])
-    two = Product(h, q_scale, merged[:few])
-    exact_x = product(g, merged[:out].t(), g_scale.double())
-    exact_two = exact_x + product(h, merged[:few].t(), q_scale.double())
-    tail = random_bf16(features, rank, device, 10)
-    for what, products, last, exact in (
-        ("dL/dx", [one], None, exact_x),
-        ("dL/dx, pending", [one], left, exact_x + product(left, tail)),
-        ("dL/dx of siblings", [one, two], left, exact_two + product(left, tail)),
+    (one, exact_one), (two, exact_two) = layer(out, 2), layer(few, 4)
+    (a_one, exact_a), (a_two, exact_b) = layer(rank, 6), layer(low, 8)
+
+    def run(what: str, pieces: list[Piece], a_pieces: int, exact: list[Exact]) -> Iterator[Checked]:
+        contest = dispatch.forward(q, q_scale, pieces, a_pieces, BF16, BF16, options)
+        yield from run_all(what, shape, contest, exact)
+
+    yield from run("O", [one], 0, [exact_one])
+    yield from run("O of siblings", [one, two], 0, [exact_one, exact_two])
+    yield from run("O_A", [a_one], 1, [exact_a])
+    yield from run("O_A of several", [a_one, a_two], 2, [exact_a.beside(exact_b)])
+    adapted, terms = [], []
+    for piece, r, seed in ((one, rank, 10), (two, low, 13)):
+        rows = len(piece.weight)
+        left, right = random_bf16(n, r, device, seed), random_bf16(rows, r, device, seed + 1)
+        bias = random_bf16(1, rows, device, seed + 2)[0]
+        adapted.append(replace(piece, bias=bias, left=left, right=right))
+        terms.append(product(left, right) + constant(bias[None]))
+    yield from run("O, adapter, bias", adapted[:1], 0, [exact_one + terms[0]])
+    wanted = [exact_one + terms[0], exact_two + terms[1]]
+    yield from run("O of siblings, adapters, bias", adapted, 0, wanted)
+    # With update="rows" W and A are rows of one tensor.
+    merged, scale = fp8(out + rank, features, E4M3, device, 16), positive(out + rank, device, 17)
+    parts = [Piece(merged[at], scale[at]) for at in (slice(out), slice(out, None))]
+    both = product(q, merged, q_scale.double() * scale.double().t())
+    halves = [both.columns(slice(out)), both.columns(slice(out, None))]
+    yield from run("O, O_A", parts, 1, halves)
+
+
+def _check_backward(
+    shape: tuple[int, int, int, int], device: str, options: dispatch.Options
+) -> Iterator[Checked]:
+    """Of two layers that share x, of which the first has an adapter."""
+    n, out, features, rank = shape
+    products, exact = [], []
+    for rows, seed in ((out, 20), (out // 2, 23)):
+        g, g_scale = fp8(n, rows, E5M2, device, seed), positive(n, device, seed + 1)
+        weight = fp8(rows, features, E4M3, device, seed + 2)
+        products.append(Product(g, g_scale, weight))
+        exact.append(product(g, weight.t(), g_scale.double()))
+    d, right = random_bf16(n, rank, device, 26), random_bf16(features, rank, device, 27)
+    term = product(d, right)
+    for what, count, ends, wanted in (
+        ("dL/dx", 1, (None, None), exact[0]),
+        ("dL/dx, adapter", 1, (d, right), exact[0] + term),
+        ("dL/dx of siblings", 2, (None, None), exact[0] + exact[1]),
+        ("dL/dx of siblings, one adapter", 2, (d, right), exact[0] + exact[1] + term),
     ):
-        ends = (last, None if last is None else tail)
-        found = dispatch.grad_x(products, *ends, BF16, options)
-        yield from run_all(what, shape, found, [exact])
-    grad = random_bf16(n, out, device, 11)
-    exact_b = product(grad.t(), left.t())
-    found = dispatch.grad_b(grad, left, 1.0, torch.float32, "auto")
-    yield from run_all("dL/dB", shape, found, [exact_b])
-    of_all = torch.tensor(0.37, device=device)
-    cast = cast_with_scale(grad.float().cpu(), of_all.cpu(), E5M2).double().to(device)
-    equal = Exact(cast, torch.zeros_like(cast), torch.zeros_like(cast), 1)
-    found = dispatch.cast_grad_b(grad, of_all, left, 1.0, torch.float32, E5M2, "auto")
-    yield from run_all("q(dL/dO), dL/dB", shape, found, [equal, exact_b])
+        found = dispatch.grad_x(products[:count], *ends, BF16, options)
+        yield from run_all(what, shape, found, [wanted])
+    grad = random_bf16(n, out, device, 28)
+    found = dispatch.grad_b(grad, d, 1.0, torch.float32, "auto")
+    yield from run_all("dL/dB", shape, found, [product(grad.t(), d.t())])
+    # x as it is kept: its scale goes into D, which is rounded again.
+    code, scale = fp8(n, features, E4M3, device, 29), positive(n, device, 30)
+    scaled = (d.float() * scale).to(BF16)
+    aten = dispatch.Contest(
+        "dL/dA", {"aten": lambda: [cuda.grad_a(d, code, scale, torch.float32)]}, d, "auto"
+    )
+    yield from run_all("dL/dA", shape, aten, [product(scaled.t(), code.t())])
 
 
 def check_inductor(device: str, options: dispatch.Options) -> Iterator[Checked]:
@@ -227,11 +251,6 @@ def check_inductor(device: str, options: dispatch.Options) -> Iterator[Checked]:
     ):
         named = {k: run for k, run in contest.candidates.items() if k.startswith("inductor")}
         yield from run_all(what, (n, out, features), replace(contest, candidates=named), [exact])
-
-
-def _twice(merged: Tensor, scales: Tensor, out: int) -> tuple[Tensor, Tensor]:
-    """A's rows below each other twice, and the scales of their products."""
-    return torch.cat([merged[out:]] * 2), torch.cat([scales[:, out:]] * 2, dim=1)
 
 
 def check_transpose(device: str) -> Checked:
@@ -268,6 +287,26 @@ def _has_fp8() -> bool:
     return torch.cuda.get_device_capability() >= (8, 9)
 
 
+def check_adapter_casts(device: str) -> Checked:
+    """Â, its scale and s·B against the CPU's: equal bytes."""
+    shapes = ((512, 256, 16), (96, 1024, 8)) if device == "cuda" else ((48, 32, 16), (16, 64, 8))
+    generator = torch.Generator().manual_seed(0)
+    lora_a = [torch.randn(r, features, generator=generator) for _, features, r in shapes]
+    lora_b = [torch.randn(out, r, generator=generator) for out, _, r in shapes]
+    scaling = [2.0, 0.3]
+    for granularity in ("row", "tensor"):
+        for mode in ("amax", "pow2"):
+            spec = str(SiteSpec(granularity, mode, "e5m2"))
+            expected = lowering.proxy_update(lora_a, lora_b, scaling, False, spec)
+            given = ([t.to(device) for t in column] for column in (lora_a, lora_b))
+            for one, other in zip(
+                cuda.proxy_update(*given, scaling, False, spec), expected, strict=True
+            ):
+                ours, wanted = (t.reshape(-1).view(torch.uint8) for t in (one.cpu(), other))
+                assert torch.equal(ours, wanted), spec
+    return Checked("casts of adapters", f"{len(shapes)} adapters", shapes[0], 0.0)
+
+
 def make_state(out: int, features: int, rank: int) -> tuple[MergedAdapter, Tensor, Tensor, Tensor]:
     """A site whose sums are exact in float32: small multiples of powers of two."""
     generator = torch.Generator().manual_seed(out)
@@ -277,13 +316,13 @@ def make_state(out: int, features: int, rank: int) -> tuple[MergedAdapter, Tenso
 
     base, lora_a = dyadic(out, features, 16, 2.0**-3), dyadic(rank, features, 16, 2.0**-3)
     lora_b = dyadic(out, rank, 64, 2.0**-6)
-    state = create("site", base, lora_a, lora_b, 2.0, FalqonConfig())
+    state = create("site", base, lora_a, lora_b, 2.0, FalqonConfig(update="rows"))
     lora_b += dyadic(out, rank, 16, 2.0**-8)
     return state, base, lora_a, lora_b
 
 
 def check_update(device: str) -> Checked:
-    """The update's kernels against the CPU op, random bits included."""
+    """The kernels of update="rows" against the CPU op, random bits included."""
     shapes = ((512, 256, 16), (96, 1024, 16)) if device == "cuda" else ((48, 32, 16),)
     results = []
     for place in ("cpu", device):
@@ -292,7 +331,7 @@ def check_update(device: str) -> Checked:
         columns = [[*column] for column in zip(*states, strict=True)]
         base, lora_a, lora_b = ([m[i].to(place) for m in made] for i in (1, 2, 3))
         # The first is the reference; a second run on "cpu" is the kernels, interpreted.
-        run = cuda.proxy_update_ if results else reference.proxy_update_
+        run = rows_cuda.proxy_update_ if results else reference.proxy_update_
         run(*columns, lora_b, lora_a, base, [2.0] * len(made), str(made[0][0].plan))
         results.append([t.cpu() for column in columns for t in column])
     if device == "cuda":  # B has not changed; and no value is read back on the host
@@ -305,14 +344,14 @@ def check_update(device: str) -> Checked:
     return Checked("update", f"{len(shapes)} sites", shapes[0], 0.0)
 
 
-def check_training(device: str) -> Checked:
-    """Three eager steps of two tiny layers: the device's losses against the CPU's.
+def check_training(device: str, name: str) -> Checked:
+    """Three eager steps of two tiny layers by a contender: the device's losses against the CPU's.
 
     Both run the same casts; products differ in summation order, at most some bfloat16 roundings in
     each layer.
     """
     losses = []
-    contender = replace(CONTENDERS["falqon"], options=(("inner", "eager"),))
+    contender = replace(CONTENDERS[name], options=(("inner", "eager"),))
     for place in ("cpu", device):
         model = gpu_models.build(contender, SHAPES["tiny"], 2, 8, "cpu").to(place)
         attention = gpu_models.attention_backend(SHAPES["tiny"], place)
@@ -326,14 +365,16 @@ def check_training(device: str) -> Checked:
         torch._dynamo.reset()
     worst = max(abs(a - b) / (8 * 2.0**-8 * abs(a)) for a, b in zip(*losses, strict=True))
     assert worst < 1, f"losses {losses}"  # false for NaN, too
-    return Checked("three steps", "falqon", (2, 16), worst)
+    return Checked("three steps", name, (2, 16), worst)
 
 
 def all_checks(device: str, options: dispatch.Options | None = None) -> list[Checked]:
     checks: list[Callable[[], Checked]] = [
         lambda: check_transpose(device),
+        lambda: check_adapter_casts(device),
         lambda: check_update(device),
-        lambda: check_training(device),
+        lambda: check_training(device, "falqon"),
+        lambda: check_training(device, "falqon, A frozen"),
     ]
     options = options or dispatch.Options()
     found = [*check_activation_cast(device), *check_products(device, options)]

@@ -1,4 +1,6 @@
-"""Single products and the update of `benchmarks/gpu.py`: all candidates, the library as roof."""
+"""Single products of `benchmarks/gpu.py`: all candidates, the library as roof; and what brings the
+adapters up to date: their casts, and with update="rows" the writes into W'.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,14 @@ from falqon_fx.kernels import dispatch
 from falqon_fx.kernels.choice import Refusal
 from falqon_fx.kernels.gemm import Piece, Product
 from falqon_fx.kernels.gemm_spec import Accumulation
-from falqon_fx.merged import allocate
 from falqon_fx.numerics import E4M3, E5M2
-from falqon_fx.spec import SiteSpec
+from falqon_fx.rows import cuda as rows_cuda
+from falqon_fx.rows.state import allocate
+from falqon_fx.spec import RowsSpec, SiteSpec
 
 BF16 = torch.bfloat16
 LIBRARY = "torch._scaled_mm"  # of W alone: the roof
-NOT_O = ("O_A", "q(dL/dO), dL/dB")
+WITH_W = ("O alone", "O with the adapter", "O, O_A", "dL/dx", "dL/dx with the adapter")
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,8 @@ def problems(tiny: bool) -> list[Problem]:
 
 
 def measure(problem: Problem, clock: Clock, ceiling: Ceilings) -> Iterator[KernelRow]:
-    """Forward as the default plan does it (O_A, then O with pending rows, or both in one), as
-    pending="hold" does, O alone, dL/dx and dL/dB.
+    """Forward (O_A, then O with the adapter), what pending="hold" of update="rows" does (both in
+    one), O alone as of a frozen layer, dL/dx, dL/dB and dL/dA.
     """
     n, out, features, rank = problem.tokens, problem.out, problem.features, problem.rank
     device, row = clock.device, problem.mode == "row"
@@ -102,8 +105,7 @@ def measure(problem: Problem, clock: Clock, ceiling: Ceilings) -> Iterator[Kerne
     )
     g, g_scale = fp8(n, out, E5M2, device, 4), positive(n, device, 5) if row else scalar
     o_a, grad = random_bf16(n, rank, device, 6), random_bf16(n, out, device, 7)
-    right = random_bf16(out, rank, device, 8)
-    pending = replace(w, left=o_a, right=right)
+    b, a_turned = random_bf16(out, rank, device, 8), random_bf16(features, rank, device, 9)
     options = dispatch.Options(
         kernel="max-autotune" if problem.templates else "auto",
         accumulation=problem.accumulation,
@@ -111,10 +113,6 @@ def measure(problem: Problem, clock: Clock, ceiling: Ceilings) -> Iterator[Kerne
 
     def forward(pieces: list[Piece], a_pieces: int) -> dispatch.Contest:
         return dispatch.forward(q, q_scale, pieces, a_pieces, BF16, BF16, options)
-
-    def as_view(added: list[Tensor]) -> dispatch.Contest:
-        whole = [Piece(merged, scale)]
-        return dispatch.forward_strided(q, q_scale, whole, [out], added, [], BF16, BF16, options)
 
     def library() -> Tensor:
         s = (q_scale, scale[:out].t().contiguous()) if row else (scalar, scalar)
@@ -139,17 +137,20 @@ def measure(problem: Problem, clock: Clock, ceiling: Ceilings) -> Iterator[Kerne
     yield _row("O alone", LIBRARY, problem, roof, roof, least, False)
     yield from rows("O alone", forward([w], 0), least)
     yield from rows("O_A", forward([a], 1), least * rank / out)
-    yield from rows("O with pending rows", forward([pending], 0), least)
+    yield from rows("O with the adapter", forward([replace(w, left=o_a, right=b)], 0), least)
     yield from rows("O, O_A", forward([w, a], 1), least)
-    yield from rows("[O | O_A], O a view", as_view([]), least)
-    yield from rows("[O | O_A] with pending rows, O a view", as_view([right]), least)
     one = [Product(g, g_scale, merged[:out])]
     yield from rows("dL/dx", dispatch.grad_x(one, None, None, BF16, options), least)
+    both = dispatch.grad_x(one, o_a, a_turned, BF16, options)
+    yield from rows("dL/dx with the adapter", both, least)
     contest = dispatch.grad_b(grad, o_a, 1.0, torch.float32, "auto")
     yield from rows("dL/dB", contest, ceiling.seconds(2.0 * n * out * rank, 0.0))
-    if not row:
-        contest = dispatch.cast_grad_b(grad, scalar, o_a, 1.0, torch.float32, E5M2, "auto")
-        yield from rows("q(dL/dO), dL/dB", contest, ceiling.seconds(2.0 * n * out * rank, 0.0))
+
+    def grad_a() -> list[Tensor]:
+        return [cuda.grad_a(o_a, q, q_scale, torch.float32)]
+
+    contest = dispatch.Contest("dL/dA", {"aten": grad_a}, o_a, "auto")
+    yield from rows("dL/dA", contest, ceiling.seconds(2.0 * n * features * rank, 0.0))
 
 
 def _timed(run: Callable[[], object], clock: Clock, tokens: int) -> Timing:
@@ -178,7 +179,7 @@ def _row(
         timing.median,
         timing.spread,
         timing.how,
-        roof.median / timing.median if "O" in what and what not in NOT_O else None,
+        roof.median / timing.median if what in WITH_W else None,
         least / timing.median,
         chosen,
     )
@@ -186,21 +187,54 @@ def _row(
 
 @dataclass(frozen=True)
 class UpdateRow:
-    """The proxy update of all sites of a model in one call, behind a change of every B."""
+    """What brings the adapters of all layers of a model up to date, behind a change of every B.
 
+    ``what`` is "casts" (`falqon::proxy_update`, of each pass) or "rows" (`falqon::proxy_update_`,
+    of each step); ``unchanged_seconds`` is a call of the latter that finds nothing to do.
+    """
+
+    what: str
     shape: str
     rank: int
     sites: int
     seconds: float
     spread: float
-    unchanged_seconds: float  # a call that finds nothing to do
+    unchanged_seconds: float | None = None
 
 
-def measure_update(name: str, rank: int, clock: Clock) -> UpdateRow:
-    """All sites of all layers of a model; their values do not matter for the time."""
+def measure_casts(name: str, rank: int, clock: Clock) -> UpdateRow:
+    """As Inductor compiles them at the head of a layer's graph, for one layer after the other."""
+    shape, spec = SHAPES[name], str(SiteSpec.from_config(FalqonConfig()))
+    layers = shape.layers if clock.gpu else 1
+    scaling = [2.0] * len(shape.sites)
+
+    def parameters() -> tuple[list[Tensor], list[Tensor]]:
+        sizes = [(out, features) for out, features in shape.sites]
+        lora_a = [torch.randn(rank, features, device=clock.device) for _, features in sizes]
+        return lora_a, [torch.randn(out, rank, device=clock.device) for out, _ in sizes]
+
+    def casts(lora_a: list[Tensor], lora_b: list[Tensor]) -> list[Tensor]:
+        return cuda.proxy_update(lora_a, lora_b, scaling, False, spec)
+
+    # A rehearsal compiles nothing.
+    run = torch.compile(casts, fullgraph=True) if clock.gpu else casts
+    every = [parameters() for _ in range(layers)]
+
+    def all_layers() -> None:
+        for lora_a, lora_b in every:
+            run(lora_a, lora_b)
+
+    all_layers()
+    timing = replay(all_layers, clock, count=7, calls=1)
+    sites = len(shape.sites) * layers
+    return UpdateRow("casts", name, rank, sites, timing.median, timing.spread)
+
+
+def measure_rows(name: str, rank: int, clock: Clock) -> UpdateRow:
+    """All layers in one call; their values do not matter for the time."""
     shape = SHAPES[name]
     sites = (shape.sites * shape.layers)[: None if clock.gpu else 1]
-    plan = SiteSpec.from_config(FalqonConfig())
+    plan = RowsSpec.from_config(FalqonConfig(update="rows"))
     device = torch.device(clock.device)
     states = [allocate(out, features, rank, BF16, 1.0, plan, device) for out, features in sites]
     for state in states:
@@ -215,7 +249,7 @@ def measure_update(name: str, rank: int, clock: Clock) -> UpdateRow:
 
     def update() -> None:
         scaling = [1.0] * len(sites)
-        cuda.proxy_update_(*columns, lora_b, lora_a, base, scaling, str(plan))
+        rows_cuda.proxy_update_(*columns, lora_b, lora_a, base, scaling, str(plan))
 
     update()
     seconds = []
@@ -226,16 +260,17 @@ def measure_update(name: str, rank: int, clock: Clock) -> UpdateRow:
     written = sum(int(state.writes.sum()) for state in states)
     assert written == sum(plan.rows(out) for out, _ in sites) * len(seconds), "nothing was written"
     changed, same = Timing(tuple(seconds)), repeat(update, clock, count=5, warm=1)
-    return UpdateRow(name, rank, len(sites), changed.median, changed.spread, same.median)
+    return UpdateRow("rows", name, rank, len(sites), changed.median, changed.spread, same.median)
 
 
 def all_rows(
     tiny: bool, clock: Clock, ceiling: Ceilings, budget: Budget
 ) -> tuple[list[KernelRow], list[UpdateRow]]:
     updates = [
-        budget.run(f"update {name} r{rank}", f"update r{rank}", work, guess=10.0)
+        budget.run(f"{kind} {name} r{rank}", f"{kind} r{rank}", work, guess=10.0)
         for name, rank in ([("tiny", 8)] if tiny else [("llama-7b", 16), ("llama-7b", 64)])
-        for work in [lambda name=name, rank=rank: measure_update(name, rank, clock)]
+        for kind, measure_one in (("casts", measure_casts), ("rows", measure_rows))
+        for work in [lambda f=measure_one, name=name, rank=rank: f(name, rank, clock)]
     ]
     rows: list[KernelRow] = []
     for problem in problems(tiny):

@@ -21,7 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 import falqon_fx
+from falqon_fx import fp8_linear
 from falqon_fx._compat import scaled_mm
+from falqon_fx.rows.prepared import MergedBaseLinear
 
 E4M3 = torch.float8_e4m3fn
 SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -72,7 +74,7 @@ class Contender:
 
     ``base`` is what holds the frozen weights: "bf16", "nf4" (bitsandbytes), "fp8" (`Fp8Linear`
     below), "fp8linear" (transformers' FP8Linear with a scale a tensor), "torchao" (float8 training:
-    bf16 weights cast in each step) or "falqon" (merged by `prepare`).
+    bf16 weights cast in each step) or "falqon" (cast by `prepare`).
     """
 
     base: str
@@ -84,7 +86,9 @@ class Contender:
 
 CONTENDERS = {
     "falqon": Contender("falqon", "falqon", bf16_adapter=False),
+    "falqon, A frozen": Contender("falqon", "falqon", bf16_adapter=False, train_a=False),
     "falqon, bf16 adapter": Contender("falqon", "falqon"),
+    "falqon, rows": Contender("falqon", "falqon", False, False, (("update", "rows"),)),
     "falqon, kernel=scaled_mm": Contender(
         "falqon", "falqon", False, True, (("kernel", "scaled_mm"),)
     ),
@@ -252,9 +256,11 @@ _BASES: dict[str, Callable[[Any, str], None]] = {
 
 
 def linear_bytes(model: nn.Module) -> int:
-    """Bytes of everything that the merged linears keep, A and B apart: W', scales, `applied`."""
-    states = falqon_fx.adapters(model).values()
-    return sum(t.nbytes for s in states for t in (s.weight, s.scale, s.applied))
+    """Bytes of the layers that `prepare` made: W in FP8 and its scales, or what "rows" keeps."""
+    layers = (fp8_linear.Fp8Linear, MergedBaseLinear)
+    found = [m for m in model.modules() if isinstance(m, layers)]
+    parameters = [p for m in found for name, p in m.named_parameters() if name != "bias"]
+    return sum(p.nbytes for p in parameters)
 
 
 # ---------------------------------------------------------------- a training step

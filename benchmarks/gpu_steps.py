@@ -90,7 +90,8 @@ class StepRow:
 def cases(tiny: bool) -> list[Case]:
     """The most important first: the budget drops from the end."""
     if tiny:
-        names = ["falqon", "peft + inductor", "nf4", "torchao + lora"]
+        names = ["falqon", "falqon, A frozen", "falqon, rows", "peft + inductor", "nf4"]
+        names += ["torchao + lora"]
         names += ["fp8 + lora"] * has_row_scales("cpu")
         return [Case("tiny", 2, 16, 8, name, checkpointing=name == "falqon") for name in names]
     faster = ("peft + inductor", "peft + inductor, fp32 adapter")
@@ -108,7 +109,8 @@ def cases(tiny: bool) -> list[Case]:
     add("qwen-2.5-7b", 1, 4096, 16, "falqon", "peft + inductor")
     add("llama-13b", 1, 4096, 16, "falqon", "peft + inductor")
     add("llama-7b", 16, 512, 16, "falqon", "peft + inductor")
-    add("llama-7b", 1, 4096, 16, "peft + inductor, A frozen", "fp8 + lora", "peft")
+    add("llama-7b", 1, 4096, 16, "falqon, A frozen", "peft + inductor, A frozen")
+    add("llama-7b", 1, 4096, 16, "fp8 + lora", "peft")
     add("llama-7b", 1, 4096, 16, "fp8linear + lora")
     add("llama-7b", 1, 4096, 16, "torchao + lora", "falqon, kernel=scaled_mm", "falqon, tensorwise")
     add("llama-7b", 1, 512, 16, "falqon", "peft + inductor")
@@ -116,7 +118,7 @@ def cases(tiny: bool) -> list[Case]:
     add("llama-13b", 8, 1024, 64, "falqon", "peft + inductor")
     add("qwen-2.5-7b", 8, 1024, 64, "falqon", "peft + inductor")
     add("llama-3-8b", 8, 1024, 64, "falqon", "peft + inductor")
-    add("llama-7b", 1, 4096, 16, "falqon, bf16 adapter", "peft, fp32 adapter")
+    add("llama-7b", 1, 4096, 16, "falqon, rows", "falqon, bf16 adapter", "peft, fp32 adapter")
     return listed
 
 
@@ -160,7 +162,7 @@ def _rows(
     if not clock.gpu:  # a rehearsal: compiling would take most of its time
         quick = {"inductor": "eager"}.get(contender.backend, contender.backend)
         options = (("inner", "eager"),) if quick == "falqon" else ()
-        contender = replace(contender, backend=quick, options=options)
+        contender = replace(contender, backend=quick, options=(*contender.options, *options))
     attention = gpu_models.attention_backend(shape, clock.device)
     model = gpu_models.build(contender, shape, layers, case.rank, clock.device)
     trainer = Trainer(model, contender, (case.batch, case.length), clock, attention)

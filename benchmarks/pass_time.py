@@ -34,7 +34,7 @@ from falqon_fx.report import GraphReport
 
 LAYERS = (2, 4, 8, 16, 32, 64, 128)
 ROUNDS = 3
-STEPS = ("copy", "normalize", "match", "plan", "autotune", "rewrite", "insert_updates", "verify")
+STEPS = ("copy", "normalize", "match", "plan", "autotune", "insert_operands", "rewrite", "verify")
 
 
 def model(layers: int) -> nn.Module:

@@ -21,8 +21,8 @@ from common import environment, latest_or_new, read_json, result_path, write_jso
 from torch import Tensor
 
 from falqon_fx import FalqonConfig
-from falqon_fx.merged import create
 from falqon_fx.numerics import E4M3, amax_to_scale, round_to_fp8
+from falqon_fx.rows.state import create
 from falqon_fx.svd import low_rank_rows
 
 
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     lora_a, lora_b = torch.randn(rank, shape[1]), torch.zeros(shape[0], rank)
 
     def merge(init: str) -> Callable[[], object]:
-        config = FalqonConfig(init=init)
+        config = FalqonConfig(update="rows", init=init)
         return lambda: create("layer", weight, lora_a.clone(), lora_b, 1.0, config)
 
     scale = amax_to_scale(weight.abs().amax(1, keepdim=True).float(), E4M3, "pow2")

@@ -1,18 +1,19 @@
-"""What `falqon_fx.watch` adds to a training step on this machine.
+"""What `falqon_fx.watch` adds to a training step with update="rows" on this machine.
 
     python benchmarks/watch_overhead.py [--blocks 8] [--steps 120]
 
 Blocks of two linears (576 x 1536 and back, the sizes of SmolLM2-135M's MLP), rank 16, bf16, 768
-tokens, AdamW. Watched and unwatched steps take turns of four in one process, so that both see the
-same machine; medians of each. What is added while nobody watches is one truth test a write-back, at
-most one a site and step: timed alone, since it drowns in a step's scatter.
+tokens, AdamW; with the base weights at hand, and prepared, where the drift is looked at too.
+Watched and unwatched steps take turns of four in one process, so that both see the same machine;
+medians of each. What is added while nobody watches is one truth test a write-back, at most one a
+site and step: timed alone, since it drowns in a step's scatter.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
-import sys
 import time
 import timeit
 from collections.abc import Sequence
@@ -20,24 +21,36 @@ from contextlib import nullcontext
 
 import common
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
 import falqon_fx
-from falqon_fx.audit import audience
-
-sys.path.insert(0, str(common.ROOT))
+from falqon_fx.rows.audit import audience
 
 TURN = 4
-COLUMNS = ["blocks", "sites", "unwatched, ms", "watched, ms", "added", "added when off"]
+COLUMNS = ["weights", "blocks", "sites", "unwatched, ms", "watched, ms", "added", "added when off"]
 
 
-def measure(blocks: int, steps: int) -> list[str]:
+def measure(blocks: int, steps: int, prepared: bool) -> list[str]:
     """One row: medians over ``steps`` steps of each kind."""
-    from tests.models import Stack, lora_b
-
+    torch._dynamo.reset()
     torch.manual_seed(0)
-    model = Stack(blocks, 576, 1536, rank=16, dtype=torch.bfloat16)
-    compiled = torch.compile(model, backend="falqon")
-    optimizer = torch.optim.AdamW(lora_b(model), lr=1e-3, fused=True)
+    each = [
+        (nn.Linear(576, 1536), nn.GELU(), nn.Linear(1536, 576), nn.RMSNorm(576, eps=1e-6))
+        for _ in range(blocks)
+    ]
+    plain = nn.Sequential(*itertools.chain(*each)).to(torch.bfloat16)
+    linears = [str(i) for i, layer in enumerate(plain) if isinstance(layer, nn.Linear)]
+    model = get_peft_model(plain, LoraConfig(r=16, target_modules=linears))
+    trained = []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_B" in name)
+        trained += [parameter] if "lora_B" in name else []
+    config = falqon_fx.FalqonConfig(update="rows")
+    if prepared:
+        falqon_fx.prepare(model, config, progress=False)
+    compiled = torch.compile(model, backend="falqon", options={"config": config})
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
     x = torch.randn(768, 576, dtype=torch.bfloat16)
     times: dict[bool, list[float]] = {True: [], False: []}
     for turn in range(2 * steps // TURN + 2):
@@ -53,7 +66,8 @@ def measure(blocks: int, steps: int) -> list[str]:
     off, on = (statistics.median(times[kind]) * 1e3 for kind in (False, True))
     tests = min(timeit.repeat(lambda: bool(audience), number=1000)) * 2 * blocks  # ms
     shares = (f"{on / off - 1:+.1%}", f"{tests / off:+.4%}")
-    return [str(blocks), str(2 * blocks), f"{off:.1f}", f"{on:.1f}", *shares]
+    weights = "FP8 alone" if prepared else "bf16 and FP8"
+    return [weights, str(blocks), str(2 * blocks), f"{off:.1f}", f"{on:.1f}", *shares]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -63,9 +77,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--steps", type=int, default=120)
     args = parser.parse_args(argv)
-    row = measure(args.blocks, args.steps)
-    print(dict(zip(COLUMNS, row, strict=True)))
-    page = common.markdown("falqon_fx.watch", common.environment(), COLUMNS, [row])
+    rows = []
+    for prepared in (False, True):
+        rows.append(measure(args.blocks, args.steps, prepared))
+        print(dict(zip(COLUMNS, rows[-1], strict=True)))
+    page = common.markdown("falqon_fx.watch", common.environment(), COLUMNS, rows)
     file = common.result_path("watch_overhead", ".md")
     file.write_text(page, encoding="utf-8")
     print(f"Written: {file}")

@@ -1,13 +1,13 @@
-"""Fine-tune SmolLM2-135M-Instruct four ways on the same batches and compare.
+"""Fine-tune SmolLM2-135M-Instruct five ways on the same batches and compare.
 
     python examples/finetune.py                      # the packaged model and data
     python examples/finetune.py --model DIR --data FILE.jsonl --steps 200
 
-The runs: bf16 LoRA; bf16 LoRA with A frozen; falqon with its defaults; falqon as the method's
-public code updates. Writes metrics.json, run.json, loss.png and the trained adapter under
-``--out``. The data file has one ``{"prompt": ..., "response": ...}`` or
-``{"messages": [{"role": ..., "content": ...}, ...]}`` a line; about 120 of them, at most a fifth,
-are held out, whole questions at a time.
+The runs: LoRA and falqon, each with A and B trained and with A frozen; and falqon as the method's
+public code updates, row by row. Writes metrics.json, run.json, loss.png and the trained adapter
+under ``--out``. The data file has one ``{"prompt": ..., "response": ...}`` or ``{"messages":
+[{"role": ..., "content": ...}, ...]}`` a line; about 120 of them, at most a fifth, are held out,
+whole questions at a time.
 """
 
 from __future__ import annotations
@@ -55,17 +55,16 @@ from training import (
     site_weight_bytes,
 )
 
-# Each at the best of 1e-3, 3e-3, 1e-2, 3e-2, 1e-1 on seed 0 (benchmarks/nll.py).
+# Each at the best of a short list on seed 0 (benchmarks/nll.py).
 LEARNING_RATES = {
     "lora": 1e-3,
+    "falqon": 1e-3,
     "lora_frozen_a": 3e-3,
-    "falqon": 3e-3,
+    "falqon_frozen_a": 3e-3,
     "falqon_public_code": 1e-1,
 }
-# Over so few steps on 2 cores, compiling the baselines and the public code's rule costs more than
-# it saves.
-BASELINE = "eager"
-PUBLIC_CODE_INNER = "eager"
+# Over so few steps on 2 cores compiling costs more than it saves, for all of them.
+BASELINE = INNER = "eager"
 
 
 @dataclass(frozen=True)
@@ -106,19 +105,28 @@ class Outcome:
 
 
 def variants(args: argparse.Namespace) -> dict[str, Variant]:
-    """The four runs, by the name they have in metrics.json."""
+    """The five runs, by the name they have in metrics.json."""
     rate = {name: args.learning_rate or rate for name, rate in LEARNING_RATES.items()}
-    plain = args.baseline
+    plain, inner = args.baseline, {"inner": args.inner}
     runs = (
         Variant("lora", "LoRA", rate["lora"], plain),
+        Variant("falqon", "falqon", rate["falqon"], "falqon", inner),
         Variant("lora_frozen_a", "LoRA, A frozen", rate["lora_frozen_a"], plain, train_a=False),
-        Variant("falqon", "falqon", rate["falqon"], "falqon", {"inner": args.inner}),
+        Variant(
+            "falqon_frozen_a",
+            "falqon, A frozen",
+            rate["falqon_frozen_a"],
+            "falqon",
+            inner,
+            train_a=False,
+        ),
         Variant(
             "falqon_public_code",
             "falqon, public code",
             rate["falqon_public_code"],
             "falqon",
-            PUBLIC_CODE | {"inner": PUBLIC_CODE_INNER},
+            PUBLIC_CODE | inner,
+            train_a=False,
         ),
     )
     return {variant.name: variant for variant in runs}
@@ -142,7 +150,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("out/finetune"))
     parser.add_argument("--runs", nargs="+", choices=names, default=names, metavar="RUN")
     parser.add_argument("--baseline", choices=("eager", "inductor"), default=BASELINE)
-    parser.add_argument("--inner", choices=("inductor", "eager"), default="inductor")
+    parser.add_argument("--inner", choices=("inductor", "eager"), default=INNER)
     parser.add_argument("--learning-rate", type=float, help="one for all runs")
     return parser.parse_args(argv)
 
@@ -205,7 +213,7 @@ def execute(
         trained = run(trainee, variant, work.train, work.held_out, progress, nll_before)
         said = answers(trainee, work.tokenizer, work.questions, (rows, work.shape[1]))
     outcome = Outcome(
-        variant, trained, site_count(trainee, variant), site_weight_bytes(trainee, variant), said
+        variant, trained, site_count(trainee, variant), site_weight_bytes(trainee), said
     )
     if variant.name == "falqon":
         trainee.model.save_pretrained(args.out / "adapter")
@@ -215,7 +223,7 @@ def execute(
 
 
 def adapter_in_peft(work: Work, folder: Path, console: Console) -> float:
-    """Held-out NLL of the saved adapter on the bf16 base, in PEFT alone."""
+    """Held-out NLL of the saved adapter on the dense base, in PEFT alone."""
     model = PeftModel.from_pretrained(work.base, folder)
     with progress_bar(console) as progress:
         trainee = Trainee(model, model, model)
@@ -253,7 +261,7 @@ def print_table(outcomes: list[Outcome], in_peft: float | None, console: Console
         )
     console.print(table)
     if in_peft is not None:
-        console.print(f"falqon's adapter, loaded into plain PEFT on the bf16 base: {in_peft:.3f}")
+        console.print(f"falqon's adapter, loaded into plain PEFT on the dense base: {in_peft:.3f}")
 
 
 def compiled_by(variant: Variant) -> str:

@@ -1,7 +1,7 @@
 """One training run of a LoRA model, plain or through falqon; used by examples and benchmarks.
 
-Every run starts from the same bf16 base, the same Kaiming A and the same batches, and is measured
-in the same way, so that only the thing named by its :class:`Variant` differs.
+Every run starts from the same base, the same Kaiming A and the same batches, and is measured in the
+same way, so that only the thing named by its :class:`Variant` differs.
 """
 
 from __future__ import annotations
@@ -18,17 +18,28 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from smollm import IGNORED, Batch, prompt_ids
 from torch import Tensor, nn
 
 import falqon_fx
 
 LORA = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+# What the method's public code does: as many rows a step as the rank has (its warmup flag is never
+# cleared), B as the buffer that each step drops, one scale per tensor. It leaves out alpha / r,
+# which is 1 here.
 PUBLIC_CODE = {
+    "update": "rows",
     "pending": "drop",
     "granularity": "tensor",
-    "topk": 10,
+    "topk": LORA.r,
     "rounding": "nearest",
     "init": "svd",
     "scale": "amax",
@@ -44,7 +55,7 @@ class Variant:
     learning_rate: float
     backend: str  # "eager", "inductor" or "falqon"
     options: Mapping[str, Any] = field(default_factory=dict)  # of FalqonConfig
-    train_a: bool = True  # falqon freezes A by itself
+    train_a: bool = True
     bf16_adapter: bool = False  # PEFT's default keeps A and B in float32
 
 
@@ -125,20 +136,19 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     return {path: layer for path, layer in model.named_modules() if isinstance(layer, LoraLayer)}
 
 
-def site_weight_bytes(trainee: Trainee, variant: Variant) -> int:
-    """Bytes of the base weights: bf16, or FP8 with its scales and the applied part of B."""
-    if variant.backend == "falqon":
-        return sum(
-            tensor.nbytes
-            for site in falqon_fx.adapters(trainee.model).values()
-            for tensor in (site.weight, site.scale, site.applied)
-        )
-    layers = lora_layers(trainee.model).values()
-    return sum(layer.get_base_layer().weight.nbytes for layer in layers)
+def site_weight_bytes(trainee: Trainee) -> int:
+    """Bytes of the base weights under the adapters: dense, or FP8 with all that belongs to it."""
+    bases = [layer.get_base_layer() for layer in lora_layers(trainee.model).values()]
+    return sum(
+        parameter.nbytes
+        for base in bases
+        for name, parameter in base.named_parameters(recurse=False)
+        if name != "bias"
+    )
 
 
 def site_count(trainee: Trainee, variant: Variant) -> int:
-    """How many layers train an adapter; for falqon, how many it merged."""
+    """How many layers train an adapter; for falqon, how many of them it runs in FP8."""
     if variant.backend == "falqon":
         return len(falqon_fx.adapters(trainee.model))
     return len(lora_layers(trainee.model))
@@ -153,17 +163,39 @@ def release() -> None:
 # ---------------------------------------------------------------- run
 
 
+class LineProgress(Progress):
+    """Progress for log files: a line when a phase begins, and five more until it ends."""
+
+    def add_task(self, description: str, **kwargs: Any) -> TaskID:
+        task = super().add_task(description, **kwargs)
+        self.console.print(f"{description} ...", highlight=False)
+        return task
+
+    def update(self, task_id: TaskID, **kwargs: Any) -> None:
+        super().update(task_id, **kwargs)
+        task = self._tasks[task_id]
+        every = max(1, int(task.total or 1) // 5)
+        if kwargs.get("advance") and (task.completed % every == 0 or task.finished):
+            done = f"{task.completed:.0f}/{task.total:.0f}"
+            text = (
+                f"{task.description}: {done}, {task.elapsed:.0f} s  {task.fields.get('note', '')}"
+            )
+            self.console.print(text.rstrip(), highlight=False)
+
+
 def progress_bar(console: Console) -> Progress:
-    """The bars of one run."""
-    return Progress(
+    """The bars of one run; lines where the console is no terminal."""
+    columns = (
         SpinnerColumn(),
         TextColumn("{task.description:<44}"),
         BarColumn(bar_width=24),
         TextColumn("{task.completed:>3}/{task.total}"),
         TimeElapsedColumn(),
         TextColumn("{task.fields[note]}"),
-        console=console,
     )
+    if console.is_terminal:
+        return Progress(*columns, console=console)
+    return LineProgress(*columns, console=console, disable=True)
 
 
 def run(

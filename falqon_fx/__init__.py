@@ -1,4 +1,4 @@
-"""falqon-fx: LoRA fine-tuning on a merged FP8 backbone, as a torch.compile backend."""
+"""falqon-fx: LoRA fine-tuning on an FP8 backbone, as a torch.compile backend."""
 
 from falqon_fx.backend import RewriteResult, falqon, rewrite
 from falqon_fx.checkpoint import CheckpointReport, load_checkpoint, save_checkpoint
@@ -8,16 +8,17 @@ from falqon_fx.errors import FalqonConfigError, FalqonError
 from falqon_fx.explain import explain
 from falqon_fx.export import ExportReport, save_fp8
 from falqon_fx.loading import load
-from falqon_fx.merged import MergedAdapter
-from falqon_fx.prepare import PrepareReport, adapters, flush, prepare, restore
+from falqon_fx.prepare import Adapter, PrepareReport, adapters, flush, prepare, restore
 from falqon_fx.prequantize import PrequantizeReport, prequantize
 from falqon_fx.report import Audit, GraphReport, Rejected, RewriteReport, Site
+from falqon_fx.rows.state import MergedAdapter
 from falqon_fx.unload import merge_and_unload
 from falqon_fx.watching import watch
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adapter",
     "Audit",
     "CheckpointReport",
     "CheckpointState",

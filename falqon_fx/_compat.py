@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
+import platform
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +14,12 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 
 # How Dynamo writes `torch.no_grad()`, `torch.inference_mode()` and `torch.autocast()` in a graph.
 SET_GRAD = torch._C._set_grad_enabled
@@ -26,6 +33,26 @@ EXIT_MODE = (
 )
 
 
+def _nesting(change: str) -> frozenset[object]:
+    """How it writes the beginning or the end of a transform of torch.func (vmap, grad, jvp)."""
+    import torch._functorch.predispatch as predispatch
+
+    modules = (torch._C._functorch, predispatch)
+    names = [(module, name) for module in modules for name in dir(module)]
+    return frozenset(getattr(m, name) for m, name in names if name.endswith(f"_{change}_nesting"))
+
+
+ENTER_TRANSFORM, EXIT_TRANSFORM = _nesting("increment"), _nesting("decrement")
+
+
+def unwrap_transforms(tensor: Tensor) -> Tensor:
+    """The tensor inside those that transforms of torch.func wrap around it."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def version(tensor: Tensor) -> int:
     """Autograd's count of in-place writes; inference tensors have none."""
     return 0 if tensor.is_inference() else tensor._version
@@ -34,6 +61,24 @@ def version(tensor: Tensor) -> int:
 def scaled_mm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, **options: Any) -> Tensor:
     """The library's FP8 GEMM: a [n, K] row by row, b [K, m] column by column."""
     return torch._scaled_mm(a, b, scale_a, scale_b, **options)
+
+
+@functools.cache
+def native_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware.
+
+    Three questions, as none alone will do: oneDNN's answer, which obeys ONEDNN_MAX_CPU_ISA and on
+    ARM is the CPU's bf16 flag, is yes for AVX-512 without bf16, too; the CPU's own flag obeys no
+    variable; ATEN_CPU_CAPABILITY shows in ATen's level alone. Builds for macOS lack the op.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    on = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return on and torch.cpu._is_avx512_bf16_supported()
 
 
 def compile_cpp(source: str) -> Any:
@@ -51,7 +96,7 @@ def inductor_compile(
     inputs: Sequence[Any],
     options: Mapping[str, Any],
     mode: str | None,
-    decompositions: dict[Any, Callable[..., Any]],
+    decompositions: dict[Any, Callable[..., Any]] | None,
     joint_pass: Callable[[fx.Graph], None],
     version: str,
 ) -> Callable[..., Any]:
@@ -118,6 +163,9 @@ def copy_dynamo_attributes(old: fx.GraphModule, new: fx.GraphModule) -> None:
     ):
         if hasattr(before, "_dynamo_source"):
             after._dynamo_source = before._dynamo_source
+        # A weak reference to the argument, which Dynamo removes when it is done: a parameter that
+        # has one can't be swapped (torch.__future__.set_swap_module_params_on_conversion).
+        after.meta.pop("grapharg", None)
 
 
 def is_checkpoint(target: object) -> bool:
@@ -146,13 +194,14 @@ def recompute_eagerly(gm: fx.GraphModule) -> fx.GraphModule:
         recompute_eagerly(body)
         node.target = _checkpoint
         node.kwargs = {**node.kwargs, "use_reentrant": False}
-        if "_checkpoint_context_fn" in body.meta:
-            node.kwargs = {**node.kwargs, "context_fn": body.meta["_checkpoint_context_fn"]}
     gm.recompile()
     return gm
 
 
 def _checkpoint(body: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+    selective = body.meta.get("_checkpoint_context_fn")  # a graph's code can't hold a function
+    if selective is not None:
+        kwargs["context_fn"] = selective
     return torch.utils.checkpoint.checkpoint(body, *args, **kwargs)
 
 
@@ -196,6 +245,13 @@ def source_path(node: fx.Node) -> str:
 _HOLDERS = {"__dict__", "_modules", "_parameters", "_buffers"}
 
 
+def module_path(node: fx.Node) -> str:
+    """The path of the innermost module in whose ``forward`` a node was traced, or ""."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    name = re.sub(r"^L\['\w+'\]", "", str(stack[-1][0])) if stack else ""
+    return ".".join(p for p in re.findall(r"\w+", name) if p not in _HOLDERS)
+
+
 def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Whether two shapes are equal whatever their symbols stand for; adds no guard."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -208,11 +264,20 @@ def fake_mode(*, allow_non_fake_inputs: bool = False) -> Any:
     return FakeTensorMode(allow_non_fake_inputs=allow_non_fake_inputs)
 
 
+# What fake tensors raise where code asks for their values.
+NO_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
+
+
 def without_fake_mode() -> Any:
     """A context in which tensors are real, whatever mode the caller is in."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     return unset_fake_temporarily()
+
+
+def plain_tensors() -> Any:
+    """A context in which tensor subclasses are treated as plain tensors."""
+    return torch._C.DisableTorchFunctionSubclass()
 
 
 def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:

@@ -1,15 +1,16 @@
-"""The backend: passes → inner compiler → the callable that brings each site's state along.
+"""The backend: passes → inner compiler → the callable that brings each site's FP8 base along.
 
 torch.compile(model, backend="falqon")  ──▶  falqon(gm, example_inputs)
-    rewrite    normalize → match → plan → autotune → rewrite → insert updates → verify
-    compile    inductor (falqon ops opened below autograd), aot_eager or eager
-    per call   look up the state of each (W, A, B) → run → look at the NaN counters
+    rewrite    normalize → match → plan → autotune → insert operands → rewrite → verify
+    compile    inductor (on a GPU with falqon ops opened below autograd), aot_eager or eager
+    per call   look up the FP8 base of each W → run
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,26 +20,25 @@ import torch
 from torch import Tensor, fx
 
 from falqon_fx import _compat, serving
-from falqon_fx.aliases import aliases
+from falqon_fx.base import Base, Wanted, bases
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError, SiteError
-from falqon_fx.merged import STATE, Wanted, registry
 from falqon_fx.naming import Names
-from falqon_fx.nonfinite import NonfiniteWatch
-from falqon_fx.numerics import as_e4m3
+from falqon_fx.numerics import as_scale
 from falqon_fx.ops import decompositions
 from falqon_fx.passes.autotune import autotune
-from falqon_fx.passes.insert_updates import insert_updates
+from falqon_fx.passes.insert_operands import BaseNodes, Operands, insert_operands
 from falqon_fx.passes.match import match
 from falqon_fx.passes.normalize import Scope, attribute, normalize, value_of
 from falqon_fx.passes.plan import Plan, plan
 from falqon_fx.passes.recompute_weights import recompute_weights
-from falqon_fx.passes.rewrite import SlotNodes
 from falqon_fx.passes.rewrite import rewrite as rewrite_sites
 from falqon_fx.passes.verify import operations, verify, wiring
 from falqon_fx.passlog import PassLog
 from falqon_fx.report import GraphReport, RewriteReport
-from falqon_fx.spec import lowering_version
+from falqon_fx.rows.binding import RowsBinding
+from falqon_fx.spec import SiteSpec, lowering_version
+from falqon_fx.svd import init_where_new
 
 
 def falqon(
@@ -55,22 +55,18 @@ def falqon(
             site and the remedy.
     """
     config = FalqonConfig.from_options({"mode": mode, **(options or {})} if mode else options)
-    result = rewrite(gm, example_inputs, config)
+    result = rewrite(gm, example_inputs, config, tune=True)
     _warn(result.report.graphs[0], gm, example_inputs)
     compiled = _compile(result, example_inputs, config)
-    if not result.slots:
+    if not result.report.sites:
         return compiled
-
-    watch = NonfiniteWatch([nodes.slot.path for nodes in result.slots])
 
     def run(*args: Any) -> Any:
         if any(_compat.is_fake(value) for value in args):  # DDP's optimizer asks for shapes
             return compiled(*result.fake_inputs(args))
-        watch.look()
-        with result.naming_sites(args):
+        with result.naming_sites(args), result.rows.call():
             inputs = result.bind(args)
-            output = compiled(*inputs.all)
-        watch.remember(inputs.counters)
+            output = compiled(*inputs)
         return output
 
     return run
@@ -81,20 +77,20 @@ class RewriteResult:
     """A rewritten graph.
 
     ``gm`` takes the inputs of the original graph (flat, where that is a pytree, as in export), then
-    the state of the unprepared sites. Calling the result looks that state up by the parameters
-    among the arguments and runs ``gm``; it takes and returns what the original graph does.
+    the FP8 bases of its sites. Calling the result looks these up by the parameters among the
+    arguments and runs ``gm``; it takes and returns what the original graph does.
     """
 
     gm: fx.GraphModule
     report: RewriteReport
-    slots: tuple[SlotNodes, ...]
+    operands: Operands
     config: FalqonConfig
     original: fx.Graph
 
     def __call__(self, *args: Any) -> Any:
         flat = self.original.process_inputs(*args)
-        with self.naming_sites(flat):
-            output = self.gm(*self.bind(flat).all)
+        with self.naming_sites(flat), self.rows.call():
+            output = self.gm(*self.bind(flat))
         return self.original.process_outputs(output)
 
     @contextmanager
@@ -105,56 +101,73 @@ class RewriteResult:
         except FalqonError as error:
             site = error.site
             if isinstance(error, SiteError):
-                site = self.slots[error.index].slot.path
+                site = self.operands.rows[error.index].slot.path
             path = Names.of_call().paths(self.original, args).get(site, site)
             raise FalqonError(path, error.problem, error.remedy) from error
 
-    def bind(self, args: Sequence[Any]) -> Inputs:
-        """The inputs of ``gm`` that belong to flat ``args``; state is made where there is none yet.
+    def bind(self, args: Sequence[Any]) -> list[Any]:
+        """The inputs of ``gm`` that belong to flat ``args``: the FP8 bases are made where there are
+        none yet, and read where `prepare` made them.
 
         Raises:
-            FalqonError: a site's parameters can't be merged (NaN, Inf, beyond FP8).
+            FalqonError: a base weight can't be cast (NaN, Inf, beyond FP8).
         """
-        everything, counters = list(args), []
-        states = iter(registry.get([*self._wanted(args)], self.config))
-        for nodes in self.slots:
-            lora_b = self._value(nodes.lora_b, args)
-            if nodes.base is not None:
-                given = aliases.give(lora_b, next(states).tensors)
-                everything.extend(given)
-            else:
-                places = [self._places[node] for node in nodes.state]
-                given = aliases.give(lora_b, [args[i] for i in places])
-                for i, tensor in zip(places, given, strict=True):
-                    everything[i] = tensor
-            counters.append(given[STATE.index("counters")])
-        return Inputs(everything, counters)
+        unprepared = [nodes for nodes in self.operands.bases if nodes.slot.weight is not None]
+        wanted = [self._wanted(nodes, args) for nodes in unprepared]
+        found = dict(zip(map(id, unprepared), bases.get(wanted, self._spec), strict=True))
+        everything = list(args)
+        for nodes in self.operands.bases:
+            base = found.get(id(nodes)) or self._prepared(nodes, args)
+            everything += [base.weight, base.scale]
+        self._note_adapters(args)
+        return self.rows.bind(everything, functools.partial(self._value, args=args))
 
     def fake_inputs(self, example_inputs: Sequence[Any]) -> list[Any]:
-        """What to compile ``gm`` for: the example inputs with stand-ins for the state."""
+        """What to compile ``gm`` for: the example inputs with stand-ins for the bases."""
         placeholders = self.gm.graph.find_nodes(op="placeholder")
         mode = _compat.fake_mode_of([value_of(node) for node in placeholders])
         shapes = [node.meta["falqon_shape"] for node in placeholders if "falqon_shape" in node.meta]
         with mode:
             inputs = [*example_inputs, *(torch.empty(s, dtype=d, device=v) for s, d, v in shapes)]
-        for nodes in self.slots:
-            if nodes.base is None:  # a prepared module holds bytes, the graph gets E4M3
-                # Of the fake bytes, whose sizes Dynamo fixed: AOTAutograd would give new symbols to
-                # the sizes of a real tensor that it meets for the first time.
-                code = nodes.state[0]
-                inputs[self._places[code]] = as_e4m3(value_of(code).detach())
-        return inputs
+        return self.rows.fake_inputs(inputs)
 
-    def _wanted(self, args: Sequence[Any]) -> Iterator[Wanted]:
-        for nodes in self.slots:
-            if nodes.base is not None:
-                base, lora_a, lora_b = (
-                    self._value(node, args) for node in (nodes.base, nodes.lora_a, nodes.lora_b)
-                )
-                slot = nodes.slot
-                assert slot.base is not None
-                flip = slot.base.transposed
-                yield Wanted(slot.path, base, lora_a, lora_b, slot.scaling, flip)
+    @functools.cached_property
+    def rows(self) -> RowsBinding:
+        """What update="rows" does around each call; nothing without it."""
+        return RowsBinding(self.operands.rows, self.config, self._places)
+
+    @functools.cached_property
+    def _spec(self) -> SiteSpec:
+        return SiteSpec.from_config(self.config)
+
+    def _wanted(self, nodes: BaseNodes, args: Sequence[Any]) -> Wanted:
+        assert nodes.slot.weight is not None
+        weight = self._value(nodes.given[0], args)
+        return Wanted(nodes.slot.path, weight, nodes.slot.weight.transposed)
+
+    def _prepared(self, nodes: BaseNodes, args: Sequence[Any]) -> Base:
+        code, scale, digest = (self._value(node, args) for node in nodes.given)
+        base = Base(code.detach(), as_scale(scale.detach()))
+        bases.verify(nodes.slot.path, base, digest)
+        return base
+
+    def _note_adapters(self, args: Sequence[Any]) -> None:
+        """For `falqon_fx.adapters`: which A and B are added to which base. New ones
+        get init="svd".
+        """
+        for base, adapter in self.operands.pairs:
+            lora_b = self._value(adapter.lora_b, args)
+            if lora_b.untyped_storage() not in self._noted:
+                lora_a, owner = (self._value(n, args) for n in (adapter.lora_a, base.given[0]))
+                bases.remember_adapter(owner, lora_a, lora_b, adapter.scaling)
+                if self.config.init == "svd" and base.slot.weight is not None:
+                    weight = owner.t() if base.slot.weight.transposed else owner
+                    init_where_new(weight, lora_a, lora_b, self.config)
+                self._noted.add(lora_b.untyped_storage())
+
+    @functools.cached_property
+    def _noted(self) -> weakref.WeakSet[Any]:
+        return weakref.WeakSet()
 
     def _value(self, node: fx.Node, args: Sequence[Any]) -> Tensor:
         if node.op == "placeholder":
@@ -169,20 +182,16 @@ class RewriteResult:
         return {n: i for i, n in enumerate(self.gm.graph.find_nodes(op="placeholder"))}
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What one call hands to the graph, and the counters of its sites."""
-
-    all: list[Any]
-    counters: list[Tensor]
-
-
 def rewrite(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], config: FalqonConfig | None = None
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    config: FalqonConfig | None = None,
+    *,
+    tune: bool = False,
 ) -> RewriteResult:
     """The passes alone, on any torch-level graph: from Dynamo, ``symbolic_trace`` or export.
 
-    Leaves ``gm`` as it is.
+    Leaves ``gm`` as it is. On a GPU ``tune`` times what could compute each group of sites.
 
     Raises:
         FalqonError: a site that can't be trained rightly as asked.
@@ -195,29 +204,30 @@ def rewrite(
         root: Scope = normalize(copy, gm.graph.process_inputs(*example_inputs))
         before = wiring(root)
     with clock("match"):
-        matches, rejected = match(root)
+        matches, rejected = match(root, keep_dropout=config.dropout == "exact")
     with clock("plan"):
         chosen: Plan = plan(root, matches, rejected, config)
     for site in chosen.sites:
         serving.announce(site.report.out_features, site.report.in_features, site.report.path)
     with clock("autotune"):
-        chosen = autotune(chosen)
+        chosen = autotune(chosen, time=tune)
+    with clock("insert_operands"):
+        operands = insert_operands(chosen)
     with clock("rewrite"):
-        slots = rewrite_sites(chosen)
-    with clock("insert_updates"):
-        insert_updates(chosen, slots)
+        rewrite_sites(chosen, operands)
     with clock("verify"):
-        after = verify(chosen, slots, before)
+        after = verify(chosen, operands, before)
     graph = GraphReport(
         sites=tuple(site.report for site in chosen.sites),
         rejected=chosen.rejected,
+        left=chosen.left,
         nodes_before=len(operations(before)),
         nodes_after=len(operations(after)),
         pass_seconds=clock.seconds,
     )
-    report = RewriteReport((graph,))
+    report = RewriteReport((graph,), config.texts())
     clock.finish(report)
-    return RewriteResult(copy, report, slots, config, gm.graph)
+    return RewriteResult(copy, report, operands, config, gm.graph)
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:
@@ -250,22 +260,22 @@ def _compile(
         inputs,
         config.inductor,
         config.mode,
-        decompositions(),
+        decompositions() if _on_gpu(result) else None,
         recompute_weights,
         lowering_version(),
     )
 
 
+def _on_gpu(result: RewriteResult) -> bool:
+    """Whether the ops are opened for Inductor; on a CPU they are opaque to it."""
+    return any(value_of(nodes.given[0]).is_cuda for nodes in result.operands.bases) or any(
+        value_of(nodes.lora_b).is_cuda for nodes in result.operands.rows
+    )
+
+
 def _warn(graph: GraphReport, gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
-    if graph.rejected or any(site.dropout > 0 for site in graph.sites):
+    if graph.rejected:
         graph = Names.of_call().report(graph, gm.graph, inputs)
-    dropped = [site for site in graph.sites if site.dropout > 0]
-    if dropped:
-        _warn_once(
-            f"falqon: adapter dropout p={dropped[0].dropout:g} is ignored at {len(dropped)} sites "
-            f'(first: {dropped[0].path}): a merged weight has none. Set dropout="reject" to leave '
-            "such sites alone."
-        )
     for item in graph.rejected:
         _warn_once(f"falqon: left as it was: {item}")
     if not graph.sites and not graph.rejected and len(gm.graph.nodes) > 0:

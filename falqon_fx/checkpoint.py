@@ -22,11 +22,15 @@ from torch import Tensor, nn
 
 from falqon_fx import storage, trees
 from falqon_fx.errors import FalqonError
+from falqon_fx.lora_layers import unwrap
 from falqon_fx.model_state import apply, collect
-from falqon_fx.prepare import unwrap
 
-FORMAT = "falqon_fx.checkpoint.2"
+FORMAT = "falqon_fx.checkpoint.3"
 MANIFEST = "checkpoint.json"
+_OTHER_FORMAT = (
+    "Load it with the falqon-fx that wrote it, keep the adapter with model.save_pretrained(...), "
+    "and go on from that"
+)
 _TRAINING = ".training"  # what isn't the model's; no module's path begins with a dot
 
 
@@ -59,12 +63,13 @@ def save_checkpoint(
     extra: Mapping[str, Any] | None = None,
     rng: bool = True,
 ) -> CheckpointReport:
-    """Write all that the next steps depend on: FP8 weights with their scales, ``applied``, update
-    counters (the state of stochastic rounding), A, B and every other parameter and buffer; the
-    optimizer, the scheduler, and the random generators of torch and Python.
+    """Write all that the next steps depend on: A, B and every other parameter and buffer, with
+    what `prepare` made of the base weights; the optimizer, the scheduler, and the random generators
+    of torch and Python. With update="rows" the FP8 weights, which were trained, are in it too.
 
-    Base weights that `prepare` has not freed are not in it: the model to load into brings them. Nor
-    are gradients: a save between backward and the optimizer's step loses them.
+    Base weights that `prepare` has not freed, and that compiled code keeps in FP8, are not in it:
+    the model to load into brings them, and is compared. Nor are gradients: a save between backward
+    and the optimizer's step loses them.
     Processes that save into one folder, or load from it, take turns.
 
     Args:
@@ -172,7 +177,7 @@ def load_checkpoint(
         raise FalqonError(str(directory), "there is no such folder", "Name another")
     tensors: dict[str, Tensor] = {}
     with storage.lock(directory, shared=True):  # or a save would remove files that are being opened
-        manifest = storage.read_manifest(directory / MANIFEST, FORMAT)
+        manifest = _manifest(directory)
         for name, expected in manifest["files"].items():
             tensors |= storage.open_tensors(directory / name, expected)
     tensors |= {name: tensors[other] for name, other in manifest["same"].items()}
@@ -220,9 +225,13 @@ def check_optimizer(
 
 def read_extra(directory: Path) -> dict[str, Any]:
     """What a checkpoint holds as ``extra``, apart from its tensors, which are empty."""
-    objects = dict(storage.read_manifest(directory / MANIFEST, FORMAT)["objects"]["dict"])
+    objects = dict(_manifest(directory)["objects"]["dict"])
     extra: dict[str, Any] = trees.join(objects["extra"], defaultdict(lambda: torch.empty(0)))
     return extra
+
+
+def _manifest(directory: Path) -> dict[str, Any]:
+    return storage.read_manifest(directory / MANIFEST, FORMAT, _OTHER_FORMAT)
 
 
 def _set_rng_state(state: dict[str, Any]) -> None:

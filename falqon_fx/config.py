@@ -11,18 +11,25 @@ from typing import Any, Literal
 from falqon_fx.errors import FalqonConfigError
 
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "update": ("adapter", "rows"),
+    "adapter_dtype": ("bfloat16", "fp8"),
+    "frozen": ("fp8", "leave"),
     "init": ("svd", "keep"),
     "granularity": ("tensor", "row"),
     "scale": ("amax", "pow2"),
-    "pending": ("hold", "drop", "apply"),
-    "rounding": ("nearest", "stochastic"),
     "grad_dtype": ("e5m2", "e4m3"),
-    "dropout": ("ignore", "reject"),
+    "dropout": ("exact", "ignore", "reject"),
     "kernel": ("auto", "triton", "scaled_mm", "inductor", "dequantize"),
     "accumulation": ("fast", "promoted"),
     "transpose": ("auto", "transient", "store", "kernel"),
     "inner": ("inductor", "aot_eager", "eager"),
 }
+_ROWS_CHOICES: dict[str, tuple[str, ...]] = {
+    "pending": ("hold", "drop", "apply"),
+    "rounding": ("nearest", "stochastic"),
+}
+# What update="rows" takes where nothing is said; with update="adapter" they must not be given.
+_ROWS_DEFAULTS: dict[str, Any] = {"pending": "apply", "rounding": "stochastic"}
 
 _ROWS = 10  # written per step where no topk is given
 
@@ -32,21 +39,23 @@ class FalqonConfig:
     """Options of ``torch.compile(model, backend="falqon", options={...})``.
 
     Args:
+        update: how the optimizer's steps reach W' = [[W, s·B], [A, 0]]. "adapter": W is cast once
+            and never changes; A and s·B are cast from the parameters whenever the graph runs.
+            "rows" is the paper's method: rows of W' are written in place (options below).
+        adapter_dtype: how s·B enters the product. "bfloat16" adds s·O_A·Bᵀ to the FP8 product.
+            "fp8", which makes O_A and s·B further columns of it, is not built yet.
+        frozen: frozen linear layers without an adapter run in "fp8" too, or "leave" them as they
+            are. Output heads, tied weights, routers and small layers are always left.
         init: "keep" leaves lora_A as it is. "svd" overwrites it with the top right singular vectors
-            of the FP8 error of W (paper section 1), only where lora_B is still zero.
-        granularity: "row" gives each row of W' and each token its own scale, "tensor" one scale.
+            of the FP8 error of W (FALQON, arXiv 2510.24061), only where lora_B is still zero.
+        granularity: "row" gives each row of W and of A and each token its own scale, "tensor" each
+            matrix one scale.
         scale: "pow2" rounds scales up to powers of two, which dequantize exactly into bf16;
             "amax" is amax / fp8_max (the paper).
-        topk: rows written per optimizer step: a count >= 1, a fraction in (0, 1], or "all". None is
-            10, or all rows of a layer that has fewer (a router, a gate).
-        pending: what happens to the part of B that is not yet in W'. "apply" adds it to the output,
-            "hold" keeps it until its row is written (the paper), "drop" zeroes B after each write
-            (the public code).
-        rounding: of written rows. "stochastic" is unbiased and reproducible from ``seed``.
         grad_dtype: FP8 format of dL/dO in dL/dx.
         siblings: sites that share x (q/k/v, gate/up) become one op with one cast and one GEMM.
-        dropout: a merged weight has no adapter dropout: "ignore" it with a warning, or "reject"
-            the site.
+        dropout: adapter dropout. "exact": the adapter reads the dropped x, the base layer x itself,
+            as in the original. "ignore" leaves it out, "reject" leaves the site as it was.
         kernel: what computes the products on a GPU. "auto" times the candidates once per device and
             keeps the fastest; the others force generated kernels, the library's, Inductor's or
             plain GEMMs. Inductor's, which take long to compile, are among the candidates of "auto"
@@ -61,23 +70,31 @@ class FalqonConfig:
         card: the card that the cost model speaks of, by name; by default the one at hand.
         min_gain: leave a site alone where the cost model predicts time before / time after below
             this; off by default.
-        seed: of stochastic rounding and of the randomized SVD.
+        seed: of the randomized SVD, and of stochastic rounding with update="rows".
         mode: Inductor's mode (torch refuses ``mode=`` beside ``options=``).
         inductor: options handed to Inductor; in ``options=`` they are the keys with a dot.
+        pending: with update="rows": what happens to the part of B that is not yet in W'. "apply"
+            (default) adds it to the output, "hold" keeps it until its row is written (the paper),
+            "drop" zeroes B after each write (the public code).
+        topk: with update="rows": rows written per optimizer step: a count >= 1, a fraction in
+            (0, 1], or "all". None is 10, or all rows of a layer that has fewer.
+        rounding: with update="rows": of written rows. "stochastic" (default) is unbiased and
+            reproducible from ``seed``.
 
     Raises:
-        FalqonConfigError: a value that the option doesn't take.
+        FalqonConfigError: a value that the option doesn't take, or an option of update="rows" given
+            with update="adapter".
     """
 
+    update: Literal["adapter", "rows"] = "adapter"
+    adapter_dtype: Literal["bfloat16", "fp8"] = "bfloat16"
+    frozen: Literal["fp8", "leave"] = "fp8"
     init: Literal["svd", "keep"] = "keep"
     granularity: Literal["tensor", "row"] = "row"
     scale: Literal["amax", "pow2"] = "pow2"
-    topk: int | float | Literal["all"] | None = None
-    pending: Literal["hold", "drop", "apply"] = "apply"
-    rounding: Literal["nearest", "stochastic"] = "stochastic"
     grad_dtype: Literal["e5m2", "e4m3"] = "e5m2"
     siblings: bool = True
-    dropout: Literal["ignore", "reject"] = "ignore"
+    dropout: Literal["exact", "ignore", "reject"] = "exact"
     kernel: Literal["auto", "triton", "scaled_mm", "inductor", "dequantize"] = "auto"
     accumulation: Literal["fast", "promoted"] = "fast"
     transpose: Literal["auto", "transient", "store", "kernel"] = "auto"
@@ -89,6 +106,9 @@ class FalqonConfig:
     min_gain: float | None = None
     mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
+    pending: Literal["hold", "drop", "apply"] | None = None
+    topk: int | float | Literal["all"] | None = None
+    rounding: Literal["nearest", "stochastic"] | None = None
 
     def __new__(cls, *args: Any, **options: Any) -> FalqonConfig:
         """Names an unknown option, where the dataclass's own __init__ would raise a TypeError."""
@@ -106,7 +126,11 @@ class FalqonConfig:
             raise FalqonConfigError(
                 "siblings", f"{self.siblings!r} is no bool", "Give True or False"
             )
-        _check_topk(self.topk)
+        self._check_rows()
+        if self.adapter_dtype != "bfloat16":
+            raise FalqonConfigError(
+                "adapter_dtype", f"{self.adapter_dtype!r} is not built yet", 'Set "bfloat16"'
+            )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise FalqonConfigError("seed", f"{self.seed!r} is not an integer >= 0", "Give one")
         for name in ("include", "exclude"):
@@ -121,6 +145,24 @@ class FalqonConfig:
         if not isinstance(self.inductor, Mapping):
             raise FalqonConfigError("inductor", "not a mapping", "Give option names and values")
 
+    def _check_rows(self) -> None:
+        """Fill in the defaults of update="rows", and refuse its options elsewhere."""
+        if self.update == "adapter":
+            for name in (*_ROWS_CHOICES, "topk"):
+                if getattr(self, name) is not None:
+                    raise FalqonConfigError(
+                        name,
+                        'belongs to update="rows"; with update="adapter" nothing is written into '
+                        "the FP8 weight",
+                        f'Leave {name} out, or set update="rows"',
+                    )
+            return
+        for name, choices in _ROWS_CHOICES.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, _ROWS_DEFAULTS[name])
+            _check_choice(name, getattr(self, name), choices)
+        _check_topk(self.topk)
+
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> FalqonConfig:
         """The config that ``torch.compile(options=...)`` means.
@@ -133,9 +175,17 @@ class FalqonConfig:
             raise FalqonConfigError("config", f"{base!r} is not a FalqonConfig", "Give one")
         inductor = {name: options.pop(name) for name in list(options) if "." in name}
         values = {f.name: getattr(base, f.name) for f in fields(cls)} if base else {}
+        if (
+            base and options.get("update", base.update) != base.update
+        ):  # these belong to one of them
+            values.update(dict.fromkeys((*_ROWS_CHOICES, "topk")))
         values.update(options)
         values["inductor"] = {**values.get("inductor", {}), **inductor}
         return cls(**values)
+
+    def texts(self) -> dict[str, str]:
+        """Every option with its value as text, for a report."""
+        return {f.name: str(getattr(self, f.name)) for f in fields(self)}
 
     def rows(self, out: int, site: str = "a site") -> int:
         """Rows written per step at a site with ``out`` rows.

@@ -12,12 +12,15 @@ from rich.console import Console
 from rich.table import Table
 
 from falqon_fx.errors import FalqonError
-from falqon_fx.passes import cards, cost
+from falqon_fx.lowering import gemm_dtype
+from falqon_fx.passes import cards, cost, variants
+from falqon_fx.report_text import pays_from
 
-_HELP = """When the merged op pays: predicted times of one layer's step by number of tokens.
+_HELP = """When the rewrite of a layer pays: predicted times of its step by number of tokens.
 
-lora is what runs without falqon; fp8_lora puts FP8 under a separate LoRA path; merged is one GEMM
-on FP8 matrix units; emulated is the merged op without them, in bf16."""
+lora is what runs without falqon; fp8_lora puts FP8 under a separate LoRA path; merged is the
+rewritten layer on FP8 matrix units; emulated is the same arithmetic without them. A and B train;
+W is constant. --rank 0 is a frozen layer without an adapter."""
 
 
 def add_parser(commands: Any) -> None:
@@ -32,10 +35,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--in", dest="features", type=int, default=4096)
     parser.add_argument("--out", type=int, default=4096)
     parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--topk", type=int, default=10)
+    parser.add_argument("--frozen-a", action="store_true", help="lora_A doesn't train (LoRA-FA)")
+    parser.add_argument(
+        "--siblings", type=int, default=1, help="layers alike that read one input (q, k, v: 3)"
+    )
     parser.add_argument("--tokens", type=int, nargs="+", default=[2**i for i in range(6, 15)])
     parser.add_argument("--adapter-dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--pending", default="apply", choices=["apply", "hold", "drop"])
     parser.add_argument("--symbolic", action="store_true", help="FLOPs and bytes as formulas")
     parser.add_argument("--json", action="store_true")
 
@@ -80,10 +85,10 @@ def _show_cards(known: list[cards.Card], as_json: bool) -> int:
 def _show_formulas(as_json: bool) -> int:
     rows = {
         f"{name} {phase}": {
-            "flops": str(cost.flops(kernels(cost.Shape()), phase)),
-            "bytes": str(cost.moved(kernels(cost.Shape()), phase)),
+            "flops": str(cost.flops(kernels(variants.Shape()), phase)),
+            "bytes": str(cost.moved(kernels(variants.Shape()), phase)),
         }
-        for name, kernels in cost.VARIANTS.items()
+        for name, kernels in variants.VARIANTS.items()
         for phase in ("forward", "backward", "update")
     }
     if as_json:
@@ -97,26 +102,28 @@ def _show_formulas(as_json: bool) -> int:
 
 
 def _show_times(arguments: argparse.Namespace, card: cards.Card) -> int:
-    shape = cost.Shape(
+    shape = variants.Shape(
         features=arguments.features,
         out=arguments.out,
         rank=arguments.rank,
-        rows=min(arguments.topk, arguments.out),
         adapter_dtype=arguments.adapter_dtype,
-        pending=arguments.pending == "apply",
+        train_a=not arguments.frozen_a,
+        siblings=arguments.siblings,
+        adapted=arguments.siblings,
+        wide=_wide(card),
     )
-    names = [n for n in cost.VARIANTS if card.has_fp8 or n not in ("fp8_lora", "merged")]
+    names = [n for n in variants.VARIANTS if card.has_fp8 or n not in ("fp8_lora", "merged")]
     rows = [
         {
             "tokens": n,
             **{
-                name: float(cost.seconds(cost.VARIANTS[name](replace(shape, n=n)), card))
+                name: float(cost.seconds(variants.VARIANTS[name](replace(shape, n=n)), card))
                 for name in names
             },
         }
         for n in arguments.tokens
     ]
-    pays = {n: cost.break_even(cost.lora, cost.VARIANTS[n], shape, card) for n in names[1:]}
+    pays = {n: cost.break_even(variants.lora, variants.VARIANTS[n], shape, card) for n in names[1:]}
     if arguments.json:
         print(json.dumps({"card": card.name, "seconds": rows, "break_even": pays}, indent=1))
         return 0
@@ -125,10 +132,13 @@ def _show_times(arguments: argparse.Namespace, card: cards.Card) -> int:
     for row in rows:
         cells = [f"{row[n] * 1e6:.1f} ({row['lora'] / row[n]:.2f})" for n in names]
         table.add_row(str(row["tokens"]), *cells)
-    table.add_row("pays from", "", *(_pays(n) for n in pays.values()))
+    table.add_row("pays from", "", *(pays_from(n) for n in pays.values()))
     Console(width=100).print(table)
     return 0
 
 
-def _pays(tokens: int | None) -> str:
-    return "never" if tokens is None else "always" if tokens == 1 else f"{tokens} tokens"
+def _wide(card: cards.Card) -> str:
+    """In what this CPU multiplies where it is the card; for others what they all can."""
+    cpu = torch.device("cpu")
+    own = card.name == cards.device_name(cpu)
+    return str(gemm_dtype(torch.bfloat16, cpu)).removeprefix("torch.") if own else "bfloat16"

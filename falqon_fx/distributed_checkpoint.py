@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from falqon_fx import model_state, trees
 from falqon_fx.checkpoint import check_optimizer
 from falqon_fx.errors import FalqonError
-from falqon_fx.prepare import unwrap
+from falqon_fx.lora_layers import unwrap
 
 
 class CheckpointState:

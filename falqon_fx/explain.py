@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from torch import fx, nn
 from falqon_fx import _compat
 from falqon_fx.backend import RewriteResult, rewrite
 from falqon_fx.config import FalqonConfig
+from falqon_fx.errors import FalqonError
 from falqon_fx.listing import listing
-from falqon_fx.naming import Names
+from falqon_fx.lora_layers import unwrap
+from falqon_fx.naming import Names, modules_of, tensors_of
 from falqon_fx.passes import cards, cost
 from falqon_fx.passes.describe import innermost
-from falqon_fx.prepare import unwrap
 from falqon_fx.report import Cost, GraphBreak, GraphReport, RewriteReport, Site
 
 
@@ -35,7 +37,8 @@ def explain(
     on the meta device, where a cache can't be made; the report says so.
 
     Raises:
-        FalqonError: what compiling would raise.
+        FalqonError: what compiling would raise; or the model's path through its own code depends on
+            the values of its inputs, as with PEFT's aLoRA.
     """
     inner, config = unwrap(model), config or FalqonConfig()
     kwargs, notes = _without_cache(inner, kwargs)
@@ -53,11 +56,19 @@ def explain(
         tracer = _Tracer(inner, config)
         # Around Dynamo, not inside of it: tracing the exchange of each tensor takes longer than the
         # model itself.
-        torch.func.functional_call(tracer, tensors, args, kwargs)
+        try:
+            torch.func.functional_call(tracer, tensors, args, kwargs)
+        except _compat.NO_VALUES as error:
+            raise FalqonError(
+                "explain",
+                f"the model looks at the values of its inputs ({error}), of which explain makes "
+                "shapes alone",
+                "Compile the model: the backend warns of each layer that it leaves as it was",
+            ) from error
     predict = _Predictor(config, _device(inner))
     return RewriteReport(
         tuple(predict(graph) for graph in tracer.graphs),
-        {name: str(value) for name, value in asdict(config).items()},
+        config.texts(),
         tuple(_modules(inner)),
         (*notes, *predict.notes),
     )
@@ -128,18 +139,19 @@ class _Predictor:
     def __call__(self, graph: GraphReport) -> GraphReport:
         if self.card is None:
             return graph
-        together = [site.group for site in graph.sites]
+        together = Counter(site.group for site in graph.sites)
+        adapted = Counter(site.group for site in graph.sites if site.adapters)
         return replace(
             graph,
             sites=tuple(
-                replace(site, cost=self._cost(site, together.count(site.group)))
+                replace(site, cost=self._cost(site, together[site.group], adapted[site.group]))
                 for site in graph.sites
             ),
         )
 
-    def _cost(self, site: Site, siblings: int) -> Cost:
+    def _cost(self, site: Site, siblings: int, adapted: int) -> Cost:
         assert self.card is not None
-        shape = cost.shape_of(site, self.config.pending == "apply", siblings)
+        shape = cost.shape_of(site, siblings, adapted)
         key = (shape, site.kernel, site.tokens_hint)
         if key not in self.known:
             variant = cost.variant_of(site.kernel)
@@ -175,10 +187,10 @@ def _without_cache(
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]
+    return [(names[0], tensor) for tensor, names in tensors_of(model).values()]
 
 
 def _modules(model: nn.Module) -> Iterator[str]:
-    for path, module in model.named_modules():
-        if next(module.parameters(recurse=False), None) is not None:
+    for path, module in modules_of(model):
+        if any(parameter is not None for parameter in vars(module)["_parameters"].values()):
             yield path

@@ -32,6 +32,7 @@ def add_parser(commands: Any) -> None:
     lora.add_argument("--rank", type=int, default=16)
     lora.add_argument("--alpha", type=int, help="twice the rank by default")
     lora.add_argument("--target-modules", nargs="+", default=["all-linear"])
+    lora.add_argument("--frozen-a", action="store_true", help="train lora_B alone")
     step = parser.add_argument_group("step")
     step.add_argument("--batch", type=int, default=1)
     step.add_argument("--length", type=int, default=2048)
@@ -51,7 +52,9 @@ def add_parser(commands: Any) -> None:
         "--svg", nargs=2, metavar=("SITE", "FILE"), help="write a site's graph as well"
     )
     output.add_argument(
-        "--check", action="store_true", help="exit with 3 unless all sites are merged"
+        "--check",
+        action="store_true",
+        help="exit with 3 where an adapter is rejected or nothing is rewritten",
     )
 
 
@@ -130,7 +133,11 @@ def build(arguments: argparse.Namespace) -> nn.Module:
                 "Call falqon_fx.explain(model, ...) with your inputs",
             )
         model = model.to(getattr(torch, arguments.dtype))
-        return peft.get_peft_model(model, lora).train()  # type: ignore[no-any-return]
+        model = peft.get_peft_model(model, lora).train()
+    for name, parameter in model.named_parameters():
+        if arguments.frozen_a and ".lora_A." in name:
+            parameter.requires_grad_(False)
+    return model  # type: ignore[no-any-return]
 
 
 def _model_class(transformers: Any, config: Any) -> Any:

@@ -1,37 +1,44 @@
-"""`save_fp8`: a checkpoint folder for serving engines, holding the very bytes trained on."""
+"""`save_fp8`: a checkpoint folder for serving engines, in FP8 with the adapters merged."""
 
 from __future__ import annotations
 
 import copy
-import json
-import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+import torch
 from torch import Tensor, nn
 
-from falqon_fx import storage, trees
+from falqon_fx import export_files as files
+from falqon_fx import storage
+from falqon_fx.base import Base, cast_base
 from falqon_fx.errors import FalqonError
-from falqon_fx.merged import MergedAdapter
+from falqon_fx.export_layers import ExportLayer, Source, export_layer, is_adapted
+from falqon_fx.fp8_linear import Fp8Linear
+from falqon_fx.loading import read_index, read_tensor
+from falqon_fx.lora_layers import unwrap
 from falqon_fx.numerics import E4M3
-from falqon_fx.prepare import unwrap
-from falqon_fx.unload import fp8_layers, merged_bias, merged_layer
+from falqon_fx.passes.frozen import why_left
+from falqon_fx.rows.state import MergedAdapter
+from falqon_fx.rows.unload import fp8_layers
 
 Form = Literal["compressed-tensors", "fp8"]
+_SAID: dict[Source, str] = {
+    "unchanged": "{} hold the bytes that were trained on",
+    "base weight": "{} were cast from their base weights with the adapters",
+    "FP8 weight": "{} were cast a second time, from FP8 weights with the adapters (base= names the "
+    "folder of the original ones)",
+}
 _BLOCK = 128  # the block size that engines have kernels for
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # by vLLM, into one layer
-_TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
-    "chat_template*", "*.model", "preprocessor_config.json", "processor_config.json",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class FlushReport:
-    """What writing the pending rows changed.
+    """What writing the pending rows of update="rows" changed.
 
     ``relative_change`` is ‖dq(W) after - dq(W) before‖ / ‖dq(W) before‖ over the layers that had
     pending rows (Frobenius); ``left`` the largest |scaling · (B - applied)| that could not be
@@ -54,23 +61,36 @@ class FlushReport:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What `save_fp8` wrote: FP8 layers, layers left dense and why, files and bytes."""
+    """What `save_fp8` wrote: FP8 layers, layers left dense and why, files and bytes.
+
+    ``cast_from`` says what each FP8 layer's bytes were made from: "base weight", the original one
+    with the adapters; "FP8 weight", the same where `prepare` had freed the original, which rounds
+    twice; or they are "unchanged", those of training.
+    """
 
     directory: Path
     form: str
-    layers: tuple[str, ...]
+    cast_from: dict[str, Source]
     dense: dict[str, str]
     flushed: FlushReport
     files: tuple[str, ...]
     bytes: int
     notes: tuple[str, ...] = field(default=())
 
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The paths of the FP8 layers."""
+        return tuple(self.cast_from)
+
     def __str__(self) -> str:
         lines = [
             f"{self.directory}: {len(self.layers)} layers in FP8 ({self.form}), "
-            f"{self.bytes / 2**20:.1f} MiB in {len(self.files)} files",
-            str(self.flushed),
+            f"{self.bytes / 2**20:.1f} MiB in {len(self.files)} files"
         ]
+        sources = list(self.cast_from.values())
+        lines += [text.format(sources.count(s)) for s, text in _SAID.items() if s in sources]
+        if self.flushed.rows:
+            lines.append(str(self.flushed))
         lines += [f"dense: {path}: {reason}" for path, reason in self.dense.items()]
         return "\n".join([*lines, *self.notes])
 
@@ -80,50 +100,58 @@ def save_fp8(
     directory: str | Path,
     *,
     form: Form = "compressed-tensors",
+    base: str | Path | None = None,
     tokenizer: Any = None,
     max_shard_size: int | str = "5GB",
     progress: bool = True,
 ) -> ExportReport:
-    """Write a transformers checkpoint whose adapted linear layers are the FP8 weights of training.
+    """Write a transformers checkpoint in FP8, with the active adapters merged.
 
-    Pending rows are flushed first. Nothing is quantized anew: ``weight`` is ``state.weight[:out]``,
-    byte for byte. The folder appears under its name once it is whole and on the disk.
+    What ran in FP8 is written in FP8, with an adapter or without: q(W + Σ scaling · B · A), cast
+    once to nearest with the scales' granularity and form of training. W is the original base weight
+    where the model or ``base`` has it, else dq(W), which rounds a second time; the report says
+    which. Where the adapters add nothing, the bytes are those that were trained on. With
+    update="rows" they always are: pending rows are written first, and nothing is cast anew.
+
+    The folder appears under its name once it is whole and on the disk.
 
     Args:
-        model: a transformers model with PEFT's LoRA, prepared or trained under the backend, or its
+        model: a transformers model with PEFT's LoRA, prepared or run under the backend, or its
             compiled wrapper.
         directory: a new folder.
         form: "compressed-tensors" is its ``float-quantized`` format: ``weight`` float8_e4m3fn
             [out, in], ``weight_scale`` float32 [out, 1] (one tensor scale is repeated, since
             engines quantize fused layers anew when their tensor scales differ), activations cast
-            per token as they come. "fp8" has a scale a block, ``weight_scale_inv``, for which the
-            model must have been trained with granularity="tensor".
+            per token as they come. "fp8" has one scale per block, ``weight_scale_inv``, for which
+            the model must have been trained with granularity="tensor".
+        base: the folder with the safetensors that the model was prepared from.
         tokenizer: what has ``save_pretrained``. Without it, the tokenizer's files are copied from
             the folder that the model was loaded from, where there is one.
-        max_shard_size: of a safetensors file, such as "5GB".
+        max_shard_size: of a safetensors file, such as "5GB"; as much memory is needed.
         progress: show a bar while writing.
 
     Raises:
-        FalqonError: no FP8 layer, a form that can't hold the scales, a folder that exists, or a
-            full disk. Nothing is left under the name then.
+        FalqonError: no FP8 layer, a form that can't hold the scales, an adapter that can't be
+            merged, a ``base`` that is not the model's, a folder that exists, or a full disk.
+            Nothing is left under the name then.
     """
     directory = Path(directory)
     storage.refuse_existing(directory)
-    base = _transformers_model(unwrap(model))
-    found = _Export(base)
-    _check_form(form, found)
-    flushed = _flush(found.all_states.values())
+    inner = _transformers_model(unwrap(model))
+    found = _Export(inner, form, None if base is None else Path(base))
+    flushed = _flush(layer.state for layer in found.all_layers if layer.state is not None)
 
-    tensors = _renamed(base, found.tensors(form))
-    plan = _shards(tensors, max_shard_size)
+    tensors = files.renamed(inner, found.tensors())
+    plan = files.shards(tensors, max_shard_size)
     with storage.new_folder(directory) as folder:
-        _write_shards(folder, plan, tensors, progress)
-        _write_config(folder, base, found, form, tensors)
-        notes = (*_write_tokenizer(folder, base, tokenizer), *_mixed(found.states, found.dense))
-        files = tuple(sorted(path.name for path in folder.iterdir()))
+        files.write_shards(folder, plan, tensors, found.made, progress)
+        files.write_config(folder, inner, lambda name: name not in tensors, found.quantization())
+        notes = files.write_tokenizer(folder, inner, tokenizer)
+        written = tuple(sorted(path.name for path in folder.iterdir()))
         size = sum(path.stat().st_size for path in folder.iterdir())
+    notes = (*notes, *_mixed(found.layers, found.dense))
     return ExportReport(
-        directory, form, tuple(found.states), found.dense, flushed, files, size, notes
+        directory, form, found.cast_from, found.dense, flushed, written, size, notes
     )
 
 
@@ -142,83 +170,171 @@ def _transformers_model(model: nn.Module) -> Any:
     return base
 
 
-def _fp8_layers(base: nn.Module) -> dict[str, tuple[Any, MergedAdapter]]:
-    found = fp8_layers(base)
-    if not any(not layer.transposed for layer, _ in found.values()):
-        raise FalqonError(
-            "",
-            "no layer of the model has an FP8 weight that engines can hold",
-            "Call falqon_fx.prepare(model), or train it under torch.compile(backend='falqon'); "
-            "weights stored [in, out] (GPT-2's Conv1D) have no FP8 form",
-        )
-    return found
-
-
 class _Export:
-    """Walks a model and gives its tensors under the names they have without PEFT."""
+    """Walks a model and gives its tensors under the names they have without PEFT.
 
-    def __init__(self, base: nn.Module) -> None:
-        self.base = base
-        layers = _fp8_layers(base)
-        self.states = {p: state for p, (layer, state) in layers.items() if not layer.transposed}
-        self.layers = {path: layer for path, (layer, _) in layers.items()}
-        self.all_states = {path: state for path, (_, state) in layers.items()}
+    Those of FP8 layers are on the meta device, until `made` makes them as they are written.
+    """
+
+    def __init__(self, model: Any, form: Form, folder: Path | None) -> None:
+        if form not in ("compressed-tensors", "fp8"):
+            raise FalqonError("form", f"{form!r} is unknown", "Give 'compressed-tensors' or 'fp8'")
+        self.model, self.form = model, form
+        self._rows = fp8_layers(model)
+        self._original = None if folder is None else _Originals(model, folder).read
+        self.all_layers: list[ExportLayer] = []
         self.dense: dict[str, str] = {}  # linear layers that stay dense, and why
+        self.cast_from: dict[str, Source] = {}
+        self._parts = list(self._walk(model, ""))
+        self.layers = {found.path: found for found in self.all_layers if not found.transposed}
+        self._check()
+        self._waiting: dict[int, tuple[Tensor, Callable[[], Tensor]]] = {}
+        self._last: tuple[str, Base] | None = None
 
-    def tensors(self, form: Form) -> dict[str, Tensor]:
-        return dict(self._walk(self.base, "", form))
+    def _check(self) -> None:
+        if not self.layers:
+            raise FalqonError(
+                "",
+                "no layer of the model has an FP8 weight that engines can hold",
+                "Call falqon_fx.prepare(model), or run it under torch.compile(backend='falqon'); "
+                "weights stored [in, out] (GPT-2's Conv1D) have no FP8 form",
+            )
+        for path, layer in self.layers.items():
+            if self.form == "fp8" and layer.plan.per_row:
+                raise FalqonError(
+                    path,
+                    "it has one scale per row, which the fp8 form can't hold",
+                    "Export in the compressed-tensors form, or train with granularity='tensor'",
+                )
 
-    def _walk(self, module: Any, path: str, form: Form) -> Iterator[tuple[str, Tensor]]:
-        if path in self.states:
-            yield from self._fp8(path, form)
+    def tensors(self) -> dict[str, Tensor]:
+        """By name; of FP8 layers, shapes and dtypes alone."""
+        found: dict[str, Tensor] = {}
+        for part in self._parts:
+            if not isinstance(part, ExportLayer):
+                found[part[0]] = part[1]
+                continue
+            for last, (tensor, make) in self._of_layer(part):
+                found[f"{part.path}.{last}"] = tensor
+                self._waiting[id(tensor)] = tensor, make
+            if (bias := part.bias()) is not None:
+                found[f"{part.path}.bias"] = bias
+        return found
+
+    def made(self, tensor: Tensor) -> Tensor:
+        """A tensor of `tensors` with its contents."""
+        return self._waiting[id(tensor)][1]() if id(tensor) in self._waiting else tensor
+
+    def _of_layer(
+        self, layer: ExportLayer
+    ) -> Iterator[tuple[str, tuple[Tensor, Callable[[], Tensor]]]]:
+        """The weight of a layer, and its scale: what stands for them, and what makes them."""
+        out, features = layer.shape
+        if layer.transposed:
+            yield "weight", (_empty(features, out, dtype=layer.dtype), layer.dense)
             return
-        reason = "it has no adapter"
-        if path in self.layers:
-            reason = "Conv1D has no FP8 form, so the merged weight was written dense"
-            layer, state = self.layers[path], self.all_states[path]
-            module = merged_layer(layer, state)
-            self.dense[path] = reason
-        elif hasattr(module, "unload_and_optionally_merge_module"):  # PEFT's modules_to_save
+        yield "weight", (_empty(out, features, dtype=E4M3), lambda: self._cast(layer).weight)
+        last, shape = "weight_scale", (out, 1)
+        if self.form == "fp8":
+            size = self.block_size
+            last, shape = "weight_scale_inv", (-(-out // size), -(-features // size))
+        scale = _empty(*shape, dtype=torch.float32)
+        yield last, (scale, lambda: self._cast(layer).scale.expand(shape).contiguous())
+
+    def _cast(self, layer: ExportLayer) -> Base:
+        if self._last is None or self._last[0] != layer.path:  # its weight and scale come in turn
+            base, self.cast_from[layer.path] = layer.cast()
+            self._last = layer.path, base
+        return self._last[1]
+
+    def _walk(self, module: Any, path: str) -> Iterator[ExportLayer | tuple[str, Tensor]]:
+        per_row = self.form == "compressed-tensors"
+        layer = export_layer(path, module, self._rows, per_row, self._original)
+        if layer is not None:
+            self.all_layers.append(layer)
+            if layer.transposed:
+                self.dense[path] = "Conv1D has no FP8 form, so its weight was written dense"
+            yield layer
+            return
+        reason = None
+        if hasattr(module, "unload_and_optionally_merge_module"):  # PEFT's modules_to_save
             module = copy.deepcopy(module).unload_and_optionally_merge_module(
                 merge=True, safe_merge=True, adapter_names=None
             )
-        elif hasattr(module, "get_base_layer") and hasattr(module, "merge"):
+        elif is_adapted(module):
             reason = "it has no FP8 weight, so its adapter was merged into the dense one"
             module = copy.deepcopy(module)
             module.merge(safe_merge=True)
             module = module.get_base_layer()
         if isinstance(module, nn.Linear):
-            self.dense[path] = reason
+            left = why_left(path, module.out_features, module.in_features, tied=False)
+            self.dense[path] = reason or left or "it has no FP8 weight"
         prefix = f"{path}." if path else ""
         for name, tensor in module.state_dict().items():
             if "." not in name:
                 yield prefix + name, tensor
         for name, child in module.named_children():
-            yield from self._walk(child, prefix + name, form)
+            yield from self._walk(child, prefix + name)
 
-    def _fp8(self, path: str, form: Form) -> Iterator[tuple[str, Tensor]]:
-        state = self.states[path]
-        out, _ = state.applied.shape
-        yield f"{path}.weight", state.code[:out].view(E4M3)
-        scale = state.scale if state.scale.dim() == 0 else state.scale[:out]
-        if form == "compressed-tensors":
-            yield f"{path}.weight_scale", scale.expand(out, 1).contiguous()
-        else:
-            size = self.block_size
-            grid = (-(-out // size), -(-state.code.shape[1] // size))
-            yield f"{path}.weight_scale_inv", scale.expand(grid).contiguous()
-        bias = merged_bias(self.layers[path])
-        if bias is not None:
-            yield f"{path}.bias", bias
+    def quantization(self) -> dict[str, Any]:
+        """The config's ``quantization_config``."""
+        ignore = list(self.dense)
+        if self.form == "fp8":
+            return files.fp8_config(ignore, self.block_size)
+        return files.compressed_tensors_config(ignore)
 
     @property
     def block_size(self) -> int:
         """The largest power of two up to 128 that divides every side of every FP8 weight."""
         size = _BLOCK
-        for state in self.states.values():
-            while state.applied.shape[0] % size or state.code.shape[1] % size:
+        for layer in self.layers.values():
+            while any(side % size for side in layer.shape):
                 size //= 2
         return size
+
+
+class _Originals:
+    """The base weights in a model's folder, one at a time."""
+
+    def __init__(self, model: Any, folder: Path) -> None:
+        self._model, self._folder, self._index = model, folder, read_index(folder)
+
+    @functools.cached_property
+    def _names(self) -> dict[str, str]:
+        """The name of each weight in public checkpoints, by the path of its layer."""
+        empty = {
+            path.removesuffix(".base_layer"): _empty(*module.code.shape, dtype=module.dtype)
+            for path, module in self._model.named_modules()
+            if isinstance(module, Fp8Linear)
+        }
+        named = files.renamed(self._model, {f"{path}.weight": t for path, t in empty.items()})
+        names = {id(tensor): name for name, tensor in named.items()}
+        return {path: names.get(id(t), f"{path}.weight") for path, t in empty.items()}
+
+    def read(self, layer: ExportLayer) -> Tensor:
+        """The base weight [out, in] that a prepared layer was made from.
+
+        Raises:
+            FalqonError: the folder has none, or another.
+        """
+        name = self._names[layer.path]
+        remedy = "Name the folder of the model that was prepared, or leave out base="
+        if name not in self._index:
+            raise FalqonError(layer.path, f"{self._folder} has no tensor {name!r}", remedy)
+        ours: Base = layer.linear.base()
+        weight = read_tensor(self._folder / self._index[name], name)
+        weight = weight.to(ours.code.device, layer.dtype)
+        weight = weight.t().contiguous() if layer.transposed else weight
+        if weight.shape == ours.code.shape:
+            theirs = cast_base(weight, layer.plan)
+            if torch.equal(theirs.code, ours.code) and torch.equal(theirs.scale, ours.scale):
+                return weight
+        problem = f"its FP8 weight was not made from the weight in {self._folder}"
+        raise FalqonError(layer.path, problem, remedy)
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _mixed(fp8: Collection[str], dense: Collection[str]) -> tuple[str, ...]:
@@ -230,22 +346,10 @@ def _mixed(fp8: Collection[str], dense: Collection[str]) -> tuple[str, ...]:
             if left:
                 return (
                     f"{parent} has {name} in FP8 and {', '.join(left)} dense: vLLM, which fuses "
-                    f"them, refuses that. Remedy: an adapter on all of {', '.join(group)}",
+                    f"them, refuses that. Remedy: frozen='fp8', or an adapter on all of "
+                    f"{', '.join(group)}",
                 )
     return ()
-
-
-def _check_form(form: Form, found: _Export) -> None:
-    if form not in ("compressed-tensors", "fp8"):
-        raise FalqonError("form", f"{form!r} is unknown", "Give 'compressed-tensors' or 'fp8'")
-    if form == "fp8":
-        for path, state in found.states.items():
-            if state.plan.per_row:
-                raise FalqonError(
-                    path,
-                    "it has a scale a row, which the fp8 form can't hold without quantizing anew",
-                    "Export in the compressed-tensors form, or train with granularity='tensor'",
-                )
 
 
 def _flush(states: Iterable[MergedAdapter]) -> FlushReport:
@@ -262,107 +366,3 @@ def _flush(states: Iterable[MergedAdapter]) -> FlushReport:
         changed += float((state.dequantize()[:out] - merged).double().square().sum())
         left = max(left, float((state.pending() * state.scaling).abs().max()))
     return FlushReport(layers, rows, (changed / total) ** 0.5 if total else 0.0, left)
-
-
-def _renamed(base: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Under the names of the model's public checkpoints; transformers 5 loads some under others."""
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:  # transformers 4 loads by the modules' own names
-        return tensors
-    renamed: dict[str, Tensor] = revert_weight_conversion(base, tensors)
-    return renamed
-
-
-# -- writing ---------------------------------------------------------------------------------------
-
-
-def _shards(tensors: dict[str, Tensor], max_shard_size: int | str) -> Any:
-    hub = storage.require("huggingface_hub", "export")
-    _, same = trees.unshared((n, t) for n, t in tensors.items() if t.device.type == "cpu")
-    for name in same:  # tied weights are written once
-        del tensors[name]
-    return hub.split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
-
-
-def _write_shards(folder: Path, plan: Any, tensors: Mapping[str, Tensor], show: bool) -> None:
-    columns = (TextColumn("exporting"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, disable=not show, transient=True) as bar:
-        task = bar.add_task("", total=sum(t.nbytes for t in tensors.values()))
-        for file, names in plan.filename_to_tensors.items():
-            shard, _ = trees.unshared((name, tensors[name]) for name in names)
-            storage.save_tensors(folder / file, shard)
-            bar.advance(task, sum(t.nbytes for t in shard.values()))
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        text = json.dumps(index, indent=2, sort_keys=True)
-        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-
-
-def _write_config(
-    folder: Path, base: Any, found: _Export, form: Form, tensors: Mapping[str, Tensor]
-) -> None:
-    config = copy.deepcopy(base.config)
-    config.architectures = [type(base).__name__]
-    config.dtype = str(base.dtype).removeprefix("torch.")
-    ignore = list(found.dense)
-    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-    if head is not None and getattr(config, "tie_word_embeddings", False):
-        path = next(name for name, module in base.named_modules() if module is head)
-        config.tie_word_embeddings = f"{path}.weight" not in tensors
-    describe: dict[str, Callable[[], dict[str, Any]]] = {
-        "compressed-tensors": lambda: compressed_tensors_config(ignore),
-        "fp8": lambda: fp8_config(ignore, found.block_size),
-    }
-    config.quantization_config = describe[form]()
-    config.save_pretrained(folder)
-    if getattr(base, "generation_config", None) is not None and base.can_generate():
-        base.generation_config.save_pretrained(folder)
-
-
-def compressed_tensors_config(ignore: list[str]) -> dict[str, Any]:
-    """The ``quantization_config`` of compressed-tensors' float-quantized format: a scale a row for
-    weights, a scale a token for activations.
-    """
-    number = {"num_bits": 8, "type": "float", "symmetric": True}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "float-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": {**number, "strategy": "channel", "dynamic": False},
-                "input_activations": {**number, "strategy": "token", "dynamic": True},
-                "output_activations": None,
-                "format": "float-quantized",
-            }
-        },
-        "ignore": ignore,
-        "kv_cache_scheme": None,
-    }
-
-
-def fp8_config(ignore: list[str], block_size: int) -> dict[str, Any]:
-    """The ``quantization_config`` of the fp8 form: a scale a block of weights."""
-    return {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "activation_scheme": "dynamic",
-        "weight_block_size": [block_size, block_size],
-        "modules_to_not_convert": ignore,
-    }
-
-
-def _write_tokenizer(folder: Path, base: Any, tokenizer: Any) -> tuple[str, ...]:
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-        return ()
-    source = Path(str(getattr(base.config, "_name_or_path", "") or ""))
-    if str(source) not in ("", ".") and source.is_dir():
-        copied = [f for pattern in _TOKENIZER_FILES for f in source.glob(pattern) if f.is_file()]
-        for file in copied:
-            shutil.copyfile(file, folder / file.name)
-        if copied:
-            return ()
-    return ("no tokenizer was written: give tokenizer=",)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from falqon_fx import storage
@@ -23,6 +24,10 @@ def add_parser(subparsers: Any) -> None:
     export.add_argument("--adapter", help="a PEFT adapter folder (also made by a Trainer)")
     export.add_argument("--checkpoint", help="a folder of falqon_fx.save_checkpoint")
     export.add_argument(
+        "--base",
+        help="the folder of a prequantized model's original weights, cast with the adapter",
+    )
+    export.add_argument(
         "--form", choices=("compressed-tensors", "fp8"), default="compressed-tensors"
     )
     export.add_argument("--max-shard-size", default="5GB")
@@ -31,7 +36,7 @@ def add_parser(subparsers: Any) -> None:
 
     quantize = subparsers.add_parser(
         "prequantize",
-        help="merge a model's weights into FP8, one at a time",
+        help="cast a model's weights to FP8, one at a time",
         description="Read a checkpoint weight by weight and write a folder that falqon_fx.load "
         "makes a trainable model from. Goes on where an interrupted run ended.",
     )
@@ -86,6 +91,7 @@ def run_export(arguments: argparse.Namespace) -> int:
         model,
         arguments.out,
         form=arguments.form,
+        base=arguments.base or (None if _is_prequantized(arguments) else arguments.model),
         max_shard_size=arguments.max_shard_size,
         progress=not arguments.quiet,
     )
@@ -94,15 +100,13 @@ def run_export(arguments: argparse.Namespace) -> int:
 
 
 def _trained_model(arguments: argparse.Namespace) -> Any:
-    from pathlib import Path
-
     from falqon_fx.checkpoint import load_checkpoint
-    from falqon_fx.loading import MANIFEST, load
-    from falqon_fx.prepare import prepare
+    from falqon_fx.loading import load
+    from falqon_fx.prepare import adapters, prepare
 
     peft = storage.require("peft", "export")
     transformers = storage.require("transformers", "export")
-    if (Path(arguments.model) / MANIFEST).is_file():
+    if _is_prequantized(arguments):
         model: Any = load(arguments.model)
     elif arguments.adapter is None:
         raise FalqonError("--adapter", "is missing", "Name the PEFT adapter that was trained")
@@ -111,7 +115,14 @@ def _trained_model(arguments: argparse.Namespace) -> Any:
         model = peft.PeftModel.from_pretrained(base, arguments.adapter)
     if arguments.checkpoint is not None:
         load_checkpoint(model, arguments.checkpoint, rng=False)
-    elif not (Path(arguments.model) / MANIFEST).is_file():
+    if not adapters(model):  # no FP8 weights came with it
         config = FalqonConfig(granularity="tensor" if arguments.form == "fp8" else "row")
         prepare(model, config, progress=not arguments.quiet)
     return model
+
+
+def _is_prequantized(arguments: argparse.Namespace) -> bool:
+    """Whether the model's folder is one of ``prequantize``, without its original weights."""
+    from falqon_fx.loading import MANIFEST
+
+    return (Path(arguments.model) / MANIFEST).is_file()

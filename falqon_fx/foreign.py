@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from falqon_fx import storage, update
+from falqon_fx import storage
+from falqon_fx.base import digest
 from falqon_fx.config import FalqonConfig
-from falqon_fx.errors import FalqonError
-from falqon_fx.loading import empty_model, fill, lora_config, new_lora_a, read_index
-from falqon_fx.merged import MergedAdapter, allocate
-from falqon_fx.numerics import E4M3, amax_to_scale, encode_fp8, round_to_fp8
-from falqon_fx.prepare import lora_layers
+from falqon_fx.errors import FalqonConfigError, FalqonError
+from falqon_fx.loading import empty_model, fill, lora_config, read_index
+from falqon_fx.lora_layers import lora_layers
+from falqon_fx.model_state import Site
+from falqon_fx.numerics import E4M3
 from falqon_fx.spec import SiteSpec
 
 _SCALES = (".weight_scale", ".weight_scale_inv")
@@ -29,14 +30,20 @@ _OF_CACHE = (".k_scale", ".v_scale", ".kv_scale", "k_proj.output_scale", "v_proj
 def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = None) -> nn.Module:
     """A prepared PEFT model on the FP8 weights of a compressed-tensors or fp8 checkpoint.
 
-    Scales are a tensor's or a row's; they stay what they are, so W' has row scales, and with scales
-    that aren't powers of two scale="amax". FP8 layers without an adapter stay FP8 too. Left out are
-    static scales of activations, which are cast by their own largest value here, and with a warning
-    those of a cache.
+    Its scales, one per tensor or per row, stay what they are: granularity="row", and scale="amax"
+    unless all are powers of two. FP8 layers without an adapter stay FP8 too. Left out are static
+    scales of activations, which are cast by their own largest value here, and with a warning those
+    of a cache.
 
     Raises:
-        FalqonError: no FP8 checkpoint, or scales a block of columns.
+        FalqonError: no FP8 checkpoint, scales per block of columns, or update="rows".
     """
+    if config is not None and config.update == "rows":
+        raise FalqonConfigError(
+            "update",
+            f"'rows' would write into the weights of {directory}, which are loaded as they are",
+            "Set update='adapter'; or load the dense model, and call falqon_fx.prepare(model)",
+        )
     tensors = _read(directory)
     _check_format(directory)
     model = empty_model(directory, lora_config(lora))
@@ -47,21 +54,16 @@ def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = No
     config = replace(config or FalqonConfig(), granularity="row")
     if not all(_powers_of_two(scale) for scale in scales.values()):
         config = replace(config, scale="amax")
-    plan = SiteSpec.from_config(config)
-
-    dtype = model.get_base_model().config.dtype
-    layers = {layer.path: layer for layer in lora_layers(model)}
-    states: dict[str, tuple[MergedAdapter, torch.dtype]] = {}
+    dtype = str(model.get_base_model().dtype).removeprefix("torch.")
+    spec = asdict(SiteSpec.from_config(config))
+    adapted = {layer.path for layer in lora_layers(model)}
+    layers: dict[str, tuple[Site, Mapping[str, Tensor]]] = {}
     for name, weight in weights.items():
         path = f"base_model.model.{name}"
-        layer = layers.get(path)
-        rows = torch.empty(0, weight.shape[1])
-        if layer is not None:
-            rows = new_lora_a(layer.lora_a.shape)
-            tensors[f"{name}.lora_A.default.weight"] = rows
-            path += ".base_layer"
-        scaling = 1.0 if layer is None else layer.scaling
-        states[path] = (_merge(weight, scales[name], rows, scaling, plan, dtype), dtype)
+        path = f"{path}.base_layer" if path in adapted else path
+        code, scale = weight.view(torch.uint8), scales[name]
+        found = {"code": code, "scale": scale.view(torch.int32), "digest": digest(code, scale)}
+        layers[path] = ({"dtype": dtype, "transposed": False, "spec": spec}, found)
     skip = {f"{name}{end}" for name in weights for end in (".weight", ".input_scale", *_SCALES)}
     of_cache = {name for name in tensors if name.endswith(_OF_CACHE)}
     if of_cache:
@@ -72,7 +74,7 @@ def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = No
         )
     skip |= of_cache
     rest = {f"base_model.model.{n}": t for n, t in tensors.items() if n not in skip}
-    return fill(model, states, rest, str(directory))
+    return fill(model, layers, rest, str(directory))
 
 
 def _read(directory: Path) -> dict[str, Tensor]:
@@ -118,33 +120,10 @@ def _row_scale(path: str, weight: Tensor, tensors: Mapping[str, Tensor], directo
         return scale.reshape(out, 1)
     raise FalqonError(
         path,
-        f"it has scales a block, {list(scale.shape)} of them, which W' can't hold as they are",
+        f"it has one scale per block, {list(scale.shape)} of them, and W has one per row",
         "Dequantize it with transformers (dequantize=True), then call falqon_fx.prepare",
     )
 
 
 def _powers_of_two(scale: Tensor) -> bool:
     return bool((torch.frexp(scale).mantissa == 0.5).all())
-
-
-def _merge(
-    weight: Tensor,
-    scale: Tensor,
-    lora_a: Tensor,
-    scaling: float,
-    plan: SiteSpec,
-    dtype: torch.dtype,
-) -> MergedAdapter:
-    """W' = [W; q(A)] with B = 0; the bytes of W are ``weight``'s own."""
-    (out, features), rank = weight.shape, lora_a.shape[0]
-    state = allocate(out, features, rank, dtype, scaling, plan, weight.device)
-    a_scale = amax_to_scale(lora_a.abs().amax(1, keepdim=True), E4M3, plan.scale)
-    state.code[:out] = weight.view(torch.uint8)
-    state.code[out:] = encode_fp8(round_to_fp8(lora_a * a_scale.reciprocal(), E4M3), E4M3)
-    state.scale[:out], state.scale[out:] = scale, a_scale
-    state.applied.zero_()
-    counters = state.counters
-    counters[update.FINGERPRINT_A] = update.fingerprint(lora_a[None])[0] if rank else 0
-    mixed = update.fingerprint(update.sample(state.code)[None])[0]
-    counters[update.SITE] = update.site_number(mixed)
-    return state

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
@@ -21,6 +22,10 @@ def listing(gm: fx.GraphModule, prefix: str = "") -> Iterator[Line]:
         node: _compat.source_path(node) or node.name
         for node in gm.graph.find_nodes(op="placeholder")
     }
+    for node in gm.graph.find_nodes(op="call_function", target=operator.getitem):
+        op, index = node.args
+        if isinstance(op, fx.Node) and _is_ours(op.target):
+            names[node] = f"{op.name}[{index}]"
     bodies = {node: (name, body) for node, name, body in _compat.checkpoint_bodies(gm)}
     for node in gm.graph.nodes:
         inputs = tuple(prefix + n.name for n in node.all_input_nodes)
@@ -38,6 +43,10 @@ def _text(node: fx.Node, names: dict[fx.Node, str]) -> str:
     if node.op == "output":
         return f"return {_argument(node.args[0], names)}"
     arguments = [_argument(a, names) for a in node.args]
+    if _is_ours(node.target):  # many lists of tensors: say which is which
+        known = [argument.name for argument in node.target._schema.arguments]
+        named = zip(known[1:], arguments[1:])
+        arguments[1:] = [f"{name}={text}" for name, text in named if text != "[]"]
     arguments += [f"{name}={_argument(a, names)}" for name, a in node.kwargs.items()]
     if node.op == "get_attr":
         return f"{head} = self.{node.target}"
@@ -51,6 +60,10 @@ def _state_type(node: fx.Node) -> str:
         return ""
     shape, dtype, _ = node.meta["falqon_shape"]
     return _type(torch.empty(shape, dtype=dtype, device="meta"))
+
+
+def _is_ours(target: Any) -> TypeGuard[torch._ops.OpOverload]:
+    return isinstance(target, torch._ops.OpOverload) and target.namespace == "falqon"
 
 
 def _name(target: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,9 @@ from torch import Tensor, nn
 from falqon_fx import storage
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
-from falqon_fx.merged import STATE, MergedAdapter
-from falqon_fx.prepare import MergedBaseLinear, lora_path
-from falqon_fx.spec import SiteSpec
+from falqon_fx.model_state import Site, make_layer
 
-FORMAT = "falqon_fx.prequantized.1"  # what `falqon_fx.prequantize` writes
+FORMAT = "falqon_fx.prequantized.2"  # what `falqon_fx.prequantize` writes
 MANIFEST = "falqon.json"
 INDEX = "model.safetensors.index.json"
 
@@ -31,9 +29,9 @@ def load(
 ) -> nn.Module:
     """A prepared PEFT model from a folder of `prequantize`, or from an FP8 checkpoint.
 
-    The model is built without weights and the FP8 bytes are mapped in: dense copies of merged
-    weights never exist. Of an FP8 checkpoint (compressed-tensors ``float-quantized``, or the fp8
-    form with a scale a tensor) the bytes are base weights as they are, beside a new A and B = 0.
+    The model is built without weights and the FP8 bytes are mapped in: dense copies of them never
+    exist. Of an FP8 checkpoint (compressed-tensors ``float-quantized``, or the fp8 form with one
+    scale per tensor) the bytes are base weights as they are, beside a new A and B = 0.
 
     Args:
         directory: the folder.
@@ -52,43 +50,42 @@ def load(
 
         return load_fp8(directory, lora, config)
     peft = storage.require("peft", "export")
-    manifest = storage.read_manifest(directory / MANIFEST, FORMAT)
+    manifest = storage.read_manifest(
+        directory / MANIFEST, FORMAT, "Call falqon_fx.prequantize on the model again"
+    )
     model = empty_model(directory, peft.LoraConfig.from_pretrained(directory))
     by_file = {site["file"]: site for site in manifest["sites"]}
     tensors: dict[str, Tensor] = {}
-    states = {}
+    layers = {}
     for file, expected in manifest["files"].items():
         found = storage.open_tensors(directory / file, expected, verify=verify)
         site = by_file.get(file)
         if site is None:
             tensors |= {f"base_model.model.{name}": tensor for name, tensor in found.items()}
             continue
-        path = site["layer"]
-        tensors[f"{path}.lora_A.default.weight"] = found.pop("lora_A")
-        plan = SiteSpec(**site["spec"])
-        code, scale, applied, counters, writes = (found[name] for name in STATE)
-        state = MergedAdapter(code, scale, applied, counters, writes, site["scaling"], plan)
-        state.transposed = site["transposed"]
-        states[f"{path}.base_layer"] = (state, getattr(torch, site["dtype"]))
-    return fill(model, states, tensors, str(directory))
+        path = site["prepared"]
+        if "lora_A" in found:
+            name = f"{path.removesuffix('.base_layer')}.lora_A.default.weight"
+            tensors[name] = found.pop("lora_A")
+        layers[path] = (site, found)
+    return fill(model, layers, tensors, str(directory))
 
 
 def fill(
     model: Any,
-    states: Mapping[str, tuple[MergedAdapter, torch.dtype]],
+    layers: Mapping[str, tuple[Site, Mapping[str, Tensor]]],
     tensors: Mapping[str, Tensor],
     where: str,
 ) -> nn.Module:
-    """Give a model on the meta device its layers in FP8 and its other tensors, as they are. New
-    adapters start as PEFT starts them.
+    """Give a model on the meta device its FP8 layers (`falqon_fx.model_state.make_layer`) and its
+    other tensors, as they are. New adapters start as PEFT starts them.
 
     Raises:
         FalqonError: a tensor without a place, or a place without a tensor.
     """
-    for path, (state, dtype) in states.items():
+    for path, (site, found) in layers.items():
         bias = model.get_submodule(path).bias
-        layer = MergedBaseLinear(state, bias, dtype, state.transposed, lora_path(path))
-        model.set_submodule(path, layer)
+        model.set_submodule(path, make_layer(site, found, bias, path))
     named = {}
     for name, tensor in tensors.items():
         path, _, last = name.rpartition(".")
@@ -99,15 +96,32 @@ def fill(
     if unknown:
         raise FalqonError(unknown[0], f"it is in {where} but not in the model", "Check config.json")
     for name, parameter in list(model.named_parameters()):
-        if parameter.device.type == "meta" and "lora_" in name:
-            path, _, last = name.rpartition(".")
-            is_a = "lora_A" in name
-            fresh = new_lora_a(parameter.shape) if is_a else torch.zeros(parameter.shape)
-            setattr(model.get_submodule(path), last, nn.Parameter(fresh))
-        elif parameter.device.type == "meta":
-            raise FalqonError(name, f"the model needs it, {where} lacks it", "Check config.json")
+        if parameter.device.type == "meta":
+            fresh = _new_parameter(name, parameter.shape, where)
+            owner, _, last = name.rpartition(".")
+            setattr(model.get_submodule(owner), last, nn.Parameter(fresh, parameter.requires_grad))
     loaded: nn.Module = model
     return loaded
+
+
+def _new_parameter(name: str, shape: torch.Size, where: str) -> Tensor:
+    """Of a new adapter, as PEFT starts it."""
+    starts: dict[str, Callable[[torch.Size], Tensor]] = {
+        "lora_A": new_lora_a,
+        "lora_B": torch.zeros,
+        "lora_embedding_A": torch.zeros,
+        "lora_embedding_B": torch.randn,
+    }
+    known = [start for part, start in starts.items() if part in name.split(".")]
+    if known:
+        return known[0](shape)
+    if ".lora_" in name:  # such as DoRA's magnitude, the norm of each row of the weight
+        raise FalqonError(
+            name,
+            "it starts from the dense weight, which is not loaded",
+            "Load the model with transformers, and call falqon_fx.prepare(model)",
+        )
+    raise FalqonError(name, f"the model needs it, {where} lacks it", "Check config.json")
 
 
 def _exists(model: nn.Module, name: str) -> bool:
@@ -142,6 +156,15 @@ def read_index(source: Path) -> dict[str, str]:
             "Save the model with model.save_pretrained(folder) first",
         )
     return index
+
+
+def read_tensor(file: Path, name: str) -> Tensor:
+    """One tensor of a file, read and not mapped, so that its memory is given back with it."""
+    from safetensors import safe_open
+
+    with storage.named(file), safe_open(file, framework="pt", backend="pread") as opened:
+        tensor: Tensor = opened.get_tensor(name)
+    return tensor
 
 
 def lora_config(lora: Any) -> Any:

@@ -1,24 +1,29 @@
-"""What the ``falqon::`` ops compute, written once as compositions of ATen ops.
+"""What the ``falqon::`` ops compute on a CPU, where they stay opaque in compiled graphs.
 
-The same functions run as the eager kernels and as the decompositions that Inductor traces below
-autograd, where the casts fuse into whatever made x or dL/dO.
+The casts are compiled code (`falqon_fx.kernels.cpu_casts`), which is two to three times as fast as
+what Inductor makes of them, and costs its compiler nothing; without it they are ATen operations,
+bit for bit the same. The products are torch's own. For GPUs see `falqon_fx.cuda`.
 
-Shapes: x [n, in], W' = [W; A] [out + r, in] (E4M3, or its bytes), scale [] or [out + r, 1] float32,
-applied and lora_b [out, r], dL/dO [n, out].
+Shapes: x [n, in]; W [out, in] and Â [r, in] E4M3 (or bytes), their scales float32 [rows, 1] or [];
+b [out, r]; dL/dO [n, out]. Sites are numbered i, adapters j; ``owner[j]`` is the site of adapter j,
+and the adapters of a site stand side by side.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from falqon_fx._compat import native_bf16
+from falqon_fx.kernels import cpu_casts
 from falqon_fx.numerics import (
     E4M3,
     amax_to_scale,
+    as_scale,
     decode_fp8,
     round_to_fp8,
     round_to_scaled_fp8,
@@ -37,8 +42,8 @@ def scale_of(x: Tensor, dtype: torch.dtype, spec: SiteSpec) -> Tensor:
 
 
 def quantize(x: Tensor, dtype: torch.dtype, spec: SiteSpec) -> tuple[Tensor, Tensor | float]:
-    """``x ≈ value * rest``: ``x`` [n, k] cast to FP8 with one scale a row, or one in all; ``value``
-    is float32.
+    """``x ≈ value * rest``: ``x`` [n, k] cast to FP8 with one scale per row, or one for all of it;
+    ``value`` is float32.
 
     A scale that is a power of two is already in ``value``, which bfloat16 still holds exactly.
     Others are left in ``rest``, [n, 1] or [], for the GEMM's result.
@@ -50,23 +55,93 @@ def quantize(x: Tensor, dtype: torch.dtype, spec: SiteSpec) -> tuple[Tensor, Ten
     return round_to_fp8(wide * scale.reciprocal(), dtype), scale
 
 
-def gemm_dtype(dtype: torch.dtype) -> torch.dtype:
-    """bfloat16 for bfloat16 results, else float32 (a raw FP8 sum overflows float16)."""
-    return dtype if dtype == torch.bfloat16 else torch.float32
+def gemm_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What decoded operands are multiplied in where the result is of ``dtype``: bfloat16 for
+    bfloat16, else float32 (a raw FP8 sum overflows float16).
+
+    Float32 too on a CPU that can't multiply bfloat16: there torch's GEMM is 20 times slower in it.
+    FP8 values are exact in both.
+    """
+    if dtype == torch.bfloat16 and (device.type != "cpu" or native_bf16()):
+        return torch.bfloat16
+    return torch.float32
 
 
-def pending_part(lora_b: Tensor, applied: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """``scaling * (B - applied)``, the part of B that W' does not contain, [out, r]."""
-    return ((lora_b.to(torch.float32) - applied.to(torch.float32)) * scaling).to(dtype)
+@without_autocast
+def proxy_update(
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scaling: Sequence[float],
+    wide: bool,
+    spec: str,
+) -> list[Tensor]:
+    """[Â_j, s_A,j, b_j] of each adapter j in turn: Â = q(A) in E4M3 with one scale per row (or one
+    for all of A), and b = scaling · B in bfloat16, or float32 where ``wide``.
+    """
+    plan = parse_spec(spec)
+    dtype = torch.float32 if wide else torch.bfloat16
+    casts: list[Tensor] = []
+    for a, b, factor in zip(lora_a, lora_b, scaling):
+        cast = cast_fp8(a.detach(), E4M3, plan, torch.float32, keep=True)
+        assert cast.code is not None
+        casts += [cast.code, cast.scale, (b.detach().to(torch.float32) * factor).to(dtype)]
+    return casts
 
 
-def empty_output(
-    like: Tensor, tokens: Sequence[int], out: int, rank: int, dtype: torch.dtype, spec: str
+@dataclass(frozen=True)
+class Cast:
+    """x [n, k] ≈ ``value`` · ``rest`` in FP8: ``value`` as it is multiplied, in which a scale that
+    is a power of two is contained, so that ``rest`` is 1; ``code`` in E4M3 where that was asked
+    for.
+    """
+
+    value: Tensor
+    rest: Tensor | float
+    scale: Tensor
+    code: Tensor | None = None
+
+
+def cast_fp8(
+    x: Tensor,
+    fp8: torch.dtype,
+    plan: SiteSpec,
+    dtype: torch.dtype,
+    *,
+    columns: Tensor | None = None,
+    keep: bool = False,
+    to: Tensor | None = None,
+) -> Cast:
+    """Cast x [n, k], times ``columns`` [1, k] where given, with one scale per row or one for all of
+    it. The values come in ``dtype``, in ``to`` [n, k] where that is given.
+    """
+    pow2 = plan.scale == "pow2"
+    if pow2 and plan.per_row and x.device.type == "cpu":
+        value = x.new_empty(x.shape, dtype=dtype) if to is None else to
+        code = x.new_empty(x.shape, dtype=torch.uint8) if keep else None
+        scale = cpu_casts.cast_rows(x, fp8, columns, value, code)
+        if scale is not None:
+            return Cast(value, 1.0, scale, None if code is None else code.view(E4M3))
+    scaled = x if columns is None else x.to(torch.float32) * columns
+    scale, wide = scale_of(scaled, fp8, plan), scaled.to(torch.float32)
+    codes = round_to_fp8(wide * scale.reciprocal(), fp8)
+    value = round_to_scaled_fp8(wide, scale, fp8) if pow2 else codes
+    value = value.to(dtype) if to is None else to.copy_(value)
+    rest = 1.0 if pow2 else scale
+    # x may be a view of any strides; what is kept is not.
+    code = codes.to(fp8, memory_format=torch.contiguous_format) if keep else None
+    return Cast(value, rest, scale, code)
+
+
+def decode(
+    code: Tensor, scale: Tensor | float, dtype: torch.dtype, to: Tensor | None = None
 ) -> Tensor:
-    """An O [*tokens, out] without values, in memory as the spec says."""
-    if parse_spec(spec).output == "strided":
-        return like.new_empty((*tokens, out + rank), dtype=dtype)[..., :out]
-    return like.new_empty((*tokens, out), dtype=dtype)
+    """`decode_fp8`, into ``to`` where that is given."""
+    if code.device.type == "cpu":
+        result = code.new_empty(code.shape, dtype=dtype) if to is None else to
+        if cpu_casts.decode_rows(code, scale, result):
+            return result
+    value = decode_fp8(code, scale, dtype)
+    return value if to is None else to.copy_(value)
 
 
 @without_autocast
@@ -74,47 +149,74 @@ def merged_linear(
     x: Tensor,
     weight: Sequence[Tensor],
     scale: Sequence[Tensor],
-    applied: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
     bias: Sequence[Tensor],
+    a: Sequence[Tensor],
+    a_scale: Sequence[Tensor],
+    b: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    adapter_x: Sequence[Tensor],
+    owner: Sequence[int],
     scaling: Sequence[float],
+    keep_x: bool,
     out_dtype: torch.dtype,
     spec: str,
 ) -> list[Tensor]:
-    """[O_i | O_A,i] = q(x) · W'_iᵀ (paper section 2) for the sites i that read x: each
-    O_i [..., out_i] in ``out_dtype``, then the O_A of all of them side by side, [n, Σ r_i].
-
-    With pending="apply", O_i += scaling_i · O_A,i · (B_i - applied_i)ᵀ. ``bias`` has one entry a
-    site, or none.
+    """[O_i | O_A | x̂] of the sites i that read x: O_i = q(x) · W_iᵀ + Σ_j O_A,j · b_jᵀ + bias_i,
+    [..., out_i] in ``out_dtype``, over the adapters j of site i (without the sum where there is no
+    b); then the O_A,j = q(x_j) · Â_jᵀ of all adapters side by side, [n, Σ r_j]; then, where
+    ``keep_x``, what dL/dA needs: the cast of each x_j in E4M3 and its scale.
     """
     plan = parse_spec(spec)
-    outs, ranks = [a.shape[0] for a in applied], [a.shape[1] for a in applied]
-    dtype = gemm_dtype(out_dtype)
-    q, rest = quantize(x.reshape(-1, x.shape[-1]), E4M3, plan)
-    q = q.to(dtype)
-    exact = plan.scale == "pow2"
-    values = [decode_fp8(w, s if exact else 1.0, dtype) for w, s in zip(weight, scale)]
-    # O_A in a buffer of its own: a view of [O | O_A] kept for backward would keep all of it alive.
-    out_a = q @ _stack([v[out:] for v, out in zip(values, outs)]).t()
-    rows = [(s[:out], s[out:]) if plan.per_row else (s, s) for s, out in zip(scale, outs)]
-    if not exact:
-        parts = out_a.split(ranks, dim=1)
-        out_a = torch.cat([_rescale(o, rest, of_a) for o, (_, of_a) in zip(parts, rows)], dim=1)
+    dtype, exact = gemm_dtype(out_dtype, x.device), plan.scale == "pow2"
+
+    def cast(given: Tensor, keep: bool) -> Cast:
+        return cast_fp8(given.reshape(-1, given.shape[-1]), E4M3, plan, dtype, keep=keep)
+
+    of_x = cast(x, keep_x and not adapter_x)
+    own = [cast(x_j, keep_x) for x_j in adapter_x]
+    out_a = of_x.value.new_empty((of_x.value.shape[0], 0))
+    if a:
+        out_a = _adapter_outputs(own or [of_x] * len(a), bool(own), a, a_scale, dtype, plan)
+    parts = out_a.split([code.shape[0] for code in a], dim=1) if a else ()
     ys = []
-    for i, (w, o) in enumerate(zip(values, out_a.split(ranks, dim=1))):
-        y = q @ w[: outs[i]].t()
+    for i, (w, s) in enumerate(zip(weight, scale)):
+        y = of_x.value @ decode(w, s if exact else 1.0, dtype).t()
         if not exact:
-            y = _rescale(y, rest, rows[i][0])
-        if plan.pending == "apply":
-            y = torch.addmm(y, o, pending_part(lora_b[i], applied[i], scaling[i], dtype).t())
+            y = _rescale(y, of_x.rest, s)
+        for j in [j for j, of in enumerate(owner) if of == i] if b else []:
+            y = torch.addmm(y, parts[j], b[j].to(dtype).t())
         if bias:
             y = y + bias[i].to(dtype)
-        if plan.output == "strided":
-            y = empty_output(y, y.shape[:1], outs[i], ranks[i], out_dtype, spec).copy_(y)
-        # Not `reshape`: below autograd that makes a view, which may not be written in place later.
-        shaped = torch.ops.aten._unsafe_view(y.to(out_dtype), (*x.shape[:-1], outs[i]))
-        ys.append(shaped)
-    return [*ys, out_a]
+        # Not `view`: what comes from below autograd as a view may not be written in place later.
+        shape = (*x.shape[:-1], w.shape[0])
+        ys.append(torch.ops.aten._unsafe_view(y.to(out_dtype), shape))
+    kept: list[Tensor] = []
+    for of in (own or [of_x]) if keep_x else []:
+        assert of.code is not None
+        kept += [of.code, of.scale]
+    return [*ys, out_a, *kept]
+
+
+def _adapter_outputs(
+    each: Sequence[Cast],
+    apart: bool,
+    a: Sequence[Tensor],
+    a_scale: Sequence[Tensor],
+    dtype: torch.dtype,
+    plan: SiteSpec,
+) -> Tensor:
+    """The O_A of all adapters side by side; as one product where all read the same x."""
+    exact = plan.scale == "pow2"
+    values = [decode(code, s if exact else 1.0, dtype) for code, s in zip(a, a_scale)]
+    if apart:
+        products = [cast.value @ value.t() for cast, value in zip(each, values)]
+    else:
+        product = each[0].value @ _stack(values).t()
+        products = [product] if exact else [*product.split([len(v) for v in values], dim=1)]
+    if not exact:
+        products = [_rescale(p, c.rest, s) for p, c, s in zip(products, each, a_scale)]
+    return _stack(products, dim=1)
 
 
 def _stack(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
@@ -131,62 +233,89 @@ def merged_linear_grad_x(
     grad: Sequence[Tensor],
     weight: Sequence[Tensor],
     scale: Sequence[Tensor],
-    applied: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scaling: Sequence[float],
+    d: Sequence[Tensor],
+    a: Sequence[Tensor],
+    a_scale: Sequence[Tensor],
     x_dtype: torch.dtype,
     spec: str,
 ) -> Tensor:
-    """dL/dx = Σ_i q(dL/dO_i · diag(s_W,i)) · W_i[:out_i] (paper section 2), [n, in] in ``x_dtype``.
+    """dL/dx = Σ_i q(dL/dO_i · diag(s_W,i)) · W_i + Σ_j D_j · dq(Â_j), [n, in] in ``x_dtype``, with
+    D_j = dL/dO · b_j [n, r_j] of the adapters that read x.
 
     The row scales of W belong to the dimension that is summed over, so they go into dL/dO before
-    its cast. With pending="apply", dL/dx += (scaling_i · dL/dO_i · (B_i - applied_i)) · dq(A_i): r
-    columns that are too few to gain from FP8.
+    its cast. D has r columns, too few to gain from FP8. Where all scales are powers of two, all of
+    it is one GEMM, which adds up in float32: [q(dL/dO_1) | ... | D_1 | ...] · [W_1; ...; Â_1; ...].
     """
     plan = parse_spec(spec)
-    dtype = gemm_dtype(grad[0].dtype)
+    dtype = gemm_dtype(grad[0].dtype, grad[0].device)
     exact = plan.scale == "pow2"
-    left: list[Tensor] = []
-    right: list[Tensor] = []
+    outs = [w.shape[0] for w in weight] if exact else []
+    widths = [*outs, *(d_j.shape[1] for d_j in d)]
+    n, features = grad[0].shape[0], weight[0].shape[1]
+    left = grad[0].new_empty((n, sum(widths)), dtype=dtype)
+    right = grad[0].new_empty((sum(widths), features), dtype=dtype)
+    columns, rows = left.split(widths, dim=1), right.split(widths)
     products: list[Tensor] = []
-    for g, w, s, a, b, factor in zip(grad, weight, scale, applied, lora_b, scaling):
-        out = a.shape[0]
-        # Row scales of W go into dL/dO before its cast; one scale for all, into W or behind.
-        wide = g.to(torch.float32)
-        q, rest = quantize(wide * s[:out].t() if plan.per_row else wide, plan.grad_dtype, plan)
-        values = decode_fp8(w, s if exact and not plan.per_row else 1.0, dtype)
+    for i, (g, w, s) in enumerate(zip(grad, weight, scale)):
+        of_rows = s.t().contiguous() if plan.per_row else None
         if exact:
-            left.append(q.to(dtype))
+            cast_fp8(g, plan.grad_dtype, plan, dtype, columns=of_rows, to=columns[i])
+            decode(w, 1.0 if plan.per_row else s, dtype, rows[i])
         else:
-            product = (q.to(dtype) @ values[:out]).to(torch.float32) * rest
+            cast = cast_fp8(g, plan.grad_dtype, plan, dtype, columns=of_rows)
+            product = (cast.value @ decode(w, 1.0, dtype)).to(torch.float32) * cast.rest
             products.append(product if plan.per_row else product * s)
-            values = values[out:]
-        if plan.pending == "apply":
-            tail = g.to(dtype) @ pending_part(b, a, factor, dtype)
-            if plan.per_row or not exact:  # values[out:] lacks the scales of A
-                tail = _rescale(tail, 1.0, s[out:] if plan.per_row else s)
-            left.append(tail)
-            right.append(values)
-        elif exact:
-            right.append(values[:out])
-    if left:  # as one GEMM: it adds up in float32, and nothing is written in between
-        products.append(_stack(left, dim=1) @ _stack(right))
-    if len(products) == 1:
-        return products[0].to(x_dtype)
-    return functools.reduce(torch.add, [p.to(torch.float32) for p in products]).to(x_dtype)
-
-
-def dequantize_base(weight: Tensor, scale: Tensor, applied: Tensor, scaling: float) -> Tensor:
-    """dq(W) - scaling · applied · dq(A), float32 [out, in]: the base weight without its adapter."""
-    out, _ = applied.shape
-    merged = decode_fp8(weight, scale, torch.float32)
-    return merged[:out] - (applied.to(torch.float32) * scaling) @ merged[out:]
+    for j, (d_j, code, s) in enumerate(zip(d, a, a_scale)):
+        columns[len(outs) + j].copy_(_rescale(d_j.to(dtype), 1.0, s))
+        decode(code, 1.0, dtype, rows[len(outs) + j])
+    if widths:
+        products.append(left @ right)
+    total = products[0]
+    for product in products[1:]:
+        total = total.to(torch.float32) + product.to(torch.float32)
+    return total.to(x_dtype)
 
 
 @without_autocast
-def base_linear(
-    x: Tensor, weight: Tensor, scale: Tensor, applied: Tensor, bias: Tensor | None, scaling: float
-) -> Tensor:
-    """x · (dq(W) - scaling · applied · dq(A))ᵀ + bias in x's dtype: a prepared base layer alone."""
-    base = dequantize_base(weight, scale, applied, scaling).to(x.dtype)
-    return F.linear(x, base, None if bias is None else bias.to(x.dtype))
+def grad_a(d: Tensor, code: Tensor, scale: Tensor, a_dtype: torch.dtype) -> Tensor:
+    """dL/dA [r, in] = Dᵀ · x̂ for D [n, r] and x̂ = code · scale, an input as `merged_linear` kept
+    it: E4M3 [n, in], float32 [n, 1] or []. Straight through the casts of A and of x.
+    """
+    scaled = (d.to(torch.float32) * scale).to(d.dtype)
+    return (scaled.t() @ decode(code, 1.0, d.dtype)).to(a_dtype)
+
+
+@without_autocast
+def grad_b(grad: Tensor, out_a: Tensor, scaling: float, b_dtype: torch.dtype) -> Tensor:
+    """dL/dB [out, r] = scaling · (dL/dO)ᵀ · O_A."""
+    product = grad.to(out_a.dtype).t() @ out_a
+    return (product.to(torch.float32) * scaling).to(b_dtype)
+
+
+def dequantize(code: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """dq(W) [out, in] in ``dtype``; ``scale`` is float32, or its bits (int32)."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return decode_fp8(code, as_scale(scale), dtype)
+    return decode(code, as_scale(scale), dtype)
+
+
+@without_autocast
+def base_linear(x: Tensor, code: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x · dq(W)ᵀ + bias in x's dtype: the layer that `prepare` makes, outside of compiled code."""
+    wide = plain_dtype(x)
+    of_bias = None if bias is None else bias.to(wide)
+    return F.linear(x.to(wide), dequantize(code, scale, wide), of_bias).to(x.dtype)
+
+
+@without_autocast
+def base_linear_grad_x(grad: Tensor, code: Tensor, scale: Tensor) -> Tensor:
+    """dL/dx = dL/dO · dq(W)."""
+    wide = plain_dtype(grad)
+    return (grad.to(wide) @ dequantize(code, scale, wide)).to(grad.dtype)
+
+
+def plain_dtype(x: Tensor) -> torch.dtype:
+    """What a plain product with x is computed in: x's dtype, but for bfloat16 on a
+    CPU that can't.
+    """
+    return gemm_dtype(x.dtype, x.device) if x.dtype == torch.bfloat16 else x.dtype

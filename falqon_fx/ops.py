@@ -1,8 +1,8 @@
 """``torch.ops.falqon.*``: schema, fake implementation, autograd.
 
-What the ops compute stands in `falqon_fx.lowering` and `falqon_fx.update`, and for GPUs in
-`falqon_fx.cuda`. The ops are opaque in a graph, so that a person can read it; `decompositions`
-opens them below autograd for Inductor.
+What the ops compute stands in `falqon_fx.lowering`, and for GPUs in `falqon_fx.cuda`. The ops are
+opaque in a graph, so that a person can read it; `decompositions` opens them below autograd for
+Inductor. Those of update="rows" stand in `falqon_fx.rows.ops`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,61 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from falqon_fx import cuda, lowering, products, update
+from falqon_fx import cuda, lowering
 from falqon_fx._compat import inductor_decompositions
-from falqon_fx.numerics import without_autocast
-from falqon_fx.spec import lowering_version
+from falqon_fx.base import Base, bases
+from falqon_fx.errors import FalqonError
+from falqon_fx.numerics import E4M3, as_scale, without_autocast
+from falqon_fx.rows import ops as rows_ops
+from falqon_fx.spec import lowering_version, parse_spec
+
+
+@torch.library.custom_op("falqon::proxy_update", mutates_args=())
+def proxy_update(
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scaling: Sequence[float],
+    wide: bool,
+    spec: str,
+) -> list[Tensor]:
+    """The casts of all adapters of a graph, from the parameters as they are now: Â_j [r, in] in
+    E4M3, its scale (float32 [r, 1] or []), and b_j = scaling_j · B_j [out, r] in bfloat16, or
+    float32 where ``wide``; three tensors an adapter.
+
+    Gradients don't pass: they reach A and B through `merged_linear`, straight through the casts.
+    """
+    run = cuda.proxy_update if lora_a[0].device.type == "cuda" else lowering.proxy_update
+    return run(lora_a, lora_b, scaling, wide, spec)
+
+
+@proxy_update.register_fake
+def _(
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scaling: Sequence[float],
+    wide: bool,
+    spec: str,
+) -> list[Tensor]:
+    dtype, per_row = torch.float32 if wide else torch.bfloat16, parse_spec(spec).per_row
+    casts = []
+    for a, b in zip(lora_a, lora_b):
+        scale = (a.shape[0], 1) if per_row else ()
+        casts += [a.new_empty(a.shape, dtype=E4M3), a.new_empty(scale, dtype=torch.float32)]
+        casts.append(b.new_empty(b.shape, dtype=dtype))
+    return casts
+
+
+def _constants(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.mark_non_differentiable(*output)
+    ctx.count = len(inputs[0])
+
+
+def _no_gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    nothing: list[None] = [None] * ctx.count
+    return nothing, nothing, None, None, None
+
+
+proxy_update.register_autograd(_no_gradients, setup_context=_constants)
 
 
 @torch.library.custom_op("falqon::merged_linear", mutates_args=())
@@ -25,25 +76,42 @@ def merged_linear(
     x: Tensor,
     weight: Sequence[Tensor],
     scale: Sequence[Tensor],
-    applied: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
     bias: Sequence[Tensor],
+    a: Sequence[Tensor],
+    a_scale: Sequence[Tensor],
+    b: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    adapter_x: Sequence[Tensor],
+    owner: Sequence[int],
     scaling: Sequence[float],
+    keep_x: bool,
     out_dtype: torch.dtype,
     spec: str,
 ) -> list[Tensor]:
-    """O_i [..., out_i] = x · dq(W_i)ᵀ + bias_i of each site i that reads x, then the O_A of all of
-    them side by side, [n, Σ r_i] = x · dq(A_i)ᵀ; x and W'_i = [W_i; A_i] in FP8.
+    """O_i [..., out_i] = x · dq(W_i)ᵀ + Σ_j O_A,j · b_jᵀ + bias_i of the sites i that read x, over
+    the adapters j with ``owner[j] == i``; then O_A,j = x_j · dq(Â_j)ᵀ of all adapters side by side,
+    [n, Σ r_j]; then, where ``keep_x``, the casts of what the adapters read, with their scales.
 
-    See `falqon_fx.lowering.merged_linear`. ``bias`` has one entry a site, or none. Gradients reach
-    x, lora_b and bias: dL/dB_i = scaling_i · (dL/dO_i)ᵀ · O_A,i (paper section 2).
+    x, W_i and Â_j are multiplied in FP8. ``weight``, ``scale`` and ``bias`` have one entry per site
+    (bias may have none); ``a``, ``a_scale``, ``b`` (see `proxy_update`; b may have none),
+    ``lora_a``, ``lora_b``, ``owner`` and ``scaling`` one per adapter; ``adapter_x``, what each
+    adapter reads where that is not x (dropout), one per adapter or none.
+
+    Gradients reach x, adapter_x, lora_a, lora_b and bias. With D_j = dL/dO · scaling_j · B_j:
+
+        dL/dB_j = scaling_j · (dL/dO)ᵀ · O_A,j      dL/dA_j = D_jᵀ · x̂_j
+        dL/dx   = Σ_i q(dL/dO_i) · dq(W_i) + Σ_j D_j · dq(Â_j)
+
+    FALQON (arXiv 2510.24061) has A frozen: without ``keep_x`` nothing of x is kept.
     """
-    codes = [_as_read(w) for w in weight]
-    return lower_merged_linear(x, codes, scale, applied, lora_b, bias, scaling, out_dtype, spec)
+    codes, codes_a = [_as_read(w) for w in weight], [_as_read(w) for w in a]
+    adapters = (codes_a, a_scale, b, lora_a, lora_b, adapter_x, owner, scaling)
+    return lower_merged_linear(x, codes, scale, bias, *adapters, keep_x, out_dtype, spec)
 
 
 def _as_read(weight: Tensor) -> Tensor:
-    """W' as `decode_fp8` reads it fastest where nothing is compiled."""
+    """FP8 as `decode_fp8` reads it fastest where nothing is compiled."""
     return weight.view(torch.uint8) if weight.device.type == "cpu" else weight
 
 
@@ -65,18 +133,27 @@ def _(
     x: Tensor,
     weight: Sequence[Tensor],
     scale: Sequence[Tensor],
-    applied: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
     bias: Sequence[Tensor],
+    a: Sequence[Tensor],
+    a_scale: Sequence[Tensor],
+    b: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    adapter_x: Sequence[Tensor],
+    owner: Sequence[int],
     scaling: Sequence[float],
+    keep_x: bool,
     out_dtype: torch.dtype,
     spec: str,
 ) -> list[Tensor]:
-    tokens, rank = x.shape[:-1], sum(a.shape[1] for a in applied)
-    shapes = [(a.shape[0], a.shape[1]) for a in applied]
-    outputs = [lowering.empty_output(x, tokens, *shape, out_dtype, spec) for shape in shapes]
-    out_a = x.new_empty((math.prod(tokens), rank), dtype=lowering.gemm_dtype(out_dtype))
-    return [*outputs, out_a]
+    plan, tokens = parse_spec(spec), x.shape[:-1]
+    n, dtype = math.prod(tokens), lowering.gemm_dtype(out_dtype, x.device)
+    results = [x.new_empty((*tokens, w.shape[0]), dtype=out_dtype) for w in weight]
+    results.append(x.new_empty((n, sum(code.shape[0] for code in a)), dtype=dtype))
+    for _ in (adapter_x or [x]) if keep_x else []:
+        results.append(x.new_empty((n, x.shape[-1]), dtype=E4M3))
+        results.append(x.new_empty((n, 1) if plan.per_row else (), dtype=torch.float32))
+    return results
 
 
 @torch.library.custom_op("falqon::merged_linear_grad_x", mutates_args=())
@@ -84,18 +161,18 @@ def merged_linear_grad_x(
     grad: Sequence[Tensor],
     weight: Sequence[Tensor],
     scale: Sequence[Tensor],
-    applied: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scaling: Sequence[float],
+    d: Sequence[Tensor],
+    a: Sequence[Tensor],
+    a_scale: Sequence[Tensor],
     x_dtype: torch.dtype,
     spec: str,
 ) -> Tensor:
-    """dL/dx [n, in] = Σ_i q(dL/dO_i) · dq(W_i[:out_i]), dL/dO_i [n, out_i] cast to FP8.
+    """dL/dx [n, in] = Σ_i q(dL/dO_i) · dq(W_i) + Σ_j D_j · dq(Â_j), dL/dO_i [n, out_i] cast to FP8.
 
     See `falqon_fx.lowering.merged_linear_grad_x`.
     """
-    codes = [_as_read(w) for w in weight]
-    return lower_grad_x(grad, codes, scale, applied, lora_b, scaling, x_dtype, spec)
+    codes, codes_a = [_as_read(w) for w in weight], [_as_read(w) for w in a]
+    return lower_grad_x(grad, codes, scale, d, codes_a, a_scale, x_dtype, spec)
 
 
 @merged_linear_grad_x.register_fake
@@ -103,60 +180,157 @@ def _(
     grad: Sequence[Tensor],
     weight: Sequence[Tensor],
     scale: Sequence[Tensor],
-    applied: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scaling: Sequence[float],
+    d: Sequence[Tensor],
+    a: Sequence[Tensor],
+    a_scale: Sequence[Tensor],
     x_dtype: torch.dtype,
     spec: str,
 ) -> Tensor:
     return grad[0].new_empty((grad[0].shape[0], weight[0].shape[1]), dtype=x_dtype)
 
 
+@torch.library.custom_op("falqon::grad_a", mutates_args=())
+def grad_a(d: Tensor, code: Tensor, scale: Tensor, a_dtype: torch.dtype) -> Tensor:
+    """dL/dA [r, in] = Dᵀ · x̂, for D [n, r] and x̂ = code · scale as `merged_linear` keeps it: E4M3
+    [n, in], float32 [n, 1] or [].
+    """
+    run = cuda.grad_a if d.device.type == "cuda" else lowering.grad_a
+    return run(d, code, scale, a_dtype)
+
+
+@grad_a.register_fake
+def _(d: Tensor, code: Tensor, scale: Tensor, a_dtype: torch.dtype) -> Tensor:
+    return d.new_empty((d.shape[1], code.shape[1]), dtype=a_dtype)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weight, scale, applied, lora_b, bias, scaling, _, spec = inputs
-    ctx.mark_non_differentiable(output[-1])
+    x, weight, scale, bias, a, a_scale, b, lora_a, lora_b = inputs[:9]
+    adapter_x, owner, scaling, keep_x, _, spec = inputs[9:]
+    sites, adapters = len(weight), len(a)
+    out_a, *kept = output[sites:]
+    ctx.mark_non_differentiable(*output[sites:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[-1], *weight, *scale, *applied, *lora_b)
-    ctx.x_dtype, ctx.x_shape = x.dtype, x.shape
-    ctx.ranks = [a.shape[1] for a in applied]
-    ctx.bias_dtypes = [b.dtype for b in bias]
-    ctx.scaling, ctx.spec = scaling, spec
+    # Without b, D needs B itself.
+    of_b = b or (lora_b if keep_x else [])
+    ctx.save_for_backward(*weight, *scale, *a, *a_scale, *of_b, *kept, out_a)
+    ctx.lengths = (sites, sites, adapters, adapters, len(of_b), len(kept), 1)
+    ctx.adds_b, ctx.keep_x = bool(b), keep_x
+    ctx.shapes = [(x.shape, x.dtype), *((other.shape, other.dtype) for other in adapter_x)]
+    ctx.ranks = [code.shape[0] for code in a]
+    ctx.dtypes = [[t.dtype for t in column] for column in (lora_a, lora_b, bias)]
+    ctx.owner, ctx.scaling, ctx.spec = list(owner), list(scaling), spec
+    ctx.trained = [p for p in (*lora_a, *lora_b) if p.requires_grad]
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    results = _gradients(ctx, grads)
+    if torch.is_grad_enabled():  # create_graph=True
+        # dL/dB depends on x too, of which nothing may be left; where B is trained, B stands for it.
+        inputs = [g for g in grads if g is not None] + ctx.trained
+        given = [t for t in inputs if t.requires_grad]
+        if given:
+            return _once(results, given)
+    return results
 
 
 @without_autocast
-def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    out_a, *state = ctx.saved_tensors
-    sites = len(ctx.ranks)
-    weight, scale, applied, lora_b = (state[i : i + sites] for i in range(0, 4 * sites, sites))
-    flat = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads[:-1]]
-    grad_x = None
+@torch.no_grad()
+def _gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    saved = iter(ctx.saved_tensors)
+    weight, scale, a, a_scale, b, kept, (out_a,) = (
+        [next(saved) for _ in range(count)] for count in ctx.lengths
+    )
+    of_a, of_b, of_bias = ctx.dtypes
+    needs_x, *_ = ctx.needs_input_grad
+    needs_bias, needs_a, needs_b, needs_own = (ctx.needs_input_grad[i] for i in (3, 7, 8, 9))
+    flat = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads[: len(weight)]]
     reached = [i for i, g in enumerate(flat) if g is not None]
-    nothing: list[None] = [None] * sites
-    grad_b: list[Tensor | None] = [*nothing]
-    grad_bias: list[Tensor | None] = [None] * len(ctx.bias_dtypes)
-    parts = out_a.split(ctx.ranks, dim=1)
-    if reached and ctx.needs_input_grad[0]:
-        columns = [flat, weight, scale, applied, lora_b, ctx.scaling, parts]
-        *given, of_a = ([c[i] for i in reached] for c in columns)
-        arguments: list[Any] = [*given, ctx.x_dtype, ctx.spec]
-        every_b = all(ctx.needs_input_grad[4][i] for i in reached)
-        if every_b and cuda.casts_with_grad_b(out_a.device, ctx.spec):
-            grad_x, together = cuda.merged_linear_grads(of_a, *arguments)
-            for i, b in zip(reached, together):
-                grad_b[i] = b
-        else:
-            grad_x = merged_linear_grad_x(*arguments)
-        grad_x = grad_x.reshape(ctx.x_shape)
+    own_x = len(ctx.shapes) > 1
+    parts = out_a.split(ctx.ranks, dim=1) if a else ()
+    grad_a: list[Tensor | None] = [None] * len(a)
+    grad_b: list[Tensor | None] = [None] * len(a)
+    grad_own: list[Tensor | None] = [None] * (len(ctx.shapes) - 1)
+    grad_bias: list[Tensor | None] = [None] * len(of_bias)
+    d: dict[int, Tensor] = {}
+    for j, i in enumerate(ctx.owner):
+        g = flat[i]
+        if g is None:
+            continue
+        if needs_b[j]:
+            grad_b[j] = lower_grad_b(g, parts[j], ctx.scaling[j], of_b[j], ctx.spec)
+        to_x = needs_own[j] if own_x else needs_x
+        if needs_a[j] and not ctx.keep_x:
+            raise FalqonError(
+                "", "lora_A trains now, but did not when this graph was compiled", _RECOMPILE
+            )
+        if needs_a[j] or (to_x and ctx.adds_b):
+            dtype = out_a.dtype
+            factor = b[j] if ctx.adds_b else (b[j].to(torch.float32) * ctx.scaling[j])
+            d[j] = g.to(dtype) @ factor.to(dtype)
+        if needs_a[j]:
+            place = 2 * j if own_x else 0
+            grad_a[j] = torch.ops.falqon.grad_a(d[j], kept[place], kept[place + 1], of_a[j])
+        if own_x and needs_own[j] and ctx.adds_b:
+            shape, dtype = ctx.shapes[1 + j]
+            values = lowering.dequantize(_as_read(a[j]), a_scale[j], d[j].dtype)
+            grad_own[j] = (d[j] @ values).to(dtype).reshape(shape)
+    grad_x = None
+    if reached and needs_x:
+        shape, dtype = ctx.shapes[0]
+        columns = [[c[i] for i in reached] for c in (flat, weight, scale)]
+        through = [j for j in d if ctx.adds_b and not own_x]
+        columns += [[c[j] for j in through] for c in (d, a, a_scale)]
+        grad_x = merged_linear_grad_x(*columns, dtype, ctx.spec).reshape(shape)
     for i in reached:
         g = flat[i]
-        assert g is not None
-        if ctx.needs_input_grad[4][i] and grad_b[i] is None:
-            on_gpu = g.device.type == "cuda"
-            run = torch.ops.falqon.grad_b_product if on_gpu else products.plain_grad_b
-            grad_b[i] = run(g, parts[i], ctx.scaling[i], lora_b[i].dtype, ctx.spec)
-        if grad_bias and ctx.needs_input_grad[5][i]:
-            grad_bias[i] = g.sum(0, dtype=torch.float32).to(ctx.bias_dtypes[i])
-    return grad_x, nothing, nothing, nothing, grad_b, grad_bias, None, None, None
+        if grad_bias and needs_bias[i] and g is not None:
+            grad_bias[i] = g.sum(0, dtype=torch.float32).to(of_bias[i])
+    none_w: list[None] = [None] * len(weight)
+    none_a: list[None] = [None] * len(a)
+    none_b: list[None] = [None] * (len(a) if ctx.adds_b else 0)
+    adapters = (none_a, none_a, none_b, grad_a, grad_b, grad_own)
+    numbers: list[None] | None = None if a else []  # torch takes an empty list for one of tensors
+    return (grad_x, none_w, none_w, grad_bias, *adapters, numbers, numbers, None, None, None)
+
+
+_RECOMPILE = "Call torch._dynamo.reset() after changing requires_grad"
+
+
+def lower_grad_b(
+    grad: Tensor, out_a: Tensor, scaling: float, b_dtype: torch.dtype, spec: str
+) -> Tensor:
+    """`falqon_fx.lowering.grad_b`, or its like for GPUs."""
+    if grad.device.type == "cuda":
+        result: Tensor = torch.ops.falqon.grad_b_product(grad, out_a, scaling, b_dtype, spec)
+        return result
+    return lowering.grad_b(grad, out_a, scaling, b_dtype)
+
+
+class _Once(torch.autograd.Function):
+    """``value``, which depends on ``given`` in a way that can't be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *given: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise FalqonError(
+            "falqon::merged_linear",
+            "second derivatives are asked for, which a product in FP8 doesn't have",
+            "Leave the layer out with exclude=, or take second derivatives of the uncompiled model",
+        )
+
+
+def _once(results: tuple[Any, ...], given: list[Tensor]) -> tuple[Any, ...]:
+    def guard(value: Any) -> Any:
+        if isinstance(value, list):
+            return [guard(item) for item in value]
+        if not isinstance(value, Tensor):
+            return value
+        return _Once.apply(value, *given)  # type: ignore[no-untyped-call]
+
+    return tuple(guard(value) for value in results)
 
 
 merged_linear.register_autograd(_backward, setup_context=_save)
@@ -164,100 +338,55 @@ merged_linear.register_autograd(_backward, setup_context=_save)
 
 @torch.library.custom_op("falqon::base_linear", mutates_args=())
 def base_linear(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    applied: Tensor,
-    counters: Tensor,
-    writes: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    spec: str,
+    x: Tensor, code: Tensor, scale: Tensor, digest: Tensor, bias: Tensor | None, spec: str
 ) -> Tensor:
-    """The base layer of a prepared site alone: x · (dq(W) - scaling · applied · dq(A))ᵀ + bias.
+    """The layer that `prepare` makes: x · dq(W)ᵀ + bias, in x's dtype.
 
-    ``counters``, ``writes`` and ``spec`` are not read: with them the site's whole state is in the
-    graph, where the passes find it.
+    ``code`` uint8 [out, in], the bytes of W in E4M3; ``scale`` int32 [out, 1] or [], the bits of
+    its float32 scales; ``digest`` uint8 [8] their hash. ``spec`` says what they were made with, for
+    the passes, which find all of it in the graph.
     """
-    return lowering.base_linear(x, weight, scale, applied, bias, scaling)
+    bases.verify("a prepared layer", Base(code, as_scale(scale)), digest)
+    return lowering.base_linear(x, code, scale, bias)
 
 
 @base_linear.register_fake
 def _(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    applied: Tensor,
-    counters: Tensor,
-    writes: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    spec: str,
+    x: Tensor, code: Tensor, scale: Tensor, digest: Tensor, bias: Tensor | None, spec: str
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], applied.shape[0]))
+    return x.new_empty((*x.shape[:-1], code.shape[0]))
 
 
 def _save_base(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, weight, scale, applied, _, _, bias, scaling, _ = inputs
-    ctx.save_for_backward(weight, scale, applied)
-    ctx.bias_dtype, ctx.scaling = None if bias is None else bias.dtype, scaling
+    _, code, scale, _, bias, _ = inputs
+    ctx.save_for_backward(code, scale)
+    ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 @without_autocast
 def _backward_base(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    weight, scale, applied = ctx.saved_tensors
+    code, scale = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        base = lowering.dequantize_base(weight, scale, applied, ctx.scaling)
-        grad_x = grad @ base.to(grad.dtype)
-    if ctx.needs_input_grad[6]:
+        grad_x = lowering.base_linear_grad_x(grad, code, scale)
+    if ctx.needs_input_grad[4]:
         flat = grad.reshape(-1, grad.shape[-1])
         grad_bias = flat.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    return grad_x, None, None, None, None, None, grad_bias, None, None
+    return grad_x, None, None, None, grad_bias, None
 
 
 base_linear.register_autograd(_backward_base, setup_context=_save_base)
 
 
-@torch.library.custom_op(
-    "falqon::proxy_update_", mutates_args=("weight", "scale", "applied", "counters", "writes")
-)
-def proxy_update_(
-    weight: Sequence[Tensor],
-    scale: Sequence[Tensor],
-    applied: Sequence[Tensor],
-    counters: Sequence[Tensor],
-    writes: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    lora_a: Sequence[Tensor],
-    base: Sequence[Tensor | None],
-    scaling: Sequence[float],
-    spec: str,
-) -> None:
-    """Write the steps of B into W' for all sites of a graph, once per change of B.
-
-    See `falqon_fx.update.proxy_update_`. ``base`` holds the base weights, None where prepare()
-    freed them.
-    """
-    on_gpu = bool(weight) and weight[0].device.type == "cuda"
-    run = cuda.proxy_update_ if on_gpu else update.proxy_update_
-    run(weight, scale, applied, counters, writes, lora_b, lora_a, base, scaling, spec)
+@torch.library.custom_op("falqon::dequantize", mutates_args=())
+def dequantize(code: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """dq(W) [out, in] of a prepared layer, where code reads its ``weight``; see `base_linear`."""
+    return lowering.dequantize(code, scale, dtype)
 
 
-@proxy_update_.register_fake
-def _(
-    weight: Sequence[Tensor],
-    scale: Sequence[Tensor],
-    applied: Sequence[Tensor],
-    counters: Sequence[Tensor],
-    writes: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    lora_a: Sequence[Tensor],
-    base: Sequence[Tensor | None],
-    scaling: Sequence[float],
-    spec: str,
-) -> None:
-    return None
+@dequantize.register_fake
+def _(code: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return code.new_empty(code.shape, dtype=dtype)
 
 
 class Decompositions(dict[torch._ops.OpOverload, Callable[..., Any]]):
@@ -272,8 +401,13 @@ class Decompositions(dict[torch._ops.OpOverload, Callable[..., Any]]):
 
 
 def decompositions(_torch: str = "", _lowering: str = "") -> Decompositions:
-    """Inductor's decompositions and those that open the ``falqon::`` ops below autograd."""
+    """Inductor's decompositions and those that open the ``falqon::`` ops below autograd, for graphs
+    on a GPU.
+    """
     table = Decompositions(inductor_decompositions())
-    table[torch.ops.falqon.merged_linear.default] = lower_merged_linear
-    table[torch.ops.falqon.merged_linear_grad_x.default] = lower_grad_x
+    table[torch.ops.falqon.proxy_update.default] = cuda.proxy_update
+    table[torch.ops.falqon.pending.default] = rows_ops.pending_part
+    table[torch.ops.falqon.merged_linear.default] = cuda.merged_linear
+    table[torch.ops.falqon.merged_linear_grad_x.default] = cuda.merged_linear_grad_x
+    table[torch.ops.falqon.grad_a.default] = cuda.grad_a
     return table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,19 +14,19 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
 from falqon_fx.passes.kernels import source
-from falqon_fx.report import Audit, Line, RewriteReport, Site
-from falqon_fx.report_text import to_text
-from falqon_fx.views import around, near, rows
+from falqon_fx.report import Audit, Line, Rejected, RewriteReport, Site
+from falqon_fx.report_text import options_text, pays_from, to_text
+from falqon_fx.views import near, rows, stretch
 
 
 def to_html(report: RewriteReport, audits: Sequence[Audit] = ()) -> str:
-    """The page: the model's map, and on a click a site's graph, kernel, costs and live state."""
+    """The page: the model's map, and on a click a layer's graph, kernel, costs and live state."""
     environment = Environment(
         loader=PackageLoader("falqon_fx"), autoescape=True, undefined=StrictUndefined
     )
     light, dark = (HtmlFormatter(style=s) for s in ("default", "github-dark"))
     return environment.get_template("report.html.jinja").render(
-        title=f"{len(report.sites)} sites rewritten, {len(report.rejected)} rejected",
+        title=report.title,
         text=to_text(report),
         # "<" could end the script element that holds the data.
         data=json.dumps(_data(report, audits), separators=(",", ":")).replace("<", "\\u003c"),
@@ -36,41 +36,44 @@ def to_html(report: RewriteReport, audits: Sequence[Audit] = ()) -> str:
 
 
 def _data(report: RewriteReport, audits: Sequence[Audit]) -> dict[str, Any]:
-    sites: list[dict[str, Any]] = []
-    for graph in report.graphs:
-        all_rows = rows(graph)
-        for site in graph.sites:
-            first, last = around(all_rows, site.nodes)
-            sites.append(
-                {
-                    "path": site.path,
-                    "facts": _facts(site),
-                    "speedup": [*site.cost.speedup.items()] if site.cost else [],
-                    "diff": [
-                        [row.kind, _side(site, row.before), _side(site, row.after)]
-                        for row in all_rows[first:last]
-                    ],
-                    "kernel": site.kernel,
-                }
-            )
+    items = [*_sites(report), *_unchanged("rejected", report.rejected)]
+    items += _unchanged("left", report.left)
     live: dict[str, list[dict[str, Any]]] = {}
     for audit in audits:
         live.setdefault(audit.site, []).append(asdict(audit))
-    refused = [
-        {
-            "path": r.site,
-            "facts": [["why", r.reason], ["remedy", r.remedy], ["line", str(r.source or "")]],
-        }
-        for r in report.rejected
-    ]
-    kernels = {site.kernel: site for site in report.sites}
+    kernels = {site.kernel: site for site in reversed(report.sites)}
     return {
-        "sites": sites,
-        "refused": refused,
-        "blocks": _blocks(report),
+        "items": items,
+        "blocks": _blocks(report.modules, items),
         "kernels": {name: _source(site) for name, site in kernels.items()},
         "live": live,
     }
+
+
+def _sites(report: RewriteReport) -> Iterator[dict[str, Any]]:
+    for graph in report.graphs:
+        all_rows = rows(graph)
+        siblings: dict[int, list[str]] = {}
+        for site in graph.sites:
+            siblings.setdefault(site.group, []).append(site.path)
+        for site in graph.sites:
+            yield {
+                "path": site.path,
+                "state": "adapter" if site.adapters else "frozen",
+                "facts": _facts(site, siblings[site.group], report.options),
+                "speedup": [*site.cost.speedup.items()] if site.cost else [],
+                "diff": [
+                    [row.kind, _side(site, row.before), _side(site, row.after)]
+                    for row in stretch(graph, all_rows, site)
+                ],
+                "kernel": site.kernel,
+            }
+
+
+def _unchanged(state: str, items: Sequence[Rejected]) -> Iterator[dict[str, Any]]:
+    for item in items:
+        facts = [["why", item.reason], ["remedy", item.remedy], ["line", str(item.source or "")]]
+        yield {"path": item.site, "state": state, "facts": facts}
 
 
 def _side(site: Site, line: Line | None) -> str:
@@ -82,21 +85,24 @@ def _source(site: Site) -> str:
     return str(highlight(source(site), PythonLexer(), HtmlFormatter(nowrap=True)))
 
 
-def _facts(site: Site) -> list[list[str]]:
+def _facts(site: Site, siblings: Sequence[str], config: dict[str, str]) -> list[list[str]]:
     memory, cost = site.memory, site.cost
+    written = site.adapters > 0 and config.get("update") == "rows"
+    fixed = "each step is written into it row by row" if written else "constant"
+    others = [path.rpartition(".")[2] for path in siblings if path != site.path]
+    shared = f", also read by {' and '.join(others)} in the same op" if others else ""
     facts = [
-        ["weight", f"{site.out_features} x {site.in_features}, {site.base_dtype}"],
-        ["rank, scaling", f"{site.rank}, {site.scaling:g} ({site.adapter_dtype})"],
-        ["input", f"{site.x_dtype}[{', '.join(site.x_shape)}], group {site.group}"],
+        ["W", f"{site.out_features} x {site.in_features}, {site.base_dtype} cast to FP8, {fixed}"],
+        ["adapter", _adapter(site)],
+        ["input", f"{site.x_dtype}[{', '.join(site.x_shape)}]{shared}"],
         ["output", site.out_dtype],
-        ["options", site.spec],
+        ["options", options_text(site, config)],
         ["kernel", f"{site.kernel}: {site.kernel_reason}"],
         ["line", str(site.source or "unknown")],
     ]
     if memory:
         facts.append(["bytes", f"{memory.before:,} before, {memory.after:,} after prepare()"])
     if cost:
-        pays = cost.break_even
         facts += [
             [
                 "time",
@@ -105,26 +111,42 @@ def _facts(site: Site) -> list[list[str]]:
             ],
             ["FLOPs", f"{cost.flops_before:,} before, {cost.flops_after:,} after"],
             ["bytes moved", f"{cost.moved_before:,} before, {cost.moved_after:,} after"],
-            ["pays from", "never" if pays is None else "always" if pays == 1 else f"{pays} tokens"],
+            ["pays from", pays_from(cost.break_even)],
         ]
     return facts
 
 
-def _blocks(report: RewriteReport) -> list[dict[str, Any]]:
-    """The modules of the model by block (``layers.0``), each with its state and index."""
-    owners = {site.path: ("matched", i) for i, site in reversed([*enumerate(report.sites)])}
-    owners |= {r.site: ("refused", i) for i, r in enumerate(report.rejected)}
+def _adapter(site: Site) -> str:
+    if not site.adapters:
+        return "none: a frozen layer"
+    one = f"rank {site.rank}, scaling {site.scaling:g}"
+    text = one if site.adapters == 1 else f"{site.adapters}, rank {site.rank} together"
+    dropped = f", dropout {site.dropout:g}" if site.dropout else ""
+    verb = "train" if site.train_a and site.train_b else "trains"
+    what = site.trains.replace(", ", " and ") or "nothing"
+    return f"{text}{dropped}, {site.adapter_dtype}; {what} {verb}"
+
+
+def _blocks(modules: Sequence[str], items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The modules of the model by block (``layers.0``), each with its state and the index of what
+    there is to show of it.
+    """
+    owners = {item["path"]: i for i, item in reversed([*enumerate(items)])}
     blocks: dict[str, list[dict[str, Any]]] = {}
     seen: set[str] = set()
-    for module in report.modules:
+    for module in modules:
         parts = module.split(".")
-        above = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+        above = [".".join(parts[:i]) for i in range(len(parts), 0, -1)]
         path = next((p for p in above if p in owners), module)
         if path in seen:
             continue
         seen.add(path)
         found = re.match(r"(.*?\.\d+)\.(.+)", path)
         block, name = found.groups() if found else ("", path)
-        state, index = owners.get(path, ("untouched", -1))
+        index = owners.get(path, -1)
+        state = "untouched" if index < 0 else items[index]["state"]
         blocks.setdefault(block, []).append({"name": name, "state": state, "index": index})
-    return [{"name": name, "modules": modules} for name, modules in blocks.items()]
+    return [
+        {"name": name, "label": ".".join(name.split(".")[-2:]) or "others", "modules": members}
+        for name, members in blocks.items()
+    ]

@@ -54,12 +54,7 @@ class PassLog:
     def finish(self, report: RewriteReport) -> None:
         """Put the report on record, and the sites' kernels and repros."""
         _compat.trace_artifact("falqon_report", lambda: report.to_json(indent=1))
-        log.info(
-            "%d sites rewritten, %d rejected, passes %.3f s",
-            len(report.sites),
-            len(report.rejected),
-            sum(self.seconds.values()),
-        )
+        log.info("%s, passes %.3f s", report.title, sum(self.seconds.values()))
         if self._folder is None:
             return
         (self._folder / "report.json").write_text(report.to_json(indent=1), encoding="utf-8")

@@ -1,10 +1,8 @@
-"""`prepare`, `restore`, `flush`, `adapters`: what acts on a whole model, module by module."""
+"""`prepare`, `restore`, `adapters`: what acts on a whole model, module by module."""
 
 from __future__ import annotations
 
-import sys
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,384 +10,314 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from falqon_fx import ops, stored
+from falqon_fx.base import Base, bases, cast_base, check_weight
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
-from falqon_fx.merged import MergedAdapter, check_values, create, registry
+from falqon_fx.fp8_linear import Fp8Linear
+from falqon_fx.lora_layers import (
+    LinearLayer,
+    LoraLayer,
+    linear_layers,
+    lora_layers,
+    tied_weights,
+    unwrap,
+)
+from falqon_fx.passes.frozen import why_left
 from falqon_fx.report import deepest_path
-from falqon_fx.spec import parse_spec
-
-
-class MergedBaseLinear(nn.Module):
-    """The base layer of a prepared site. Eagerly it is the base layer alone: merged minus applied.
-
-    The FP8 bytes are a uint8 parameter: ``.to(bfloat16)`` would cast a float8 one away, and a
-    buffer would be broadcast by DDP in each forward pass.
-    """
-
-    def __init__(
-        self,
-        state: MergedAdapter,
-        bias: nn.Parameter | None,
-        dtype: torch.dtype,
-        transposed: bool,
-        path: str,
-    ) -> None:
-        super().__init__()
-        self.path = path  # of its LoRA layer, for errors
-        self.code, self.scale, self.applied, self.counters, self.writes = (
-            nn.Parameter(tensor, requires_grad=False)
-            for tensor in (state.code, state.scale, state.applied, state.counters, state.writes)
-        )
-        self.bias = bias
-        self.scaling, self.spec, self.dtype = state.scaling, str(state.plan), dtype
-        self.transposed = transposed  # whether the base layer stored its weight [in, out]
-        self.out_features, self.rank = state.applied.shape
-        self.in_features = state.code.shape[1]
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        result: Tensor = ops.base_linear(
-            x,
-            self.code,
-            self.scale,
-            self.applied,
-            self.counters,
-            self.writes,
-            self.bias,
-            self.scaling,
-            self.spec,
-        )
-        return result
-
-    @property
-    def weight(self) -> Tensor:
-        """The base weight, dequantized anew at each access, in the original dtype and layout.
-
-        Raises a `FalqonError` where someone writes to it, as PEFT's merge does.
-        """
-        weight = self._dequantized()
-        return weight if torch.compiler.is_compiling() else _ReadOnly.of(weight, self.path)
-
-    def plain(self) -> nn.Module:
-        """The base layer as it was before `prepare`, within the casts."""
-        weight = self.merged().base().to(self.dtype)
-        return plain_layer(weight, self.bias, self.transposed).train(self.training)
-
-    def _dequantized(self) -> Tensor:
-        base = self.merged().base().to(self.dtype)
-        return base.t().contiguous() if self.transposed else base
-
-    def merged(self) -> MergedAdapter:
-        """The state as a `MergedAdapter` (without its B)."""
-        return MergedAdapter(
-            self.code.detach(),
-            self.scale.detach(),
-            self.applied.detach(),
-            self.counters.detach(),
-            self.writes.detach(),
-            self.scaling,
-            parse_spec(self.spec),
-        )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MergedBaseLinear:
-        """Follow moves between devices, never a cast: the scales are part of the FP8 weight."""
-        state = {id(p) for p in (self.code, self.scale, self.applied, self.counters, self.writes)}
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if id(tensor) not in state or moved.dtype == tensor.dtype:
-                return moved
-            return tensor.to(moved.device)
-
-        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        stored.forget()
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"rank={self.rank}, bias={self.bias is not None}, {self.spec}"
-        )
-
-
-class _ReadOnly(Tensor):
-    """A dequantized copy of a base weight, and its views: writes into it would be lost."""
-
-    path: str = ""
-
-    @classmethod
-    def of(cls, weight: Tensor, path: str) -> _ReadOnly:
-        result = weight.as_subclass(cls)
-        result.path = path
-        return result
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if _writes(func.__name__) and isinstance(args[0], cls):
-            raise FalqonError(
-                args[0].path,
-                "prepare() has merged its base weight, so a write into it would be lost "
-                "(merge_adapter, merge_and_unload, an initialization such as PiSSA)",
-                "Call falqon_fx.restore(model) first, or falqon_fx.merge_and_unload(model)",
-            )
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **kwargs or {})
-        own = [arg for arg in args if isinstance(arg, cls)]
-        if own and isinstance(result, Tensor) and result.data_ptr() == own[0].data_ptr():
-            return cls.of(result, own[0].path)
-        return result
-
-
-def _writes(name: str) -> bool:
-    """Whether a function of this name changes its first argument's values."""
-    in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
-    return in_place or name in _WRITES
-
-
-_WRITES = {"__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
+from falqon_fx.rows import model as rows_model
+from falqon_fx.rows.prepared import MergedBaseLinear
+from falqon_fx.rows.state import MergedAdapter
+from falqon_fx.spec import SiteSpec
+from falqon_fx.svd import init_where_new
 
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What `prepare` merged, what it left and why, and the bytes of the weights it touched."""
+    """What `prepare` cast to FP8, what it left and why, and the bytes of the weights it touched.
+
+    ``frozen`` are those of the ``prepared`` layers that have no adapter.
+    """
 
     prepared: tuple[str, ...]
+    frozen: tuple[str, ...]
     skipped: dict[str, str]
     bytes_before: int
     bytes_after: int
 
     def __str__(self) -> str:
         lines = [
-            f"{len(self.prepared)} layers prepared: {self.bytes_before / 2**20:.1f} MiB of base "
-            f"weights became {self.bytes_after / 2**20:.1f} MiB"
+            f"{len(self.prepared)} layers prepared, {len(self.frozen)} of them without an adapter: "
+            f"{self.bytes_before / 2**20:.1f} MiB of weights became "
+            f"{self.bytes_after / 2**20:.1f} MiB"
         ]
         lines += [f"skipped {path}: {reason}" for path, reason in self.skipped.items()]
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class LoraLayer:
-    """A PEFT-style layer: ``base_layer``, ``lora_A``, ``lora_B`` and ``scaling`` by adapter."""
-
-    path: str
-    module: Any
-    adapter: str
-
-    @property
-    def base(self) -> Any:
-        return self.module.base_layer
-
-    @property
-    def transposed(self) -> bool:
-        """Whether the base weight is stored [in, out]: GPT-2's Conv1D."""
-        return bool(getattr(self.module, "fan_in_fan_out", False))
-
-    @property
-    def weight(self) -> Tensor:
-        """The base weight, [out, in]."""
-        weight: Tensor = self.base.weight
-        return weight.t() if self.transposed else weight
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the base weight, now or before `prepare`."""
-        prepared = isinstance(self.base, MergedBaseLinear)
-        return self.base.dtype if prepared else self.base.weight.dtype  # type: ignore[no-any-return]
-
-    @property
-    def lora_a(self) -> nn.Parameter:
-        return self.module.lora_A[self.adapter].weight  # type: ignore[no-any-return]
-
-    @property
-    def lora_b(self) -> nn.Parameter:
-        return self.module.lora_B[self.adapter].weight  # type: ignore[no-any-return]
-
-    @property
-    def scaling(self) -> float:
-        return float(self.module.scaling[self.adapter])
-
-    def state(self) -> MergedAdapter:
-        """The live state of a prepared layer, with its B."""
-        state: MergedAdapter = self.base.merged()
-        state.b_ref = weakref.ref(self.lora_b)
-        return state
-
-
 def prepare(
     model: nn.Module, config: FalqonConfig | None = None, *, progress: bool = True
 ) -> PrepareReport:
-    """Merge every LoRA layer in place, one at a time, and free its base weight.
+    """Cast every frozen linear layer of a model to FP8 in place, one at a time, and free its
+    weight.
 
-    Optional: without it the base weights stay beside the FP8 ones. Call it after loading the
-    adapter and before making the optimizer, with the config that ``torch.compile`` will get.
+    Optional: without it the weights stay beside the FP8 ones. Layers under an adapter are cast, and
+    with ``frozen="fp8"`` those without one that compiled code would run in FP8. Adapters stay as
+    they are, so that any may be added, activated or loaded afterwards. Call it with the config that
+    ``torch.compile`` will get.
 
     Raises:
-        FalqonError: a base weight that another module shares, or a layer that can't be merged (NaN,
-            Inf, beyond FP8). Nothing has been changed then.
+        FalqonError: a base weight that another module shares, or one that FP8 can't hold (NaN, Inf,
+            beyond FP8); an adapter that doesn't fit it. Nothing has been changed then.
     """
-    config = config or FalqonConfig()
-    layers, skipped = _sort_layers(unwrap(model), config)
-    _check_before(unwrap(model), layers, config)
+    config, inner = config or FalqonConfig(), unwrap(model)
+    if config.update == "rows":
+        return _prepare_rows(inner, config, progress)
+    layers, skipped = _sort_layers(inner, config)
+    skipped |= _skipped_adapters(inner, layers, skipped)
+    _check_before(inner, layers)
+    before, after = _convert(inner, layers, config, progress)
+    frozen = tuple(layer.path for layer in layers if layer.lora is None)
+    return PrepareReport(tuple(layer.site for layer in layers), frozen, skipped, before, after)
+
+
+def _prepare_rows(model: nn.Module, config: FalqonConfig, progress: bool) -> PrepareReport:
+    """Sites become merged layers that can be written; frozen layers beside them as ever."""
+    done, skipped, before, after = rows_model.prepare(
+        model, config, lambda layers: _track(layers, progress)
+    )
+    layers, others = _sort_layers(model, config)
+    layers = [layer for layer in layers if layer.lora is None]
+    _check_before(model, layers)
+    more_before, more_after = _convert(model, layers, config, progress)
+    frozen = tuple(layer.path for layer in layers)
+    before, after = before + more_before, after + more_after
+    return PrepareReport((*done, *frozen), frozen, {**others, **skipped}, before, after)
+
+
+def _convert(
+    model: nn.Module, layers: Sequence[LinearLayer], config: FalqonConfig, progress: bool
+) -> tuple[int, int]:
+    """Cast layers and put them in place; the bytes of their weights before and after."""
     before = after = 0
     for layer in _track(layers, progress):
-        base = layer.base
-        state = create(layer.path, layer.weight, layer.lora_a, layer.lora_b, layer.scaling, config)
-        registry.forget(layer.lora_b)
-        before += base.weight.nbytes
-        after += sum(tensor.nbytes for tensor in state.tensors)
-        layer.module.base_layer = MergedBaseLinear(
-            state, base.bias, base.weight.dtype, layer.transposed, layer.path
-        )
-    return PrepareReport(tuple(layer.path for layer in layers), skipped, before, after)
+        base = _cast(layer, config)
+        before += layer.module.weight.nbytes
+        after += base.nbytes
+        _replace(model, layer, base, config)
+    return before, after
+
+
+def _cast(layer: LinearLayer, config: FalqonConfig) -> Base:
+    if config.init == "svd" and layer.lora is not None:
+        for a, b, _ in layer.lora.each():
+            init_where_new(layer.weight, a, b, config)
+    return cast_base(layer.weight, SiteSpec.from_config(config))
+
+
+def _replace(model: nn.Module, layer: LinearLayer, base: Base, config: FalqonConfig) -> None:
+    old = layer.module
+    new = Fp8Linear(
+        base,
+        old.bias,
+        old.weight.dtype,
+        layer.transposed,
+        str(SiteSpec.from_config(config)),
+        layer.site,
+    )
+    bases.forget(old.weight)
+    for parent in list(model.modules()):  # a module may be shared by several
+        for name, child in list(parent._modules.items()):
+            if child is not None and child is old:
+                setattr(parent, name, new.train(child.training))
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Give prepared layers plain base weights again: dq(W) - scaling · applied · dq(A).
+    """Give prepared layers plain base weights again, dq(W) in the dtype that they had.
 
-    The adapter stays apart, so B is not counted twice. Exact to the rounding of the base dtype on
-    top of the FP8 casts. Layers that were not prepared have their base weight still. Works after
-    PEFT's ``unload()`` too, which leaves prepared base layers in the model.
+    Exact to the rounding of that dtype on top of the FP8 cast. Layers that were not prepared have
+    their base weight still. Works after PEFT's ``unload()`` too, which leaves prepared base layers
+    in the model.
     """
     inner = unwrap(model)
-    for parameter in inner.parameters():
-        registry.forget(parameter)
+    rows_model.restore(inner)
     for parent in list(inner.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, MergedBaseLinear):
+            if isinstance(child, Fp8Linear):
                 setattr(parent, name, child.plain())
     return model
 
 
-def plain_layer(weight: Tensor, bias: nn.Parameter | None, transposed: bool) -> nn.Module:
-    """A frozen linear layer with ``weight`` [out, in]: GPT-2's Conv1D where it is to be stored
-    [in, out], else ``nn.Linear``.
+@dataclass(frozen=True)
+class Adapter:
+    """The live state of one site: its FP8 base, and the adapters that are added to it.
+
+    Attributes:
+        weight: W, float8_e4m3fn [out, in]. scale: float32 [out, 1] or []; multiplies on dequantize.
+        adapters: (A [r, in], B [out, r], scaling) of each active adapter, the parameters
+        themselves.
     """
-    out, features = weight.shape
-    layer: nn.Module
-    with torch.device("meta"):  # its parameters are given
-        if transposed:
-            from transformers.pytorch_utils import Conv1D
 
-            layer, weight = Conv1D(out, features), weight.t().contiguous()
-        else:
-            layer = nn.Linear(features, out, bias=False)
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    layer.register_parameter("bias", bias)
-    return layer
+    weight: Tensor
+    scale: Tensor
+    adapters: tuple[tuple[Tensor, Tensor, float], ...]
+
+    def base(self) -> Tensor:
+        """dq(W), float32 [out, in]: constant."""
+        return Base(self.weight.view(torch.uint8), self.scale).dequantize()
+
+    @torch.no_grad()
+    def merged(self) -> Tensor:
+        """base() + Σ scaling · B · A, float32 [out, in]."""
+        merged = self.base()
+        for a, b, scaling in self.adapters:
+            merged += scaling * (b.to(torch.float32) @ a.to(torch.float32))
+        return merged
 
 
-def adapters(model: nn.Module) -> dict[str, MergedAdapter]:
+def adapters(model: nn.Module) -> dict[str, Adapter | MergedAdapter]:
     """The live state of each site by the path of its LoRA layer, for a module or its compiled
-    wrapper. Unprepared sites appear after the first compiled call.
+    wrapper; with update="rows" a `MergedAdapter`. Unprepared sites appear after the first compiled
+    call.
     """
-    found: dict[str, MergedAdapter] = {}
     inner = unwrap(model)
-    for layer in lora_layers(inner):
-        if isinstance(layer.base, MergedBaseLinear):
-            found[layer.path] = layer.state()
-    names: dict[int, list[str]] = {}
-    for name, parameter in inner.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    for state, of_state in registry.within(inner.parameters(), names):
-        path = deepest_path(of_state)
-        found[path if path not in found else of_state[-1][0]] = state
+    found: dict[str, Any] = dict(rows_model.adapters(inner))
+    seen = {id(layer.base): layer for layer in lora_layers(inner)}
+    for layer in seen.values():
+        base = _base_of(layer.base)
+        if base is not None and layer.path not in found:
+            found[layer.path] = Adapter(base.weight, base.scale, tuple(layer.each()))
+    held = _by_memory(inner)
+    for module in inner.modules():
+        for owner in () if id(module) in seen else module.parameters(recurse=False):
+            base = module.base() if isinstance(module, Fp8Linear) else _first(bases.of(owner))
+            known = [k for k in bases.adapters_of(owner) if all(id(m) in held for m in k[:2])]
+            if base is None or not known:
+                continue
+            names, _ = held[id(owner.untyped_storage())]
+            sites: dict[str, list[tuple[Tensor, Tensor, float]]] = {}
+            for a, b, scaling in known:  # a tied W has several sites
+                (names_a, lora_a), (names_b, lora_b) = held[id(a)], held[id(b)]
+                site = deepest_path([names, names_a, names_b])
+                sites.setdefault(site, []).append((lora_a, lora_b, scaling))
+            for site, each in sites.items():
+                found.setdefault(site, Adapter(base.weight, base.scale, tuple(each)))
     return found
 
 
+def _base_of(module: Any) -> Base | None:
+    if isinstance(module, Fp8Linear):
+        return module.base()
+    weight = getattr(module, "weight", None)
+    return _first(bases.of(weight)) if isinstance(weight, Tensor) else None
+
+
+def _first(found: Sequence[Base]) -> Base | None:
+    return found[-1] if found else None
+
+
+def _by_memory(model: nn.Module) -> Mapping[int, tuple[list[str], Tensor]]:
+    """The names of each parameter and the parameter, by its storage."""
+    held: dict[int, tuple[list[str], Tensor]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        held.setdefault(id(parameter.untyped_storage()), ([], parameter))[0].append(name)
+    return held
+
+
 def flush(model: nn.Module) -> None:
-    """Write every pending row of every site into its FP8 weight now."""
-    for state in adapters(model).values():
-        state.flush()
+    """With update="rows": write every pending row of every site into its FP8 weight now. With
+    update="adapter" nothing is ever pending.
+    """
+    rows_model.flush(unwrap(model))
 
 
-def lora_path(base_path: str) -> str:
-    """The path of the LoRA layer whose base layer lies at ``base_path``."""
-    return base_path.removesuffix(".base_layer")
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside ``torch.compile``'s wrapper."""
-    return getattr(model, "_orig_mod", model)
-
-
-def lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
-    """The LoRA layers in a model, each with its first active adapter."""
-    for path, module in model.named_modules():
-        parts = ("base_layer", "lora_A", "lora_B", "scaling")
-        if not all(hasattr(module, part) for part in parts):
-            continue
-        if not isinstance(module.lora_A, nn.ModuleDict):  # LoRA by the same names, not PEFT's
-            continue
-        names = list(getattr(module, "active_adapters", None) or module.lora_A)
-        for name in names[:1]:
-            if name in module.lora_A and name in module.lora_B:
-                yield LoraLayer(path, module, name)
-
-
-def _sort_layers(model: nn.Module, config: FalqonConfig) -> tuple[list[LoraLayer], dict[str, str]]:
+def _sort_layers(
+    model: nn.Module, config: FalqonConfig
+) -> tuple[list[LinearLayer], dict[str, str]]:
     layers, skipped = [], {}
-    for layer in lora_layers(model):
-        reason = _skip_reason(layer, config)
+    tied = tied_weights(model)
+    for layer in linear_layers(model):
+        shared = tied.get(layer.module.weight.untyped_storage().data_ptr(), [])
+        reason = skip_reason(layer, config, len(shared) > 1)
         if reason is None:
             layers.append(layer)
-        else:
-            skipped[layer.path] = reason
+        elif reason:
+            skipped[layer.site] = reason
     return layers, skipped
 
 
-def _skip_reason(layer: LoraLayer, config: FalqonConfig) -> str | None:
-    if isinstance(layer.base, MergedBaseLinear):
-        return "it is prepared already"
-    if not _is_linear(layer.base, layer.transposed):
-        return f"its base layer is a {type(layer.base).__name__}, not an nn.Linear"
-    if layer.base.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"its base weight is already quantized ({layer.base.weight.dtype})"
-    if layer.base.weight.requires_grad:
-        return "its base weight is trained too"
-    if getattr(layer.module, "use_dora", {}).get(layer.adapter):
-        return "DoRA scales the merged weight by its own norm"
-    if getattr(layer.module, "merged", False):
-        return "its adapter is merged into the base weight (call unmerge_adapter() first)"
-    if len(getattr(layer.module, "active_adapters", [layer.adapter])) > 1:
-        return "more than one adapter is active on it"
-    if not config.selects(layer.path):
+def _skipped_adapters(
+    model: nn.Module, layers: Sequence[LinearLayer], skipped: Mapping[str, str]
+) -> dict[str, str]:
+    """Why the base layers of the other LoRA layers can't be cast."""
+    found = {id(layer.lora.base) for layer in layers if layer.lora is not None}
+    others = [lora for lora in lora_layers(model) if id(lora.base) not in found]
+    return {lora.path: _why_not(lora) for lora in others if lora.path not in skipped}
+
+
+def skip_reason(layer: LinearLayer, config: FalqonConfig, tied: bool) -> str | None:
+    """Why a frozen layer is left; "" where that is nothing to report."""
+    if not (config.selects(layer.site) and config.selects(layer.path)):
         return "include= or exclude= leaves it out"
-    return None
+    if layer.lora is not None:
+        if getattr(layer.lora.module, "merged", False):
+            return "its adapter is merged into the base weight (call unmerge_adapter() first)"
+        return None
+    if config.frozen == "leave":
+        return ""
+    out, features = layer.weight.shape
+    return why_left(layer.path, out, features, tied)
 
 
-def _is_linear(base: nn.Module, transposed: bool) -> bool:
-    if not transposed:
-        return type(base) is nn.Linear
-    module = sys.modules.get("transformers.pytorch_utils")  # where it is not, there is no Conv1D
-    return module is not None and type(base) is module.Conv1D
+def _why_not(layer: LoraLayer) -> str:
+    base: Any = layer.base
+    if isinstance(base, Fp8Linear | MergedBaseLinear):
+        return "it is prepared already"
+    weight = getattr(base, "weight", None)
+    if not isinstance(weight, Tensor) or type(base) is not nn.Linear:
+        return f"its base layer is a {type(base).__name__}, not an nn.Linear"
+    if weight.requires_grad:
+        return "its base weight is trained too"
+    return f"its base weight is already quantized ({weight.dtype})"
 
 
-def _check_before(model: nn.Module, layers: list[LoraLayer], config: FalqonConfig) -> None:
+def _check_before(model: nn.Module, layers: Sequence[LinearLayer]) -> None:
     """All that could fail is looked at before the first layer is changed."""
-    holders: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        holders.setdefault(parameter.untyped_storage().data_ptr(), []).append(name)
+    holders = tied_weights(model)
     for layer in layers:
-        weight = layer.base.weight
+        weight = layer.module.weight
         shared = holders[weight.untyped_storage().data_ptr()]
         if len(shared) > 1 and weight.device.type != "meta":
             raise FalqonError(
-                layer.path,
+                layer.site,
                 f"its base weight is tied (also {shared[0]} or {shared[-1]}), so it can't be freed",
                 "Leave the layer out with exclude=, or untie the weights",
             )
-        config.rows(layer.lora_b.shape[0], layer.path)
-        check_values(layer.path, layer.weight, layer.lora_a, layer.lora_b)
+        check_weight(layer.site, weight)
+        if layer.lora is not None:
+            _check_adapters(layer, layer.lora)
 
 
-def _track(layers: list[LoraLayer], show: bool) -> Iterator[LoraLayer]:
-    columns = (TextColumn("merging"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+def _check_adapters(layer: LinearLayer, lora: LoraLayer) -> None:
+    """Those that are active fit the base weight."""
+    out, features = layer.weight.shape
+    for name, (a, b, _) in zip(lora.adapters, lora.each(), strict=True):
+        if (b.shape[0], a.shape[1], a.shape[0]) != (out, features, b.shape[1]):
+            raise FalqonError(
+                layer.site,
+                f"its adapter {name!r} has A {list(a.shape)} and B {list(b.shape)}, which don't "
+                f"belong together or to its base weight {[out, features]}",
+                "Give A [r, in] and B [out, r]",
+            )
+        for part, tensor in (("lora_A", a), ("lora_B", b)):
+            if tensor.device != layer.weight.device:
+                raise FalqonError(
+                    layer.site,
+                    f"its {part} is on {tensor.device}, its base weight on {layer.weight.device}",
+                    "Move the whole model to one device",
+                )
+
+
+def _track(layers: Sequence[Any], show: bool) -> Iterator[Any]:
+    columns = (TextColumn("casting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not show, transient=True) as bar:
         yield from bar.track(layers)

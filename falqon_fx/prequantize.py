@@ -1,4 +1,4 @@
-"""`prequantize`: merges models whose dense weights don't fit into memory.
+"""`prequantize`: casts models whose dense weights don't fit into memory to FP8.
 
 It reads a checkpoint one weight at a time and writes each as a file of its own; a run that was
 killed goes on with the weights that are missing. `falqon_fx.loading` maps the files in.
@@ -21,6 +21,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from torch import Tensor
 
 from falqon_fx import storage
+from falqon_fx.base import cast_base, check_weight, digest
 from falqon_fx.checkpoint import versions
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
@@ -32,10 +33,15 @@ from falqon_fx.loading import (
     lora_config,
     new_lora_a,
     read_index,
+    read_tensor,
 )
-from falqon_fx.merged import create
-from falqon_fx.prepare import _skip_reason, lora_layers
-from falqon_fx.spec import SiteSpec
+from falqon_fx.lora_layers import LinearLayer, linear_layers
+from falqon_fx.model_state import Site
+from falqon_fx.prepare import skip_reason
+from falqon_fx.rows import model as rows_model
+from falqon_fx.rows.state import create
+from falqon_fx.spec import RowsSpec, SiteSpec
+from falqon_fx.svd import init_lora_a_
 from falqon_fx.workers import Admission, Clock, shared_threads
 
 _PLAN = "plan.json"
@@ -69,13 +75,13 @@ class PrequantizeReport:
 
 @dataclass(frozen=True)
 class _Unit:
-    """What one file holds: a merged weight, or tensors as they are."""
+    """What one file holds: a weight in FP8, or tensors as they are."""
 
     file: str
     tensors: tuple[str, ...]
-    layer: str | None  # module path of the LoRA layer in the PEFT model
+    layer: str | None  # path of the linear layer in the PEFT model
     bytes: int
-    dtype: str = ""  # of the weight that is merged
+    dtype: str = ""  # of the weight that is cast
 
 
 def prequantize(
@@ -87,7 +93,8 @@ def prequantize(
     workers: int = 1,
     progress: bool = True,
 ) -> PrequantizeReport:
-    """Merge the linear weights of a transformers checkpoint into FP8, one at a time.
+    """Cast the linear weights of a transformers checkpoint to FP8, one at a time: those that
+    `prepare` would cast.
 
     Args:
         model: a folder with config.json and safetensors.
@@ -96,11 +103,11 @@ def prequantize(
         lora: a PEFT ``LoraConfig``; by default rank 16 on all linear layers.
         config: as for `prepare`. Here init="svd" is the default: the rows of A are the top right
             singular vectors of the cast's error.
-        workers: threads that merge weights side by side, each with its share of torch's threads.
+        workers: threads that cast weights side by side, each with its share of torch's threads.
         progress: show a bar.
 
     Raises:
-        FalqonError: no such checkpoint, weights that can't be merged, a folder that exists, or a
+        FalqonError: no such checkpoint, weights that FP8 can't hold, a folder that exists, or a
             full disk (what is done until then is kept in ``out.partial``).
     """
     source, out = Path(model), Path(out)
@@ -108,11 +115,12 @@ def prequantize(
     storage.refuse_existing(out)
     index = read_index(source)
     skeleton = empty_model(source, lora_config(lora))
-    units = _units(skeleton, source, index, config)
+    layers = _layers(skeleton, index, config)
+    units = _units(layers, source, index)
     partial = storage.partial(out)
     with storage.lock(partial, wait=False), storage.explained(out):
         _begin(partial, source, skeleton, config, units)
-        return _run(out, partial, source, index, skeleton, config, units, workers, progress)
+        return _run(out, partial, source, index, skeleton, layers, config, units, workers, progress)
 
 
 def _run(
@@ -121,6 +129,7 @@ def _run(
     source: Path,
     index: Mapping[str, str],
     skeleton: Any,
+    layers: Mapping[str, LinearLayer],
     config: FalqonConfig,
     units: list[_Unit],
     workers: int,
@@ -131,7 +140,7 @@ def _run(
     waiting = [unit for unit in units if not _done(partial, unit)]
     with shared_threads(workers), ThreadPoolExecutor(workers) as pool:
         admit = Admission(max(4 * max(unit.bytes for unit in units), 2**28))
-        jobs = [pool.submit(_convert, u, source, index, partial, skeleton, config, clock, admit)
+        jobs = [pool.submit(_convert, u, source, index, partial, layers, config, clock, admit)
                 for u in waiting]  # fmt: skip
         columns = (
             TextColumn("prequantizing"),
@@ -148,7 +157,7 @@ def _run(
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
     described = {u.file: json.loads(_record(partial, u).read_text()) for u in units}
-    _finish(partial, out, skeleton, config, units, described)
+    _finish(partial, out, skeleton, layers, config, units, described)
     return PrequantizeReport(
         out,
         sum(unit.layer is not None for unit in units),
@@ -163,35 +172,52 @@ def _run(
 # -- the plan --------------------------------------------------------------------------------------
 
 
-def _units(
-    skeleton: Any, source: Path, index: Mapping[str, str], config: FalqonConfig
-) -> list[_Unit]:
-    sizes = _sizes(source, index)
-    merged: list[_Unit] = []
-    for layer in lora_layers(skeleton):
-        reason = _skip_reason(layer, config)
-        if reason is not None:
+def _layers(
+    skeleton: Any, index: Mapping[str, str], config: FalqonConfig
+) -> dict[str, LinearLayer]:
+    """The linear layers to cast, by path."""
+    found = {}
+    for layer in linear_layers(skeleton):
+        tied = _tensor(layer) not in index  # a checkpoint holds a tied weight once
+        left = skip_reason(layer, config, tied)
+        if config.update == "rows" and layer.lora is not None:
+            left = rows_model.skip_reason(layer.lora, config)
+        if left is not None:
             continue
-        name = layer.path.removeprefix("base_model.model.") + ".weight"
-        if name not in index:
+        if tied:
             raise FalqonError(
-                layer.path,
-                f"the checkpoint has no tensor {name!r}",
+                layer.site,
+                f"the checkpoint has no tensor {_tensor(layer)!r}",
                 "Load the model with transformers and save it again; leave tied layers out",
             )
-        size, dtype = sizes[name]
+        found[layer.path] = layer
+    return found
+
+
+def _tensor(layer: LinearLayer) -> str:
+    """The name of its weight in the checkpoint."""
+    return layer.path.removeprefix("base_model.model.").removesuffix(".base_layer") + ".weight"
+
+
+def _units(
+    layers: Mapping[str, LinearLayer], source: Path, index: Mapping[str, str]
+) -> list[_Unit]:
+    sizes = _sizes(source, index)
+    cast: list[_Unit] = []
+    for path, layer in layers.items():
+        size, dtype = sizes[_tensor(layer)]
         if dtype not in _DTYPES:
             raise FalqonError(
-                layer.path, f"its weight is {dtype} already", "falqon_fx.load takes FP8 as it is"
+                layer.site, f"its weight is {dtype} already", "falqon_fx.load takes FP8 as it is"
             )
-        file = f"weights/{layer.path}.safetensors"
-        merged.append(_Unit(file, (name,), layer.path, size, _DTYPES[dtype]))
-    if not merged:
-        raise FalqonError(str(source), "none of its layers is to be merged", "Check the LoraConfig")
-    taken = {unit.tensors[0] for unit in merged}
+        file = f"weights/{layer.site}.safetensors"
+        cast.append(_Unit(file, (_tensor(layer),), path, size, _DTYPES[dtype]))
+    if not cast:
+        raise FalqonError(str(source), "none of its layers is to be cast", "Check the LoraConfig")
+    taken = {unit.tensors[0] for unit in cast}
     rest = [name for name in index if name not in taken]
     small = tuple(name for name in rest if sizes[name][0] < _SMALL)
-    units = merged + [
+    units = cast + [
         _Unit(f"weights/{name}.safetensors", (name,), None, sizes[name][0])
         for name in rest
         if name not in small
@@ -251,7 +277,7 @@ def _convert(
     source: Path,
     index: Mapping[str, str],
     partial: Path,
-    skeleton: Any,
+    layers: Mapping[str, LinearLayer],
     config: FalqonConfig,
     clock: Clock,
     admit: Admission,
@@ -260,8 +286,8 @@ def _convert(
         with clock("read"):
             tensors = {name: read_tensor(source / index[name], name) for name in unit.tensors}
         if unit.layer is not None:
-            with clock("merge"):
-                tensors = _merge(unit, skeleton, tensors[unit.tensors[0]], config)
+            with clock("cast"):
+                tensors = _cast(layers[unit.layer], tensors[unit.tensors[0]], config)
         with clock("write"):
             folder = partial / "writing" / unit.file.replace("/", "_")
             shutil.rmtree(folder, ignore_errors=True)
@@ -276,24 +302,25 @@ def _convert(
     return unit.bytes
 
 
-def read_tensor(file: Path, name: str) -> Tensor:
-    """One tensor of a file, read and not mapped, so that its memory is given back with it."""
-    from safetensors import safe_open
-
-    with storage.named(file), safe_open(file, framework="pt", backend="pread") as opened:
-        tensor: Tensor = opened.get_tensor(name)
-    return tensor
-
-
-def _merge(unit: _Unit, skeleton: Any, weight: Tensor, config: FalqonConfig) -> dict[str, Tensor]:
-    layer = next(lora_layers(skeleton.get_submodule(unit.layer)))
-    rank = layer.lora_a.shape[0]
+def _cast(layer: LinearLayer, weight: Tensor, config: FalqonConfig) -> dict[str, Tensor]:
+    """The layer's tensors (`falqon_fx.model_state.make_layer`), and A where it has an adapter."""
     weight = weight.t().contiguous() if layer.transposed else weight
-    generator = torch.Generator().manual_seed(config.seed)
-    lora_a = new_lora_a((rank, weight.shape[1]), generator)
-    zeros = torch.zeros(weight.shape[0], rank)
-    state = create(str(unit.layer), weight, lora_a, zeros, layer.scaling, config)
-    return {**state.stored, "lora_A": lora_a}
+    check_weight(layer.site, weight)
+    plan, adapter = SiteSpec.from_config(config), {}
+    if layer.lora is not None:
+        generator = torch.Generator().manual_seed(config.seed)
+        lora_a = new_lora_a((layer.lora.lora_a.shape[0], weight.shape[1]), generator)
+        adapter["lora_A"] = lora_a
+        if config.update == "rows":
+            b = torch.zeros(layer.lora.lora_b.shape)
+            given = (weight, lora_a, b, layer.lora.scaling)
+            state = create(layer.site, *given, config, frees_base=True)
+            return {**state.stored, **adapter}
+        if config.init == "svd":
+            init_lora_a_(weight, lora_a, plan, config.seed)
+    base = cast_base(weight, plan)
+    own = {"code": base.code, "scale": base.scale.view(torch.int32)}
+    return {**own, "digest": digest(base.code, base.scale), **adapter}
 
 
 def _record(partial: Path, unit: _Unit) -> Path:
@@ -315,6 +342,7 @@ def _finish(
     partial: Path,
     out: Path,
     skeleton: Any,
+    layers: Mapping[str, LinearLayer],
     config: FalqonConfig,
     units: list[_Unit],
     described: Mapping[str, Any],
@@ -324,19 +352,7 @@ def _finish(
         if path.is_file() and path.suffix not in _WEIGHTS and path.name != INDEX:
             shutil.copyfile(path, partial / path.name)
     skeleton.peft_config["default"].save_pretrained(partial)
-    layers = {layer.path: layer for layer in lora_layers(skeleton)}
-    sites = [
-        {
-            "layer": unit.layer,
-            "file": unit.file,
-            "dtype": unit.dtype,
-            "transposed": layers[unit.layer].transposed,
-            "scaling": layers[unit.layer].scaling,
-            "spec": asdict(SiteSpec.from_config(config)),
-        }
-        for unit in units
-        if unit.layer is not None
-    ]
+    sites = [_site(unit, layers[unit.layer], config) for unit in units if unit.layer is not None]
     storage.write_manifest(
         partial / MANIFEST,
         {"format": FORMAT, "versions": versions(), "files": dict(described), "sites": sites},
@@ -348,3 +364,13 @@ def _finish(
     shutil.rmtree(out / "records")
     shutil.rmtree(out / "writing", ignore_errors=True)
     (out / _PLAN).unlink()
+
+
+def _site(unit: _Unit, layer: LinearLayer, config: FalqonConfig) -> Site:
+    """What `falqon_fx.model_state.make_layer` needs to know."""
+    known: Site = {"prepared": layer.path, "file": unit.file, "dtype": unit.dtype}
+    known["transposed"] = layer.transposed
+    if config.update == "rows" and layer.lora is not None:
+        spec = asdict(RowsSpec.from_config(config))
+        return {**known, "spec": spec, "scaling": layer.lora.scaling}
+    return {**known, "spec": asdict(SiteSpec.from_config(config))}

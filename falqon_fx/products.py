@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from falqon_fx.lowering import empty_output, gemm_dtype, scale_of
+from falqon_fx.lowering import gemm_dtype, scale_of
 from falqon_fx.numerics import FP8_MAX
 from falqon_fx.spec import parse_spec
 
 if TYPE_CHECKING:
     from falqon_fx.kernels.dispatch import Options
+    from falqon_fx.kernels.gemm import Piece
 
 
 def cast_fp8(x: Tensor, dtype: torch.dtype, spec: str) -> tuple[Tensor, Tensor]:
@@ -51,43 +52,72 @@ def merged_product(
     q_scale: Tensor,
     weight: Sequence[Tensor],
     scale: Sequence[Tensor],
-    outs: Sequence[int],
-    pending: Sequence[Tensor],
     bias: Sequence[Tensor],
+    a: Sequence[Tensor],
+    a_scale: Sequence[Tensor],
+    b: Sequence[Tensor],
+    out_a: Sequence[Tensor],
+    owner: Sequence[int],
     out_dtype: torch.dtype,
     spec: str,
 ) -> list[Tensor]:
-    """O_i [n, out_i] of the sites i that share x, then their O_A [n, Σ r_i] side by side:
-    O_i = dq(q) · dq(W_i)ᵀ + O_A,i · pending_iᵀ + bias_i, O_A,i = dq(q) · dq(A_i)ᵀ.
+    """O_i [n, out_i] of the sites i that share x, then O_A [n, Σ r_j], unless that is given as
+    ``out_a``:
 
-    W'_i [out_i + r_i, in] is E4M3, its scale float32 [out_i + r_i, 1] or []. ``pending`` and
-    ``bias`` have one entry a site, or none. With ``pending`` O_A comes first, since all of it is
-    needed for each tile of O. One op, so that Inductor writes q once.
+        O_i   = dq(q) · dq(W_i)ᵀ + Σ_j O_A,j · b_jᵀ + bias_i    over the j with owner[j] == i
+        O_A,j = dq(q) · dq(Â_j)ᵀ
 
-    Where the spec says output="strided", O_i is a view of [O_i | O_A,i], [n, out_i + r_i].
+    W_i [out_i, in] and Â_j [r_j, in] are E4M3, their scales float32 [rows, 1] or []. ``bias`` has
+    one entry per site or none, ``b`` one per adapter or none, ``out_a`` one or none. With ``b`` O_A
+    comes first, since all of it is needed for each tile of O. One op, so that Inductor writes q
+    once.
     """
     from falqon_fx.kernels import dispatch
     from falqon_fx.kernels.gemm import Piece
 
-    if parse_spec(spec).output == "strided":
-        merged = [Piece(w, s) for w, s in zip(weight, scale)]
-        dtypes, options = (out_dtype, gemm_dtype(out_dtype)), _options(spec)
-        strided = dispatch.forward_strided(
-            q, q_scale, merged, outs, pending, bias, *dtypes, options
-        )
-        return strided.run()
-    y, a = [], []
-    for i, (w, s, out) in enumerate(zip(weight, scale, outs)):
-        w_scale, a_scale = (s[:out], s[out:]) if s.dim() == 2 else (s, s)
-        y.append(Piece(w[:out], w_scale, bias[i] if bias else None))
-        a.append(Piece(w[out:], a_scale))
-    dtype, options = gemm_dtype(out_dtype), _options(spec)
-    if not pending:
-        return dispatch.forward(q, q_scale, [*y, *a], len(a), out_dtype, dtype, options).run()
-    (out_a,) = dispatch.forward(q, q_scale, a, len(a), out_dtype, dtype, options).run()
-    parts = out_a.split([p.weight.shape[0] for p in a], dim=1)
-    y = [replace(p, left=part, right=b) for p, part, b in zip(y, parts, pending)]
-    return [*dispatch.forward(q, q_scale, y, 0, out_dtype, dtype, options).run(), out_a]
+    dtype, options = gemm_dtype(out_dtype, q.device), _options(spec)
+
+    def run(pieces: Sequence[Piece], a_pieces: int) -> list[Tensor]:
+        return dispatch.forward(q, q_scale, pieces, a_pieces, out_dtype, dtype, options).run()
+
+    biases: Sequence[Tensor | None] = bias or [None] * len(weight)
+    sites = [Piece(w, s, of_site) for w, s, of_site in zip(weight, scale, biases, strict=True)]
+    adapters = [Piece(code, s) for code, s in zip(a, a_scale, strict=True)]
+    if adapters and not b and not out_a:
+        return run([*sites, *adapters], len(adapters))
+    made: list[Tensor] = []
+    if not out_a:
+        made = run(adapters, len(adapters)) if adapters else [q.new_empty((len(q), 0), dtype=dtype)]
+    if b:
+        sites = _with_adapters(sites, [*out_a, *made][0], b, owner)
+    results: dict[int, Tensor] = {}
+    for members in launches([site.right is not None for site in sites]):
+        results |= zip(members, run([sites[i] for i in members], 0), strict=True)
+    return [*(results[i] for i in range(len(sites))), *made]
+
+
+def launches(adapted: Sequence[bool]) -> list[list[int]]:
+    """Which sites of a group are computed together: those that add O_A · bᵀ, and the others."""
+    kinds = [[i for i, adds in enumerate(adapted) if adds == kind] for kind in (True, False)]
+    return [members for members in kinds if members]
+
+
+def _with_adapters(
+    sites: Sequence[Piece], out_a: Tensor, b: Sequence[Tensor], owner: Sequence[int]
+) -> list[Piece]:
+    """The sites with the term O_A · bᵀ of their adapters."""
+    parts = out_a.split([b_j.shape[1] for b_j in b], dim=1)
+    done = list(sites)
+    for i, site in enumerate(sites):
+        own = [j for j, of in enumerate(owner) if of == i]
+        if own:
+            left, right = ([factor[j] for j in own] for factor in (parts, b))
+            done[i] = replace(site, left=_side_by_side(left), right=_side_by_side(right))
+    return done
+
+
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat([*parts], dim=1)
 
 
 def _merged_product_fake(
@@ -95,39 +125,73 @@ def _merged_product_fake(
     q_scale: Tensor,
     weight: Sequence[Tensor],
     scale: Sequence[Tensor],
-    outs: Sequence[int],
-    pending: Sequence[Tensor],
     bias: Sequence[Tensor],
+    a: Sequence[Tensor],
+    a_scale: Sequence[Tensor],
+    b: Sequence[Tensor],
+    out_a: Sequence[Tensor],
+    owner: Sequence[int],
     out_dtype: torch.dtype,
     spec: str,
 ) -> list[Tensor]:
-    n, ranks = q.shape[0], [w.shape[0] - out for w, out in zip(weight, outs)]
-    results = [empty_output(q, (n,), *of, out_dtype, spec) for of in zip(outs, ranks)]
-    return [*results, q.new_empty((n, sum(ranks)), dtype=gemm_dtype(out_dtype))]
+    n, rank = q.shape[0], sum(code.shape[0] for code in a)
+    results = [q.new_empty((n, w.shape[0]), dtype=out_dtype) for w in weight]
+    if not out_a:
+        results.append(q.new_empty((n, rank), dtype=gemm_dtype(out_dtype, q.device)))
+    return results
+
+
+def adapter_product(
+    q: Tensor,
+    q_scale: Tensor,
+    a: Tensor,
+    a_scale: Tensor,
+    out_dtype: torch.dtype,
+    spec: str,
+) -> Tensor:
+    """O_A [n, r] = dq(q) · dq(Â)ᵀ of one adapter, whose input the base layer doesn't read."""
+    from falqon_fx.kernels import dispatch
+    from falqon_fx.kernels.gemm import Piece
+
+    dtype, options = gemm_dtype(out_dtype, q.device), _options(spec)
+    (result,) = dispatch.forward(
+        q, q_scale, [Piece(a, a_scale)], 1, out_dtype, dtype, options
+    ).run()
+    return result
+
+
+def _adapter_product_fake(
+    q: Tensor,
+    q_scale: Tensor,
+    a: Tensor,
+    a_scale: Tensor,
+    out_dtype: torch.dtype,
+    spec: str,
+) -> Tensor:
+    return q.new_empty((q.shape[0], a.shape[0]), dtype=gemm_dtype(out_dtype, q.device))
 
 
 def grad_x_product(
     q: Sequence[Tensor],
     q_scale: Sequence[Tensor],
     weight: Sequence[Tensor],
-    outs: Sequence[int],
     left: Sequence[Tensor],
+    a: Sequence[Tensor],
     x_dtype: torch.dtype,
     spec: str,
 ) -> Tensor:
-    """dL/dx [n, in] = Σ_i (q_i · W_i[:out_i]) ⊙ s_q,i + left · [A_i]; ``left`` [n, Σ r_i] has one
-    entry or none. The scales of W are in q_i, or in s_q,i, those of A in ``left``.
+    """dL/dx [n, in] = Σ_i (q_i · W_i) ⊙ s_q,i + left · [Â_j]; ``left`` [n, Σ r_j] has one entry or
+    none. The scales of W are in q_i, or in s_q,i, those of Â in ``left``.
     """
     from falqon_fx.kernels import dispatch
     from falqon_fx.kernels.gemm import Product
 
-    products = [Product(a, s, w[:out]) for a, s, w, out in zip(q, q_scale, weight, outs)]
+    products = [Product(q_i, s, w) for q_i, s, w in zip(q, q_scale, weight)]
     options = _options(spec)
     if not left:
         (result,) = dispatch.grad_x(products, None, None, x_dtype, options).run()
         return result
-    lora_a = torch.cat([w[out:].to(left[0].dtype) for w, out in zip(weight, outs)])
-    right = lora_a.t().contiguous()
+    right = torch.cat([code.to(left[0].dtype) for code in a]).t().contiguous()
     (result,) = dispatch.grad_x(products, left[0], right, x_dtype, options).run()
     return result
 
@@ -136,8 +200,8 @@ def _grad_x_product_fake(
     q: Sequence[Tensor],
     q_scale: Sequence[Tensor],
     weight: Sequence[Tensor],
-    outs: Sequence[int],
     left: Sequence[Tensor],
+    a: Sequence[Tensor],
     x_dtype: torch.dtype,
     spec: str,
 ) -> Tensor:
@@ -152,44 +216,6 @@ def grad_b_product(
 
     (result,) = dispatch.grad_b(grad, out_a, scaling, b_dtype, parse_spec(spec).kernel).run()
     return result
-
-
-def cast_grad_b_product(
-    grad: Tensor,
-    scale: Tensor,
-    out_a: Tensor,
-    scaling: float,
-    b_dtype: torch.dtype,
-    dtype: torch.dtype,
-    spec: str,
-) -> tuple[Tensor, Tensor]:
-    """(q [n, out], dL/dB [out, r]): grad ≈ q · scale in the FP8 ``dtype``, and `grad_b_product`."""
-    from falqon_fx.kernels import dispatch
-
-    kernel = parse_spec(spec).kernel
-    q, result = dispatch.cast_grad_b(grad, scale, out_a, scaling, b_dtype, dtype, kernel).run()
-    return q, result
-
-
-def _cast_grad_b_product_fake(
-    grad: Tensor,
-    scale: Tensor,
-    out_a: Tensor,
-    scaling: float,
-    b_dtype: torch.dtype,
-    dtype: torch.dtype,
-    spec: str,
-) -> tuple[Tensor, Tensor]:
-    q = grad.new_empty(grad.shape, dtype=dtype)
-    return q, grad.new_empty((grad.shape[1], out_a.shape[1]), dtype=b_dtype)
-
-
-def plain_grad_b(
-    grad: Tensor, out_a: Tensor, scaling: float, b_dtype: torch.dtype, spec: str = ""
-) -> Tensor:
-    """The same by ATen, which Inductor sees through."""
-    product = grad.to(out_a.dtype).t() @ out_a
-    return (product.to(torch.float32) * scaling).to(b_dtype)
 
 
 def _grad_b_product_fake(
@@ -214,14 +240,22 @@ for _name, _schema, _run, _fake in (
     ),
     (
         "falqon::merged_product",
-        "(Tensor q, Tensor q_scale, Tensor[] weight, Tensor[] scale, int[] outs, "
-        "Tensor[] pending, Tensor[] bias, ScalarType out_dtype, str spec) -> Tensor[]",
+        "(Tensor q, Tensor q_scale, Tensor[] weight, Tensor[] scale, Tensor[] bias, Tensor[] a, "
+        "Tensor[] a_scale, Tensor[] b, Tensor[] out_a, int[] owner, ScalarType out_dtype, str spec)"
+        " -> Tensor[]",
         merged_product,
         _merged_product_fake,
     ),
     (
+        "falqon::adapter_product",
+        "(Tensor q, Tensor q_scale, Tensor a, Tensor a_scale, ScalarType out_dtype, str spec) "
+        "-> Tensor",
+        adapter_product,
+        _adapter_product_fake,
+    ),
+    (
         "falqon::grad_x_product",
-        "(Tensor[] q, Tensor[] q_scale, Tensor[] weight, int[] outs, Tensor[] left, "
+        "(Tensor[] q, Tensor[] q_scale, Tensor[] weight, Tensor[] left, Tensor[] a, "
         "ScalarType x_dtype, str spec) -> Tensor",
         grad_x_product,
         _grad_x_product_fake,
@@ -231,13 +265,6 @@ for _name, _schema, _run, _fake in (
         "(Tensor grad, Tensor out_a, float scaling, ScalarType b_dtype, str spec) -> Tensor",
         grad_b_product,
         _grad_b_product_fake,
-    ),
-    (
-        "falqon::cast_grad_b_product",
-        "(Tensor grad, Tensor scale, Tensor out_a, float scaling, ScalarType b_dtype, "
-        "ScalarType dtype, str spec) -> (Tensor, Tensor)",
-        cast_grad_b_product,
-        _cast_grad_b_product_fake,
     ),
 ):
     torch.library.define(_name, _schema)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
-SCHEMA = 1  # counts up when a field changes its meaning or goes
+SCHEMA = 2  # counts up when a field changes its meaning or goes
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Memory:
 
     Attributes:
         base: the base weight; ``prepare`` frees it, else it stays beside the state.
-        state: W' with its scales, applied, counters and writes.
+        state: W in FP8 with its scales; with update="rows" all of W' and what belongs to it.
         adapter: A and B.
     """
 
@@ -85,13 +85,17 @@ class Cost:
 
 @dataclass(frozen=True)
 class Site:
-    """One Linear+LoRA subgraph that was rewritten.
+    """One subgraph that was rewritten: a linear layer with its adapters, or a frozen one alone.
 
     Attributes:
+        adapters: how many are active on it, 0 for a frozen layer alone. ``rank`` is the sum of
+            theirs, ``scaling`` the first's and ``dropout`` the largest.
+        train_a, train_b: whether any A, any B gets a gradient. W never does.
         spec: the options in force, as the op in the graph carries them.
         x_shape: of the input, symbols by Dynamo's names; ``tokens`` is the product of all but the
             last, ``tokens_hint`` its value in this call.
         group: sites of a graph with equal numbers are siblings: one op computes them.
+        device: of the input: "cpu", "cuda", "meta".
         architecture: 90 for sm_90 and so on; 0 where no FP8 kernel runs.
         nodes: names of the nodes that the rewrite replaced.
     """
@@ -111,10 +115,12 @@ class Site:
     x_dtype: str = ""
     base_dtype: str = ""
     adapter_dtype: str = ""
+    adapters: int = 1
     prepared: bool = False
     train_a: bool = False
-    rows: int = 0
+    train_b: bool = False
     group: int = 0
+    device: str = ""
     architecture: int = 0
     kernel: str = ""
     kernel_reason: str = ""
@@ -124,15 +130,26 @@ class Site:
 
     @property
     def options(self) -> dict[str, str]:
-        """The options in force at this site."""
+        """The options in force at this site, by the names of `falqon_fx.FalqonConfig`. Those of
+        update="rows" are in `RewriteReport.options`.
+        """
         from falqon_fx.spec import parse_spec
 
-        return {name: str(value) for name, value in asdict(parse_spec(self.spec)).items()}
+        values = asdict(parse_spec(self.spec))
+        return {_OPTIONS.get(name, name): str(value) for name, value in values.items()}
+
+    @property
+    def trains(self) -> str:
+        """What of its adapters gets a gradient: "A, B", "A", "B" or ""."""
+        return ", ".join(["A"] * self.train_a + ["B"] * self.train_b)
+
+
+_OPTIONS = {"grad": "grad_dtype", "adapter": "adapter_dtype"}  # a field of SiteSpec -> the option
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """One LoRA-like subgraph that was left exactly as it was."""
+    """One subgraph, LoRA-like or a frozen linear layer, that was left exactly as it was."""
 
     site: str
     reason: str
@@ -176,6 +193,8 @@ class Audit:
         saturated, underflowed: share of written elements at ±448, and of those not 0 that
             became 0.
         rows: indices of the rows written.
+        drift: the error of the whole FP8 weight relative to that of its first cast
+            (`falqon_fx.rows.drift`); None where rows are cast from the base weight.
     """
 
     site: str
@@ -189,6 +208,7 @@ class Audit:
     underflowed: float
     out: int
     rows: tuple[int, ...]
+    drift: float | None = None
 
 
 @dataclass(frozen=True)
@@ -196,6 +216,7 @@ class GraphReport:
     """One graph that went through the passes.
 
     Attributes:
+        left: frozen linear layers that stay as they are: heads, routers, small ones.
         ended_by: the graph break behind it, None where the function simply returned.
         before, after: the graph as text (`explain` alone fills them in).
     """
@@ -204,6 +225,7 @@ class GraphReport:
     rejected: tuple[Rejected, ...]
     nodes_before: int
     nodes_after: int
+    left: tuple[Rejected, ...] = ()
     pass_seconds: dict[str, float] = field(default_factory=dict)
     ended_by: GraphBreak | None = None
     before: tuple[Line, ...] = ()
@@ -213,6 +235,8 @@ class GraphReport:
 @dataclass(frozen=True)
 class RewriteReport:
     """All graphs of a compilation; prints as tables that fit 100 columns.
+
+    A layer in two graphs, as on both sides of a graph break, stands in the lists of both.
 
     Attributes:
         options: the config in force.
@@ -232,6 +256,22 @@ class RewriteReport:
     @property
     def rejected(self) -> tuple[Rejected, ...]:
         return tuple(item for graph in self.graphs for item in graph.rejected)
+
+    @property
+    def left(self) -> tuple[Rejected, ...]:
+        return tuple(item for graph in self.graphs for item in graph.left)
+
+    @property
+    def title(self) -> str:
+        """How many layers were rewritten, rejected and left: one that stands twice in the latter
+        lists counts once.
+        """
+        adapted = sum(site.adapters > 0 for site in self.sites)
+        rejected, left = (
+            len({item.site for item in items}) for items in (self.rejected, self.left)
+        )
+        rewritten = f"{sites_text(len(self.sites))} rewritten ({adapted} with an adapter)"
+        return f"{rewritten}, {rejected} rejected, {left} left"
 
     def __str__(self) -> str:
         from falqon_fx.report_text import to_text
@@ -285,6 +325,11 @@ class RewriteReport:
         report = _build(cls, tree)
         assert isinstance(report, cls)
         return report
+
+
+def sites_text(count: int) -> str:
+    """A number of sites in words."""
+    return "1 site" if count == 1 else f"{count} sites"
 
 
 def _build(kind: Any, value: Any) -> Any:

@@ -23,7 +23,7 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run_repro)
     _add_report(parser)
     parser.add_argument("--tokens", type=int, help="by default those of the report, at most 4096")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", help="by default the site's, or the CPU where there is no GPU")
     parser.add_argument(
         "--write", type=Path, metavar="FILE", help="write the program, don't run it"
     )
@@ -65,7 +65,9 @@ def run_repro(arguments: argparse.Namespace) -> int:
         arguments.write.write_text(script(site), encoding="utf-8")
         return 0
     chosen: dict[str, Any] = repro_arguments(site, arguments.tokens)
-    result = check(**chosen, device=arguments.device)
+    if arguments.device:
+        chosen["device"] = arguments.device
+    result = check(**chosen)
     if arguments.json:
         print(json.dumps({"site": site.path, **asdict(result)}))
     else:

@@ -9,28 +9,33 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from falqon_fx._compat import native_bf16
 from falqon_fx.config import FalqonConfig
 from falqon_fx.numerics import E4M3, E5M2, ScaleMode
 
 
 @functools.cache
 def lowering_version() -> str:
-    """Hash of the sources that decide what a ``falqon::`` op is lowered to."""
-    digest = hashlib.sha256()
+    """Hash of the sources that decide what a ``falqon::`` op is lowered to, and of the dtype that
+    this CPU multiplies.
+    """
+    digest = hashlib.sha256(str(native_bf16()).encode())
     for name in (
         "numerics",
         "spec",
         "lowering",
-        "update",
+        "rows.update",
+        "rows.ops",
         "ops",
         "cuda",
         "products",
+        "kernels.cpu_casts",
         "passes.recompute_weights",
     ):
         spec = importlib.util.find_spec(f"falqon_fx.{name}")
@@ -45,28 +50,21 @@ class SiteSpec:
 
     granularity: str
     scale: ScaleMode
-    pending: str
     grad: str
-    topk: str
-    rounding: str
-    seed: int
+    adapter: str = "bfloat16"
     kernel: str = "auto"
     accumulation: str = "fast"
     transpose: str = "auto"
-    output: str = "own"  # O's memory: "own", or "strided", a view of [O | O_A]
 
     @classmethod
     def from_config(cls, config: FalqonConfig) -> SiteSpec:
         autotunes = config.kernel == "auto" and (config.mode or "").startswith("max-autotune")
         kernel = "max-autotune" if autotunes else config.kernel
-        return cls(
+        return SiteSpec(
             config.granularity,
             config.scale,
-            config.pending,
             config.grad_dtype,
-            repr(config.topk).strip("'"),
-            config.rounding,
-            config.seed,
+            config.adapter_dtype,
             kernel,
             config.accumulation,
             config.transpose,
@@ -80,6 +78,40 @@ class SiteSpec:
     def per_row(self) -> bool:
         return self.granularity == "row"
 
+    def __str__(self) -> str:
+        return f"{self._site()} #{lowering_version()}"
+
+    def _site(self) -> str:
+        return (
+            f"{self.granularity} {self.scale} {self.grad} {self.adapter} {self.kernel} "
+            f"{self.accumulation} {self.transpose}"
+        )
+
+
+@dataclass(frozen=True)
+class RowsSpec(SiteSpec):
+    """The same with what ``falqon::proxy_update_`` of update="rows" needs."""
+
+    pending: str = "apply"
+    topk: str = "None"
+    rounding: str = "stochastic"
+    seed: int = 0
+
+    @classmethod
+    def from_config(cls, config: FalqonConfig) -> RowsSpec:
+        return cls(
+            **vars(SiteSpec.from_config(config)),
+            pending=str(config.pending),
+            topk=repr(config.topk).strip("'"),
+            rounding=str(config.rounding),
+            seed=config.seed,
+        )
+
+    @property
+    def site(self) -> SiteSpec:
+        """The part that the products need."""
+        return SiteSpec(**{f.name: getattr(self, f.name) for f in fields(SiteSpec)})
+
     def rows(self, out: int) -> int:
         """Rows written per step (see `FalqonConfig.rows`)."""
         value = self.topk
@@ -87,27 +119,35 @@ class SiteSpec:
             topk: Any = None if value == "None" else value
         else:
             topk = int(value) if value.isdigit() else float(value)
-        return FalqonConfig(topk=topk).rows(out)
+        return FalqonConfig(update="rows", topk=topk).rows(out)
 
     def __str__(self) -> str:
         return (
-            f"{self.granularity} {self.scale} {self.pending} {self.grad} topk={self.topk} "
-            f"{self.rounding} seed={self.seed} {self.kernel} {self.accumulation} {self.transpose} "
-            f"{self.output} #{lowering_version()}"
+            f"{self._site()} {self.pending} topk={self.topk} {self.rounding} seed={self.seed} "
+            f"#{lowering_version()}"
         )
 
 
 @functools.lru_cache(maxsize=1024)
 def parse_spec(text: str) -> SiteSpec:
     """The inverse of ``str(spec)``."""
-    granularity, scale, pending, grad, topk, rounding, seed, *kernels, _ = text.split(" ")
-    return SiteSpec(
-        granularity,
-        "pow2" if scale == "pow2" else "amax",
-        pending,
-        grad,
-        topk.removeprefix("topk="),
-        rounding,
-        int(seed.removeprefix("seed=")),
-        *kernels,
+    granularity, scale, grad, adapter, kernel, accumulation, transpose, *rows, _ = text.split(" ")
+    mode: ScaleMode = "pow2" if scale == "pow2" else "amax"
+    site = SiteSpec(granularity, mode, grad, adapter, kernel, accumulation, transpose)
+    if not rows:
+        return site
+    pending, topk, rounding, seed = rows
+    return RowsSpec(
+        **vars(site),
+        pending=pending,
+        topk=topk.removeprefix("topk="),
+        rounding=rounding,
+        seed=int(seed.removeprefix("seed=")),
     )
+
+
+def parse_rows_spec(text: str) -> RowsSpec:
+    """Of what `RowsSpec` wrote."""
+    spec = parse_spec(text)
+    assert isinstance(spec, RowsSpec)
+    return spec

@@ -262,23 +262,29 @@ def write_manifest(final: Path, content: Mapping[str, Any]) -> None:
 # -- reading ---------------------------------------------------------------------------------------
 
 
-def read_manifest(path: Path, kind: str) -> dict[str, Any]:
+def read_manifest(path: Path, kind: str, remedy: str) -> dict[str, Any]:
     """The content of a manifest of the ``format`` ``kind``.
 
     Raises:
-        FalqonError: there is none.
+        FalqonError: there is none, or one of an older or newer format; ``remedy`` says what to do.
         DamagedFileError: it isn't one, or was changed.
     """
     if not path.is_file():
         raise FalqonError(str(path.parent), f"there is no {path.name} in it", "Name another folder")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DamagedFileError(path, f"it is not valid JSON ({error})") from error
-    if not isinstance(content, dict) or content.get("format") != kind:
+    if not isinstance(content, dict):
         raise DamagedFileError(path, f"its format is not {kind!r}")
-    stated = content.pop("checksum", None)
-    if stated != _json_checksum(content):
+    whole = content.pop("checksum", None) == _json_checksum(content)
+    found, family = str(content.get("format")), kind.rpartition(".")[0]
+    if found != kind and whole and found.rpartition(".")[0] == family:
+        problem = f"its format is {found!r}, and this falqon-fx reads {kind!r}"
+        raise FalqonError(str(path), problem, remedy)
+    if found != kind:
+        raise DamagedFileError(path, f"its format is not {kind!r}")
+    if not whole:
         raise DamagedFileError(path, "its checksum is wrong: it was changed after it was written")
     return content
 
@@ -316,6 +322,11 @@ def open_tensors(
         name: torch.from_numpy(parts[name]).view(getattr(torch, of["dtype"])).view(of["shape"])
         for name, of in expected["tensors"].items()
     }
+
+
+def digest(tensor: Tensor) -> str:
+    """A checksum of a tensor's contents."""
+    return _checksum(_bytes(tensor.cpu().contiguous()))
 
 
 def _checksum(part: Any) -> str:

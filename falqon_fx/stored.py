@@ -1,8 +1,9 @@
 """Wᵀ kept beside W for dL/dx, where transpose="store" asks for it.
 
-A copy lives as long as the memory of its W'. It is made when dL/dx first asks for it; behind each
-update the rows that were written become columns of the copy (`falqon_fx.kernels.stored`). Whoever
-writes the bytes of W' in another way calls `forget`.
+A copy is made when dL/dx first asks for it, and lives as long as the memory of its W. W is
+constant, and so is the copy. With update="rows" W is part of W'; behind each update the rows that
+were written become columns of the copy (`falqon_fx.kernels.stored`). Whoever writes the bytes of a
+W in another way, as loading a state dict does, calls `forget`.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 @dataclass(frozen=True)
 class Kept:
-    """The copy of one W, and as of when it is: see `falqon_fx.kernels.stored`.
+    """The copy of one W: bytes [in, out], rows at multiples of 16.
 
-    ``turned``: bytes [in, out], rows at multiples of 16. ``seen``: `MergedAdapter.writes` [out],
-    ``stamp``: `MergedAdapter.counters`, both as they were when the copy was last up to date.
+    With update="rows", as of when it is: ``seen`` is `MergedAdapter.writes` [out] and ``stamp``
+    `MergedAdapter.counters` as they were when the copy was last up to date.
     """
 
     memory: StorageWeakRef
@@ -32,7 +33,7 @@ _kept: dict[int, Kept] = {}
 
 
 def find(weight: Tensor) -> Kept | None:
-    """The copy for a W' or the W in it."""
+    """The copy for a W, or for the W' that begins with it."""
     kept = _kept.get(weight.data_ptr())
     if kept is None or kept.memory != StorageWeakRef(weight.untyped_storage()):
         return None
@@ -40,9 +41,8 @@ def find(weight: Tensor) -> Kept | None:
 
 
 def keep(weight: Tensor, turned: Tensor, counters: int) -> Kept:
-    """Keeps ``turned``, a copy as of now; the next update can't tell since when, and makes it anew.
-
-    Copies whose W' is gone are dropped.
+    """Keeps ``turned``, a copy as of now; the next update of rows can't tell since when, and makes
+    it anew. Copies whose W is gone are dropped.
     """
     for place in [place for place, kept in _kept.items() if kept.memory.expired()]:
         del _kept[place]

@@ -54,7 +54,9 @@ def rows(graph: GraphReport) -> list[Row]:
     return result
 
 
-def around(all_rows: Sequence[Row], nodes: Iterable[str]) -> tuple[int, int]:
+def around(
+    all_rows: Sequence[Row], nodes: Iterable[str], context: int = CONTEXT
+) -> tuple[int, int]:
     """The stretch of rows [first, last) that holds all ``nodes`` and what replaced them."""
     wanted = set(nodes)
     places = [i for i, row in enumerate(all_rows) if row.before and row.node in wanted]
@@ -63,7 +65,37 @@ def around(all_rows: Sequence[Row], nodes: Iterable[str]) -> tuple[int, int]:
     last = places[-1] + 1
     while last < len(all_rows) and all_rows[last].kind == "new":
         last += 1
-    return max(0, places[0] - CONTEXT), min(len(all_rows), last + CONTEXT)
+    return max(0, places[0] - context), min(len(all_rows), last + context)
+
+
+def replacing(graph: GraphReport, all_rows: Sequence[Row], site: Site) -> list[Row]:
+    """What replaces a site: the op that it shares with its siblings, where the first one stood."""
+    siblings = [other.nodes for other in graph.sites if other.group == site.group]
+    first, last = min(around(all_rows, nodes, 0) for nodes in siblings)
+    new = [row for row in all_rows[first:last] if row.kind == "new"]
+    # What the passes insert at the head of the graph may stand there, too.
+    ops = [i for i, row in enumerate(new) if row.after and _OP in row.after.text]
+    return new[ops[-1] :] if ops else []
+
+
+_OP = " = falqon.merged_linear("
+_GAP_ROW = Row(Line("", "..."), Line("", "..."))
+
+
+def stretch(graph: GraphReport, all_rows: Sequence[Row], site: Site) -> list[Row]:
+    """The rows around a site and what replaces it, with gaps for what belongs to neither."""
+    first, last = around(all_rows, site.nodes)
+    new = replacing(graph, all_rows, site)
+    own, known = list(all_rows[first:last]), {row.node for row in new}
+    if new and new[0] not in own:
+        own = [*new, _GAP_ROW, *(row for row in own if row.node not in known)]
+    result: list[Row] = []
+    for row in own:
+        if row.kind != "new" or row.node in known:
+            result.append(row)
+        elif result[-1:] != [_GAP_ROW]:
+            result.append(_GAP_ROW)
+    return result
 
 
 def near(site: Site, lines: Iterable[Line]) -> list[Line]:
@@ -143,9 +175,7 @@ def to_svg(report: RewriteReport, path: str) -> str:
         FalqonError: no such site.
     """
     graph, site = find_site(report, path)
-    first, last = around(all_rows := rows(graph), site.nodes)
-    part = all_rows[first:last]
-    new = {row.node for row in part if row.kind == "new"}
+    new = {row.node for row in replacing(graph, rows(graph), site)}
     before, after = (near(site, lines) for lines in (graph.before, graph.after))
     left = _draw(before, set(site.nodes), "gone", 20)
     right = _draw(after, new, "new", left.width + 60)

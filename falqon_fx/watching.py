@@ -1,4 +1,6 @@
-"""`watch`: the audit of every write-back, live in the terminal, as JSONL, and for callbacks."""
+"""`watch`: the audit of every write-back of update="rows", live in the terminal, as JSONL, and for
+callbacks.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,12 @@ from rich.live import Live
 from rich.table import Table
 from torch import Tensor, nn
 
-from falqon_fx import audit
-from falqon_fx.audit import COLUMNS, Written
-from falqon_fx.prepare import adapters
+from falqon_fx.lora_layers import unwrap
 from falqon_fx.report import Audit
+from falqon_fx.rows import audit, drift
+from falqon_fx.rows.audit import COLUMNS, Written
+from falqon_fx.rows.model import adapters as rows_adapters
+from falqon_fx.rows.state import MergedAdapter
 
 Callback = Callable[[Sequence[Audit]], None]
 _Piece = tuple[list[Tensor], Tensor]  # `Written.applied` and `Written.table`
@@ -28,7 +32,8 @@ _SHOWN = 12  # sites in the live view: those that lose the largest share
 
 
 class watch:  # used as a function: with falqon_fx.watch(model) as history
-    """Context manager: what each optimizer step's write-back did at each site of ``model``.
+    """Context manager: with update="rows", what each optimizer step's write-back did at each site
+    of ``model``. With update="adapter" nothing is written, and nothing is seen.
 
         with falqon_fx.watch(model, jsonl="audit.jsonl", live=True) as seen:
             train()
@@ -37,6 +42,9 @@ class watch:  # used as a function: with falqon_fx.watch(model) as history
     A step is complete when the next one begins, since a graph writes it in pieces: callbacks, lines
     and the view come then, and for the last step on leaving (or at `flush`). On an accelerator
     nothing waits for the device before that.
+
+    After `falqon_fx.prepare` a row is rounded anew whenever it is written, and drifts from the base
+    weight: `Audit.drift` tells how far, and a warning names the sites where it passes 2.
 
     Args:
         model: the module or its compiled wrapper.
@@ -58,7 +66,7 @@ class watch:  # used as a function: with falqon_fx.watch(model) as history
         self._path = jsonl
         self._pieces: list[_Piece] = []
         self._seen: set[int] = set()
-        self._paths: dict[int, str] = {}
+        self._sites: dict[int, _Watched] = {}  # by the address of their `applied`
         self._open = ExitStack()  # while it is, write-backs are looked at; then the last step comes
         self._file: TextIO | None = None
         self._step: Sequence[Audit] = ()  # the last one
@@ -95,13 +103,16 @@ class watch:  # used as a function: with falqon_fx.watch(model) as history
         """Close the step that is under way, hand its audits on, and return them."""
         if not self._pieces:
             return []
-        if not self._seen <= self._paths.keys():  # state is made at the first compiled call
-            found = adapters(self._model).items()
-            self._paths = {state.applied.data_ptr(): path for path, state in found}
-        step = list(_audits(self._pieces, self._paths))
+        if not self._seen <= self._sites.keys():  # state is made at the first compiled call
+            for path, state in rows_adapters(unwrap(self._model)).items():
+                self._sites.setdefault(state.applied.data_ptr(), _Watched(path, state))
+        step = list(_audits(self._pieces, self._sites))
         self._pieces.clear()
         self._seen.clear()
         self.history.extend(step)
+        passed = [site.path for site in self._sites.values() if site.has_passed()]
+        if passed:
+            drift.warn(passed)
         if step:
             self._hand_on(step)
         return step
@@ -115,32 +126,55 @@ class watch:  # used as a function: with falqon_fx.watch(model) as history
             callback(step)
 
 
-def _audits(pieces: Sequence[_Piece], paths: dict[int, str]) -> Iterator[Audit]:
+class _Watched:
+    """A site of the model, and how far it has drifted: not asked before its first write-back."""
+
+    def __init__(self, path: str, state: MergedAdapter) -> None:
+        self.path, self._state = path, state
+        self._meter: drift.Meter | None = None
+        self._drift: float | None = None
+
+    def drift_after(self, rows: Sequence[int]) -> float | None:
+        if self._meter is None:
+            self._meter = drift.Meter(self._state)
+        self._drift = self._meter.after(rows)
+        return self._drift
+
+    def has_passed(self) -> bool:
+        return self._meter is not None and self._meter.passes(self._drift)
+
+
+def _audits(pieces: Sequence[_Piece], sites: dict[int, _Watched]) -> Iterator[Audit]:
     device = pieces[0][1].device
     tables = torch.cat([table.to(device).flatten() for _, table in pieces])
     values = iter(tables.tolist())  # the step's one look at the device
     for applied, table in pieces:
         for site in applied:
             line = list(islice(values, table.shape[1]))
-            path = paths.get(site.data_ptr())
-            if path is None:  # another model's site
+            known = sites.get(site.data_ptr())
+            if known is None:  # another model's site
                 continue
-            own = dict(zip(COLUMNS, line))
+            own: dict[str, Any] = dict(zip(COLUMNS, line))
             rest = line[len(COLUMNS) :]
             half = len(rest) // 2
             rows = sorted(int(row) for row, used in zip(rest[:half], rest[half:]) if used)
             for name in ("step", "clamped"):
                 own[name] = int(own[name])
-            yield Audit(site=path, out=site.shape[0], rows=tuple(rows), **own)
+            own["drift"] = known.drift_after(rows)
+            yield Audit(site=known.path, out=site.shape[0], rows=tuple(rows), **own)
 
 
 def summary(step: Sequence[Audit]) -> dict[str, float]:
-    """One step over all sites: norms as of one long vector, counts and masses as sums."""
+    """One step over all sites: norms as of one long vector, counts and masses as sums, the largest
+    drift where any is known.
+    """
     names = ("asked", "kept", "lost")
     norms = {n: sum(getattr(item, n) ** 2 for item in step) ** 0.5 for n in names}
     rows = sum(len(item.rows) for item in step)
     sums = {n: float(sum(getattr(item, n) for item in step)) for n in ("clamped", "pending")}
-    return {**norms, **sums, "rows": float(rows)}
+    drifts = [item.drift for item in step if item.drift is not None]
+    largest = {"drift": max(drifts)} if drifts else {}
+    return {**norms, **sums, "rows": float(rows), **largest}
 
 
 def tensorboard(writer: Any, tag: str = "falqon") -> Callback:
@@ -178,9 +212,11 @@ def _view(step: Sequence[Audit]) -> Table:
         f"step {step[0].step}: {total['rows']:.0f} rows, asked {total['asked']:.3g}, kept "
         f"{total['kept']:.3g}, lost {total['lost']:.3g}"
     )
-    table = Table("site", "rows", "asked", "kept", "lost", "clamped", "pending", title=title)
+    names = ("site", "rows", "asked", "kept", "lost", "clamped", "pending", "drift")
+    table = Table(*names, title=title)
     for item in sorted(step, key=lambda item: -item.lost / (item.asked or 1.0))[:_SHOWN]:
         norms = (f"{v:.3g}" for v in (item.asked, item.kept, item.lost))
         rows = str(len(item.rows))
-        table.add_row(item.site, rows, *norms, str(item.clamped), f"{item.pending:.3g}")
+        drifted = "" if item.drift is None else f"{item.drift:.2f}"
+        table.add_row(item.site, rows, *norms, str(item.clamped), f"{item.pending:.3g}", drifted)
     return table

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .activation_cast import FP8
 from .backward_spec import GradBSpec, TransposeSpec
 from .interpreter import runs_interpreted
 from .loader import load
@@ -41,27 +40,6 @@ def grad_b(grad: Tensor, out_a: Tensor, scaling: float, spec: GradBSpec) -> Tens
 
     Raises ValueError where the tensors are not what the spec is for.
     """
-    return _grad_b(grad, None, out_a, scaling, spec)[1]
-
-
-def cast_grad_b(
-    grad: Tensor, scale: Tensor, out_a: Tensor, scaling: float, spec: GradBSpec
-) -> tuple[Tensor, Tensor]:
-    """(q, dL/dB), with q [n, out] = grad / scale in the spec's FP8 format, for a ``scale`` []: as
-    `falqon_fx.kernels.activation_cast` rounds; dL/dB as `grad_b`, of grad as it was.
-
-    Raises ValueError where the tensors are not what the spec is for.
-    """
-    if scale.numel() != 1 or scale.dtype != torch.float32:
-        raise ValueError(f"grad_b: scale is {scale.dtype} {tuple(scale.shape)}, not one float32")
-    q, result = _grad_b(grad, scale, out_a, scaling, spec)
-    assert q is not None
-    return q, result
-
-
-def _grad_b(
-    grad: Tensor, scale: Tensor | None, out_a: Tensor, scaling: float, spec: GradBSpec
-) -> tuple[Tensor | None, Tensor]:
     (n, out), rank = grad.shape, out_a.shape[1]
     if (grad.dtype, out_a.dtype) != (
         getattr(torch, spec.grad_dtype),
@@ -71,18 +49,12 @@ def _grad_b(
     if out_a.shape[0] != n or not 0 < rank <= spec.rank:
         raise ValueError(f"grad_b: O_A is {tuple(out_a.shape)} for {n} tokens and {spec}")
     interpreted = runs_interpreted(grad)
-    if interpreted and (spec.operands == "native" or spec.cast == "hardware"):
-        raise ValueError("grad_b: the interpreter needs operands='float32' and cast='integer'")
-    if (scale is None) != (spec.fp8 == "none"):
-        raise ValueError(f"grad_b: a scale goes with fp8, and fp8 with it; {spec}")
+    if interpreted and spec.operands == "native":
+        raise ValueError("grad_b: the interpreter needs operands='float32'")
     grad, out_a = grad.contiguous(), out_a.contiguous()
     result = torch.zeros((out, rank), dtype=getattr(torch, spec.b_dtype), device=grad.device)
-    q, cast = None, []
-    if scale is not None:
-        codes = torch.empty((n, out), dtype=torch.uint8, device=grad.device)
-        q, cast = codes.view(FP8[spec.fp8]), [scale, codes]
     if n == 0:
-        return q, result
+        return result
     columns = -(-out // spec.block_m)
     splits, tokens = _splits(n, columns, spec.block_k, grad.device)
     partial = torch.empty((splits, out, rank), dtype=torch.float32, device=grad.device)
@@ -90,10 +62,10 @@ def _grad_b(
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
     with torch.cuda.device_of(grad):
         kernels.partial_sums[(columns, splits)](
-            grad, out_a, partial, n, out, rank, tokens, *cast, **options
+            grad, out_a, partial, n, out, rank, tokens, **options
         )
         kernels.add_up[(-(-size // 1024),)](partial, result, size, splits, scaling, num_warps=4)
-    return q, result
+    return result
 
 
 def signatures(spec: GradBSpec | TransposeSpec) -> dict[str, dict[str, str]]:
@@ -112,8 +84,6 @@ def signatures(spec: GradBSpec | TransposeSpec) -> dict[str, dict[str, str]]:
         "rank": "i32:16",
         "tokens": "i32:16",
     }
-    if spec.fp8 != "none":
-        partial_sums |= {"scale_ptr": "*fp32:16", "q_ptr": "*u8:16"}
     add_up = {
         "partial_ptr": "*fp32:16",
         "b_ptr": _TYPE[spec.b_dtype],

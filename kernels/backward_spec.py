@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from falqon_fx.update import COUNTERS, FINGERPRINT_A, FINGERPRINT_W, SITE, STEP
+from falqon_fx.rows.update import COUNTERS, FINGERPRINT_A, FINGERPRINT_W, SITE, STEP
 
-from .spec import CastMode, InputDtype, KernelSpec, check_literals, check_powers_of_two
+from .spec import InputDtype, KernelSpec, check_literals, check_powers_of_two
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class GradBSpec(KernelSpec):
     """dL/dB = scaling · dL/dOᵀ · O_A, split over tokens into partial sums that are added in order.
 
     ``operands`` is "native" (the tensor cores take ``a_dtype``) or "float32" (widened first, for
-    the interpreter). ``fp8`` is "none", or what dL/dO is cast to on the way, with a given scale.
-    ``rank`` is the padded rank, ``block_m`` counts columns of dL/dO, ``block_k`` tokens.
+    the interpreter). ``rank`` is the padded rank, ``block_m`` counts columns of dL/dO, ``block_k``
+    tokens.
     """
 
     template: ClassVar[str] = "grad_b"
@@ -75,8 +75,6 @@ class GradBSpec(KernelSpec):
     block_k: int = 64
     num_warps: int = 4
     num_stages: int = 3
-    fp8: Literal["none", "e4m3", "e5m2"] = "none"
-    cast: CastMode = "integer"
 
     def __post_init__(self) -> None:
         check_literals(self)
@@ -93,8 +91,6 @@ class GradBSpec(KernelSpec):
         a_dtype: InputDtype,
         b_dtype: InputDtype,
         operands: Literal["native", "float32"] = "native",
-        fp8: Literal["none", "e4m3", "e5m2"] = "none",
-        cast: CastMode = "hardware",
     ) -> GradBSpec:
         """The spec for an adapter of ``rank``; float32 products take three times the registers."""
         padded, wide = max(16, 1 << (rank - 1).bit_length()), a_dtype == "float32"
@@ -108,14 +104,11 @@ class GradBSpec(KernelSpec):
             block_k=32 if wide else 64,
             num_warps=8 if padded > 64 or wide else 4,
             num_stages=2 if wide else 3,
-            fp8=fp8,
-            cast="integer" if fp8 == "none" else cast,
         )
 
     @property
     def name(self) -> str:
-        casts = "" if self.fp8 == "none" else f"{self.fp8}_{self.cast}_"
         return (
             f"{self.template}_{self.grad_dtype}_{self.a_dtype}_{self.b_dtype}_{self.operands}_"
-            f"{casts}r{self.rank}_{self.block_m}x{self.block_k}_w{self.num_warps}_s{self.num_stages}"
+            f"r{self.rank}_{self.block_m}x{self.block_k}_w{self.num_warps}_s{self.num_stages}"
         )

@@ -64,9 +64,9 @@ class Choices:
         digest = hashlib.sha256(self._environment.encode()).hexdigest()[:16]
         return str(cache_folder() / f"choices-{digest}.json")
 
-    def all(self) -> list[Choice]:
-        """Every choice made or read so far."""
-        return list(self._load().values())
+    def known(self, key: str, wanted: str) -> Choice | None:
+        """The choice for ``key`` where it was made before; see `get`."""
+        return self._load().get((key, wanted)) or self._passing.get((key, wanted))
 
     def get(
         self,
@@ -83,8 +83,7 @@ class Choices:
 
         Raises ValueError where no candidate works; the message holds each reason.
         """
-        place = (key, wanted)
-        known = self._load().get(place) or self._passing.get(place)
+        place, known = (key, wanted), self.known(key, wanted)
         if known is not None and known.winner in candidates:
             return known
         matching = {

@@ -1,8 +1,8 @@
 // The proxy update of sites in a CPU's memory (paper section 3), the fingerprints by which it sees
-// what changed, and casts to FP8 and back where nothing is compiled around them. update.py and
+// what changed, and casts to FP8 and back where nothing is compiled around them. rows/update.py and
 // numerics.py in falqon_fx say the same in ATen operations, which pass over memory some sixty times;
-// here a row is decoded, moved, rounded and written while it lies in the cache. Bound by
-// kernels/cpu.py, whose structures these are.
+// here a row is read, moved, rounded and written while it lies in the cache. Bound by
+// kernels/cpu.py, whose structures these are and which checks what the pointers point to.
 
 #include <algorithm>
 #include <cmath>
@@ -41,8 +41,19 @@ struct bfloat16 {
   uint16_t bits;
 };
 
+struct float16 {
+  uint16_t bits;
+};
+
 float widen(float x) { return x; }
 float widen(bfloat16 x) { return as_float(uint32_t(x.bits) << 16); }
+float widen(float16 x) {
+  const uint32_t size = x.bits & 0x7FFFu;  // 10 bits of mantissa; the exponent's bias is 112 less
+  const float normal = as_float((size << 13) + (112u << 23));
+  const float subnormal = as_float((size << 13) + (113u << 23)) - 0x1p-14f;
+  const uint32_t finite = as_bits(size < 0x400u ? subnormal : normal);
+  return as_float((size < 0x7C00u ? finite : size << 13 | 0x7F800000u) | (x.bits & 0x8000u) << 16);
+}
 void narrow(float x, float& to) { to = x; }
 // To the nearest, ties to even; NaNs are those of `decode`.
 void narrow(float x, bfloat16& to) {
@@ -341,30 +352,32 @@ extern "C" void falqon_round(const float* x, const float* scale, int64_t scale_s
 // ---------------------------------------------------------------- the update
 
 struct Site {
-  uint8_t* weight;    // [out + r, in], E4M3
-  float* scale;       // [out + r, 1], or one number
-  void* applied;      // [out, r]
-  const void* lora_b; // [out, r]
-  int64_t* counters;  // see the columns below
-  int32_t* writes;    // [out]
+  uint8_t* weight;     // [out + r, in], E4M3
+  float* scale;        // [out + r, 1], or one number
+  void* applied;       // [out, r]
+  const void* lora_b;  // [out, r]
+  int64_t* counters;   // see the columns below
+  int32_t* writes;     // [out]
+  Matrix base;         // [out, in], where Plan::base_dtype says that there is one
   float scaling;
 };
 
-enum Counter { kStep = 3, kSite = 4, kNonfinite = 5 };  // as in falqon_fx/update.py
+enum Counter { kStep = 3, kSite = 4, kNonfinite = 5 };  // as in falqon_fx/rows/update.py
+enum BaseDtype { kNoBase, kFloat32, kBfloat16, kFloat16 };  // as in kernels/cpu.py
 
 struct Plan {
   int64_t out, in, rank, count;  // `count` rows are chosen
   uint64_t seed;
-  int32_t b_is_bfloat16, applied_is_bfloat16, per_row, pow2, stochastic, drop;
+  int32_t b_is_bfloat16, applied_is_bfloat16, base_dtype, per_row, pow2, stochastic, drop;
 };
 
 // What whoever watches is told of a site: the rows chosen and whether each was written [count],
-// their old and asked values [count, in], and Σ|B - applied| of all rows before [out] and of those
-// chosen after [count].
+// their values before, what was asked of them and what was cast [count, in], and Σ|B - applied| of
+// all rows before [out] and of those chosen after [count].
 struct Told {
   int64_t* rows;
   bool* worth;
-  float *old, *asked, *score, *remains;
+  float *old, *asked, *value, *score, *remains;
 };
 
 namespace {
@@ -409,19 +422,39 @@ void encode_row(uint8_t* __restrict code, const float* __restrict value,
   }
 }
 
+template <class T>
+void widen_row(float* __restrict to, const char* row, int64_t stride, int64_t count) {
+  if (stride == int64_t(sizeof(T))) {
+    const T* from = reinterpret_cast<const T*>(row);
+    for (int64_t j = 0; j < count; ++j) to[j] = widen(from[j]);
+  } else {
+    for (int64_t j = 0; j < count; ++j) to[j] = widen(*reinterpret_cast<const T*>(row + j * stride));
+  }
+}
+
+// A row of the base weight, which may be stored [in, out].
+void base_row(float* to, const Matrix& base, int64_t row, const Plan& plan) {
+  const char* first = base.data + row * base.row_stride;
+  const auto run = plan.base_dtype == kFloat32    ? widen_row<float>
+                   : plan.base_dtype == kBfloat16 ? widen_row<bfloat16>
+                                                  : widen_row<float16>;
+  run(to, first, base.column_stride, plan.in);
+}
+
 struct Scratch {  // of one thread
   std::vector<uint64_t> keys;
-  std::vector<float> lora_a, delta, old, asked;
+  std::vector<float> lora_a, moved, held, value, by;
   std::vector<uint16_t> random;
 
   explicit Scratch(const Plan& plan)
-      : keys(plan.out), lora_a(plan.rank * plan.in), delta(plan.rank), old(plan.in), asked(plan.in),
+      : keys(plan.out), lora_a(plan.rank * plan.in), moved(plan.rank), held(plan.rank),
+        value(plan.in), by(plan.in),
         random(plan.stochastic ? (plan.in / (8 * kLanes) + 1) * 8 * kLanes : 0) {}
 };
 
 template <class B, class Applied>
 void update(const Site& site, const Plan& plan, const Told* told, Scratch& scratch) {
-  auto& [keys, lora_a, delta, old, asked, random] = scratch;
+  auto& [keys, lora_a, moved, held, value, by, random] = scratch;
   const int64_t out = plan.out, in = plan.in, rank = plan.rank;
   const B* b = static_cast<const B*>(site.lora_b);
   Applied* applied = static_cast<Applied*>(site.applied);
@@ -458,38 +491,49 @@ void update(const Site& site, const Plan& plan, const Told* told, Scratch& scrat
                site.scale[plan.per_row ? out + r : 0]);
   }
 
-  for (int64_t k = 0; k < plan.count; ++k) {
+  int64_t count = plan.count;
+  if (!told) {
+    while (count && !(keys[count - 1] >> 32)) --count;  // not worth writing, nor is any behind it
+    // As they lie in memory: a base weight stored [in, out] has neighbouring rows in one line.
+    std::sort(keys.begin(), keys.begin() + count,
+              [](uint64_t a, uint64_t b) { return uint32_t(a) > uint32_t(b); });
+  }
+  for (int64_t k = 0; k < count; ++k) {
     const int64_t row = 0xFFFFFFFFu - uint32_t(keys[k]);
     const bool worth = keys[k] >> 32;
-    if (!worth && !told) break;  // nor is any row after it
 
     float remains = 0;
     for (int64_t r = 0; r < rank; ++r) {
       const int64_t at = row * rank + r;
       const float wanted = target(at), before = widen(applied[at]);
       if (worth) narrow(wanted, applied[at]);
-      delta[r] = (widen(applied[at]) - before) * site.scaling;  // what W' really gains
-      remains += magnitude(wanted - widen(applied[at]));
+      const float now = widen(applied[at]);  // what W' will really contain
+      held[r] = now * site.scaling;
+      moved[r] = (now - before) * site.scaling;
+      remains += magnitude(wanted - now);
     }
 
     uint8_t* code = site.weight + row * in;
     float& scale = site.scale[plan.per_row ? row : 0];
-    decode_row(old.data(), code, in, scale);
-    sum_rows(asked.data(), delta.data(), lora_a.data(), rank, in);
+    const bool from_base = plan.base_dtype != kNoBase;
+    if (from_base) base_row(value.data(), site.base, row, plan);
+    else decode_row(value.data(), code, in, scale);
+    sum_rows(by.data(), (from_base ? held : moved).data(), lora_a.data(), rank, in);
     if (told) {
       told->rows[k] = row, told->worth[k] = worth, told->remains[k] = remains;
-      std::copy(old.begin(), old.end(), told->old + k * in);
-      std::copy(asked.begin(), asked.end(), told->asked + k * in);
-      if (!worth) continue;
+      decode_row(told->old + k * in, code, in, scale);
+      sum_rows(told->asked + k * in, moved.data(), lora_a.data(), rank, in);
     }
 
-    const float amax = add_row(old.data(), asked.data(), in);
+    const float amax = add_row(value.data(), by.data(), in);
+    if (told) std::copy(value.begin(), value.end(), told->value + k * in);
+    if (!worth) continue;
     if (plan.per_row) scale = amax_to_scale(amax, plan.pow2);
     if (plan.stochastic) {
       philox(random.data(), in, uint32_t(row), uint32_t(site.counters[kStep]),
              uint32_t(site.counters[kSite]), plan.seed);
     }
-    encode_row(code, old.data(), plan.stochastic ? random.data() : nullptr, in, 1.0f / scale);
+    encode_row(code, value.data(), plan.stochastic ? random.data() : nullptr, in, 1.0f / scale);
     ++site.writes[row];
   }
 }

@@ -1,9 +1,9 @@
 """The proxy update on a CPU, casts to FP8 and back, and copies as compiled code: ``cpu.cpp``, built
 by Inductor's compiler at need.
 
-What `falqon_fx.update` and `falqon_fx.numerics` compute with ATen's operations, and bit for bit the
-same but for the sign of zeros and the order of the update's sums of r products (a row's score, and
-scaling · ΔB · Â).
+What `falqon_fx.rows.update` and `falqon_fx.numerics` compute with ATen's operations, and bit for
+bit the same but for the sign of zeros and the order of the update's sums of r products (a row's
+score, and scaling · ΔB · Â).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from falqon_fx import _compat
-from falqon_fx.spec import SiteSpec
+from falqon_fx.spec import RowsSpec
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ class _Site(ctypes.Structure):
     _fields_ = (
         *((name, _POINTER) for name in ("weight", "scale", "applied", "lora_b")),
         *((name, _POINTER) for name in ("counters", "writes")),
+        ("base", _Matrix),
         ("scaling", ctypes.c_float),
     )
 
@@ -48,12 +49,16 @@ class _Plan(ctypes.Structure):
     _fields_ = (
         *((name, _INT64) for name in ("out", "in_", "rank", "count")),
         ("seed", ctypes.c_uint64),
-        *((name, _INT32) for name in ("b_is_bfloat16", "applied_is_bfloat16", "per_row")),
-        *((name, _INT32) for name in ("pow2", "stochastic", "drop")),
+        *((name, _INT32) for name in ("b_is_bfloat16", "applied_is_bfloat16", "base_dtype")),
+        *((name, _INT32) for name in ("per_row", "pow2", "stochastic", "drop")),
     )
 
 
-_TOLD = ("rows", "worth", "old", "asked", "score", "remains")  # also the fields of `Chosen`
+_BASE_DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # 0 where there is none
+_FLOATS = {torch.float32, torch.bfloat16}
+COUNTERS = 7  # of a site (`falqon_fx.rows.update`)
+# Also the fields of `Chosen`.
+_TOLD = ("rows", "worth", "old", "asked", "value", "score", "remains")
 
 
 class _Told(ctypes.Structure):
@@ -79,19 +84,17 @@ def library() -> Any | None:
 
 
 def fingerprints(matrices: Sequence[Tensor]) -> Tensor | None:
-    """`falqon_fx.update.fingerprint` of each of G matrices [m, n] of one shape and dtype on a CPU,
-    int64 [G]; None where there is no compiled code.
+    """`falqon_fx.rows.update.fingerprint` of each of G matrices [m, n] of one shape and dtype on a
+    CPU, int64 [G]; None where there is no compiled code.
     """
     if library() is None:
         return None
-    (rows, columns), size = matrices[0].shape, matrices[0].element_size()
-    places = (_Matrix * len(matrices))()
-    for place, matrix in zip(places, matrices):
-        place.data = matrix.data_ptr()
-        place.row_stride, place.column_stride = (stride * size for stride in matrix.stride())
-    result = torch.empty(len(matrices), dtype=torch.int64)
+    first = matrices[0]
+    (rows, columns), size = first.shape, first.element_size()
+    places = (_Matrix * len(matrices))(*(_place(m, first.dtype, first.shape) for m in matrices))
+    result = torch.empty(len(matrices), dtype=torch.int64, device="cpu")
     sizes = (len(matrices), rows, columns, size, torch.get_num_threads())
-    _call("falqon_fingerprints", places, *map(_INT64, sizes), result)
+    _call("falqon_fingerprints", places, *map(_INT64, sizes), _address(result, torch.int64))
     return result
 
 
@@ -102,34 +105,49 @@ def copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
     """
     if not library.cache_info().currsize or library() is None:
         return False
-    copies = [_Copy(to.data_ptr(), of.data_ptr(), of.nbytes) for to, of in pairs]
+    copies = [_copy_of(to, of) for to, of in pairs]
     places = (_Copy * len(copies))(*copies)
     _call("falqon_copy", places, _INT64(len(pairs)), _INT64(torch.get_num_threads()))
     return True
+
+
+def _copy_of(to: Tensor, of: Tensor) -> _Copy:
+    if to.nbytes != of.nbytes:
+        raise ValueError(f"a copy of {of.nbytes} bytes into {to.nbytes}")
+    return _Copy(_address(to, to.dtype), _address(of, of.dtype), of.nbytes)
 
 
 def decode(code: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor | None:
     """`falqon_fx.numerics.decode_fp8` of bytes [..., n], ``scale`` [..., 1], [] or a number. None
     where there is no compiled code, or it doesn't take these.
     """
-    scale = torch.as_tensor(scale)
-    if dtype not in (torch.float32, torch.bfloat16) or not _by_rows(code, torch.uint8, scale):
+    scale = _as_scale(scale)
+    if dtype not in _FLOATS or not _by_rows(code, torch.uint8, scale):
         return None
-    result = torch.empty(code.shape, dtype=dtype)
+    result = torch.empty(code.shape, dtype=dtype, device="cpu")
     sizes = (*_rows_of(code, scale), dtype == torch.bfloat16, torch.get_num_threads())
-    _call("falqon_decode", code, scale, *map(_INT64, sizes), result)
+    operands = (_address(code, torch.uint8), _address(scale, torch.float32))
+    _call("falqon_decode", *operands, *map(_INT64, sizes), _address(result, dtype))
     return result
 
 
 def round_scaled(x: Tensor, scale: Tensor | float, mantissa: int, spacing: float) -> Tensor | None:
     """`falqon_fx.numerics.round_to_scaled_fp8` of float32 [..., n], likewise."""
-    scale = torch.as_tensor(scale)
+    scale = _as_scale(scale)
     if not _by_rows(x, torch.float32, scale):
         return None
-    result = torch.empty_like(x)
+    result = torch.empty(x.shape, dtype=torch.float32, device="cpu")
     sizes = (*_rows_of(x, scale), mantissa, torch.get_num_threads())
-    _call("falqon_round", x, scale, *map(_INT64, sizes), ctypes.c_float(spacing), result)
+    operands = (_address(x, torch.float32), _address(scale, torch.float32))
+    rest = (ctypes.c_float(spacing), _address(result, torch.float32))
+    _call("falqon_round", *operands, *map(_INT64, sizes), *rest)
     return result
+
+
+def _as_scale(scale: Tensor | float) -> Tensor:
+    if isinstance(scale, Tensor):
+        return scale
+    return torch.tensor(scale, dtype=torch.float32, device="cpu")
 
 
 def _by_rows(x: Tensor, dtype: torch.dtype, scale: Tensor) -> bool:
@@ -138,6 +156,7 @@ def _by_rows(x: Tensor, dtype: torch.dtype, scale: Tensor) -> bool:
         type(x) is Tensor  # what is traced has no memory
         and x.device.type == "cpu"
         and x.dtype == dtype
+        and scale.device.type == "cpu"
         and scale.dtype == torch.float32
         and x.dim() > 0
         and scale.shape in ((), (*x.shape[:-1], 1))
@@ -153,9 +172,34 @@ def _rows_of(x: Tensor, scale: Tensor) -> tuple[int, int, int]:
     return (1 if scale.dim() else 0), x.numel() // max(1, columns), columns
 
 
+def _address(tensor: Tensor, dtype: torch.dtype, shape: Sequence[int] | None = None) -> int:
+    """Where a tensor lies, for C++, which takes it to be contiguous, of this dtype and shape, and
+    in the memory of the CPU.
+    """
+    _check(tensor, dtype, shape)
+    if not tensor.is_contiguous():
+        raise ValueError(f"a tensor with strides {tensor.stride()} is not contiguous")
+    return tensor.data_ptr()
+
+
+def _place(matrix: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> _Matrix:
+    """The same of a matrix of any strides."""
+    _check(matrix, dtype, shape)
+    size = matrix.element_size()
+    rows, columns = matrix.stride()
+    return _Matrix(matrix.data_ptr(), rows * size, columns * size)
+
+
+def _check(tensor: Tensor, dtype: torch.dtype, shape: Sequence[int] | None) -> None:
+    if tensor.dtype != dtype or tensor.device.type != "cpu":
+        raise ValueError(f"a {tensor.dtype} tensor on {tensor.device} is not {dtype} on the CPU")
+    if shape is not None and tensor.shape != torch.Size(shape):
+        raise ValueError(f"a tensor of shape {list(tensor.shape)} is not of {list(shape)}")
+
+
 def _call(name: str, *arguments: Any) -> None:
-    pointers = (_POINTER(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments)
-    getattr(library(), name)(*pointers)
+    function = getattr(library(), name)
+    function(*(_POINTER(a) if isinstance(a, int) else a for a in arguments))
 
 
 @dataclass(frozen=True)
@@ -166,73 +210,96 @@ class Chosen:
     worth: Tensor
     old: Tensor
     asked: Tensor
+    value: Tensor
     score: Tensor
     remains: Tensor
 
 
-Columns = Sequence[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]
+# Weight (uint8), scale, applied, B, counters and writes of a site, and its base weight if any.
+SiteTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]
 
 
-def takes(sites: Columns) -> bool:
-    """Whether `write_rows` can do these sites: on a CPU, alike, contiguous, B and applied float32
-    or bfloat16.
+def takes(sites: Sequence[SiteTensors]) -> bool:
+    """Whether `write_rows` can do these sites, which are alike: on a CPU, B and applied float32 or
+    bfloat16, all but the base weight contiguous.
     """
-    _, scale, applied, lora_b, *_ = sites[0]
+    _, _, applied, lora_b, _, _, base = sites[0]
     return (
         applied.device.type == "cpu"
-        and {applied.dtype, lora_b.dtype} <= {torch.float32, torch.bfloat16}
-        and all(s.dim() == scale.dim() and a.dtype == applied.dtype for _, s, a, *_ in sites)
-        and all(tensor.is_contiguous() for site in sites for tensor in site)
+        and {applied.dtype, lora_b.dtype} <= _FLOATS
+        and (base is None or base.dtype in _BASE_DTYPES)
+        and all(tensor.is_contiguous() for *site, _ in sites for tensor in site)
         and library() is not None
     )
 
 
 def write_rows(
-    sites: Columns, scaling: Sequence[float], count: int, plan: SiteSpec, watched: bool
+    sites: Sequence[SiteTensors],
+    scaling: Sequence[float],
+    count: int,
+    plan: RowsSpec,
+    watched: bool,
 ) -> Chosen | None:
-    """Choose ``count`` rows of each site and write them (`falqon_fx.update.proxy_update_`).
+    """Choose ``count`` rows of each site and write them (`falqon_fx.rows.update.proxy_update_`).
 
-    A site is weight (uint8), scale, applied, B, counters and writes; all have the same shapes and
-    dtypes, which `takes` accepted. Says what it did if ``watched``.
+    All sites have the same shapes and dtypes, which `takes` accepted. Says what it did if
+    ``watched``.
+
+    Raises:
+        ValueError: a tensor that is not like the first site's.
     """
-    number = len(sites)
-    weight, scale, applied, lora_b, _, _ = sites[0]
-    out, rank = applied.shape
-    places = (_Site * number)(
-        *(
-            _Site(*(tensor.data_ptr() for tensor in site), factor)
-            for site, factor in zip(sites, scaling)
-        )
+    weight, scale, applied, lora_b, _, _, base = sites[0]
+    (out, rank), width = applied.shape, weight.shape[1]
+    wanted = (
+        (torch.uint8, (out + rank, width)),
+        (torch.float32, (out + rank, 1) if scale.dim() else ()),
+        (applied.dtype, (out, rank)),
+        (lora_b.dtype, (out, rank)),
+        (torch.int64, (COUNTERS,)),
+        (torch.int32, (out,)),
     )
+    lines = []
+    for (*tensors, own), factor in zip(sites, scaling):
+        addresses = [_address(t, *known) for t, known in zip(tensors, wanted, strict=True)]
+        if (own is None) != (base is None):
+            raise ValueError("a base weight is given for some sites of a batch only")
+        of_base = _Matrix()
+        if own is not None and base is not None:
+            of_base = _place(own, base.dtype, (out, width))
+        lines.append(_Site(*addresses, of_base, factor))
+    places = (_Site * len(lines))(*lines)
     shape = _Plan(
         out,
-        weight.shape[1],
+        width,
         rank,
         count,
         plan.seed,
         lora_b.dtype == torch.bfloat16,
         applied.dtype == torch.bfloat16,
+        0 if base is None else _BASE_DTYPES[base.dtype],
         scale.dim() == 2,
         plan.scale == "pow2",
         plan.rounding == "stochastic",
         plan.pending == "drop",
     )
     told: Any = None
-    rows: Chosen | None = None
+    chosen: Chosen | None = None
     if watched:
-        wide = (number, count, weight.shape[1])
-        rows = Chosen(
-            torch.empty(number, count, dtype=torch.int64),
-            torch.empty(number, count, dtype=torch.bool),
-            torch.empty(wide),
-            torch.empty(wide),
-            torch.empty(number, out),
-            torch.empty(number, count),
+        number = len(sites)
+        floats = functools.partial(torch.empty, dtype=torch.float32, device="cpu")
+        chosen = Chosen(
+            torch.empty(number, count, dtype=torch.int64, device="cpu"),
+            torch.empty(number, count, dtype=torch.bool, device="cpu"),
+            floats(number, count, width),
+            floats(number, count, width),
+            floats(number, count, width),
+            floats(number, out),
+            floats(number, count),
         )
-        columns = [vars(rows)[name] for name in _TOLD]
+        columns = [vars(chosen)[name] for name in _TOLD]
         told = (_Told * number)(
             *(_Told(*(column[i].data_ptr() for column in columns)) for i in range(number))
         )
     threads = _INT64(torch.get_num_threads())
-    _call("falqon_update", places, told, _INT64(number), ctypes.byref(shape), threads)
-    return rows
+    _call("falqon_update", places, told, _INT64(len(sites)), ctypes.byref(shape), threads)
+    return chosen

@@ -7,32 +7,12 @@ do; `Contest.run` runs the chosen one (`falqon_fx.kernels.choice`):
 triton:<spec>             a generated kernel (`falqon_fx.kernels.gemm`)
 scaled_mm                 ``torch._scaled_mm``, one call a weight (sm_89 and newer)
 scaled_mm+triton:<spec>   the same for O, and a generated kernel for O_A
-scaled_mm:merged          one call for O and O_A of a site
 inductor                  Inductor's templates of ``torch._scaled_mm``, where autotuning was asked
                           for (`falqon_fx.kernels.inductor`)
 dequantize                ``torch.mm`` on decoded operands; takes everything
 ========================  ====================================================================
 
 On CPU "dequantize" is the rule; ``kernel="triton"`` runs the generated kernels interpreted.
-
-With one call for all out + r rows of W' (`forward_strided`) O is a strided view of the result: laid
-out anew, it would cost a pass of its own, 2 · 2 · n · out bytes, a fifth of the product's time at
-4096³. The strides of what an op returns are part of a compiled graph, so this candidate competes
-while the graph is compiled (`falqon_fx.passes.autotune`).
-
-dL/dB comes from the pass that casts dL/dO where one scale holds for all of it (`cast_grad_b`). Once
-the scale is known, bytes per element of a bfloat16 dL/dO are:
-
-==========  ===================================  ========================
-scales      cast, then dL/dB                     both in one pass
-==========  ===================================  ========================
-one         2 read, 1 written; 2 read: 5         2 read, 1 written: 3
-by row      1 written where Inductor makes       2 read, 1 written: 3
-            dL/dO, with the row at hand;
-            2 read: 3
-==========  ===================================  ========================
-
-By row a library's dL/dO (of attention) takes 2 + 1 and 2, or 2 for the scales and 2 + 1: the same.
 """
 
 from __future__ import annotations
@@ -42,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Literal, TypeVar, cast
 
 import torch
@@ -49,15 +30,15 @@ from torch import Tensor
 
 from falqon_fx import serving
 from falqon_fx._compat import scaled_mm
+from falqon_fx.lowering import grad_b as grad_b_as_aten
 from falqon_fx.products import cast_fp8 as cast_as_aten
-from falqon_fx.products import cast_with_scale, plain_grad_b
 from falqon_fx.spec import parse_spec
 
 from . import backward, inductor, stored
 from .activation_cast import activation_cast
 from .backward_spec import GradBSpec
 from .choice import Candidate, Choice, choices_for
-from .gemm import Piece, Product, gemm, programs
+from .gemm import Piece, Product, follows, gemm, programs
 from .gemm_spec import Accumulation, GemmSpec
 from .interpreter import runs_interpreted
 from .loader import serves
@@ -72,7 +53,6 @@ S = TypeVar("S", bound=KernelSpec)
 AUTO = ("auto", "max-autotune")
 _TIMED = 3  # generated kernels that are tried for one problem
 _MAX_PIECES = 8  # weights in one launch
-_MAX_RANK = 256  # of the term that is added
 
 
 @dataclass(frozen=True)
@@ -98,8 +78,7 @@ class Contest:
     wanted: str
 
     def run(self) -> list[Tensor]:
-        """The results of the chosen one, see `forward`, `grad_x`, `grad_b`, `cast_grad_b` and
-        `cast_fp8`.
+        """The results of the chosen one, see `forward`, `grad_x`, `grad_b` and `cast_fp8`.
 
         Raises ValueError where no kernel, or not the one asked for, takes the operands; the message
         holds the reason of each.
@@ -125,8 +104,10 @@ def forward(
     options: Options,
 ) -> Contest:
     """Y_g = (q · W_gᵀ) ⊙ s_q ⊙ s_W,g + left_g · right_gᵀ + bias_g: one [n, rows_g] for each piece,
-    the last ``a_pieces`` side by side in one (O_A).
+    the last ``a_pieces`` side by side in one (O_A). All pieces have ``left`` and ``right``, of any
+    rank, or none has.
     """
+    pieces = _alike(pieces)
     problem = _problem(q, q_scale, pieces, a_pieces, out_dtype, a_dtype, options)
     y_pieces = len(pieces) - a_pieces
     dtypes = [out_dtype] * y_pieces + [a_dtype] * a_pieces
@@ -156,42 +137,6 @@ def forward(
             candidates[f"scaled_mm+{name}"] = both
     candidates["dequantize"] = plain
     return Contest(_key("forward", problem), candidates, q, options.kernel)
-
-
-def forward_strided(
-    q: Tensor,
-    q_scale: Tensor,
-    merged: Sequence[Piece],
-    outs: Sequence[int],
-    pending: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    out_dtype: torch.dtype,
-    a_dtype: torch.dtype,
-    options: Options,
-) -> Contest:
-    """O_i and O_A as of `falqon_fx.products.merged_product`, from one product [O_i | O_A,i] = q ·
-    W'_iᵀ for each W'_i [out_i + r_i, in] in ``merged``: O_i is a view of it, O_A a copy.
-    """
-    problem = _problem(q, q_scale, merged, 0, out_dtype, a_dtype, options)
-    ranks = [piece.weight.shape[0] - out for piece, out in zip(merged, outs, strict=True)]
-
-    def parted(wide: list[Tensor]) -> list[Tensor]:
-        out_a = torch.cat([y[:, out:] for y, out in zip(wide, outs, strict=True)], dim=1)
-        for i, (y, part) in enumerate(zip(wide, out_a.split(ranks, dim=1), strict=True)):
-            if pending:
-                y[:, : outs[i]].addmm_(part, pending[i].t())
-            if bias:
-                y[:, : outs[i]] += bias[i].to(a_dtype)
-        return [*(y.to(out_dtype)[:, :out] for y, out in zip(wide, outs, strict=True)), out_a]
-
-    def library(mm: MatMul) -> list[Tensor]:
-        mode = options.accumulation
-        return parted([_scaled_mm(mm, q, q_scale, piece, a_dtype, mode) for piece in merged])
-
-    candidates: dict[str, Candidate]
-    candidates = {f"{name}:merged": partial(library, mm) for name, mm in _libraries(options)}
-    candidates["dequantize"] = lambda: parted([_plain(q, q_scale, p, a_dtype) for p in merged])
-    return Contest(_key("forward as views", problem), candidates, q, options.kernel)
 
 
 def grad_x(
@@ -259,35 +204,13 @@ def grad_b(
     """[dL/dB], dL/dB [out, r] = scaling · gradᵀ · out_a, for dL/dO [n, out] and O_A [n, r]."""
 
     def plain() -> list[Tensor]:
-        return [plain_grad_b(grad, out_a, scaling, b_dtype)]
+        return [grad_b_as_aten(grad, out_a, scaling, b_dtype)]
 
     def generated(spec: GradBSpec) -> list[Tensor]:
         return [backward.grad_b(grad, out_a, scaling, spec)]
 
     made = partial(_grad_b_spec, grad, out_a, b_dtype)
     return _pair(f"dL/dB out={grad.shape[1]}", grad, made, generated, plain, kernel)
-
-
-def cast_grad_b(
-    grad: Tensor,
-    scale: Tensor,
-    out_a: Tensor,
-    scaling: float,
-    b_dtype: torch.dtype,
-    dtype: torch.dtype,
-    kernel: str,
-) -> Contest:
-    """[q, dL/dB], where grad ≈ q · scale: q [n, out] has the FP8 ``dtype``, ``scale`` is []."""
-
-    def plain() -> list[Tensor]:
-        q = cast_with_scale(grad.to(torch.float32), scale, dtype)
-        return [q, plain_grad_b(grad, out_a, scaling, b_dtype)]
-
-    def generated(spec: GradBSpec) -> list[Tensor]:
-        return [*backward.cast_grad_b(grad, scale, out_a, scaling, spec)]
-
-    made = partial(_grad_b_spec, grad, out_a, b_dtype, dtype)
-    return _pair(f"cast and dL/dB out={grad.shape[1]}", grad, made, generated, plain, kernel)
 
 
 def cast_fp8(x: Tensor, dtype: torch.dtype, spec: str) -> Contest:
@@ -345,21 +268,16 @@ def _pair(
     return Contest(key, {name: run, "dequantize": plain}, like, wanted)
 
 
-def _grad_b_spec(
-    grad: Tensor, out_a: Tensor, b_dtype: torch.dtype, dtype: torch.dtype | None = None
-) -> GradBSpec:
-    interpreted = runs_interpreted(grad)
+def _grad_b_spec(grad: Tensor, out_a: Tensor, b_dtype: torch.dtype) -> GradBSpec:
     dtypes = (_name(grad.dtype), _name(out_a.dtype), _name(b_dtype))
-    fp8: Fp8Format | Literal["none"] = "none" if dtype is None else _format(dtype)
-    shape = (grad.shape[1], None)
-    return _known_grad_b_spec(out_a.shape[1], dtypes, fp8, interpreted, shape, serving.known())
+    rank, shape = out_a.shape[1], (grad.shape[1], None)
+    return _known_grad_b_spec(rank, dtypes, runs_interpreted(grad), shape, serving.known())
 
 
 @functools.lru_cache(maxsize=4096)
 def _known_grad_b_spec(
     rank: int,
     dtypes: tuple[InputDtype, InputDtype, InputDtype],
-    fp8: Fp8Format | Literal["none"],
     interpreted: bool,
     shape: serving.Shape,
     known: int,
@@ -371,21 +289,14 @@ def _known_grad_b_spec(
         a_dtype=dtypes[1],
         b_dtype=dtypes[2],
         operands="float32" if interpreted else "native",
-        fp8=fp8,
-        cast="integer" if interpreted else "hardware",
     )
     serves(spec, [shape])
     return spec
 
 
-def forward_choice(device: torch.device, features: int, out: int) -> Choice | None:
-    """The newest choice made on ``device`` for the forward product of a site's shape, if any."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return None
-    wanted = (f" k={features},", f" rows=({out},")
-    made = [c for c in choices_for(device).all() if c.key.startswith("forward ")]
-    matching = [c for c in made if all(text in c.key for text in wanted)]
-    return matching[-1] if matching else None
+def forward_choice(device: torch.device, problem: GemmProblem, kernel: str) -> Choice | None:
+    """The choice made on ``device`` for a forward product with the option ``kernel``, if any."""
+    return choices_for(device).known(_key("forward", problem), kernel)
 
 
 def architecture(device: torch.device) -> int:
@@ -470,8 +381,6 @@ def _refusal(problem: GemmProblem, interpreted: bool) -> str:
         return "K is 0"
     if len(problem.rows) > _MAX_PIECES:
         return f"{len(problem.rows)} weights, more than {_MAX_PIECES}"
-    if problem.rank > _MAX_RANK:
-        return f"rank {problem.rank}, more than {_MAX_RANK}"
     return ""
 
 
@@ -561,6 +470,14 @@ def _join(parts: list[Tensor], a_pieces: int) -> list[Tensor]:
     return [*y, a[0] if len(a) == 1 else torch.cat(a, dim=1)]
 
 
+def _alike(pieces: Sequence[Piece]) -> Sequence[Piece]:
+    """The pieces with biases of one dtype: those of several become float32."""
+    if len({piece.bias.dtype for piece in pieces if piece.bias is not None}) < 2:
+        return pieces
+    wide = [None if piece.bias is None else piece.bias.to(torch.float32) for piece in pieces]
+    return [replace(piece, bias=bias) for piece, bias in zip(pieces, wide, strict=True)]
+
+
 def _problem(
     q: Tensor,
     q_scale: Tensor,
@@ -571,10 +488,9 @@ def _problem(
     options: Options,
 ) -> GemmProblem:
     n, k = q.shape
-    biases = {_name(p.bias.dtype) for p in pieces if p.bias is not None}
+    biases = [p.bias for p in pieces if p.bias is not None]
     scales = [p.scale for p in pieces]
     rows = tuple(p.weight.shape[0] for p in pieces)
-    ends = [p.weight.data_ptr() + p.weight.numel() for p in pieces]
     return GemmProblem(
         n=n,
         k=k,
@@ -585,10 +501,10 @@ def _problem(
         w_scale="none" if scales[0] is None else "row" if scales[0].dim() == 2 else "tensor",
         out_dtype=_name(out_dtype),
         a_dtype=_name(a_dtype),
-        bias=biases.pop() if len(biases) == 1 else "none",
+        bias=_name(biases[0].dtype) if biases else "none",
         rank=max(0 if p.right is None else p.right.shape[1] for p in pieces),
         accumulation=options.accumulation,
-        one_tensor=all(a == b.weight.data_ptr() for a, b in zip(ends, pieces[1:], strict=False)),
+        one_tensor=all(follows(a.weight, b.weight) for a, b in pairwise(pieces)),
     )
 
 

@@ -243,8 +243,16 @@ def _check_described(q: Tensor, pieces: Sequence[Piece]) -> None:
         if tensor.data_ptr() % 16 or tensor.stride(0) % 16:
             raise ValueError("gemm: memory='tma' takes rows that start at multiples of 16 bytes")
     for before, after in pairwise(pieces):
-        if after.weight.data_ptr() != before.weight.data_ptr() + before.weight.numel():
+        if not follows(before.weight, after.weight):
             raise ValueError("gemm: memory='tma' takes pieces that are rows of one tensor")
+
+
+def follows(before: Tensor, after: Tensor) -> bool:
+    """Whether ``after`` begins where ``before`` ends, as rows of one tensor: tensors apart may lie
+    like that by chance.
+    """
+    at_end = after.data_ptr() == before.data_ptr() + before.numel()
+    return at_end and after.untyped_storage().data_ptr() == before.untyped_storage().data_ptr()
 
 
 def _cdiv(a: int, b: int) -> int:

@@ -14,7 +14,7 @@ Operands = Literal["fp8", "bfloat16", "float32"]
 # them up in float32 after each block of K.
 Accumulation = Literal["fast", "promoted"]
 Memory = Literal["pointer", "tma"]
-# How the right operand lies: "nk" row by row of the output's columns (W' itself in forward, Wᵀ in
+# How the right operand lies: "nk" row by row of the output's columns (W and Â in forward, Wᵀ in
 # backward), "kn" the other way round (W as stored, in backward).
 Layout = Literal["nk", "kn"]
 WeightScale = Literal["tensor", "row", "none"]
@@ -32,9 +32,9 @@ class GemmSpec(KernelSpec):
     In backward of sites that share x, ``k_pieces`` > 1 such products are added up before the rest,
     Σ_s (x_s · W_sᵀ) ⊙ s_x,s, each with its own K.
 
-    ``extra`` is 0, or the padded rank of the term left_g · right_gᵀ (pending rows in forward, their
-    counterpart in backward). ``bias`` is "none" or the dtype of the biases. ``even_k`` says that
-    block_k divides K.
+    ``extra`` is 0, or the padded largest rank of the terms left_g · right_gᵀ (O_A · bᵀ in forward,
+    D · Â in backward). ``bias`` is "none" or the dtype of the biases. ``even_k`` says that block_k
+    divides K.
 
     Raises ValueError for a value outside its `Literal`, a size that is not a power of two, or a
     combination that the template does not have.

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import triton
 from rich.console import Console
@@ -77,8 +77,7 @@ def matrix() -> list[tuple[KernelSpec, tuple[int, ...]]]:
     for spec in _others():
         found[spec] = list(ARCHITECTURES)
     for spec in _others():
-        if not isinstance(spec, GradBSpec) or spec.fp8 == "none":  # see `cuda.casts_with_grad_b`
-            found.setdefault(_below_fp8(spec), []).insert(0, 80)
+        found.setdefault(_below_fp8(spec), []).insert(0, 80)
     return [(spec, tuple(dict.fromkeys(where))) for spec, where in found.items()]
 
 
@@ -97,33 +96,41 @@ def _gemm_problems(architecture: int) -> Iterator[GemmProblem]:
         one_tensor=True,
     )
     only_a = replace(site, rows=(64,))
-    pending = replace(site, rows=(4096,), a_pieces=0, rank=64)
+    frozen = replace(site, rows=(4096,), a_pieces=0)
+    adapted = replace(site, rows=(4096,), a_pieces=0, rank=64)
     grad_x = replace(site, rows=(4096,), a_pieces=0, x="e5m2", w_scale="none")
     yield site
     yield only_a
-    yield pending
+    yield frozen
+    yield adapted
     yield grad_x
     yield replace(grad_x, rank=64)
     if architecture == 80:
         return
     yield replace(site, x_scale="tensor", w_scale="tensor")
     yield replace(grad_x, x_scale="tensor", w_scale="tensor")
-    yield replace(pending, rank=16)
-    yield replace(pending, bias="bfloat16")
+    yield replace(adapted, rank=16)
+    yield replace(adapted, bias="bfloat16")
     yield replace(site, bias="bfloat16")
     yield replace(site, out_dtype="float16", a_dtype="float32")
     # q, k, v of a grouped-query model and gate, up: weights apart, so pointers.
     yield replace(site, rows=(4096, 1024, 1024, 64, 64, 64), a_pieces=3, one_tensor=False)
-    yield replace(pending, rows=(4096, 1024, 1024), one_tensor=False)
+    yield replace(adapted, rows=(4096, 1024, 1024), one_tensor=False)
     yield replace(only_a, rows=(64, 64, 64), a_pieces=3, one_tensor=False)
     yield replace(grad_x, rank=192, more_k=(1024, 1024))
+    # Some of them frozen: k and v, k alone beside two adapters, all three.
+    yield replace(frozen, rows=(1024, 1024), one_tensor=False)
+    yield replace(only_a, rows=(64, 64), a_pieces=2, one_tensor=False)
+    yield replace(grad_x, rank=64, more_k=(1024, 1024))
+    yield replace(grad_x, more_k=(1024, 1024))
     yield replace(site, rows=(11008, 11008, 64, 64), a_pieces=2, one_tensor=False)
-    yield replace(pending, rows=(11008, 11008), one_tensor=False)
-    yield replace(pending, rank=128)
-    yield replace(pending, rank=256)
-    yield replace(pending, x_scale="tensor", w_scale="tensor")
+    yield replace(adapted, rows=(11008, 11008), one_tensor=False)
+    yield replace(grad_x, rank=128, more_k=(11008,))
+    yield replace(adapted, rank=128)
+    yield replace(adapted, rank=256)
+    yield replace(adapted, x_scale="tensor", w_scale="tensor")
     # float16 and float32 models.
-    yield replace(pending, out_dtype="float16", a_dtype="float32")
+    yield replace(adapted, out_dtype="float16", a_dtype="float32")
     yield replace(only_a, out_dtype="float16", a_dtype="float32")
     yield replace(site, out_dtype="float32", a_dtype="float32")
     yield replace(grad_x, out_dtype="float32", a_dtype="float32")
@@ -145,18 +152,9 @@ def _below_fp8(spec: KernelSpec) -> KernelSpec:
 def _others() -> Iterator[KernelSpec]:
     yield TransposeSpec()
     yield StoredSpec()
-    formats: tuple[Literal["none", "e5m2"], ...] = ("none", "e5m2")
-    for fp8 in formats:
-        for rank in (16, 64, 128, 256):
-            yield GradBSpec.for_rank(
-                rank, grad_dtype="bfloat16", a_dtype="bfloat16", b_dtype="float32", fp8=fp8
-            )
-        yield GradBSpec.for_rank(
-            64, grad_dtype="float16", a_dtype="float32", b_dtype="float32", fp8=fp8
-        )
-    yield GradBSpec.for_rank(
-        64, grad_dtype="bfloat16", a_dtype="bfloat16", b_dtype="float32", fp8="e4m3"
-    )
+    for rank in (16, 64, 128, 256):
+        yield GradBSpec.for_rank(rank, grad_dtype="bfloat16", a_dtype="bfloat16", b_dtype="float32")
+    yield GradBSpec.for_rank(64, grad_dtype="float16", a_dtype="float32", b_dtype="float32")
     row = UpdateSpec(
         b_dtype="float32",
         a_dtype="float32",
@@ -179,7 +177,8 @@ def _others() -> Iterator[KernelSpec]:
     yield pieces
     yield replace(pieces, base_dtype="bfloat16")
     yield replace(row, b_dtype="bfloat16", a_dtype="bfloat16", rank=16)
-    yield replace(row, granularity="tensor", scale="amax", rounding="nearest", drop=True)
+    tensor = replace(row, granularity="tensor", scale="amax", rounding="nearest")
+    yield replace(tensor, drop=True, applied_dtype="float32")
     for granularity in get_args(Granularity):
         for fp8 in get_args(Fp8Format):
             yield ActivationCastSpec.for_width(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from falqon_fx import serving, stored
+from falqon_fx.rows.update import COUNTERS
 from falqon_fx.stored import Kept
-from falqon_fx.update import COUNTERS
 
 from . import backward
 from .backward_spec import StoredSpec, TransposeSpec
@@ -35,9 +35,10 @@ def _transpose_spec(interpreted: bool, shape: tuple[int, int], known: int) -> Tr
 
 
 def kept(weight: Tensor) -> Tensor:
-    """The same from the copy that is kept beside W, the first rows of W'; made where there is none.
+    """The same from the copy that is kept beside W; made where there is none.
 
-    Whoever calls this has run `refresh` since W was last written.
+    W is constant, or, with update="rows", the first rows of W': then whoever calls this has run
+    `refresh` since W was last written.
     """
     found = stored.find(weight)
     if found is None or found.turned.shape != weight.shape[::-1]:

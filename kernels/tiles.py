@@ -88,6 +88,7 @@ _SUMMED = {
     90: (Tile(128, 128, 128, 8, 3), Tile(64, 128, 128, 8, 3)),
     0: (Tile(64, 128, 64, 8, 3), Tile(64, 64, 64, 8, 3)),
 }
+_MAX_RANK = 256
 # O_A alone is at most 256 columns wide, so tiles are low, and there are more of them.
 _SKINNY = {90: (64, 128, 4, 4), 0: (64, 64, 4, 3)}
 
@@ -100,12 +101,13 @@ def operands(architecture: int) -> Operands:
 def gemm_specs(problem: GemmProblem, architecture: int) -> list[GemmSpec]:
     """The kernels that can compute ``problem`` on sm_``architecture``, the likeliest first.
 
-    Where the extra term has float32 factors (beside float16 and float32 results), they leave it and
-    the bias out and give float32: three products of each would spill, and on sm_100 take more
-    tensor memory than there is.
+    Where the extra term is of more than 256 columns, or its factors are float32 (beside float16 and
+    float32 results), they leave it and the bias out: three products of float32 factors each would
+    spill, and on sm_100 take more tensor memory than there is.
     """
-    if architecture and problem.rank and problem.a_dtype == "float32":
-        problem = replace(problem, rank=0, bias="none", out_dtype="float32")
+    wide = architecture and problem.a_dtype == "float32"
+    if problem.rank > _MAX_RANK or (problem.rank and wide):
+        problem = replace(problem, rank=0, bias="none", out_dtype=problem.a_dtype)
     tiles = [tile for tile in _tiles(problem, architecture) if _takes(tile, problem)]
     return [_spec(problem, tile, architecture) for tile in tiles]
 

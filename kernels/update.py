@@ -25,7 +25,8 @@ _POINTERS = ("weight", "scale", "applied", "counters", "writes", "lora_b", "lora
 
 @dataclass(frozen=True)
 class UpdateSite:
-    """The tensors of one site (see `falqon_fx.update`); ``count`` is how many rows it may write.
+    """The tensors of one site (see `falqon_fx.rows.update`); ``count`` is how many rows it may
+    write.
 
     ``weight`` [out + r, in] E4M3 or its bytes; ``base`` may have any strides, the others have none.
     """
@@ -43,12 +44,13 @@ class UpdateSite:
 
 
 def update_(sites: Sequence[UpdateSite], seed: int, spec: UpdateSpec) -> None:
-    """W[k] ← q(dq(W[k]) + scaling · ΔB[k] · dq(A)), applied[k] ← B[k], for the ``count`` rows k of
-    each site whose Σ|ΔB[k]| is largest, ties to the lowest row; nothing where B has not changed.
+    """W[k] ← q(base[k] + scaling · B[k] · dq(A)), or q(dq(W[k]) + scaling · ΔB[k] · dq(A)) without
+    a base weight, and applied[k] ← B[k], for the ``count`` rows k of each site whose Σ|ΔB[k]| is
+    largest, ties to the lowest row; nothing where B has not changed.
 
     Four launches whatever the number of sites, and no value read back. Rows whose Σ|ΔB| is NaN or
     Inf are counted in ``counters`` and never written. Where A or the base weight changed, the site
-    is marked stale and left as it is. All as on CPU, `falqon_fx.update.proxy_update_`; Philox
+    is marked stale and left as it is. All as on CPU, `falqon_fx.rows.update.proxy_update_`; Philox
     included.
 
     Raises ValueError where the sites are not what the spec is for.
@@ -118,15 +120,15 @@ def _row(site: UpdateSite) -> tuple[int, ...]:
     """A site's line of the table, but for the offsets and the seed."""
     tensors = [getattr(site, name) for name in _POINTERS]
     out, rank = site.applied.shape
-    steps = (0, 0, 0, 0)
+    of_base: tuple[int, ...] = (0,) * 6
     if site.base is not None:
         sizes, strides = site.base.shape, site.base.stride()
-        apart = (max(1, sizes[0] // 16), max(1, sizes[1] // 64))  # as falqon_fx.update.sample
+        apart = (max(1, sizes[0] // 16), max(1, sizes[1] // 64))  # as falqon_fx.base.sample
         taken = (min(16, -(-sizes[0] // apart[0])), min(64, -(-sizes[1] // apart[1])))
-        steps = (apart[0] * strides[0], apart[1] * strides[1], *taken)
+        of_base = (*strides, apart[0] * strides[0], apart[1] * strides[1], *taken)
     scaling = struct.unpack("<i", struct.pack("<f", site.scaling))[0]
     addresses = (0 if tensor is None else tensor.data_ptr() for tensor in tensors)
-    return (*addresses, out, rank, site.weight.shape[1], *steps, scaling, site.count)
+    return (*addresses, out, rank, site.weight.shape[1], *of_base, scaling, site.count)
 
 
 def _table(sites: Sequence[tuple[int, ...]], seed: int, device: torch.device) -> Tensor:
@@ -153,6 +155,9 @@ def refusal(site: UpdateSite) -> str:
     out, rank = site.applied.shape
     if not {*dtypes(site)} <= {"float32", "bfloat16", "float16", "none"}:
         return f"a dtype among {', '.join(dtypes(site))}"
+    known = (site.scale.dtype, site.counters.dtype, site.writes.dtype)
+    if known != (torch.float32, torch.int64, torch.int32):
+        return f"scale, counters and writes of {', '.join(map(str, known))}"
     for name in _POINTERS[:-1]:
         tensor: Tensor = getattr(site, name)
         if not tensor.is_contiguous():

@@ -22,15 +22,17 @@ Rounding = Literal["nearest", "stochastic"]
 
 @dataclass(frozen=True)
 class UpdateSpec(KernelSpec):
-    """The row-wise proxy update (`falqon_fx.update`) as four kernels, each over all sites.
+    """The row-wise proxy update (`falqon_fx.rows.update`) as four kernels, each over all sites.
 
     The dtypes are those of lora_B, lora_A, `applied` and the base weight ("none" where prepare()
-    freed it). ``drop`` is pending="drop": B holds the step itself. ``rank`` is the padded rank.
+    freed it: then rows are cast from what they were, else from the base weight). ``drop`` is
+    pending="drop": B holds the step itself, and `applied` is float32. ``rank`` is the padded rank.
     ``aligned`` says that all rows of W' are multiples of 16 bytes. A program that writes holds
     ``rows`` × ``width`` elements; ``loop`` reads wider rows piece by piece, twice where they get a
     new scale.
 
-    Raises ValueError for a value outside its `Literal` or a size that is not a power of two.
+    Raises ValueError for a value outside its `Literal`, a size that is not a power of two, or steps
+    that `applied` would round away.
     """
 
     template: ClassVar[str] = "update"
@@ -57,6 +59,8 @@ class UpdateSpec(KernelSpec):
         check_powers_of_two(self, "rank", "rows", "width", "block", "num_warps")
         if self.width < 8:
             raise ValueError(f"width={self.width}: eight columns share a block of random bits")
+        if self.drop and self.applied_dtype != "float32":
+            raise ValueError(f"applied_dtype={self.applied_dtype!r}: with drop it is float32")
 
     @property
     def name(self) -> str:

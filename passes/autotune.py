@@ -1,15 +1,14 @@
 """Pass 4: on a GPU, time what could compute each group of sites, before the graph is compiled.
 
 Each group runs once, forward and backward, on random operands of its shapes: the choices between
-kernels (`falqon_fx.kernels.choice`) fall here, not in the first step. One of them shapes the graph:
-whether O is a tensor of its own, or a view of [O | O_A] from one library call.
+kernels (`falqon_fx.kernels.choice`) fall here, not in the first step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -17,43 +16,66 @@ from rich.progress import Progress
 from torch import Tensor
 
 from falqon_fx._compat import hint, without_fake_mode
-from falqon_fx.merged import allocate
+from falqon_fx.base import scale_shape
+from falqon_fx.lowering import gemm_dtype
 from falqon_fx.numerics import E4M3
-from falqon_fx.passes.kernels import choose
 from falqon_fx.passes.normalize import value_of
 from falqon_fx.passes.plan import Plan, SitePlan
-from falqon_fx.passes.strides import may_be_strided
+from falqon_fx.passes.rewrite import adapter_inputs
+from falqon_fx.passes.rows import RowsSlot, adds_pending
 from falqon_fx.passes.terms import Param
+from falqon_fx.products import launches
 from falqon_fx.spec import SiteSpec
+
+if TYPE_CHECKING:
+    from falqon_fx.kernels.tiles import GemmProblem
 
 Group = tuple[SitePlan, ...]
 
 
-def autotune(plan: Plan) -> Plan:
-    """``plan`` with what won in its reports, and the groups whose O is a view in ``strided``.
+def autotune(plan: Plan, *, time: bool = True) -> Plan:
+    """``plan`` with what won in its reports; without ``time``, what won when it was timed before.
 
     Equal groups are timed once. A plan for a CPU, or for kernel="dequantize", comes back as it is.
     """
-    timed = [i for i, group in enumerate(plan.groups) if _has_choices(group, plan.spec)]
-    if not timed:
-        return plan
-    tuned: dict[tuple[Operands, bool], Tuned] = {}
-    groups, strided = [*plan.groups], set()
-    for i in _track(timed):
-        views = all(may_be_strided(s.match.anchor, hint(s.slot.rank)) for s in groups[i])
-        key = (Operands.of(groups[i]), views)
-        if key not in tuned:
-            tuned[key] = time_products(*key, plan.spec)
-        if tuned[key].strided:
-            strided.add(groups[i][0].report.group)
-        groups[i] = tuple(_reported(site, tuned[key]) for site in groups[i])
-    return replace(plan, groups=tuple(groups), strided=frozenset(strided))
+    chosen = [i for i, group in enumerate(plan.groups) if _has_choices(group, plan.spec)]
+    done: set[Operands] = set()
+    groups = [*plan.groups]
+    for i in _track(chosen) if time and chosen else chosen:
+        operands = Operands.of(groups[i], plan)
+        if time and operands not in done:
+            time_products(operands, plan.spec)
+            done.add(operands)
+        groups[i] = _reported(groups[i], operands, plan.spec)
+    return replace(plan, groups=tuple(groups))
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The rank of an adapter, the dtypes of A and B, and whether they train."""
+
+    rank: int
+    a_dtype: torch.dtype
+    b_dtype: torch.dtype
+    train_a: bool
+    train_b: bool
+
+
+@dataclass(frozen=True)
+class SiteOperands:
+    """W [out, in], a bias or none, and adapters. ``merged``: W and Â are rows of one tensor, W'."""
+
+    out: int
+    bias_dtype: torch.dtype | None
+    adapters: tuple[Adapter, ...]
+    merged: bool
 
 
 @dataclass(frozen=True)
 class Operands:
-    """What a group of sites is computed from: x [tokens, features], and of each site its out, rank,
-    and the dtypes of the base weight, of B and of the bias.
+    """What a group of sites is computed from: x [tokens, features], and `SiteOperands`.
+
+    ``adds_b``: O has the term O_A · bᵀ. ``own_x``: the adapters read another x than the sites.
     """
 
     device: torch.device
@@ -61,104 +83,149 @@ class Operands:
     features: int
     x_dtype: torch.dtype
     out_dtype: torch.dtype
-    sites: tuple[tuple[int, int, torch.dtype, torch.dtype, torch.dtype | None], ...]
+    sites: tuple[SiteOperands, ...]
+    adds_b: bool
+    own_x: bool
 
     @classmethod
-    def of(cls, group: Group) -> Operands:
+    def of(cls, group: Group, plan: Plan) -> Operands:
         """Those of a planned group."""
-        first, x = group[0].match, value_of(group[0].match.x)
+        x, config = value_of(group[0].match.x), plan.config
         return cls(
             x.device,
             group[0].report.tokens_hint,
             hint(x.shape[-1]),
             x.dtype,
-            value_of(first.anchor).dtype,
-            tuple(
-                (
-                    hint(site.slot.out),
-                    hint(site.slot.rank),
-                    getattr(torch, site.report.base_dtype),
-                    site.match.lora_b.value.dtype,
-                    _bias_dtype(site),
-                )
-                for site in group
-            ),
+            value_of(group[0].match.anchor).dtype,
+            tuple(_site_operands(site) for site in group),
+            config.update == "adapter" or adds_pending(config.pending),
+            bool(adapter_inputs(group)),
         )
 
-    def __str__(self) -> str:
-        sites = [(self.x_dtype, self.out_dtype), *self.sites]
-        kinds = " ".join(",".join(str(part) for part in site) for site in sites)
-        return f"n={self.tokens} k={self.features} {kinds}".replace("torch.", "")
+    @property
+    def gemm_dtype(self) -> torch.dtype:
+        """Of O_A and b."""
+        return gemm_dtype(self.out_dtype, self.device)
+
+    def problems(self, spec: SiteSpec) -> list[GemmProblem]:
+        """The product that makes O of each site, as `falqon_fx.products.merged_product` asks for
+        it.
+        """
+        ranks = [[adapter.rank for adapter in site.adapters] for site in self.sites]
+        of_a = [rank for own in ranks for rank in own]
+        if of_a and not self.adds_b and not self.own_x:
+            alone = len(self.sites) == len(of_a) == 1 and self.sites[0].merged
+            return [self._problem(self.sites, spec, of_a, 0, alone)] * len(self.sites)
+        found: dict[int, GemmProblem] = {}
+        for members in launches([self.adds_b and bool(own) for own in ranks]):
+            rank = max(sum(ranks[i]) for i in members) if self.adds_b else 0
+            sites = [self.sites[i] for i in members]
+            problem = self._problem(sites, spec, [], rank, len(members) == 1)
+            found |= dict.fromkeys(members, problem)
+        return [found[i] for i in range(len(self.sites))]
+
+    def _problem(
+        self,
+        sites: Sequence[SiteOperands],
+        spec: SiteSpec,
+        of_a: Sequence[int],
+        rank: int,
+        one_tensor: bool,
+    ) -> GemmProblem:
+        from falqon_fx.kernels.tiles import GemmProblem
+
+        biases = {site.bias_dtype for site in sites if site.bias_dtype is not None}
+        bias = "none" if not biases else _name(biases.pop()) if len(biases) == 1 else "float32"
+        fields: dict[str, Any] = {
+            "x_scale": spec.granularity,
+            "w_scale": spec.granularity,
+            "out_dtype": _name(self.out_dtype),
+            "a_dtype": _name(self.gemm_dtype),
+            "bias": bias,
+            "accumulation": spec.accumulation,
+        }
+        return GemmProblem(
+            n=self.tokens,
+            k=self.features,
+            rows=(*(site.out for site in sites), *of_a),
+            a_pieces=len(of_a),
+            x="e4m3",
+            rank=rank,
+            one_tensor=one_tensor,
+            **fields,
+        )
 
 
-@dataclass(frozen=True)
-class Tuned:
-    """``strided``: O is to be a view; ``why``: the choice between the two in words, or ""."""
-
-    strided: bool
-    why: str
-
-
-def time_products(operands: Operands, views: bool, spec: SiteSpec) -> Tuned:
-    """Make the choices between kernels for a group; with ``views`` the one for O's memory too."""
-    from falqon_fx.kernels.choice import choices_for
-
-    device, trains, why = operands.device, torch.is_grad_enabled(), ""
+def time_products(operands: Operands, spec: SiteSpec) -> None:
+    """Make the choices between kernels for a group: run its ops once, forward and backward."""
+    trains = torch.is_grad_enabled()
     # The caller traces with fake tensors, maybe in autocast.
-    with without_fake_mode(), torch.autocast(device.type, enabled=False):
-        given = Given.random(operands, spec)
-        if views and operands.tokens:
-            outputs = ("own", "strided")
-            runs = {o: partial(given.step, replace(spec, output=o)) for o in outputs}
-            with torch.no_grad():
-                choice = choices_for(device).get(f"O's memory, {operands}, {spec}", runs)
-            spec, why = replace(spec, output=choice.winner), str(choice)
+    with without_fake_mode(), torch.autocast(operands.device.type, enabled=False):
+        x, arguments = _random_arguments(operands, spec)
         with torch.set_grad_enabled(trains):
-            given.step(spec)
-    return Tuned(spec.output == "strided", why)
+            ys = torch.ops.falqon.merged_linear(x, *arguments)[: len(operands.sites)]
+            if trains:
+                lora = [*arguments[6], *arguments[7]]
+                wanted = [x, *(t for t in lora if t.requires_grad)]
+                torch.autograd.grad(ys, wanted, [torch.ones_like(y) for y in ys])
 
 
-@dataclass(frozen=True)
-class Given:
-    """The arguments of a group's ops: ``columns`` are W', its scale, applied, B and bias."""
+def _random_arguments(operands: Operands, spec: SiteSpec) -> tuple[Tensor, tuple[Any, ...]]:
+    """x and the other arguments of ``falqon::merged_linear``."""
+    device, features = operands.device, operands.features
+    # The stream of torch's own random numbers stays where it is.
+    numbers = torch.Generator(device).manual_seed(0)
 
-    x: Tensor
-    columns: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
-    out_dtype: torch.dtype
+    def draw(*shape: int, dtype: torch.dtype) -> Tensor:
+        values = torch.randn(shape, generator=numbers, dtype=torch.bfloat16, device=device)
+        return values.to(dtype)
 
-    @classmethod
-    def random(cls, operands: Operands, spec: SiteSpec) -> Given:
-        """Random ones; the stream of torch's own random numbers stays where it is."""
-        device = operands.device
-        numbers = torch.Generator(device).manual_seed(0)
+    def ones(part: Tensor) -> Tensor:
+        return torch.ones(scale_shape(len(part), spec), dtype=torch.float32, device=device)
 
-        def draw(*shape: int, dtype: torch.dtype) -> Tensor:
-            values = torch.randn(shape, generator=numbers, dtype=torch.bfloat16, device=device)
-            return values.to(dtype)
+    weight, bias, a, b, lora_a, lora_b = (list[Tensor]() for _ in range(6))
+    owner: list[int] = []
+    for i, site in enumerate(operands.sites):
+        rows = [site.out, *(adapter.rank for adapter in site.adapters)]
+        parts = draw(sum(rows), features, dtype=E4M3).split(rows)
+        w, *own_a = parts if site.merged else [part.clone() for part in parts]
+        weight.append(w)
+        a += own_a
+        if site.bias_dtype is not None:
+            bias.append(draw(site.out, dtype=site.bias_dtype))
+        for each in site.adapters:
+            in_a, in_b = (each.rank, features), (site.out, each.rank)
+            lora_a.append(draw(*in_a, dtype=each.a_dtype).requires_grad_(each.train_a))
+            lora_b.append(draw(*in_b, dtype=each.b_dtype).requires_grad_(each.train_b))
+            b += [draw(*in_b, dtype=operands.gemm_dtype)] if operands.adds_b else []
+            owner.append(i)
+    x = draw(operands.tokens, features, dtype=operands.x_dtype).requires_grad_()
+    own_x = [x] * len(owner) if operands.own_x else []
+    columns = (weight, [ones(w) for w in weight], bias, a, [ones(code) for code in a], b)
+    keep_x = any(t.requires_grad for t in lora_a)
+    numbers_of = (owner, [1.0] * len(owner), keep_x, operands.out_dtype, str(spec))
+    return x, (*columns, lora_a, lora_b, own_x, *numbers_of)
 
-        given = cls(
-            draw(operands.tokens, operands.features, dtype=operands.x_dtype).requires_grad_(),
-            ([], [], [], [], []),
-            operands.out_dtype,
+
+def _site_operands(site: SitePlan) -> SiteOperands:
+    adapters = tuple(
+        Adapter(
+            hint(b.shape[1]),
+            a.dtype,
+            b.dtype,
+            a.requires_grad,
+            b.requires_grad,
         )
-        for out, rank, base_dtype, b_dtype, bias_dtype in operands.sites:
-            state = allocate(out, operands.features, rank, base_dtype, 1.0, spec, device)
-            weight = draw(out + rank, operands.features, dtype=E4M3)
-            lora_b = draw(out, rank, dtype=b_dtype).requires_grad_()
-            row = [weight, state.scale.fill_(1), state.applied.zero_(), lora_b]
-            if bias_dtype is not None:
-                row.append(draw(out, dtype=bias_dtype))
-            for column, tensor in zip(given.columns, row, strict=False):
-                column.append(tensor)
-        return given
-
-    def step(self, spec: SiteSpec) -> None:
-        """Forward, and backward where gradients are on."""
-        scaling = [1.0] * len(self.columns[0])
-        rest = (*self.columns, scaling, self.out_dtype, str(spec))
-        *ys, _ = torch.ops.falqon.merged_linear(self.x, *rest)
-        if torch.is_grad_enabled():
-            torch.autograd.grad(ys, [self.x, *self.columns[3]], [torch.ones_like(y) for y in ys])
+        for a, b in ((m.lora_a.value, m.lora_b.value) for m in site.match.adapters)
+    )
+    bias = site.match.base.bias
+    value = bias.value if isinstance(bias, Param) else None if bias is None else value_of(bias)
+    return SiteOperands(
+        hint(site.base.out),
+        None if value is None else value.dtype,
+        adapters,
+        isinstance(site.base, RowsSlot),
+    )
 
 
 def _has_choices(group: Group, spec: SiteSpec) -> bool:
@@ -166,19 +233,22 @@ def _has_choices(group: Group, spec: SiteSpec) -> bool:
     return on_gpu and spec.kernel != "dequantize"
 
 
-def _reported(site: SitePlan, tuned: Tuned) -> SitePlan:
-    kernel, why = choose(site.report, value_of(site.match.x).device)
-    if tuned.strided:
-        kernel, why = "scaled_mm:merged", tuned.why
-    return replace(site, report=replace(site.report, kernel=kernel, kernel_reason=why))
+def _reported(group: Group, operands: Operands, spec: SiteSpec) -> Group:
+    """The group with what computes O of each site in its report, where that has been timed."""
+    from falqon_fx.kernels.dispatch import forward_choice
+
+    sites = []
+    for site, problem in zip(group, operands.problems(spec), strict=True):
+        choice = forward_choice(operands.device, problem, spec.kernel)
+        report = site.report
+        if choice is not None and report.architecture:
+            report = replace(report, kernel=choice.winner, kernel_reason=str(choice))
+        sites.append(replace(site, report=report))
+    return tuple(sites)
 
 
-def _bias_dtype(site: SitePlan) -> torch.dtype | None:
-    bias = site.match.base.bias
-    if bias is None:
-        return None
-    value: Tensor = bias.value if isinstance(bias, Param) else value_of(bias)
-    return value.dtype
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _track(groups: Sequence[int]) -> Iterator[int]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from falqon_fx.passes.normalize import Scope
-from falqon_fx.passes.terms import Add, BaseLinear, Cast, Dropout, Linear, Param, Scale
+from falqon_fx.passes.terms import Add, Cast, Dropout, Linear, Param, Prepared, Scale
 
 
 def cut_sites(root: Scope, whole: set[fx.Node]) -> Iterator[tuple[Scope, Param]]:
@@ -40,7 +40,7 @@ def _is_cut(scope: Scope, node: fx.Node, b: Linear) -> bool:
             source = _below(scope, a.x) if isinstance(a, Linear) else inner
             # x + B(A(x)) is a residual connection, no site.
             outside = base.op == "placeholder" and base is not source
-            return outside or (not here and isinstance(scope.term(base), Linear | BaseLinear))
+            return outside or (not here and isinstance(scope.term(base), Linear | Prepared))
     return here and any(user.op == "output" for user in end.users)
 
 

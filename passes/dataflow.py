@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from falqon_fx._compat import is_dtensor, is_plain
-from falqon_fx.passes.normalize import Scope, value_of, writes
-from falqon_fx.passes.terms import BaseLinear, Cast, Dropout, Linear, Param, Scale
+from falqon_fx.passes.normalize import Scope, memory_of, value_of, written
+from falqon_fx.passes.terms import Cast, Dropout, Linear, Param, Prepared, Scale
+
+
+@dataclass(frozen=True)
+class AdapterMatch:
+    """s · B(A(·)) on a site. ``x`` is what A reads where that is not the site's own x (dropout)."""
+
+    lora_a: Param
+    lora_b: Param
+    scaling: float
+    lora_bias: Param | None = None
+    bias_scaling: float = 1.0  # of lora_bias: what is applied behind B
+    dropout: float = 0.0
+    x: fx.Node | None = None
 
 
 @dataclass(frozen=True)
 class Match:
-    """One site: ``anchor`` is the node whose value the fused op will replace."""
+    """One site: ``anchor`` is the node whose value the fused op will replace. A frozen linear layer
+    alone has no ``adapters``.
+    """
 
     scope: Scope
     anchor: fx.Node
     nodes: frozenset[fx.Node]  # computed inside the site; gone after the rewrite
     x: fx.Node
-    base: Linear | BaseLinear
-    lora_a: Param
-    lora_b: Param
-    lora_bias: Param | None
-    bias_scaling: float  # of lora_bias: what is applied behind B
-    scaling: float
-    dropout: float
+    base: Linear | Prepared
+    adapters: tuple[AdapterMatch, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,12 +92,6 @@ def either(p: float, q: float) -> float:
     return p + q - p * q
 
 
-def check_trained(lora_a: Param, lora_b: Param) -> None:
-    """Refuse adapters that train A alone: a merged weight holds A fixed, nothing would train."""
-    if lora_a.value.requires_grad and not lora_b.value.requires_grad:
-        raise Refusal("lora_A is trained and lora_B is frozen (as in MiCA)", LEAVE)
-
-
 def check_base(base: Linear) -> None:
     """Refuse base weights that can't be merged."""
     value = base.weight.value
@@ -101,16 +106,30 @@ def check_base(base: Linear) -> None:
         )
     if value.requires_grad:
         raise Refusal(
-            "the base weight is trained too", "Freeze it (requires_grad_(False)); only B is trained"
+            "the base weight is trained too",
+            "Freeze it (requires_grad_(False)): an FP8 base is constant",
         )
 
 
-def casts(scope: Scope, node: fx.Node, taken: set[fx.Node]) -> tuple[fx.Node, ...]:
-    """A node and what it is a cast of, down to the first that is none or is another site's."""
-    nodes = [node]
-    while isinstance(term := scope.term(nodes[-1]), Cast) and nodes[-1] not in taken:
+def casts(scope: Scope, reader: fx.Node, x: fx.Node, taken: set[fx.Node]) -> tuple[fx.Node, ...]:
+    """What ``reader`` reads and what that is a cast of, down to the first that is none, is another
+    site's or was made in another mode: a cast under ``no_grad`` cuts the gradient off.
+    """
+    nodes, mode = [x], scope.mode(reader)
+    while isinstance(term := scope.term(nodes[-1]), Cast):
+        if nodes[-1] in taken or scope.mode(nodes[-1]) != mode:
+            break
         nodes.append(term.x)
     return tuple(nodes)
+
+
+def check_mode(scope: Scope, nodes: Iterable[fx.Node]) -> None:
+    """Refuse what is computed partly under ``no_grad``, partly not, or under autocast."""
+    if len({scope.mode(node) for node in nodes}) > 1:
+        raise Refusal(
+            "torch.no_grad() or torch.autocast() covers a part of it alone; one op has one mode",
+            "Compute the base layer and its adapter in the same mode",
+        )
 
 
 def trailing_cast(scope: Scope, add: fx.Node) -> fx.Node:
@@ -120,7 +139,8 @@ def trailing_cast(scope: Scope, add: fx.Node) -> fx.Node:
     """
     if len(add.users) == 1:
         (user,) = add.users
-        if isinstance(scope.term(user), Cast) and not _widens(add, user):
+        same = scope.mode(user) == scope.mode(add)
+        if same and isinstance(scope.term(user), Cast) and not _widens(add, user):
             return user
     return add
 
@@ -141,13 +161,24 @@ def exclusive(nodes: tuple[fx.Node, ...], inside: set[fx.Node]) -> set[fx.Node]:
 
 
 def check_unwritten(
-    x: fx.Node, above: tuple[fx.Node, ...], inside: set[fx.Node], anchor: fx.Node
+    read: Iterable[fx.Node], above: Iterable[fx.Node], inside: set[fx.Node]
 ) -> None:
-    """The fused op reads x where the sum stands: x must still be what base and A have read."""
-    first = min(inside)
-    late = [user for user in x.users if user.args[:1] == (x,) and first <= user < anchor]
-    if any(writes(node) for node in (*late, *above)):
-        raise Refusal("its input is written in place meanwhile", LEAVE)
+    """The fused op reads x and biases where the site ends: they must still be what the site's nodes
+    have ``read``, and those ``above`` it, from x on.
+    """
+    above, memory = set(above), memory_of(read)
+    node, last = min(inside | above), max(inside)
+    while node is not last:
+        targets = written(node)
+        if targets and (node in above or memory & memory_of(targets)):
+            raise Refusal("its input is written in place meanwhile", LEAVE)
+        node = node.next
+
+
+def nodes_of(bias: Param | fx.Node | None) -> tuple[fx.Node, ...]:
+    """The node that a bias is read from; a module's own has none."""
+    node = bias.node if isinstance(bias, Param) else bias
+    return () if node is None else (node,)
 
 
 def check_private(nodes: set[fx.Node], inside: set[fx.Node], taken: set[fx.Node]) -> None:

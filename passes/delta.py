@@ -11,15 +11,17 @@ from torch import Tensor, fx
 
 from falqon_fx.passes.dataflow import (
     LEAVE,
+    AdapterMatch,
     Chain,
     Match,
     Refusal,
     RejectedMatch,
     check_base,
+    check_mode,
     check_private,
-    check_trained,
     check_unwritten,
     either,
+    nodes_of,
     peel,
     shape,
     trailing_cast,
@@ -90,7 +92,6 @@ def _complete(
 ) -> Match:
     if total.lora_a.transposed or total.lora_b.transposed:
         raise Refusal("lora_A or lora_B is stored transposed", "Store A as [r, in], B as [out, r]")
-    check_trained(total.lora_a, total.lora_b)
     if float(total.dropout):
         raise Refusal("a dropout on B · A acts on weights, not on x", LEAVE)
     check_base(Linear(x, total.weight, bias))
@@ -101,7 +102,8 @@ def _complete(
         raise Refusal("the shapes of W, A and B don't belong together", LEAVE)
     anchor = trailing_cast(scope, node)
     inside = {node, anchor, *views, *total.nodes}
-    check_unwritten(x, (), inside, anchor)
+    check_mode(scope, inside)
+    check_unwritten((x, *nodes_of(bias)), (), inside)
     check_private(inside - {anchor}, inside, taken)
     assert isinstance(value_of(anchor), Tensor)
     return Match(
@@ -110,10 +112,5 @@ def _complete(
         frozenset(inside),
         x,
         Linear(x, total.weight, bias),
-        total.lora_a,
-        total.lora_b,
-        None,
-        1.0,
-        float(total.factor),
-        0.0,
+        (AdapterMatch(total.lora_a, total.lora_b, float(total.factor)),),
     )

@@ -9,33 +9,39 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from falqon_fx import report as falqon_fx_report
 from falqon_fx._compat import frames_of, hint
-from falqon_fx.merged import allocate
+from falqon_fx.base import scale_shape
 from falqon_fx.passes.dataflow import Match
 from falqon_fx.passes.kernels import choose
 from falqon_fx.passes.normalize import value_of
-from falqon_fx.passes.terms import BaseLinear
+from falqon_fx.passes.rows import RowsSlot
+from falqon_fx.passes.terms import Prepared
 from falqon_fx.report import Memory, Site, Source
 from falqon_fx.spec import SiteSpec
 
 if TYPE_CHECKING:
-    from falqon_fx.passes.plan import Slot
+    from falqon_fx.passes.plan import BaseSlot
 
 
-def describe(found: Match, slot: Slot, spec: SiteSpec, architecture: int) -> Site:
+def describe(
+    found: Match, slot: BaseSlot | RowsSlot, path: str, spec: SiteSpec, architecture: int
+) -> Site:
     """The report of one site; its group is numbered once all sites are known."""
     x, result = value_of(found.x), value_of(found.anchor)
     tokens = math.prod(x.shape[:-1])
+    adapters = found.adapters
+    prepared = isinstance(found.base, Prepared)
+    dtype = result.dtype if isinstance(found.base, Prepared) else found.base.weight.value.dtype
     site = Site(
-        path=slot.path,
+        path=path,
         out_features=slot.out,
         in_features=slot.features,
-        rank=slot.rank,
-        scaling=found.scaling,
-        dropout=found.dropout,
+        rank=sum(a.lora_b.value.shape[1] for a in adapters),
+        scaling=adapters[0].scaling if adapters else 0.0,
+        dropout=max((a.dropout for a in adapters), default=0.0),
         out_dtype=_name(result.dtype),
         spec=str(spec),
         source=source_of(found.anchor),
@@ -43,16 +49,18 @@ def describe(found: Match, slot: Slot, spec: SiteSpec, architecture: int) -> Sit
         tokens=str(tokens),
         tokens_hint=hint(tokens),
         x_dtype=_name(x.dtype),
-        base_dtype=_name(_base_dtype(found, x)),
-        adapter_dtype=_name(found.lora_b.value.dtype),
-        prepared=isinstance(found.base, BaseLinear),
-        train_a=found.lora_a.value.requires_grad,
-        rows=spec.rows(hint(slot.out)),
+        base_dtype=_name(dtype),
+        adapter_dtype=_name(adapters[0].lora_b.value.dtype) if adapters else "",
+        adapters=len(adapters),
+        prepared=prepared,
+        train_a=any(a.lora_a.value.requires_grad for a in adapters),
+        train_b=any(a.lora_b.value.requires_grad for a in adapters),
+        device=x.device.type,
         architecture=architecture,
-        memory=_memory(found, slot, spec, _base_dtype(found, x)),
+        memory=_memory(found, slot, spec, dtype),
         nodes=tuple(sorted(node.name for node in found.nodes)),
     )
-    kernel, reason = choose(site, x.device)
+    kernel, reason = choose(site)
     return replace(site, kernel=kernel, kernel_reason=reason)
 
 
@@ -75,22 +83,16 @@ def _is_library(file: str) -> bool:
     return _LIBRARY.search(file) is not None or Path(file).parent in _OWN
 
 
-def _base_dtype(found: Match, x: Tensor) -> torch.dtype:
-    if not isinstance(found.base, BaseLinear):
-        return found.base.weight.value.dtype
-    applied = value_of(found.scope.outer(found.base.state[2]))
-    dtype: torch.dtype = applied.dtype  # float32 exactly beside a float32 base
-    return dtype
-
-
-def _memory(found: Match, slot: Slot, spec: SiteSpec, base_dtype: torch.dtype) -> Memory:
-    out, features, rank = hint(slot.out), hint(slot.features), hint(slot.rank)
-    meta = torch.device("meta")
-    state = allocate(out, features, rank, base_dtype, slot.scaling, spec, meta)
+def _memory(
+    found: Match, slot: BaseSlot | RowsSlot, spec: SiteSpec, base_dtype: torch.dtype
+) -> Memory:
+    out, features = hint(slot.out), hint(slot.features)
+    state = out * features + 4 * math.prod(scale_shape(out, spec))
+    if isinstance(slot, RowsSlot):  # A, B's applied part, counts of writes
+        state += hint(slot.rank) * (features + 4 * spec.per_row + 2 * out) + 4 * out
+    adapters = [t for a in found.adapters for t in (a.lora_a.value, a.lora_b.value)]
     return Memory(
-        base=out * features * base_dtype.itemsize,
-        state=sum(tensor.nbytes for tensor in state.tensors),
-        adapter=_nbytes(found.lora_a.value) + _nbytes(found.lora_b.value),
+        base=out * features * base_dtype.itemsize, state=state, adapter=sum(map(_nbytes, adapters))
     )
 
 

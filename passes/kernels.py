@@ -28,22 +28,20 @@ def architecture_of(device: torch.device, config: FalqonConfig) -> int:
     return number if number >= 89 else 0
 
 
-def choose(site: Site, device: torch.device) -> tuple[str, str]:
-    """The name of what runs the forward product of a site on a device, and why; on a GPU, what won
-    for its shape.
+def choose(site: Site) -> tuple[str, str]:
+    """The name of what is likeliest to run the forward product of a site, and why. What won on a
+    GPU is for `falqon_fx.passes.autotune` to say.
     """
-    if site.architecture and device.type == "cuda":
-        from falqon_fx.kernels.dispatch import forward_choice
-
-        choice = forward_choice(device, site.in_features, site.out_features)
-        if choice is not None:
-            return choice.winner, str(choice)
     if not site.architecture:
         return "aten", "no FP8 kernels there: casts and bf16 GEMMs, which the inner compiler fuses"
+    asked = parse_spec(site.spec).kernel
+    if asked in ("scaled_mm", "inductor"):
+        return asked, f"kernel={asked!r} asks for it"
     specs = candidates(site)
     return f"triton:{specs[0].name}", (
-        f"the likeliest of {len(specs)} generated kernels for sm_{site.architecture}; compiling on "
-        "such a GPU times them and the library's, and takes the fastest"
+        f"the likeliest of {len(specs)} generated kernels for this site alone on "
+        f"sm_{site.architecture}; compiling on such a GPU times them and the library's, and takes "
+        "the fastest"
     )
 
 
@@ -52,19 +50,18 @@ def candidates(site: Site) -> list[GemmSpec]:
     from falqon_fx.kernels.tiles import GemmProblem, gemm_specs
 
     plan = parse_spec(site.spec)
-    apply = plan.pending == "apply"  # then O_A is a product of its own, before this one
     problem = GemmProblem(
         n=site.tokens_hint,
         k=site.in_features,
-        rows=(site.out_features,) if apply else (site.out_features, site.rank),
-        a_pieces=0 if apply else 1,
+        rows=(site.out_features,),
+        a_pieces=0,
         x="e4m3",
         x_scale=plan.granularity,  # type: ignore[arg-type]
         w_scale=plan.granularity,  # type: ignore[arg-type]
         out_dtype=site.out_dtype,  # type: ignore[arg-type]
         a_dtype="bfloat16" if site.out_dtype == "bfloat16" else "float32",
         bias="none",
-        rank=site.rank if apply else 0,
+        rank=site.rank,
         accumulation=plan.accumulation,  # type: ignore[arg-type]
         one_tensor=True,
     )
@@ -80,9 +77,21 @@ def source(site: Site) -> str:
 
         parts = (lowering.merged_linear, lowering.merged_linear_grad_x)
         return "\n\n".join(inspect.getsource(part) for part in parts)
+    kind, _, name = site.kernel.partition(":")
+    if kind != "triton":
+        return f"# {site.kernel}: torch's own product"
+    return _generated(site, name) or f"# {site.kernel}: its source is not on this machine"
+
+
+def _generated(site: Site, name: str) -> str:
+    """The source of a generated kernel: of one for the site alone, or from the folder where kernels
+    that have run are kept.
+    """
+    from falqon_fx.kernels.loader import cache_folder
     from falqon_fx.kernels.render import render
 
-    rendered = [
-        render(spec, site.path) for spec in candidates(site) if f"triton:{spec.name}" == site.kernel
-    ]
-    return rendered[0] if rendered else f"# {site.kernel}: torch's own FP8 product"
+    for spec in candidates(site):
+        if spec.name == name:
+            return render(spec, site.path)
+    kept = sorted(cache_folder().glob(f"{name}-*.py"), key=lambda file: file.stat().st_mtime)
+    return kept[-1].read_text(encoding="utf-8") if kept else ""

@@ -1,8 +1,8 @@
-"""Pass 2: find base(x) + s · B(A(x)) by data flow, and say why a LoRA-like pair is not one."""
+"""Pass 2: find base(x) + Σ s · B(A(x)) by data flow, and say why a LoRA-like pair is not one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -10,25 +10,38 @@ from torch import fx
 
 from falqon_fx.passes.dataflow import (
     LEAVE,
+    AdapterMatch,
     Chain,
     Match,
     Refusal,
     RejectedMatch,
     casts,
     check_base,
+    check_mode,
     check_private,
-    check_trained,
     check_unwritten,
     either,
     exclusive,
+    nodes_of,
     peel,
     shape,
     trailing_cast,
 )
 from falqon_fx.passes.delta import match_delta
 from falqon_fx.passes.normalize import Scope, param_of, value_of
-from falqon_fx.passes.terms import Add, AddLinear, BaseLinear, Cast, Dropout, Linear, Other, Scale
-from falqon_fx.passes.unmatched import named_as_lora, unmatched
+from falqon_fx.passes.terms import (
+    Add,
+    AddLinear,
+    BaseLinear,
+    Cast,
+    Dropout,
+    Linear,
+    Other,
+    Prepared,
+    RowsBaseLinear,
+    Scale,
+)
+from falqon_fx.passes.unmatched import named_as_lora, named_lora, unmatched
 
 
 @dataclass(frozen=True)
@@ -51,33 +64,52 @@ class _Pair:
         rank, features = shape(self.a.weight)
         return rank < min(features, shape(self.b.weight)[0])
 
+    @property
+    def small(self) -> bool:
+        """Whether the rank alone says that this is an adapter and not a bottleneck of the model."""
+        rank, features = shape(self.a.weight)
+        return 2 * rank < min(features, shape(self.b.weight)[0])
 
-def match(root: Scope) -> tuple[list[Match], list[RejectedMatch]]:
-    """All sites of a graph and its checkpoint bodies, in graph order."""
+    @property
+    def trained(self) -> bool:
+        return self.a.weight.value.requires_grad or self.b.weight.value.requires_grad
+
+    @property
+    def named(self) -> bool:
+        """Whether both have names of LoRA's: a linear in front of a site's A has not."""
+        return all(named_lora(self.scope, param) for param in (self.a.weight, self.b.weight))
+
+
+def match(root: Scope, keep_dropout: bool = True) -> tuple[list[Match], list[RejectedMatch]]:
+    """All sites with adapters of a graph and its checkpoint bodies, in graph order.
+
+    With ``keep_dropout`` an adapter behind a dropout reads the dropped value; else x.
+    """
     matches: list[Match] = []
     rejected: list[RejectedMatch] = []
     for scope in root.walk():
         taken: set[fx.Node] = set()
-        pairs = list(_pairs(scope))
-        several = _several(pairs)
-        for pair in pairs:
+        found: dict[fx.Node, Match] = {}  # by anchor
+        for pair in _pairs(scope):
             try:
-                found = _complete(pair, several, taken)
+                site = _complete(pair, found, taken, keep_dropout)
             except Refusal as no:
-                if pair.low_rank:  # else it is any two linears in a row
+                if (pair.low_rank and pair.trained) or pair.named:  # else any two linears
                     rejected.append(
                         RejectedMatch(scope, pair.a.weight, pair.b.weight, no.reason, no.remedy)
                     )
                 continue
-            taken |= found.nodes
-            matches.append(found)
+            taken |= site.nodes
+            found = {anchor: old for anchor, old in found.items() if anchor not in site.nodes}
+            found[site.anchor] = site
         for node in scope.gm.graph.nodes:
             delta = match_delta(scope, node, taken)
             if isinstance(delta, Match):
                 taken |= delta.nodes
-                matches.append(delta)
+                found[delta.anchor] = delta
             elif delta is not None:
                 rejected.append(delta)
+        matches.extend(sorted(found.values(), key=lambda site: site.anchor))
         rejected.extend(_on_others(scope))
         rejected.extend(unmatched(scope, matches, rejected))
     rejected.extend(named_as_lora(root, matches, rejected))
@@ -86,21 +118,22 @@ def match(root: Scope) -> tuple[list[Match], list[RejectedMatch]]:
 
 def _pairs(scope: Scope) -> Iterator[_Pair]:
     for node in scope.gm.graph.nodes:
-        b = scope.term(node)
-        if isinstance(b, AddLinear):
-            b = Linear(b.x, b.weight, None)
-        if not isinstance(b, Linear) or _is_part(scope, node):
-            continue
-        inner = peel(scope, b.x)
-        a = scope.term(inner.end)
-        if isinstance(a, Linear) and shape(b.weight)[1] == shape(a.weight)[0]:
-            yield _Pair(scope, node, a, b, inner)
+        pair = _pair_at(scope, node)
+        if pair is not None:
+            yield pair
 
 
-def _is_part(scope: Scope, node: fx.Node) -> bool:
-    """Whether a bias is still to come."""
-    terms = [scope.term(user) for user in node.users]
-    return any(isinstance(term, Linear) and node in term.parts for term in terms)
+def _pair_at(scope: Scope, node: fx.Node) -> _Pair | None:
+    b = scope.term(node)
+    if isinstance(b, AddLinear):
+        b = Linear(b.x, b.weight, None)
+    if not isinstance(b, Linear) or scope.is_part(node):
+        return None
+    inner = peel(scope, b.x)
+    a = scope.term(inner.end)
+    if not isinstance(a, Linear) or shape(b.weight)[1] != shape(a.weight)[0]:
+        return None
+    return _Pair(scope, node, a, b, inner)
 
 
 def _on_others(scope: Scope) -> Iterator[RejectedMatch]:
@@ -124,82 +157,94 @@ def _on_others(scope: Scope) -> Iterator[RejectedMatch]:
                 )
 
 
-def _several(pairs: list[_Pair]) -> set[fx.Node]:
-    """The B's of adapters that are added to one another: a layer has more than one."""
-    owner = {pair.b_node: pair for pair in pairs}  # of B's output, and of the sum with it
-    added: list[tuple[_Pair, fx.Node]] = []
-    for pair in pairs:
-        with suppress(Refusal):
-            total, base, _, _ = _find_add(pair.scope, pair.b_node)
-            owner[total] = pair
-            added.append((pair, peel(pair.scope, base).end))
-    several: set[fx.Node] = set()
-    for pair, base in added:
-        other = owner.get(base)
-        if other is not None and other.source is pair.source:
-            several |= {pair.b_node, other.b_node}
-    return several
-
-
-def _complete(pair: _Pair, several: set[fx.Node], taken: set[fx.Node]) -> Match:
+def _complete(
+    pair: _Pair, found: Mapping[fx.Node, Match], taken: set[fx.Node], keep_dropout: bool
+) -> Match:
     scope = pair.scope
-    if pair.b_node in several:
-        raise Refusal("more than one adapter is active on it", "Activate one adapter at a time")
     if pair.a.bias is not None:
         raise Refusal("lora_A has a bias, which a merged weight can't hold", LEAVE)
     if pair.a.weight.transposed or pair.b.weight.transposed:
         raise Refusal("lora_A or lora_B is stored transposed", "Store A as [r, in], B as [out, r]")
-    check_trained(pair.a.weight, pair.b.weight)
+    if not pair.small and not pair.named:
+        raise Refusal("its rank is not below half of its width, and nothing names it LoRA", LEAVE)
     add_node, base_operand, up, factor = _find_add(scope, pair.b_node)
     base_chain = peel(scope, base_operand)
-    base = scope.term(base_chain.end)
+    before = next((found[n] for n in (base_operand, *_down(base_chain)) if n in found), None)
+    base = scope.term(base_chain.end) if before is None else before.base
     if isinstance(base, Linear):
+        other = _pair_at(scope, base_chain.end)
+        if other is not None and other.small and other.source is pair.source:
+            raise Refusal(
+                "it is added to another adapter before the base layer's output",
+                "Add one adapter after the other: (base(x) + s·B(A(x))) + t·D(C(x))",
+            )
         check_base(base)
     elif base_chain.end.op == "placeholder" and param_of(base_chain.end, scope) is None:
         raise Refusal(
             "a graph break, or a variant of LoRA, stands between its base layer and its adapter",
             "Find the break with TORCH_LOGS=graph_breaks; the layer runs unmerged, as it was",
         )
-    elif not isinstance(base, BaseLinear):
+    elif not isinstance(base, BaseLinear | RowsBaseLinear):
         raise Refusal(
             f"the adapter is added to {base_chain.end.target!s}, not to a linear on a parameter "
             "(a quantized or wrapped base layer?)",
             "Use an unquantized nn.Linear as base",
         )
-    if base_chain.factor != 1.0 or float(base_chain.dropout):
-        raise Refusal("the base output is scaled or dropped before the add", LEAVE)
-    reads = casts(scope, base.x, taken)
+    inside = {pair.b_node, pair.inner.end, *pair.inner.nodes, *up, *pair.b.parts}
+    if before is None:
+        if base_chain.factor != 1.0 or float(base_chain.dropout):
+            raise Refusal("the base output is scaled or dropped before the add", LEAVE)
+        own = {base_chain.end, *base_chain.nodes}
+        own |= set(base.parts) if isinstance(base, Linear) else set()
+        reads = casts(scope, base_chain.end, base.x, taken)
+    else:
+        own = {*before.nodes, *_above_anchor(scope, base_operand, before.anchor)}
+        reads = casts(scope, before.anchor, before.x, taken - before.nodes)
+    inside |= own
     outer, x = peel(scope, pair.a.x, until=reads), reads[-1]
     if outer.end not in reads:
         raise Refusal("lora_A reads another input than the base layer", LEAVE)
     factor = float(factor)  # pins a SymFloat: another value compiles anew
-    scaling = float(factor * pair.inner.factor * outer.factor)
+    dropout, dropped = float(outer.dropout), None
+    if float(pair.inner.dropout):
+        if keep_dropout:
+            raise Refusal("a dropout stands between lora_A and lora_B", LEAVE)
+        dropout = float(either(dropout, pair.inner.dropout))
+    scaling = float(factor * pair.inner.factor)
+    if dropout and keep_dropout:
+        dropped = pair.a.x
+    else:
+        scaling *= float(outer.factor)
     anchor = trailing_cast(scope, add_node)
-    inside = {add_node, anchor, pair.b_node, pair.inner.end, base_chain.end}
-    inside |= {*pair.inner.nodes, *base_chain.nodes, *up, *pair.b.parts}
-    inside |= set() if isinstance(base, BaseLinear) else set(base.parts)
-    inside |= exclusive(outer.nodes, inside)
-    check_unwritten(x, outer.nodes, inside, anchor)
-    check_private(inside - {anchor}, inside, taken)
-    if isinstance(base, BaseLinear) and base.scaling != scaling:
-        raise Refusal(
-            f"prepare() merged it with scaling {base.scaling}, the graph has {scaling}",
-            "Call falqon_fx.restore(model), then prepare() again",
-        )
-    _check_shapes(base, pair)
-    return Match(
-        scope,
-        anchor,
-        frozenset(inside),
-        x,
-        base,
-        pair.a.weight,
-        pair.b.weight,
-        pair.b.bias,
-        factor,
-        scaling,
-        float(either(pair.inner.dropout, outer.dropout)),
+    inside |= {add_node, anchor}
+    if dropped is None:
+        inside |= exclusive(outer.nodes, inside)
+    check_mode(scope, {*inside, *outer.nodes})
+    read = (x, pair.a.x, *nodes_of(base.bias), *nodes_of(pair.b.bias))
+    check_unwritten(read, (*outer.nodes, *reads[:-1]), inside)
+    check_private(inside - {anchor}, inside, taken - own)
+    adapter = AdapterMatch(
+        pair.a.weight, pair.b.weight, scaling, pair.b.bias, factor, dropout, dropped
     )
+    adapters = (adapter,) if before is None else (*before.adapters, adapter)
+    _check_shapes(base, pair)
+    return Match(scope, anchor, frozenset(inside), x, base, adapters)
+
+
+def _down(chain: Chain) -> tuple[fx.Node, ...]:
+    return (*chain.nodes, chain.end)
+
+
+def _above_anchor(scope: Scope, node: fx.Node, anchor: fx.Node) -> set[fx.Node]:
+    """The casts from ``node`` down to the result of the site so far, at ``anchor``."""
+    nodes: set[fx.Node] = set()
+    while node is not anchor:
+        term = scope.term(node)
+        if not isinstance(term, Cast):
+            raise Refusal("the output is scaled between two adapters", LEAVE)
+        nodes.add(node)
+        node = term.x
+    return nodes
 
 
 def _find_add(scope: Scope, b_node: fx.Node) -> tuple[fx.Node, fx.Node, list[fx.Node], float]:
@@ -234,16 +279,20 @@ def _find_add(scope: Scope, b_node: fx.Node) -> tuple[fx.Node, fx.Node, list[fx.
     )
 
 
-def _check_shapes(base: Linear | BaseLinear, pair: _Pair) -> None:
+def _check_shapes(base: Linear | Prepared, pair: _Pair) -> None:
+    rank, a_in = shape(pair.a.weight)
+    b_out, _ = shape(pair.b.weight)
     if isinstance(base, Linear):
         out, features = shape(base.weight)
+    elif isinstance(base, BaseLinear):
+        out, features = value_of(base.code).shape
     else:
         rows, features = value_of(base.state[0]).shape
-        out = rows - shape(pair.a.weight)[0]
-    if isinstance(base, BaseLinear) and out != shape(pair.b.weight)[0]:
-        raise Refusal(
-            "prepare() merged an adapter of another rank",
-            "Call falqon_fx.restore(model), activate the adapter, then prepare() again",
-        )
-    if (out, features) != (shape(pair.b.weight)[0], shape(pair.a.weight)[1]):
+        out = rows - rank
+        if out != b_out:
+            raise Refusal(
+                "prepare() merged an adapter of another rank",
+                "Call falqon_fx.restore(model), activate the adapter, then prepare() again",
+            )
+    if (out, features) != (b_out, a_in):
         raise Refusal("the shapes of W, A and B don't belong together", LEAVE)

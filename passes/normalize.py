@@ -9,17 +9,25 @@ follows a body's placeholder to the operand that it stands for.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
-from falqon_fx._compat import checkpoint_bodies, fake_mode, fake_mode_of, same_sizes
+from falqon_fx._compat import (
+    checkpoint_bodies,
+    fake_mode,
+    fake_mode_of,
+    same_sizes,
+    unwrap_transforms,
+)
 from falqon_fx.errors import FalqonError
+from falqon_fx.passes.modes import Mode, modes
 from falqon_fx.passes.terms import (
     Add,
     AddLinear,
@@ -29,6 +37,7 @@ from falqon_fx.passes.terms import (
     Linear,
     Other,
     Param,
+    RowsBaseLinear,
     Scale,
     Term,
 )
@@ -113,6 +122,7 @@ class Scope:
     operands: dict[fx.Node, fx.Node] = field(default_factory=dict)  # placeholder -> parent's node
     last_input: fx.Node | None = None  # new placeholders go behind it
     _terms: dict[fx.Node, Term] = field(default_factory=dict)
+    _modes: dict[fx.Node, Mode] = field(default_factory=dict)
 
     @property
     def root(self) -> Scope:
@@ -130,11 +140,27 @@ class Scope:
             self._terms[node] = _read(node, self)
         return self._terms[node]
 
+    def mode(self, node: fx.Node) -> Mode:
+        """What torch switches on where a node stands; a checkpoint's body runs in those of its
+        call. As the graph was when this was first asked.
+        """
+        if not self._modes:
+            around = () if self.parent is None or self.call is None else self.parent.mode(self.call)
+            self._modes = {n: (*around, *mode) for n, mode in modes(self.gm.graph).items()}
+        return self._modes[node]
+
+    def is_part(self, node: fx.Node) -> bool:
+        """Whether a product is a part of another node's: a bias or a view is still to come."""
+        terms = [self.term(user) for user in node.users]
+        return any(isinstance(term, Linear) and node in term.parts for term in terms)
+
     def add_input(self, name: str) -> fx.Node:
         """A new placeholder behind all others."""
         graph = self.gm.graph
         with self.after_inputs():
             self.last_input = graph.placeholder(name)
+        # The generated code assigns names to other targets one after the other, which may overlap.
+        self.last_input.target = self.last_input.name
         return self.last_input
 
     def after_inputs(self) -> AbstractContextManager[None]:
@@ -261,8 +287,10 @@ def _casts_only(node: fx.Node, x: fx.Node) -> bool:
 
 
 def _read_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scope: Scope) -> Term:
-    if target is torch.ops.falqon.base_linear.default or target is torch.ops.falqon.base_linear:
-        return BaseLinear(args[0], tuple(args[1:6]), args[6], args[7], args[8])
+    if target in (torch.ops.falqon.base_linear.default, torch.ops.falqon.base_linear):
+        return BaseLinear(*args)
+    if target in (torch.ops.falqon.rows_base_linear.default, torch.ops.falqon.rows_base_linear):
+        return RowsBaseLinear(args[0], tuple(args[1:6]), args[6], args[7], args[8])
     if target in _LINEAR:
         return _linear(args, kwargs, scope)
     if target in _OTHER:
@@ -450,18 +478,47 @@ def _is_view(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in _VIEWS and len(node.args) > 0
 
 
-def writes(node: fx.Node) -> bool:
-    """Whether a node writes its first argument in place."""
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+def written(node: fx.Node) -> list[fx.Node]:
+    """The arguments that a node writes in place."""
+    if not node.op.startswith("call"):
+        return []
+    targets: list[Any] = [node.kwargs.get("out")]
     if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    name = getattr(node.target, "__name__", "")
-    inplace = name.endswith("_") and not name.endswith("__")
-    return inplace or node.target in _INPLACE or node.kwargs.get("inplace") is True
+        schema = node.target._schema.arguments
+        given = [*node.args, *(node.kwargs.get(a.name) for a in schema[len(node.args) :])]
+        targets += [x for a, x in zip(schema, given) if a.alias_info and a.alias_info.is_write]
+    elif node.args and _writes_first(node):
+        targets.append(node.args[0])
+    found: list[fx.Node] = []
+    fx.map_arg(targets, found.append)
+    return found
 
 
-_INPLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
+def _writes_first(node: fx.Node) -> bool:
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or node.target in _IN_PLACE or node.kwargs.get("inplace") is True
+
+
+_IN_PLACE = {
+    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem),
+    *("__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__"),
+}
+
+
+def written_parameters(root: Scope) -> set[fx.Node]:
+    """The root's leaf nodes whose memory some operation of the graph writes."""
+    nodes = [node for scope in root.walk() for node in scope.gm.graph.nodes]
+    memory = memory_of(target for node in nodes for target in written(node))
+    leaves = [n for n in root.gm.graph.nodes if n.op in ("placeholder", "get_attr")]
+    return {node for node in leaves if memory.intersection(memory_of([node]))}
+
+
+def memory_of(nodes: Iterable[fx.Node]) -> set[int]:
+    """What the values of nodes lie in: those that share it are views of one another."""
+    values = (value_of(node) for node in nodes)
+    plain = [unwrap_transforms(v) for v in values if isinstance(v, Tensor)]
+    return {StorageWeakRef(v.untyped_storage()).cdata for v in plain if v.layout is torch.strided}
 
 
 def param_of(node: Any, scope: Scope) -> Param | None:

@@ -1,53 +1,79 @@
-"""Pass 3: decide what becomes of each match: which state, which spec, or why not."""
+"""Pass 3: decide what becomes of each match: which base, which adapters, which spec, or why not."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
+import torch
 from torch import fx
 
-from falqon_fx._compat import is_ddp_piece, is_dtensor, is_fsdp, source_path
+from falqon_fx._compat import hint, is_ddp_piece, is_dtensor, is_fsdp, module_path, source_path
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
+from falqon_fx.lowering import gemm_dtype
 from falqon_fx.passes.cost import losing
 from falqon_fx.passes.cuts import cut_sites
-from falqon_fx.passes.dataflow import Match, RejectedMatch
+from falqon_fx.passes.dataflow import LEAVE, AdapterMatch, Match, RejectedMatch
 from falqon_fx.passes.describe import describe, source_of
+from falqon_fx.passes.frozen import embeddings, match_frozen, site_of, why_left
 from falqon_fx.passes.kernels import architecture_of
-from falqon_fx.passes.modes import Mode, modes
-from falqon_fx.passes.normalize import Scope, value_of
+from falqon_fx.passes.modes import may_autocast, transformed
+from falqon_fx.passes.normalize import Scope, value_of, written_parameters
+from falqon_fx.passes.rows import RowsSlot, check_rows, rows_slot
 from falqon_fx.passes.siblings import group_siblings
-from falqon_fx.passes.terms import BaseLinear, Param
+from falqon_fx.passes.terms import (
+    AddLinear,
+    BaseLinear,
+    Linear,
+    Param,
+    Prepared,
+    RowsBaseLinear,
+)
 from falqon_fx.report import Rejected, Site, Source, common_path
 from falqon_fx.spec import SiteSpec, parse_spec
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
-class Slot:
-    """The state of one (W, A, B) in a graph, shared by all sites that use it.
+class BaseSlot:
+    """A base weight W of a graph, shared by all sites that use it.
 
-    ``prepared`` are the root nodes of a prepared state; else the state is looked up per call.
+    ``prepared`` are the root's nodes of the bytes, scale and digest that `prepare` made; else W's
+    FP8 form is looked up by ``weight`` in each call.
     """
 
-    index: int
     path: str
-    base: Param | None
-    lora_a: Param
-    lora_b: Param
     out: int
     features: int
-    rank: int
-    scaling: float
+    weight: Param | None
     prepared: tuple[fx.Node, ...] | None
 
 
 @dataclass(frozen=True)
+class AdapterSlot:
+    """(A, B, scaling) of a graph, whose casts all sites share that use it.
+    ``wide``: b is float32.
+    """
+
+    path: str
+    lora_a: Param
+    lora_b: Param
+    scaling: float
+    wide: bool
+
+
+@dataclass(frozen=True)
 class SitePlan:
-    """A match that will be rewritten."""
+    """A match that will be rewritten. With update="rows" its base is a `RowsSlot`, which has its
+    adapter in it.
+    """
 
     match: Match
-    slot: Slot
+    base: BaseSlot | RowsSlot
+    adapters: tuple[AdapterSlot, ...]
     report: Site
 
 
@@ -59,25 +85,36 @@ class Plan:
     config: FalqonConfig
     spec: SiteSpec
     groups: tuple[tuple[SitePlan, ...], ...]  # each becomes one op: siblings share their x
-    slots: tuple[Slot, ...]
     rejected: tuple[Rejected, ...]
-    strided: frozenset[int] = frozenset()  # groups whose O is a view, see `passes.autotune`
+    left: tuple[Rejected, ...]  # frozen linear layers that stay as they are
 
     @property
     def sites(self) -> tuple[SitePlan, ...]:
         """All sites, group by group."""
         return tuple(site for group in self.groups for site in group)
 
-    def spec_of(self, group: tuple[SitePlan, ...]) -> str:
-        """What the op of a group carries."""
-        strided = group[0].report.group in self.strided
-        return str(replace(self.spec, output="strided") if strided else self.spec)
+    @property
+    def bases(self) -> tuple[BaseSlot, ...]:
+        return _each(s.base for s in self.sites if isinstance(s.base, BaseSlot))
+
+    @property
+    def adapters(self) -> tuple[AdapterSlot, ...]:
+        return _each(adapter for site in self.sites for adapter in site.adapters)
+
+    @property
+    def rows(self) -> tuple[RowsSlot, ...]:
+        return _each(s.base for s in self.sites if isinstance(s.base, RowsSlot))
+
+
+def _each(slots: Iterable[T]) -> tuple[T, ...]:
+    """Each object once, in order."""
+    return tuple({id(slot): slot for slot in slots}.values())
 
 
 def plan(
     root: Scope, matches: list[Match], rejected: list[RejectedMatch], config: FalqonConfig
 ) -> Plan:
-    """Choose sites and give equal (W, A, B, scaling) one slot.
+    """Choose sites, and give equal W, and equal (A, B, scaling), one slot.
 
     Raises:
         FalqonError: a site that can't be trained rightly as asked (device, topk, sharding, a cut
@@ -85,41 +122,159 @@ def plan(
     """
     if is_ddp_piece(root.gm):
         _check_whole(root, matches)
-    spec = SiteSpec.from_config(config)
+    chooser = _Chooser(root, config)
+    for found in matches:
+        chooser.take(found)
+    for found in match_frozen(root, matches):
+        # Of a prepared layer nothing is left but its FP8 form.
+        if config.frozen == "fp8" or isinstance(found.base, BaseLinear):
+            chooser.take_frozen(found)
     refused = [
         Rejected(_path(root, (r.lora_a, r.lora_b), r.scope), r.reason, r.remedy, _source(r.lora_b))
         for r in rejected
     ]
-    within = {n: mode for scope in root.walk() for n, mode in modes(scope.gm.graph).items()}
-    sites: list[SitePlan] = []
-    slots: dict[tuple[object, ...], Slot] = {}
-    for found in matches:
-        path = _path(root, _named_by(found), found.scope)
-        why = _refusal(found, path, config, within)
+    groups = _groups(chooser.sites, config)
+    return Plan(
+        root,
+        config,
+        chooser.spec,
+        groups,
+        (*refused, *chooser.rejected),
+        tuple(chooser.left),
+    )
+
+
+class _Chooser:
+    """Collects what becomes of each match."""
+
+    def __init__(self, root: Scope, config: FalqonConfig) -> None:
+        self.root, self.config = root, config
+        self.spec = SiteSpec.from_config(config)
+        self.sites: list[SitePlan] = []
+        self.rejected: list[Rejected] = []
+        self.left: list[Rejected] = []
+        self._written = written_parameters(root)
+        self._tied = embeddings(root)
+        self._bases: dict[object, BaseSlot] = {}
+        self._adapters: dict[object, AdapterSlot] = {}
+        self._rows: dict[object, RowsSlot] = {}
+
+    def take(self, found: Match) -> None:
+        """A linear layer with adapters."""
+        path = _path(self.root, _named_by(found), found.scope)
+        why = self._refusal(found, path)
         if why is not None:
-            refused.append(why)
-            continue
-        _check(found, path, config)
-        key = (*(_identity(found.scope, p) for p in _params(found)), found.scaling)
-        slot = slots.get(key) or _slot(len(slots), path, found)
+            self.rejected.append(why)
+            return
+        _check(found, path, self.config)
+        if self.config.update == "rows":
+            why_rows = check_rows(found, path, self.config)
+            if why_rows is not None:
+                self.rejected.append(Rejected(path, *why_rows, source_of(found.anchor)))
+                return
+            self._add(found, self._rows_of(found, path), (), path)
+        else:
+            adapters = tuple(self._adapter(found, a, path) for a in found.adapters)
+            self._add(found, self._base(found, path), adapters, path)
+
+    def take_frozen(self, found: Match) -> None:
+        """A frozen linear layer alone."""
+        tied = any(id(param.value) in self._tied for param in _weights(found))
+        path = _path(self.root, _weights(found), found.scope)
+        path = (module_path(found.anchor) if tied else "") or path  # not the embedding's
+        if not self.config.selects(site_of(path)):
+            return
+        out, features = _size(found)
+        why = why_left(path, hint(out), hint(features), tied)
+        refused = self._refusal(found, path)
+        if why is not None and not isinstance(found.base, BaseLinear):
+            remedy = "It runs as it was; an adapter on it would make it a site"
+            self.left.append(Rejected(path, why, remedy, source_of(found.anchor)))
+        elif refused is not None:
+            self.left.append(refused)
+        else:
+            _check(found, path, self.config)
+            self._add(found, self._base(found, path), (), path)
+
+    def _add(
+        self,
+        found: Match,
+        base: BaseSlot | RowsSlot,
+        adapters: tuple[AdapterSlot, ...],
+        path: str,
+    ) -> None:
         device = value_of(found.x).device
-        site = describe(found, slot, spec, architecture_of(device, config))
-        why = losing(site, config, device)
+        site = describe(found, base, path, self.spec, architecture_of(device, self.config))
+        why = losing(site, self.config, device)
         if why is not None:
-            refused.append(why)
-            continue
-        slots[key] = slot
-        sites.append(SitePlan(found, slot, site))
-    groups = _groups(sites, config, within)
-    return Plan(root, config, spec, groups, tuple(slots.values()), tuple(refused))
+            (self.rejected if found.adapters else self.left).append(why)
+            return
+        self.sites.append(SitePlan(found, base, adapters, site))
+
+    def _refusal(self, found: Match, path: str) -> Rejected | None:
+        def refuse(reason: str, remedy: str) -> Rejected:
+            return Rejected(path, reason, remedy, source_of(found.anchor))
+
+        if not self.config.selects(site_of(path)):
+            return refuse("include= or exclude= leaves it out", "Change the patterns")
+        dropped = [a.dropout for a in found.adapters if a.dropout > 0]
+        if dropped and self.config.dropout == "reject":
+            return refuse(
+                f'it has an adapter dropout p={dropped[0]:g}, and dropout="reject" is set',
+                'Set lora_dropout=0, or dropout="exact"',
+            )
+        if transformed(found.scope.mode(found.anchor)):
+            return refuse("it runs inside a torch.func transform", LEAVE)
+        for param in _params(found):
+            if param.node is not None and found.scope.outer(param.node) in self._written:
+                return refuse(
+                    "one of its parameters is written inside the compiled graph",
+                    "Write it outside of the compiled function",
+                )
+        return None
+
+    def _base(self, found: Match, path: str) -> BaseSlot:
+        (weight,) = _weights(found)
+        key = _identity(found.scope, weight)
+        if key not in self._bases:
+            out, features = _size(found)
+            base, scope = found.base, found.scope
+            if isinstance(base, BaseLinear):
+                nodes = tuple(map(scope.outer, (base.code, base.scale, base.digest)))
+                self._bases[key] = BaseSlot(path, out, features, None, nodes)
+            else:
+                self._bases[key] = BaseSlot(path, out, features, _at_root(scope, weight), None)
+        return self._bases[key]
+
+    def _adapter(self, found: Match, adapter: AdapterMatch, path: str) -> AdapterSlot:
+        scope, result = found.scope, value_of(found.anchor)
+        wide = gemm_dtype(result.dtype, result.device) == torch.float32
+        a, b = adapter.lora_a, adapter.lora_b
+        key = (_identity(scope, a), _identity(scope, b), adapter.scaling, wide)
+        if key not in self._adapters:
+            self._adapters[key] = AdapterSlot(
+                path, _at_root(scope, a), _at_root(scope, b), adapter.scaling, wide
+            )
+        return self._adapters[key]
+
+    def _rows_of(self, found: Match, path: str) -> RowsSlot:
+        (adapter,) = found.adapters
+        key = (*(_identity(found.scope, p) for p in _params(found)), adapter.scaling)
+        if key not in self._rows:
+            self._rows[key] = rows_slot(found, path, len(self._rows), _at_root)
+        return self._rows[key]
 
 
-def _groups(
-    sites: list[SitePlan], config: FalqonConfig, within: Mapping[fx.Node, Mode]
-) -> tuple[tuple[SitePlan, ...], ...]:
+def _groups(sites: list[SitePlan], config: FalqonConfig) -> tuple[tuple[SitePlan, ...], ...]:
     """Sites that become one op together, numbered in the report."""
+    scopes = (
+        {id(scope): i for i, scope in enumerate(sites[0].match.scope.root.walk())} if sites else {}
+    )
     matches = [site.match for site in sites]
-    groups = group_siblings(matches, within) if config.siblings else [[found] for found in matches]
+    matches.sort(key=lambda found: (scopes[id(found.scope)], found.anchor))
+    groups = [[found] for found in matches]
+    if config.siblings:
+        groups = group_siblings(matches, config.update == "rows")
     of = {id(site.match): site for site in sites}
     return tuple(
         tuple(
@@ -129,11 +284,25 @@ def _groups(
     )
 
 
+def _weights(found: Match) -> tuple[Param, ...]:
+    """The base weight, or what stands for a prepared one."""
+    base = found.base
+    if isinstance(base, BaseLinear | RowsBaseLinear):
+        code = base.code if isinstance(base, BaseLinear) else base.state[0]
+        return (Param(value_of(found.scope.outer(code)), code),)
+    return (base.weight,)
+
+
 def _params(found: Match) -> tuple[Param, ...]:
-    if isinstance(found.base, BaseLinear):
-        code = found.base.state[0]
-        return (Param(value_of(found.scope.outer(code)), code), found.lora_a, found.lora_b)
-    return (found.base.weight, found.lora_a, found.lora_b)
+    adapters = [p for a in found.adapters for p in (a.lora_a, a.lora_b)]
+    return (*_weights(found), *adapters)
+
+
+def _size(found: Match) -> tuple[int, int]:
+    """[out, in] of the base."""
+    (weight,) = _weights(found)
+    first, second = weight.value.shape
+    return (second, first) if weight.transposed else (first, second)
 
 
 def _named_by(found: Match) -> tuple[Param, ...]:
@@ -146,33 +315,6 @@ def _named_by(found: Match) -> tuple[Param, ...]:
         return (base, *adapter)
     tied = len(found.scope.outer(node).users) > 1 or not found.nodes.issuperset(node.users)
     return tuple(adapter) if tied else (base, *adapter)
-
-
-def _refusal(
-    found: Match, path: str, config: FalqonConfig, within: Mapping[fx.Node, Mode]
-) -> Rejected | None:
-    if not config.selects(path):
-        return Rejected(
-            path,
-            "include= or exclude= leaves it out",
-            "Change the patterns",
-            source_of(found.anchor),
-        )
-    if found.dropout > 0 and config.dropout == "reject":
-        return Rejected(
-            path,
-            f"a merged weight can't apply the adapter dropout p={found.dropout:g}",
-            'Set lora_dropout=0, or dropout="ignore"',
-            source_of(found.anchor),
-        )
-    if len({within[node] for node in found.nodes}) > 1:
-        return Rejected(
-            path,
-            "torch.no_grad() or torch.autocast() covers a part of it alone; one op has one mode",
-            "Compute the base layer and its adapter in the same mode",
-            source_of(found.anchor),
-        )
-    return None
 
 
 def _check(found: Match, path: str, config: FalqonConfig) -> None:
@@ -191,20 +333,48 @@ def _check(found: Match, path: str, config: FalqonConfig) -> None:
                 f"a parameter is on {param.value.device}, its input on {x.device}",
                 "Move the whole model to one device",
             )
-    config.rows(found.lora_b.value.shape[0], path)
-    if isinstance(found.base, BaseLinear):
-        done = parse_spec(found.base.spec)
-        asked = SiteSpec.from_config(config)
-        if (done.granularity, done.scale) != (asked.granularity, asked.scale):
-            raise FalqonError(
-                path,
-                f"prepare() used granularity={done.granularity!r}, scale={done.scale!r}; the "
-                f"backend is asked for {asked.granularity!r}, {asked.scale!r}",
-                "Give prepare() and torch.compile() the same config",
-            )
+    _check_dtypes(found, path)
+    base: object = found.base
+    if isinstance(base, BaseLinear | RowsBaseLinear):
+        _check_prepared(base, path, config, adapted=bool(found.adapters))
 
 
-def _check_whole(root: Scope, matches: list[Match]) -> None:
+def _check_dtypes(found: Match, path: str) -> None:
+    """Torch multiplies operands of one dtype alone, which Dynamo's fake tensors don't look at."""
+    scope, device = found.scope, value_of(found.anchor).device.type
+    if may_autocast(scope.mode(found.anchor), device):
+        return
+    for node in found.nodes:
+        term = scope.term(node)
+        if isinstance(term, Linear | AddLinear):
+            given, own = value_of(term.x).dtype, term.weight.value.dtype
+            if given != own:
+                raise FalqonError(
+                    path,
+                    f"one of its weights is {own}, the input of it {given}",
+                    "Cast the whole model to one dtype, or run it under torch.autocast",
+                )
+
+
+def _check_prepared(base: Prepared, path: str, config: FalqonConfig, adapted: bool) -> None:
+    done, asked = parse_spec(base.spec), SiteSpec.from_config(config)
+    if (done.granularity, done.scale) != (asked.granularity, asked.scale):
+        raise FalqonError(
+            path,
+            f"prepare() used granularity={done.granularity!r}, scale={done.scale!r}; the "
+            f"backend is asked for {asked.granularity!r}, {asked.scale!r}",
+            "Give prepare() and torch.compile() the same config",
+        )
+    made = "rows" if isinstance(base, RowsBaseLinear) else "adapter"
+    if made != config.update and adapted:  # what has no adapter is the same in both
+        raise FalqonError(
+            path,
+            f"prepare() made it for update={made!r}, the backend is asked for {config.update!r}",
+            "Give prepare() and torch.compile() the same config",
+        )
+
+
+def _check_whole(root: Scope, matches: Sequence[Match]) -> None:
     """No site may lie half in this piece of a graph."""
     whole = {node for found in matches for node in found.nodes}
     cut = [_path(root, (param,), scope) for scope, param in cut_sites(root, whole)]
@@ -222,25 +392,6 @@ def _identity(scope: Scope, param: Param) -> object:
         return id(param.value)
     outer = scope.outer(param.node)
     return (str(outer.target) if outer.op == "get_attr" else outer, param.transposed)
-
-
-def _slot(index: int, path: str, found: Match) -> Slot:
-    out, rank = found.lora_b.value.shape
-    base, scope = found.base, found.scope
-    common = {
-        "index": index,
-        "path": path,
-        "out": out,
-        "rank": rank,
-        "scaling": found.scaling,
-        "features": found.lora_a.value.shape[1],
-        "lora_a": _at_root(scope, found.lora_a),
-        "lora_b": _at_root(scope, found.lora_b),
-    }
-    if isinstance(base, BaseLinear):
-        nodes = tuple(scope.outer(node) for node in base.state)
-        return Slot(base=None, prepared=nodes, **common)  # type: ignore[arg-type]
-    return Slot(base=_at_root(scope, base.weight), prepared=None, **common)  # type: ignore[arg-type]
 
 
 def _at_root(scope: Scope, param: Param) -> Param:

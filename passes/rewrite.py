@@ -1,104 +1,102 @@
-"""Pass 5: put ``falqon::merged_linear`` in the place of each planned group of siblings."""
+"""Pass 6: put ``falqon::merged_linear`` in the place of each planned group of siblings."""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from falqon_fx._compat import mark_static_input
-from falqon_fx.merged import STATE, allocate
+from falqon_fx.passes.insert_operands import AdapterNodes, Operands, SiteNodes
 from falqon_fx.passes.normalize import Scope, value_of
-from falqon_fx.passes.plan import Plan, SitePlan, Slot
+from falqon_fx.passes.plan import Plan, SitePlan
 from falqon_fx.passes.terms import Param
 
 
-@dataclass(frozen=True)
-class SlotNodes:
-    """The root graph's nodes of a slot: its state, in the order of `STATE`, and its parameters."""
+def rewrite(plan: Plan, operands: Operands) -> None:
+    """Edit the graph of ``plan.root`` in place.
 
-    slot: Slot
-    state: tuple[fx.Node, ...]
-    base: fx.Node | None
-    lora_a: fx.Node
-    lora_b: fx.Node
-
-
-def rewrite(plan: Plan) -> tuple[SlotNodes, ...]:
-    """Edit the graph of ``plan.root`` in place; returns where each slot's state enters it.
-
-    State of unprepared sites becomes trailing placeholders of the root graph, and trailing operands
-    of the checkpoint bodies that hold sites.
+    What sites inside of checkpoint bodies read becomes trailing operands of these bodies.
     """
-    slots = tuple(_enter(plan, slot) for slot in plan.slots)
     replaced: dict[fx.Node, fx.Node] = {}  # a site may read the result of another
     for group in plan.groups:
-        _replace(plan, group, slots, replaced)
+        _replace(plan, group, operands, replaced)
     for scope in plan.root.walk():
         scope.gm.graph.lint()
         scope.gm.recompile()
-    return slots
 
 
-def _enter(plan: Plan, slot: Slot) -> SlotNodes:
-    lora_a, lora_b = _node(plan.root, slot.lora_a), _node(plan.root, slot.lora_b)
-    if slot.prepared is not None:
-        return SlotNodes(slot, slot.prepared, None, lora_a, lora_b)
-    assert slot.base is not None
-    base = _node(plan.root, slot.base)
-    state = []
-    value = slot.base.value
-    fake = allocate(  # shapes and dtypes; the values come at run time
-        slot.out,
-        slot.features,
-        slot.rank,
-        value.dtype,
-        slot.scaling,
-        plan.spec,
-        torch.device("meta"),
+@dataclass(frozen=True)
+class Arguments:
+    """The arguments of a group's op that don't depend on where in the graph it stands, as nodes of
+    the root, in the op's order; x, biases and what the adapters read are the scope's own.
+    """
+
+    weight: list[fx.Node]
+    scale: list[fx.Node]
+    a: list[fx.Node]
+    a_scale: list[fx.Node]
+    b: list[fx.Node]
+    lora_a: list[fx.Node]
+    lora_b: list[fx.Node]
+    owner: list[int]
+    scaling: list[float]
+    keep_x: bool
+
+
+def arguments(group: Sequence[SitePlan], operands: Operands) -> Arguments:
+    """Those of a group of sites."""
+    sites: list[SiteNodes] = [operands.of(site) for site in group]
+    each: list[tuple[int, AdapterNodes]] = [
+        (i, adapter) for i, site in enumerate(sites) for adapter in site.adapters
+    ]
+    adapters = [adapter for _, adapter in each]
+    matches = [a for site in group for a in site.match.adapters]
+    trained = any(a.lora_a.value.requires_grad for a in matches)
+    return Arguments(
+        [site.weight for site in sites],
+        [site.scale for site in sites],
+        [adapter.a for adapter in adapters],
+        [adapter.a_scale for adapter in adapters],
+        [adapter.b for adapter in adapters if adapter.b is not None],
+        [adapter.lora_a for adapter in adapters],
+        [adapter.lora_b for adapter in adapters],
+        [i for i, _ in each],
+        [adapter.scaling for adapter in adapters],
+        trained and torch.is_grad_enabled(),
     )
-    for name, tensor in zip(STATE, fake.tensors, strict=True):
-        node = plan.root.add_input(f"falqon_{slot.index}_{name}")
-        node.meta["falqon_shape"] = (tuple(tensor.shape), tensor.dtype, value.device)
-        mark_static_input(node)
-        state.append(node)
-    return SlotNodes(slot, tuple(state), base, lora_a, lora_b)
-
-
-def _node(scope: Scope, param: Param) -> fx.Node:
-    """The node of a parameter; one is made for the parameter of a module called as such."""
-    if param.node is not None:
-        return param.node
-    with scope.after_inputs():
-        node = scope.gm.graph.get_attr(str(param.name))
-    node.meta["val"] = param.value
-    return node
 
 
 def _replace(
-    plan: Plan,
-    group: tuple[SitePlan, ...],
-    slots: tuple[SlotNodes, ...],
-    replaced: dict[fx.Node, fx.Node],
+    plan: Plan, group: tuple[SitePlan, ...], operands: Operands, replaced: dict[fx.Node, fx.Node]
 ) -> None:
     first = group[0].match
     scope, graph = first.scope, first.scope.gm.graph
-    own = [slots[site.slot.index] for site in group]
+    given = arguments(group, operands)
+
+    def here(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+        return [_bring(scope, node) for node in nodes]
+
+    columns = [given.a, given.a_scale, given.b, given.lora_a, given.lora_b]
+    weight, scale, *adapters = (here(column) for column in (given.weight, given.scale, *columns))
     biases = [site.match.base.bias for site in group]
-    columns = [[_bring(scope, slot.state[i]) for slot in own] for i in range(3)]
-    columns.append([_bring(scope, slot.lora_b) for slot in own])
-    columns.append([_bias(scope, bias) for bias in biases if bias is not None])
+    bias = [_bias(scope, b) for b in biases if b is not None]
     with graph.inserting_before(first.anchor):
+        own_x = [replaced.get(node, node) for node in adapter_inputs(group)]
         fused = graph.call_function(
             torch.ops.falqon.merged_linear.default,
             (
                 replaced.get(first.x, first.x),
-                *([_at_hand(graph, node) for node in column] for column in columns),
-                [site.match.scaling for site in group],
+                *([_at_hand(graph, node) for node in column] for column in (weight, scale, bias)),
+                *([_at_hand(graph, node) for node in column] for column in adapters),
+                own_x,
+                given.owner,
+                given.scaling,
+                given.keep_x,
                 value_of(first.anchor).dtype,
-                plan.spec_of(group),
+                str(plan.spec),
             ),
         )
         outputs = [graph.call_function(operator.getitem, (fused, i)) for i in range(len(group))]
@@ -113,8 +111,26 @@ def _replace(
         _erase(graph, site.match.nodes)
 
 
+def adapter_inputs(group: Sequence[SitePlan]) -> list[fx.Node]:
+    """What each adapter of a group reads; nothing where all read the sites' x."""
+    adapters = [(site.match, a) for site in group for a in site.match.adapters]
+    if all(a.x is None for _, a in adapters):
+        return []
+    return [found.x if a.x is None else a.x for found, a in adapters]
+
+
 def _bias(scope: Scope, bias: Param | fx.Node) -> fx.Node:
     return _node(scope, bias) if isinstance(bias, Param) else bias
+
+
+def _node(scope: Scope, param: Param) -> fx.Node:
+    """The node of a parameter; one is made for the parameter of a module called as such."""
+    if param.node is not None:
+        return param.node
+    with scope.after_inputs():
+        node = scope.gm.graph.get_attr(str(param.name))
+    node.meta["val"] = param.value
+    return node
 
 
 def _at_hand(graph: fx.Graph, node: fx.Node) -> fx.Node:
@@ -127,20 +143,25 @@ def _at_hand(graph: fx.Graph, node: fx.Node) -> fx.Node:
 
 
 def _add_lora_bias(site: SitePlan, output: fx.Node) -> fx.Node:
-    """A bias of lora_B is outside W': it is added as the original does."""
+    """Biases of lora_B are outside W': they are added as the original does."""
     found = site.match
-    if found.lora_bias is None:
+    biased = [a for a in found.adapters if a.lora_bias is not None]
+    if not biased:
         return output
     graph, anchor = found.scope.gm.graph, found.anchor
-    value, bias = value_of(anchor), found.lora_bias.value
+    value, total, wide = value_of(anchor), output, value_of(anchor).dtype
     with graph.inserting_before(anchor):
-        term = _node(found.scope, found.lora_bias)
-        if found.bias_scaling != 1.0:
-            term = graph.call_function(operator.mul, (term, found.bias_scaling))
-            _describe(term, anchor, bias)
-        total = graph.call_function(operator.add, (output, term))
+        for adapter in biased:
+            assert adapter.lora_bias is not None
+            bias = adapter.lora_bias.value
+            term = _node(found.scope, adapter.lora_bias)
+            if adapter.bias_scaling != 1.0:
+                term = graph.call_function(operator.mul, (term, adapter.bias_scaling))
+                _describe(term, anchor, bias)
+            total = graph.call_function(operator.add, (total, term))
+            wide = torch.promote_types(wide, bias.dtype)
+            _describe(total, anchor, value.to(wide))
         result = graph.call_method("to", (total, value.dtype))
-    _describe(total, anchor, value.to(torch.promote_types(value.dtype, bias.dtype)))
     _describe(result, anchor, value)
     return result
 

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import fx
 
 from falqon_fx.passes.dataflow import Match
-from falqon_fx.passes.modes import Mode
-from falqon_fx.passes.normalize import value_of, writes
-from falqon_fx.passes.terms import BaseLinear
+from falqon_fx.passes.normalize import value_of, written
+from falqon_fx.passes.terms import Prepared
 
 
-def group_siblings(matches: Sequence[Match], within: Mapping[fx.Node, Mode]) -> list[list[Match]]:
-    """Matches that can be computed where the first of them stands, group by group in graph order;
-    ``within`` says which modes each node runs in.
+def group_siblings(matches: Sequence[Match], rows: bool = False) -> list[list[Match]]:
+    """Matches that can be computed where the first of them stands, group by group in graph order.
 
     Siblings share their scope, x, output dtype, modes and whether they have a bias; a site under
     ``no_grad`` takes no others with it. No operation between the first and the last of them writes
-    in place: x is the same for all.
+    in place: x is the same for all. With update="rows" (``rows``) a site whose A is trained has no
+    pending part, so that it is none of those that have.
     """
     groups: dict[object, list[list[Match]]] = {}
     scopes = {id(found.scope): found.scope for found in matches}
-    written = {k: [n for n in scope.gm.graph.nodes if writes(n)] for k, scope in scopes.items()}
+    writing = {k: [n for n in s.gm.graph.nodes if written(n)] for k, s in scopes.items()}
     for found in matches:
-        of_key = groups.setdefault((_key(found), within[found.anchor]), [])
-        if of_key and not _written_between(of_key[-1][0], found, written[id(found.scope)]):
+        apart = rows and any(a.lora_a.value.requires_grad for a in found.adapters)
+        of_key = groups.setdefault((_key(found), apart), [])
+        if of_key and not _written_between(of_key[-1][0], found, writing[id(found.scope)]):
             of_key[-1].append(found)
         else:
             of_key.append([found])
@@ -35,15 +35,18 @@ def group_siblings(matches: Sequence[Match], within: Mapping[fx.Node, Mode]) -> 
 
 
 def _key(found: Match) -> object:
+    if any(adapter.x is not None for adapter in found.adapters):
+        return id(found)  # its dropout comes after the first sibling
     bias = found.base.bias
-    if isinstance(found.base, BaseLinear) and bias is not None and not _is_leaf(bias):
+    if isinstance(found.base, Prepared) and bias is not None and not _is_leaf(bias):
         return id(found)  # a computed bias may not exist yet where the first sibling stands
-    return (id(found.scope), found.x, value_of(found.anchor).dtype, bias is None)
+    anchor, scope = found.anchor, found.scope
+    return (id(scope), found.x, value_of(anchor).dtype, bias is None, scope.mode(anchor))
 
 
 def _is_leaf(node: object) -> bool:
     return isinstance(node, fx.Node) and node.op in ("placeholder", "get_attr")
 
 
-def _written_between(first: Match, last: Match, written: list[fx.Node]) -> bool:
-    return any(first.anchor < node < last.anchor for node in written)
+def _written_between(first: Match, last: Match, writing: list[fx.Node]) -> bool:
+    return any(first.anchor < node < last.anchor for node in writing)

@@ -42,13 +42,28 @@ class AddLinear:
 
 @dataclass(frozen=True)
 class BaseLinear:
-    """The base layer of a prepared site (``falqon::base_linear``); ``state`` are its five nodes."""
+    """A prepared base layer (``falqon::base_linear``): the nodes of its bytes, scale and digest."""
+
+    x: fx.Node
+    code: fx.Node
+    scale: fx.Node
+    digest: fx.Node
+    bias: fx.Node | None
+    spec: str
+
+
+@dataclass(frozen=True)
+class RowsBaseLinear:
+    """The same with update="rows" (``falqon::rows_base_linear``); ``state`` are its five nodes."""
 
     x: fx.Node
     state: tuple[fx.Node, ...]
     bias: fx.Node | None
     scaling: float
     spec: str
+
+
+Prepared = BaseLinear | RowsBaseLinear
 
 
 @dataclass(frozen=True)
@@ -92,4 +107,6 @@ class Other:
     kind: str
 
 
-Term = Linear | AddLinear | Other | BaseLinear | Add | Scale | Cast | Dropout | None
+Term = (
+    Linear | AddLinear | Other | BaseLinear | RowsBaseLinear | Add | Scale | Cast | Dropout | None
+)

@@ -50,7 +50,8 @@ def named_as_lora(
 
 
 def _known(matches: Sequence[Match], rejected: Sequence[RejectedMatch]) -> set[int]:
-    pairs = [(m.lora_a, m.lora_b) for m in matches] + [(r.lora_a, r.lora_b) for r in rejected]
+    pairs = [(a.lora_a, a.lora_b) for m in matches for a in m.adapters]
+    pairs += [(r.lora_a, r.lora_b) for r in rejected]
     return {id(p.value) for pair in pairs for p in pair}
 
 
@@ -63,11 +64,23 @@ def _by_owner(scope: Scope, known: set[int]) -> dict[str, dict[str, Param]]:
         if any(map(_is_ours, node.users)):
             continue
         name = source_path(node) or str(node.target)
-        named = re.search(r"\blora_[AaBb](?![a-z])", name)
+        named = _LORA.search(name)
         param = param_of(node, scope) if named else None
         if named and param is not None and param.value.dim() > 1 and id(param.value) not in known:
             found.setdefault(name[: named.start()].rstrip("."), {})[named[0]] = param
     return found
+
+
+_LORA = re.compile(r"\blora_[AaBb](?![a-z])")
+
+
+def named_lora(scope: Scope, param: Param) -> bool:
+    """Whether a parameter's name says that it is LoRA's."""
+    name = param.name or ""
+    if param.node is not None:
+        outer = scope.outer(param.node)
+        name = source_path(outer) or str(outer.target)
+    return "lora" in name.lower()
 
 
 def _is_ours(node: fx.Node) -> bool:

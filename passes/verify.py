@@ -14,13 +14,19 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from falqon_fx.passes.normalize import Scope, value_of
+from falqon_fx.passes.dataflow import shape
+from falqon_fx.passes.insert_operands import AdapterNodes, Operands
+from falqon_fx.passes.normalize import Scope, attribute, value_of
 from falqon_fx.passes.plan import Plan, SitePlan
-from falqon_fx.passes.rewrite import SlotNodes
-from falqon_fx.passes.terms import Param
+from falqon_fx.passes.rewrite import adapter_inputs, arguments
+from falqon_fx.passes.rows import RowsNodes
+from falqon_fx.passes.terms import BaseLinear, Linear, Param
+from falqon_fx.spec import RowsSpec
 
 _FUSED = torch.ops.falqon.merged_linear.default
-_UPDATE = torch.ops.falqon.proxy_update_.default
+_CASTS = torch.ops.falqon.proxy_update.default
+_WRITES = torch.ops.falqon.proxy_update_.default
+_PENDING = torch.ops.falqon.pending.default
 
 Wiring = Mapping[fx.Node, tuple[Any, tuple[Any, ...], Mapping[str, Any]]]
 
@@ -39,7 +45,7 @@ def operations(nodes: Wiring) -> list[fx.Node]:
     return [node for node in nodes if node.op.startswith("call")]
 
 
-def verify(plan: Plan, slots: Sequence[SlotNodes], before: Wiring) -> Wiring:
+def verify(plan: Plan, operands: Operands, before: Wiring) -> Wiring:
     """No site is half rewritten, and all else is as it was in ``before``; the graph as it is now.
 
     Raises:
@@ -51,12 +57,17 @@ def verify(plan: Plan, slots: Sequence[SlotNodes], before: Wiring) -> Wiring:
     after = wiring(plan.root)
     new = [node for node in after if node not in before]
     _check_gone(plan, before, after)
-    _check_counts(plan, new)
+    _check_counts(plan, operands, new)
     anchors = {site.match.anchor for site in plan.sites}
     results = _results(plan, anchors, before, after)
     for group in reversed(plan.groups):  # what reads a site's result comes before that site
-        _check_group(plan, group, slots, anchors, results)
-    _check_update(plan, slots, new)
+        _check_group(plan, group, operands, anchors, results)
+    _check_inputs(plan, operands, before)
+    _check_bases(plan, operands)
+    _check_casts(plan, operands, new)
+    _check_write_back(plan, operands.rows, new)
+    for nodes in operands.rows:
+        _check_parts(plan, operands, nodes)
     _check_metadata(plan, new, results)
     return after
 
@@ -85,18 +96,22 @@ def _check_gone(plan: Plan, before: Wiring, after: Wiring) -> None:
     assert not lost, f"operations outside the sites disappeared: {lost}"
 
 
-def _check_counts(plan: Plan, new: list[fx.Node]) -> None:
-    """The passes add nothing but their ops, a bias of B, and what "drop" and [in, out] ask for."""
-    biases = [site.match for site in plan.sites if site.match.lora_bias is not None]
-    flipped = [slot for slot in plan.slots if slot.base is not None and slot.base.transposed]
-    zeroed = len(plan.slots) if plan.spec.pending == "drop" else 0
+def _check_counts(plan: Plan, operands: Operands, new: list[fx.Node]) -> None:
+    """The passes add nothing but their ops, biases of B, and what update="rows" asks for."""
+    biases = [a for s in plan.sites for a in s.match.adapters if a.lora_bias is not None]
+    biased = sum(any(a.lora_bias is not None for a in s.match.adapters) for s in plan.sites)
+    flipped = [s for s in plan.rows if s.base is not None and s.base.transposed]
+    zeroed = len(plan.rows) if plan.config.pending == "drop" else 0
+    parts = len(plan.rows) * (4 if plan.spec.per_row else 2)
     expected: dict[Any, int] = {
         _FUSED: len(plan.groups),
-        operator.getitem: len(plan.sites),
-        _UPDATE: min(1, len(plan.slots)),
-        operator.mul: sum(match.bias_scaling != 1.0 for match in biases),
+        operator.getitem: len(plan.sites) + 3 * len(plan.adapters) + parts,
+        _CASTS: len({slot.wide for slot in plan.adapters}),
+        _WRITES: min(1, len(plan.rows)),
+        _PENDING: sum(own.b is not None for own in operands.written.values()),
+        operator.mul: sum(a.bias_scaling != 1.0 for a in biases),
         operator.add: len(biases),
-        "to": len(biases),
+        "to": biased,
         "t": len(flipped),
         "detach": zeroed,
         "zero_": zeroed,
@@ -136,41 +151,59 @@ def _inputs(args: Any, kwargs: Any) -> list[fx.Node]:
 def _check_group(
     plan: Plan,
     group: tuple[SitePlan, ...],
-    slots: Sequence[SlotNodes],
+    operands: Operands,
     anchors: set[fx.Node],
     results: dict[fx.Node, fx.Node],
 ) -> None:
-    """The op that stands for a group reads x and the state that the plan gives to its sites."""
+    """The op that stands for a group reads x and the operands that the plan gives to its sites."""
     first = group[0].match
+    given = arguments(group, operands)
+    columns = [given.weight, given.scale, None, given.a, given.a_scale, given.b]
+    columns += [given.lora_a, given.lora_b]
     for i, site in enumerate(group):
         found, path = site.match, site.report.path
         if found.anchor not in results:
             continue  # nothing reads this site's result
         fused, index = _origin(site, results[found.anchor])
         assert (fused.target, index) == (_FUSED, i), f"{path}: its result comes from {fused.name}"
-        x, *columns = fused.args
+        x, *rest = fused.args
         if first.x in anchors and isinstance(x, fx.Node):
             results.setdefault(first.x, x)
         assert x is results.get(first.x, first.x), f"{path}: {fused.name} reads {x}, not its input"
-        nodes = slots[site.slot.index]
-        own = (*nodes.state[:3], nodes.lora_b)
-        for column, wanted in zip(columns, own, strict=False):
-            given = cast(Any, column)[i]
-            assert _is_same(found.scope, given, wanted), f"{path}: {given} is not its {wanted}"
-        bias, biases = found.base.bias, cast(list[fx.Node], columns[4])
+        for column, wanted in zip(rest, columns, strict=False):
+            if wanted is not None:
+                _check_column(path, found.scope, cast(list[fx.Node], column), wanted)
+        bias, biases = found.base.bias, cast(list[fx.Node], rest[2])
         assert len(biases) == (len(group) if bias is not None else 0), f"{path}: {biases} as bias"
         if isinstance(bias, Param):
             name = bias.name if bias.node is None else found.scope.outer(bias.node).target
             assert found.scope.outer(biases[i]).target == name, f"{path}: {biases[i]} is not {name}"
-        rest = tuple(columns[5:])
-        said = ([s.match.scaling for s in group], value_of(first.anchor).dtype, plan.spec_of(group))
-        assert rest == said, f"{path}: {fused.name} computes with {rest}, not {said}"
+        elif bias is not None:
+            wanted_bias = results.get(bias, bias)
+            same = _is_same(found.scope, biases[i], found.scope.outer(wanted_bias))
+            assert same, f"{path}: {biases[i]} is not {wanted_bias}"
+        own = [results.get(node, node) for node in adapter_inputs(group)]
+        assert rest[8] == own, f"{path}: its adapters read {rest[8]}, not {own}"
+        dtype = value_of(first.anchor).dtype
+        said = (given.owner, given.scaling, given.keep_x, dtype, str(plan.spec))
+        assert tuple(rest[9:]) == said, f"{path}: {fused.name} computes with {rest[9:]}, not {said}"
+
+
+def _check_column(
+    path: str, scope: Scope, column: Sequence[fx.Node], wanted: Sequence[fx.Node]
+) -> None:
+    assert len(column) == len(wanted), f"{path}: {len(column)} operands for {len(wanted)}"
+    for node, of in zip(column, wanted, strict=True):
+        assert _is_same(scope, node, of), f"{path}: {node} is not its {of}"
 
 
 def _origin(site: SitePlan, result: Any) -> tuple[fx.Node, int]:
     """The op that a site's result comes from, and which of its outputs it is."""
-    if site.match.lora_bias is not None:  # to(add(output, bias))
-        result = result.args[0].args[0]
+    biased = sum(a.lora_bias is not None for a in site.match.adapters)
+    if biased:  # to(add(output, bias))
+        result = result.args[0]
+        for _ in range(biased):
+            result = result.args[0]
     assert result.target is operator.getitem, f"{site.report.path}: its result is {result}"
     return cast(tuple[fx.Node, int], tuple(result.args))
 
@@ -178,20 +211,86 @@ def _origin(site: SitePlan, result: Any) -> tuple[fx.Node, int]:
 def _is_same(scope: Scope, node: fx.Node, wanted: fx.Node) -> bool:
     """Whether a node in a scope is the root's ``wanted``, or reads the same attribute."""
     outer = scope.outer(node)
-    return outer is wanted or (outer.op, outer.target) == ("get_attr", wanted.target)
+    return outer is wanted or (
+        outer.op == wanted.op == "get_attr" and outer.target == wanted.target
+    )
 
 
-def _check_update(plan: Plan, slots: Sequence[SlotNodes], new: list[fx.Node]) -> None:
-    """One update, before everything else, of the state that the sites read."""
-    updates = [node for node in new if node.target is _UPDATE]
+def _check_inputs(plan: Plan, operands: Operands, before: Wiring) -> None:
+    """A call gives its own arguments, then W and scale of each base, then the state
+    of each slot.
+    """
+    inputs = plan.root.gm.graph.find_nodes(op="placeholder")
+    given = [node for node in inputs if node in before]
+    given += [node for base in operands.bases for node in (base.weight, base.scale)]
+    unprepared = [nodes for nodes in operands.rows if nodes.slot.prepared is None]
+    given += [node for nodes in unprepared for node in nodes.state]
+    assert list(inputs) == given, f"the inputs are {list(inputs)}, a call gives {given}"
+
+
+def _check_bases(plan: Plan, operands: Operands) -> None:
+    """A base is looked up by what its sites read as their weight."""
+    nodes_of = {id(nodes.slot): nodes for nodes in operands.bases}
+    for site in plan.sites:
+        nodes, base, scope = nodes_of.get(id(site.base)), site.match.base, site.match.scope
+        if nodes is None:
+            continue  # written by update="rows"
+        said = f"{site.report.path}: its base is made of {[node.name for node in nodes.given]}"
+        if isinstance(base, BaseLinear):
+            read = [scope.outer(node) for node in (base.code, base.scale, base.digest)]
+            assert list(nodes.given) == read, said
+            continue
+        assert isinstance(base, Linear)
+        weight = base.weight
+        (given,) = nodes.given
+        if weight.node is None:  # of a module called as such; tied weights have several names
+            assert attribute(plan.root.gm, str(given.target)) is weight.value, said
+        else:
+            assert given.target == scope.outer(weight.node).target, said
+        size = (nodes.slot.out, nodes.slot.features)
+        assert size == shape(weight), f"{site.report.path}: its base is {size}"
+
+
+def _check_casts(plan: Plan, operands: Operands, new: list[fx.Node]) -> None:
+    """The adapters' casts are made of the plan's parameters, before everything else."""
+    for slot in plan.adapters:
+        path, nodes = slot.path, operands.adapters[id(slot)]
+        for i, node in enumerate((nodes.a, nodes.a_scale, nodes.b)):
+            assert node is not None
+            casts, place = cast(tuple[fx.Node, int], tuple(node.args))
+            assert casts.target is _CASTS, f"{path}: {node} is no cast of the adapter"
+            assert place % 3 == i, f"{path}: {node} is another part of the cast"
+            lora_a, lora_b, scaling, wide, spec = cast(tuple[Any, ...], casts.args)
+            at = place // 3
+            _check_adapter(path, plan, nodes, lora_a[at], lora_b[at])
+            said = (slot.scaling, slot.wide, str(plan.spec))
+            assert (scaling[at], wide, spec) == said, f"{path}: cast with {scaling[at]}, {spec}"
+    _check_first(plan, new, {_CASTS, _WRITES})
+
+
+def _check_adapter(
+    path: str, plan: Plan, nodes: AdapterNodes, lora_a: fx.Node, lora_b: fx.Node
+) -> None:
+    for node, wanted in ((lora_a, nodes.lora_a), (lora_b, nodes.lora_b)):
+        assert _is_same(plan.root, node, wanted), f"{path}: the cast reads {node}, not {wanted}"
+
+
+def _check_first(plan: Plan, new: list[fx.Node], targets: set[Any]) -> None:
+    calls = [n for n in plan.root.gm.graph.nodes if n.op.startswith("call")]
+    made = [node for node in new if node.target in targets]
+    for node in made:
+        early = [n for n in calls[: calls.index(node)] if n not in new]
+        assert not early, f"{early[0].name} stands before the update"
+
+
+def _check_write_back(plan: Plan, slots: Sequence[RowsNodes], new: list[fx.Node]) -> None:
+    """One write-back, of the state that the sites read."""
+    updates = [node for node in new if node.target is _WRITES]
     if not updates:
         return
     (update,) = updates
-    calls = [n for n in plan.root.gm.graph.nodes if n.op.startswith("call")]
-    early = [node for node in calls[: calls.index(update)] if node not in new or node.target != "t"]
-    assert not early, f"{early[0].name} stands before the update"
     columns = cast(tuple[Any, ...], update.args)
-    said = ([nodes.slot.scaling for nodes in slots], str(plan.spec))
+    said = ([nodes.slot.scaling for nodes in slots], str(RowsSpec.from_config(plan.config)))
     assert columns[8:] == said, f"the update computes with {columns[8:]}, not {said}"
     for i, nodes in enumerate(slots):
         path = nodes.slot.path
@@ -205,6 +304,25 @@ def _check_update(plan: Plan, slots: Sequence[SlotNodes], new: list[fx.Node]) ->
         flipped = nodes.slot.base is not None and nodes.slot.base.transposed
         base = base.args[0] if flipped else base
         assert _is_same(plan.root, base, nodes.base), f"{path}: the update reads {base} as its base"
+
+
+def _check_parts(plan: Plan, operands: Operands, nodes: RowsNodes) -> None:
+    """What a site reads of a written W' = [W; A], and of what is pending."""
+    path, own = nodes.slot.path, operands.written[id(nodes.slot)]
+    code, scale, applied, *_ = nodes.state
+    upper, lower = slice(None, nodes.slot.out), slice(nodes.slot.out, None)
+    parts = [(own.weight, code, upper), (own.a, code, lower)]
+    if plan.spec.per_row:
+        parts += [(own.scale, scale, upper), (own.a_scale, scale, lower)]
+    for node, state, rows in parts:
+        assert node.args == (state, rows), f"{path}: {node} is {node.args}, not {rows} of {state}"
+    if own.b is not None:
+        lora_b, held, scaling, _ = own.b.args
+        same = (held, scaling) == (applied, nodes.slot.scaling)
+        assert same, f"{path}: its pending part is made of {own.b.args}"
+        assert _is_same(plan.root, cast(fx.Node, lora_b), nodes.lora_b), (
+            f"{path}: its pending part is made of {own.b.args}"
+        )
 
 
 def _check_metadata(plan: Plan, new: list[fx.Node], results: Mapping[fx.Node, fx.Node]) -> None:

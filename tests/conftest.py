@@ -36,8 +36,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[RewriteReport]:
     reports: list[RewriteReport] = []
     rewrite = backend.rewrite
 
-    def counting(*args: Any) -> RewriteResult:
-        result = rewrite(*args)
+    def counting(*args: Any, **options: Any) -> RewriteResult:
+        result = rewrite(*args, **options)
         reports.append(result.report)
         return result
 

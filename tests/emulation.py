@@ -1,145 +1,274 @@
 """An eager model of the same quantized ops, written apart from the library.
 
-Casts are torch's own, weights are kept as FP8 codes in float32, scales are applied to the result.
-Powers of two commute with every rounding, and the other scales are multiplied in the order that
-the paper gives, so that a float32 model is equal bit for bit to what the backend runs.
+Casts are torch's own, FP8 values are kept in float32, scales are applied to the result. Powers of
+two commute with every rounding, and the other scales are multiplied in the order that the paper
+gives, so that a float32 model is equal bit for bit to what the backend runs.
+
+    twin = emulate(copy.deepcopy(model), falqon_fx.adapters(model), config)
+
+Both updates are covered. With update="adapter" A and s·B are cast from the parameters in each call;
+with update="rows" the parts of W' = [W; A] come from the state as it is.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from falqon_fx import MergedAdapter
+from falqon_fx import FalqonConfig, MergedAdapter
+from falqon_fx.fp8_linear import Fp8Linear
+from falqon_fx.prepare import Adapter
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+DEFAULTS = FalqonConfig()
 
 
 def cast(x: Tensor, dtype: torch.dtype, per_row: bool, pow2: bool) -> tuple[Tensor, Tensor]:
     """(codes, scale): x ≈ codes · scale, codes as float32."""
     largest = torch.finfo(dtype).max
-    amax = x.abs().amax(1, keepdim=True) if per_row else x.abs().amax()
+    if per_row:
+        amax = x.abs().amax(1, keepdim=True)
+    else:
+        amax = x.abs().amax() if x.numel() else torch.zeros(())
     scale = (amax.double() / largest).log2().ceil().exp2().float() if pow2 else amax * (1 / largest)
     scale = torch.where(amax == 0, 1.0, scale)
     scaled = x / scale if pow2 else x * (1 / scale)
     return scaled.clamp(-largest, largest).to(dtype).float(), scale
 
 
-class Sites(torch.autograd.Function):
-    """Merged layers that share x [n, in], float32. What dL/dx gets from products that no scale
-    follows (all of them with scale="pow2", else the pending parts) is one GEMM; other products are
-    summed before it in the layers' order.
+@dataclass(frozen=True)
+class Lora:
+    """One adapter: ``x`` is what it reads where that is not the layer's x (dropout); ``codes``,
+    ``scale`` are its A in FP8, and ``b`` what is added to the output, None where nothing is.
+    """
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+    codes: Tensor
+    scale: Tensor
+    b: Tensor | None
+    x: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, a: Tensor, b: Tensor, scaling: float, config: FalqonConfig, x: Tensor | None = None
+    ) -> Lora:
+        """From the parameters as they are."""
+        row, pow2 = config.granularity == "row", config.scale == "pow2"
+        codes, scale = cast(a.detach().float(), E4M3, row, pow2)
+        return cls(a, b, scaling, codes, scale, b.detach().float() * scaling, x)
+
+    @classmethod
+    def written(cls, a: Tensor, b: Tensor, state: MergedAdapter) -> Lora:
+        """From what update="rows" has in W': the rest of B is added with pending="apply", and with
+        "hold" in evaluation.
+        """
+        out, plan = state.applied.shape[0], state.plan
+        scale = state.scale[out:] if plan.granularity == "row" else state.scale
+        evaluates = plan.pending == "hold" and not torch.is_grad_enabled()
+        rest = None
+        if plan.pending == "apply" or evaluates:
+            rest = (b.detach().float() - state.applied.float()) * state.scaling
+        return cls(a, b, state.scaling, state.weight.float()[out:], scale, rest)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer: W ≈ ``codes`` · ``scale`` [out, in], with its adapters."""
+
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor | None = None
+    adapters: tuple[Lora, ...] = ()
+
+    @classmethod
+    def of(
+        cls, weight: Tensor, bias: Tensor | None, adapters: Sequence[Lora], config: FalqonConfig
+    ) -> Layer:
+        """From a base weight W [out, in]."""
+        row, pow2 = config.granularity == "row", config.scale == "pow2"
+        codes, scale = cast(weight.detach().float(), E4M3, row, pow2)
+        return cls(codes, scale, bias, tuple(adapters))
+
+    @classmethod
+    def written(cls, state: MergedAdapter, bias: Tensor | None, adapters: Sequence[Lora]) -> Layer:
+        """From W' = [W; A] of update="rows"."""
+        out, scale = state.applied.shape[0], state.scale
+        codes = state.weight.float()[:out]
+        return cls(codes, scale[:out] if scale.dim() else scale, bias, tuple(adapters))
+
+
+def linear(x: Tensor, layers: Sequence[Layer], config: FalqonConfig = DEFAULTS) -> list[Tensor]:
+    """The results [..., out_i], float32, of layers that share x [..., in] and became one op."""
+    loras = [lora for layer in layers for lora in layer.adapters]
+    own = [x if lora.x is None else lora.x for lora in loras]
+    own = own if any(lora.x is not None for lora in loras) else []
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    given = [x, *own, *(m.lora_a for m in loras), *(m.lora_b for m in loras), *biases]
+    return [y.reshape(*x.shape[:-1], -1) for y in _Linear.apply(list(layers), config, *given)]
+
+
+class _Linear(torch.autograd.Function):
+    """On x [..., in], what each adapter reads if that is another, each A, each B, each bias.
+
+    What dL/dx gets from products that no scale follows (all of them with scale="pow2", else those
+    of the adapters) is one GEMM; other products are summed before it in the layers' order.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, states: list[MergedAdapter], *lora_b: Tensor) -> Any:
-        results, saved = [], []
-        # One GEMM for all A: a library may sum one column in another order than several.
-        ranks = [state.rank for state in states]
-        all_a = torch.cat([state.weight.float()[-r:] for state, r in zip(states, ranks)])
-        plan = states[0].plan
-        row, pow2 = plan.granularity == "row", plan.scale == "pow2"
+    def forward(
+        ctx: Any, layers: list[Layer], config: FalqonConfig, x: Tensor, *rest: Tensor
+    ) -> Any:
+        row, pow2 = config.granularity == "row", config.scale == "pow2"
+        loras = [lora for layer in layers for lora in layer.adapters]
+        own = rest[: len(loras)] if any(lora.x is not None for lora in loras) else ()
+        shape = x.shape
+        x, *own = (t.reshape(-1, x.shape[-1]) for t in (x, *own))
         codes, s_x = cast(x, E4M3, row, pow2)
-        sums = (codes @ all_a.t()).split(ranks, dim=1)
-        scales = [s.scale[-s.rank :].t() if row else s.scale for s in states]
-        all_out_a = torch.cat([o * s_x * s_a for o, s_a in zip(sums, scales)], 1).split(ranks, 1)
-        for state, b, out_a in zip(states, lora_b, all_out_a, strict=True):
-            out = state.applied.shape[0]
-            merged, scale = state.weight.float(), state.scale
-            y = codes @ merged[:out].t() * s_x * (scale[:out].t() if row else scale)
-            rest = (b - state.applied) * state.scaling
-            if plan.pending == "apply":
-                y = torch.addmm(y, out_a, rest.t())
-            results.append(y)
-            saved += [out_a, rest]
-        ctx.states = states
-        ctx.save_for_backward(*saved)
+        read = [cast(x_j, E4M3, row, pow2) for x_j in own] or [(codes, s_x)] * len(loras)
+        # One GEMM where all A read the same: a library may sum one column in another order than
+        # several.
+        if own:
+            sums = [q @ lora.codes.t() for (q, _), lora in zip(read, loras, strict=True)]
+        elif loras:
+            product = codes @ torch.cat([lora.codes for lora in loras]).t()
+            sums = list(product.split([len(lora.codes) for lora in loras], dim=1))
+        else:
+            sums = []
+        scaled = [
+            o * s * (lora.scale.t() if row else lora.scale)
+            for o, (_, s), lora in zip(sums, read, loras, strict=True)
+        ]
+        out_a = torch.cat(scaled, 1).split([o.shape[1] for o in scaled], 1) if scaled else ()
+        parts, results = iter(out_a), []
+        for layer in layers:
+            y = codes @ layer.codes.t() * s_x * (layer.scale.t() if row else layer.scale)
+            for lora in layer.adapters:
+                part = next(parts)
+                if lora.b is not None:
+                    y = torch.addmm(y, part, lora.b.t())
+            results.append(y if layer.bias is None else y + layer.bias)
+        ctx.layers, ctx.config, ctx.apart, ctx.shape = layers, config, len(own), shape
+        ctx.read, ctx.out_a = read, out_a
+        ctx.set_materialize_grads(False)
         return tuple(results)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved, products, left, right, grad_b = ctx.saved_tensors, [], [], [], []
-        for i, (state, grad) in enumerate(zip(ctx.states, grads, strict=True)):
-            out_a, rest = saved[2 * i : 2 * i + 2]
-            plan, out = state.plan, state.applied.shape[0]
-            row, pow2 = plan.granularity == "row", plan.scale == "pow2"
-            merged, scale = state.weight.float(), state.scale
-            wide = grad * scale[:out].t() if row else grad
-            codes, s_g = cast(wide, E5M2 if plan.grad == "e5m2" else E4M3, row, pow2)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        config, numbers = ctx.config, iter(range(len(ctx.out_a)))
+        row, pow2 = config.granularity == "row", config.scale == "pow2"
+        fp8 = E5M2 if config.grad_dtype == "e5m2" else E4M3
+        products: list[Tensor] = []
+        through: list[tuple[Tensor, Tensor]] = []  # of W
+        besides: list[tuple[Tensor, Tensor]] = []  # of the adapters
+        grad_a: list[Tensor | None] = [None] * len(ctx.out_a)
+        grad_b, own, bias = [*grad_a], [None] * ctx.apart, []
+        for layer, grad in zip(ctx.layers, grads, strict=True):
+            mine = [(next(numbers), lora) for lora in layer.adapters]
+            if layer.bias is not None:
+                bias.append(None if grad is None else grad.sum(0))
+            if grad is None:
+                continue
+            codes, s_g = cast(grad * layer.scale.t() if row else grad, fp8, row, pow2)
             if pow2:
-                left.append(codes * s_g)
-                right.append(merged[:out] * (1.0 if row else scale))
+                through.append((codes * s_g, layer.codes * (1.0 if row else layer.scale)))
             else:
-                products.append(codes @ merged[:out] * s_g * (1.0 if row else scale))
-            if plan.pending == "apply":
-                left.append(grad @ rest * (scale[out:].t() if row else scale))
-                right.append(merged[out:])
-            grad_b.append(grad.t() @ out_a * state.scaling)
-        if left:  # one GEMM: a library may sum two in another order
-            products.append(torch.cat(left, 1) @ torch.cat(right))
-        return functools.reduce(torch.add, products), None, *grad_b
+                products.append(codes @ layer.codes * s_g * (1.0 if row else layer.scale))
+            for j, lora in mine:
+                grad_b[j] = grad.t() @ ctx.out_a[j] * lora.scaling
+                d = grad @ (lora.lora_b * lora.scaling if lora.b is None else lora.b)
+                if lora.lora_a.requires_grad:
+                    q, s_x = ctx.read[j]
+                    grad_a[j] = (d * s_x).t() @ q
+                if lora.b is None:
+                    continue
+                if ctx.apart:
+                    own[j] = (d @ (lora.codes * lora.scale)).reshape(ctx.shape)
+                else:
+                    besides.append((d * (lora.scale.t() if row else lora.scale), lora.codes))
+        pairs = [*through, *besides]
+        if pairs:  # one GEMM: a library may sum two in another order
+            products.append(torch.cat([a for a, _ in pairs], 1) @ torch.cat([b for _, b in pairs]))
+        grad_x = functools.reduce(torch.add, products).reshape(ctx.shape) if products else None
+        return None, None, grad_x, *own, *grad_a, *grad_b, *bias
 
 
-class Spread(torch.autograd.Function):
-    """The same values with gaps of ``more`` elements between rows: some of torch's functions round
-    those in another way.
+def emulate(
+    model: nn.Module,
+    states: Mapping[str, Adapter | MergedAdapter],
+    config: FalqonConfig | None = None,
+    frozen: Iterable[str] = (),
+) -> nn.Module:
+    """Make the LoRA layers at the paths of ``states``, as `falqon_fx.adapters` gives them for the
+    model or for its original, and the linear layers at ``frozen`` compute what the backend does.
+
+    PEFT's layers follow `set_adapter`, `scale_layer` and dropout, and parameters keep their names.
+    ``config``: the options that the model was compiled with; those of update="rows" are in its
+    states. Don't copy a model that has been through this.
     """
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, more: int) -> Tensor:
-        wide = y.new_empty((*y.shape[:-1], y.shape[-1] + more))
-        return y.new_empty_strided(y.shape, wide.stride()).copy_(y)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-class EmulatedSite(nn.Module):
-    """Takes the place of a LoRA layer; ``strided``: O is a view of [O | O_A]."""
-
-    def __init__(
-        self, lora_b: nn.Parameter, base: nn.Module, state: MergedAdapter, strided: bool = False
-    ) -> None:
-        super().__init__()
-        self.lora_B, self.base_layer, self.state = lora_b, base, state
-        self.strided = strided
-
-    @property
-    def weight(self) -> Tensor:
-        """Some models ask a layer for its parameters."""
-        return self.base_layer.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base_layer.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return siblings([self], x)[0]
-
-
-def siblings(sites: list[EmulatedSite], x: Tensor) -> list[Tensor]:
-    """The results of sites that became one op."""
-    flat = x.reshape(-1, x.shape[-1])
-    results = Sites.apply(flat, [s.state for s in sites], *(s.lora_B for s in sites))
-    shaped = [y.reshape(*x.shape[:-1], -1) for y in results]
-    with_bias = [y if s.bias is None else y + s.bias for s, y in zip(sites, shaped, strict=True)]
-    return [
-        Spread.apply(y, s.state.rank) if s.strided else y
-        for s, y in zip(sites, with_bias, strict=True)
-    ]
-
-
-def emulate(model: nn.Module, states: dict[str, MergedAdapter]) -> nn.Module:
-    """Put emulated sites in the place of PEFT's layers, with the given states."""
     for path, state in states.items():
-        layer: Any = model.get_submodule(path)
-        site = EmulatedSite(layer.lora_B["default"].weight, layer.base_layer, state)
-        for parent in list(model.modules()):  # a block may be shared by several
-            for name, child in list(parent._modules.items()):
-                if child is layer:
-                    setattr(parent, name, site)
+        _replace_forward(model.get_submodule(path), state, config or _config_of(state))
+    for path in frozen:
+        _replace_frozen(model.get_submodule(path), config or DEFAULTS)
     return model
+
+
+def _config_of(state: Adapter | MergedAdapter) -> FalqonConfig:
+    if not isinstance(state, MergedAdapter):
+        return DEFAULTS
+    plan: Any = state.plan
+    return FalqonConfig(granularity=plan.granularity, scale=plan.scale, grad_dtype=plan.grad)
+
+
+def _replace_frozen(module: Any, config: FalqonConfig) -> None:
+    if isinstance(module, Fp8Linear):
+        base = module.base()
+        layer = Layer(base.weight.float(), base.scale, module.bias)
+    else:
+        layer = Layer.of(module.weight, module.bias, (), config)
+    module.forward = lambda x: linear(x, [layer], config)[0]
+
+
+def _replace_forward(module: Any, state: Any, config: FalqonConfig) -> None:
+    def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
+        loras: list[Lora] = []
+        bias = module.base_layer.bias
+        for a, b, scaling, dropout in active(module):
+            if isinstance(state, MergedAdapter):
+                loras.append(Lora.written(a, b, state))
+            else:
+                drops = dropout is not None and dropout.p and dropout.training
+                loras.append(Lora.of(a, b, scaling, config, dropout(x) if drops else None))
+        if isinstance(state, MergedAdapter):
+            layer = Layer.written(state, bias, loras)
+        else:
+            layer = Layer(state.weight.float(), state.scale, bias, tuple(loras))
+        return linear(x, [layer], config)[0]
+
+    module.forward = forward
+
+
+def active(module: Any) -> list[tuple[Tensor, Tensor, float, Any]]:
+    """(A, B, scaling, dropout) of the adapters that a layer adds now: PEFT's, or one of tests/."""
+    if not isinstance(module.lora_A, nn.ModuleDict):
+        return [(module.lora_A.weight, module.lora_B.weight, module.scaling, None)]
+    if module.disable_adapters:
+        return []
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    return [
+        (
+            module.lora_A[name].weight,
+            module.lora_B[name].weight,
+            module.scaling[name],
+            module.lora_dropout[name]
+            if isinstance(module.lora_dropout[name], nn.Dropout)
+            else None,
+        )
+        for name in names
+    ]

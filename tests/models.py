@@ -77,6 +77,14 @@ def fill_b(model: nn.Module, size: float = 0.02, seed: int = 0) -> None:
             b.copy_(torch.randn(b.shape, generator=generator) * size)
 
 
+def freeze_a(model: nn.Module) -> nn.Module:
+    """LoRA-FA, as update="rows" wants it."""
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    return model
+
+
 def tiny_llama(dtype: torch.dtype = torch.float32, **lora: Any) -> nn.Module:
     """Two layers of Llama with PEFT on every projection: 14 sites. Seed it before."""
     import peft

@@ -1,4 +1,6 @@
-"""One site without a model around it: random parameters, state, and its operands in float64."""
+"""One site of update="rows" without a model around it: random parameters, the state made from them,
+and its operands in float64.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ from torch import Tensor
 
 from falqon_fx import FalqonConfig, MergedAdapter
 from falqon_fx._compat import scaled_mm
-from falqon_fx.merged import create
 from falqon_fx.numerics import amax_to_scale, round_to_fp8
+from falqon_fx.rows.state import STATE, create
 from falqon_fx.spec import SiteSpec
 
 
@@ -59,7 +61,10 @@ def make_site(
     seed: int = 0,
     **options: Any,
 ) -> Site:
-    """A site with random W (rows of different size), A and B; ``b_size=0`` gives a new adapter."""
+    """A site with random W (rows of different size), A and B; ``b_size=0`` gives a new adapter.
+
+    ``freed`` and the options are those of `site_of`.
+    """
     base = randn(out, features, seed=seed) * randn(out, 1, seed=seed + 1).exp2()
     lora_a = randn(rank, features, seed=seed + 2) / 4
     lora_b = randn(out, rank, seed=seed + 3) * b_size
@@ -67,10 +72,20 @@ def make_site(
 
 
 def site_of(
-    base: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float = 2.0, **options: Any
+    base: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float = 2.0,
+    *,
+    freed: bool = False,
+    **options: Any,
 ) -> Site:
-    config = FalqonConfig(**{"init": "keep", "topk": "all", **options})
-    return Site(base, lora_a, lora_b, create("site", base, lora_a, lora_b, scaling, config))
+    """A site of these parameters; ``freed`` as behind `falqon_fx.prepare`, without
+    its base weight.
+    """
+    config = FalqonConfig(**{"update": "rows", "init": "keep", "topk": "all", **options})
+    state = create("site", base, lora_a, lora_b, scaling, config, frees_base=freed)
+    return Site(None if freed else base, lora_a, lora_b, state)
 
 
 def update(*sites: Site) -> None:
@@ -91,7 +106,7 @@ def twins(sites: list[Site]) -> list[Site]:
     others = []
     for site in sites:
         state = copy.copy(site.state)
-        for part in ("code", "scale", "applied", "counters", "writes"):
+        for part in STATE:
             setattr(state, part, getattr(state, part).clone())
         base = None if site.base is None else site.base.clone()
         others.append(Site(base, site.lora_a.clone(), site.lora_b.clone(), state))

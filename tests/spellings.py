@@ -172,7 +172,7 @@ class Passes:
     """A torch.compile backend that runs the passes alone and keeps what they made of each graph."""
 
     def __init__(self, **options: Any) -> None:
-        self.config = FalqonConfig(**{"init": "keep", "topk": 1, **options})
+        self.config = FalqonConfig(**options)
         self.given: list[fx.GraphModule] = []
         self.before: list[Counter[str]] = []
         self.results: list[RewriteResult] = []
@@ -192,6 +192,10 @@ class Passes:
         return [item for result in self.results for item in result.report.rejected]
 
     @property
+    def left(self) -> list[Any]:
+        return [item for result in self.results for item in result.report.left]
+
+    @property
     def after(self) -> list[Counter[str]]:
         return [targets(result.gm) for result in self.results]
 
@@ -200,21 +204,49 @@ class Passes:
         return torch.compile(model, backend=self)(*args)
 
 
-def in_float64(model: nn.Module) -> nn.Module:
-    """The original with its roundings and its dropout taken away."""
+class Masked(nn.Module):
+    """A dropout whose numbers are drawn already."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.mask
+
+
+def dropped(x: Tensor) -> Tensor:
+    """What the first dropout with p = 0.5 after `draw` multiplies x by: 0 or 2."""
+    draw()
+    return F.dropout(torch.ones_like(x), 0.5)
+
+
+def draw() -> None:
+    """Begin to draw the random numbers of `dropped`."""
+    torch.manual_seed(3)
+
+
+def in_float64(model: nn.Module, mask: Tensor | None = None) -> nn.Module:
+    """The original with its roundings taken away, and its dropout, but for a ``mask`` that is
+    given.
+    """
     exact = copy.deepcopy(model).double()
-    for module in exact.modules():
+    for name, module in list(exact.named_modules()):
         if isinstance(module, nn.Dropout):
-            module.p = 0.0
+            off = mask is None or module.p == 0
+            exact.set_submodule(name, nn.Identity() if off else Masked(mask.double()))
     return exact
 
 
 def check_site(
     run: Any, model: nn.Module, x: Tensor, parameters: tol.Parameters, seed: int = 9
 ) -> None:
-    """``run(x)``, dL/dx and dL/dB of a rewritten layer against the original in float64."""
-    exact, wide = in_float64(model), x.detach().double().requires_grad_()
+    """``run(x)`` and its gradients of x, A and B of a rewritten layer against the original in
+    float64; a frozen A or B gets none.
+    """
+    exact, wide = in_float64(model, parameters.mask), x.detach().double().requires_grad_()
     x = x.detach().requires_grad_()
+    draw()
     y, expected = run(x), exact(wide)
     assert y.shape == expected.shape
     grad = randn(*y.shape, seed=seed).to(y.dtype)
@@ -223,5 +255,11 @@ def check_site(
     bound = tol.site_bounds(x.detach(), grad, parameters)
     tol.assert_within(y, expected, bound.y.reshape(y.shape))
     tol.assert_within(x.grad, wide.grad, bound.grad_x.reshape(x.shape))
-    name = next(n for n, p in model.named_parameters() if p is parameters.lora_b)
-    tol.assert_within(parameters.lora_b.grad, exact.get_parameter(name).grad, bound.grad_b)
+    names = {id(p): name for name, p in model.named_parameters()}
+    for adapter, bounds in zip(parameters.adapters, bound.adapters, strict=True):
+        for parameter, of in zip(adapter[:2], bounds, strict=True):
+            if parameter.requires_grad:
+                wanted = exact.get_parameter(names[id(parameter)]).grad
+                tol.assert_within(parameter.grad, wanted, of)
+            else:
+                assert parameter.grad is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from falqon_fx.base import Base, cast_base
+from falqon_fx.lowering import gemm_dtype
+from falqon_fx.spec import SiteSpec
 from tests.sites import Site, dyadic, randn, site_of
 
 FLOATS = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -17,68 +21,156 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 @dataclass
-class Case:
-    """A site, an input of any strides, a bias and a gradient."""
+class Lora:
+    """One adapter; ``x``: what it reads where that is not what the layer reads (dropout)."""
 
-    site: Site
-    x: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+    x: Tensor | None = None
+
+
+@dataclass
+class Layer:
+    """A linear layer W ≈ base with its adapters, and a gradient of its output; with ``reached`` off
+    no gradient comes.
+    """
+
+    weight: Tensor
+    base: Base
     bias: Tensor | None
-    out_dtype: torch.dtype
+    adapters: list[Lora]
     grad: Tensor
+    reached: bool = True
+
+
+@dataclass
+class Case:
+    """Layers that share x and are one ``falqon::merged_linear``.
+
+    ``adds_b``: whether the adapters are added to the outputs; not with "hold" of update="rows".
+    """
+
+    x: Tensor
+    layers: list[Layer]
+    out_dtype: torch.dtype
+    plan: SiteSpec
+    keep_x: bool = True
+    adds_b: bool = True
+
+    @property
+    def adapters(self) -> list[Lora]:
+        return [lora for layer in self.layers for lora in layer.adapters]
+
+    @property
+    def owner(self) -> list[int]:
+        return [i for i, layer in enumerate(self.layers) for _ in layer.adapters]
+
+    @property
+    def apart(self) -> bool:
+        """Whether an adapter reads something else than x."""
+        return any(lora.x is not None for lora in self.adapters)
+
+    @functools.cached_property
+    def casts(self) -> list[list[Tensor]]:
+        """[Â, its scale, b] of each adapter, by ``falqon::proxy_update``."""
+        loras, wide = self.adapters, gemm_dtype(self.out_dtype, self.x.device) == torch.float32
+        if not loras:
+            return []
+        made = torch.ops.falqon.proxy_update(
+            [lora.lora_a for lora in loras],
+            [lora.lora_b for lora in loras],
+            [lora.scaling for lora in loras],
+            wide,
+            str(self.plan),
+        )
+        return [made[3 * j : 3 * j + 3] for j in range(len(loras))]
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Those of the op. W as bytes and Â as E4M3: both take either."""
+        loras = self.adapters
+        return (
+            self.x,
+            [layer.base.code for layer in self.layers],
+            [layer.base.scale for layer in self.layers],
+            [layer.bias for layer in self.layers if layer.bias is not None],
+            [a for a, _, _ in self.casts],
+            [scale for _, scale, _ in self.casts],
+            [b for _, _, b in self.casts] if self.adds_b else [],
+            [lora.lora_a for lora in loras],
+            [lora.lora_b for lora in loras],
+            [self.x if lora.x is None else lora.x for lora in loras] if self.apart else [],
+            self.owner,
+            [lora.scaling for lora in loras],
+            self.keep_x,
+            self.out_dtype,
+            str(self.plan),
+        )
+
+    def leaves(self) -> dict[str, Tensor]:
+        """What has gradients, by name, each asking for them."""
+        found = {"x": self.x}
+        for i, layer in enumerate(self.layers):
+            if layer.bias is not None:
+                found[f"bias {i}"] = layer.bias
+        for j, lora in enumerate(self.adapters):
+            if self.keep_x:
+                found[f"a {j}"] = lora.lora_a
+            found[f"b {j}"] = lora.lora_b
+            if lora.x is not None:
+                found[f"x {j}"] = lora.x
+        for tensor in found.values():
+            tensor.requires_grad_()
+        return found
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Sizes stay where float16 doesn't overflow: |W| up to 16, |x| up to 32, K up to 70."""
-    out, features, rank = draw(st.integers(1, 40)), draw(st.integers(1, 70)), draw(RANKS)
-    seed = draw(SEEDS)
-    base = randn(out, features, seed=seed) * 2.0 ** draw(st.integers(-6, 1))
-    lora_a = randn(rank, features, seed=seed + 1) * 2.0 ** draw(st.integers(-6, 0))
-    lora_b = randn(out, rank, seed=seed + 2) * draw(st.sampled_from([0.0, 2.0**-8, 0.25]))
-    if draw(st.booleans()):
-        base[draw(st.integers(0, out - 1))] = 0
-        lora_a[draw(st.integers(0, rank - 1))] = 0
-    site = site_of(
-        base.to(draw(FLOATS)),
-        lora_a.to(draw(FLOATS)),
-        lora_b.to(draw(FLOATS)),
-        scaling=draw(st.sampled_from([1.0, 0.3, 2.0, -1.5])),
-        granularity=draw(st.sampled_from(["tensor", "row"])),
-        scale=draw(st.sampled_from(["amax", "pow2"])),
-        pending=draw(st.sampled_from(["hold", "drop", "apply"])),
-        grad_dtype=draw(st.sampled_from(["e5m2", "e4m3"])),
+    """One to three layers with none to three adapters each, of all dtypes, shapes and strides.
+
+    Sizes stay where float16 doesn't overflow: |W| up to 16, |x| up to 32, K up to 70.
+    """
+    features, seed = draw(st.integers(1, 70)), draw(SEEDS)
+    plan = SiteSpec(
+        draw(st.sampled_from(["tensor", "row"])),
+        draw(st.sampled_from(["amax", "pow2"])),
+        draw(st.sampled_from(["e5m2", "e4m3"])),
     )
-    site.step(seed=seed + 3, size=draw(st.sampled_from([0.0, 2.0**-8, 0.1])))  # now pending
-    x = draw(inputs(features, seed + 4))
-    out_dtype = draw(FLOATS)
-    bias = randn(out, seed=seed + 5).to(draw(FLOATS)) if draw(st.booleans()) else None
-    grad = randn(*x.shape[:-1], out, seed=seed + 6) * 2.0 ** draw(st.integers(-12, 1))
-    return Case(site, x, bias, out_dtype, grad.to(out_dtype))
+    x, out_dtype, biased = draw(inputs(features, seed)), draw(FLOATS), draw(st.booleans())
+    drops = draw(st.booleans())
+    layers = []
+    for i in range(draw(st.integers(1, 3))):
+        at, out = seed + 100 * (i + 1), draw(st.integers(1, 40))
+        weight = randn(out, features, seed=at) * 2.0 ** draw(st.integers(-6, 1))
+        if draw(st.booleans()):
+            weight[draw(st.integers(0, out - 1))] = 0
+        weight = weight.to(draw(FLOATS))
+        bias = randn(out, seed=at + 1).to(draw(FLOATS)) if biased else None
+        grad = randn(*x.shape[:-1], out, seed=at + 2) * 2.0 ** draw(st.integers(-12, 1))
+        loras = [
+            draw(adapters(out, x, at + 10 * (j + 1), drops)) for j in range(draw(st.integers(0, 3)))
+        ]
+        reached = draw(st.sampled_from([True, True, False]))
+        base = cast_base(weight, plan)
+        layers.append(Layer(weight, base, bias, loras, grad.to(out_dtype), reached))
+    layers[-1].reached |= not any(layer.reached for layer in layers)
+    keep_x, adds_b = draw(st.booleans()), draw(st.sampled_from([True, True, False]))
+    return Case(x, layers, out_dtype, plan, keep_x, adds_b)
 
 
 @st.composite
-def siblings(draw: st.DrawFn) -> list[Case]:
-    """Two to four sites that read the same x, with their own shapes, ranks and scalings."""
-    first = draw(cases())
-    plan, features = first.site.state.plan, first.x.shape[-1]
-    found = [first]
-    for i in range(draw(st.integers(1, 3))):
-        out, rank, seed = draw(st.integers(1, 40)), draw(RANKS), draw(SEEDS)
-        site = site_of(
-            (randn(out, features, seed=seed) * 2.0 ** draw(st.integers(-6, 1))).to(draw(FLOATS)),
-            randn(rank, features, seed=seed + 1) * 2.0 ** draw(st.integers(-6, 0)),
-            randn(out, rank, seed=seed + 2) * draw(st.sampled_from([0.0, 2.0**-8, 0.25])),
-            scaling=draw(st.sampled_from([1.0, 0.3, 2.0, -1.5])),
-            granularity=plan.granularity,
-            scale=plan.scale,
-            pending=plan.pending,
-            grad_dtype=plan.grad,
-        )
-        site.step(seed=seed + 3, size=draw(st.sampled_from([0.0, 2.0**-8, 0.1])))
-        bias = None if first.bias is None else randn(out, seed=seed + 5).to(draw(FLOATS))
-        grad = randn(*first.x.shape[:-1], out, seed=seed + 6 + i) * 2.0 ** draw(st.integers(-12, 1))
-        found.append(Case(site, first.x, bias, first.out_dtype, grad.to(first.out_dtype)))
-    return found
+def adapters(draw: st.DrawFn, out: int, x: Tensor, seed: int, drops: bool) -> Lora:
+    """An adapter of a layer [out, in] that reads x, or with ``drops`` perhaps a dropped x."""
+    rank, features = draw(RANKS), x.shape[-1]
+    lora_a = randn(rank, features, seed=seed) * 2.0 ** draw(st.integers(-6, 0))
+    if draw(st.booleans()):
+        lora_a[draw(st.integers(0, rank - 1))] = 0
+    lora_b = randn(out, rank, seed=seed + 1) * draw(st.sampled_from([0.0, 2.0**-8, 0.25]))
+    dropped = None
+    if drops and draw(st.booleans()):
+        dropped = x * ((randn(*x.shape, seed=seed + 2) > 0) * 2).to(x.dtype)
+    scaling = draw(st.sampled_from([1.0, 0.3, 2.0, -1.5]))
+    return Lora(lora_a.to(draw(FLOATS)), lora_b.to(draw(FLOATS)), scaling, dropped)
 
 
 @st.composite

@@ -1,10 +1,8 @@
-"""The backend as a whole: inner compilers, updates per step, what is kept for backward, fusion."""
+"""The backend as a whole: inner compilers, what is written and kept, fusion."""
 
 from __future__ import annotations
 
 import copy
-import re
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,20 +11,29 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils.checkpoint import checkpoint
 
 import falqon_fx
-from falqon_fx.merged import allocate
-from falqon_fx.spec import SiteSpec
-from falqon_fx.update import NONFINITE, STEP, proxy_update_
-from tests import tolerances as tol
-from tests.emulation import cast, emulate
-from tests.models import LoraLinear, Relu, Stack, fill_b, lora_b, tiny_llama, tiny_mlp, train
+from falqon_fx import MergedAdapter
+from falqon_fx.rows.state import allocate
+from falqon_fx.rows.update import NONFINITE, STEP, proxy_update_
+from falqon_fx.spec import RowsSpec
+from tests.emulation import emulate
+from tests.models import (
+    LoraLinear,
+    Relu,
+    Stack,
+    fill_b,
+    freeze_a,
+    lora_b,
+    tiny_llama,
+    tiny_mlp,
+    train,
+)
 
-PUBLIC_CODE = {
-    "granularity": "tensor",
-    "scale": "amax",
-    "pending": "drop",
-    "rounding": "nearest",
-    "topk": 10,
-}
+PAPER = {"granularity": "tensor", "scale": "amax"}
+ROWS = {"update": "rows"}
+PUBLIC_CODE = {**ROWS, **PAPER, "pending": "drop", "rounding": "nearest", "topk": 10}
+OPTIONS = pytest.mark.parametrize(
+    "options", [{}, PAPER, ROWS, PUBLIC_CODE], ids=["default", "paper", "rows", "public code"]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -39,8 +46,14 @@ def compiled(model: nn.Module, inner: str = "eager", **options: object) -> nn.Mo
     return torch.compile(model, backend="falqon", options={"inner": inner, **options})
 
 
+def made(kind: type[nn.Module] = Relu, update: str = "adapter", **options: object) -> nn.Module:
+    """A model, with A frozen where rows are written."""
+    model = kind(**options)
+    return freeze_a(model) if update == "rows" else model
+
+
 def adam(model: nn.Module, **options: object) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(lora_b(model), lr=1e-2, **options)
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, **options)
 
 
 def steps(model: nn.Module) -> list[int]:
@@ -54,10 +67,14 @@ def writes(model: nn.Module) -> list[int]:
 
 
 def weights(model: nn.Module) -> list[Tensor]:
-    """Everything that training changes: B, and the FP8 bytes, scale, applied of every site."""
-    state = [state.tensors for state in falqon_fx.adapters(model).values()]
-    live = [t.view(torch.uint8) if t.element_size() == 1 else t for s in state for t in s]
-    return [t.detach().clone() for t in (*lora_b(model), *live)]
+    """Everything that training might change: A and B, and the FP8 bytes, scale and so on of every
+    site.
+    """
+    live = [p for name, p in model.named_parameters() if "lora_" in name]
+    for state in falqon_fx.adapters(model).values():
+        rows = isinstance(state, MergedAdapter)
+        live += state.tensors if rows else (state.weight, state.scale)
+    return [(t.view(torch.uint8) if t.element_size() == 1 else t).detach().clone() for t in live]
 
 
 def all_equal(a: list[Tensor], b: list[Tensor]) -> bool:
@@ -67,14 +84,11 @@ def all_equal(a: list[Tensor], b: list[Tensor]) -> bool:
 # -- inner compilers -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("dtype", "options"),
-    [(torch.float32, {}), (torch.bfloat16, {}), (torch.float32, PUBLIC_CODE)],
-    ids=["float32", "bfloat16", "public code"],
-)
+@OPTIONS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_aot_eager_trains_bit_for_bit_as_eager(dtype, options):
-    model, x = Relu(dtype=dtype), torch.randn(4, 6, 32).to(dtype)
-    result = {}
+    x, result = torch.randn(4, 6, 32).to(dtype), {}
+    model = made(update=options.get("update", "adapter"), dtype=dtype)
     for inner in ("eager", "aot_eager"):
         own = copy.deepcopy(model)
         losses = train(compiled(own, inner, **options), adam(own), x, steps=20)
@@ -84,68 +98,117 @@ def test_aot_eager_trains_bit_for_bit_as_eager(dtype, options):
     assert result["eager"][0][-1] < result["eager"][0][0]
 
 
-def test_inductor_trains_bit_for_bit_as_eager_where_only_gemms_and_exact_ops_run():
-    """Inductor calls the same GEMMs; max, add, multiply and the FP8 cast are IEEE operations that
-    it may not contract. So no rounding is left to differ, in bfloat16 either.
+@pytest.mark.parametrize("options", [{}, ROWS], ids=["default", "rows"])
+def test_inductor_trains_bit_for_bit_as_eager(options):
+    """On a CPU the ops are opaque to it, and what is around them here is exact: no rounding is left
+    to differ, in bfloat16 either.
     """
-    model, x = Relu(dtype=torch.bfloat16), torch.randn(4, 6, 32).bfloat16()
-    result = []
+    x, result = torch.randn(4, 6, 32).bfloat16(), []
+    model = made(update=options.get("update", "adapter"), dtype=torch.bfloat16)
     for inner in ("eager", "inductor"):
         own = copy.deepcopy(model)
-        result.append((train(compiled(own, inner), adam(own), x, steps=20), weights(own)))
+        losses = train(compiled(own, inner, **options), adam(own), x, steps=20)
+        result.append((losses, weights(own)))
     assert result[0][0] == result[1][0]
     assert all_equal(result[0][1], result[1][1])
 
 
-def test_the_sizes_of_a_prepared_weight_are_fixed_for_the_compiler():
+@pytest.mark.parametrize("options", [PAPER, PUBLIC_CODE], ids=["paper", "public code"])
+def test_the_sizes_of_a_prepared_weight_are_fixed_for_the_compiler(options):
     """Symbols that AOTAutograd gave to them had no source: with one scale a weight, compiling for
     evaluation failed in a guard on such a symbol.
     """
-    model, x = tiny_mlp().bfloat16(), torch.randn(4, 32).bfloat16()
-    falqon_fx.prepare(model, falqon_fx.FalqonConfig(**PUBLIC_CODE), progress=False)
+    model, x = freeze_a(tiny_mlp().bfloat16()), torch.randn(4, 32).bfloat16()
+    falqon_fx.prepare(model, falqon_fx.FalqonConfig(**options), progress=False)
     with torch.no_grad():
-        assert compiled(model, "inductor", **PUBLIC_CODE)(x).isfinite().all()
+        assert compiled(model, "inductor", **options)(x).isfinite().all()
 
 
-@pytest.mark.parametrize("options", [{}, PUBLIC_CODE], ids=["default", "public code"])
+@OPTIONS
 def test_a_rewritten_llama_equals_an_eager_emulation_of_the_same_quantized_ops(options):
     """The emulation (tests/emulation.py) is written with torch's own FP8 casts and takes the same
-    steps in the same order, so it is equal bit for bit: logits, loss, and dL/dB of all 14 sites.
-    (Siblings add up their parts of dL/dx in one buffer: another order.)
+    steps in the same order, so it is equal bit for bit: logits, loss, and the gradients of all 14
+    sites. (Siblings add up their parts of dL/dx in one buffer: another order.)
     """
     model, ids = tiny_llama(), torch.randint(0, 64, (2, 9))
     fill_b(model)
+    if "update" in options:
+        freeze_a(model)
     backend = compiled(model, siblings=False, **options)
     output = backend(input_ids=ids, labels=ids)
     output.loss.backward()
     states = falqon_fx.adapters(model)
     assert len(states) == 14
 
-    twin = emulate(copy.deepcopy(model), states)
+    config = None if "update" in options else falqon_fx.FalqonConfig(**options)
+    twin = emulate(copy.deepcopy(model), states, config)
     twin.zero_grad()
     expected = twin(input_ids=ids, labels=ids)
     expected.loss.backward()
     assert torch.equal(output.logits, expected.logits)
     assert torch.equal(output.loss, expected.loss)
-    for b, twin_b in zip(lora_b(model), lora_b(twin), strict=True):
-        assert b.grad.abs().max() > 0
-        assert torch.equal(b.grad, twin_b.grad)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == (14 if "update" in options else 28)
+    for name, parameter in trained.items():
+        assert parameter.grad.abs().max() > 0
+        assert torch.equal(parameter.grad, twin.get_parameter(name).grad), name
 
 
 def test_the_same_seed_gives_the_same_weights_after_50_steps():
-    """Stochastic rounding included, which the default has."""
+    """Stochastic rounding of rows included."""
     result = []
     for seed in (0, 0, 1):
         torch._dynamo.reset()
         torch.manual_seed(0)
-        model, x = Stack(), torch.randn(4, 6, 32)
-        train(compiled(model, "aot_eager", seed=seed), adam(model), x, steps=50)
+        model, x = made(Stack, "rows"), torch.randn(4, 6, 32)
+        train(compiled(model, "aot_eager", seed=seed, **ROWS), adam(model), x, steps=50)
         result.append(weights(model))
     assert all_equal(result[0], result[1])
     assert not all_equal(result[0], result[2])
 
 
-# -- updates ---------------------------------------------------------------------------------------
+# -- nothing is written ----------------------------------------------------------------------------
+
+
+def bases(model: nn.Module) -> dict[str, tuple[int, Tensor]]:
+    """Where the FP8 base of each site lies, and its bytes."""
+    return {
+        path: (state.weight.data_ptr(), state.weight.view(torch.uint8).clone())
+        for path, state in falqon_fx.adapters(model).items()
+    }
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+def test_the_base_is_constant_whatever_trains_it(inner, prepared):
+    """Optimizer steps, writes through ``data``, evaluation, a NaN that a scaler skips."""
+    model, x = tiny_mlp(), torch.randn(4, 6, 32)
+    if prepared:
+        falqon_fx.prepare(model, progress=False)
+    backend, optimizer = compiled(model, inner), adam(model)
+    backend(x)
+    first = bases(model)
+    train(backend, optimizer, x, steps=3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.1)
+            parameter.data = parameter.data.clone()
+    before = backend(x)
+    with torch.no_grad():
+        assert torch.equal(backend(x), before)
+        lora_b(model)[0].fill_(float("nan"))
+        assert backend(x).isnan().any()
+        lora_b(model)[0].zero_()
+        assert backend(x).isfinite().all()
+    last = bases(model)
+    assert len(first) == 2
+    for path, (pointer, code) in first.items():
+        assert last[path][0] == pointer
+        assert torch.equal(last[path][1], code)
+
+
+# -- update="rows": each step is written once
+# -------------------------------------------------------
 
 
 OPTIMIZERS = {
@@ -157,8 +220,8 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("kind", [*OPTIMIZERS, "compiled"])
 def test_each_optimizer_step_is_written_once_by_adamw(kind):
-    model, x = Relu(), torch.randn(4, 6, 32)
-    backend, optimizer = compiled(model, topk=5), adam(model, **OPTIMIZERS.get(kind, {}))
+    model, x = made(update="rows"), torch.randn(4, 6, 32)
+    backend, optimizer = compiled(model, topk=5, **ROWS), adam(model, **OPTIMIZERS.get(kind, {}))
     step = torch.compile(optimizer.step, backend="aot_eager") if kind == "compiled" else None
     backend(x)
     assert steps(model) == [0, 0]
@@ -172,8 +235,8 @@ def test_each_optimizer_step_is_written_once_by_adamw(kind):
 
 
 def test_a_write_through_data_is_seen():
-    model, x = Relu(), torch.randn(4, 6, 32)
-    backend = compiled(model, topk="all", pending="hold", rounding="nearest")
+    model, x = made(update="rows"), torch.randn(4, 6, 32)
+    backend = compiled(model, topk="all", pending="hold", rounding="nearest", **ROWS)
     before = backend(x)
     for b in lora_b(model):
         b.data.copy_(torch.randn_like(b))
@@ -187,8 +250,8 @@ def test_a_write_through_data_is_seen():
 
 
 def test_a_replaced_data_tensor_is_seen():
-    model, x = Relu(), torch.randn(4, 6, 32)
-    backend = compiled(model)
+    model, x = made(update="rows"), torch.randn(4, 6, 32)
+    backend = compiled(model, **ROWS)
     backend(x)
     for b in lora_b(model):
         b.data = torch.randn_like(b)
@@ -197,8 +260,8 @@ def test_a_replaced_data_tensor_is_seen():
 
 
 def test_a_step_that_gradscaler_skips_writes_nothing():
-    model, x = Relu(), torch.randn(4, 6, 32)
-    backend, optimizer = compiled(model), adam(model)
+    model, x = made(update="rows"), torch.randn(4, 6, 32)
+    backend, optimizer = compiled(model, **ROWS), adam(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     for n, factor in enumerate((1.0, float("inf"), 1.0)):
         scaler.scale(backend(x).square().mean() * factor).backward()
@@ -213,8 +276,8 @@ def test_a_step_that_gradscaler_skips_writes_nothing():
 
 
 def test_gradient_accumulation_and_evaluation_write_once():
-    model, x = Relu(), torch.randn(4, 6, 32)
-    backend, optimizer = compiled(model), adam(model)
+    model, x = made(update="rows"), torch.randn(4, 6, 32)
+    backend, optimizer = compiled(model, **ROWS), adam(model)
     for n in range(3):
         for part in x.split(2):
             backend(part).square().mean().backward()
@@ -227,69 +290,27 @@ def test_gradient_accumulation_and_evaluation_write_once():
         optimizer.zero_grad()
 
 
-def test_accumulated_gradients_are_the_sum_of_the_parts():
-    model, x = Relu(), torch.randn(4, 6, 32)
-    backend, single = compiled(model), []
-    for part in x.split(2):
-        model.zero_grad()
-        backend(part).square().mean().backward()
-        single.append([b.grad for b in lora_b(model)])
-    model.zero_grad()
-    for part in x.split(2):
-        backend(part).square().mean().backward()
-    assert all_equal([b.grad for b in lora_b(model)], [p + q for p, q in zip(*single)])
-
-
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 def test_checkpoint_recomputation_writes_nothing_and_changes_nothing(inner, reentrant):
-    plain, x = Stack(), torch.randn(4, 6, 32)
+    plain, x = made(Stack, "rows"), torch.randn(4, 6, 32)
     saving = copy.deepcopy(plain)
     saving.call = lambda block, x: checkpoint(block, x, use_reentrant=reentrant)
     result = []
     for model in (plain, saving):
-        losses = train(compiled(model, inner), adam(model), x.clone().requires_grad_(), steps=5)
+        call, given = compiled(model, inner, **ROWS), x.clone().requires_grad_()
+        losses = train(call, adam(model), given, steps=5)
         assert steps(model) == [4] * 4
         result.append((losses, weights(model)))
     assert result[0][0] == result[1][0]
     assert all_equal(result[0][1], result[1][1])
 
 
-def test_a_step_between_forward_and_backward_raises_as_in_the_original():
-    x = torch.randn(4, 6, 32)
-    for wrap in (lambda m: m, compiled):
-        model = Relu()
-        fill_b(model)
-        backend = wrap(model)
-        loss = backend(x).square().mean()
-        with torch.no_grad():
-            lora_b(model)[1].add_(1.0)
-        backend(x)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            loss.backward()
-
-
-def test_two_forwards_before_two_backwards():
-    model, x = Relu(), torch.randn(4, 6, 32)
-    fill_b(model)
-    backend = compiled(model)
-    single = []
-    for part in x.split(2):
-        model.zero_grad()
-        backend(part).square().mean().backward()
-        single.append([b.grad for b in lora_b(model)])
-    model.zero_grad()
-    losses = [backend(part).square().mean() for part in x.split(2)]
-    for loss in losses:
-        loss.backward()
-    assert all_equal([b.grad for b in lora_b(model)], [p + q for p, q in zip(*single)])
-
-
 def test_nan_in_b_is_not_written_and_warned_of_once_one_step_late():
-    model, x = Relu(), torch.randn(4, 6, 32)
-    backend = compiled(model, topk="all", pending="hold")
+    model, x = made(update="rows"), torch.randn(4, 6, 32)
+    backend = compiled(model, topk="all", pending="hold", **ROWS)
     backend(x)
-    good = weights(model)
+    before = falqon_fx.adapters(model)["up"].code.clone()
     with torch.no_grad():
         for b in lora_b(model):
             b.normal_()
@@ -309,128 +330,134 @@ def test_nan_in_b_is_not_written_and_warned_of_once_one_step_late():
     assert up.weight.float().isfinite().all()
     rows = torch.arange(48)
     kept = torch.isin(rows, torch.tensor([3, 7]))
-    before = good[2].view(-1, 32)[:48]
-    now = up.code[:48]
-    assert torch.equal(now[kept], before[kept])
+    assert torch.equal(up.code[:48][kept], before[:48][kept])
     assert up.writes[kept].eq(0).all()
     assert up.writes[~kept].ge(1).all()
     assert down.writes.eq(1).all()
 
 
-# -- gradients and memory --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-def test_only_b_gets_a_gradient(inner):
-    model = tiny_mlp()
-    compiled(model, inner)(torch.randn(2, 32)).sum().backward()
-    names = {name for name, p in model.named_parameters() if p.grad is not None}
-    assert names == {name for name, _ in model.named_parameters() if "lora_B" in name}
-
-
-@pytest.fixture(scope="module")
-def fused():
-    """RMSNorm → site in bfloat16 under Inductor: code, saved tensors, output. One compile for all
-    tests on it.
-    """
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    layers = nn.Sequential(nn.RMSNorm(64, eps=1e-6), LoraLinear(64, 96, dtype=torch.bfloat16))
-    model = layers.bfloat16().requires_grad_(False)
-    model[1].lora_B.weight.requires_grad_(True)
-    x = torch.randn(48, 64).bfloat16().requires_grad_()
-    saved: list[Tensor] = []
-
-    def run() -> Tensor:
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-            output = compiled(model, "inductor")(x)
-        output.float().sum().backward()
-        return output.detach()
-
-    output, code = run_and_get_code(run)
-    return SimpleNamespace(model=model, x=x.detach(), output=output, code=code, saved=saved)
-
-
-def test_no_wide_copy_of_the_weight_is_kept_for_backward(fused):
-    kept = [(t.dtype, t.numel()) for t in fused.saved]
-    assert (torch.float8_e4m3fn, (96 + 4) * 64) in kept
-    wide = [n for dtype, n in kept if dtype != torch.float8_e4m3fn]
-    assert max(wide) < 96 * 64, kept
-
-
-def norm_kernel(code: str) -> tuple[int, str]:
-    """How many bfloat16 buffers the kernel of the norm writes, and its body."""
-    kernels = re.findall(r"cpp_pybinding\(\[(.*?)\], r\'\'\'(.*?)\'\'\'", code, re.DOTALL)
-    ((pointers, body),) = [(pointers, body) for pointers, body in kernels if "sqrt" in body]
-    assert "const at::Float8_e4m3fn*" in pointers
-    return pointers.count("'at::BFloat16*'"), body
-
-
-def test_the_activation_cast_stands_in_the_norms_kernel(fused):
-    """One kernel holds both. It writes three bfloat16 buffers: the amax of each row of x, its FP8
-    values, marked by the copysign that ends the cast, and W'. The norm's output would be a fourth.
-    """
-    written, body = norm_kernel(fused.code[0])
-    assert "copysign" in body
-    assert written == 3
-
-
-def test_a_norm_that_something_else_reads_too_is_written(fused):
-    """What the test above would see, were the cast a kernel of its own."""
-
-    class Both(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.site = fused.model
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            x = self.norm(x)
-            return x, self.site(x)
-
-    torch._dynamo.reset()
-    _, code = run_and_get_code(lambda: compiled(Both(), "inductor")(fused.x))
-    written, _ = norm_kernel(next(c for c in code if "rsqrt" in c))
-    assert written == 4
-
-
-def test_the_step_has_no_host_sync(fused):
-    for code in fused.code:
-        assert "_local_scalar_dense" not in code
-        assert "item()" not in code
-
-
-def test_a_fused_cast_differs_from_an_unfused_one_by_the_rounding_to_bfloat16_between(fused):
-    """Unfused, the norm's output x is rounded to bfloat16 before its cast. Either way the cast sees
-    a value within eps of the exact x: one rounding to bfloat16, and in float32 the 64 sums of the
-    mean and at most 8 operations around. The cast is monotone: both results lie in the interval
-    between the casts of the ends, and the products differ by its width times |W| at most. Then
-    each output passes K float32 additions and one rounding to bfloat16.
-    """
-    unfused = compiled(fused.model, "eager")(fused.x).double()
-    (state,) = falqon_fx.adapters(fused.model).values()
-    wide = fused.x.double()
-    exact = wide * (wide.square().mean(1, keepdim=True) + 1e-6).rsqrt()  # the norm's weight is 1
-    eps = tol.UNIT_ROUNDOFF[torch.bfloat16] + 2 * tol.gamma(64 + 8)
-    ends = [cast((exact * (1 + e)).float(), torch.float8_e4m3fn, True, True) for e in (-eps, eps)]
-    assert torch.equal(ends[0][1], ends[1][1])  # no amax lies that close to a power of two
-    low, high = (codes.double() * scale for codes, scale in ends)
-    weight = state.dequantize()[:96].double()
-    size = torch.maximum(low.abs(), high.abs()) @ weight.abs().t()
-    bound = (high - low).abs() @ weight.abs().t() + 2 * tol.gamma(64) * size
-    tol.assert_within(
-        fused.output, unfused, tol.rounded_bound(size, bound, torch.bfloat16) + size * 2**-8
-    )
-
-
-@pytest.mark.parametrize("options", [{}, PUBLIC_CODE], ids=["default", "public code"])
+@pytest.mark.parametrize("options", [ROWS, PUBLIC_CODE], ids=["rows", "public code"])
 def test_away_from_the_cpu_the_update_reads_nothing_back(options):
     """Meta tensors have no values: whatever asks for one raises. (On CPU, where looking is free,
     the update does look.)
     """
-    spec, device = SiteSpec.from_config(falqon_fx.FalqonConfig(**options)), torch.device("meta")
+    spec, device = RowsSpec.from_config(falqon_fx.FalqonConfig(**options)), torch.device("meta")
     state = allocate(48, 32, 4, torch.bfloat16, 2.0, spec, device)
     base = torch.empty(48, 32, dtype=torch.bfloat16, device=device)
     a, b = torch.empty(4, 32, device=device), torch.empty(48, 4, device=device)
     proxy_update_(*([tensor] for tensor in state.tensors), [b], [a], [base], [2.0], str(spec))
     with pytest.raises(RuntimeError, match="meta"):
         bool(state.counters.any())
+
+
+# -- gradients and memory --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
+def test_what_requires_grad_gets_a_gradient_and_nothing_else(inner, prepared):
+    model = tiny_mlp(lora_bias=True)
+    if prepared:
+        falqon_fx.prepare(model, progress=False)
+    torch.nn.init.normal_(lora_b(model)[0])  # or A would get zeros
+    for frozen in ("", "lora_A", "lora_B.default.weight", "lora_B.default.bias"):
+        torch._dynamo.reset()
+        for name, parameter in model.named_parameters():
+            adapter = "lora_" in name
+            parameter.requires_grad_(adapter and not (frozen and frozen in name))
+            parameter.grad = None
+        compiled(model, inner)(torch.randn(2, 32)).sum().backward()
+        found = {name for name, p in model.named_parameters() if p.grad is not None}
+        assert found == {name for name, p in model.named_parameters() if p.requires_grad}
+        assert len(found) == (6 if not frozen else 4)
+
+
+def test_a_step_between_forward_and_backward_leaves_the_gradients_of_that_forward_pass():
+    """Torch raises there, since its backward pass would read a changed B. Ours reads the cast that
+    the forward pass made. With update="rows" it reads B itself, and raises.
+    """
+    model, x = Relu(), torch.randn(4, 6, 32)
+    fill_b(model)
+    backend, trained = compiled(model), [p for p in model.parameters() if p.requires_grad]
+    backend(x).square().mean().backward()
+    expected = [p.grad.clone() for p in trained]
+    model.zero_grad()
+    loss = backend(x).square().mean()
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.add_(1.0)
+    backend(x)
+    loss.backward()
+    assert all_equal([p.grad for p in trained], expected)
+
+    model = made(update="rows")
+    fill_b(model)
+    backend = compiled(model, **ROWS)
+    loss = backend(x).square().mean()
+    with torch.no_grad():
+        lora_b(model)[1].add_(1.0)
+    backend(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_two_forwards_before_two_backwards(inner):
+    model, x = Relu(), torch.randn(4, 6, 32)
+    fill_b(model)
+    backend, trained = compiled(model, inner), [p for p in model.parameters() if p.requires_grad]
+    single = []
+    for part in x.split(2):
+        model.zero_grad()
+        backend(part).square().mean().backward()
+        single.append([p.grad for p in trained])
+    model.zero_grad()
+    losses = [backend(part).square().mean() for part in x.split(2)]
+    for loss in losses:
+        loss.backward()
+    assert len(trained) == 4
+    assert all_equal([p.grad for p in trained], [a + b for a, b in zip(*single)])
+
+
+def saved_by(run: nn.Module, x: Tensor) -> list[tuple[torch.dtype, int]]:
+    """dtype and number of elements of all that a call keeps for backward."""
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        output = run(x)
+    output.float().sum().backward()
+    return [(t.dtype, t.numel()) for t in saved]
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("trained", ["A and B", "B"])
+def test_of_x_its_fp8_form_is_kept_where_a_trains_and_else_nothing(inner, trained):
+    """And of W its FP8 form alone. x here is what a norm gives, so that nothing else needs it: of
+    all that is kept, only the norm's own input and x̂ are as large as x.
+    """
+    layers = nn.Sequential(nn.RMSNorm(64, eps=1e-6), LoraLinear(64, 96, dtype=torch.bfloat16))
+    model = layers.bfloat16()
+    model[0].requires_grad_(False)
+    if trained == "B":
+        freeze_a(model)
+    x = torch.randn(480, 64).bfloat16().requires_grad_()
+    kept = saved_by(compiled(model, inner), x)
+    size, fp8 = 480 * 64, (torch.float8_e4m3fn, torch.uint8)
+    assert [dtype in fp8 for dtype, n in kept if n == 96 * 64] == [True]  # W
+    of_x = [dtype for dtype, n in kept if n == size]
+    assert [dtype for dtype in of_x if dtype in fp8] == [torch.float8_e4m3fn] * (trained != "B")
+    if inner == "inductor":  # others keep what the norm's own backward pass reads as well
+        assert len([dtype for dtype in of_x if dtype not in fp8]) == 1
+
+
+def test_the_step_has_no_host_sync():
+    model, x = Relu(), torch.randn(4, 6, 32)
+
+    def run() -> None:
+        compiled(model, "inductor")(x).sum().backward()
+
+    _, codes = run_and_get_code(run)
+    assert len(codes) == 2
+    for code in codes:
+        assert "falqon.merged_linear" in code
+        assert "_local_scalar_dense" not in code
+        assert "item()" not in code

@@ -29,8 +29,8 @@ if os.environ["CHANGED"]:
     original = lowering.merged_linear
 
     def changed(*args):
-        y, out_a = original(*args)
-        return y + 1, out_a
+        y, *rest = original(*args)
+        return [y + 1, *rest]
 
     lowering.merged_linear = changed
     for module in (spec, ops, backend):

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -17,16 +18,20 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 
 import falqon_fx
-from falqon_fx import FalqonConfig, FalqonError
+from falqon_fx import FalqonConfig, FalqonError, storage
 from falqon_fx.checkpoint import MANIFEST
-from falqon_fx.prepare import MergedBaseLinear
+from falqon_fx.fp8_linear import Fp8Linear
+from falqon_fx.prepare import Adapter
+from falqon_fx.rows.prepared import MergedBaseLinear
 from falqon_fx.storage import DamagedFileError
 from falqon_fx.trees import join, separate
-from tests.models import Stack, fill_b, lora_b, tiny_llama, tiny_mlp
+from tests.models import Stack, fill_b, freeze_a, lora_b, tiny_llama, tiny_mlp
 from tests.sites import randn, same, snapshot
 
 STEPS = 6
-EAGER = {"inner": "eager", "topk": 5}
+ROWS = {"update": "rows", "topk": 5}
+UPDATES = pytest.mark.parametrize("update", ["adapter", "rows"])
+PREPARED = pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
 
 
 @pytest.fixture(autouse=True)
@@ -35,16 +40,21 @@ def _fresh():
 
 
 class Run:
-    """A training run: model, optimizer, scheduler, and what has to be equal at its end."""
+    """A training run: model, optimizer, scheduler, and what has to be equal at its end.
+
+    A and B are trained, with update="rows" B alone.
+    """
 
     def __init__(self, prepared: bool, seed: int = 0, model: nn.Module | None = None, **options):
         torch.manual_seed(seed)
         self.model = tiny_mlp(lora_dropout=0.0) if model is None else model
-        self.config = FalqonConfig(**{**EAGER, **options})
+        rows = options.get("update") == "rows"
+        if rows:
+            freeze_a(self.model)
+        self.config = FalqonConfig(**{"inner": "eager", **(ROWS if rows else {}), **options})
         if prepared:
             falqon_fx.prepare(self.model, self.config, progress=False)
         self.compiled = torch.compile(self.model, backend="falqon", options={"config": self.config})
-        # A is in the optimizer, as PEFT has it.
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=0.05, weight_decay=0.1)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, STEPS)
@@ -69,7 +79,14 @@ class Run:
         )
 
     def states(self) -> dict[str, list[Tensor]]:
-        return {path: snapshot(s) for path, s in falqon_fx.adapters(self.model).items()}
+        return {path: tensors_of(s) for path, s in falqon_fx.adapters(self.model).items()}
+
+
+def tensors_of(site: falqon_fx.MergedAdapter | Adapter) -> list[Tensor]:
+    """The FP8 tensors of a site, copied."""
+    if isinstance(site, falqon_fx.MergedAdapter):
+        return snapshot(site)
+    return [site.weight.view(torch.uint8).clone(), site.scale.clone()]
 
 
 def assert_same_run(a: Run, b: Run) -> None:
@@ -87,8 +104,9 @@ def assert_same_run(a: Run, b: Run) -> None:
         assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_what_was_loaded_in_inference_mode_can_be_trained(tmp_path):
-    whole, resumed = Run(prepared=True), Run(prepared=False)
+@UPDATES
+def test_what_was_loaded_in_inference_mode_can_be_trained(tmp_path, update):
+    whole, resumed = Run(prepared=True, update=update), Run(prepared=False, update=update)
     whole.steps(0, 2)
     whole.save(tmp_path)
     with torch.inference_mode():
@@ -100,11 +118,12 @@ def test_what_was_loaded_in_inference_mode_can_be_trained(tmp_path):
     assert_same_run(whole, resumed)
 
 
-@pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
+@UPDATES
+@PREPARED
 @pytest.mark.parametrize("interrupted", [0, 3, 5])
-def test_interrupted_training_is_bit_equal(tmp_path, prepared, interrupted):
+def test_interrupted_training_is_bit_equal(tmp_path, update, prepared, interrupted):
     """Weights, states, optimizer; with random numbers drawn in training from both generators."""
-    whole, first = Run(prepared), Run(prepared)
+    whole, first = Run(prepared, update=update), Run(prepared, update=update)
     random.seed(1)
     torch.manual_seed(5)
     whole.steps(0, STEPS)
@@ -113,7 +132,8 @@ def test_interrupted_training_is_bit_equal(tmp_path, prepared, interrupted):
     torch.manual_seed(5)
     first.steps(0, interrupted)
     first.save(tmp_path)
-    resumed = Run(prepared, seed=9)  # another A, another base bias: all comes from the file
+    # Another A, another base bias: all comes from the file.
+    resumed = Run(prepared, seed=9, update=update)
     if not prepared:
         _same_base(resumed.model, first.model)
     random.seed(2)
@@ -130,10 +150,13 @@ def _same_base(model: nn.Module, other: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("options", [
-    {"pending": "hold"}, {"pending": "drop"}, {"rounding": "nearest"}, {"granularity": "tensor"},
-    {"scale": "amax"}, {"topk": "all"}, {"init": "svd"}, {"seed": 3},
+    {"granularity": "tensor"}, {"scale": "amax"}, {"init": "svd"}, {"frozen": "leave"},
+    *({**ROWS, **options} for options in (
+        {"pending": "hold"}, {"pending": "drop"}, {"rounding": "nearest"}, {"topk": "all"},
+        {"granularity": "tensor"}, {"scale": "amax"}, {"init": "svd"}, {"seed": 3},
+    )),
 ], ids=str)  # fmt: skip
-@pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
+@PREPARED
 def test_every_option_resumes_bit_equal(tmp_path, prepared, options):
     whole, first, resumed = (Run(prepared, **options) for _ in range(3))
     torch.manual_seed(5)
@@ -150,7 +173,7 @@ def test_every_option_resumes_bit_equal(tmp_path, prepared, options):
 
 def test_a_checkpoint_without_the_update_counters_would_not_resume(tmp_path):
     """What is tested above is not true by itself: losing one counter changes the weights."""
-    whole, resumed = Run(True), Run(True)
+    whole, resumed = Run(True, **ROWS), Run(True, **ROWS)
     torch.manual_seed(5)
     whole.steps(0, 2)
     whole.save(tmp_path)
@@ -165,12 +188,13 @@ def test_a_checkpoint_without_the_update_counters_would_not_resume(tmp_path):
         assert_same_run(whole, resumed)
 
 
+@UPDATES
 @pytest.mark.parametrize("saved", [False, True], ids=["unprepared", "prepared"])
-def test_either_form_loads_into_the_other(tmp_path, saved):
+def test_either_form_loads_into_the_other(tmp_path, update, saved):
     """A saved prepared model prepares the one it is loaded into, without a cast; a model that is
     prepared since takes over the states of one that wasn't.
     """
-    first, resumed = Run(saved), Run(not saved)
+    first, resumed = Run(saved, update=update), Run(not saved, update=update)
     first.steps(0, 3)
     first.save(tmp_path)
     resumed.load(tmp_path)
@@ -179,10 +203,12 @@ def test_either_form_loads_into_the_other(tmp_path, saved):
         True,
     ]
     layer = resumed.model.base_model.model[0].base_layer
-    assert isinstance(layer, MergedBaseLinear)
+    assert isinstance(layer, Fp8Linear if update == "adapter" else MergedBaseLinear)
     with pytest.raises(FalqonError, match="would be lost") as lost:
         resumed.model.merge_adapter()
     assert lost.value.site == next(iter(falqon_fx.adapters(resumed.model)))
+    if update == "rows" and not saved:
+        return  # one has the base weight at hand, from which it writes rows; the other does not
     for run in (first, resumed):
         torch.manual_seed(3)
         random.seed(3)
@@ -195,12 +221,13 @@ def test_either_form_loads_into_the_other(tmp_path, saved):
     ]
 
 
-def test_hand_written_lora_resumes(tmp_path):
+@UPDATES
+def test_hand_written_lora_resumes(tmp_path, update):
     """Sites outside PEFT are found by their parameters."""
     runs = []
     for _ in range(3):
         torch.manual_seed(0)
-        runs.append(Run(False, model=Stack(blocks=1)))
+        runs.append(Run(False, model=Stack(blocks=1), update=update))
     whole, first, resumed = runs
     torch.manual_seed(5)
     random.seed(5)
@@ -214,14 +241,15 @@ def test_hand_written_lora_resumes(tmp_path):
     assert_same_run(whole, resumed)
 
 
+@UPDATES
 @pytest.mark.slow
-def test_a_new_process_resumes_bit_equal(tmp_path):
+def test_a_new_process_resumes_bit_equal(tmp_path, update):
     """Nothing rests on what stays in a process: each half runs in its own."""
     code = """
 import sys; sys.path.insert(0, {root!r})
 import pathlib, random, torch
 from tests.test_checkpoint import Run
-run = Run({prepared})
+run = Run(True, update={update!r})
 folder = pathlib.Path({folder!r})
 random.seed(5); torch.manual_seed(5)
 if {first}:
@@ -233,25 +261,63 @@ run.save(folder)
     for folder, parts in {"whole": [(0, 4)], "halves": [(0, 2), (2, 4)]}.items():
         for first, last in parts:
             text = code.format(
-                root=root, prepared=True, folder=str(tmp_path / folder), first=first, last=last
+                root=root, update=update, folder=str(tmp_path / folder), first=first, last=last
             )
             subprocess.run([sys.executable, "-W", "ignore", "-c", text], check=True)
-    runs = [Run(True, seed=7), Run(True, seed=8)]
+    runs = [Run(True, seed=seed, update=update) for seed in (7, 8)]
     for run, folder in zip(runs, ("whole", "halves"), strict=True):
         run.load(tmp_path / folder)
     assert_same_run(*runs)
 
 
-def test_two_adapters_resume_bit_equal(tmp_path):
-    """One trained, then the other on the same base weights: both have their states in the file."""
+def wide_mlp() -> nn.Module:
+    """A site, and a frozen layer without an adapter that is large enough to run in FP8."""
+    model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 64), nn.Linear(64, 32))
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0"]))
+
+
+@UPDATES
+@PREPARED
+def test_frozen_layers_in_fp8_resume_bit_equal(tmp_path, update, prepared):
+    runs = []
+    for seed in (0, 0, 9):
+        torch.manual_seed(0 if not prepared else seed)  # the file brings what `prepare` freed
+        runs.append(Run(prepared, model=wide_mlp(), update=update))
+    whole, first, resumed = runs
+    for run in (whole, first):
+        torch.manual_seed(5)
+        random.seed(5)
+        run.steps(0, 2)
+    report = falqon_fx.save_checkpoint(
+        first.model, tmp_path, optimizer=first.optimizer, scheduler=first.scheduler
+    )
+    assert report.sites == 2
+    resumed.load(tmp_path)
+    for run in (whole, resumed):
+        torch.manual_seed(6)
+        random.seed(6)
+        run.steps(2, STEPS)
+    named = dict(resumed.model.named_parameters())
+    assert ("base_model.model.1.code" in named) is prepared
+    for name, parameter in whole.model.named_parameters():
+        assert torch.equal(parameter.nan_to_num(), named[name].nan_to_num()), name
+    assert whole.states().keys() == resumed.states().keys() == {"base_model.model.0"}
+    assert all(same(*pair) for pair in zip(whole.states().values(), resumed.states().values()))
+
+
+@UPDATES
+def test_two_adapters_resume_bit_equal(tmp_path, update):
+    """One trained, then the other on the same base weights: both are in the file."""
     runs = []
     for _ in range(2):
         torch.manual_seed(0)
         model = tiny_mlp(lora_dropout=0.0)
         model.add_adapter("other", model.peft_config["default"])
-        run = Run(False, model=model)
+        run = Run(False, model=model, update=update)
         run.steps(0, 1)
         model.set_adapter("other")
+        if update == "rows":
+            freeze_a(model)
         b = [p for n, p in model.named_parameters() if "lora_B.other" in n]
         run.optimizer = torch.optim.AdamW(b, lr=0.05)
         runs.append(run)
@@ -270,6 +336,8 @@ def test_two_adapters_resume_bit_equal(tmp_path):
     assert all(same(states, resumed.states()[path]) for path, states in whole.states().items())
     for run in runs:
         run.model.set_adapter("default")
+        if update == "rows":
+            freeze_a(run.model)
         run.compiled(randn(4, 32))
     assert all(same(states, resumed.states()[path]) for path, states in whole.states().items())
 
@@ -355,10 +423,11 @@ def test_tied_weights_are_written_once(tmp_path):
     assert inner.lm_head.weight is inner.model.embed_tokens.weight
 
 
-@pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
-def test_torch_distributed_checkpoint_resumes_bit_equal(tmp_path, prepared):
+@UPDATES
+@PREPARED
+def test_torch_distributed_checkpoint_resumes_bit_equal(tmp_path, update, prepared):
     """Through its public save and load, in one process."""
-    whole, first, resumed = Run(prepared), Run(prepared), Run(prepared)
+    whole, first, resumed = (Run(prepared, update=update) for _ in range(3))
     for run in (whole, first):
         random.seed(5)
         torch.manual_seed(5)
@@ -376,14 +445,17 @@ def test_torch_distributed_checkpoint_resumes_bit_equal(tmp_path, prepared):
     assert_same_run(whole, resumed)
 
 
-def test_torch_distributed_checkpoint_brings_the_base_weights(tmp_path):
-    first, other = Run(False), Run(False, seed=1)
+@UPDATES
+def test_torch_distributed_checkpoint_brings_the_base_weights(tmp_path, update):
+    first, other = Run(False, update=update), Run(False, seed=1, update=update)
     first.steps(0, 2)
     other.steps(0, 1)
     dcp.save({"falqon": falqon_fx.CheckpointState(first.model)}, checkpoint_id=tmp_path)
     dcp.load({"falqon": falqon_fx.CheckpointState(other.model)}, checkpoint_id=tmp_path)
     for one, two in zip(first.model.parameters(), other.model.parameters(), strict=True):
         assert torch.equal(one, two)
+    for run in (first, other):  # the default's base is made anew from the weights
+        run.compiled(randn(4, 32))
     assert all(same(*pair) for pair in zip(first.states().values(), other.states().values()))
 
 
@@ -413,15 +485,18 @@ def _base_in_half(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
+@UPDATES
+@PREPARED
 @pytest.mark.parametrize("what", OTHERS)
-def test_torch_distributed_checkpoint_of_another_model_changes_nothing(tmp_path, prepared, what):
+def test_torch_distributed_checkpoint_of_another_model_changes_nothing(
+    tmp_path, update, prepared, what
+):
     """DCP itself refuses what is missing or of another shape, and we the rest."""
-    first = Run(prepared)
+    first = Run(prepared, update=update)
     first.steps(0, 2)
     kept = None if what == "no optimizer" else first.optimizer
     dcp.save({"falqon": falqon_fx.CheckpointState(first.model, kept)}, checkpoint_id=tmp_path)
-    other = Run(prepared, seed=3, model=OTHERS[what]())
+    other = Run(prepared, seed=3, model=OTHERS[what](), update=update)
     if what not in ("dtype", "base dtype"):
         other.steps(0, 1)
     if what == "other groups":
@@ -457,31 +532,104 @@ def refused(model: nn.Module, folder: Path, **arguments: object) -> str:
     return str(caught.value)
 
 
-def test_another_base_weight_is_refused(tmp_path):
-    first = Run(False)
+@UPDATES
+def test_another_base_weight_is_refused(tmp_path, update):
+    first = Run(False, update=update)
     first.steps(0, 1)
     first.save(tmp_path)
-    text = refused(Run(False, seed=1).model, tmp_path)
+    text = refused(Run(False, seed=1, update=update).model, tmp_path)
     assert "base_model.model.0.base_layer.weight" in text
     assert "not those that" in text
 
 
-@pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
-def test_another_shape_is_refused(tmp_path, prepared):
-    first = Run(prepared)
+def test_another_base_weight_is_refused_where_it_is_freed(tmp_path):
+    """By the bytes of its cast; those of another config are others too."""
+    first = Run(False)
+    first.steps(0, 1)
+    first.save(tmp_path)
+    for other in (Run(True, seed=1), Run(True, granularity="tensor")):
+        text = refused(other.model, tmp_path)
+        assert "base_model.model.0.base_layer.weight" in text
+        assert "Prepare the same base model, with the config" in text
+    Run(True).load(tmp_path)
+
+
+def test_base_weights_that_are_in_fp8_are_not_in_the_file(tmp_path):
+    """Nor twice where `prepare` freed them: the checkpoint holds A, B, biases and the FP8 bytes."""
+    for prepared, weights in ((False, set()), (True, {"code", "scale", "digest"})):
+        run, folder = Run(prepared), tmp_path / str(prepared)
+        run.steps(0, 1)
+        report = falqon_fx.save_checkpoint(run.model, folder, rng=False)
+        (file,) = json.loads((folder / MANIFEST).read_text())["files"].values()
+        expected = {
+            f"base_model.model.{layer}.{name}"
+            for layer in (0, 2)
+            for name in ("lora_A.default.weight", "lora_B.default.weight", "base_layer.bias",
+                         *(f"base_layer.{weight}" for weight in weights))
+        }  # fmt: skip
+        assert set(file["tensors"]) == expected
+        assert report.sites == 2
+
+
+def test_a_weight_that_was_written_since_its_cast_is_in_the_file(tmp_path):
+    first, other = Run(False), Run(False)
+    first.steps(0, 1)
+    weight = first.model.base_model.model[0].base_layer.weight
+    with torch.no_grad():
+        weight += 1.0
+    first.save(tmp_path)
+    other.load(tmp_path)
+    assert torch.equal(other.model.base_model.model[0].base_layer.weight, weight)
+
+
+def test_bytes_that_were_averaged_are_not_saved(tmp_path):
+    run = Run(True)
+    with torch.no_grad():
+        run.model.base_model.model[2].base_layer.code += 1
+    with pytest.raises(FalqonError, match=r"base_model\.model\.2: the bytes of its FP8 base"):
+        run.save(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("saved", ["adapter", "rows"])
+@PREPARED
+def test_a_prepared_model_of_the_other_update_is_refused(tmp_path, prepared, saved):
+    other = {"adapter": "rows", "rows": "adapter"}[saved]
+    first = Run(prepared, update=saved)
+    first.steps(0, 1)
+    first.save(tmp_path)
+    text = refused(Run(True, update=other).model, tmp_path)
+    assert f'training with update="{saved}", prepare() made it for update="{other}"' in text
+    assert "Call falqon_fx.restore(model) first" in text
+
+
+@UPDATES
+@PREPARED
+def test_another_shape_is_refused(tmp_path, update, prepared):
+    first = Run(prepared, update=update)
     first.steps(0, 1)
     first.save(tmp_path)
     torch.manual_seed(0)
-    other = Run(prepared, model=tiny_mlp(r=8))
+    other = Run(prepared, model=tiny_mlp(r=8), update=update)
     assert "lora_A" in refused(other.model, tmp_path)
 
 
-@pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
-def test_another_dtype_of_a_base_weight_is_refused(tmp_path, prepared):
+@UPDATES
+@PREPARED
+def test_another_dtype_of_a_base_weight_is_refused(tmp_path, update, prepared):
     """`applied` would be rounded, or the layer become one of another dtype."""
-    Run(True).save(tmp_path)
-    other = Run(prepared, model=_base_in_half(tiny_mlp(lora_dropout=0.0)))
-    text = refused(other.model, tmp_path)
+    Run(True, update=update).save(tmp_path)
+    model = _base_in_half(tiny_mlp(lora_dropout=0.0))
+    text = refused(Run(prepared, model=model, update=update).model, tmp_path)
+    assert "has float32 [48, 32], the model float16 [48, 32]" in text
+
+
+def test_another_dtype_of_a_base_weight_that_is_not_freed_is_refused(tmp_path):
+    first = Run(False)
+    first.steps(0, 1)
+    first.save(tmp_path)
+    model = _base_in_half(tiny_mlp(lora_dropout=0.0))
+    text = refused(Run(False, model=model).model, tmp_path)
     assert "has float32 [48, 32], the model float16 [48, 32]" in text
 
 
@@ -525,11 +673,11 @@ def test_another_optimizer_is_refused_before_anything_is_changed(tmp_path):
     falqon_fx.load_checkpoint(model, tmp_path, optimizer=torch.optim.AdamW(b))
 
 
-def test_compiling_with_other_options_after_loading_is_refused(tmp_path):
-    first = Run(False)
+def test_with_rows_compiling_with_other_options_after_loading_is_refused(tmp_path):
+    first = Run(False, **ROWS)
     first.steps(0, 2)
     first.save(tmp_path)
-    other = Run(False, topk=7)
+    other = Run(False, **{**ROWS, "topk": 7})
     other.load(tmp_path)
     with pytest.raises(Exception, match="Compile with the options of the checkpoint") as caught:
         other.steps(2, 3)
@@ -543,9 +691,22 @@ def test_an_empty_folder_is_refused(tmp_path):
         falqon_fx.load_checkpoint(tiny_mlp(), tmp_path)
 
 
-def test_a_newer_format_is_refused(tmp_path):
+@pytest.mark.parametrize("number", [2, 4])
+def test_another_format_is_refused_with_the_remedy(tmp_path, number):
     falqon_fx.save_checkpoint(tiny_mlp(), tmp_path)
     file = tmp_path / MANIFEST
-    file.write_text(file.read_text().replace("checkpoint.2", "checkpoint.3"))
-    with pytest.raises(DamagedFileError, match=r"its format is not 'falqon_fx\.checkpoint\.2'"):
+    rewrite_format(file, f"falqon_fx.checkpoint.{number}")
+    text = refused(tiny_mlp(), tmp_path)
+    assert f"{file}: its format is 'falqon_fx.checkpoint.{number}'" in text
+    assert "reads 'falqon_fx.checkpoint.3'" in text
+    assert "model.save_pretrained" in text
+    rewrite_format(file, "something")
+    with pytest.raises(DamagedFileError, match=r"its format is not 'falqon_fx\.checkpoint\.3'"):
         falqon_fx.load_checkpoint(tiny_mlp(), tmp_path)
+
+
+def rewrite_format(file: Path, name: str) -> None:
+    """As another falqon-fx would have written it, with a right checksum."""
+    content = json.loads(file.read_text())
+    del content["checksum"]
+    storage.write_manifest(file, {**content, "format": name})

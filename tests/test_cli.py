@@ -6,6 +6,7 @@ import sys
 
 import jsonschema
 import pytest
+import sympy
 import torch
 
 from falqon_fx import RewriteReport
@@ -37,7 +38,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_explain_prints_the_report_of_a_folder_without_weights(folder, capsys):
     assert main(["explain", folder, *FLAGS, "--check"]) == 0
     text = capsys.readouterr().out
-    assert "7 sites rewritten, 0 rejected" in text
+    assert "7 sites rewritten (7 with an adapter), 0 rejected, 1 left" in text
+    assert "trains: A and B of 7 sites" in text
     assert "H100" in text
     assert max(map(len, text.splitlines())) <= 100
 
@@ -72,12 +74,40 @@ def test_explain_takes_rank_and_targets_from_an_adapter_folder(folder, tmp_path,
     assert site.path.endswith("down_proj")
 
 
+def test_frozen_layers_beside_the_targets_run_in_fp8_or_are_left(tmp_path, capsys):
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+    )
+    config.save_pretrained(tmp_path)
+    words = ["explain", str(tmp_path), *FLAGS, "--target-modules", "q_proj", "v_proj"]
+    assert main([*words, "--check"]) == 0
+    text = capsys.readouterr().out
+    assert "7 sites rewritten (2 with an adapter), 0 rejected, 1 left" in text
+    assert "it is an output head" in text
+    assert main([*words, "--option", "frozen=leave"]) == 0
+    assert "2 sites rewritten (2 with an adapter)" in capsys.readouterr().out
+
+
 def test_check_exits_with_3_where_something_is_left_alone(folder, capsys):
-    options = ["--option", 'exclude=["*.q_proj"]', "--option", "topk=all"]
+    options = ["--option", 'exclude=["*.q_proj"]', "--option", "dropout=ignore"]
     assert main(["explain", folder, *FLAGS, *options, "--check"]) == 3
     text = capsys.readouterr().out
-    assert "6 sites rewritten, 1 rejected" in text
-    assert "topk=all" in text
+    assert "6 sites rewritten (6 with an adapter), 1 rejected" in text
+
+
+def test_update_rows_wants_a_frozen_a_and_shows_its_options(folder, capsys):
+    words = ["explain", folder, *FLAGS, "--option", "update=rows", "--option", "topk=5"]
+    assert main(words) == 1
+    assert 'update="adapter", or freeze lora_A' in capsys.readouterr().err
+    assert main([*words, "--frozen-a"]) == 0
+    text = capsys.readouterr().out
+    assert "trains: B of 7 sites: each step is written into W row by row" in text
+    assert "update=rows" in text
+    assert "topk=5" in text
 
 
 @pytest.mark.parametrize(
@@ -99,7 +129,8 @@ def test_a_wrong_word_exits_with_2_and_names_the_nearest(words, said, capsys):
     ("words", "said"),
     [
         (["--option", "topkk=3"], "nearest option is 'topk'"),
-        (["--option", "rounding=nearst"], "The nearest is 'nearest'"),
+        (["--option", "scale=pow3"], "The nearest is 'pow2'"),
+        (["--option", "topk=3"], 'belongs to update="rows"'),
         (["--option", "topk"], "name=value"),
         (["--card", "H1000"], "The nearest is 'H100'"),
     ],
@@ -122,7 +153,7 @@ def test_no_words_print_the_help(capsys):
 
 
 def test_cost_shows_the_papers_finding(capsys):
-    layer = ["--in", "1024", "--out", "1024", "--adapter-dtype", "bfloat16", "--pending", "hold"]
+    layer = ["--in", "1024", "--out", "1024", "--adapter-dtype", "bfloat16", "--frozen-a"]
     assert main(["cost", "--card", "RTX 4090", *layer, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["card"] == "RTX 4090"
@@ -134,12 +165,26 @@ def test_cost_shows_the_papers_finding(capsys):
     assert "pays from" in capsys.readouterr().out
 
 
+def test_cost_of_a_trained_a_and_of_siblings(capsys):
+    def merged(*words: str) -> float:
+        assert main(["cost", "--card", "H100", "--tokens", "512", "--json", *words]) == 0
+        (row,) = json.loads(capsys.readouterr().out)["seconds"]
+        return float(row["merged"])
+
+    assert merged("--frozen-a") < merged()
+    assert merged("--siblings", "3") < merged()
+    assert merged("--rank", "0") < merged("--rank", "8", "--frozen-a")
+
+
 def test_cost_lists_cards_and_formulas(capsys):
     assert main(["cost", "--cards", "--json"]) == 0
     assert {"H100", "MI300X"} <= {card["name"] for card in json.loads(capsys.readouterr().out)}
     assert main(["cost", "--symbolic", "--json"]) == 0
     formulas = json.loads(capsys.readouterr().out)
-    assert formulas["merged update"]["flops"] == "2*in*k*r"
+    forward = sympy.sympify(formulas["merged forward"]["flops"].replace("in", "i"))
+    n, i, out, r = sympy.symbols("n i out r")
+    assert sympy.expand(forward - 2 * n * (i * out + i * r + r * out)) == 0
+    assert formulas["merged update"]["flops"] == "0"
     for words in (["--cards"], ["--symbolic"]):
         assert main(["cost", *words]) == 0
         assert capsys.readouterr().out

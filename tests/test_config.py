@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from falqon_fx import FalqonConfig, FalqonConfigError, FalqonError
-from falqon_fx.spec import SiteSpec, parse_spec
+from falqon_fx.spec import RowsSpec, SiteSpec, parse_rows_spec, parse_spec
 from tests.sites import randn
 
 OPTIONS = [field.name for field in dataclasses.fields(FalqonConfig)]
@@ -62,39 +62,105 @@ def test_any_unknown_option_names_one_that_exists(name):
 
 
 CHOICES = {
+    "update": ("adapter", "rows"),
+    "frozen": ("fp8", "leave"),
     "init": ("svd", "keep"),
     "granularity": ("tensor", "row"),
     "scale": ("amax", "pow2"),
-    "pending": ("hold", "drop", "apply"),
-    "rounding": ("nearest", "stochastic"),
     "grad_dtype": ("e5m2", "e4m3"),
-    "dropout": ("ignore", "reject"),
+    "dropout": ("exact", "ignore", "reject"),
+    "kernel": ("auto", "triton", "scaled_mm", "inductor", "dequantize"),
+    "accumulation": ("fast", "promoted"),
+    "transpose": ("auto", "transient", "store", "kernel"),
     "inner": ("inductor", "aot_eager", "eager"),
 }
+ROWS_CHOICES = {"pending": ("hold", "drop", "apply"), "rounding": ("nearest", "stochastic")}
 
 
-@pytest.mark.parametrize(("name", "choices"), CHOICES.items())
+def of_rows(name: str) -> dict[str, str]:
+    """What makes an option belong to its method."""
+    return {"update": "rows"} if name in ROWS_CHOICES else {}
+
+
+@pytest.mark.parametrize(("name", "choices"), [*CHOICES.items(), *ROWS_CHOICES.items()])
 def test_every_documented_choice_is_taken(name, choices):
     for choice in choices:
-        assert getattr(FalqonConfig(**{name: choice}), name) == choice
+        assert getattr(FalqonConfig(**{**of_rows(name), name: choice}), name) == choice
+
+
+@pytest.mark.parametrize("name", [*CHOICES, *ROWS_CHOICES])
+@pytest.mark.parametrize("value", ["nonsense", "", "SVD", 1, True, ["svd"], {}, torch.float32])
+def test_any_other_value_of_a_choice_is_an_error_that_lists_them(name, value):
+    with pytest.raises(FalqonConfigError, match="is none of") as error:
+        FalqonConfig(**{**of_rows(name), name: value})
+    assert error.value.site == f"option {name!r}"
+    choices = (CHOICES | ROWS_CHOICES)[name]
+    for choice in choices:
+        assert repr(choice) in error.value.problem
+    assert error.value.remedy.split("'")[1] in choices
 
 
 @pytest.mark.parametrize("name", CHOICES)
-@pytest.mark.parametrize(
-    "value", ["nonsense", "", "SVD", 1, None, True, ["svd"], {}, torch.float32]
-)
-def test_any_other_value_of_a_choice_is_an_error_that_lists_them(name, value):
-    with pytest.raises(FalqonConfigError, match="is none of") as error:
-        FalqonConfig(**{name: value})
-    assert error.value.site == f"option {name!r}"
-    for choice in CHOICES[name]:
-        assert repr(choice) in error.value.problem
-    assert error.value.remedy.split("'")[1] in CHOICES[name]
+def test_none_is_a_value_of_no_choice_with_a_default(name):
+    with pytest.raises(FalqonConfigError, match="is none of"):
+        FalqonConfig(**{name: None})
 
 
 def test_a_mistyped_choice_names_the_nearest():
     with pytest.raises(FalqonConfigError, match="The nearest is 'stochastic'"):
-        FalqonConfig(rounding="stochastik")
+        FalqonConfig(update="rows", rounding="stochastik")
+    with pytest.raises(FalqonConfigError, match="The nearest is 'rows'"):
+        FalqonConfig(update="row")
+
+
+def test_what_is_not_built_is_refused():
+    with pytest.raises(FalqonConfigError, match="not built yet"):
+        FalqonConfig(adapter_dtype="fp8")
+
+
+# -- options of update="rows" ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("pending", "apply"),
+        ("pending", "drop"),
+        ("rounding", "nearest"),
+        ("topk", 3),
+        ("topk", "all"),
+    ],
+)
+@pytest.mark.parametrize("update", [{}, {"update": "adapter"}])
+def test_an_option_of_rows_is_refused_elsewhere(name, value, update):
+    with pytest.raises(FalqonConfigError) as error:
+        FalqonConfig(**update, **{name: value})
+    assert error.value.site == f"option {name!r}"
+    assert 'belongs to update="rows"' in error.value.problem
+    assert error.value.remedy == f'Leave {name} out, or set update="rows"'
+
+
+def test_rows_fills_in_its_own_defaults_and_the_default_has_none():
+    rows, default = FalqonConfig(update="rows"), FalqonConfig()
+    assert (rows.pending, rows.rounding, rows.topk) == ("apply", "stochastic", None)
+    assert (default.pending, default.rounding, default.topk) == (None, None, None)
+    assert RowsSpec.from_config(rows) == parse_spec(str(RowsSpec.from_config(rows)))
+
+
+def test_options_beside_a_whole_config_may_change_the_method():
+    rows = FalqonConfig(update="rows", pending="hold", topk=3, grad_dtype="e4m3")
+    config = FalqonConfig.from_options({"config": rows, "update": "adapter"})
+    assert config == FalqonConfig(grad_dtype="e4m3")
+    back = FalqonConfig.from_options({"config": config, "update": "rows", "topk": 5})
+    assert back == FalqonConfig(update="rows", topk=5, grad_dtype="e4m3")
+    with pytest.raises(FalqonConfigError, match="belongs to update"):
+        FalqonConfig.from_options({"config": rows, "update": "adapter", "topk": 5})
+
+
+def test_texts_hold_every_option():
+    texts = FalqonConfig(update="rows", topk=0.5).texts()
+    assert texts.keys() == set(OPTIONS)
+    assert (texts["update"], texts["topk"], texts["seed"]) == ("rows", "0.5", "0")
 
 
 @pytest.mark.parametrize(
@@ -119,7 +185,7 @@ def test_a_mistyped_choice_names_the_nearest():
 )
 def test_a_bad_topk_says_what_it_takes(topk, said):
     with pytest.raises(FalqonConfigError, match=said) as error:
-        FalqonConfig(topk=topk)
+        FalqonConfig(update="rows", topk=topk)
     assert error.value.remedy == 'Give an int >= 1, a float in (0, 1], or "all"'
 
 
@@ -152,7 +218,7 @@ def test_an_ill_typed_value_names_its_option(name, value):
 
 @given(st.integers(1, 10_000), st.integers(1, 10_000))
 def test_a_count_is_taken_up_to_the_rows_of_a_site(topk, out):
-    config = FalqonConfig(topk=topk)
+    config = FalqonConfig(update="rows", topk=topk)
     if topk <= out:
         assert config.rows(out) == topk
     else:
@@ -162,7 +228,7 @@ def test_a_count_is_taken_up_to_the_rows_of_a_site(topk, out):
 
 @given(st.floats(0, 1, exclude_min=True), st.integers(1, 10_000))
 def test_a_fraction_gives_at_least_one_row_and_never_too_many(fraction, out):
-    rows = FalqonConfig(topk=fraction).rows(out)
+    rows = FalqonConfig(update="rows", topk=fraction).rows(out)
     assert isinstance(rows, int)
     assert 1 <= rows <= out
     assert abs(rows - fraction * out) <= 1
@@ -170,15 +236,19 @@ def test_a_fraction_gives_at_least_one_row_and_never_too_many(fraction, out):
 
 def test_without_a_count_small_layers_give_all_their_rows():
     """A router or a gate among the linear layers of a model is no reason to refuse it."""
-    config = FalqonConfig()
+    config = FalqonConfig(update="rows")
     assert [config.rows(out) for out in (1, 9, 10, 11, 4096)] == [1, 9, 10, 10, 10]
-    spec = SiteSpec.from_config(config)
-    assert parse_spec(str(spec)).rows(4) == 4
+    spec = RowsSpec.from_config(config)
+    assert parse_rows_spec(str(spec)).rows(4) == 4
 
 
 def test_all_of_the_rows():
-    assert FalqonConfig(topk="all").rows(7) == FalqonConfig(topk=1.0).rows(7) == 7
-    assert FalqonConfig(topk=1).rows(7) == 1
+    assert (
+        FalqonConfig(update="rows", topk="all").rows(7)
+        == FalqonConfig(update="rows", topk=1.0).rows(7)
+        == 7
+    )
+    assert FalqonConfig(update="rows", topk=1).rows(7) == 1
 
 
 # -- torch.compile(options=...) --------------------------------------------------------------------
@@ -189,18 +259,18 @@ def test_no_options_are_the_defaults():
 
 
 def test_keys_with_a_dot_go_to_inductor():
-    config = FalqonConfig.from_options({"triton.cudagraphs": True, "topk": 3, "a.b": 1})
+    config = FalqonConfig.from_options({"triton.cudagraphs": True, "seed": 3, "a.b": 1})
     assert config.inductor == {"triton.cudagraphs": True, "a.b": 1}
-    assert config.topk == 3
+    assert config.seed == 3
 
 
 def test_a_whole_config_stands_under_config_and_options_beside_it_win():
-    base = FalqonConfig(topk=3, rounding="nearest", inductor={"a.b": 1, "c.d": 1})
+    base = FalqonConfig(seed=3, scale="amax", inductor={"a.b": 1, "c.d": 1})
     assert FalqonConfig.from_options({"config": base}) == base
-    config = FalqonConfig.from_options({"config": base, "topk": 5, "c.d": 2})
-    assert (config.topk, config.rounding) == (5, "nearest")
+    config = FalqonConfig.from_options({"config": base, "seed": 5, "c.d": 2})
+    assert (config.seed, config.scale) == (5, "amax")
     assert config.inductor == {"a.b": 1, "c.d": 2}
-    assert base.topk == 3
+    assert base.seed == 3
     assert base.inductor == {"a.b": 1, "c.d": 1}
 
 
@@ -211,7 +281,7 @@ def test_config_takes_only_a_config(value):
 
 
 def test_the_given_options_are_not_changed():
-    options = {"config": FalqonConfig(), "a.b": 1, "topk": 3}
+    options = {"config": FalqonConfig(), "a.b": 1, "seed": 3}
     before = dict(options)
     FalqonConfig.from_options(options)
     assert options == before
@@ -219,7 +289,7 @@ def test_the_given_options_are_not_changed():
 
 def test_a_config_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        FalqonConfig().topk = 3
+        FalqonConfig().seed = 3
 
 
 def test_patterns_may_be_one_string_or_several():
@@ -258,7 +328,9 @@ def test_an_error_without_a_site_leaves_it_out():
     ("options", "said"),
     [
         ({"topkk": 3}, "The nearest option is 'topk'"),
-        ({"topk": 0}, "the count 0 is below 1"),
+        ({"update": "rows", "topk": 0}, "the count 0 is below 1"),
+        ({"topk": 3}, 'belongs to update="rows"'),
+        ({"update": "columns"}, "'columns' is none of 'adapter', 'rows'"),
         ({"init": "qr"}, "'qr' is none of 'svd', 'keep'"),
     ],
 )

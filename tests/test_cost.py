@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
-from falqon_fx.passes import cards, cost
+from falqon_fx.passes import cards, cost, variants
 from falqon_fx.passes.cards import CARDS, Card
-from falqon_fx.passes.cost import IN, OUT, VARIANTS, K, N, R, Shape
+from falqon_fx.passes.variants import IN, OUT, VARIANTS, N, R, Shape
 from tests.models import LoraLinear
 
 H100 = cards.find("H100")
@@ -23,15 +23,16 @@ SHAPES = st.builds(
     n=st.just(1),
     features=SIZES,
     out=SIZES,
-    rank=st.integers(1, 512),
-    rows=st.integers(1, 16),
-    dtype=st.sampled_from(["bfloat16", "float32"]),
+    rank=st.integers(0, 512),
+    dtype=st.sampled_from(["bfloat16", "float32", "float16"]),
     adapter_dtype=st.sampled_from(["bfloat16", "float32"]),
-    pending=st.booleans(),
     train_a=st.booleans(),
+    train_b=st.booleans(),
+    siblings=st.integers(1, 3),
+    wide=st.sampled_from(["", "float32"]),
 )
-NUMBERS = {N: 96, IN: 40, OUT: 56, R: 4, K: 10}
-NUMERIC = Shape(96, 40, 56, 4, 10)
+NUMBERS = {N: 96, IN: 40, OUT: 56, R: 4}
+NUMERIC = Shape(96, 40, 56, 4)
 
 
 @pytest.mark.parametrize("train_a", [True, False])
@@ -46,32 +47,49 @@ def test_flops_of_lora_are_those_that_torch_counts(train_a):
         y = layer(x)
     with FlopCounterMode(display=False) as backward:
         y.sum().backward()
-    kernels = cost.lora(replace(NUMERIC, train_a=train_a))
+    kernels = variants.lora(replace(NUMERIC, train_a=train_a))
     assert cost.flops(kernels, "forward") == forward.get_total_flops()
     assert cost.flops(kernels, "backward") == backward.get_total_flops()
 
 
-@pytest.mark.parametrize("pending", ["apply", "hold"])
-def test_flops_of_the_merged_op_are_those_that_torch_counts(pending):
-    """Counted below the op: its lowering runs eagerly."""
+@pytest.mark.parametrize("rank", [4, 0])
+@pytest.mark.parametrize("train_a", [True, False])
+def test_flops_of_the_op_are_those_that_torch_counts(rank, train_a):
+    """Counted below the op: its lowering runs eagerly. Rank 0 is a frozen layer alone."""
     from torch.utils.flop_counter import FlopCounterMode
 
     from falqon_fx import lowering
-    from tests.sites import make_site, spec
+    from falqon_fx.base import cast_base
+    from falqon_fx.spec import SiteSpec
 
-    site = make_site(56, 40, 4, dtype=torch.bfloat16, pending=pending)
-    state = site.state
+    plan = SiteSpec.from_config(FalqonConfig())
+    base = cast_base(torch.randn(56, 40), plan)
+    a, b = [torch.randn(4, 40)] * bool(rank), [torch.randn(56, 4)] * bool(rank)
+    casts = lowering.proxy_update(a, b, [2.0] * len(a), False, str(plan))
     x, grad = torch.randn(96, 40).bfloat16(), torch.randn(96, 56).bfloat16()
-    tensors = [[t] for t in (*state.tensors[:3], site.lora_b)]
+    adapters = (casts[0::3], casts[1::3], casts[2::3], a, b, [], [0] * len(a), [2.0] * len(a))
+    rest = (train_a, torch.bfloat16, str(plan))
     with FlopCounterMode(display=False) as forward:
-        lowering.merged_linear(x, *tensors, [], [2.0], torch.bfloat16, spec(site))
-    with FlopCounterMode(display=False) as grad_x:
-        lowering.merged_linear_grad_x([grad], *tensors, [2.0], torch.bfloat16, spec(site))
-    grad_b = 2 * 96 * 56 * 4
-    for variant in (cost.merged, cost.emulated):
-        kernels = variant(replace(NUMERIC, pending=pending == "apply"))
+        _, out_a, x_cast, x_scale = lowering.merged_linear(
+            x, [base.weight], [base.scale], [], *adapters, True, *rest[1:]
+        )
+    with FlopCounterMode(display=False) as backward:
+        wide = out_a.dtype
+        d = [grad.to(wide) @ t.to(wide) for t in casts[2::3]]
+        lowering.merged_linear_grad_x(
+            [grad], [base.weight], [base.scale], d, casts[0::3], casts[1::3], *rest[1:]
+        )
+        for d_j in d:
+            lowering.grad_b(grad, out_a, 2.0, torch.float32)
+            if train_a:
+                lowering.grad_a(d_j, x_cast, x_scale, torch.float32)
+    for variant in (variants.merged, variants.emulated):
+        kernels = variant(replace(NUMERIC, rank=rank, train_a=train_a))
         assert cost.flops(kernels, "forward") == forward.get_total_flops()
-        assert cost.flops(kernels, "backward") == grad_x.get_total_flops() + grad_b
+        assert cost.flops(kernels, "backward") == backward.get_total_flops()
+        assert cost.flops(kernels) == cost.flops(
+            variants.lora(replace(NUMERIC, rank=rank, train_a=train_a))
+        )
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -80,25 +98,61 @@ def test_expressions_and_numbers_agree(name, phase):
     symbolic, numeric = VARIANTS[name](Shape()), VARIANTS[name](NUMERIC)
     for measure in (cost.flops, cost.moved):
         expression = sympy.sympify(measure(symbolic, phase))
-        assert expression.free_symbols <= {N, IN, OUT, R, K}
+        assert expression.free_symbols <= {N, IN, OUT, R}
         assert float(expression.subs(NUMBERS)) == float(measure(numeric, phase))
     time = sympy.sympify(cost.seconds(symbolic, H100, phase)).subs(NUMBERS)
     assert float(time) == pytest.approx(float(cost.seconds(numeric, H100, phase)), rel=1e-12)
 
 
+def named(kernels: list[variants.Kernel]) -> dict[str, variants.Kernel]:
+    return {kernel.name: kernel for kernel in kernels}
+
+
 def test_bytes_of_a_layer_by_hand():
-    """One GEMM: x, W and y once each, in bf16."""
-    gemm = next(k for k in cost.lora(NUMERIC) if k.name == "x·Wᵀ")
+    """x, W and y once each; with the adapter in the epilogue O_A and s·B, too."""
+    gemm = named(variants.lora(NUMERIC))["x·Wᵀ"]
     assert gemm.bytes == 2 * (96 * 40 + 56 * 40 + 96 * 56)
-    fused = next(k for k in cost.merged(NUMERIC) if k.name == "x·W'ᵀ")
-    assert fused.bytes == 96 * 40 + 60 * 40 + 2 * 96 * 60
-    assert fused.flops == 2 * 96 * 40 * 60
+    fused = named(variants.merged(NUMERIC))["x·Wᵀ + s·O_A·Bᵀ"]
+    assert fused.bytes == 96 * 40 + 56 * 40 + 2 * 96 * 56 + 2 * (96 * 4 + 56 * 4)
+    assert (fused.flops, fused.added) == (2 * 96 * 40 * 56, 2 * 96 * 4 * 56)
+    back = named(variants.merged(NUMERIC))["dO·W + D·A"]
+    assert back.bytes == 96 * 56 + 56 * 40 + 2 * 96 * 40 + 2 * (96 * 4 + 4 * 40)
+
+
+def test_a_frozen_a_costs_no_product_and_keeps_no_x():
+    trained, frozen = (variants.merged(replace(NUMERIC, train_a=t)) for t in (True, False))
+    assert named(trained)["cast x"].kept == 96 * 40  # one byte an element
+    assert named(frozen)["cast x"].kept == 0
+    assert named(trained).keys() - named(frozen).keys() == {"widen x", "dA"}
+    assert cost.flops(trained) - cost.flops(frozen) == 2 * 96 * 40 * 4
+    adam = [named(k)["AdamW"].bytes for k in (trained, frozen)]
+    assert adam == [7 * 4 * 4 * (40 + 56), 7 * 4 * 4 * 56]
+
+
+def test_a_frozen_layer_has_neither_casts_of_an_adapter_nor_an_optimizer():
+    at = replace(NUMERIC, rank=0)
+    assert [k.name for k in variants.merged(at)] == [
+        "cast x",
+        "x·Wᵀ + s·O_A·Bᵀ",
+        "cast dO",
+        "dO·W + D·A",
+    ]
+    assert cost.moved(variants.merged(at), "update") == 0
+    for name, variant in VARIANTS.items():
+        kept = sum(k.kept for k in variant(at))
+        assert kept == (0 if name == "fp8_lora" else 2 * 96 * (56 + 40)), name
 
 
 def test_new_memory_is_what_a_layer_keeps_or_hands_out_and_costs_its_page_faults():
-    """In float32 beside bf16: y and dL/dx, and PEFT's wide copy of x."""
-    out, grad_x, wide_x = 2 * 96 * 56, 2 * 96 * 40, 4 * 96 * 40
-    kept = {"lora": out + grad_x + wide_x, "emulated": out + grad_x, "merged": out + grad_x}
+    """In float32 beside bf16: y and dL/dx, O_A for dL/dB, and x for dL/dA: PEFT's wide copy, ours
+    in one byte on FP8 units and else in bf16.
+    """
+    out, grad_x = 2 * 96 * 56, 2 * 96 * 40
+    kept = {
+        "lora": out + grad_x + 4 * 96 * (40 + 4),
+        "emulated": out + grad_x + 2 * 96 * (40 + 4),
+        "merged": out + grad_x + 96 * 40 + 2 * 96 * 4,
+    }
     for name, count in kept.items():
         kernels = VARIANTS[name](NUMERIC)
         assert sum(k.kept for k in kernels) == count
@@ -106,20 +160,37 @@ def test_new_memory_is_what_a_layer_keeps_or_hands_out_and_costs_its_page_faults
         assert faulting - plain == pytest.approx(count / 1e9, rel=1e-9)
 
 
+def test_where_the_cpu_cannot_multiply_bf16_the_op_runs_in_float32():
+    kernels = variants.emulated(replace(NUMERIC, wide="float32"))
+    assert {k.dtype for k in kernels if k.flops != 0} == {"float32"}
+    assert named(kernels)["decode W"].bytes == 40 * 56 * (1 + 4)
+    assert {"narrow O", "narrow dx", "widen dO"} <= named(kernels).keys()
+    kept = 2 * 96 * (56 + 40) + 4 * 96 * (40 + 4)
+    assert sum(k.kept for k in kernels) == kept
+
+
 def test_thin_products_move_their_bytes_at_the_rate_measured_for_them():
     card = replace(H100, launch=0.0, thin={"float32": H100.bandwidth / 4})
-    kernels = {k.name: k for k in cost.lora(NUMERIC)}
+    kernels = {k.name: k for k in variants.lora(NUMERIC)}
     for name, factor in (("A", 4), ("cast x", 1), ("x·Wᵀ", 1)):  # the last is in bf16
         time = float(cost.seconds([kernels[name]], card))
         assert time == pytest.approx(factor * kernels[name].bytes / H100.bandwidth, rel=1e-12)
 
 
-def test_siblings_share_one_cast_of_x():
-    alone, third = (
-        cost.moved([k for k in cost.merged(replace(NUMERIC, siblings=s)) if k.name == "cast x"])
-        for s in (1, 3)
-    )
-    assert third == alone / 3
+@pytest.mark.parametrize("variant", [variants.lora, variants.merged, variants.emulated])
+def test_siblings_share_what_is_done_once(variant):
+    """Three layers that share x: of the shared work each has a third, and the total never grows."""
+    alone, third = (named(variant(replace(NUMERIC, siblings=s, adapted=s))) for s in (1, 3))
+    assert third["cast x"].bytes == alone["cast x"].bytes / 3
+    assert third["cast x"].launches == pytest.approx(1 / 3)
+    assert cost.seconds([*third.values()], H100) < cost.seconds([*alone.values()], H100)
+    assert cost.flops([*third.values()]) == cost.flops([*alone.values()])
+
+
+def test_siblings_of_a_frozen_layer_are_not_all_adapted():
+    """A's product reads x once for those of the siblings that have an adapter."""
+    at = replace(NUMERIC, siblings=3, adapted=2)
+    assert named(variants.merged(at))["x·Aᵀ"].bytes == 96 * 40 / 2 + 4 * 40 + 2 * 96 * 4
 
 
 def test_it_takes_dynamos_symbols():
@@ -127,20 +198,25 @@ def test_it_takes_dynamos_symbols():
 
     env = ShapeEnv()
     tokens = env.create_unbacked_symint()
-    total = cost.flops(cost.merged(replace(NUMERIC, n=tokens.node.expr)))
+    total = cost.flops(variants.merged(replace(NUMERIC, n=tokens.node.expr)))
     (symbol,) = total.free_symbols
-    assert total.subs(symbol, 96) == cost.flops(cost.merged(NUMERIC))
+    assert total.subs(symbol, 96) == cost.flops(variants.merged(NUMERIC))
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
 @pytest.mark.parametrize("size", [1024, 2048])
 @pytest.mark.parametrize("train_a", [True, False])
-def test_a_separate_lora_path_in_fp8_loses_below_some_size_and_merged_does_not(card, size, train_a):
-    """The paper's finding, at its rank and with its update (k = 10, nothing applied in between)."""
-    shape = Shape(1, size, size, 64, 10, adapter_dtype="bfloat16", pending=False, train_a=train_a)
-    separate = cost.break_even(cost.lora, cost.fp8_lora, shape, card)
-    assert separate is None or separate > 128
-    assert cost.break_even(cost.lora, cost.merged, shape, card) == 1
+def test_fp8_under_a_separate_lora_path_pays_late_and_the_rewrite_early(card, size, train_a):
+    """The paper's finding, at its rank: casts of A, B and O_A eat what FP8 gains. The rewrite has
+    to make up for its own launches alone.
+    """
+    shape = Shape(1, size, size, 64, adapter_dtype="bfloat16", train_a=train_a)
+    separate = cost.break_even(variants.lora, variants.fp8_lora, shape, card)
+    rewrite = cost.break_even(variants.lora, variants.merged, shape, card)
+    assert separate is not None
+    assert separate > 128
+    assert rewrite is not None
+    assert rewrite < separate / 5
 
 
 CALIBRATED = replace(H100, casts=1e11, thin={"bfloat16": 1e12, "float32": 4e11}, fresh=1e11)
@@ -156,12 +232,12 @@ def test_break_even_is_where_the_sign_changes(shape, card, name):
 
     def gain(n: int) -> float:
         at = replace(shape, n=n)
-        old, new = (float(cost.seconds(v(at), card)) for v in (cost.lora, after))
+        old, new = (float(cost.seconds(v(at), card)) for v in (variants.lora, after))
         return (old - new) / old
 
     # A sum of some twenty float64 terms; at an exact tie the sign is noise.
     noise = 1e-12
-    found = cost.break_even(cost.lora, after, shape, card)
+    found = cost.break_even(variants.lora, after, shape, card)
     many = [2**i for i in range(1, 40)]
     if found is None:
         assert gain(2**60) < noise
@@ -172,36 +248,36 @@ def test_break_even_is_where_the_sign_changes(shape, card, name):
 
 
 def test_break_even_by_brute_force():
-    shape = Shape(1, 1024, 1024, 64, 10, adapter_dtype="bfloat16", pending=False)
+    shape = Shape(1, 1024, 1024, 64, adapter_dtype="bfloat16")
     card = cards.find("RTX 4090")
 
     def loses(n: int) -> bool:
         at = replace(shape, n=n)
-        return cost.seconds(cost.fp8_lora(at), card) > cost.seconds(cost.lora(at), card)
+        return cost.seconds(variants.fp8_lora(at), card) > cost.seconds(variants.lora(at), card)
 
     last = max(n for n in range(1, 3000) if loses(n))
-    assert cost.break_even(cost.lora, cost.fp8_lora, shape, card) == last + 1
+    assert cost.break_even(variants.lora, variants.fp8_lora, shape, card) == last + 1
 
 
 def test_what_never_pays_has_no_break_even():
     slow = Card("slow cast", dict.fromkeys(("bfloat16", "float32"), 1e12), 1e12, 1e3, 0.0, {})
-    assert cost.break_even(cost.lora, cost.emulated, NUMERIC, slow) is None
+    assert cost.break_even(variants.lora, variants.emulated, NUMERIC, slow) is None
 
 
 def test_a_card_without_fp8_units_is_refused_by_name():
     plain = Card("plain", dict.fromkeys(("bfloat16", "float32"), 1e12), 1e12, 0.0, 0.0, {})
     with pytest.raises(FalqonError, match="plain: has no float8 matrix units"):
-        cost.seconds(cost.merged(NUMERIC), plain)
+        cost.seconds(variants.merged(NUMERIC), plain)
 
 
 def test_a_prediction_adds_up():
-    shape = Shape(1, 4096, 4096, 64, 10)
+    shape = Shape(1, 4096, 4096, 64)
     found = cost.predict(shape, "merged", H100, 2048)
     at = replace(shape, n=2048)
-    assert found.seconds_before == float(cost.seconds(cost.lora(at), H100))
-    assert found.seconds_after == float(cost.seconds(cost.merged(at), H100))
-    assert found.flops_before == cost.flops(cost.lora(at))
-    assert found.moved_after == cost.moved(cost.merged(at))
+    assert found.seconds_before == float(cost.seconds(variants.lora(at), H100))
+    assert found.seconds_after == float(cost.seconds(variants.merged(at), H100))
+    assert found.flops_before == cost.flops(variants.lora(at))
+    assert found.moved_after == cost.moved(variants.merged(at))
     assert found.speedup[2048] == found.gain
 
 

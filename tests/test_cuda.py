@@ -4,35 +4,38 @@ the library or plain; against float64 on the same quantized operands.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from falqon_fx import FalqonConfig, cuda, lowering, ops, products, rewrite
+from falqon_fx import cuda, lowering, ops, products
+from falqon_fx.base import cast_base
 from falqon_fx.kernels import dispatch, update
-from falqon_fx.kernels.choice import Choices
+from falqon_fx.numerics import E4M3, E5M2
 from falqon_fx.ops import decompositions
-from falqon_fx.passes.kernels import choose
+from falqon_fx.rows import cuda as rows_cuda
 from falqon_fx.spec import SiteSpec
 from tests import sites as sites_module
 from tests.sites import make_site, randn, same, snapshot, takes_row_scales
-from tests.spellings import HandWritten, Spelling
-from tests.strategies import Case, cases
-from tests.test_lowering import expected
-from tests.tolerances import Approx
+from tests.strategies import Case, Layer, Lora, cases
+from tests.test_lowering import check, expected, hat, run
 
-KERNELS = ["triton", "dequantize", "scaled_mm", "inductor"]
-OUTPUTS = ["own", "strided"]
+F32, BF16 = torch.float32, torch.bfloat16
+ROW, TENSOR = (SiteSpec(granularity, "pow2", "e5m2") for granularity in ("row", "tensor"))
+falqon = torch.ops.falqon
 
 # numpy, which the interpreter computes with, announces what hashing does on purpose.
 pytestmark = pytest.mark.filterwarnings(
@@ -47,146 +50,270 @@ def kernel_cache(tmp_path_factory):
         yield
 
 
-def columns(made):
-    states = [site.state for site in made]
-    return (
-        [s.weight for s in states],
-        [s.scale for s in states],
-        [s.applied for s in states],
-        [site.lora_b for site in made],
-    )
+@contextlib.contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """The ops are lowered for CPU tensors as for those of a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "lower_merged_linear", cuda.merged_linear)
+        patch.setattr(ops, "lower_grad_x", cuda.merged_linear_grad_x)
+        patch.setattr(ops, "lower_grad_b", falqon.grad_b_product)
+        patch.setattr(lowering, "grad_a", cuda.grad_a)
+        yield
 
 
-def run(made, x, bias, out_dtype, grads, kernel, output="own"):
-    """(O of each site, O_A, dL/dx, dL/dB of each)."""
-    states = [site.state for site in made]
-    plan, scaling = (
-        replace(states[0].plan, kernel=kernel, output=output),
-        [s.scaling for s in states],
+def check_on_gpu(case: Case) -> dict[str, Tensor]:
+    """All results against float64. Kernels add up dL/dx in their own order, and some round in
+    between: ``steps``.
+    """
+    wanted = expected(case, steps=True)
+    with as_on_a_gpu():
+        return check(case, wanted)
+
+
+@settings(max_examples=60)
+@given(case=cases(), kernel=st.sampled_from(["triton", "dequantize"]))
+def test_results_equal_float64_on_the_same_quantized_operands(case: Case, kernel: str):
+    assume(len(case.adapters) <= dispatch._MAX_PIECES)
+    case.plan = replace(case.plan, kernel=kernel)
+    check_on_gpu(case)
+
+
+@given(cases())
+def test_adapters_are_cast_as_on_a_cpu(case: Case):
+    """Bit for bit."""
+    loras, wide = case.adapters, case.casts[0][2].dtype == F32 if case.adapters else False
+    casts = cuda.proxy_update(
+        [lora.lora_a for lora in loras],
+        [lora.lora_b for lora in loras],
+        [lora.scaling for lora in loras],
+        wide,
+        str(case.plan),
     )
-    spec = str(plan)
-    *ys, out_a = cuda.merged_linear(x, *columns(made), bias, scaling, out_dtype, spec)
-    grad_x = cuda.merged_linear_grad_x(grads, *columns(made), scaling, x.dtype, spec)
-    parts = out_a.split([s.rank for s in states], dim=1)
-    grad_bs = [
-        products.grad_b_product(g, a, s.state.scaling, s.lora_b.dtype, spec)
-        for g, a, s in zip(grads, parts, made, strict=True)
+    wanted = [tensor for cast in case.casts for tensor in cast]
+    for ours, other in zip(casts, wanted, strict=True):
+        assert (ours.dtype, ours.shape) == (other.dtype, other.shape)
+        bits = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in (ours, other)]
+        assert torch.equal(*bits)
+
+
+# -- groups of layers ------------------------------------------------------------------------------
+
+
+def layer(out: int, ranks: tuple[int, ...], plan: SiteSpec, seed: int, **change: Any) -> Layer:
+    """A layer of 64 features whose adapters have the given ranks, for 32 tokens in bfloat16."""
+    loras = [
+        Lora(
+            randn(rank, 64, seed=seed + 10 * j) / 4,
+            randn(out, rank, seed=seed + 10 * j + 1) / 4,
+            scaling=(2.0, 0.3)[j % 2],
+        )
+        for j, rank in enumerate(ranks)
     ]
-    if not states[0].plan.per_row:  # in one pass they are the same, bit for bit
-        one_pass = cuda.merged_linear_grads(parts, grads, *columns(made), scaling, x.dtype, spec)
-        assert torch.equal(one_pass[0], grad_x)
-        assert all(map(torch.equal, one_pass[1], grad_bs))
-    return ys, out_a, grad_x, grad_bs
+    weight = randn(out, 64, seed=seed + 7).bfloat16()
+    grad = randn(32, out, seed=seed + 8).bfloat16()
+    return replace(Layer(weight, cast_base(weight, plan), None, loras, grad), **change)
 
 
-def holds(wanted: Approx, actual: torch.Tensor) -> None:
-    Approx(wanted.value.reshape(actual.shape), wanted.bound.reshape(actual.shape)).assert_holds(
-        actual
-    )
+def group(plan: SiteSpec, *of: tuple[int, tuple[int, ...]], **change: Any) -> Case:
+    """Layers (out, ranks) that share x [32, 64]."""
+    layers = [layer(out, ranks, plan, 100 * i) for i, (out, ranks) in enumerate(of)]
+    return replace(Case(randn(32, 64).bfloat16(), layers, BF16, plan), **change)
 
 
-@settings(max_examples=30)
-@given(
-    case=cases(),
-    kernel=st.sampled_from([("triton", "own")] * 2 + [("dequantize", o) for o in OUTPUTS]),
-)
-def test_results_equal_float64_on_the_same_quantized_operands(case: Case, kernel: tuple[str, str]):
-    wanted, bias = expected(case), [] if case.bias is None else [case.bias]
-    grad = case.grad.reshape(-1, case.grad.shape[-1])
-    (y,), out_a, grad_x, (grad_b,) = run([case.site], case.x, bias, case.out_dtype, [grad], *kernel)
-    assert y.shape == (*case.x.shape[:-1], len(case.site.lora_b))
-    assert (y.dtype, grad_x.dtype, grad_b.dtype) == (
-        case.out_dtype,
-        case.x.dtype,
-        case.site.lora_b.dtype,
-    )
-    for name, actual in {"y": y, "out_a": out_a, "grad_x": grad_x, "grad_b": grad_b}.items():
-        holds(wanted[name], actual)
+def with_dropout(plan: SiteSpec) -> Case:
+    """Two adapters that read x behind masks of their own, and one that reads x itself."""
+    case = group(plan, (48, (16, 8, 16)))
+    for i, lora in enumerate(case.adapters[:2]):
+        lora.x = case.x * ((randn(32, 64, seed=20 + i) > 0) * 2).bfloat16()
+    return case
 
 
-def siblings(granularity, pending):
-    """Sites of different sizes and ranks that share x, some of B not yet written."""
-    made = []
-    for i, (out, rank) in enumerate(((48, 16), (32, 8), (16, 16))):
-        site = make_site(out, 64, rank, granularity=granularity, pending=pending, seed=i)
-        site.step(seed=i)
-        made.append(site)
-    return made
+GROUPS: dict[str, Callable[[SiteSpec], Case]] = {
+    "one adapter": lambda plan: group(plan, (48, (16,))),
+    "a frozen layer": lambda plan: group(plan, (48, ())),
+    "siblings, some frozen": lambda plan: group(plan, (48, (16,)), (32, ()), (16, (8,)), (64, ())),
+    "frozen siblings": lambda plan: group(plan, (48, ()), (32, ())),
+    "several adapters": lambda plan: group(plan, (48, (16, 8)), (32, (5,)), (16, (16, 16, 3))),
+    "ranks beyond the kernels'": lambda plan: group(plan, (48, (300,)), (32, (8,))),
+    "dropout": with_dropout,
+    "A frozen": lambda plan: group(plan, (48, (16,)), (32, (8,)), keep_x=False),
+    "b absent": lambda plan: group(plan, (48, (16,)), (32, (8,)), adds_b=False),
+    "b absent, dropout": lambda plan: replace(with_dropout(plan), adds_b=False),
+}
+
+
+@pytest.mark.parametrize("kernel", ["triton", "dequantize", "scaled_mm"])
+@pytest.mark.parametrize("plan", [ROW, TENSOR], ids=["row", "tensor"])
+@pytest.mark.parametrize("name", GROUPS)
+def test_every_kind_of_group_by_every_kernel(name, plan, kernel):
+    if kernel == "scaled_mm" and plan.per_row and not takes_row_scales():
+        pytest.skip("torch's _scaled_mm takes no row scales on CPU")
+    actual = check_on_gpu(GROUPS[name](replace(plan, kernel=kernel)))
+    assert actual["out_a"].is_contiguous()
+
+
+@pytest.mark.parametrize("name", ["siblings, some frozen", "dropout"])
+def test_by_inductors_templates(name):
+    check_on_gpu(GROUPS[name](replace(TENSOR, kernel="inductor")))
+
+
+def launched(case: Case, monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], int]]:
+    """(outs, how many of them are O_A's) of each forward product."""
+    found = []
+    forward = dispatch.forward
+
+    def seen(q, q_scale, pieces, a_pieces, *rest):
+        found.append((tuple(len(piece.weight) for piece in pieces), a_pieces))
+        return forward(q, q_scale, pieces, a_pieces, *rest)
+
+    monkeypatch.setattr(dispatch, "forward", seen)
+    cuda.merged_linear(*case.arguments())
+    return found
 
 
 @pytest.mark.parametrize(
-    ("kernel", "output"), [*((k, "own") for k in KERNELS), *((k, "strided") for k in KERNELS[1:])]
+    ("name", "wanted"),
+    [
+        ("one adapter", [((16,), 1), ((48,), 0)]),
+        ("a frozen layer", [((48,), 0)]),
+        ("siblings, some frozen", [((16, 8), 2), ((48, 16), 0), ((32, 64), 0)]),
+        ("several adapters", [((16, 8, 5, 16, 16, 3), 6), ((48, 32, 16), 0)]),
+        ("dropout", [((16,), 1), ((8,), 1), ((16,), 1), ((48,), 0)]),
+        ("b absent", [((48, 32, 16, 8), 2)]),
+    ],
 )
-@pytest.mark.parametrize("pending", ["apply", "hold"])
-@pytest.mark.parametrize("granularity", ["row", "tensor"])
-def test_siblings_share_a_cast_and_the_products(granularity, pending, kernel, output):
-    library = kernel in ("scaled_mm", "inductor")
-    if library and granularity == "row" and not takes_row_scales():
-        pytest.skip("torch's _scaled_mm takes no row scales on CPU")
-    made, x = siblings(granularity, pending), randn(32, 64).bfloat16()
-    grads = [randn(32, len(s.lora_b), seed=i).bfloat16() for i, s in enumerate(made)]
-    ys, out_a, grad_x, _ = run(made, x, [], torch.bfloat16, grads, kernel, output)
-    assert [y.stride(0) for y in ys] == ([48, 32, 16] if output == "own" else [64, 40, 32])
-    assert out_a.is_contiguous()
-    total = Approx.exact(torch.zeros(32, 64))
-    for site, y, a, grad in zip(made, ys, out_a.split([16, 8, 16], dim=1), grads, strict=True):
-        case = Case(site, x, None, torch.bfloat16, grad)
-        wanted = expected(case)
-        holds(wanted["y"], y)
-        holds(wanted["out_a"], a)
-        total = (total + wanted["grad_x"]).rounded(torch.float32)
-    holds(total.rounded(torch.bfloat16), grad_x)
+def test_siblings_share_their_launches(name, wanted, monkeypatch):
+    """All O_A that read x in one, all O that add an adapter in one, all other O in one."""
+    assert launched(GROUPS[name](ROW), monkeypatch) == wanted
+
+
+def test_adapters_of_a_layer_need_not_stand_side_by_side():
+    """Their order is that of ``owner``."""
+    case = group(ROW, (48, (16, 8)), (32, (5,)))
+    names = ("a", "a_scale", "b", "lora_a", "lora_b", "adapter_x", "owner", "scaling")
+    x, weight, scale, bias, *columns, keep_x, out_dtype, spec = case.arguments()
+    by_name = dict(zip(names, columns, strict=True))
+    turned = [2, 1, 0]
+    moved = [[column[j] for j in turned] if column else column for column in by_name.values()]
+    first, second, out_a, *_ = cuda.merged_linear(
+        x, weight, scale, bias, *moved, keep_x, out_dtype, spec
+    )
+    wanted = cuda.merged_linear(*case.arguments())
+    of_a = wanted[2].split([16, 8, 5], dim=1)
+    assert torch.equal(out_a, torch.cat([of_a[j] for j in turned], dim=1))
+    assert torch.equal(second, wanted[1])
+    expected(case)["y 0"].assert_holds(first)  # whose terms are added in another order
+
+
+@pytest.mark.parametrize("plan", [ROW, TENSOR], ids=["row", "tensor"])
+@pytest.mark.parametrize("name", ["one adapter", "dropout"])
+def test_x_is_kept_in_fp8_where_a_trains_and_not_at_all_where_it_is_frozen(name, plan):
+    case = GROUPS[name](plan)
+    *_, out_a = cuda.merged_linear(*replace(case, keep_x=False).arguments())
+    assert out_a.shape[1] == sum(len(lora.lora_a) for lora in case.adapters)
+    kept = cuda.merged_linear(*case.arguments())[2:]
+    read = [case.x if lora.x is None else lora.x for lora in case.adapters]
+    read = read if case.apart else [case.x]
+    assert len(kept) == 2 * len(read)
+    for x, code, scale in zip(read, kept[::2], kept[1::2], strict=True):
+        assert (code.dtype, scale.dtype) == (E4M3, F32)
+        assert scale.shape == ((32, 1) if plan.per_row else ())
+        assert torch.equal(code.double() * scale.double(), hat(x, E4M3, plan).value)
 
 
 @pytest.mark.parametrize("kernel", ["auto", "triton"])
-def test_no_tokens(kernel):
-    made = siblings("row", "apply")
-    grads = [torch.zeros(0, len(s.lora_b)) for s in made]
-    ys, out_a, grad_x, grad_bs = run(made, torch.zeros(2, 0, 64), [], torch.float32, grads, kernel)
-    assert [y.shape for y in ys] == [(2, 0, 48), (2, 0, 32), (2, 0, 16)]
-    assert (out_a.shape, grad_x.shape) == ((0, 40), (0, 64))
-    assert all((b == 0).all() for b in grad_bs)
+@pytest.mark.parametrize("name", ["siblings, some frozen", "dropout", "b absent"])
+def test_no_tokens(name, kernel):
+    case = GROUPS[name](replace(ROW, kernel=kernel))
+    case.x = case.x.new_empty(2, 0, 64)
+    for each in case.layers:
+        each.grad = each.grad.new_empty(2, 0, len(each.weight))
+    for lora in case.adapters:
+        lora.x = None if lora.x is None else case.x.clone()
+    with as_on_a_gpu():
+        actual = run(case)
+    assert actual["y 0"].shape == (2, 0, 48)
+    assert actual["x"].shape == (2, 0, 64)
+    gradients = [actual[n] for n in actual if re.fullmatch(r"[ab] \d", n)]
+    assert len(gradients) == 2 * len(case.adapters)
+    assert not any(grad.any() for grad in gradients)
 
 
-@pytest.mark.parametrize("output", OUTPUTS)
-@pytest.mark.parametrize("pending", ["apply", "hold"])
-def test_fake_results_look_like_the_real_ones(pending, output):
-    made, x = siblings("row", pending), randn(5, 64)
-    spec = str(replace(made[0].state.plan, output=output))
-    q, q_scale = cuda.quantize(x, torch.float8_e4m3fn, spec)
-    weight, scale, applied, lora_b = columns(made)
-    outs = [len(b) for b in lora_b]
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize("kernel", ["triton", "dequantize"])
+def test_autocast_changes_nothing_inside_of_the_op(kernel, dtype):
+    case = group(replace(ROW, kernel=kernel), (48, (16,)), (32, ()), out_dtype=F32)
+    for each in case.layers:
+        each.grad = each.grad.float()
+    with as_on_a_gpu():
+        wanted = run(case)
+        with torch.autocast("cpu", dtype):
+            for name, actual in run(case).items():
+                assert torch.equal(actual, wanted[name]), name
 
-    def check(op, args):  # the other checks multiply operands, and torch can't multiply FP8
+
+# -- the ops as the compiler sees them -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in GROUPS if name != "ranks beyond the kernels'"])
+@pytest.mark.parametrize("plan", [ROW, TENSOR], ids=["row", "tensor"])
+def test_fake_results_look_like_the_real_ones(name, plan):
+    """Of the op on a GPU, whose x̂ is in FP8, as of its lowering."""
+    case = GROUPS[name](plan)
+    real = cuda.merged_linear(*case.arguments())
+    with FakeTensorMode() as mode:
+
+        def on_gpu(value: Any) -> Any:
+            if isinstance(value, list):
+                return [on_gpu(item) for item in value]
+            if not isinstance(value, Tensor):
+                return value
+            return torch.empty(value.shape, dtype=value.dtype, device="cuda")
+
+        arguments = [on_gpu(argument) for argument in case.arguments()]
+        fake = falqon.merged_linear(*arguments)
+        lowered = cuda.merged_linear(*arguments)
+    assert mode is not None
+    for one, two, three in zip(fake, lowered, real, strict=True):
+        assert (one.shape, one.dtype) == (two.shape, two.dtype) == (three.shape, three.dtype)
+
+
+def test_fake_results_of_the_products_look_like_the_real_ones():
+    case = group(ROW, (48, (16,)), (32, (8,)))
+    spec, x = str(case.plan), case.x
+    q, q_scale = cuda.quantize(x, E4M3, spec)
+    _, weight, scale, _, a, a_scale, b, *_ = case.arguments()
+    weight = [w.view(E4M3) for w in weight]
+
+    def opcheck(op, args):  # the other checks multiply operands, and torch can't multiply FP8
         torch.library.opcheck(op, args, test_utils=("test_faketensor",))
 
-    parts = [lowering.pending_part(b, a, 2.0, torch.float32) for b, a in zip(lora_b, applied)]
-    rest = parts if pending == "apply" else []
-    args = (q, q_scale, weight, scale, outs, rest, [], torch.float16, spec)
-    check(torch.ops.falqon.merged_product, args)
-    args = (x, weight, scale, applied, lora_b, [], [2.0] * 3, torch.float16, spec)
-    check(torch.ops.falqon.merged_linear, args)
-    grads = [cuda.quantize(randn(5, n), torch.float8_e5m2, spec) for n in outs]
-    args = ([g for g, _ in grads], [s for _, s in grads], weight, outs, [], x.dtype, spec)
-    check(torch.ops.falqon.grad_x_product, args)
-    args = (randn(5, 48), randn(5, 16), 0.5, torch.bfloat16, spec)
-    check(torch.ops.falqon.grad_b_product, args)
-    args = (randn(5, 48), torch.tensor(0.5), randn(5, 16), 0.5, torch.bfloat16)
-    check(torch.ops.falqon.cast_grad_b_product, (*args, torch.float8_e5m2, spec))
-    check(torch.ops.falqon.cast_fp8, (x, torch.float8_e5m2, spec))
-    check(torch.ops.falqon.cast_fp8, (x.bfloat16(), torch.float8_e5m2, spec))
+    (code, *_), (s, *_) = a, a_scale
+    out_a = randn(32, 24).bfloat16()
+    opcheck(falqon.adapter_product, (q, q_scale, code, s, torch.float16, spec))
+    for factors, of_a in ((b, []), (b, [out_a]), ([], []), ([], [out_a])):
+        args = (q, q_scale, weight, scale, [], a, a_scale, factors, of_a, [0, 1], BF16, spec)
+        opcheck(falqon.merged_product, args)
+    alone = (q, q_scale, weight, scale, [], [], [], [], [], [], torch.float16, spec)
+    opcheck(falqon.merged_product, alone)
+    grads = [cuda.quantize(randn(32, n), E5M2, spec) for n in (48, 32)]
+    for d, codes in (([randn(32, 24)], a), ([], [])):
+        args = ([g for g, _ in grads], [s for _, s in grads], weight, d, codes, F32, spec)
+        opcheck(falqon.grad_x_product, args)
+    opcheck(falqon.grad_b_product, (randn(5, 48), randn(5, 16), 0.5, BF16, spec))
+    opcheck(falqon.cast_fp8, (x.float(), E5M2, spec))
+    opcheck(falqon.cast_fp8, (x, E5M2, spec))
 
 
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
-@pytest.mark.parametrize("fp8", [torch.float8_e4m3fn, torch.float8_e5m2])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("fp8", [E4M3, E5M2])
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, F32])
 def test_the_cast_by_itself_is_the_one_that_inductor_fuses(dtype, fp8, granularity):
     x = randn(7, 40).to(dtype)
     x[2], x[3, 5], x[4, 6] = 0, float("nan"), float("inf")
-    (made,) = [make_site(8, 40, 4, granularity=granularity)]
-    spec = str(replace(made.state.plan, kernel="triton"))
+    spec = str(SiteSpec(granularity, "pow2", "e5m2", kernel="triton"))
     for rows in (x, x[:3], x[:0]):
-        q, scale = torch.ops.falqon.cast_fp8(rows, fp8, spec)
+        q, scale = falqon.cast_fp8(rows, fp8, spec)
         other_q, other_scale = products.cast_fp8(rows.float(), fp8, spec)
         assert (
             torch.equal(scale.view(torch.int32), other_scale.view(torch.int32))
@@ -197,125 +324,124 @@ def test_the_cast_by_itself_is_the_one_that_inductor_fuses(dtype, fp8, granulari
         assert (same_nan & (same_code | q.float().isnan())).all()
 
 
-def backward_ops():
-    """What backward of three siblings runs on a GPU. Autograd itself needs a real one."""
-    made = siblings("tensor", "apply")
-    ranks = [site.state.rank for site in made]
-    like = [torch.zeros(5, sum(ranks)), *(t for column in columns(made) for t in column)]
+def traced(function: Callable[..., Any], *args: Any) -> Counter[str]:
+    """Names of the ops that a function runs on fake tensors."""
+    graph = make_fx(function)(*args).graph
+    return Counter(str(node.target) for node in graph.nodes if node.op == "call_function")
+
+
+@pytest.mark.parametrize("name", ["siblings, some frozen", "several adapters", "b absent"])
+def test_on_a_gpu_the_ops_are_lowered_to_products(name):
+    """One in forward, and one for dL/dx of the whole group."""
+    case, table = GROUPS[name](ROW), decompositions()
+    _, *arguments = case.arguments()
     with FakeTensorMode():
-        saved = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in like]
-        grads = [torch.empty(5, n, dtype=torch.bfloat16, device="cuda") for n in (48, 32, 16)]
-        ctx = SimpleNamespace(
-            saved_tensors=saved,
-            ranks=ranks,
-            scaling=[2.0] * 3,
-            bias_dtypes=[],
-            x_dtype=torch.bfloat16,
-            x_shape=(5, 64),
-            spec=str(made[0].state.plan),
-            needs_input_grad=(True, None, None, None, [True] * 3, []),
-        )
-        return traced(lambda *grads: ops._backward(ctx, [*grads, None])[0], *grads)
+
+        def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="cuda")
+
+        columns = [
+            [empty(*t.shape, dtype=t.dtype) for t in column] if isinstance(column, list) else column
+            for column in arguments[:8]
+        ]
+        op = table[falqon.merged_linear.default]
+        found = traced(lambda x: op(x, *columns, *arguments[8:]), empty(32, 64, dtype=BF16))
+        assert found["falqon.merged_product.default"] == 1
+        assert not {"falqon.adapter_product.default", "aten.mm.default"} & {*found}
+
+        weight, scale, _, a, a_scale, *_ = columns
+        grads = [empty(32, len(w), dtype=BF16) for w in weight]
+        d = [empty(32, len(code), dtype=BF16) for code in a] if case.adds_b else []
+        given_a = (a, a_scale) if case.adds_b else ([], [])
+        op_x = table[falqon.merged_linear_grad_x.default]
+        rest = (weight, scale, d, *given_a, BF16, str(case.plan))
+        found = traced(lambda *grads: op_x([*grads], *rest), *grads)
+        assert found["falqon.grad_x_product.default"] == 1
+        assert "aten.mm.default" not in found
 
 
-def test_one_pass_casts_dl_do_and_computes_dl_db(monkeypatch):
-    for one_pass in (True, False):
-        monkeypatch.setattr(cuda, "casts_with_grad_b", lambda device, spec, on=one_pass: on)
-        found = backward_ops()
-        assert found["falqon.cast_grad_b_product.default"] == 3 * one_pass
-        assert found["falqon.grad_x_product.default"] == one_pass
-        assert found["falqon.grad_b_product.default"] == 3 * (not one_pass)
-        assert found["falqon.merged_linear_grad_x.default"] == (not one_pass)
-
-
-@pytest.mark.parametrize(
-    ("granularity", "kernel", "capability", "one_pass"),
-    [
-        ("tensor", "auto", (9, 0), True),
-        ("tensor", "max-autotune", (8, 9), True),
-        ("tensor", "triton", (12, 0), True),
-        ("row", "auto", (9, 0), False),
-        ("tensor", "dequantize", (9, 0), False),
-        ("tensor", "inductor", (9, 0), False),
-        ("tensor", "scaled_mm", (9, 0), False),
-        ("tensor", "auto", (8, 6), False),
-    ],
-)
-def test_one_pass_is_for_one_scale_and_generated_kernels(
-    granularity, kernel, capability, one_pass, monkeypatch
-):
-    spec = SiteSpec.from_config(FalqonConfig(granularity=granularity))
-    spec = str(replace(spec, kernel=kernel))
+def test_below_sm_89_the_cast_is_an_op_by_itself(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert cuda.casts_with_grad_b(torch.device("cuda", 0), spec) == one_pass
-    assert not cuda.casts_with_grad_b(torch.device("cpu"), spec)
-    monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert not cuda.casts_with_grad_b(torch.device("cuda", 0), spec)
+    for capability, calls in (((8, 0), 1), ((8, 9), 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        with FakeTensorMode():
+            x = torch.empty(5, 64, device="cuda")
+            found = traced(lambda x: cuda.quantize(x, E4M3, str(ROW)), x)
+        assert found["falqon.cast_fp8.default"] == calls
 
 
-def test_gradients_of_the_one_pass_reach_their_sites(monkeypatch):
-    """Three siblings, the second one's result unused."""
-    for one_pass in (False, True):
-        made, x = siblings("tensor", "apply"), randn(5, 64).requires_grad_()
-        monkeypatch.setattr(cuda, "casts_with_grad_b", lambda device, spec, on=one_pass: on)
-        *given, lora_b = columns(made)
-        leaves = [x, *(b.requires_grad_() for b in lora_b)]
-        scaling, spec = [0.5, 1.0, 2.0], str(made[0].state.plan)
-        first, _, third, _ = torch.ops.falqon.merged_linear(
-            x, *given, lora_b, [], scaling, torch.float32, spec
-        )
-        grads = {0: randn(5, 48, seed=7), 2: randn(5, 16, seed=8)}
-        loss = (first * grads[0]).sum() + (third * grads[2]).sum()
-        grad_x, *grad_b = torch.autograd.grad(loss, leaves, allow_unused=True)
-        assert grad_b[1] is None
-        total = Approx.exact(torch.zeros(5, 64))
-        for i, grad in grads.items():
-            # A state says what its scaling is in the model; here each site has its own.
-            made[i].state.scaling = scaling[i]
-            wanted = expected(Case(made[i], x.detach(), None, torch.float32, grad))
-            total = (total + wanted["grad_x"]).rounded(torch.float32)
-            holds(wanted["grad_b"], grad_b[i])
-        holds(total, grad_x)
+@pytest.fixture
+def _traceable(monkeypatch):
+    """Dynamo may go through the lowering: what this CPU can do is not asked."""
+    monkeypatch.setattr(lowering, "native_bf16", lambda: True)
 
 
+@pytest.mark.usefixtures("_traceable")
 def test_inductors_product_is_compiled_within_a_graph_that_runs():
     """The op is opaque: its product is compiled when the graph around it first runs."""
-    made = siblings("tensor", "hold")
-    spec = str(replace(made[0].state.plan, kernel="inductor"))
-    given = columns(made)
+    case = GROUPS["siblings, some frozen"](replace(TENSOR, kernel="inductor"))
+    x, *rest = case.arguments()
 
-    def layer(x):
-        y = cuda.merged_linear(x + x, *given, [], [2.0] * 3, torch.bfloat16, spec)
-        return [-part for part in y]
+    def layers(x: Tensor) -> list[Tensor]:
+        return [-y for y in cuda.merged_linear(x + x, *rest)[: len(case.layers)]]
 
-    x = randn(32, 64).bfloat16()
-    compiled = torch.compile(layer, fullgraph=True)(x)
-    for site, actual in zip(made, compiled, strict=False):
-        case = Case(site, x + x, None, torch.bfloat16, torch.zeros(32, len(site.lora_b)))
-        holds(expected(case)["y"], -actual)
+    compiled = torch.compile(layers, fullgraph=True)(x)
+    wanted = expected(replace(case, x=x + x))
+    for i, actual in enumerate(compiled):
+        wanted[f"y {i}"].assert_holds(-actual)
+
+
+@pytest.mark.usefixtures("_traceable")
+@pytest.mark.parametrize("keep_x", [True, False])
+def test_inductor_fuses_the_casts_into_the_norm(keep_x):
+    """What reads the norm's input writes the FP8 x, once: no normalized x is kept in between, and
+    what is kept for dL/dA is that FP8 x.
+
+    Of the code that Inductor makes for a CPU; into how many kernels it goes on a GPU is not seen.
+    """
+    case = replace(GROUPS["siblings, some frozen"](ROW), keep_x=keep_x)
+    _, *rest = case.arguments()
+    gain = torch.ones(64, dtype=BF16)
+
+    def layers(x: Tensor) -> list[Tensor]:
+        return cuda.merged_linear(torch.nn.functional.rms_norm(x, (64,), gain), *rest)
+
+    x = randn(4, 8, 64).bfloat16()
+    results, (code,) = run_and_get_code(torch.compile(layers, fullgraph=True), x)
+    assert len(results) == len(case.layers) + 1 + 2 * keep_x
+    before, _ = code.split("torch.ops.falqon.merged_product.default(", 1)
+    body = before[before.rindex("def call(") :]
+    made_by = re.findall(r"^ *(cpp_fused_\w+)\(", body, re.MULTILINE)
+    assert "norm" in made_by[0] or "rsqrt" in made_by[0]
+    buffers = Counter(re.findall(r"= empty_strided_cpu\(\((.*?)\), .*torch\.(\w+)\)", body))
+    assert buffers[("32, 64", "float8_e4m3fn")] == 1
+    wide = [b for b in buffers if b[0] in ("32, 64", "4, 8, 64") and b[1] != "float8_e4m3fn"]
+    assert not wide, wide
+
+
+# -- the update of rows ----------------------------------------------------------------------------
+
+
+def rows_arguments(*made: sites_module.Site) -> list[Any]:
+    """Those of ``falqon::proxy_update_``."""
+    return [
+        *([site.state.tensors[i] for site in made] for i in range(5)),
+        [site.lora_b for site in made],
+        [site.lora_a for site in made],
+        [site.base for site in made],
+        [site.state.scaling for site in made],
+        str(made[0].state.plan),
+    ]
 
 
 def test_update_takes_sites_of_all_kinds_in_few_launches():
-    made = [make_site(40, 64, 8), make_site(24, 32, 4, dtype=torch.bfloat16)]
+    made = [make_site(40, 64, 8), make_site(24, 32, 4, dtype=BF16)]
     odd = make_site(24, 32, 4)
     odd.lora_b = odd.lora_b.t().contiguous().t()  # the kernels take no strides
-    others = [
-        make_site(40, 64, 8),
-        make_site(24, 32, 4, dtype=torch.bfloat16),
-        make_site(24, 32, 4),
-    ]
+    others = [make_site(40, 64, 8), make_site(24, 32, 4, dtype=BF16), make_site(24, 32, 4)]
     for site in (*made, odd, *others):
         site.step()
-    states = [s.state for s in (*made, odd)]
-    cuda.proxy_update_(
-        *([s.tensors[i] for s in states] for i in range(5)),
-        [s.lora_b for s in (*made, odd)],
-        [s.lora_a for s in (*made, odd)],
-        [s.base for s in (*made, odd)],
-        [s.scaling for s in states],
-        str(states[0].plan),
-    )
+    rows_cuda.proxy_update_(*rows_arguments(*made, odd))
     sites_module.update(*others)
     for site, other in zip((*made, odd), others, strict=True):
         code, other_code = site.state.code, other.state.code
@@ -327,26 +453,15 @@ def test_update_takes_sites_of_all_kinds_in_few_launches():
 def test_launches_are_remembered_while_the_tensors_stay_where_they_are(monkeypatch):
     site, other = make_site(40, 64, 8), make_site(40, 64, 8)
     planned = []
-    plan = cuda._plan_launches
-    monkeypatch.setattr(cuda, "_known", {})
-    monkeypatch.setattr(cuda, "_plan_launches", lambda *a: planned.append(1) or plan(*a))
-
-    def update():
-        cuda.proxy_update_(
-            *([tensor] for tensor in site.state.tensors),
-            [site.lora_b],
-            [site.lora_a],
-            [site.base],
-            [site.state.scaling],
-            str(site.state.plan),
-        )
-
+    plan = rows_cuda._plan_launches
+    monkeypatch.setattr(rows_cuda, "_known", {})
+    monkeypatch.setattr(rows_cuda, "_plan_launches", lambda *a: planned.append(1) or plan(*a))
     for step, launches in ((0, 1), (1, 1), (2, 2)):
         if step == 2:
             site.lora_b = site.lora_b.clone()
         for each in (site, other):
             each.step(seed=step)
-        update()
+        rows_cuda.proxy_update_(*rows_arguments(site))
         sites_module.update(other)
         assert len(planned) == launches
         code, other_code = site.state.code, other.state.code
@@ -368,104 +483,11 @@ def test_an_update_is_four_launches_that_read_nothing_back(monkeypatch):
 
     monkeypatch.setattr(update, "load", lambda spec, interpret: Kernels())
     made = [make_site(40, 64, 8), make_site(24, 32, 4), make_site(16, 32, 4)]
-    arguments = [
-        *([s.state.tensors[i] for s in made] for i in range(5)),
-        [s.lora_b for s in made],
-        [s.lora_a for s in made],
-        [s.base for s in made],
-        [s.state.scaling for s in made],
-        str(made[0].state.plan),
-    ]
-    cuda.proxy_update_(*arguments)  # makes the table
+    arguments = rows_arguments(*made)
+    rows_cuda.proxy_update_(*arguments)  # makes the table
     launched.clear()
     with Watch():
-        cuda.proxy_update_(*arguments)
+        rows_cuda.proxy_update_(*arguments)
     assert launched == ["fingerprint", "score", "select", "write"]
     # Buffers for the kernels; neither a value nor a copy goes to the host.
     assert set(ops_run) <= {"aten.zeros.default", "aten.empty.memory_format"}, ops_run
-
-
-def traced(function, *args):
-    """Names of the ops that a function runs on fake tensors."""
-    graph = make_fx(function)(*args).graph
-    return Counter(str(node.target) for node in graph.nodes if node.op == "call_function")
-
-
-@pytest.mark.parametrize("pending", ["apply", "hold"])
-def test_on_a_gpu_the_ops_are_lowered_to_products(pending, monkeypatch):
-    table, made = decompositions(), siblings("row", pending)
-    spec, scaling, state = str(made[0].state.plan), [2.0] * 3, columns(made)
-    monkeypatch.setattr(cuda, "merged_linear_grad_x", lambda grad, *rest: "for GPUs")
-    with FakeTensorMode():
-        given = [
-            [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in column] for column in state
-        ]
-        x = torch.empty(2, 5, 64, device="cuda", dtype=torch.bfloat16)
-
-        def forward(x, *given):
-            op = torch.ops.falqon.merged_linear.default
-            return table[op](x, *given, [], scaling, torch.bfloat16, spec)
-
-        ops = traced(forward, x, *given)
-        assert ops["falqon.merged_product.default"] == 1
-        assert ops["aten.mm.default"] == 0
-        assert table[torch.ops.falqon.merged_linear_grad_x.default]([x]) == "for GPUs"
-
-
-def test_below_sm_89_the_cast_is_an_op_by_itself(monkeypatch):
-    made = siblings("row", "apply")
-    spec = str(made[0].state.plan)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for capability, calls in (((8, 0), 1), ((8, 9), 0)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
-        with FakeTensorMode():
-            x = torch.empty(5, 64, device="cuda")
-            ops = traced(lambda x: cuda.quantize(x, torch.float8_e4m3fn, spec), x)
-        assert ops["falqon.cast_fp8.default"] == calls
-
-
-def test_inductor_fuses_the_casts_into_the_norm():
-    """What reads the norm's input writes the FP8 x, once: no normalized x is kept in between.
-
-    Of the code that Inductor makes for a CPU; into how many kernels it goes on a GPU is not seen.
-    """
-    made = siblings("row", "apply")
-    spec, given = str(made[0].state.plan), columns(made)
-    gain = torch.ones(64, dtype=torch.bfloat16)
-
-    def layer(x):
-        y = torch.nn.functional.rms_norm(x, (64,), gain)
-        return cuda.merged_linear(y, *given, [], [2.0] * 3, torch.bfloat16, spec)
-
-    x = randn(4, 8, 64).bfloat16()
-    _, (code,) = run_and_get_code(torch.compile(layer, fullgraph=True), x)
-    before, after = code.split("torch.ops.falqon.merged_product.default(", 1)
-    body = before[before.rindex("def call(") :]
-    made_by = re.findall(r"^ *(cpp_fused_\w+)\(", body, re.MULTILINE)
-    assert "norm" in made_by[0] or "rsqrt" in made_by[0]
-    buffers = Counter(re.findall(r"= empty_strided_cpu\(\((.*?)\), .*torch\.(\w+)\)", body))
-    assert buffers[("32, 64", "float8_e4m3fn")] == 1
-    wide = [b for b in buffers if b[0] in ("32, 64", "4, 8, 64") and b[1] != "float8_e4m3fn"]
-    assert not wide, wide
-
-
-def test_explain_shows_what_won(monkeypatch):
-    device = torch.device("cuda", 0)
-    choices = Choices("card", lambda run: run())
-    monkeypatch.setattr(dispatch, "choices_for", lambda device: choices)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    model = HandWritten(Spelling(out=48, features=64))
-    gm = torch.fx.symbolic_trace(model)
-    (site,) = rewrite(gm, (randn(5, 64),), FalqonConfig(card="H100")).report.sites
-    kernel, why = choose(site, device)
-    assert kernel.startswith("triton:"), why
-    assert "times them and the library's" in why
-    candidates = {"triton:x": lambda: 1.0, "scaled_mm": lambda: 1.5}
-    choices.get("forward n=32, k=64, rows=(48, 16), a_pieces=1", candidates)
-    assert choose(site, device) == (
-        "triton:x",
-        "forward n=32, k=64, rows=(48, 16), a_pieces=1: triton:x, 1.50x the speed of scaled_mm",
-    )
-    choices.get("forward n=64, k=64, rows=(48, 16), a_pieces=1", {"scaled_mm": lambda: 1.0})
-    assert choose(site, device)[0] == "scaled_mm"
-    assert choose(site, torch.device("cpu"))[0].startswith("triton:")

@@ -1,4 +1,4 @@
-"""DDP over gloo with two processes: each holds a state of its own, and all must stay equal."""
+"""DDP over gloo with two processes: each casts for itself, and all must stay equal."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from torch import Tensor, nn
 
 import falqon_fx
 from falqon_fx import FalqonConfig
-from tests.models import lora_b, tiny_mlp
+from tests.models import tiny_mlp
 
 STEPS = 3
-CONFIG = FalqonConfig(inner="aot_eager", topk=5)
+CONFIGS = {
+    "adapter": FalqonConfig(inner="aot_eager"),
+    "rows": FalqonConfig(inner="aot_eager", update="rows", topk=5),
+}
+CASES = [(update, prepared) for update in CONFIGS for prepared in (False, True)]
 
 # Ranks and the process that trains alone run the same code, from this very file.
 SCRIPT = """
@@ -29,24 +33,29 @@ folder, rank = sys.argv[1], int(sys.argv[2])
 store = dist.FileStore(f"{folder}/store", 2)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
 result = []
-for prepared in (False, True):
-    model = test_ddp.make(prepared)
-    call = torch.compile(DistributedDataParallel(model), backend="falqon", options=test_ddp.OPTIONS)
+for case in test_ddp.CASES:
+    model = test_ddp.make(*case)
+    call = test_ddp.compiled(DistributedDataParallel(model), case[0])
     losses = test_ddp.run(call, model, [x.chunk(2)[rank] for x in test_ddp.data()], 1)
     result.append((losses, test_ddp.weights(model)))
 torch.save(result, f"{folder}/{rank}.pt")
 dist.destroy_process_group()
 """
 
-OPTIONS = {"config": CONFIG}
 
-
-def make(prepared: bool) -> nn.Module:
+def make(update: str, prepared: bool) -> nn.Module:
     torch.manual_seed(0)
     model = tiny_mlp()
+    for name, parameter in model.named_parameters():
+        if update == "rows" and "lora_A" in name:
+            parameter.requires_grad_(False)
     if prepared:
-        falqon_fx.prepare(model, CONFIG, progress=False)
+        falqon_fx.prepare(model, CONFIGS[update], progress=False)
     return model
+
+
+def compiled(model: nn.Module, update: str) -> nn.Module:
+    return torch.compile(model, backend="falqon", options={"config": CONFIGS[update]})
 
 
 def data() -> list[Tensor]:
@@ -54,9 +63,13 @@ def data() -> list[Tensor]:
     return [torch.randn(6, 32, generator=generator) for _ in range(STEPS)]
 
 
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 def run(call: nn.Module, model: nn.Module, batches: list[Tensor], parts: int) -> list[float]:
     """Train; each batch in ``parts`` whose gradients are averaged."""
-    optimizer, losses = torch.optim.AdamW(lora_b(model), lr=1e-2), []
+    optimizer, losses = torch.optim.AdamW(trained(model), lr=1e-2), []
     for batch in batches:
         for x in batch.chunk(parts):
             loss = (call(x) - x / 2).square().mean()
@@ -64,20 +77,22 @@ def run(call: nn.Module, model: nn.Module, batches: list[Tensor], parts: int) ->
             losses.append(loss.item())
         optimizer.step()
         optimizer.zero_grad()
-    call(batches[0].chunk(parts)[0])  # writes the last step
+    call(batches[0].chunk(parts)[0])  # with update="rows" this writes the last step
     return losses
 
 
 def weights(model: nn.Module) -> list[Tensor]:
-    """Everything that training changes."""
-    states = [tensor for s in falqon_fx.adapters(model).values() for tensor in s.tensors]
-    live = [t.view(torch.uint8) if t.element_size() == 1 else t for t in states]
-    return [t.detach().clone() for t in (*lora_b(model), *live)]
+    """The trained parameters, and the FP8 state of every site."""
+    states = falqon_fx.adapters(model).values()
+    live = [t for s in states for t in getattr(s, "tensors", (s.weight, s.scale))]
+    live = [t.view(torch.uint8) if t.element_size() == 1 else t for t in live]
+    return [t.detach().clone() for t in (*trained(model), *live)]
 
 
 def test_two_processes_train_as_one_that_accumulates(tmp_path: Path):
     """DDP adds halves of the ranks' gradients, as two accumulated halves of a loss do, and a half
-    is exact. So B and W' are equal bit for bit on both ranks and in the process alone.
+    is exact. So A and B (with update="rows": B and W') are equal bit for bit on both ranks and in
+    the process alone, and the base is the same everywhere.
     """
     ranks = [
         subprocess.Popen(
@@ -92,12 +107,15 @@ def test_two_processes_train_as_one_that_accumulates(tmp_path: Path):
     errors = [rank.communicate(timeout=300)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], errors
     found = [torch.load(tmp_path / f"{i}.pt") for i in range(2)]
-    for prepared in (False, True):
+    for case, (update, prepared) in enumerate(CASES):
         torch._dynamo.reset()
-        model = make(prepared)
-        losses = run(torch.compile(model, backend="falqon", options=OPTIONS), model, data(), 2)
+        model = make(update, prepared)
+        start = [p.detach().clone() for p in trained(model)]
+        losses = run(compiled(model, update), model, data(), 2)
+        assert not any(map(torch.equal, start, trained(model)))
         for i in range(2):
-            rank_losses, rank_weights = found[i][prepared]
+            rank_losses, rank_weights = found[i][case]
             assert rank_losses == losses[i::2]
-            assert len(rank_weights) == 2 + 10
+            # 2 sites: A, B, weight, scale; or B and the five parts of the state of "rows"
+            assert len(rank_weights) == (2 * 4 if update == "adapter" else 2 * 6)
             assert all(map(torch.equal, rank_weights, weights(model)))

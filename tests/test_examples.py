@@ -29,7 +29,7 @@ RUN_KEYS = {
     "site_weight_bytes",
     "learning_rate",
 }
-RUNS = ("lora", "lora_frozen_a", "falqon", "falqon_public_code")
+RUNS = ("lora", "falqon", "lora_frozen_a", "falqon_frozen_a", "falqon_public_code")
 SITES = 2 * 7  # two layers of q, k, v, o, gate, up, down
 
 
@@ -122,6 +122,9 @@ def test_finetune_trains_all_runs(example, model_folder, data_file, tmp_path, ca
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "falqon, public code" in printed
+    # A log file shows each phase as it begins and while it runs.
+    assert "falqon: training ..." in printed
+    assert "falqon: training: 3/3" in printed
     details = json.loads((tmp_path / "run.json").read_text())
     assert all(len(run["trained"]["losses"]) == 3 for run in details["runs"])
 
@@ -217,8 +220,10 @@ def test_inspect_rewrite_writes_a_page_with_every_site(example, model_folder, tm
     report = example("inspect_rewrite").main([*words, "--steps", "3", "--out", str(page)])
     assert len(report.sites) == SITES
     text = capsys.readouterr().out
-    assert f"{SITES} sites rewritten, 0 rejected" in text
+    assert f"{SITES} sites rewritten ({SITES} with an adapter), 0 rejected" in text
     assert "7 sites stay as they are" in text
-    assert "step 2:" in text
+    assert "step 2: loss" in text
+    assert "base unchanged" in text
+    assert "CHANGED" not in text
     assert "alone: right" in text
     assert all(site.path in page.read_text() for site in report.sites)

@@ -13,7 +13,7 @@ import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError, RewriteReport
 from falqon_fx.report import json_schema
 from tests import models
-from tests.models import LoraLinear, Stack, fill_b, tiny_llama, tiny_mlp
+from tests.models import Stack, fill_b, tiny_llama, tiny_mlp
 
 pytest.importorskip("peft")
 
@@ -198,73 +198,6 @@ def test_each_graph_says_what_ended_it():
         assert set(graph.pass_seconds) >= {"normalize", "match", "plan", "rewrite", "verify"}
 
 
-class Broken(nn.Module):
-    """Two blocks alike, each with a graph break: Dynamo shares their graphs."""
-
-    def __init__(self, block: type[nn.Module]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([block(), block()])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-class BrokenBlock(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = LoraLinear(32, 48)
-        self.down = LoraLinear(48, 32)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.up(x)
-        torch._dynamo.graph_break()
-        return self.down(y)
-
-
-def test_paths_are_those_of_the_whole_model_behind_graph_breaks():
-    report = falqon_fx.explain(Broken(BrokenBlock), torch.randn(3, 32))
-    wanted = [f"layers.{i}.{name}" for i in (0, 1) for name in ("up", "down")]
-    assert [site.path for site in report.sites] == wanted
-    # The first graphs, or some of them, serve the second block too: no pass ran again for those.
-    assert {bool(graph.pass_seconds) for graph in report.graphs if graph.sites} == {True, False}
-
-
-class Grouped(nn.Module):
-    """Stacked weights of experts, as transformers keeps them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.randn(3, 48, 32))
-        self.down_proj = nn.Parameter(torch.randn(3, 32, 48))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        up = torch.bmm(x, self.gate_up_proj.transpose(1, 2))
-        return torch.bmm(up, self.down_proj.transpose(1, 2))
-
-
-class Experts(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.experts = Grouped()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.experts(x)
-
-
-def test_experts_are_refused_by_the_names_that_peft_gives_their_parameters():
-    peft = pytest.importorskip("peft")
-    targets = ["experts.gate_up_proj", "experts.down_proj"]
-    lora = peft.LoraConfig(r=4, target_modules=[], target_parameters=targets)
-    model = peft.get_peft_model(Broken(Experts), lora)
-    rejected = falqon_fx.explain(model, torch.randn(3, 5, 32)).rejected
-    assert sorted(model.targeted_parameter_names) == sorted(
-        item.site.removeprefix("base_model.model.") for item in rejected
-    )
-    assert len(rejected) == 4
-
-
 def test_marked_sizes_are_symbols():
     x = torch.randn(2, 7, 32)
     torch._dynamo.mark_dynamic(x, 1)
@@ -284,6 +217,72 @@ def test_sites_that_read_one_input_form_a_group(llama):
     assert list(groups.values()) == [*one_layer, {"down_proj"}] * 2
 
 
+def test_a_report_tells_adapters_frozen_layers_and_what_is_left():
+    """q and v have an adapter; the other five linears run in FP8 without one; the head stays."""
+    import peft
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        use_cache=False,
+    )
+    lora = peft.LoraConfig(r=4, lora_dropout=0.1, target_modules=["q_proj", "v_proj"])
+    model = peft.get_peft_model(transformers.LlamaForCausalLM(config), lora).train()
+    for name, parameter in model.named_parameters():
+        if "v_proj.lora_A" in name:
+            parameter.requires_grad_(False)
+    report = falqon_fx.explain(model, input_ids=IDS)
+    assert report.title == "14 sites rewritten (4 with an adapter), 0 rejected, 1 left"
+    by_name = {site.path.rpartition(".")[2]: site for site in report.sites}
+    assert len(by_name) == 7
+    assert (by_name["q_proj"].trains, by_name["v_proj"].trains) == ("A, B", "B")
+    for name, site in by_name.items():
+        adapted = name in ("q_proj", "v_proj")
+        numbers = (site.adapters, site.rank, site.dropout)
+        assert numbers == ((1, 4, 0.1) if adapted else (0, 0, 0.0))
+        assert site.memory is not None
+        assert bool(site.memory.adapter) is adapted
+        assert adapted or site.trains == ""
+    (left,) = report.left
+    assert (left.site, left.reason) == ("base_model.model.lm_head", "it is an output head")
+    assert left.source is not None
+    assert "self.lm_head" in left.source.code
+    untouched = falqon_fx.explain(model, input_ids=IDS, config=FalqonConfig(frozen="leave"))
+    assert untouched.title == "4 sites rewritten (4 with an adapter), 0 rejected, 0 left"
+
+
+@pytest.mark.parametrize("adapters", [1, 2])
+def test_adapters_that_are_active_together_are_counted(adapters):
+    import peft
+
+    model = tiny_mlp()
+    if adapters == 2:
+        model.add_adapter("more", peft.LoraConfig(r=2, target_modules=["0", "2"]))
+        model.base_model.set_adapter(["default", "more"])
+    for site in falqon_fx.explain(model, torch.randn(3, 32)).sites:
+        assert (site.adapters, site.rank) == ((1, 4), (2, 6))[adapters - 1]
+
+
+def test_with_update_rows_the_report_holds_its_options():
+    model = Stack()
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    config = FalqonConfig(update="rows", topk=3)
+    report = falqon_fx.explain(model, torch.randn(3, 32), config=config)
+    assert len(report.sites) == 4
+    wanted = {"update": "rows", "topk": "3", "pending": "apply", "rounding": "stochastic"}
+    assert wanted.items() <= report.options.items()
+    assert "update=rows" in str(report)
+    assert "topk=3" in str(report)
+    assert RewriteReport.from_json(report.to_json()).options == report.options
+
+
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bytes_are_those_of_the_live_tensors(dtype, granularity):
@@ -301,7 +300,7 @@ def test_bytes_are_those_of_the_live_tensors(dtype, granularity):
             memory, layer = site.memory, layers[site.path]
             assert memory is not None
             assert memory.base == base[site.path]
-            assert memory.state == sum(t.nbytes for t in state[site.path].tensors)
+            assert memory.state == state[site.path].weight.nbytes + state[site.path].scale.nbytes
             adapter = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
             assert memory.adapter == sum(t.nbytes for t in adapter)
             assert memory.before == base[site.path] + memory.adapter
@@ -323,8 +322,10 @@ def test_shapes_and_dtypes_are_those_of_the_model(llama):
             "float32",
             "bfloat16",
         )
-        assert site.train_a
-        assert site.options["rounding"] == "stochastic"
+        assert (site.adapters, site.trains) == (1, "A, B")
+        assert site.options["granularity"] == "row"
+        assert site.device == "cpu"
+        assert site.architecture == 90  # of the card that was asked about
 
 
 def test_json_has_the_documented_schema_and_comes_back_the_same():

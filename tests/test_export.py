@@ -1,10 +1,12 @@
-"""`save_fp8`: what the real engines' packages read back is what was trained on."""
+"""`save_fp8`: what the real engines' packages read back is what was trained."""
 
 from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +14,14 @@ from torch import Tensor, nn
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
+from falqon_fx.base import Base, cast_base
+from falqon_fx.export_layers import ExportLayer
 from falqon_fx.lowering import quantize
 from falqon_fx.numerics import E4M3
-from falqon_fx.unload import fp8_layers
-from tests.models import fill_b, tiny_llama, tiny_mlp
+from falqon_fx.spec import SiteSpec
+from tests.models import fill_b, freeze_a, tiny_llama, tiny_mlp
 from tests.sites import randn
-from tests.tolerances import Approx, fp8_cast_bound, gamma
+from tests.tolerances import Approx, assert_within, fp8_cast_bound, gamma
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -34,31 +38,52 @@ def _fresh():
     torch.manual_seed(0)
 
 
-def written(dtype: torch.dtype = F32, **options) -> nn.Module:
-    """A prepared model whose FP8 weights hold steps of B."""
-    model = tiny_llama(dtype).eval()
-    falqon_fx.prepare(model, FalqonConfig(**options), progress=False)
-    fill_b(model, 0.05)
-    falqon_fx.flush(model)
-    return model
+def wide_llama(**lora: Any) -> nn.Module:
+    """Two layers of Llama whose linear layers are large enough to run in FP8 without an adapter."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64, use_cache=False,
+    )  # fmt: skip
+    options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], **lora}
+    return peft.get_peft_model(transformers.LlamaForCausalLM(config), peft.LoraConfig(**options))
 
 
-def trained(dtype: torch.dtype = F32, prepared: bool = True, lora: dict | None = None, **options):
-    """A model after a few steps under the backend, and its compiled form."""
-    model = tiny_llama(dtype, **(lora or {}))
-    config = FalqonConfig(**{"inner": "eager", "topk": 9, **options})
+def in_fp8(model: nn.Module, prepared: bool, b_size: float = 0.05, **options: Any) -> nn.Module:
+    """The model with its linear layers in FP8, and a trained B."""
+    config = FalqonConfig(inner="eager", **options)
     if prepared:
         falqon_fx.prepare(model, config, progress=False)
+    else:
+        call(model, config)
+    if b_size:
+        fill_b(model, b_size)
+    return model.eval()
+
+
+def call(model: nn.Module, config: FalqonConfig) -> Any:
+    """The compiled model, after one call."""
+    torch._dynamo.reset()
     compiled = torch.compile(model, backend="falqon", options={"config": config})
-    optimizer = torch.optim.AdamW([p for n, p in model.named_parameters() if "lora_B" in n], 0.02)
-    for _ in range(3):
-        compiled(IDS, labels=IDS).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model.eval(), compiled
+    with torch.no_grad():
+        compiled(IDS)
+    return compiled
 
 
-def export(model: nn.Module, folder: Path, **arguments) -> falqon_fx.ExportReport:
+def by_rows(model: nn.Module, prepared: bool = True, **options: Any) -> nn.Module:
+    """A model with update="rows" whose FP8 weights hold steps of B."""
+    freeze_a(model)
+    config = FalqonConfig(**{"update": "rows", "inner": "eager", **options})
+    if prepared:
+        falqon_fx.prepare(model, config, progress=False)
+    else:
+        call(model, config)
+    fill_b(model, 0.05)
+    falqon_fx.flush(model)
+    return model.eval()
+
+
+def export(model: nn.Module, folder: Path, **arguments: Any) -> falqon_fx.ExportReport:
     return falqon_fx.save_fp8(model, folder / "out", progress=False, **arguments)
 
 
@@ -69,7 +94,17 @@ def read(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def load(folder: Path, dtype: torch.dtype = F32, **arguments) -> nn.Module:
+def layers_in(folder: Path) -> dict[str, Base]:
+    """The FP8 layers of an exported folder."""
+    tensors = read(folder)
+    paths = [name.removesuffix(".weight_scale") for name in tensors if "weight_scale" in name]
+    return {
+        path: Base(tensors[f"{path}.weight"].view(torch.uint8), tensors[f"{path}.weight_scale"])
+        for path in paths
+    }
+
+
+def load(folder: Path, dtype: torch.dtype = F32, **arguments: Any) -> nn.Module:
     return transformers.AutoModelForCausalLM.from_pretrained(
         folder / "out", dtype=dtype, **arguments
     ).eval()
@@ -81,44 +116,313 @@ def dense(folder: Path, dtype: torch.dtype = F32) -> nn.Module:
     return load(folder, dtype, quantization_config=config)
 
 
+def sites(model: nn.Module) -> dict[str, Any]:
+    """`falqon_fx.adapters` by the paths of the base model."""
+    found = falqon_fx.adapters(model)
+    return {path.removeprefix("base_model.model."): site for path, site in found.items()}
+
+
+def merged_by_peft(model: nn.Module) -> nn.Module:
+    """What PEFT's own merge makes of the model, with dq(W) where the base weights are freed."""
+    plain = copy.deepcopy(model)
+    falqon_fx.restore(plain)
+    return plain.merge_and_unload()
+
+
+def assert_one_cast_off(folder: Path, expected: nn.Module) -> None:
+    """The exported layers are the expected weights [out, in], float32, within one cast to E4M3.
+
+    The sum that is cast may be rounded in another order than PEFT's: each of W, and one product and
+    one sum an adapter, is a float32 rounding (gamma_6 for two adapters), of values whose magnitudes
+    add up to less than 4 of the largest in the row.
+    """
+    found = layers_in(folder)
+    assert found
+    for path, base in found.items():
+        weight = expected.get_submodule(path).weight.detach()
+        bound = fp8_cast_bound(weight, base.scale.double(), E4M3)
+        bound = bound + gamma(6) * 4 * weight.abs().amax(1, keepdim=True).double()
+        assert_within(base.dequantize(), weight, bound)
+
+
 # -- bytes -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
 @pytest.mark.parametrize("scale", ["pow2", "amax"])
-def test_the_bytes_are_those_trained_on(tmp_path, prepared, granularity, scale):
+def test_without_a_trained_adapter_the_bytes_are_those_trained_on(
+    tmp_path, prepared, granularity, scale
+):
     options = {"granularity": granularity, "scale": scale}
-    model = written(**options) if prepared else trained(prepared=False, **options)[0]
-    falqon_fx.flush(model)
-    states = {path: (s.code.clone(), s.scale.clone()) for path, s in _states_of(model).items()}
+    model = in_fp8(tiny_llama(), prepared, b_size=0, **options)
+    expected = {path: (s.weight.clone(), s.scale.clone()) for path, s in sites(model).items()}
+    report = export(model, tmp_path)
+    assert len(expected) == 14
+    assert report.cast_from == dict.fromkeys(expected, "unchanged")
+    check_folder(tmp_path, expected, dict(model.get_base_model().named_parameters()))
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+@pytest.mark.parametrize("scale", ["pow2", "amax"])
+def test_with_rows_the_bytes_are_those_trained_on(tmp_path, prepared, granularity, scale):
+    model = by_rows(tiny_llama(), prepared, granularity=granularity, scale=scale)
+    expected = {}
+    for path, state in sites(model).items():
+        out = len(state.applied)
+        of_rows = state.scale[:out] if granularity == "row" else state.scale
+        expected[path] = state.weight[:out].clone(), of_rows.clone()
     report = export(model, tmp_path)
     assert report.flushed.rows == 0
-    tensors = read(tmp_path)
-    assert set(report.layers) == set(states)
-    assert len(states) == 14
-    for path, (code, old) in states.items():
-        weight, new = tensors[f"{path}.weight"], tensors[f"{path}.weight_scale"]
-        out = len(weight)
-        assert weight.dtype == E4M3
-        assert torch.equal(weight.view(torch.uint8), code[:out])
-        assert (new.dtype, new.shape) == (F32, (out, 1))
-        assert torch.equal(new, (old if granularity == "tensor" else old[:out]).expand(out, 1))
-    names = dict(model.get_base_model().named_parameters())
-    others = {n: t for n, t in tensors.items() if n.rpartition(".")[0] not in states}
-    assert set(others) == {n for n in names if "base_layer" not in n and "lora_" not in n}
-    assert all(torch.equal(tensor, names[name]) for name, tensor in others.items())
+    assert report.cast_from == dict.fromkeys(expected, "unchanged")
+    assert len(expected) == 14
+    check_folder(tmp_path, expected, dict(model.get_base_model().named_parameters()))
 
 
-def _states_of(model: nn.Module) -> dict[str, falqon_fx.MergedAdapter]:
-    return {path: state for path, (_, state) in fp8_layers(model.get_base_model()).items()}
+def check_folder(
+    folder: Path, expected: dict[str, tuple[Tensor, Tensor]], parameters: dict[str, Tensor]
+) -> None:
+    """Weights and scales are the expected ones, all other tensors the model's."""
+    tensors = read(folder)
+    for path, (weight, scale) in expected.items():
+        found, of_rows = tensors[f"{path}.weight"], tensors[f"{path}.weight_scale"]
+        assert found.dtype == E4M3
+        assert torch.equal(found.view(torch.uint8), weight.view(torch.uint8))
+        assert (of_rows.dtype, of_rows.shape) == (F32, (len(weight), 1))
+        assert torch.equal(of_rows, scale.expand(len(weight), 1))
+    others = {n: t for n, t in tensors.items() if n.rpartition(".")[0] not in expected}
+    assert set(others) == {n for n in parameters if "base_layer" not in n and "lora_" not in n}
+    assert all(torch.equal(tensor, parameters[name]) for name, tensor in others.items())
+
+
+@pytest.mark.parametrize("at_hand", ["model", "folder", "nothing"])
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+@pytest.mark.parametrize("scale", ["pow2", "amax"])
+def test_a_trained_adapter_is_cast_with_its_weight_at_once(tmp_path, at_hand, granularity, scale):
+    """q(W + s·B·A), bit for bit, of the base weight where the model or a folder has it, else of
+    dq(W); and the report says which.
+    """
+    model = tiny_llama()
+    weights = {path: m.base_layer.weight.detach().clone() for path, m in lora_modules(model)}
+    model.get_base_model().save_pretrained(tmp_path / "plain")
+    stored = safetensors.load_file(tmp_path / "plain/model.safetensors")
+    names = {n: n.replace(".base_layer", "") for n in stored}
+    safetensors.save_file(
+        {names[n]: t for n, t in stored.items() if "lora_" not in n},
+        tmp_path / "plain/model.safetensors",
+    )
+    options = {"granularity": granularity, "scale": scale}
+    model = in_fp8(model, at_hand != "model", **options)
+    if at_hand == "nothing":
+        weights = {path: site.base() for path, site in sites(model).items()}
+    arguments = {"base": tmp_path / "plain"} if at_hand == "folder" else {}
+    report = export(model, tmp_path, **arguments)
+
+    source = "FP8 weight" if at_hand == "nothing" else "base weight"
+    assert report.cast_from == dict.fromkeys(weights, source)
+    assert ("14 were cast a second time" in str(report)) is (at_hand == "nothing")
+    plan = SiteSpec.from_config(FalqonConfig(**options))
+    found = layers_in(tmp_path)
+    assert len(found) == 14
+    for path, module in lora_modules(model):
+        a, b = (part.default.weight.detach() for part in (module.lora_A, module.lora_B))
+        expected = cast_base(weights[path] + (b @ a) * 2.0, plan)
+        assert torch.equal(found[path].code, expected.code)
+        assert torch.equal(found[path].scale, expected.scale.expand(len(b), 1))
+    if at_hand != "folder":
+        assert_one_cast_off(tmp_path, merged_by_peft(model))
+
+
+def lora_modules(model: nn.Module) -> list[tuple[str, Any]]:
+    modules = model.get_base_model().named_modules()
+    return [(path, module) for path, module in modules if hasattr(module, "lora_A")]
+
+
+def test_each_layer_is_cast_once_and_as_it_is_written(tmp_path, monkeypatch):
+    """Not all at once: as much memory is needed as a file holds, not as the model does."""
+    cast, written, seen = ExportLayer.cast, falqon_fx.storage.save_tensors, []
+    monkeypatch.setattr(ExportLayer, "cast", lambda self: seen.append(self.path) or cast(self))
+    monkeypatch.setattr(
+        falqon_fx.storage, "save_tensors", lambda *args: seen.append("file") or written(*args)
+    )
+    report = export(in_fp8(tiny_llama(), True), tmp_path, max_shard_size="20KB")
+    assert Counter(seen) == {**dict.fromkeys(report.layers, 1), "file": seen.count("file")}
+    first = seen.index("file")
+    assert 0 < first < 14  # of the 14 layers
+
+
+# -- whatever is active ----------------------------------------------------------------------------
+
+
+def scaled(model: nn.Module) -> None:
+    for _, module in lora_modules(model):
+        module.scale_layer(0.5)
+
+
+def loaded_in_place(model: nn.Module) -> None:
+    fill_b(model, 0.1, seed=7)
+    with torch.no_grad():
+        for i, (_, module) in enumerate(lora_modules(model)):
+            a = module.lora_A.default.weight
+            a.copy_(randn(*a.shape, seed=100 + i))
+
+
+def another(model: nn.Module) -> None:
+    model.add_adapter("other", peft.LoraConfig(r=2, lora_alpha=6, target_modules="all-linear"))
+    fill_b(model, 0.1, seed=3)
+    model.set_adapter("other")
+
+
+def both(model: nn.Module) -> None:
+    another(model)
+    model.base_model.set_adapter(["default", "other"])
+
+
+CHANGES = {"scaled": scaled, "loaded": loaded_in_place, "another": another, "both": both}
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_active_is_merged_as_peft_merges_it(tmp_path, prepared, change):
+    model = in_fp8(tiny_llama(), prepared)
+    before = merged_by_peft(model)
+    CHANGES[change](model)
+    expected = merged_by_peft(model)
+    report = export(model, tmp_path)
+    assert set(report.cast_from.values()) == {"FP8 weight" if prepared else "base weight"}
+    assert len(report.layers) == 14
+    assert_one_cast_off(tmp_path, expected)
+    with pytest.raises(AssertionError):  # what was active before is another model
+        assert_one_cast_off(tmp_path, before)
+
+
+@pytest.mark.parametrize("change", ["scaled", "loaded", "both"])
+def test_with_rows_another_adapter_is_cast_with_a_weight_that_is_at_hand(tmp_path, change):
+    model = by_rows(tiny_llama(), prepared=False)
+    CHANGES[change](model)
+    expected = merged_by_peft(model)
+    assert set(export(model, tmp_path).cast_from.values()) == {"base weight"}
+    assert_one_cast_off(tmp_path, expected)
+
+
+@pytest.mark.parametrize("pending", ["apply", "drop"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_with_rows_another_adapter_than_the_trained_one_is_refused(tmp_path, pending, change):
+    """Where the FP8 weight alone holds what was trained."""
+    model = by_rows(tiny_llama(), prepared=pending == "apply", pending=pending)
+    CHANGES[change](model)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    match = r"layers\.0\.self_attn\.q_proj: .* Activate the adapter that was trained"
+    if (pending, change) == ("drop", "another"):  # nothing is known of it
+        match = "no layer of the model has an FP8 weight"
+    with pytest.raises(FalqonError, match=match):
+        export(model, tmp_path)
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_that_is_merged_already_is_not_merged_again(tmp_path):
+    model = in_fp8(tiny_llama(), prepared=False)
+    expected = merged_by_peft(model)
+    model.merge_adapter()
+    export(model, tmp_path)
+    assert_one_cast_off(tmp_path, expected)
+
+
+def test_disabled_adapters_are_not_active_ones(tmp_path):
+    """PEFT merges what is active, whether it is enabled or not."""
+    model = in_fp8(tiny_llama(), prepared=True)
+    with model.disable_adapter():
+        export(model, tmp_path)
+    assert_one_cast_off(tmp_path, merged_by_peft(model))
+
+
+def test_dora_is_merged_as_peft_merges_it(tmp_path):
+    """Prepared: PEFT calls its base layer outside of compiled code, which is in FP8 then alone."""
+    model = in_fp8(tiny_llama(use_dora=True), prepared=True)
+    expected = merged_by_peft(model)
+    assert len(export(model, tmp_path).layers) == 14
+    assert_one_cast_off(tmp_path, expected)
+
+
+def test_what_peft_cannot_merge_is_refused_by_its_layer(tmp_path):
+    model = tiny_llama(target_modules=["q_proj"], alora_invocation_tokens=[1])
+    falqon_fx.prepare(model, progress=False)
+    fill_b(model, 0.1)
+    with pytest.raises(FalqonError, match=r"q_proj: PEFT can't merge its adapter \(aLoRA"):
+        export(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e30])
+def test_a_merged_weight_that_fp8_cannot_hold_is_refused_by_its_layer(tmp_path, value):
+    model = in_fp8(tiny_llama(), prepared=True)
+    layer = model.get_base_model().model.layers[1].mlp.up_proj
+    with torch.no_grad():
+        layer.lora_B.default.weight[3, 1] = value
+    with pytest.raises(FalqonError, match=r"layers\.1\.mlp\.up_proj: its merged weight"):
+        export(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# -- frozen layers ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
+@pytest.mark.parametrize("frozen", ["fp8", "leave"])
+def test_what_ran_in_fp8_without_an_adapter_is_in_fp8(tmp_path, prepared, frozen):
+    model = wide_llama()
+    plain = copy.deepcopy(model.get_base_model())
+    report = export(in_fp8(model, prepared, frozen=frozen), tmp_path)
+    adapted = {f"model.layers.{i}.self_attn.{n}_proj" for i in (0, 1) for n in "qv"}
+    linear = {p for p, m in plain.named_modules() if isinstance(m, nn.Linear)}
+    linear = {path.removesuffix(".base_layer") for path in linear if "lora_" not in path}
+    others = linear - adapted - {"lm_head"}
+    assert len(others) == 10
+    wanted = adapted | others if frozen == "fp8" else adapted
+    assert set(report.layers) == wanted
+    assert set(report.dense) == linear - wanted
+    assert report.dense["lm_head"] == "it is an output head"
+    source = "FP8 weight" if prepared else "base weight"
+    assert {p for p, s in report.cast_from.items() if s == source} == adapted
+    found = layers_in(tmp_path)
+    for path in others & wanted:
+        expected = cast_base(plain.get_submodule(path).weight, SiteSpec.from_config(FalqonConfig()))
+        assert torch.equal(found[path].code, expected.code)
+        assert torch.equal(found[path].scale, expected.scale)
+    # vLLM fuses q, k and v: all or none of them may be in FP8.
+    assert any("vLLM" in note for note in report.notes) is (frozen == "leave")
+
+
+# -- base= -----------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_other_weights_is_refused(tmp_path):
+    model = in_fp8(tiny_llama(), prepared=True)
+    torch.manual_seed(1)
+    other = transformers.LlamaForCausalLM(model.get_base_model().config)
+    other.save_pretrained(tmp_path / "plain")
+    with pytest.raises(FalqonError, match=r"q_proj: its FP8 weight was not made from the weight"):
+        export(model, tmp_path, base=tmp_path / "plain")
+    file = tmp_path / "plain/model.safetensors"
+    tensors = safetensors.load_file(file)
+    del tensors["model.layers.0.self_attn.q_proj.weight"]
+    safetensors.save_file(tensors, file)
+    with pytest.raises(FalqonError, match=r"has no tensor 'model\.layers\.0\.self_attn\.q_proj"):
+        export(model, tmp_path, base=tmp_path / "plain")
+    with pytest.raises(FalqonError, match=r"there is no config\.json in it"):
+        export(model, tmp_path, base=tmp_path / "nothing")
+    assert [path.name for path in tmp_path.iterdir()] == ["plain"]
+
+
+# -- the real packages -----------------------------------------------------------------------------
 
 
 def test_the_config_is_valid_for_the_real_packages(tmp_path):
     from compressed_tensors.quantization import QuantizationConfig, QuantizationStrategy
 
-    model = written()
-    export(model, tmp_path)
+    export(in_fp8(tiny_llama(), prepared=True), tmp_path)
     config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     parsed = QuantizationConfig.model_validate(config)
     (scheme,) = parsed.config_groups.values()
@@ -141,8 +445,7 @@ def test_ignore_names_every_layer_that_is_dense_and_no_other(tmp_path, targets):
     """By the real package's own matching, on a model that it has not seen."""
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 
-    model = tiny_llama(target_modules=targets)
-    falqon_fx.prepare(model, progress=False)
+    model = in_fp8(tiny_llama(target_modules=targets), prepared=True)
     report = export(model, tmp_path)
     config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
     settings = QuantizationConfig.model_validate(config.quantization_config)
@@ -158,32 +461,30 @@ def test_ignore_names_every_layer_that_is_dense_and_no_other(tmp_path, targets):
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
 def test_transformers_loads_the_same_weights(tmp_path, dtype, granularity):
     """Compressed until the first call, dequantized after it: exactly, as scales are powers of 2."""
-    model = written(dtype, granularity=granularity)
-    export(model, tmp_path)
-    loaded = load(tmp_path, dtype)
-    for path, state in _states_of(model).items():
+    export(in_fp8(tiny_llama(dtype), prepared=True, granularity=granularity), tmp_path)
+    loaded, found = load(tmp_path, dtype), layers_in(tmp_path)
+    assert len(found) == 14
+    for path, base in found.items():
         weight = loaded.get_submodule(path).weight
         assert weight.dtype == E4M3
-        assert torch.equal(weight.view(torch.uint8), state.code[: len(weight)])
+        assert torch.equal(weight.view(torch.uint8), base.code)
     loaded(IDS)
     for candidate in (loaded, dense(tmp_path, dtype)):
-        for path, state in _states_of(model).items():
+        for path, base in found.items():
             weight = candidate.get_submodule(path).weight
             assert weight.dtype == dtype
-            assert torch.equal(weight.float(), state.dequantize()[: len(weight)])
+            assert torch.equal(weight.float(), base.dequantize())
 
 
 def test_scales_that_are_not_powers_of_two_lose_bits_in_a_bf16_model(tmp_path):
     """Why "pow2" is the default: transformers holds the scales in the model's dtype, so with "amax"
     they are rounded once (2^-8), and the product again.
     """
-    model = written(BF16, scale="amax")
-    export(model, tmp_path)
+    export(in_fp8(tiny_llama(BF16), prepared=True, scale="amax"), tmp_path)
     loaded, off = load(tmp_path, BF16), 0
     loaded(IDS)
-    for path, state in _states_of(model).items():
-        weight = loaded.get_submodule(path).weight.double()
-        exact = state.dequantize()[: len(weight)].double()
+    for path, base in layers_in(tmp_path).items():
+        weight, exact = loaded.get_submodule(path).weight.double(), base.dequantize().double()
         assert ((weight - exact).abs() <= gamma(2, 2.0**-8) * exact.abs()).all()
         off += int((weight != exact).sum())
     assert off
@@ -193,14 +494,19 @@ def test_scales_that_are_not_powers_of_two_lose_bits_in_a_bf16_model(tmp_path):
 
 
 @pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
-def test_logits_are_those_of_training_where_activations_are_cast_alike(tmp_path, prepared):
+@pytest.mark.parametrize("update", ["adapter", "rows"])
+def test_logits_are_those_of_training_where_activations_are_cast_alike(tmp_path, update, prepared):
     """The loaded weights, each linear's input through falqon's cast: bit for bit the model that
-    trained, since both multiply the same two float32 matrices.
+    trained, since both multiply the same two float32 matrices. With the default an adapter is not
+    part of the weight while it trains, so this one has B = 0.
     """
-    model, compiled = trained(prepared=prepared)
+    if update == "rows":
+        model = by_rows(tiny_llama(), prepared)
+    else:
+        model = in_fp8(tiny_llama(), prepared, b_size=0)
     export(model, tmp_path)
-    loaded = dense(tmp_path)
-    plan = next(iter(_states_of(model).values())).plan
+    config = FalqonConfig(update=update, inner="eager")
+    loaded, compiled, plan = dense(tmp_path), call(model, config), SiteSpec.from_config(config)
 
     def cast(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         (x,) = args
@@ -209,7 +515,7 @@ def test_logits_are_those_of_training_where_activations_are_cast_alike(tmp_path,
 
     with torch.no_grad():
         plain = loaded(IDS).logits
-        for path in _states_of(model):
+        for path in layers_in(tmp_path):
             loaded.get_submodule(path).register_forward_pre_hook(cast)
         expected = compiled(IDS).logits
         assert torch.equal(loaded(IDS).logits, expected)
@@ -217,27 +523,40 @@ def test_logits_are_those_of_training_where_activations_are_cast_alike(tmp_path,
 
 
 def test_logits_with_the_engines_own_casts_are_within_the_bound_of_both(tmp_path):
-    """With FP8 in the last layer alone, logits are one product: compressed-tensors casts x with
-    amax/448 a token, falqon with a power of two below twice that. Each is off from x·dq(W)ᵀ by its
-    cast of x, summed with |W|, and a float32 product.
+    """With FP8 in the last layer alone, logits are one product, x · Mᵀ with M = dq(W) + s·B·A.
+
+    compressed-tensors casts x with amax/448 a token, and reads q(M). falqon casts x with a power of
+    two below twice that, and A by rows; s·B is rounded to float32, and the sum of the two products.
     """
-    model, compiled = trained(lora={"target_modules": ["lm_head"]})
+    model = in_fp8(tiny_llama(target_modules=["lm_head"]), prepared=True, frozen="leave")
     export(model, tmp_path)
+    compiled = call(model, FalqonConfig(inner="eager", frozen="leave"))
     loaded, seen = load(tmp_path), {}
-    head = loaded.lm_head
     with torch.no_grad():
         loaded(IDS)  # the first call decompresses the weights
         hook = loaded.model.register_forward_hook(lambda m, a, out: seen.update(x=out[0]))
         actual, expected = loaded(IDS).logits, compiled(IDS).logits
         hook.remove()
-    x = seen["x"].reshape(-1, head.in_features)
-    weight = Approx.exact(head.weight.detach())
+    x, (site,) = seen["x"].reshape(-1, 32), sites(model).values()
+    ((a, b, scaling),) = site.adapters
+    merged = Approx.exact(site.base()) + Approx.exact(b * scaling) @ Approx.exact(a)
+    scale = layers_in(tmp_path)["lm_head"].scale.double()
+    whole = Approx(merged.value, merged.bound + fp8_cast_bound(merged.largest, scale, E4M3))
     amax = x.abs().amax(1, keepdim=True).double() / 448
-    for result, scale in ((actual, amax), (expected, 2 * amax)):
-        bound = fp8_cast_bound(x, scale * (1 + gamma(4)), E4M3) * (1 + gamma(4))
-        product = Approx(x.double(), bound) @ weight.t()
-        product.assert_holds(result.reshape(product.value.shape))
+    served = cast_approx(x, amax) @ whole.t()
+    served.assert_holds(actual.reshape(served.value.shape))
+    of_a = cast_approx(a.detach(), 2 * a.detach().abs().amax(1, keepdim=True).double() / 448)
+    of_x = cast_approx(x, 2 * amax)
+    low = (of_x @ of_a.t()).rounded(F32) @ Approx.exact(b.detach() * scaling).rounded(F32).t()
+    trained = (of_x @ Approx.exact(site.base()).t() + low).rounded(F32)
+    trained.assert_holds(expected.reshape(trained.value.shape))
     assert not torch.equal(actual, expected)
+
+
+def cast_approx(x: Tensor, scale: Tensor) -> Approx:
+    """x after a cast to E4M3 with a scale up to ``scale``, which is rounded itself (gamma_4)."""
+    bound = fp8_cast_bound(x, scale * (1 + gamma(4)), E4M3) * (1 + gamma(4))
+    return Approx(x.double(), bound)
 
 
 # -- pending rows ----------------------------------------------------------------------------------
@@ -247,9 +566,9 @@ def test_logits_with_the_engines_own_casts_are_within_the_bound_of_both(tmp_path
 def test_pending_rows_are_written_first_and_the_report_says_how_much_that_changed(
     tmp_path, pending
 ):
-    model = written(pending=pending, rounding="nearest")
+    model = by_rows(tiny_llama(), pending=pending, rounding="nearest")
     fill_b(model, 0.05, seed=2)
-    states = _states_of(model)
+    states = sites(model)
     before = {path: state.dequantize() for path, state in states.items()}
     waiting = sum(int(state.pending().any(1).sum()) for state in states.values())
     report = export(model, tmp_path)
@@ -261,13 +580,14 @@ def test_pending_rows_are_written_first_and_the_report_says_how_much_that_change
     total = sum(before[p][: out[p]].double().square().sum() for p in states)
     assert report.flushed.relative_change == pytest.approx(float((changed / total) ** 0.5))
     assert f"{waiting} pending rows in 14 layers" in str(report)
+    assert "pending rows" not in str(export(model, tmp_path / "again"))
 
 
 # -- the folder ------------------------------------------------------------------------------------
 
 
 def test_shards_and_their_index(tmp_path):
-    model = written()
+    model = in_fp8(tiny_llama(), prepared=True)
     report = export(model, tmp_path, max_shard_size=8000)
     files = [name for name in report.files if name.endswith(".safetensors")]
     assert len(files) > 2
@@ -286,7 +606,7 @@ def test_generation_config_and_tokenizer_are_in_the_folder(tmp_path):
     inner = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="a")
-    model = written()
+    model = in_fp8(tiny_llama(), prepared=True)
     model.get_base_model().generation_config.temperature = 0.25
     model.get_base_model().generation_config.do_sample = True
     report = export(model, tmp_path, tokenizer=tokenizer)
@@ -303,16 +623,19 @@ def test_generation_config_and_tokenizer_are_in_the_folder(tmp_path):
 
 
 def test_a_missing_tokenizer_is_reported(tmp_path):
-    model = written()
-    assert "give tokenizer=" in str(export(model, tmp_path))
+    assert "give tokenizer=" in str(export(in_fp8(tiny_llama(), prepared=True), tmp_path))
 
 
-def test_the_model_goes_on_training_as_before(tmp_path):
-    model = written()
-    falqon_fx.flush(model)
+@pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
+def test_the_model_goes_on_training_as_before(tmp_path, prepared):
+    model = in_fp8(tiny_llama(), prepared)
     before = {n: t.clone() for n, t in model.state_dict().items()}
     config = copy.deepcopy(model.get_base_model().config.to_dict())
-    export(model, tmp_path)
+    compiled = call(model, FalqonConfig(inner="eager"))
+    with torch.no_grad():
+        logits = compiled(IDS).logits
+        export(model, tmp_path)
+        assert torch.equal(compiled(IDS).logits, logits)
     assert model.get_base_model().config.to_dict() == config
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
 
@@ -327,12 +650,7 @@ def test_tied_embeddings_stay_tied_unless_the_head_has_its_own_weight(tmp_path, 
     model = transformers.LlamaForCausalLM(config)
     targets = ["q_proj", "lm_head"] if adapted else ["q_proj"]
     model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets))
-    fill_b(model, 0.1)
-    model.eval()
-    compiled = torch.compile(model, backend="falqon", options={"inner": "eager"})
-    with torch.no_grad():
-        compiled(IDS)
-    export(model, tmp_path)
+    export(in_fp8(model, prepared=False), tmp_path)
     tensors = read(tmp_path)
     assert ("lm_head.weight" in tensors) == adapted
     config = json.loads((tmp_path / "out/config.json").read_text())
@@ -342,8 +660,10 @@ def test_tied_embeddings_stay_tied_unless_the_head_has_its_own_weight(tmp_path, 
     tied = loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert tied is not adapted
     if adapted:
-        state = _states_of(model)["lm_head"]
-        assert torch.equal(loaded.lm_head.weight, state.dequantize()[:64])
+        assert torch.equal(loaded.lm_head.weight, layers_in(tmp_path)["lm_head"].dequantize())
+        assert torch.equal(
+            tensors["model.embed_tokens.weight"], model.get_input_embeddings().weight
+        )
 
 
 def test_trained_modules_and_rejected_adapters_are_exported_dense(tmp_path):
@@ -352,8 +672,7 @@ def test_trained_modules_and_rejected_adapters_are_exported_dense(tmp_path):
     norm = model.get_base_model().model.norm
     with torch.no_grad():
         norm.modules_to_save.default.weight.fill_(3.0)
-    fill_b(model, 0.1)
-    falqon_fx.prepare(model, FalqonConfig(exclude=("*v_proj",)), progress=False)
+    model = in_fp8(model, prepared=True, exclude=("*v_proj",))
     report = export(model, tmp_path)
     tensors = read(tmp_path)
     assert torch.equal(tensors["model.norm.weight"], torch.full((32,), 3.0))
@@ -365,9 +684,22 @@ def test_trained_modules_and_rejected_adapters_are_exported_dense(tmp_path):
     assert not any("lora_" in name for name in tensors)
 
 
+def test_a_trained_head_is_exported_dense(tmp_path):
+    """Nor is the original beside it cast."""
+    model = in_fp8(wide_llama(modules_to_save=["lm_head"]), prepared=True)
+    head = model.get_base_model().lm_head
+    assert type(head.original_module) is nn.Linear
+    with torch.no_grad():
+        head.modules_to_save.default.weight.fill_(3.0)
+    report = export(model, tmp_path)
+    assert len(report.layers) == 14
+    assert report.dense == {"lm_head": "it is an output head"}
+    assert torch.equal(read(tmp_path)["lm_head.weight"], torch.full((64, 64), 3.0))
+
+
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_bias_of_lora_b_goes_into_the_layers_bias(tmp_path, bias):
-    torch.manual_seed(0)
+def test_biases_of_lora_b_go_into_the_layers_bias(tmp_path, bias):
+    """Of all active adapters, each with its scaling."""
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
         num_attention_heads=4, num_key_value_heads=2, attention_bias=bias, use_cache=False,
@@ -375,27 +707,35 @@ def test_a_bias_of_lora_b_goes_into_the_layers_bias(tmp_path, bias):
     model = transformers.LlamaForCausalLM(config)
     lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], lora_bias=bias)
     model = peft.get_peft_model(model, lora)
+    model.add_adapter("other", peft.LoraConfig(r=4, target_modules=["q_proj"], lora_bias=bias))
+    model.base_model.set_adapter(["default", "other"])
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
     if bias:
         with torch.no_grad():
             layer.lora_B.default.bias.copy_(randn(32))
+            layer.lora_B.other.bias.copy_(randn(32, seed=2))
             layer.base_layer.bias.copy_(randn(32, seed=1))
-    falqon_fx.prepare(model, FalqonConfig(), progress=False)
+    model.get_base_model().model.layers[0].self_attn.q_proj.scaling["other"] = 0.5
+    falqon_fx.prepare(model, progress=False)
     export(model, tmp_path)
     tensors = read(tmp_path)
     name = "model.layers.0.self_attn.q_proj.bias"
     assert (name in tensors) is bias
     if bias:
-        assert torch.equal(tensors[name], randn(32, seed=1) + 2.0 * randn(32))
+        expected = randn(32, seed=1) + 2.0 * randn(32) + 0.5 * randn(32, seed=2)
+        assert torch.equal(tensors[name], expected)
 
 
 # -- the fp8 form ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_the_fp8_form_holds_the_same_bytes(tmp_path, dtype):
+@pytest.mark.parametrize("b_size", [0, 0.05])
+def test_the_fp8_form_holds_the_same_bytes(tmp_path, dtype, b_size):
     """transformers has FP8 kernels for GPUs alone; here it dequantizes while loading."""
-    model = written(dtype, granularity="tensor")
+    model = in_fp8(tiny_llama(dtype), prepared=True, b_size=b_size, granularity="tensor")
+    export(model, tmp_path / "rows")
+    expected = layers_in(tmp_path / "rows")
     export(model, tmp_path, form="fp8")
     tensors = read(tmp_path)
     config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
@@ -403,29 +743,40 @@ def test_the_fp8_form_holds_the_same_bytes(tmp_path, dtype):
     assert tuple(parsed.weight_block_size) == (16, 16)  # of 32, 48 and 16 columns and rows
     assert parsed.modules_to_not_convert == ["lm_head"]
     loaded = load(tmp_path, dtype)
-    for path, state in _states_of(model).items():
-        out, features = state.applied.shape[0], state.code.shape[1]
-        assert torch.equal(tensors[f"{path}.weight"].view(torch.uint8), state.code[:out])
+    assert len(expected) == 14
+    for path, base in expected.items():
+        out, features = base.code.shape
+        assert torch.equal(tensors[f"{path}.weight"].view(torch.uint8), base.code)
         grid = tensors[f"{path}.weight_scale_inv"]
         assert grid.shape == (out / 16, features / 16)
-        assert (grid == state.scale).all()
+        assert (grid == base.scale[0]).all()
         weight = loaded.get_submodule(path).weight
-        assert torch.equal(weight.float(), state.dequantize()[:out])
+        assert torch.equal(weight.float(), base.dequantize())
 
 
 def test_the_fp8_form_refuses_row_scales(tmp_path):
-    model = written()
-    with pytest.raises(FalqonError, match="quantizing anew") as caught:
+    model = in_fp8(tiny_llama(), prepared=True)
+    with pytest.raises(FalqonError, match="one scale per row") as caught:
         export(model, tmp_path, form="fp8")
     assert "granularity='tensor'" in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", ["compressed-tensors", "fp8"])
+def test_of_two_ways_in_which_a_model_ran_the_one_that_the_form_holds_is_taken(tmp_path, form):
+    model = in_fp8(tiny_llama(), prepared=False, granularity="tensor")
+    call(model, FalqonConfig(inner="eager", granularity="row"))
+    report = export(model, tmp_path, form=form)
+    assert len(report.layers) == 14
+    if form == "compressed-tensors":
+        assert all(len(base.scale.unique()) > 1 for base in layers_in(tmp_path).values())
 
 
 # -- refusals --------------------------------------------------------------------------------------
 
 
 def test_a_folder_that_exists_is_left_alone(tmp_path):
-    model = written()
+    model = in_fp8(tiny_llama(), prepared=True)
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("mine")
     with pytest.raises(FalqonError, match="exists already"):
@@ -445,17 +796,35 @@ def test_a_model_without_a_transformers_config_is_refused(tmp_path):
         export(model, tmp_path)
 
 
-def test_a_bias_without_a_place_is_refused(tmp_path):
+@pytest.mark.parametrize("update", ["adapter", "rows"])
+def test_a_bias_without_a_place_is_refused(tmp_path, update):
     model = tiny_llama(target_modules=["q_proj"])
     layer = model.get_base_model().model.layers[1].self_attn.q_proj
     layer.lora_B.default.bias = nn.Parameter(randn(32))
-    falqon_fx.prepare(model, progress=False)
+    falqon_fx.prepare(model, FalqonConfig(update=update), progress=False)
     with pytest.raises(FalqonError, match=r"layers\.1\.self_attn\.q_proj: its lora_B has a bias"):
         export(model, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("b_size", [0, 0.05])
+def test_bytes_that_were_averaged_are_refused(tmp_path, b_size):
+    model = in_fp8(tiny_llama(), prepared=True, b_size=b_size)
+    with torch.no_grad():
+        model.get_base_model().model.layers[1].mlp.up_proj.base_layer.code += 1
+    with pytest.raises(FalqonError, match=r"layers\.1\.mlp\.up_proj: the bytes of its FP8 base"):
+        export(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_of_an_adapter_that_is_gone_are_refused(tmp_path):
+    model = by_rows(tiny_llama())
+    base = model.unload()
+    with pytest.raises(FalqonError, match="holds an adapter that is not active"):
+        export(base, tmp_path)
+
+
 def test_an_unknown_form_is_refused(tmp_path):
-    model = written()
+    model = in_fp8(tiny_llama(), prepared=True)
     with pytest.raises(FalqonError, match="'compressed-tensors' or 'fp8'"):
         export(model, tmp_path, form="int4")

@@ -2,14 +2,16 @@
 
     HYPOTHESIS_PROFILE=fuzz pytest -m "" tests/test_fuzz.py      # 6,000 programs
 
-A rewritten program must equal, bit for bit, the program whose LoRA layers are replaced by an
-emulation of the quantized ops (tests/emulation.py): outputs, dL/dx and dL/dB, before and after a
-step of B. So all that is outside of the sites runs as it did.
+A rewritten program must equal, bit for bit, the program whose layers are replaced by an emulation
+of the quantized ops (tests/emulation.py): outputs, dL/dx and the gradients of every A, B and bias,
+before and after a step of them. So all that is outside of the sites runs as it did.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -17,129 +19,177 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
-from falqon_fx import FalqonConfig, MergedAdapter, RewriteResult, adapters, rewrite
-from falqon_fx.passes import autotune
-from tests.programs import Program, emulated, programs
+from falqon_fx import FalqonConfig, RewriteResult, adapters, rewrite
+from tests.emulation import E4M3, cast
+from tests.programs import WIDTH, Program, adapters_of, emulated, programs
 from tests.sites import randn
-from tests.spellings import Passes
 
-CONFIG = FalqonConfig(topk=3, rounding="nearest")
 _default = settings.get_profile(settings.get_current_profile_name()).max_examples
 MANY, SOME = max(150, _default), max(40, _default // 10)
 
+CONFIGS = st.builds(
+    FalqonConfig,
+    frozen=st.sampled_from(["fp8", "leave"]),
+    granularity=st.sampled_from(["row", "row", "tensor"]),
+    scale=st.sampled_from(["pow2", "pow2", "amax"]),
+    grad_dtype=st.sampled_from(["e5m2", "e4m3"]),
+    siblings=st.booleans(),
+)
+ROWS = st.builds(
+    FalqonConfig,
+    update=st.just("rows"),
+    frozen=st.sampled_from(["fp8", "leave"]),
+    granularity=st.sampled_from(["row", "row", "tensor"]),
+    scale=st.sampled_from(["pow2", "pow2", "amax"]),
+    pending=st.sampled_from(["apply", "hold", "drop"]),
+    topk=st.just(3),
+    rounding=st.just("nearest"),
+)
 
-def results(call: object, program: Program, x: Tensor) -> list[Tensor | None]:
-    """y, dL/dx and dL/dB of every LoRA layer."""
+
+def results(call: Callable[[Tensor], Tensor], program: Program, x: Tensor) -> list[Tensor | None]:
+    """y, dL/dx and the gradients of all parameters; every run drops the same values."""
+    torch.manual_seed(7)
     x = x.clone().requires_grad_()
     y = call(x)
     y.backward(randn(*y.shape, seed=3))
-    grads = []
-    for layer in program.sites().values():
-        grads.append(layer.lora_b.weight.grad)
-        layer.lora_b.weight.grad = None
+    grads = [p.grad for p in program.parameters()]
+    program.zero_grad()
     return [y.detach(), x.grad, *grads]
 
 
-def twin_results(
-    program: Program,
-    states: dict[str, MergedAdapter],
-    groups: list[list[int]],
-    x: Tensor,
-    strided: bool,
-) -> list[Tensor | None]:
-    twin = emulated(program, states, groups, strided)
-    x = x.clone().requires_grad_()
-    y = twin(x)
-    y.backward(randn(*y.shape, seed=3))
-    sites = [twin.layers[int(path.removeprefix("layers."))] for path in program.sites()]
-    return [y.detach(), x.grad, *(site.lora_B.grad for site in sites)]
+def ops_of(result: RewriteResult) -> list[list[tuple[int, int]]]:
+    """For each op of a rewritten graph, its layers and how many adapters of each it has."""
+    bases = {nodes.weight: nodes.given[0] for nodes in result.operands.bases}
+    found = []
+    for op in result.gm.graph.find_nodes(
+        op="call_function", target=torch.ops.falqon.merged_linear.default
+    ):
+        weights, lora_b, owner = op.args[1], op.args[8], op.args[10]
+        adapters = [[b for b, i in zip(lora_b, owner) if i == site] for site in range(len(weights))]
+        found.append(
+            [
+                (layer_of(bases[weight] if weight in bases else own[0]), len(own))
+                for weight, own in zip(weights, adapters, strict=True)
+            ]
+        )
+    return found
 
 
-def groups_of(result: RewriteResult) -> list[list[int]]:
-    """The layers of each rewritten op that stands for several: siblings that share x."""
-    fused = torch.ops.falqon.merged_linear.default
-    ops = result.gm.graph.find_nodes(op="call_function", target=fused)
-    groups = [[layer_of(node) for node in op.args[4]] for op in ops]
-    return [group for group in groups if len(group) > 1]
-
-
-def layer_of(lora_b: fx.Node) -> int:
+def layer_of(parameter: fx.Node) -> int:
     """layers.3.lora_b.weight, or Dynamo's l_self_modules_layers_modules_3_..."""
-    found = re.search(r"layers(?:\.|_modules_)(\d+)", str(lora_b.target))
+    found = re.search(r"layers(?:\.|_modules_)(\d+)", str(parameter.target))
     assert found
     return int(found[1])
 
 
 def check(
-    program: Program, call: object, x: Tensor, rewritten: list[RewriteResult], strided: bool
+    program: Program,
+    call: Callable[[Tensor], Tensor],
+    x: Tensor,
+    rewritten: list[RewriteResult],
+    config: FalqonConfig,
 ) -> None:
     got = results(call, program, x)
-    groups = [group for result in rewritten for group in groups_of(result)]
-    states = adapters(program)
-    own = {id(layer.lora_b.weight): path for path, layer in program.sites().items()}
-    by_site = {own[id(s.b_ref())]: s for s in states.values()}
-    assert by_site.keys() == program.sites().keys()
-    for a, b in zip(got, twin_results(program, by_site, groups, x, strided), strict=True):
-        assert torch.equal(a, b)
+    ops = [op for result in rewritten for op in ops_of(result)]
+    in_fp8 = {layer: count for op in ops for layer, count in op}
+    frozen = program.plain() if config.frozen == "fp8" else {}
+    wanted = {path: len(adapters_of(layer)) for path, layer in program.sites().items()}
+    wanted |= dict.fromkeys(frozen, 0)
+    assert {f"layers.{i}": count for i, count in in_fp8.items()} == wanted
+
+    found: Any = adapters(program)
+    assert found.keys() == program.sites().keys()
+    states = found if config.update == "rows" else None
+    groups = [[layer for layer, _ in op] for op in ops if len(op) > 1]
+    assert config.siblings or not groups
+    twin = emulated(program, in_fp8, groups, config, states)
+    for a, b in zip(got, results(twin, twin, x), strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
 
 
 def check_twice(
     program: Program,
-    call: object,
+    call: Callable[[Tensor], Tensor],
     x: Tensor,
     rewritten: list[RewriteResult],
-    strided: bool = False,
+    config: FalqonConfig,
 ) -> None:
-    """At the start, where B is in W'; and after a step, where a part of it is pending."""
-    check(program, call, x, rewritten, strided)
+    """At the start, and after a step of all that trains. The base is the cast of W throughout."""
+    check(program, call, x, rewritten, config)
     with torch.no_grad():
-        for i, layer in enumerate(program.sites().values()):
-            layer.lora_b.weight.add_(randn(*layer.lora_b.weight.shape, seed=i) / 64)
-    check(program, call, x, rewritten, strided)
+        for i, parameter in enumerate(program.parameters()):
+            if parameter.requires_grad:
+                parameter.add_(randn(*parameter.shape, seed=i) / 64)
+    check(program, call, x, rewritten, config)
+    if config.update == "adapter":
+        found: Any = adapters(program)
+        for path, layer in program.sites().items():
+            per_row, pow2 = config.granularity == "row", config.scale == "pow2"
+            codes, scale = cast(layer.base.weight.detach(), E4M3, per_row, pow2)
+            assert torch.equal(found[path].weight.float(), codes)
+            assert torch.equal(found[path].scale, scale)
 
 
-def rewritten_as_views(gm: fx.GraphModule, x: Tensor) -> RewriteResult | None:
-    """As where a GPU finds O as a view faster at every site; None where a reader takes no view."""
-    every: list[bool] = []
+class Backend:
+    """Runs the passes alone and keeps what they made of each graph."""
 
-    def look(_: object, views: bool, spec: object) -> autotune.Tuned:
-        every.append(views)
-        return autotune.Tuned(views, "")
+    def __init__(self, config: FalqonConfig) -> None:
+        self.config = config
+        self.results: list[RewriteResult] = []
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(autotune, "_has_choices", lambda group, spec: True)
-        patch.setattr(autotune, "time_products", look)
-        result = rewrite(gm, [x], CONFIG)
-    return result if all(every) else None
+    def __call__(self, gm: fx.GraphModule, inputs: Any) -> RewriteResult:
+        self.results.append(rewrite(gm, inputs, self.config))
+        return self.results[-1]
 
 
-@given(programs(), st.booleans())
+def traced(program: Program, config: FalqonConfig) -> None:
+    x = randn(6, WIDTH, seed=1)
+    result = rewrite(fx.symbolic_trace(program), [x], config)
+    assert not result.report.rejected
+    check_twice(program, result, x, [result], config)
+
+
+@given(programs(), CONFIGS)
 @settings(max_examples=MANY)
-def test_symbolically_traced_programs(program, views):
-    x, gm = randn(6, 24, seed=1), fx.symbolic_trace(program)
-    result = rewritten_as_views(gm, x) if views else None
-    strided = result is not None
-    result = result or rewrite(gm, [x], CONFIG)
-    assert not result.report.rejected
-    check_twice(program, result, x, [result], strided)
+def test_symbolically_traced_programs(program, config):
+    traced(program, config)
 
 
-@pytest.mark.slow
-@given(programs())
+@given(programs(rows=True), ROWS)
 @settings(max_examples=SOME)
-def test_programs_from_dynamo(program):
+def test_symbolically_traced_programs_with_written_rows(program, config):
+    traced(program, config)
+
+
+def compiled(program: Program, config: FalqonConfig) -> None:
     torch._dynamo.reset()
-    passes = Passes(topk=3, rounding="nearest")
-    call = torch.compile(program, backend=passes)
-    check_twice(program, call, randn(6, 24, seed=1), passes.results)
-    assert not passes.rejected
+    backend = Backend(config)
+    call = torch.compile(program, backend=backend)
+    check_twice(program, call, randn(6, WIDTH, seed=1), backend.results, config)
+    assert not [item for result in backend.results for item in result.report.rejected]
 
 
 @pytest.mark.slow
-@given(programs())
+@given(programs(), CONFIGS)
 @settings(max_examples=SOME)
-def test_exported_programs(program):
-    x = randn(6, 24, seed=1)
-    result = rewrite(torch.export.export(program, (x,)).module(), [x], CONFIG)
+def test_programs_from_dynamo(program, config):
+    compiled(program, config)
+
+
+@pytest.mark.slow
+@given(programs(rows=True), ROWS)
+@settings(max_examples=max(20, SOME // 2))
+def test_programs_from_dynamo_with_written_rows(program, config):
+    compiled(program, config)
+
+
+@pytest.mark.slow
+@given(programs(), CONFIGS)
+@settings(max_examples=SOME)
+def test_exported_programs(program, config):
+    x = randn(6, WIDTH, seed=1)
+    result = rewrite(torch.export.export(program, (x,)).module(), [x], config)
     assert not result.report.rejected
-    check_twice(program, result, x, [result])
+    check_twice(program, result, x, [result], config)

@@ -47,17 +47,22 @@ def test_the_whole_flow_at_toy_sizes(benchmark, tmp_path, monkeypatch, capsys):
     assert not content["dropped"]
     assert {t["verdict"] for t in content["targets"]} == {"not measured"}
     assert {c["what"] for c in content["checked"]} >= {
-        "O, O_A",
+        "O",
+        "O of siblings",
         "O_A",
-        "O, pending, bias",
-        "O, O_A of siblings",
+        "O_A of several",
+        "O, adapter, bias",
+        "O of siblings, adapters, bias",
+        "O, O_A",
         "dL/dx",
-        "dL/dx, pending",
+        "dL/dx, adapter",
         "dL/dx of siblings",
+        "dL/dx of siblings, one adapter",
         "dL/dB",
-        "q(dL/dO), dL/dB",
+        "dL/dA",
         "Wᵀ",
         "cast",
+        "casts of adapters",
         "update",
         "three steps",
     }
@@ -71,6 +76,8 @@ def test_the_whole_flow_at_toy_sizes(benchmark, tmp_path, monkeypatch, capsys):
         "True",
     ]
     assert all(float(row["seconds"]) > 0 for row in rows)
+    assert {"falqon, A frozen", "falqon, rows"} <= {row["contender"] for row in rows}
+    assert {u["what"] for u in content["updates"]} == {"casts", "rows"}
     page = files[".md"].read_text()
     assert page.count("not measured") == len(content["targets"])
     assert "nan" not in page
@@ -126,14 +133,17 @@ def test_targets(benchmark):
         kernel(kernels_module, "O alone", "triton:a", 0.9),
         kernel(kernels_module, "O alone", "triton:b", 2.0, chosen=False),
         kernel(kernels_module, "O_A", "triton:a", 0.05),
-        kernel(kernels_module, "O with pending rows", "triton:a", 1.0),
-        kernel(kernels_module, "O with pending rows", "scaled_mm", 3.0, chosen=False),
+        kernel(kernels_module, "O with the adapter", "triton:a", 1.0),
+        kernel(kernels_module, "O with the adapter", "scaled_mm", 3.0, chosen=False),
     ]
-    updates = [kernels_module.UpdateRow("llama-7b", 16, 224, 0.0004, 0.0, 0.0)]
-    gpu_targets = benchmark("gpu_targets")
-    found = gpu_targets.targets(steps, kernels, updates)
+    updates = [
+        kernels_module.UpdateRow("casts", "llama-7b", 16, 224, 0.0004, 0.0),
+        kernels_module.UpdateRow("casts", "llama-7b", 64, 224, 0.0006, 0.0),
+        kernels_module.UpdateRow("rows", "llama-7b", 16, 224, 0.0002, 0.0, 0.0),
+    ]
+    found = benchmark("gpu_targets").targets(steps, kernels, updates)
     by_name = {t.what: t for t in found}
-    assert len(by_name) == len(found) == 14
+    assert len(by_name) == len(found) == 15
 
     def check(name, value, verdict):
         assert by_name[name].found == (None if value is None else pytest.approx(value))
@@ -150,10 +160,8 @@ def test_targets(benchmark):
     check("the same, the least", 1 / 1.05, "met")
     check("our own kernel against _scaled_mm, tensorwise", None, "not measured")
     check("the same, rowwise", 1 / 0.9, "met")
-    check("update of all sites / step, 7B, 4k tokens", 0.0004, "met")
-    check("update of all sites, 7B, ms", 0.4, "met")
-    check("merged linears / their bf16 bytes, 7B, rank 16", 0.505, "met")
-    check("merged linears / their bf16 bytes, 7B, rank 64", None, "not measured")
-    view = kernel(kernels_module, gpu_targets.PLANS[1][0], "scaled_mm:merged", 0.8)
-    by_name = {t.what: t for t in gpu_targets.targets(steps, [*kernels, view], updates)}
-    check("the same, the least", 1 / 0.8, "met")
+    check("casts of all adapters / step, 7B, 4k tokens", 0.0004, "met")
+    check("casts of all adapters, 7B, rank 64, ms", 0.6, "missed")
+    check('update="rows": update of all sites, 7B, ms', 0.2, "met")
+    check("FP8 linears / their bf16 bytes, 7B, rank 16", 0.505, "met")
+    check("FP8 linears / their bf16 bytes, 7B, rank 64", None, "not measured")

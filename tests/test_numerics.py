@@ -13,6 +13,8 @@ from falqon_fx.numerics import (
     E5M2,
     FP8_MAX,
     amax_to_scale,
+    as_e4m3,
+    as_scale,
     decode_fp8,
     encode_fp8,
     philox_uint16,
@@ -184,9 +186,10 @@ def test_decode_is_exact_for_pow2_scales(scale, out_dtype):
     code = codes()[value.isfinite()]
     expected = value[value.isfinite()] * scale
     for given_scale in (scale, torch.tensor(scale)):
-        decoded = decode_fp8(code, given_scale, out_dtype)
-        assert decoded.dtype == out_dtype
-        assert torch.equal(decoded.double(), expected)
+        for bits in (code, code.view(E4M3)):
+            decoded = decode_fp8(bits, given_scale, out_dtype)
+            assert decoded.dtype == out_dtype
+            assert torch.equal(decoded.double(), expected)
     assert decode_fp8(torch.tensor([128], dtype=torch.uint8), 1.0, out_dtype).signbit().all()
 
 
@@ -198,6 +201,16 @@ def test_decode_rounds_once_in_float32(scale):
     scale = torch.tensor(scale)
     assert torch.equal(decode_fp8(code, scale, torch.float32), value * scale)
     assert torch.equal(decode_fp8(code, scale, torch.bfloat16), (value * scale).bfloat16())
+
+
+def test_bytes_and_bits_are_read_as_what_they_are():
+    """A prepared layer holds its weight as uint8 and its scales as int32."""
+    weight, scale = torch.tensor([[1.5, -2.0]]).to(E4M3), torch.tensor([[0.3], [-0.0]])
+    for code in (weight, weight.view(torch.uint8)):
+        assert as_e4m3(code).dtype == E4M3
+        assert torch.equal(as_e4m3(code).float(), weight.float())
+    for given_scale in (scale, scale.view(torch.int32)):
+        assert torch.equal(bits(as_scale(given_scale)), bits(scale))
 
 
 def test_decode_broadcasts_row_scales():

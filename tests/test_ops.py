@@ -1,6 +1,6 @@
 """The ops as torch sees them: schema, fake implementation, autograd, AOT dispatch.
 
-W' goes in as bytes, which the ops take as well as E4M3: opcheck compares arguments by allclose,
+W goes in as bytes, which the ops take as well as E4M3: opcheck compares arguments by allclose,
 which torch doesn't have for FP8.
 """
 
@@ -12,64 +12,159 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.testing._internal.optests import aot_autograd_check
 
+from falqon_fx import FalqonError, lowering
+from falqon_fx.base import Base, cast_base, digest
+from falqon_fx.numerics import E4M3
+from falqon_fx.spec import SiteSpec
 from tests.sites import Site, dequantized, make_site, randn
+from tests.strategies import Case, Layer, Lora
 from tests.tolerances import Approx, gamma
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 falqon = torch.ops.falqon
+ROW = SiteSpec("row", "pow2", "e5m2")
 
 
-def linear_args(
-    site: Site, x: Tensor, out_dtype: torch.dtype, bias: Tensor | None
-) -> tuple[Any, ...]:
-    state, spec = site.state, str(site.state.plan)
-    own = ([t] for t in (state.code, state.scale, state.applied, site.lora_b))
-    return (x, *own, [] if bias is None else [bias], [state.scaling], out_dtype, spec)
+def layer(
+    out: int = 24,
+    features: int = 40,
+    ranks: tuple[int, ...] = (4,),
+    *,
+    leading: tuple[int, ...] = (3,),
+    dtype: torch.dtype = F32,
+    plan: SiteSpec = ROW,
+    bias: bool = False,
+    seed: int = 0,
+) -> Layer:
+    """A layer with an adapter of each of ``ranks``."""
+    weight = (randn(out, features, seed=seed) / 4).to(dtype)
+    loras = [
+        Lora(randn(r, features, seed=seed + 1 + j) / 4, randn(out, r, seed=seed + 5 + j) / 4, 2.0)
+        for j, r in enumerate(ranks)
+    ]
+    b = randn(out, seed=seed + 9).to(dtype) if bias else None
+    grad = randn(*leading, out, seed=seed + 10).to(dtype)
+    return Layer(weight, cast_base(weight, plan), b, loras, grad)
 
 
-def grad_args(site: Site, grad: Tensor, x_dtype: torch.dtype) -> tuple[Any, ...]:
-    state = site.state
-    own = ([t] for t in (grad, state.code, state.scale, state.applied, site.lora_b.detach()))
-    return (*own, [state.scaling], x_dtype, str(state.plan))
+def case(x: Tensor, *layers: Layer, out_dtype: torch.dtype | None = None, **given: Any) -> Case:
+    plan = given.pop("plan", ROW)
+    return Case(x, list(layers), out_dtype or x.dtype, plan, **given)
 
 
-def base_args(site: Site, x: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
-    state = site.state
-    return (x, state.code, *state.tensors[1:], bias, state.scaling, str(state.plan))
+def as_bytes(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of `merged_linear` with Â as bytes."""
+    return (*args[:4], [a.view(torch.uint8) for a in args[4]], *args[5:])
+
+
+def grad_args(case: Case, x_dtype: torch.dtype) -> tuple[Any, ...]:
+    """Those of `merged_linear_grad_x`."""
+    loras = case.adapters
+    n = case.x[..., 0].numel()
+    return (
+        [each.grad.reshape(n, len(each.weight)) for each in case.layers],
+        [each.base.code for each in case.layers],
+        [each.base.scale for each in case.layers],
+        [randn(n, len(lora.lora_a), seed=j).to(case.out_dtype) for j, lora in enumerate(loras)],
+        [code.view(torch.uint8) for code, _, _ in case.casts],
+        [scale for _, scale, _ in case.casts],
+        x_dtype,
+        str(case.plan),
+    )
+
+
+def base_args(base: Base, x: Tensor, bias: Tensor | None, plan: SiteSpec = ROW) -> tuple[Any, ...]:
+    code, scale = base.code, base.scale
+    return (x, code, scale.view(torch.int32), digest(code, scale), bias, str(plan))
 
 
 # Each value of each option at least once, and the pairs that take their own path in the lowering.
 PLANS = [
-    ("row", "pow2", "apply", F32),
-    ("row", "amax", "hold", BF16),
-    ("tensor", "pow2", "drop", BF16),
-    ("tensor", "amax", "apply", F16),
+    (SiteSpec("row", "pow2", "e5m2"), F32),
+    (SiteSpec("row", "amax", "e4m3"), BF16),
+    (SiteSpec("tensor", "pow2", "e5m2"), BF16),
+    (SiteSpec("tensor", "amax", "e4m3"), F16),
 ]
+# Ranks of the adapters of each layer; whether there is a bias; whether the adapters read a dropped
+# x; keep_x; adds_b.
+SITUATIONS = {
+    "one adapter": ([(3,)], True, False, True, True),
+    "A frozen": ([(3,)], False, False, False, True),
+    "b not added": ([(3,)], False, False, True, False),
+    "nothing but O": ([(3,)], True, False, False, False),
+    "several adapters and siblings": ([(3, 1), (), (2,)], True, False, True, True),
+    "dropped x": ([(3, 2)], False, True, True, True),
+    "no adapter": ([()], True, False, False, True),
+}
 
 
-@pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
-@pytest.mark.parametrize(("granularity", "scale", "pending", "dtype"), PLANS)
-def test_opcheck(granularity, scale, pending, dtype, bias):
+def situation(name: str, plan: SiteSpec, dtype: torch.dtype) -> Case:
+    ranks, bias, drops, keep_x, adds_b = SITUATIONS[name]
+    x = randn(2, 4, 9, seed=20).to(dtype)
+    layers = [
+        layer(6 - i, 9, r, leading=(2, 4), dtype=dtype, plan=plan, bias=bias, seed=30 * i)
+        for i, r in enumerate(ranks)
+    ]
+    if drops:
+        for i, lora in enumerate(layers[0].adapters):
+            lora.x = x * 2 * (randn(2, 4, 9, seed=i) > 0)
+    return case(x, *layers, plan=plan, keep_x=keep_x, adds_b=adds_b)
+
+
+CHECKS = (
+    "test_schema",
+    "test_autograd_registration",
+    "test_faketensor",
+    "test_aot_dispatch_dynamic",
+)
+
+
+def without_fp8(*args: Any) -> list[Tensor]:
+    """`merged_linear` without x̂, which torch can neither sum nor compare."""
+    args = torch.utils._pytree.tree_map_only(Tensor, torch.clone, args)
+    return [t for t in falqon.merged_linear(*args) if t.dtype != E4M3]
+
+
+@pytest.mark.parametrize(("plan", "dtype"), PLANS, ids=str)
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_opcheck(name, plan, dtype):
     """torch.library's own checks: the schema's mutations and aliases, autograd's registration, the
     fake implementation's shapes, dtypes and strides, and AOT dispatch with dynamic shapes.
     """
-    site = make_site(6, 9, 3, granularity=granularity, scale=scale, pending=pending, dtype=dtype)
-    site.lora_b.requires_grad_()
+    given = situation(name, plan, dtype)
+    given.leaves()
+    args = as_bytes(given.arguments())
+    torch.library.opcheck(falqon.merged_linear, args, test_utils=CHECKS[:3])
+    aot_autograd_check(without_fp8, args, {}, dynamic=True, check_gradients="auto")
+    torch.library.opcheck(falqon.merged_linear_grad_x, grad_args(given, dtype))
+
+
+@pytest.mark.parametrize(("plan", "dtype"), PLANS, ids=str)
+def test_opcheck_of_the_prepared_layer(plan, dtype):
+    made = layer(6, 9, dtype=dtype, plan=plan)
     x = randn(2, 4, 9).to(dtype).requires_grad_()
-    b = randn(6).to(dtype).requires_grad_() if bias else None
-    torch.library.opcheck(falqon.merged_linear, linear_args(site, x, dtype, b))
-    torch.library.opcheck(falqon.base_linear, base_args(site, x, b))
-    if not bias:
-        grad = randn(4, 6).to(dtype)
-        torch.library.opcheck(falqon.merged_linear_grad_x, grad_args(site, grad, dtype))
+    for bias in (None, randn(6).to(dtype).requires_grad_()):
+        torch.library.opcheck(falqon.base_linear, base_args(made.base, x, bias, plan))
+    torch.library.opcheck(falqon.dequantize, (*base_args(made.base, x, None)[1:3], dtype))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize(("plan", "dtype"), PLANS, ids=str)
+def test_opcheck_of_the_adapters_casts(plan, dtype, wide):
+    """Without the checks that compare results by allclose, which FP8 has none of."""
+    a = [randn(3, 9).to(dtype).requires_grad_(), randn(2, 5).requires_grad_()]
+    b = [randn(6, 3).to(dtype).requires_grad_(), randn(7, 2).requires_grad_()]
+    args = (a, b, [2.0, 0.3], wide, str(plan))
+    torch.library.opcheck(falqon.proxy_update, args, test_utils=CHECKS[:3])
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("pending", ["hold", "drop", "apply"])
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
-def test_opcheck_of_the_update(granularity, pending, rounding):
+def test_opcheck_of_the_update_of_rows(granularity, pending, rounding):
     """Two sites, one of them prepared (no base weight), both with something to write."""
     options = {"granularity": granularity, "pending": pending, "rounding": rounding, "topk": 2}
     sites = [make_site(6, 9, 3, **options), make_site(4, 8, 2, dtype=BF16, **options)]
@@ -86,18 +181,35 @@ def test_opcheck_of_the_update(granularity, pending, rounding):
         str(states[0].plan),
     )
     torch.library.opcheck(falqon.proxy_update_, args)
+    wide = granularity == "row"
+    pending_args = (sites[0].lora_b.requires_grad_(), states[0].applied, 2.0, wide)
+    torch.library.opcheck(falqon.pending, pending_args)
+
+
+def rows_args(site: Site, x: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+    state = site.state
+    return (x, state.code, *state.tensors[1:], bias, state.scaling, str(state.plan))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+def test_opcheck_of_the_prepared_layer_of_rows(granularity, dtype):
+    site = make_site(6, 9, 3, granularity=granularity, dtype=dtype)
+    x = randn(2, 4, 9).to(dtype).requires_grad_()
+    for bias in (None, randn(6).to(dtype).requires_grad_()):
+        torch.library.opcheck(falqon.rows_base_linear, rows_args(site, x, bias))
 
 
 def test_bytes_and_e4m3_are_the_same_to_the_ops():
-    site = make_site()
-    x, code, weight = randn(3, 40), site.state.code, site.state.weight
+    given = case(randn(3, 40), layer(), layer(seed=50))
     for op, args in (
-        (falqon.merged_linear, linear_args(site, x, F32, None)),
-        (falqon.merged_linear_grad_x, grad_args(site, randn(3, 24), F32)),
-        (falqon.base_linear, base_args(site, x, None)),
+        (falqon.merged_linear, as_bytes(given.arguments())),
+        (falqon.merged_linear_grad_x, grad_args(given, F32)),
     ):
-        as_e4m3 = tuple(weight if arg is code else arg for arg in args)
-        results = [torch.utils._pytree.tree_leaves(op(*given)) for given in (args, as_e4m3)]
+        as_e4m3 = torch.utils._pytree.tree_map(
+            lambda t: t.view(E4M3) if isinstance(t, Tensor) and t.dtype == torch.uint8 else t, args
+        )
+        results = [torch.utils._pytree.tree_leaves(op(*each)) for each in (args, as_e4m3)]
         for a, b in zip(*results, strict=True):
             assert torch.equal(a, b)
         torch.library.opcheck(op, as_e4m3, test_utils=("test_faketensor",))
@@ -112,112 +224,284 @@ SHAPES = [
     (1, 1, 1, (2,)),
     (5, 33, 64, (3, 3)),  # rank above out and in
     (24, 40, 1, (2, 2, 2)),
+    (24, 40, 0, (3,)),  # no adapter
 ]
 
 
 @pytest.mark.parametrize(("out", "features", "rank", "leading"), SHAPES)
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
 def test_fake_and_real_agree_on_odd_shapes(out, features, rank, leading, granularity):
-    site = make_site(out, features, rank, granularity=granularity, dtype=BF16)
-    site.lora_b.requires_grad_()
-    x = randn(*leading, features).to(BF16).requires_grad_()
-    checks = ("test_schema", "test_faketensor")
-    bias = randn(out)
-    torch.library.opcheck(falqon.merged_linear, linear_args(site, x, F32, bias), test_utils=checks)
-    torch.library.opcheck(falqon.base_linear, base_args(site, x, bias), test_utils=checks)
-    y, out_a = falqon.merged_linear(*linear_args(site, x, F32, bias))
+    plan = SiteSpec(granularity, "pow2", "e5m2")
+    x = randn(*leading, features).to(BF16)
+    made = layer(out, features, (rank,) if rank else (), leading=leading, plan=plan, bias=True)
+    given = case(x, made, plan=plan, out_dtype=F32)
+    leaves, checks = given.leaves(), ("test_schema", "test_faketensor")
+    torch.library.opcheck(falqon.merged_linear, as_bytes(given.arguments()), test_utils=checks)
+    torch.library.opcheck(falqon.base_linear, base_args(made.base, x, None), test_utils=checks)
+    y, out_a, *kept = falqon.merged_linear(*given.arguments())
     tokens = x.numel() // features
+    x_hat = x.reshape(tokens, features)
     assert (y.shape, y.dtype) == ((*leading, out), F32)
     assert (out_a.shape, out_a.dtype) == ((tokens, rank), F32)
+    assert [t.shape for t in kept] == [x_hat.shape, (tokens, 1) if plan.per_row else ()]
     y.sum().backward()
-    assert (x.grad.shape, site.lora_b.grad.shape) == (x.shape, (out, rank))
-    assert x.grad.isfinite().all()
-    assert site.lora_b.grad.isfinite().all()
-    grad = randn(tokens, out)
-    torch.library.opcheck(
-        falqon.merged_linear_grad_x, grad_args(site, grad, BF16), test_utils=checks
-    )
+    for leaf in leaves.values():
+        assert leaf.grad.shape == leaf.shape
+        assert leaf.grad.isfinite().all()
+    grads = grad_args(given, BF16)
+    torch.library.opcheck(falqon.merged_linear_grad_x, grads, test_utils=checks)
 
 
 @pytest.mark.parametrize("out_dtype", [F32, BF16, F16])
 @pytest.mark.parametrize("x_dtype", [F32, BF16, F16])
 def test_every_pair_of_dtypes_gives_the_dtype_asked_for(x_dtype, out_dtype):
-    site = make_site()
-    x = randn(3, 40).to(x_dtype).requires_grad_()
-    site.lora_b.requires_grad_()
-    y, _ = falqon.merged_linear(*linear_args(site, x, out_dtype, None))
+    given = case(randn(3, 40).to(x_dtype), layer(), out_dtype=out_dtype)
+    leaves = given.leaves()
+    y = falqon.merged_linear(*given.arguments())[0]
     y.sum().backward()
-    assert (y.dtype, x.grad.dtype, site.lora_b.grad.dtype) == (out_dtype, x_dtype, F32)
+    assert (y.dtype, leaves["x"].grad.dtype) == (out_dtype, x_dtype)
+    assert leaves["a 0"].grad.dtype == leaves["b 0"].grad.dtype == F32
 
 
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded", "one_row_of_a_slice"])
 def test_strides_of_x_do_not_matter(layout):
-    site = make_site()
     x = {
         "transposed": randn(40, 6).t(),
         "sliced": randn(6, 81)[:, 1::2],
         "expanded": randn(40).expand(6, 40),
         "one_row_of_a_slice": randn(6, 90)[:1, 10:50],
     }[layout]
-    checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(falqon.merged_linear, linear_args(site, x, F32, None), test_utils=checks)
-    strided, dense = (
-        falqon.merged_linear(*linear_args(site, v, F32, None)) for v in (x, x.contiguous())
-    )
-    assert torch.equal(strided[0], dense[0])
-    assert torch.equal(strided[1], dense[1])
-    torch.library.opcheck(falqon.base_linear, base_args(site, x, None), test_utils=checks)
+    made, checks = layer(), ("test_schema", "test_faketensor")
+    strided, dense = (case(value, made) for value in (x, x.contiguous()))
+    torch.library.opcheck(falqon.merged_linear, as_bytes(strided.arguments()), test_utils=checks)
+    results = [falqon.merged_linear(*given.arguments()) for given in (strided, dense)]
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    torch.library.opcheck(falqon.base_linear, base_args(made.base, x, None), test_utils=checks)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
+def test_strides_of_gradients_do_not_matter(layout):
+    """A sum's gradient is expanded; that of a transpose or of a slice has gaps."""
+    results = []
+    for dense in (False, True):
+        given = case(randn(6, 40), layer(24, leading=(6,), bias=True))
+        grad = {
+            "transposed": randn(24, 6).t(),
+            "sliced": randn(6, 49)[:, 1::2],
+            "expanded": randn(1, 1).expand(6, 24),
+        }[layout]
+        leaves = given.leaves()
+        y = falqon.merged_linear(*given.arguments())[0]
+        results.append(
+            torch.autograd.grad(y, [*leaves.values()], grad.contiguous() if dense else grad)
+        )
+    for a, b in zip(*results, strict=True):
+        # The product that reads dL/dO transposed may sum in another order: 6 terms of O_A.
+        torch.testing.assert_close(a, b, rtol=gamma(2 * 40), atol=gamma(2 * 40))
 
 
 def test_outputs_lie_in_their_own_storage():
     """O_A is kept for backward; as a view of [O | O_A] it would keep all of that alive."""
-    site = make_site()
-    y, out_a = falqon.merged_linear(*linear_args(site, randn(3, 40), F32, None))
-    assert out_a.untyped_storage().data_ptr() != y.untyped_storage().data_ptr()
+    y, out_a, x_hat, _ = falqon.merged_linear(*case(randn(3, 40), layer()).arguments())
+    places = {t.untyped_storage().data_ptr() for t in (y, out_a, x_hat)}
+    assert len(places) == 3
     assert out_a.untyped_storage().nbytes() == out_a.nbytes
 
 
-def test_x_is_not_kept_for_backward():
-    site = make_site()
-    site.lora_b.requires_grad_()
-    x = randn(3, 40).requires_grad_() * 1  # not a leaf: nothing else holds it
-    alive = weakref.ref(x)
-    y, _ = falqon.merged_linear(*linear_args(site, x, F32, None))
-    del x
-    gc.collect()
-    assert alive() is None
-    y.sum().backward()
+def saved_bytes(given: Case) -> int:
+    """Of what autograd keeps between forward and backward beside parameters and weights."""
+    leaves = given.leaves()
+    del leaves["x"]
+    known = {t.untyped_storage().data_ptr() for t in leaves.values()}
+    for each in (*[m.base.code for m in given.layers], *[m.base.scale for m in given.layers]):
+        known.add(each.untyped_storage().data_ptr())
+    for cast in given.casts:
+        known |= {t.untyped_storage().data_ptr() for t in cast}
+    kept = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        falqon.merged_linear(*given.arguments())
+    return sum(kept.values())
 
 
-@pytest.mark.parametrize("wanted", ["x", "lora_b", "bias"])
+def test_x_is_kept_where_a_trains_and_else_only_o_a():
+    """A frozen A is LoRA-FA: of x nothing is left, however many layers share it."""
+    layers = [layer(ranks=(4,), seed=i) for i in range(3)]
+    frozen = saved_bytes(case(randn(3, 40), *layers, keep_x=False))
+    trained = saved_bytes(case(randn(3, 40), *layers))
+    out_a, x_hat, scale = 3 * (3 * 4) * 4, 3 * 40, 3 * 4
+    assert frozen == out_a
+    assert trained == out_a + x_hat + scale
+
+
+def test_x_itself_is_not_kept_for_backward():
+    for keep_x in (False, True):
+        x = randn(3, 40).requires_grad_() * 1  # not a leaf: nothing else holds it
+        alive = weakref.ref(x)
+        given = case(x, layer(), keep_x=keep_x)
+        given.adapters[0].lora_b.requires_grad_()
+        y = falqon.merged_linear(*given.arguments())[0]
+        del x, given
+        gc.collect()
+        assert alive() is None
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("wanted", ["x", "a 0", "b 0", "bias 0", "x 1", "a 1"])
 def test_only_the_gradients_asked_for_are_made(wanted):
-    site = make_site()
-    inputs = {"x": randn(3, 40), "lora_b": site.lora_b, "bias": randn(24)}
-    inputs[wanted].requires_grad_()
-    y, _ = falqon.merged_linear(*linear_args(site, inputs["x"], F32, inputs["bias"]))
+    given = case(randn(3, 40), layer(ranks=(4, 2), bias=True))
+    given.adapters[1].x = randn(3, 40, seed=5)
+    leaves = given.leaves()
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(name == wanted)
+    y = falqon.merged_linear(*given.arguments())[0]
     y.sum().backward()
-    assert [name for name, tensor in inputs.items() if tensor.grad is not None] == [wanted]
+    assert [name for name, leaf in leaves.items() if leaf.grad is not None] == [wanted]
 
 
-def test_base_linear_differentiates_x_and_bias():
-    """Plain linear algebra: the gradient is that of F.linear with the same dequantized weight."""
-    site = make_site()
-    x, bias = randn(3, 40).requires_grad_(), randn(24).requires_grad_()
-    grad = randn(3, 24, seed=7)
-    y = falqon.base_linear(*base_args(site, x, bias))
-    actual = torch.autograd.grad(y, (x, bias), grad)
-    weight = site.state.base()
-    expected_y = torch.nn.functional.linear(x, weight, bias)
-    expected = torch.autograd.grad(expected_y, (x, bias), grad)
-    assert torch.equal(y, expected_y)
-    assert torch.equal(actual[0], expected[0])
-    # A sum of three numbers in either order: two roundings each.
-    assert ((actual[1] - expected[1]).abs() <= 2 * 2 * 2**-24 * grad.abs().sum(0)).all()
+def test_an_a_that_two_layers_share_gets_the_sum_of_their_gradients():
+    first, second = layer(), layer(seed=50)
+    x, shared = randn(3, 40), first.adapters[0].lora_a.requires_grad_()
+    second.adapters[0].lora_a = shared
+    alone = []
+    for each in (first, second):
+        y = falqon.merged_linear(*case(x, each).arguments())[0]
+        alone += torch.autograd.grad(y, shared, each.grad)
+    together = falqon.merged_linear(*case(x, first, second).arguments())[:2]
+    (grad,) = torch.autograd.grad(together, shared, [first.grad, second.grad])
+    assert torch.equal(grad, alone[0] + alone[1])
+
+
+def test_an_a_that_trains_after_all_is_an_error():
+    """Dynamo compiles anew where requires_grad changes; other callers of a graph don't."""
+    for adds_b in (True, False):
+        given = case(randn(3, 40), layer(), keep_x=False, adds_b=adds_b)
+        given.adapters[0].lora_a.requires_grad_()
+        y = falqon.merged_linear(*given.arguments())[0]
+        with pytest.raises(FalqonError, match="lora_A trains now"):
+            y.sum().backward()
+
+
+# -- second derivatives ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["sum", "square"])
+@pytest.mark.parametrize("of", ["x", "a 0", "b 0", "bias 0"])
+def test_first_gradients_are_right_with_create_graph_and_second_ones_are_refused(of, loss):
+    """Those of a sum too: dL/dO is constant there, but dL/dx depends on B, and dL/dB on x."""
+    given = case(randn(3, 40), layer(bias=True))
+    leaves = given.leaves()
+
+    def value() -> Tensor:
+        y = falqon.merged_linear(*given.arguments())[0]
+        return y.square().sum() if loss == "square" else y.sum()
+
+    (plain,) = torch.autograd.grad(value(), leaves[of])
+    (grad,) = torch.autograd.grad(value(), leaves[of], create_graph=True)
+    assert torch.equal(grad, plain)
+    with pytest.raises(FalqonError, match="second derivatives"):
+        (value() + grad.square().sum()).backward()
+
+
+def test_a_layer_that_trains_nothing_is_linear_in_x():
+    """dL/dx = q(dL/dO)·W is a constant where dL/dO is: its derivative is rightly none."""
+    given = case(randn(3, 40), layer(ranks=()))
+    x = given.x.requires_grad_()
+    (grad,) = torch.autograd.grad(
+        falqon.merged_linear(*given.arguments())[0].sum(), x, create_graph=True
+    )
+    assert not grad.requires_grad
+    y = falqon.merged_linear(*given.arguments())[0].square().sum()
+    (grad,) = torch.autograd.grad(y, x, create_graph=True)
+    with pytest.raises(FalqonError, match="second derivatives"):
+        grad.sum().backward()
+
+
+class Two(nn.Module):
+    """A gradient penalty, as in a GAN, is what takes second derivatives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(64, 64).requires_grad_(False)
+        self.lora_a, self.lora_b = nn.Linear(64, 4, bias=False), nn.Linear(4, 64, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.base(x) + 2.0 * self.lora_b(self.lora_a(x)))
+
+
+def test_second_derivatives_of_a_model_that_runs_op_by_op_are_refused():
+    torch._dynamo.reset()
+    call = torch.compile(Two(), backend="falqon", options={"inner": "eager"})
+    x = randn(3, 64).requires_grad_()
+    (plain,) = torch.autograd.grad(call(x).sum(), x)
+    (grad,) = torch.autograd.grad(call(x).sum(), x, create_graph=True)
+    assert torch.equal(grad, plain)
+    with pytest.raises(FalqonError, match="second derivatives"):
+        grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_aotautograd_refuses_second_derivatives_itself(inner):
+    torch._dynamo.reset()
+    call = torch.compile(Two(), backend="falqon", options={"inner": inner})
+    x = randn(3, 64).requires_grad_()
+    with pytest.raises(RuntimeError, match=r"double backward|requires create_graph=False"):
+        torch.autograd.grad(call(x).sum(), x, create_graph=True)[0].square().sum().backward()
+
+
+# -- the prepared layer ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize(("granularity", "scale"), [("row", "pow2"), ("tensor", "amax")])
+def test_the_prepared_layer_alone_equals_float64(granularity, scale, dtype, native, monkeypatch):
+    """x · dq(W)ᵀ + bias and its gradients, on the same dq(W).
+
+    dq rounds to float32, then to what the product is computed in: x's dtype, or float32 for a
+    bfloat16 that the CPU doesn't multiply. The bias joins the product's sums or comes behind it.
+    """
+    monkeypatch.setattr(lowering, "native_bf16", lambda: native)
+    plan, wide = (
+        SiteSpec(granularity, scale, "e5m2"),
+        F32 if dtype == BF16 and not native else dtype,
+    )
+    made = layer(dtype=dtype, plan=plan)
+    x, bias = randn(5, 40).to(dtype).requires_grad_(), randn(24).to(dtype).requires_grad_()
+    code, bits = made.base.code, made.base.scale
+    exact = Approx.exact(code.view(E4M3).float().double() * bits.double())
+    w, grad = exact.rounded(F32, wide), randn(5, 24, seed=7).to(dtype)
+    y = falqon.base_linear(*base_args(made.base, x, bias, plan))
+    grad_x, grad_bias = torch.autograd.grad(y, (x, bias), grad)
+    wanted = (Approx.exact(x.detach()) @ w.t()).rounded(wide)
+    wanted = (wanted + Approx.exact(bias.detach())).rounded(wide, dtype)
+    wanted.assert_holds(y.detach())
+    (Approx.exact(grad) @ w).rounded(wide, dtype).assert_holds(grad_x)
+    total = Approx.exact(torch.ones(1, 5)) @ Approx.exact(grad)
+    total.rounded(dtype).assert_holds(grad_bias[None])
+    actual = falqon.dequantize(code, bits.view(torch.int32), dtype)
+    exact.rounded(F32, dtype).assert_holds(actual)
+
+
+def test_the_prepared_layer_can_be_differentiated_twice():
+    """Outside of compiled code it is plain linear algebra."""
+    made = layer(6, 9)
+    x = randn(3, 9).double().requires_grad_()
+    assert torch.autograd.gradgradcheck(
+        lambda x: falqon.base_linear(*base_args(made.base, x, None)).square(), x
+    )
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
-def test_base_linear_takes_the_adapter_out_again(granularity, dtype):
+def test_the_prepared_layer_of_rows_takes_the_adapter_out_again(granularity, dtype):
     """x · (dq(W) - s·applied·dq(A))ᵀ against float64 on the same state.
 
     dq, the product and the scaling round once each, the sum of r products and the difference r
@@ -232,14 +516,4 @@ def test_base_linear_takes_the_adapter_out_again(granularity, dtype):
     off = gamma(state.rank + 4) * (w.abs() + adapter.abs() @ a.abs())
     base = Approx(w - adapter @ a, off).rounded(dtype)
     expected = (Approx.exact(x) @ base.t()).rounded(dtype)
-    expected.assert_holds(falqon.base_linear(*base_args(site, x, None)))
-
-
-def test_second_derivatives_are_refused():
-    site = make_site()
-    site.lora_b.requires_grad_()
-    x = randn(3, 40).requires_grad_()
-    y, _ = falqon.merged_linear(*linear_args(site, x, F32, None))
-    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="merged_linear_grad_x"):
-        grad.sum().backward()
+    expected.assert_holds(falqon.rows_base_linear(*rows_args(site, x, None)))

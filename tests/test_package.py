@@ -12,6 +12,13 @@ import torch
 import falqon_fx
 
 PUBLIC = {
+    "Adapter",
+    "Audit",
+    "FalqonConfigError",
+    "FalqonError",
+    "GraphReport",
+    "falqon",
+    "watch",
     "save_fp8",
     "save_checkpoint",
     "prequantize",

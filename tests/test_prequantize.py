@@ -18,12 +18,16 @@ import torch
 from torch import nn
 
 import falqon_fx
-from falqon_fx import FalqonConfig, FalqonError, export_cli
+from falqon_fx import FalqonConfig, FalqonConfigError, FalqonError, export_cli
+from falqon_fx.base import cast_base
+from falqon_fx.fp8_linear import Fp8Linear
+from falqon_fx.loading import MANIFEST
 from falqon_fx.numerics import E4M3
-from falqon_fx.prepare import MergedBaseLinear
+from falqon_fx.rows.prepared import MergedBaseLinear
+from falqon_fx.spec import SiteSpec
 from falqon_fx.storage import DamagedFileError, lock, partial
-from tests.models import fill_b, lora_b
-from tests.sites import same, snapshot
+from tests.models import fill_b
+from tests.test_checkpoint import rewrite_format
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -31,6 +35,7 @@ safetensors = pytest.importorskip("safetensors.torch")
 
 IDS = torch.arange(12).view(2, 6)
 BF16 = torch.bfloat16
+ROWS = FalqonConfig(update="rows", init="svd")
 
 
 @pytest.fixture(autouse=True)
@@ -39,13 +44,16 @@ def _fresh():
     torch.manual_seed(0)
 
 
-def dense_model(tied: bool = False, **options) -> nn.Module:
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied, use_cache=False,
-        **options,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).to(BF16)
+def dense_model(tied: bool = False, dtype: torch.dtype = BF16, **options) -> nn.Module:
+    shape = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "use_cache": False, **options,
+    }  # fmt: skip
+    config = transformers.LlamaConfig(tie_word_embeddings=tied, **shape)
+    return transformers.LlamaForCausalLM(config).to(dtype)
+
+
+WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 4}  # enough to gain
 
 
 def folder_of(model: nn.Module, folder: Path, shard: str = "5GB") -> Path:
@@ -66,26 +74,48 @@ def prequantize(source: Path, out: Path, config=None, *, workers: int = 1, **opt
 # -- prequantize and load --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("update", ["adapter", "rows"])
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
 @pytest.mark.parametrize("scale", ["pow2", "amax"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_it_is_prepare_bit_for_bit(tmp_path, granularity, scale, tied):
+def test_it_is_prepare_bit_for_bit(tmp_path, update, granularity, scale, tied):
     """The same bytes, scales, counters and A as `prepare` makes from the whole model in memory."""
-    config = FalqonConfig(init="svd", granularity=granularity, scale=scale)
+    config = FalqonConfig(update=update, init="svd", granularity=granularity, scale=scale)
     source = folder_of(dense_model(tied), tmp_path / "dense", "20KB")
     report = prequantize(source, tmp_path / "out", config)
     assert report.layers == 14
-    loaded = falqon_fx.load(tmp_path / "out")
+    assert_is_prepare(tmp_path, config)
 
-    dense = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=BF16)
-    expected = peft.get_peft_model(dense, lora())
+
+@pytest.mark.parametrize("update", ["adapter", "rows"])
+@pytest.mark.parametrize("frozen", ["fp8", "leave"])
+def test_it_casts_the_layers_without_an_adapter_that_prepare_casts(tmp_path, update, frozen):
+    config = FalqonConfig(update=update, init="svd", frozen=frozen)
+    source = folder_of(dense_model(**WIDE), tmp_path / "dense")
+    targets = ["q_proj", "v_proj"]
+    report = prequantize(source, tmp_path / "out", config, target_modules=targets)
+    assert report.layers == (14 if frozen == "fp8" else 4)
+    loaded = assert_is_prepare(tmp_path, config, target_modules=targets)
+    kinds = [type(module) for module in loaded.modules()]
+    adapted = Fp8Linear if update == "adapter" else MergedBaseLinear
+    assert kinds.count(MergedBaseLinear) == (4 if update == "rows" else 0)
+    assert kinds.count(Fp8Linear) == report.layers - kinds.count(MergedBaseLinear)
+    assert type(loaded.base_model.model.model.layers[0].self_attn.q_proj.base_layer) is adapted
+    assert type(loaded.base_model.model.lm_head) is nn.Linear
+
+
+def assert_is_prepare(folder: Path, config: FalqonConfig, **options) -> nn.Module:
+    """The model loaded from ``out`` is the one from ``dense``, prepared."""
+    loaded = falqon_fx.load(folder / "out")
+    dense = transformers.AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=BF16)
+    expected = peft.get_peft_model(dense, lora(**options))
     falqon_fx.prepare(expected, config, progress=False)
-    states, others = falqon_fx.adapters(loaded), falqon_fx.adapters(expected)
-    assert states.keys() == others.keys()
-    for path, state in states.items():
-        assert same(snapshot(state), snapshot(others[path]))
-        assert state.scaling == others[path].scaling
-        assert state.plan == others[path].plan
+    kinds = dict(expected.named_modules())
+    for path, module in loaded.named_modules():
+        assert type(module) is type(kinds[path])
+        if isinstance(module, Fp8Linear | MergedBaseLinear):
+            assert module.extra_repr() == kinds[path].extra_repr()
+            assert (module.path, module.dtype) == (kinds[path].path, kinds[path].dtype)
     named = dict(expected.named_parameters())
     assert named.keys() == dict(loaded.named_parameters()).keys()
     for name, parameter in loaded.named_parameters():
@@ -94,6 +124,7 @@ def test_it_is_prepare_bit_for_bit(tmp_path, granularity, scale, tied):
         assert torch.equal(parameter, named[name]), name
     with torch.no_grad():
         assert torch.equal(loaded(IDS).logits, expected.eval()(IDS).logits)
+    return loaded
 
 
 def test_a_write_into_a_loaded_weight_names_its_layer(tmp_path):
@@ -104,13 +135,19 @@ def test_a_write_into_a_loaded_weight_names_its_layer(tmp_path):
     assert refused.value.site == next(iter(falqon_fx.adapters(model)))
 
 
-def test_the_loaded_model_trains(tmp_path):
+@pytest.mark.parametrize("update", ["adapter", "rows"])
+def test_the_loaded_model_trains(tmp_path, update):
     source = folder_of(dense_model(), tmp_path / "dense")
-    prequantize(source, tmp_path / "out")
+    prequantize(source, tmp_path / "out", FalqonConfig(update=update, init="svd"))
     model = falqon_fx.load(tmp_path / "out").train()
-    options = {"config": FalqonConfig(inner="eager", topk="all")}
-    compiled = torch.compile(model, backend="falqon", options=options)
-    optimizer = torch.optim.AdamW(lora_b(model), 0.02)
+    config = FalqonConfig(update=update, inner="eager")
+    if update == "rows":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_B" in name)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    compiled = torch.compile(model, backend="falqon", options={"config": config})
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 0.02)
     losses = []
     for _ in range(6):
         loss = compiled(IDS, labels=IDS).loss
@@ -119,10 +156,15 @@ def test_the_loaded_model_trains(tmp_path):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    assert all(state.writes.any() for state in falqon_fx.adapters(model).values())
+    for name, parameter in model.named_parameters():
+        written = update == "rows" and name.endswith((".code", ".writes", ".applied"))
+        if parameter.requires_grad or written:
+            assert not torch.equal(parameter, before[name]), name
+        elif update == "adapter":
+            assert torch.equal(parameter, before[name]), name
     # Nothing was written into the files.
-    again = falqon_fx.load(tmp_path / "out")
-    assert not any(state.writes.any() for state in falqon_fx.adapters(again).values())
+    again = dict(falqon_fx.load(tmp_path / "out").named_parameters())
+    assert all(torch.equal(again[name], parameter) for name, parameter in before.items())
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -139,9 +181,10 @@ def test_workers_give_the_same_files(tmp_path, workers):
     assert model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.bias is not None
 
 
-def test_a_checkpoint_loads_into_mapped_files_and_leaves_them_as_they_are(tmp_path):
+@pytest.mark.parametrize("config", [None, ROWS], ids=["adapter", "rows"])
+def test_a_checkpoint_loads_into_mapped_files_and_leaves_them_as_they_are(tmp_path, config):
     source = folder_of(dense_model(), tmp_path / "dense")
-    prequantize(source, tmp_path / "out")
+    prequantize(source, tmp_path / "out", config)
     files = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
     model = falqon_fx.load(tmp_path / "out")
     fill_b(model, 0.1)
@@ -149,12 +192,12 @@ def test_a_checkpoint_loads_into_mapped_files_and_leaves_them_as_they_are(tmp_pa
     falqon_fx.save_checkpoint(model, tmp_path / "trained")
     mapped = falqon_fx.load(tmp_path / "out")
     dense = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=BF16)
-    expected = {path: snapshot(state) for path, state in falqon_fx.adapters(model).items()}
+    expected = dict(model.named_parameters())
     for target in (mapped, peft.get_peft_model(dense, lora())):
         falqon_fx.load_checkpoint(target, tmp_path / "trained")
-        states = falqon_fx.adapters(target)
-        assert states.keys() == expected.keys()
-        assert all(same(snapshot(state), expected[path]) for path, state in states.items())
+        assert dict(target.named_parameters()).keys() == expected.keys()
+        for name, parameter in target.named_parameters():
+            assert torch.equal(parameter, expected[name]), name
     assert all(path.read_bytes() == whole for path, whole in files.items())
 
 
@@ -165,6 +208,7 @@ def test_layers_left_out_stay_dense(tmp_path):
     assert report.layers == 8
     model = falqon_fx.load(tmp_path / "out")
     up = model.base_model.model.model.layers[1].mlp.up_proj
+    assert type(up.base_layer) is nn.Linear
     assert torch.equal(up.base_layer.weight, dense.model.layers[1].mlp.up_proj.weight)
     assert up.lora_A.default.weight.any()
     assert not up.lora_B.default.weight.any()
@@ -276,6 +320,30 @@ def test_a_folder_that_exists_is_left_alone(tmp_path):
         prequantize(tmp_path, tmp_path / "out")
 
 
+def test_a_folder_of_an_older_format_is_refused_with_the_remedy(tmp_path):
+    prequantize(folder_of(dense_model(), tmp_path / "dense"), tmp_path / "out")
+    rewrite_format(tmp_path / "out" / MANIFEST, "falqon_fx.prequantized.1")
+    with pytest.raises(FalqonError, match=r"its format is 'falqon_fx\.prequantized\.1'.* Call "):
+        falqon_fx.load(tmp_path / "out")
+
+
+def test_an_adapter_that_starts_from_the_dense_weight_is_refused(tmp_path):
+    source = folder_of(dense_model(), tmp_path / "dense")
+    prequantize(source, tmp_path / "out", use_dora=True)
+    with pytest.raises(FalqonError, match=r"lora_magnitude_vector.*: it starts from the dense"):
+        falqon_fx.load(tmp_path / "out")
+
+
+def test_adapters_outside_of_the_files_start_as_peft_starts_them(tmp_path):
+    source = folder_of(dense_model(), tmp_path / "dense")
+    prequantize(source, tmp_path / "out", target_modules=["q_proj", "embed_tokens"])
+    inner = falqon_fx.load(tmp_path / "out").base_model.model.model
+    assert not inner.embed_tokens.lora_embedding_A.default.any()
+    assert 0.8 < inner.embed_tokens.lora_embedding_B.default.std() < 1.2  # normal, of 128 numbers
+    assert inner.embed_tokens.lora_embedding_B.default.requires_grad
+    assert not inner.layers[0].self_attn.q_proj.lora_B.default.weight.any()
+
+
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(FalqonError, match=r"there is no config\.json in it"):
         prequantize(tmp_path, tmp_path / "out")
@@ -376,25 +444,31 @@ def test_a_damaged_weight_is_named(tmp_path):
     falqon_fx.load(tmp_path / "out", verify=False)
 
 
-def test_no_dense_weight_is_made_while_loading(tmp_path, monkeypatch):
+def test_no_dense_weight_is_made_while_loading(tmp_path):
     """The FP8 parameters are the mapped files themselves."""
     source = folder_of(dense_model(), tmp_path / "dense")
     prequantize(source, tmp_path / "out")
     model = falqon_fx.load(tmp_path / "out")
-    for module in model.modules():
-        if isinstance(module, MergedBaseLinear):
-            storage = module.code.untyped_storage()
-            assert not storage.resizable()  # memory that torch did not allocate
+    layers = [module for module in model.modules() if isinstance(module, Fp8Linear)]
+    assert len(layers) == 14
+    for layer in layers:
+        for tensor in (layer.code, layer.scale, layer.digest):
+            assert not tensor.untyped_storage().resizable()  # memory that torch did not allocate
 
 
 # -- FP8 checkpoints of others ---------------------------------------------------------------------
 
 
-def exported(folder: Path, form: str = "compressed-tensors", **options) -> nn.Module:
+def exported(
+    folder: Path,
+    form: str = "compressed-tensors",
+    dtype: torch.dtype = BF16,
+    **options,
+) -> nn.Module:
     """An FP8 checkpoint in ``folder``, and the model that it was written from."""
     if form == "fp8":
         options["granularity"] = "tensor"
-    model = peft.get_peft_model(dense_model(), lora())
+    model = peft.get_peft_model(dense_model(dtype=dtype), lora())
     fill_b(model, 0.1)
     falqon_fx.prepare(model, FalqonConfig(**options), progress=False)
     falqon_fx.save_fp8(model, folder, form=form, progress=False)
@@ -411,16 +485,18 @@ def test_fp8_weights_are_taken_as_they_are(tmp_path, form, scale, targets):
     end = "weight_scale" if form == "compressed-tensors" else "weight_scale_inv"
     count = 0
     for path, module in model.named_modules():
-        if isinstance(module, MergedBaseLinear):
+        if isinstance(module, Fp8Linear):
             name = path.removeprefix("base_model.model.").removesuffix(".base_layer")
             weight, out = tensors[f"{name}.weight"], module.out_features
             assert weight.dtype == E4M3
-            assert torch.equal(module.code[:out], weight.view(torch.uint8))
+            assert torch.equal(module.code, weight.view(torch.uint8))
             given = tensors[f"{name}.{end}"]
             expected = given if form == "compressed-tensors" else given[0, 0].expand(out, 1)
-            assert torch.equal(module.scale[:out], expected)
+            assert torch.equal(module.base().scale, expected)
             assert f"{scale} " in module.spec
-            assert module.rank == (4 if targets == "all-linear" or "q_proj" in path else 0)
+            assert (module.dtype, module.path) == (BF16, f"base_model.model.{name}")
+            adapted = targets == "all-linear" or "q_proj" in path
+            assert path.endswith(".base_layer") is adapted
             count += 1
     assert count == 14
     assert len(falqon_fx.adapters(model)) == (14 if targets == "all-linear" else 2)
@@ -487,16 +563,15 @@ def assert_taken_as_it_is(folder: Path, end: str) -> None:
     for path, state in states.items():
         name = path.removeprefix("base_model.model.")
         weight, scale = tensors[f"{name}.weight"], tensors[name + end].float()
-        assert torch.equal(state.code[: len(weight)], weight.view(torch.uint8))
-        rows = scale.reshape(-1, 1).expand(len(weight), 1)
-        assert torch.equal(state.scale[: len(weight)], rows)
+        assert torch.equal(state.weight.view(torch.uint8), weight.view(torch.uint8))
+        assert torch.equal(state.scale, scale.reshape(-1, 1).expand(len(weight), 1))
 
 
 def test_an_fp8_model_computes_what_transformers_does(tmp_path):
-    exported(tmp_path / "fp8")
+    exported(tmp_path / "fp8", dtype=torch.float32)
     config = transformers.CompressedTensorsConfig(dequantize=True)
     dense = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "fp8", dtype=BF16, quantization_config=config
+        tmp_path / "fp8", dtype=torch.float32, quantization_config=config
     )
     model = falqon_fx.load(tmp_path / "fp8", lora(target_modules=["q_proj"]))
     with torch.no_grad():
@@ -505,30 +580,42 @@ def test_an_fp8_model_computes_what_transformers_does(tmp_path):
 
 @pytest.mark.parametrize("scale", ["pow2", "amax"])
 def test_an_fp8_model_trains_and_is_exported_again(tmp_path, scale):
-    """Rows that were not written keep the bytes of the checkpoint that they came from."""
+    """The base stays what it was; a layer's bytes change where its adapter was trained."""
     exported(tmp_path / "fp8", scale=scale)
-    model = falqon_fx.load(tmp_path / "fp8", lora()).train()
-    options = {"config": FalqonConfig(inner="eager", topk=3, scale=scale)}
+    targets = {"target_modules": ["q_proj", "down_proj"]}
+    model = falqon_fx.load(tmp_path / "fp8", lora(**targets)).train()
+    options = {"config": FalqonConfig(inner="eager", scale=scale)}
     compiled = torch.compile(model, backend="falqon", options=options)
-    optimizer = torch.optim.AdamW(lora_b(model), 0.02)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.02)
     for _ in range(3):
         compiled(IDS, labels=IDS).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     before = safetensors.load_file(tmp_path / "fp8/model.safetensors")
-    written = 0
-    for path, state in falqon_fx.adapters(model).items():
-        name = path.removeprefix("base_model.model.") + ".weight"
-        kept = state.writes == 0
-        written += int((~kept).sum())
-        old = before[name].view(torch.uint8)
-        assert torch.equal(state.code[: len(old)][kept], old[kept])
-    assert written
-    falqon_fx.save_fp8(model, tmp_path / "again", progress=False)
-    again = falqon_fx.load(tmp_path / "again", lora())
-    for path, state in falqon_fx.adapters(again).items():
-        out = state.applied.shape[0]
-        assert torch.equal(state.code[:out], falqon_fx.adapters(model)[path].code[:out])
+    report = falqon_fx.save_fp8(model, tmp_path / "again", progress=False)
+    after = safetensors.load_file(tmp_path / "again/model.safetensors")
+    sites = falqon_fx.adapters(model)
+    assert len(sites) == 4
+    plan = SiteSpec.from_config(FalqonConfig(scale=scale))
+    for path, source in report.cast_from.items():
+        name, site = f"{path}.weight", sites.get(f"base_model.model.{path}")
+        old, new = (found[name].view(torch.uint8) for found in (before, after))
+        assert source == ("unchanged" if site is None else "FP8 weight")
+        if site is None:
+            assert torch.equal(new, old)
+            continue
+        assert torch.equal(site.weight.view(torch.uint8), old)
+        ((a, b, scaling),) = site.adapters
+        expected = cast_base(site.base() + (b @ a).detach() * scaling, plan)
+        assert torch.equal(new, expected.code)
+        assert torch.equal(after[f"{name}_scale"], expected.scale)
+        assert not torch.equal(new, old)
+
+
+def test_rows_of_others_are_not_written(tmp_path):
+    exported(tmp_path / "fp8")
+    with pytest.raises(FalqonConfigError, match="'rows' would write into the weights of"):
+        falqon_fx.load(tmp_path / "fp8", lora(), FalqonConfig(update="rows"))
 
 
 def test_block_scales_are_refused(tmp_path):
@@ -538,7 +625,7 @@ def test_block_scales_are_refused(tmp_path):
     name = "model.layers.0.mlp.up_proj.weight_scale_inv"
     tensors[name][0, 0] *= 2
     safetensors.save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(FalqonError, match=r"mlp\.up_proj: it has scales a block"):
+    with pytest.raises(FalqonError, match=r"mlp\.up_proj: it has one scale per block"):
         falqon_fx.load(tmp_path / "fp8", lora())
 
 
@@ -582,12 +669,40 @@ def test_prequantize_and_export_on_the_command_line(tmp_path, capsys):
     assert run("export", str(out), str(serving), *arguments) == 0
     printed = capsys.readouterr().out
     assert "14 layers in FP8" in printed
-    assert "pending rows in 14 layers" in printed
-    falqon_fx.flush(model)
-    served = falqon_fx.load(serving, lora())
-    for path, state in falqon_fx.adapters(served).items():
-        rows = state.applied.shape[0]
-        assert torch.equal(state.code[:rows], falqon_fx.adapters(model)[path].code[:rows])
+    assert "14 were cast a second time" in printed
+    falqon_fx.save_fp8(model, tmp_path / "expected", progress=False)
+    assert read(serving) == read(tmp_path / "expected")
+    arguments = ("--base", str(source), *arguments)
+    assert run("export", str(out), str(tmp_path / "once"), *arguments) == 0
+    assert "14 were cast from their base weights" in capsys.readouterr().out
+    assert read(tmp_path / "once") != read(serving)
+
+
+def read(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
+def test_export_of_a_checkpoint_over_the_dense_model_on_the_command_line(
+    tmp_path, capsys, prepared
+):
+    """Cast from the folder's base weights, whether the checkpoint has FP8 ones or not."""
+    source = folder_of(dense_model(), tmp_path / "dense")
+    dense = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=BF16)
+    model = peft.get_peft_model(dense, lora())
+    model.save_pretrained(tmp_path / "adapter")
+    config = FalqonConfig(inner="eager")
+    if prepared:
+        falqon_fx.prepare(model, config, progress=False)
+    torch.compile(model, backend="falqon", options={"config": config})(IDS)
+    fill_b(model, 0.05)
+    falqon_fx.save_checkpoint(model, tmp_path / "trained")
+    falqon_fx.save_fp8(model, tmp_path / "expected", base=source, progress=False)
+    arguments = ("--adapter", str(tmp_path / "adapter"), "--quiet")
+    arguments = (*arguments, "--checkpoint", str(tmp_path / "trained"))
+    assert run("export", str(source), str(tmp_path / "out"), *arguments) == 0
+    assert "14 were cast from their base weights" in capsys.readouterr().out
+    assert read(tmp_path / "out") == read(tmp_path / "expected")
 
 
 @pytest.mark.parametrize("form", ["compressed-tensors", "fp8"])
@@ -599,7 +714,9 @@ def test_export_of_a_peft_adapter_on_the_command_line(tmp_path, capsys, form):
     model.save_pretrained(tmp_path / "adapter")
     arguments = ("--adapter", str(tmp_path / "adapter"), "--form", form, "--quiet")
     assert run("export", str(source), str(tmp_path / "out"), *arguments) == 0
-    assert f"14 layers in FP8 ({form})" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"14 layers in FP8 ({form})" in printed
+    assert "14 were cast from their base weights" in printed
     with pytest.raises(FalqonError, match="--adapter"):
         run("export", str(source), str(tmp_path / "other"))
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import falqon_fx
-from falqon_fx.update import STEP
+from falqon_fx.rows.update import STEP
 from tests.emulation import emulate
-from tests.models import LoraLinear, Relu, Stack, fill_b, lora_b, tiny_mlp
+from tests.models import LoraLinear, Relu, Stack, fill_b, freeze_a, lora_b, tiny_mlp
 from tests.sites import randn
 from tests.spellings import Passes
 
@@ -46,6 +52,7 @@ def test_a_result_that_is_written_in_place():
     assert torch.equal(y, expected)
     y.sum().backward()
     expected.sum().backward()
+    assert torch.equal(model.lora_A.weight.grad, plain.lora_A.weight.grad)
     assert torch.equal(model.lora_B.weight.grad, plain.lora_B.weight.grad)
 
 
@@ -68,10 +75,10 @@ def test_a_quantization_of_the_users_own_is_no_cast(dtype):
 
 def test_drop_counts_a_loaded_adapter_once():
     """W' is made with the loaded B in it; the first update may not add that B again."""
-    model, x = LoraLinear(24, 20), randn(5, 24)
+    model, x = freeze_a(LoraLinear(24, 20)), randn(5, 24)
     fill_b(model, 0.1)
     loaded = model.lora_B.weight.detach().clone()
-    call = compiled(model, pending="drop", topk="all")
+    call = compiled(model, update="rows", pending="drop", topk="all")
     for _ in range(2):
         call(x)
         (state,) = falqon_fx.adapters(model).values()
@@ -97,9 +104,26 @@ def test_the_first_call_inside_a_checkpoint(reentrant):
     assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
 
 
-def test_an_adapter_that_trains_a_alone_is_refused():
-    """MiCA freezes B: in a merged weight, which holds A fixed, nothing would train."""
-    model, passes = LoraLinear(24, 20), Passes()
+@pytest.mark.parametrize("trained", ["lora_A", "lora_B"])
+def test_an_adapter_that_trains_a_or_b_alone(trained):
+    """MiCA freezes B, LoRA-FA A: the other gets the gradient that it has in an adapter that trains
+    both.
+    """
+    model, x = LoraLinear(24, 20), randn(5, 24)
+    fill_b(model)
+    both = copy.deepcopy(model)
+    frozen = {"lora_A": model.lora_B, "lora_B": model.lora_A}[trained].requires_grad_(False)
+    for each in (model, both):
+        compiled(each)(x).square().sum().backward()
+    assert frozen.weight.grad is None
+    found, expected = (getattr(each, trained).weight.grad for each in (model, both))
+    assert torch.equal(found, expected)
+    assert found.abs().max() > 0
+
+
+def test_an_adapter_that_trains_a_alone_is_left_alone_with_update_rows():
+    """In a merged weight, which holds A fixed, nothing would train."""
+    model, passes = LoraLinear(24, 20), Passes(update="rows")
     fill_b(model)
     model.lora_B.requires_grad_(False)
     passes.run(model, randn(5, 24))
@@ -107,17 +131,18 @@ def test_an_adapter_that_trains_a_alone_is_refused():
     (item,) = passes.rejected
     assert "lora_B is frozen" in item.reason
     model.lora_A.requires_grad_(False)  # a frozen adapter in inference
-    passes = Passes()
+    passes = Passes(update="rows")
     passes.run(model, randn(5, 24))
     assert len(passes.sites) == 1
 
 
-def test_a_layer_with_fewer_rows_than_the_default_topk():
-    """Routers and gates are linear layers too; Qwen2-MoE's gate of shared experts has one row."""
+@pytest.mark.parametrize("update", ["adapter", "rows"])
+def test_a_layer_with_one_row(update):
+    """Qwen2-MoE has such a gate: fewer rows than update="rows" writes by default."""
     model = LoraLinear(24, 1)
-    compiled(model)(randn(5, 24))
+    compiled(freeze_a(model), update=update)(randn(5, 24))
     (state,) = falqon_fx.adapters(model).values()
-    assert state.weight.shape == (5, 24)
+    assert state.weight.shape == ((1 if update == "adapter" else 5), 24)
 
 
 class TiedBlocks(nn.Module):
@@ -212,29 +237,36 @@ def dynamo_log():
     logger.removeHandler(handler)
 
 
-def test_a_layer_that_dynamo_gives_up_on_is_trained_as_in_eager(dynamo_log):
-    """Beyond recompile_limit a call runs PEFT's own layers, which train A too. The state follows:
-    W' is merged anew from the base weight, nothing of B counts twice or gets lost.
+@pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
+def test_a_layer_that_dynamo_gives_up_on_is_trained_as_in_eager(prepared, dynamo_log):
+    """Beyond recompile_limit a call runs PEFT's own layers, on the base weight or on what `prepare`
+    made of it; torch says so. Both ways train A and B, and nothing counts twice or gets lost.
     """
     model = tiny_mlp()
     fill_b(model)
+    plain = copy.deepcopy(model)
+    if prepared:
+        falqon_fx.prepare(model, progress=False)
+        plain = falqon_fx.restore(copy.deepcopy(model))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    merged = []
+    merged, bytes_of = [], set()
     with torch._dynamo.config.patch(recompile_limit=1):
         call = torch.compile(model, backend="falqon", options={"inner": "eager"}, dynamic=False)
         for n in (5, 5, 7, 5):
             x = randn(n, 32)
             y = call(x)
-            plain = copy.deepcopy(model)(x)
-            twin = emulate(copy.deepcopy(model), falqon_fx.adapters(model))
+            plain.load_state_dict(model.state_dict(), strict=False)
+            states = falqon_fx.adapters(model)
+            bytes_of.add(tuple(state.weight.data_ptr() for state in states.values()))
+            twin = emulate(copy.deepcopy(plain), states)
             merged.append(torch.equal(y, twin(x)))
-            assert torch.equal(y, twin(x) if merged[-1] else plain)
+            assert torch.equal(y, twin(x) if merged[-1] else plain(x))
             y.square().mean().backward()
-            trained = [p.grad is not None for name, p in model.named_parameters() if "_A" in name]
-            assert trained == [not merged[-1]] * 2
+            assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
             optimizer.step()
             optimizer.zero_grad()
     assert merged == [True, True, False, True]
+    assert len(bytes_of) == 1
     assert any("hit config.recompile_limit" in text for text in dynamo_log)
 
 
@@ -261,3 +293,77 @@ def test_a_checkpoint_drops_the_same_values_when_it_recomputes(inner, reentrant)
         results.append([y.detach(), *(b.grad for b in lora_b(model))])
     for ours, expected in zip(*results, strict=True):
         assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+def test_selective_checkpoints(inner):
+    """``context_fn`` chooses what is saved: with inner="eager" a SyntaxError, since a graph's code
+    can't hold a function. The numbers are those without a checkpoint.
+    """
+    saved: list[str] = []
+
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        saved.append(str(op))
+        must = op is torch.ops.falqon.merged_linear.default
+        return CheckpointPolicy.MUST_SAVE if must else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    plain, x = Stack(), randn(2, 5, 32).requires_grad_()
+    fill_b(plain)
+    saving = copy.deepcopy(plain)
+    saving.call = lambda block, x: checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+    results = []
+    for model in (plain, saving):
+        torch._dynamo.reset()
+        x.grad = None
+        y = compiled(model, inner=inner)(x)
+        y.square().mean().backward()
+        grads = [p.grad for p in model.parameters() if p.requires_grad]
+        results.append([y.detach(), x.grad, *grads])
+    assert len(results[0]) == 2 + 8
+    assert all(map(torch.equal, *results))
+    assert "falqon.merged_linear.default" in saved
+
+
+def test_operands_that_a_checkpoint_gets_keep_their_names():
+    """The body of a checkpoint that has many results of its own, and gets as many from outside: its
+    code assigned getitem_3 to getitem_4 and that to getitem_5.
+    """
+    model, x = Stack(), randn(2, 5, 32)
+    fill_b(model)
+    model.call = lambda block, x: checkpoint(block, x, use_reentrant=False)
+    passes = Passes()
+    passes.run(model, x)
+    for result in passes.results:
+        for module in result.gm.modules():
+            graph = getattr(module, "graph", None)
+            for node in graph.find_nodes(op="placeholder") if graph is not None else ():
+                assert "getitem" not in node.name or node.name == node.target
+
+
+def test_a_result_whose_rows_are_written_in_place():
+    """PEFT's mixed batches add each sample's adapter to its rows of the base layer's result."""
+
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base = nn.Linear(64, 80).requires_grad_(False)
+            self.a, self.b = nn.Linear(64, 4, bias=False), nn.Linear(4, 80, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.base(x)
+            y[[0, 2]] += self.b(self.a(x[[0, 2]]))
+            return y
+
+    model, passes, x = Rows(), Passes(), randn(5, 64).requires_grad_()
+    y = passes.run(model, x)
+    assert [site.path for site in passes.sites] == ["base"]
+    expected = model.base(x)
+    expected[[0, 2]] += model.b(model.a(x[[0, 2]]))
+    for result in (y, expected):
+        x.grad = model.a.weight.grad = model.b.weight.grad = None
+        result.sum().backward()
+        result.grads = [x.grad, model.a.weight.grad, model.b.weight.grad]
+    assert torch.equal(y.grads[1], expected.grads[1])
+    assert torch.equal(y.grads[2], expected.grads[2])
+    assert y.grads[0].abs().max() > 0

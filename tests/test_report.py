@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from falqon_fx import GraphReport, Rejected, RewriteReport, Site
+from falqon_fx import FalqonConfig, GraphReport, Rejected, RewriteReport, Site
+from falqon_fx.numerics import E4M3, E5M2, amax_to_scale, round_to_fp8
 from falqon_fx.report import Cost, GraphBreak, Memory, Source
+from falqon_fx.report_text import CAST_ERROR
 
 COST = Cost("H100", "merged", 512, 2e-3, 1e-3, 10, 9, 8, 7, 300, {512: 2.0})
 SITE = Site(
@@ -19,13 +25,18 @@ SITE = Site(
     2.0,
     0.0,
     "bfloat16",
-    "row pow2 apply e5m2 topk=10 stochastic seed=0 #0123456789ab",
+    "row pow2 e5m2 bfloat16 auto fast auto #0123456789ab",
     tokens="2*s27",
+    adapter_dtype="float32",
+    train_a=True,
+    train_b=True,
     memory=Memory(663552, 400000, 73728),
     cost=COST,
     kernel="aten",
     kernel_reason="on cpu: casts",
 )
+FROZEN = replace(SITE, path="model.layers.0.mlp.up_proj", adapters=0, rank=0, scaling=0.0)
+FROZEN = replace(FROZEN, train_a=False, train_b=False)
 LEFT = Rejected("model.embed", "it adapts an embedding, not a linear", "The layer runs as it was")
 
 PATHS = st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1, max_size=300)
@@ -44,12 +55,18 @@ SITES = st.builds(
     tokens=st.just("s0*s1"),
     memory=st.builds(Memory, *[st.integers(1, 10**12)] * 3),
     cost=st.none() | st.just(COST),
+    adapters=st.integers(0, 3),
+    train_a=st.booleans(),
+    train_b=st.booleans(),
 )
 REJECTIONS = st.builds(Rejected, PATHS, TEXTS, TEXTS)
 
 
-def report(*graphs: tuple[list[Site], list[Rejected]]) -> RewriteReport:
-    return RewriteReport(tuple(GraphReport(tuple(s), tuple(r), 9, 3) for s, r in graphs))
+def report(
+    *graphs: tuple[list[Site], list[Rejected]], left: Sequence[Rejected] = (), **options: str
+) -> RewriteReport:
+    made = (GraphReport(tuple(s), tuple(r), 9, 3, left=tuple(left)) for s, r in graphs)
+    return RewriteReport(tuple(made), options)
 
 
 def squeeze(text: str) -> str:
@@ -60,7 +77,9 @@ def squeeze(text: str) -> str:
 def column(text: str, title: str, index: int) -> str:
     """What a column of the table under ``title`` holds, its folds undone."""
     lines = text[text.index(title) :].splitlines()
-    body = [line for line in lines[4:] if line.startswith("│")]
+    table = itertools.dropwhile(lambda line: not line.startswith("┡"), lines)
+    body = itertools.takewhile(lambda line: not line.startswith("└"), table)
+    body = [line for line in body if line.startswith("│")]
     return "".join(line.split("│")[index + 1] for line in body).replace(" ", "")
 
 
@@ -80,10 +99,10 @@ def test_sites_and_rejections_of_all_graphs_come_in_order():
 
 def test_the_text_names_each_site_with_its_numbers_and_each_reason():
     text = squeeze(str(report(([SITE], [LEFT]))))
-    assert "1sitesrewritten,1rejected" in text
+    assert "1siterewritten(1withanadapter),1rejected,0left" in text
     for part in ("576x576", "16", "2*s27", "300tokens", "2.00", LEFT.site):
         assert part in text
-    assert column(str(report(([SITE], []))), "sites rewritten", 0) == SITE.path
+    assert column(str(report(([SITE], []))), "rewritten (", 0) == SITE.path
     for word in f"{LEFT.reason} {LEFT.remedy}".split():
         assert word in text
 
@@ -110,11 +129,92 @@ def test_equal_sites_of_many_layers_share_a_row():
     assert "3.q_proj" in text
 
 
-def test_sites_with_a_gap_between_their_numbers_keep_their_rows():
-    layers = [replace(SITE, path=f"model.layers.{i}.q_proj") for i in (0, 2)]
-    text = squeeze(str(report((layers, []))))
-    assert "0.q_proj" in text
-    assert "2.q_proj" in text
+@pytest.mark.parametrize(
+    ("pattern", "numbers", "shown"),
+    [
+        ("model.layers.{}.q_proj", [(0,), (2,), (5,), (6,)], ["{0,2,5..6}.q_proj"]),
+        (
+            "model.layers.{}.experts.{}.w1",
+            [(i, j) for i in (0, 1) for j in range(8)],
+            ["{0..1}.experts.{0..7}.w1"],
+        ),
+        ("model.layers.{}.w.{}.up", [(0, 0), (1, 1)], ["0.w.0.up", "1.w.1.up"]),
+    ],
+)
+def test_a_row_stands_for_all_the_paths_that_it_names_and_no_other(pattern, numbers, shown):
+    paths = [pattern.format(*each) for each in numbers]
+    layers = [replace(SITE, path=path) for path in paths]
+    table = column(str(report((layers, []))), "rewritten (", 0)
+    assert table == "".join(shown)
+
+
+def test_each_use_of_a_layer_has_its_row():
+    table = column(str(report(([SITE, SITE], []))), "rewritten (", 0)
+    assert table == 2 * SITE.path
+
+
+def test_a_layer_that_two_graphs_refuse_counts_and_stands_once():
+    text = str(report(([], [LEFT]), ([], [LEFT])))
+    assert "1 rejected" in text
+    assert column(text, "left exactly", 0) == LEFT.site
+
+
+def test_layers_that_are_left_for_one_reason_share_a_row():
+    heads = [Rejected(f"model.{n}", "it is an output head", "It runs as it was") for n in "ab"]
+    small = Rejected("model.gate", "it is too small to gain (8 x 64)", "It runs as it was")
+    text = str(report(([SITE], []), left=[*heads, small]))
+    assert "0 rejected, 3 left" in text
+    lines = text[text.index("frozen layers that stay") :].splitlines()
+    (row,) = [line for line in lines if "output head" in line]
+    assert "model.a, model.b" in row
+    assert sum("too small" in line for line in lines) == 1
+    assert column(text, "frozen layers that stay", 2) == 2 * "Itrunsasitwas"
+
+
+def test_the_text_says_what_trains_and_what_is_constant():
+    """A column says it per site only where sites differ."""
+    text = str(report(([SITE, FROZEN], [])))
+    assert "2 sites rewritten (1 with an adapter)" in text
+    assert "trains: A and B of 1 site\n" in text
+    assert "constant: W of 2 sites, cast to FP8 (E4M3) once" in text
+    assert column(text, "rewritten (", 2) == "r16,s2none"
+    fixed_a = replace(SITE, path="model.k_proj", train_a=False)
+    text = str(report(([SITE, fixed_a, FROZEN], [])))
+    assert "trains: A and B of 1 site, B of 1 site\n" in text
+    assert column(text, "rewritten (", 3) == "A,BB-"
+
+
+def test_several_adapters_show_their_number_and_common_rank():
+    text = str(report(([replace(SITE, adapters=2, rank=24)], [])))
+    assert column(text, "rewritten (", 2) == "2ofr24inall"
+
+
+def test_with_update_rows_the_text_says_that_w_is_written():
+    text = str(report(([replace(SITE, train_a=False), FROZEN], []), update="rows", topk="10"))
+    assert "trains: B of 1 site: each step is written into W row by row" in text
+    assert "constant: W of 1 site" in text
+    assert "options: update=rows topk=10 granularity=row" in text
+
+
+@pytest.mark.parametrize("fp8", ["e4m3", "e5m2"])
+@pytest.mark.parametrize("heavy", [False, True])
+def test_the_stated_cost_of_a_cast_is_what_a_cast_costs(fp8, heavy):
+    """|dq(q(x)) - x| / |x| of normal and heavy-tailed rows, to the digits that are printed."""
+    dtype = {"e4m3": E4M3, "e5m2": E5M2}[fp8]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 4096, generator=generator)
+    if heavy:  # Student's t of four degrees: a normal over the root of a mean of four squares
+        x /= torch.randn(4, 64, 4096, generator=generator).square().mean(0).sqrt()
+    scale = amax_to_scale(x.abs().amax(1, keepdim=True), dtype, "pow2")
+    off = (round_to_fp8(x / scale, dtype) * scale - x).norm() / x.norm()
+    assert abs(float(off) - CAST_ERROR[fp8]) < 0.001
+    assert f"{CAST_ERROR[fp8]:.1%}" in str(report(([SITE], [])))
+
+
+def test_options_go_by_the_names_of_the_config():
+    known = [field.name for field in dataclasses.fields(FalqonConfig)]
+    assert set(SITE.options) <= set(known)
+    assert SITE.options["grad_dtype"] == "e5m2"
 
 
 @given(st.lists(SITES, max_size=4), st.lists(REJECTIONS, max_size=4))
@@ -139,15 +239,27 @@ def test_brackets_in_a_reason_are_kept():
 
 @given(SITES)
 def test_long_paths_fold_and_lose_nothing(site):
-    assert column(str(report(([site], []))), "sites rewritten", 0) == site.path
+    assert column(str(report(([site], []))), "rewritten (", 0) == site.path
 
 
 def test_graph_breaks_name_the_users_line():
     why = GraphBreak("a call that Dynamo skips", Source("/home/me/model.py", 7, "forward", "f(x)"))
-    graphs = tuple(GraphReport((SITE,), (), 9, 3, {"match": 0.5}, end) for end in (why, None))
+    graphs = tuple(
+        GraphReport((SITE,), (), 9, 3, pass_seconds={"match": 0.5}, ended_by=end)
+        for end in (why, None)
+    )
     text = str(RewriteReport(graphs))
     for part in ("a call that Dynamo skips", "me/model.py:7", "9 > 3", "0.50", "return"):
         assert part in text
+
+
+def test_graphs_that_end_at_one_line_share_a_row():
+    why = GraphBreak("a break", Source("/home/me/model.py", 7, "forward", "f(x)"))
+    ends = [why, None, why, why]
+    graphs = tuple(GraphReport((SITE,), (), 9, 3, ended_by=end) for end in ends)
+    text = str(RewriteReport(graphs))
+    assert column(text, "\ngraphs", 0) == "0,2..31"
+    assert column(text, "\ngraphs", 2) == "27>99>3"
 
 
 def test_notes_are_printed():
@@ -155,7 +267,7 @@ def test_notes_are_printed():
 
 
 def test_an_empty_report_has_a_text():
-    assert "0 sites rewritten, 0 rejected" in str(RewriteReport(()))
+    assert str(RewriteReport(())) == "0 sites rewritten (0 with an adapter), 0 rejected, 0 left\n"
 
 
 def test_printing_writes_nothing_by_itself(capsys: pytest.CaptureFixture[str]):

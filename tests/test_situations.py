@@ -1,4 +1,5 @@
-"""State looked up per call: shared graphs, copies, adapters, recompiles, shared modules, autocast.
+"""The state of update="rows", looked up per call: shared graphs, copies, adapters, recompiles,
+shared modules, autocast.
 
 All run with inner="eager" or "aot_eager": which state a call gets is decided around the inner
 compiler.
@@ -13,10 +14,30 @@ import torch
 from torch import Tensor, nn
 
 import falqon_fx
-from falqon_fx import merged
-from falqon_fx.update import STEP
+from falqon_fx.rows import state as merged
+from falqon_fx.rows.update import STEP
+from tests import models as plain
 from tests.emulation import emulate
-from tests.models import LoraLinear, Relu, Stack, fill_b, lora_b, tiny_llama, tiny_mlp, train
+from tests.models import fill_b, lora_b, train
+
+
+def with_frozen_a(make):
+    """update="rows" needs a frozen A."""
+
+    def made(*args, **kwargs):
+        model = make(*args, **kwargs)
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                parameter.requires_grad_(False)
+        return model
+
+    return made
+
+
+LoraLinear, Relu, Stack, tiny_llama, tiny_mlp = map(
+    with_frozen_a,
+    (plain.LoraLinear, plain.Relu, plain.Stack, plain.tiny_llama, plain.tiny_mlp),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +62,7 @@ def created(monkeypatch):
 
 def options(inner: str = "eager", **others: object) -> dict[str, object]:
     """Rows of nearest rounding are the same whatever the site is called."""
-    return {"inner": inner, "rounding": "nearest", **others}
+    return {"update": "rows", "inner": inner, "rounding": "nearest", **others}
 
 
 def compiled(model: nn.Module, inner: str = "eager", **others: object) -> nn.Module:
@@ -200,11 +221,11 @@ def test_another_scaling_compiles_anew_and_has_a_state_of_its_own(created, graph
 
 
 def test_a_float_outside_of_the_sites_stays_dynamic(graphs):
-    class Scaled(Relu):
+    class Scaled(plain.Relu):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * self.factor
 
-    model, x = Scaled(), torch.randn(2, 5, 32)
+    model, x = with_frozen_a(Scaled)(), torch.randn(2, 5, 32)
     model.factor = 0.5
     call = torch.compile(model, backend="falqon", options=options(), dynamic=True)
     half = call(x)
@@ -215,7 +236,7 @@ def test_a_float_outside_of_the_sites_stays_dynamic(graphs):
 
 
 def test_a_graph_break_between_sites(created, graphs):
-    class Broken(Relu):
+    class Broken(plain.Relu):
         def forward(self, x: Tensor) -> Tensor:
             hidden = torch.relu(self.up(x))
             torch._dynamo.graph_break()
@@ -223,7 +244,7 @@ def test_a_graph_break_between_sites(created, graphs):
 
     whole, x = Relu(), torch.randn(2, 5, 32)
     expected = alone(whole, x, steps=4)
-    broken = Broken()
+    broken = with_frozen_a(Broken)()
     broken.load_state_dict(whole.state_dict())
     created.clear()
     graphs.clear()
@@ -249,8 +270,12 @@ def test_set_adapter_switches_between_two_states(created):
     fill_b(model)
     call = compiled(model)
 
+    def activate(model: nn.Module, name: str) -> None:
+        model.set_adapter(name)  # which sets requires_grad, too
+        with_frozen_a(lambda: model)()
+
     def run(name: str) -> Tensor:
-        model.set_adapter(name)
+        activate(model, name)
         result: Tensor = call(x)
         return result
 
@@ -261,7 +286,7 @@ def test_set_adapter_switches_between_two_states(created):
     assert len(created) == 4
     for name in ("default", "other"):  # alone, with the same base weights
         alone = copy.deepcopy(model)
-        alone.set_adapter(name)
+        activate(alone, name)
         torch._dynamo.reset()
         assert torch.equal(compiled(alone)(x), default if name == "default" else other)
     del created[4:]
@@ -280,7 +305,7 @@ def test_a_disabled_adapter_leaves_a_plain_linear(created):
     model, x = tiny_mlp(), torch.randn(2, 5, 32)
     fill_b(model)
     with model.disable_adapter(), pytest.warns(UserWarning, match="no LoRA layer"):
-        assert torch.equal(compiled(model)(x), model(x))
+        assert torch.equal(compiled(model, frozen="leave")(x), model(x))
     assert not created
 
 

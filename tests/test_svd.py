@@ -8,8 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from falqon_fx import FalqonConfig
+from falqon_fx.lowering import proxy_update
 from falqon_fx.numerics import E4M3, amax_to_scale, round_to_fp8
-from falqon_fx.svd import low_rank_rows
+from falqon_fx.spec import SiteSpec
+from falqon_fx.svd import init_where_new, low_rank_rows
 from tests.sites import dequantized, randn, site_of
 from tests.tolerances import UNIT_ROUNDOFF, fp8_cast_bound, gamma
 
@@ -128,6 +131,44 @@ def test_svd_overwrites_a_fresh_a_with_what_the_gemm_uses(granularity, scale, dt
     rows = low_rank_rows(fp8_error(base, granularity, scale), 4, seed=0)
     bound = fp8_cast_bound(rows, site.state.scale.expand(28, 1)[24:], E4M3)
     assert ((used - rows.double()).abs() <= bound + gamma(2, 2.0**-8) * rows.abs()).all()
+
+
+@GRANULARITY
+@SCALE
+@pytest.mark.parametrize("transposed", [False, True], ids=["[out, in]", "[in, out]"])
+def test_svd_overwrites_the_a_of_a_constant_base(granularity, scale, transposed):
+    """With update="adapter" A has scales of its own, and its cast in the graph is A itself: exactly
+    with powers of two, else to the rounding of A's largest element, as above.
+    """
+    base, lora_a = randn(24, 40), randn(4, 40, seed=1)
+    weight = base.t().contiguous().t() if transposed else base
+    config = FalqonConfig(init="svd", granularity=granularity, scale=scale)
+    init_where_new(weight, lora_a, torch.zeros(24, 4), config)
+    plan = str(SiteSpec.from_config(config))
+    code, own_scale, _ = proxy_update([lora_a], [torch.zeros(24, 4)], [1.0], True, plan)
+    used = code.double() * own_scale.double()
+    assert ((lora_a.double() - used).abs() <= (scale == "amax") * gamma(6) * used.abs()).all()
+    rows = low_rank_rows(fp8_error(base, granularity, scale), 4, seed=0)
+    bound = fp8_cast_bound(rows, own_scale.expand(4, 1), E4M3)
+    assert ((used - rows.double()).abs() <= bound + gamma(6) * rows.abs()).all()
+
+
+def test_svd_leaves_an_adapter_that_was_trained():
+    lora_a, lora_b = randn(4, 40, seed=1), torch.zeros(24, 4)
+    lora_b[5, 2] = 1e-3
+    before = lora_a.clone()
+    init_where_new(randn(24, 40), lora_a, lora_b, FalqonConfig(init="svd"))
+    assert torch.equal(lora_a, before)
+
+
+def test_the_svd_does_not_depend_on_the_default_dtype():
+    error = randn(300, 250)
+    expected = low_rank_rows(error, 4, seed=3)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(low_rank_rows(error, 4, seed=3), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @GRANULARITY

@@ -1,5 +1,5 @@
-"""Training loops of other libraries: the numbers of a loop written by hand, bit for bit, and one
-write per optimizer step.
+"""Training loops of other libraries: the numbers of a loop written by hand, bit for bit, and what
+their own checkpoints bring back. With update="rows": one write per optimizer step, too.
 
 All with inner="eager": what the loops do around a step doesn't depend on the inner compiler.
 """
@@ -28,11 +28,13 @@ from transformers import Trainer, TrainingArguments
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
+from falqon_fx.fp8_linear import Fp8Linear
 from falqon_fx.integrations.transformers import FalqonCallback, FalqonTrainer, FalqonTrainerMixin
-from falqon_fx.update import STEP
-from tests.models import Relu, lora_b, tiny_mlp
+from falqon_fx.rows.update import STEP
+from tests.models import Relu, fill_b, lora_b, tiny_mlp
 
-CONFIG = FalqonConfig(inner="eager", topk=10)
+CONFIG = FalqonConfig(inner="eager")
+ROWS = FalqonConfig(inner="eager", update="rows", topk=10)
 STEPS, SAVED = 4, 2  # optimizer steps of a run, and the one after which it is saved
 
 
@@ -64,9 +66,21 @@ def lora() -> peft.LoraConfig:
     return peft.LoraConfig(task_type="CAUSAL_LM", **LORA)
 
 
-def tiny_lm() -> nn.Module:
+def tiny_lm(config: FalqonConfig = CONFIG) -> nn.Module:
     """One layer of Llama with two sites, always the same."""
-    return peft.get_peft_model(tiny_base(), lora())
+    return as_trained(peft.get_peft_model(tiny_base(), lora()), config)
+
+
+def as_trained(model: nn.Module, config: FalqonConfig) -> nn.Module:
+    """With update="rows", A is frozen."""
+    for name, parameter in model.named_parameters():
+        if config.update == "rows" and "lora_A" in name:
+            parameter.requires_grad_(False)
+    return model
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def token_data(count: int = 16) -> list[dict[str, Tensor]]:
@@ -76,12 +90,19 @@ def token_data(count: int = 16) -> list[dict[str, Tensor]]:
 
 
 def steps(model: nn.Module) -> list[int]:
-    """How many steps of B each site has written."""
+    """How many steps of B each site has written, with update="rows"."""
     return [int(state.counters[STEP]) for state in falqon_fx.adapters(model).values()]
 
 
 def adapter(model: nn.Module) -> dict[str, Tensor]:
+    """A and B: all that training changes with update="adapter"."""
     return {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
+
+
+def moved(model: nn.Module, start: dict[str, Tensor]) -> bool:
+    """Whether every A and every B is another one now."""
+    found = adapter(model)
+    return found.keys() == start.keys() and not any(torch.equal(found[n], start[n]) for n in start)
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -149,8 +170,7 @@ def test_trainer_gives_the_losses_of_a_loop_written_by_hand(trained, tmp_path):
     plain = trainer(tmp_path)
     model = plain.model
     model.compile(backend="falqon", options={"config": CONFIG})
-    trained_parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained_parameters, lr=1e-2, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, weight_decay=0.0, fused=True)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, 0, STEPS)
     transformers.set_seed(0)
     batches = iter(plain.get_train_dataloader())
@@ -175,39 +195,74 @@ def test_trainer_gives_the_losses_of_a_loop_written_by_hand(trained, tmp_path):
     assert losses(trained) == expected
     assert losses(trained, "eval_loss") == evaluated
     assert same(adapter(trained.model), adapter(model))
-    assert steps(trained.model) == [STEPS] * SITES  # the last is written by the last evaluation
+    assert moved(model, adapter(tiny_lm()))
+
+
+@pytest.mark.parametrize("prepare", [False, True])
+def test_trainer_resumes_bit_for_bit_from_its_own_checkpoint(trained, tmp_path, prepare):
+    """A, B and the optimizer are all that training changes; the base comes from the model."""
+    checkpoint = Path(trained.args.output_dir) / f"checkpoint-{SAVED}"
+    assert not (checkpoint / "falqon").exists()
+    torch.manual_seed(5)
+    other = peft.get_peft_model(tiny_base(), lora())  # another A than the checkpoint's
+    resumed = trainer(tmp_path, FalqonCallback(CONFIG, prepare=prepare), model=other)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert losses(resumed) == losses(trained)
+    assert losses(resumed, "eval_loss") == losses(trained, "eval_loss")
+    assert same(adapter(resumed.model), adapter(trained.model))
+    assert all_prepared(resumed.model) == prepare
+
+
+def all_prepared(model: nn.Module) -> bool:
+    sites = [m.base_layer for m in model.modules() if hasattr(m, "base_layer")]
+    assert len(sites) == SITES
+    return all(isinstance(base, Fp8Linear) for base in sites)
 
 
 class Remake(transformers.TrainerCallback):
     """Forgets W' after the step of the checkpoint, so that it is made again from W and B."""
 
+    def __init__(self, prepare: bool) -> None:
+        self.prepare = prepare
+
     def on_step_end(self, args, state, control, model, **kwargs):
         if state.global_step == SAVED:
             falqon_fx.restore(model)
+            if self.prepare:
+                falqon_fx.prepare(model, ROWS, progress=False)
 
 
 @pytest.fixture(scope="module")
-def remade(tmp_path_factory):
-    """The same run, but W' is merged anew after the step of the checkpoint."""
+def trained_by_rows(tmp_path_factory):
+    """One uninterrupted run with update="rows"."""
     torch._dynamo.reset()
-    run = trainer(tmp_path_factory.mktemp("remade"), FalqonCallback(CONFIG), Remake())
+    folder = tmp_path_factory.mktemp("rows")
+    run = trainer(folder, FalqonCallback(ROWS), model=tiny_lm(ROWS))
     run.train()
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prepare", [False, True])
-def test_trainer_resumes_as_if_w_had_been_merged_anew_at_the_checkpoint(
-    trained, remade, tmp_path, prepare
+def test_with_rows_it_resumes_as_if_w_had_been_merged_anew_at_the_checkpoint(
+    trained_by_rows, tmp_path, prepare
 ):
-    """A PEFT checkpoint holds the adapter, not W': resuming merges base + s·B·A again. Nothing else
-    is lost: the run that merges again at that step without stopping is equal bit for bit.
+    """A PEFT checkpoint holds the adapter, not W': resuming from it alone merges base + s·B·A anew.
+    Nothing else is lost: the run that merges again at that step without stopping is equal bit for
+    bit.
     """
-    checkpoint = Path(trained.args.output_dir) / f"checkpoint-{SAVED}"
-    assert losses(remade)[:SAVED] == losses(trained)[:SAVED]
+    assert steps(trained_by_rows.model) == [STEPS] * SITES  # the last evaluation writes the last
+    checkpoint = Path(trained_by_rows.args.output_dir) / f"checkpoint-{SAVED}"
+    callbacks = FalqonCallback(ROWS), Remake(prepare)
+    remade = trainer(tmp_path / "remade", *callbacks, model=tiny_lm(ROWS))
+    remade.train()
+    torch._dynamo.reset()
+    assert losses(remade)[:SAVED] == losses(trained_by_rows)[:SAVED]
     torch.manual_seed(5)
-    other = peft.get_peft_model(tiny_base(), lora())  # another A than the checkpoint's
-    resumed = trainer(tmp_path, FalqonCallback(CONFIG, prepare=prepare), model=other)
-    resumed.train(resume_from_checkpoint=str(checkpoint))
+    other = as_trained(peft.get_peft_model(tiny_base(), lora()), ROWS)
+    resumed = trainer(tmp_path / "resumed", FalqonCallback(ROWS, prepare=prepare), model=other)
+    with pytest.warns(UserWarning, match="no FP8 state of that step was found"):
+        resumed.train(resume_from_checkpoint=str(checkpoint))
     assert losses(resumed) == losses(remade)
     assert losses(resumed, "eval_loss")[1:] == losses(remade, "eval_loss")[1:]
     assert same(adapter(resumed.model), adapter(remade.model))
@@ -232,7 +287,7 @@ def as_argument(folder: Path) -> Trainer:
 
 
 def from_model_init(folder: Path) -> Trainer:
-    return trainer(folder, FalqonCallback(CONFIG), model_init=tiny_lm)
+    return trainer(folder, FalqonCallback(CONFIG), model_init=lambda: tiny_lm())
 
 
 def added_later(folder: Path) -> Trainer:
@@ -267,6 +322,30 @@ def test_compiling_twice_is_refused(tmp_path):
     assert "Leave torch_compile" in str(no.value)
 
 
+@pytest.mark.parametrize("prepare", [False, True], ids=["unprepared", "prepared"])
+def test_the_best_model_loaded_at_the_end_evaluates_as_it_did(tmp_path, prepare):
+    """Bit for bit: nothing of the steps behind it is left. The highest loss is taken for the best,
+    so that it is not the last one.
+    """
+    args = {
+        "learning_rate": 0.1,
+        "save_steps": 1,
+        "eval_steps": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": True,
+    }
+    run = trainer(tmp_path, FalqonCallback(CONFIG, prepare=prepare), args=args)
+    run.train()
+    evaluated = losses(run, "eval_loss")
+    assert len(evaluated) == STEPS
+    assert max(evaluated) > evaluated[-1]
+    assert run.state.best_metric == max(evaluated)
+    assert run.evaluate()["eval_loss"] == max(evaluated)
+    assert all_prepared(run.model) == prepare
+    assert len(falqon_fx.adapters(run.model)) == SITES
+
+
 # -- trl -------------------------------------------------------------------------------------------
 
 
@@ -296,7 +375,7 @@ class SFTTrainer(FalqonTrainerMixin, trl.SFTTrainer):
 def test_sft_trainer_trains_evaluates_saves_and_resumes(tmp_path):
     """With trl's defaults: bfloat16 autocast, activation checkpoints, lengths that change."""
 
-    def run(folder: Path, *callbacks: transformers.TrainerCallback) -> trl.SFTTrainer:
+    def run(folder: Path) -> trl.SFTTrainer:
         torch._dynamo.reset()
         data, compiled = texts(), {"torch_compile": True, "torch_compile_backend": "falqon"}
         return SFTTrainer(
@@ -306,20 +385,95 @@ def test_sft_trainer_trains_evaluates_saves_and_resumes(tmp_path):
             eval_dataset=data.select(range(2)),
             processing_class=tokenizer(),
             peft_config=lora(),
-            callbacks=list(callbacks),
             falqon_config=CONFIG,
         )
 
-    whole = run(tmp_path / "whole", Remake())
+    whole = run(tmp_path / "whole")
+    start = adapter(whole.model)
     assert whole.args.bf16
     assert whole.args.gradient_checkpointing
     whole.train()
     resumed = run(tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{SAVED}"))
     assert losses(resumed) == losses(whole)
-    assert losses(resumed, "eval_loss")[1:] == losses(whole, "eval_loss")[1:]
+    assert losses(resumed, "eval_loss") == losses(whole, "eval_loss")
     assert same(adapter(resumed.model), adapter(whole.model))
-    assert steps(resumed.model) == steps(whole.model) == [STEPS - SAVED] * SITES
+    assert len(falqon_fx.adapters(resumed.model)) == SITES
+    assert moved(whole.model, start)
+
+
+def preferences() -> datasets.Dataset:
+    chosen = random.Random(0)
+    words = [f"w{i}" for i in range(61)]
+    columns = {"prompt": 4, "chosen": 6, "rejected": 6}
+    rows = [
+        {name: " ".join(chosen.choices(words, k=count)) for name, count in columns.items()}
+        for _ in range(8)
+    ]
+    return datasets.Dataset.from_list(rows)
+
+
+class WatchReference(transformers.TrainerCallback):
+    """What trl's reference model and the policy say of one batch, at each step and at the end."""
+
+    def __init__(self) -> None:
+        self.trainer: Any = None
+        self.reference: list[Tensor] = []
+        self.policy: list[Tensor] = []
+
+    def look(self) -> None:
+        batch = (
+            next(iter(self.trainer.get_train_dataloader())) if not self.reference else self.batch
+        )
+        self.batch = batch
+        model = self.trainer.model
+        self.reference.append(torch.cat(self.trainer.compute_ref_log_probs(model, batch)))
+        with torch.no_grad():
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            self.policy.append(model(**inputs, use_cache=False).logits)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.look()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.look()
+
+
+@pytest.mark.parametrize("prepare", [False, True], ids=["unprepared", "prepared"])
+@pytest.mark.parametrize("reference", ["disabled adapter", "ref adapter"])
+def test_dpos_reference_model_stays_as_it_is(tmp_path, reference, prepare):
+    """Its log-probabilities are equal bit for bit from the first to the last step, whether it is
+    the model without its adapter or with a copy of the adapter that training began with. The policy
+    begins there, bit for bit, and goes elsewhere.
+    """
+    model = tiny_base()
+    if reference == "ref adapter":
+        model = peft.get_peft_model(model, lora())
+        fill_b(model, 0.1)
+    watch = WatchReference()
+    off = {"bf16": False, "gradient_checkpointing": False, "eval_strategy": "no"}
+    run = trl.DPOTrainer(
+        model,
+        args=trl.DPOConfig(**arguments(tmp_path, **off)),
+        train_dataset=preferences(),
+        processing_class=tokenizer(),
+        peft_config=lora() if reference == "disabled adapter" else None,
+        callbacks=[FalqonCallback(CONFIG, prepare=prepare), watch],
+    )
+    assert ("ref" in run.model.peft_config) == (reference == "ref adapter")
+    watch.trainer, start = run, adapter(run.model)
+    run.train()
+    assert len(watch.reference) == STEPS + 1
+    assert all(torch.equal(found, watch.reference[0]) for found in watch.reference)
+    assert not torch.equal(watch.policy[0], watch.policy[-1])
+    first, *_, last = losses(run, "rewards/chosen")
+    assert first == 0.0
+    assert last != 0.0
+    assert all_prepared(run.model) == prepare
+    assert len(falqon_fx.adapters(run.model)) == SITES
+    trained = {n: v for n, v in start.items() if ".ref." not in n}
+    assert not any(torch.equal(v, adapter(run.model)[n]) for n, v in trained.items())
+    assert all(torch.equal(v, adapter(run.model)[n]) for n, v in start.items() if n not in trained)
 
 
 # -- loops around a small model --------------------------------------------------------------------
@@ -338,13 +492,16 @@ CLIP = 0.01  # below the gradients' norm, so that it acts
 
 
 def by_hand(
-    make: Callable[[], nn.Module], data: list[Any], autocast: torch.dtype | None = None
+    make: Callable[[], nn.Module],
+    data: list[Any],
+    autocast: torch.dtype | None = None,
+    config: FalqonConfig = CONFIG,
 ) -> tuple[list[float], nn.Module]:
     """The losses of two accumulated batches a step, clipped, with AdamW."""
     torch.manual_seed(0)
-    model = make()
-    call = torch.compile(model, backend="falqon", options={"config": CONFIG})
-    optimizer, found = torch.optim.AdamW(lora_b(model), lr=1e-2), []
+    model = as_trained(make(), config)
+    call = torch.compile(model, backend="falqon", options={"config": config})
+    optimizer, found = torch.optim.AdamW(trainable(model), lr=1e-2), []
     for i, (x,) in enumerate(data, 1):
         with torch.autocast("cpu", autocast, enabled=autocast is not None):
             output = call(x)
@@ -352,24 +509,26 @@ def by_hand(
         (loss / 2).backward()
         found.append(loss.item())
         if i % 2 == 0:
-            assert nn.utils.clip_grad_norm_(lora_b(model), CLIP) > CLIP
+            assert nn.utils.clip_grad_norm_(trainable(model), CLIP) > CLIP
             optimizer.step()
             optimizer.zero_grad()
     torch._dynamo.reset()
     return found, model
 
 
-def accelerated(folder: Path, precision: str, resume: bool) -> tuple[list[float], nn.Module]:
+def accelerated(
+    folder: Path, precision: str, resume: bool, config: FalqonConfig
+) -> tuple[list[float], nn.Module]:
     """Accelerate's own loop; saved after SAVED steps, or resumed from there."""
     accelerate.state.AcceleratorState._reset_state(True)
     accelerator = accelerate.Accelerator(
         cpu=True, gradient_accumulation_steps=2, mixed_precision=precision
     )
     torch.manual_seed(0)
-    plain = Relu()
-    plain.compile(backend="falqon", options={"config": CONFIG})
+    plain = as_trained(Relu(), config)
+    plain.compile(backend="falqon", options={"config": config})
     model, optimizer, data = accelerator.prepare(
-        plain, torch.optim.AdamW(lora_b(plain), lr=1e-2), batches()
+        plain, torch.optim.AdamW(trainable(plain), lr=1e-2), batches()
     )
     start = 0
     if resume:
@@ -382,38 +541,48 @@ def accelerated(folder: Path, precision: str, resume: bool) -> tuple[list[float]
             loss = loss_of(model(x), x)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(lora_b(plain), CLIP)
+                accelerator.clip_grad_norm_(trainable(plain), CLIP)
             optimizer.step()
             optimizer.zero_grad()
         found.append(loss.item())
         if i == 2 * SAVED:
-            falqon_fx.restore(plain)  # as resuming does
+            if config.update == "rows":
+                falqon_fx.restore(plain)  # W' is not in the state dict: resuming merges anew
             accelerator.save_state(str(folder))
     return found, plain
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_accelerate_accumulates_clips_and_resumes(tmp_path, precision):
-    found, model = accelerated(tmp_path, precision, resume=False)
+@pytest.mark.parametrize(
+    ("precision", "config"),
+    [("no", CONFIG), ("bf16", CONFIG), ("no", ROWS)],
+    ids=["no", "bf16", "no-rows"],
+)
+def test_accelerate_accumulates_clips_and_resumes(tmp_path, precision, config):
+    found, model = accelerated(tmp_path, precision, False, config)
     torch._dynamo.reset()
-    again, resumed = accelerated(tmp_path, precision, resume=True)
+    again, resumed = accelerated(tmp_path, precision, True, config)
     assert again == found[2 * SAVED :]
     assert same(adapter(resumed), adapter(model))
     torch._dynamo.reset()
-    expected, _ = by_hand(Relu, [*batches()], torch.bfloat16 if precision == "bf16" else None)
-    assert found[: 2 * SAVED] == expected[: 2 * SAVED]
+    autocast = torch.bfloat16 if precision == "bf16" else None
+    expected, alone = by_hand(Relu, [*batches()], autocast, config)
+    if config.update == "rows":
+        assert found[: 2 * SAVED] == expected[: 2 * SAVED]
+    else:
+        assert found == expected
+        assert same(adapter(model), adapter(alone))
 
 
 class Lit(lightning.LightningModule):
     """Lightning compiles nothing by itself: the module compiles its model."""
 
-    def __init__(self, prepare: bool) -> None:
+    def __init__(self, prepare: bool, config: FalqonConfig) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.model = tiny_mlp()
+        self.model = as_trained(tiny_mlp(), config)
         if prepare:
-            falqon_fx.prepare(self.model, CONFIG, progress=False)
-        self.model.compile(backend="falqon", options={"config": CONFIG})
+            falqon_fx.prepare(self.model, config, progress=False)
+        self.model.compile(backend="falqon", options={"config": config})
         self.losses: list[float] = []
 
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
@@ -422,13 +591,19 @@ class Lit(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(lora_b(self.model), lr=1e-2)
+        return torch.optim.AdamW(trainable(self.model), lr=1e-2)
 
 
-def lightning_run(folder: Path, prepare: bool, epochs: int, resume: str | None = None) -> Lit:
+def lightning_run(
+    folder: Path,
+    prepare: bool,
+    epochs: int,
+    resume: str | None = None,
+    config: FalqonConfig = CONFIG,
+) -> Lit:
     """Epochs of SAVED steps: Lightning resumes at the start of an epoch."""
     torch._dynamo.reset()
-    module = Lit(prepare)
+    module = Lit(prepare, config)
     run = lightning.Trainer(
         default_root_dir=folder,
         accelerator="cpu",
@@ -451,15 +626,22 @@ def test_lightning_trains_as_a_loop_by_hand(tmp_path):
     assert same(adapter(run.model), adapter(model))
 
 
-def test_lightning_resumes_a_prepared_model_exactly(tmp_path):
-    """Its checkpoint is the module's whole state, and a prepared model's state holds W'."""
-    whole = lightning_run(tmp_path / "whole", prepare=True, epochs=2)
-    lightning_run(tmp_path / "first", prepare=True, epochs=1)
+@pytest.mark.parametrize(
+    ("prepare", "config"),
+    [(False, CONFIG), (True, CONFIG), (True, ROWS)],
+    ids=["unprepared", "prepared", "prepared-rows"],
+)
+def test_lightning_resumes_exactly(tmp_path, prepare, config):
+    """Its checkpoint is the module's whole state: a prepared model's holds the FP8 base, with
+    update="rows" W'.
+    """
+    whole = lightning_run(tmp_path / "whole", prepare, epochs=2, config=config)
+    lightning_run(tmp_path / "first", prepare, epochs=1, config=config)
     (saved,) = (tmp_path / "first").rglob("*.ckpt")
-    resumed = lightning_run(tmp_path, prepare=True, epochs=2, resume=str(saved))
+    resumed = lightning_run(tmp_path, prepare, epochs=2, resume=str(saved), config=config)
     assert resumed.losses == whole.losses[2 * SAVED :]
     ends = [module.state_dict() for module in (whole, resumed)]
-    assert any(name.endswith(".code") for name in ends[0])
+    assert any(name.endswith(".code") for name in ends[0]) == prepare
     assert same(*ends)
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from falqon_fx import FalqonError, adapters
+from falqon_fx import FalqonConfig, FalqonError, adapters, prepare
 from falqon_fx.numerics import (
     E4M3,
     FP8_MAX,
@@ -19,9 +19,8 @@ from falqon_fx.numerics import (
     round_to_fp8,
     round_to_fp8_stochastic,
 )
-from falqon_fx.update import SITE, STEP, fingerprint
-from tests.models import LoraLinear
-from tests.sites import Site, dequantized, make_site, randn, same, site_of, snapshot, update
+from falqon_fx.rows.update import SITE, STEP, fingerprint
+from tests.sites import Site, dequantized, dyadic, make_site, randn, same, site_of, snapshot, update
 from tests.tolerances import gamma
 
 GRANULARITY = pytest.mark.parametrize("granularity", ["tensor", "row"])
@@ -40,20 +39,27 @@ def changed_rows(before: list[Tensor], state: object) -> list[int]:
 
 @pytest.mark.parametrize("pending", ["hold", "drop", "apply"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("freed", [False, True], ids=["base", "freed"])
 @GRANULARITY
 @SCALE
 @ROUNDING
-def test_a_written_row_is_the_cast_of_the_exact_sum(granularity, scale, rounding, dtype, pending):
-    """dq(old) + s·Δ·dq(A), Δ = what `applied` gained, exact in float64, then the cast.
+def test_a_written_row_is_the_cast_of_the_exact_sum(
+    granularity, scale, rounding, freed, dtype, pending
+):
+    """The cast of base + s·applied·dq(A), however often the row was written; without the base
+    weight that of dq(old) + s·Δ·dq(A), Δ = what `applied` gained. Both are exact in float64.
 
-    The op sums in float32: r products and the old value, each factor rounded at most 4 times (dq,
-    difference, scaling, its product), and the product with the scale's reciprocal twice more; so
-    what it casts is within gamma(r + 8) of the terms' magnitudes. Rounding is monotone, so its
-    result lies between the casts of both ends. Of nearest rounding and of stochastic rounding with
-    the row's own random numbers alike: the tests pin the Philox stream (row, step, site, seed).
+    The op sums in float32: r products and what they are added to, each factor rounded at most 4
+    times (dq, difference, scaling, its product), and the product with the scale's reciprocal twice
+    more; so what it casts is within gamma(r + 8) of the terms' magnitudes. Rounding is monotone, so
+    its result lies between the casts of both ends. Of nearest rounding and of stochastic rounding
+    with the row's own random numbers alike: the tests pin the Philox stream (row, step, site,
+    seed).
     """
     options = {"granularity": granularity, "scale": scale, "rounding": rounding}
-    site = make_site(dtype=dtype, topk=5, pending=pending, seed=3, **options)
+    options |= {"topk": 5, "pending": pending}
+    base = make_site(dtype=dtype, seed=3).base
+    site = make_site(dtype=dtype, seed=3, freed=freed, **options)
     state = site.state
     for step in range(3):
         site.step(seed=step, size=0.2)
@@ -62,10 +68,11 @@ def test_a_written_row_is_the_cast_of_the_exact_sum(granularity, scale, rounding
         rows = changed_rows(before, state)
         assert len(rows) == 5
 
-        delta = (state.applied.double() - before[2].double())[rows] * state.scaling
-        lora_a = old[24:]
-        exact = old[rows] + delta @ lora_a
-        off = gamma(state.rank + 8) * (old[rows].abs() + delta.abs() @ lora_a.abs())
+        held, lora_a = state.applied.double()[rows], old[24:]
+        start = old[rows] if freed else base[rows].double()
+        by = (held - before[2].double()[rows] if freed else held) * state.scaling
+        exact = start + by @ lora_a
+        off = gamma(state.rank + 8) * (start.abs() + by.abs() @ lora_a.abs())
         low, high = exact - off, exact + off
         if granularity == "row":
             new_scale = state.scale[rows]
@@ -98,6 +105,39 @@ def test_a_written_row_is_the_cast_of_the_exact_sum(granularity, scale, rounding
         assert (to_fp8(low) == to_fp8(high)).double().mean() > 0.99
 
 
+LAYOUTS = {
+    "plain": lambda base: base,
+    "stored [in, out]": lambda base: base.t().contiguous().t(),
+    "a slice": lambda base: torch.stack([base, -base], dim=2)[..., 0],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pending", ["hold", "drop", "apply"])
+@GRANULARITY
+def test_a_row_is_cast_once_however_often_it_is_written(granularity, pending, dtype, layout):
+    """Twenty writes leave q(base + s·applied·Â), bit for bit: all sums are exact here."""
+    base, lora_a = dyadic(24, 40, seed=0).to(dtype), dyadic(4, 40, seed=1)
+    options = {"granularity": granularity, "pending": pending, "rounding": "nearest"}
+    site = site_of(layout(base), lora_a, torch.zeros(24, 4), 2.0, **options)
+    state = site.state
+    for step in range(20):
+        move = dyadic(24, 4, seed=step, bits=3, low=-5)
+        site.lora_b.copy_(move if pending == "drop" else site.lora_b + move)
+        update(site)
+    assert state.writes.min() >= 15
+    if pending != "drop":
+        assert torch.equal(state.applied, site.lora_b)
+    exact = base.double() + 2.0 * state.applied.double() @ dequantized(state)[24:]
+    scale = state.scale[:24] if granularity == "row" else state.scale
+    if granularity == "row":
+        amax = exact.abs().amax(1, keepdim=True).float()
+        assert torch.equal(scale, amax_to_scale(amax, E4M3, "pow2"))
+    code = round_to_fp8((exact / scale.double()).float(), E4M3)
+    assert torch.equal(state.weight[:24].float(), code)
+
+
 @GRANULARITY
 @ROUNDING
 def test_rows_that_are_not_chosen_stay_bit_equal(granularity, rounding):
@@ -123,7 +163,7 @@ def test_a_fresh_row_scale_never_clamps(scale):
     half of it with "pow2", however much the row grew.
     """
     site = make_site(granularity="row", scale=scale, rounding="nearest")
-    old = dequantized(site.state)
+    lora_a = dequantized(site.state)[24:]
     site.lora_b += 1000 * randn(24, 4, seed=9)
     update(site)
     largest = site.state.weight[:24].float().abs().amax(1)
@@ -131,7 +171,7 @@ def test_a_fresh_row_scale_never_clamps(scale):
         assert (largest == FP8_MAX[E4M3]).all()
     else:
         assert ((largest >= 224) & (largest <= 448)).all()
-    exact = old[:24] + 2 * (site.state.applied.double() - randn(24, 4, seed=3) * 0.1) @ old[24:]
+    exact = site.base.double() + 2 * site.state.applied.double() @ lora_a
     grown = exact.abs().amax(1)
     kept = dequantized(site.state)[:24].abs().amax(1)
     # The largest element of a row is off by its own cast alone: 1/17, and float32's roundings.
@@ -349,13 +389,17 @@ def test_sites_and_steps_draw_different_random_numbers():
     assert int(a.state.counters[STEP]) == step + 1
 
 
-def test_stochastic_rounding_keeps_small_steps_in_expectation():
-    """Steps far below half an ulp vanish with nearest rounding and add up with stochastic.
+@pytest.mark.parametrize("freed", [False, True], ids=["base", "freed"])
+def test_stochastic_rounding_keeps_small_steps_in_expectation(freed):
+    """Steps far below half an ulp add up with stochastic rounding. Without the base weight they
+    vanish with nearest rounding; with it, as soon as their sum passes half an ulp, they don't.
 
-    Every element of dq(W) should move by 100 · 0.0025. A stochastic write adds an error of mean
-    zero and a deviation of at most half the gap (a Bernoulli's), so 6 deviations of the mean over
-    100 writes and n elements are 6 · gap / 2 · sqrt(100 / n). The gap of E4M3 is 1/8 in [1, 2),
-    and 1/4 for the few elements that get beyond.
+    Every element of dq(W) should move by 100 · 0.0025 = 0.25, to 1.25, which E4M3 has. A stochastic
+    write adds an error of mean zero and a deviation of at most half the gap (a Bernoulli's), so 6
+    deviations of the mean over 100 writes and n elements are 6 · gap / 2 · sqrt(100 / n); over the
+    last write alone 6 · gap / 2 · sqrt(1 / n). The gap of E4M3 is 1/8 in [1, 2), and 1/4 for the
+    few elements that get beyond. B's own sum of a hundred steps in float32 is off by 0.25 ·
+    gamma(100).
     """
     out, features = 64, 64
     base = torch.full((out, features), 1.0)
@@ -369,13 +413,15 @@ def test_stochastic_rounding_keeps_small_steps_in_expectation():
             scaling=1.0,
             rounding=rounding,
             granularity="tensor",
+            freed=freed,
         )
         for _ in range(100):
             site.lora_b += 0.0025
             update(site)
         moved[rounding] = (dequantized(site.state)[:out, 1:] - 1).mean()
-    assert moved["nearest"] == 0
-    allowed = 6 * 0.25 / 2 * (100 / (out * (features - 1))) ** 0.5
+    assert moved["nearest"] == (0 if freed else 0.25)
+    writes = 100 if freed else 1
+    allowed = 6 * 0.25 / 2 * (writes / (out * (features - 1))) ** 0.5 + 0.25 * gamma(100)
     assert abs(moved["stochastic"] - 0.25) <= allowed < 0.125
 
 
@@ -410,13 +456,25 @@ def test_a_change_of_a_after_prepare_raises_and_writes_nothing():
 # -- drop ------------------------------------------------------------------------------------------
 
 
-def test_drop_in_a_graph_reproduces_the_rule_of_the_public_code():
-    """W[k] += s·B[k]·A for the k rows with the largest Σ|B|, then the whole of B becomes zero."""
+@pytest.mark.parametrize("freed", [False, True], ids=["base", "freed"])
+def test_drop_in_a_graph_reproduces_the_rule_of_the_public_code(freed):
+    """W[k] += s·B[k]·A for the k rows with the largest Σ|B|, then the whole of B becomes zero. The
+    public code keeps no base weight, and casts a row from what it was; with one at hand it is cast
+    from there.
+    """
+    peft = pytest.importorskip("peft")
     torch.manual_seed(0)
-    model = LoraLinear(16, 24, rank=4, scaling=2.0)
-    options = {"pending": "drop", "granularity": "tensor", "rounding": "nearest", "topk": 10}
-    compiled = torch.compile(model, backend="falqon", options={**options, "inner": "eager"})
-    b, x = model.lora_B.weight, randn(3, 16)
+    lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0"])
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(16, 24, bias=False)), lora)
+    layer = model.base_model.model[0]
+    layer.lora_A.requires_grad_(False)
+    options = {"update": "rows", "pending": "drop", "granularity": "tensor", "topk": 10}
+    options |= {"rounding": "nearest", "inner": "eager"}
+    base = layer.base_layer.weight.detach().double()
+    if freed:
+        prepare(model, FalqonConfig(**options), progress=False)
+    compiled = torch.compile(model, backend="falqon", options=options)
+    b, x = layer.lora_B["default"].weight, randn(3, 16)
     compiled(x)
     (state,) = adapters(model).values()
     applied = torch.zeros(24, 4, dtype=torch.float64)
@@ -426,10 +484,11 @@ def test_drop_in_a_graph_reproduces_the_rule_of_the_public_code():
         moved = b.detach().double()
         top = moved.abs().sum(1).topk(10).indices
         old = dequantized(state)
+        applied[top] += moved[top]
         expected = old.clone()
         limit = 448 * state.scale.double()  # the scale stays, so values beyond it clamp
-        expected[top] = (old[top] + 2.0 * moved[top] @ old[24:]).clamp(-limit, limit)
-        applied[top] += moved[top]
+        start, by = (old[top], moved[top]) if freed else (base[top], applied[top])
+        expected[top] = (start + 2.0 * by @ old[24:]).clamp(-limit, limit)
         compiled(x)
         assert not b.any()
         # One cast a write: at most |x|/17, or half a subnormal gap, and the sum's own roundings.

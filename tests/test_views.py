@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -11,15 +12,35 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from torch import nn
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError, RewriteReport
 from falqon_fx.report import Audit
-from falqon_fx.views import around, near, rows
-from tests.models import Stack
+from falqon_fx.views import around, near, replacing, rows, stretch
+from tests.models import LoraLinear, Stack
 
 CHROMIUM = shutil.which("chromium")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+
+
+class Mixed(nn.Module):
+    """Two blocks with adapters, a frozen layer beside them, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = Stack(width=64, hidden=96)
+        self.between = nn.Linear(64, 64).requires_grad_(False)
+        self.lm_head = nn.Linear(64, 80).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(self.between(self.stack(x)))
+
+
+@pytest.fixture(scope="module")
+def mixed() -> RewriteReport:
+    config = FalqonConfig(card="H100", exclude=("*.1.down",))
+    return falqon_fx.explain(Mixed(), torch.randn(3, 64), config=config)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +76,38 @@ def test_around_a_site_lie_all_its_nodes_and_its_op(report):
         assert set(site.nodes) <= {row.node for row in part}
         assert any(row.after and "merged_linear" in row.after.text for row in part)
         assert last - first < len(found) / 2
+
+
+class Siblings(nn.Module):
+    """Three layers that read one input: one op, where the first of them stands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.v = LoraLinear(64, 64), LoraLinear(64, 64)
+        self.k = nn.Linear(64, 64, bias=False)
+        self.k.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = torch.relu(torch.sigmoid(torch.tanh(self.q(x))))
+        k = torch.relu(torch.sigmoid(torch.tanh(self.k(x))))
+        return q + k + self.v(x)
+
+
+def test_siblings_show_the_op_that_they_share():
+    config = FalqonConfig(card="H100")
+    report = falqon_fx.explain(Siblings(), torch.randn(3, 64), config=config)
+    (graph,) = report.graphs
+    assert {site.group for site in graph.sites} == {0}
+    for site in graph.sites:
+        new = replacing(graph, found := rows(graph), site)
+        assert "falqon.merged_linear(" in new[0].after.text
+        assert [row.node for row in new[1:]] == [f"getitem_{i}" for i in range(6, 9)]
+        part = stretch(graph, found, site)
+        assert set(site.nodes) <= {row.node for row in part}
+        assert [row for row in part if row.kind == "new"] == new
+        image = ElementTree.fromstring(report.to_svg(site.path))
+        names = {"s": "http://www.w3.org/2000/svg"}
+        assert len(image.findall(".//s:g[@class='new']", names)) == 4
 
 
 def test_the_diff_folds_what_stays_and_fits(report):
@@ -128,12 +181,45 @@ def opened(
 
 
 @needs_chromium
-def test_the_map_shows_every_module_and_its_state(report, tmp_path):
-    dom = opened(report.to_html(), tmp_path)
-    assert len(re.findall(r'<button class="cell matched"', dom)) == 3
-    assert len(re.findall(r'<button class="cell refused"', dom)) == 1
-    assert len(re.findall(r'<i class="cell untouched"', dom)) == 2  # two norms
-    assert "3 sites rewritten, 1 rejected" in dom
+def test_the_map_shows_every_module_and_its_state(mixed, tmp_path):
+    dom = opened(mixed.to_html(), tmp_path)
+    found = re.findall(r'<(?:button|i) class="cell ([a-z]+)"', dom)
+    wanted = {"adapter": 3, "rejected": 1, "frozen": 1, "left": 1, "untouched": 2}  # two norms
+    assert Counter(found) == wanted
+    assert "4 sites rewritten (3 with an adapter), 1 rejected, 1 left" in dom
+    # The two blocks have the same modules: one line of names for both.
+    (names,) = re.findall(r'<div class="block names".*?</div>', dom)
+    assert re.findall(r"<i>(\w+)</i>", names) == ["norm", "up", "down"]
+    assert re.findall(r'<span title="[\w.]+">([\w.]+)</span>', dom) == ["blocks.0", "blocks.1"]
+
+
+@needs_chromium
+@pytest.mark.parametrize(
+    ("path", "texts"),
+    [
+        ("between", ["constant", "none: a frozen layer", "falqon.merged_linear("]),
+        ("stack.blocks.0.up", ["constant", "rank 4, scaling 2, float32; A and B train"]),
+        ("lm_head", ["it is an output head"]),
+        ("stack.blocks.1.down", ["exclude= leaves it out"]),
+    ],
+)
+def test_a_layer_says_what_is_constant_what_trains_and_why_it_stays(mixed, tmp_path, path, texts):
+    dom = opened(mixed.to_html(), tmp_path, fragment=path)
+    section = dom[dom.index(f"<h2>{path}</h2>") :]
+    for text in texts:
+        assert text in section[: section.index("</section>")], text
+
+
+def test_with_update_rows_a_layer_says_that_its_weight_is_written():
+    model = Stack()
+    for block in model.blocks:
+        for layer in (block.up, block.down):
+            layer.lora_A.requires_grad_(False)
+    found = falqon_fx.explain(model, torch.randn(3, 32), config=FalqonConfig(update="rows"))
+    page = found.to_html()
+    assert "each step is written into it row by row" in page
+    assert "B trains" in page
+    assert "topk=None" in page
 
 
 @needs_chromium
@@ -210,7 +296,7 @@ def test_280_sites_open_within_a_second(report, tmp_path):
     page = RewriteReport(tuple(graphs), {}, tuple(modules)).to_html()
     look = "document.title = document.documentElement.dataset.ready;"
     dom = opened(page, tmp_path, look)
-    assert dom.count('<button class="cell matched"') == 282
+    assert dom.count('<button class="cell adapter"') == 282
     milliseconds = re.search(r"<title>(\d+)</title>", dom)
     assert milliseconds is not None
     assert int(milliseconds[1]) < 1000

@@ -1,25 +1,64 @@
+"""`watch`: what each write-back of update="rows" did, and how far a freed weight has drifted."""
+
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import math
+import warnings
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import falqon_fx
-from falqon_fx import audit
+from falqon_fx.base import cast_base
 from falqon_fx.numerics import encode_fp8, round_to_fp8
+from falqon_fx.rows import audit
+from falqon_fx.rows.drift import signed_sums
+from falqon_fx.rows.prepared import layer_of
 from falqon_fx.watching import summary, tensorboard, trainer_callback
-from tests.models import Stack, lora_b, train
+from tests.models import Stack, lora_b, tiny_mlp, train
+from tests.sites import randn
+from tests.strategies import SEEDS
+from tests.tolerances import gamma
 
-OPTIONS = {"inner": "eager"}
+OPTIONS = {"update": "rows", "inner": "eager"}
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
 
 
 def model_and_input(**lora: Any) -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
-    return Stack(**lora), torch.randn(6, 32)
+    return freeze_a(Stack(**lora)), torch.randn(6, 32)
+
+
+def freeze_a(model: nn.Module) -> nn.Module:
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    return model
+
+
+def prepared_mlp(**options: Any) -> tuple[nn.Module, nn.Module, dict[str, torch.Tensor]]:
+    """A prepared model with two sites, compiled; and the base weights that it had."""
+    pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = freeze_a(tiny_mlp())
+    base = {
+        f"base_model.model.{i}": model.base_model.model[i].base_layer.weight.detach().double()
+        for i in (0, 2)
+    }
+    config = falqon_fx.FalqonConfig(**{**OPTIONS, **options})
+    falqon_fx.prepare(model, config, progress=False)
+    return model, torch.compile(model, backend="falqon", options={"config": config}), base
 
 
 def optimizer(model: nn.Module) -> torch.optim.Optimizer:
@@ -152,16 +191,144 @@ def test_it_ends_when_the_training_fails():
 
 
 def test_prepared_models_are_watched_too():
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 32))
-    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["0", "2"]))
-    falqon_fx.prepare(model, progress=False)
-    compiled = torch.compile(model, backend="falqon", options=OPTIONS)
-    x = torch.randn(6, 32)
+    model, compiled, _ = prepared_mlp()
     with falqon_fx.watch(compiled) as seen:
-        train(compiled, optimizer(model), x, 2)
+        train(compiled, optimizer(model), torch.randn(6, 32), 2)
     assert {item.site for item in seen.history} == {"base_model.model.0", "base_model.model.2"}
+
+
+# -- drift -----------------------------------------------------------------------------------------
+
+
+def error_of(state: falqon_fx.MergedAdapter, base: torch.Tensor) -> torch.Tensor:
+    """dq(W) - s·applied·Â - base, exact in float64."""
+    merged = state.weight.double() * state.scale.double()
+    out = len(state.applied)
+    return merged[:out] - state.scaling * state.applied.double() @ merged[out:] - base
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+@pytest.mark.parametrize("pending", ["hold", "drop", "apply"])
+def test_the_drift_is_what_the_base_weight_says(granularity, rounding, pending):
+    """The estimate of ‖error‖² is Σ_k z_k² with z_k = ⟨e_k, σ_k⟩: of mean ‖e_k‖² and variance at
+    most 2 ‖e_k‖⁴ over the signs. So 6 deviations of the sum are 6·√(2 Σ ‖e_k‖⁴), which is relative
+    to ‖error‖² what the root of it, the drift, may be off twice.
+    """
+    options = {"topk": "all", "granularity": granularity, "rounding": rounding}
+    model, compiled, bases = prepared_mlp(pending=pending, **options)
+    first = {path: error_of(s, bases[path]) for path, s in falqon_fx.adapters(model).items()}
+    x, steps = torch.randn(6, 32), optimizer(model)
+    with warnings.catch_warnings(), falqon_fx.watch(model) as seen:
+        warnings.simplefilter("ignore")
+        train(compiled, steps, x, 40)
+    last = {item.site: item for item in seen.history}
+    for path, state in falqon_fx.adapters(model).items():
+        error = error_of(state, bases[path])
+        energy = error.square().sum(1)
+        relative = 6 * (2 * energy.square().sum()).sqrt() / energy.sum()
+        exact = error.norm() / first[path].norm()
+        drift = state.drift()
+        assert last[path].drift == pytest.approx(drift, rel=1e-4)  # float32 sums, row by row
+        assert exact * (1 - relative).clamp(min=0).sqrt() <= drift <= exact * (1 + relative).sqrt()
+        assert len(seen.history) == 2 * 39
+
+
+def test_drift_grows_without_the_base_weight_alone():
+    """Stochastic writes of all rows, thirty times: errors add up like their root; with the base
+    weight at hand a row has the error of one stochastic write, √2 of that of a cast to nearest.
+    """
+    model, compiled, _ = prepared_mlp(topk="all")
+    x = torch.randn(6, 32)
+    with pytest.warns(UserWarning, match="more than 2 times"), falqon_fx.watch(model) as seen:
+        train(compiled, optimizer(model), x, 31)
+    drifts = [item.drift for item in seen.history if item.site == "base_model.model.2"]
+    assert drifts[0] < 2 < drifts[-1]
+    assert summary(seen.history[-2:])["drift"] == max(item.drift for item in seen.history[-2:])
+
+    whole, x = model_and_input()
+    compiled = torch.compile(whole, backend="falqon", options={**OPTIONS, "topk": "all"})
+    with warnings.catch_warnings(), falqon_fx.watch(whole) as seen:
+        warnings.simplefilter("error")
+        train(compiled, optimizer(whole), x, 31)
+    assert {item.drift for item in seen.history} == {None}
+    assert "drift" not in summary(seen.history[-4:])
+    for path, state in falqon_fx.adapters(whole).items():
+        base = whole.get_submodule(path).base_layer.weight.double()
+        cast = cast_base(base.float(), state.plan).dequantize().double() - base
+        assert error_of(state, base).norm() < 1.6 * cast.norm()
+
+
+def test_a_warning_names_each_site_once():
+    model, compiled, _ = prepared_mlp(topk="all")
+    x, steps = torch.randn(6, 32), optimizer(model)
+    with warnings.catch_warnings(record=True) as caught, falqon_fx.watch(model):
+        warnings.simplefilter("always")
+        train(compiled, steps, x, 60)
+    told = [str(w.message) for w in caught if "its first cast was" in str(w.message)]
+    assert sum(text.count("base_model.model.0") for text in told) == 1
+    assert sum(text.count("base_model.model.2") for text in told) == 1
+    assert all('set update="adapter"' in text for text in told)
+
+
+def test_the_warning_comes_without_a_watch_too():
+    """At call 128, the first of those that look."""
+    model, compiled, _ = prepared_mlp(topk="all")
+    x, steps = torch.randn(6, 32), optimizer(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(compiled, steps, x, 127)
+    with pytest.warns(UserWarning, match=r"base_model\.model\.0, base_model\.model\.2 is by now"):
+        train(compiled, steps, x, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(compiled, steps, x, 128)
+
+
+def test_drift_goes_through_copies_and_state_dicts():
+    model, compiled, _ = prepared_mlp(topk="all")
+    train(compiled, optimizer(model), torch.randn(6, 32), 20)
+    drifts = {path: state.drift() for path, state in falqon_fx.adapters(model).items()}
+    assert all(value > 1.5 for value in drifts.values())
+    twin = copy.deepcopy(model)
+    other, _, _ = prepared_mlp(topk="all")
+    other.load_state_dict(model.state_dict())
+    for m in (twin, other, twin.to(torch.bfloat16)):
+        assert {path: state.drift() for path, state in falqon_fx.adapters(m).items()} == drifts
+    assert layer_of(twin.base_model.model[0].base_layer.code) is twin.base_model.model[0].base_layer
+
+
+STRUCTURES = st.sampled_from(
+    [
+        lambda out, width, seed: randn(out, width, seed=seed),
+        lambda out, width, seed: randn(out, 1, seed=seed) @ randn(1, width, seed=seed + 1),
+        lambda out, width, seed: torch.ones(out, width) * randn(out, 1, seed=seed),
+        lambda out, width, seed: torch.linspace(-1, 1, width).expand(out, -1).contiguous(),
+    ]
+)
+
+
+@given(out=st.integers(64, 400), width=st.integers(1, 300), seed=SEEDS, structure=STRUCTURES)
+def test_random_signs_keep_the_energy_of_any_error(out, width, seed, structure):
+    """Σ_k ⟨e_k, σ_k⟩² against Σ ‖e_k‖², within the 6 deviations of `test_the_drift_is_what...`: for
+    errors of one direction in all rows too, which one sign vector for all rows would not do.
+    """
+    error = structure(out, width, seed)
+    sums = signed_sums(error, torch.arange(out)).double()
+    energy = error.double().square().sum(1)
+    allowed = 6 * (2 * energy.square().sum()).sqrt()
+    assert (sums.square().sum() - energy.sum()).abs() <= allowed + gamma(
+        width
+    ) * energy.sum() * width
+
+
+def test_the_signs_of_a_row_do_not_depend_on_the_other_rows():
+    values = randn(50, 70)
+    some = torch.tensor([3, 41, 17])
+    whole = signed_sums(values, torch.arange(50))
+    assert torch.equal(signed_sums(values[some], some), whole[some])
+    signs = signed_sums(torch.eye(70).repeat(5, 1), torch.arange(5).repeat_interleave(70))
+    assert torch.equal(signs.abs(), torch.ones(350))
 
 
 class Writer:
@@ -181,6 +348,8 @@ def test_callbacks_get_sums_over_the_sites(capsys):
     ]
     wanted = {"asked": 5.0, "kept": 2.0, "lost": 1.0, "clamped": 3, "pending": 11.0, "rows": 3}
     assert summary(items) == wanted
+    drifted = [dataclasses.replace(items[0], drift=1.25), items[1]]
+    assert summary(drifted) == {**wanted, "drift": 1.25}
     writer = Writer()
     tensorboard(writer)(items)
     assert writer.scalars == [(f"falqon/{name}", value, 3) for name, value in wanted.items()]

@@ -7,6 +7,7 @@ Bounds are float64 tensors or floats and absolute, element by element, unless a 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -205,7 +206,11 @@ class Approx:
 
 @dataclass(frozen=True)
 class Parameters:
-    """What a site consists of."""
+    """What a site consists of: W, an adapter and, in ``others``, (A, B, scaling) of further ones.
+
+    Where the first adapter reads x behind a dropout, ``mask`` is what x is multiplied by there: 0
+    or a power of two, which is exact.
+    """
 
     base: Tensor
     lora_a: Tensor
@@ -213,38 +218,62 @@ class Parameters:
     scaling: float
     bias: Tensor | None = None
     lora_bias: Tensor | None = None  # of B, scaled by at most `scaling` or 1
+    others: tuple[tuple[Tensor, Tensor, float], ...] = ()
+    mask: Tensor | None = None
+
+    @property
+    def adapters(self) -> tuple[tuple[Tensor, Tensor, float], ...]:
+        return ((self.lora_a, self.lora_b, self.scaling), *self.others)
 
 
 @dataclass(frozen=True)
 class SiteBounds:
-    """How far the output and the gradients of a rewritten site may be off, flat over tokens."""
+    """How far the output and the gradients of a rewritten site may be off, flat over tokens;
+    ``adapters`` are those of dL/dA and dL/dB of each adapter.
+    """
 
     y: Tensor
     grad_x: Tensor
-    grad_b: Tensor
+    adapters: tuple[tuple[Tensor, Tensor], ...]
+
+    @property
+    def grad_a(self) -> Tensor:
+        return self.adapters[0][0]
+
+    @property
+    def grad_b(self) -> Tensor:
+        return self.adapters[0][1]
 
 
 def site_bounds(x: Tensor, grad: Tensor, p: Parameters) -> SiteBounds:
-    """A rewritten site (init="keep", row and pow2 scales, first call) against exact arithmetic on
-    its unquantized operands: y = x·(W + s·B·A)ᵀ + biases, dL/dx and dL/dB.
+    """A rewritten site (row and pow2 scales) against exact arithmetic on its unquantized operands:
+    y = x·Wᵀ + Σ s·(x·Aᵀ)·Bᵀ + biases, dL/dx, dL/dA and dL/dB.
 
-    Three casts to E4M3 (x, A, and W + s·B·Â), one to E5M2 (dL/dO), and the roundings in between.
-    ``applied`` is B rounded: W' holds the rounded part, the output gets the rest, so `pending` is 0
-    in exact arithmetic and its size is the error of the one and the value of the other.
+    Three casts to E4M3 (x, A and W), one to E5M2 (dL/dO), and the roundings in between. Scales are
+    powers of two, so that decoded operands are exact in bfloat16 as in float32.
     """
     dtype = torch.bfloat16 if grad.dtype == torch.bfloat16 else torch.float32
     x, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-    e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
-    qx, qa = _row_cast(Approx.exact(x)), _row_cast(Approx.exact(p.lora_a))
-    held = torch.float32 if p.base.dtype == torch.float32 else torch.bfloat16
-    applied = Approx.exact(p.lora_b).rounded(held)
-    step = (applied * Approx.exact(torch.tensor(p.scaling))).rounded(torch.float32)
-    merged = (Approx.exact(p.base) + (step @ qa).rounded(torch.float32)).rounded(torch.float32)
-    qw = _row_cast(merged)
-    pending = Approx(torch.zeros_like(step.value), step.bound).rounded(torch.float32, dtype)
+    ones = torch.ones(x.shape)
+    masks = [ones if p.mask is None else p.mask.reshape(x.shape), *(ones for _ in p.others)]
+    qx, qw, exact = _row_cast(Approx.exact(x)), _row_cast(Approx.exact(p.base)), Approx.exact(grad)
 
-    out_a = (qx @ qa.t()).rounded(dtype)
-    y = (qx @ qw.t()).rounded(dtype).addmm(out_a, pending.t(), dtype)
+    y = (qx @ qw.t()).rounded(dtype)
+    through: list[tuple[Approx, Approx]] = []  # D and A of each adapter, for dL/dx
+    adapters = []
+    for (lora_a, lora_b, scaling), mask in zip(p.adapters, masks):
+        own = _row_cast(Approx.exact(x * mask))
+        factor = Approx.exact(torch.tensor(scaling, dtype=torch.float64)).rounded(torch.float32)
+        b = (Approx.exact(lora_b) * factor).rounded(torch.float32, dtype)
+        qa = _row_cast(Approx.exact(lora_a))
+        out_a = (own @ qa.t()).rounded(dtype)
+        y = y.addmm(out_a, b.t(), dtype)
+        d = (exact @ b).rounded(dtype)
+        through.append((d, qa))
+        product = (exact.rounded(dtype).t() @ out_a).rounded(dtype)
+        grad_b = (product * factor).rounded(torch.float32, lora_b.dtype)
+        grad_a = (d.t() @ own).rounded(dtype, lora_a.dtype)
+        adapters.append((grad_a.bound, grad_b.bound))
     if p.bias is not None:
         y = (y + Approx.exact(p.bias).rounded(dtype)).rounded(dtype)
     y = y.rounded(grad.dtype)
@@ -254,20 +283,26 @@ def site_bounds(x: Tensor, grad: Tensor, p: Parameters) -> SiteBounds:
         y = (y + term).rounded(grad.dtype, grad.dtype)
 
     # q(dL/dO · s_W) / s_W: s_W drops out but where the cast underflows.
-    exact = Approx.exact(grad)
-    low = ((merged.value.abs() - merged.bound).amax(1).clamp(min=0)) / torch.finfo(e4m3).max
-    high = 2 * merged.largest.amax(1) / torch.finfo(e4m3).max
-    g_scale = 2 * (exact.largest * high).amax(1, keepdim=True) / torch.finfo(e5m2).max
-    quotient = g_scale.clamp(min=torch.finfo(torch.float32).tiny) / low
-    qg = Approx(exact.value, fp8_cast_bound(grad, quotient, e5m2) * (1 + gamma(4)))
-    tail = (exact @ pending).rounded(dtype, torch.float32, dtype)
-    grad_x = (qg @ qw).rounded(dtype).addmm(tail, qa, dtype).rounded(x.dtype)
+    amax = p.base.double().abs().amax(1) / torch.finfo(torch.float8_e4m3fn).max
+    g_scale = 2 * (exact.largest * 2 * amax).amax(1, keepdim=True)
+    g_scale = g_scale / torch.finfo(torch.float8_e5m2).max
+    quotient = g_scale.clamp(min=torch.finfo(torch.float32).tiny) / amax
+    qg = Approx(exact.value, fp8_cast_bound(grad, quotient, torch.float8_e5m2) * (1 + gamma(4)))
+    if p.mask is None:  # one product, [q(dL/dO) | D] · [W; A]
+        left, right = zip((qg, qw), *through)
+        grad_x = (side_by_side(left, 1) @ side_by_side(right, 0)).rounded(dtype, x.dtype)
+    else:
+        grad_x = (qg @ qw).rounded(dtype, x.dtype)
+        for (d, qa), mask in zip(through, masks):
+            part = (d @ qa).rounded(dtype, x.dtype) * Approx.exact(mask)
+            grad_x = (grad_x + part).rounded(x.dtype)
+    return SiteBounds(y.bound, grad_x.bound, tuple(adapters))
 
-    product = (exact.rounded(dtype).t() @ out_a).rounded(dtype)
-    grad_b = (product * Approx.exact(torch.tensor(p.scaling))).rounded(
-        torch.float32, p.lora_b.dtype
-    )
-    return SiteBounds(y.bound, grad_x.bound, grad_b.bound)
+
+def side_by_side(parts: Iterable[Approx], dim: int) -> Approx:
+    """Matrices joined along ``dim``."""
+    values, bounds = zip(*((part.value, part.bound) for part in parts))
+    return Approx(torch.cat(values, dim), torch.cat(bounds, dim))
 
 
 def _row_cast(a: Approx) -> Approx:

@@ -31,14 +31,21 @@ class FalqonCallback(TrainerCheckpoints):
     """Compiles the trainer's model in place: ``Trainer(..., callbacks=[FalqonCallback()])``.
 
     The model keeps its class, so that saving, evaluation and PEFT's calls work as without it. The
-    trainer's checkpoints hold the FP8 states too, so that it resumes bit for bit from them.
+    FP8 base is constant: the trainer's own checkpoints of a PEFT model, which hold the adapter and
+    the optimizer, resume bit for bit and bring the best model back as it was, and trl's reference
+    model (the adapter disabled, or a copy of it) gives the same numbers from first to last. The
+    base is made from the model that the trainer gets, in a resumed run, too.
 
     Args:
         config: options of the backend.
-        prepare: call `falqon_fx.prepare`, which frees the base weights, when training begins: by
-            then a checkpoint that is resumed from has set lora_A.
-        checkpoints: write FP8 states into the trainer's checkpoints (see `TrainerCheckpoints`).
+        prepare: call `falqon_fx.prepare`, which casts the base weights to FP8 and frees them, when
+            training begins.
+        checkpoints: add what the trainer's own checkpoints lack with update="rows", and of
+            prepared models that are not PEFT's (see `TrainerCheckpoints`).
         compile_arguments: handed to ``nn.Module.compile`` (``dynamic``, ``fullgraph``).
+
+    Raises:
+        FalqonError: ``TrainingArguments`` compile the model, too.
     """
 
     def __init__(
@@ -63,8 +70,8 @@ class FalqonCallback(TrainerCheckpoints):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Merge, and compile what was not there yet: a model from ``model_init``, or one that the
-        trainer had before it got this callback.
+        """Prepare the model, and compile it where that was not possible yet: it comes from
+        ``model_init``, or the trainer had it before it got this callback.
         """
         model = kwargs["model"]
         self._compile(args, model)
@@ -76,7 +83,7 @@ class FalqonCallback(TrainerCheckpoints):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Add the FP8 states to the checkpoint that the trainer just wrote."""
+        """Add what the checkpoint that the trainer just wrote lacks."""
         if self.checkpoints:
             super().on_save(args, state, control, **kwargs)
 

@@ -7,9 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from falqon_fx.kernels.backward import cast_grad_b, grad_b, transpose
+from falqon_fx.kernels.backward import grad_b, transpose
 from falqon_fx.kernels.backward_spec import GradBSpec, TransposeSpec
-from falqon_fx.products import cast_with_scale
 from tests.sites import randn
 from tests.tolerances import Approx
 
@@ -85,42 +84,3 @@ def test_bad_input_is_explained(change, message):
         grad_b(randn(4, 8).bfloat16(), randn(4, 17).bfloat16(), 1.0, SMALL)
     with pytest.raises(ValueError, match="rank=8"):
         replace(SMALL, rank=8)
-
-
-@settings(max_examples=20)
-@given(
-    n=st.sampled_from([0, 1, 15, 17, 70]),
-    out=st.integers(1, 40),
-    grad_dtype=st.sampled_from(sorted(DTYPES)),
-    fp8=st.sampled_from([torch.float8_e4m3fn, torch.float8_e5m2]),
-    scale=st.sampled_from([2.0**-6, 0.37, 1e-38, 3e4]),
-    odd=st.sampled_from([0.0, float("nan"), float("inf"), -3e38]),
-    seed=st.integers(0, 2**32 - 2),
-)
-def test_the_cast_in_the_same_pass_changes_nothing(n, out, grad_dtype, fp8, scale, odd, seed):
-    grad, out_a = randn(n, out, seed=seed), randn(n, 5, seed=seed + 1).bfloat16()
-    grad.view(-1)[: n * out : 7] = odd
-    grad, of_all = grad.to(DTYPES[grad_dtype]), torch.tensor(scale)
-    alone = replace(SMALL, grad_dtype=grad_dtype)
-    spec = replace(alone, fp8="e4m3" if fp8 == torch.float8_e4m3fn else "e5m2")
-    q, actual = cast_grad_b(grad, of_all, out_a, 0.3, spec)
-    assert (q.dtype, q.shape) == (fp8, (n, out))
-    wanted = cast_with_scale(grad.float(), of_all, fp8)
-    nan = wanted.float().isnan()
-    assert torch.equal(q.float().isnan(), nan)
-    assert torch.equal(q.view(torch.uint8)[~nan], wanted.view(torch.uint8)[~nan])
-    torch.testing.assert_close(
-        actual, grad_b(grad, out_a, 0.3, alone), rtol=0, atol=0, equal_nan=True
-    )
-
-
-def test_the_cast_in_the_same_pass_refuses_what_it_is_not_for():
-    grad, out_a, spec = randn(8, 4).bfloat16(), randn(8, 4).bfloat16(), replace(SMALL, fp8="e5m2")
-    with pytest.raises(ValueError, match=r"scale is torch.float32 \(2,\), not one float32"):
-        cast_grad_b(grad, torch.ones(2), out_a, 1.0, spec)
-    with pytest.raises(ValueError, match="a scale goes with fp8"):
-        cast_grad_b(grad, torch.ones(()), out_a, 1.0, SMALL)
-    with pytest.raises(ValueError, match="a scale goes with fp8"):
-        grad_b(grad, out_a, 1.0, spec)
-    with pytest.raises(ValueError, match="cast='integer'"):
-        cast_grad_b(grad, torch.ones(()), out_a, 1.0, replace(spec, cast="hardware"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from falqon_fx.kernels import choice, loader
-from falqon_fx.kernels.choice import Choice, Choices, environment_of
+from falqon_fx.kernels.choice import Choices, environment_of
 
 
 @pytest.fixture
@@ -45,7 +45,8 @@ def test_the_fastest_wins_and_is_timed_once(folder):
     assert choices.get("p", candidates("a", "b", "c")) is chosen
     assert clock.timed == ["a", "b", "c"]
     assert str(chosen) == "p: b, 2.00x the speed of c"
-    assert choices.all() == [chosen]
+    assert choices.known("p", "auto") is chosen
+    assert choices.known("p", "triton") is choices.known("q", "auto") is None
 
 
 def test_another_process_reads_the_choice(folder):
@@ -136,10 +137,12 @@ def test_damaged_file_is_rebuilt(folder, damage):
 
 def test_choices_of_two_processes_are_both_kept(folder):
     one, two = Choices("card", Clock(a=1.0)), Choices("card", Clock(a=1.0))
-    assert one.all() == two.all() == []
+    assert one.known("p", "auto") is two.known("q", "auto") is None
     one.get("p", candidates("a"))
     two.get("q", candidates("a"))
-    assert {c.key for c in Choices("card", Clock()).all()} == {"p", "q"}
+    again = Choices("card", Clock())
+    assert again.known("p", "auto") is not None
+    assert again.known("q", "auto") is not None
 
 
 def test_processes_that_choose_at_once_never_see_a_partial_file(folder):
@@ -155,7 +158,9 @@ for i in range(40):
     for process in processes:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors.decode()
-    assert all(isinstance(c, Choice) for c in Choices("card", Clock()).all())
+    # A process that reads while another writes may lose a line of it, never the file.
+    kept = json.loads(Path(Choices("card", Clock()).path).read_bytes())["choices"]
+    assert len(kept) >= 40
 
 
 def test_unwritable_folder_works_from_memory_with_one_warning(tmp_path, monkeypatch):

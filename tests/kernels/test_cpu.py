@@ -4,18 +4,21 @@ They add up r products in different orders, so they are equal bit for bit where 
 in float32, and where there is one product (rank 1): casts, scales, random numbers, choice of rows.
 """
 
+import contextlib
 import functools
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from falqon_fx import _compat, audit
-from falqon_fx import update as reference
+from falqon_fx import _compat
 from falqon_fx.kernels import cpu
 from falqon_fx.numerics import E4M3, E5M2, FP8_MAX, decode_fp8, round_to_scaled_fp8
+from falqon_fx.rows import audit
+from falqon_fx.rows import update as reference
 from tests.sites import dyadic, make_site, randn, same, site_of, snapshot, step_alike, twins, update
 from tests.strategies import SEEDS, exact_sites
 
@@ -37,8 +40,10 @@ def assert_same_state(sites, others):
         assert torch.equal(code.where(code != 0x80, 0), other_code.where(other_code != 0x80, 0))
 
 
-@given(made=exact_sites(), data=st.data())
-def test_equals_aten_bit_for_bit_where_sums_are_exact(made, data):
+@given(made=exact_sites(), freed=st.booleans(), data=st.data())
+def test_equals_aten_bit_for_bit_where_sums_are_exact(made, freed, data):
+    if freed:
+        made = [replace(site, base=None) for site in made]
     others = twins(made)
     for step in range(2):
         step_alike(made, others, step, lambda: data.draw(st.booleans()))
@@ -54,6 +59,7 @@ def test_equals_aten_bit_for_bit_where_sums_are_exact(made, data):
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     spread=st.sampled_from([0, 4, 12]),
     bad=st.sampled_from([None, float("nan"), float("inf"), 1e38]),
+    base_is=st.sampled_from(["float32", "bfloat16", "float16", "stored [in, out]", "freed"]),
     options=st.fixed_dictionaries(
         {
             "granularity": st.sampled_from(["tensor", "row"]),
@@ -65,12 +71,19 @@ def test_equals_aten_bit_for_bit_where_sums_are_exact(made, data):
         }
     ),
 )
-def test_equals_aten_bit_for_bit_at_rank_1(out, width, seed, dtype, spread, bad, options):
-    """Over many magnitudes: subnormal codes, saturation, new scales, rows that are not finite."""
+def test_equals_aten_bit_for_bit_at_rank_1(out, width, seed, dtype, spread, bad, base_is, options):
+    """Over many magnitudes: subnormal codes, saturation, new scales, rows that are not finite; base
+    weights of every dtype, their subnormals among them.
+    """
     base = randn(out, width, seed=seed) * (randn(out, width, seed=seed + 1) * spread).exp2()
     base.clamp_(-30000, 30000)  # more is refused
+    if base_is == "stored [in, out]":
+        base = base.t().contiguous().t()
+    elif base_is != "freed":
+        base = base.to(getattr(torch, base_is))
     lora_a, lora_b = randn(1, width, seed=seed + 2), randn(out, 1, seed=seed + 3)
-    site = site_of(base, lora_a.to(dtype), lora_b.to(dtype), 0.75, **options)
+    freed = base_is == "freed"
+    site = site_of(base, lora_a.to(dtype), lora_b.to(dtype), 0.75, freed=freed, **options)
     (other,) = twins([site])
     for step in range(2):
         site.lora_b.mul_((randn(out, 1, seed=seed + step) * 3).exp2())
@@ -112,9 +125,10 @@ def test_fingerprints_equal_atens(matrix, view):
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-def test_who_watches_changes_nothing_and_is_told_what_aten_tells(rounding):
+@pytest.mark.parametrize("freed", [False, True], ids=["base", "freed"])
+def test_who_watches_changes_nothing_and_is_told_what_aten_tells(rounding, freed):
     base, lora_a, lora_b = dyadic(20, 33, 0), dyadic(4, 33, 1), dyadic(20, 4, 2, bits=6, low=-6)
-    site = site_of(base, lora_a, lora_b, topk=7, rounding=rounding)
+    site = site_of(base, lora_a, lora_b, topk=7, rounding=rounding, freed=freed)
     sites = [site, *twins([site]), *twins([site])]
     for s in sites:
         s.lora_b[:5].add_(dyadic(5, 4, seed=3, bits=8, low=-8))
@@ -245,10 +259,7 @@ def test_other_sites_are_left_to_aten(how):
         site.lora_b = site.lora_b.half()
     else:
         site.lora_b = site.lora_b.t().contiguous().t()
-    state = site.state
-    assert not cpu.takes(
-        [(state.code, state.scale, state.applied, site.lora_b, state.counters, state.writes)]
-    )
+    assert not cpu.takes([tensors_of(site)])
     (other,) = twins([site])
     for s in (site, other):
         s.lora_b = s.lora_b + 0.25
@@ -256,6 +267,161 @@ def test_other_sites_are_left_to_aten(how):
     update_by_aten(other)
     assert_same_state([site], [other])
     assert site.state.writes.all()
+
+
+def tensors_of(site):
+    state = site.state
+    return (
+        *(state.code, state.scale, state.applied, site.lora_b, state.counters, state.writes),
+        site.base,
+    )
+
+
+def test_every_float16_is_widened_exactly():
+    """As the base weight of rows to which nothing is added: all 63,488 finite ones."""
+    bits = torch.arange(-(2**15), 2**15).to(torch.int16)
+    base = bits.view(torch.float16)[bits.view(torch.float16).isfinite()].view(-1, 64)
+    site = site_of(
+        base.clamp(-60000, 60000), torch.zeros(1, 64), torch.zeros(len(base), 1), pending="drop"
+    )
+    site.base = base
+    site.lora_b.fill_(1.0)
+    (chosen,) = [cpu.write_rows([tensors_of(site)], [1.0], len(base), site.state.plan, True)]
+    assert torch.equal(chosen.value, base.float()[chosen.rows[0]][None])
+
+
+# -- nothing but what C++ takes gets there ---------------------------------------------------------
+
+
+def test_the_counters_are_as_many_as_the_update_has():
+    assert reference.COUNTERS == len(make_site().state.counters) == cpu.COUNTERS
+
+
+@contextlib.contextmanager
+def defaults(dtype=torch.float32, device="cpu"):
+    """Of tensors that are made without saying which."""
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
+DEFAULTS = pytest.mark.parametrize(
+    ("dtype", "device"),
+    [(torch.bfloat16, "cpu"), (torch.float64, "cpu"), (torch.float32, "meta")],
+)
+
+
+@DEFAULTS
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "aten"])
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("freed", [False, True], ids=["base", "freed"])
+def test_defaults_of_torch_change_no_state(dtype, device, compiled, watched, freed):
+    """Buffers of a 16-bit default dtype were written past their end, those of another default
+    device had no memory at all. An op runs without the default device; what makes states does not.
+    """
+    parts = (randn(24, 40), randn(4, 40, seed=1), randn(24, 4, seed=2))
+    run = update if compiled else update_by_aten
+
+    def live(*setting):
+        (base, lora_a, lora_b), told = [part.clone() for part in parts], []
+        listens = audit.audience.joined_by(told.append) if watched else contextlib.nullcontext()
+        with defaults(*setting), listens:
+            site = site_of(base, lora_a, lora_b, topk=5, freed=freed)
+            site.lora_b.add_(parts[2], alpha=1.0 / 3)
+            run(site)
+            site.lora_b.mul_(3)
+            site.state.b_ref = lambda: site.lora_b
+            site.state.flush()
+            found = [site.state.dequantize(), site.state.base()]
+            return site, site.state.drift(), found + [written.table() for written in told]
+
+    site, drift, found = live(torch.float32, "cpu")
+    other, other_drift, other_found = live(dtype, device)
+    assert_same_state([site], [other])
+    assert site.state.writes.sum() == 29
+    assert drift == other_drift
+    assert (drift is None) != freed
+    assert len(found) == (4 if watched else 2)
+    assert all(map(torch.equal, found, other_found))
+
+
+@DEFAULTS
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "aten"])
+def test_defaults_of_torch_change_no_cast(monkeypatch, dtype, device, compiled):
+    code, x = torch.arange(256).to(torch.uint8).view(4, 64), randn(4, 64)
+    scales, power, matrices = (torch.tensor(0.3), 0.5), torch.tensor(0.125), [randn(5, 7)]
+    if not compiled:
+        monkeypatch.setattr(cpu, "library", lambda: None)
+
+    def results():
+        casts = [decode_fp8(code, s, torch.float32).nan_to_num() for s in scales]
+        return [*casts, *(round_to_scaled_fp8(x, s, E4M3) for s in (power, 1.0))]
+
+    with defaults(dtype, device):
+        found = [*results(), reference._fingerprints(matrices)]
+    for one, other in zip(found, [*results(), reference._fingerprints(matrices)], strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
+PARTS = ("weight", "scale", "applied", "lora_b", "counters", "writes", "base")
+
+
+@pytest.mark.parametrize(
+    ("part", "how"),
+    # Any strides are right for a base weight, and the one column of scales has no others.
+    [(part, how) for part in PARTS for how in ("dtype", "shape", "device")]
+    + [(part, "strides") for part in PARTS if part not in ("base", "scale")],
+)
+def test_what_cpp_does_not_take_raises(part, how):
+    """In the second site of a batch, where nothing but the first says what all are like."""
+    sites = [[*tensors_of(make_site(seed=i))] for i in range(2)]
+    plan, place = make_site().state.plan, PARTS.index(part)
+    tensor = sites[1][place]
+    sites[1][place] = {
+        "dtype": lambda: tensor.to(torch.float16 if tensor.is_floating_point() else torch.int16),
+        "shape": lambda: tensor[:-1].contiguous(),
+        "device": lambda: tensor.to("meta"),
+        "strides": lambda: torch.stack([tensor, tensor], -1)[..., 0],
+    }[how]()
+    before = [t.clone() for t in sites[0]]
+    with pytest.raises(ValueError, match=r"is not (torch|of|contiguous)"):
+        cpu.write_rows([tuple(site) for site in sites], [1.0, 1.0], 3, plan, False)
+    assert same(before, sites[0])
+
+
+def test_a_base_weight_of_some_sites_alone_raises():
+    sites = [tensors_of(make_site()), tensors_of(make_site(freed=True))]
+    with pytest.raises(ValueError, match="for some sites of a batch only"):
+        cpu.write_rows(sites, [1.0, 1.0], 3, make_site().state.plan, False)
+
+
+@pytest.mark.parametrize(
+    "second",
+    [randn(3, 5).to(torch.bfloat16), randn(3, 4), torch.empty(3, 5, device="meta")],
+    ids=["dtype", "shape", "device"],
+)
+def test_fingerprints_of_unlike_matrices_raise(second):
+    with pytest.raises(ValueError, match=r"is not (torch|of)"):
+        cpu.fingerprints([randn(3, 5), second])
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        (torch.zeros(4), torch.zeros(5)),
+        (torch.zeros(4, 4).t(), torch.zeros(4, 4)),
+        (torch.zeros(4), torch.zeros(4, device="meta")),
+    ],
+    ids=["bytes", "strides", "device"],
+)
+def test_copies_that_do_not_fit_raise(pair):
+    with pytest.raises(ValueError, match=r"a copy of|contiguous|on the CPU"):
+        cpu.copy([pair])
 
 
 def test_without_a_compiler_aten_does_it_and_the_log_says_why(monkeypatch, caplog):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from falqon_fx import FalqonConfig, cuda, rewrite, serving
+from falqon_fx import FalqonConfig, rewrite, serving
 from falqon_fx.kernels import dispatch, inductor, loader, stored
 from falqon_fx.kernels.choice import Choices, run_once
 from falqon_fx.kernels.dispatch import Contest, Options
@@ -16,6 +16,8 @@ from falqon_fx.kernels.gemm import Piece, Product
 from falqon_fx.kernels.tiles import GemmProblem, gemm_specs
 from falqon_fx.numerics import E4M3, E5M2
 from falqon_fx.passes.kernels import architecture_of
+from falqon_fx.rows import cuda as rows_cuda
+from falqon_fx.spec import SiteSpec
 from tests.sites import make_site, randn, takes_row_scales
 from tests.spellings import HandWritten, Spelling
 from tests.tolerances import Approx
@@ -82,18 +84,58 @@ def test_o_by_the_library_and_o_a_by_a_generated_kernel():
     assert choose(contest, "scaled_mm").winner in ("scaled_mm", name)
 
 
-def test_a_rank_beyond_the_kernels_falls_to_the_next_with_the_reason():
-    piece = Piece(fp8(48, 64, E4M3, 0), positive(48, 1), None, randn(20, 300), randn(48, 300))
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_rank_beyond_the_kernels_is_added_behind_them(dtype):
+    """With the bias, and beside a piece of a smaller rank."""
+    pieces = [
+        Piece(fp8(48, 64, E4M3, i), positive(48, i), randn(48, seed=i), left, right)
+        for i, rank in enumerate((300, 8))
+        for left, right in [(randn(20, rank).to(dtype), randn(48, rank).to(dtype))]
+    ]
     q, scale = fp8(20, 64, E4M3, 4), positive(20, 5)
-    contest = dispatch.forward(q, scale, [piece], 0, F32, F32, Options())
-    choice = choose(contest)
-    assert not choice.winner.startswith("triton")
-    assert choice.refused["triton"] == "rank 300, more than 256"
-    assert "not triton: rank 300, more than 256" in str(choice)
-    (y,) = contest.candidates[choice.winner]()
-    exact(q, scale, piece, F32).assert_holds(y)
-    with pytest.raises(ValueError, match=r"no kernel takes forward .*: triton: rank 300"):
-        choose(contest, "triton")
+    contest = dispatch.forward(q, scale, pieces, 0, dtype, dtype, Options())
+    (name,) = [name for name in contest.candidates if name.startswith("triton")]
+    for piece, y in zip(pieces, contest.candidates[name](), strict=True):
+        # The product is rounded before the rest is added, and the sum before the bias is.
+        y64 = (Approx.exact(q.double()) @ Approx.exact(piece.weight.double()).t()).rounded(F32)
+        y64 = (y64 * Approx.exact(scale.double())).rounded(F32)
+        y64 = (y64 * Approx.exact(piece.scale.double().t())).rounded(F32, dtype)
+        y64 = y64.addmm(Approx.exact(piece.left), Approx.exact(piece.right).t(), dtype)
+        (y64 + Approx.exact(piece.bias).rounded(dtype)).rounded(dtype).assert_holds(y)
+
+
+@pytest.mark.parametrize("second", ["none", "float16"])
+def test_biases_of_several_dtypes_are_added_in_float32(second):
+    pieces = [Piece(fp8(48, 64, E4M3, i), positive(48, i)) for i in range(2)]
+    pieces[0] = replace(pieces[0], bias=randn(48, seed=6))
+    if second != "none":
+        pieces[1] = replace(pieces[1], bias=randn(48, seed=7).half())
+    q, scale = fp8(20, 64, E4M3, 4), positive(20, 5)
+    contest = dispatch.forward(q, scale, pieces, 0, F32, F32, Options())
+    choice = choose(contest, "triton")
+    for piece, y in zip(pieces, contest.candidates[choice.winner](), strict=True):
+        exact(q, scale, piece, F32).assert_holds(y)
+
+
+def test_pieces_are_one_tensor_where_they_are_rows_of_it():
+    """Not where their memory lies end to end by chance, as an allocator's blocks may."""
+    memory = torch.zeros(2 * 48 * 64, dtype=torch.uint8)
+    halves = [
+        torch.frombuffer(memory.numpy(), dtype=torch.uint8, count=48 * 64, offset=i * 48 * 64)
+        for i in range(2)
+    ]
+    apart = [half.view(48, 64).view(E4M3) for half in halves]
+    assert apart[1].data_ptr() == apart[0].data_ptr() + apart[0].numel()
+    whole = memory.view(96, 64).view(E4M3)
+    q, scale = fp8(20, 64, E4M3, 4), positive(20, 5)
+    for weights, one_tensor in (
+        (apart, False),
+        (whole.split(48), True),
+        (whole[::2].split(24), False),
+    ):
+        pieces = [Piece(w, positive(len(w), 1)) for w in weights]
+        contest = dispatch.forward(q, scale, pieces, 0, BF16, BF16, Options())
+        assert f"one_tensor={one_tensor}" in contest.key
 
 
 def test_dtypes_of_no_kernel_fall_to_the_next_with_the_reason():
@@ -102,13 +144,12 @@ def test_dtypes_of_no_kernel_fall_to_the_next_with_the_reason():
     piece = Piece(fp8(48, 64, E4M3, 0), positive(48, 1))
     grad, out_a = randn(20, 48).double(), randn(20, 8)
     product = Product(fp8(20, 48, E5M2, 0), scale, piece.weight)
-    spec = str(make_site(8, 64, 4).state.plan)
+    spec = str(SiteSpec("row", "pow2", "e5m2"))
     for contest, name, dtype in (
         (dispatch.forward(q, scale, [piece], 0, wide, wide, Options()), "out_dtype", wide),
         (dispatch.grad_x([product], None, None, wide, Options()), "out_dtype", wide),
         (dispatch.grad_b(grad, out_a, 1.0, F32, "auto"), "grad_dtype", F32),
         (dispatch.grad_b(grad.float(), out_a, 1.0, wide, "auto"), "b_dtype", wide),
-        (dispatch.cast_grad_b(grad, scale[0, 0], out_a, 1.0, F32, E5M2, "auto"), "grad_dtype", F32),
         (dispatch.cast_fp8(grad, E5M2, spec), "input_dtype", F32),
     ):
         choice = choose(contest)
@@ -314,26 +355,23 @@ def test_the_header_of_each_generated_file_names_the_sites_that_it_serves(tmp_pa
     grad, out_a = randn(20, OUT), randn(20, 8)
     dispatch.grad_b(grad, out_a, 1.0, F32, "triton").run()
     assert header(tmp_path, "grad_b_float32_float32_float32_float32_r16") == site.path
-    one = torch.tensor(1.0)
-    dispatch.cast_grad_b(grad, one, out_a, 1.0, F32, E5M2, "triton").run()
-    assert header(tmp_path, "grad_b_float32_float32_float32_float32_e5m2") == site.path
-    made = make_site(OUT, FEATURES, 8)
-    spec = str(replace(made.state.plan, kernel="triton"))
+    spec = str(SiteSpec("row", "pow2", "e5m2", kernel="triton"))
     dispatch.cast_fp8(randn(20, FEATURES), E4M3, spec).run()
     assert header(tmp_path, "activation_cast_float32_e4m3") == site.path
     dispatch.cast_fp8(grad, E5M2, spec).run()
     assert header(tmp_path, "activation_cast_float32_e5m2") == site.path
     stored.kept(w.weight)
     assert header(tmp_path, "transpose") == site.path
+    made = make_site(OUT, FEATURES, 8)
     stored.refresh([w.weight], [made.state.tensors[4]], [made.state.tensors[3]])
     assert header(tmp_path, "stored") == site.path
-    cuda.proxy_update_(
+    rows_cuda.proxy_update_(
         *([tensor] for tensor in made.state.tensors),
         [made.lora_b],
         [made.lora_a],
         [made.base],
         [made.state.scaling],
-        spec,
+        str(replace(made.state.plan, kernel="triton")),
     )
     assert header(tmp_path, "update") == site.path
 

@@ -38,7 +38,7 @@ SITE = GemmSpec(
 SIBLINGS = replace(
     SITE, pieces=6, a_pieces=3, memory="pointer", persistent=False, even_k=True, block_n=128
 )
-PENDING = replace(SIBLINGS, pieces=1, a_pieces=0, extra=128)
+ADAPTED = replace(SIBLINGS, pieces=1, a_pieces=0, extra=128)
 GRAD_X = replace(
     SIBLINGS, pieces=1, a_pieces=0, x="e5m2", w_scale="none", k_pieces=3, operands="bfloat16"
 )
@@ -71,14 +71,19 @@ SPECS = [
     SITE,
     replace(SITE, out_dtype="float16", a_dtype="float32", bias="bfloat16", memory="pointer"),
     SIBLINGS,
-    PENDING,
+    ADAPTED,
     GRAD_X,
     UPDATE,
-    replace(UPDATE, granularity="tensor", scale="amax", rounding="nearest", drop=True),
-    GradBSpec.for_rank(64, grad_dtype="bfloat16", a_dtype="bfloat16", b_dtype="float32"),
-    GradBSpec.for_rank(
-        16, grad_dtype="bfloat16", a_dtype="bfloat16", b_dtype="float32", fp8="e5m2"
+    replace(
+        UPDATE,
+        granularity="tensor",
+        scale="amax",
+        rounding="nearest",
+        drop=True,
+        applied_dtype="float32",
+        base_dtype="none",
     ),
+    GradBSpec.for_rank(64, grad_dtype="bfloat16", a_dtype="bfloat16", b_dtype="float32"),
     TransposeSpec(),
     StoredSpec(),
 ]

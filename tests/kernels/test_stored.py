@@ -1,4 +1,6 @@
-"""transpose="store": the copy Wᵀ, interpreted, against W after whatever may have written it."""
+"""transpose="store": the copy Wᵀ, interpreted: of a constant W, and with update="rows" against W
+after whatever may have written it.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from falqon_fx import cuda, prepare, stored
+from falqon_fx import FalqonConfig, cuda, prepare, stored
+from falqon_fx.base import cast_base
+from falqon_fx.fp8_linear import Fp8Linear
 from falqon_fx.kernels.stored import kept, refresh
-from falqon_fx.prepare import MergedBaseLinear
-from falqon_fx.update import STEP, flush_
+from falqon_fx.rows import cuda as rows_cuda
+from falqon_fx.rows.prepared import MergedBaseLinear
+from falqon_fx.rows.update import STEP, flush_
+from falqon_fx.spec import SiteSpec
 from tests.models import tiny_mlp
 from tests.sites import Site, make_site, randn, takes_row_scales
 
@@ -34,7 +40,7 @@ def w_of(site: Site) -> torch.Tensor:
 
 def update(*sites: Site, transpose: str = "store") -> None:
     states = [site.state for site in sites]
-    cuda.proxy_update_(
+    rows_cuda.proxy_update_(
         *([s.tensors[i] for s in states] for i in range(5)),
         [site.lora_b for site in sites],
         [site.lora_a for site in sites],
@@ -91,7 +97,8 @@ def test_only_written_rows_are_copied():
 
 
 def flush(site: Site) -> None:
-    flush_(*site.state.tensors, site.lora_b, site.state.scaling, site.state.plan)
+    state = site.state
+    flush_(*state.tensors, site.lora_b, site.base, state.scaling, state.plan)
 
 
 def another_adapter(site: Site) -> None:
@@ -123,12 +130,19 @@ def test_the_next_update_sees_what_wrote_w(change):
     assert is_up_to_date(site)
 
 
-def test_loading_a_prepared_model_drops_the_copies():
+@pytest.mark.parametrize("how", ["adapter", "rows"])
+def test_loading_a_prepared_model_drops_the_copies(how):
+    """It writes the bytes of W where they lie."""
     pytest.importorskip("peft")
     model = tiny_mlp()
-    prepare(model, progress=False)
-    site = next(m for m in model.modules() if isinstance(m, MergedBaseLinear))
-    weight = site.merged().weight[: site.out_features]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_B" in name)
+    prepare(model, FalqonConfig(update=how), progress=False)
+    layer = next(m for m in model.modules() if isinstance(m, MergedBaseLinear | Fp8Linear))
+    if isinstance(layer, Fp8Linear):
+        weight = layer.base().weight
+    else:
+        weight = layer.merged().weight[: layer.out_features]
     kept(weight)
     assert stored.find(weight) is not None
     model.load_state_dict(model.state_dict())
@@ -154,23 +168,54 @@ def test_without_the_option_nothing_is_kept_or_refreshed():
     assert not is_up_to_date(site)
 
 
-@pytest.mark.parametrize("kernel", ["triton", "scaled_mm"])
-def test_grad_x_is_that_of_a_transient_transpose(kernel):
-    if kernel == "scaled_mm" and not takes_row_scales():
-        pytest.skip("torch's _scaled_mm takes no row scales on CPU")
+def grad_x(weight, scale, lora_a, transpose: str, kernel: str) -> torch.Tensor:
+    """dL/dx of two layers that share x, as on a GPU."""
+    spec = str(SiteSpec("row", "pow2", "e5m2", kernel=kernel, transpose=transpose))
+    grads = [randn(20, len(w), seed=i).bfloat16() for i, w in enumerate(weight)]
+    d = [randn(20, len(a), seed=i).bfloat16() for i, a in enumerate(lora_a)]
+    casts = torch.ops.falqon.proxy_update(
+        lora_a, [torch.zeros(1, len(a)) for a in lora_a], [1.0] * len(lora_a), False, spec
+    )
+    columns = (grads, weight, scale, d, casts[0::3], casts[1::3])
+    return cuda.merged_linear_grad_x(*columns, torch.bfloat16, spec)
+
+
+KERNELS = pytest.mark.parametrize(
+    "kernel",
+    [
+        "triton",
+        pytest.param(
+            "scaled_mm",
+            marks=pytest.mark.skipif(
+                not takes_row_scales(), reason="torch's _scaled_mm takes no row scales on CPU"
+            ),
+        ),
+    ],
+)
+
+
+@KERNELS
+def test_grad_x_of_a_constant_base_is_that_of_a_transient_transpose(kernel):
+    """The copies are made by the first step, and hold."""
+    plan = SiteSpec("row", "pow2", "e5m2")
+    bases = [cast_base(randn(out, 64, seed=out), plan) for out in (48, 32)]
+    given = ([b.weight for b in bases], [b.scale for b in bases], [randn(16, 64)])
+    first = grad_x(*given, "store", kernel)
+    assert torch.equal(first, grad_x(*given, "transient", kernel))
+    copies = [stored.find(base.weight) for base in bases]
+    assert all(copy is not None for copy in copies)
+    assert torch.equal(first, grad_x(*given, "store", kernel))
+    assert [stored.find(base.weight) for base in bases] == copies
+
+
+@KERNELS
+def test_grad_x_follows_the_updates_of_rows(kernel):
     made = [make_site(48, 64, 16), make_site(32, 64, 8, seed=1)]
-    grads = [randn(20, len(s.lora_b), seed=i).bfloat16() for i, s in enumerate(made)]
-
-    def grad_x(transpose: str) -> torch.Tensor:
-        states = [s.state for s in made]
-        spec = str(replace(states[0].plan, kernel=kernel, transpose=transpose))
-        columns = ([s.weight for s in states], [s.scale for s in states])
-        columns += ([s.applied for s in states], [s.lora_b for s in made])
-        return cuda.merged_linear_grad_x(grads, *columns, [2.0, 2.0], torch.bfloat16, spec)
-
     for step in range(2):
         for site in made:
             site.step(seed=step)
         update(*made)
-        assert torch.equal(grad_x("store"), grad_x("transient"))
+        scale = [site.state.scale[: len(site.lora_b)] for site in made]
+        given = ([w_of(site) for site in made], scale, [site.lora_a for site in made])
+        assert torch.equal(grad_x(*given, "store", kernel), grad_x(*given, "transient", kernel))
     assert all(is_up_to_date(site) for site in made)

@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from falqon_fx import update as reference
 from falqon_fx.kernels.update import UpdateSite, update_
 from falqon_fx.kernels.update_spec import UpdateSpec
 from falqon_fx.numerics import E4M3, philox_uint16, round_to_fp8, round_to_fp8_stochastic
+from falqon_fx.rows import update as reference
 from tests import sites as sites_module
 from tests.sites import make_site, randn, same, site_of, snapshot, step_alike, twins
 from tests.strategies import exact_sites
@@ -82,12 +82,31 @@ def test_equals_the_cpu_bit_for_bit(made, loop, rows, data):
             assert same(snapshot(site.state), snapshot(other.state))
 
 
+@settings(max_examples=12)
+@given(made=exact_sites(), loop=st.booleans(), data=st.data())
+def test_equals_the_cpu_bit_for_bit_without_base_weights(made, loop, data):
+    made = [replace(site, base=None) for site in made]
+    others = twins(made)
+    for step in range(2):
+        step_alike(made, others, step, lambda: data.draw(st.booleans()))
+        sites_module.update(*made)
+        by_kernel(*others, rows=2, width=32 if loop else 64, loop=loop)
+        for site, other in zip(made, others, strict=True):
+            assert same(snapshot(site.state), snapshot(other.state))
+
+
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
-def test_bytes_differ_only_at_ties(granularity, rounding):
+@pytest.mark.parametrize("base", ["plain", "stored [in, out]", "freed"])
+def test_bytes_differ_only_at_ties(granularity, rounding, base):
     site = make_site(
         out=40, features=64, rank=16, scale="amax", granularity=granularity, rounding=rounding
     )
+    exact_base = site.base.double()
+    if base == "stored [in, out]":
+        site.base = site.base.t().contiguous().t()
+    elif base == "freed":
+        site.base = None
     (other,) = twins([site])
     for s in (site, other):
         s.step(size=0.3)
@@ -99,11 +118,14 @@ def test_bytes_differ_only_at_ties(granularity, rounding):
         torch.testing.assert_close(
             getattr(other.state, part), getattr(site.state, part), rtol=0, atol=0
         )
-    delta = (other.state.applied.double() - old_applied) * other.state.scaling
-    exact = before[:40] + delta @ before[40:]
-    # Row scale times byte rounds, delta rounds twice, sixteen products and sums, the new scale and
+    start, held = exact_base, other.state.applied.double()
+    if base == "freed":
+        start, held = before[:40], held - old_applied
+    exact = start + held @ before[40:] * other.state.scaling
+    # Row scale times byte rounds, a factor of B twice, sixteen products and sums, the new scale and
     # its reciprocal: 24 roundings at most on the way of any term.
-    off = gamma(24) * (before[:40].abs() + delta.abs() @ before[40:].abs())
+    by = held.abs() @ before[40:].abs() * other.state.scaling
+    off = gamma(24) * (start.abs() + by)
     scale = (other.state.scale[:40] if granularity == "row" else other.state.scale).double()
     low, high = ((exact + sign * off) / scale for sign in (-1, 1))
     if rounding == "nearest":
@@ -189,18 +211,6 @@ def test_fingerprints_are_those_of_the_cpu(dtype, shape):
     assert same(before, snapshot(site.state))
 
 
-def test_prepared_sites_have_no_base():
-    made = [make_site(seed=s) for s in range(2)]
-    others = [replace(site, base=None) for site in twins(made)]
-    for s in (*made, *others):
-        s.step()
-    sites_module.update(*made)
-    by_kernel(*others)
-    torch.testing.assert_close(
-        [s.state.applied for s in others], [s.state.applied for s in made], rtol=0, atol=0
-    )
-
-
 def test_no_sites_launch_nothing(monkeypatch):
     monkeypatch.setattr("falqon_fx.kernels.update.load", None)
     update_([], 0, spec_of([make_site()]))
@@ -223,9 +233,22 @@ def test_bad_input_is_explained(change, message):
         by_kernel(make_site(), **change)
 
 
+@pytest.mark.parametrize("part", ["scale", "counters", "writes"])
+def test_a_state_of_other_dtypes_is_refused(part):
+    site = make_site()
+    setattr(site.state, part, getattr(site.state, part).to(torch.bfloat16))
+    with pytest.raises(ValueError, match=r"scale, counters and writes of .*torch.bfloat16"):
+        by_kernel(site)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"rounding": "up"}, "rounding='up'"), ({"rank": 3}, "rank=3"), ({"width": 4}, "eight")],
+    [
+        ({"rounding": "up"}, "rounding='up'"),
+        ({"rank": 3}, "rank=3"),
+        ({"width": 4}, "eight"),
+        ({"drop": True, "applied_dtype": "bfloat16"}, "with drop it is float32"),
+    ],
 )
 def test_bad_spec_is_named(change, message):
     with pytest.raises(ValueError, match=message):

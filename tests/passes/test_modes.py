@@ -1,4 +1,4 @@
-"""Sites under torch.no_grad() and torch.autocast()."""
+"""Sites under torch.no_grad(), torch.autocast() and the transforms of torch.func."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.functional import cosine_similarity
+from torch.utils.checkpoint import checkpoint
 
 import falqon_fx
 from falqon_fx import backend
-from falqon_fx.passes.modes import modes
+from falqon_fx.passes.modes import modes, transformed
 from tests.models import LoraLinear, fill_b
 
 FUSED = torch.ops.falqon.merged_linear.default
@@ -30,16 +32,17 @@ class Two(nn.Module):
 
 
 class Three(nn.Module):
-    """q, k and v behind something that is computed without gradients, as rotary embeddings are."""
+    """q, k and v around something that is computed without gradients, as rotary embeddings are."""
 
     def __init__(self) -> None:
         super().__init__()
         self.q, self.k, self.v = (LoraLinear(32, 16) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x)
         with torch.no_grad():
             angle = torch.arange(4.0)[:, None].cos()
-        return self.q(x) * angle + self.k(x) * self.v(x)
+        return q * angle + self.k(x) * self.v(x)
 
 
 class Partly(nn.Module):
@@ -61,7 +64,9 @@ def results(monkeypatch) -> list[falqon_fx.RewriteResult]:
     torch._dynamo.reset()
     made: list[falqon_fx.RewriteResult] = []
     rewrite = backend.rewrite
-    monkeypatch.setattr(backend, "rewrite", lambda *args: made.append(rewrite(*args)) or made[-1])
+    monkeypatch.setattr(
+        backend, "rewrite", lambda *a, **k: made.append(rewrite(*a, **k)) or made[-1]
+    )
     return made
 
 
@@ -82,16 +87,14 @@ def test_a_site_without_gradients_takes_no_siblings_with_it(results):
     (report,) = (result.report for result in results)
     assert [site.path for site in report.sites] == ["picks", "computes"]
     assert len(results[0].gm.graph.find_nodes(op="call_function", target=FUSED)) == 2
-    for (name, _), ours, theirs in zip(
-        [("", None), ("", None), *model.named_parameters()], got, wanted, strict=True
-    ):
-        assert name.endswith("lora_A.weight") or (ours is None) == (theirs is None), name
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert (ours is None) == (theirs is None)
     # Within the casts: the cosine that tests/test_zoo.py asks of whole models.
-    gradient = model.computes.lora_B.weight.grad
-    eager = dict(zip((n for n, _ in model.named_parameters()), wanted[2:]))[
-        "computes.lora_B.weight"
-    ]
-    assert torch.nn.functional.cosine_similarity(gradient.flatten(), eager.flatten(), dim=0) > 0.9
+    eager = dict(zip((n for n, _ in model.named_parameters()), wanted[2:]))
+    for part in ("lora_A", "lora_B"):
+        gradient = model.computes.get_parameter(f"{part}.weight").grad
+        wide = eager[f"computes.{part}.weight"]
+        assert cosine_similarity(gradient.flatten(), wide.flatten(), dim=0) > 0.9
 
 
 def test_siblings_stay_together_where_the_mode_is_back(results):
@@ -109,7 +112,8 @@ def test_a_site_that_is_partly_in_a_mode_is_refused_and_left_as_it_is(mode, resu
     model = Partly(mode)
     fill_b(model)
     wanted = run(model, model)
-    got = run(model, torch.compile(model, backend="falqon", options={"inner": "eager"}))
+    options = {"inner": "eager", "frozen": "leave"}
+    got = run(model, torch.compile(model, backend="falqon", options=options))
     (refused,) = results[0].report.rejected
     assert refused.site == "proj"
     assert "covers a part of it alone" in refused.reason
@@ -118,6 +122,59 @@ def test_a_site_that_is_partly_in_a_mode_is_refused_and_left_as_it_is(mode, resu
         assert (ours is None) == (theirs is None)
         if ours is not None:
             assert torch.equal(ours, theirs)
+
+
+def test_the_base_of_such_a_site_runs_in_fp8_in_its_own_mode(results):
+    model = Partly(torch.no_grad)
+    fill_b(model)
+    wanted = run(model, model)
+    got = run(model, torch.compile(model, backend="falqon", options={"inner": "eager"}))
+    assert [(s.path, s.adapters) for s in results[0].report.sites] == [("proj.base_layer", 0)]
+    assert len(results[0].report.rejected) == 1
+    for ours, theirs in zip(got[1:], wanted[1:], strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) > 0.9
+
+
+@pytest.mark.parametrize("part", ["lora", "frozen"])
+def test_a_cast_without_gradients_goes_on_cutting_them_off(part, results):
+    """Sites read what casts were made from, but not through this one."""
+
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lora, self.frozen = LoraLinear(64, 64), nn.Linear(64, 64).requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                cut = x.bfloat16().float()
+            return getattr(self, part)(cut) + x.sum()
+
+    model = Cut()
+    fill_b(model)
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    y = torch.compile(model, backend="falqon", options={"inner": "eager"})(x)
+    assert len(results[0].report.sites) == 1
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, y.numel()))
+
+
+def test_a_cast_of_the_result_in_another_mode_is_no_part_of_the_site(results):
+    class Outside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(64, 64).requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.proj(x)
+            with torch.no_grad():
+                return y.bfloat16()
+
+    compiled = torch.compile(Outside(), backend="falqon", options={"inner": "eager"})
+    assert not compiled(torch.ones(4, 64, requires_grad=True)).requires_grad
+    (site,) = results[0].report.sites
+    assert site.out_dtype == "float32"
 
 
 def test_inference_mode_and_nested_autocast_are_entered_and_left():
@@ -135,3 +192,99 @@ def test_inference_mode_and_nested_autocast_are_entered_and_left():
     first, inner, last = (of[n] for n in graphs[0].nodes if "matmul" in str(n.target))
     assert first == last
     assert (len(first), len(inner)) == (2, 3)
+
+
+# -- torch.func ------------------------------------------------------------------------------------
+
+
+class Sample(nn.Module):
+    """A LoRA layer and a frozen one that is wide enough for FP8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lora, self.frozen = LoraLinear(32, 64), nn.Linear(64, 72).requires_grad_(False)
+        fill_b(self, 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.frozen(self.lora(x))
+
+    def loss(self, x: Tensor) -> Tensor:
+        return self(x).square().sum()
+
+
+TRANSFORMS: dict[str, Callable[[Sample, Tensor], object]] = {
+    "vmap": lambda m, x: torch.func.vmap(m.forward)(x),
+    "grad": lambda m, x: torch.func.grad(m.loss)(x),
+    "jvp": lambda m, x: torch.func.jvp(m, (x,), (x.cos(),)),
+    "vjp": lambda m, x: torch.func.vjp(m, x)[1](torch.ones(4, 72)),
+    "jacrev": lambda m, x: torch.func.jacrev(m)(x[0]),
+    "jacfwd": lambda m, x: torch.func.jacfwd(m)(x[0]),
+    "hessian": lambda m, x: torch.func.hessian(m.loss)(x[0]),
+    "a gradient a sample": lambda m, x: torch.func.vmap(torch.func.grad(m.loss))(x),
+    "a checkpoint in vmap": lambda m, x: torch.func.vmap(
+        lambda one: checkpoint(m, one, use_reentrant=False)
+    )(x),
+    "vmap in a checkpoint": lambda m, x: checkpoint(
+        torch.func.vmap(m.forward), x, use_reentrant=False
+    ),
+}
+
+
+def example() -> Tensor:
+    return torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
+
+
+def flat(value: object) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else [t for part in value for t in flat(part)]
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("function", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_a_site_in_a_transform_of_torch_func_is_left_alone(function, inner, results):
+    """Its numbers are those of the inner compiler alone, and eager's but where Inductor sums."""
+    model, x = Sample(), example()
+    wanted = flat(function(model, x))
+    call = torch.compile(
+        lambda x: function(model, x), backend="falqon", options={"inner": inner}, fullgraph=True
+    )
+    got = flat(call(x))
+    torch._dynamo.reset()
+    other = flat(torch.compile(lambda x: function(model, x), backend=inner, fullgraph=True)(x))
+    for ours, theirs, eager in zip(got, other, wanted, strict=True):
+        assert torch.equal(ours, theirs)
+        if inner != "inductor":
+            assert torch.equal(ours, eager)
+    (report,) = (result.report for result in results)
+    assert not report.sites
+    reasons = {item.reason for item in (*report.rejected, *report.left)}
+    assert reasons == {"it runs inside a torch.func transform"}
+    assert len(report.rejected) == len(report.left) == 1
+
+
+def test_a_site_beside_a_transform_is_rewritten(results):
+    model, x = Sample(), example()
+
+    def both(x: Tensor) -> Tensor:
+        return torch.func.vmap(model.forward)(x) + model(x)
+
+    torch.compile(both, backend="falqon", options={"inner": "eager"}, fullgraph=True)(x)
+    (report,) = (result.report for result in results)
+    assert [site.adapters for site in report.sites] == [1, 0]
+    assert len(report.rejected) == len(report.left) == 1
+
+
+@pytest.mark.parametrize("name", ["vmap", "grad", "jvp"])
+def test_dynamo_writes_a_transform_between_the_marks_that_are_looked_for(name):
+    graphs: list[fx.Graph] = []
+    model = Sample()
+    torch._dynamo.reset()
+    torch.compile(
+        lambda x: TRANSFORMS[name](model, x),
+        backend=lambda gm, _: graphs.append(gm.graph) or gm.forward,
+        fullgraph=True,
+    )(example())
+    of = modes(graphs[0])
+    linears = [n for n in graphs[0].nodes if n.target is torch._C._nn.linear]
+    assert len(linears) == 4
+    assert all(transformed(of[n]) for n in linears)
+    assert not transformed(of[graphs[0].output_node()])

@@ -2,22 +2,24 @@ from __future__ import annotations
 
 import copy
 import functools
+import operator
 from typing import Any
 
+import peft
 import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from falqon_fx import FalqonConfig, RewriteResult, prepare, rewrite
+from falqon_fx import FalqonConfig, FalqonError, RewriteResult, prepare, rewrite
 from tests import tolerances as tol
 from tests.models import LoraLinear, Stack, fill_b
 from tests.sites import randn
 from tests.spellings import HandWritten, Passes, Spelling, check_site, spellings, targets
 
-KEEP = FalqonConfig(init="keep", topk=1)
-FUSED = {"merged_linear.default": 1, "getitem": 1, "proxy_update_.default": 1}
+DEFAULT = FalqonConfig()
+FUSED = {"merged_linear.default": 1, "getitem": 1 + 3, "proxy_update.default": 1}
 
 
 def parameters(model: HandWritten) -> tol.Parameters:
@@ -34,11 +36,11 @@ def example(spelling: Spelling, seed: int = 7) -> Tensor:
 
 
 def traced(model: nn.Module, x: Tensor) -> Any:
-    return rewrite(fx.symbolic_trace(model), [x], KEEP)
+    return rewrite(fx.symbolic_trace(model), [x], DEFAULT)
 
 
 def exported(model: nn.Module, x: Tensor) -> Any:
-    return rewrite(torch.export.export(model, (x,)).module(), [x], KEEP)
+    return rewrite(torch.export.export(model, (x,)).module(), [x], DEFAULT)
 
 
 @given(spellings())
@@ -81,7 +83,7 @@ def test_called_modules_give_way_to_one_op():
     result = traced(model, randn(5, 24))
     assert targets(gm) == {"base": 1, "lora_a": 1, "lora_b": 1, "mul": 1, "add": 1}
     assert targets(result.gm) == FUSED
-    assert (result.report.graphs[0].nodes_before, result.report.graphs[0].nodes_after) == (5, 3)
+    assert (result.report.graphs[0].nodes_before, result.report.graphs[0].nodes_after) == (5, 6)
 
 
 def test_exported_aten_ops_give_way_to_one_op():
@@ -95,17 +97,22 @@ def test_the_fused_op_reads_what_the_site_read():
     model, x = HandWritten(Spelling(bias=True, dtype=torch.bfloat16)), randn(5, 24).bfloat16()
     gm = traced(model, x).gm
     (op,) = gm.graph.find_nodes(op="call_function", target=torch.ops.falqon.merged_linear.default)
-    given, *state, (lora_b,), (bias,), (scaling,), out_dtype, _ = op.args
+    given, (weight,), (scale,), (bias,), *casts, (lora_a,), (lora_b,), own_x, owner = op.args[:11]
     assert given.op == "placeholder"
     assert given.target == "x"
-    assert [node.target for (node,) in state] == [
-        f"falqon_0_{n}" for n in ("code", "scale", "applied")
-    ]
-    assert (lora_b.target, bias.target) == ("lora_b.weight", "base.bias")
-    assert (scaling, out_dtype) == (2.0, torch.bfloat16)
+    assert (weight.target, scale.target) == ("falqon_base_0_weight", "falqon_base_0_scale")
+    assert [cast.args[1] for (cast,) in casts] == [0, 1, 2]
+    (made,) = {cast.args[0] for (cast,) in casts}
+    assert made.target is torch.ops.falqon.proxy_update.default
+    assert (lora_a.target, lora_b.target) == ("lora_a.weight", "lora_b.weight")
+    assert bias.target == "base.bias"
+    assert (own_x, owner) == ([], [0])
+    scaling, keep_x, out_dtype, spec = op.args[11:]
+    assert (scaling, keep_x, out_dtype) == ([2.0], True, torch.bfloat16)
+    assert spec == made.args[-1]
 
 
-def test_a_layer_called_twice_is_two_sites_on_one_state():
+def test_a_layer_called_twice_is_two_sites_on_one_base_and_one_cast():
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -116,11 +123,11 @@ def test_a_layer_called_twice_is_two_sites_on_one_state():
 
     result = traced(Twice(), randn(5, 24))
     assert len(result.report.sites) == 2
-    assert len(result.slots) == 1
+    assert len(result.operands.bases) == 1
     assert targets(result.gm) == {
         "merged_linear.default": 2,
-        "getitem": 2,
-        "proxy_update_.default": 1,
+        "getitem": 2 + 3,
+        "proxy_update.default": 1,
     }
 
 
@@ -135,7 +142,7 @@ def test_a_site_reads_the_result_of_the_site_before_it():
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpoint_bodies_get_the_state_as_operands(reentrant):
+def test_checkpoint_bodies_get_bases_and_casts_as_operands(reentrant):
     model = Stack(2, 16, 24)
     fill_b(model)
     model.call = functools.partial(checkpoint, use_reentrant=reentrant)
@@ -150,13 +157,15 @@ def test_checkpoint_bodies_get_the_state_as_operands(reentrant):
     for call in calls:
         body = result.gm.get_submodule(str(call.args[0].target))
         assert targets(body)["merged_linear.default"] == 2
-        assert targets(body)["proxy_update_.default"] == 0
-        state = [n.name for n in call.args[1:] if n.name.startswith("falqon_")]
-        assert len(state) == 2 * 3  # code, scale and applied of two sites
+        assert targets(body)["proxy_update.default"] == 0
+        bases = [n for n in call.args[1:] if n.name.startswith("falqon_base")]
+        assert len(bases) == 2 * 2  # weight and scale of two sites
+        items = [n for n in call.args[1:] if n.target is operator.getitem]
+        casts = [n for n in items if n.args[0].target is torch.ops.falqon.proxy_update.default]
+        assert len(casts) == 2 * 3  # of A, its scale, and s·B
         assert len(body.graph.find_nodes(op="placeholder")) == len(call.args) - 1
     for parameter in model.parameters():
-        if parameter.requires_grad and parameter.shape[0] != 4:  # not A
-            assert parameter.grad is not None
+        assert (parameter.grad is not None) == parameter.requires_grad
 
 
 def test_metadata_follows_the_result():
@@ -184,7 +193,7 @@ def test_the_given_graph_is_never_edited(frontend):
     model, x = HandWritten(Spelling(bias=True)), randn(5, 24)
     gm = frontend(model) if frontend else torch.export.export(model, (x,)).module()
     before, expected = frozen(gm), gm(x)
-    rewrite(gm, [x], KEEP)
+    rewrite(gm, [x], DEFAULT)
     assert frozen(gm) == before
     assert torch.equal(gm(x), expected)
 
@@ -196,7 +205,7 @@ def test_a_given_graph_with_checkpoints_is_never_edited():
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> RewriteResult:
         before = frozen(gm)
-        result = rewrite(gm, inputs, KEEP)
+        result = rewrite(gm, inputs, DEFAULT)
         seen.append((before, frozen(gm)))
         return result
 
@@ -210,8 +219,8 @@ def test_a_given_graph_with_checkpoints_is_never_edited():
 def test_rewriting_a_rewritten_graph_changes_nothing():
     model, x = HandWritten(Spelling(bias=True, lora_bias=True)), randn(5, 24)
     first = traced(model, x)
-    inputs = first.bind([x]).all
-    second = rewrite(first.gm, inputs, KEEP)
+    inputs = first.bind([x])
+    second = rewrite(first.gm, inputs, DEFAULT)
     assert not second.report.sites
     assert not second.report.rejected
     assert str(second.gm.graph) == str(first.gm.graph)
@@ -221,7 +230,7 @@ def test_rewriting_a_rewritten_graph_changes_nothing():
 def test_rewriting_the_same_graph_again_gives_the_same_graph():
     model, x = HandWritten(Spelling()), randn(5, 24)
     gm = fx.symbolic_trace(model)
-    first, second = rewrite(gm, [x], KEEP), rewrite(gm, [x], KEEP)
+    first, second = rewrite(gm, [x], DEFAULT), rewrite(gm, [x], DEFAULT)
     assert str(first.gm.graph) == str(second.gm.graph)
     assert torch.equal(first(x), second(x))
 
@@ -230,7 +239,7 @@ def test_a_graph_without_lora_is_returned_as_it_was():
     model, x = nn.Sequential(nn.Linear(24, 20), nn.ReLU()), randn(5, 24)
     gm = fx.symbolic_trace(model)
     result = rewrite(gm, [x])
-    assert not result.slots
+    assert not result.operands.bases
     assert str(result.gm.graph) == str(gm.graph)
     assert torch.equal(result(x), model(x))
 
@@ -272,14 +281,50 @@ def test_values_next_to_a_site_are_bit_equal():
     assert torch.equal(result(x)[1], model(x)[1])
 
 
-def test_no_gradient_reaches_a():
+# -- what is kept for backward ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sites", [1, 3])
+def test_x_is_kept_for_backward_where_a_is_trained_and_once_for_siblings(inner, dtype, sites):
+    layers = nn.ModuleList(LoraLinear(72, 80, dtype=dtype) for _ in range(sites))
+    fill_b(layers, 0.1)
+
+    def function(x: Tensor) -> Tensor:
+        return torch.stack([layer(x) for layer in layers]).square().sum()
+
+    def kept() -> list[torch.dtype]:
+        """What is as large as x among all that is kept."""
+        torch._dynamo.reset()
+        call = torch.compile(function, backend="falqon", options={"inner": inner})
+        seen: list[Tensor] = []
+        x = randn(7, 72).to(dtype).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
+            y = call(x)
+        y.backward()
+        assert x.grad is not None
+        return [t.dtype for t in seen if t.numel() == 7 * 72]
+
+    assert kept() == [torch.float8_e4m3fn]
+    for layer in layers:
+        layer.lora_A.requires_grad_(False)
+    assert kept() == []
+
+
+def test_a_frozen_a_that_is_unfrozen_under_a_graph_that_can_not_know_is_an_error():
+    """Dynamo compiles anew; `symbolic_trace` and export do not look again."""
     model, x = HandWritten(Spelling()), randn(5, 24)
-    traced(model, x)(x).sum().backward()
+    model.lora_a.requires_grad_(False)
+    result = traced(model, x)
+    result(x).sum().backward()
     assert model.lora_a.weight.grad is None
-    assert model.lora_b.weight.grad is not None
+    model.lora_a.requires_grad_(True)
+    with pytest.raises(FalqonError, match="lora_A trains now, but did not when"):
+        result(x).sum().backward()
 
 
-def test_keep_leaves_every_parameter_as_it_was():
+def test_a_call_leaves_every_parameter_as_it_was():
     model, x = HandWritten(Spelling()), randn(5, 24)
     before = copy.deepcopy(model.state_dict())
     traced(model, x)(x)
@@ -287,27 +332,60 @@ def test_keep_leaves_every_parameter_as_it_was():
         assert torch.equal(value, before[name])
 
 
-def test_a_prepared_layer_is_rewritten_on_the_state_it_holds():
-    import peft
+# -- prepared layers -------------------------------------------------------------------------------
 
-    class One(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.proj = nn.Linear(24, 20, bias=True)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.proj(x)
+class Mlp(nn.Module):
+    """LoRA on the first of two layers; the second is wide enough for FP8."""
 
-    model = peft.get_peft_model(One(), peft.LoraConfig(target_modules="proj", r=4))
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.out = nn.Linear(72, 64), nn.Linear(64, 80)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.proj(x).relu())
+
+
+def adapted() -> nn.Module:
+    model = peft.get_peft_model(Mlp(), peft.LoraConfig(target_modules="proj", r=4))
     fill_b(model, 0.1)
-    x = randn(5, 24)
+    return model
+
+
+def test_a_prepared_layer_is_rewritten_on_the_bytes_it_holds():
+    model, x = adapted(), randn(5, 72)
     unprepared = Passes().run(model, x)
-    prepare(model, KEEP, progress=False)
+    prepare(model, DEFAULT, progress=False)
     passes = Passes()
     assert torch.equal(passes.run(model, x), unprepared)
-    assert passes.before[0]["base_linear.default"] == 1
+    assert passes.before[0]["base_linear.default"] == 2
     assert passes.after[0]["base_linear.default"] == 0
-    assert passes.after[0]["merged_linear.default"] == 1
-    (result,) = passes.results
-    placeholders = result.gm.graph.find_nodes(op="placeholder")
-    assert not [n for n in placeholders if n.name.startswith("falqon_")]
+    assert passes.after[0]["merged_linear.default"] == 2
+    assert [site.prepared for site in passes.sites] == [True, True]
+
+
+@pytest.mark.parametrize("frozen", ["fp8", "leave"])
+def test_an_exported_prepared_model_gives_the_numbers_of_the_compiled_one(frozen):
+    """Its bytes are get_attr nodes there, not placeholders. A layer that is prepared is rewritten
+    whatever ``frozen`` says: nothing else is left of it.
+    """
+    model, x = adapted(), randn(5, 72)
+    prepare(model, progress=False)
+    config, passes = FalqonConfig(frozen=frozen), Passes(frozen=frozen)
+
+    def numbers(call: Any) -> list[Tensor]:
+        model.zero_grad()
+        y = call(x)
+        y.square().sum().backward()
+        return [y.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
+
+    torch._dynamo.reset()
+    compiled = numbers(torch.compile(model, backend=passes, fullgraph=True))
+    assert len(compiled) == 3
+    result = rewrite(torch.export.export(model, (x,)).module(), [x], config)
+    assert [site.path for site in result.report.sites] == [site.path for site in passes.sites]
+    assert len(passes.sites) == 2
+    assert targets(result.gm)["base_linear.default"] == 0
+    assert targets(result.gm)["merged_linear.default"] == 2
+    for ours, theirs in zip(numbers(result), compiled, strict=True):
+        assert torch.equal(ours, theirs)

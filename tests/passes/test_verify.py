@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import peft
@@ -14,11 +14,10 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from falqon_fx import FalqonConfig, RewriteResult, prepare, rewrite
-from falqon_fx.passes.insert_updates import insert_updates
+from falqon_fx.passes.insert_operands import Operands, insert_operands
 from falqon_fx.passes.match import match
 from falqon_fx.passes.normalize import Scope, normalize
 from falqon_fx.passes.plan import Plan, plan
-from falqon_fx.passes.rewrite import SlotNodes
 from falqon_fx.passes.rewrite import rewrite as rewrite_sites
 from falqon_fx.passes.verify import Wiring, verify, wiring
 from tests.models import fill_b
@@ -26,21 +25,37 @@ from tests.sites import randn
 from tests.spellings import HandWritten, Passes, Spelling, targets
 
 FUSED = torch.ops.falqon.merged_linear.default
-UPDATE = torch.ops.falqon.proxy_update_.default
+CASTS = torch.ops.falqon.proxy_update.default
+WRITES = torch.ops.falqon.proxy_update_.default
+# Where merged_linear takes what.
+WEIGHT, SCALE, BIAS, A, A_SCALE, B, LORA_A, LORA_B, OWN_X, OWNER, SCALING, KEEP_X, DTYPE, SPEC = (
+    range(1, 15)
+)
 
 
 class Model(nn.Module):
-    """Two siblings, one with a bias of B, and behind them a site that reads their product."""
+    """Two adapted siblings, one with a bias of B, and a frozen one; behind them a site with a bias
+    that reads their product.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.q = HandWritten(Spelling(out=24, base="functional", adapter="functional"))
-        self.k = HandWritten(Spelling(out=24, lora_bias=True), seed=10)
-        self.o = HandWritten(Spelling(out=20, bias=True), seed=20)
+        self.q = HandWritten(Spelling(out=64, features=64, base="functional", adapter="functional"))
+        self.k = HandWritten(Spelling(out=64, features=64, lora_bias=True, scaling=0.5), seed=10)
+        self.v = nn.Linear(64, 64, bias=False).requires_grad_(False)
+        self.o = HandWritten(Spelling(out=20, features=64, bias=True), seed=20)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.relu()
-        return self.o(self.q(x) * self.k(x)).sigmoid()
+        return self.o(self.q(x) * self.k(x) + self.v(x)).sigmoid()
+
+
+def frozen_a(model: nn.Module) -> nn.Module:
+    """As update="rows" asks for it."""
+    for name, parameter in model.named_parameters():
+        if "lora_a" in name.lower():
+            parameter.requires_grad_(False)
+    return model
 
 
 def traced(model: nn.Module, x: Tensor) -> fx.GraphModule:
@@ -71,7 +86,7 @@ class Rewritten:
     """What the passes before `verify` make of a graph."""
 
     plan: Plan
-    slots: tuple[SlotNodes, ...]
+    operands: Operands
     before: Wiring
 
     @property
@@ -85,14 +100,22 @@ class Rewritten:
     def sigmoid(self) -> fx.Node:
         return self.find("sigmoid", torch.ops.aten.sigmoid.default)
 
+    def siblings(self) -> fx.Node:
+        """The op of q, k and v."""
+        return self.graph.find_nodes(op="call_function", target=FUSED)[0]
+
     def fused(self) -> fx.Node:
+        """The op of o."""
         return self.find(FUSED)
 
-    def update(self) -> fx.Node:
-        return self.find(UPDATE)
+    def casts(self) -> fx.Node:
+        return self.find(CASTS)
+
+    def writes(self) -> fx.Node:
+        return self.find(WRITES)
 
     def verify(self) -> None:
-        verify(self.plan, self.slots, self.before)
+        verify(self.plan, self.operands, self.before)
 
 
 def values(gm: fx.GraphModule, x: Tensor) -> list[Any]:
@@ -104,23 +127,25 @@ def values(gm: fx.GraphModule, x: Tensor) -> list[Any]:
 def passes(gm: fx.GraphModule, inputs: list[Any], **options: Any) -> Rewritten:
     root: Scope = normalize(gm, inputs)
     before = wiring(root)
-    matches, rejected = match(root)
-    chosen = plan(root, matches, rejected, FalqonConfig(topk=1, **options))
-    slots = rewrite_sites(chosen)
-    insert_updates(chosen, slots)
-    return Rewritten(chosen, slots, before)
+    config = FalqonConfig(**options)
+    matches, rejected = match(root, keep_dropout=config.dropout == "exact")
+    chosen = plan(root, matches, rejected, config)
+    operands = insert_operands(chosen)
+    rewrite_sites(chosen, operands)
+    return Rewritten(chosen, operands, before)
 
 
 @pytest.fixture(params=FRONTENDS)
 def done(request) -> Rewritten:
-    x = randn(5, 24)
+    x = randn(5, 64)
     gm = FRONTENDS[request.param](Model(), x)
     return passes(gm, values(gm, x))
 
 
 def test_a_rewritten_graph_passes(done):
     done.verify()
-    assert (len(done.plan.groups), len(done.plan.sites), len(done.slots)) == (2, 3, 3)
+    assert [len(group) for group in done.plan.groups] == [3, 1]
+    assert (len(done.operands.bases), len(done.operands.adapters)) == (4, 3)
 
 
 # -- a site half rewritten -------------------------------------------------------------------------
@@ -151,37 +176,51 @@ def skip_site(done: Rewritten) -> None:
 
 
 def swap_siblings(done: Rewritten) -> None:
-    first = done.graph.find_nodes(op="call_function", target=FUSED)[0]
+    first = done.siblings()
     for item in list(first.users):
-        item.args = (first, 1 - item.args[1])
+        item.args = (first, (item.args[1] + 1) % 3)
 
 
 def wrong_input(done: Rewritten) -> None:
-    first = done.graph.find_nodes(op="call_function", target=FUSED)[0]
+    first = done.siblings()
     relu = first.args[0]
     first.args = (relu.args[0], *first.args[1:])
 
 
-def wrong_state(column: int) -> Callable[[Rewritten], None]:
-    """One of the siblings' two states in the place of the other."""
+def change(node: fx.Node, place: int, value: Any) -> None:
+    node.args = (*node.args[:place], value, *node.args[place + 1 :])
+
+
+def reversed_column(column: int) -> Callable[[Rewritten], None]:
+    """What belongs to one sibling is in the place of what belongs to another."""
 
     def damage(done: Rewritten) -> None:
-        first = done.graph.find_nodes(op="call_function", target=FUSED)[0]
-        args = list(first.args)
-        args[column] = args[column][::-1]
-        first.args = tuple(args)
+        first = done.siblings()
+        change(first, column, first.args[column][::-1])
 
     return damage
 
 
-def wrong_scaling(done: Rewritten) -> None:
-    fused = done.fused()
-    fused.args = (*fused.args[:6], [1.0], *fused.args[7:])
+def shorter(column: int) -> Callable[[Rewritten], None]:
+    def damage(done: Rewritten) -> None:
+        first = done.siblings()
+        change(first, column, first.args[column][1:])
+
+    return damage
 
 
-def wrong_dtype(done: Rewritten) -> None:
-    fused = done.fused()
-    fused.args = (*fused.args[:7], torch.bfloat16, fused.args[8])
+def of_fused(column: int, value: Any) -> Callable[[Rewritten], None]:
+    def damage(done: Rewritten) -> None:
+        change(done.fused(), column, value)
+
+    return damage
+
+
+def no_adapter(done: Rewritten) -> None:
+    """O would be the base layer's alone."""
+    first = done.siblings()
+    for column in (A, A_SCALE, B, LORA_A, LORA_B, OWNER, SCALING):
+        change(first, column, [])
 
 
 def lost_bias_of_b(done: Rewritten) -> None:
@@ -193,27 +232,40 @@ def lost_bias_of_b(done: Rewritten) -> None:
 
 def wrong_bias(done: Rewritten) -> None:
     """B in the place of the bias."""
-    fused = done.fused()
-    fused.args = (*fused.args[:5], fused.args[4], *fused.args[6:])
+    change(done.fused(), BIAS, done.fused().args[LORA_B])
 
 
-def lost_bias(done: Rewritten) -> None:
-    fused = done.fused()
-    fused.args = (*fused.args[:5], [], *fused.args[6:])
+def own_x(done: Rewritten) -> None:
+    """The adapters read what the base layers don't, as behind a dropout."""
+    first = done.siblings()
+    change(first, OWN_X, [first.args[0].args[0]] * 2)
 
 
 HALF = {
     "its result is not read": (skip_site, "result is"),
     "siblings swapped": (swap_siblings, "its result comes from merged_linear"),
     "another input": (wrong_input, "not its input"),
-    "another W'": (wrong_state(1), "is not its falqon_0_code"),
-    "another scale": (wrong_state(2), "is not its falqon_0_scale"),
-    "another applied": (wrong_state(3), "is not its falqon_0_applied"),
-    "another B": (wrong_state(4), "is not its"),
-    "another scaling": (wrong_scaling, "computes with"),
-    "another dtype": (wrong_dtype, "computes with"),
+    "another base": (
+        reversed_column(WEIGHT),
+        "falqon_base_2_weight is not its falqon_base_0_weight",
+    ),
+    "another scale": (reversed_column(SCALE), "falqon_base_2_scale is not its falqon_base_0_scale"),
+    "another cast of A": (reversed_column(A), "is not its"),
+    "another scale of A": (reversed_column(A_SCALE), "is not its"),
+    "another s·B": (reversed_column(B), "is not its"),
+    "another A": (reversed_column(LORA_A), "is not its"),
+    "another B": (reversed_column(LORA_B), "is not its"),
+    "one base too few": (shorter(WEIGHT), "2 operands for 3"),
+    "one adapter too few": (shorter(A), "1 operands for 2"),
+    "no adapter": (no_adapter, "0 operands for 2"),
+    "an adapter at another site": (reversed_column(OWNER), "computes with"),
+    "another scaling": (reversed_column(SCALING), "computes with"),
+    "an input of the adapter's own": (own_x, "its adapters read"),
+    "x is not kept": (of_fused(KEEP_X, False), "computes with"),
+    "another dtype": (of_fused(DTYPE, torch.bfloat16), "computes with"),
+    "another spec": (of_fused(SPEC, "row amax e5m2 bfloat16 auto fast auto #0"), "computes with"),
     "another bias": (wrong_bias, "o: .* is not .*bias"),
-    "no bias": (lost_bias, r"o: \[\] as bias"),
+    "no bias": (of_fused(BIAS, []), r"o: \[\] as bias"),
     "no bias of B": (lost_bias_of_b, "0 new operations .*add"),
 }
 
@@ -244,7 +296,7 @@ def add(target: Any) -> Callable[[Rewritten], None]:
 
 
 def rewire(done: Rewritten) -> None:
-    done.sigmoid().args = (done.graph.find_nodes(op="call_function", target=FUSED)[0].args[0],)
+    done.sigmoid().args = (done.siblings().args[0],)
 
 
 def retarget(done: Rewritten) -> None:
@@ -280,34 +332,249 @@ def test_a_node_used_before_it_is_made_is_seen(done):
         done.verify()
 
 
-# -- the update ------------------------------------------------------------------------------------
+# -- the bases -------------------------------------------------------------------------------------
+
+
+def another_weight(done: Rewritten) -> None:
+    """The op reads the place that it should, but a call would fill it with another W."""
+    first, second, *rest = done.operands.bases
+    swapped = (replace(first, given=second.given), replace(second, given=first.given), *rest)
+    done.operands = replace(done.operands, bases=swapped)
+
+
+def an_adapter_as_weight(done: Rewritten) -> None:
+    first, *rest = done.operands.bases
+    (adapter, *_) = done.operands.adapters.values()
+    changed = replace(first, given=(adapter.lora_b,))
+    done.operands = replace(done.operands, bases=(changed, *rest))
+
+
+def swapped_inputs(done: Rewritten) -> None:
+    """A call gives W where its scale is expected."""
+    weight = done.find("falqon_base_0_weight")
+    done.find("falqon_base_0_scale").append(weight)
+
+
+def an_input_of_nobody(done: Rewritten) -> None:
+    node = done.plan.root.add_input("more")
+    node.meta["val"] = None
+
+
+def another_size(done: Rewritten) -> None:
+    slot = done.plan.groups[1][0].base
+    object.__setattr__(slot, "out", 24)
+
+
+BASES = {
+    "made of another W": (another_weight, "its base is made of"),
+    "made of an adapter": (an_adapter_as_weight, "its base is made of"),
+    "given in another order": (swapped_inputs, "the inputs are"),
+    "an input that no call gives": (an_input_of_nobody, "the inputs are"),
+    "of another size": (another_size, r"o: its base is \(24, 64\)"),
+}
+
+
+@pytest.mark.parametrize(("damage", "said"), BASES.values(), ids=BASES)
+def test_a_wrong_base_is_seen(done, damage, said):
+    damage(done)
+    with pytest.raises(AssertionError, match=said):
+        done.verify()
+
+
+# -- the adapters' casts ---------------------------------------------------------------------------
+
+
+def no_casts(done: Rewritten) -> None:
+    """What reads them reads the parameters, which have no FP8 form."""
+    casts = done.casts()
+    for item in list(casts.users):
+        item.replace_all_uses_with(casts.args[0][0])
+        done.graph.erase_node(item)
+    done.graph.erase_node(casts)
+
+
+def two_casts(done: Rewritten) -> None:
+    casts = done.casts()
+    with done.graph.inserting_after(casts):
+        done.graph.call_function(CASTS, casts.args).meta.update(casts.meta)
+
+
+def late_casts(done: Rewritten) -> None:
+    """Behind an operation of the model: a write there would come first."""
+    first = done.siblings()
+    relu = first.args[0]
+    users = sorted(done.casts().users)
+    relu.append(done.casts())
+    for item in reversed(users):
+        done.casts().append(item)
+
+
+def casts_of(column: int) -> Callable[[Rewritten], None]:
+    def damage(done: Rewritten) -> None:
+        casts = done.casts()
+        change(casts, column, casts.args[column][::-1])
+
+    return damage
+
+
+def a_in_the_place_of_b(done: Rewritten) -> None:
+    casts = done.casts()
+    change(casts, 1, casts.args[0])
+
+
+def narrow(done: Rewritten) -> None:
+    change(done.casts(), 3, not done.casts().args[3])
+
+
+def another_spec(done: Rewritten) -> None:
+    change(done.casts(), 4, "row amax e5m2 bfloat16 auto fast auto #0")
+
+
+def swapped_parts(done: Rewritten) -> None:
+    """Â in the place of s·B."""
+    casts = done.casts()
+    for item in list(casts.users):
+        item.args = (casts, {0: 2, 2: 0}.get(item.args[1] % 3, 1) + item.args[1] // 3 * 3)
+
+
+def of_another_adapter(done: Rewritten) -> None:
+    casts = done.casts()
+    for item in list(casts.users):
+        item.args = (casts, (item.args[1] + 3) % 9)
+
+
+def casts_scaled_otherwise(done: Rewritten) -> None:
+    change(done.casts(), 2, [1.0, 0.5, 2.0])
+
+
+def another_node(done: Rewritten) -> None:
+    """A result of the siblings' op in the place of the last adapter's Â."""
+    (*_, nodes) = done.operands.adapters.values()
+    done.siblings().append(nodes.a)
+    nodes.a.args = (done.siblings(), 0)
+
+
+CASTING = {
+    "none": (no_casts, "4 new operations .*getitem.*, 13 are to be added"),
+    "two": (two_casts, "2 new operations falqon.proxy_update.*, 1 are"),
+    "late": (late_casts, "stands before the update"),
+    "another A": (casts_of(0), "the cast reads"),
+    "another B": (casts_of(1), "the cast reads"),
+    "A as B": (a_in_the_place_of_b, "the cast reads"),
+    "another scaling": (casts_scaled_otherwise, "cast with"),
+    "another dtype": (narrow, "cast with"),
+    "another spec": (another_spec, "cast with"),
+    "Â as s·B": (swapped_parts, "is another part of the cast"),
+    "another adapter's": (of_another_adapter, "the cast reads"),
+    "no cast at all": (another_node, "is no cast of the adapter"),
+}
+
+
+@pytest.mark.parametrize(("damage", "said"), CASTING.values(), ids=CASTING)
+def test_a_wrong_cast_of_an_adapter_is_seen(done, damage, said):
+    damage(done)
+    with pytest.raises(AssertionError, match=said):
+        done.verify()
+
+
+# -- adapter dropout -------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=FRONTENDS)
+def dropping(request) -> Rewritten:
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q = HandWritten(Spelling(out=64, features=64, dropout="module"))
+            self.q.dropout.p = 0.5
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.q(x.relu()).sigmoid()
+
+    x = randn(5, 64)
+    gm = FRONTENDS[request.param](Dropping(), x)
+    return passes(gm, values(gm, x))
+
+
+def not_dropped(done: Rewritten) -> None:
+    fused = done.fused()
+    change(fused, OWN_X, [fused.args[0]])
+
+
+def as_without_dropout(done: Rewritten) -> None:
+    change(done.fused(), OWN_X, [])
+
+
+def all_dropped(done: Rewritten) -> None:
+    fused = done.fused()
+    change(fused, 0, fused.args[OWN_X][0])
+
+
+DROPPED = {
+    "the adapter reads x": (not_dropped, "its adapters read"),
+    "nothing of its own": (as_without_dropout, "its adapters read"),
+    "the base layer reads the dropped x": (all_dropped, "not its input"),
+}
+
+
+@pytest.mark.parametrize(("damage", "said"), DROPPED.values(), ids=DROPPED)
+def test_another_value_than_the_dropped_one_is_seen(dropping, damage, said):
+    dropping.verify()
+    damage(dropping)
+    with pytest.raises(AssertionError, match=said):
+        dropping.verify()
+
+
+# -- update="rows" ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=FRONTENDS)
+def written(request) -> Rewritten:
+    x = randn(5, 64)
+    gm = FRONTENDS[request.param](frozen_a(Model()), x)
+    return passes(gm, values(gm, x), update="rows", topk=1)
 
 
 def no_update(done: Rewritten) -> None:
-    done.graph.erase_node(done.update())
+    done.graph.erase_node(done.writes())
 
 
 def two_updates(done: Rewritten) -> None:
-    with done.graph.inserting_after(done.update()):
-        done.graph.call_function(UPDATE, done.update().args).meta["val"] = None
+    with done.graph.inserting_after(done.writes()):
+        done.graph.call_function(WRITES, done.writes().args).meta["val"] = None
 
 
 def late_update(done: Rewritten) -> None:
-    done.sigmoid().append(done.update())
+    done.sigmoid().append(done.writes())
 
 
 def update_of_another(column: int) -> Callable[[Rewritten], None]:
     def damage(done: Rewritten) -> None:
-        args = list(done.update().args)
-        args[column] = args[column][::-1]
-        done.update().args = tuple(args)
+        change(done.writes(), column, done.writes().args[column][::-1])
 
     return damage
 
 
 def other_scaling(done: Rewritten) -> None:
-    args = done.update().args
-    done.update().args = (*args[:8], [1.0, 2.0, 2.0], args[9])
+    change(done.writes(), 8, [1.0, 2.0, 2.0])
+
+
+def part_of(name: str, rows: slice) -> Callable[[Rewritten], None]:
+    """Other rows of the first slot's state where ``name`` is read."""
+
+    def damage(done: Rewritten) -> None:
+        node = getattr(done.operands.written[id(done.operands.rows[0].slot)], name)
+        node.args = (node.args[0], rows)
+
+    return damage
+
+
+def pending_of(place: int) -> Callable[[Rewritten], None]:
+    def damage(done: Rewritten) -> None:
+        first, second = (done.operands.written[id(n.slot)].b for n in done.operands.rows[:2])
+        change(first, place, second.args[place])
+
+    return damage
 
 
 UPDATES = {
@@ -320,14 +587,22 @@ UPDATES = {
     "another A": (update_of_another(6), "the update has"),
     "another scaling": (other_scaling, "the update computes with"),
     "another W": (update_of_another(7), "as its base"),
+    "a row too many of W": (part_of("weight", slice(None, 65)), "not slice"),
+    "W's rows for A": (part_of("a", slice(None, 64)), "not slice"),
+    "A's scales for W": (part_of("scale", slice(64, None)), "not slice"),
+    "W's scales for A": (part_of("a_scale", slice(None, 64)), "not slice"),
+    "pending of another B": (pending_of(0), "its pending part is made of"),
+    "pending against another applied": (pending_of(1), "its pending part is made of"),
+    "pending with another scaling": (pending_of(2), "its pending part is made of"),
 }
 
 
 @pytest.mark.parametrize(("damage", "said"), UPDATES.values(), ids=UPDATES)
-def test_a_wrong_update_is_seen(done, damage, said):
-    damage(done)
+def test_a_wrong_update_is_seen(written, damage, said):
+    written.verify()
+    damage(written)
     with pytest.raises(AssertionError, match=said):
-        done.verify()
+        written.verify()
 
 
 # -- metadata --------------------------------------------------------------------------------------
@@ -335,9 +610,10 @@ def test_a_wrong_update_is_seen(done, damage, said):
 NEW = {
     "op": lambda done: done.fused(),
     "result": lambda done: done.find(operator.getitem),
-    "update": lambda done: done.update(),
+    "casts": lambda done: done.casts(),
+    "a cast": lambda done: min(done.casts().users),
     "sum with a bias of B": lambda done: done.find("to").args[0],
-    "state": lambda done: done.find("falqon_1_scale"),
+    "base": lambda done: done.find("falqon_base_1_scale"),
 }
 
 
@@ -369,8 +645,7 @@ def test_a_lost_stack_trace_is_seen(done):
 # -- a weight that is released ---------------------------------------------------------------------
 
 
-@pytest.fixture
-def prepared() -> Rewritten:
+def prepared_by(update: str) -> Rewritten:
     class One(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -380,39 +655,55 @@ def prepared() -> Rewritten:
             return self.proj(x).sigmoid()
 
     model = peft.get_peft_model(One(), peft.LoraConfig(target_modules="proj", r=4))
-    fill_b(model, 0.1)
-    prepare(model, FalqonConfig(topk=1), progress=False)
+    fill_b(frozen_a(model), 0.1)
+    options = {"update": "rows", "topk": 1} if update == "rows" else {}
+    prepare(model, FalqonConfig(**options), progress=False)
     gm = captured(model, randn(5, 24))
-    return passes(gm, values(gm, randn(5, 24)))
+    return passes(gm, values(gm, randn(5, 24)), **options)
 
 
-def base_layer_again(done: Rewritten) -> None:
-    """The eager op of the base layer, on bytes that no longer hold what it takes them for."""
-    state = [node for (node,) in done.update().args[:5]]
-    spec = done.fused().args[-1]
+@pytest.mark.parametrize("update", ["adapter", "rows"])
+def test_a_base_layer_that_runs_again_is_seen(update):
+    """The eager op of the base layer, which reads bytes that the fused op reads already."""
+    done = prepared_by(update)
+    done.verify()
+    (site,) = done.plan.sites
     with done.graph.inserting_after(done.fused()):
-        base = torch.ops.falqon.base_linear.default
-        done.graph.call_function(base, (done.fused().args[0], *state, None, 2.0, spec))
+        base = site.match.base
+        if update == "rows":
+            op = torch.ops.falqon.rows_base_linear.default
+            rest = (*base.state, base.bias, base.scaling)
+        else:
+            op = torch.ops.falqon.base_linear.default
+            rest = (base.code, base.scale, base.digest, base.bias)
+        done.graph.call_function(op, (done.fused().args[0], *rest, base.spec))
+    with pytest.raises(AssertionError, match=r"1 new operations falqon.*base_linear.*, 0 are"):
+        done.verify()
 
 
-def update_from_released(done: Rewritten) -> None:
-    args = list(done.update().args)
-    args[7] = args[6]
-    done.update().args = tuple(args)
+def test_a_prepared_base_made_of_other_bytes_is_seen():
+    done = prepared_by("adapter")
+    (nodes,) = done.operands.bases
+    code, scale, digest = nodes.given
+    swapped = replace(nodes, given=(code, digest, scale))
+    done.operands = replace(done.operands, bases=(swapped,))
+    with pytest.raises(AssertionError, match="its base is made of"):
+        done.verify()
 
 
-RELEASED = {
-    "the base layer runs": (base_layer_again, "1 new operations falqon.base_linear.*, 0 are"),
-    "the update reads it": (update_from_released, "a weight that is released"),
-}
+def test_another_bias_of_a_prepared_layer_is_seen():
+    done = prepared_by("adapter")
+    change(done.fused(), BIAS, done.fused().args[LORA_B])
+    with pytest.raises(AssertionError, match=r"is not .*bias"):
+        done.verify()
 
 
-@pytest.mark.parametrize(("damage", "said"), RELEASED.values(), ids=RELEASED)
-def test_a_use_of_a_released_weight_is_seen(prepared, damage, said):
-    prepared.verify()
-    damage(prepared)
-    with pytest.raises(AssertionError, match=said):
-        prepared.verify()
+def test_an_update_from_a_released_weight_is_seen():
+    done = prepared_by("rows")
+    done.verify()
+    change(done.writes(), 7, done.writes().args[6])
+    with pytest.raises(AssertionError, match="a weight that is released"):
+        done.verify()
 
 
 # -- bodies of checkpoints -------------------------------------------------------------------------
@@ -428,7 +719,7 @@ def checkpointed() -> Rewritten:
         def forward(self, x: Tensor) -> Tensor:
             return checkpoint(self.model, x, use_reentrant=False)
 
-    x = randn(5, 24).requires_grad_()
+    x = randn(5, 64).requires_grad_()
     gm = captured(Checkpointed(), x)
     return passes(gm, values(gm, x))
 
@@ -460,20 +751,34 @@ def test_an_operation_lost_in_the_body_of_a_checkpoint_is_seen(checkpointed):
 
 # -- all frontends alike ---------------------------------------------------------------------------
 
+ALIKE = {
+    "adapter": {},
+    "hold": {"update": "rows", "topk": 1, "pending": "hold"},
+    "apply": {"update": "rows", "topk": 1, "pending": "apply"},
+    "drop": {"update": "rows", "topk": 1, "pending": "drop"},
+}
 
-@pytest.mark.parametrize("pending", ["hold", "apply", "drop"])
-def test_every_frontend_is_rewritten_alike(pending):
+
+@pytest.mark.parametrize("options", ALIKE.values(), ids=ALIKE)
+def test_every_frontend_is_rewritten_alike(options):
     """The same sites in the same groups, the same ops for them, the same numbers."""
-    found = [numbers(name, pending) for name in FRONTENDS]
+    found = [numbers(name, options) for name in FRONTENDS]
     for sites, added, tensors in found:
         assert (sites, added) == found[0][:2]
         assert all(torch.equal(a, b) for a, b in zip(tensors, found[0][2], strict=True))
 
 
-def numbers(frontend: str, pending: str) -> tuple[list[Any], dict[str, int], list[Tensor]]:
-    """The sites, the ops that stand for them, and y, dL/dx and dL/dB, also after a step of B."""
-    model, x = Model(), randn(5, 24).requires_grad_()
-    backend = Passes(pending=pending)
+def numbers(
+    frontend: str, options: dict[str, Any]
+) -> tuple[list[Any], dict[str, int], list[Tensor]]:
+    """The sites, the ops that stand for them, and y, dL/dx and what is trained,
+    also after a step.
+    """
+    torch.manual_seed(0)
+    model, x = Model(), randn(5, 64).requires_grad_()
+    if options:
+        frozen_a(model)
+    backend = Passes(**options)
     if frontend == "Dynamo":
         torch._dynamo.reset()
         call = torch.compile(model, backend=backend, fullgraph=True)
@@ -482,33 +787,37 @@ def numbers(frontend: str, pending: str) -> tuple[list[Any], dict[str, int], lis
     else:
         call = result = rewrite(FRONTENDS[frontend](model, x), [x], backend.config)
     tensors = []
+    trained = [p for p in model.parameters() if p.requires_grad]
     for _ in range(2):
         y = call(x)
         y.sum().backward()
-        b = [layer.lora_b.weight for layer in (model.q, model.k, model.o)]
-        tensors += [y.detach(), x.grad, *(weight.grad for weight in b)]
+        tensors += [y.detach(), x.grad, *(p.grad for p in trained)]
         model.zero_grad()
         x.grad = None
         with torch.no_grad():
-            for i, weight in enumerate(b):
+            for i, weight in enumerate(trained):
                 weight.add_(randn(*weight.shape, seed=i) / 64)
     sites = [(s.path.split(".")[-1], s.group, s.scaling, s.rank) for s in result.report.sites]
-    ops = ("merged_linear.default", "proxy_update_.default", "zero_", "linear", "linear.default")
-    return sites, {name: targets(result.gm)[name] for name in ops}, tensors
+    ops = ("merged_linear.default", "proxy_update.default", "proxy_update_.default", "zero_")
+    return sites, {name: targets(result.gm)[name] for name in (*ops, "linear")}, tensors
 
 
 @pytest.mark.parametrize("frontend", FRONTENDS)
-@pytest.mark.parametrize("pending", ["hold", "drop"])
-def test_rewriting_twice_changes_nothing(frontend, pending):
-    model, x = Model(), randn(5, 24)
-    first = rewritten_by(frontend, model, x, FalqonConfig(topk=1, init="keep", pending=pending))
+@pytest.mark.parametrize("options", ALIKE.values(), ids=ALIKE)
+def test_rewriting_twice_changes_nothing(frontend, options):
+    model, x = Model(), randn(5, 64)
+    if options:
+        frozen_a(model)
+    first = rewritten_by(frontend, model, x, FalqonConfig(**options))
     inputs = [n.meta.get("example_value", n.meta.get("val")) for n in placeholders(first.gm)]
-    states = first.fake_inputs(inputs[: len(inputs) - 5 * len(first.slots)])
+    own = [n for n in placeholders(first.gm) if "falqon_shape" not in n.meta]
+    states = first.fake_inputs(inputs[: len(own)])
     second = rewrite(first.gm, states, first.config)
-    assert len(first.report.sites) == 3
+    assert len(first.report.sites) == 4
     assert not second.report.sites
     assert not second.report.rejected
-    assert not second.slots
+    assert not second.operands.bases
+    assert not second.operands.rows
     assert str(second.gm.graph) == str(first.gm.graph)
 
 

@@ -15,30 +15,36 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from falqon_fx import lowering, update
 from falqon_fx._compat import version
+from falqon_fx.base import check_weight
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
-from falqon_fx.numerics import E4M3, amax_to_scale, decode_fp8, round_to_fp8
-from falqon_fx.spec import SiteSpec
-from falqon_fx.svd import low_rank_rows
+from falqon_fx.numerics import E4M3, decode_fp8
+from falqon_fx.rows import drift, dropped, update
+from falqon_fx.rows.ops import dequantize_base
+from falqon_fx.spec import RowsSpec
+from falqon_fx.svd import init_lora_a_
 
 T = TypeVar("T")
-STATE = ("code", "scale", "applied", "counters", "writes")
+STATE = ("code", "scale", "applied", "counters", "writes", "origin")
+IN_GRAPH = STATE[:5]
 
 
 class MergedAdapter:
     """The live state of one site.
 
-    Invariant: dq(weight[:out]) = base + scaling · applied · Â up to its casts' rounding, with
-    Â = dq(weight[out:]), the A that is really used (design: "The contract of a site", 2).
+    Invariant: dq(weight[:out]) = base + scaling · applied · Â up to rounding, with Â =
+    dq(weight[out:]), the A that is really used: one cast's where the base weight is at hand, else
+    one for each write of a row and one more.
 
     Attributes:
         code: uint8 [out + r, in], the E4M3 bytes of W' = [W; A].
         scale: float32 [] or [out + r, 1]; multiplies on dequantize.
         applied: [out, r], the part of B that W' contains.
-        counters: int64, see `falqon_fx.update`.
+        counters: int64, see `falqon_fx.rows.update`.
         writes: int32 [out], how often each row was written.
+        origin: float32 [out, 2], what is kept of a base weight that `prepare` freed
+            (`falqon_fx.rows.drift`); NaN where it is at hand, or never was.
         scaling: LoRA's alpha / r.
     """
 
@@ -49,11 +55,12 @@ class MergedAdapter:
         applied: Tensor,
         counters: Tensor,
         writes: Tensor,
+        origin: Tensor,
         scaling: float,
-        plan: SiteSpec,
+        plan: RowsSpec,
     ) -> None:
         self.code, self.scale, self.applied = code, scale, applied
-        self.counters, self.writes = counters, writes
+        self.counters, self.writes, self.origin = counters, writes, origin
         self.scaling, self.plan = scaling, plan
         self.base_ref: weakref.ref[Tensor] | None = None
         self.a_ref: weakref.ref[Tensor] | None = None
@@ -61,6 +68,16 @@ class MergedAdapter:
         self.transposed = False  # whether the base weight is stored [in, out]
         self.stamp: tuple[Any, ...] = ()
         self.resumed = False  # from a checkpoint: no other config may start over beside it
+
+    def belongs_to(self, site: Wanted) -> bool:
+        """Whether it was made from the site's own W and A."""
+        refs = (self.base_ref, self.a_ref)
+        base, lora_a = (None if ref is None else ref() for ref in refs)
+        return base is site.base and lora_a is site.lora_a
+
+    def holds_what_b_lacks(self, lora_b: Tensor | None) -> bool:
+        """Whether training would be lost with this state (`falqon_fx.rows.dropped`)."""
+        return self.plan.pending == "drop" and dropped.lies_in_w(self.applied, lora_b)
 
     @property
     def weight(self) -> Tensor:
@@ -78,13 +95,13 @@ class MergedAdapter:
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The state in the order in which the graph takes it."""
+        """The state as the graph takes it, in the order of `IN_GRAPH`."""
         return (self.weight, self.scale, self.applied, self.counters, self.writes)
 
     @property
     def stored(self) -> dict[str, Tensor]:
         """The state by the names of `STATE`, as files and prepared modules hold it: W' as bytes."""
-        return dict(zip(STATE, (self.code, *self.tensors[1:]), strict=True))
+        return {name: getattr(self, name) for name in STATE}
 
     def lora_b(self) -> Tensor:
         """The user's own parameter B, [out, r].
@@ -110,15 +127,27 @@ class MergedAdapter:
 
     def base(self) -> Tensor:
         """dq(W) - scaling · applied · dq(A), float32 [out, in]: the weight without its adapter."""
-        return lowering.dequantize_base(self.code, self.scale, self.applied, self.scaling)
+        return dequantize_base(self.code, self.scale, self.applied, self.scaling)
+
+    @torch.no_grad()
+    def drift(self) -> float | None:
+        """The error of the FP8 weight relative to that of its first cast, as far as it can be told
+        without the base weight (`falqon_fx.rows.drift`); None where that is at hand, or never was.
+        """
+        if drift.is_unknown(self):
+            return None
+        return drift.estimate(self, drift.errors(self))
 
     @torch.no_grad()
     def flush(self) -> None:
         """Write every pending row now (with pending="drop", then zero B)."""
-        b = self.lora_b()
-        update.flush_(*self.tensors, b, self.scaling, self.plan)
-        if self.plan.pending == "drop":
-            b.zero_()
+        with update.lock:
+            b, base = self.lora_b(), self.base_ref() if self.base_ref is not None else None
+            if base is not None:
+                base = base.detach().t() if self.transposed else base.detach()
+            update.flush_(*self.tensors, b, base, self.scaling, self.plan)
+            if self.plan.pending == "drop":
+                b.zero_()
 
 
 def allocate(
@@ -127,12 +156,14 @@ def allocate(
     rank: int,
     base_dtype: torch.dtype,
     scaling: float,
-    plan: SiteSpec,
+    plan: RowsSpec,
     device: torch.device,
 ) -> MergedAdapter:
     """An unfilled state; its shapes and dtypes are what the graph is compiled for."""
-    # 16 bits hold `applied` beside a 16-bit base: what they round away of B stays pending.
-    applied_dtype = torch.float32 if base_dtype == torch.float32 else torch.bfloat16
+    # 16 bits hold `applied` beside a 16-bit base: what they round away of B stays pending. With
+    # "drop" it would be lost, since B is zeroed: steps smaller than their last place, all of them.
+    wide = base_dtype == torch.float32 or plan.pending == "drop"
+    applied_dtype = torch.float32 if wide else torch.bfloat16
     scale_shape = (out + rank, 1) if plan.per_row else ()
     return MergedAdapter(
         torch.empty(out + rank, features, dtype=torch.uint8, device=device),
@@ -140,20 +171,31 @@ def allocate(
         torch.empty(out, rank, dtype=applied_dtype, device=device),
         torch.zeros(update.COUNTERS, dtype=torch.int64, device=device),
         torch.zeros(out, dtype=torch.int32, device=device),
+        torch.full((out, 2), float("nan"), dtype=torch.float32, device=device),
         scaling,
         plan,
     )
 
 
 def create(
-    path: str, base: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, config: FalqonConfig
+    path: str,
+    base: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    config: FalqonConfig,
+    *,
+    frees_base: bool = False,
 ) -> MergedAdapter:
     """Merge W and A into a new FP8 state; with init="svd" and B = 0, overwrite A first.
+
+    ``frees_base``: the base weight will not be at hand, so keep what tells how far W' moves from
+    it.
 
     Raises:
         FalqonError: W, A or B holds NaN or Inf, or lies beyond what an FP8 scale can carry.
     """
-    plan = SiteSpec.from_config(config)
+    plan = RowsSpec.from_config(config)
     # State outlives the call: no inference tensors, no autocast, no graph.
     with (
         torch.inference_mode(False),
@@ -162,63 +204,27 @@ def create(
     ):
         check_values(path, base, lora_a, lora_b)
         if config.init == "svd" and not lora_b.any():
-            _init_svd_(base, lora_a, plan, config.seed)
+            init_lora_a_(base, lora_a, plan, config.seed)
         out, features = base.shape
         state = allocate(out, features, lora_a.shape[0], base.dtype, scaling, plan, base.device)
         _fill_(state, base, lora_a, lora_b)
         counters = state.counters
         mixed = counters[update.FINGERPRINT_W] * 31 + counters[update.FINGERPRINT_A]
         counters[update.SITE] = update.site_number(mixed)
+        if frees_base:
+            drift.remember_(state.origin, state, base)
     return state
 
 
-@torch.no_grad()  # or a checkpoint around the first call would see tensors saved for backward
 def check_values(path: str, base: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
     """Refuse parameters that can't be merged.
 
     Raises:
-        FalqonError: W, A or B holds NaN or Inf or nothing (meta), or W lies beyond what an FP8
-            scale can carry.
+        FalqonError: W, A or B holds NaN or Inf or nothing (meta), or lies beyond what an FP8 scale
+            can carry.
     """
     for name, tensor in (("base weight", base), ("lora_A", lora_a), ("lora_B", lora_b)):
-        if tensor.is_meta:
-            raise FalqonError(
-                path, f"its {name} is on the meta device", "Give it values before the first call"
-            )
-        if not torch.isfinite(tensor).all():
-            raise FalqonError(
-                path,
-                f"its {name} holds NaN or Inf",
-                "Repair the checkpoint, or leave the layer out with exclude=",
-            )
-    if base.abs().amax() >= 2.0**16:
-        raise FalqonError(
-            path,
-            "its base weight exceeds 65536 in magnitude, beyond the FP8 scales in use",
-            "Rescale the layer, or leave it out with exclude=",
-        )
-
-
-def _init_svd_(base: Tensor, lora_a: Tensor, plan: SiteSpec, seed: int) -> None:
-    amax = base.abs().amax(1, keepdim=True) if plan.per_row else base.abs().amax()
-    amax = amax.to(torch.float32)
-    scale = amax_to_scale(amax, E4M3, plan.scale)
-    rows = low_rank_rows(_cast_error(base, scale), lora_a.shape[0], seed)
-    # lora_A gets the Â that the GEMM will use: the rows after their own cast.
-    a_amax = rows.abs().amax(1, keepdim=True) if plan.per_row else amax
-    a_scale = amax_to_scale(a_amax, E4M3, plan.scale)
-    lora_a.copy_(round_to_fp8(rows * a_scale.reciprocal(), E4M3) * a_scale)
-
-
-def _cast_error(base: Tensor, scale: Tensor) -> Tensor:
-    """base - dq(q(base)), float32 [out, in]."""
-    error = torch.empty(base.shape, dtype=torch.float32, device=base.device)
-    for rows in update.row_chunks(base):
-        part = scale[rows] if scale.dim() else scale
-        wide = base[rows].to(torch.float32)
-        value = round_to_fp8(wide * part.reciprocal(), E4M3) * part
-        torch.sub(wide, value, out=error[rows])
-    return error
+        check_weight(path, tensor, name)
 
 
 def _fill_(state: MergedAdapter, base: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
@@ -253,31 +259,25 @@ class Registry:
 
         Raises:
             FalqonError: W, A or B of a site holds NaN or Inf, or lies beyond what an FP8 scale can
-                carry.
+                carry; or a state with pending="drop" would be made anew, and its training lost.
         """
-        plan = SiteSpec.from_config(config)
+        plan = RowsSpec.from_config(config)
         found = [self._find(site, plan) for site in wanted]
         for site, state in zip(wanted, found):
             if state is None:
                 check_values(site.path, site.base, site.lora_a, site.lora_b)
         return [state or self._make(site, config) for site, state in zip(wanted, found)]
 
-    def _find(self, site: Wanted, plan: SiteSpec) -> MergedAdapter | None:
-        base, lora_a = site.base, site.lora_a
+    def _find(self, site: Wanted, plan: RowsSpec) -> MergedAdapter | None:
         known: list[MergedAdapter] = self._by_b.get(site.lora_b, [])
-        stamp = _stamp(base, lora_a)
-        for state in known:
-            if state.base_ref is None or state.base_ref() is not base:
-                continue
-            if state.a_ref is None or state.a_ref() is not lora_a:
-                continue
+        stamp, found = _stamp(site.base, site.lora_a), None
+        for state in [state for state in known if state.belongs_to(site)]:
             same = (state.scaling, state.transposed) == (site.scaling, site.transposed)
             if same and state.plan == plan:
                 if state.stamp == stamp:
-                    return state
-                known.remove(state)  # W or A was written or moved: start from the new values
-                break
-            if state.resumed and state.stamp == stamp:
+                    found = state
+                    continue
+            elif state.resumed and state.stamp == stamp:
                 raise FalqonError(
                     site.path,
                     f"its checkpoint was trained with {state.plan} and scaling {state.scaling:g}, "
@@ -285,7 +285,15 @@ class Registry:
                     "Compile with the options of the checkpoint, or call falqon_fx.restore(model) "
                     "to start anew from the base weights and the adapter",
                 )
-        return None
+            else:
+                same = False
+            if state.holds_what_b_lacks(site.lora_b):
+                raise FalqonError(
+                    site.path, dropped.CHANGED if same else dropped.OTHER, dropped.REMEDY
+                )
+            if same:
+                known.remove(state)  # W or A was written or moved: start from the new values
+        return found
 
     def _make(self, site: Wanted, config: FalqonConfig) -> MergedAdapter:
         state = create(site.path, site.weight, site.lora_a, site.lora_b, site.scaling, config)
@@ -310,6 +318,10 @@ class Registry:
         """The states that a parameter B takes part in."""
         return list(self._by_b.get(lora_b, []))
 
+    def holds_what_lacks(self, lora_b: Tensor) -> bool:
+        """Whether steps of a parameter B lie in the FP8 weight of a state alone."""
+        return any(state.holds_what_b_lacks(lora_b) for state in self.of(lora_b))
+
     def within(
         self, parameters: Iterable[Tensor], names: Mapping[int, T]
     ) -> Iterator[tuple[MergedAdapter, tuple[T, ...]]]:
@@ -329,7 +341,12 @@ class Registry:
 
 
 def _stamp(base: Tensor, lora_a: Tensor) -> tuple[Any, ...]:
-    return tuple((t.data_ptr(), version(t), t.dtype, t.device, t.shape) for t in (base, lora_a))
+    """Of the W and A that a state was made from. An A that trains on a CPU moves with each step:
+    the update itself sees it, and makes W' anew in place.
+    """
+    moves = lora_a.requires_grad and lora_a.device.type == "cpu"
+    memory = tuple((t.data_ptr(), t.dtype, t.device, t.shape) for t in (base, lora_a))
+    return (*memory, version(base), 0 if moves else version(lora_a))
 
 
 registry = Registry()

@@ -1,19 +1,24 @@
 """The row-wise proxy update (paper section 3): B's steps are written into the FP8 weight.
 
+With the base weight at hand a row is cast from it, W[k] ← q(base[k] + s · B[k] · Â): one cast
+however often it is written. Where `prepare` freed it, as in the public code, all that is known of a
+row are its last FP8 bytes, W[k] ← q(dq(W[k]) + s · ΔB[k] · Â): every write adds a cast's error.
+
 All sites of one shape are updated together as one batch of G. Nothing here reads a value back to
 the host on an accelerator; on CPU, where looking is free, unchanged sites are skipped at once.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from falqon_fx import audit
+from falqon_fx.base import row_chunks, sample
 from falqon_fx.errors import SiteError
 from falqon_fx.kernels import cpu
 from falqon_fx.numerics import (
@@ -26,13 +31,14 @@ from falqon_fx.numerics import (
     round_to_fp8_stochastic,
     without_autocast,
 )
-from falqon_fx.spec import SiteSpec, parse_spec
+from falqon_fx.rows import audit, dropped
+from falqon_fx.spec import RowsSpec, parse_rows_spec
 
 # Columns of a site's `counters` (int64).
-FINGERPRINT_B, FINGERPRINT_A, FINGERPRINT_W, STEP, SITE, NONFINITE, STALE = range(7)
-COUNTERS = 7
+COUNTERS = cpu.COUNTERS
+FINGERPRINT_B, FINGERPRINT_A, FINGERPRINT_W, STEP, SITE, NONFINITE, STALE = range(COUNTERS)
+lock = threading.RLock()  # one thread at a time looks up states and writes them
 _CHUNK = 1 << 17  # elements held in float32 at a time: temporaries stay in the cache
-_CACHED = 1 << 15  # elements that a core casts at a time
 
 
 def fingerprint(batch: Tensor) -> Tensor:
@@ -77,16 +83,6 @@ def site_number(mixed: Tensor) -> Tensor:
     return (mixed ^ (mixed >> 32)) & 0xFFFFFFFF
 
 
-def sample(weight: Tensor) -> Tensor:
-    """At most 16 x 64 evenly spaced elements of a base weight, which stand for its contents.
-
-    Reading all of W each step would cost as much as the step's own GEMMs; in-place edits that
-    autograd counts are seen exactly through the version counter (see `MergedAdapter`).
-    """
-    rows, columns = weight.shape
-    return weight[:: max(1, rows // 16), :: max(1, columns // 64)][:16, :64]
-
-
 def select_rows(score: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The ``count`` rows with the largest ``score`` [G, out] (ties to the lowest row), [G, count],
     and which of them are worth writing: finite and not zero.
@@ -112,23 +108,30 @@ def proxy_update_(
     scaling: Sequence[float],
     spec: str,
 ) -> None:
-    """W[k] ← q(dq(W[k]) + scaling · ΔB[k] · dq(A)), applied[k] ← B[k] for the top rows k of each
-    site whose B changed since its last write (design: "The contract of a site", 3 and 4).
+    """For the top rows k of each site whose B changed since its last write, applied[k] ← B[k] and
+
+        W[k] ← q(base[k] + scaling · B[k] · dq(A)), or, where ``base`` is None,
+        W[k] ← q(dq(W[k]) + scaling · ΔB[k] · dq(A)).
+
+    A site whose A or base weight changed is made anew from its base weight, on a CPU; elsewhere it
+    is marked stale.
+
+    Raises:
+        SiteError: a tensor of another shape, dtype or device than the site's; a site that would
+            have to be made anew and can't be.
     """
-    plan = parse_spec(spec)
+    plan = parse_rows_spec(spec)
     columns: list[Sequence[Any]] = [weight, scale, applied, counters, writes]
     columns += [lora_b, lora_a, base, scaling]
-    groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    groups: dict[tuple[object, ...], list[_Site]] = defaultdict(list)
     for i in range(len(weight)):
-        b, a, w = lora_b[i], lora_a[i], base[i]
-        sampled = None if w is None else (w.shape, w.dtype)
-        groups[(weight[i].shape, b.shape, b.dtype, a.dtype, b.device, sampled)].append(i)
-    for members in groups.values():
-        sites = [_Site(i, *(column[i] for column in columns)) for i in members]
+        site = _Site(i, *(column[i] for column in columns))
+        site.check(plan)
+        groups[site.kind].append(site)
+    for sites in groups.values():
         changed = _find_changed(sites, plan)
-        rows = plan.rows(applied[members[0]].shape[0])
         if changed:
-            _write_rows(changed, rows, plan)
+            _write_rows(changed, plan.rows(len(changed[0].applied)), plan)
 
 
 @without_autocast
@@ -139,18 +142,21 @@ def flush_(
     counters: Tensor,
     writes: Tensor,
     lora_b: Tensor,
+    base: Tensor | None,
     scaling: float,
-    plan: SiteSpec,
+    plan: RowsSpec,
 ) -> None:
     """Write every pending row of one site now, whether B changed or not."""
-    site = _Site(0, weight, scale, applied, counters, writes, lora_b, lora_b, None, scaling)
+    site = _Site(0, weight, scale, applied, counters, writes, lora_b, lora_b, base, scaling)
     site.changed = torch.ones((), dtype=torch.bool, device=counters.device)
     counters[STEP] += 1
     counters[FINGERPRINT_B] = 0 if plan.pending == "drop" else fingerprint(lora_b[None])[0]
-    rows, nonfinite = torch.arange(applied.shape[0]), counters[NONFINITE].clone()
-    for chunk in rows.split(max(1, _CHUNK // weight.shape[1])):
+    left, nonfinite = len(applied), counters[NONFINITE].clone()
+    most = max(1, _CHUNK // weight.shape[1])
+    while left:
         counters[NONFINITE] = nonfinite  # each chunk looks at all rows and counts them
-        _write_rows([site], len(chunk), plan)
+        _write_rows([site], min(left, most), plan)
+        left -= min(left, most)
 
 
 class _Site:
@@ -190,12 +196,54 @@ class _Site:
         self.changed: Tensor | None = None
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def kind(self) -> tuple[object, ...]:
+        """Equal for sites that can be updated as one batch."""
+        tensors = (self.weight, *self.tensors[1:], self.lora_a, self.base)
+        each = (None if t is None else (t.shape, t.dtype) for t in tensors)
+        return self.weight.device, *each
+
+    @property
+    def tensors(self) -> cpu.SiteTensors:
         """What `falqon_fx.kernels.cpu` needs, in its order."""
-        return self.weight, self.scale, self.applied, self.lora_b, self.counters, self.writes
+        state = (self.weight, self.scale, self.applied)
+        return *state, self.lora_b, self.counters, self.writes, self.base
+
+    def check(self, plan: RowsSpec) -> None:
+        """Compiled code and kernels are about to be given addresses."""
+        out, rank = self.lora_b.shape
+        width = self.lora_a.shape[1]
+        both = (torch.float32,) if plan.pending == "drop" else (torch.float32, torch.bfloat16)
+        wanted = {
+            "weight": ((out + rank, width), (torch.uint8,)),
+            "scale": ((out + rank, 1) if plan.per_row else (), (torch.float32,)),
+            "applied": ((out, rank), both),
+            "counters": ((COUNTERS,), (torch.int64,)),
+            "writes": ((out,), (torch.int32,)),
+            "lora_a": ((rank, width), None),
+            "base": ((out, width), None),
+        }
+        for name, (shape, dtypes) in wanted.items():
+            tensor: Tensor | None = getattr(self, name)
+            if tensor is None:
+                continue
+            if tensor.shape != shape or (dtypes is not None and tensor.dtype not in dtypes):
+                found = f"{tensor.dtype} {list(tensor.shape)}"
+                needed = f"{list(shape)}" if dtypes is None else f"{dtypes[0]} {list(shape)}"
+                raise SiteError(
+                    self.index,
+                    f"its {name} is {found} where {needed} is needed (cast, or assigned from "
+                    "another model)",
+                    "Load it in its own dtype and shape; load_state_dict without assign=True does",
+                )
+            if tensor.device != self.lora_b.device:
+                raise SiteError(
+                    self.index,
+                    f"its {name} is on {tensor.device}, its lora_B on {self.lora_b.device}",
+                    "Move the whole model to one device",
+                )
 
 
-def _find_changed(sites: list[_Site], plan: SiteSpec) -> list[_Site]:
+def _find_changed(sites: list[_Site], plan: RowsSpec) -> list[_Site]:
     """Compare fingerprints with the stored ones, store the new ones, return the sites to write."""
     stored = torch.stack([site.counters for site in sites])  # [G, COUNTERS]
     now_b = _fingerprints([site.lora_b for site in sites])
@@ -229,7 +277,7 @@ def _find_changed(sites: list[_Site], plan: SiteSpec) -> list[_Site]:
     return sites
 
 
-def _rebuild(sites: list[_Site], plan: SiteSpec) -> None:
+def _rebuild(sites: list[_Site], plan: RowsSpec) -> None:
     for site in sites:
         if site.base is None:
             raise SiteError(
@@ -238,6 +286,13 @@ def _rebuild(sites: list[_Site], plan: SiteSpec) -> None:
                 "(changed or cast since, or another adapter is active)",
                 "Call falqon_fx.restore(model), load or activate the adapter, then prepare()",
             )
+        if plan.pending == "drop" and dropped.lies_in_w(site.applied, site.lora_b):
+            raise SiteError(site.index, dropped.CHANGED, dropped.REMEDY)
+        for name, tensor in (("lora_A", site.lora_a), ("lora_B", site.lora_b)):
+            if not tensor.isfinite().all():
+                raise SiteError(site.index, f"its {name} holds NaN or Inf", "Repair it")
+    for site in sites:
+        assert site.base is not None
         write_merged_(
             site.weight,
             site.scale,
@@ -252,7 +307,7 @@ def _rebuild(sites: list[_Site], plan: SiteSpec) -> None:
         )
 
 
-def _write_rows(sites: list[_Site], count: int, plan: SiteSpec) -> None:
+def _write_rows(sites: list[_Site], count: int, plan: RowsSpec) -> None:
     """Write ``count`` rows of each of some sites that changed."""
     compiled = cpu.takes([site.tensors for site in sites])
     step = len(sites)
@@ -279,7 +334,7 @@ def _written(sites: list[_Site], chosen: cpu.Chosen) -> audit.Written:
         chosen.worth,
         chosen.asked,
         chosen.old,
-        chosen.old + chosen.asked,
+        chosen.value,
         torch.stack([s.weight.index_select(0, rows) for s, rows in zip(sites, chosen.rows)]),
         scale.gather(1, index) if sites[0].scale.dim() == 2 else scale,
         chosen.score,
@@ -287,7 +342,7 @@ def _written(sites: list[_Site], chosen: cpu.Chosen) -> audit.Written:
     )
 
 
-def _write_rows_by_aten(sites: list[_Site], count: int, plan: SiteSpec) -> cpu.Chosen:
+def _write_rows_by_aten(sites: list[_Site], count: int, plan: RowsSpec) -> cpu.Chosen:
     """Gather → add → new row scale → cast → scatter."""
     out = sites[0].applied.shape[0]
     applied = torch.stack([site.applied for site in sites]).to(torch.float32)  # [G, out, r]
@@ -304,13 +359,13 @@ def _write_rows_by_aten(sites: list[_Site], count: int, plan: SiteSpec) -> cpu.C
     old_applied = applied.gather(1, index)
     new_applied = target.gather(1, index).to(sites[0].applied.dtype)
     new_applied = torch.where(worth[..., None], new_applied, old_applied.to(new_applied.dtype))
-    delta = new_applied.to(torch.float32) - old_applied  # what W' really gains
-    delta = (
-        delta * torch.tensor([site.scaling for site in sites], device=delta.device)[:, None, None]
-    )
+    held = new_applied.to(torch.float32)  # what W' will really contain
+    scaling = torch.tensor(
+        [site.scaling for site in sites], dtype=torch.float32, device=held.device
+    )[:, None, None]
 
     per_row = sites[0].scale.dim() == 2
-    each = zip(sites, rows.unbind(), strict=True)
+    each = [*zip(sites, rows.unbind(), strict=True)]
     old_code = torch.stack([site.weight.index_select(0, row) for site, row in each])
     a_code = torch.stack([site.weight[out:] for site in sites])
     scale = torch.stack([site.scale for site in sites]).reshape(len(sites), -1, 1)
@@ -318,8 +373,13 @@ def _write_rows_by_aten(sites: list[_Site], count: int, plan: SiteSpec) -> cpu.C
     if per_row:
         a_scale, old_scale = scale[:, out:], scale.gather(1, rows[..., None])
     lora_a = decode_fp8(a_code, a_scale, torch.float32)  # [G, r, in]
-    old, asked = decode_fp8(old_code, old_scale, torch.float32), torch.bmm(delta, lora_a)
-    value = old + asked  # [G, k, in]
+    old = decode_fp8(old_code, old_scale, torch.float32)
+    asked = torch.bmm((held - old_applied) * scaling, lora_a)
+    base = [site.base.index_select(0, row) for site, row in each if site.base is not None]
+    if base:
+        value = torch.stack(base).to(torch.float32) + torch.bmm(held * scaling, lora_a)
+    else:
+        value = old + asked  # [G, k, in]
 
     new_scale = old_scale
     if per_row:
@@ -340,8 +400,8 @@ def _write_rows_by_aten(sites: list[_Site], count: int, plan: SiteSpec) -> cpu.C
         site.writes.index_add_(0, row, new[3])
         if counts:
             site.counters[NONFINITE] += new[4]
-    remains = (target.gather(1, index) - new_applied.to(torch.float32)).abs().sum(dim=-1)
-    return cpu.Chosen(rows, worth, old, asked, score, remains)
+    remains = (target.gather(1, index) - held).abs().sum(dim=-1)
+    return cpu.Chosen(rows, worth, old, asked, value, score, remains)
 
 
 def _flag(site: _Site) -> Tensor:
@@ -349,7 +409,7 @@ def _flag(site: _Site) -> Tensor:
     return site.changed
 
 
-def _round(scaled: Tensor, rows: Tensor, sites: list[_Site], plan: SiteSpec) -> Tensor:
+def _round(scaled: Tensor, rows: Tensor, sites: list[_Site], plan: RowsSpec) -> Tensor:
     if plan.rounding == "nearest":
         return round_to_fp8(scaled, E4M3)
     counters = torch.stack([site.counters for site in sites])[:, None]  # [G, 1, COUNTERS]
@@ -357,18 +417,6 @@ def _round(scaled: Tensor, rows: Tensor, sites: list[_Site], plan: SiteSpec) -> 
         rows, scaled.shape[-1], counters[..., STEP], counters[..., SITE], plan.seed
     )
     return round_to_fp8_stochastic(scaled, random, E4M3)
-
-
-def row_chunks(weight: Tensor) -> Iterator[slice]:
-    """The rows of a weight in pieces whose intermediate results stay in a CPU's cache; all rows at
-    once elsewhere.
-    """
-    rows, columns = weight.shape
-    step = rows
-    if weight.device.type == "cpu":
-        step = max(1, _CACHED * torch.get_num_threads() // columns)
-    for first in range(0, rows, step):
-        yield slice(first, min(first + step, rows))
 
 
 def write_merged_(
@@ -381,7 +429,7 @@ def write_merged_(
     lora_a: Tensor,
     lora_b: Tensor,
     scaling: float,
-    plan: SiteSpec,
+    plan: RowsSpec,
 ) -> None:
     """Fill a site's state from scratch: W' = [q(W + scaling · B · Â); q(A)], applied = B."""
     out, code = applied.shape[0], weight.view(torch.uint8)

@@ -23,14 +23,14 @@ _REMEMBERED = 64  # forward passes between two optimizer steps that are still wa
 
 
 class Aliases:
-    """The aliases given out since B last moved, by B."""
+    """The aliases given out since A or B last moved, by B."""
 
     def __init__(self) -> None:
         self._by_b: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
-    def give(self, lora_b: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def give(self, lora_a: Tensor, lora_b: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Fresh aliases of a site's state for one call; the weight comes as E4M3."""
-        now = version(lora_b)
+        now = (version(lora_a), version(lora_b))
         before, given = self._by_b.get(lora_b, (now, deque(maxlen=_REMEMBERED)))
         if now != before:
             for alias in given:
@@ -40,6 +40,13 @@ class Aliases:
         given.append(fresh[0])
         self._by_b[lora_b] = (now, given)
         return fresh
+
+    def settle(self, lora_a: Tensor, lora_b: Tensor) -> None:
+        """The graph itself wrote B, behind its update of W' (it zeroes it with pending="drop"):
+        that is no step.
+        """
+        _, given = self._by_b[lora_b]
+        self._by_b[lora_b] = ((version(lora_a), version(lora_b)), given)
 
 
 aliases = Aliases()

@@ -1,0 +1,106 @@
+"""`falqon_fx.rows.update.proxy_update_` on a GPU: by generated kernels, or by ATen."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from falqon_fx.rows import update
+from falqon_fx.rows.audit import audience
+from falqon_fx.spec import parse_rows_spec
+
+if TYPE_CHECKING:
+    from falqon_fx.kernels.update import Launch
+
+
+def proxy_update_(
+    weight: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    applied: Sequence[Tensor],
+    counters: Sequence[Tensor],
+    writes: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    base: Sequence[Tensor | None],
+    scaling: Sequence[float],
+    spec: str,
+) -> None:
+    """See `falqon_fx.rows.update.proxy_update_`: four launches for all sites whose tensors have the
+    same dtypes, whatever their shapes. Sites that the kernels don't take are updated by ATen.
+    """
+    plan = parse_rows_spec(spec)
+    columns: list[Sequence[Any]] = [weight, scale, applied, counters, writes]
+    columns += [lora_b, lora_a, base, scaling]
+    # The kernels say nothing of what they write: whoever watches gets ATen's update; and on AMD's
+    # GPUs none has been tried.
+    if audience or plan.kernel == "dequantize" or torch.version.hip is not None:
+        arguments: list[Any] = [*columns, spec]
+        update.proxy_update_(*arguments)
+    else:
+        launches = _launches_of(columns, spec)
+        for launch in launches.kernels:
+            launch.run()
+        if launches.rest:
+            arguments = [*([column[i] for i in launches.rest] for column in columns), spec]
+            update.proxy_update_(*arguments)
+    if plan.transpose == "store":
+        from falqon_fx.kernels import stored
+
+        stored.refresh(weight, writes, counters)
+
+
+@dataclass(frozen=True)
+class _Launches:
+    """How the sites of a call are updated: by kernels, and by ATen those at the places ``rest``."""
+
+    kernels: tuple[Launch, ...]
+    rest: tuple[int, ...]
+
+
+_known: dict[tuple[Any, ...], _Launches] = {}
+
+
+def _launches_of(columns: Sequence[Sequence[Any]], spec: str) -> _Launches:
+    """The launches for sites whose tensors lie where they do; remembered, since a step of a large
+    model asks for hundreds of sites what has not changed.
+    """
+    weight, scale, applied, counters, writes, lora_b, lora_a, base, scaling = columns
+    key: tuple[Any, ...] = (spec, *scaling)
+    for column in (weight, scale, applied, counters, writes, lora_b, lora_a):
+        key += tuple([t.data_ptr() for t in column])
+    key += tuple([(w.shape, a.dtype) for w, a in zip(weight, applied)])
+    key += tuple([(b.dtype, b.stride()) for b in lora_b])
+    key += tuple([(a.dtype, a.stride()) for a in lora_a])
+    key += tuple([None if w is None else (w.data_ptr(), w.dtype, w.stride()) for w in base])
+    if key not in _known:
+        if len(_known) >= 64:
+            _known.clear()
+        _known[key] = _plan_launches(columns, spec)
+    return _known[key]
+
+
+def _plan_launches(columns: Sequence[Sequence[Any]], spec: str) -> _Launches:
+    # Triton is there where a GPU is, and need not be elsewhere.
+    from falqon_fx.kernels.update import UpdateSite, dtypes, launch, refusal, spec_for
+
+    plan = parse_rows_spec(spec)
+    groups: dict[object, list[UpdateSite]] = defaultdict(list)
+    rest: list[int] = []
+    for i in range(len(columns[0])):
+        fields: list[Any] = [*(column[i] for column in columns), plan.rows(len(columns[2][i]))]
+        site = UpdateSite(*fields)
+        if refusal(site):
+            rest.append(i)
+        else:
+            groups[dtypes(site)].append(site)
+    drop = plan.pending == "drop"
+    made = [
+        launch(sites, plan.seed, spec_for(sites, plan.scale, plan.rounding, drop))
+        for sites in groups.values()
+    ]
+    return _Launches(tuple(made), tuple(rest))

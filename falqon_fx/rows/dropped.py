@@ -1,0 +1,120 @@
+"""pending="drop": the steps lie in W' alone, since B is zeroed behind each write.
+
+So W' must not be made anew from the base weight and B, and B alone is not worth saving.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+import warnings
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from falqon_fx.naming import model_of_call, modules_of
+
+CHANGED = (
+    'with pending="drop" what was trained lies in its FP8 weight alone (lora_B was zeroed), which '
+    "would be made anew without it, since its base weight or lora_A was changed, moved or loaded"
+)
+PREPARED = (
+    'with pending="drop" what was trained lies in its FP8 weight alone (lora_B was zeroed), which '
+    "prepare() would make anew without it"
+)
+OTHER = (
+    'with pending="drop" what was trained lies in its FP8 weight alone (lora_B was zeroed), and '
+    "one made for other options or another scaling would be without it"
+)
+RESTORED = (
+    'with pending="drop" what was trained lies in its FP8 weight alone (lora_B was zeroed), and '
+    "would be thrown away"
+)
+REMEDY = (
+    "falqon_fx.merge_and_unload(model) or falqon_fx.save_checkpoint(model, folder) keeps it; to "
+    "start over, make the model anew"
+)
+
+
+def lies_in_w(applied: Tensor, lora_b: Tensor | None) -> bool:
+    """Whether W' contains steps that B doesn't: what was applied is neither nothing
+    nor B itself.
+    """
+    if not applied.any():
+        return False
+    return lora_b is None or not torch.equal(applied, lora_b.detach().to(applied.dtype))
+
+
+class SaveWatch:
+    """Warns where someone takes a state dict of an adapter whose steps lie in W' alone, as
+    ``save_pretrained`` does. Once for the adapters that one call of a graph announces.
+    """
+
+    def __init__(self) -> None:
+        self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def announce(self, sites: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """(B, applied) of sites whose model is being called."""
+        new = {id(b): (b, applied) for b, applied in sites if b not in self._known}
+        if not new:
+            return
+        group = _Group()
+        for path, module in modules_of(model_of_call()):
+            for name, parameter in vars(module)["_parameters"].items():
+                if id(parameter) in new:
+                    _, applied = new[id(parameter)]
+                    hook = _SaveHook(path, name, weakref.ref(applied), group)
+                    module.register_state_dict_pre_hook(hook)
+        for b, _ in new.values():
+            self._known[b] = True
+
+
+class _Group:
+    told = False
+
+
+class _SaveHook:
+    """Of the module that holds B under ``name``. A copy of the module, or a pickled one, has a hook
+    that does nothing: its FP8 weight is another.
+    """
+
+    def __init__(
+        self, path: str, name: str, applied: Callable[[], Tensor | None], group: _Group
+    ) -> None:
+        self._path, self._name, self._applied, self._group = path, name, applied, group
+
+    def __call__(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        applied, b = self._applied(), vars(module)["_parameters"].get(self._name)
+        if self._group.told or applied is None or b is None or _saves_everything():
+            return
+        if lies_in_w(applied, b):
+            self._group.told = True
+            warnings.warn(
+                f"falqon: {self._path}: a state dict without the FP8 weights holds nothing of what "
+                'was trained with pending="drop": it lies in these weights alone, and lora_B is '
+                f"zero. {REMEDY}.",
+                stacklevel=2,
+            )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing_to_say, ()
+
+
+def _nothing_to_say() -> _SaveHook:
+    return _SaveHook("", "", lambda: None, _Group())
+
+
+def _saves_everything() -> bool:
+    """Whether the library itself asks, as `save_checkpoint` does, which knows of
+    the FP8 weights.
+    """
+    frames = (frame for frame, _ in traceback.walk_stack(sys._getframe()))
+    names = (str(frame.f_globals.get("__name__", "")) for frame in frames)
+    return any(n.startswith("falqon_fx.") for n in names if n != __name__)
+
+
+save_watch = SaveWatch()

@@ -1,0 +1,144 @@
+"""The layer that `prepare` makes with update="rows"."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from falqon_fx import stored
+from falqon_fx.fp8_linear import ReadOnly, plain_layer
+from falqon_fx.rows import drift, ops
+from falqon_fx.rows.state import STATE, MergedAdapter
+from falqon_fx.spec import parse_rows_spec
+
+_layers: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weak references to layers, by their bytes
+
+
+def layer_of(code: Tensor) -> MergedBaseLinear | None:
+    """The prepared layer with these bytes, which its graph knows."""
+    found: weakref.ref[MergedBaseLinear] | None = _layers.get(code)
+    return None if found is None else found()
+
+
+class MergedBaseLinear(nn.Module):
+    """The base layer of a prepared site. Eagerly it is the base layer alone: merged minus applied.
+
+    The FP8 bytes are a uint8 parameter: ``.to(bfloat16)`` would cast a float8 one away, and a
+    buffer would be broadcast by DDP in each forward pass.
+    """
+
+    code: nn.Parameter
+    scale: nn.Parameter
+    applied: nn.Parameter
+    counters: nn.Parameter
+    writes: nn.Parameter
+    origin: nn.Parameter
+
+    def __init__(
+        self,
+        state: MergedAdapter,
+        bias: nn.Parameter | None,
+        dtype: torch.dtype,
+        transposed: bool,
+        path: str,
+    ) -> None:
+        super().__init__()
+        self.path = path  # of its LoRA layer, for errors
+        for name, tensor in state.stored.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        self.bias = bias
+        self.scaling, self.spec, self.dtype = state.scaling, str(state.plan), dtype
+        self.transposed = transposed  # whether the base layer stored its weight [in, out]
+        self.out_features, self.rank = state.applied.shape
+        self.in_features = state.code.shape[1]
+        self._calls, self._drifted = 0, False
+        self._announce()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        result: Tensor = ops.rows_base_linear(
+            x,
+            self.code,
+            self.scale,
+            self.applied,
+            self.counters,
+            self.writes,
+            self.bias,
+            self.scaling,
+            self.spec,
+        )
+        return result
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight, dequantized anew at each access, in the original dtype and layout.
+
+        Raises a `FalqonError` where someone writes to it, as PEFT's merge does.
+        """
+        weight = self._dequantized()
+        return weight if torch.compiler.is_compiling() else ReadOnly.of(weight, self.path)
+
+    def plain(self) -> nn.Module:
+        """The base layer as it was before `prepare`, within the casts."""
+        weight = self.merged().base().to(self.dtype)
+        return plain_layer(weight, self.bias, self.transposed).train(self.training)
+
+    def _dequantized(self) -> Tensor:
+        base = self.merged().base().to(self.dtype)
+        return base.t().contiguous() if self.transposed else base
+
+    def merged(self) -> MergedAdapter:
+        """The state as a `MergedAdapter` (without its B)."""
+        code, scale, applied, counters, writes, origin = (getattr(self, n).detach() for n in STATE)
+        plan = parse_rows_spec(self.spec)
+        return MergedAdapter(code, scale, applied, counters, writes, origin, self.scaling, plan)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MergedBaseLinear:
+        """Follow moves between devices, never a cast: the scales are part of the FP8 weight."""
+        state = {id(getattr(self, name)) for name in STATE}
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if id(tensor) not in state or moved.dtype == tensor.dtype:
+                return moved
+            return tensor.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        self._announce()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        stored.forget()
+        self._announce()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._announce()
+
+    def _announce(self) -> None:
+        _layers[self.code] = weakref.ref(self)
+
+    def has_drifted(self) -> bool:
+        """Whether the FP8 weight has just passed the limit of `falqon_fx.rows.drift`; asked in each
+        training call. Errors add up like the root of the number of writes, so it looks ever more
+        rarely: in call 128, 256, 512, ...
+        """
+        self._calls += 1
+        if self._drifted or self._calls < 128 or self._calls & (self._calls - 1):
+            return False
+        found = self.merged().drift()
+        self._drifted = found is not None and found > drift.LIMIT
+        return self._drifted
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"rank={self.rank}, bias={self.bias is not None}, {self.spec}"
+        )

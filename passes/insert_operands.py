@@ -1,0 +1,208 @@
+"""Pass 5: bring what the sites' ops read into the graph: FP8 bases, and the adapters' casts.
+
+Each base W enters as two trailing placeholders, its E4M3 weight and its scale. The adapters are
+cast by one ``falqon::proxy_update`` at the head of the graph, for all its sites, from the
+parameters as they are whenever the graph runs. With update="rows" their place is taken by the
+written W' (`falqon_fx.passes.rows`).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from falqon_fx._compat import mark_static_input
+from falqon_fx.base import scale_shape
+from falqon_fx.lowering import gemm_dtype
+from falqon_fx.numerics import E4M3
+from falqon_fx.passes.normalize import Scope, value_of
+from falqon_fx.passes.plan import BaseSlot, Plan, SitePlan
+from falqon_fx.passes.rows import (
+    RowsNodes,
+    RowsOperands,
+    RowsSlot,
+    enter_state,
+    insert_write_back,
+    operands_of,
+)
+from falqon_fx.passes.terms import Param
+from falqon_fx.spec import RowsSpec
+
+
+@dataclass(frozen=True)
+class BaseNodes:
+    """The root's nodes of a base: what is looked up by (the parameter W, or the bytes and the scale
+    of a prepared layer), and the placeholders of what is found.
+    """
+
+    slot: BaseSlot
+    given: tuple[fx.Node, ...]
+    weight: fx.Node
+    scale: fx.Node
+
+
+@dataclass(frozen=True)
+class AdapterNodes:
+    """The root's nodes of an adapter: its parameters and their casts; b is None where the pending
+    part of update="rows" is not added.
+    """
+
+    lora_a: fx.Node
+    lora_b: fx.Node
+    a: fx.Node
+    a_scale: fx.Node
+    b: fx.Node | None
+    scaling: float
+
+
+@dataclass(frozen=True)
+class SiteNodes:
+    """What the op of a site reads beside x and biases."""
+
+    weight: fx.Node
+    scale: fx.Node
+    adapters: tuple[AdapterNodes, ...]
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The nodes that this pass made or found, by slot."""
+
+    bases: tuple[BaseNodes, ...]
+    rows: tuple[RowsNodes, ...]
+    adapters: Mapping[int, AdapterNodes]  # by the id of the slot
+    written: Mapping[int, RowsOperands]
+    pairs: tuple[tuple[BaseNodes, AdapterNodes], ...]  # which adapters are added to which base
+
+    def of(self, site: SitePlan) -> SiteNodes:
+        """The operands of a planned site."""
+        if isinstance(site.base, RowsSlot):
+            own = self.written[id(site.base)]
+            (nodes,) = (n for n in self.rows if n.slot is site.base)
+            adapter = AdapterNodes(
+                nodes.lora_a, nodes.lora_b, own.a, own.a_scale, own.b, site.base.scaling
+            )
+            return SiteNodes(own.weight, own.scale, (adapter,))
+        (base,) = (n for n in self.bases if n.slot is site.base)
+        adapters = tuple(self.adapters[id(slot)] for slot in site.adapters)
+        return SiteNodes(base.weight, base.scale, adapters)
+
+
+def insert_operands(plan: Plan) -> Operands:
+    """Edit the root graph in place."""
+    root = plan.root
+    bases = tuple(_enter_base(plan, i, slot) for i, slot in enumerate(plan.bases))
+    rows_spec = RowsSpec.from_config(plan.config)
+    rows = tuple(
+        enter_state(root, slot, rows_spec, lambda p: at_head(root, p)) for slot in plan.rows
+    )
+    adapters: dict[int, AdapterNodes] = {}
+    written: dict[int, RowsOperands] = {}
+    with _head(root) as graph:
+        for wide in (False, True):
+            adapters |= _cast_adapters(plan, graph, wide)
+        if rows:
+            insert_write_back(graph, rows, rows_spec)
+            wide_of = {id(s.base): _is_wide(s) for s in plan.sites}
+            for nodes in rows:
+                written[id(nodes.slot)] = operands_of(
+                    graph, nodes, rows_spec, wide_of[id(nodes.slot)]
+                )
+    by_slot = {id(nodes.slot): nodes for nodes in bases}
+    pairs = {
+        (id(site.base), id(slot)): (by_slot[id(site.base)], adapters[id(slot)])
+        for site in plan.sites
+        for slot in site.adapters
+    }
+    return Operands(bases, rows, adapters, written, tuple(pairs.values()))
+
+
+def _enter_base(plan: Plan, index: int, slot: BaseSlot) -> BaseNodes:
+    root = plan.root
+    given = slot.prepared
+    if given is None:
+        assert slot.weight is not None
+        given = (at_head(root, slot.weight),)
+    device = value_of(given[0]).device
+    shapes = {
+        "weight": ((slot.out, slot.features), E4M3),
+        "scale": (scale_shape(slot.out, plan.spec), torch.float32),
+    }
+    entered = []
+    for name, (shape, dtype) in shapes.items():
+        node = root.add_input(f"falqon_base_{index}_{name}")
+        node.meta["falqon_shape"] = (shape, dtype, device)
+        node.meta["val"] = torch.empty(shape, dtype=dtype, device="meta")
+        mark_static_input(node)
+        entered.append(node)
+    return BaseNodes(slot, given, *entered)
+
+
+def _cast_adapters(plan: Plan, graph: fx.Graph, wide: bool) -> dict[int, AdapterNodes]:
+    slots = [slot for slot in plan.adapters if slot.wide == wide]
+    if not slots:
+        return {}
+    lora_a = [at_head(plan.root, slot.lora_a) for slot in slots]
+    lora_b = [at_head(plan.root, slot.lora_b) for slot in slots]
+    scaling = [slot.scaling for slot in slots]
+    casts = graph.call_function(
+        torch.ops.falqon.proxy_update.default, (lora_a, lora_b, scaling, wide, str(plan.spec))
+    )
+    values: list[torch.Tensor] = []
+    for slot in slots:
+        a, b = slot.lora_a.value, slot.lora_b.value
+        per_row = (a.shape[0], 1) if plan.spec.per_row else ()
+        values.append(_meta(a.shape, E4M3))
+        values.append(_meta(per_row, torch.float32))
+        values.append(_meta(b.shape, torch.float32 if wide else torch.bfloat16))
+    casts.meta["val"] = values
+    nodes = [_item(graph, casts, i) for i in range(3 * len(slots))]
+    each = zip(slots, lora_a, lora_b, nodes[0::3], nodes[1::3], nodes[2::3], strict=True)
+    return {
+        id(slot): AdapterNodes(of_a, of_b, a, a_scale, b, slot.scaling)
+        for slot, of_a, of_b, a, a_scale, b in each
+    }
+
+
+def _meta(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _item(graph: fx.Graph, node: fx.Node, index: int) -> fx.Node:
+    item = graph.call_function(operator.getitem, (node, index))
+    item.meta["val"] = node.meta["val"][index]
+    return item
+
+
+def _is_wide(site: SitePlan) -> bool:
+    result = value_of(site.match.anchor)
+    return gemm_dtype(result.dtype, result.device) == torch.float32
+
+
+@contextmanager
+def _head(root: Scope) -> Iterator[fx.Graph]:
+    """Insert where the graph begins to compute, in order."""
+    graph = root.gm.graph
+    first = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
+    with graph.inserting_before(first):
+        yield graph
+    root.gm.recompile()
+
+
+def at_head(root: Scope, param: Param) -> fx.Node:
+    """A parameter read where the graph begins: its own get_attr may stand further down, and one is
+    made for the parameter of a module called as such.
+    """
+    node = param.node
+    if node is not None and node.op == "placeholder":
+        return node
+    target = str(param.name if node is None else node.target)
+    with root.after_inputs():
+        copy = root.gm.graph.get_attr(target)
+    copy.meta.update(node.meta if node is not None else {"val": param.value})
+    return copy

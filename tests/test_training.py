@@ -1,0 +1,765 @@
+"""Everything that trains, trains: loops that people write around an optimizer, on the constant FP8
+base.
+
+Each loop is written once and run on the compiled model and on two others: the same model on the
+emulated ops (tests/emulation.py), to which it is equal bit for bit, and plain LoRA on the same
+base, to which it comes as close as the FP8 casts allow.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import falqon_fx
+from falqon_fx.prepare import Adapter
+from tests import tolerances as tol
+from tests.emulation import cast, emulate
+from tests.models import Relu, fill_b, tiny_mlp
+
+Call = Callable[[Tensor], Tensor]
+each_inner = pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+each_way = pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+def compiled(model: nn.Module, inner: str = "eager", **options: Any) -> nn.Module:
+    return torch.compile(model, backend="falqon", options={"inner": inner, **options})
+
+
+def parameters(model: nn.Module, kind: str = "") -> list[nn.Parameter]:
+    """Those that are trained; ``kind``: "lora_A" or "lora_B" alone."""
+    return [p for name, p in model.named_parameters() if p.requires_grad and kind in name]
+
+
+def values(tensors: list[nn.Parameter]) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def all_equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) > 0 and all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+def on_grid(model: nn.Module) -> nn.Module:
+    """Round the weights of the base layers to FP8: casting them again changes nothing."""
+    for name, weight in model.named_parameters():
+        if "base_layer" in name and weight.dim() == 2:
+            codes, scale = cast(weight.detach(), torch.float8_e4m3fn, per_row=True, pow2=True)
+            weight.data.copy_(codes * scale)
+    return model
+
+
+@dataclass(frozen=True)
+class Bases:
+    """Where the FP8 bases of a model lie, and what they are."""
+
+    places: dict[str, tuple[int, int]]
+    bytes: dict[str, tuple[Tensor, Tensor]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Bases:
+        states: dict[str, Any] = falqon_fx.adapters(model)
+        assert all(isinstance(state, Adapter) for state in states.values())
+        return cls(
+            {path: (s.weight.data_ptr(), s.scale.data_ptr()) for path, s in states.items()},
+            {
+                path: (s.weight.view(torch.uint8).clone(), s.scale.clone())
+                for path, s in states.items()
+            },
+        )
+
+    def assert_still(self, model: nn.Module) -> None:
+        """The same bases in the same memory."""
+        now = Bases.of(model)
+        assert len(now.places) > 0
+        assert now.places == self.places
+        for path, found in now.bytes.items():
+            assert all_equal([*found], [*self.bytes[path]]), path
+
+
+# -- loops -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Loop:
+    """What a training loop has: ``model``, called as ``call``, batches (x, y) and a rate.
+
+    The loops below train with it and yield every loss.
+    """
+
+    call: Call
+    model: nn.Module
+    batches: list[tuple[Tensor, Tensor]]
+    rate: float
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        return (self.call(x) - y).float().square().mean()
+
+    def adam(self, *groups: dict[str, Any]) -> torch.optim.Optimizer:
+        trained: Any = groups or parameters(self.model)
+        return torch.optim.AdamW(trained, lr=self.rate, weight_decay=0.0)
+
+    def decay(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        return torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, len(self.batches))
+
+
+def plainly(loop: Loop) -> Iterator[Tensor]:
+    optimizer = loop.adam()
+    schedule = loop.decay(optimizer)
+    for batch in loop.batches:
+        loss = loop.loss(batch)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        yield loss
+
+
+def accumulated(loop: Loop) -> Iterator[Tensor]:
+    """Four parts of a batch, one step."""
+    optimizer = loop.adam()
+    schedule = loop.decay(optimizer)
+    for x, y in loop.batches:
+        for part in zip(x.chunk(4), y.chunk(4)):
+            loss = loop.loss(part)
+            (loss / 4).backward()
+            yield loss
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
+def two_optimizers(loop: Loop) -> Iterator[Tensor]:
+    """A and B apart, B faster (LoRA+) and more often."""
+    trained = parameters(loop.model)
+    slow, fast = (loop.adam({"params": parameters(loop.model, k)}) for k in ("lora_A", "lora_B"))
+    fast.param_groups[0]["lr"] *= 2
+    schedule = loop.decay(fast)
+    for i, batch in enumerate(loop.batches):
+        loss = loop.loss(batch)
+        loss.backward()
+        fast.step()
+        if i % 2:
+            slow.step()
+        schedule.step()
+        for p in trained:
+            p.grad = None
+        yield loss
+
+
+def sharpness_aware(loop: Loop) -> Iterator[Tensor]:
+    """SAM: the gradient that counts is the one at A and B moved uphill."""
+    trained, optimizer = parameters(loop.model), loop.adam()
+    schedule = loop.decay(optimizer)
+    for batch in loop.batches:
+        first = loop.loss(batch)
+        first.backward()
+        norm = torch.cat([p.grad.flatten() for p in trained]).norm()
+        moves = [p.grad * (0.05 / norm) for p in trained]
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for p, move in zip(trained, moves):
+                p.add_(move)
+        second = loop.loss(batch)
+        second.backward()
+        with torch.no_grad():
+            for p, move in zip(trained, moves):
+                p.sub_(move)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        yield first
+        yield second
+
+
+def averaged(loop: Loop) -> Iterator[Tensor]:
+    """EMA: every tenth step is evaluated, and ends, on the average of the trained parameters."""
+    trained, optimizer = parameters(loop.model), loop.adam()
+    mean = values(trained)
+    for i, batch in enumerate(loop.batches, 1):
+        loss = loop.loss(batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield loss
+        with torch.no_grad():
+            for average, p in zip(mean, trained):
+                average.lerp_(p, 0.1)
+            if i % 10:
+                continue
+            live = values(trained)
+            for average, p in zip(mean, trained):
+                p.copy_(average)
+            yield loop.loss(batch)
+            if i < len(loop.batches):
+                for value, p in zip(live, trained):
+                    p.copy_(value)
+
+
+def stochastic_average(loop: Loop) -> Iterator[Tensor]:
+    """SWA by torch's own class over the trained parameters, at a constant rate from half way on."""
+    trained, optimizer = parameters(loop.model), loop.adam()
+    mean = torch.optim.swa_utils.AveragedModel(nn.ParameterList(trained))
+    for i, batch in enumerate(loop.batches, 1):
+        loss = loop.loss(batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield loss
+        if 2 * i > len(loop.batches):
+            mean.update_parameters(nn.ParameterList(trained))
+    with torch.no_grad():
+        for average, p in zip(mean.module, trained):
+            p.copy_(average)
+        yield loop.loss(loop.batches[-1])
+
+
+def second_order(loop: Loop) -> Iterator[Tensor]:
+    """L-BFGS calls the model several times a step, with other parameters each time."""
+    optimizer = torch.optim.LBFGS(parameters(loop.model), lr=0.5, max_iter=3)
+    for batch in loop.batches:
+        losses = []
+
+        def closure(batch: tuple[Tensor, Tensor] = batch, losses: list[Tensor] = losses) -> Tensor:
+            optimizer.zero_grad()
+            loss = loop.loss(batch)
+            loss.backward()
+            losses.append(loss)
+            return loss
+
+        optimizer.step(closure)
+        yield from losses
+
+
+def frozen_a(loop: Loop) -> Iterator[Tensor]:
+    """LoRA-FA: A has no gradient and doesn't move."""
+    of_a = [p for name, p in loop.model.named_parameters() if "lora_A" in name]
+    for p in of_a:
+        p.requires_grad_(False)
+    before = values(of_a)
+    for loss in plainly(loop):
+        assert all(p.grad is None for p in of_a)
+        yield loss
+    assert all_equal(before, values(of_a))
+
+
+LOOPS = {
+    loop.__name__: loop
+    for loop in (
+        plainly,
+        accumulated,
+        two_optimizers,
+        sharpness_aware,
+        averaged,
+        stochastic_average,
+        second_order,
+        frozen_a,
+    )
+}
+each_loop = pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
+
+
+NOISE = 0.5
+
+
+def regression(
+    teacher: Call,
+    count: int,
+    noise: float = NOISE,
+    rows: int = 64,
+    width: int = 64,
+    seed: int = 7,
+) -> list[tuple[Tensor, Tensor]]:
+    """Batches of the outputs of a model, with noise."""
+    generator, batches = torch.Generator().manual_seed(seed), []
+    for _ in range(count):
+        x = torch.randn(rows, width, generator=generator)
+        with torch.no_grad():
+            y = teacher(x)
+        batches.append((x, y + noise * torch.randn(y.shape, generator=generator)))
+    return batches
+
+
+def student() -> nn.Module:
+    """Two sites with a new adapter; outputs of variance 1 or so."""
+    model = Relu(64, 96, rank=8, bias=True)
+    for site in (model.up, model.down):
+        site.base_layer.weight.data.mul_(2)
+    return on_grid(model)
+
+
+def teacher_of(model: nn.Module, same_a: bool) -> nn.Module:
+    """The same base with an adapter to be learned."""
+    teacher = copy.deepcopy(model)
+    fill_b(teacher, 0.04)
+    for site in (teacher.up, teacher.down):
+        if not same_a:
+            nn.init.normal_(site.lora_A.weight, std=0.2)
+    return teacher
+
+
+# -- bit for bit -----------------------------------------------------------------------------------
+
+
+@each_way
+@each_inner
+@each_loop
+def test_a_loop_gives_the_numbers_of_the_emulated_ops(loop, inner, prepared):
+    """Losses and parameters, bit for bit; the base stays where and what it is."""
+    model = tiny_mlp()
+    fill_b(model, 0.1)
+    if prepared:
+        falqon_fx.prepare(model, progress=False)
+    call = compiled(model, inner)
+    call(torch.randn(2, 32))
+    bases = Bases.of(model)
+    twin = emulate(copy.deepcopy(model), falqon_fx.adapters(model))
+    before = values(parameters(model))
+    data = regression(lambda x: x / 2, 10, noise=0.0, rows=8, width=32)
+    found = [loss.detach() for loss in loop(Loop(call, model, data, 1e-2))]
+    expected = [loss.detach() for loss in loop(Loop(twin, twin, data, 1e-2))]
+    assert all_equal(found, expected)
+    assert all_equal(values(parameters(model)), values(parameters(twin)))
+    all_of = [p for name, p in model.named_parameters() if "lora_" in name]
+    moved = [not torch.equal(p, old) for p, old in zip(all_of, before, strict=True)]
+    assert moved == [p.requires_grad for p in all_of]
+    assert sum(moved) == (2 if loop is frozen_a else 4)
+    bases.assert_still(model)
+
+
+# -- as good as plain LoRA -------------------------------------------------------------------------
+
+
+STEPS = 400
+
+
+def autocast(dtype: torch.dtype) -> Callable[[Loop], Iterator[Tensor]]:
+    """`plainly` in mixed precision; float16 with a scaler whose first scales overflow."""
+
+    def run(loop: Loop) -> Iterator[Tensor]:
+        optimizer = loop.adam()
+        scaler = torch.amp.GradScaler("cpu", 2.0**24, enabled=dtype == torch.float16)
+        schedule = loop.decay(optimizer)
+        for batch in loop.batches:
+            with torch.autocast("cpu", dtype):
+                loss = loop.loss(batch)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            schedule.step()
+            optimizer.zero_grad()
+            yield loss
+
+    return run
+
+
+LONG = {
+    **{name: loop for name, loop in LOOPS.items() if loop is not second_order},
+    "bfloat16": autocast(torch.bfloat16),
+    "float16": autocast(torch.float16),
+}
+
+
+def _long(name: str) -> Any:
+    slow = [pytest.mark.slow] if name == "accumulated" else []
+    return pytest.param(LONG[name], id=name, marks=slow)
+
+
+@pytest.mark.parametrize("loop", [_long(name) for name in LONG])
+def test_hundreds_of_steps_end_where_plain_lora_does_on_the_same_base(loop):
+    """400 steps of a noisy regression; base weights lie on the FP8 grid, so that both share them.
+
+    The test loss, noise included, is within 1.1 of that of plain LoRA. Without the noise, which is
+    20 times as large, it is within 1.1 of what A and B of plain LoRA give when they are run in FP8:
+    what FP8 costs is what the casts of x and A cost any adapter, and training in it adds nothing.
+    """
+    start = student()
+    teacher = teacher_of(start, same_a=loop is frozen_a)
+    data, test = regression(teacher, STEPS), regression(teacher, 8, noise=0.0, seed=8)
+    x, clean = (torch.cat(column) for column in zip(*test))
+
+    plain, model = copy.deepcopy(start), copy.deepcopy(start)
+    for _ in loop(Loop(plain, plain, data, 0.02)):
+        pass
+    call = compiled(model)
+    call(x)
+    bases = Bases.of(model)
+    for _ in loop(Loop(call, model, data, 0.02)):
+        pass
+    bases.assert_still(model)
+    moved = [not torch.equal(p, old) for p, old in zip(model.parameters(), start.parameters())]
+    assert sum(moved) == (2 if loop is frozen_a else 4)  # and no base weight
+
+    def test_loss(call: Call) -> float:
+        with torch.no_grad():
+            return (call(x) - clean).square().mean().item()
+
+    untrained, without, within = test_loss(start), test_loss(plain), test_loss(call)
+    in_fp8 = test_loss(compiled(plain))
+    assert within < untrained / 10
+    assert NOISE**2 + within <= 1.1 * (NOISE**2 + without)
+    assert within <= 1.1 * in_fp8
+
+
+# -- one step --------------------------------------------------------------------------------------
+
+
+@each_way
+@each_inner
+def test_where_every_cast_is_exact_training_is_that_of_plain_lora_bit_for_bit(inner, prepared):
+    """Integers up to 16, times a power of two, are FP8 numbers, and their sums are exact in float32
+    in any order. Signs of gradients move A and B by such steps.
+    """
+
+    def whole(*shape: int, seed: int, largest: int = 15, unit: float = 2.0**-3) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(-largest, largest + 1, shape, generator=generator) * unit
+
+    plain = one_layer()
+    with torch.no_grad():
+        for i, p in enumerate(plain.parameters()):
+            p.copy_(whole(*p.shape, seed=i, largest=4 if p.requires_grad else 15))
+    model = copy.deepcopy(plain)
+    if prepared:
+        falqon_fx.prepare(model, progress=False)
+    call, ends = compiled(model, inner), []
+    for run, trained in ((plain, parameters(plain)), (call, parameters(model))):
+        found: list[Tensor] = []
+        for step in range(8):
+            for part in range(2):  # accumulated
+                x = whole(6, 32, seed=100 + 2 * step + part).requires_grad_()
+                y = run(x)
+                # dL/dO: integers that E5M2 holds
+                y.backward(whole(6, 48, seed=200 + 2 * step + part, largest=3))
+                found += [y.detach(), x.grad]
+            found += [p.grad.clone() for p in trained]
+            with torch.no_grad():
+                for p in trained:
+                    p.sub_(p.grad.sign() * 2.0**-3)
+                    p.grad = None
+        ends.append(found + values(trained))
+    assert all_equal(*ends)
+    assert all(p.abs().max() <= 2.0 for p in parameters(model))
+
+
+@each_inner
+def test_accumulated_gradients_are_the_sum_of_those_of_the_parts(inner):
+    """One after the other, or two forward passes before one backward pass: bit for bit."""
+    model = Relu()
+    fill_b(model, 0.1)
+    call, xs = compiled(model, inner), torch.randn(2, 5, 32)
+
+    def gradients(*losses: Callable[[], Tensor]) -> list[Tensor]:
+        model.zero_grad()
+        for loss in losses:
+            loss().backward()
+        return [p.grad.clone() for p in parameters(model)]
+
+    def loss(x: Tensor) -> Tensor:
+        return call(x).square().mean()
+
+    parts = [gradients(functools.partial(loss, x)) for x in xs]
+    expected = [first + second for first, second in zip(*parts)]
+    assert len(expected) == 4
+    assert all_equal(gradients(*(functools.partial(loss, x) for x in xs)), expected)
+    assert all_equal(gradients(lambda: loss(xs[0]) + loss(xs[1])), expected)
+
+
+def one_layer() -> nn.Module:
+    """PEFT on one layer: W, A and B are its parameters of two dimensions."""
+    import peft
+
+    return peft.get_peft_model(
+        nn.Sequential(nn.Linear(32, 48)),
+        peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0"]),
+    )
+
+
+@each_inner
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_mixed_precision_every_step_sees_the_gradients_of_plain_lora(dtype, inner):
+    """Within `tol.site_bounds`, at the parameters of each step and for its own dL/dO. In float16
+    the first scales of the scaler overflow, so that steps are skipped.
+    """
+    model, half = one_layer(), dtype == torch.float16
+    fill_b(model, 0.1)
+    base, a, b = (p.detach() for p in (on_grid(model).parameters()) if p.dim() == 2)
+    call, optimizer = compiled(model, inner), torch.optim.AdamW(parameters(model), lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu", 2.0**24, growth_interval=4, enabled=half)
+    taken = 0
+    for i in range(14):
+        x = torch.randn(6, 32, generator=torch.Generator().manual_seed(i))
+        with torch.autocast("cpu", dtype):
+            y = call(x)
+        assert y.dtype == dtype
+        grads: list[Tensor] = []
+        y.register_hook(grads.append)
+        scaler.scale((y - 1).float().square().mean()).backward()
+        (grad,), trained = grads, parameters(model)
+        if grad.isfinite().all():
+            bounds = tol.site_bounds(x, grad, tol.Parameters(base, a, b, 2.0))
+            wide, wide_x = grad.double() * 2.0, x.double()
+            of_a, of_b = (wide @ b.double()).t() @ wide_x, wide.t() @ (wide_x @ a.double().t())
+            tol.assert_within(trained[0].grad, of_a, bounds.grad_a)
+            tol.assert_within(trained[1].grad, of_b, bounds.grad_b)
+        before = values(trained)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        moved = [not torch.equal(p, old) for p, old in zip(trained, before)]
+        assert all(moved) == any(moved) == bool(grad.isfinite().all())
+        taken += all(moved)
+    assert taken >= 5
+    assert (taken < 14) == half
+
+
+@pytest.mark.parametrize(("kind", "prepared"), [("swa", False), ("swa", True), ("ema", False)])
+def test_an_average_of_the_whole_model_has_the_average_of_a_and_b_on_the_same_base(kind, prepared):
+    """torch's AveragedModel, which averages every parameter: W - W is nothing to add. (An EMA of a
+    prepared model's bytes is an error: tests/test_prepare.py.)
+    """
+    model, x = tiny_mlp(), torch.randn(5, 32)
+    fill_b(model, 0.1)
+    if prepared:
+        falqon_fx.prepare(model, progress=False)
+    call, optimizer = compiled(model), torch.optim.AdamW(parameters(model), lr=1e-2)
+    averaging = torch.optim.swa_utils
+    how = {"multi_avg_fn": averaging.get_ema_multi_avg_fn(0.9)} if kind == "ema" else {}
+    average, seen = averaging.AveragedModel(model, **how), []
+    for _ in range(4):
+        call(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(model)
+        seen.append(values(parameters(model)))
+    expected = seen[0]
+    for i, step in enumerate(seen[1:], 2):
+        weight = 0.1 if kind == "ema" else 1 / i
+        expected = [torch.lerp(mean, p, weight) for mean, p in zip(expected, step)]
+    for found, wanted in zip(parameters(average), expected, strict=True):
+        # Both round three times an average; what is averaged is at most as large as |p| over all.
+        largest = max(float(p.abs().max()) for step in seen for p in step)
+        tol.assert_within(found.detach(), wanted, 2 * tol.gamma(9) * largest)
+    y = compiled(average)(x)
+    bases, states = Bases.of(model).bytes, falqon_fx.adapters(average)
+    for (code, scale), state in zip(bases.values(), states.values(), strict=True):
+        assert all_equal([code, scale], [state.weight.view(torch.uint8), state.scale])
+    twin = emulate(copy.deepcopy(average), states)
+    assert torch.equal(y, twin(x))
+
+
+# -- adapters changed between steps ----------------------------------------------------------------
+
+
+def two_adapters() -> Any:
+    """PEFT's "default" and "other", of another rank and scaling, on both layers of an MLP."""
+    import peft
+
+    model: Any = tiny_mlp()
+    further = peft.LoraConfig(r=6, lora_alpha=6, target_modules=["0", "2"])
+    model.add_adapter("other", further)
+    fill_b(model, 0.1)
+    return model
+
+
+def layers(model: Any) -> list[Any]:
+    return [m for m in model.modules() if hasattr(m, "lora_A")]
+
+
+def scale_layers(model: Any, factor: float) -> None:
+    for layer in layers(model):
+        layer.scale_layer(factor)
+
+
+def unscale_layers(model: Any) -> None:
+    for layer in layers(model):
+        layer.unscale_layer()
+
+
+def set_scales(model: Any, factor: float) -> None:
+    for layer in layers(model):
+        layer.set_scale("default", factor)
+
+
+# What happens to a model between steps.
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "nothing": lambda model: None,
+    "scale_layer": lambda model: scale_layers(model, 0.5),
+    "unscale_layer": unscale_layers,
+    "set_scale": lambda model: set_scales(model, 3.0),
+    "other": lambda model: model.set_adapter("other"),
+    "both": lambda model: model.base_model.set_adapter(["default", "other"]),
+    "default": lambda model: model.set_adapter("default"),
+}
+
+
+@each_way
+@each_inner
+@torch._dynamo.config.patch(recompile_limit=32)  # each scaling and choice is a graph
+def test_what_changes_between_steps_is_seen_and_makes_no_new_base(inner, prepared):
+    """Scaling and choice of adapters: the numbers of the emulated ops, bit for bit, as is what
+    disabled adapters give, which stays the same from first to last.
+    """
+    model, x = two_adapters(), torch.randn(5, 32)
+    if prepared:
+        falqon_fx.prepare(model, progress=False)
+    call = compiled(model, inner)
+    call(x)
+    bases, states = Bases.of(model), falqon_fx.adapters(model)
+    twin: Any = emulate(copy.deepcopy(model), states)
+    with model.disable_adapter():
+        reference = call(x).detach()
+    for name, change in CHANGES.items():
+        change(model)
+        change(twin)
+        for _ in range(2):
+            found = []
+            for m, run in ((model, call), (twin, twin)):
+                optimizer = torch.optim.SGD(parameters(m), lr=0.1)
+                loss = (run(x) - x / 2).square().mean()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                found.append([loss.detach(), *values(list(m.parameters()))[-8:]])
+            assert all_equal(*found), name
+        states = falqon_fx.adapters(model)
+        for layer, state in zip(layers(model), states.values(), strict=True):
+            active = layer.active_adapters
+            assert len(state.adapters) == len(active)
+            delta = sum(layer.get_delta_weight(adapter) for adapter in active)
+            # At most 6 roundings in a product of rank 6, one for the scaling, two in the sums.
+            terms = state.base().double().abs() + sum(magnitude(layer, name) for name in active)
+            bound = 2 * tol.gamma(9) * terms
+            tol.assert_within(state.merged(), state.base() + delta, bound)
+        with model.disable_adapter():
+            assert torch.equal(call(x), reference), name
+        bases.assert_still(model)
+
+
+def magnitude(layer: Any, adapter: str) -> Tensor:
+    """What an adapter's s·B·A adds up, without signs."""
+    a, b = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
+    return layer.scaling[adapter] * b.double().abs() @ a.double().abs()
+
+
+# -- checkpoints and dropout -----------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """Two layers to adapt around one that stays frozen, wide enough for FP8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.mid, self.down = nn.Linear(64, 96), nn.Linear(96, 96), nn.Linear(96, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.mid(torch.relu(self.up(x)))))
+
+
+class Deep(nn.Module):
+    """``call`` wraps each call of a block, as a checkpoint does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.call: Callable[..., Tensor] = lambda block, x: block(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = self.call(block, x)
+        return x
+
+
+def deep(dropout: float, prepared: bool) -> Any:
+    import peft
+
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, target_modules=["up", "down"], lora_dropout=dropout)
+    model = peft.get_peft_model(Deep(), config)
+    fill_b(model, 0.1)
+    if prepared:
+        falqon_fx.prepare(model, progress=False)
+    return model
+
+
+def recorded(call: Call, model: nn.Module) -> list[Tensor]:
+    """Two steps: losses, dL/dx and the gradients of all A and B, then A and B."""
+    torch.manual_seed(3)
+    x, optimizer, found = torch.randn(6, 64), torch.optim.AdamW(parameters(model), lr=1e-2), []
+    for _ in range(2):
+        own = x.clone().requires_grad_()
+        loss = call(own).square().mean()
+        loss.backward()
+        found += [loss.detach(), own.grad, *(p.grad.clone() for p in parameters(model))]
+        optimizer.step()
+        optimizer.zero_grad()
+    return found + values(parameters(model))
+
+
+each_dropout = pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["", "dropout"])
+each_kind = pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+each_compiler = pytest.mark.parametrize(
+    "inner", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
+
+
+@each_compiler
+@each_way
+@each_dropout
+@each_kind
+def test_checkpoints_inside_a_graph_change_no_number(graphs, reentrant, dropout, prepared, inner):
+    """Losses, all gradients and two steps of A and B, bit for bit: what backward computes anew has
+    the casts and the dropout's masks of the forward pass.
+    """
+    model = deep(dropout, prepared)
+    expected = recorded(compiled(model, inner), model)
+    torch._dynamo.reset()
+    saving = deep(dropout, prepared)
+    saving.get_base_model().call = functools.partial(checkpoint, use_reentrant=reentrant)
+    graphs.clear()
+    assert all_equal(recorded(compiled(saving, inner), saving), expected)
+    (graph,) = graphs
+    assert len(graph.sites) == 6  # the frozen ones among them
+
+
+@each_inner
+@each_dropout
+@each_kind
+def test_checkpoints_around_compiled_blocks_change_no_number(reentrant, dropout, inner):
+    """Each block is a graph of its own, called again in backward."""
+    found = []
+    for call in (None, functools.partial(checkpoint, use_reentrant=reentrant)):
+        torch._dynamo.reset()
+        model = deep(dropout, prepared=True)
+        inside = model.get_base_model()
+        for block in inside.blocks:
+            block.compile(backend="falqon", options={"inner": inner})
+        inside.call = call or inside.call
+        found.append(recorded(model, model))
+    assert all_equal(*found)
+
+
+@each_inner
+@each_way
+def test_a_dropout_drops_what_eager_drops(inner, prepared):
+    """The same random numbers: the emulated ops behind PEFT's own dropout, bit for bit."""
+    model, plain = deep(0.3, prepared), deep(0.3, False)
+    call = compiled(model, inner)
+    call(torch.randn(2, 64))
+    frozen = [f"base_model.model.blocks.{i}.mid" for i in range(2)]
+    twin = emulate(plain, falqon_fx.adapters(model), frozen=frozen)
+    assert all_equal(recorded(call, model), recorded(twin, twin))
