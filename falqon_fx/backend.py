@@ -156,18 +156,20 @@ class RewriteResult:
         get init="svd".
         """
         for base, adapter in self.operands.pairs:
-            lora_b = self._value(adapter.lora_b, args)
-            if lora_b.untyped_storage() not in self._noted:
-                lora_a, owner = (self._value(n, args) for n in (adapter.lora_a, base.given[0]))
-                bases.remember_adapter(owner, lora_a, lora_b, adapter.scaling)
+            nodes = (adapter.lora_a, adapter.lora_b, base.given[0])
+            lora_a, lora_b, owner = (self._value(node, args) for node in nodes)
+            bases.remember_adapter(owner, lora_a, lora_b, adapter.scaling)
+            seen = self._noted.setdefault(lora_b.untyped_storage(), set())
+            offset = int(lora_b.storage_offset())
+            if offset not in seen:
                 if self.config.init == "svd" and base.slot.weight is not None:
                     weight = owner.t() if base.slot.weight.transposed else owner
                     init_where_new(weight, lora_a, lora_b, self.config)
-                self._noted.add(lora_b.untyped_storage())
+                seen.add(offset)
 
     @functools.cached_property
-    def _noted(self) -> weakref.WeakSet[Any]:
-        return weakref.WeakSet()
+    def _noted(self) -> weakref.WeakKeyDictionary[Any, set[int]]:
+        return weakref.WeakKeyDictionary()
 
     def _value(self, node: fx.Node, args: Sequence[Any]) -> Tensor:
         if node.op == "placeholder":

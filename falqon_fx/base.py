@@ -176,7 +176,18 @@ class _Entry:
     seen: Tensor
 
 
-Adapter = tuple[weakref.ref[Any], weakref.ref[Any], float]
+Place = tuple[int, int]
+
+
+def place(tensor: Tensor) -> Place:
+    """What tells parameters apart while they live: those of a flat buffer share a storage."""
+    return id(tensor.untyped_storage()), int(tensor.storage_offset())
+
+
+# The memories of A and B, their places, and the scaling.
+_Adapter = tuple[weakref.ref[Any], weakref.ref[Any], Place, Place, float]
+# What a prepared base looked like when its bytes were right: its stamps, and a sample.
+_Seen = tuple[tuple[Any, ...], Tensor]
 
 
 class Bases:
@@ -186,8 +197,8 @@ class Bases:
         # By storages, not by tensors: a tensor with weak references can't be swapped, which
         # torch.__future__.set_swap_module_params_on_conversion asks for.
         self._bases: _ByStorage[dict[Any, _Entry]] = weakref.WeakKeyDictionary()
-        self._adapters: _ByStorage[dict[Any, Adapter]] = weakref.WeakKeyDictionary()
-        self._verified: _ByStorage[tuple[tuple[Any, ...], Tensor]] = weakref.WeakKeyDictionary()
+        self._adapters: _ByStorage[dict[Any, _Adapter]] = weakref.WeakKeyDictionary()
+        self._verified: _ByStorage[dict[int, _Seen]] = weakref.WeakKeyDictionary()
         self._lock = threading.RLock()
 
     def get(self, wanted: Sequence[Wanted], plan: SiteSpec) -> list[Base]:
@@ -240,8 +251,10 @@ class Bases:
         """
         if base.code.is_meta or is_fake(base.code):
             return
-        memory, stamp = base.code.untyped_storage(), (_stamp(base.code), _stamp(base.scale))
-        known = self._verified.get(memory)
+        verified = self._verified.setdefault(base.code.untyped_storage(), {})
+        offset = int(base.code.storage_offset())
+        known = verified.get(offset)
+        stamp = (_stamp(base.code), _stamp(base.scale))
         if known is not None and known[0] == stamp and _looks_like(base.code, known[1]):
             return
         if not torch.equal(digest(base.code, base.scale), expected.detach()):
@@ -252,7 +265,7 @@ class Bases:
                 "Average the trained parameters alone (those with requires_grad): the base is "
                 "constant",
             )
-        self._verified[memory] = (stamp, _look(base.code))
+        verified[offset] = (stamp, _look(base.code))
 
     def remember_adapter(
         self, owner: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
@@ -261,17 +274,17 @@ class Bases:
         a prepared W, stands for: `falqon_fx.adapters` asks.
         """
         known = self._adapters.setdefault(owner.untyped_storage(), {})
-        a, b = (weakref.ref(t.untyped_storage()) for t in (lora_a, lora_b))
-        known[id(b())] = (a, b, scaling)
+        a, b = (weakref.ref(tensor.untyped_storage()) for tensor in (lora_a, lora_b))
+        of_a, of_b = place(lora_a), place(lora_b)
+        known[owner.storage_offset(), of_b] = (a, b, of_a, of_b, scaling)
 
-    def adapters_of(self, owner: Tensor) -> list[tuple[Any, Any, float]]:
-        """(storage of A, storage of B, scaling) of the adapters that graphs added to a weight, as
-        far as they live.
+    def adapters_of(self, owner: Tensor) -> list[tuple[Place, Place, float]]:
+        """(place of A, place of B, scaling) of the adapters that graphs added to a weight, as far
+        as they live.
         """
-        known = self._adapters.get(owner.untyped_storage(), {}).values()
-        return [
-            (a(), b(), scaling) for a, b, scaling in known if a() is not None and b() is not None
-        ]
+        known = self._adapters.get(owner.untyped_storage(), {}).items()
+        mine = [each for (offset, _), each in known if offset == owner.storage_offset()]
+        return [(a, b, s) for of_a, of_b, a, b, s in mine if None not in (of_a(), of_b())]
 
 
 def _look(weight: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from falqon_fx.errors import FalqonError
 from falqon_fx.fp8_linear import Fp8Linear
 from falqon_fx.passes.frozen import part_of_adapter
 from falqon_fx.rows.prepared import MergedBaseLinear
@@ -116,6 +118,30 @@ def lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
             yield LoraLayer(path, module, names)
 
 
+def check_fit(layer: LoraLayer) -> None:
+    """The active adapters belong to the base weight.
+
+    Raises:
+        FalqonError: shapes or devices that don't go together.
+    """
+    out, features = layer.weight.shape
+    for name, (a, b, _) in zip(layer.adapters, layer.each(), strict=True):
+        if (b.shape[0], a.shape[1], a.shape[0]) != (out, features, b.shape[1]):
+            raise FalqonError(
+                layer.path,
+                f"its adapter {name!r} has A {list(a.shape)} and B {list(b.shape)}, which don't "
+                f"belong together or to its base weight {[out, features]}",
+                "Give A [r, in] and B [out, r]",
+            )
+        for part, tensor in (("lora_A", a), ("lora_B", b)):
+            if tensor.device != layer.weight.device:
+                raise FalqonError(
+                    layer.path,
+                    f"its {part} is on {tensor.device}, its base weight on {layer.weight.device}",
+                    "Move the whole model to one device",
+                )
+
+
 def linear_layers(model: nn.Module) -> Iterator[LinearLayer]:
     """The linear layers of a model that have a plain frozen weight, no part of an adapter."""
     around = {id(layer.base): layer for layer in lora_layers(model)}
@@ -132,9 +158,12 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or (conv1d is not None and type(module) is conv1d.Conv1D)
 
 
-def tied_weights(model: nn.Module) -> dict[int, list[str]]:
-    """The names of the parameters by the memory that they lie in."""
-    holders: dict[int, list[str]] = {}
+def tied_weights(model: nn.Module) -> defaultdict[int, list[str]]:
+    """The names of the parameters by the address of their memory, of those that have any. (Those
+    of a flat buffer share a storage.)
+    """
+    holders = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        holders.setdefault(parameter.untyped_storage().data_ptr(), []).append(name)
+        if not parameter.is_meta:
+            holders[parameter.data_ptr()].append(name)
     return holders

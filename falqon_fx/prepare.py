@@ -10,13 +10,14 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from falqon_fx.base import Base, bases, cast_base, check_weight
+from falqon_fx.base import Base, Place, bases, cast_base, check_weight, place
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
 from falqon_fx.fp8_linear import Fp8Linear
 from falqon_fx.lora_layers import (
     LinearLayer,
     LoraLayer,
+    check_fit,
     linear_layers,
     lora_layers,
     tied_weights,
@@ -186,17 +187,17 @@ def adapters(model: nn.Module) -> dict[str, Adapter | MergedAdapter]:
         base = _base_of(layer.base)
         if base is not None and layer.path not in found:
             found[layer.path] = Adapter(base.weight, base.scale, tuple(layer.each()))
-    held = _by_memory(inner)
+    held = _by_place(inner)
     for module in inner.modules():
         for owner in () if id(module) in seen else module.parameters(recurse=False):
             base = module.base() if isinstance(module, Fp8Linear) else _first(bases.of(owner))
-            known = [k for k in bases.adapters_of(owner) if all(id(m) in held for m in k[:2])]
+            known = [k for k in bases.adapters_of(owner) if k[0] in held and k[1] in held]
             if base is None or not known:
                 continue
-            names, _ = held[id(owner.untyped_storage())]
+            names, _ = held[place(owner)]
             sites: dict[str, list[tuple[Tensor, Tensor, float]]] = {}
             for a, b, scaling in known:  # a tied W has several sites
-                (names_a, lora_a), (names_b, lora_b) = held[id(a)], held[id(b)]
+                (names_a, lora_a), (names_b, lora_b) = held[a], held[b]
                 site = deepest_path([names, names_a, names_b])
                 sites.setdefault(site, []).append((lora_a, lora_b, scaling))
             for site, each in sites.items():
@@ -215,11 +216,11 @@ def _first(found: Sequence[Base]) -> Base | None:
     return found[-1] if found else None
 
 
-def _by_memory(model: nn.Module) -> Mapping[int, tuple[list[str], Tensor]]:
-    """The names of each parameter and the parameter, by its storage."""
-    held: dict[int, tuple[list[str], Tensor]] = {}
+def _by_place(model: nn.Module) -> Mapping[Place, tuple[list[str], Tensor]]:
+    """The names of each parameter and the parameter, by where it lies."""
+    held: dict[Place, tuple[list[str], Tensor]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        held.setdefault(id(parameter.untyped_storage()), ([], parameter))[0].append(name)
+        held.setdefault(place(parameter), ([], parameter))[0].append(name)
     return held
 
 
@@ -236,7 +237,7 @@ def _sort_layers(
     layers, skipped = [], {}
     tied = tied_weights(model)
     for layer in linear_layers(model):
-        shared = tied.get(layer.module.weight.untyped_storage().data_ptr(), [])
+        shared = tied[layer.module.weight.data_ptr()]
         reason = skip_reason(layer, config, len(shared) > 1)
         if reason is None:
             layers.append(layer)
@@ -285,8 +286,8 @@ def _check_before(model: nn.Module, layers: Sequence[LinearLayer]) -> None:
     holders = tied_weights(model)
     for layer in layers:
         weight = layer.module.weight
-        shared = holders[weight.untyped_storage().data_ptr()]
-        if len(shared) > 1 and weight.device.type != "meta":
+        shared = holders[weight.data_ptr()]
+        if len(shared) > 1:
             raise FalqonError(
                 layer.site,
                 f"its base weight is tied (also {shared[0]} or {shared[-1]}), so it can't be freed",
@@ -294,27 +295,7 @@ def _check_before(model: nn.Module, layers: Sequence[LinearLayer]) -> None:
             )
         check_weight(layer.site, weight)
         if layer.lora is not None:
-            _check_adapters(layer, layer.lora)
-
-
-def _check_adapters(layer: LinearLayer, lora: LoraLayer) -> None:
-    """Those that are active fit the base weight."""
-    out, features = layer.weight.shape
-    for name, (a, b, _) in zip(lora.adapters, lora.each(), strict=True):
-        if (b.shape[0], a.shape[1], a.shape[0]) != (out, features, b.shape[1]):
-            raise FalqonError(
-                layer.site,
-                f"its adapter {name!r} has A {list(a.shape)} and B {list(b.shape)}, which don't "
-                f"belong together or to its base weight {[out, features]}",
-                "Give A [r, in] and B [out, r]",
-            )
-        for part, tensor in (("lora_A", a), ("lora_B", b)):
-            if tensor.device != layer.weight.device:
-                raise FalqonError(
-                    layer.site,
-                    f"its {part} is on {tensor.device}, its base weight on {layer.weight.device}",
-                    "Move the whole model to one device",
-                )
+            check_fit(layer.lora)
 
 
 def _track(layers: Sequence[Any], show: bool) -> Iterator[Any]:

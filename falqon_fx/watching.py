@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
@@ -20,6 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from falqon_fx.lora_layers import unwrap
+from falqon_fx.prepare import adapters
 from falqon_fx.report import Audit
 from falqon_fx.rows import audit, drift
 from falqon_fx.rows.audit import COLUMNS, Written
@@ -91,6 +93,12 @@ class watch:  # used as a function: with falqon_fx.watch(model) as history
         trace: TracebackType | None,
     ) -> None:
         self._open.close()
+        if kind is None and not self.history and _is_constant(self._model):
+            warnings.warn(
+                'falqon: watch saw no write-back: with update="adapter", the default, FP8 weights '
+                'are constant. Set update="rows" for the method that writes them.',
+                stacklevel=2,
+            )
 
     def _look(self, written: Written) -> None:
         places = {tensor.data_ptr() for tensor in written.applied}
@@ -124,6 +132,12 @@ class watch:  # used as a function: with falqon_fx.watch(model) as history
             self._file.flush()
         for callback in self._callbacks:
             callback(step)
+
+
+def _is_constant(model: nn.Module) -> bool:
+    """Whether a model has adapters, and none that is written."""
+    found = adapters(model)
+    return bool(found) and not any(isinstance(a, MergedAdapter) for a in found.values())
 
 
 class _Watched:

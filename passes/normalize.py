@@ -290,7 +290,7 @@ def _read_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scope
     if target in (torch.ops.falqon.base_linear.default, torch.ops.falqon.base_linear):
         return BaseLinear(*args)
     if target in (torch.ops.falqon.rows_base_linear.default, torch.ops.falqon.rows_base_linear):
-        return RowsBaseLinear(args[0], tuple(args[1:6]), args[6], args[7], args[8])
+        return RowsBaseLinear(args[0], tuple(args[1:6]), args[6], _factor(args[7]), args[8])
     if target in _LINEAR:
         return _linear(args, kwargs, scope)
     if target in _OTHER:

@@ -57,12 +57,14 @@ def check_rows(found: Match, path: str, config: FalqonConfig) -> tuple[str, str]
         )
     if adapter.lora_a.value.requires_grad and not adapter.lora_b.value.requires_grad:
         return "lora_A is trained and lora_B is frozen (as in MiCA)", LEAVE
-    if isinstance(found.base, RowsBaseLinear) and found.base.scaling != adapter.scaling:
-        return (
-            f"prepare() merged it with scaling {found.base.scaling}, the graph has "
-            f"{adapter.scaling}",
-            "Call falqon_fx.restore(model), then prepare() again",
-        )
+    if isinstance(found.base, RowsBaseLinear):
+        merged_with = float(found.base.scaling)  # pins a SymFloat: another value compiles anew
+        if merged_with != adapter.scaling:
+            return (
+                f"prepare() merged it with scaling {merged_with:g}, the graph has "
+                f"{adapter.scaling:g}",
+                "Call falqon_fx.restore(model), then prepare() again",
+            )
     config.rows(adapter.lora_b.value.shape[0], path)
     if adapter.lora_a.value.requires_grad:
         _check_trained_a(found, path, config)

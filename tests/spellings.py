@@ -177,6 +177,10 @@ class Passes:
         self.before: list[Counter[str]] = []
         self.results: list[RewriteResult] = []
 
+    def __deepcopy__(self, memo: Any) -> Passes:
+        """Lightning, once imported, copies the arguments of each torch.compile."""
+        return self
+
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> RewriteResult:
         self.given.append(gm)
         self.before.append(targets(gm))

@@ -145,7 +145,7 @@ SITUATIONS: dict[str, str] = {
     "test_situations.py::test_dynamic_shapes_need_one_graph",
     "graph breaks": "test_situations.py::test_a_graph_break_between_sites",
     "train, eval, no_grad, inference_mode": (
-        "test_situations.py::test_recompiles_for_shapes_and_modes_quantize_each_weight_once "
+        "test_situations.py::test_recompiles_for_shapes_and_modes_cast_each_weight_once "
         "test_situations.py::test_the_first_call_may_be_in_inference_mode "
         "test_sequences.py::TestTraining test_sequences.py::TestRows"
     ),
@@ -158,10 +158,11 @@ SITUATIONS: dict[str, str] = {
     "test_regressions.py::test_sites_on_a_tied_base_weight_have_the_paths_of_their_adapters "
     "test_prepare.py::test_a_tied_weight_is_refused",
     "two models in one process": "test_situations.py::test_two_models_in_one_process_do_not_mix",
-    "one model compiled twice": "test_situations.py::test_a_model_compiled_twice_has_one_state",
+    "one model compiled twice": "test_situations.py::test_a_model_compiled_twice_has_one_fp8_weight",
     "deepcopy, pickle": "test_loops.py::test_a_copy_of_a_model_compiled_in_place_trains_apart "
     "test_loops.py::test_a_pickled_wrapper_compiles_again "
-    "test_situations.py::test_a_deepcopy_of_a_compiled_model_has_a_state_of_its_own",
+    "test_situations.py::"
+    "test_a_deepcopy_of_a_compiled_model_has_fp8_weights_of_its_own",
     ".to(device), .half()": "test_loops.py::test_a_cast_after_compile_goes_on_as_a_cast_before_it "
     "test_loops.py::test_a_cast_of_a_prepared_model_rounds_its_adapter_and_nothing_else "
     "test_loops.py::"
@@ -174,7 +175,7 @@ SITUATIONS: dict[str, str] = {
     ),
     "an optimizer that replaces .data": "test_backend.py::test_a_replaced_data_tensor_is_seen "
     "test_backend.py::test_a_write_through_data_is_seen",
-    "weight decay on B": "test_situations.py::test_weight_decay_on_b_is_a_change_like_any_other",
+    "weight decay on B": "test_rows.py::test_weight_decay_on_b_is_a_change_like_any_other",
     "a module used twice": (
         "test_situations.py::"
         "test_a_module_used_twice_in_one_forward_is_one_site_with_the_sum_of_both_gradients "

@@ -21,7 +21,7 @@ from falqon_fx.fp8_linear import Fp8Linear
 from falqon_fx.numerics import E4M3
 from falqon_fx.prepare import Adapter
 from falqon_fx.rows.prepared import MergedBaseLinear
-from tests.models import fill_b, freeze_a, lora_b, tiny_llama, tiny_mlp
+from tests.models import Relu, fill_b, freeze_a, lora_b, tiny_llama, tiny_mlp
 from tests.sites import dequantized, randn, same, snapshot
 from tests.tolerances import (
     Approx,
@@ -469,22 +469,35 @@ def test_bad_values_in_an_adapter_are_its_own_affair_but_with_update_rows(which)
     ("part", "shape"),
     [("lora_A", (5, 48)), ("lora_A", (4, 47)), ("lora_B", (32, 3)), ("lora_B", (31, 4))],
 )
-def test_an_adapter_that_does_not_fit_is_refused(part, shape):
+@UPDATES
+def test_an_adapter_that_does_not_fit_is_refused(part, shape, config):
     """As after a swap of A or B alone."""
-    model = tiny_mlp()
+    model = freeze_a(tiny_mlp())
     layer = model.get_submodule(SITES[1])
     getattr(layer, part)["default"].weight = nn.Parameter(randn(*shape))
-    error = refused(model)
+    error = refused(model, config)
     assert error.site == SITES[1]
     assert all(str(n) in error.problem for n in shape)
     assert "A [r, in] and B [out, r]" in error.remedy
 
 
-def test_an_adapter_on_another_device_is_refused():
-    model = tiny_mlp()
+@pytest.mark.parametrize("adapted", [True, False])
+@UPDATES
+def test_a_model_without_values_is_refused(config, adapted):
+    model = freeze_a(tiny_mlp()) if adapted else nn.Sequential(nn.Linear(64, 64))
+    with pytest.raises(FalqonError, match="its base weight is on the meta device") as caught:
+        falqon_fx.prepare(model.requires_grad_(False).to("meta"), config, progress=False)
+    assert caught.value.site == (SITES[0] if adapted else "0")
+    assert "Give it values" in caught.value.remedy
+    assert not any(map(is_prepared, model.modules()))
+
+
+@UPDATES
+def test_an_adapter_on_another_device_is_refused(config):
+    model = freeze_a(tiny_mlp())
     model.get_submodule(SITES[1]).lora_A.to("meta")
     with pytest.raises(FalqonError) as caught:
-        falqon_fx.prepare(model, progress=False)
+        falqon_fx.prepare(model, config, progress=False)
     assert caught.value.site == SITES[1]
     assert "lora_A is on meta, its base weight on cpu" in str(caught.value)
     assert "Move the whole model to one device" in caught.value.remedy
@@ -893,6 +906,50 @@ def test_adapters_of_an_unprepared_model_appear_with_the_first_call(config):
     if config.update == "rows":
         falqon_fx.restore(compiled)
         assert falqon_fx.adapters(model) == {}
+
+
+def test_adapters_of_layers_that_are_not_pefts_follow_the_scaling_of_the_last_call():
+    torch._dynamo.reset()
+    model, x = Relu(), randn(3, 32)
+    compiled = torch.compile(model, backend="falqon", options={"inner": "eager"})
+    for scaling in (2.0, 3.0, 2.0):  # the last time a graph is found again
+        model.up.scaling = scaling
+        compiled(x)
+        found = falqon_fx.adapters(model)
+        assert list(found) == ["up", "down"]
+        for path, state in found.items():
+            layer = model.get_submodule(path)
+            ((a, b, s),) = state.adapters
+            assert (a is layer.lora_A.weight, b is layer.lora_B.weight) == (True, True)
+            assert s == layer.scaling
+
+
+@pytest.mark.parametrize("init", ["keep", "svd"])
+def test_parameters_that_share_one_flat_buffer_are_told_apart(init):
+    """As optimizers that flatten them leave them: views of one memory."""
+    torch._dynamo.reset()
+    model, x = Relu(), randn(3, 32)
+    apart = copy.deepcopy(model)
+    for part in ("base_layer", "lora_A", "lora_B"):
+        mine = [p for name, p in model.named_parameters() if part in name]
+        flat = torch.cat([p.detach().flatten() for p in mine])
+        for parameter, view in zip(mine, flat.split([p.numel() for p in mine]), strict=True):
+            parameter.data = view.view(parameter.shape)
+    results = []
+    for each in (model, apart):
+        options = {"inner": "eager", "init": init}
+        results.append(torch.compile(each, backend="falqon", options=options)(x))
+    assert torch.equal(*results)
+    found, wanted = falqon_fx.adapters(model), falqon_fx.adapters(apart)
+    assert list(found) == list(wanted) == ["up", "down"]
+    for path, state in found.items():
+        assert torch.equal(state.base(), wanted[path].base())
+        assert torch.equal(state.merged(), wanted[path].merged())
+        assert state.adapters[0][0] is model.get_submodule(path).lora_A.weight
+        assert torch.equal(state.adapters[0][0], apart.get_submodule(path).lora_A.weight)
+    report = falqon_fx.prepare(model, progress=False)  # they are not tied either
+    assert list(report.prepared) == ["up.base_layer", "down.base_layer"]
+    assert torch.equal(torch.compile(model, backend="falqon", options=options)(x), results[0])
 
 
 def test_adapters_are_live_and_their_base_is_constant():

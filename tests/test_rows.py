@@ -286,12 +286,24 @@ def test_saving_an_adapter_that_holds_nothing_of_its_training_warns_once(prepare
     with pytest.warns(UserWarning, match="holds nothing of what was trained") as caught:
         model.save_pretrained(tmp_path)
     assert len([w for w in caught if "falqon" in str(w.message)]) == 1
-    assert f"{SITES[0]}.lora_B.default" in str(caught[0].message)
+    assert f"falqon: {SITES[0]}: " in str(caught[0].message)
     assert "save_checkpoint" in str(caught[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.state_dict()
         run(randn(6, 32))
+        model.save_pretrained(tmp_path)
+
+
+def test_saving_warns_of_a_state_that_took_anothers_place(tmp_path):
+    """What was compiled and restored before the training that is at stake."""
+    model, run = mlp(pending="drop")
+    x = randn(6, 32)
+    run(x)
+    falqon_fx.restore(model)
+    train(run, sgd(model), x, 2)
+    run(x)
+    with pytest.warns(UserWarning, match="holds nothing of what was trained"):
         model.save_pretrained(tmp_path)
 
 
@@ -510,6 +522,34 @@ def test_a_trained_a_is_refused_where_rows_would_hold_another(options, prepared)
         compiled(model, **options)(randn(6, 32))
     assert 'update="adapter"' in str(error.value)
     assert SITES[0] in str(error.value)
+
+
+def test_models_of_several_scalings_are_all_written(graphs):
+    """Dynamo takes a number that differs from one model to the next for one that varies."""
+    pytest.importorskip("peft")
+    x = randn(6, 32)
+    for alpha in (8, 16, 4):
+        model = freeze_a(tiny_mlp(lora_alpha=alpha))
+        falqon_fx.prepare(model, FalqonConfig(**OPTIONS), progress=False)
+        train(compiled(model), sgd(model), x, 3)
+        states = falqon_fx.adapters(model).values()
+        assert {state.scaling for state in states} == {alpha / 4}
+        assert all(int(state.counters[STEP]) == 2 for state in states)
+    assert [len(report.sites) for report in graphs] == [2, 2, 2]
+
+
+def test_weight_decay_on_b_is_a_change_like_any_other():
+    model, run = mlp(topk="all", pending="hold")
+    x = randn(6, 32)
+    fill_b(model)
+    run(x)
+    for b in lora_b(model):
+        b.grad = torch.zeros_like(b)
+    torch.optim.AdamW(lora_b(model), lr=0.1, weight_decay=0.5).step()
+    run(x)
+    for state in falqon_fx.adapters(model).values():
+        assert torch.equal(state.applied, state.lora_b())
+        assert state.counters[STEP] == 1
 
 
 # -- torch's defaults, and states of other dtypes --------------------------------------------------

@@ -7,9 +7,8 @@ equals the emulation on the same base bit for bit, and the base is the cast of W
 alone.
 
 `TestRows`: update="rows". A forward pass writes at most once per change of B, the k rows that
-changed most; the rest stays pending; a new graph finds the old state; a changed W means a new
-state, a changed A one made anew in place. `Expected` follows that with loops over rows and torch's
-own casts.
+changed most; the rest stays pending; a new graph finds the old state; W or A changed means a fresh
+one. `Expected` follows that with loops over rows and torch's own casts.
 """
 
 from __future__ import annotations
@@ -274,8 +273,7 @@ class Expected:
     def __init__(self, layer: LoraLinear, config: FalqonConfig) -> None:
         self.layer, self.config = layer, config
         self.b = layer.lora_B.weight
-        self.fresh = True  # W' is made from the parameters by the next forward pass
-        self.new = True  # in a state of its own, not in place
+        self.fresh = True
 
     def forward(self) -> None:
         """A forward pass has begun."""
@@ -283,8 +281,7 @@ class Expected:
         bits = self.bits()
         if self.fresh:
             self.applied = self.b.detach().clone()
-            self.steps = 0 if self.new else self.steps
-            self.writes, self.fresh, self.new = [0] * OUT, False, False
+            self.writes, self.steps, self.fresh = [0] * OUT, 0, False
             self.rows = self.merged()
         elif bits != self.seen:
             self.steps += 1
@@ -441,7 +438,6 @@ class Rows(RuleBasedStateMachine):
         part = {n: t for n, t in self.saved.items() if n.startswith(names)}
         self.model.load_state_dict(part, strict=False)
         self.expected.fresh |= not adapter_only
-        self.expected.new |= not adapter_only
 
     @precondition(lambda self: self.config.pending != "drop")  # which refuses it
     @rule(which=st.sampled_from(["base_layer", "lora_A"]))
@@ -449,7 +445,6 @@ class Rows(RuleBasedStateMachine):
         with torch.no_grad():
             getattr(self.model, which).weight.mul_(1.25)
         self.expected.fresh = True
-        self.expected.new |= which == "base_layer"
 
     @precondition(lambda self: not self.expected.fresh)
     @rule()

@@ -1,43 +1,44 @@
-"""The state of update="rows", looked up per call: shared graphs, copies, adapters, recompiles,
-shared modules, autocast.
+"""What belongs to which call: shared graphs, copies, adapters, recompiles, shared modules, threads.
 
-All run with inner="eager" or "aot_eager": which state a call gets is decided around the inner
+Most run with inner="eager" or "aot_eager": which base a call gets is decided around the inner
 compiler.
 """
 
 from __future__ import annotations
 
 import copy
+import gc
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import falqon_fx
-from falqon_fx.rows import state as merged
-from falqon_fx.rows.update import STEP
-from tests import models as plain
+from falqon_fx import base as base_module
+from falqon_fx.rows import state as rows_state
+from tests import tolerances as tol
 from tests.emulation import emulate
-from tests.models import fill_b, lora_b, train
-
-
-def with_frozen_a(make):
-    """update="rows" needs a frozen A."""
-
-    def made(*args, **kwargs):
-        model = make(*args, **kwargs)
-        for name, parameter in model.named_parameters():
-            if "lora_A" in name:
-                parameter.requires_grad_(False)
-        return model
-
-    return made
-
-
-LoraLinear, Relu, Stack, tiny_llama, tiny_mlp = map(
-    with_frozen_a,
-    (plain.LoraLinear, plain.Relu, plain.Stack, plain.tiny_llama, plain.tiny_mlp),
+from tests.models import (
+    LoraLinear,
+    Relu,
+    Stack,
+    fill_b,
+    freeze_a,
+    tiny_llama,
+    tiny_mlp,
+    train,
 )
+
+INNER = pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+PREPARED = pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
+UPDATES = pytest.mark.parametrize("update", ["adapter", "rows"])
 
 
 @pytest.fixture(autouse=True)
@@ -48,38 +49,65 @@ def _fresh_dynamo():
 
 @pytest.fixture
 def created(monkeypatch):
-    """The path of each site whose weight gets quantized, as it happens."""
+    """The path of each site whose weight is cast to FP8, as it happens."""
     paths: list[str] = []
-    create = merged.create
+    make, create = base_module.Bases._make, rows_state.create
 
-    def counting(path: str, *args: object) -> merged.MergedAdapter:
+    def making(self: Any, site: base_module.Wanted, plan: Any) -> Any:
+        paths.append(site.path)
+        return make(self, site, plan)
+
+    def creating(path: str, *args: Any) -> rows_state.MergedAdapter:
         paths.append(path)
         return create(path, *args)
 
-    monkeypatch.setattr(merged, "create", counting)
+    monkeypatch.setattr(base_module.Bases, "_make", making)
+    monkeypatch.setattr(rows_state, "create", creating)
     return paths
 
 
 def options(inner: str = "eager", **others: object) -> dict[str, object]:
     """Rows of nearest rounding are the same whatever the site is called."""
-    return {"update": "rows", "inner": inner, "rounding": "nearest", **others}
+    rows = {"rounding": "nearest"} if others.get("update") == "rows" else {}
+    return {"inner": inner, **rows, **others}
 
 
 def compiled(model: nn.Module, inner: str = "eager", **others: object) -> nn.Module:
     return torch.compile(model, backend="falqon", options=options(inner, **others))
 
 
+def made(kind: type[nn.Module], update: str, **sizes: int) -> nn.Module:
+    """A model, with A frozen where rows are written."""
+    model = kind(**sizes)
+    return freeze_a(model) if update == "rows" else model
+
+
 def adam(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(lora_b(model), lr=1e-2)
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def adapter(model: nn.Module) -> list[Tensor]:
+    """A and B of every site."""
+    return [p.detach() for name, p in model.named_parameters() if "lora_" in name]
+
+
+def codes(model: nn.Module) -> list[Tensor]:
+    """The FP8 bytes of every site."""
+    return [state.weight.view(torch.uint8) for state in falqon_fx.adapters(model).values()]
+
+
+def pointers(model: nn.Module) -> list[int]:
+    """Where they lie."""
+    return [code.data_ptr() for code in codes(model)]
 
 
 def alone(model: nn.Module, x: Tensor, steps: int, **others: object) -> list[Tensor]:
-    """B after training a copy of a model with nothing else around it."""
+    """A and B after training a copy of a model with nothing else around it."""
     torch._dynamo.reset()
     own = copy.deepcopy(model)
     train(compiled(own, **others), adam(own), x, steps)
     torch._dynamo.reset()
-    return [b.detach() for b in lora_b(own)]
+    return adapter(own)
 
 
 def all_equal(a: list[Tensor], b: list[Tensor]) -> bool:
@@ -89,58 +117,160 @@ def all_equal(a: list[Tensor], b: list[Tensor]) -> bool:
 # -- graphs shared ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-def test_blocks_that_share_one_graph_train_as_the_whole_model_does(created, graphs, inner):
-    model, x = Stack(blocks=3), torch.randn(2, 5, 32).requires_grad_()
-    expected = alone(model, x, steps=4, inner=inner)
+@UPDATES
+@INNER
+def test_blocks_that_share_one_graph_train_as_the_whole_model_does(created, graphs, inner, update):
+    model, x = made(Stack, update, blocks=3), torch.randn(2, 5, 32).requires_grad_()
+    expected = alone(model, x, steps=4, inner=inner, update=update)
     created.clear()
     graphs.clear()
     for block in model.blocks:
-        block.compile(backend="falqon", options=options(inner))
+        block.compile(backend="falqon", options=options(inner, update=update))
     train(model, adam(model), x, steps=4)
     assert len(graphs) == 1  # one graph of two sites serves three blocks
     assert len(created) == 6
-    assert all_equal(lora_b(model), expected)
+    assert all_equal(adapter(model), expected)
     states = falqon_fx.adapters(model)
     assert list(states) == [f"blocks.{i}.{name}" for i in range(3) for name in ("up", "down")]
-    assert [int(state.counters[STEP]) for state in states.values()] == [3] * 6
+    for path, state in states.items():
+        layer = model.get_submodule(path)
+        if update == "rows":
+            assert int(state.counters[rows_state.update.STEP]) == 3
+        else:
+            ((a, b, _),) = state.adapters
+            assert (a is layer.lora_A.weight, b is layer.lora_B.weight) == (True, True)
 
 
-def test_two_models_in_one_process_do_not_mix(created, graphs):
-    models = [Relu(), Relu()]
+@UPDATES
+def test_two_models_in_one_process_do_not_mix(created, graphs, update):
+    models = [made(Relu, update), made(Relu, update)]
     xs = [torch.randn(2, 5, 32), torch.randn(2, 5, 32)]
-    expected = [alone(model, x, steps=4) for model, x in zip(models, xs)]
+    expected = [alone(model, x, steps=4, update=update) for model, x in zip(models, xs)]
     created.clear()
     graphs.clear()
-    pairs = [(compiled(model), adam(model), x) for model, x in zip(models, xs)]
+    pairs = [(compiled(model, update=update), adam(model), x) for model, x in zip(models, xs)]
     for _ in range(4):
         for model, optimizer, x in pairs:
             train(model, optimizer, x, steps=1)
     assert len(created) == 4
-    assert all_equal(lora_b(models[0]), expected[0])
-    assert all_equal(lora_b(models[1]), expected[1])
+    assert all_equal(adapter(models[0]), expected[0])
+    assert all_equal(adapter(models[1]), expected[1])
 
 
-def test_a_deepcopy_of_a_compiled_model_has_a_state_of_its_own(created):
-    model, x = Relu(), torch.randn(2, 5, 32)
-    first = compiled(model)
+@UPDATES
+@PREPARED
+def test_a_deepcopy_of_a_compiled_model_has_fp8_weights_of_its_own(update, prepared):
+    model, x = tiny_mlp(), torch.randn(2, 5, 32)
+    config = falqon_fx.FalqonConfig(**options(update=update))
+    if update == "rows":
+        freeze_a(model)
+    if prepared:
+        falqon_fx.prepare(model, config, progress=False)
+    first = torch.compile(model, backend="falqon", options={"config": config})
     train(first, adam(model), x, steps=3)
     second = copy.deepcopy(first)
-    created.clear()
-    before = [b.detach().clone() for b in lora_b(model)]
-    weights = [state.code.clone() for state in falqon_fx.adapters(first).values()]
+    before, bytes_before = [p.clone() for p in adapter(model)], [c.clone() for c in codes(first)]
     train(second, adam(second), x, steps=3)
-    assert sorted(created) == ["down", "up"]
-    assert not all_equal(lora_b(second), before)
-    assert all_equal(lora_b(model), before)
-    assert all_equal([state.code for state in falqon_fx.adapters(first).values()], weights)
+    assert not all_equal(adapter(second), before)
+    assert all_equal(adapter(model), before)
+    assert all_equal(codes(first), bytes_before)
+    assert set(pointers(first)).isdisjoint(pointers(second))
+    assert all_equal(codes(second), bytes_before) == (update == "adapter")
 
 
-def test_a_model_compiled_twice_has_one_state(created):
-    model, x = Relu(), torch.randn(2, 5, 32)
-    first, second = compiled(model), compiled(model)
+@UPDATES
+def test_a_model_compiled_twice_has_one_fp8_weight(created, update):
+    model, x = made(Relu, update), torch.randn(2, 5, 32)
+    first, second = compiled(model, update=update), compiled(model, update=update)
     assert torch.equal(first(x), second(x))
     assert len(created) == 2
+
+
+def test_options_that_leave_the_base_alone_share_it(created):
+    """One cast for all of them; another granularity or kind of scale is another."""
+    model, x = Relu(), torch.randn(2, 5, 32)
+    fill_b(model)
+    others = [{}, {"grad_dtype": "e4m3"}, {"siblings": False}, {"dropout": "ignore"}]
+    found = [compiled(model, **each)(x) for each in others]
+    at = pointers(model)
+    assert all_equal(found, [found[0]] * 4)
+    assert created == ["up", "down"]
+    compiled(model, scale="amax")(x)
+    compiled(model, granularity="tensor")(x)
+    assert len(created) == 6
+    assert torch.equal(compiled(model)(x), found[0])
+    assert len(created) == 6
+    assert at[0] in {
+        base.code.data_ptr() for base in base_module.bases.of(model.up.base_layer.weight)
+    }
+
+
+def test_adapters_of_several_models_on_one_base_weight_share_its_fp8_form(created):
+    """As two policies on one reference model."""
+    first, x = Relu(), torch.randn(2, 5, 32)
+    second = Relu()
+    for name in ("up", "down"):
+        second.get_submodule(name).base_layer = first.get_submodule(name).base_layer
+    fill_b(first)
+    fill_b(second, seed=1)
+    results = [compiled(model)(x) for model in (first, second)]
+    assert not torch.equal(*results)
+    assert len(created) == 2
+    assert pointers(first) == pointers(second)
+
+
+@PREPARED
+@INNER
+def test_threads_share_one_base_and_compute_what_one_does(created, prepared, inner):
+    """They meet at the first call, too: it makes the base."""
+    model = tiny_mlp()
+    fill_b(model, 0.1)
+    xs = [torch.randn(4, 32, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    expected = [compiled(copy.deepcopy(model), inner)(x).detach() for x in xs]
+    created.clear()
+    torch._dynamo.reset()
+    if prepared:
+        falqon_fx.prepare(model, progress=False)
+    call, barrier = compiled(model, inner), threading.Barrier(4)
+    found: list[list[Tensor]] = [[] for _ in xs]
+    seen: list[list[int]] = []
+
+    def work(i: int) -> None:
+        barrier.wait()
+        for _ in range(5):
+            found[i].append(call(xs[i]).detach())
+            seen.append(pointers(model))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for results, wanted in zip(found, expected, strict=True):
+        assert len(results) == 5
+        assert all_equal(results, [wanted] * 5)
+    assert len(created) == (0 if prepared else 2)
+    assert all(at == seen[0] for at in seen)
+
+
+@PREPARED
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+def test_nothing_outlives_its_model(prepared, inner):
+    """Once Dynamo has forgotten it: neither W nor its FP8 form nor an adapter."""
+    model, x = tiny_mlp(), torch.randn(2, 5, 32)
+    if prepared:
+        falqon_fx.prepare(model, progress=False)
+    call = compiled(model, inner)
+    train(call, adam(model), x, steps=2)
+    tensors = [*model.parameters(), *codes(model)]
+    memory = [weakref.ref(tensor.untyped_storage()) for tensor in tensors]
+    # Of two sites: A, B, bias and W, or what `prepare` makes of it; and the bytes once more.
+    assert len(memory) == 2 * (3 + (3 if prepared else 1)) + 2
+    assert all(ref() is not None for ref in memory)
+    del model, call, tensors
+    torch._dynamo.reset()
+    gc.collect()
+    assert [ref() for ref in memory] == [None] * len(memory)
 
 
 # -- recompiles ------------------------------------------------------------------------------------
@@ -158,10 +288,11 @@ def modes(model: nn.Module, call: nn.Module, x: Tensor) -> list[Tensor]:
     return [train_mode.detach(), eval_mode.detach(), no_grad, inference]
 
 
-def test_recompiles_for_shapes_and_modes_quantize_each_weight_once(created, graphs):
-    model = Relu()
+@UPDATES
+def test_recompiles_for_shapes_and_modes_cast_each_weight_once(created, graphs, update):
+    model = made(Relu, update)
     fill_b(model)
-    backend_model = compiled(model)
+    backend_model = compiled(model, update=update)
     for shape in ((2, 5, 32), (3, 7, 32)):
         x = torch.randn(shape)
         results = modes(model, backend_model, x)
@@ -170,19 +301,20 @@ def test_recompiles_for_shapes_and_modes_quantize_each_weight_once(created, grap
     assert sorted(created) == ["down", "up"]
 
 
-def test_the_first_call_may_be_in_inference_mode(created):
-    model, x = Relu(), torch.randn(2, 5, 32)
-    expected = alone(model, x, steps=3)
+@UPDATES
+def test_the_first_call_may_be_in_inference_mode(created, update):
+    model, x = made(Relu, update), torch.randn(2, 5, 32)
+    expected = alone(model, x, steps=3, update=update)
     created.clear()
-    backend_model = compiled(model)
+    backend_model = compiled(model, update=update)
     with torch.inference_mode():
         backend_model(x)
     train(backend_model, adam(model), x, steps=3)
     assert len(created) == 2
-    assert all_equal(lora_b(model), expected)
+    assert all_equal(adapter(model), expected)
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@INNER
 def test_dynamic_shapes_need_one_graph(created, graphs, inner):
     model = Relu()
     fill_b(model)
@@ -192,7 +324,7 @@ def test_dynamic_shapes_need_one_graph(created, graphs, inner):
         model.zero_grad()
         result = call(x)
         result.square().mean().backward()
-        return [result.detach(), *(b.grad for b in lora_b(model))]
+        return [result.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
 
     dynamic = torch.compile(model, backend="falqon", options=options(inner), dynamic=True)
     results = [run(dynamic, xs[0])]
@@ -205,27 +337,30 @@ def test_dynamic_shapes_need_one_graph(created, graphs, inner):
     assert len(created) == 2
 
 
+@UPDATES
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_another_scaling_compiles_anew_and_has_a_state_of_its_own(created, graphs, dynamic):
-    """With dynamic=True Dynamo hands a float over as an input: a match pins it."""
-    model, x = Relu(), torch.randn(2, 5, 32)
+def test_another_scaling_compiles_anew(created, graphs, dynamic, update):
+    """With dynamic=True Dynamo hands a float over as an input: a match pins it. The base stays;
+    with update="rows" the scaling is in the FP8 weight, and another makes another.
+    """
+    model, x = made(Relu, update), torch.randn(2, 5, 32)
     fill_b(model)
-    call = torch.compile(model, backend="falqon", options=options(), dynamic=dynamic)
+    call = torch.compile(model, backend="falqon", options=options(update=update), dynamic=dynamic)
     call(x)
     model.up.scaling = 3.0
     changed = call(x)
     assert [site.scaling for report in graphs for site in report.sites] == [2.0, 2.0, 3.0, 2.0]
-    assert created == ["up", "down", "up"]
+    assert created == (["up", "down"] if update == "adapter" else ["up", "down", "up"])
     torch._dynamo.reset()
-    assert torch.equal(changed, compiled(copy.deepcopy(model))(x))
+    assert torch.equal(changed, compiled(copy.deepcopy(model), update=update)(x))
 
 
 def test_a_float_outside_of_the_sites_stays_dynamic(graphs):
-    class Scaled(plain.Relu):
+    class Scaled(Relu):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * self.factor
 
-    model, x = with_frozen_a(Scaled)(), torch.randn(2, 5, 32)
+    model, x = Scaled(), torch.randn(2, 5, 32)
     model.factor = 0.5
     call = torch.compile(model, backend="falqon", options=options(), dynamic=True)
     half = call(x)
@@ -235,23 +370,24 @@ def test_a_float_outside_of_the_sites_stays_dynamic(graphs):
     assert len(graphs) == 1
 
 
-def test_a_graph_break_between_sites(created, graphs):
-    class Broken(plain.Relu):
+@UPDATES
+def test_a_graph_break_between_sites(created, graphs, update):
+    class Broken(Relu):
         def forward(self, x: Tensor) -> Tensor:
             hidden = torch.relu(self.up(x))
             torch._dynamo.graph_break()
             return self.down(hidden)
 
-    whole, x = Relu(), torch.randn(2, 5, 32)
-    expected = alone(whole, x, steps=4)
-    broken = with_frozen_a(Broken)()
+    whole, x = made(Relu, update), torch.randn(2, 5, 32)
+    expected = alone(whole, x, steps=4, update=update)
+    broken = made(Broken, update)
     broken.load_state_dict(whole.state_dict())
     created.clear()
     graphs.clear()
-    train(compiled(broken), adam(broken), x, steps=4)
+    train(compiled(broken, update=update), adam(broken), x, steps=4)
     assert [len(report.sites) for report in graphs] == [1, 1]
     assert len(created) == 2
-    assert all_equal(lora_b(broken), expected)
+    assert all_equal(adapter(broken), expected)
 
 
 def test_fullgraph(graphs):
@@ -263,19 +399,21 @@ def test_fullgraph(graphs):
 # -- adapters --------------------------------------------------------------------------------------
 
 
-def test_set_adapter_switches_between_two_states(created):
-    """Each adapter trains as if it were alone; coming back finds its state again."""
+@UPDATES
+def test_set_adapter_switches_between_adapters(created, update):
+    """Each adapter computes as if it were alone, on one base; with update="rows" each has an FP8
+    weight of its own, and coming back finds it again.
+    """
     model, x = tiny_mlp(), torch.randn(2, 5, 32)
     model.add_adapter("other", model.peft_config["default"])
     fill_b(model)
-    call = compiled(model)
-
-    def activate(model: nn.Module, name: str) -> None:
-        model.set_adapter(name)  # which sets requires_grad, too
-        with_frozen_a(lambda: model)()
+    freeze_a(model)
+    call = compiled(model, update=update)
 
     def run(name: str) -> Tensor:
-        activate(model, name)
+        model.set_adapter(name)
+        if update == "rows":
+            freeze_a(model)
         result: Tensor = call(x)
         return result
 
@@ -283,13 +421,17 @@ def test_set_adapter_switches_between_two_states(created):
     assert not torch.equal(default, other)
     assert torch.equal(default, run("default"))
     assert torch.equal(other, run("other"))
-    assert len(created) == 4
+    casts = 2 if update == "adapter" else 4
+    assert len(created) == casts
     for name in ("default", "other"):  # alone, with the same base weights
         alone = copy.deepcopy(model)
-        activate(alone, name)
+        alone.set_adapter(name)
+        if update == "rows":
+            freeze_a(alone)
         torch._dynamo.reset()
-        assert torch.equal(compiled(alone)(x), default if name == "default" else other)
-    del created[4:]
+        found = compiled(alone, update=update)(x)
+        assert torch.equal(found, default if name == "default" else other)
+    del created[casts:]
 
     torch._dynamo.reset()
     with torch.no_grad():
@@ -298,49 +440,94 @@ def test_set_adapter_switches_between_two_states(created):
                 b.add_(torch.randn_like(b))
     assert not torch.equal(run("default"), default)
     assert torch.equal(run("other"), other)
-    assert len(created) == 4
+    assert len(created) == casts
 
 
-def test_a_disabled_adapter_leaves_a_plain_linear(created):
+@UPDATES
+def test_a_disabled_adapter_leaves_the_base_in_fp8(created, update):
+    """A layer under an adapter is a site with it or without it, however small: the reference
+    model's numbers do not depend on what runs beside it.
+    """
     model, x = tiny_mlp(), torch.randn(2, 5, 32)
     fill_b(model)
-    with model.disable_adapter(), pytest.warns(UserWarning, match="no LoRA layer"):
-        assert torch.equal(compiled(model, frozen="leave")(x), model(x))
-    assert not created
+    with model.disable_adapter():
+        found = compiled(model, update=update)(x)
+    assert len(created) == 2
+    twin = emulate(copy.deepcopy(model), falqon_fx.adapters(compiled_once(model, x)))
+    with twin.disable_adapter():
+        assert torch.equal(found, twin(x))
+
+
+def compiled_once(model: nn.Module, x: Tensor) -> nn.Module:
+    """The model after a call with its adapters, so that `falqon_fx.adapters` knows them."""
+    compiled(model)(x)
+    return model
 
 
 # -- parameters that change ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["base_layer", "lora_A"])
-def test_a_changed_w_or_a_rebuilds_the_state(created, name):
-    model, x = Relu(), torch.randn(2, 5, 32)
-    fill_b(model)
-    call = compiled(model)
-    call(x)
+def in_place(weight: nn.Parameter) -> None:
     with torch.no_grad():
-        getattr(model.up, name).weight.mul_(2.0)
-    changed = call(x)
-    torch._dynamo.reset()
-    assert torch.equal(changed, compiled(copy.deepcopy(model))(x))
-    assert created[:3] == ["up", "down", "up"]
+        weight.mul_(2.0)
 
 
-@pytest.mark.parametrize("name", ["base_layer", "lora_A"])
-def test_a_w_or_a_changed_through_data_rebuilds_the_state(name):
+def through_data(weight: nn.Parameter) -> None:
+    """No version counter sees it; on a CPU the contents are looked at."""
+    weight.data.mul_(2.0)
+
+
+def other_data(weight: nn.Parameter) -> None:
+    weight.data = weight.data * 2.0
+
+
+CHANGES = pytest.mark.parametrize("change", [in_place, through_data, other_data])
+
+
+@CHANGES
+@pytest.mark.parametrize("name", ["base_layer", "lora_A", "lora_B"])
+def test_a_changed_parameter_is_seen(created, name, change):
+    """W makes a new base, of that layer alone, in the place of the old one; A and B none."""
     model, x = Relu(), torch.randn(2, 5, 32)
     fill_b(model)
     call = compiled(model)
-    call(x)
-    getattr(model.up, name).weight.data.mul_(2.0)
-    changed = call(x)
+    first = call(x).detach()
+    old = weakref.ref(falqon_fx.adapters(model)["up"].weight.untyped_storage())
+    change(getattr(model.up, name).weight)
+    changed = call(x).detach()
+    assert created == ["up", "down", *(["up"] if name == "base_layer" else [])]
+    gc.collect()
+    assert (old() is None) == (name == "base_layer")
     torch._dynamo.reset()
     assert torch.equal(changed, compiled(copy.deepcopy(model))(x))
+    assert not torch.equal(changed, first)
 
 
-def test_load_state_dict_gives_the_loaded_models_results():
-    model, other, x = Relu(), Relu(), torch.randn(2, 5, 32)
-    fill_b(other)
+@CHANGES
+@pytest.mark.parametrize("name", ["base_layer", "lora_A"])
+def test_a_changed_w_or_a_rebuilds_the_weight_of_update_rows(name, change):
+    """Both are in it."""
+    model, x = made(Relu, "rows"), torch.randn(2, 5, 32)
+    fill_b(model)
+    call = compiled(model, update="rows")
+    call(x)
+    change(getattr(model.up, name).weight)
+    changed = call(x)
+    torch._dynamo.reset()
+    assert torch.equal(changed, compiled(copy.deepcopy(model), update="rows")(x))
+
+
+@PREPARED
+def test_load_state_dict_gives_the_loaded_models_results(prepared):
+    def one(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        model = tiny_mlp()
+        fill_b(model, 0.1, seed)
+        if prepared:
+            falqon_fx.prepare(model, progress=False)
+        return model
+
+    model, other, x = one(0), one(1), torch.randn(2, 5, 32)
     call = compiled(model)
     train(call, adam(model), x, steps=2)
     model.load_state_dict(other.state_dict())
@@ -349,35 +536,173 @@ def test_load_state_dict_gives_the_loaded_models_results():
     assert torch.equal(loaded, compiled(other)(x))
 
 
-def test_weight_decay_on_b_is_a_change_like_any_other():
-    model, x = Relu(), torch.randn(2, 5, 32)
-    fill_b(model)
-    call = compiled(model, topk="all", pending="hold")
-    call(x)
-    for b in lora_b(model):
-        b.grad = torch.zeros_like(b)
-    torch.optim.AdamW(lora_b(model), lr=0.1, weight_decay=0.5).step()
-    call(x)
-    for state in falqon_fx.adapters(model).values():
-        assert torch.equal(state.applied, state.lora_b())
-        assert state.counters[STEP] == 1
-
-
-def test_a_dtype_cast_after_compile_starts_a_new_state(created):
+def test_a_dtype_cast_after_compile_casts_the_base_anew(created):
     model, x = Relu(), torch.randn(2, 5, 32)
     fill_b(model)
     call = compiled(model)
     call(x)
     model.to(torch.bfloat16)
     half = call(x.bfloat16())
+    assert created == ["up", "down"] * 2
     torch._dynamo.reset()
     assert torch.equal(half, compiled(copy.deepcopy(model))(x.bfloat16()))
+
+
+@pytest.fixture
+def swapped() -> Iterator[None]:
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+CONVERSIONS = {
+    "to": lambda model: model.to(torch.bfloat16),
+    "load_state_dict": lambda model: model.load_state_dict(
+        {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ),
+}
+
+
+@pytest.mark.parametrize("convert", CONVERSIONS)
+@pytest.mark.parametrize("when", ["before", "after"])
+@PREPARED
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_parameters_that_are_swapped(swapped, convert, when, prepared, inner):
+    """torch.__future__.set_swap_module_params_on_conversion asks that nothing holds a weak
+    reference to a parameter.
+    """
+    model = tiny_mlp()
+    fill_b(model, 0.1)
+    if prepared:
+        falqon_fx.prepare(model, progress=False)
+    plain, x = copy.deepcopy(model), torch.randn(2, 5, 32)
+    call = compiled(model, inner)
+    if when == "after":
+        call(x).sum().backward()
+        model.zero_grad()
+    before = [code.clone() for code in codes(model)] if prepared else None
+    for each in (model, plain):
+        CONVERSIONS[convert](each)
+    x = x.to(model.base_model.model[0].lora_A["default"].weight.dtype)
+    found = call(x)
+    found.float().sum().backward()
+    torch._dynamo.reset()
+    expected = compiled(plain, inner)(x)
+    expected.float().sum().backward()
+    assert torch.equal(found, expected)
+    grads = [[p.grad for p in each.parameters() if p.requires_grad] for each in (model, plain)]
+    assert all_equal(*grads)
+    assert before is None or all_equal(codes(model), before)
+
+
+# -- code that reads the weight of a prepared layer ------------------------------------------------
+
+
+def tiny_t5(targets: list[str]) -> nn.Module:
+    """One layer each; width 64, so that FP8 takes all its linear layers but the tied head."""
+    config = transformers.T5Config(
+        vocab_size=64,
+        d_model=64,
+        d_kv=16,
+        d_ff=96,
+        num_layers=1,
+        num_decoder_layers=1,
+        num_heads=4,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+        feed_forward_proj="gated-gelu",
+        use_cache=False,
+    )
+    model = transformers.T5ForConditionalGeneration(config).to(torch.bfloat16)
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets))
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("targets", [["q", "v"], ["q", "v", "wo"]], ids=["wo frozen", "wo adapted"])
+def test_t5_asks_a_prepared_layer_for_the_dtype_of_its_weight(inner, targets, graphs):
+    """So do mT5, LongT5, UMT5, Switch, Pix2Struct and UDOP. Prepared and unprepared are the same
+    bit for bit: the same FP8 bytes, and the dtype that the weight had.
+    """
+    model, ids = tiny_t5(targets), torch.arange(12).view(2, 6)
+    fill_b(model, 0.1)
+    losses, grads = [], []
+    for prepared in (False, True):
+        own = copy.deepcopy(model)
+        if prepared:
+            report = falqon_fx.prepare(own, progress=False)
+            assert sum(path.endswith(".wo") for path in report.prepared) == 2
+            assert sum(path.endswith(".wo") for path in report.frozen) == 2 * (len(targets) == 2)
+        torch._dynamo.reset()
+        graphs.clear()
+        loss = compiled(own, inner)(input_ids=ids, labels=ids).loss
+        loss.backward()
+        assert sum(len(graph.sites) for graph in graphs) == 18
+        losses.append(loss.detach())
+        grads.append([p.grad for p in own.parameters() if p.requires_grad])
+    assert torch.equal(*losses)
+    assert all_equal(*grads)
+    assert all(g.abs().max() > 0 for g in grads[0])
+
+
+class Reads(nn.Module):
+    """A forward that multiplies with the values of its layers' weights, beside calling them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.call, self.direct = nn.Linear(64, 80), nn.Linear(64, 80, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.call.weight.float().norm(dim=1) * (self.call.weight.dtype == torch.float32)
+        return self.call(x) + F.linear(x, self.direct.weight) + norm
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+def test_values_of_a_prepared_weight_are_those_of_dq_w(inner):
+    """What is called is multiplied in FP8; what reads ``weight`` gets dq(W)."""
+    model = peft.get_peft_model(Reads(), peft.LoraConfig(r=4, target_modules=["call"]))
+    fill_b(model, 0.1)
+    report = falqon_fx.prepare(model, progress=False)
+    assert len(report.prepared) == 2
+    x = torch.randn(5, 64)
+    plain = falqon_fx.restore(copy.deepcopy(model))
+    inside = plain.get_base_model()
+    exact, site = tol.Approx.exact, inside.call
+    bound = tol.site_bounds(
+        x,
+        torch.randn(5, 80),
+        tol.Parameters(
+            site.base_layer.weight.detach(),
+            site.lora_A["default"].weight.detach(),
+            site.lora_B["default"].weight.detach(),
+            site.scaling["default"],
+            site.base_layer.bias.detach(),
+        ),
+    ).y
+    called = tol.Approx(site.double()(x.double()).detach(), bound)
+    direct = (exact(x) @ exact(inside.direct.weight.detach()).t()).rounded(torch.float32)
+    norm = site.base_layer.weight.detach().double().norm(dim=1)
+    norm = tol.Approx(norm, tol.gamma(64 + 2) * norm)
+    wanted = ((called + direct).rounded(torch.float32) + norm).rounded(torch.float32)
+    wanted.assert_holds(compiled(model, inner)(x).detach())
+
+
+@INNER
+def test_an_exported_prepared_model_goes_through_rewrite(inner):
+    """`torch.export` lifts the bytes of prepared layers as it lifts parameters."""
+    model, x = tiny_mlp(), torch.randn(5, 32)
+    fill_b(model, 0.1)
+    falqon_fx.prepare(model, progress=False)
+    expected = compiled(copy.deepcopy(model), inner)(x)
+    exported = torch.export.export(model.get_base_model(), (x,))
+    result = falqon_fx.rewrite(exported.module(), [x])
+    assert [site.path for site in result.report.sites] == ["0", "2"]
+    assert torch.equal(result(x), expected)
 
 
 # -- modules used twice, special inputs ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@INNER
 def test_a_module_used_twice_in_one_forward_is_one_site_with_the_sum_of_both_gradients(
     created, graphs, inner
 ):
@@ -396,8 +721,8 @@ def test_a_module_used_twice_in_one_forward_is_one_site_with_the_sum_of_both_gra
     apart = Twice(layer, copy.deepcopy(layer))
     expected = compiled(apart, inner)(x)
     expected.sum().backward()
-    gradients = [part.lora_B.weight.grad for part in (apart.first, apart.second)]
-    layer.lora_B.weight.grad = None
+    parts = [[p.grad for p in part.parameters() if p.requires_grad] for part in apart.children()]
+    layer.zero_grad()
     torch._dynamo.reset()
     created.clear()
     graphs.clear()
@@ -405,9 +730,11 @@ def test_a_module_used_twice_in_one_forward_is_one_site_with_the_sum_of_both_gra
     result = compiled(Twice(layer, layer), inner)(x)
     result.sum().backward()
     assert torch.equal(result, expected)
-    assert torch.equal(layer.lora_B.weight.grad, gradients[0] + gradients[1])
+    found = [p.grad for p in layer.parameters() if p.requires_grad]
+    assert len(found) == 2
+    assert all_equal(found, [a + b for a, b in zip(*parts)])
     assert len(graphs[0].sites) == 2
-    assert created == []  # found again: the same W, A and B as before
+    assert created == []  # found again: the same W as before
 
 
 def test_zero_tokens_and_strided_inputs():
@@ -431,7 +758,7 @@ def test_autocast(dtype):
         result = call(x)
     assert result.dtype == eager.dtype
     assert losses[-1] < losses[0]
-    assert all(b.grad is None or b.grad.dtype == b.dtype for b in lora_b(model))
+    assert all(p.grad is None or p.grad.dtype == p.dtype for p in model.parameters())
 
 
 def test_compiled_autograd():
@@ -444,16 +771,19 @@ def test_compiled_autograd():
             torch.compile(lambda loss=loss: loss.backward(), backend="eager")()
             optimizer.step()
             optimizer.zero_grad()
-    assert all_equal(lora_b(model), expected)
+    assert all_equal(adapter(model), expected)
 
 
-def test_generate_with_a_kv_cache_gives_the_tokens_of_the_emulation(graphs):
+@UPDATES
+def test_generate_with_a_kv_cache_gives_the_tokens_of_the_emulation(graphs, update):
     model = tiny_llama(target_modules=["q_proj", "v_proj", "down_proj"]).eval()
     fill_b(model, size=1.0)
+    if update == "rows":
+        freeze_a(model)
     ids = torch.randint(0, 64, (1, 6))
     settings = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "use_cache": True}
-    model.base_model.model.model.layers[0].compile(backend="falqon", options=options())
-    model.base_model.model.model.layers[1].compile(backend="falqon", options=options())
+    for layer in model.base_model.model.model.layers:
+        layer.compile(backend="falqon", options=options(update=update))
     tokens = model.generate(input_ids=ids, **settings)
     assert all(len(report.sites) == 3 for report in graphs)
     states = falqon_fx.adapters(model)

@@ -178,6 +178,15 @@ def test_another_models_sites_are_not_counted():
     assert len(seen.history) == 4
 
 
+def test_where_nothing_is_written_it_says_so():
+    model, x = model_and_input()
+    compiled = torch.compile(model, backend="falqon", options={"inner": "eager"})
+    constant = pytest.warns(UserWarning, match="FP8 weights are constant")
+    with constant, falqon_fx.watch(model) as seen:
+        train(compiled, optimizer(model), x, 2)
+    assert seen.history == []
+
+
 def test_it_ends_when_the_training_fails():
     model, _ = model_and_input()
 

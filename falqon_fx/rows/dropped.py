@@ -55,11 +55,11 @@ class SaveWatch:
     """
 
     def __init__(self) -> None:
-        self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weak references to applied, by B
 
     def announce(self, sites: Iterable[tuple[Tensor, Tensor]]) -> None:
         """(B, applied) of sites whose model is being called."""
-        new = {id(b): (b, applied) for b, applied in sites if b not in self._known}
+        new = {id(b): (b, applied) for b, applied in sites if not self._knows(b, applied)}
         if not new:
             return
         group = _Group()
@@ -67,10 +67,15 @@ class SaveWatch:
             for name, parameter in vars(module)["_parameters"].items():
                 if id(parameter) in new:
                     _, applied = new[id(parameter)]
-                    hook = _SaveHook(path, name, weakref.ref(applied), group)
+                    site = path.partition(".lora_")[0]
+                    hook = _SaveHook(site, name, weakref.ref(applied), group)
                     module.register_state_dict_pre_hook(hook)
-        for b, _ in new.values():
-            self._known[b] = True
+        for b, applied in new.values():
+            self._known[b] = weakref.ref(applied)
+
+    def _knows(self, lora_b: Tensor, applied: Tensor) -> bool:
+        known: weakref.ref[Tensor] | None = self._known.get(lora_b)
+        return known is not None and known() is applied
 
 
 class _Group:
@@ -83,9 +88,9 @@ class _SaveHook:
     """
 
     def __init__(
-        self, path: str, name: str, applied: Callable[[], Tensor | None], group: _Group
+        self, site: str, name: str, applied: Callable[[], Tensor | None], group: _Group
     ) -> None:
-        self._path, self._name, self._applied, self._group = path, name, applied, group
+        self._site, self._name, self._applied, self._group = site, name, applied, group
 
     def __call__(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
         applied, b = self._applied(), vars(module)["_parameters"].get(self._name)
@@ -94,7 +99,7 @@ class _SaveHook:
         if lies_in_w(applied, b):
             self._group.told = True
             warnings.warn(
-                f"falqon: {self._path}: a state dict without the FP8 weights holds nothing of what "
+                f"falqon: {self._site}: a state dict without the FP8 weights holds nothing of what "
                 'was trained with pending="drop": it lies in these weights alone, and lora_B is '
                 f"zero. {REMEDY}.",
                 stacklevel=2,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
 from falqon_fx.fp8_linear import Fp8Linear
-from falqon_fx.lora_layers import LoraLayer, is_linear, lora_layers, tied_weights
+from falqon_fx.lora_layers import LoraLayer, check_fit, is_linear, lora_layers, tied_weights
 from falqon_fx.report import deepest_path
 from falqon_fx.rows import dropped
 from falqon_fx.rows.prepared import MergedBaseLinear
@@ -129,13 +129,14 @@ def _check_before(model: nn.Module, layers: list[LoraLayer], config: FalqonConfi
     holders = tied_weights(model)
     for layer in layers:
         weight = layer.base.weight
-        shared = holders[weight.untyped_storage().data_ptr()]
-        if len(shared) > 1 and weight.device.type != "meta":
+        shared = holders[weight.data_ptr()]
+        if len(shared) > 1:
             raise FalqonError(
                 layer.path,
                 f"its base weight is tied (also {shared[0]} or {shared[-1]}), so it can't be freed",
                 "Leave the layer out with exclude=, or untie the weights",
             )
+        check_fit(layer)
         config.rows(layer.lora_b.shape[0], layer.path)
         if registry.holds_what_lacks(layer.lora_b):
             raise FalqonError(layer.path, dropped.PREPARED, dropped.REMEDY)

@@ -249,7 +249,7 @@ def test_with_rows_another_scaling_than_prepare_wrote_is_refused():
     backend = Passes(update="rows", topk=1)
     assert torch.equal(backend.run(model, x), model(x))
     (item,) = backend.rejected
-    assert "prepare() merged it with scaling 2.0, the graph has 3.0" in item.reason
+    assert "prepare() merged it with scaling 2, the graph has 3" in item.reason
     assert "restore(model)" in item.remedy
 
 

