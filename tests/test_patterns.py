@@ -158,7 +158,9 @@ SITUATIONS: dict[str, str] = {
     "test_regressions.py::test_sites_on_a_tied_base_weight_have_the_paths_of_their_adapters "
     "test_prepare.py::test_a_tied_weight_is_refused",
     "two models in one process": "test_situations.py::test_two_models_in_one_process_do_not_mix",
-    "one model compiled twice": "test_situations.py::test_a_model_compiled_twice_has_one_fp8_weight",
+    "one model compiled twice": (
+        "test_situations.py::test_a_model_compiled_twice_has_one_fp8_weight"
+    ),
     "deepcopy, pickle": "test_loops.py::test_a_copy_of_a_model_compiled_in_place_trains_apart "
     "test_loops.py::test_a_pickled_wrapper_compiles_again "
     "test_situations.py::"
