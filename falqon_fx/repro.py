@@ -32,6 +32,7 @@ from torch import Tensor
 
 from falqon_fx import lowering, ops
 from falqon_fx.base import cast_base
+from falqon_fx.errors import FalqonError
 from falqon_fx.numerics import E4M3
 from falqon_fx.report import Site
 from falqon_fx.spec import parse_spec
@@ -88,7 +89,17 @@ def check(
     weight have it too where nothing else is given. With a ``dropout`` the adapters read an x of
     their own. ``kernel``, what runs the site, goes into the record. ``device="cuda"`` falls back to
     the CPU where there is no GPU; the note of the result says so.
+
+    Raises:
+        FalqonError: a site with adapter_dtype="fp8", whose casts of intermediate results this
+            doesn't repeat.
     """
+    if parse_spec(spec).adapter == "fp8":
+        raise FalqonError(
+            "repro",
+            'a site with adapter_dtype="fp8" can\'t be rebuilt yet',
+            'Rebuild it with adapter_dtype="bfloat16"',
+        )
     note = ""
     if device != "cpu" and not torch.cuda.is_available():
         note = f"there is no GPU here, so {kernel or 'its kernel'} was not run"

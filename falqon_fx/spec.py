@@ -30,6 +30,7 @@ def lowering_version() -> str:
         "numerics",
         "spec",
         "lowering",
+        "fp8_adapter",
         "rows.update",
         "rows.ops",
         "ops",

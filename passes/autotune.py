@@ -165,7 +165,7 @@ def time_products(operands: Operands, spec: SiteSpec) -> None:
         with torch.set_grad_enabled(trains):
             ys = torch.ops.falqon.merged_linear(x, *arguments)[: len(operands.sites)]
             if trains:
-                lora = [*arguments[6], *arguments[7]]
+                lora = [*arguments[7], *arguments[8]]
                 wanted = [x, *(t for t in lora if t.requires_grad)]
                 torch.autograd.grad(ys, wanted, [torch.ones_like(y) for y in ys])
 
@@ -204,7 +204,7 @@ def _random_arguments(operands: Operands, spec: SiteSpec) -> tuple[Tensor, tuple
     columns = (weight, [ones(w) for w in weight], bias, a, [ones(code) for code in a], b)
     keep_x = any(t.requires_grad for t in lora_a)
     numbers_of = (owner, [1.0] * len(owner), keep_x, operands.out_dtype, str(spec))
-    return x, (*columns, lora_a, lora_b, own_x, *numbers_of)
+    return x, (*columns, [], lora_a, lora_b, own_x, *numbers_of)
 
 
 def _site_operands(site: SitePlan) -> SiteOperands:

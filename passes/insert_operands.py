@@ -31,7 +31,7 @@ from falqon_fx.passes.rows import (
     operands_of,
 )
 from falqon_fx.passes.terms import Param
-from falqon_fx.spec import RowsSpec
+from falqon_fx.spec import RowsSpec, SiteSpec
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class BaseNodes:
 @dataclass(frozen=True)
 class AdapterNodes:
     """The root's nodes of an adapter: its parameters and their casts; b is None where the pending
-    part of update="rows" is not added.
+    part of update="rows" is not added, alpha but for adapter_dtype="fp8".
     """
 
     lora_a: fx.Node
@@ -57,6 +57,7 @@ class AdapterNodes:
     a: fx.Node
     a_scale: fx.Node
     b: fx.Node | None
+    alpha: fx.Node | None
     scaling: float
 
 
@@ -85,7 +86,7 @@ class Operands:
             own = self.written[id(site.base)]
             (nodes,) = (n for n in self.rows if n.slot is site.base)
             adapter = AdapterNodes(
-                nodes.lora_a, nodes.lora_b, own.a, own.a_scale, own.b, site.base.scaling
+                nodes.lora_a, nodes.lora_b, own.a, own.a_scale, own.b, None, site.base.scaling
             )
             return SiteNodes(own.weight, own.scale, (adapter,))
         (base,) = (n for n in self.bases if n.slot is site.base)
@@ -103,9 +104,10 @@ def insert_operands(plan: Plan) -> Operands:
     )
     adapters: dict[int, AdapterNodes] = {}
     written: dict[int, RowsOperands] = {}
+    by_slot = {id(nodes.slot): nodes for nodes in bases}
     with _head(root) as graph:
         for wide in (False, True):
-            adapters |= _cast_adapters(plan, graph, wide)
+            adapters |= _cast_adapters(plan, graph, by_slot, wide)
         if rows:
             insert_write_back(graph, rows, rows_spec)
             wide_of = {id(s.base): _is_wide(s) for s in plan.sites}
@@ -113,7 +115,6 @@ def insert_operands(plan: Plan) -> Operands:
                 written[id(nodes.slot)] = operands_of(
                     graph, nodes, rows_spec, wide_of[id(nodes.slot)]
                 )
-    by_slot = {id(nodes.slot): nodes for nodes in bases}
     pairs = {
         (id(site.base), id(slot)): (by_slot[id(site.base)], adapters[id(slot)])
         for site in plan.sites
@@ -143,30 +144,42 @@ def _enter_base(plan: Plan, index: int, slot: BaseSlot) -> BaseNodes:
     return BaseNodes(slot, given, *entered)
 
 
-def _cast_adapters(plan: Plan, graph: fx.Graph, wide: bool) -> dict[int, AdapterNodes]:
+def _cast_adapters(
+    plan: Plan, graph: fx.Graph, bases: Mapping[int, BaseNodes], wide: bool
+) -> dict[int, AdapterNodes]:
     slots = [slot for slot in plan.adapters if slot.wide == wide]
     if not slots:
         return {}
     lora_a = [at_head(plan.root, slot.lora_a) for slot in slots]
     lora_b = [at_head(plan.root, slot.lora_b) for slot in slots]
     scaling = [slot.scaling for slot in slots]
+    scales = [bases[id(slot.base)].scale for slot in slots if slot.base is not None]
     casts = graph.call_function(
-        torch.ops.falqon.proxy_update.default, (lora_a, lora_b, scaling, wide, str(plan.spec))
+        torch.ops.falqon.proxy_update.default,
+        (lora_a, lora_b, scaling, scales, wide, str(plan.spec)),
     )
+    size = casts_per_adapter(plan.spec)
+    dtype = torch.float32 if wide else torch.bfloat16
     values: list[torch.Tensor] = []
     for slot in slots:
-        a, b = slot.lora_a.value, slot.lora_b.value
-        per_row = (a.shape[0], 1) if plan.spec.per_row else ()
-        values.append(_meta(a.shape, E4M3))
-        values.append(_meta(per_row, torch.float32))
-        values.append(_meta(b.shape, torch.float32 if wide else torch.bfloat16))
+        rank, features = slot.lora_a.value.shape
+        values.append(_meta((rank, features), E4M3))
+        values.append(_meta((rank, 1) if plan.spec.per_row else (), torch.float32))
+        values.append(_meta(slot.lora_b.value.shape, E4M3 if scales else dtype))
+        values += [_meta((rank,), torch.float32)] if scales else []
     casts.meta["val"] = values
-    nodes = [_item(graph, casts, i) for i in range(3 * len(slots))]
-    each = zip(slots, lora_a, lora_b, nodes[0::3], nodes[1::3], nodes[2::3], strict=True)
-    return {
-        id(slot): AdapterNodes(of_a, of_b, a, a_scale, b, slot.scaling)
-        for slot, of_a, of_b, a, a_scale, b in each
-    }
+    nodes = [_item(graph, casts, i) for i in range(len(values))]
+    found = {}
+    for j, slot in enumerate(slots):
+        a, a_scale, b, *alpha = nodes[size * j : size * (j + 1)]
+        of_fp8 = alpha[0] if alpha else None
+        found[id(slot)] = AdapterNodes(lora_a[j], lora_b[j], a, a_scale, b, of_fp8, slot.scaling)
+    return found
+
+
+def casts_per_adapter(spec: SiteSpec) -> int:
+    """What ``falqon::proxy_update`` returns for each: Â, its scale, b, and α for b in FP8."""
+    return 4 if spec.adapter == "fp8" else 3
 
 
 def _meta(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> torch.Tensor:

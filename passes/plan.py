@@ -55,7 +55,7 @@ class BaseSlot:
 @dataclass(frozen=True)
 class AdapterSlot:
     """(A, B, scaling) of a graph, whose casts all sites share that use it.
-    ``wide``: b is float32.
+    ``wide``: b is float32. ``base``: in the units of whose scale b is cast to FP8.
     """
 
     path: str
@@ -63,6 +63,7 @@ class AdapterSlot:
     lora_b: Param
     scaling: float
     wide: bool
+    base: BaseSlot | None
 
 
 @dataclass(frozen=True)
@@ -174,8 +175,9 @@ class _Chooser:
                 return
             self._add(found, self._rows_of(found, path), (), path)
         else:
-            adapters = tuple(self._adapter(found, a, path) for a in found.adapters)
-            self._add(found, self._base(found, path), adapters, path)
+            base = self._base(found, path)
+            adapters = tuple(self._adapter(found, a, base, path) for a in found.adapters)
+            self._add(found, base, adapters, path)
 
     def take_frozen(self, found: Match) -> None:
         """A frozen linear layer alone."""
@@ -246,14 +248,17 @@ class _Chooser:
                 self._bases[key] = BaseSlot(path, out, features, _at_root(scope, weight), None)
         return self._bases[key]
 
-    def _adapter(self, found: Match, adapter: AdapterMatch, path: str) -> AdapterSlot:
+    def _adapter(
+        self, found: Match, adapter: AdapterMatch, base: BaseSlot, path: str
+    ) -> AdapterSlot:
         scope, result = found.scope, value_of(found.anchor)
         wide = gemm_dtype(result.dtype, result.device) == torch.float32
         a, b = adapter.lora_a, adapter.lora_b
-        key = (_identity(scope, a), _identity(scope, b), adapter.scaling, wide)
+        cast_with = base if self.config.adapter_dtype == "fp8" else None
+        key = (_identity(scope, a), _identity(scope, b), adapter.scaling, wide, id(cast_with))
         if key not in self._adapters:
             self._adapters[key] = AdapterSlot(
-                path, _at_root(scope, a), _at_root(scope, b), adapter.scaling, wide
+                path, _at_root(scope, a), _at_root(scope, b), adapter.scaling, wide, cast_with
             )
         return self._adapters[key]
 
@@ -333,6 +338,12 @@ def _check(found: Match, path: str, config: FalqonConfig) -> None:
                 f"a parameter is on {param.value.device}, its input on {x.device}",
                 "Move the whole model to one device",
             )
+    if config.adapter_dtype == "fp8" and x.device.type not in ("cpu", "meta"):
+        raise FalqonError(
+            path,
+            f'adapter_dtype="fp8" computes on CPUs alone so far, and this is on {x.device}',
+            'Set adapter_dtype="bfloat16"',
+        )
     _check_dtypes(found, path)
     base: object = found.base
     if isinstance(base, BaseLinear | RowsBaseLinear):

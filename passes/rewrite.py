@@ -39,6 +39,7 @@ class Arguments:
     a: list[fx.Node]
     a_scale: list[fx.Node]
     b: list[fx.Node]
+    alpha: list[fx.Node]
     lora_a: list[fx.Node]
     lora_b: list[fx.Node]
     owner: list[int]
@@ -61,6 +62,7 @@ def arguments(group: Sequence[SitePlan], operands: Operands) -> Arguments:
         [adapter.a for adapter in adapters],
         [adapter.a_scale for adapter in adapters],
         [adapter.b for adapter in adapters if adapter.b is not None],
+        [adapter.alpha for adapter in adapters if adapter.alpha is not None],
         [adapter.lora_a for adapter in adapters],
         [adapter.lora_b for adapter in adapters],
         [i for i, _ in each],
@@ -79,7 +81,7 @@ def _replace(
     def here(nodes: Sequence[fx.Node]) -> list[fx.Node]:
         return [_bring(scope, node) for node in nodes]
 
-    columns = [given.a, given.a_scale, given.b, given.lora_a, given.lora_b]
+    columns = [given.a, given.a_scale, given.b, given.alpha, given.lora_a, given.lora_b]
     weight, scale, *adapters = (here(column) for column in (given.weight, given.scale, *columns))
     biases = [site.match.base.bias for site in group]
     bias = [_bias(scope, b) for b in biases if b is not None]

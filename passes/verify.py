@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from falqon_fx.passes.dataflow import shape
-from falqon_fx.passes.insert_operands import AdapterNodes, Operands
+from falqon_fx.passes.insert_operands import AdapterNodes, Operands, casts_per_adapter
 from falqon_fx.passes.normalize import Scope, attribute, value_of
 from falqon_fx.passes.plan import Plan, SitePlan
 from falqon_fx.passes.rewrite import adapter_inputs, arguments
@@ -105,7 +105,9 @@ def _check_counts(plan: Plan, operands: Operands, new: list[fx.Node]) -> None:
     parts = len(plan.rows) * (4 if plan.spec.per_row else 2)
     expected: dict[Any, int] = {
         _FUSED: len(plan.groups),
-        operator.getitem: len(plan.sites) + 3 * len(plan.adapters) + parts,
+        operator.getitem: len(plan.sites)
+        + casts_per_adapter(plan.spec) * len(plan.adapters)
+        + parts,
         _CASTS: len({slot.wide for slot in plan.adapters}),
         _WRITES: min(1, len(plan.rows)),
         _PENDING: sum(own.b is not None for own in operands.written.values()),
@@ -158,7 +160,7 @@ def _check_group(
     """The op that stands for a group reads x and the operands that the plan gives to its sites."""
     first = group[0].match
     given = arguments(group, operands)
-    columns = [given.weight, given.scale, None, given.a, given.a_scale, given.b]
+    columns = [given.weight, given.scale, None, given.a, given.a_scale, given.b, given.alpha]
     columns += [given.lora_a, given.lora_b]
     for i, site in enumerate(group):
         found, path = site.match, site.report.path
@@ -183,10 +185,12 @@ def _check_group(
             same = _is_same(found.scope, biases[i], found.scope.outer(wanted_bias))
             assert same, f"{path}: {biases[i]} is not {wanted_bias}"
         own = [results.get(node, node) for node in adapter_inputs(group)]
-        assert rest[8] == own, f"{path}: its adapters read {rest[8]}, not {own}"
+        assert rest[9] == own, f"{path}: its adapters read {rest[9]}, not {own}"
         dtype = value_of(first.anchor).dtype
         said = (given.owner, given.scaling, given.keep_x, dtype, str(plan.spec))
-        assert tuple(rest[9:]) == said, f"{path}: {fused.name} computes with {rest[9:]}, not {said}"
+        assert tuple(rest[10:]) == said, (
+            f"{path}: {fused.name} computes with {rest[10:]}, not {said}"
+        )
 
 
 def _check_column(
@@ -255,13 +259,17 @@ def _check_casts(plan: Plan, operands: Operands, new: list[fx.Node]) -> None:
     """The adapters' casts are made of the plan's parameters, before everything else."""
     for slot in plan.adapters:
         path, nodes = slot.path, operands.adapters[id(slot)]
-        for i, node in enumerate((nodes.a, nodes.a_scale, nodes.b)):
+        size = casts_per_adapter(plan.spec)
+        for i, node in enumerate((nodes.a, nodes.a_scale, nodes.b, nodes.alpha)[:size]):
             assert node is not None
             casts, place = cast(tuple[fx.Node, int], tuple(node.args))
             assert casts.target is _CASTS, f"{path}: {node} is no cast of the adapter"
-            assert place % 3 == i, f"{path}: {node} is another part of the cast"
-            lora_a, lora_b, scaling, wide, spec = cast(tuple[Any, ...], casts.args)
-            at = place // 3
+            assert place % size == i, f"{path}: {node} is another part of the cast"
+            lora_a, lora_b, scaling, scales, wide, spec = cast(tuple[Any, ...], casts.args)
+            at = place // size
+            if slot.base is not None:
+                (base,) = (n for n in operands.bases if n.slot is slot.base)
+                assert scales[at] is base.scale, f"{path}: b is cast for {scales[at]}"
             _check_adapter(path, plan, nodes, lora_a[at], lora_b[at])
             said = (slot.scaling, slot.wide, str(plan.spec))
             assert (scaling[at], wide, spec) == said, f"{path}: cast with {scaling[at]}, {spec}"

@@ -73,18 +73,21 @@ class Case:
 
     @functools.cached_property
     def casts(self) -> list[list[Tensor]]:
-        """[Â, its scale, b] of each adapter, by ``falqon::proxy_update``."""
+        """[Â, its scale, b] of each adapter, by ``falqon::proxy_update``, and α for b in FP8."""
         loras, wide = self.adapters, gemm_dtype(self.out_dtype, self.x.device) == torch.float32
         if not loras:
             return []
+        in_fp8 = self.plan.adapter == "fp8"
         made = torch.ops.falqon.proxy_update(
             [lora.lora_a for lora in loras],
             [lora.lora_b for lora in loras],
             [lora.scaling for lora in loras],
+            [layer.base.scale for layer in self.layers for _ in layer.adapters] if in_fp8 else [],
             wide,
             str(self.plan),
         )
-        return [made[3 * j : 3 * j + 3] for j in range(len(loras))]
+        size = 4 if in_fp8 else 3
+        return [made[size * j : size * (j + 1)] for j in range(len(loras))]
 
     def arguments(self) -> tuple[Any, ...]:
         """Those of the op. W as bytes and Â as E4M3: both take either."""
@@ -94,9 +97,10 @@ class Case:
             [layer.base.code for layer in self.layers],
             [layer.base.scale for layer in self.layers],
             [layer.bias for layer in self.layers if layer.bias is not None],
-            [a for a, _, _ in self.casts],
-            [scale for _, scale, _ in self.casts],
-            [b for _, _, b in self.casts] if self.adds_b else [],
+            [cast[0] for cast in self.casts],
+            [cast[1] for cast in self.casts],
+            [cast[2] for cast in self.casts] if self.adds_b else [],
+            [cast[3] for cast in self.casts if len(cast) > 3],
             [lora.lora_a for lora in loras],
             [lora.lora_b for lora in loras],
             [self.x if lora.x is None else lora.x for lora in loras] if self.apart else [],

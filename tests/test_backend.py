@@ -98,7 +98,9 @@ def test_aot_eager_trains_bit_for_bit_as_eager(dtype, options):
     assert result["eager"][0][-1] < result["eager"][0][0]
 
 
-@pytest.mark.parametrize("options", [{}, ROWS], ids=["default", "rows"])
+@pytest.mark.parametrize(
+    "options", [{}, {"adapter_dtype": "fp8"}, ROWS], ids=["default", "fp8 adapter", "rows"]
+)
 def test_inductor_trains_bit_for_bit_as_eager(options):
     """On a CPU the ops are opaque to it, and what is around them here is exact: no rounding is left
     to differ, in bfloat16 either.

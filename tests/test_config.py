@@ -113,11 +113,6 @@ def test_a_mistyped_choice_names_the_nearest():
         FalqonConfig(update="row")
 
 
-def test_what_is_not_built_is_refused():
-    with pytest.raises(FalqonConfigError, match="not built yet"):
-        FalqonConfig(adapter_dtype="fp8")
-
-
 # -- options of update="rows" ----------------------------------------------------------------------
 
 

@@ -86,6 +86,7 @@ def test_adapters_are_cast_as_on_a_cpu(case: Case):
         [lora.lora_a for lora in loras],
         [lora.lora_b for lora in loras],
         [lora.scaling for lora in loras],
+        [],
         wide,
         str(case.plan),
     )
@@ -190,7 +191,7 @@ def test_siblings_share_their_launches(name, wanted, monkeypatch):
 def test_adapters_of_a_layer_need_not_stand_side_by_side():
     """Their order is that of ``owner``."""
     case = group(ROW, (48, (16, 8)), (32, (5,)))
-    names = ("a", "a_scale", "b", "lora_a", "lora_b", "adapter_x", "owner", "scaling")
+    names = ("a", "a_scale", "b", "alpha", "lora_a", "lora_b", "adapter_x", "owner", "scaling")
     x, weight, scale, bias, *columns, keep_x, out_dtype, spec = case.arguments()
     by_name = dict(zip(names, columns, strict=True))
     turned = [2, 1, 0]
@@ -342,10 +343,10 @@ def test_on_a_gpu_the_ops_are_lowered_to_products(name):
 
         columns = [
             [empty(*t.shape, dtype=t.dtype) for t in column] if isinstance(column, list) else column
-            for column in arguments[:8]
+            for column in arguments[:9]
         ]
         op = table[falqon.merged_linear.default]
-        found = traced(lambda x: op(x, *columns, *arguments[8:]), empty(32, 64, dtype=BF16))
+        found = traced(lambda x: op(x, *columns, *arguments[9:]), empty(32, 64, dtype=BF16))
         assert found["falqon.merged_product.default"] == 1
         assert not {"falqon.adapter_product.default", "aten.mm.default"} & {*found}
 

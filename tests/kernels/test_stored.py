@@ -174,7 +174,7 @@ def grad_x(weight, scale, lora_a, transpose: str, kernel: str) -> torch.Tensor:
     grads = [randn(20, len(w), seed=i).bfloat16() for i, w in enumerate(weight)]
     d = [randn(20, len(a), seed=i).bfloat16() for i, a in enumerate(lora_a)]
     casts = torch.ops.falqon.proxy_update(
-        lora_a, [torch.zeros(1, len(a)) for a in lora_a], [1.0] * len(lora_a), False, spec
+        lora_a, [torch.zeros(1, len(a)) for a in lora_a], [1.0] * len(lora_a), [], False, spec
     )
     columns = (grads, weight, scale, d, casts[0::3], casts[1::3])
     return cuda.merged_linear_grad_x(*columns, torch.bfloat16, spec)

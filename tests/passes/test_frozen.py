@@ -83,10 +83,10 @@ def test_frozen_layers_are_siblings_of_adapted_ones():
     assert len(together.args[1]) == 3
     k, q, v = (node.name for node in together.args[1])
     assert [k, q, v] == [f"falqon_base_{i}_weight" for i in range(3)]
-    assert together.args[10] == [1, 2]  # which site each adapter belongs to
-    assert together.args[11] == [2.0, 0.5]
-    assert [len(column) for column in last.args[4:12]] == [0] * 8
-    assert (together.args[12], last.args[12]) == (True, False)  # whether x is kept
+    assert together.args[11] == [1, 2]  # which site each adapter belongs to
+    assert together.args[12] == [2.0, 0.5]
+    assert [len(column) for column in last.args[4:13]] == [0] * 9
+    assert (together.args[13], last.args[13]) == (True, False)  # whether x is kept
     (given,) = (n for n in result.gm.graph.find_nodes(op="placeholder") if n.name == "l_x_")
     assert list(given.users) == [together]  # one op casts x, once
     sites = {site.path: (site.adapters, site.group) for site in passes.sites}
@@ -463,7 +463,7 @@ def test_with_rows_frozen_layers_run_in_fp8_beside_the_written_ones():
     passes = Passes(update="rows", topk=2)
     passes.run(model, x)
     together, last = fused(passes.results[0].gm)
-    assert (len(together.args[1]), together.args[10]) == (3, [1, 2])
+    assert (len(together.args[1]), together.args[11]) == (3, [1, 2])
     assert len(last.args[1]) == 1
     assert targets(passes.results[0].gm)["linear"] == 0
 

@@ -28,9 +28,8 @@ FUSED = torch.ops.falqon.merged_linear.default
 CASTS = torch.ops.falqon.proxy_update.default
 WRITES = torch.ops.falqon.proxy_update_.default
 # Where merged_linear takes what.
-WEIGHT, SCALE, BIAS, A, A_SCALE, B, LORA_A, LORA_B, OWN_X, OWNER, SCALING, KEEP_X, DTYPE, SPEC = (
-    range(1, 15)
-)
+WEIGHT, SCALE, BIAS, A, A_SCALE, B, ALPHA, LORA_A, LORA_B = range(1, 10)
+OWN_X, OWNER, SCALING, KEEP_X, DTYPE, SPEC = range(10, 16)
 
 
 class Model(nn.Module):
@@ -423,11 +422,11 @@ def a_in_the_place_of_b(done: Rewritten) -> None:
 
 
 def narrow(done: Rewritten) -> None:
-    change(done.casts(), 3, not done.casts().args[3])
+    change(done.casts(), 4, not done.casts().args[4])
 
 
 def another_spec(done: Rewritten) -> None:
-    change(done.casts(), 4, "row amax e5m2 bfloat16 auto fast auto #0")
+    change(done.casts(), 5, "row amax e5m2 bfloat16 auto fast auto #0")
 
 
 def swapped_parts(done: Rewritten) -> None:
