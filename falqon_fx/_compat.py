@@ -318,6 +318,16 @@ def copy_dynamic_marks(old: Tensor, new: Tensor) -> None:
             setattr(new, name, value)
 
 
+def is_last_compile() -> bool:
+    """Whether the graph that is being compiled is the last one that Dynamo makes of its code: what
+    needs yet another runs uncompiled.
+    """
+    context = torch._guards.CompileContext.try_get()
+    done = getattr(context and context.compile_id, "frame_compile_id", None)
+    limit: int = torch._dynamo.config.recompile_limit
+    return done is not None and int(done) + 1 == limit
+
+
 def trace_alone(function: Callable[[], Any], backend: Callable[..., Any]) -> Any:
     """Run ``function`` under Dynamo with ``backend``, apart from all other compilations.
 

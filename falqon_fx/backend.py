@@ -280,6 +280,15 @@ def _warn(graph: GraphReport, gm: fx.GraphModule, inputs: Sequence[Any]) -> None
         graph = Names.of_call().report(graph, gm.graph, inputs)
     for item in graph.rejected:
         _warn_once(f"falqon: left as it was: {item}")
+    if graph.sites and _compat.is_last_compile():
+        limit = torch._dynamo.config.recompile_limit
+        _warn_once(
+            f"falqon: this is graph {limit} of the code around {graph.sites[0].path}, and the last "
+            "one: from the next change on (of a shape, a scaling, the active adapters, "
+            "requires_grad, grad mode) Dynamo runs that code uncompiled, on the base weights as "
+            "they are and not in FP8, with other numbers. Raise "
+            f"torch._dynamo.config.recompile_limit ({limit}) before compiling."
+        )
     if not graph.sites and not graph.rejected and len(gm.graph.nodes) > 0:
         _warn_once(
             "falqon: no LoRA layer in a compiled graph; it runs as with the inner compiler alone. "

@@ -167,6 +167,7 @@ def _others() -> Iterator[KernelSpec]:
         cast="hardware",
         rank=64,
         aligned=True,
+        base_aligned=False,
         rows=1,
         width=4096,
         loop=False,
@@ -175,7 +176,7 @@ def _others() -> Iterator[KernelSpec]:
     yield row
     pieces = replace(row, rows=4, width=1024, loop=True, num_warps=4)
     yield pieces
-    yield replace(pieces, base_dtype="bfloat16")
+    yield replace(pieces, base_dtype="bfloat16", base_aligned=True)
     yield replace(row, b_dtype="bfloat16", a_dtype="bfloat16", rank=16)
     tensor = replace(row, granularity="tensor", scale="amax", rounding="nearest")
     yield replace(tensor, drop=True, applied_dtype="float32")

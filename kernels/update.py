@@ -194,11 +194,19 @@ def spec_for(
         cast=_cast_mode(sites[0].weight),
         rank=max(16, 1 << (rank - 1).bit_length()),
         aligned=all(s.weight.shape[1] % 16 == 0 and s.weight.data_ptr() % 16 == 0 for s in sites),
+        base_aligned=all(_has_aligned_rows(site.base) for site in sites),
         rows=4 if pieces else 1,
         width=width,
         loop=widest > width,
         num_warps=8 if width > 2048 else 4,
     )
+
+
+def _has_aligned_rows(base: Tensor | None) -> bool:
+    """Whether the columns stand side by side, and each row begins at a multiple of 16 bytes."""
+    if base is None or base.stride(1) != 1:
+        return False
+    return base.data_ptr() % 16 == 0 and base.stride(0) % 16 == 0
 
 
 def _cast_mode(tensor: Tensor) -> CastMode:
@@ -223,6 +231,8 @@ def _check(site: UpdateSite, spec: UpdateSpec) -> None:
         raise ValueError(f"update: rows of {width} do not fit {spec}; loop=True takes them")
     if spec.aligned and (width % 16 or site.weight.data_ptr() % 16):
         raise ValueError(f"update: rows of {width} are not multiples of 16 bytes")
+    if spec.base_aligned and not _has_aligned_rows(site.base):
+        raise ValueError("update: the base weight has no rows at multiples of 16 bytes")
     if not 1 <= site.count <= out:
         raise ValueError(f"update: {site.count} rows of {out}")
     if spec.cast == "hardware" and runs_interpreted(site.weight):

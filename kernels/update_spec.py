@@ -27,9 +27,10 @@ class UpdateSpec(KernelSpec):
     The dtypes are those of lora_B, lora_A, `applied` and the base weight ("none" where prepare()
     freed it: then rows are cast from what they were, else from the base weight). ``drop`` is
     pending="drop": B holds the step itself, and `applied` is float32. ``rank`` is the padded rank.
-    ``aligned`` says that all rows of W' are multiples of 16 bytes. A program that writes holds
-    ``rows`` × ``width`` elements; ``loop`` reads wider rows piece by piece, twice where they get a
-    new scale.
+    ``aligned`` says that all rows of W' are multiples of 16 bytes; ``base_aligned`` says it of the
+    base weights, whose columns then stand side by side, and which else may have any strides. A
+    program that writes holds ``rows`` × ``width`` elements; ``loop`` reads wider rows piece by
+    piece, twice where they get a new scale.
 
     Raises ValueError for a value outside its `Literal`, a size that is not a power of two, or steps
     that `applied` would round away.
@@ -48,6 +49,7 @@ class UpdateSpec(KernelSpec):
     cast: CastMode
     rank: int
     aligned: bool
+    base_aligned: bool
     rows: int
     width: int
     loop: bool
@@ -66,7 +68,12 @@ class UpdateSpec(KernelSpec):
     def name(self) -> str:
         flags = "".join(
             f"_{text}"
-            for text, on in (("drop", self.drop), ("aligned", self.aligned), ("loop", self.loop))
+            for text, on in (
+                ("drop", self.drop),
+                ("aligned", self.aligned),
+                ("base", self.base_aligned),
+                ("loop", self.loop),
+            )
             if on
         )
         return (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import warnings
 from typing import Any
 
 import pytest
@@ -240,7 +241,8 @@ def dynamo_log():
 @pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
 def test_a_layer_that_dynamo_gives_up_on_is_trained_as_in_eager(prepared, dynamo_log):
     """Beyond recompile_limit a call runs PEFT's own layers, on the base weight or on what `prepare`
-    made of it; torch says so. Both ways train A and B, and nothing counts twice or gets lost.
+    made of it. The library says so before, torch when it happens. Both ways train A and B, and
+    nothing counts twice or gets lost.
     """
     model = tiny_mlp()
     fill_b(model)
@@ -252,6 +254,8 @@ def test_a_layer_that_dynamo_gives_up_on_is_trained_as_in_eager(prepared, dynamo
     merged, bytes_of = [], set()
     with torch._dynamo.config.patch(recompile_limit=1):
         call = torch.compile(model, backend="falqon", options={"inner": "eager"}, dynamic=False)
+        with pytest.warns(UserWarning, match="graph 1 of the code around .*and the last one"):
+            call(randn(5, 32))
         for n in (5, 5, 7, 5):
             x = randn(n, 32)
             y = call(x)
@@ -268,6 +272,19 @@ def test_a_layer_that_dynamo_gives_up_on_is_trained_as_in_eager(prepared, dynamo
     assert merged == [True, True, False, True]
     assert len(bytes_of) == 1
     assert any("hit config.recompile_limit" in text for text in dynamo_log)
+
+
+def test_of_the_recompile_limit_nothing_is_said_before_the_last_graph():
+    model = tiny_mlp()
+    call = torch.compile(model, backend="falqon", options={"inner": "eager"}, dynamic=False)
+    said = []
+    with torch._dynamo.config.patch(recompile_limit=3):
+        for n in (5, 6, 7):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                call(randn(n, 32))
+            said.append([w for w in caught if "graph 3 of the code" in str(w.message)])
+    assert [len(texts) for texts in said] == [0, 0, 1]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

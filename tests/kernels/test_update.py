@@ -47,6 +47,7 @@ def spec_of(sites, **changes):
         "cast": "integer",
         "rank": 16,
         "aligned": False,
+        "base_aligned": False,
         "rows": 2,
         "width": 64,
         "loop": False,
@@ -112,7 +113,7 @@ def test_bytes_differ_only_at_ties(granularity, rounding, base):
         s.step(size=0.3)
     before = other.state.dequantize().double()
     old_applied = other.state.applied.double()
-    by_kernel(other)
+    by_kernel(other, base_aligned=base == "plain")
     sites_module.update(site)
     for part in ("applied", "counters", "writes"):
         torch.testing.assert_close(
@@ -225,6 +226,7 @@ def test_no_sites_launch_nothing(monkeypatch):
         ({"rank": 2}, "rank 4 does not fit"),
         ({"width": 32}, "rows of 40 do not fit"),
         ({"aligned": True}, "not multiples of 16"),
+        ({"base_aligned": True}, "no rows at multiples of 16"),
         ({"cast": "hardware"}, "cast='integer'"),
     ],
 )
