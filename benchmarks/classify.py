@@ -260,7 +260,6 @@ class Bench:
         if found is None:
             found = self._run(variant, options, seed, steps)
             self.results.add(found)
-            training.release()
         return found
 
     def _run(self, variant: Variant, options: str, seed: int, steps: int) -> Record:
@@ -375,7 +374,9 @@ def measure(
     untrained = bench.record(variant, seeds[0], 0)
     tried = [bench.record(replace(variant, learning_rate=r), seeds[0], steps) for r in rates]
     best = replace(variant, learning_rate=min(tried, key=lambda r: r.score).learning_rate)
-    return Arm(untrained, tried, [bench.record(best, seed, steps) for seed in seeds])
+    runs = [bench.record(best, seed, steps) for seed in seeds]
+    training.release()  # runs of one variant share their compiled graphs, others don't
+    return Arm(untrained, tried, runs)
 
 
 # ---------------------------------------------------------------- report

@@ -24,6 +24,10 @@ PACKAGES = ("torch", "triton", "transformers", "peft")
 sys.path.insert(0, str(ROOT / "examples"))  # smollm.py and training.py
 
 
+FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
+
+
 def machine() -> dict[str, Any]:
     """The CPU, its cores and what makes FP8 or bf16 fast on it."""
     info = _cpuinfo()
@@ -31,9 +35,9 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": info.get("model name", platform.processor() or platform.machine()),
         "cores": len(os.sched_getaffinity(0)),
-        "features": [
-            flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags
-        ],
+        "features": [flag for flag in FEATURES if flag in flags],
+        # ATen and oneDNN can be told to do without some of them.
+        "told": {name: os.environ[name] for name in LIMITS if name in os.environ},
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
     }
 
@@ -78,7 +82,8 @@ def machine_label() -> str:
     """The machine as a part of a file name."""
     found = machine()
     name = re.sub(r"\((r|tm)\)|cpu|processor|@.*", "", found["cpu"].lower())
-    return f"{re.sub(r'[^a-z0-9]+', '-', name).strip('-')}-{found['cores']}c"
+    told = "-" + found["told"]["ATEN_CPU_CAPABILITY"] if found["told"] else ""
+    return f"{re.sub(r'[^a-z0-9]+', '-', name).strip('-')}-{found['cores']}c{told}"
 
 
 def result_path(benchmark: str, suffix: str) -> Path:

@@ -6,8 +6,10 @@ Each contender lives in its own process with its own empty compile cache. They t
 round every contender runs a few steps, in an order that rotates, while the others sleep; a ratio
 is taken within its round. The baseline is whichever bf16 PEFT run (A and B trained, adapter in
 float32 or bf16, eager or Inductor) has the lowest median; the peer of a run is the fastest of those
-whose adapter has its dtype (PEFT itself makes a bf16 model's adapter float32). Also measured: the
-first step, the memory of the process around ``prepare``, the bytes of the merged weights.
+whose adapter has its dtype (PEFT itself makes a bf16 model's adapter float32). All models are in
+bf16, but for "float32 model", which is what a CPU without bf16 products is fast at. Such a CPU is
+emulated by ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2. Also measured: the first step, the
+memory of the process around ``prepare``, the bytes of the merged weights.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from typing import Any
 
 import common
 import smollm
+import torch
 import training
 from rich.console import Console
 from rich.progress import Progress
@@ -49,10 +52,13 @@ CONTENDERS = {
     "inductor, bf16 adapter": Variant(
         "inductor_bf16", "inductor", 1e-3, "inductor", bf16_adapter=True
     ),
+    "eager, float32 model": Variant("eager_f32", "eager", 1e-3, "eager"),
     # for information: they train less than PEFT does as it is
     "eager, A frozen": Variant("eager_fa", "eager", 1e-3, "eager", train_a=False),
     "inductor, A frozen": Variant("inductor_fa", "inductor", 1e-3, "inductor", train_a=False),
 }
+FLOAT32 = {"eager, float32 model"}
+FEW = ("falqon", "eager", "eager, float32 model")  # where a step in bf16 takes minutes
 BASELINES = ("eager", "inductor", "eager, bf16 adapter", "inductor, bf16 adapter")
 
 
@@ -85,9 +91,10 @@ def resident_bytes() -> int:
 class Contender:
     """One model, trained on command."""
 
-    def __init__(self, variant: Variant, batch_size: int) -> None:
+    def __init__(self, variant: Variant, batch_size: int, dtype: torch.dtype) -> None:
         self.variant = variant
         base, tokenizer = smollm.load_model()
+        base.to(dtype)
         train = smollm.split(smollm.chatterbot_pairs()).train
         length = smollm.fixed_length(tokenizer, train)
         self.batches = smollm.training_batches(tokenizer, train, length, batch_size, 16, seed=0)
@@ -132,7 +139,8 @@ def serve(name: str, batch_size: int) -> None:
     """Answer the commands on stdin, one JSON line each; everything else printed goes to stderr."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    contender = Contender(CONTENDERS[name], batch_size)
+    dtype = torch.float32 if name in FLOAT32 else torch.bfloat16
+    contender = Contender(CONTENDERS[name], batch_size, dtype)
     print(json.dumps(asdict(contender.start())), file=answers)
     for line in sys.stdin:
         print(json.dumps(contender.steps(int(line))), file=answers)
@@ -322,7 +330,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8, help="sequences of 96 tokens")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="of each contender in a round")
-    parser.add_argument("--runs", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    usual = [name for name in CONTENDERS if name not in FLOAT32]
+    default = usual if smollm.native_dtype() == torch.bfloat16 else list(FEW)
+    parser.add_argument("--runs", nargs="+", choices=CONTENDERS, default=default)
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if not set(args.runs) & set(BASELINES):

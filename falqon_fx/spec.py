@@ -31,6 +31,7 @@ def lowering_version() -> str:
         "spec",
         "lowering",
         "fp8_adapter",
+        "wide_linear",
         "rows.update",
         "rows.ops",
         "ops",

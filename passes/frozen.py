@@ -7,9 +7,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from falqon_fx._compat import is_plain
+from falqon_fx.lowering import gemm_dtype
 from falqon_fx.passes.dataflow import (
     Match,
     Refusal,
@@ -20,7 +21,7 @@ from falqon_fx.passes.dataflow import (
     nodes_of,
     trailing_cast,
 )
-from falqon_fx.passes.normalize import Scope
+from falqon_fx.passes.normalize import LINEAR, Scope, value_of
 from falqon_fx.passes.terms import BaseLinear, Linear, Other
 
 _SMALL = 64  # below this many inputs or outputs no FP8 product gains
@@ -53,6 +54,22 @@ def why_left(path: str, out: int, features: int, tied: bool) -> str | None:
     if min(out, features) < _SMALL:
         return f"it is too small to gain ({out} x {features})"
     return None
+
+
+def wide_product(found: Match) -> fx.Node | None:
+    """The product of a layer that stays out of FP8, in bfloat16 on a CPU that has none of its own:
+    it takes twenty times as long there as in float32, an output head longer than all sites.
+    """
+    base, scope = found.base, found.scope
+    (node,) = (n for n in found.nodes if scope.term(n) is base)
+    value = value_of(node)
+    if not isinstance(base, Linear) or node.target not in LINEAR:
+        return None
+    given = [t.dtype for t in (value, value_of(base.x), base.weight.value)]
+    is_slow = gemm_dtype(value.dtype, value.device) != value.dtype
+    frozen = base.bias is None or not base.bias.value.requires_grad
+    same = given == [torch.bfloat16] * 3
+    return node if same and is_slow and frozen and not base.weight.transposed else None
 
 
 def part_of_adapter(path: str) -> bool:

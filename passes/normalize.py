@@ -9,7 +9,7 @@ follows a body's placeholder to the operand that it stands for.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,7 +44,7 @@ from falqon_fx.passes.terms import (
 
 aten = torch.ops.aten
 
-_LINEAR = {F.linear, torch._C._nn.linear, aten.linear.default}
+LINEAR = {F.linear, torch._C._nn.linear, aten.linear.default}
 _MATMUL = {torch.matmul, operator.matmul, aten.matmul.default, aten.mm.default, torch.mm}
 _ADDMM = {torch.addmm, aten.addmm.default}
 _OTHER = {
@@ -64,7 +64,7 @@ _OTHER_MODULES: dict[Any, str] = {
     nn.Conv3d: "a convolution",
 }
 _EINSUM = {torch.einsum, aten.einsum.default}
-_PRODUCTS: set[Any] = {*_LINEAR, *_MATMUL, *_ADDMM, *_EINSUM, *_OTHER}
+_PRODUCTS: set[Any] = {*LINEAR, *_MATMUL, *_ADDMM, *_EINSUM, *_OTHER}
 _PRODUCTS |= {torch.bmm, torch.baddbmm, aten.bmm.default, aten.baddbmm.default}
 _PRODUCT_METHODS = {"matmul", "mm", "bmm", "addmm", "baddbmm", "__matmul__"}
 _MOVES: set[Any] = {torch.unsqueeze, torch.squeeze, torch.permute, torch.split, torch.chunk}
@@ -291,7 +291,7 @@ def _read_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scope
         return BaseLinear(*args)
     if target in (torch.ops.falqon.rows_base_linear.default, torch.ops.falqon.rows_base_linear):
         return RowsBaseLinear(args[0], tuple(args[1:6]), args[6], _factor(args[7]), args[8])
-    if target in _LINEAR:
+    if target in LINEAR:
         return _linear(args, kwargs, scope)
     if target in _OTHER:
         return _other(_OTHER[target], args[0], args[1], scope) if len(args) > 1 else None
@@ -376,10 +376,10 @@ class ComputedLinear:
 def computed_linear(node: fx.Node, scope: Scope) -> ComputedLinear | None:
     """``F.linear(x, w, b)`` or ``x @ w.T``, where w is no leaf of the graph."""
     target: Any = _METHODS.get(str(node.target)) if node.op == "call_method" else node.target
-    names = ("input", "weight", "bias") if target in _LINEAR else ("input", "other", "")
+    names = ("input", "weight", "bias") if target in LINEAR else ("input", "other", "")
     bound = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     x, weight, bias = (bound.get(name) for name in names)
-    if target not in _LINEAR | _MATMUL or not _are_nodes((x, weight)):
+    if target not in LINEAR | _MATMUL or not _are_nodes((x, weight)):
         return None
     assert isinstance(x, fx.Node)
     assert isinstance(weight, fx.Node)
@@ -392,6 +392,12 @@ def computed_linear(node: fx.Node, scope: Scope) -> ComputedLinear | None:
     if not isinstance(weight, fx.Node) or param_of(weight, scope) or (bias is not None and not b):
         return None
     return ComputedLinear(x, weight, b, views)
+
+
+def linear_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """(x, weight, bias or None) of a call of one of `LINEAR`."""
+    bound = {"bias": None, **dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
+    return bound["input"], bound["weight"], bound["bias"]
 
 
 def is_product(node: fx.Node) -> bool:

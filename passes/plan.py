@@ -17,7 +17,13 @@ from falqon_fx.passes.cost import losing
 from falqon_fx.passes.cuts import cut_sites
 from falqon_fx.passes.dataflow import LEAVE, AdapterMatch, Match, RejectedMatch
 from falqon_fx.passes.describe import describe, source_of
-from falqon_fx.passes.frozen import embeddings, match_frozen, site_of, why_left
+from falqon_fx.passes.frozen import (
+    embeddings,
+    match_frozen,
+    site_of,
+    why_left,
+    wide_product,
+)
 from falqon_fx.passes.kernels import architecture_of
 from falqon_fx.passes.modes import may_autocast, transformed
 from falqon_fx.passes.normalize import Scope, value_of, written_parameters
@@ -88,6 +94,7 @@ class Plan:
     groups: tuple[tuple[SitePlan, ...], ...]  # each becomes one op: siblings share their x
     rejected: tuple[Rejected, ...]
     left: tuple[Rejected, ...]  # frozen linear layers that stay as they are
+    wide: tuple[fx.Node, ...]  # those of them that become `falqon::wide_linear`
 
     @property
     def sites(self) -> tuple[SitePlan, ...]:
@@ -142,6 +149,7 @@ def plan(
         groups,
         (*refused, *chooser.rejected),
         tuple(chooser.left),
+        tuple(chooser.wide),
     )
 
 
@@ -154,6 +162,7 @@ class _Chooser:
         self.sites: list[SitePlan] = []
         self.rejected: list[Rejected] = []
         self.left: list[Rejected] = []
+        self.wide: list[fx.Node] = []
         self._written = written_parameters(root)
         self._tied = embeddings(root)
         self._bases: dict[object, BaseSlot] = {}
@@ -190,8 +199,11 @@ class _Chooser:
         why = why_left(path, hint(out), hint(features), tied)
         refused = self._refusal(found, path)
         if why is not None and not isinstance(found.base, BaseLinear):
-            remedy = "It runs as it was; an adapter on it would make it a site"
+            wide = wide_product(found)
+            how = "It runs as it was" if wide is None else "It is multiplied in float32"
+            remedy = f"{how}; an adapter on it would make it a site"
             self.left.append(Rejected(path, why, remedy, source_of(found.anchor)))
+            self.wide += [] if wide is None else [wide]
         elif refused is not None:
             self.left.append(refused)
         else:

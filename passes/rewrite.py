@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from falqon_fx import wide_linear
 from falqon_fx.passes.insert_operands import AdapterNodes, Operands, SiteNodes
-from falqon_fx.passes.normalize import Scope, value_of
+from falqon_fx.passes.normalize import Scope, linear_arguments, value_of
 from falqon_fx.passes.plan import Plan, SitePlan
 from falqon_fx.passes.terms import Param
 
@@ -23,6 +24,9 @@ def rewrite(plan: Plan, operands: Operands) -> None:
     replaced: dict[fx.Node, fx.Node] = {}  # a site may read the result of another
     for group in plan.groups:
         _replace(plan, group, operands, replaced)
+    for node in plan.wide:
+        node.args, node.kwargs = linear_arguments(node.args, node.kwargs), {}
+        node.target = wide_linear.OP
     for scope in plan.root.walk():
         scope.gm.graph.lint()
         scope.gm.recompile()

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from falqon_fx import rewrite
+from falqon_fx import lowering, rewrite
 from falqon_fx.passes.frozen import why_left
 from tests import tolerances as tol
 from tests.models import LoraLinear, fill_b
@@ -475,3 +475,68 @@ def test_the_ops_of_frozen_layers_keep_their_place_in_the_model():
     for op in fused(result.gm):
         items = [n for n in op.users if n.target is operator.getitem]
         assert all("nn_module_stack" in n.meta for n in (op, *items))
+
+
+# -- what stays out of FP8 on a CPU without bfloat16 -----------------------------------------------
+
+
+class BiasedHead(nn.Module):
+    def __init__(self, spelling: str = "module") -> None:
+        super().__init__()
+        self.proj, self.lm_head = LoraLinear(64, 64), nn.Linear(64, 96)
+        self.lm_head.requires_grad_(False)
+        self.spelling = spelling
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.proj(x)
+        if self.spelling == "keywords":
+            return F.linear(weight=self.lm_head.weight, input=x, bias=self.lm_head.bias)
+        return self.lm_head(x)
+
+
+@pytest.mark.parametrize("spelling", ["module", "keywords"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_head_in_bfloat16_is_multiplied_in_float32(spelling, bias, monkeypatch):
+    monkeypatch.setattr(lowering, "native_bf16", lambda: False)
+    model, passes = BiasedHead(spelling).bfloat16(), Passes()
+    if not bias:
+        model.lm_head.bias = None
+    x = randn(5, 64).bfloat16().requires_grad_()
+    y = passes.run(model, x)
+    (result,) = passes.results
+    assert targets(result.gm)["wide_linear.default"] == 1
+    assert targets(result.gm)["linear"] == 0
+    (left,) = passes.left
+    assert left.remedy.startswith("It is multiplied in float32")
+
+    site = torch.compile(model.proj, backend=Passes())(x)
+    exact = [t.detach().double() for t in (site, model.lm_head.weight)]
+    wanted, sizes = exact[0] @ exact[1].t(), exact[0].abs() @ exact[1].abs().t()
+    if bias:
+        wanted, sizes = wanted + model.lm_head.bias.double(), sizes + model.lm_head.bias.abs()
+    # A sum of 65 terms in float32, then one rounding to bfloat16.
+    tol.assert_within(y, wanted, tol.rounded_bound(wanted, tol.gamma(65) * sizes, torch.bfloat16))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_of_a_product_in_float32(bias):
+    x, weight = randn(2, 3, 64).bfloat16().requires_grad_(), randn(96, 64, seed=1).bfloat16()
+    y = torch.ops.falqon.wide_linear(x, weight, randn(96).bfloat16() if bias else None)
+    assert y.shape == (2, 3, 96)
+    grad = randn(2, 3, 96, seed=2).bfloat16()
+    (found,) = torch.autograd.grad(y, x, grad)
+    wanted = grad.double() @ weight.double()
+    bound = tol.gamma(96) * (grad.double().abs() @ weight.double().abs())
+    tol.assert_within(found, wanted, tol.rounded_bound(wanted, bound, torch.bfloat16))
+    given = (x, weight, None)
+    torch.library.opcheck(torch.ops.falqon.wide_linear.default, given)
+
+
+def test_a_head_stays_as_it_is_where_it_is_not_slow(monkeypatch):
+    x = randn(5, 64)
+    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(lowering, "native_bf16", lambda native=native: native)
+        passes = Passes()
+        passes.run(BiasedHead().to(dtype), x.to(dtype))
+        assert targets(passes.results[0].gm)["wide_linear.default"] == 0
+        assert passes.left[0].remedy.startswith("It runs as it was")
