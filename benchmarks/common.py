@@ -70,11 +70,13 @@ def _commit() -> str:
 
 def environment() -> dict[str, Any]:
     """Everything a result needs beside its numbers."""
+    told = "".join(f"{name}={value} " for name, value in machine()["told"].items())
+    command = shlex.join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])
     return {
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
         "versions": versions(),
-        "command": shlex.join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
+        "command": told + command,
     }
 
 
