@@ -140,10 +140,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     names = list(LEARNING_RATES)
     parser.add_argument("--model", type=Path, help="folder of a causal language model")
     parser.add_argument("--data", type=Path, help="JSON lines to train on")
-    parser.add_argument("--steps", type=_positive, default=25)
+    parser.add_argument("--steps", type=_positive, default=20)
     parser.add_argument("--batch-size", type=_positive, default=8)
     parser.add_argument(
-        "--evaluate", type=_positive, default=64, help="held-out pairs to measure the NLL of"
+        "--evaluate", type=_positive, default=40, help="held-out pairs to measure the NLL of"
     )
     parser.add_argument("--length", type=_positive, help="tokens a row; default: fits 90%%")
     parser.add_argument("--seed", type=int, default=0)

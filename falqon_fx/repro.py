@@ -209,8 +209,9 @@ class _Check:
         a = [_leaf(t) if self.train_a else t for t in given.a]
         scaling = [self.scaling] * len(a)
         wide = self.products == torch.float32
-        casts = ops.proxy_update(a, b, scaling, wide, self.spec) if a else []
-        columns = (casts[0::3], casts[1::3], casts[2::3], a, b, own_x)
+        casts = ops.proxy_update(a, b, scaling, [], wide, self.spec) if a else []
+        alpha: list[Tensor] = []
+        columns = (casts[0::3], casts[1::3], casts[2::3], alpha, a, b, own_x)
         y, out_a, *_ = ops.merged_linear(
             x,
             [self.base.weight],

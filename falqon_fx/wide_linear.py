@@ -1,7 +1,9 @@
-"""``falqon::wide_linear``: a frozen bfloat16 layer that stays out of FP8, on a CPU that has none.
+"""What stays out of FP8, multiplied in float32 on a CPU that has no products in bfloat16: frozen
+layers and attention.
 
 There torch multiplies bfloat16 twenty times as slowly as float32, so that the output head alone
-takes longer than all sites.
+takes longer than all sites. The numbers are those of bfloat16 up to the order of sums, since both
+add up in float32.
 """
 
 from __future__ import annotations
@@ -46,3 +48,20 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
 
 wide_linear.register_autograd(_backward, setup_context=_save)
 OP = torch.ops.falqon.wide_linear.default
+
+
+def wide_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **options: Any,
+) -> Tensor:
+    """`F.scaled_dot_product_attention` of bfloat16 tensors, computed in float32."""
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        attn_mask = attn_mask.to(WIDE)
+    q, k, v = (t.to(WIDE) for t in (query, key, value))
+    result = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, **options)
+    return result.to(query.dtype)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import fx, nn
+from torch.nn import functional as F
 
 from falqon_fx._compat import is_plain
 from falqon_fx.lowering import gemm_dtype
@@ -21,6 +22,7 @@ from falqon_fx.passes.dataflow import (
     nodes_of,
     trailing_cast,
 )
+from falqon_fx.passes.modes import may_autocast
 from falqon_fx.passes.normalize import LINEAR, Scope, value_of
 from falqon_fx.passes.terms import BaseLinear, Linear, Other
 
@@ -70,6 +72,22 @@ def wide_product(found: Match) -> fx.Node | None:
     frozen = base.bias is None or not base.bias.value.requires_grad
     same = given == [torch.bfloat16] * 3
     return node if same and is_slow and frozen and not base.weight.transposed else None
+
+
+def slow_attention(root: Scope) -> list[fx.Node]:
+    """The attention of a graph that has such products."""
+    found: list[fx.Node] = []
+    for scope in root.walk():
+        for node in scope.gm.graph.find_nodes(
+            op="call_function", target=F.scaled_dot_product_attention
+        ):
+            names = ("query", "key", "value")
+            given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+            values = [value_of(given[name]) for name in names]
+            slow = all(gemm_dtype(v.dtype, v.device) != v.dtype == torch.bfloat16 for v in values)
+            if slow and not may_autocast(scope.mode(node), "cpu"):
+                found.append(node)
+    return found
 
 
 def part_of_adapter(path: str) -> bool:

@@ -21,6 +21,7 @@ from falqon_fx.passes.frozen import (
     embeddings,
     match_frozen,
     site_of,
+    slow_attention,
     why_left,
     wide_product,
 )
@@ -94,7 +95,7 @@ class Plan:
     groups: tuple[tuple[SitePlan, ...], ...]  # each becomes one op: siblings share their x
     rejected: tuple[Rejected, ...]
     left: tuple[Rejected, ...]  # frozen linear layers that stay as they are
-    wide: tuple[fx.Node, ...]  # those of them that become `falqon::wide_linear`
+    wide: tuple[fx.Node, ...]  # those of them, and attention, that are multiplied in float32
 
     @property
     def sites(self) -> tuple[SitePlan, ...]:
@@ -149,7 +150,7 @@ def plan(
         groups,
         (*refused, *chooser.rejected),
         tuple(chooser.left),
-        tuple(chooser.wide),
+        (*chooser.wide, *slow_attention(root)),
     )
 
 

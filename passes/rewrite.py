@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
 from falqon_fx import wide_linear
 from falqon_fx.passes.insert_operands import AdapterNodes, Operands, SiteNodes
-from falqon_fx.passes.normalize import Scope, linear_arguments, value_of
+from falqon_fx.passes.normalize import LINEAR, Scope, linear_arguments, value_of
 from falqon_fx.passes.plan import Plan, SitePlan
 from falqon_fx.passes.terms import Param
 
@@ -25,11 +26,19 @@ def rewrite(plan: Plan, operands: Operands) -> None:
     for group in plan.groups:
         _replace(plan, group, operands, replaced)
     for node in plan.wide:
-        node.args, node.kwargs = linear_arguments(node.args, node.kwargs), {}
-        node.target = wide_linear.OP
+        node.target, node.args, node.kwargs = widened(node.target, node.args, node.kwargs)
     for scope in plan.root.walk():
         scope.gm.graph.lint()
         scope.gm.recompile()
+
+
+def widened(
+    target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The call that computes the same in float32 (`falqon_fx.wide_linear`)."""
+    if target in LINEAR:
+        return wide_linear.OP, linear_arguments(args, kwargs), {}
+    return wide_linear.wide_attention, args, dict(kwargs)
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,11 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from falqon_fx import wide_linear
 from falqon_fx.passes.dataflow import shape
 from falqon_fx.passes.insert_operands import AdapterNodes, Operands, casts_per_adapter
-from falqon_fx.passes.normalize import Scope, attribute, linear_arguments, value_of
+from falqon_fx.passes.normalize import Scope, attribute, value_of
 from falqon_fx.passes.plan import Plan, SitePlan
-from falqon_fx.passes.rewrite import adapter_inputs, arguments
+from falqon_fx.passes.rewrite import adapter_inputs, arguments, widened
 from falqon_fx.passes.rows import RowsNodes
 from falqon_fx.passes.terms import BaseLinear, Linear, Param
 from falqon_fx.spec import RowsSpec
@@ -136,7 +135,7 @@ def _results(
             continue
         target, args, kwargs = before[node]
         if node in plan.wide:
-            target, args, kwargs = wide_linear.OP, linear_arguments(args, kwargs), {}
+            target, args, kwargs = widened(target, args, kwargs)
         # State enters a checkpoint's body behind the operands that were there.
         now_args = now[1][: len(args)] if node in calls else now[1]
         pairs = zip(_inputs(args, kwargs), _inputs(now_args, now[2]), strict=False)

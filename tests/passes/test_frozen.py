@@ -540,3 +540,57 @@ def test_a_head_stays_as_it_is_where_it_is_not_slow(monkeypatch):
         passes.run(BiasedHead().to(dtype), x.to(dtype))
         assert targets(passes.results[0].gm)["wide_linear.default"] == 0
         assert passes.left[0].remedy.startswith("It runs as it was")
+
+
+class Attends(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.q, self.options = LoraLinear(64, 64), options
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, kv = self.q(x).view(2, 5, 4, 16).transpose(1, 2), x.view(2, 5, 4, 16).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, kv, value=kv, attn_mask=mask, **self.options)
+
+
+@pytest.mark.parametrize("kind", ["plain", "causal", "bool", "float"])
+def test_attention_in_bfloat16_is_computed_in_float32(kind, monkeypatch):
+    monkeypatch.setattr(lowering, "native_bf16", lambda: False)
+    masks = {"bool": randn(5, 5) > -1, "float": randn(5, 5).bfloat16()}
+    model, passes = Attends(is_causal=kind == "causal", scale=0.3).bfloat16(), Passes()
+    x = randn(2, 5, 64).bfloat16().requires_grad_()
+    y = passes.run(model, x, masks.get(kind))
+    (result,) = passes.results
+    assert targets(result.gm)["wide_attention"] == 1
+    assert targets(result.gm)["scaled_dot_product_attention"] == 0
+
+    def in_float32(x: Tensor) -> Tensor:
+        q, kv = (
+            t.view(2, 5, 4, 16).transpose(1, 2)
+            for t in (torch.compile(model.q, backend=Passes())(x), x)
+        )
+        mask = masks.get(kind)
+        wide = mask.float() if kind == "float" else mask
+        given = (q.float(), kv.float(), kv.float(), wide)
+        out = F.scaled_dot_product_attention(*given, is_causal=kind == "causal", scale=0.3)
+        return out.bfloat16()
+
+    wanted, grad = in_float32(x), randn(2, 4, 5, 16, seed=1).bfloat16()
+    assert torch.equal(y, wanted)
+    found, expected = (torch.autograd.grad(t, x, grad)[0] for t in (y, wanted))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_other_attention_stays_as_it_is(native, monkeypatch):
+    """That is not slow, or that autocast casts."""
+    monkeypatch.setattr(lowering, "native_bf16", lambda: native)
+    passes, x = Passes(), randn(2, 5, 64)
+    if native:
+        passes.run(Attends().bfloat16(), x.bfloat16())
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            passes.run(Attends(), x)
+        passes.run(Attends(), x)
+    assert len(passes.results) == 2 - native
+    for result in passes.results:
+        assert targets(result.gm)["scaled_dot_product_attention"] == 1
