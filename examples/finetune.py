@@ -140,7 +140,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     names = list(LEARNING_RATES)
     parser.add_argument("--model", type=Path, help="folder of a causal language model")
     parser.add_argument("--data", type=Path, help="JSON lines to train on")
-    parser.add_argument("--steps", type=_positive, default=20)
+    parser.add_argument("--steps", type=_positive, default=16)
     parser.add_argument("--batch-size", type=_positive, default=8)
     parser.add_argument(
         "--evaluate", type=_positive, default=40, help="held-out pairs to measure the NLL of"
