@@ -17,8 +17,7 @@ PYTEST ?= $(BIN)/pytest -n logical --maxprocesses 8
 
 STAMP := $(VENV)/.installed
 WHEEL := build/wheel
-PACKAGE := $(wildcard falqon_fx/*.py falqon_fx/integrations/*.py falqon_fx/rows/*.py falqon_fx/py.typed passes/*.py \
-	kernels/*.py kernels/*.cpp kernels/templates/*.jinja falqon_fx/templates/*.jinja)
+PACKAGE := falqon_fx/py.typed $(shell find falqon_fx passes kernels -name '*.py' -o -name '*.jinja' -o -name '*.cpp')
 
 .PHONY: venv demo test test-all kernels check lint types format wheel-check clean
 

@@ -3,7 +3,7 @@
     python benchmarks/cost_model.py [--device cpu] [--size 2048]
 
 Calibrates the card, then times a layer's step (forward, backward to x and the adapter, AdamW) as
-PEFT computes it under Inductor and under falqon, and sets each beside `falqon_fx.passes.cost`: a
+PEFT computes it under Inductor and under falqon, and sets each beside `falqon_fx.cost.model`: a
 quarter of the step of four such layers with an input each, since what a call costs on the host is a
 model's and not a layer's. Medians of ten steps.
 """
@@ -21,8 +21,9 @@ import common
 import torch
 from torch import Tensor, nn
 
-from falqon_fx.lowering import gemm_dtype
-from falqon_fx.passes import cards, cost, variants
+from falqon_fx.cost import cards, variants
+from falqon_fx.cost import model as cost
+from falqon_fx.ops.lowering import gemm_dtype
 
 sys.path.insert(0, str(common.ROOT))
 

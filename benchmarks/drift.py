@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 import falqon_fx
 from falqon_fx import FalqonConfig
-from falqon_fx.base import cast_base
-from falqon_fx.spec import SiteSpec
+from falqon_fx.site.base import cast_base
+from falqon_fx.site.spec import SiteSpec
 
 SITES = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")  # of layer 0
 RANK, RATE = 16, 3e-3

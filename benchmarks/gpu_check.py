@@ -16,17 +16,19 @@ from gpu_measure import Clock
 from gpu_models import CONTENDERS, SHAPES, Trainer
 from torch import Tensor
 
-from falqon_fx import FalqonConfig, MergedAdapter, cuda, lowering
-from falqon_fx.kernels import dispatch, stored
-from falqon_fx.kernels.activation_cast import activation_cast
-from falqon_fx.kernels.choice import Candidate, Refusal
-from falqon_fx.kernels.gemm import Piece, Product
-from falqon_fx.kernels.spec import ActivationCastSpec
-from falqon_fx.numerics import E4M3, E5M2, amax_to_scale, encode_fp8, round_to_fp8
+from falqon_fx import FalqonConfig, MergedAdapter
+from falqon_fx.kernels.activation_cast.launch import activation_cast
+from falqon_fx.kernels.activation_cast.spec import ActivationCastSpec
+from falqon_fx.kernels.gemm.launch import Piece, Product
+from falqon_fx.kernels.products import dispatch
+from falqon_fx.kernels.products.choice import Candidate, Refusal
+from falqon_fx.kernels.transpose import kept as stored
+from falqon_fx.ops import gpu, lowering
 from falqon_fx.rows import cuda as rows_cuda
 from falqon_fx.rows import update as reference
 from falqon_fx.rows.state import create
-from falqon_fx.spec import SiteSpec
+from falqon_fx.site.numerics import E4M3, E5M2, amax_to_scale, encode_fp8, round_to_fp8
+from falqon_fx.site.spec import SiteSpec
 
 # (tokens, out, in, rank)
 SHAPES_CHECKED = ((256, 512, 1024, 16), (100, 1040, 272, 64), (1, 256, 4096, 8))
@@ -226,7 +228,7 @@ def _check_backward(
     code, scale = fp8(n, features, E4M3, device, 29), positive(n, device, 30)
     scaled = (d.float() * scale).to(BF16)
     aten = dispatch.Contest(
-        "dL/dA", {"aten": lambda: [cuda.grad_a(d, code, scale, torch.float32)]}, d, "auto"
+        "dL/dA", {"aten": lambda: [gpu.grad_a(d, code, scale, torch.float32)]}, d, "auto"
     )
     yield from run_all("dL/dA", shape, aten, [product(scaled.t(), code.t())])
 
@@ -300,7 +302,7 @@ def check_adapter_casts(device: str) -> Checked:
             expected = lowering.proxy_update(lora_a, lora_b, scaling, [], False, spec)
             given = ([t.to(device) for t in column] for column in (lora_a, lora_b))
             for one, other in zip(
-                cuda.proxy_update(*given, scaling, [], False, spec), expected, strict=True
+                gpu.proxy_update(*given, scaling, [], False, spec), expected, strict=True
             ):
                 ours, wanted = (t.reshape(-1).view(torch.uint8) for t in (one.cpu(), other))
                 assert torch.equal(ours, wanted), spec

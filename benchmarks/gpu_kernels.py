@@ -13,16 +13,17 @@ from gpu_measure import Budget, Ceilings, Clock, Timing, has_row_scales, repeat,
 from gpu_models import SHAPES
 from torch import Tensor
 
-from falqon_fx import FalqonConfig, cuda
+from falqon_fx import FalqonConfig
 from falqon_fx._compat import scaled_mm
-from falqon_fx.kernels import dispatch
-from falqon_fx.kernels.choice import Refusal
-from falqon_fx.kernels.gemm import Piece, Product
-from falqon_fx.kernels.gemm_spec import Accumulation
-from falqon_fx.numerics import E4M3, E5M2
+from falqon_fx.kernels.gemm.launch import Piece, Product
+from falqon_fx.kernels.gemm.spec import Accumulation
+from falqon_fx.kernels.products import dispatch
+from falqon_fx.kernels.products.choice import Refusal
+from falqon_fx.ops import gpu
 from falqon_fx.rows import cuda as rows_cuda
 from falqon_fx.rows.state import allocate
-from falqon_fx.spec import RowsSpec, SiteSpec
+from falqon_fx.site.numerics import E4M3, E5M2
+from falqon_fx.site.spec import RowsSpec, SiteSpec
 
 BF16 = torch.bfloat16
 LIBRARY = "torch._scaled_mm"  # of W alone: the roof
@@ -147,7 +148,7 @@ def measure(problem: Problem, clock: Clock, ceiling: Ceilings) -> Iterator[Kerne
     yield from rows("dL/dB", contest, ceiling.seconds(2.0 * n * out * rank, 0.0))
 
     def grad_a() -> list[Tensor]:
-        return [cuda.grad_a(o_a, q, q_scale, torch.float32)]
+        return [gpu.grad_a(o_a, q, q_scale, torch.float32)]
 
     contest = dispatch.Contest("dL/dA", {"aten": grad_a}, o_a, "auto")
     yield from rows("dL/dA", contest, ceiling.seconds(2.0 * n * features * rank, 0.0))
@@ -214,7 +215,7 @@ def measure_casts(name: str, rank: int, clock: Clock) -> UpdateRow:
         return lora_a, [torch.randn(out, rank, device=clock.device) for out, _ in sizes]
 
     def casts(lora_a: list[Tensor], lora_b: list[Tensor]) -> list[Tensor]:
-        return cuda.proxy_update(lora_a, lora_b, scaling, [], False, spec)
+        return gpu.proxy_update(lora_a, lora_b, scaling, [], False, spec)
 
     # A rehearsal compiles nothing.
     run = torch.compile(casts, fullgraph=True) if clock.gpu else casts

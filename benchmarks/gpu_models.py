@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 import falqon_fx
-from falqon_fx import fp8_linear
 from falqon_fx._compat import scaled_mm
+from falqon_fx.model import fp8_linear
 from falqon_fx.rows.prepared import MergedBaseLinear
 
 E4M3 = torch.float8_e4m3fn

@@ -30,7 +30,7 @@ from torch import fx, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import falqon_fx
-from falqon_fx.report import GraphReport
+from falqon_fx.report.data import GraphReport
 
 LAYERS = (2, 4, 8, 16, 32, 64, 128)
 ROUNDS = 3

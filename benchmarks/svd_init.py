@@ -21,9 +21,9 @@ from common import environment, latest_or_new, read_json, result_path, write_jso
 from torch import Tensor
 
 from falqon_fx import FalqonConfig
-from falqon_fx.numerics import E4M3, amax_to_scale, round_to_fp8
 from falqon_fx.rows.state import create
-from falqon_fx.svd import low_rank_rows
+from falqon_fx.site.numerics import E4M3, amax_to_scale, round_to_fp8
+from falqon_fx.site.svd import low_rank_rows
 
 
 def main(argv: list[str] | None = None) -> int:

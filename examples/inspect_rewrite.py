@@ -19,7 +19,7 @@ import smollm
 import torch
 
 import falqon_fx
-from falqon_fx.repro import arguments, check
+from falqon_fx.report.repro import arguments, check
 
 
 def main(argv: Sequence[str] | None = None) -> falqon_fx.RewriteReport:

@@ -22,7 +22,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from falqon_fx.lowering import gemm_dtype
+from falqon_fx.ops.lowering import gemm_dtype
 
 IGNORED = -100  # the label that cross entropy skips
 HELD_OUT = 120

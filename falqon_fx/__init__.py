@@ -1,19 +1,20 @@
 """falqon-fx: LoRA fine-tuning on an FP8 backbone, as a torch.compile backend."""
 
 from falqon_fx.backend import RewriteResult, falqon, rewrite
-from falqon_fx.checkpoint import CheckpointReport, load_checkpoint, save_checkpoint
 from falqon_fx.config import FalqonConfig
-from falqon_fx.distributed_checkpoint import CheckpointState
 from falqon_fx.errors import FalqonConfigError, FalqonError
-from falqon_fx.explain import explain
-from falqon_fx.export import ExportReport, save_fp8
-from falqon_fx.loading import load
-from falqon_fx.prepare import Adapter, PrepareReport, adapters, flush, prepare, restore
-from falqon_fx.prequantize import PrequantizeReport, prequantize
-from falqon_fx.report import Audit, GraphReport, Rejected, RewriteReport, Site
+from falqon_fx.files.checkpoint import CheckpointReport, load_checkpoint, save_checkpoint
+from falqon_fx.files.distributed_checkpoint import CheckpointState
+from falqon_fx.files.export import ExportReport, save_fp8
+from falqon_fx.files.loading import load
+from falqon_fx.files.prequantize import PrequantizeReport, prequantize
+from falqon_fx.model.explain import explain
+from falqon_fx.model.prepare import Adapter, PrepareReport, adapters, flush, prepare, restore
+from falqon_fx.model.unload import merge_and_unload
+from falqon_fx.report.data import Audit, GraphReport, Rejected, Site
+from falqon_fx.report.report import RewriteReport
 from falqon_fx.rows.state import MergedAdapter
-from falqon_fx.unload import merge_and_unload
-from falqon_fx.watching import watch
+from falqon_fx.rows.watching import watch
 
 __version__ = "0.1.0"
 

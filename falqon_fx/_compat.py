@@ -366,3 +366,12 @@ def trace_artifact(name: str, payload: Callable[[], str]) -> None:
         payload_fn=payload,
         expect_trace_id=False,
     )
+
+
+def value_of(node: fx.Node) -> Any:
+    """A node's fake value, from Dynamo (example_value) or fake propagation and export (val)."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+nn_linear = torch._C._nn.linear  # what F.linear is in a graph of Dynamo
+OpOverload = torch._ops.OpOverload

@@ -19,26 +19,28 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from falqon_fx import _compat, serving
-from falqon_fx.base import Base, Wanted, bases
+from falqon_fx import _compat
+from falqon_fx._compat import value_of
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError, SiteError
-from falqon_fx.naming import Names
-from falqon_fx.numerics import as_scale
-from falqon_fx.ops import decompositions
+from falqon_fx.ops.decompositions import decompositions
 from falqon_fx.passes.autotune import autotune
 from falqon_fx.passes.insert_operands import BaseNodes, Operands, insert_operands
-from falqon_fx.passes.match import match
-from falqon_fx.passes.normalize import Scope, attribute, normalize, value_of
+from falqon_fx.passes.match.pair import match
+from falqon_fx.passes.normalize import Scope, attribute, normalize
 from falqon_fx.passes.plan import Plan, plan
 from falqon_fx.passes.recompute_weights import recompute_weights
 from falqon_fx.passes.rewrite import rewrite as rewrite_sites
 from falqon_fx.passes.verify import operations, verify, wiring
-from falqon_fx.passlog import PassLog
-from falqon_fx.report import GraphReport, RewriteReport
+from falqon_fx.report.data import GraphReport
+from falqon_fx.report.passlog import PassLog
+from falqon_fx.report.paths import Names
+from falqon_fx.report.report import RewriteReport
 from falqon_fx.rows.binding import RowsBinding
-from falqon_fx.spec import SiteSpec, lowering_version
-from falqon_fx.svd import init_where_new
+from falqon_fx.site.base import Base, Wanted, bases
+from falqon_fx.site.numerics import as_scale
+from falqon_fx.site.spec import SiteSpec, lowering_version
+from falqon_fx.site.svd import init_where_new
 
 
 def falqon(
@@ -209,8 +211,6 @@ def rewrite(
         matches, rejected = match(root, keep_dropout=config.dropout == "exact")
     with clock("plan"):
         chosen: Plan = plan(root, matches, rejected, config)
-    for site in chosen.sites:
-        serving.announce(site.report.out_features, site.report.in_features, site.report.path)
     with clock("autotune"):
         chosen = autotune(chosen, time=tune)
     with clock("insert_operands"):

@@ -3,6 +3,7 @@
 Specs and `render` import without Triton; `loader`, `interpreter` and host functions need it.
 """
 
-from .spec import ActivationCastSpec, KernelSpec
+from falqon_fx.kernels.activation_cast.spec import ActivationCastSpec
+from falqon_fx.kernels.spec import KernelSpec
 
 __all__ = ["ActivationCastSpec", "KernelSpec"]

@@ -12,16 +12,13 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from falqon_fx import serving
-
-from .interpreter import NAMESPACE, decorating
-from .render import render
-from .spec import KernelSpec
+from falqon_fx.kernels.interpreter import NAMESPACE, decorating
+from falqon_fx.kernels.render import render
+from falqon_fx.kernels.spec import KernelSpec
 
 
 def cache_folder() -> Path:
@@ -37,14 +34,14 @@ def cache_folder() -> Path:
     return Path(base, "falqon-fx")
 
 
-def store(source: str, name: str, folder: Path, key: str = "") -> Path:
+def store(source: str, name: str, folder: Path) -> Path:
     """Path of the file in ``folder`` that holds ``source``, written only where it does not.
 
-    The file's name ends in a hash of ``key``, by default of the source itself. It appears by an
-    atomic rename, so that several processes may store the same source at once. In a folder that
-    cannot be written the path is returned all the same, with one warning.
+    The file's name ends in a hash of the source. It appears by an atomic rename, so that several
+    processes may store the same source at once. In a folder that cannot be written the path is
+    returned all the same, with one warning.
     """
-    digest = hashlib.sha256((key or source).encode()).hexdigest()
+    digest = hashlib.sha256(source.encode()).hexdigest()
     path = folder / f"{name}-{digest[:16]}.py"
     replace_file(path, source.encode())
     return path
@@ -92,30 +89,11 @@ def _warn_unwritable(folder: Path, reason: str) -> None:
     )
 
 
-_served: dict[KernelSpec, dict[serving.Shape, None]] = {}
-_loaded: set[KernelSpec] = set()
-
-
-def serves(spec: KernelSpec, shapes: Iterable[serving.Shape]) -> None:
-    """``spec`` is for the sites with one of these ``shapes``, too: its file names them."""
-    shapes_of = _served.setdefault(spec, {})
-    shapes_of.update(dict.fromkeys(shapes))
-    if spec in _loaded:
-        _keep(spec)
-
-
-def _keep(spec: KernelSpec) -> tuple[str, str]:
-    """(path, text) of the file of ``spec``. Its name does not depend on the sites."""
-    sites, plain = serving.sites(_served.get(spec, ())), render(spec)
-    source = render(spec, sites) if sites else plain
-    return str(store(source, spec.name, cache_folder(), plain)), source
-
-
 @cache
 def load(spec: KernelSpec, interpret: bool = False) -> ModuleType:
     """The module rendered from ``spec``, its kernels compiled on demand or interpreted."""
-    path, source = _keep(spec)
-    _loaded.add(spec)
+    source = render(spec)
+    path = str(store(source, spec.name, cache_folder()))
     # Triton reads the source of a kernel through linecache: an entry without a time is never
     # checked against the disk, so that Triton sees this text whatever becomes of the file.
     linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)

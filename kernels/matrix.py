@@ -25,14 +25,21 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from . import activation_cast, backward, gemm, stored, update
-from .aot import ARCHITECTURES, CompiledKernel, compile_ahead
-from .backward_spec import GradBSpec, StoredSpec, TransposeSpec
-from .gemm_spec import GemmSpec
-from .loader import load
-from .spec import ActivationCastSpec, Fp8Format, Granularity, KernelSpec
-from .tiles import GemmProblem, gemm_specs
-from .update_spec import UpdateSpec
+from falqon_fx.kernels.activation_cast import launch as activation_cast
+from falqon_fx.kernels.activation_cast.spec import ActivationCastSpec
+from falqon_fx.kernels.aot import ARCHITECTURES, CompiledKernel, compile_ahead
+from falqon_fx.kernels.gemm import launch as gemm
+from falqon_fx.kernels.gemm.spec import GemmSpec
+from falqon_fx.kernels.gemm.tiles import GemmProblem, gemm_specs
+from falqon_fx.kernels.grad_b import launch as grad_b_launch
+from falqon_fx.kernels.grad_b.spec import GradBSpec
+from falqon_fx.kernels.loader import load
+from falqon_fx.kernels.spec import Fp8Format, Granularity, KernelSpec
+from falqon_fx.kernels.transpose import kept as stored
+from falqon_fx.kernels.transpose import launch as transpose_launch
+from falqon_fx.kernels.transpose.spec import StoredSpec, TransposeSpec
+from falqon_fx.kernels.update import launch as update
+from falqon_fx.kernels.update.spec import UpdateSpec
 
 COMMITTED = Path(__file__).with_name("compiled.csv")
 # Shared memory that a program may take, bytes (CUDA C++ Programming Guide, compute capabilities).
@@ -212,8 +219,10 @@ def _signatures(spec: KernelSpec) -> Mapping[str, Mapping[str, str]]:
         return update.signatures(spec)
     if isinstance(spec, StoredSpec):
         return stored.signatures(spec)
-    if isinstance(spec, GradBSpec | TransposeSpec):
-        return backward.signatures(spec)
+    if isinstance(spec, GradBSpec):
+        return grad_b_launch.signatures(spec)
+    if isinstance(spec, TransposeSpec):
+        return transpose_launch.signatures(spec)
     assert isinstance(spec, ActivationCastSpec)
     return activation_cast.signatures(spec)
 

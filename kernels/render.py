@@ -6,7 +6,7 @@ import struct
 
 import jinja2
 
-from .spec import KernelSpec, template_text
+from falqon_fx.kernels.spec import KernelSpec
 
 # An undefined name in a template is an error, never an empty string.
 _ENVIRONMENT = jinja2.Environment(
@@ -26,12 +26,10 @@ def _float32_bits(value: float) -> str:
 _ENVIRONMENT.filters["float32_bits"] = _float32_bits
 
 
-def render(spec: KernelSpec, sites: str = "none is known") -> str:
+def render(spec: KernelSpec) -> str:
     """Triton source of the kernel that ``spec`` describes: a Python module as text.
-
-    ``sites`` stand in one line of its header, for people: the rest is the same whatever they are.
 
     Raises jinja2.UndefinedError where the template asks for a field that the spec lacks.
     """
-    template = _ENVIRONMENT.from_string(template_text(spec.template))
-    return template.render(spec=spec, sites=sites, **spec.fields)
+    template = _ENVIRONMENT.from_string(spec.text)
+    return template.render(spec=spec, **spec.fields)

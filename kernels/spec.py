@@ -22,16 +22,14 @@ ScaleMode = Literal["amax", "pow2"]
 # which older GPUs and Triton's interpreter need (see interpreter.py).
 CastMode = Literal["hardware", "integer"]
 
-_TILE = 4096  # elements that four warps hold in 32 registers a thread
-_MAX_ROW = 16384  # widest row that stays in the registers of one program
-
 
 @cache
-def template_text(template: str) -> str:
-    """Text of ``templates/<template>.py.jinja``, behind the macros that all templates share."""
-    folder = files(__package__).joinpath("templates")
-    names = ("numerics", template)
-    return "".join(folder.joinpath(f"{name}.py.jinja").read_text("utf-8") for name in names)
+def template_text(package: str, template: str) -> str:
+    """Text of ``<template>.py.jinja`` in the package of its spec, behind the macros that all
+    templates share.
+    """
+    places = ((__package__, "numerics"), (package, template))
+    return "".join(files(at).joinpath(f"{name}.py.jinja").read_text("utf-8") for at, name in places)
 
 
 @cache
@@ -55,6 +53,11 @@ class KernelSpec:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @property
+    def text(self) -> str:
+        """The template, from the folder of the spec's own package."""
+        return template_text(type(self).__module__.rpartition(".")[0], self.template)
+
+    @property
     def name(self) -> str:
         """A short readable identifier for files and modules, different for each spec."""
         raise NotImplementedError
@@ -65,7 +68,7 @@ class KernelSpec:
 
         Whatever caches something made from this spec puts the key into its own.
         """
-        content = [library_version(), template_text(self.template), self.template, self.fields]
+        content = [library_version(), self.text, self.template, self.fields]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def __str__(self) -> str:
@@ -95,80 +98,3 @@ def check_powers_of_two(spec: KernelSpec, *names: str) -> None:
         size = spec.fields[name]
         if not isinstance(size, int) or size < 1 or size & (size - 1):
             raise ValueError(f"{name}={size!r}: expected a power of two")
-
-
-@dataclass(frozen=True)
-class ActivationCastSpec(KernelSpec):
-    """The cast of x [n, width] to FP8 with one scale per tensor or per row.
-
-    ``block_rows`` × ``block_width`` is the tile that one program holds, ``num_warps`` the warps
-    that share it. ``loop`` (row only) reads rows wider than a tile piece by piece; without it the
-    row is read once. ``programs`` (tensor only) bounds the grid, and with it the partial maxima.
-
-    Raises ValueError for a value outside its `Literal`, a size that is not a power of two, or a
-    field that the granularity has no use for.
-    """
-
-    template: ClassVar[str] = "activation_cast"
-
-    input_dtype: InputDtype
-    fp8: Fp8Format
-    granularity: Granularity
-    scale: ScaleMode
-    cast: CastMode
-    block_rows: int
-    block_width: int
-    loop: bool = False
-    programs: int = 1
-    num_warps: int = 4
-
-    def __post_init__(self) -> None:
-        check_literals(self)
-        check_powers_of_two(self, "block_rows", "block_width", "programs", "num_warps")
-        if self.granularity == "tensor" and self.loop:
-            raise ValueError("loop=True: only granularity='row' loops over a row")
-        if self.granularity == "row" and self.programs != 1:
-            raise ValueError("programs: only granularity='tensor' bounds its grid")
-
-    @property
-    def name(self) -> str:
-        loop = "_loop" if self.loop else ""
-        programs = f"_p{self.programs}" if self.granularity == "tensor" else ""
-        return (
-            f"{self.template}_{self.input_dtype}_{self.fp8}_{self.granularity}_{self.scale}_"
-            f"{self.cast}_{self.block_rows}x{self.block_width}{loop}{programs}_w{self.num_warps}"
-        )
-
-    @classmethod
-    def for_width(
-        cls,
-        width: int,
-        *,
-        input_dtype: InputDtype,
-        fp8: Fp8Format = "e4m3",
-        granularity: Granularity = "tensor",
-        scale: ScaleMode = "amax",
-        cast: CastMode = "hardware",
-    ) -> ActivationCastSpec:
-        """The spec for rows of ``width`` elements, with tiles of about 4096 elements.
-
-        A row up to 16384 stays in registers, with more warps as it gets wider.
-        """
-        padded = max(16, 1 << (width - 1).bit_length()) if width > 0 else 16
-        block_width, loop, num_warps = min(padded, _TILE), False, 4
-        if granularity == "row":
-            loop = padded > _MAX_ROW
-            block_width = _TILE if loop else padded
-            num_warps = max(4, block_width // 1024)
-        return cls(
-            input_dtype=input_dtype,
-            fp8=fp8,
-            granularity=granularity,
-            scale=scale,
-            cast=cast,
-            block_rows=max(1, _TILE // block_width),
-            block_width=block_width,
-            loop=loop,
-            programs=1024 if granularity == "tensor" else 1,
-            num_warps=num_warps,
-        )

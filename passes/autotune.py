@@ -1,7 +1,7 @@
 """Pass 4: on a GPU, time what could compute each group of sites, before the graph is compiled.
 
 Each group runs once, forward and backward, on random operands of its shapes: the choices between
-kernels (`falqon_fx.kernels.choice`) fall here, not in the first step.
+kernels (`falqon_fx.kernels.products.choice`) fall here, not in the first step.
 """
 
 from __future__ import annotations
@@ -15,20 +15,19 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from falqon_fx._compat import hint, without_fake_mode
-from falqon_fx.base import scale_shape
-from falqon_fx.lowering import gemm_dtype
-from falqon_fx.numerics import E4M3
-from falqon_fx.passes.normalize import value_of
+from falqon_fx._compat import hint, value_of, without_fake_mode
+from falqon_fx.ops.lowering import gemm_dtype
+from falqon_fx.ops.products import launches
 from falqon_fx.passes.plan import Plan, SitePlan
 from falqon_fx.passes.rewrite import adapter_inputs
 from falqon_fx.passes.rows import RowsSlot, adds_pending
 from falqon_fx.passes.terms import Param
-from falqon_fx.products import launches
-from falqon_fx.spec import SiteSpec
+from falqon_fx.site.base import scale_shape
+from falqon_fx.site.numerics import E4M3
+from falqon_fx.site.spec import SiteSpec
 
 if TYPE_CHECKING:
-    from falqon_fx.kernels.tiles import GemmProblem
+    from falqon_fx.kernels.gemm.tiles import GemmProblem
 
 Group = tuple[SitePlan, ...]
 
@@ -108,8 +107,8 @@ class Operands:
         return gemm_dtype(self.out_dtype, self.device)
 
     def problems(self, spec: SiteSpec) -> list[GemmProblem]:
-        """The product that makes O of each site, as `falqon_fx.products.merged_product` asks for
-        it.
+        """The product that makes O of each site, as `falqon_fx.ops.products.merged_product` asks
+        for it.
         """
         ranks = [[adapter.rank for adapter in site.adapters] for site in self.sites]
         of_a = [rank for own in ranks for rank in own]
@@ -132,7 +131,7 @@ class Operands:
         rank: int,
         one_tensor: bool,
     ) -> GemmProblem:
-        from falqon_fx.kernels.tiles import GemmProblem
+        from falqon_fx.kernels.gemm.tiles import GemmProblem
 
         biases = {site.bias_dtype for site in sites if site.bias_dtype is not None}
         bias = "none" if not biases else _name(biases.pop()) if len(biases) == 1 else "float32"
@@ -235,7 +234,7 @@ def _has_choices(group: Group, spec: SiteSpec) -> bool:
 
 def _reported(group: Group, operands: Operands, spec: SiteSpec) -> Group:
     """The group with what computes O of each site in its report, where that has been timed."""
-    from falqon_fx.kernels.dispatch import forward_choice
+    from falqon_fx.kernels.products.dispatch import forward_choice
 
     sites = []
     for site, problem in zip(group, operands.problems(spec), strict=True):

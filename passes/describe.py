@@ -6,24 +6,21 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
-from falqon_fx import report as falqon_fx_report
-from falqon_fx._compat import frames_of, hint
-from falqon_fx.base import scale_shape
-from falqon_fx.passes.dataflow import Match
-from falqon_fx.passes.kernels import choose
-from falqon_fx.passes.normalize import value_of
+from falqon_fx import _compat
+from falqon_fx._compat import frames_of, hint, value_of
+from falqon_fx.passes.match.dataflow import Match
 from falqon_fx.passes.rows import RowsSlot
+from falqon_fx.passes.slots import BaseSlot
 from falqon_fx.passes.terms import Prepared
-from falqon_fx.report import Memory, Site, Source
-from falqon_fx.spec import SiteSpec
-
-if TYPE_CHECKING:
-    from falqon_fx.passes.plan import BaseSlot
+from falqon_fx.report.data import Memory, Site, Source
+from falqon_fx.report.kernels import choose
+from falqon_fx.site.base import scale_shape
+from falqon_fx.site.spec import SiteSpec
 
 
 def describe(
@@ -65,7 +62,7 @@ def describe(
 
 
 _LIBRARY = re.compile(r"-packages/(torch|peft)/")
-_OWN = (Path(__file__).parent, Path(falqon_fx_report.__file__).parent)
+_OWN = {Path(__file__).parent, Path(_compat.__file__).parent}
 
 
 def source_of(node: fx.Node) -> Source | None:
@@ -80,7 +77,7 @@ def innermost(frames: list[tuple[str, int, str, str]]) -> Source | None:
 
 
 def _is_library(file: str) -> bool:
-    return _LIBRARY.search(file) is not None or Path(file).parent in _OWN
+    return _LIBRARY.search(file) is not None or not _OWN.isdisjoint(Path(file).parents)
 
 
 def _memory(

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from falqon_fx._compat import mark_static_input
-from falqon_fx.base import scale_shape
-from falqon_fx.lowering import gemm_dtype
-from falqon_fx.numerics import E4M3
-from falqon_fx.passes.normalize import Scope, value_of
-from falqon_fx.passes.plan import BaseSlot, Plan, SitePlan
+from falqon_fx._compat import mark_static_input, value_of
+from falqon_fx.ops import merged_linear
+from falqon_fx.ops.lowering import gemm_dtype
+from falqon_fx.passes.normalize import Scope
+from falqon_fx.passes.plan import Plan, SitePlan
 from falqon_fx.passes.rows import (
     RowsNodes,
     RowsOperands,
@@ -30,8 +29,11 @@ from falqon_fx.passes.rows import (
     insert_write_back,
     operands_of,
 )
+from falqon_fx.passes.slots import BaseSlot
 from falqon_fx.passes.terms import Param
-from falqon_fx.spec import RowsSpec, SiteSpec
+from falqon_fx.site.base import scale_shape
+from falqon_fx.site.numerics import E4M3
+from falqon_fx.site.spec import RowsSpec, SiteSpec
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def _cast_adapters(
     scaling = [slot.scaling for slot in slots]
     scales = [bases[id(slot.base)].scale for slot in slots if slot.base is not None]
     casts = graph.call_function(
-        torch.ops.falqon.proxy_update.default,
+        merged_linear.CASTS,
         (lora_a, lora_b, scaling, scales, wide, str(plan.spec)),
     )
     size = casts_per_adapter(plan.spec)

@@ -8,26 +8,21 @@ follows a body's placeholder to the operand that it stands for.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn import functional as F
 
 from falqon_fx._compat import (
     checkpoint_bodies,
-    fake_mode,
-    fake_mode_of,
     same_sizes,
-    unwrap_transforms,
+    value_of,
 )
-from falqon_fx.errors import FalqonError
 from falqon_fx.passes.modes import Mode, modes
+from falqon_fx.passes.propagate import propagate
 from falqon_fx.passes.terms import (
     Add,
     AddLinear,
@@ -41,74 +36,27 @@ from falqon_fx.passes.terms import (
     Scale,
     Term,
 )
-
-aten = torch.ops.aten
-
-LINEAR = {F.linear, torch._C._nn.linear, aten.linear.default}
-_MATMUL = {torch.matmul, operator.matmul, aten.matmul.default, aten.mm.default, torch.mm}
-_ADDMM = {torch.addmm, aten.addmm.default}
-_OTHER = {
-    F.embedding: "an embedding",
-    aten.embedding.default: "an embedding",
-    F.conv1d: "a convolution",
-    F.conv2d: "a convolution",
-    F.conv3d: "a convolution",
-    aten.conv1d.default: "a convolution",
-    aten.conv2d.default: "a convolution",
-    aten.conv3d.default: "a convolution",
-}
-_OTHER_MODULES: dict[Any, str] = {
-    nn.Embedding: "an embedding",
-    nn.Conv1d: "a convolution",
-    nn.Conv2d: "a convolution",
-    nn.Conv3d: "a convolution",
-}
-_EINSUM = {torch.einsum, aten.einsum.default}
-_PRODUCTS: set[Any] = {*LINEAR, *_MATMUL, *_ADDMM, *_EINSUM, *_OTHER}
-_PRODUCTS |= {torch.bmm, torch.baddbmm, aten.bmm.default, aten.baddbmm.default}
-_PRODUCT_METHODS = {"matmul", "mm", "bmm", "addmm", "baddbmm", "__matmul__"}
-_MOVES: set[Any] = {torch.unsqueeze, torch.squeeze, torch.permute, torch.split, torch.chunk}
-_MOVES |= {torch.movedim, torch.cat, operator.getitem, aten.unsqueeze.default, aten.permute.default}
-_MOVE_METHODS = {"unsqueeze", "squeeze", "permute", "split", "chunk", "movedim", "expand"}
-_MOVE_METHODS |= {"contiguous", "clone", "view_as"}
-_ADD = {torch.add, operator.add, operator.iadd, aten.add.Tensor, aten.add_.Tensor}
-_MUL: set[Any] = {torch.mul, operator.mul, operator.imul, torch.multiply}
-_MUL |= {aten.mul.Tensor, aten.mul.Scalar, aten.mul_.Tensor, aten.mul_.Scalar}
-_MUL |= {aten.multiply.Tensor, aten.multiply.Scalar}
-_DIV: set[Any] = {torch.div, torch.divide, torch.true_divide, operator.truediv, operator.itruediv}
-_DIV |= {aten.divide.Tensor, aten.divide.Scalar, aten.true_divide.Tensor, aten.true_divide.Scalar}
-_DIV |= {aten.div.Tensor, aten.div.Scalar, aten.div_.Tensor, aten.div_.Scalar}
-_DROPOUT = {F.dropout, torch.dropout, aten.dropout.default}
-_TRANSPOSE = {torch.t, aten.t.default, aten.numpy_T.default, aten.mT.default}
-_TRANSPOSE_DIMS = {torch.transpose, aten.transpose.int}
-_CASTS = {
-    aten.to.dtype,
-    aten.to.dtype_layout,
-    aten.to.device,
-    aten.to.other,
-    aten.type_as.default,
-    aten._to_copy.default,
-    torch.ops.prims.convert_element_type.default,
-}
-_VIEWS: set[Any] = {torch.reshape, torch.flatten, aten.view.default, aten.reshape.default}
-_VIEWS |= {aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int}
-_VIEW_METHODS = {"view", "reshape", "flatten", "unflatten"}
-_ROUNDING = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
-_OPERANDS = ("input", "mat1", "mat2", "other")  # in the order of their positions
-_CAST_METHODS = ("float", "half", "bfloat16", "double")
-_METHODS: dict[str, Callable[..., Any]] = {
-    "add": torch.add,
-    "add_": torch.add,
-    "addmm": torch.addmm,
-    "mul": torch.mul,
-    "mul_": torch.mul,
-    "div": torch.div,
-    "div_": torch.div,
-    "matmul": torch.matmul,
-    "mm": torch.mm,
-    "t": torch.t,
-    "transpose": torch.transpose,
-}
+from falqon_fx.passes.vocabulary import (
+    ADD,
+    ADDMM,
+    CAST_METHODS,
+    CASTS,
+    DIV,
+    DROPOUT,
+    EINSUM,
+    LINEAR,
+    MATMUL,
+    METHODS,
+    MUL,
+    OPERANDS,
+    OTHER,
+    OTHER_MODULES,
+    ROUNDING,
+    TRANSPOSE,
+    TRANSPOSE_DIMS,
+    VIEW_METHODS,
+    VIEWS,
+)
 
 
 @dataclass
@@ -182,42 +130,8 @@ def normalize(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Scope:
     """The scopes of a graph; fills in missing values (shapes, dtypes) by fake propagation."""
     placeholders = gm.graph.find_nodes(op="placeholder")
     if any(value_of(n) is None for n in placeholders) or not placeholders:
-        _propagate(gm, example_inputs)
+        propagate(gm, example_inputs)
     return _scope(gm, None, None)
-
-
-def value_of(node: fx.Node) -> Any:
-    """A node's fake value, from Dynamo (example_value) or fake propagation and export (val)."""
-    return node.meta.get("example_value", node.meta.get("val"))
-
-
-def _propagate(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
-    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-
-    class Propagation(FakeTensorProp):
-        def run_node(self, n: fx.Node) -> Any:
-            try:
-                return super().run_node(n)
-            except RuntimeError as error:
-                _check_devices(gm, n, self.fetch_args_kwargs_from_env(n)[0])
-                raise error
-
-    mode = fake_mode_of(example_inputs) or fake_mode(allow_non_fake_inputs=True)
-    Propagation(gm, mode).propagate(*example_inputs)
-
-
-def _check_devices(gm: fx.GraphModule, node: fx.Node, args: tuple[Any, ...]) -> None:
-    """Why a call failed, if its parameters and inputs lie on several devices."""
-    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-    inputs = {arg.device for arg in args if isinstance(arg, Tensor)}
-    own = {p.device for p in module.parameters()} if module is not None else set()
-    if len(inputs | own) > 1:
-        devices = ", ".join(sorted(map(str, inputs | own)))
-        raise FalqonError(
-            str(node.target) if module is not None else node.name,
-            f"a parameter is on another device than its input ({devices})",
-            "Move the whole model to one device",
-        )
 
 
 def _scope(gm: fx.GraphModule, parent: Scope | None, call: fx.Node | None) -> Scope:
@@ -231,13 +145,13 @@ def _scope(gm: fx.GraphModule, parent: Scope | None, call: fx.Node | None) -> Sc
 
 
 def _read(node: fx.Node, scope: Scope) -> Term:
-    if _is_view(node):
+    if is_view(node):
         return _linear_between_views(node, scope)
     if node.op == "call_module":
         return _read_module(node, scope)
     if node.op == "call_method":
         return _read_method(node, scope)
-    if node.op == "call_function" and node.target in _CASTS:
+    if node.op == "call_function" and node.target in CASTS:
         x = node.args[0]
         return Cast(x) if isinstance(x, fx.Node) and _casts_only(node, x) else None
     if node.op == "call_function":
@@ -253,9 +167,9 @@ def _read_module(node: fx.Node, scope: Scope) -> Term:
     if type(module) is nn.Linear:
         bias = None if module.bias is None else Param(module.bias, name=f"{node.target}.bias")
         return Linear(x, Param(module.weight, name=f"{node.target}.weight"), bias)
-    if type(module) in _OTHER_MODULES:
+    if type(module) in OTHER_MODULES:
         weight = Param(module.weight, name=f"{node.target}.weight")
-        return Other(x, weight, _OTHER_MODULES[type(module)])
+        return Other(x, weight, OTHER_MODULES[type(module)])
     if isinstance(module, nn.Dropout):
         return Dropout(x, module.p if module.training else 0.0)
     if isinstance(module, nn.Identity):
@@ -265,12 +179,12 @@ def _read_module(node: fx.Node, scope: Scope) -> Term:
 
 def _read_method(node: fx.Node, scope: Scope) -> Term:
     name = str(node.target)
-    if name in _METHODS:
-        return _read_call(_METHODS[name], node.args, dict(node.kwargs), scope)
+    if name in METHODS:
+        return _read_call(METHODS[name], node.args, dict(node.kwargs), scope)
     x = node.args[0]
     if not isinstance(x, fx.Node):
         return None
-    if name in ("to", "type", "type_as", *_CAST_METHODS) and _casts_only(node, x):
+    if name in ("to", "type", "type_as", *CAST_METHODS) and _casts_only(node, x):
         return Cast(x)
     return Cast(x) if name == "contiguous" and len(node.args) == 1 else None
 
@@ -283,41 +197,41 @@ def _casts_only(node: fx.Node, x: fx.Node) -> bool:
     before, after = value_of(x), value_of(node)
     if not isinstance(before, Tensor) or not isinstance(after, Tensor):
         return False
-    return before.device == after.device and {before.dtype, after.dtype} <= _ROUNDING
+    return before.device == after.device and {before.dtype, after.dtype} <= ROUNDING
 
 
 def _read_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], scope: Scope) -> Term:
     if target in (torch.ops.falqon.base_linear.default, torch.ops.falqon.base_linear):
         return BaseLinear(*args)
     if target in (torch.ops.falqon.rows_base_linear.default, torch.ops.falqon.rows_base_linear):
-        return RowsBaseLinear(args[0], tuple(args[1:6]), args[6], _factor(args[7]), args[8])
+        return RowsBaseLinear(args[0], tuple(args[1:6]), args[6], as_number(args[7]), args[8])
     if target in LINEAR:
         return _linear(args, kwargs, scope)
-    if target in _OTHER:
-        return _other(_OTHER[target], args[0], args[1], scope) if len(args) > 1 else None
-    if target in _EINSUM:
+    if target in OTHER:
+        return _other(OTHER[target], args[0], args[1], scope) if len(args) > 1 else None
+    if target in EINSUM:
         return _einsum(args, scope)
-    args = (*args, *(kwargs.pop(name) for name in _OPERANDS if name in kwargs))
-    if target in _MATMUL and len(args) == 2:
+    args = (*args, *(kwargs.pop(name) for name in OPERANDS if name in kwargs))
+    if target in MATMUL and len(args) == 2:
         return _matmul(args[0], args[1], None, scope)
-    if target in _ADDMM and len(args) == 3:
+    if target in ADDMM and len(args) == 3:
         return _addmm(*args, kwargs, scope)
-    if target in _ADD and _are_nodes(args[:2]):
+    if target in ADD and are_nodes(args[:2]):
         factor = kwargs.get("alpha", args[2] if len(args) > 2 else 1)
         if not _is_number(factor):
             return None
         plain = _add_bias(args[0], args[1], scope) or _add_bias(args[1], args[0], scope)
         return plain if plain and factor == 1 else Add(args[0], args[1], float(factor))
-    if target in _MUL and len(args) == 2 and not kwargs:
+    if target in MUL and len(args) == 2 and not kwargs:
         for node, factor in (args, args[::-1]):
-            if isinstance(node, fx.Node) and (number := _factor(factor)) is not None:
+            if isinstance(node, fx.Node) and (number := as_number(factor)) is not None:
                 return Scale(node, number)
         return None
-    if target in _DIV and len(args) == 2 and not kwargs and isinstance(args[0], fx.Node):
-        divisor = _factor(args[1])
+    if target in DIV and len(args) == 2 and not kwargs and isinstance(args[0], fx.Node):
+        divisor = as_number(args[1])
         return Scale(args[0], 1.0 / divisor) if divisor is not None and args[1] != 0 else None
-    if target in _DROPOUT:
-        p = _factor(kwargs.get("p", args[1] if len(args) > 1 else 0.5))
+    if target in DROPOUT:
+        p = as_number(kwargs.get("p", args[1] if len(args) > 1 else 0.5))
         training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
         inplace = kwargs.get("inplace", args[3] if len(args) > 3 else False)
         return None if inplace or p is None else Dropout(args[0], p if training else 0.0)
@@ -361,59 +275,6 @@ def _einsum(args: tuple[Any, ...], scope: Scope) -> Term:
             stored = w.transposed != (w_dims[0] == contracted)
             return Linear(found.x, Param(w.value, w.node, w.name, stored), None)
     return None
-
-
-@dataclass(frozen=True)
-class ComputedLinear:
-    """x · wᵀ + bias with a weight ``weight`` [out, in] that the graph computes."""
-
-    x: fx.Node
-    weight: fx.Node
-    bias: Param | None
-    views: tuple[fx.Node, ...]  # transposes of the weight
-
-
-def computed_linear(node: fx.Node, scope: Scope) -> ComputedLinear | None:
-    """``F.linear(x, w, b)`` or ``x @ w.T``, where w is no leaf of the graph."""
-    target: Any = _METHODS.get(str(node.target)) if node.op == "call_method" else node.target
-    names = ("input", "weight", "bias") if target in LINEAR else ("input", "other", "")
-    bound = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    x, weight, bias = (bound.get(name) for name in names)
-    if target not in LINEAR | _MATMUL or not _are_nodes((x, weight)):
-        return None
-    assert isinstance(x, fx.Node)
-    assert isinstance(weight, fx.Node)
-    views: tuple[fx.Node, ...] = ()
-    if target in _MATMUL:
-        if not _is_transpose(weight):
-            return None
-        views, weight = (weight,), weight.args[0]
-    b = None if bias is None else param_of(bias, scope)
-    if not isinstance(weight, fx.Node) or param_of(weight, scope) or (bias is not None and not b):
-        return None
-    return ComputedLinear(x, weight, b, views)
-
-
-def linear_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-    """(x, weight, bias or None) of a call of one of `LINEAR`."""
-    bound = {"bias": None, **dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
-    return bound["input"], bound["weight"], bound["bias"]
-
-
-def is_product(node: fx.Node) -> bool:
-    """Whether a node multiplies matrices, of whatever shape."""
-    if node.op == "call_method":
-        return node.target in _PRODUCT_METHODS
-    return node.op == "call_function" and node.target in _PRODUCTS
-
-
-def only_moves(node: fx.Node) -> bool:
-    """Whether a node only views, splits or reorders the elements of its first argument."""
-    if _is_view(node) or _is_transpose(node):
-        return True
-    if node.op == "call_method":
-        return node.target in _MOVE_METHODS
-    return node.op == "call_function" and node.target in _MOVES
 
 
 def _on_parameters(x: Any, weight: Any, bias: Any, scope: Scope) -> Linear | None:
@@ -463,7 +324,7 @@ def _linear_between_views(node: fx.Node, scope: Scope) -> Linear | None:
     """``(x.view(-1, in) @ W.T).view(*x.shape[:-1], out)`` as one linear on x."""
     inner = node.args[0]
     linear = scope.term(inner) if isinstance(inner, fx.Node) else None
-    if not isinstance(linear, Linear) or not isinstance(inner, fx.Node) or not _is_view(linear.x):
+    if not isinstance(linear, Linear) or not isinstance(inner, fx.Node) or not is_view(linear.x):
         return None
     x = linear.x.args[0]
     given, flat = value_of(x), value_of(linear.x)  # type: ignore[arg-type]
@@ -478,53 +339,11 @@ def _linear_between_views(node: fx.Node, scope: Scope) -> Linear | None:
     return Linear(x, linear.weight, linear.bias, parts)  # type: ignore[arg-type]
 
 
-def _is_view(node: fx.Node) -> bool:
+def is_view(node: fx.Node) -> bool:
+    """Whether a node gives a tensor another shape and nothing else."""
     if node.op == "call_method":
-        return node.target in _VIEW_METHODS and len(node.args) > 0
-    return node.op == "call_function" and node.target in _VIEWS and len(node.args) > 0
-
-
-def written(node: fx.Node) -> list[fx.Node]:
-    """The arguments that a node writes in place."""
-    if not node.op.startswith("call"):
-        return []
-    targets: list[Any] = [node.kwargs.get("out")]
-    if isinstance(node.target, torch._ops.OpOverload):
-        schema = node.target._schema.arguments
-        given = [*node.args, *(node.kwargs.get(a.name) for a in schema[len(node.args) :])]
-        targets += [x for a, x in zip(schema, given) if a.alias_info and a.alias_info.is_write]
-    elif node.args and _writes_first(node):
-        targets.append(node.args[0])
-    found: list[fx.Node] = []
-    fx.map_arg(targets, found.append)
-    return found
-
-
-def _writes_first(node: fx.Node) -> bool:
-    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or node.target in _IN_PLACE or node.kwargs.get("inplace") is True
-
-
-_IN_PLACE = {
-    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem),
-    *("__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__"),
-}
-
-
-def written_parameters(root: Scope) -> set[fx.Node]:
-    """The root's leaf nodes whose memory some operation of the graph writes."""
-    nodes = [node for scope in root.walk() for node in scope.gm.graph.nodes]
-    memory = memory_of(target for node in nodes for target in written(node))
-    leaves = [n for n in root.gm.graph.nodes if n.op in ("placeholder", "get_attr")]
-    return {node for node in leaves if memory.intersection(memory_of([node]))}
-
-
-def memory_of(nodes: Iterable[fx.Node]) -> set[int]:
-    """What the values of nodes lie in: those that share it are views of one another."""
-    values = (value_of(node) for node in nodes)
-    plain = [unwrap_transforms(v) for v in values if isinstance(v, Tensor)]
-    return {StorageWeakRef(v.untyped_storage()).cdata for v in plain if v.layout is torch.strided}
+        return node.target in VIEW_METHODS and len(node.args) > 0
+    return node.op == "call_function" and node.target in VIEWS and len(node.args) > 0
 
 
 def param_of(node: Any, scope: Scope) -> Param | None:
@@ -539,7 +358,7 @@ def param_of(node: Any, scope: Scope) -> Param | None:
         elif outer.op != "placeholder" or not isinstance(value, nn.Parameter):
             return None
         return Param(value, node) if isinstance(value, Tensor) else None
-    if _is_transpose(node):
+    if is_transpose(node):
         inner = param_of(node.args[0], scope)
         return inner and Param(inner.value, inner.node, inner.name, not inner.transposed)
     return None
@@ -553,18 +372,19 @@ def attribute(gm: fx.GraphModule, name: str) -> Any:
     return value
 
 
-def _is_transpose(node: fx.Node) -> bool:
-    target: Any = _METHODS.get(str(node.target)) if node.op == "call_method" else node.target
-    if target in _TRANSPOSE:
+def is_transpose(node: fx.Node) -> bool:
+    """Whether a node is the transpose of a matrix."""
+    target: Any = METHODS.get(str(node.target)) if node.op == "call_method" else node.target
+    if target in TRANSPOSE:
         return True
     if target is getattr and node.args[1:] in (("T",), ("mT",)):
         return True
-    if target in _TRANSPOSE_DIMS and len(node.args) == 3:
+    if target in TRANSPOSE_DIMS and len(node.args) == 3:
         return {d % 2 for d in node.args[1:] if isinstance(d, int)} == {0, 1}
     return False
 
 
-def _factor(value: object) -> Any:
+def as_number(value: object) -> Any:
     """A number as a float; one that varies between calls as a SymFloat, which `float` pins."""
     if isinstance(value, fx.Node) and isinstance(value_of(value), torch.SymFloat):
         return value_of(value)
@@ -575,5 +395,6 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _are_nodes(values: Sequence[object]) -> bool:
+def are_nodes(values: Sequence[object]) -> bool:
+    """Whether all are nodes, of one at least."""
     return len(values) > 0 and all(isinstance(v, fx.Node) for v in values)

@@ -9,15 +9,22 @@ from typing import TypeVar
 import torch
 from torch import fx
 
-from falqon_fx._compat import hint, is_ddp_piece, is_dtensor, is_fsdp, module_path, source_path
+from falqon_fx._compat import (
+    hint,
+    is_ddp_piece,
+    module_path,
+    source_path,
+    value_of,
+)
 from falqon_fx.config import FalqonConfig
+from falqon_fx.cost.model import losing
 from falqon_fx.errors import FalqonError
-from falqon_fx.lowering import gemm_dtype
-from falqon_fx.passes.cost import losing
+from falqon_fx.ops.lowering import gemm_dtype
+from falqon_fx.passes.checks import check, params_of, weights_of
 from falqon_fx.passes.cuts import cut_sites
-from falqon_fx.passes.dataflow import LEAVE, AdapterMatch, Match, RejectedMatch
 from falqon_fx.passes.describe import describe, source_of
-from falqon_fx.passes.frozen import (
+from falqon_fx.passes.match.dataflow import LEAVE, AdapterMatch, Match, RejectedMatch
+from falqon_fx.passes.match.frozen import (
     embeddings,
     match_frozen,
     site_of,
@@ -25,52 +32,22 @@ from falqon_fx.passes.frozen import (
     why_left,
     wide_product,
 )
-from falqon_fx.passes.kernels import architecture_of
-from falqon_fx.passes.modes import may_autocast, transformed
-from falqon_fx.passes.normalize import Scope, value_of, written_parameters
+from falqon_fx.passes.modes import transformed
+from falqon_fx.passes.normalize import Scope
 from falqon_fx.passes.rows import RowsSlot, check_rows, rows_slot
 from falqon_fx.passes.siblings import group_siblings
+from falqon_fx.passes.slots import AdapterSlot, BaseSlot
 from falqon_fx.passes.terms import (
-    AddLinear,
     BaseLinear,
-    Linear,
     Param,
-    Prepared,
-    RowsBaseLinear,
 )
-from falqon_fx.report import Rejected, Site, Source, common_path
-from falqon_fx.spec import SiteSpec, parse_spec
+from falqon_fx.passes.writes import written_parameters
+from falqon_fx.report.data import Rejected, Site, Source
+from falqon_fx.report.kernels import architecture_of
+from falqon_fx.site.paths import common_path
+from falqon_fx.site.spec import SiteSpec
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class BaseSlot:
-    """A base weight W of a graph, shared by all sites that use it.
-
-    ``prepared`` are the root's nodes of the bytes, scale and digest that `prepare` made; else W's
-    FP8 form is looked up by ``weight`` in each call.
-    """
-
-    path: str
-    out: int
-    features: int
-    weight: Param | None
-    prepared: tuple[fx.Node, ...] | None
-
-
-@dataclass(frozen=True)
-class AdapterSlot:
-    """(A, B, scaling) of a graph, whose casts all sites share that use it.
-    ``wide``: b is float32. ``base``: in the units of whose scale b is cast to FP8.
-    """
-
-    path: str
-    lora_a: Param
-    lora_b: Param
-    scaling: float
-    wide: bool
-    base: BaseSlot | None
 
 
 @dataclass(frozen=True)
@@ -177,7 +154,7 @@ class _Chooser:
         if why is not None:
             self.rejected.append(why)
             return
-        _check(found, path, self.config)
+        check(found, path, self.config)
         if self.config.update == "rows":
             why_rows = check_rows(found, path, self.config)
             if why_rows is not None:
@@ -191,8 +168,8 @@ class _Chooser:
 
     def take_frozen(self, found: Match) -> None:
         """A frozen linear layer alone."""
-        tied = any(id(param.value) in self._tied for param in _weights(found))
-        path = _path(self.root, _weights(found), found.scope)
+        tied = any(id(param.value) in self._tied for param in weights_of(found))
+        path = _path(self.root, weights_of(found), found.scope)
         path = (module_path(found.anchor) if tied else "") or path  # not the embedding's
         if not self.config.selects(site_of(path)):
             return
@@ -208,7 +185,7 @@ class _Chooser:
         elif refused is not None:
             self.left.append(refused)
         else:
-            _check(found, path, self.config)
+            check(found, path, self.config)
             self._add(found, self._base(found, path), (), path)
 
     def _add(
@@ -240,7 +217,7 @@ class _Chooser:
             )
         if transformed(found.scope.mode(found.anchor)):
             return refuse("it runs inside a torch.func transform", LEAVE)
-        for param in _params(found):
+        for param in params_of(found):
             if param.node is not None and found.scope.outer(param.node) in self._written:
                 return refuse(
                     "one of its parameters is written inside the compiled graph",
@@ -249,7 +226,7 @@ class _Chooser:
         return None
 
     def _base(self, found: Match, path: str) -> BaseSlot:
-        (weight,) = _weights(found)
+        (weight,) = weights_of(found)
         key = _identity(found.scope, weight)
         if key not in self._bases:
             out, features = _size(found)
@@ -277,7 +254,7 @@ class _Chooser:
 
     def _rows_of(self, found: Match, path: str) -> RowsSlot:
         (adapter,) = found.adapters
-        key = (*(_identity(found.scope, p) for p in _params(found)), adapter.scaling)
+        key = (*(_identity(found.scope, p) for p in params_of(found)), adapter.scaling)
         if key not in self._rows:
             self._rows[key] = rows_slot(found, path, len(self._rows), _at_root)
         return self._rows[key]
@@ -302,23 +279,9 @@ def _groups(sites: list[SitePlan], config: FalqonConfig) -> tuple[tuple[SitePlan
     )
 
 
-def _weights(found: Match) -> tuple[Param, ...]:
-    """The base weight, or what stands for a prepared one."""
-    base = found.base
-    if isinstance(base, BaseLinear | RowsBaseLinear):
-        code = base.code if isinstance(base, BaseLinear) else base.state[0]
-        return (Param(value_of(found.scope.outer(code)), code),)
-    return (base.weight,)
-
-
-def _params(found: Match) -> tuple[Param, ...]:
-    adapters = [p for a in found.adapters for p in (a.lora_a, a.lora_b)]
-    return (*_weights(found), *adapters)
-
-
 def _size(found: Match) -> tuple[int, int]:
     """[out, in] of the base."""
-    (weight,) = _weights(found)
+    (weight,) = weights_of(found)
     first, second = weight.value.shape
     return (second, first) if weight.transposed else (first, second)
 
@@ -327,75 +290,12 @@ def _named_by(found: Match) -> tuple[Param, ...]:
     """The parameters whose module is the site's: not a tied W, which has the name of its first use
     in the graph.
     """
-    base, *adapter = _params(found)
+    base, *adapter = params_of(found)
     node = base.node
     if node is None:
         return (base, *adapter)
     tied = len(found.scope.outer(node).users) > 1 or not found.nodes.issuperset(node.users)
     return tuple(adapter) if tied else (base, *adapter)
-
-
-def _check(found: Match, path: str, config: FalqonConfig) -> None:
-    x = value_of(found.x)
-    for param in _params(found):
-        node = None if param.node is None else found.scope.outer(param.node)
-        if is_dtensor(param.value) or (node is not None and is_fsdp(node)):
-            raise FalqonError(
-                path,
-                "its parameters are sharded (FSDP or tensor parallel), which is not built yet",
-                "Use DDP or one GPU",
-            )
-        if x is not None and param.value.device != x.device:
-            raise FalqonError(
-                path,
-                f"a parameter is on {param.value.device}, its input on {x.device}",
-                "Move the whole model to one device",
-            )
-    if config.adapter_dtype == "fp8" and x.device.type not in ("cpu", "meta"):
-        raise FalqonError(
-            path,
-            f'adapter_dtype="fp8" computes on CPUs alone so far, and this is on {x.device}',
-            'Set adapter_dtype="bfloat16"',
-        )
-    _check_dtypes(found, path)
-    base: object = found.base
-    if isinstance(base, BaseLinear | RowsBaseLinear):
-        _check_prepared(base, path, config, adapted=bool(found.adapters))
-
-
-def _check_dtypes(found: Match, path: str) -> None:
-    """Torch multiplies operands of one dtype alone, which Dynamo's fake tensors don't look at."""
-    scope, device = found.scope, value_of(found.anchor).device.type
-    if may_autocast(scope.mode(found.anchor), device):
-        return
-    for node in found.nodes:
-        term = scope.term(node)
-        if isinstance(term, Linear | AddLinear):
-            given, own = value_of(term.x).dtype, term.weight.value.dtype
-            if given != own:
-                raise FalqonError(
-                    path,
-                    f"one of its weights is {own}, the input of it {given}",
-                    "Cast the whole model to one dtype, or run it under torch.autocast",
-                )
-
-
-def _check_prepared(base: Prepared, path: str, config: FalqonConfig, adapted: bool) -> None:
-    done, asked = parse_spec(base.spec), SiteSpec.from_config(config)
-    if (done.granularity, done.scale) != (asked.granularity, asked.scale):
-        raise FalqonError(
-            path,
-            f"prepare() used granularity={done.granularity!r}, scale={done.scale!r}; the "
-            f"backend is asked for {asked.granularity!r}, {asked.scale!r}",
-            "Give prepare() and torch.compile() the same config",
-        )
-    made = "rows" if isinstance(base, RowsBaseLinear) else "adapter"
-    if made != config.update and adapted:  # what has no adapter is the same in both
-        raise FalqonError(
-            path,
-            f"prepare() made it for update={made!r}, the backend is asked for {config.update!r}",
-            "Give prepare() and torch.compile() the same config",
-        )
 
 
 def _check_whole(root: Scope, matches: Sequence[Match]) -> None:

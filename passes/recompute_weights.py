@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from falqon_fx.numerics import E4M3
+from falqon_fx.site.numerics import E4M3
 
 
 def recompute_weights(graph: fx.Graph) -> None:

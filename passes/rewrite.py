@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from falqon_fx import wide_linear
+from falqon_fx._compat import value_of
+from falqon_fx.ops import merged_linear, wide_linear
 from falqon_fx.passes.insert_operands import AdapterNodes, Operands, SiteNodes
-from falqon_fx.passes.normalize import LINEAR, Scope, linear_arguments, value_of
+from falqon_fx.passes.normalize import Scope
 from falqon_fx.passes.plan import Plan, SitePlan
 from falqon_fx.passes.terms import Param
+from falqon_fx.passes.vocabulary import LINEAR, linear_arguments
 
 
 def rewrite(plan: Plan, operands: Operands) -> None:
@@ -101,7 +103,7 @@ def _replace(
     with graph.inserting_before(first.anchor):
         own_x = [replaced.get(node, node) for node in adapter_inputs(group)]
         fused = graph.call_function(
-            torch.ops.falqon.merged_linear.default,
+            merged_linear.OP,
             (
                 replaced.get(first.x, first.x),
                 *([_at_hand(graph, node) for node in column] for column in (weight, scale, bias)),

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from falqon_fx._compat import mark_static_input
+from falqon_fx._compat import mark_static_input, value_of
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
-from falqon_fx.passes.dataflow import LEAVE, Match
-from falqon_fx.passes.normalize import Scope, value_of
+from falqon_fx.passes.match.dataflow import LEAVE, Match
+from falqon_fx.passes.normalize import Scope
 from falqon_fx.passes.terms import Param, RowsBaseLinear
 from falqon_fx.rows.state import IN_GRAPH, allocate
-from falqon_fx.spec import RowsSpec
+from falqon_fx.site.spec import RowsSpec
 
 
 @dataclass(frozen=True)

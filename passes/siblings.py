@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from falqon_fx.passes.dataflow import Match
-from falqon_fx.passes.normalize import value_of, written
+from falqon_fx._compat import value_of
+from falqon_fx.passes.match.dataflow import Match
 from falqon_fx.passes.terms import Prepared
+from falqon_fx.passes.writes import written
 
 
 def group_siblings(matches: Sequence[Match], rows: bool = False) -> list[list[Match]]:

@@ -14,17 +14,17 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from falqon_fx.passes.dataflow import shape
+from falqon_fx._compat import value_of
+from falqon_fx.ops import merged_linear
 from falqon_fx.passes.insert_operands import AdapterNodes, Operands, casts_per_adapter
-from falqon_fx.passes.normalize import Scope, attribute, value_of
+from falqon_fx.passes.match.dataflow import shape
+from falqon_fx.passes.normalize import Scope, attribute
 from falqon_fx.passes.plan import Plan, SitePlan
 from falqon_fx.passes.rewrite import adapter_inputs, arguments, widened
 from falqon_fx.passes.rows import RowsNodes
 from falqon_fx.passes.terms import BaseLinear, Linear, Param
-from falqon_fx.spec import RowsSpec
+from falqon_fx.site.spec import RowsSpec
 
-_FUSED = torch.ops.falqon.merged_linear.default
-_CASTS = torch.ops.falqon.proxy_update.default
 _WRITES = torch.ops.falqon.proxy_update_.default
 _PENDING = torch.ops.falqon.pending.default
 
@@ -104,11 +104,11 @@ def _check_counts(plan: Plan, operands: Operands, new: list[fx.Node]) -> None:
     zeroed = len(plan.rows) if plan.config.pending == "drop" else 0
     parts = len(plan.rows) * (4 if plan.spec.per_row else 2)
     expected: dict[Any, int] = {
-        _FUSED: len(plan.groups),
+        merged_linear.OP: len(plan.groups),
         operator.getitem: len(plan.sites)
         + casts_per_adapter(plan.spec) * len(plan.adapters)
         + parts,
-        _CASTS: len({slot.wide for slot in plan.adapters}),
+        merged_linear.CASTS: len({slot.wide for slot in plan.adapters}),
         _WRITES: min(1, len(plan.rows)),
         _PENDING: sum(own.b is not None for own in operands.written.values()),
         operator.mul: sum(a.bias_scaling != 1.0 for a in biases),
@@ -169,7 +169,9 @@ def _check_group(
         if found.anchor not in results:
             continue  # nothing reads this site's result
         fused, index = _origin(site, results[found.anchor])
-        assert (fused.target, index) == (_FUSED, i), f"{path}: its result comes from {fused.name}"
+        assert (fused.target, index) == (merged_linear.OP, i), (
+            f"{path}: its result comes from {fused.name}"
+        )
         x, *rest = fused.args
         if first.x in anchors and isinstance(x, fx.Node):
             results.setdefault(first.x, x)
@@ -265,7 +267,7 @@ def _check_casts(plan: Plan, operands: Operands, new: list[fx.Node]) -> None:
         for i, node in enumerate((nodes.a, nodes.a_scale, nodes.b, nodes.alpha)[:size]):
             assert node is not None
             casts, place = cast(tuple[fx.Node, int], tuple(node.args))
-            assert casts.target is _CASTS, f"{path}: {node} is no cast of the adapter"
+            assert casts.target is merged_linear.CASTS, f"{path}: {node} is no cast of the adapter"
             assert place % size == i, f"{path}: {node} is another part of the cast"
             lora_a, lora_b, scaling, scales, wide, spec = cast(tuple[Any, ...], casts.args)
             at = place // size
@@ -275,7 +277,7 @@ def _check_casts(plan: Plan, operands: Operands, new: list[fx.Node]) -> None:
             _check_adapter(path, plan, nodes, lora_a[at], lora_b[at])
             said = (slot.scaling, slot.wide, str(plan.spec))
             assert (scaling[at], wide, spec) == said, f"{path}: cast with {scaling[at]}, {spec}"
-    _check_first(plan, new, {_CASTS, _WRITES})
+    _check_first(plan, new, {merged_linear.CASTS, _WRITES})
 
 
 def _check_adapter(

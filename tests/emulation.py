@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from falqon_fx import FalqonConfig, MergedAdapter
-from falqon_fx.fp8_linear import Fp8Linear
-from falqon_fx.prepare import Adapter
+from falqon_fx.model.fp8_linear import Fp8Linear
+from falqon_fx.model.prepare import Adapter
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 DEFAULTS = FalqonConfig()

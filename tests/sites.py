@@ -15,9 +15,9 @@ from torch import Tensor
 
 from falqon_fx import FalqonConfig, MergedAdapter
 from falqon_fx._compat import scaled_mm
-from falqon_fx.numerics import amax_to_scale, round_to_fp8
 from falqon_fx.rows.state import STATE, create
-from falqon_fx.spec import SiteSpec
+from falqon_fx.site.numerics import amax_to_scale, round_to_fp8
+from falqon_fx.site.spec import SiteSpec
 
 
 @dataclass

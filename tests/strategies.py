@@ -10,9 +10,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from falqon_fx.base import Base, cast_base
-from falqon_fx.lowering import gemm_dtype
-from falqon_fx.spec import SiteSpec
+from falqon_fx.ops.lowering import gemm_dtype
+from falqon_fx.site.base import Base, cast_base
+from falqon_fx.site.spec import SiteSpec
 from tests.sites import Site, dyadic, randn, site_of
 
 FLOATS = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])

@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 import falqon_fx
 from falqon_fx import MergedAdapter
 from falqon_fx.rows.state import allocate
-from falqon_fx.rows.update import NONFINITE, STEP, proxy_update_
-from falqon_fx.spec import RowsSpec
+from falqon_fx.rows.update import proxy_update_
+from falqon_fx.site.record import NONFINITE, STEP
+from falqon_fx.site.spec import RowsSpec
 from tests.emulation import emulate
 from tests.models import (
     LoraLinear,

@@ -22,7 +22,9 @@ import os
 
 import torch
 from torch._dynamo.utils import counters
-from falqon_fx import backend, lowering, ops, spec
+from falqon_fx import backend
+from falqon_fx.ops import lowering, merged_linear as ops
+from falqon_fx.site import spec
 from tests.models import LoraLinear, fill_b
 
 if os.environ["CHANGED"]:

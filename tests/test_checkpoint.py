@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 
 import falqon_fx
-from falqon_fx import FalqonConfig, FalqonError, storage
-from falqon_fx.checkpoint import MANIFEST
-from falqon_fx.fp8_linear import Fp8Linear
-from falqon_fx.prepare import Adapter
+from falqon_fx import FalqonConfig, FalqonError
+from falqon_fx.files import storage
+from falqon_fx.files.checkpoint import MANIFEST
+from falqon_fx.files.storage import DamagedFileError
+from falqon_fx.files.trees import join, separate
+from falqon_fx.model.fp8_linear import Fp8Linear
+from falqon_fx.model.prepare import Adapter
 from falqon_fx.rows.prepared import MergedBaseLinear
-from falqon_fx.storage import DamagedFileError
-from falqon_fx.trees import join, separate
 from tests.models import Stack, fill_b, freeze_a, lora_b, tiny_llama, tiny_mlp
 from tests.sites import randn, same, snapshot
 

@@ -10,8 +10,8 @@ import sympy
 import torch
 
 from falqon_fx import RewriteReport
-from falqon_fx.cli import main
-from falqon_fx.report import json_schema
+from falqon_fx.cli.main import main
+from falqon_fx.report.report import json_schema
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from falqon_fx import FalqonConfig, FalqonConfigError, FalqonError
-from falqon_fx.spec import RowsSpec, SiteSpec, parse_rows_spec, parse_spec
+from falqon_fx.site.spec import RowsSpec, SiteSpec, parse_rows_spec, parse_spec
 from tests.sites import randn
 
 OPTIONS = [field.name for field in dataclasses.fields(FalqonConfig)]

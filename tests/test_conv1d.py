@@ -14,9 +14,9 @@ from transformers.pytorch_utils import Conv1D
 
 import falqon_fx
 from falqon_fx import FalqonConfig, rewrite
-from falqon_fx.base import bases
-from falqon_fx.fp8_linear import Fp8Linear
+from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.rows.prepared import MergedBaseLinear
+from falqon_fx.site.base import bases
 from tests import tolerances as tol
 from tests.models import fill_b, freeze_a, lora_b
 from tests.sites import randn

@@ -8,10 +8,10 @@ from torch import nn
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
-from falqon_fx.base import cast_base
-from falqon_fx.fp8_linear import Fp8Linear
+from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.rows.prepared import MergedBaseLinear
-from falqon_fx.spec import SiteSpec
+from falqon_fx.site.base import cast_base
+from falqon_fx.site.spec import SiteSpec
 from tests.models import fill_b, freeze_a
 
 peft = pytest.importorskip("peft")

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
-from falqon_fx.passes import cards, cost, variants
-from falqon_fx.passes.cards import CARDS, Card
-from falqon_fx.passes.variants import IN, OUT, VARIANTS, N, R, Shape
+from falqon_fx.cost import cards, variants
+from falqon_fx.cost import model as cost
+from falqon_fx.cost.cards import CARDS, Card
+from falqon_fx.cost.variants import IN, OUT, VARIANTS, N, R, Shape
 from tests.models import LoraLinear
 
 H100 = cards.find("H100")
@@ -58,16 +59,16 @@ def test_flops_of_the_op_are_those_that_torch_counts(rank, train_a):
     """Counted below the op: its lowering runs eagerly. Rank 0 is a frozen layer alone."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from falqon_fx import lowering
-    from falqon_fx.base import cast_base
-    from falqon_fx.spec import SiteSpec
+    from falqon_fx.ops import lowering
+    from falqon_fx.site.base import cast_base
+    from falqon_fx.site.spec import SiteSpec
 
     plan = SiteSpec.from_config(FalqonConfig())
     base = cast_base(torch.randn(56, 40), plan)
     a, b = [torch.randn(4, 40)] * bool(rank), [torch.randn(56, 4)] * bool(rank)
-    casts = lowering.proxy_update(a, b, [2.0] * len(a), False, str(plan))
+    casts = lowering.proxy_update(a, b, [2.0] * len(a), [], False, str(plan))
     x, grad = torch.randn(96, 40).bfloat16(), torch.randn(96, 56).bfloat16()
-    adapters = (casts[0::3], casts[1::3], casts[2::3], a, b, [], [0] * len(a), [2.0] * len(a))
+    adapters = (casts[0::3], casts[1::3], casts[2::3], [], a, b, [], [0] * len(a), [2.0] * len(a))
     rest = (train_a, torch.bfloat16, str(plan))
     with FlopCounterMode(display=False) as forward:
         _, out_a, x_cast, x_scale = lowering.merged_linear(

@@ -21,13 +21,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from falqon_fx import cuda, lowering, ops, products
-from falqon_fx.base import cast_base
-from falqon_fx.kernels import dispatch, update
-from falqon_fx.numerics import E4M3, E5M2
-from falqon_fx.ops import decompositions
+from falqon_fx.kernels.products import dispatch
+from falqon_fx.kernels.update import launch as update
+from falqon_fx.ops import gpu, lowering
+from falqon_fx.ops import merged_linear as ops
+from falqon_fx.ops.decompositions import decompositions
 from falqon_fx.rows import cuda as rows_cuda
-from falqon_fx.spec import SiteSpec
+from falqon_fx.site import casts
+from falqon_fx.site.base import cast_base
+from falqon_fx.site.numerics import E4M3, E5M2
+from falqon_fx.site.spec import SiteSpec
 from tests import sites as sites_module
 from tests.sites import make_site, randn, same, snapshot, takes_row_scales
 from tests.strategies import Case, Layer, Lora, cases
@@ -54,10 +57,10 @@ def kernel_cache(tmp_path_factory):
 def as_on_a_gpu() -> Iterator[None]:
     """The ops are lowered for CPU tensors as for those of a GPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "lower_merged_linear", cuda.merged_linear)
-        patch.setattr(ops, "lower_grad_x", cuda.merged_linear_grad_x)
+        patch.setattr(ops, "lower_merged_linear", gpu.merged_linear)
+        patch.setattr(ops, "lower_grad_x", gpu.merged_linear_grad_x)
         patch.setattr(ops, "lower_grad_b", falqon.grad_b_product)
-        patch.setattr(lowering, "grad_a", cuda.grad_a)
+        patch.setattr(lowering, "grad_a", gpu.grad_a)
         yield
 
 
@@ -82,7 +85,7 @@ def test_results_equal_float64_on_the_same_quantized_operands(case: Case, kernel
 def test_adapters_are_cast_as_on_a_cpu(case: Case):
     """Bit for bit."""
     loras, wide = case.adapters, case.casts[0][2].dtype == F32 if case.adapters else False
-    casts = cuda.proxy_update(
+    casts = gpu.proxy_update(
         [lora.lora_a for lora in loras],
         [lora.lora_b for lora in loras],
         [lora.scaling for lora in loras],
@@ -168,7 +171,7 @@ def launched(case: Case, monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[in
         return forward(q, q_scale, pieces, a_pieces, *rest)
 
     monkeypatch.setattr(dispatch, "forward", seen)
-    cuda.merged_linear(*case.arguments())
+    gpu.merged_linear(*case.arguments())
     return found
 
 
@@ -196,10 +199,10 @@ def test_adapters_of_a_layer_need_not_stand_side_by_side():
     by_name = dict(zip(names, columns, strict=True))
     turned = [2, 1, 0]
     moved = [[column[j] for j in turned] if column else column for column in by_name.values()]
-    first, second, out_a, *_ = cuda.merged_linear(
+    first, second, out_a, *_ = gpu.merged_linear(
         x, weight, scale, bias, *moved, keep_x, out_dtype, spec
     )
-    wanted = cuda.merged_linear(*case.arguments())
+    wanted = gpu.merged_linear(*case.arguments())
     of_a = wanted[2].split([16, 8, 5], dim=1)
     assert torch.equal(out_a, torch.cat([of_a[j] for j in turned], dim=1))
     assert torch.equal(second, wanted[1])
@@ -210,9 +213,9 @@ def test_adapters_of_a_layer_need_not_stand_side_by_side():
 @pytest.mark.parametrize("name", ["one adapter", "dropout"])
 def test_x_is_kept_in_fp8_where_a_trains_and_not_at_all_where_it_is_frozen(name, plan):
     case = GROUPS[name](plan)
-    *_, out_a = cuda.merged_linear(*replace(case, keep_x=False).arguments())
+    *_, out_a = gpu.merged_linear(*replace(case, keep_x=False).arguments())
     assert out_a.shape[1] == sum(len(lora.lora_a) for lora in case.adapters)
-    kept = cuda.merged_linear(*case.arguments())[2:]
+    kept = gpu.merged_linear(*case.arguments())[2:]
     read = [case.x if lora.x is None else lora.x for lora in case.adapters]
     read = read if case.apart else [case.x]
     assert len(kept) == 2 * len(read)
@@ -261,7 +264,7 @@ def test_autocast_changes_nothing_inside_of_the_op(kernel, dtype):
 def test_fake_results_look_like_the_real_ones(name, plan):
     """Of the op on a GPU, whose x̂ is in FP8, as of its lowering."""
     case = GROUPS[name](plan)
-    real = cuda.merged_linear(*case.arguments())
+    real = gpu.merged_linear(*case.arguments())
     with FakeTensorMode() as mode:
 
         def on_gpu(value: Any) -> Any:
@@ -273,7 +276,7 @@ def test_fake_results_look_like_the_real_ones(name, plan):
 
         arguments = [on_gpu(argument) for argument in case.arguments()]
         fake = falqon.merged_linear(*arguments)
-        lowered = cuda.merged_linear(*arguments)
+        lowered = gpu.merged_linear(*arguments)
     assert mode is not None
     for one, two, three in zip(fake, lowered, real, strict=True):
         assert (one.shape, one.dtype) == (two.shape, two.dtype) == (three.shape, three.dtype)
@@ -282,7 +285,7 @@ def test_fake_results_look_like_the_real_ones(name, plan):
 def test_fake_results_of_the_products_look_like_the_real_ones():
     case = group(ROW, (48, (16,)), (32, (8,)))
     spec, x = str(case.plan), case.x
-    q, q_scale = cuda.quantize(x, E4M3, spec)
+    q, q_scale = gpu.quantize(x, E4M3, spec)
     _, weight, scale, _, a, a_scale, b, *_ = case.arguments()
     weight = [w.view(E4M3) for w in weight]
 
@@ -297,7 +300,7 @@ def test_fake_results_of_the_products_look_like_the_real_ones():
         opcheck(falqon.merged_product, args)
     alone = (q, q_scale, weight, scale, [], [], [], [], [], [], torch.float16, spec)
     opcheck(falqon.merged_product, alone)
-    grads = [cuda.quantize(randn(32, n), E5M2, spec) for n in (48, 32)]
+    grads = [gpu.quantize(randn(32, n), E5M2, spec) for n in (48, 32)]
     for d, codes in (([randn(32, 24)], a), ([], [])):
         args = ([g for g, _ in grads], [s for _, s in grads], weight, d, codes, F32, spec)
         opcheck(falqon.grad_x_product, args)
@@ -315,7 +318,7 @@ def test_the_cast_by_itself_is_the_one_that_inductor_fuses(dtype, fp8, granulari
     spec = str(SiteSpec(granularity, "pow2", "e5m2", kernel="triton"))
     for rows in (x, x[:3], x[:0]):
         q, scale = falqon.cast_fp8(rows, fp8, spec)
-        other_q, other_scale = products.cast_fp8(rows.float(), fp8, spec)
+        other_q, other_scale = casts.cast_fp8(rows.float(), fp8, spec)
         assert (
             torch.equal(scale.view(torch.int32), other_scale.view(torch.int32))
             or (scale.isnan() == other_scale.isnan()).all()
@@ -367,7 +370,7 @@ def test_below_sm_89_the_cast_is_an_op_by_itself(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
         with FakeTensorMode():
             x = torch.empty(5, 64, device="cuda")
-            found = traced(lambda x: cuda.quantize(x, E4M3, str(ROW)), x)
+            found = traced(lambda x: gpu.quantize(x, E4M3, str(ROW)), x)
         assert found["falqon.cast_fp8.default"] == calls
 
 
@@ -384,7 +387,7 @@ def test_inductors_product_is_compiled_within_a_graph_that_runs():
     x, *rest = case.arguments()
 
     def layers(x: Tensor) -> list[Tensor]:
-        return [-y for y in cuda.merged_linear(x + x, *rest)[: len(case.layers)]]
+        return [-y for y in gpu.merged_linear(x + x, *rest)[: len(case.layers)]]
 
     compiled = torch.compile(layers, fullgraph=True)(x)
     wanted = expected(replace(case, x=x + x))
@@ -405,7 +408,7 @@ def test_inductor_fuses_the_casts_into_the_norm(keep_x):
     gain = torch.ones(64, dtype=BF16)
 
     def layers(x: Tensor) -> list[Tensor]:
-        return cuda.merged_linear(torch.nn.functional.rms_norm(x, (64,), gain), *rest)
+        return gpu.merged_linear(torch.nn.functional.rms_norm(x, (64,), gain), *rest)
 
     x = randn(4, 8, 64).bfloat16()
     results, (code,) = run_and_get_code(torch.compile(layers, fullgraph=True), x)

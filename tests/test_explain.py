@@ -11,7 +11,7 @@ from torch import nn
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError, RewriteReport
-from falqon_fx.report import json_schema
+from falqon_fx.report.report import json_schema
 from tests import models
 from tests.models import Stack, fill_b, tiny_llama, tiny_mlp
 

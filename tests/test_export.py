@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
-from falqon_fx.base import Base, cast_base
-from falqon_fx.export_layers import ExportLayer
-from falqon_fx.lowering import quantize
-from falqon_fx.numerics import E4M3
-from falqon_fx.spec import SiteSpec
+from falqon_fx.files.export_layers import ExportLayer
+from falqon_fx.ops.lowering import quantize
+from falqon_fx.site.base import Base, cast_base
+from falqon_fx.site.numerics import E4M3
+from falqon_fx.site.spec import SiteSpec
 from tests.models import fill_b, freeze_a, tiny_llama, tiny_mlp
 from tests.sites import randn
 from tests.tolerances import Approx, assert_within, fp8_cast_bound, gamma
@@ -241,10 +241,10 @@ def lora_modules(model: nn.Module) -> list[tuple[str, Any]]:
 
 def test_each_layer_is_cast_once_and_as_it_is_written(tmp_path, monkeypatch):
     """Not all at once: as much memory is needed as a file holds, not as the model does."""
-    cast, written, seen = ExportLayer.cast, falqon_fx.storage.save_tensors, []
+    cast, written, seen = ExportLayer.cast, falqon_fx.files.storage.save_tensors, []
     monkeypatch.setattr(ExportLayer, "cast", lambda self: seen.append(self.path) or cast(self))
     monkeypatch.setattr(
-        falqon_fx.storage, "save_tensors", lambda *args: seen.append("file") or written(*args)
+        falqon_fx.files.storage, "save_tensors", lambda *args: seen.append("file") or written(*args)
     )
     report = export(in_fp8(tiny_llama(), True), tmp_path, max_shard_size="20KB")
     assert Counter(seen) == {**dict.fromkeys(report.layers, 1), "file": seen.count("file")}

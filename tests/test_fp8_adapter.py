@@ -15,11 +15,11 @@ from torch.nn import functional as F
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonConfigError, FalqonError
-from falqon_fx.base import cast_base
-from falqon_fx.fp8_adapter import balance, clamped
-from falqon_fx.numerics import E4M3, E5M2, FP8_MAX
-from falqon_fx.repro import arguments, check
-from falqon_fx.spec import SiteSpec
+from falqon_fx.ops.fp8_adapter import balance, clamped
+from falqon_fx.report.repro import arguments, check
+from falqon_fx.site.base import cast_base
+from falqon_fx.site.numerics import E4M3, E5M2, FP8_MAX
+from falqon_fx.site.spec import SiteSpec
 from tests.models import LoraLinear, fill_b, lora_b, tiny_llama, tiny_mlp
 from tests.sites import randn
 from tests.spellings import Passes

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
-from falqon_fx.rows.update import STEP
+from falqon_fx.site.record import STEP
 from tests import tolerances as tol
 from tests.emulation import emulate
 from tests.models import LoraLinear, Relu, fill_b, lora_b, tiny_llama, tiny_mlp, train

@@ -13,10 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from falqon_fx import lowering, rewrite, spec
-from falqon_fx.kernels import cpu, cpu_casts
-from falqon_fx.numerics import E4M3, E5M2
-from falqon_fx.spec import SiteSpec
+from falqon_fx import rewrite
+from falqon_fx.kernels.cpu import casts as cpu_casts
+from falqon_fx.kernels.cpu import native as cpu
+from falqon_fx.ops import lowering
+from falqon_fx.site import spec
+from falqon_fx.site.numerics import E4M3, E5M2
+from falqon_fx.site.spec import SiteSpec
 from tests.emulation import cast
 from tests.models import LoraLinear
 from tests.sites import randn
@@ -315,12 +318,12 @@ def test_the_adapters_of_a_graph_are_cast_together_and_apart_from_autograd():
     a = [randn(3, 8).requires_grad_(), randn(5, 6, seed=1).bfloat16().requires_grad_()]
     b = [randn(4, 3, seed=2).requires_grad_(), randn(7, 5, seed=3).requires_grad_()]
     plan = str(SiteSpec("row", "pow2", "e5m2"))
-    casts = falqon.proxy_update(a, b, [2.0, 0.5], False, plan)
+    casts = falqon.proxy_update(a, b, [2.0, 0.5], [], False, plan)
     assert [t.dtype for t in casts] == [E4M3, F32, BF16] * 2
     assert [tuple(t.shape) for t in casts] == [(3, 8), (3, 1), (4, 3), (5, 6), (5, 1), (7, 5)]
     assert not any(t.requires_grad for t in casts)
-    first = falqon.proxy_update(a[:1], b[:1], [2.0], False, plan)
-    second = falqon.proxy_update(a[1:], b[1:], [0.5], False, plan)
+    first = falqon.proxy_update(a[:1], b[:1], [2.0], [], False, plan)
+    second = falqon.proxy_update(a[1:], b[1:], [0.5], [], False, plan)
     alone = [*first, *second]
     assert all(torch.equal(s.float(), t.float()) for s, t in zip(casts, alone, strict=True))
 
@@ -408,7 +411,7 @@ def test_the_adapters_of_a_graph_are_cast_to_what_the_cpu_multiplies(dtype, nati
     x = randn(3, 64).to(dtype)
     result = rewrite(graph, [x])
     (update,) = result.gm.graph.find_nodes(op="call_function", target=falqon.proxy_update.default)
-    assert update.args[3] == (dtype != BF16 or not native)
+    assert update.args[4] == (dtype != BF16 or not native)
     y = result(x)
     assert y.dtype == dtype
     y.float().sum().backward()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import falqon_fx
 from falqon_fx import FalqonError
-from falqon_fx.numerics import E4M3, amax_to_scale
+from falqon_fx.site.numerics import E4M3, amax_to_scale
 from tests.sites import Site, dequantized, make_site, randn, same, site_of, snapshot, update
 from tests.tolerances import fp8_cast_bound, fp8_stochastic_bound, gamma
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import falqon_fx
 from falqon_fx import FalqonError
-from falqon_fx.naming import modules_of, tensors_of
+from falqon_fx.report.paths import modules_of, tensors_of
 from tests.models import LoraLinear, Stack, tiny_llama
 
 pytest.importorskip("peft")

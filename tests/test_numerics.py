@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from falqon_fx.numerics import (
+from falqon_fx.site.numerics import (
     E4M3,
     E5M2,
     FP8_MAX,

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.testing._internal.optests import aot_autograd_check
 
-from falqon_fx import FalqonError, lowering
-from falqon_fx.base import Base, cast_base, digest
-from falqon_fx.numerics import E4M3
-from falqon_fx.spec import SiteSpec
+from falqon_fx import FalqonError
+from falqon_fx.ops import lowering
+from falqon_fx.site.base import Base, cast_base, digest
+from falqon_fx.site.numerics import E4M3
+from falqon_fx.site.spec import SiteSpec
 from tests.sites import Site, dequantized, make_site, randn
 from tests.strategies import Case, Layer, Lora
 from tests.tolerances import Approx, gamma
@@ -157,7 +158,7 @@ def test_opcheck_of_the_adapters_casts(plan, dtype, wide):
     """Without the checks that compare results by allclose, which FP8 has none of."""
     a = [randn(3, 9).to(dtype).requires_grad_(), randn(2, 5).requires_grad_()]
     b = [randn(6, 3).to(dtype).requires_grad_(), randn(7, 2).requires_grad_()]
-    args = (a, b, [2.0, 0.3], wide, str(plan))
+    args = (a, b, [2.0, 0.3], [], wide, str(plan))
     torch.library.opcheck(falqon.proxy_update, args, test_utils=CHECKS[:3])
 
 

@@ -106,8 +106,9 @@ def test_mapped_packages_import_from_anywhere(name, tmp_path):
 
 
 def test_templates_ship_beside_the_code():
-    folder = Path(import_module("falqon_fx.kernels").__file__).parent / "templates"
-    assert list(folder.glob("*.jinja"))
+    kernels = Path(import_module("falqon_fx.kernels").__file__).parent
+    assert len(list(kernels.rglob("*.jinja"))) == 7
+    assert (Path(import_module("falqon_fx.report").__file__).parent / "report.html.jinja").exists()
 
 
 def test_kernels_import_without_triton(tmp_path):

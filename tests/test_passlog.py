@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import falqon_fx
-from falqon_fx import FalqonConfig, FalqonError, RewriteReport, lowering
-from falqon_fx.cli import main
-from falqon_fx.repro import arguments, check
-from falqon_fx.spec import SiteSpec
+from falqon_fx import FalqonConfig, FalqonError, RewriteReport
+from falqon_fx.cli.main import main
+from falqon_fx.ops import lowering
+from falqon_fx.report.repro import arguments, check
+from falqon_fx.site.spec import SiteSpec
 from tests.models import Stack
 
 PASSES = ["copy", "normalize", "match", "plan", "autotune", "insert_operands", "rewrite", "verify"]
@@ -81,7 +82,7 @@ def test_torch_logs_shows_the_passes(setting, graphs):
 
 def test_nothing_is_rendered_unless_someone_looks():
     """In a process of its own: pytest itself listens to every log."""
-    forbid = "import falqon_fx.passlog as log\nlog.listing = lambda *_: print('rendered')\n"
+    forbid = "import falqon_fx.report.passlog as log\nlog.listing = lambda *_: print('rendered')\n"
     assert run(forbid + TRAIN).stdout == ""
     look = run(
         forbid.replace("print('rendered')", "(print('rendered'), [])[1]") + TRAIN,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
-from falqon_fx.fp8_linear import Fp8Linear
+from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.rows.prepared import MergedBaseLinear
 from tests import tolerances as tol
 from tests.emulation import emulate

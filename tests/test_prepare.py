@@ -17,10 +17,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonConfigError, FalqonError, MergedAdapter
-from falqon_fx.fp8_linear import Fp8Linear
-from falqon_fx.numerics import E4M3
-from falqon_fx.prepare import Adapter
+from falqon_fx.model.fp8_linear import Fp8Linear
+from falqon_fx.model.prepare import Adapter
 from falqon_fx.rows.prepared import MergedBaseLinear
+from falqon_fx.site.numerics import E4M3
 from tests.models import Relu, fill_b, freeze_a, lora_b, tiny_llama, tiny_mlp
 from tests.sites import dequantized, randn, same, snapshot
 from tests.tolerances import (

@@ -18,14 +18,17 @@ import torch
 from torch import nn
 
 import falqon_fx
-from falqon_fx import FalqonConfig, FalqonConfigError, FalqonError, export_cli
-from falqon_fx.base import cast_base
-from falqon_fx.fp8_linear import Fp8Linear
-from falqon_fx.loading import MANIFEST
-from falqon_fx.numerics import E4M3
+from falqon_fx import FalqonConfig, FalqonConfigError, FalqonError
+from falqon_fx.cli import export as export_cli
+from falqon_fx.files import atomic
+from falqon_fx.files.atomic import lock, partial
+from falqon_fx.files.loading import MANIFEST
+from falqon_fx.files.storage import DamagedFileError
+from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.rows.prepared import MergedBaseLinear
-from falqon_fx.spec import SiteSpec
-from falqon_fx.storage import DamagedFileError, lock, partial
+from falqon_fx.site.base import cast_base
+from falqon_fx.site.numerics import E4M3
+from falqon_fx.site.spec import SiteSpec
 from tests.models import fill_b
 from tests.test_checkpoint import rewrite_format
 
@@ -217,7 +220,7 @@ def test_layers_left_out_stay_dense(tmp_path):
 KILL = """
 import sys, time; sys.path.insert(0, {root!r})
 import falqon_fx
-p = sys.modules["falqon_fx.prequantize"]
+p = sys.modules["falqon_fx.files.prequantize"]
 convert = p._convert
 def slowly(*arguments):
     print("one", flush=True)
@@ -260,11 +263,11 @@ def test_a_run_cut_at_its_start_or_end_goes_on(tmp_path, monkeypatch, where):
     """Before there is a plan, before there is a manifest, and before the folder has its name."""
     source = folder_of(dense_model(), tmp_path / "dense")
     out = tmp_path / "out"
-    module = sys.modules["falqon_fx.prequantize"]
+    module = sys.modules["falqon_fx.files.prequantize"]
     cut = {
         "plan": (module.json, "dumps"),
         "manifest": (module.storage, "write_manifest"),
-        "become": (module.storage, "become"),
+        "become": (atomic, "become"),
     }
 
     def stop(*_: object, **__: object) -> None:

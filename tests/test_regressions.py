@@ -19,7 +19,7 @@ from torch.utils.checkpoint import (
 )
 
 import falqon_fx
-from falqon_fx.rows.update import STEP
+from falqon_fx.site.record import STEP
 from tests.emulation import emulate
 from tests.models import LoraLinear, Relu, Stack, fill_b, freeze_a, lora_b, tiny_mlp
 from tests.sites import randn

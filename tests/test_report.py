@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from falqon_fx import FalqonConfig, GraphReport, Rejected, RewriteReport, Site
-from falqon_fx.numerics import E4M3, E5M2, amax_to_scale, round_to_fp8
-from falqon_fx.report import Cost, GraphBreak, Memory, Source
-from falqon_fx.report_text import CAST_ERROR
+from falqon_fx.report.data import Cost, GraphBreak, Memory, Source
+from falqon_fx.report.text import CAST_ERROR
+from falqon_fx.site.numerics import E4M3, E5M2, amax_to_scale, round_to_fp8
 
 COST = Cost("H100", "merged", 512, 2e-3, 1e-3, 10, 9, 8, 7, 300, {512: 2.0})
 SITE = Site(

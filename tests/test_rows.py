@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError, MergedAdapter
-from falqon_fx.numerics import E4M3
 from falqon_fx.rows.state import create, registry
-from falqon_fx.rows.update import STEP
+from falqon_fx.site.numerics import E4M3
+from falqon_fx.site.record import STEP
 from tests.models import LoraLinear, Stack, fill_b, lora_b, tiny_mlp, train
 from tests.sites import cast, dequantized, randn, same, snapshot
 from tests.tolerances import assert_within, gamma

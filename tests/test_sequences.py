@@ -28,8 +28,8 @@ from torch.utils.checkpoint import checkpoint
 
 import falqon_fx
 from falqon_fx import FalqonConfig, MergedAdapter, rewrite
-from falqon_fx.fp8_linear import Fp8Linear
-from falqon_fx.rows.update import STEP
+from falqon_fx.model.fp8_linear import Fp8Linear
+from falqon_fx.site.record import STEP
 from tests.emulation import E4M3, Layer, Lora, cast, emulate, linear
 from tests.models import LoraLinear
 from tests.sites import randn

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import falqon_fx
-from falqon_fx import base as base_module
 from falqon_fx.rows import state as rows_state
+from falqon_fx.site import base as base_module
 from tests import tolerances as tol
 from tests.emulation import emulate
 from tests.models import (

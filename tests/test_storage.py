@@ -21,19 +21,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 import falqon_fx
-from falqon_fx.checkpoint import MANIFEST
 from falqon_fx.errors import FalqonError
-from falqon_fx.kernels import cpu
-from falqon_fx.storage import (
-    DamagedFileError,
-    copy_tensors,
-    lock,
-    new_folder,
-    partial,
-    read_header,
-    save_tensors,
-)
-from falqon_fx.trees import unshared
+from falqon_fx.files.atomic import lock, new_folder, partial
+from falqon_fx.files.checkpoint import MANIFEST
+from falqon_fx.files.storage import DamagedFileError, copy_tensors, read_header, save_tensors
+from falqon_fx.files.trees import unshared
+from falqon_fx.kernels.cpu import native as cpu
 from tests.models import fill_b, tiny_mlp
 
 KILLS = 200

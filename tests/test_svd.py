@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from falqon_fx import FalqonConfig
-from falqon_fx.lowering import proxy_update
-from falqon_fx.numerics import E4M3, amax_to_scale, round_to_fp8
-from falqon_fx.spec import SiteSpec
-from falqon_fx.svd import init_where_new, low_rank_rows
+from falqon_fx.ops.lowering import proxy_update
+from falqon_fx.site.numerics import E4M3, amax_to_scale, round_to_fp8
+from falqon_fx.site.spec import SiteSpec
+from falqon_fx.site.svd import init_where_new, low_rank_rows
 from tests.sites import dequantized, randn, site_of
 from tests.tolerances import UNIT_ROUNDOFF, fp8_cast_bound, gamma
 

@@ -18,8 +18,8 @@ from tests.models import LoraLinear, freeze_a, tiny_llama
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+from falqon_fx.integrations.trainer_checkpoints import FOLDER, TrainerCheckpoints  # noqa: E402
 from falqon_fx.integrations.transformers import FalqonCallback  # noqa: E402
-from falqon_fx.trainer_checkpoints import FOLDER, TrainerCheckpoints  # noqa: E402
 
 CONFIGS = {
     "adapter": FalqonConfig(inner="eager"),

@@ -28,9 +28,9 @@ from transformers import Trainer, TrainingArguments
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
-from falqon_fx.fp8_linear import Fp8Linear
 from falqon_fx.integrations.transformers import FalqonCallback, FalqonTrainer, FalqonTrainerMixin
-from falqon_fx.rows.update import STEP
+from falqon_fx.model.fp8_linear import Fp8Linear
+from falqon_fx.site.record import STEP
 from tests.models import Relu, fill_b, lora_b, tiny_mlp
 
 CONFIG = FalqonConfig(inner="eager")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import falqon_fx
-from falqon_fx.prepare import Adapter
+from falqon_fx.model.prepare import Adapter
 from tests import tolerances as tol
 from tests.emulation import cast, emulate
 from tests.models import Relu, fill_b, tiny_mlp

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
-from falqon_fx.numerics import E4M3
 from falqon_fx.rows.unload import fp8_layers
+from falqon_fx.site.numerics import E4M3
 from tests.models import fill_b, freeze_a, tiny_llama, tiny_mlp
 from tests.sites import dequantized, randn
 from tests.tolerances import (

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from falqon_fx import FalqonConfig, FalqonError, adapters, prepare
-from falqon_fx.numerics import (
+from falqon_fx.rows.fingerprint import fingerprint
+from falqon_fx.site.numerics import (
     E4M3,
     FP8_MAX,
     amax_to_scale,
@@ -19,7 +20,7 @@ from falqon_fx.numerics import (
     round_to_fp8,
     round_to_fp8_stochastic,
 )
-from falqon_fx.rows.update import SITE, STEP, fingerprint
+from falqon_fx.site.record import SITE, STEP
 from tests.sites import Site, dequantized, dyadic, make_site, randn, same, site_of, snapshot, update
 from tests.tolerances import gamma
 

@@ -16,8 +16,8 @@ from torch import nn
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError, RewriteReport
-from falqon_fx.report import Audit
-from falqon_fx.views import around, near, replacing, rows, stretch
+from falqon_fx.report.data import Audit
+from falqon_fx.report.views import around, near, replacing, rows, stretch
 from tests.models import LoraLinear, Stack
 
 CHROMIUM = shutil.which("chromium")

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 import falqon_fx
 from falqon_fx import FalqonConfig
-from falqon_fx.numerics import E4M3, amax_to_scale, round_to_fp8
+from falqon_fx.site.numerics import E4M3, amax_to_scale, round_to_fp8
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

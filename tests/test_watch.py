@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import falqon_fx
-from falqon_fx.base import cast_base
-from falqon_fx.numerics import encode_fp8, round_to_fp8
 from falqon_fx.rows import audit
 from falqon_fx.rows.drift import signed_sums
 from falqon_fx.rows.prepared import layer_of
-from falqon_fx.watching import summary, tensorboard, trainer_callback
+from falqon_fx.rows.watching import summary, tensorboard, trainer_callback
+from falqon_fx.site.base import cast_base
+from falqon_fx.site.numerics import encode_fp8, round_to_fp8
 from tests.models import Stack, lora_b, tiny_mlp, train
 from tests.sites import randn
 from tests.strategies import SEEDS

@@ -23,8 +23,8 @@ from transformers import (
 
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
-from falqon_fx.prepare import prepare
-from falqon_fx.trainer_checkpoints import TrainerCheckpoints
+from falqon_fx.integrations.trainer_checkpoints import TrainerCheckpoints
+from falqon_fx.model.prepare import prepare
 
 
 class FalqonCallback(TrainerCheckpoints):

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from falqon_fx._compat import version
-from falqon_fx.numerics import as_e4m3
+from falqon_fx.site.numerics import as_e4m3
 
 _REMEMBERED = 64  # forward passes between two optimizer steps that are still watched
 

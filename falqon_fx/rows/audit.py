@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from falqon_fx.numerics import E4M3, FP8_MAX, decode_fp8
+from falqon_fx.site.numerics import E4M3, FP8_MAX, decode_fp8
 
 # Columns of `Written.table`: fields of `falqon_fx.report.Audit`.
 COLUMNS = ("step", "asked", "kept", "lost", "clamped", "saturated", "underflowed", "pending")

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, fx
 
 from falqon_fx.config import FalqonConfig
-from falqon_fx.numerics import as_e4m3
 from falqon_fx.rows import drift
 from falqon_fx.rows.aliases import aliases
 from falqon_fx.rows.dropped import save_watch
@@ -21,6 +20,7 @@ from falqon_fx.rows.nonfinite import NonfiniteWatch
 from falqon_fx.rows.prepared import layer_of
 from falqon_fx.rows.state import IN_GRAPH, Wanted, registry
 from falqon_fx.rows.update import lock
+from falqon_fx.site.numerics import as_e4m3
 
 if TYPE_CHECKING:
     from falqon_fx.passes.rows import RowsNodes

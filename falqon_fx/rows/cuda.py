@@ -12,10 +12,10 @@ from torch import Tensor
 
 from falqon_fx.rows import update
 from falqon_fx.rows.audit import audience
-from falqon_fx.spec import parse_rows_spec
+from falqon_fx.site.spec import parse_rows_spec
 
 if TYPE_CHECKING:
-    from falqon_fx.kernels.update import Launch
+    from falqon_fx.kernels.update.launch import Launch
 
 
 def proxy_update_(
@@ -49,7 +49,7 @@ def proxy_update_(
             arguments = [*([column[i] for i in launches.rest] for column in columns), spec]
             update.proxy_update_(*arguments)
     if plan.transpose == "store":
-        from falqon_fx.kernels import stored
+        from falqon_fx.kernels.transpose import kept as stored
 
         stored.refresh(weight, writes, counters)
 
@@ -86,7 +86,7 @@ def _launches_of(columns: Sequence[Sequence[Any]], spec: str) -> _Launches:
 
 def _plan_launches(columns: Sequence[Sequence[Any]], spec: str) -> _Launches:
     # Triton is there where a GPU is, and need not be elsewhere.
-    from falqon_fx.kernels.update import UpdateSite, dtypes, launch, refusal, spec_for
+    from falqon_fx.kernels.update.launch import UpdateSite, dtypes, launch, refusal, spec_for
 
     plan = parse_rows_spec(spec)
     groups: dict[object, list[UpdateSite]] = defaultdict(list)

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
-from falqon_fx.fp8_linear import Fp8Linear
-from falqon_fx.lora_layers import LoraLayer, check_fit, is_linear, lora_layers, tied_weights
-from falqon_fx.report import deepest_path
+from falqon_fx.model.fp8_linear import Fp8Linear
+from falqon_fx.model.lora_layers import LoraLayer, check_fit, is_linear, lora_layers, tied_weights
 from falqon_fx.rows import dropped
 from falqon_fx.rows.prepared import MergedBaseLinear
 from falqon_fx.rows.state import MergedAdapter, check_values, create, registry
+from falqon_fx.site.paths import deepest_path
 
 Track = Callable[[Sequence[LoraLayer]], Iterable[LoraLayer]]
 

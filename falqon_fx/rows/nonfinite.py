@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from falqon_fx.errors import FalqonError
-from falqon_fx.rows.update import NONFINITE, STALE
+from falqon_fx.site.record import NONFINITE, STALE
 
 
 class NonfiniteWatch:

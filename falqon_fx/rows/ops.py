@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from falqon_fx.numerics import decode_fp8, without_autocast
 from falqon_fx.rows import cuda, update
+from falqon_fx.site.numerics import decode_fp8, without_autocast
 
 
 @torch.library.custom_op(

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from falqon_fx import stored
-from falqon_fx.fp8_linear import ReadOnly, plain_layer
+from falqon_fx.model.fp8_linear import ReadOnly, plain_layer
 from falqon_fx.rows import drift, ops
 from falqon_fx.rows.state import STATE, MergedAdapter
-from falqon_fx.spec import parse_rows_spec
+from falqon_fx.site import transposed as stored
+from falqon_fx.site.spec import parse_rows_spec
 
 _layers: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weak references to layers, by their bytes
 

@@ -16,14 +16,16 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from falqon_fx._compat import version
-from falqon_fx.base import check_weight
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
-from falqon_fx.numerics import E4M3, decode_fp8
 from falqon_fx.rows import drift, dropped, update
+from falqon_fx.rows.fingerprint import site_number
 from falqon_fx.rows.ops import dequantize_base
-from falqon_fx.spec import RowsSpec
-from falqon_fx.svd import init_lora_a_
+from falqon_fx.site.base import check_weight
+from falqon_fx.site.numerics import E4M3, decode_fp8
+from falqon_fx.site.record import COUNTERS, FINGERPRINT_A, FINGERPRINT_W, NONFINITE, SITE
+from falqon_fx.site.spec import RowsSpec
+from falqon_fx.site.svd import init_lora_a_
 
 T = TypeVar("T")
 STATE = ("code", "scale", "applied", "counters", "writes", "origin")
@@ -91,7 +93,7 @@ class MergedAdapter:
     @property
     def nonfinite_rows(self) -> int:
         """Rows of B that were not written because they held NaN or Inf (reads the device)."""
-        return int(self.counters[update.NONFINITE])
+        return int(self.counters[NONFINITE])
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -169,7 +171,7 @@ def allocate(
         torch.empty(out + rank, features, dtype=torch.uint8, device=device),
         torch.empty(scale_shape, dtype=torch.float32, device=device),
         torch.empty(out, rank, dtype=applied_dtype, device=device),
-        torch.zeros(update.COUNTERS, dtype=torch.int64, device=device),
+        torch.zeros(COUNTERS, dtype=torch.int64, device=device),
         torch.zeros(out, dtype=torch.int32, device=device),
         torch.full((out, 2), float("nan"), dtype=torch.float32, device=device),
         scaling,
@@ -209,8 +211,8 @@ def create(
         state = allocate(out, features, lora_a.shape[0], base.dtype, scaling, plan, base.device)
         _fill_(state, base, lora_a, lora_b)
         counters = state.counters
-        mixed = counters[update.FINGERPRINT_W] * 31 + counters[update.FINGERPRINT_A]
-        counters[update.SITE] = update.site_number(mixed)
+        mixed = counters[FINGERPRINT_W] * 31 + counters[FINGERPRINT_A]
+        counters[SITE] = site_number(mixed)
         if frees_base:
             drift.remember_(state.origin, state, base)
     return state

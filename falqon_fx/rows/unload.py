@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from falqon_fx.errors import FalqonError
-from falqon_fx.fp8_linear import plain_layer
-from falqon_fx.lora_layers import LoraLayer, lora_layers
-from falqon_fx.rows import update
+from falqon_fx.model.fp8_linear import plain_layer
+from falqon_fx.model.lora_layers import LoraLayer, lora_layers
+from falqon_fx.rows.fingerprint import fingerprint
 from falqon_fx.rows.model import state_of
 from falqon_fx.rows.prepared import MergedBaseLinear
 from falqon_fx.rows.state import MergedAdapter, registry
+from falqon_fx.site.record import FINGERPRINT_A
 
 
 def merge(base: nn.Module) -> None:
@@ -46,7 +47,7 @@ def not_written(layer: LoraLayer, state: MergedAdapter) -> str | None:
         return f"{len(layer.adapters)} adapters are active, and its FP8 weight holds one"
     if layer.scaling != state.scaling:
         return f"its scaling is {layer.scaling:g}, and its FP8 weight has {state.scaling:g}"
-    if update.fingerprint(layer.lora_a[None])[0] != state.counters[update.FINGERPRINT_A]:
+    if fingerprint(layer.lora_a[None])[0] != state.counters[FINGERPRINT_A]:
         return "its FP8 weight was written with another lora_A than the active one"
     return None
 

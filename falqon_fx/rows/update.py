@@ -18,81 +18,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from falqon_fx.base import row_chunks, sample
 from falqon_fx.errors import SiteError
-from falqon_fx.kernels import cpu
-from falqon_fx.numerics import (
+from falqon_fx.kernels.cpu import native as cpu
+from falqon_fx.rows import audit, dropped
+from falqon_fx.rows.batch import Batched
+from falqon_fx.rows.by_aten import write_by_aten
+from falqon_fx.rows.fingerprint import fingerprint, fingerprints
+from falqon_fx.site.base import row_chunks, sample
+from falqon_fx.site.numerics import (
     E4M3,
     amax_to_scale,
-    decode_fp8,
     encode_fp8,
-    philox_uint16,
     round_to_fp8,
-    round_to_fp8_stochastic,
     without_autocast,
 )
-from falqon_fx.rows import audit, dropped
-from falqon_fx.spec import RowsSpec, parse_rows_spec
+from falqon_fx.site.record import (
+    FINGERPRINT_A,
+    FINGERPRINT_B,
+    FINGERPRINT_W,
+    NONFINITE,
+    STALE,
+    STEP,
+)
+from falqon_fx.site.spec import RowsSpec, parse_rows_spec
 
-# Columns of a site's `counters` (int64).
-COUNTERS = cpu.COUNTERS
-FINGERPRINT_B, FINGERPRINT_A, FINGERPRINT_W, STEP, SITE, NONFINITE, STALE = range(COUNTERS)
 lock = threading.RLock()  # one thread at a time looks up states and writes them
 _CHUNK = 1 << 17  # elements held in float32 at a time: temporaries stay in the cache
-
-
-def fingerprint(batch: Tensor) -> Tensor:
-    """64-bit hash of the bits of each tensor of a batch [G, m, n]; zeros hash to zero.
-
-    Σ_ij word_ij · q_i · p_j mod 2**64 with fixed odd-looking p and q: it depends on the place of
-    every element and sees every change of a single one. A word is 64 bits of a row; its upper half
-    is added to the lower, since what differs in the last bits of a word, such as two signs, could
-    cancel modulo 2**64.
-    """
-    # The second view gives a dimension of size 1 the stride that a view as int64 asks for.
-    batch = batch.detach().contiguous().view(-1).view(batch.shape)
-    if batch.storage_offset():
-        batch = batch.clone()  # a view as int64 must be aligned
-    bits = batch.view(
-        {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[batch.element_size()]
-    )
-    if bits.shape[-1] * bits.element_size() % 8:
-        words = bits.to(torch.int64)
-    else:
-        whole = bits.view(torch.int64)
-        words = torch.add(whole, whole >> 32, alpha=5)
-    # Sums over rows vectorise, those over a few columns don't.
-    columns = words.mul_(_hash_weights(words.shape[1], words, 0x3F58476D1CE4E5B9)[:, None]).sum(1)
-    return (columns * _hash_weights(words.shape[2], words, 0x1E3779B97F4A7C15)).sum(-1)
-
-
-def _fingerprints(tensors: list[Tensor]) -> Tensor:
-    """The `fingerprint` of each of G tensors of one shape, int64 [G]."""
-    if tensors[0].device.type == "cpu" and (compiled := cpu.fingerprints(tensors)) is not None:
-        return compiled
-    return fingerprint(torch.stack(tensors))
-
-
-def _hash_weights(count: int, like: Tensor, multiplier: int) -> Tensor:
-    mixed = torch.arange(1, count + 1, device=like.device) * multiplier
-    return (mixed ^ (mixed >> 29)) * multiplier | 1
-
-
-def site_number(mixed: Tensor) -> Tensor:
-    """The 32 bits by which random numbers tell a site from others, from a 64-bit hash of it."""
-    return (mixed ^ (mixed >> 32)) & 0xFFFFFFFF
-
-
-def select_rows(score: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` rows with the largest ``score`` [G, out] (ties to the lowest row), [G, count],
-    and which of them are worth writing: finite and not zero.
-    """
-    score = torch.where(score < float("inf"), score, -1.0)  # NaN and Inf compare false
-    place = torch.arange(score.shape[-1], device=score.device)
-    # A float's bits order like the float when it is not negative; the row breaks ties.
-    key = (score.clamp(min=0).view(torch.int32).to(torch.int64) << 32) | (0xFFFFFFFF - place)
-    rows = key.topk(count, dim=-1).indices
-    return rows, score.gather(-1, rows) > 0
 
 
 @without_autocast
@@ -123,9 +74,9 @@ def proxy_update_(
     plan = parse_rows_spec(spec)
     columns: list[Sequence[Any]] = [weight, scale, applied, counters, writes]
     columns += [lora_b, lora_a, base, scaling]
-    groups: dict[tuple[object, ...], list[_Site]] = defaultdict(list)
+    groups: dict[tuple[object, ...], list[Batched]] = defaultdict(list)
     for i in range(len(weight)):
-        site = _Site(i, *(column[i] for column in columns))
+        site = Batched(i, *(column[i] for column in columns))
         site.check(plan)
         groups[site.kind].append(site)
     for sites in groups.values():
@@ -147,7 +98,7 @@ def flush_(
     plan: RowsSpec,
 ) -> None:
     """Write every pending row of one site now, whether B changed or not."""
-    site = _Site(0, weight, scale, applied, counters, writes, lora_b, lora_b, base, scaling)
+    site = Batched(0, weight, scale, applied, counters, writes, lora_b, lora_b, base, scaling)
     site.changed = torch.ones((), dtype=torch.bool, device=counters.device)
     counters[STEP] += 1
     counters[FINGERPRINT_B] = 0 if plan.pending == "drop" else fingerprint(lora_b[None])[0]
@@ -159,100 +110,16 @@ def flush_(
         left -= min(left, most)
 
 
-class _Site:
-    """The tensors of one site, as the op got them."""
-
-    __slots__ = (
-        "applied",
-        "base",
-        "changed",
-        "counters",
-        "index",
-        "lora_a",
-        "lora_b",
-        "scale",
-        "scaling",
-        "weight",
-        "writes",
-    )
-
-    def __init__(
-        self,
-        index: int,
-        weight: Tensor,
-        scale: Tensor,
-        applied: Tensor,
-        counters: Tensor,
-        writes: Tensor,
-        lora_b: Tensor,
-        lora_a: Tensor,
-        base: Tensor | None,
-        scaling: float,
-    ) -> None:
-        self.index = index
-        self.weight, self.scale, self.applied = weight.view(torch.uint8), scale, applied
-        self.counters, self.writes = counters, writes
-        self.lora_b, self.lora_a, self.base, self.scaling = lora_b, lora_a, base, scaling
-        self.changed: Tensor | None = None
-
-    @property
-    def kind(self) -> tuple[object, ...]:
-        """Equal for sites that can be updated as one batch."""
-        tensors = (self.weight, *self.tensors[1:], self.lora_a, self.base)
-        each = (None if t is None else (t.shape, t.dtype) for t in tensors)
-        return self.weight.device, *each
-
-    @property
-    def tensors(self) -> cpu.SiteTensors:
-        """What `falqon_fx.kernels.cpu` needs, in its order."""
-        state = (self.weight, self.scale, self.applied)
-        return *state, self.lora_b, self.counters, self.writes, self.base
-
-    def check(self, plan: RowsSpec) -> None:
-        """Compiled code and kernels are about to be given addresses."""
-        out, rank = self.lora_b.shape
-        width = self.lora_a.shape[1]
-        both = (torch.float32,) if plan.pending == "drop" else (torch.float32, torch.bfloat16)
-        wanted = {
-            "weight": ((out + rank, width), (torch.uint8,)),
-            "scale": ((out + rank, 1) if plan.per_row else (), (torch.float32,)),
-            "applied": ((out, rank), both),
-            "counters": ((COUNTERS,), (torch.int64,)),
-            "writes": ((out,), (torch.int32,)),
-            "lora_a": ((rank, width), None),
-            "base": ((out, width), None),
-        }
-        for name, (shape, dtypes) in wanted.items():
-            tensor: Tensor | None = getattr(self, name)
-            if tensor is None:
-                continue
-            if tensor.shape != shape or (dtypes is not None and tensor.dtype not in dtypes):
-                found = f"{tensor.dtype} {list(tensor.shape)}"
-                needed = f"{list(shape)}" if dtypes is None else f"{dtypes[0]} {list(shape)}"
-                raise SiteError(
-                    self.index,
-                    f"its {name} is {found} where {needed} is needed (cast, or assigned from "
-                    "another model)",
-                    "Load it in its own dtype and shape; load_state_dict without assign=True does",
-                )
-            if tensor.device != self.lora_b.device:
-                raise SiteError(
-                    self.index,
-                    f"its {name} is on {tensor.device}, its lora_B on {self.lora_b.device}",
-                    "Move the whole model to one device",
-                )
-
-
-def _find_changed(sites: list[_Site], plan: RowsSpec) -> list[_Site]:
+def _find_changed(sites: list[Batched], plan: RowsSpec) -> list[Batched]:
     """Compare fingerprints with the stored ones, store the new ones, return the sites to write."""
     stored = torch.stack([site.counters for site in sites])  # [G, COUNTERS]
-    now_b = _fingerprints([site.lora_b for site in sites])
-    now_a = _fingerprints([site.lora_a for site in sites])
+    now_b = fingerprints([site.lora_b for site in sites])
+    now_a = fingerprints([site.lora_a for site in sites])
     changed = now_b != stored[:, FINGERPRINT_B]
     stale = now_a != stored[:, FINGERPRINT_A]
     if sites[0].base is not None:
         samples = [sample(site.base) for site in sites if site.base is not None]
-        stale = stale | (_fingerprints(samples) != stored[:, FINGERPRINT_W])
+        stale = stale | (fingerprints(samples) != stored[:, FINGERPRINT_W])
     if stored.device.type == "cpu":
         if stale.any():
             _rebuild([site for site, flag in zip(sites, stale.tolist(), strict=True) if flag], plan)
@@ -277,7 +144,7 @@ def _find_changed(sites: list[_Site], plan: RowsSpec) -> list[_Site]:
     return sites
 
 
-def _rebuild(sites: list[_Site], plan: RowsSpec) -> None:
+def _rebuild(sites: list[Batched], plan: RowsSpec) -> None:
     for site in sites:
         if site.base is None:
             raise SiteError(
@@ -307,7 +174,7 @@ def _rebuild(sites: list[_Site], plan: RowsSpec) -> None:
         )
 
 
-def _write_rows(sites: list[_Site], count: int, plan: RowsSpec) -> None:
+def _write_rows(sites: list[Batched], count: int, plan: RowsSpec) -> None:
     """Write ``count`` rows of each of some sites that changed."""
     compiled = cpu.takes([site.tensors for site in sites])
     step = len(sites)
@@ -317,14 +184,23 @@ def _write_rows(sites: list[_Site], count: int, plan: RowsSpec) -> None:
         batch = sites[first : first + step]
         if compiled:
             tensors, scaling = [site.tensors for site in batch], [site.scaling for site in batch]
-            chosen = cpu.write_rows(tensors, scaling, count, plan, watched=bool(audit.audience))
+            chosen = cpu.write_rows(
+                tensors,
+                scaling,
+                count,
+                seed=plan.seed,
+                pow2=plan.scale == "pow2",
+                stochastic=plan.rounding == "stochastic",
+                drop=plan.pending == "drop",
+                watched=bool(audit.audience),
+            )
         else:
-            chosen = _write_rows_by_aten(batch, count, plan)
+            chosen = write_by_aten(batch, count, plan)
         if audit.audience and chosen is not None:
             audit.audience.tell(_written(batch, chosen))
 
 
-def _written(sites: list[_Site], chosen: cpu.Chosen) -> audit.Written:
+def _written(sites: list[Batched], chosen: cpu.Chosen) -> audit.Written:
     index = chosen.rows[..., None]
     scale = torch.stack([site.scale for site in sites]).reshape(len(sites), -1, 1)
     return audit.Written(
@@ -340,83 +216,6 @@ def _written(sites: list[_Site], chosen: cpu.Chosen) -> audit.Written:
         chosen.score,
         chosen.remains,
     )
-
-
-def _write_rows_by_aten(sites: list[_Site], count: int, plan: RowsSpec) -> cpu.Chosen:
-    """Gather → add → new row scale → cast → scatter."""
-    out = sites[0].applied.shape[0]
-    applied = torch.stack([site.applied for site in sites]).to(torch.float32)  # [G, out, r]
-    target = torch.stack([site.lora_b for site in sites]).to(torch.float32)
-    if plan.pending == "drop":
-        target = applied + target
-    score = (target - applied).abs_().sum(dim=-1)  # [G, out]
-    rows, worth = select_rows(score, count)  # [G, k]
-    changed = torch.stack([_flag(site) for site in sites])
-    worth = worth & changed[:, None]
-    nonfinite = (~(score < float("inf"))).sum(dim=-1) * changed  # [G]
-
-    index = rows[..., None].expand(-1, -1, applied.shape[-1])
-    old_applied = applied.gather(1, index)
-    new_applied = target.gather(1, index).to(sites[0].applied.dtype)
-    new_applied = torch.where(worth[..., None], new_applied, old_applied.to(new_applied.dtype))
-    held = new_applied.to(torch.float32)  # what W' will really contain
-    scaling = torch.tensor(
-        [site.scaling for site in sites], dtype=torch.float32, device=held.device
-    )[:, None, None]
-
-    per_row = sites[0].scale.dim() == 2
-    each = [*zip(sites, rows.unbind(), strict=True)]
-    old_code = torch.stack([site.weight.index_select(0, row) for site, row in each])
-    a_code = torch.stack([site.weight[out:] for site in sites])
-    scale = torch.stack([site.scale for site in sites]).reshape(len(sites), -1, 1)
-    a_scale, old_scale = scale, scale
-    if per_row:
-        a_scale, old_scale = scale[:, out:], scale.gather(1, rows[..., None])
-    lora_a = decode_fp8(a_code, a_scale, torch.float32)  # [G, r, in]
-    old = decode_fp8(old_code, old_scale, torch.float32)
-    asked = torch.bmm((held - old_applied) * scaling, lora_a)
-    base = [site.base.index_select(0, row) for site, row in each if site.base is not None]
-    if base:
-        value = torch.stack(base).to(torch.float32) + torch.bmm(held * scaling, lora_a)
-    else:
-        value = old + asked  # [G, k, in]
-
-    new_scale = old_scale
-    if per_row:
-        amax = value.abs().amax(dim=-1, keepdim=True)
-        new_scale = torch.where(worth[..., None], amax_to_scale(amax, E4M3, plan.scale), old_scale)
-    code = encode_fp8(_round(value * new_scale.reciprocal(), rows, sites, plan), E4M3)
-    code = torch.where(worth[..., None], code, old_code)
-
-    # On CPU, where looking is free, the counters are left alone when there is nothing to count.
-    counts = nonfinite.device.type != "cpu" or bool(nonfinite.any())
-    written = worth.to(sites[0].writes.dtype)
-    scattered = (rows, code, new_scale, new_applied, written, nonfinite)
-    for site, row, *new in zip(sites, *(column.unbind() for column in scattered), strict=True):
-        site.weight.index_copy_(0, row, new[0])
-        if per_row:
-            site.scale.index_copy_(0, row, new[1])
-        site.applied.index_copy_(0, row, new[2])
-        site.writes.index_add_(0, row, new[3])
-        if counts:
-            site.counters[NONFINITE] += new[4]
-    remains = (target.gather(1, index) - held).abs().sum(dim=-1)
-    return cpu.Chosen(rows, worth, old, asked, value, score, remains)
-
-
-def _flag(site: _Site) -> Tensor:
-    assert site.changed is not None
-    return site.changed
-
-
-def _round(scaled: Tensor, rows: Tensor, sites: list[_Site], plan: RowsSpec) -> Tensor:
-    if plan.rounding == "nearest":
-        return round_to_fp8(scaled, E4M3)
-    counters = torch.stack([site.counters for site in sites])[:, None]  # [G, 1, COUNTERS]
-    random = philox_uint16(
-        rows, scaled.shape[-1], counters[..., STEP], counters[..., SITE], plan.seed
-    )
-    return round_to_fp8_stochastic(scaled, random, E4M3)
 
 
 def write_merged_(

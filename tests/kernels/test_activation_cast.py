@@ -1,4 +1,4 @@
-"""The activation cast, interpreted, against the CPU composition of `falqon_fx.numerics`.
+"""The activation cast, interpreted, against the CPU composition of `falqon_fx.site.numerics`.
 
 Bytes and scales are equal bit for bit. Only NaN is compared as NaN: the sign and payload that a NaN
 carries out of arithmetic are up to the processor.
@@ -11,10 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from falqon_fx.kernels import ActivationCastSpec, loader
-from falqon_fx.kernels.activation_cast import activation_cast
+from falqon_fx.kernels import loader
+from falqon_fx.kernels.activation_cast.launch import activation_cast
+from falqon_fx.kernels.activation_cast.spec import ActivationCastSpec
 from falqon_fx.kernels.render import render
-from falqon_fx.numerics import E4M3, E5M2, FP8_MAX, amax_to_scale, encode_fp8, round_to_fp8
+from falqon_fx.site.numerics import E4M3, E5M2, FP8_MAX, amax_to_scale, encode_fp8, round_to_fp8
 
 # numpy, which the interpreter computes with, announces what NaN and Inf rows do on purpose.
 pytestmark = pytest.mark.filterwarnings(
@@ -220,7 +221,7 @@ def test_amax_that_lands_above_the_maximum_becomes_it():
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
 @pytest.mark.parametrize("shape", [(0, 8), (0, 0), (3, 0)])
 def test_empty_input_launches_nothing(shape, granularity, monkeypatch):
-    monkeypatch.setattr("falqon_fx.kernels.activation_cast.load", None)
+    monkeypatch.setattr("falqon_fx.kernels.activation_cast.launch.load", None)
     q, scale = activation_cast(torch.empty(shape), small_spec(granularity=granularity))
     assert q.shape == shape
     assert q.dtype == E4M3

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from falqon_fx.kernels import ActivationCastSpec
+from falqon_fx.kernels.activation_cast.spec import ActivationCastSpec
 from falqon_fx.kernels.aot import compile_for_amd
-from falqon_fx.kernels.gemm_spec import GemmSpec
+from falqon_fx.kernels.gemm.spec import GemmSpec
 from falqon_fx.kernels.loader import load
 from falqon_fx.kernels.matrix import _FOUR_WARPS, _signatures, matrix
 

@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
-from falqon_fx.kernels import ActivationCastSpec
-from falqon_fx.kernels.activation_cast import signatures
+from falqon_fx.kernels.activation_cast.launch import signatures
+from falqon_fx.kernels.activation_cast.spec import ActivationCastSpec
 from falqon_fx.kernels.aot import ARCHITECTURES, compile_ahead
 from falqon_fx.kernels.loader import load
 

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from falqon_fx.kernels.backward import grad_b, transpose
-from falqon_fx.kernels.backward_spec import GradBSpec, TransposeSpec
+from falqon_fx.kernels.grad_b.launch import grad_b
+from falqon_fx.kernels.grad_b.spec import GradBSpec
+from falqon_fx.kernels.transpose.launch import transpose
+from falqon_fx.kernels.transpose.spec import TransposeSpec
 from tests.sites import randn
 from tests.tolerances import Approx
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from falqon_fx.kernels import choice, loader
-from falqon_fx.kernels.choice import Choices, environment_of
+from falqon_fx.kernels import loader
+from falqon_fx.kernels.products import choice
+from falqon_fx.kernels.products.choice import Choices, environment_of
 
 
 @pytest.fixture
@@ -148,7 +149,7 @@ def test_choices_of_two_processes_are_both_kept(folder):
 def test_processes_that_choose_at_once_never_see_a_partial_file(folder):
     code = """
 import sys
-from falqon_fx.kernels.choice import Choices
+from falqon_fx.kernels.products.choice import Choices
 for i in range(40):
     choices = Choices("card", lambda run: run())
     assert choices.get(f"{sys.argv[1]} {i}", {"a": lambda: 1.0}).winner == "a"

@@ -15,10 +15,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from falqon_fx import _compat
-from falqon_fx.kernels import cpu
-from falqon_fx.numerics import E4M3, E5M2, FP8_MAX, decode_fp8, round_to_scaled_fp8
+from falqon_fx.kernels.cpu import native as cpu
 from falqon_fx.rows import audit
 from falqon_fx.rows import update as reference
+from falqon_fx.rows.fingerprint import fingerprints
+from falqon_fx.site.numerics import E4M3, E5M2, FP8_MAX, decode_fp8, round_to_scaled_fp8
 from tests.sites import dyadic, make_site, randn, same, site_of, snapshot, step_alike, twins, update
 from tests.strategies import SEEDS, exact_sites
 
@@ -277,6 +278,16 @@ def tensors_of(site):
     )
 
 
+def flags(plan):
+    """What the compiled code is told of a plan."""
+    return {
+        "seed": plan.seed,
+        "pow2": plan.scale == "pow2",
+        "stochastic": plan.rounding == "stochastic",
+        "drop": plan.pending == "drop",
+    }
+
+
 def test_every_float16_is_widened_exactly():
     """As the base weight of rows to which nothing is added: all 63,488 finite ones."""
     bits = torch.arange(-(2**15), 2**15).to(torch.int16)
@@ -286,15 +297,13 @@ def test_every_float16_is_widened_exactly():
     )
     site.base = base
     site.lora_b.fill_(1.0)
-    (chosen,) = [cpu.write_rows([tensors_of(site)], [1.0], len(base), site.state.plan, True)]
+    (chosen,) = [
+        cpu.write_rows([tensors_of(site)], [1.0], len(base), **flags(site.state.plan), watched=True)
+    ]
     assert torch.equal(chosen.value, base.float()[chosen.rows[0]][None])
 
 
 # -- nothing but what C++ takes gets there ---------------------------------------------------------
-
-
-def test_the_counters_are_as_many_as_the_update_has():
-    assert reference.COUNTERS == len(make_site().state.counters) == cpu.COUNTERS
 
 
 @contextlib.contextmanager
@@ -362,8 +371,8 @@ def test_defaults_of_torch_change_no_cast(monkeypatch, dtype, device, compiled):
         return [*casts, *(round_to_scaled_fp8(x, s, E4M3) for s in (power, 1.0))]
 
     with defaults(dtype, device):
-        found = [*results(), reference._fingerprints(matrices)]
-    for one, other in zip(found, [*results(), reference._fingerprints(matrices)], strict=True):
+        found = [*results(), fingerprints(matrices)]
+    for one, other in zip(found, [*results(), fingerprints(matrices)], strict=True):
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
 
@@ -390,14 +399,17 @@ def test_what_cpp_does_not_take_raises(part, how):
     }[how]()
     before = [t.clone() for t in sites[0]]
     with pytest.raises(ValueError, match=r"is not (torch|of|contiguous)"):
-        cpu.write_rows([tuple(site) for site in sites], [1.0, 1.0], 3, plan, False)
+        cpu.write_rows([tuple(site) for site in sites], [1.0, 1.0], 3, **flags(plan), watched=False)
     assert same(before, sites[0])
 
 
 def test_a_base_weight_of_some_sites_alone_raises():
-    sites = [tensors_of(make_site()), tensors_of(make_site(freed=True))]
+    sites, plan = (
+        [tensors_of(make_site()), tensors_of(make_site(freed=True))],
+        make_site().state.plan,
+    )
     with pytest.raises(ValueError, match="for some sites of a batch only"):
-        cpu.write_rows(sites, [1.0, 1.0], 3, make_site().state.plan, False)
+        cpu.write_rows(sites, [1.0, 1.0], 3, **flags(plan), watched=False)
 
 
 @pytest.mark.parametrize(

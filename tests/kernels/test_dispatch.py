@@ -8,18 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from falqon_fx import FalqonConfig, rewrite, serving
-from falqon_fx.kernels import dispatch, inductor, loader, stored
-from falqon_fx.kernels.choice import Choices, run_once
-from falqon_fx.kernels.dispatch import Contest, Options
-from falqon_fx.kernels.gemm import Piece, Product
-from falqon_fx.kernels.tiles import GemmProblem, gemm_specs
-from falqon_fx.numerics import E4M3, E5M2
-from falqon_fx.passes.kernels import architecture_of
-from falqon_fx.rows import cuda as rows_cuda
-from falqon_fx.spec import SiteSpec
-from tests.sites import make_site, randn, takes_row_scales
-from tests.spellings import HandWritten, Spelling
+from falqon_fx import FalqonConfig
+from falqon_fx.kernels import hardware
+from falqon_fx.kernels.gemm.launch import Piece, Product
+from falqon_fx.kernels.gemm.tiles import GemmProblem, gemm_specs
+from falqon_fx.kernels.products import dispatch, inductor
+from falqon_fx.kernels.products.choice import Choices, run_once
+from falqon_fx.kernels.products.dispatch import Contest, Options
+from falqon_fx.report.kernels import architecture_of
+from falqon_fx.site.numerics import E4M3, E5M2
+from falqon_fx.site.spec import SiteSpec
+from tests.sites import randn, takes_row_scales
 from tests.tolerances import Approx
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -294,128 +293,20 @@ def test_transpose_decides_what_dl_dx_is_chosen_from(transpose):
     ("capability", "warned"), [((8, 0), 1), ((8, 6), 1), ((8, 9), 0), ((9, 0), 0)]
 )
 def test_a_card_below_sm_89_is_told_once_what_it_loses(monkeypatch, capability, warned):
-    dispatch._warn_below_fp8.cache_clear()
+    hardware._warn_below_fp8.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old Card")
     number = capability[0] * 10 + capability[1]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
-            assert dispatch.architecture(torch.device("cuda", 0)) == number
+            assert hardware.architecture(torch.device("cuda", 0)) == number
     assert len(caught) == warned
     for item in caught:
         text = str(item.message)
         assert f"Old Card (sm_{number}) has no FP8 tensor cores" in text
         assert "Memory is saved, time is not" in text
-    dispatch._warn_below_fp8.cache_clear()
-
-
-@pytest.fixture
-def _no_sites(monkeypatch):
-    """A process that has neither seen a site nor loaded a kernel."""
-    caches = (
-        dispatch._specs,
-        dispatch._known_grad_b_spec,
-        dispatch._cast_spec,
-        stored._transpose_spec,
-        stored._table,
-        loader.load,
-    )
-    for name in ("_served", "_loaded"):
-        monkeypatch.setattr(loader, name, type(getattr(loader, name))())
-    monkeypatch.setattr(serving, "_paths", {})
-    for each in caches:
-        each.cache_clear()
-    yield
-    for each in caches:
-        each.cache_clear()
-
-
-def header(folder, name):
-    """What the only file of a template says of its sites."""
-    (path,) = folder.glob(f"{name}*.py")
-    above, below = path.read_text().split("\nimport triton\n")[0].split("# Sites: ")
-    assert "# Serves: " in above
-    return below.splitlines()[0]
-
-
-OUT, FEATURES = 48, 64
-
-
-@pytest.mark.usefixtures("_no_sites")
-def test_the_header_of_each_generated_file_names_the_sites_that_it_serves(tmp_path):
-    gm = torch.fx.symbolic_trace(HandWritten(Spelling(out=OUT, features=FEATURES)))
-    (site,) = rewrite(gm, (randn(5, FEATURES),)).report.sites
-    for i in range(3):
-        serving.announce(16, 32, f"layers.{i}.other")
-    w = Piece(fp8(OUT, FEATURES, E4M3, 2), positive(OUT, 3))
-    q, scale = fp8(20, FEATURES, E4M3, 0), positive(20, 1)
-    dispatch.forward(q, scale, [w], 0, F32, F32, Options(kernel="triton")).run()
-    assert header(tmp_path, "gemm") == site.path
-    grad, out_a = randn(20, OUT), randn(20, 8)
-    dispatch.grad_b(grad, out_a, 1.0, F32, "triton").run()
-    assert header(tmp_path, "grad_b_float32_float32_float32_float32_r16") == site.path
-    spec = str(SiteSpec("row", "pow2", "e5m2", kernel="triton"))
-    dispatch.cast_fp8(randn(20, FEATURES), E4M3, spec).run()
-    assert header(tmp_path, "activation_cast_float32_e4m3") == site.path
-    dispatch.cast_fp8(grad, E5M2, spec).run()
-    assert header(tmp_path, "activation_cast_float32_e5m2") == site.path
-    stored.kept(w.weight)
-    assert header(tmp_path, "transpose") == site.path
-    made = make_site(OUT, FEATURES, 8)
-    stored.refresh([w.weight], [made.state.tensors[4]], [made.state.tensors[3]])
-    assert header(tmp_path, "stored") == site.path
-    rows_cuda.proxy_update_(
-        *([tensor] for tensor in made.state.tensors),
-        [made.lora_b],
-        [made.lora_a],
-        [made.base],
-        [made.state.scaling],
-        str(replace(made.state.plan, kernel="triton")),
-    )
-    assert header(tmp_path, "update") == site.path
-
-
-@pytest.mark.usefixtures("_no_sites")
-def test_a_header_grows_with_the_sites_and_nothing_is_compiled_anew(tmp_path):
-    options = Options(kernel="triton")
-    w = {out: Piece(fp8(out, FEATURES, E4M3, 2), positive(out, 3)) for out in (OUT, 2 * OUT)}
-    q, scale = fp8(20, FEATURES, E4M3, 0), positive(20, 1)
-
-    def run(*outs):
-        dispatch.forward(q, scale, [w[out] for out in outs], 0, F32, F32, options).run()
-
-    run(OUT)
-    assert header(tmp_path, "gemm") == "none is known"
-    before = {path: path.read_text() for path in tmp_path.glob("*.py")}
-    for i in (0, 1, 2, 5):
-        serving.announce(OUT, FEATURES, f"layers.{i}.k_proj")
-    run(OUT)
-    assert header(tmp_path, "gemm") == "layers.{0-2,5}.k_proj"
-    serving.announce(2 * OUT, FEATURES, "layers.7.up_proj")
-    run(2 * OUT)
-    assert header(tmp_path, "gemm") == "layers.{0-2,5}.k_proj, layers.7.up_proj"
-    # The same file; and only that line of it changed, so that Triton's cache, which asks in which
-    # line a function starts, knows its kernels again.
-    (path,) = before
-    changed = [
-        (a, b)
-        for a, b in zip(before[path].splitlines(), path.read_text().splitlines(), strict=True)
-        if a != b
-    ]
-    assert [a for a, _ in changed] == ["# Sites: none is known"]
-
-
-@pytest.mark.usefixtures("_no_sites")
-def test_tritons_cache_does_not_ask_for_the_sites():
-    spec = gemm_specs(problem(), 90)[0]
-    keys = []
-    for path in ("a", "layers.0." + 40 * "b", "c"):
-        serving.announce(4096, 4096, path)
-        loader.serves(spec, [(4096, 4096)])
-        keys.append(loader.load(spec).gemm.cache_key)
-        loader.load.cache_clear()
-    assert len(set(keys)) == 1
+    hardware._warn_below_fp8.cache_clear()
 
 
 def test_on_amd_only_what_has_been_tried_there(monkeypatch):

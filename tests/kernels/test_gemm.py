@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from falqon_fx.kernels.gemm import Piece, Product, gemm
-from falqon_fx.kernels.gemm_spec import GemmSpec
-from falqon_fx.numerics import E4M3, E5M2
+from falqon_fx.kernels.gemm.launch import Piece, Product, gemm
+from falqon_fx.kernels.gemm.spec import GemmSpec
+from falqon_fx.site.numerics import E4M3, E5M2
 from tests.sites import randn
 from tests.tolerances import Approx, assert_within
 
@@ -244,7 +244,7 @@ def test_bfloat16_store_rounds_ties_to_even():
 
 def test_no_tokens_launch_nothing(monkeypatch):
     q, q_scale, pieces = merged(n=0)
-    monkeypatch.setattr("falqon_fx.kernels.gemm.load", None)
+    monkeypatch.setattr("falqon_fx.kernels.gemm.launch.load", None)
     assert [y.shape for y in gemm(q, q_scale, pieces, SMALL)] == [(0, 40), (0, 5)]
 
 

@@ -11,8 +11,8 @@ import torch
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-from falqon_fx.kernels import ActivationCastSpec
-from falqon_fx.kernels.activation_cast import activation_cast
+from falqon_fx.kernels.activation_cast.launch import activation_cast
+from falqon_fx.kernels.activation_cast.spec import ActivationCastSpec
 from falqon_fx.kernels.loader import cache_folder, load, store
 from falqon_fx.kernels.render import render
 

@@ -7,7 +7,8 @@ import triton
 
 from falqon_fx.kernels import matrix as module
 from falqon_fx.kernels.aot import ARCHITECTURES
-from falqon_fx.kernels.gemm_spec import GemmSpec
+from falqon_fx.kernels.gemm.spec import GemmSpec
+from falqon_fx.kernels.gemm.tiles import GemmProblem, gemm_specs, likeliest, waves
 from falqon_fx.kernels.matrix import (
     Line,
     compile_lines,
@@ -18,7 +19,6 @@ from falqon_fx.kernels.matrix import (
     read,
     worse,
 )
-from falqon_fx.kernels.tiles import GemmProblem, gemm_specs, likeliest, waves
 
 LINE = Line("spec", "gemm", 90, 168, 0, 160_000, 0, "wgmma m64n256k32 e4m3 e4m3 x4", 6, 0)
 

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from falqon_fx.kernels import ActivationCastSpec, KernelSpec, spec
+from falqon_fx.kernels import KernelSpec, spec
+from falqon_fx.kernels.activation_cast.spec import ActivationCastSpec
 
 SPEC = ActivationCastSpec.for_width(4096, input_dtype="bfloat16", granularity="row")
 
@@ -43,7 +44,7 @@ def test_each_field_is_in_name_and_key(change):
 
 def test_key_depends_on_template_and_version(monkeypatch):
     keys = {SPEC.key}
-    monkeypatch.setattr(spec, "template_text", lambda template: "another text")
+    monkeypatch.setattr(spec, "template_text", lambda package, template: "another text")
     keys.add(SPEC.key)
     monkeypatch.setattr(spec, "library_version", lambda: "another version")
     keys.add(SPEC.key)

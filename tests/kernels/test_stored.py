@@ -10,14 +10,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from falqon_fx import FalqonConfig, cuda, prepare, stored
-from falqon_fx.base import cast_base
-from falqon_fx.fp8_linear import Fp8Linear
-from falqon_fx.kernels.stored import kept, refresh
+from falqon_fx import FalqonConfig, prepare
+from falqon_fx.kernels.transpose.kept import kept, refresh
+from falqon_fx.model.fp8_linear import Fp8Linear
+from falqon_fx.ops import gpu
 from falqon_fx.rows import cuda as rows_cuda
 from falqon_fx.rows.prepared import MergedBaseLinear
-from falqon_fx.rows.update import STEP, flush_
-from falqon_fx.spec import SiteSpec
+from falqon_fx.rows.update import flush_
+from falqon_fx.site import transposed as stored
+from falqon_fx.site.base import cast_base
+from falqon_fx.site.record import STEP
+from falqon_fx.site.spec import SiteSpec
 from tests.models import tiny_mlp
 from tests.sites import Site, make_site, randn, takes_row_scales
 
@@ -177,7 +180,7 @@ def grad_x(weight, scale, lora_a, transpose: str, kernel: str) -> torch.Tensor:
         lora_a, [torch.zeros(1, len(a)) for a in lora_a], [1.0] * len(lora_a), [], False, spec
     )
     columns = (grads, weight, scale, d, casts[0::3], casts[1::3])
-    return cuda.merged_linear_grad_x(*columns, torch.bfloat16, spec)
+    return gpu.merged_linear_grad_x(*columns, torch.bfloat16, spec)
 
 
 KERNELS = pytest.mark.parametrize(

@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from falqon_fx.kernels.update import UpdateSite, update_
-from falqon_fx.kernels.update_spec import UpdateSpec
-from falqon_fx.numerics import E4M3, philox_uint16, round_to_fp8, round_to_fp8_stochastic
+from falqon_fx.kernels.update.launch import UpdateSite, update_
+from falqon_fx.kernels.update.spec import UpdateSpec
 from falqon_fx.rows import update as reference
+from falqon_fx.site.numerics import E4M3, philox_uint16, round_to_fp8, round_to_fp8_stochastic
 from tests import sites as sites_module
 from tests.sites import make_site, randn, same, site_of, snapshot, step_alike, twins
 from tests.strategies import exact_sites
@@ -213,7 +213,7 @@ def test_fingerprints_are_those_of_the_cpu(dtype, shape):
 
 
 def test_no_sites_launch_nothing(monkeypatch):
-    monkeypatch.setattr("falqon_fx.kernels.update.load", None)
+    monkeypatch.setattr("falqon_fx.kernels.update.launch.load", None)
     update_([], 0, spec_of([make_site()]))
 
 

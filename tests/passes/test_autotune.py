@@ -11,17 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from falqon_fx import FalqonConfig, backend, cuda, explain, ops
-from falqon_fx.kernels import choice, dispatch
-from falqon_fx.kernels.choice import Candidate, Choice, Choices, run_once
-from falqon_fx.kernels.tiles import GemmProblem
+from falqon_fx import FalqonConfig, backend, explain
+from falqon_fx.kernels.gemm.tiles import GemmProblem
+from falqon_fx.kernels.products import choice, dispatch
+from falqon_fx.kernels.products.choice import Candidate, Choice, Choices, run_once
+from falqon_fx.kernels.products.problem import key_of
+from falqon_fx.ops import gpu
+from falqon_fx.ops import merged_linear as ops
 from falqon_fx.passes import autotune as autotuning
 from falqon_fx.passes.autotune import autotune
-from falqon_fx.passes.kernels import source
-from falqon_fx.passes.match import match
+from falqon_fx.passes.match.pair import match
 from falqon_fx.passes.normalize import normalize
 from falqon_fx.passes.plan import Plan, plan
-from falqon_fx.spec import SiteSpec
+from falqon_fx.report.kernels import source
+from falqon_fx.site.spec import SiteSpec
 from tests.models import LoraLinear, fill_b
 from tests.sites import randn
 
@@ -119,8 +122,8 @@ def told(monkeypatch, tmp_path):
     monkeypatch.setenv("FALQON_CACHE", str(tmp_path))
     monkeypatch.setattr(autotuning, "_has_choices", lambda group, spec: True)
     monkeypatch.setattr(backend, "_on_gpu", lambda result: True)
-    monkeypatch.setattr(ops, "lower_merged_linear", cuda.merged_linear)
-    monkeypatch.setattr(ops, "lower_grad_x", cuda.merged_linear_grad_x)
+    monkeypatch.setattr(ops, "lower_merged_linear", gpu.merged_linear)
+    monkeypatch.setattr(ops, "lower_grad_x", gpu.merged_linear_grad_x)
     monkeypatch.setattr(ops, "lower_grad_b", torch.ops.falqon.grad_b_product)
 
     def use(wins: str) -> Told:
@@ -212,7 +215,7 @@ def test_a_shape_that_another_problem_has_too_is_not_confused_with_it(told):
     operands = autotuning.Operands.of(plan.groups[1], plan)
     (problem,) = operands.problems(spec)
     device = torch.device("cpu")
-    choices.get(dispatch._key("forward", problem), {"scaled_mm": lambda: 1.0})
+    choices.get(key_of("forward", problem), {"scaled_mm": lambda: 1.0})
     assert dispatch.forward_choice(device, problem, "auto").winner == "scaled_mm"
     for change in ({"rank": 8}, {"rows": (64, 16)}, {"n": 100}, {"bias": "none"}):
         other = replace(problem, **change)

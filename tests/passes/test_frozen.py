@@ -14,8 +14,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from falqon_fx import lowering, rewrite
-from falqon_fx.passes.frozen import why_left
+from falqon_fx import rewrite
+from falqon_fx.ops import lowering
+from falqon_fx.passes.match.frozen import why_left
 from tests import tolerances as tol
 from tests.models import LoraLinear, fill_b
 from tests.sites import randn

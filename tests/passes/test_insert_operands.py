@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from falqon_fx import FalqonConfig, RewriteResult, prepare, rewrite
-from falqon_fx.lowering import gemm_dtype
+from falqon_fx.ops.lowering import gemm_dtype
 from tests.models import Stack, fill_b
 from tests.sites import randn
 from tests.spellings import HandWritten, Passes, Spelling, targets

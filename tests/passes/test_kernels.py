@@ -8,7 +8,7 @@ from torch import nn
 
 import falqon_fx
 from falqon_fx import FalqonConfig
-from falqon_fx.passes.kernels import candidates, choose, source
+from falqon_fx.report.kernels import candidates, choose, source
 from tests.models import LoraLinear
 
 pytest.importorskip("triton")

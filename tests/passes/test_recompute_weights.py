@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from falqon_fx import FalqonConfig, rewrite
-from falqon_fx.ops import decompositions
+from falqon_fx.ops.decompositions import decompositions
 from falqon_fx.passes.recompute_weights import recompute_weights
 from tests.sites import randn
 from tests.spellings import HandWritten, Spelling

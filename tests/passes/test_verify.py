@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from falqon_fx import FalqonConfig, RewriteResult, prepare, rewrite
 from falqon_fx.passes.insert_operands import Operands, insert_operands
-from falqon_fx.passes.match import match
+from falqon_fx.passes.match.pair import match
 from falqon_fx.passes.normalize import Scope, normalize
 from falqon_fx.passes.plan import Plan, plan
 from falqon_fx.passes.rewrite import rewrite as rewrite_sites

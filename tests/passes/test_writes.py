@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from falqon_fx.passes.normalize import normalize, written, written_parameters
+from falqon_fx.passes.normalize import normalize
+from falqon_fx.passes.writes import written, written_parameters
 from tests.models import LoraLinear, fill_b
 from tests.sites import randn
 from tests.spellings import Passes

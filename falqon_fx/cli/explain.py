@@ -1,0 +1,150 @@
+"""``falqon-fx explain``: a transformers model, built without weights, and its report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from falqon_fx.config import FalqonConfig
+from falqon_fx.errors import FalqonError
+from falqon_fx.model.explain import explain
+
+_HELP = """What would be rewritten in a model, and why not, without its weights.
+
+The model is built on the meta device from its config, with LoRA from the flags or from an adapter
+folder, and called with batch x length tokens. Nothing is downloaded but the config."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the subparsers of `falqon_fx.cli.main`."""
+    parser = commands.add_parser("explain", help=_HELP.splitlines()[0], description=_HELP)
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "model", metavar="MODEL", help="a transformers id, or a folder with config.json"
+    )
+    lora = parser.add_argument_group("LoRA")
+    lora.add_argument("--adapter", type=Path, help="a PEFT adapter folder; its config is used")
+    lora.add_argument("--rank", type=int, default=16)
+    lora.add_argument("--alpha", type=int, help="twice the rank by default")
+    lora.add_argument("--target-modules", nargs="+", default=["all-linear"])
+    lora.add_argument("--frozen-a", action="store_true", help="train lora_B alone")
+    step = parser.add_argument_group("step")
+    step.add_argument("--batch", type=int, default=1)
+    step.add_argument("--length", type=int, default=2048)
+    step.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    step.add_argument(
+        "--dynamic", action="store_true", help="leave batch (from 2 on) and length open"
+    )
+    step.add_argument("--card", default="H100", help="of the cost model (default: %(default)s)")
+    step.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="of the backend"
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="the report as JSON")
+    output.add_argument("--diff", action="store_true", help="the graphs before and after as well")
+    output.add_argument("--html", type=Path, metavar="FILE", help="write the page as well")
+    output.add_argument(
+        "--svg", nargs=2, metavar=("SITE", "FILE"), help="write a site's graph as well"
+    )
+    output.add_argument(
+        "--check",
+        action="store_true",
+        help="exit with 3 where an adapter is rejected or nothing is rewritten",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Build the model, explain it, print the report."""
+    config = FalqonConfig.from_options(
+        {"card": arguments.card, **dict(_option(text) for text in arguments.option)}
+    )
+    model = build(arguments)
+    batch = max(arguments.batch, 2 if arguments.dynamic else 1)  # a size of 1 is always fixed
+    with torch.device("meta"):
+        ids = torch.zeros(batch, arguments.length, dtype=torch.int64)
+    if arguments.dynamic:
+        for dimension in (0, 1):
+            torch._dynamo.mark_dynamic(ids, dimension)
+    report = explain(model, input_ids=ids, config=config)
+    print(
+        report.to_json(graphs=arguments.diff, indent=1) if arguments.json else report,
+        end="\n" if arguments.json else "",
+    )
+    if arguments.diff and not arguments.json:
+        print(report.to_diff())
+    if arguments.html:
+        arguments.html.write_text(report.to_html(), encoding="utf-8")
+    if arguments.svg:
+        Path(arguments.svg[1]).write_text(report.to_svg(arguments.svg[0]), encoding="utf-8")
+    failed = bool(report.rejected) or not report.sites
+    return 3 if arguments.check and failed else 0
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise FalqonError(f"--option {text}", "has no value", "Write --option name=value")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:  # a bare word
+        return name, value
+
+
+def build(arguments: argparse.Namespace) -> nn.Module:
+    """The model of the command line, with LoRA, on the meta device.
+
+    Raises:
+        FalqonError: transformers or PEFT is missing or can't use what is asked.
+    """
+    try:
+        import peft
+        import transformers
+    except ImportError as error:
+        raise FalqonError("explain", f"{error}", "pip install 'falqon-fx[peft]'") from error
+    try:
+        config = transformers.AutoConfig.from_pretrained(arguments.model)
+    except (OSError, ValueError) as error:
+        raise FalqonError(
+            arguments.model,
+            f"its config can't be read ({str(error).splitlines()[0]})",
+            "Give a folder with config.json, or an id that this machine can reach",
+        ) from error
+    if arguments.adapter is not None:
+        lora = peft.PeftConfig.from_pretrained(str(arguments.adapter))
+        lora.inference_mode = False
+    else:
+        targets = arguments.target_modules
+        lora = peft.LoraConfig(
+            r=arguments.rank,
+            lora_alpha=arguments.alpha or 2 * arguments.rank,
+            target_modules=targets[0] if targets == ["all-linear"] else targets,
+        )
+    with torch.device("meta"):
+        model = _model_class(transformers, config)(config)
+        if model.main_input_name != "input_ids":
+            raise FalqonError(
+                arguments.model,
+                f"takes {model.main_input_name}, and this command can only make tokens",
+                "Call falqon_fx.explain(model, ...) with your inputs",
+            )
+        model = model.to(getattr(torch, arguments.dtype))
+        model = peft.get_peft_model(model, lora).train()
+    for name, parameter in model.named_parameters():
+        if arguments.frozen_a and ".lora_A." in name:
+            parameter.requires_grad_(False)
+    return model  # type: ignore[no-any-return]
+
+
+def _model_class(transformers: Any, config: Any) -> Any:
+    for name in config.architectures or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    known = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    return (
+        known[type(config)] if type(config) in known else transformers.MODEL_MAPPING[type(config)]
+    )

@@ -1,0 +1,72 @@
+"""The command line: ``falqon-fx explain | cost | export | prequantize | repro | kernels``, also as
+``python -m falqon_fx``.
+
+Exit codes: 0 done; 1 a `FalqonError`: the model or the options can't be used as asked; 2 a wrong
+command line; 3 ``explain --check`` found rejected or no sites, or ``repro`` a difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from falqon_fx.cli import cost as cost_cli
+from falqon_fx.cli import explain as explain_cli
+from falqon_fx.cli import export as export_cli
+from falqon_fx.cli import repro as repro_cli
+from falqon_fx.errors import FalqonError
+
+DONE, FAILED, USAGE, FOUND = 0, 1, 2, 3
+
+
+class Parser(argparse.ArgumentParser):
+    """Names the nearest valid word where a word is unknown."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**kwargs, allow_abbrev=False)
+
+    def unknown(self, word: str) -> NoReturn:
+        """Leave with `USAGE` and the nearest option."""
+        options = [o for action in self._actions for o in action.option_strings]
+        self.error(f"unknown argument {word!r}; the nearest is {nearest(word, options)!r}")
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """The member of ``known`` that is most like ``word``."""
+    return difflib.get_close_matches(word, known, n=1, cutoff=0.0)[0]
+
+
+def make_parser() -> tuple[Parser, dict[str, Parser]]:
+    """The parser and those of its commands; ``run`` of each takes its arguments to an exit code."""
+    parser = Parser(prog="falqon-fx", description=__doc__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    for module in (explain_cli, cost_cli, export_cli, repro_cli):
+        module.add_parser(commands)
+    return parser, commands.choices
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser, commands = make_parser()
+    if not words:
+        parser.print_help()
+        return USAGE
+    if not words[0].startswith("-") and words[0] not in commands:
+        near = nearest(words[0], [*commands])
+        parser.error(f"unknown command {words[0]!r}; the nearest is {near!r}")
+    arguments, rest = parser.parse_known_args(words)
+    if rest:
+        commands[arguments.command].unknown(rest[0])
+    try:
+        return int(arguments.run(arguments))
+    except FalqonError as error:
+        if getattr(arguments, "json", False):
+            print(json.dumps({"error": str(error)}))
+        print(f"falqon-fx: {error}", file=sys.stderr)
+        return FAILED

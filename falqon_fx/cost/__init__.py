@@ -1,0 +1,1 @@
+"""Predicted times: cards, kernels, a layer's step."""

@@ -1,0 +1,241 @@
+"""`save_checkpoint` and `load_checkpoint`: training goes on as if it had not been interrupted.
+
+A checkpoint is a folder: ``checkpoint.json`` names the file that belongs to it, with checksums, and
+is renamed into place last. So a save that is killed leaves the checkpoint before it whole.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+import random
+import uuid
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from falqon_fx.errors import FalqonError
+from falqon_fx.files import atomic, storage, trees
+from falqon_fx.files.model_state import apply, collect
+from falqon_fx.model.lora_layers import unwrap
+
+FORMAT = "falqon_fx.checkpoint.3"
+MANIFEST = "checkpoint.json"
+_OTHER_FORMAT = (
+    "Load it with the falqon-fx that wrote it, keep the adapter with model.save_pretrained(...), "
+    "and go on from that"
+)
+_TRAINING = ".training"  # what isn't the model's; no module's path begins with a dot
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """What was written: files, tensors and bytes."""
+
+    directory: Path
+    files: tuple[str, ...]
+    tensors: int
+    bytes: int
+    sites: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.directory}: {self.sites} sites, {self.tensors} tensors, "
+            f"{self.bytes / 2**20:.1f} MiB"
+        )
+
+
+# -- saving ----------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    scheduler: Any = None,
+    extra: Mapping[str, Any] | None = None,
+    rng: bool = True,
+) -> CheckpointReport:
+    """Write all that the next steps depend on: A, B and every other parameter and buffer, with
+    what `prepare` made of the base weights; the optimizer, the scheduler, and the random generators
+    of torch and Python. With update="rows" the FP8 weights, which were trained, are in it too.
+
+    Base weights that `prepare` has not freed, and that compiled code keeps in FP8, are not in it:
+    the model to load into brings them, and is compared. Nor are gradients: a save between backward
+    and the optimizer's step loses them.
+    Processes that save into one folder, or load from it, take turns.
+
+    Args:
+        model: the module or its compiled wrapper.
+        directory: a new folder, or one with an earlier checkpoint, which this one replaces at the
+            moment that it is whole and on the disk.
+        optimizer: its state, of plain data and tensors.
+        scheduler: likewise, of a learning rate schedule.
+        extra: tensors, numbers, text, lists and dicts that `load_checkpoint` gives back.
+        rng: also the state of the random generators.
+
+    Raises:
+        FalqonError: something that can't be saved, a full disk, or a folder that can't be written
+            to. An earlier checkpoint stays.
+    """
+    directory = Path(directory)
+    sites, named = collect(unwrap(model))
+    training: dict[str, Tensor] = {}
+    objects = {
+        "optimizer": None if optimizer is None else optimizer.state_dict(),
+        "scheduler": None if scheduler is None else scheduler.state_dict(),
+        "rng": _rng_state() if rng else None,
+        "extra": dict(extra or {}),
+    }
+    tree = trees.separate(objects, _TRAINING, training)
+    tensors, same = trees.unshared([*named, *training.items()])
+
+    atomic.make_folder(directory)
+    with atomic.lock(directory):
+        described = _write(directory, tensors, same, sites, tree)
+    size = sum(file["bytes"] for file in described.values())
+    return CheckpointReport(directory, tuple(described), len(tensors), size, len(sites))
+
+
+def _write(
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    same: Mapping[str, str],
+    sites: list[dict[str, Any]],
+    tree: Any,
+) -> dict[str, Any]:
+    """Write the tensors, then the manifest that names their file, which it returns described."""
+    file = directory / f"tensors-{uuid.uuid4().hex[:12]}.safetensors"
+    try:
+        with atomic.written_aside(file) as aside:
+            described = {file.name: storage.write_tensors(aside, tensors)}
+        content = {"format": FORMAT, "versions": versions(), "sites": sites}
+        content |= {"files": described, "same": same, "objects": tree}
+        storage.write_manifest(directory / MANIFEST, content)
+    except BaseException:  # Ctrl-C too, which may come when the manifest has its name already
+        manifest = directory / MANIFEST
+        if not (manifest.is_file() and file.name in manifest.read_text(encoding="utf-8")):
+            file.unlink(missing_ok=True)
+        raise
+    for other in directory.glob("tensors-*.safetensors"):
+        if other != file:
+            other.unlink()
+    return described
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Of everything that the numbers depend on."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("falqon-fx", "peft", "transformers", "safetensors"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _rng_state() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}
+
+
+# -- loading ---------------------------------------------------------------------------------------
+
+
+@torch.inference_mode(False)  # what is loaded is to be trained
+def load_checkpoint(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    scheduler: Any = None,
+    rng: bool = True,
+) -> dict[str, Any]:
+    """Bring a model, made as for the interrupted run, to the state that was saved. In place:
+    parameters keep their identity, so optimizers and compiled graphs stay valid.
+
+    A model that is not yet prepared becomes prepared where the saved one was; that costs no cast.
+    The file is mapped and each byte read twice, to check and to copy: beside the model only the
+    optimizer's state and ``extra`` take memory of their own. Returns ``extra`` as given to
+    `save_checkpoint`.
+
+    Raises:
+        DamagedFileError: names the file, the tensor and what is wrong with it.
+        FalqonError: a checkpoint of another model, of other base weights, or without what was asked
+            for. Nothing has been changed then.
+    """
+    directory, model = Path(directory), unwrap(model)
+    if not directory.is_dir():
+        raise FalqonError(str(directory), "there is no such folder", "Name another")
+    tensors: dict[str, Tensor] = {}
+    with atomic.lock(directory, shared=True):  # or a save would remove files that are being opened
+        manifest = _manifest(directory)
+        for name, expected in manifest["files"].items():
+            tensors |= storage.open_tensors(directory / name, expected)
+    tensors |= {name: tensors[other] for name, other in manifest["same"].items()}
+    objects = trees.join(manifest["objects"], tensors)
+    if scheduler is not None and objects["scheduler"] is None:
+        raise FalqonError(str(directory), "it holds no scheduler", "Leave out scheduler=")
+    if optimizer is not None:
+        check_optimizer(optimizer, objects["optimizer"], str(directory))
+
+    ours = {n: t for n, t in tensors.items() if not n.startswith(_TRAINING)}
+    apply(model, manifest["sites"], ours, str(directory))
+    for name, target in (("optimizer", optimizer), ("scheduler", scheduler)):
+        if target is not None:
+            target.load_state_dict(objects[name])
+    if rng and objects["rng"] is not None:
+        _set_rng_state(objects["rng"])
+    extra: dict[str, Any] = objects["extra"]
+    return extra
+
+
+def check_optimizer(
+    optimizer: torch.optim.Optimizer, saved: Mapping[str, Any] | None, where: str
+) -> None:
+    """Raise where there is no saved state, or one of other groups or of another optimizer."""
+    if saved is None:
+        raise FalqonError(where, "it holds no optimizer", "Leave out optimizer=")
+    ours = [len(group["params"]) for group in optimizer.param_groups]
+    theirs = [len(group["params"]) for group in saved["param_groups"]]
+    if ours != theirs:
+        raise FalqonError(
+            "optimizer",
+            f"its groups have {ours} parameters, those in {where} {theirs}",
+            "Make it as for the run that was saved",
+        )
+    for group, other in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        # A scheduler adds to them, a newer torch may. Another optimizer has options that we lack.
+        lacking, unknown = group.keys() - other.keys(), other.keys() - group.keys() - {"initial_lr"}
+        if lacking and unknown:
+            raise FalqonError(
+                "optimizer",
+                f"it has the options {sorted(lacking)}, the one in {where} {sorted(unknown)}",
+                "Make it as for the run that was saved",
+            )
+
+
+def read_extra(directory: Path) -> dict[str, Any]:
+    """What a checkpoint holds as ``extra``, apart from its tensors, which are empty."""
+    objects = dict(_manifest(directory)["objects"]["dict"])
+    extra: dict[str, Any] = trees.join(objects["extra"], defaultdict(lambda: torch.empty(0)))
+    return extra
+
+
+def _manifest(directory: Path) -> dict[str, Any]:
+    return storage.read_manifest(directory / MANIFEST, FORMAT, _OTHER_FORMAT)
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    random.setstate(state["python"])

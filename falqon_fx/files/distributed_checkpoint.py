@@ -1,0 +1,77 @@
+"""`CheckpointState`: models and optimizers in torch's distributed checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from falqon_fx.errors import FalqonError
+from falqon_fx.files import model_state, trees
+from falqon_fx.files.checkpoint import check_optimizer
+from falqon_fx.model.lora_layers import unwrap
+
+
+class CheckpointState:
+    """A model, and its optimizer, for `torch.distributed.checkpoint` (its ``Stateful`` protocol):
+    ``dcp.save({"falqon": CheckpointState(model, optimizer)}, checkpoint_id=...)``, and ``dcp.load``
+    likewise into a model made as for the run that was saved.
+
+    Unlike in `save_checkpoint`, all base weights are in it. ``dcp.load`` reads into the tensors it
+    is given before anything can be compared, so it is given copies, on the CPU: each save and load
+    holds the model's bytes there once more. DCP pickles its own metadata: where files come from
+    people whom you don't trust, use `load_checkpoint`.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        self.model, self.optimizer = unwrap(model), optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """The model's tensors by name; all else, whose shapes DCP can't know before it loads, as
+        the bytes of a safetensors file and text.
+        """
+        from safetensors.torch import save
+
+        sites, named = model_state.collect(self.model)
+        packed = {name: t for name, t in named if name.startswith(model_state.SITES)}
+        optimizer = None if self.optimizer is None else self.optimizer.state_dict()
+        tree = trees.separate(optimizer, ".training", packed)
+        model = {n: t.detach().to("cpu", copy=True) for n, t in self.model.state_dict().items()}
+        kept, same = trees.unshared(packed.items())
+        text = {"sites": sites, "optimizer": tree, "dtypes": _dtypes(model), "same": same}
+        return {"model": model, "packed": save(kept), "text": json.dumps(text)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Write what ``dcp.load`` has read into the model and the optimizer.
+
+        Raises:
+            FalqonError: a checkpoint of another model, or of another optimizer. Nothing has been
+                changed then.
+        """
+        from safetensors.torch import load
+
+        where = "the checkpoint"
+        text, packed = json.loads(state["text"]), load(state["packed"])
+        packed |= {name: packed[other] for name, other in text.get("same", {}).items()}
+        saved = trees.join(text["optimizer"], packed)
+        if self.optimizer is not None:
+            check_optimizer(self.optimizer, saved, where)
+        ours, theirs = _dtypes(state["model"]), text.get("dtypes", {})
+        for name in theirs.keys() & ours.keys():  # DCP converts without a word
+            if theirs[name] != ours[name]:
+                raise FalqonError(
+                    name,
+                    f"{where} has it in {theirs[name]}, the model in {ours[name]}",
+                    "Make the model as for the run that was saved",
+                )
+        states = {n: t for n, t in packed.items() if n.startswith(model_state.SITES)}
+        model_state.apply(self.model, text["sites"], {**state["model"], **states}, where)
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(saved)
+
+
+def _dtypes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}

@@ -1,0 +1,368 @@
+"""`save_fp8`: a checkpoint folder for serving engines, in FP8 with the adapters merged."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from falqon_fx.errors import FalqonError
+from falqon_fx.files import atomic
+from falqon_fx.files import export_files as files
+from falqon_fx.files.export_layers import ExportLayer, Source, export_layer, is_adapted
+from falqon_fx.files.hf import read_index, read_tensor
+from falqon_fx.model.fp8_linear import Fp8Linear
+from falqon_fx.model.lora_layers import unwrap
+from falqon_fx.passes.match.frozen import why_left
+from falqon_fx.rows.state import MergedAdapter
+from falqon_fx.rows.unload import fp8_layers
+from falqon_fx.site.base import Base, cast_base
+from falqon_fx.site.numerics import E4M3
+
+Form = Literal["compressed-tensors", "fp8"]
+_SAID: dict[Source, str] = {
+    "unchanged": "{} hold the bytes that were trained on",
+    "base weight": "{} were cast from their base weights with the adapters",
+    "FP8 weight": "{} were cast a second time, from FP8 weights with the adapters (base= names the "
+    "folder of the original ones)",
+}
+_BLOCK = 128  # the block size that engines have kernels for
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # by vLLM, into one layer
+
+
+@dataclass(frozen=True)
+class FlushReport:
+    """What writing the pending rows of update="rows" changed.
+
+    ``relative_change`` is ‖dq(W) after - dq(W) before‖ / ‖dq(W) before‖ over the layers that had
+    pending rows (Frobenius); ``left`` the largest |scaling · (B - applied)| that could not be
+    written, because ``applied`` rounds B to 16 bits or a row holds NaN.
+    """
+
+    layers: int
+    rows: int
+    relative_change: float
+    left: float
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "no row was pending"
+        return (
+            f"{self.rows} pending rows in {self.layers} layers were written first, which changed "
+            f"their FP8 weights by {self.relative_change:.2%}"
+        )
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What `save_fp8` wrote: FP8 layers, layers left dense and why, files and bytes.
+
+    ``cast_from`` says what each FP8 layer's bytes were made from: "base weight", the original one
+    with the adapters; "FP8 weight", the same where `prepare` had freed the original, which rounds
+    twice; or they are "unchanged", those of training.
+    """
+
+    directory: Path
+    form: str
+    cast_from: dict[str, Source]
+    dense: dict[str, str]
+    flushed: FlushReport
+    files: tuple[str, ...]
+    bytes: int
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The paths of the FP8 layers."""
+        return tuple(self.cast_from)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.directory}: {len(self.layers)} layers in FP8 ({self.form}), "
+            f"{self.bytes / 2**20:.1f} MiB in {len(self.files)} files"
+        ]
+        sources = list(self.cast_from.values())
+        lines += [text.format(sources.count(s)) for s, text in _SAID.items() if s in sources]
+        if self.flushed.rows:
+            lines.append(str(self.flushed))
+        lines += [f"dense: {path}: {reason}" for path, reason in self.dense.items()]
+        return "\n".join([*lines, *self.notes])
+
+
+def save_fp8(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    form: Form = "compressed-tensors",
+    base: str | Path | None = None,
+    tokenizer: Any = None,
+    max_shard_size: int | str = "5GB",
+    progress: bool = True,
+) -> ExportReport:
+    """Write a transformers checkpoint in FP8, with the active adapters merged.
+
+    What ran in FP8 is written in FP8, with an adapter or without: q(W + Σ scaling · B · A), cast
+    once to nearest with the scales' granularity and form of training. W is the original base weight
+    where the model or ``base`` has it, else dq(W), which rounds a second time; the report says
+    which. Where the adapters add nothing, the bytes are those that were trained on. With
+    update="rows" they always are: pending rows are written first, and nothing is cast anew.
+
+    The folder appears under its name once it is whole and on the disk.
+
+    Args:
+        model: a transformers model with PEFT's LoRA, prepared or run under the backend, or its
+            compiled wrapper.
+        directory: a new folder.
+        form: "compressed-tensors" is its ``float-quantized`` format: ``weight`` float8_e4m3fn
+            [out, in], ``weight_scale`` float32 [out, 1] (one tensor scale is repeated, since
+            engines quantize fused layers anew when their tensor scales differ), activations cast
+            per token as they come. "fp8" has one scale per block, ``weight_scale_inv``, for which
+            the model must have been trained with granularity="tensor".
+        base: the folder with the safetensors that the model was prepared from.
+        tokenizer: what has ``save_pretrained``. Without it, the tokenizer's files are copied from
+            the folder that the model was loaded from, where there is one.
+        max_shard_size: of a safetensors file, such as "5GB"; as much memory is needed.
+        progress: show a bar while writing.
+
+    Raises:
+        FalqonError: no FP8 layer, a form that can't hold the scales, an adapter that can't be
+            merged, a ``base`` that is not the model's, a folder that exists, or a full disk.
+            Nothing is left under the name then.
+    """
+    directory = Path(directory)
+    atomic.refuse_existing(directory)
+    inner = _transformers_model(unwrap(model))
+    found = _Export(inner, form, None if base is None else Path(base))
+    flushed = _flush(layer.state for layer in found.all_layers if layer.state is not None)
+
+    tensors = files.renamed(inner, found.tensors())
+    plan = files.shards(tensors, max_shard_size)
+    with atomic.new_folder(directory) as folder:
+        files.write_shards(folder, plan, tensors, found.made, progress)
+        files.write_config(folder, inner, lambda name: name not in tensors, found.quantization())
+        notes = files.write_tokenizer(folder, inner, tokenizer)
+        written = tuple(sorted(path.name for path in folder.iterdir()))
+        size = sum(path.stat().st_size for path in folder.iterdir())
+    notes = (*notes, *_mixed(found.layers, found.dense))
+    return ExportReport(
+        directory, form, found.cast_from, found.dense, flushed, written, size, notes
+    )
+
+
+# -- what is exported ------------------------------------------------------------------------------
+
+
+def _transformers_model(model: nn.Module) -> Any:
+    base: Any = model
+    base = base.get_base_model() if hasattr(base, "get_base_model") else base
+    if not (hasattr(base, "config") and hasattr(base.config, "save_pretrained")):
+        raise FalqonError(
+            type(base).__name__,
+            "it has no transformers config, which engines need",
+            "Export a transformers model, or keep the training with falqon_fx.save_checkpoint",
+        )
+    return base
+
+
+class _Export:
+    """Walks a model and gives its tensors under the names they have without PEFT.
+
+    Those of FP8 layers are on the meta device, until `made` makes them as they are written.
+    """
+
+    def __init__(self, model: Any, form: Form, folder: Path | None) -> None:
+        if form not in ("compressed-tensors", "fp8"):
+            raise FalqonError("form", f"{form!r} is unknown", "Give 'compressed-tensors' or 'fp8'")
+        self.model, self.form = model, form
+        self._rows = fp8_layers(model)
+        self._original = None if folder is None else _Originals(model, folder).read
+        self.all_layers: list[ExportLayer] = []
+        self.dense: dict[str, str] = {}  # linear layers that stay dense, and why
+        self.cast_from: dict[str, Source] = {}
+        self._parts = list(self._walk(model, ""))
+        self.layers = {found.path: found for found in self.all_layers if not found.transposed}
+        self._check()
+        self._waiting: dict[int, tuple[Tensor, Callable[[], Tensor]]] = {}
+        self._last: tuple[str, Base] | None = None
+
+    def _check(self) -> None:
+        if not self.layers:
+            raise FalqonError(
+                "",
+                "no layer of the model has an FP8 weight that engines can hold",
+                "Call falqon_fx.prepare(model), or run it under torch.compile(backend='falqon'); "
+                "weights stored [in, out] (GPT-2's Conv1D) have no FP8 form",
+            )
+        for path, layer in self.layers.items():
+            if self.form == "fp8" and layer.plan.per_row:
+                raise FalqonError(
+                    path,
+                    "it has one scale per row, which the fp8 form can't hold",
+                    "Export in the compressed-tensors form, or train with granularity='tensor'",
+                )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name; of FP8 layers, shapes and dtypes alone."""
+        found: dict[str, Tensor] = {}
+        for part in self._parts:
+            if not isinstance(part, ExportLayer):
+                found[part[0]] = part[1]
+                continue
+            for last, (tensor, make) in self._of_layer(part):
+                found[f"{part.path}.{last}"] = tensor
+                self._waiting[id(tensor)] = tensor, make
+            if (bias := part.bias()) is not None:
+                found[f"{part.path}.bias"] = bias
+        return found
+
+    def made(self, tensor: Tensor) -> Tensor:
+        """A tensor of `tensors` with its contents."""
+        return self._waiting[id(tensor)][1]() if id(tensor) in self._waiting else tensor
+
+    def _of_layer(
+        self, layer: ExportLayer
+    ) -> Iterator[tuple[str, tuple[Tensor, Callable[[], Tensor]]]]:
+        """The weight of a layer, and its scale: what stands for them, and what makes them."""
+        out, features = layer.shape
+        if layer.transposed:
+            yield "weight", (_empty(features, out, dtype=layer.dtype), layer.dense)
+            return
+        yield "weight", (_empty(out, features, dtype=E4M3), lambda: self._cast(layer).weight)
+        last, shape = "weight_scale", (out, 1)
+        if self.form == "fp8":
+            size = self.block_size
+            last, shape = "weight_scale_inv", (-(-out // size), -(-features // size))
+        scale = _empty(*shape, dtype=torch.float32)
+        yield last, (scale, lambda: self._cast(layer).scale.expand(shape).contiguous())
+
+    def _cast(self, layer: ExportLayer) -> Base:
+        if self._last is None or self._last[0] != layer.path:  # its weight and scale come in turn
+            base, self.cast_from[layer.path] = layer.cast()
+            self._last = layer.path, base
+        return self._last[1]
+
+    def _walk(self, module: Any, path: str) -> Iterator[ExportLayer | tuple[str, Tensor]]:
+        per_row = self.form == "compressed-tensors"
+        layer = export_layer(path, module, self._rows, per_row, self._original)
+        if layer is not None:
+            self.all_layers.append(layer)
+            if layer.transposed:
+                self.dense[path] = "Conv1D has no FP8 form, so its weight was written dense"
+            yield layer
+            return
+        reason = None
+        if hasattr(module, "unload_and_optionally_merge_module"):  # PEFT's modules_to_save
+            module = copy.deepcopy(module).unload_and_optionally_merge_module(
+                merge=True, safe_merge=True, adapter_names=None
+            )
+        elif is_adapted(module):
+            reason = "it has no FP8 weight, so its adapter was merged into the dense one"
+            module = copy.deepcopy(module)
+            module.merge(safe_merge=True)
+            module = module.get_base_layer()
+        if isinstance(module, nn.Linear):
+            left = why_left(path, module.out_features, module.in_features, tied=False)
+            self.dense[path] = reason or left or "it has no FP8 weight"
+        prefix = f"{path}." if path else ""
+        for name, tensor in module.state_dict().items():
+            if "." not in name:
+                yield prefix + name, tensor
+        for name, child in module.named_children():
+            yield from self._walk(child, prefix + name)
+
+    def quantization(self) -> dict[str, Any]:
+        """The config's ``quantization_config``."""
+        ignore = list(self.dense)
+        if self.form == "fp8":
+            return files.fp8_config(ignore, self.block_size)
+        return files.compressed_tensors_config(ignore)
+
+    @property
+    def block_size(self) -> int:
+        """The largest power of two up to 128 that divides every side of every FP8 weight."""
+        size = _BLOCK
+        for layer in self.layers.values():
+            while any(side % size for side in layer.shape):
+                size //= 2
+        return size
+
+
+class _Originals:
+    """The base weights in a model's folder, one at a time."""
+
+    def __init__(self, model: Any, folder: Path) -> None:
+        self._model, self._folder, self._index = model, folder, read_index(folder)
+
+    @functools.cached_property
+    def _names(self) -> dict[str, str]:
+        """The name of each weight in public checkpoints, by the path of its layer."""
+        empty = {
+            path.removesuffix(".base_layer"): _empty(*module.code.shape, dtype=module.dtype)
+            for path, module in self._model.named_modules()
+            if isinstance(module, Fp8Linear)
+        }
+        named = files.renamed(self._model, {f"{path}.weight": t for path, t in empty.items()})
+        names = {id(tensor): name for name, tensor in named.items()}
+        return {path: names.get(id(t), f"{path}.weight") for path, t in empty.items()}
+
+    def read(self, layer: ExportLayer) -> Tensor:
+        """The base weight [out, in] that a prepared layer was made from.
+
+        Raises:
+            FalqonError: the folder has none, or another.
+        """
+        name = self._names[layer.path]
+        remedy = "Name the folder of the model that was prepared, or leave out base="
+        if name not in self._index:
+            raise FalqonError(layer.path, f"{self._folder} has no tensor {name!r}", remedy)
+        ours: Base = layer.linear.base()
+        weight = read_tensor(self._folder / self._index[name], name)
+        weight = weight.to(ours.code.device, layer.dtype)
+        weight = weight.t().contiguous() if layer.transposed else weight
+        if weight.shape == ours.code.shape:
+            theirs = cast_base(weight, layer.plan)
+            if torch.equal(theirs.code, ours.code) and torch.equal(theirs.scale, ours.scale):
+                return weight
+        problem = f"its FP8 weight was not made from the weight in {self._folder}"
+        raise FalqonError(layer.path, problem, remedy)
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _mixed(fp8: Collection[str], dense: Collection[str]) -> tuple[str, ...]:
+    """What vLLM refuses: layers that it fuses, of which only some are FP8."""
+    for path in fp8:
+        parent, _, name = path.rpartition(".")
+        for group in (group for group in _FUSED if name in group):
+            left = [other for other in group if f"{parent}.{other}" in dense]
+            if left:
+                return (
+                    f"{parent} has {name} in FP8 and {', '.join(left)} dense: vLLM, which fuses "
+                    f"them, refuses that. Remedy: frozen='fp8', or an adapter on all of "
+                    f"{', '.join(group)}",
+                )
+    return ()
+
+
+def _flush(states: Iterable[MergedAdapter]) -> FlushReport:
+    layers = rows = 0
+    changed = total = left = 0.0
+    for state in states:
+        out, _ = state.applied.shape
+        if not state.pending().any():
+            continue
+        writes, merged = state.writes.clone(), state.dequantize()[:out]
+        state.flush()
+        layers, rows = layers + 1, rows + int((state.writes != writes).sum())
+        total += float(merged.double().square().sum())
+        changed += float((state.dequantize()[:out] - merged).double().square().sum())
+        left = max(left, float((state.pending() * state.scaling).abs().max()))
+    return FlushReport(layers, rows, (changed / total) ** 0.5 if total else 0.0, left)

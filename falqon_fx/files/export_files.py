@@ -1,0 +1,128 @@
+"""The files of a transformers checkpoint in FP8: shards, config, tokenizer."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from torch import Tensor
+
+from falqon_fx.files import storage, trees
+
+_TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
+    "chat_template*", "*.model", "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+
+
+def renamed(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Under the names of the model's public checkpoints; transformers 5 loads some under others."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # transformers 4 loads by the modules' own names
+        return tensors
+    found: dict[str, Tensor] = revert_weight_conversion(model, tensors)
+    return found
+
+
+def shards(tensors: dict[str, Tensor], max_shard_size: int | str) -> Any:
+    """Which file holds which tensor; of tied ones ``tensors`` keeps the first."""
+    hub = storage.require("huggingface_hub", "export")
+    _, same = trees.unshared((n, t) for n, t in tensors.items() if t.device.type == "cpu")
+    for name in same:  # tied weights are written once
+        del tensors[name]
+    return hub.split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+
+
+def write_shards(
+    folder: Path,
+    plan: Any,
+    tensors: Mapping[str, Tensor],
+    made: Callable[[Tensor], Tensor],
+    show: bool,
+) -> None:
+    """Write the files of a ``plan`` one by one, and their index; ``made`` fills a tensor."""
+    columns = (TextColumn("exporting"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, disable=not show, transient=True) as bar:
+        task = bar.add_task("", total=sum(t.nbytes for t in tensors.values()))
+        for file, names in plan.filename_to_tensors.items():
+            shard, _ = trees.unshared((name, made(tensors[name])) for name in names)
+            storage.save_tensors(folder / file, shard)
+            bar.advance(task, sum(t.nbytes for t in shard.values()))
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True)
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def write_config(
+    folder: Path, model: Any, tied: Callable[[str], bool], quantization: dict[str, Any]
+) -> None:
+    """The model's config, with ``quantization`` in it, and its generation config. ``tied`` says of
+    the output head, by the name of its weight, whether that is still the embedding's.
+    """
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is not None and getattr(config, "tie_word_embeddings", False):
+        path = next(name for name, module in model.named_modules() if module is head)
+        config.tie_word_embeddings = tied(f"{path}.weight")
+    config.quantization_config = quantization
+    config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None and model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def compressed_tensors_config(ignore: list[str]) -> dict[str, Any]:
+    """The ``quantization_config`` of compressed-tensors' float-quantized format: one scale per row
+    for weights, one per token for activations.
+    """
+    number = {"num_bits": 8, "type": "float", "symmetric": True}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**number, "strategy": "channel", "dynamic": False},
+                "input_activations": {**number, "strategy": "token", "dynamic": True},
+                "output_activations": None,
+                "format": "float-quantized",
+            }
+        },
+        "ignore": ignore,
+        "kv_cache_scheme": None,
+    }
+
+
+def fp8_config(ignore: list[str], block_size: int) -> dict[str, Any]:
+    """The ``quantization_config`` of the fp8 form: one scale per block of weights."""
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [block_size, block_size],
+        "modules_to_not_convert": ignore,
+    }
+
+
+def write_tokenizer(folder: Path, model: Any, tokenizer: Any) -> tuple[str, ...]:
+    """Write it, or copy it from where the model came from; what there is to say if neither."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+        return ()
+    source = Path(str(getattr(model.config, "_name_or_path", "") or ""))
+    if str(source) not in ("", ".") and source.is_dir():
+        copied = [f for pattern in _TOKENIZER_FILES for f in source.glob(pattern) if f.is_file()]
+        for file in copied:
+            shutil.copyfile(file, folder / file.name)
+        if copied:
+            return ()
+    return ("no tokenizer was written: give tokenizer=",)

@@ -1,0 +1,199 @@
+"""A linear layer that has an FP8 form, as `save_fp8` writes it: with its active adapters merged."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from falqon_fx.config import FalqonConfig
+from falqon_fx.errors import FalqonError
+from falqon_fx.model.fp8_linear import Fp8Linear, plain_layer
+from falqon_fx.model.lora_layers import LoraLayer, is_linear
+from falqon_fx.rows.prepared import MergedBaseLinear
+from falqon_fx.rows.state import MergedAdapter
+from falqon_fx.rows.unload import ACTIVATE, merged_weight, not_written
+from falqon_fx.site.base import Base, bases, cast_base, check_weight
+from falqon_fx.site.spec import SiteSpec, parse_spec
+
+Source = Literal["unchanged", "base weight", "FP8 weight"]
+
+
+@dataclass(frozen=True)
+class ExportLayer:
+    """``module`` at ``path`` is PEFT's layer around ``linear``, or ``linear`` itself.
+
+    ``state`` is that of update="rows"; ``original`` reads the base weight [out, in] that `prepare`
+    freed, where it is at hand.
+    """
+
+    path: str
+    module: Any
+    linear: Any
+    plan: SiteSpec
+    state: MergedAdapter | None = None
+    original: Callable[[ExportLayer], Tensor] | None = None
+
+    @property
+    def prepared(self) -> bool:
+        return isinstance(self.linear, Fp8Linear | MergedBaseLinear)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the layer is GPT-2's Conv1D, whose weight is [in, out]."""
+        return self.linear.transposed if self.prepared else type(self.linear) is not nn.Linear
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base weight, now or before `prepare`."""
+        return self.linear.dtype if self.prepared else self.linear.weight.dtype  # type: ignore[no-any-return]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in]."""
+        if self.prepared:
+            return self.linear.out_features, self.linear.in_features
+        first, second = self.linear.weight.shape
+        return (second, first) if self.transposed else (first, second)
+
+    def cast(self) -> tuple[Base, Source]:
+        """W + Σ scaling · B · A in FP8, cast once, and what from. Where the adapters add nothing,
+        and with update="rows", the bytes that were trained on stay as they are.
+
+        Raises:
+            FalqonError: an adapter that PEFT can't merge, or a merged weight that FP8 can't hold.
+        """
+        if self.state is not None:
+            out, scale = self.shape[0], self.state.scale
+            return Base(self.state.code[:out], scale[:out] if scale.dim() else scale), "unchanged"
+        if self.module is self.linear and self.prepared:
+            return self.linear.base(), "unchanged"
+        weight, source = self._weight()
+        merged = self._merged(weight)
+        check_weight(self.path, merged, "merged weight")
+        if not torch.equal(merged, weight.to(torch.float32)):
+            return cast_base(merged, self.plan), source
+        return self.linear.base() if self.prepared else cast_base(weight, self.plan), "unchanged"
+
+    def dense(self) -> Tensor:
+        """The same in the dtype and layout of the base layer."""
+        if self.state is not None:
+            merged = merged_weight(self.state)
+        else:
+            merged = self._merged(self._weight()[0])
+        merged = merged.to(self.dtype)
+        return merged.t().contiguous() if self.transposed else merged
+
+    def bias(self) -> Tensor | None:
+        """The base layer's bias, plus scaling times that of lora_B for each adapter that has one.
+
+        Raises:
+            FalqonError: lora_B has a bias, the base layer has none.
+        """
+        bias: Tensor | None = self.linear.bias
+        extra = self._lora_biases()
+        if bias is None:
+            if extra:
+                raise FalqonError(
+                    self.path,
+                    "its lora_B has a bias and its base layer none, so there is no place for it",
+                    "Train without lora_bias, or give the base layer a bias of zeros",
+                )
+            return None
+        wide = bias.detach().to(torch.float32)
+        return sum(extra, start=wide).to(bias.dtype)
+
+    def _lora_biases(self) -> list[Tensor]:
+        """scaling · bias of each lora_B that has one, float32."""
+        lora_b = getattr(self.module, "lora_B", {})
+        biases = {n: lora_b[n].bias for n in _waiting(self.module) if n in lora_b}
+        scaling = getattr(self.module, "scaling", {})
+        return [b.detach().float() * scaling[n] for n, b in biases.items() if b is not None]
+
+    def _weight(self) -> tuple[Tensor, Source]:
+        """The base weight [out, in], or the nearest to it that is left."""
+        if not self.prepared:
+            weight = self.linear.weight.detach()
+            return weight.t() if self.transposed else weight, "base weight"
+        if self.original is not None:
+            return self.original(self), "base weight"
+        return self.linear.base().dequantize(), "FP8 weight"
+
+    @torch.no_grad()
+    def _merged(self, weight: Tensor) -> Tensor:
+        """``weight`` with the active adapters added by PEFT's own merge, float32 [out, in]."""
+        wide = weight.to(torch.float32, copy=True)
+        if not _waiting(self.module):
+            return wide
+        plain = plain_layer(wide, None, self.transposed)
+        # A copy of the adapters alone, around ``plain``: copying the base layer would take memory.
+        module = copy.deepcopy(self.module, {id(self.linear): plain}).float()
+        if hasattr(module, "lora_bias"):
+            module.lora_bias = dict.fromkeys(module.lora_bias, False)  # see `bias`
+        try:
+            module.merge()
+        except (NotImplementedError, RuntimeError, ValueError) as error:
+            raise FalqonError(
+                self.path, f"PEFT can't merge its adapter ({error})", "Export without that adapter"
+            ) from error
+        merged: Tensor = plain.get_parameter("weight").detach()
+        return merged.t() if self.transposed else merged
+
+
+def _waiting(module: Any) -> list[str]:
+    """The active adapters of PEFT's layer that are not merged into its base layer yet."""
+    merged = getattr(module, "merged_adapters", ())
+    return [name for name in getattr(module, "active_adapters", ()) if name not in merged]
+
+
+def export_layer(
+    path: str,
+    module: Any,
+    rows: dict[str, tuple[LoraLayer, MergedAdapter]],
+    per_row: bool,
+    original: Callable[[ExportLayer], Tensor] | None,
+) -> ExportLayer | None:
+    """The layer at ``path``, None where it has no FP8 form. Of several forms it takes one with a
+    scale per row where ``per_row``, else one with a scale per tensor.
+
+    Raises:
+        FalqonError: an FP8 weight of update="rows" that is not that of the active adapter.
+    """
+    linear = module.get_base_layer() if is_adapted(module) else module
+    if path in rows:
+        layer, state = rows[path]
+        problem = not_written(layer, state)
+        if problem is None:
+            return ExportLayer(path, module, linear, state.plan.site, state)
+        if isinstance(linear, MergedBaseLinear) or state.plan.pending == "drop":
+            raise FalqonError(path, problem, ACTIVATE)
+        return ExportLayer(path, module, linear, state.plan.site)  # the base weight is at hand
+    if isinstance(linear, MergedBaseLinear):
+        raise FalqonError(
+            path,
+            "its FP8 weight holds an adapter that is not active",
+            "Activate the adapter, or call falqon_fx.restore(model)",
+        )
+    if isinstance(linear, Fp8Linear):
+        return ExportLayer(path, module, linear, parse_spec(linear.spec), original=original)
+    made = bases.of(linear.weight) if is_linear(linear) else []
+    if not made:
+        return None
+    fitting = [base for base in made if bool(base.scale.dim()) is per_row]
+    return ExportLayer(path, module, linear, _plan_of((fitting or made)[-1]))
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether a module is one of PEFT's around a base layer."""
+    return hasattr(module, "get_base_layer") and hasattr(module, "merge")
+
+
+def _plan_of(base: Base) -> SiteSpec:
+    """How a base was cast: scales of "amax" are all powers of two by chance alone."""
+    powers = bool((torch.frexp(base.scale).mantissa == 0.5).all())
+    plan = SiteSpec.from_config(FalqonConfig(granularity="row" if base.scale.dim() else "tensor"))
+    return replace(plan, scale="pow2" if powers else "amax")

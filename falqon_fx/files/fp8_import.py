@@ -1,0 +1,129 @@
+"""FP8 checkpoints of others as base weights: their bytes and scales, as they are."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from falqon_fx.config import FalqonConfig
+from falqon_fx.errors import FalqonConfigError, FalqonError
+from falqon_fx.files import storage
+from falqon_fx.files.hf import empty_model, fill, lora_config, read_index
+from falqon_fx.files.model_state import Site
+from falqon_fx.model.lora_layers import lora_layers
+from falqon_fx.site.base import digest
+from falqon_fx.site.numerics import E4M3
+from falqon_fx.site.spec import SiteSpec
+
+_SCALES = (".weight_scale", ".weight_scale_inv")
+# Of an FP8 cache of keys and values, by the names of AutoFP8, compressed-tensors and vLLM.
+_OF_CACHE = (".k_scale", ".v_scale", ".kv_scale", "k_proj.output_scale", "v_proj.output_scale")
+
+
+def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = None) -> nn.Module:
+    """A prepared PEFT model on the FP8 weights of a compressed-tensors or fp8 checkpoint.
+
+    Its scales, one per tensor or per row, stay what they are: granularity="row", and scale="amax"
+    unless all are powers of two. FP8 layers without an adapter stay FP8 too. Left out are static
+    scales of activations, which are cast by their own largest value here, and with a warning those
+    of a cache.
+
+    Raises:
+        FalqonError: no FP8 checkpoint, scales per block of columns, or update="rows".
+    """
+    if config is not None and config.update == "rows":
+        raise FalqonConfigError(
+            "update",
+            f"'rows' would write into the weights of {directory}, which are loaded as they are",
+            "Set update='adapter'; or load the dense model, and call falqon_fx.prepare(model)",
+        )
+    tensors = _read(directory)
+    _check_format(directory)
+    model = empty_model(directory, lora_config(lora))
+    weights = {n.removesuffix(".weight"): t for n, t in tensors.items() if t.dtype == E4M3}
+    if not weights:
+        raise FalqonError(str(directory), "it holds no float8_e4m3fn weight", "Use transformers")
+    scales = {path: _row_scale(path, w, tensors, directory) for path, w in weights.items()}
+    config = replace(config or FalqonConfig(), granularity="row")
+    if not all(_powers_of_two(scale) for scale in scales.values()):
+        config = replace(config, scale="amax")
+    dtype = str(model.get_base_model().dtype).removeprefix("torch.")
+    spec = asdict(SiteSpec.from_config(config))
+    adapted = {layer.path for layer in lora_layers(model)}
+    layers: dict[str, tuple[Site, Mapping[str, Tensor]]] = {}
+    for name, weight in weights.items():
+        path = f"base_model.model.{name}"
+        path = f"{path}.base_layer" if path in adapted else path
+        code, scale = weight.view(torch.uint8), scales[name]
+        found = {"code": code, "scale": scale.view(torch.int32), "digest": digest(code, scale)}
+        layers[path] = ({"dtype": dtype, "transposed": False, "spec": spec}, found)
+    skip = {f"{name}{end}" for name in weights for end in (".weight", ".input_scale", *_SCALES)}
+    of_cache = {name for name in tensors if name.endswith(_OF_CACHE)}
+    if of_cache:
+        warnings.warn(
+            f"falqon: {directory} holds {len(of_cache)} scales of an FP8 cache of keys and values: "
+            "training has none, and they are left out. A server that wants them needs them again.",
+            stacklevel=3,
+        )
+    skip |= of_cache
+    rest = {f"base_model.model.{n}": t for n, t in tensors.items() if n not in skip}
+    return fill(model, layers, rest, str(directory))
+
+
+def _read(directory: Path) -> dict[str, Tensor]:
+    index = read_index(directory)
+    from safetensors.torch import load_file
+
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(set(index.values())):
+        with storage.named(directory / file):
+            tensors |= load_file(directory / file)
+    return tensors
+
+
+def _check_format(directory: Path) -> None:
+    settings = json.loads((directory / "config.json").read_text()).get("quantization_config")
+    method = (settings or {}).get("quant_method")
+    if method not in ("compressed-tensors", "fp8"):
+        raise FalqonError(
+            str(directory),
+            "it is neither a folder of falqon_fx.prequantize nor an FP8 checkpoint "
+            f"(quant_method={method!r})",
+            "Call falqon_fx.prequantize on it, or load it with transformers",
+        )
+    for group in (settings.get("config_groups") or {}).values():
+        weights = group.get("weights") or {}
+        if (weights.get("num_bits"), weights.get("type")) != (8, "float"):
+            raise FalqonError(
+                str(directory),
+                f"its weights have {weights.get('num_bits')} bits of type {weights.get('type')!r}",
+                "Only 8-bit floats can be trained on as they are",
+            )
+
+
+def _row_scale(path: str, weight: Tensor, tensors: Mapping[str, Tensor], directory: Path) -> Tensor:
+    """The scale of each row, float32 [out, 1]."""
+    found = [tensors[path + end] for end in _SCALES if path + end in tensors]
+    if not found:
+        raise FalqonError(path, f"{directory} holds no scale for it", "Check the checkpoint")
+    scale, out = found[0].to(torch.float32), weight.shape[0]
+    if scale.numel() == 1 or bool((scale == scale.flatten()[0]).all()):
+        return scale.flatten()[0].expand(out, 1).clone()
+    if scale.shape in ((out, 1), (out,)):
+        return scale.reshape(out, 1)
+    raise FalqonError(
+        path,
+        f"it has one scale per block, {list(scale.shape)} of them, and W has one per row",
+        "Dequantize it with transformers (dequantize=True), then call falqon_fx.prepare",
+    )
+
+
+def _powers_of_two(scale: Tensor) -> bool:
+    return bool((torch.frexp(scale).mantissa == 0.5).all())

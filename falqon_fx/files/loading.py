@@ -1,0 +1,66 @@
+"""`load`: a trainable model from FP8 files, made without dense weights, the bytes mapped in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from falqon_fx.config import FalqonConfig
+from falqon_fx.files import storage
+from falqon_fx.files.fp8_import import load_fp8
+from falqon_fx.files.hf import empty_model, fill
+
+FORMAT = "falqon_fx.prequantized.2"  # what `falqon_fx.prequantize` writes
+MANIFEST = "falqon.json"
+INDEX = "model.safetensors.index.json"
+
+
+def load(
+    directory: str | Path,
+    lora: Any = None,
+    config: FalqonConfig | None = None,
+    *,
+    verify: bool = True,
+) -> nn.Module:
+    """A prepared PEFT model from a folder of `prequantize`, or from an FP8 checkpoint.
+
+    The model is built without weights and the FP8 bytes are mapped in: dense copies of them never
+    exist. Of an FP8 checkpoint (compressed-tensors ``float-quantized``, or the fp8 form with one
+    scale per tensor) the bytes are base weights as they are, beside a new A and B = 0.
+
+    Args:
+        directory: the folder.
+        lora: for FP8 checkpoints: a PEFT ``LoraConfig``; by default rank 16 on all linear layers.
+        config: for FP8 checkpoints: as for `prepare`; scales that aren't all powers of two make it
+            scale="amax", which torch.compile must then get too.
+        verify: compare checksums of a prequantized folder (reads every byte once).
+
+    Raises:
+        DamagedFileError: a file that is truncated or was changed.
+        FalqonError: neither kind of folder, or a form that can't be taken as it is.
+    """
+    directory = Path(directory)
+    if not (directory / MANIFEST).is_file():
+        return load_fp8(directory, lora, config)
+    peft = storage.require("peft", "export")
+    manifest = storage.read_manifest(
+        directory / MANIFEST, FORMAT, "Call falqon_fx.prequantize on the model again"
+    )
+    model = empty_model(directory, peft.LoraConfig.from_pretrained(directory))
+    by_file = {site["file"]: site for site in manifest["sites"]}
+    tensors: dict[str, Tensor] = {}
+    layers = {}
+    for file, expected in manifest["files"].items():
+        found = storage.open_tensors(directory / file, expected, verify=verify)
+        site = by_file.get(file)
+        if site is None:
+            tensors |= {f"base_model.model.{name}": tensor for name, tensor in found.items()}
+            continue
+        path = site["prepared"]
+        if "lora_A" in found:
+            name = f"{path.removesuffix('.base_layer')}.lora_A.default.weight"
+            tensors[name] = found.pop("lora_A")
+        layers[path] = (site, found)
+    return fill(model, layers, tensors, str(directory))

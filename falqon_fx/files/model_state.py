@@ -1,0 +1,279 @@
+"""What the next step of a model depends on, as sites and named tensors; and back into a model.
+
+A site is one FP8 weight, described by plain data:
+
+- ``prepared``: the path of a layer that `prepare` made, whose tensors are the model's own;
+- ``weight``: the name of a base weight whose FP8 form compiled code keeps beside it. It is the same
+  for whoever has the base model, so only what tells it from others is kept;
+- ``state`` (update="rows"): the same with the state that was trained beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from falqon_fx.errors import FalqonError
+from falqon_fx.files import storage
+from falqon_fx.model.fp8_linear import Fp8Linear
+from falqon_fx.rows.prepared import MergedBaseLinear
+from falqon_fx.rows.state import STATE, MergedAdapter, registry
+from falqon_fx.site import transposed as stored
+from falqon_fx.site.base import Base, bases, digest, sample
+from falqon_fx.site.numerics import as_scale
+from falqon_fx.site.spec import RowsSpec, SiteSpec, parse_spec
+
+SITES = ".sites."  # before the names of states outside modules; no path begins with a dot
+_BASE = ("code", "scale", "digest")  # of a layer in FP8, as STATE is of one with update="rows"
+_OWN = {"weight", *_BASE, *STATE}  # what a layer has of its own, prepared in either way or not
+_REMEDY = "Make the model as for the run that was saved: same base, same adapter config"
+_RESTORE = "Call falqon_fx.restore(model) first"
+
+Site = dict[str, Any]
+Prepared = Fp8Linear | MergedBaseLinear
+
+
+def collect(model: nn.Module) -> tuple[list[Site], list[tuple[str, Tensor]]]:
+    """The sites of a model, and every named tensor that its next step depends on.
+
+    Raises:
+        FalqonError: the bytes of a prepared layer are no longer those that `prepare` made.
+    """
+    sites: list[Site] = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Fp8Linear):
+            module.base()  # looks at the bytes
+        if isinstance(module, Prepared):
+            sites.append({"prepared": path, **describe(module)})
+    states: list[tuple[str, Tensor]] = []
+    for site, state in _rows_states(model):
+        prefix = f"{SITES}{len(sites)}."
+        sites.append({"state": prefix, **site})
+        states += [(prefix + name, tensor) for name, tensor in state.stored.items()]
+    left_out = {site["weight"] for site in sites if "weight" in site}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        made = [] if parameter.requires_grad else bases.of(parameter)
+        if made and name not in left_out:
+            of_bytes = [digest(base.code, base.scale).tolist() for base in made]
+            sites.append({**_known_by(name, parameter), "bases": of_bytes})
+            left_out.add(name)
+    named = [(name, t) for name, t in model.state_dict().items() if name not in left_out]
+    return sites, named + states
+
+
+def describe(layer: Prepared) -> Site:
+    """What `make_layer` needs to know of a layer beside its tensors."""
+    spec = asdict(parse_spec(layer.spec))
+    site = {"dtype": _name(layer.dtype), "transposed": layer.transposed, "spec": spec}
+    return {**site, "scaling": layer.scaling} if isinstance(layer, MergedBaseLinear) else site
+
+
+def names_of(site: Site) -> tuple[str, ...]:
+    """The names of a prepared layer's tensors."""
+    return STATE if "scaling" in site else _BASE
+
+
+def make_layer(
+    site: Site, tensors: Mapping[str, Tensor], bias: nn.Parameter | None, path: str
+) -> Prepared:
+    """The layer that `describe` described, around tensors by the names `names_of` gives."""
+    dtype, transposed = getattr(torch, site["dtype"]), site["transposed"]
+    path = path.removesuffix(".base_layer")
+    if "scaling" in site:
+        return MergedBaseLinear(_state(site, tensors), bias, dtype, transposed, path)
+    nothing = Base(tensors["code"].to("meta"), as_scale(tensors["scale"].to("meta")))
+    layer = Fp8Linear(nothing, bias, dtype, transposed, str(SiteSpec(**site["spec"])), path)
+    for name in _BASE:  # the bytes are not read, as the digest of a given base would have to
+        setattr(layer, name, nn.Parameter(tensors[name], requires_grad=False))
+    return layer
+
+
+def _state(site: Site, tensors: Mapping[str, Tensor]) -> MergedAdapter:
+    own = {name: tensors[name] for name in STATE}
+    state = MergedAdapter(**own, scaling=site["scaling"], plan=RowsSpec(**site["spec"]))
+    state.transposed = site["transposed"]
+    return state
+
+
+def _rows_states(model: nn.Module) -> Iterator[tuple[Site, MergedAdapter]]:
+    """The states of update="rows" outside of modules."""
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), name)
+    for state, (base, lora_a, lora_b) in registry.within(model.parameters(), names):
+        known = _known_by(base, model.get_parameter(base))
+        site = {"lora_a": lora_a, "lora_b": lora_b, "transposed": state.transposed}
+        yield {**known, **site, "scaling": state.scaling, "spec": asdict(state.plan)}, state
+
+
+def _known_by(name: str, weight: Tensor) -> Site:
+    """What tells a base weight from another: dtype, shape and a sample of its contents."""
+    shape = _shape(weight.shape, weight.dtype)
+    return {"weight": name, "is": shape, "contents": storage.digest(sample(weight.detach()))}
+
+
+# -- back into a model -----------------------------------------------------------------------------
+
+
+def apply(model: nn.Module, sites: list[Site], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Write tensors and sites, as `collect` gave them, into a model.
+
+    Raises:
+        FalqonError: they don't fit. Nothing has been changed then.
+    """
+    _check(model, sites, tensors, where)
+    for site in sites:
+        if "prepared" in site:
+            _prepare_layer(model, site, tensors)
+    named = dict(model.state_dict(keep_vars=True))
+    storage.copy_tensors((named[name], t) for name, t in tensors.items() if name in named)
+    for parameter in model.parameters():
+        registry.forget(parameter)
+    for site in sites:
+        if "state" in site:
+            _adopt(model, site, tensors)
+    stored.forget()
+
+
+def _check(model: nn.Module, sites: list[Site], tensors: Mapping[str, Tensor], where: str) -> None:
+    expected = {n: _shape(t.shape, t.dtype) for n, t in model.state_dict().items()}
+    saved = {n: _shape(t.shape, t.dtype) for n, t in tensors.items()}
+    for site in sites:
+        ours: list[str] = []  # what is compared here, and not by name and shape
+        theirs = [site["state"] + name for name in STATE] if "state" in site else []
+        if "prepared" in site:
+            _check_layer(model, site, tensors, where)
+            ours = theirs = [f"{site['prepared']}.{name}" for name in _OWN]
+        elif site["weight"] not in tensors:  # else the checkpoint brings all base weights
+            _check_weight(model, site, where)
+            path = site["weight"].rpartition(".")[0]
+            ours = [site["weight"], *(f"{path}.{name}" for name in _OWN)]
+        for names, done in ((expected, ours), (saved, theirs)):
+            for name in done:
+                names.pop(name, None)
+    for name in sorted(expected.keys() | saved.keys()):
+        if name not in saved:
+            raise FalqonError(name, f"it is in the model but not in {where}", _REMEDY)
+        if name not in expected:
+            raise FalqonError(name, f"it is in {where} but not in the model", _REMEDY)
+        if saved[name] != expected[name]:
+            raise FalqonError(
+                name, f"{where} has {saved[name]}, the model {expected[name]}", _REMEDY
+            )
+
+
+def _check_layer(model: nn.Module, site: Site, tensors: Mapping[str, Tensor], where: str) -> None:
+    """The model must have a layer of the saved dtype and shape, prepared in the same way or not."""
+    path, transposed = site["prepared"], site["transposed"]
+    module = _module(model, path, where)
+    if isinstance(module, Prepared):
+        _check_kind(path, module, "scaling" in site, where)
+        size = torch.Size((module.out_features, module.in_features))
+        found = _shape(size, module.dtype)
+    else:
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor) or weight.dim() != 2:
+            kind = type(module).__name__
+            raise FalqonError(path, f"{where} has an FP8 layer there, the model a {kind}", _REMEDY)
+        found = _shape(weight.t().shape if transposed else weight.shape, weight.dtype)
+    out, features = tensors[f"{path}.code"].shape
+    if "scaling" in site:  # rows of A lie under those of W
+        out = tensors[f"{path}.applied"].shape[0]
+    wanted = _shape(torch.Size((out, features)), getattr(torch, site["dtype"]))
+    if found != wanted:
+        raise FalqonError(path, f"{where} has {wanted}, the model {found}", _REMEDY)
+
+
+def _check_kind(path: str, layer: Prepared, rows: bool, where: str) -> None:
+    if isinstance(layer, MergedBaseLinear) is not rows:
+        kinds = ('update="rows"', 'update="adapter"')
+        saved, ours = kinds if rows else kinds[::-1]
+        problem = f"{where} is of training with {saved}, prepare() made it for {ours}"
+        raise FalqonError(path, problem, _RESTORE)
+
+
+def _check_weight(model: nn.Module, site: Site, where: str) -> None:
+    """The base weight must be the one that was trained on, as it is or as `prepare` cast it."""
+    path, _, last = site["weight"].rpartition(".")
+    module = _module(model, path, where)
+    if isinstance(module, Prepared):
+        _check_kind(path, module, "state" in site, where)
+        if isinstance(module, MergedBaseLinear):
+            return  # the saved state takes its place
+        same = module.digest.tolist() in site["bases"]
+        remedy = "Prepare the same base model, with the config of the run that was saved"
+    else:
+        weight = getattr(module, last, None)
+        if not isinstance(weight, Tensor):
+            raise FalqonError(site["weight"], f"it is in {where} but not in the model", _REMEDY)
+        known = _known_by(site["weight"], weight)
+        if known["is"] != site["is"]:
+            problem = f"{where} has {site['is']}, the model {known['is']}"
+            raise FalqonError(site["weight"], problem, _REMEDY)
+        same = known["contents"] == site["contents"]
+        remedy = "Load the same base model, in the same dtype"
+    if not same:
+        problem = f"its contents are not those that {where} was trained on"
+        raise FalqonError(site["weight"], problem, remedy)
+
+
+def _module(model: nn.Module, path: str, where: str) -> Any:
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        raise FalqonError(path, f"it is in {where} but not in the model", _REMEDY) from error
+
+
+def _prepare_layer(model: nn.Module, site: Site, tensors: Mapping[str, Tensor]) -> None:
+    """A prepared layer of the saved shapes at the site's path; contents follow."""
+    path = site["prepared"]
+    module: Any = model.get_submodule(path)
+    given = {name: tensors[f"{path}.{name}"] for name in names_of(site)}
+    if isinstance(module, Prepared) and all(
+        getattr(module, name).shape == tensor.shape for name, tensor in given.items()
+    ):
+        _take_options(module, site)
+        return
+    device = next(module.parameters()).device
+    empty = {name: torch.empty_like(tensor, device=device) for name, tensor in given.items()}
+    layer = make_layer(site, empty, module.bias, path).train(module.training)
+    for parent in list(model.modules()):  # a module may be shared by several
+        for name, child in list(parent.named_children()):
+            if child is module:
+                setattr(parent, name, layer)
+
+
+def _take_options(layer: Prepared, site: Site) -> None:
+    if isinstance(layer, MergedBaseLinear):
+        layer.spec, layer.scaling = str(RowsSpec(**site["spec"])), site["scaling"]
+    else:
+        layer.spec = str(SiteSpec(**site["spec"]))
+
+
+def _adopt(model: nn.Module, site: Site, tensors: Mapping[str, Tensor]) -> None:
+    path, _, name = site["weight"].rpartition(".")
+    module: Any = model.get_submodule(path)
+    if isinstance(module, MergedBaseLinear):  # prepared since
+        _take_options(module, site)
+        state = module.merged()
+    else:
+        device = getattr(module, name).device
+        given = {key: tensors[site["state"] + key] for key in STATE}
+        state = _state(site, {k: torch.empty_like(t, device=device) for k, t in given.items()})
+    for key, target in state.stored.items():
+        target.copy_(tensors[site["state"] + key])
+    if not isinstance(module, MergedBaseLinear):
+        a, b = model.get_parameter(site["lora_a"]), model.get_parameter(site["lora_b"])
+        registry.adopt(state, getattr(module, name), a, b)
+
+
+def _shape(shape: torch.Size, dtype: torch.dtype) -> str:
+    return f"{_name(dtype)} {list(shape)}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""Calls that act on a whole model, module by module."""

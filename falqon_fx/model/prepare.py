@@ -1,0 +1,310 @@
+"""`prepare`, `restore`, `adapters`: what acts on a whole model, module by module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from falqon_fx.config import FalqonConfig
+from falqon_fx.errors import FalqonError
+from falqon_fx.model.fp8_linear import Fp8Linear
+from falqon_fx.model.lora_layers import (
+    LinearLayer,
+    LoraLayer,
+    check_fit,
+    linear_layers,
+    lora_layers,
+    tied_weights,
+    unwrap,
+)
+from falqon_fx.ops.fp8_adapter import clamped
+from falqon_fx.passes.match.frozen import why_left
+from falqon_fx.rows import model as rows_model
+from falqon_fx.rows.prepared import MergedBaseLinear
+from falqon_fx.rows.state import MergedAdapter
+from falqon_fx.site.base import Base, Place, bases, cast_base, check_weight, place
+from falqon_fx.site.paths import deepest_path
+from falqon_fx.site.spec import SiteSpec
+from falqon_fx.site.svd import init_where_new
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """What `prepare` cast to FP8, what it left and why, and the bytes of the weights it touched.
+
+    ``frozen`` are those of the ``prepared`` layers that have no adapter.
+    """
+
+    prepared: tuple[str, ...]
+    frozen: tuple[str, ...]
+    skipped: dict[str, str]
+    bytes_before: int
+    bytes_after: int
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.prepared)} layers prepared, {len(self.frozen)} of them without an adapter: "
+            f"{self.bytes_before / 2**20:.1f} MiB of weights became "
+            f"{self.bytes_after / 2**20:.1f} MiB"
+        ]
+        lines += [f"skipped {path}: {reason}" for path, reason in self.skipped.items()]
+        return "\n".join(lines)
+
+
+def prepare(
+    model: nn.Module, config: FalqonConfig | None = None, *, progress: bool = True
+) -> PrepareReport:
+    """Cast every frozen linear layer of a model to FP8 in place, one at a time, and free its
+    weight.
+
+    Optional: without it the weights stay beside the FP8 ones. Layers under an adapter are cast, and
+    with ``frozen="fp8"`` those without one that compiled code would run in FP8. Adapters stay as
+    they are, so that any may be added, activated or loaded afterwards. Call it with the config that
+    ``torch.compile`` will get.
+
+    Raises:
+        FalqonError: a base weight that another module shares, or one that FP8 can't hold (NaN, Inf,
+            beyond FP8); an adapter that doesn't fit it. Nothing has been changed then.
+    """
+    config, inner = config or FalqonConfig(), unwrap(model)
+    if config.update == "rows":
+        return _prepare_rows(inner, config, progress)
+    layers, skipped = _sort_layers(inner, config)
+    skipped |= _skipped_adapters(inner, layers, skipped)
+    _check_before(inner, layers)
+    before, after = _convert(inner, layers, config, progress)
+    frozen = tuple(layer.path for layer in layers if layer.lora is None)
+    return PrepareReport(tuple(layer.site for layer in layers), frozen, skipped, before, after)
+
+
+def _prepare_rows(model: nn.Module, config: FalqonConfig, progress: bool) -> PrepareReport:
+    """Sites become merged layers that can be written; frozen layers beside them as ever."""
+    done, skipped, before, after = rows_model.prepare(
+        model, config, lambda layers: _track(layers, progress)
+    )
+    layers, others = _sort_layers(model, config)
+    layers = [layer for layer in layers if layer.lora is None]
+    _check_before(model, layers)
+    more_before, more_after = _convert(model, layers, config, progress)
+    frozen = tuple(layer.path for layer in layers)
+    before, after = before + more_before, after + more_after
+    return PrepareReport((*done, *frozen), frozen, {**others, **skipped}, before, after)
+
+
+def _convert(
+    model: nn.Module, layers: Sequence[LinearLayer], config: FalqonConfig, progress: bool
+) -> tuple[int, int]:
+    """Cast layers and put them in place; the bytes of their weights before and after."""
+    before = after = 0
+    for layer in _track(layers, progress):
+        base = _cast(layer, config)
+        before += layer.module.weight.nbytes
+        after += base.nbytes
+        _replace(model, layer, base, config)
+    return before, after
+
+
+def _cast(layer: LinearLayer, config: FalqonConfig) -> Base:
+    if config.init == "svd" and layer.lora is not None:
+        for a, b, _ in layer.lora.each():
+            init_where_new(layer.weight, a, b, config)
+    return cast_base(layer.weight, SiteSpec.from_config(config))
+
+
+def _replace(model: nn.Module, layer: LinearLayer, base: Base, config: FalqonConfig) -> None:
+    old = layer.module
+    new = Fp8Linear(
+        base,
+        old.bias,
+        old.weight.dtype,
+        layer.transposed,
+        str(SiteSpec.from_config(config)),
+        layer.site,
+    )
+    bases.forget(old.weight)
+    for parent in list(model.modules()):  # a module may be shared by several
+        for name, child in list(parent._modules.items()):
+            if child is not None and child is old:
+                setattr(parent, name, new.train(child.training))
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Give prepared layers plain base weights again, dq(W) in the dtype that they had.
+
+    Exact to the rounding of that dtype on top of the FP8 cast. Layers that were not prepared have
+    their base weight still. Works after PEFT's ``unload()`` too, which leaves prepared base layers
+    in the model.
+    """
+    inner = unwrap(model)
+    rows_model.restore(inner)
+    for parent in list(inner.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Fp8Linear):
+                setattr(parent, name, child.plain())
+    return model
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The live state of one site: its FP8 base, and the adapters that are added to it.
+
+    Attributes:
+        weight: W, float8_e4m3fn [out, in]. scale: float32 [out, 1] or []; multiplies on dequantize.
+        adapters: (A [r, in], B [out, r], scaling) of each active adapter, the parameters
+        themselves.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    adapters: tuple[tuple[Tensor, Tensor, float], ...]
+
+    def base(self) -> Tensor:
+        """dq(W), float32 [out, in]: constant."""
+        return Base(self.weight.view(torch.uint8), self.scale).dequantize()
+
+    @property
+    def saturated(self) -> int:
+        """Elements that adapter_dtype="fp8" has clamped since the start; 0 with "bfloat16"."""
+        return sum(clamped.of(b) for _, b, _ in self.adapters)
+
+    @torch.no_grad()
+    def merged(self) -> Tensor:
+        """base() + Σ scaling · B · A, float32 [out, in]."""
+        merged = self.base()
+        for a, b, scaling in self.adapters:
+            merged += scaling * (b.to(torch.float32) @ a.to(torch.float32))
+        return merged
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter | MergedAdapter]:
+    """The live state of each site by the path of its LoRA layer, for a module or its compiled
+    wrapper; with update="rows" a `MergedAdapter`. Unprepared sites appear after the first compiled
+    call.
+    """
+    inner = unwrap(model)
+    found: dict[str, Any] = dict(rows_model.adapters(inner))
+    seen = {id(layer.base): layer for layer in lora_layers(inner)}
+    for layer in seen.values():
+        base = _base_of(layer.base)
+        if base is not None and layer.path not in found:
+            found[layer.path] = Adapter(base.weight, base.scale, tuple(layer.each()))
+    held = _by_place(inner)
+    for module in inner.modules():
+        for owner in () if id(module) in seen else module.parameters(recurse=False):
+            base = module.base() if isinstance(module, Fp8Linear) else _first(bases.of(owner))
+            known = [k for k in bases.adapters_of(owner) if k[0] in held and k[1] in held]
+            if base is None or not known:
+                continue
+            names, _ = held[place(owner)]
+            sites: dict[str, list[tuple[Tensor, Tensor, float]]] = {}
+            for a, b, scaling in known:  # a tied W has several sites
+                (names_a, lora_a), (names_b, lora_b) = held[a], held[b]
+                site = deepest_path([names, names_a, names_b])
+                sites.setdefault(site, []).append((lora_a, lora_b, scaling))
+            for site, each in sites.items():
+                found.setdefault(site, Adapter(base.weight, base.scale, tuple(each)))
+    return found
+
+
+def _base_of(module: Any) -> Base | None:
+    if isinstance(module, Fp8Linear):
+        return module.base()
+    weight = getattr(module, "weight", None)
+    return _first(bases.of(weight)) if isinstance(weight, Tensor) else None
+
+
+def _first(found: Sequence[Base]) -> Base | None:
+    return found[-1] if found else None
+
+
+def _by_place(model: nn.Module) -> Mapping[Place, tuple[list[str], Tensor]]:
+    """The names of each parameter and the parameter, by where it lies."""
+    held: dict[Place, tuple[list[str], Tensor]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        held.setdefault(place(parameter), ([], parameter))[0].append(name)
+    return held
+
+
+def flush(model: nn.Module) -> None:
+    """With update="rows": write every pending row of every site into its FP8 weight now. With
+    update="adapter" nothing is ever pending.
+    """
+    rows_model.flush(unwrap(model))
+
+
+def _sort_layers(
+    model: nn.Module, config: FalqonConfig
+) -> tuple[list[LinearLayer], dict[str, str]]:
+    layers, skipped = [], {}
+    tied = tied_weights(model)
+    for layer in linear_layers(model):
+        shared = tied[layer.module.weight.data_ptr()]
+        reason = skip_reason(layer, config, len(shared) > 1)
+        if reason is None:
+            layers.append(layer)
+        elif reason:
+            skipped[layer.site] = reason
+    return layers, skipped
+
+
+def _skipped_adapters(
+    model: nn.Module, layers: Sequence[LinearLayer], skipped: Mapping[str, str]
+) -> dict[str, str]:
+    """Why the base layers of the other LoRA layers can't be cast."""
+    found = {id(layer.lora.base) for layer in layers if layer.lora is not None}
+    others = [lora for lora in lora_layers(model) if id(lora.base) not in found]
+    return {lora.path: _why_not(lora) for lora in others if lora.path not in skipped}
+
+
+def skip_reason(layer: LinearLayer, config: FalqonConfig, tied: bool) -> str | None:
+    """Why a frozen layer is left; "" where that is nothing to report."""
+    if not (config.selects(layer.site) and config.selects(layer.path)):
+        return "include= or exclude= leaves it out"
+    if layer.lora is not None:
+        if getattr(layer.lora.module, "merged", False):
+            return "its adapter is merged into the base weight (call unmerge_adapter() first)"
+        return None
+    if config.frozen == "leave":
+        return ""
+    out, features = layer.weight.shape
+    return why_left(layer.path, out, features, tied)
+
+
+def _why_not(layer: LoraLayer) -> str:
+    base: Any = layer.base
+    if isinstance(base, Fp8Linear | MergedBaseLinear):
+        return "it is prepared already"
+    weight = getattr(base, "weight", None)
+    if not isinstance(weight, Tensor) or type(base) is not nn.Linear:
+        return f"its base layer is a {type(base).__name__}, not an nn.Linear"
+    if weight.requires_grad:
+        return "its base weight is trained too"
+    return f"its base weight is already quantized ({weight.dtype})"
+
+
+def _check_before(model: nn.Module, layers: Sequence[LinearLayer]) -> None:
+    """All that could fail is looked at before the first layer is changed."""
+    holders = tied_weights(model)
+    for layer in layers:
+        weight = layer.module.weight
+        shared = holders[weight.data_ptr()]
+        if len(shared) > 1:
+            raise FalqonError(
+                layer.site,
+                f"its base weight is tied (also {shared[0]} or {shared[-1]}), so it can't be freed",
+                "Leave the layer out with exclude=, or untie the weights",
+            )
+        check_weight(layer.site, weight)
+        if layer.lora is not None:
+            check_fit(layer.lora)
+
+
+def _track(layers: Sequence[Any], show: bool) -> Iterator[Any]:
+    columns = (TextColumn("casting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not show, transient=True) as bar:
+        yield from bar.track(layers)

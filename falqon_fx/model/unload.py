@@ -1,0 +1,49 @@
+"""`merge_and_unload`: a plain model with the adapters merged into its weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from falqon_fx.errors import FalqonError
+from falqon_fx.model.lora_layers import lora_layers, unwrap
+from falqon_fx.model.prepare import restore
+from falqon_fx.rows import unload as rows_unload
+
+
+def merge_and_unload(model: nn.Module) -> nn.Module:
+    """The base model with its active adapters merged, for PEFT models trained under falqon.
+
+    PEFT merges W + Σ scaling · B · A itself; where `prepare` freed W, dq(W) in the dtype that W had
+    takes its place. With update="rows" a layer's weight is dq(W') + scaling · (B - applied) ·
+    dq(A), where the active adapter is the one that W' holds. Changes ``model`` in place, as PEFT's
+    own does.
+
+    Raises:
+        FalqonError: no PEFT model, or a bias of lora_B that has no place in the base layer; with
+            pending="drop", another adapter than the one that was trained. Nothing has been changed
+            then.
+    """
+    model = unwrap(model)
+    if not (hasattr(model, "get_base_model") and hasattr(model, "merge_and_unload")):
+        raise FalqonError(
+            type(model).__name__, "it is not a PEFT model", "Merge what get_peft_model returned"
+        )
+    base: Any = model.get_base_model()  # type: ignore[operator]
+    _check_biases(base)
+    rows_unload.merge(base)
+    restore(model)
+    merged: nn.Module = model.merge_and_unload()  # type: ignore[operator]
+    return merged
+
+
+def _check_biases(base: nn.Module) -> None:
+    for layer in lora_layers(base):
+        biased = [n for n in layer.adapters if layer.module.lora_B[n].bias is not None]
+        if biased and getattr(layer.base, "bias", None) is None:
+            raise FalqonError(
+                layer.path,
+                "its lora_B has a bias and its base layer none, so there is no place for it",
+                "Train without lora_bias, or give the base layer a bias of zeros",
+            )

@@ -1,0 +1,65 @@
+"""``falqon::base_linear`` and ``falqon::dequantize``: the layer that `falqon_fx.prepare` makes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from falqon_fx.ops import lowering
+from falqon_fx.site.base import Base, bases
+from falqon_fx.site.numerics import as_scale, without_autocast
+
+
+@torch.library.custom_op("falqon::base_linear", mutates_args=())
+def base_linear(
+    x: Tensor, code: Tensor, scale: Tensor, digest: Tensor, bias: Tensor | None, spec: str
+) -> Tensor:
+    """The layer that `prepare` makes: x · dq(W)ᵀ + bias, in x's dtype.
+
+    ``code`` uint8 [out, in], the bytes of W in E4M3; ``scale`` int32 [out, 1] or [], the bits of
+    its float32 scales; ``digest`` uint8 [8] their hash. ``spec`` says what they were made with, for
+    the passes, which find all of it in the graph.
+    """
+    bases.verify("a prepared layer", Base(code, as_scale(scale)), digest)
+    return lowering.base_linear(x, code, scale, bias)
+
+
+@base_linear.register_fake
+def _(
+    x: Tensor, code: Tensor, scale: Tensor, digest: Tensor, bias: Tensor | None, spec: str
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], code.shape[0]))
+
+
+def _save_base(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, code, scale, _, bias, _ = inputs
+    ctx.save_for_backward(code, scale)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+@without_autocast
+def _backward_base(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    code, scale = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = lowering.base_linear_grad_x(grad, code, scale)
+    if ctx.needs_input_grad[4]:
+        flat = grad.reshape(-1, grad.shape[-1])
+        grad_bias = flat.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    return grad_x, None, None, None, grad_bias, None
+
+
+base_linear.register_autograd(_backward_base, setup_context=_save_base)
+
+
+@torch.library.custom_op("falqon::dequantize", mutates_args=())
+def dequantize(code: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """dq(W) [out, in] of a prepared layer, where code reads its ``weight``; see `base_linear`."""
+    return lowering.dequantize(code, scale, dtype)
+
+
+@dequantize.register_fake
+def _(code: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return code.new_empty(code.shape, dtype=dtype)

@@ -1,0 +1,37 @@
+"""What the ``falqon::`` ops become below autograd, for Inductor, in graphs on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from falqon_fx._compat import OpOverload, inductor_decompositions
+from falqon_fx.ops import gpu, merged_linear
+from falqon_fx.rows import ops as rows_ops
+from falqon_fx.site.spec import lowering_version
+
+
+class Decompositions(dict[OpOverload, Callable[..., Any]]):
+    """A decomposition table that stands in a disk cache's key as what made it.
+
+    Inductor pickles the table into the key of its graph cache, and gives up caching where an entry
+    can't be pickled.
+    """
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str, str]]:
+        return decompositions, (torch.__version__, lowering_version())
+
+
+def decompositions(_torch: str = "", _lowering: str = "") -> Decompositions:
+    """Inductor's decompositions and those that open the ``falqon::`` ops below autograd, for graphs
+    on a GPU.
+    """
+    table = Decompositions(inductor_decompositions())
+    table[merged_linear.CASTS] = gpu.proxy_update
+    table[torch.ops.falqon.pending.default] = rows_ops.pending_part
+    table[merged_linear.OP] = gpu.merged_linear
+    table[torch.ops.falqon.merged_linear_grad_x.default] = gpu.merged_linear_grad_x
+    table[torch.ops.falqon.grad_a.default] = gpu.grad_a
+    return table

@@ -1,0 +1,242 @@
+"""``adapter_dtype="fp8"``: the adapter as r more columns of the FP8 product.
+
+    O = s_x ⊙ s_W ⊙ ([q | t] · [W | b]ᵀ)        t = q(O_A / (s_x · α)), b = q(s · B · α / s_W)
+    dL/dx = s_g ⊙ ([g | D'] · [W; Â])            g = q(dL/dO ⊙ s_W), D' = q(D ⊙ s_A / s_g)
+
+with D = s_g ⊙ (g · b) / α. Each is one plain product of FP8 operands with r more of K: no second
+pass over O or dL/dx. α [r] holds a power of two for each dimension of the rank, which shares the
+range of E4M3 between t and b. What is beyond the range is clamped, and counted (see `Clamped`).
+
+This is the arithmetic on a CPU, in ATen; it is not compiled, and no faster than bfloat16 adapters.
+
+Shapes: x [n, in]; W [out, in] and Â [r, in] in E4M3 (or bytes), their scales s_W and s_A float32
+[rows, 1] or []; B and b [out, r]; O_A, t and D [n, r]; dL/dO and g [n, out]. Sites are numbered i,
+adapters j; ``owner[j]`` is the site of adapter j.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from falqon_fx.ops.lowering import adapter_outputs, cast_fp8, decode, gemm_dtype, rescale
+from falqon_fx.site.casts import scale_of
+from falqon_fx.site.numerics import E4M3, E5M2, FP8_MAX, decode_fp8, round_to_fp8, without_autocast
+from falqon_fx.site.spec import parse_spec
+
+# A row of q has a root mean square of about 80: its largest element is at 448, and activations have
+# a crest factor of 5 to 6.
+_TYPICAL_Q = 80.0
+# From a typical t to 448: tokens differ, and so do the directions of x.
+_ROOM_T = 32.0
+# From the largest g to what FP8 holds: D' has the scale of g and is a sum of many g. E5M2 has range
+# to spare.
+_ROOM_G = {E5M2: 64.0, E4M3: 4.0}
+# What is not beyond this is nearest to the largest FP8 number anyway.
+_ROUNDS_TO_MAX = {E5M2: 61440.0, E4M3: 464.0}
+
+
+class Clamped:
+    """How many elements of b, t and D' were clamped, by the B that they belong to."""
+
+    def __init__(self) -> None:
+        self._counts: weakref.WeakKeyDictionary[Any, dict[int, int]] = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    def add(self, lora_b: Tensor, scaled: Tensor, fp8: torch.dtype) -> None:
+        """Count the elements of ``scaled`` that FP8 clamps; warns when it begins."""
+        count = int((scaled.abs() > _ROUNDS_TO_MAX[fp8]).sum())
+        if count == 0:
+            return
+        place = int(lora_b.storage_offset())
+        with self._lock:
+            counts = self._counts.setdefault(lora_b.untyped_storage(), {})
+            begins = place not in counts
+            counts[place] = counts.get(place, 0) + count
+        if begins:
+            warnings.warn(
+                f"falqon: the part of an adapter with B {list(lora_b.shape)} is so large beside "
+                f'that of its base weight that adapter_dtype="fp8" clamps some of it ({count} of '
+                f"{scaled.numel()} elements). falqon_fx.adapters(model) counts them, by site, as "
+                '.saturated. Set adapter_dtype="bfloat16" if the number grows.',
+                stacklevel=2,
+            )
+
+    def of(self, lora_b: Tensor) -> int:
+        """The number since the start."""
+        counts = self._counts.get(lora_b.untyped_storage(), {})
+        return counts.get(int(lora_b.storage_offset()), 0)
+
+
+clamped = Clamped()
+
+
+@without_autocast
+def proxy_update(
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scaling: Sequence[float],
+    base_scale: Sequence[Tensor],
+    spec: str,
+) -> list[Tensor]:
+    """[Â_j, s_A,j, b_j, α_j] of each adapter j in turn: b_j = q(s · B_j · α_j / s_W) in E4M3, for
+    the base with scale s_W that it is added to, and α_j float32 [r].
+    """
+    plan = parse_spec(spec)
+    casts: list[Tensor] = []
+    for a, b, factor, s in zip(lora_a, lora_b, scaling, base_scale):
+        of_a = cast_fp8(a.detach(), E4M3, plan, torch.float32, keep=True)
+        assert of_a.code is not None
+        wanted = b.detach().to(torch.float32) * factor / s
+        values = decode_fp8(of_a.code, of_a.scale, torch.float32)
+        alpha = balance(_TYPICAL_Q * values.norm(dim=1), wanted.abs().amax(dim=0))
+        scaled = wanted * alpha
+        clamped.add(b, scaled, E4M3)
+        casts += [of_a.code, of_a.scale, round_to_fp8(scaled, E4M3).to(E4M3), alpha]
+    return casts
+
+
+def balance(typical: Tensor, largest: Tensor) -> Tensor:
+    """α [r], where with α = 1 a ``typical`` t is that large, and no b is above ``largest``.
+
+    t / α has its room from α = typical · 32 / 448 on, and b · α fits up to α = 448 / largest. The
+    geometric mean of the two leaves both the same range to spare. Where there is none the room of t
+    shrinks: how large b is is known, of t it is a guess.
+    """
+    least = (typical * (_ROOM_T / FP8_MAX[E4M3])).log2()
+    most = (FP8_MAX[E4M3] / largest).log2()
+    power = torch.minimum(((least + most) / 2).round(), most.floor())
+    # B is zero where a training starts.
+    power = torch.where(largest == 0, least.ceil(), power)
+    return power.clamp(-60, 60).exp2()
+
+
+@without_autocast
+def merged_linear(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    a: Sequence[Tensor],
+    a_scale: Sequence[Tensor],
+    b: Sequence[Tensor],
+    alpha: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    adapter_x: Sequence[Tensor],
+    owner: Sequence[int],
+    scaling: Sequence[float],
+    keep_x: bool,
+    out_dtype: torch.dtype,
+    spec: str,
+) -> list[Tensor]:
+    """[O_i | O_A | x̂] as `falqon_fx.ops.lowering.merged_linear` has them; O_A,j = t_j · s_x · α_j
+    as it is multiplied.
+
+    Where scales are powers of two they are in the values that are multiplied, which stay exact;
+    others follow the product.
+    """
+    plan = parse_spec(spec)
+    dtype, exact = gemm_dtype(out_dtype, x.device), plan.scale == "pow2"
+
+    def cast(given: Tensor, keep: bool) -> Any:
+        return cast_fp8(given.reshape(-1, given.shape[-1]), E4M3, plan, dtype, keep=keep)
+
+    of_x = cast(x, keep_x and not adapter_x)
+    own = [cast(x_j, keep_x) for x_j in adapter_x]
+    before = adapter_outputs(own or [of_x] * len(a), bool(own), a, a_scale, dtype, plan)
+    parts: list[Tensor] = []  # O_A
+    tails: list[Tensor] = []  # t, with its scale where that is exact
+    for part, factor, of_b in zip(before.split([len(t) for t in a], dim=1), alpha, lora_b):
+        unit = of_x.scale * factor
+        scaled = part.to(torch.float32) / unit
+        clamped.add(of_b, scaled, E4M3)
+        t = round_to_fp8(scaled, E4M3)
+        parts.append((t * unit).to(dtype))
+        tails.append(parts[-1] if exact else t.to(dtype))
+    ys = []
+    for i, (w, s) in enumerate(zip(weight, scale)):
+        y = of_x.value @ decode(w, s if exact else 1.0, dtype).t()
+        for j in [j for j, of in enumerate(owner) if of == i]:
+            y = torch.addmm(
+                y, tails[j], decode_fp8(b[j], s / alpha[j] if exact else 1.0, dtype).t()
+            )
+        y = y if exact else rescale(y, of_x.rest, s)
+        if bias:
+            y = y + bias[i].to(dtype)
+        shape = (*x.shape[:-1], w.shape[0])
+        ys.append(torch.ops.aten._unsafe_view(y.to(out_dtype), shape))
+    kept = [part for of in own or [of_x] for part in (of.code, of.scale)] if keep_x else []
+    return [*ys, torch.cat(parts, dim=1), *kept]
+
+
+@torch.library.custom_op("falqon::merged_linear_grad_fp8", mutates_args=())
+def merged_linear_grad(
+    grad: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    a: Sequence[Tensor],
+    a_scale: Sequence[Tensor],
+    b: Sequence[Tensor],
+    alpha: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    owner: Sequence[int],
+    through_x: bool,
+    needs_x: bool,
+    x_dtype: torch.dtype,
+    spec: str,
+) -> list[Tensor]:
+    """[dL/dx | D_1 | D_2 | ...]: dL/dx [n, in] in ``x_dtype`` ([0, in] unless ``needs_x``), with
+    what comes through the adapters where they read x (``through_x``); D_j = dL/dO · s · B_j [n, r].
+
+    g has one scale a token for all sites together, or one for all of it.
+    """
+    plan = parse_spec(spec)
+    first, fp8 = grad[0], plan.grad_dtype
+    dtype, outs = gemm_dtype(first.dtype, first.device), [len(w) for w in weight]
+    of_rows = [s.reshape(1, -1).expand(1, out) for s, out in zip(scale, outs)]
+    wide = torch.cat([g.to(torch.float32) * s for g, s in zip(grad, of_rows)], dim=1)
+    s_g = scale_of(wide, fp8, plan) * _ROOM_G[fp8]
+    g = round_to_fp8(wide / s_g, fp8).to(dtype)
+    each = g.split(outs, dim=1)
+    d, left, right = [], [g], [*weight]
+    for j, i in enumerate(owner):
+        product = (each[i] @ decode_fp8(b[j], 1.0, dtype)).to(torch.float32)
+        d.append((product * (s_g / alpha[j])).to(dtype))
+        if through_x:
+            tail = product * (a_scale[j].reshape(1, -1) / alpha[j])
+            clamped.add(lora_b[j], tail, fp8)
+            left.append(round_to_fp8(tail, fp8).to(dtype))
+            right.append(a[j])
+    if not needs_x:
+        return [first.new_empty((0, weight[0].shape[1]), dtype=x_dtype), *d]
+    product = torch.cat(left, dim=1) @ torch.cat([decode_fp8(code, 1.0, dtype) for code in right])
+    return [(product.to(torch.float32) * s_g).to(x_dtype), *d]
+
+
+@merged_linear_grad.register_fake
+def _(
+    grad: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    a: Sequence[Tensor],
+    a_scale: Sequence[Tensor],
+    b: Sequence[Tensor],
+    alpha: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    owner: Sequence[int],
+    through_x: bool,
+    needs_x: bool,
+    x_dtype: torch.dtype,
+    spec: str,
+) -> list[Tensor]:
+    first, n = grad[0], grad[0].shape[0]
+    dtype = gemm_dtype(first.dtype, first.device)
+    d = [first.new_empty((n, factor.shape[1]), dtype=dtype) for factor in b]
+    return [first.new_empty((n if needs_x else 0, weight[0].shape[1]), dtype=x_dtype), *d]

@@ -1,0 +1,146 @@
+"""What the ``falqon::`` ops compute on a GPU: ATen casts, and products by `falqon_fx.kernels`.
+
+The functions take what those of `falqon_fx.ops.lowering` take and compute the same; here products
+get FP8 operands and their scales, and add up in float32 up to the store. The casts are ATen, so
+that Inductor fuses them into whatever made x or dL/dO; the products are opaque ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from falqon_fx.ops.lowering import gemm_dtype
+from falqon_fx.site.casts import cast_fp8
+from falqon_fx.site.numerics import E4M3, as_e4m3, without_autocast
+from falqon_fx.site.spec import parse_spec
+
+
+def quantize(x: Tensor, dtype: torch.dtype, spec: str) -> tuple[Tensor, Tensor]:
+    """``x`` [n, k] ≈ q · scale: FP8 q [n, k], scale float32 [n, 1] or [].
+
+    Below sm_89 the compiler of generated kernels has no FP8: there the cast is an op by itself.
+    """
+    known = x.device.type == "cuda" and torch.cuda.is_available()
+    if known and torch.cuda.get_device_capability(x.device) < (8, 9):
+        narrow = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        x = x if narrow else x.to(torch.float32)
+        q, scale = torch.ops.falqon.cast_fp8(x, dtype, spec)
+        return q, scale
+    return cast_fp8(x.to(torch.float32), dtype, spec)
+
+
+@without_autocast
+def proxy_update(
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scaling: Sequence[float],
+    base_scale: Sequence[Tensor],
+    wide: bool,
+    spec: str,
+) -> list[Tensor]:
+    """See `falqon_fx.ops.lowering.proxy_update`."""
+    dtype = torch.float32 if wide else torch.bfloat16
+    casts: list[Tensor] = []
+    for a, b, factor in zip(lora_a, lora_b, scaling):
+        code, scale = quantize(a.detach(), E4M3, spec)
+        casts += [code, scale, (b.detach().to(torch.float32) * factor).to(dtype)]
+    return casts
+
+
+@without_autocast
+def grad_a(d: Tensor, code: Tensor, scale: Tensor, a_dtype: torch.dtype) -> Tensor:
+    """See `falqon_fx.ops.lowering.grad_a`."""
+    scaled = (d.to(torch.float32) * scale).to(d.dtype)
+    return (scaled.t() @ code.to(d.dtype)).to(a_dtype)
+
+
+@without_autocast
+def merged_linear(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    a: Sequence[Tensor],
+    a_scale: Sequence[Tensor],
+    b: Sequence[Tensor],
+    alpha: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    adapter_x: Sequence[Tensor],
+    owner: Sequence[int],
+    scaling: Sequence[float],
+    keep_x: bool,
+    out_dtype: torch.dtype,
+    spec: str,
+) -> list[Tensor]:
+    """See `falqon_fx.ops.lowering.merged_linear`. x̂ is kept as it is multiplied:
+    E4M3 and its scale.
+    """
+    dtype = gemm_dtype(out_dtype, x.device)
+    q, q_scale = quantize(x.reshape(-1, x.shape[-1]), E4M3, spec)
+    own = [quantize(x_j.reshape(-1, x_j.shape[-1]), E4M3, spec) for x_j in adapter_x]
+    codes_a = [as_e4m3(code) for code in a]
+    out_a: list[Tensor] = []
+    if own:
+        parts = [
+            torch.ops.falqon.adapter_product(*cast, code, scale_a, out_dtype, spec)
+            for cast, code, scale_a in zip(own, codes_a, a_scale, strict=True)
+        ]
+        out_a = [torch.cat(parts, dim=1)]
+    products = torch.ops.falqon.merged_product(
+        q,
+        q_scale,
+        [as_e4m3(w) for w in weight],
+        scale,
+        bias,
+        codes_a,
+        a_scale,
+        [t.to(dtype) for t in b],
+        out_a,
+        owner,
+        out_dtype,
+        spec,
+    )
+    # Not `reshape`: below autograd that makes a view, which may not be written in place later.
+    shape = x.shape[:-1]
+    ys = [torch.ops.aten._unsafe_view(y, (*shape, y.shape[1])) for y in products[: len(weight)]]
+    kept = [part for cast in own or [(q, q_scale)] for part in cast] if keep_x else []
+    return [*ys, *(out_a or products[len(weight) :]), *kept]
+
+
+@without_autocast
+def merged_linear_grad_x(
+    grad: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    d: Sequence[Tensor],
+    a: Sequence[Tensor],
+    a_scale: Sequence[Tensor],
+    x_dtype: torch.dtype,
+    spec: str,
+) -> Tensor:
+    """See `falqon_fx.ops.lowering.merged_linear_grad_x`."""
+    plan, dtype = parse_spec(spec), gemm_dtype(grad[0].dtype, grad[0].device)
+    casts, q_scales, left = [], [], []
+    for g, s in zip(grad, scale):
+        folded = g.to(torch.float32) * s.t() if plan.per_row else g
+        q, q_scale = quantize(folded, plan.grad_dtype, spec)
+        casts.append(q)
+        q_scales.append(q_scale if plan.per_row else q_scale * s)
+    for d_j, s in zip(d, a_scale):
+        left.append((d_j.to(torch.float32) * (s.t() if s.dim() == 2 else s)).to(dtype))
+    # Products for bfloat16 may round to it on their way, which those of a float32 dL/dO must not.
+    stored = torch.float32 if x_dtype == torch.bfloat16 != dtype else x_dtype
+    product: Tensor = torch.ops.falqon.grad_x_product(
+        casts,
+        q_scales,
+        [as_e4m3(w) for w in weight],
+        [torch.cat(left, dim=1)] if left else [],
+        [as_e4m3(code) for code in a],
+        stored,
+        spec,
+    )
+    return product.to(x_dtype)

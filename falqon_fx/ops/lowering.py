@@ -1,0 +1,314 @@
+"""What the ``falqon::`` ops compute on a CPU, where they stay opaque in compiled graphs.
+
+The casts are compiled code (`falqon_fx.kernels.cpu.casts`), which is two to three times as fast as
+what Inductor makes of them, and costs its compiler nothing; without it they are ATen operations,
+bit for bit the same. The products are torch's own. For GPUs see `falqon_fx.ops.gpu`.
+
+Shapes: x [n, in]; W [out, in] and Â [r, in] E4M3 (or bytes), their scales float32 [rows, 1] or [];
+b [out, r]; dL/dO [n, out]. Sites are numbered i, adapters j; ``owner[j]`` is the site of adapter j,
+and the adapters of a site stand side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from falqon_fx._compat import native_bf16
+from falqon_fx.kernels.cpu import casts as cpu_casts
+from falqon_fx.site.casts import scale_of
+from falqon_fx.site.numerics import (
+    E4M3,
+    as_scale,
+    decode_fp8,
+    round_to_fp8,
+    round_to_scaled_fp8,
+    without_autocast,
+)
+from falqon_fx.site.spec import SiteSpec, parse_spec
+
+
+def quantize(x: Tensor, dtype: torch.dtype, spec: SiteSpec) -> tuple[Tensor, Tensor | float]:
+    """``x ≈ value * rest``: ``x`` [n, k] cast to FP8 with one scale per row, or one for all of it;
+    ``value`` is float32.
+
+    A scale that is a power of two is already in ``value``, which bfloat16 still holds exactly.
+    Others are left in ``rest``, [n, 1] or [], for the GEMM's result.
+    """
+    # The amax of x as it is: were x widened first, Inductor would keep a wide copy of a costly x.
+    scale, wide = scale_of(x, dtype, spec), x.to(torch.float32)
+    if spec.scale == "pow2":
+        return round_to_scaled_fp8(wide, scale, dtype), 1.0
+    return round_to_fp8(wide * scale.reciprocal(), dtype), scale
+
+
+def gemm_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What decoded operands are multiplied in where the result is of ``dtype``: bfloat16 for
+    bfloat16, else float32 (a raw FP8 sum overflows float16).
+
+    Float32 too on a CPU that can't multiply bfloat16: there torch's GEMM is 20 times slower in it.
+    FP8 values are exact in both.
+    """
+    if dtype == torch.bfloat16 and (device.type != "cpu" or native_bf16()):
+        return torch.bfloat16
+    return torch.float32
+
+
+@without_autocast
+def proxy_update(
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scaling: Sequence[float],
+    base_scale: Sequence[Tensor],
+    wide: bool,
+    spec: str,
+) -> list[Tensor]:
+    """[Â_j, s_A,j, b_j] of each adapter j in turn: Â = q(A) in E4M3 with one scale per row (or one
+    for all of A), and b = scaling · B in bfloat16, or float32 where ``wide``.
+    """
+    plan = parse_spec(spec)
+    dtype = torch.float32 if wide else torch.bfloat16
+    casts: list[Tensor] = []
+    for a, b, factor in zip(lora_a, lora_b, scaling):
+        cast = cast_fp8(a.detach(), E4M3, plan, torch.float32, keep=True)
+        assert cast.code is not None
+        casts += [cast.code, cast.scale, (b.detach().to(torch.float32) * factor).to(dtype)]
+    return casts
+
+
+@dataclass(frozen=True)
+class Cast:
+    """x [n, k] ≈ ``value`` · ``rest`` in FP8: ``value`` as it is multiplied, in which a scale that
+    is a power of two is contained, so that ``rest`` is 1; ``code`` in E4M3 where that was asked
+    for.
+    """
+
+    value: Tensor
+    rest: Tensor | float
+    scale: Tensor
+    code: Tensor | None = None
+
+
+def cast_fp8(
+    x: Tensor,
+    fp8: torch.dtype,
+    plan: SiteSpec,
+    dtype: torch.dtype,
+    *,
+    columns: Tensor | None = None,
+    keep: bool = False,
+    to: Tensor | None = None,
+) -> Cast:
+    """Cast x [n, k], times ``columns`` [1, k] where given, with one scale per row or one for all of
+    it. The values come in ``dtype``, in ``to`` [n, k] where that is given.
+    """
+    pow2 = plan.scale == "pow2"
+    if pow2 and plan.per_row and x.device.type == "cpu":
+        value = x.new_empty(x.shape, dtype=dtype) if to is None else to
+        code = x.new_empty(x.shape, dtype=torch.uint8) if keep else None
+        scale = cpu_casts.cast_rows(x, fp8, columns, value, code)
+        if scale is not None:
+            return Cast(value, 1.0, scale, None if code is None else code.view(E4M3))
+    scaled = x if columns is None else x.to(torch.float32) * columns
+    scale, wide = scale_of(scaled, fp8, plan), scaled.to(torch.float32)
+    codes = round_to_fp8(wide * scale.reciprocal(), fp8)
+    value = round_to_scaled_fp8(wide, scale, fp8) if pow2 else codes
+    value = value.to(dtype) if to is None else to.copy_(value)
+    rest = 1.0 if pow2 else scale
+    # x may be a view of any strides; what is kept is not.
+    code = codes.to(fp8, memory_format=torch.contiguous_format) if keep else None
+    return Cast(value, rest, scale, code)
+
+
+def decode(
+    code: Tensor, scale: Tensor | float, dtype: torch.dtype, to: Tensor | None = None
+) -> Tensor:
+    """`decode_fp8`, into ``to`` where that is given."""
+    if code.device.type == "cpu":
+        result = code.new_empty(code.shape, dtype=dtype) if to is None else to
+        if cpu_casts.decode_rows(code, scale, result):
+            return result
+    value = decode_fp8(code, scale, dtype)
+    return value if to is None else to.copy_(value)
+
+
+@without_autocast
+def merged_linear(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    a: Sequence[Tensor],
+    a_scale: Sequence[Tensor],
+    b: Sequence[Tensor],
+    alpha: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    adapter_x: Sequence[Tensor],
+    owner: Sequence[int],
+    scaling: Sequence[float],
+    keep_x: bool,
+    out_dtype: torch.dtype,
+    spec: str,
+) -> list[Tensor]:
+    """[O_i | O_A | x̂] of the sites i that read x: O_i = q(x) · W_iᵀ + Σ_j O_A,j · b_jᵀ + bias_i,
+    [..., out_i] in ``out_dtype``, over the adapters j of site i (without the sum where there is no
+    b); then the O_A,j = q(x_j) · Â_jᵀ of all adapters side by side, [n, Σ r_j]; then, where
+    ``keep_x``, what dL/dA needs: the cast of each x_j in E4M3 and its scale.
+    """
+    plan = parse_spec(spec)
+    dtype, exact = gemm_dtype(out_dtype, x.device), plan.scale == "pow2"
+
+    def cast(given: Tensor, keep: bool) -> Cast:
+        return cast_fp8(given.reshape(-1, given.shape[-1]), E4M3, plan, dtype, keep=keep)
+
+    of_x = cast(x, keep_x and not adapter_x)
+    own = [cast(x_j, keep_x) for x_j in adapter_x]
+    out_a = of_x.value.new_empty((of_x.value.shape[0], 0))
+    if a:
+        out_a = adapter_outputs(own or [of_x] * len(a), bool(own), a, a_scale, dtype, plan)
+    parts = out_a.split([code.shape[0] for code in a], dim=1) if a else ()
+    ys = []
+    for i, (w, s) in enumerate(zip(weight, scale)):
+        y = of_x.value @ decode(w, s if exact else 1.0, dtype).t()
+        if not exact:
+            y = rescale(y, of_x.rest, s)
+        for j in [j for j, of in enumerate(owner) if of == i] if b else []:
+            y = torch.addmm(y, parts[j], b[j].to(dtype).t())
+        if bias:
+            y = y + bias[i].to(dtype)
+        # Not `view`: what comes from below autograd as a view may not be written in place later.
+        shape = (*x.shape[:-1], w.shape[0])
+        ys.append(torch.ops.aten._unsafe_view(y.to(out_dtype), shape))
+    kept: list[Tensor] = []
+    for of in (own or [of_x]) if keep_x else []:
+        assert of.code is not None
+        kept += [of.code, of.scale]
+    return [*ys, out_a, *kept]
+
+
+def adapter_outputs(
+    each: Sequence[Cast],
+    apart: bool,
+    a: Sequence[Tensor],
+    a_scale: Sequence[Tensor],
+    dtype: torch.dtype,
+    plan: SiteSpec,
+) -> Tensor:
+    """The O_A of all adapters side by side; as one product where all read the same x."""
+    exact = plan.scale == "pow2"
+    values = [decode(code, s if exact else 1.0, dtype) for code, s in zip(a, a_scale)]
+    if apart:
+        products = [cast.value @ value.t() for cast, value in zip(each, values)]
+    else:
+        product = each[0].value @ _stack(values).t()
+        products = [product] if exact else [*product.split([len(v) for v in values], dim=1)]
+    if not exact:
+        products = [rescale(p, c.rest, s) for p, c, s in zip(products, each, a_scale)]
+    return _stack(products, dim=1)
+
+
+def _stack(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat([*parts], dim)
+
+
+def rescale(y: Tensor, rest: Tensor | float, scale: Tensor) -> Tensor:
+    """Multiply a GEMM's result by the scales that its operands lack, in float32."""
+    return (y.to(torch.float32) * rest * (scale.t() if scale.dim() == 2 else scale)).to(y.dtype)
+
+
+@without_autocast
+def merged_linear_grad_x(
+    grad: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    d: Sequence[Tensor],
+    a: Sequence[Tensor],
+    a_scale: Sequence[Tensor],
+    x_dtype: torch.dtype,
+    spec: str,
+) -> Tensor:
+    """dL/dx = Σ_i q(dL/dO_i · diag(s_W,i)) · W_i + Σ_j D_j · dq(Â_j), [n, in] in ``x_dtype``, with
+    D_j = dL/dO · b_j [n, r_j] of the adapters that read x.
+
+    The row scales of W belong to the dimension that is summed over, so they go into dL/dO before
+    its cast. D has r columns, too few to gain from FP8. Where all scales are powers of two, all of
+    it is one GEMM, which adds up in float32: [q(dL/dO_1) | ... | D_1 | ...] · [W_1; ...; Â_1; ...].
+    """
+    plan = parse_spec(spec)
+    dtype = gemm_dtype(grad[0].dtype, grad[0].device)
+    exact = plan.scale == "pow2"
+    outs = [w.shape[0] for w in weight] if exact else []
+    widths = [*outs, *(d_j.shape[1] for d_j in d)]
+    n, features = grad[0].shape[0], weight[0].shape[1]
+    left = grad[0].new_empty((n, sum(widths)), dtype=dtype)
+    right = grad[0].new_empty((sum(widths), features), dtype=dtype)
+    columns, rows = left.split(widths, dim=1), right.split(widths)
+    products: list[Tensor] = []
+    for i, (g, w, s) in enumerate(zip(grad, weight, scale)):
+        of_rows = s.t().contiguous() if plan.per_row else None
+        if exact:
+            cast_fp8(g, plan.grad_dtype, plan, dtype, columns=of_rows, to=columns[i])
+            decode(w, 1.0 if plan.per_row else s, dtype, rows[i])
+        else:
+            cast = cast_fp8(g, plan.grad_dtype, plan, dtype, columns=of_rows)
+            product = (cast.value @ decode(w, 1.0, dtype)).to(torch.float32) * cast.rest
+            products.append(product if plan.per_row else product * s)
+    for j, (d_j, code, s) in enumerate(zip(d, a, a_scale)):
+        columns[len(outs) + j].copy_(rescale(d_j.to(dtype), 1.0, s))
+        decode(code, 1.0, dtype, rows[len(outs) + j])
+    if widths:
+        products.append(left @ right)
+    total = products[0]
+    for product in products[1:]:
+        total = total.to(torch.float32) + product.to(torch.float32)
+    return total.to(x_dtype)
+
+
+@without_autocast
+def grad_a(d: Tensor, code: Tensor, scale: Tensor, a_dtype: torch.dtype) -> Tensor:
+    """dL/dA [r, in] = Dᵀ · x̂ for D [n, r] and x̂ = code · scale, an input as `merged_linear` kept
+    it: E4M3 [n, in], float32 [n, 1] or []. Straight through the casts of A and of x.
+    """
+    scaled = (d.to(torch.float32) * scale).to(d.dtype)
+    return (scaled.t() @ decode(code, 1.0, d.dtype)).to(a_dtype)
+
+
+@without_autocast
+def grad_b(grad: Tensor, out_a: Tensor, scaling: float, b_dtype: torch.dtype) -> Tensor:
+    """dL/dB [out, r] = scaling · (dL/dO)ᵀ · O_A."""
+    product = grad.to(out_a.dtype).t() @ out_a
+    return (product.to(torch.float32) * scaling).to(b_dtype)
+
+
+def dequantize(code: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """dq(W) [out, in] in ``dtype``; ``scale`` is float32, or its bits (int32)."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return decode_fp8(code, as_scale(scale), dtype)
+    return decode(code, as_scale(scale), dtype)
+
+
+@without_autocast
+def base_linear(x: Tensor, code: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x · dq(W)ᵀ + bias in x's dtype: the layer that `prepare` makes, outside of compiled code."""
+    wide = plain_dtype(x)
+    of_bias = None if bias is None else bias.to(wide)
+    return F.linear(x.to(wide), dequantize(code, scale, wide), of_bias).to(x.dtype)
+
+
+@without_autocast
+def base_linear_grad_x(grad: Tensor, code: Tensor, scale: Tensor) -> Tensor:
+    """dL/dx = dL/dO · dq(W)."""
+    wide = plain_dtype(grad)
+    return (grad.to(wide) @ dequantize(code, scale, wide)).to(grad.dtype)
+
+
+def plain_dtype(x: Tensor) -> torch.dtype:
+    """What a plain product with x is computed in: x's dtype, but for bfloat16 on a
+    CPU that can't.
+    """
+    return gemm_dtype(x.dtype, x.device) if x.dtype == torch.bfloat16 else x.dtype

@@ -1,0 +1,258 @@
+"""The opaque products that the ``falqon::`` ops are lowered to on a GPU (see `falqon_fx.ops.gpu`).
+
+They are defined without the wrapping of `torch.library.custom_op`: several run in each layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from falqon_fx.ops.lowering import gemm_dtype
+from falqon_fx.site.spec import parse_spec
+
+if TYPE_CHECKING:
+    from falqon_fx.kernels.gemm.launch import Piece
+    from falqon_fx.kernels.products.dispatch import Options
+
+
+def cast_alone(x: Tensor, dtype: torch.dtype, spec: str) -> tuple[Tensor, Tensor]:
+    """`cast_fp8` as a kernel by itself, of ``x`` in its own dtype."""
+    from falqon_fx.kernels.products import dispatch
+
+    q, scale = dispatch.cast_fp8(x, dtype, spec).run()
+    return q, scale
+
+
+def _cast_fp8_fake(x: Tensor, dtype: torch.dtype, spec: str) -> tuple[Tensor, Tensor]:
+    scale = (x.shape[0], 1) if parse_spec(spec).per_row else ()
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(scale, dtype=torch.float32)
+
+
+def merged_product(
+    q: Tensor,
+    q_scale: Tensor,
+    weight: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    a: Sequence[Tensor],
+    a_scale: Sequence[Tensor],
+    b: Sequence[Tensor],
+    out_a: Sequence[Tensor],
+    owner: Sequence[int],
+    out_dtype: torch.dtype,
+    spec: str,
+) -> list[Tensor]:
+    """O_i [n, out_i] of the sites i that share x, then O_A [n, Σ r_j], unless that is given as
+    ``out_a``:
+
+        O_i   = dq(q) · dq(W_i)ᵀ + Σ_j O_A,j · b_jᵀ + bias_i    over the j with owner[j] == i
+        O_A,j = dq(q) · dq(Â_j)ᵀ
+
+    W_i [out_i, in] and Â_j [r_j, in] are E4M3, their scales float32 [rows, 1] or []. ``bias`` has
+    one entry per site or none, ``b`` one per adapter or none, ``out_a`` one or none. With ``b`` O_A
+    comes first, since all of it is needed for each tile of O. One op, so that Inductor writes q
+    once.
+    """
+    from falqon_fx.kernels.gemm.launch import Piece
+    from falqon_fx.kernels.products import dispatch
+
+    dtype, options = gemm_dtype(out_dtype, q.device), _options(spec)
+
+    def run(pieces: Sequence[Piece], a_pieces: int) -> list[Tensor]:
+        return dispatch.forward(q, q_scale, pieces, a_pieces, out_dtype, dtype, options).run()
+
+    biases: Sequence[Tensor | None] = bias or [None] * len(weight)
+    sites = [Piece(w, s, of_site) for w, s, of_site in zip(weight, scale, biases, strict=True)]
+    adapters = [Piece(code, s) for code, s in zip(a, a_scale, strict=True)]
+    if adapters and not b and not out_a:
+        return run([*sites, *adapters], len(adapters))
+    made: list[Tensor] = []
+    if not out_a:
+        made = run(adapters, len(adapters)) if adapters else [q.new_empty((len(q), 0), dtype=dtype)]
+    if b:
+        sites = _with_adapters(sites, [*out_a, *made][0], b, owner)
+    results: dict[int, Tensor] = {}
+    for members in launches([site.right is not None for site in sites]):
+        results |= zip(members, run([sites[i] for i in members], 0), strict=True)
+    return [*(results[i] for i in range(len(sites))), *made]
+
+
+def launches(adapted: Sequence[bool]) -> list[list[int]]:
+    """Which sites of a group are computed together: those that add O_A · bᵀ, and the others."""
+    kinds = [[i for i, adds in enumerate(adapted) if adds == kind] for kind in (True, False)]
+    return [members for members in kinds if members]
+
+
+def _with_adapters(
+    sites: Sequence[Piece], out_a: Tensor, b: Sequence[Tensor], owner: Sequence[int]
+) -> list[Piece]:
+    """The sites with the term O_A · bᵀ of their adapters."""
+    parts = out_a.split([b_j.shape[1] for b_j in b], dim=1)
+    done = list(sites)
+    for i, site in enumerate(sites):
+        own = [j for j, of in enumerate(owner) if of == i]
+        if own:
+            left, right = ([factor[j] for j in own] for factor in (parts, b))
+            done[i] = replace(site, left=_side_by_side(left), right=_side_by_side(right))
+    return done
+
+
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat([*parts], dim=1)
+
+
+def _merged_product_fake(
+    q: Tensor,
+    q_scale: Tensor,
+    weight: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    a: Sequence[Tensor],
+    a_scale: Sequence[Tensor],
+    b: Sequence[Tensor],
+    out_a: Sequence[Tensor],
+    owner: Sequence[int],
+    out_dtype: torch.dtype,
+    spec: str,
+) -> list[Tensor]:
+    n, rank = q.shape[0], sum(code.shape[0] for code in a)
+    results = [q.new_empty((n, w.shape[0]), dtype=out_dtype) for w in weight]
+    if not out_a:
+        results.append(q.new_empty((n, rank), dtype=gemm_dtype(out_dtype, q.device)))
+    return results
+
+
+def adapter_product(
+    q: Tensor,
+    q_scale: Tensor,
+    a: Tensor,
+    a_scale: Tensor,
+    out_dtype: torch.dtype,
+    spec: str,
+) -> Tensor:
+    """O_A [n, r] = dq(q) · dq(Â)ᵀ of one adapter, whose input the base layer doesn't read."""
+    from falqon_fx.kernels.gemm.launch import Piece
+    from falqon_fx.kernels.products import dispatch
+
+    dtype, options = gemm_dtype(out_dtype, q.device), _options(spec)
+    (result,) = dispatch.forward(
+        q, q_scale, [Piece(a, a_scale)], 1, out_dtype, dtype, options
+    ).run()
+    return result
+
+
+def _adapter_product_fake(
+    q: Tensor,
+    q_scale: Tensor,
+    a: Tensor,
+    a_scale: Tensor,
+    out_dtype: torch.dtype,
+    spec: str,
+) -> Tensor:
+    return q.new_empty((q.shape[0], a.shape[0]), dtype=gemm_dtype(out_dtype, q.device))
+
+
+def grad_x_product(
+    q: Sequence[Tensor],
+    q_scale: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    left: Sequence[Tensor],
+    a: Sequence[Tensor],
+    x_dtype: torch.dtype,
+    spec: str,
+) -> Tensor:
+    """dL/dx [n, in] = Σ_i (q_i · W_i) ⊙ s_q,i + left · [Â_j]; ``left`` [n, Σ r_j] has one entry or
+    none. The scales of W are in q_i, or in s_q,i, those of Â in ``left``.
+    """
+    from falqon_fx.kernels.gemm.launch import Product
+    from falqon_fx.kernels.products import dispatch
+
+    products = [Product(q_i, s, w) for q_i, s, w in zip(q, q_scale, weight)]
+    options = _options(spec)
+    if not left:
+        (result,) = dispatch.grad_x(products, None, None, x_dtype, options).run()
+        return result
+    right = torch.cat([code.to(left[0].dtype) for code in a]).t().contiguous()
+    (result,) = dispatch.grad_x(products, left[0], right, x_dtype, options).run()
+    return result
+
+
+def _grad_x_product_fake(
+    q: Sequence[Tensor],
+    q_scale: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    left: Sequence[Tensor],
+    a: Sequence[Tensor],
+    x_dtype: torch.dtype,
+    spec: str,
+) -> Tensor:
+    return q[0].new_empty((q[0].shape[0], weight[0].shape[1]), dtype=x_dtype)
+
+
+def grad_b_product(
+    grad: Tensor, out_a: Tensor, scaling: float, b_dtype: torch.dtype, spec: str
+) -> Tensor:
+    """dL/dB [out, r] = scaling · gradᵀ · out_a."""
+    from falqon_fx.kernels.products import dispatch
+
+    (result,) = dispatch.grad_b(grad, out_a, scaling, b_dtype, parse_spec(spec).kernel).run()
+    return result
+
+
+def _grad_b_product_fake(
+    grad: Tensor, out_a: Tensor, scaling: float, b_dtype: torch.dtype, spec: str
+) -> Tensor:
+    return grad.new_empty((grad.shape[1], out_a.shape[1]), dtype=b_dtype)
+
+
+def _options(spec: str) -> Options:
+    from falqon_fx.kernels.products import dispatch
+
+    plan = parse_spec(spec)
+    return dispatch.Options(plan.kernel, plan.accumulation, plan.transpose)  # type: ignore[arg-type]
+
+
+for _name, _schema, _run, _fake in (
+    (
+        "falqon::cast_fp8",
+        "(Tensor x, ScalarType dtype, str spec) -> (Tensor, Tensor)",
+        cast_alone,
+        _cast_fp8_fake,
+    ),
+    (
+        "falqon::merged_product",
+        "(Tensor q, Tensor q_scale, Tensor[] weight, Tensor[] scale, Tensor[] bias, Tensor[] a, "
+        "Tensor[] a_scale, Tensor[] b, Tensor[] out_a, int[] owner, ScalarType out_dtype, str spec)"
+        " -> Tensor[]",
+        merged_product,
+        _merged_product_fake,
+    ),
+    (
+        "falqon::adapter_product",
+        "(Tensor q, Tensor q_scale, Tensor a, Tensor a_scale, ScalarType out_dtype, str spec) "
+        "-> Tensor",
+        adapter_product,
+        _adapter_product_fake,
+    ),
+    (
+        "falqon::grad_x_product",
+        "(Tensor[] q, Tensor[] q_scale, Tensor[] weight, Tensor[] left, Tensor[] a, "
+        "ScalarType x_dtype, str spec) -> Tensor",
+        grad_x_product,
+        _grad_x_product_fake,
+    ),
+    (
+        "falqon::grad_b_product",
+        "(Tensor grad, Tensor out_a, float scaling, ScalarType b_dtype, str spec) -> Tensor",
+        grad_b_product,
+        _grad_b_product_fake,
+    ),
+):
+    torch.library.define(_name, _schema)
+    torch.library.impl(_name, "default", _run)
+    torch.library.register_fake(_name, _fake)

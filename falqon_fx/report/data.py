@@ -1,0 +1,267 @@
+"""The data of a report: what the passes did to each graph, and what `falqon_fx.watch` saw."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+from falqon_fx.site.spec import parse_spec
+
+
+@dataclass(frozen=True)
+class Source:
+    """A line of the user's code: the innermost frame outside torch and PEFT."""
+
+    file: str
+    line: int
+    function: str
+    code: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}, in {self.function}: {self.code}"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a site keeps between steps; A and B are the same before and after.
+
+    Attributes:
+        base: the base weight; ``prepare`` frees it, else it stays beside the state.
+        state: W in FP8 with its scales; with update="rows" all of W' and what belongs to it.
+        adapter: A and B.
+    """
+
+    base: int
+    state: int
+    adapter: int
+
+    @property
+    def before(self) -> int:
+        return self.base + self.adapter
+
+    @property
+    def after(self) -> int:
+        """With ``prepare``; without it, ``base`` comes on top."""
+        return self.state + self.adapter
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A prediction of `falqon_fx.cost.model` for one site and step: forward, backward, update.
+
+    Attributes:
+        variant: what runs afterwards: "merged" on FP8 matrix units, else "emulated".
+        tokens: what the two times, the FLOPs and the bytes moved hold for.
+        break_even: tokens from which on the rewrite is never slower; None if it stays slower.
+        speedup: time before / time after by number of tokens.
+    """
+
+    card: str
+    variant: str
+    tokens: int
+    seconds_before: float
+    seconds_after: float
+    flops_before: int
+    flops_after: int
+    moved_before: int
+    moved_after: int
+    break_even: int | None
+    speedup: dict[int, float]
+
+    @property
+    def gain(self) -> float:
+        """Time before / time after at ``tokens``."""
+        return self.seconds_before / self.seconds_after
+
+
+@dataclass(frozen=True)
+class Site:
+    """One subgraph that was rewritten: a linear layer with its adapters, or a frozen one alone.
+
+    Attributes:
+        adapters: how many are active on it, 0 for a frozen layer alone. ``rank`` is the sum of
+            theirs, ``scaling`` the first's and ``dropout`` the largest.
+        train_a, train_b: whether any A, any B gets a gradient. W never does.
+        spec: the options in force, as the op in the graph carries them.
+        x_shape: of the input, symbols by Dynamo's names; ``tokens`` is the product of all but the
+            last, ``tokens_hint`` its value in this call.
+        group: sites of a graph with equal numbers are siblings: one op computes them.
+        device: of the input: "cpu", "cuda", "meta".
+        architecture: 90 for sm_90 and so on; 0 where no FP8 kernel runs.
+        nodes: names of the nodes that the rewrite replaced.
+    """
+
+    path: str
+    out_features: int
+    in_features: int
+    rank: int
+    scaling: float
+    dropout: float
+    out_dtype: str
+    spec: str
+    source: Source | None = None
+    x_shape: tuple[str, ...] = ()
+    tokens: str = ""
+    tokens_hint: int = 0
+    x_dtype: str = ""
+    base_dtype: str = ""
+    adapter_dtype: str = ""
+    adapters: int = 1
+    prepared: bool = False
+    train_a: bool = False
+    train_b: bool = False
+    group: int = 0
+    device: str = ""
+    architecture: int = 0
+    kernel: str = ""
+    kernel_reason: str = ""
+    memory: Memory | None = None
+    cost: Cost | None = None
+    nodes: tuple[str, ...] = ()
+
+    @property
+    def options(self) -> dict[str, str]:
+        """The options in force at this site, by the names of `falqon_fx.FalqonConfig`. Those of
+        update="rows" are in `RewriteReport.options`.
+        """
+        values = asdict(parse_spec(self.spec))
+        return {_OPTIONS.get(name, name): str(value) for name, value in values.items()}
+
+    @property
+    def trains(self) -> str:
+        """What of its adapters gets a gradient: "A, B", "A", "B" or ""."""
+        return ", ".join(["A"] * self.train_a + ["B"] * self.train_b)
+
+
+_OPTIONS = {"grad": "grad_dtype", "adapter": "adapter_dtype"}  # a field of SiteSpec -> the option
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """One subgraph, LoRA-like or a frozen linear layer, that was left exactly as it was."""
+
+    site: str
+    reason: str
+    remedy: str
+    source: Source | None = None
+
+    def __str__(self) -> str:
+        return f"{self.site}: {self.reason}. {self.remedy}."
+
+
+@dataclass(frozen=True)
+class GraphBreak:
+    """Why Dynamo ended a graph where it did, and at which line of the user's."""
+
+    reason: str
+    source: Source | None
+
+
+@dataclass(frozen=True)
+class Line:
+    """One node of a graph as text; ``node`` is its name, the same before and after."""
+
+    node: str
+    text: str
+    inputs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What one write-back did at one site (see `falqon_fx.watch`).
+
+    Norms are Frobenius norms over the rows that were written.
+
+    Attributes:
+        step: the site's number of optimizer steps so far.
+        asked: |scaling · ΔB · Â|, what the optimizer wanted of W.
+        kept: |ΔW|, what the FP8 weight really changed by.
+        lost: |asked - kept| as matrices: what rounding and clamping took or added.
+        clamped: elements beyond the row's FP8 range.
+        pending: Σ|B - applied| over all rows after the write.
+        saturated, underflowed: share of written elements at ±448, and of those not 0 that
+            became 0.
+        rows: indices of the rows written.
+        drift: the error of the whole FP8 weight relative to that of its first cast
+            (`falqon_fx.rows.drift`); None where rows are cast from the base weight.
+    """
+
+    site: str
+    step: int
+    asked: float
+    kept: float
+    lost: float
+    clamped: int
+    pending: float
+    saturated: float
+    underflowed: float
+    out: int
+    rows: tuple[int, ...]
+    drift: float | None = None
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """One graph that went through the passes.
+
+    Attributes:
+        left: frozen linear layers that stay as they are: heads, routers, small ones.
+        ended_by: the graph break behind it, None where the function simply returned.
+        before, after: the graph as text (`explain` alone fills them in).
+    """
+
+    sites: tuple[Site, ...]
+    rejected: tuple[Rejected, ...]
+    nodes_before: int
+    nodes_after: int
+    left: tuple[Rejected, ...] = ()
+    pass_seconds: dict[str, float] = field(default_factory=dict)
+    ended_by: GraphBreak | None = None
+    before: tuple[Line, ...] = ()
+    after: tuple[Line, ...] = ()
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """All graphs of a compilation (see `falqon_fx.RewriteReport`).
+
+    A layer in two graphs, as on both sides of a graph break, stands in the lists of both.
+
+    Attributes:
+        options: the config in force.
+        modules: paths of all modules that hold parameters of their own, the map of the model.
+        notes: what `explain` did or assumed on its own account.
+    """
+
+    graphs: tuple[GraphReport, ...]
+    options: dict[str, str] = field(default_factory=dict)
+    modules: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(site for graph in self.graphs for site in graph.sites)
+
+    @property
+    def rejected(self) -> tuple[Rejected, ...]:
+        return tuple(item for graph in self.graphs for item in graph.rejected)
+
+    @property
+    def left(self) -> tuple[Rejected, ...]:
+        return tuple(item for graph in self.graphs for item in graph.left)
+
+    @property
+    def title(self) -> str:
+        """How many layers were rewritten, rejected and left: one that stands twice in the latter
+        lists counts once.
+        """
+        adapted = sum(site.adapters > 0 for site in self.sites)
+        rejected, left = (
+            len({item.site for item in items}) for items in (self.rejected, self.left)
+        )
+        rewritten = f"{sites_text(len(self.sites))} rewritten ({adapted} with an adapter)"
+        return f"{rewritten}, {rejected} rejected, {left} left"
+
+
+def sites_text(count: int) -> str:
+    """A number of sites in words."""
+    return "1 site" if count == 1 else f"{count} sites"

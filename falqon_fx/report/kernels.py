@@ -1,0 +1,97 @@
+"""Which kernel a site gets on a GPU, as far as it can be said without one; and its source."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from falqon_fx.cost import cards
+from falqon_fx.site.spec import parse_spec
+
+if TYPE_CHECKING:
+    from falqon_fx.config import FalqonConfig
+    from falqon_fx.kernels.gemm.spec import GemmSpec
+    from falqon_fx.report.data import Site
+
+
+def architecture_of(device: torch.device, config: FalqonConfig) -> int:
+    """90 for sm_90 and so on, of the named card or the device at hand; 0 without FP8 kernels."""
+    if config.kernel == "dequantize":
+        return 0
+    if config.card is not None:
+        return cards.find(config.card).architecture
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    number = major * 10 + minor
+    return number if number >= 89 else 0
+
+
+def choose(site: Site) -> tuple[str, str]:
+    """The name of what is likeliest to run the forward product of a site, and why. What won on a
+    GPU is for `falqon_fx.passes.autotune` to say.
+    """
+    if not site.architecture:
+        return "aten", "no FP8 kernels there: casts and bf16 GEMMs, which the inner compiler fuses"
+    asked = parse_spec(site.spec).kernel
+    if asked in ("scaled_mm", "inductor"):
+        return asked, f"kernel={asked!r} asks for it"
+    specs = candidates(site)
+    return f"triton:{specs[0].name}", (
+        f"the likeliest of {len(specs)} generated kernels for this site alone on "
+        f"sm_{site.architecture}; compiling on such a GPU times them and the library's, and takes "
+        "the fastest"
+    )
+
+
+def candidates(site: Site) -> list[GemmSpec]:
+    """The generated kernels for the forward product of a site alone, the likeliest first."""
+    from falqon_fx.kernels.gemm.tiles import GemmProblem, gemm_specs
+
+    plan = parse_spec(site.spec)
+    problem = GemmProblem(
+        n=site.tokens_hint,
+        k=site.in_features,
+        rows=(site.out_features,),
+        a_pieces=0,
+        x="e4m3",
+        x_scale=plan.granularity,  # type: ignore[arg-type]
+        w_scale=plan.granularity,  # type: ignore[arg-type]
+        out_dtype=site.out_dtype,  # type: ignore[arg-type]
+        a_dtype="bfloat16" if site.out_dtype == "bfloat16" else "float32",
+        bias="none",
+        rank=site.rank,
+        accumulation=plan.accumulation,  # type: ignore[arg-type]
+        one_tensor=True,
+    )
+    return gemm_specs(problem, site.architecture)
+
+
+def source(site: Site) -> str:
+    """The source of the kernel of a site; for "aten" the composition that the compiler gets."""
+    if site.kernel == "aten":
+        import inspect
+
+        from falqon_fx.ops import lowering
+
+        parts = (lowering.merged_linear, lowering.merged_linear_grad_x)
+        return "\n\n".join(inspect.getsource(part) for part in parts)
+    kind, _, name = site.kernel.partition(":")
+    if kind != "triton":
+        return f"# {site.kernel}: torch's own product"
+    return _generated(site, name) or f"# {site.kernel}: its source is not on this machine"
+
+
+def _generated(site: Site, name: str) -> str:
+    """The source of a generated kernel: of one for the site alone, or from the folder where kernels
+    that have run are kept.
+    """
+    from falqon_fx.kernels.loader import cache_folder
+    from falqon_fx.kernels.render import render
+
+    for spec in candidates(site):
+        if spec.name == name:
+            return render(spec)
+    kept = sorted(cache_folder().glob(f"{name}-*.py"), key=lambda file: file.stat().st_mtime)
+    return kept[-1].read_text(encoding="utf-8") if kept else ""

@@ -1,0 +1,152 @@
+"""A report as one HTML page that needs no network."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import PythonLexer
+
+from falqon_fx.report.data import Audit, Graphs, Line, Rejected, Site
+from falqon_fx.report.kernels import source
+from falqon_fx.report.text import options_text, pays_from, to_text
+from falqon_fx.report.views import near, rows, stretch
+
+
+def to_html(report: Graphs, audits: Sequence[Audit] = ()) -> str:
+    """The page: the model's map, and on a click a layer's graph, kernel, costs and live state."""
+    environment = Environment(
+        loader=PackageLoader("falqon_fx.report", "."), autoescape=True, undefined=StrictUndefined
+    )
+    light, dark = (HtmlFormatter(style=s) for s in ("default", "github-dark"))
+    return environment.get_template("report.html.jinja").render(
+        title=report.title,
+        text=to_text(report),
+        # "<" could end the script element that holds the data.
+        data=json.dumps(_data(report, audits), separators=(",", ":")).replace("<", "\\u003c"),
+        light=light.get_style_defs(".code"),  # type: ignore[no-untyped-call]
+        dark=dark.get_style_defs(".code"),  # type: ignore[no-untyped-call]
+    )
+
+
+def _data(report: Graphs, audits: Sequence[Audit]) -> dict[str, Any]:
+    items = [*_sites(report), *_unchanged("rejected", report.rejected)]
+    items += _unchanged("left", report.left)
+    live: dict[str, list[dict[str, Any]]] = {}
+    for audit in audits:
+        live.setdefault(audit.site, []).append(asdict(audit))
+    kernels = {site.kernel: site for site in reversed(report.sites)}
+    return {
+        "items": items,
+        "blocks": _blocks(report.modules, items),
+        "kernels": {name: _source(site) for name, site in kernels.items()},
+        "live": live,
+    }
+
+
+def _sites(report: Graphs) -> Iterator[dict[str, Any]]:
+    for graph in report.graphs:
+        all_rows = rows(graph)
+        siblings: dict[int, list[str]] = {}
+        for site in graph.sites:
+            siblings.setdefault(site.group, []).append(site.path)
+        for site in graph.sites:
+            yield {
+                "path": site.path,
+                "state": "adapter" if site.adapters else "frozen",
+                "facts": _facts(site, siblings[site.group], report.options),
+                "speedup": [*site.cost.speedup.items()] if site.cost else [],
+                "diff": [
+                    [row.kind, _side(site, row.before), _side(site, row.after)]
+                    for row in stretch(graph, all_rows, site)
+                ],
+                "kernel": site.kernel,
+            }
+
+
+def _unchanged(state: str, items: Sequence[Rejected]) -> Iterator[dict[str, Any]]:
+    for item in items:
+        facts = [["why", item.reason], ["remedy", item.remedy], ["line", str(item.source or "")]]
+        yield {"path": item.site, "state": state, "facts": facts}
+
+
+def _side(site: Site, line: Line | None) -> str:
+    return near(site, [line])[0].text if line else ""
+
+
+def _source(site: Site) -> str:
+    """What runs a site, highlighted."""
+    return str(highlight(source(site), PythonLexer(), HtmlFormatter(nowrap=True)))
+
+
+def _facts(site: Site, siblings: Sequence[str], config: dict[str, str]) -> list[list[str]]:
+    memory, cost = site.memory, site.cost
+    written = site.adapters > 0 and config.get("update") == "rows"
+    fixed = "each step is written into it row by row" if written else "constant"
+    others = [path.rpartition(".")[2] for path in siblings if path != site.path]
+    shared = f", also read by {' and '.join(others)} in the same op" if others else ""
+    facts = [
+        ["W", f"{site.out_features} x {site.in_features}, {site.base_dtype} cast to FP8, {fixed}"],
+        ["adapter", _adapter(site)],
+        ["input", f"{site.x_dtype}[{', '.join(site.x_shape)}]{shared}"],
+        ["output", site.out_dtype],
+        ["options", options_text(site, config)],
+        ["kernel", f"{site.kernel}: {site.kernel_reason}"],
+        ["line", str(site.source or "unknown")],
+    ]
+    if memory:
+        facts.append(["bytes", f"{memory.before:,} before, {memory.after:,} after prepare()"])
+    if cost:
+        facts += [
+            [
+                "time",
+                f"{cost.seconds_before * 1e6:.1f} us before, {cost.seconds_after * 1e6:.1f} us "
+                f"after: {cost.gain:.2f} times as fast ({cost.card}, {cost.variant}, predicted)",
+            ],
+            ["FLOPs", f"{cost.flops_before:,} before, {cost.flops_after:,} after"],
+            ["bytes moved", f"{cost.moved_before:,} before, {cost.moved_after:,} after"],
+            ["pays from", pays_from(cost.break_even)],
+        ]
+    return facts
+
+
+def _adapter(site: Site) -> str:
+    if not site.adapters:
+        return "none: a frozen layer"
+    one = f"rank {site.rank}, scaling {site.scaling:g}"
+    text = one if site.adapters == 1 else f"{site.adapters}, rank {site.rank} together"
+    dropped = f", dropout {site.dropout:g}" if site.dropout else ""
+    verb = "train" if site.train_a and site.train_b else "trains"
+    what = site.trains.replace(", ", " and ") or "nothing"
+    return f"{text}{dropped}, {site.adapter_dtype}; {what} {verb}"
+
+
+def _blocks(modules: Sequence[str], items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The modules of the model by block (``layers.0``), each with its state and the index of what
+    there is to show of it.
+    """
+    owners = {item["path"]: i for i, item in reversed([*enumerate(items)])}
+    blocks: dict[str, list[dict[str, Any]]] = {}
+    seen: set[str] = set()
+    for module in modules:
+        parts = module.split(".")
+        above = [".".join(parts[:i]) for i in range(len(parts), 0, -1)]
+        path = next((p for p in above if p in owners), module)
+        if path in seen:
+            continue
+        seen.add(path)
+        found = re.match(r"(.*?\.\d+)\.(.+)", path)
+        block, name = found.groups() if found else ("", path)
+        index = owners.get(path, -1)
+        state = "untouched" if index < 0 else items[index]["state"]
+        blocks.setdefault(block, []).append({"name": name, "state": state, "index": index})
+    return [
+        {"name": name, "label": ".".join(name.split(".")[-2:]) or "others", "modules": members}
+        for name, members in blocks.items()
+    ]

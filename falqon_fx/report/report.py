@@ -1,0 +1,96 @@
+"""What the passes did and why: data first (`falqon_fx.report.data`), text second.
+
+The JSON of a report (`RewriteReport.to_json`) is its tree, field by field, plus "schema"; its
+schema is `json_schema`. Sizes that are symbols of Dynamo are strings such as "s77", all else is
+plain JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from falqon_fx.report.data import Audit, Graphs
+from falqon_fx.report.page import to_html
+from falqon_fx.report.text import to_text
+from falqon_fx.report.tree import build, schema
+from falqon_fx.report.views import to_diff, to_svg
+
+SCHEMA = 2  # counts up when a field changes its meaning or goes
+
+
+@dataclass(frozen=True)
+class RewriteReport(Graphs):
+    """All graphs of a compilation; prints as tables that fit 100 columns.
+
+    A layer in two graphs, as on both sides of a graph break, stands in the lists of both.
+
+    Attributes:
+        options: the config in force.
+        modules: paths of all modules that hold parameters of their own, the map of the model.
+        notes: what `explain` did or assumed on its own account.
+    """
+
+    def __str__(self) -> str:
+        return to_text(self)
+
+    def to_html(self, audits: Sequence[Audit] = ()) -> str:
+        """One self-contained page: the model's map, each site's graph, kernel, costs, live state.
+
+        ``audits`` is the history of a `falqon_fx.watch`.
+        """
+        return to_html(self, audits)
+
+    def to_diff(self, width: int = 160) -> str:
+        """The graphs before and after side by side, unchanged stretches folded."""
+        return to_diff(self, width)
+
+    def to_svg(self, path: str) -> str:
+        """The graph around the site at ``path``, before and after, as an SVG image.
+
+        Raises:
+            FalqonError: no such site; the message names the nearest.
+        """
+        return to_svg(self, path)
+
+    def to_json(self, *, graphs: bool = False, indent: int | None = None) -> str:
+        """The report as JSON (`json_schema`); the text of the graphs only if asked for."""
+        tree = {"schema": SCHEMA, **asdict(self)}
+        for site, plain in zip(self.sites, (s for g in tree["graphs"] for s in g["sites"])):
+            plain["options"] = site.options
+        for graph in tree["graphs"] if not graphs else ():
+            graph["before"] = graph["after"] = []
+        return json.dumps(tree, indent=indent)
+
+    @classmethod
+    def from_json(cls, text: str) -> RewriteReport:
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: another schema.
+        """
+        tree = json.loads(text)
+        if tree.pop("schema", None) != SCHEMA:
+            raise ValueError(f"not a report of schema {SCHEMA}")
+        report = build(cls, tree)
+        assert isinstance(report, cls)
+        return report
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (2020-12) of `RewriteReport.to_json`."""
+    definitions: dict[str, Any] = {}
+    root = schema(RewriteReport, definitions)
+    definitions["Site"]["properties"]["options"] = {
+        "type": "object",
+        "additionalProperties": {"type": "string"},
+    }
+    definitions["RewriteReport"]["properties"]["schema"] = {"const": SCHEMA}
+    definitions["RewriteReport"]["required"].append("schema")
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **root,
+        "$defs": definitions,
+    }

@@ -1,0 +1,284 @@
+"""A report as tables that fit 100 columns; equal sites of many layers share a row."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from rich.console import Console
+from rich.table import Table
+
+from falqon_fx.report.data import GraphReport, Graphs, Rejected, Site, Source, sites_text
+
+WIDTH = 100
+_Item = TypeVar("_Item", Site, Rejected)
+
+
+def to_text(report: Graphs) -> str:
+    """Sites, what stays as it was, graphs, and what the numbers rest on."""
+    # Reasons hold brackets such as [in, out]: no markup, no emoji codes.
+    console = Console(
+        width=WIDTH, file=io.StringIO(), record=True, markup=False, emoji=False, highlight=False
+    )
+    console.print(report.title)
+    if report.sites:
+        console.print(_sites(report.sites))
+    for title, items in (
+        ("rejected: left exactly as they were", report.rejected),
+        ("frozen layers that stay as they are", report.left),
+    ):
+        if items:
+            console.print(_unchanged(items, title))
+    if any(graph.before or graph.ended_by for graph in report.graphs):
+        console.print(_graphs(report.graphs))
+    for line in [*_totals(report), *report.notes]:
+        console.print(line)
+    return console.export_text()
+
+
+def _sites(sites: Sequence[Site]) -> Table:
+    """A column where every site has the same is left out: tokens and what trains are below."""
+    prefix = common_prefix([*map(_path, sites)])
+    title = f"paths below {prefix[:-1]}" if prefix else None
+    tokens, trains = len({s.tokens for s in sites}) > 1, len(_trained(sites)) > 1
+    known = any(site.cost for site in sites)
+    size = "kB" if all(s.memory is None or s.memory.before < 1e6 for s in sites) else "MB"
+    time = "us" if all(s.cost is None or s.cost.seconds_before < 1e-3 for s in sites) else "ms"
+    table = _table(title, "module", "W", "adapter")
+    for name, shown in (("trains", trains), ("tokens", tokens)):
+        _add_columns(table, name, shown=shown)
+    _add_columns(table, size)
+    _add_columns(table, time, "gain", "pays from", shown=known)
+    for paths, site in _alike(sites):
+        memory, cost = site.memory, site.cost
+        row = [paths[len(prefix) :], f"{site.out_features}x{site.in_features}", adapter_text(site)]
+        row += [site.trains or "-"] * trains + [site.tokens] * tokens
+        row.append(_change(memory.before, memory.after, _UNITS[size]) if memory else "")
+        if cost:
+            row.append(_change(cost.seconds_before, cost.seconds_after, _UNITS[time]))
+            row += [f"{cost.gain:.2f}", pays_from(cost.break_even)]
+        table.add_row(*row)
+    return table
+
+
+_UNITS = {"kB": 1e3, "MB": 1e6, "us": 1e-6, "ms": 1e-3}
+
+
+def _change(before: float, after: float, unit: float) -> str:
+    return f"{before / unit:.3g} > {after / unit:.3g}"
+
+
+def _add_columns(table: Table, *names: str, shown: bool = True) -> None:
+    for name in names if shown else ():
+        table.add_column(name, overflow="fold")
+
+
+def adapter_text(site: Site) -> str:
+    """The adapters of a site: rank and scaling."""
+    if site.adapters == 0:
+        return "none"
+    if site.adapters > 1:
+        return f"{site.adapters} of r {site.rank} in all"
+    return f"r {site.rank}, s {site.scaling:g}"
+
+
+def pays_from(break_even: int | None) -> str:
+    """The tokens from which on a rewrite pays."""
+    return "never" if break_even is None else f"{break_even} tokens" if break_even > 1 else "always"
+
+
+def _unchanged(items: Sequence[Rejected], title: str) -> Table:
+    """Layers of one reason share a row."""
+    once = [*{(item.site, item.reason): item for item in items}.values()]
+    prefix = common_prefix([*map(_path, once)])
+    title += f" (paths below {prefix[:-1]})" if prefix else ""
+    lines = any(item.source for item in once)
+    table = _table(title, "module", "why", "remedy", *["line"] * lines)
+    rows: dict[Rejected, list[str]] = {}
+    for paths, item in _alike(once):
+        rows.setdefault(replace(item, site=""), []).append(paths[len(prefix) :])
+    for item, modules in rows.items():
+        row = [", ".join(modules), item.reason, item.remedy]
+        table.add_row(*row, *[place(item.source)] * lines)
+    return table
+
+
+def _graphs(graphs: Sequence[GraphReport]) -> Table:
+    """Graphs that end at one line and hold as many sites share a row."""
+    table = _table("graphs", "graph", "sites each", "ops", "passes, s", "ended by", "line")
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for i, graph in enumerate(graphs):
+        why = graph.ended_by
+        reason = "return" if why is None else why.reason
+        facts = (str(len(graph.sites)), reason, place(None if why is None else why.source))
+        alike.setdefault(facts, []).append(i)
+    for (count, reason, line), numbers in alike.items():
+        members = [graphs[i] for i in numbers]
+        ops = (sum(getattr(graph, side) for graph in members) for side in _NODES)
+        seconds = sum(sum(graph.pass_seconds.values()) for graph in members)
+        table.add_row(
+            _ranges(numbers), count, " > ".join(map(str, ops)), f"{seconds:.2f}", reason, line
+        )
+    return table
+
+
+_NODES = ("nodes_before", "nodes_after")
+
+
+def _totals(report: Graphs) -> list[str]:
+    sites = report.sites
+    lines = [*_what_trains(sites, report.options.get("update", "adapter")), *_casts(sites)]
+    if len({site.tokens for site in sites if site.tokens}) == 1:
+        lines.append(f"tokens in this call: {sites[0].tokens}")
+    # A weight used twice in one model is kept once.
+    kept = {site.path: site.memory for site in sites if site.memory}
+    if kept:
+        before, after = (sum(getattr(m, side) for m in kept.values()) for side in _SIDES)
+        lines.append(
+            f"weights: {before / 1e6:.6g} MB before, {after / 1e6:.6g} MB after "
+            f"({after / before:.3f}) once prepare() has freed the base weights"
+        )
+    costs = [site.cost for site in sites if site.cost]
+    if costs:
+        old, new = (sum(c.seconds_before for c in costs), sum(c.seconds_after for c in costs))
+        lines.append(
+            f"predicted for {costs[0].card} ({costs[0].variant}): {old * 1e3:.4g} ms of a step in "
+            f"these sites before, {new * 1e3:.4g} ms after ({old / new:.2f} times as fast)"
+        )
+    kernels = {(site.kernel, site.kernel_reason) for site in sites if site.kernel}
+    lines.extend(f"kernel {name}: {why}" for name, why in sorted(kernels))
+    lines.extend(sorted({f"options: {options_text(site, report.options)}" for site in sites}))
+    return lines
+
+
+_SIDES = ("before", "after")
+
+
+def _what_trains(sites: Sequence[Site], update: str) -> list[str]:
+    trained = _trained(sites)
+    parts = [
+        f"{k.replace(', ', ' and ') or 'nothing'} of {sites_text(n)}" for k, n in trained.items()
+    ]
+    lines = []
+    if parts:
+        where = ": each step is written into W row by row" if update == "rows" else ""
+        lines.append(f"trains: {', '.join(parts)}{where}")
+    constant = len(sites) - (sum(trained.values()) if update == "rows" else 0)
+    if constant:
+        lines.append(f"constant: W of {sites_text(constant)}, cast to FP8 (E4M3) once")
+    return lines
+
+
+def _trained(sites: Sequence[Site]) -> dict[str, int]:
+    """How many sites with adapters train what of them."""
+    counts: dict[str, int] = {}
+    for site in sites:
+        if site.adapters:
+            counts[site.trains] = counts.get(site.trains, 0) + 1
+    return counts
+
+
+# |dq(q(x)) - x| / |x| as norms, by format: measured on normal and on heavy-tailed values, rows with
+# scales of their own.
+CAST_ERROR = {"e4m3": 0.026, "e5m2": 0.053}
+
+
+def _casts(sites: Sequence[Site]) -> list[str]:
+    """What FP8 costs in accuracy."""
+    adapted = any(site.adapters for site in sites)
+    lines = []
+    for grad, b in sorted({(s.options["grad_dtype"], s.options["adapter_dtype"]) for s in sites}):
+        operands = f"W, x{', A and s·B' if b == 'fp8' else ' and A'}" if adapted else "W and x"
+        lines.append(
+            f"FP8 costs: {operands} are {CAST_ERROR['e4m3']:.1%} off (E4M3, root mean square), "
+            f"dL/dO {CAST_ERROR[grad]:.1%} ({grad.upper()}) where it meets W"
+        )
+    return lines
+
+
+def options_text(site: Site, config: dict[str, str]) -> str:
+    """The options in force at a site as ``name=value``; ``config`` is the report's."""
+    rows = ("pending", "topk", "rounding", "seed") if config.get("update") == "rows" else ()
+    names = ("update", "frozen", *rows)
+    options = {name: config[name] for name in names if name in config} | site.options
+    return " ".join(f"{name}={value}" for name, value in options.items())
+
+
+def place(source: Source | None) -> str:
+    """``folder/file.py:12``: enough to find the line, short enough for a table."""
+    if source is None:
+        return ""
+    return f"{'/'.join(source.file.split('/')[-2:])}:{source.line}"
+
+
+def _table(title: str | None, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    _add_columns(table, *columns)
+    return table
+
+
+def _path(item: Site | Rejected) -> str:
+    return item.path if isinstance(item, Site) else item.site
+
+
+def common_prefix(paths: Sequence[str]) -> str:
+    """The modules above all sites, with the last dot; none where it is short anyway."""
+    parts = [path.split(".")[:-1] for path in paths]
+    same = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*parts))
+    prefix = "".join(f"{column[0]}." for column in same)
+    return prefix if len(set(paths)) > 1 and len(prefix) > 12 else ""
+
+
+def _alike(items: Sequence[_Item]) -> list[tuple[str, _Item]]:
+    """Items that differ in the numbers of their paths alone, as one: ``layers.{0..79}.q_proj``."""
+    groups: dict[object, list[_Item]] = {}
+    seen: dict[str, int] = {}
+    for item in items:
+        path = _path(item)
+        seen[path] = seen.get(path, 0) + 1
+        groups.setdefault((_facts(item), seen[path]), []).append(item)  # each use has its row
+    return [
+        (paths, group[0])
+        for group in groups.values()
+        for paths in _merged([_path(item) for item in group])
+    ]
+
+
+def _facts(item: Site | Rejected) -> object:
+    pattern = re.sub(r"\d+", "#", _path(item))
+    if isinstance(item, Site):
+        cost = item.cost and tuple(sorted(item.cost.speedup.items()))
+        bare = replace(item, path=pattern, nodes=(), group=0, cost=None)
+        return bare, cost
+    return replace(item, site=pattern)
+
+
+def _merged(paths: Sequence[str]) -> list[str]:
+    """Different paths of one pattern as one text, if they are all that it stands for."""
+    columns = [*zip(*(map(int, re.findall(r"\d+", path)) for path in paths))]
+    choices = [sorted(set(column)) for column in columns]
+    if math.prod(map(len, choices)) != len(paths):
+        return [*paths]
+    texts = iter(choices)
+
+    def text(found: re.Match[str]) -> str:
+        numbers = next(texts)
+        return found[0] if len(numbers) == 1 else f"{{{_ranges(numbers)}}}"
+
+    return [re.sub(r"\d+", text, paths[0])]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] → "0..2,5"."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ",".join(f"{p[0]}..{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)

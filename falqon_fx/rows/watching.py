@@ -1,0 +1,236 @@
+"""`watch`: the audit of every write-back of update="rows", live in the terminal, as JSONL, and for
+callbacks.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from torch import Tensor, nn
+
+from falqon_fx.model.lora_layers import unwrap
+from falqon_fx.model.prepare import adapters
+from falqon_fx.report.data import Audit
+from falqon_fx.rows import audit, drift
+from falqon_fx.rows.audit import COLUMNS, Written
+from falqon_fx.rows.model import adapters as rows_adapters
+from falqon_fx.rows.state import MergedAdapter
+
+Callback = Callable[[Sequence[Audit]], None]
+_Piece = tuple[list[Tensor], Tensor]  # `Written.applied` and `Written.table`
+_SHOWN = 12  # sites in the live view: those that lose the largest share
+
+
+class watch:  # used as a function: with falqon_fx.watch(model) as history
+    """Context manager: with update="rows", what each optimizer step's write-back did at each site
+    of ``model``. With update="adapter" nothing is written, and nothing is seen.
+
+        with falqon_fx.watch(model, jsonl="audit.jsonl", live=True) as seen:
+            train()
+        report.to_html(seen.history)
+
+    A step is complete when the next one begins, since a graph writes it in pieces: callbacks, lines
+    and the view come then, and for the last step on leaving (or at `flush`). On an accelerator
+    nothing waits for the device before that.
+
+    After `falqon_fx.prepare` a row is rounded anew whenever it is written, and drifts from the base
+    weight: `Audit.drift` tells how far, and a warning names the sites where it passes 2.
+
+    Args:
+        model: the module or its compiled wrapper.
+        jsonl: a file that gets one line a site and step (`falqon_fx.report.Audit`).
+        live: a table in the terminal (nothing where stderr is none).
+        callbacks: called with the audits of each step (see `tensorboard`, `trainer_callback`).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        jsonl: str | Path | None = None,
+        live: bool = False,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.history: list[Audit] = []
+        self._model, self._callbacks = model, tuple(callbacks)
+        self._path = jsonl
+        self._pieces: list[_Piece] = []
+        self._seen: set[int] = set()
+        self._sites: dict[int, _Watched] = {}  # by the address of their `applied`
+        self._open = ExitStack()  # while it is, write-backs are looked at; then the last step comes
+        self._file: TextIO | None = None
+        self._step: Sequence[Audit] = ()  # the last one
+        # Drawn four times a second by a thread of its own, however short a step is.
+        terminal = Console(file=sys.stderr)
+        view = Live(console=terminal, get_renderable=lambda: _view(self._step))
+        self._live = view if live else None
+
+    def __enter__(self) -> watch:
+        if self._path is not None:
+            self._file = self._open.enter_context(open(self._path, "w", encoding="utf-8"))
+        if self._live is not None:
+            self._open.enter_context(self._live)
+        self._open.callback(self.flush)
+        self._open.enter_context(audit.audience.joined_by(self._look))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._open.close()
+        if kind is None and not self.history and _is_constant(self._model):
+            warnings.warn(
+                'falqon: watch saw no write-back: with update="adapter", the default, FP8 weights '
+                'are constant. Set update="rows" for the method that writes them.',
+                stacklevel=2,
+            )
+
+    def _look(self, written: Written) -> None:
+        places = {tensor.data_ptr() for tensor in written.applied}
+        if places & self._seen:  # a site comes again: a new step has begun
+            self.flush()
+        self._seen |= places
+        self._pieces.append((written.applied, written.table()))
+
+    def flush(self) -> list[Audit]:
+        """Close the step that is under way, hand its audits on, and return them."""
+        if not self._pieces:
+            return []
+        if not self._seen <= self._sites.keys():  # state is made at the first compiled call
+            for path, state in rows_adapters(unwrap(self._model)).items():
+                self._sites.setdefault(state.applied.data_ptr(), _Watched(path, state))
+        step = list(_audits(self._pieces, self._sites))
+        self._pieces.clear()
+        self._seen.clear()
+        self.history.extend(step)
+        passed = [site.path for site in self._sites.values() if site.has_passed()]
+        if passed:
+            drift.warn(passed)
+        if step:
+            self._hand_on(step)
+        return step
+
+    def _hand_on(self, step: Sequence[Audit]) -> None:
+        self._step = step
+        if self._file is not None:
+            self._file.writelines(json.dumps(vars(item)) + "\n" for item in step)
+            self._file.flush()
+        for callback in self._callbacks:
+            callback(step)
+
+
+def _is_constant(model: nn.Module) -> bool:
+    """Whether a model has adapters, and none that is written."""
+    found = adapters(model)
+    return bool(found) and not any(isinstance(a, MergedAdapter) for a in found.values())
+
+
+class _Watched:
+    """A site of the model, and how far it has drifted: not asked before its first write-back."""
+
+    def __init__(self, path: str, state: MergedAdapter) -> None:
+        self.path, self._state = path, state
+        self._meter: drift.Meter | None = None
+        self._drift: float | None = None
+
+    def drift_after(self, rows: Sequence[int]) -> float | None:
+        if self._meter is None:
+            self._meter = drift.Meter(self._state)
+        self._drift = self._meter.after(rows)
+        return self._drift
+
+    def has_passed(self) -> bool:
+        return self._meter is not None and self._meter.passes(self._drift)
+
+
+def _audits(pieces: Sequence[_Piece], sites: dict[int, _Watched]) -> Iterator[Audit]:
+    device = pieces[0][1].device
+    tables = torch.cat([table.to(device).flatten() for _, table in pieces])
+    values = iter(tables.tolist())  # the step's one look at the device
+    for applied, table in pieces:
+        for site in applied:
+            line = list(islice(values, table.shape[1]))
+            known = sites.get(site.data_ptr())
+            if known is None:  # another model's site
+                continue
+            own: dict[str, Any] = dict(zip(COLUMNS, line))
+            rest = line[len(COLUMNS) :]
+            half = len(rest) // 2
+            rows = sorted(int(row) for row, used in zip(rest[:half], rest[half:]) if used)
+            for name in ("step", "clamped"):
+                own[name] = int(own[name])
+            own["drift"] = known.drift_after(rows)
+            yield Audit(site=known.path, out=site.shape[0], rows=tuple(rows), **own)
+
+
+def summary(step: Sequence[Audit]) -> dict[str, float]:
+    """One step over all sites: norms as of one long vector, counts and masses as sums, the largest
+    drift where any is known.
+    """
+    names = ("asked", "kept", "lost")
+    norms = {n: sum(getattr(item, n) ** 2 for item in step) ** 0.5 for n in names}
+    rows = sum(len(item.rows) for item in step)
+    sums = {n: float(sum(getattr(item, n) for item in step)) for n in ("clamped", "pending")}
+    drifts = [item.drift for item in step if item.drift is not None]
+    largest = {"drift": max(drifts)} if drifts else {}
+    return {**norms, **sums, "rows": float(rows), **largest}
+
+
+def tensorboard(writer: Any, tag: str = "falqon") -> Callback:
+    """A callback that writes each step's `summary` to a ``SummaryWriter``."""
+
+    def write(step: Sequence[Audit]) -> None:
+        for name, value in summary(step).items():
+            writer.add_scalar(f"{tag}/{name}", value, step[0].step)
+
+    return write
+
+
+def trainer_callback(seen: watch) -> Any:
+    """A callback for transformers' Trainer: its logs get the last step's `summary`."""
+    from transformers import TrainerCallback
+
+    class AuditLog(TrainerCallback):  # type: ignore[misc]
+        """Adds ``falqon/...`` to what the Trainer logs."""
+
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.flush()
+            if seen.history:
+                last = seen.history[-1].step
+                step = [item for item in seen.history if item.step == last]
+                kwargs["logs"].update({f"falqon/{k}": v for k, v in summary(step).items()})
+
+    return AuditLog()
+
+
+def _view(step: Sequence[Audit]) -> Table:
+    if not step:
+        return Table(title="no write-back yet")
+    total = summary(step)
+    title = (
+        f"step {step[0].step}: {total['rows']:.0f} rows, asked {total['asked']:.3g}, kept "
+        f"{total['kept']:.3g}, lost {total['lost']:.3g}"
+    )
+    names = ("site", "rows", "asked", "kept", "lost", "clamped", "pending", "drift")
+    table = Table(*names, title=title)
+    for item in sorted(step, key=lambda item: -item.lost / (item.asked or 1.0))[:_SHOWN]:
+        norms = (f"{v:.3g}" for v in (item.asked, item.kept, item.lost))
+        rows = str(len(item.rows))
+        drifted = "" if item.drift is None else f"{item.drift:.2f}"
+        table.add_row(item.site, rows, *norms, str(item.clamped), f"{item.pending:.3g}", drifted)
+    return table

@@ -1,0 +1,311 @@
+"""`Base`, a base weight in FP8, and the registry that finds it again.
+
+A base belongs to W alone and is constant: all adapters, graphs, threads and options that only
+change the adapter share it. It lives as long as W does.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from falqon_fx._compat import is_fake, version
+from falqon_fx.errors import FalqonError
+from falqon_fx.site.numerics import (
+    E4M3,
+    amax_to_scale,
+    decode_fp8,
+    encode_fp8,
+    round_to_fp8,
+)
+from falqon_fx.site.spec import SiteSpec
+
+T = TypeVar("T")
+_ByStorage = weakref.WeakKeyDictionary[Any, T]
+_CACHED = 1 << 15  # elements that a core casts at a time
+_REMEDY = "Repair the checkpoint, or leave the layer out with exclude="
+
+
+@dataclass(frozen=True)
+class Base:
+    """W ≈ ``code`` · ``scale``, E4M3 bytes (uint8) [out, in], float32 scale [out, 1] or []."""
+
+    code: Tensor
+    scale: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """W, float8_e4m3fn [out, in]."""
+        return self.code.view(E4M3)
+
+    @property
+    def nbytes(self) -> int:
+        return self.code.nbytes + self.scale.nbytes
+
+    def dequantize(self) -> Tensor:
+        """dq(W), float32 [out, in]."""
+        return decode_fp8(self.code, self.scale, torch.float32)
+
+
+def scale_shape(out: int, plan: SiteSpec) -> tuple[int, ...]:
+    """Of a base with ``out`` rows."""
+    return (out, 1) if plan.per_row else ()
+
+
+def cast_base(weight: Tensor, plan: SiteSpec) -> Base:
+    """W [out, in] cast to nearest, with one scale per row or one for all of it."""
+    # A base outlives the call: no inference tensors, no autocast, no graph.
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(weight.device.type, enabled=False),
+    ):
+        weight = weight.detach()
+        out, device = weight.shape[0], weight.device
+        code = torch.empty(weight.shape, dtype=torch.uint8, device=device)
+        scale = torch.empty(scale_shape(out, plan), dtype=torch.float32, device=device)
+        if not plan.per_row:
+            scale.copy_(amax_to_scale(weight.abs().amax(), E4M3, plan.scale))
+        for rows in row_chunks(weight):
+            value = weight[rows].to(torch.float32)
+            of_rows = scale
+            if plan.per_row:
+                of_rows = amax_to_scale(value.abs().amax(1, keepdim=True), E4M3, plan.scale)
+                scale[rows] = of_rows
+            code[rows] = encode_fp8(round_to_fp8(value * of_rows.reciprocal(), E4M3), E4M3)
+    return Base(code, scale)
+
+
+def row_chunks(weight: Tensor) -> Iterator[slice]:
+    """The rows of a weight in pieces whose intermediate results stay in a CPU's cache; all rows at
+    once elsewhere.
+    """
+    rows, columns = weight.shape
+    step = rows
+    if weight.device.type == "cpu":
+        step = max(1, _CACHED * torch.get_num_threads() // columns)
+    for first in range(0, rows, step):
+        yield slice(first, min(first + step, rows))
+
+
+@torch.no_grad()  # or a checkpoint around the first call would see tensors saved for backward
+def check_weight(path: str, weight: Tensor, name: str = "base weight") -> None:
+    """Refuse a weight that FP8 can't hold.
+
+    Raises:
+        FalqonError: it holds NaN or Inf or nothing (meta), or lies beyond what an FP8 scale can
+            carry.
+    """
+    if weight.is_meta:
+        raise FalqonError(
+            path, f"its {name} is on the meta device", "Give it values before the first call"
+        )
+    amax = weight.abs().amax()
+    if not torch.isfinite(amax):  # NaN and Inf reach the amax
+        raise FalqonError(path, f"its {name} holds NaN or Inf", _REMEDY)
+    if amax >= 2.0**16:
+        raise FalqonError(
+            path,
+            f"its {name} exceeds 65536 in magnitude, beyond the FP8 scales in use",
+            "Rescale the layer, or leave it out with exclude=",
+        )
+
+
+def sample(weight: Tensor) -> Tensor:
+    """At most 16 x 64 evenly spaced elements of a weight, which stand for its contents: a view.
+
+    Reading all of W in each step would cost as much as the step's own GEMMs; in-place edits that
+    autograd counts are seen exactly, through the version counter.
+    """
+    rows, columns = weight.shape
+    return weight[:: max(1, rows // 16), :: max(1, columns // 64)][:16, :64]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A base weight ``param`` as a graph reads it; ``transposed`` where it is stored [in, out]."""
+
+    path: str
+    param: Tensor
+    transposed: bool = False
+
+    @property
+    def weight(self) -> Tensor:
+        """[out, in]."""
+        return self.param.t() if self.transposed else self.param
+
+
+def digest(code: Tensor, scale: Tensor) -> Tensor:
+    """A 64-bit hash of the bytes [out, in] of a base and the bits of its scale, uint8 [8]: Σ over
+    64-bit words of word · p_row · q_column mod 2**64, with odd p and q. Any single change shows.
+
+    As bytes, like the weight's: what averages equal numbers gives them back in 8 bits, but not in
+    64.
+    """
+    bits = scale.detach().contiguous().view(torch.int32).reshape(-1).to(torch.int64)
+    total = (bits * _odd(len(bits), 0x3F58476D1CE4E5B9, code.device)).sum()
+    whole = code.shape[1] % 8 == 0 and code.is_contiguous() and code.storage_offset() % 8 == 0
+    of_rows = _odd(code.shape[0], 0x1E3779B97F4A7C15, code.device)
+    for rows in row_chunks(code):
+        part = code.detach()[rows]
+        words = part.view(torch.int64) if whole else part.to(torch.int64)
+        columns = _odd(words.shape[1], 0x2545F4914F6CDD1D, code.device)
+        total = total + ((words * columns).sum(1) * of_rows[rows]).sum()
+    return total.reshape(1).view(torch.uint8)
+
+
+def _odd(count: int, multiplier: int, device: torch.device) -> Tensor:
+    mixed = torch.arange(1, count + 1, device=device, dtype=torch.int64) * multiplier
+    return (mixed ^ (mixed >> 29)) * multiplier | 1
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A base, and the W that it was made from: ``stamp`` and ``seen`` tell whether
+    W is still that.
+    """
+
+    base: Base
+    stamp: tuple[Any, ...]
+    seen: Tensor
+
+
+Place = tuple[int, int]
+
+
+def place(tensor: Tensor) -> Place:
+    """What tells parameters apart while they live: those of a flat buffer share a storage."""
+    return id(tensor.untyped_storage()), int(tensor.storage_offset())
+
+
+# The memories of A and B, their places, and the scaling.
+_Adapter = tuple[weakref.ref[Any], weakref.ref[Any], Place, Place, float]
+# What a prepared base looked like when its bytes were right: its stamps, and a sample.
+_Seen = tuple[tuple[Any, ...], Tensor]
+
+
+class Bases:
+    """The bases of a process by the memory of W, with which they go."""
+
+    def __init__(self) -> None:
+        # By storages, not by tensors: a tensor with weak references can't be swapped, which
+        # torch.__future__.set_swap_module_params_on_conversion asks for.
+        self._bases: _ByStorage[dict[Any, _Entry]] = weakref.WeakKeyDictionary()
+        self._adapters: _ByStorage[dict[Any, _Adapter]] = weakref.WeakKeyDictionary()
+        self._verified: _ByStorage[dict[int, _Seen]] = weakref.WeakKeyDictionary()
+        self._lock = threading.RLock()
+
+    def get(self, wanted: Sequence[Wanted], plan: SiteSpec) -> list[Base]:
+        """The bases of some weights, cast where there is none yet or W was written since; none is
+        made unless all can be.
+
+        A write is seen by the version counter, by another address, or, where looking costs no wait
+        for a device, by the `sample` of W's contents.
+
+        Raises:
+            FalqonError: a W holds NaN or Inf, or lies beyond what an FP8 scale can carry.
+        """
+        with self._lock:
+            found = [self._find(site, plan) for site in wanted]
+            for site, entry in zip(wanted, found):
+                if entry is None:
+                    check_weight(site.path, site.param)
+            return [(entry or self._make(site, plan)).base for site, entry in zip(wanted, found)]
+
+    def _find(self, site: Wanted, plan: SiteSpec) -> _Entry | None:
+        entries = self._bases.get(site.param.untyped_storage(), {})
+        entry = entries.get(_key(site, plan))
+        if entry is None or entry.stamp != _stamp(site.param):
+            return None
+        return entry if _looks_like(site.param, entry.seen) else None
+
+    def _make(self, site: Wanted, plan: SiteSpec) -> _Entry:
+        entry = _Entry(cast_base(site.weight, plan), _stamp(site.param), _look(site.param))
+        entries = self._bases.setdefault(site.param.untyped_storage(), {})
+        entries[_key(site, plan)] = entry
+        return entry
+
+    def of(self, weight: Tensor) -> list[Base]:
+        """The bases made from a parameter W, one per granularity and kind of scale; none that is
+        out of date.
+        """
+        entries = self._bases.get(weight.untyped_storage(), {})
+        return [entry.base for entry in entries.values() if entry.stamp == _stamp(weight)]
+
+    def forget(self, weight: Tensor) -> None:
+        """Drop the bases of a parameter."""
+        self._bases.pop(weight.untyped_storage(), None)
+
+    def verify(self, path: str, base: Base, expected: Tensor) -> None:
+        """Look whether the bytes of a prepared base are those that were made; all of them only
+        where they were written or moved, which is seen as a write into W is (`get`).
+
+        Raises:
+            FalqonError: they are not.
+        """
+        if base.code.is_meta or is_fake(base.code):
+            return
+        verified = self._verified.setdefault(base.code.untyped_storage(), {})
+        offset = int(base.code.storage_offset())
+        known = verified.get(offset)
+        stamp = (_stamp(base.code), _stamp(base.scale))
+        if known is not None and known[0] == stamp and _looks_like(base.code, known[1]):
+            return
+        if not torch.equal(digest(base.code, base.scale), expected.detach()):
+            raise FalqonError(
+                path,
+                "the bytes of its FP8 base are not those that prepare() made: something has "
+                "averaged or overwritten them, as an EMA of all parameters does",
+                "Average the trained parameters alone (those with requires_grad): the base is "
+                "constant",
+            )
+        verified[offset] = (stamp, _look(base.code))
+
+    def remember_adapter(
+        self, owner: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
+    ) -> None:
+        """Note that a graph adds scaling · B · A to the weight that ``owner``, W or the bytes of
+        a prepared W, stands for: `falqon_fx.adapters` asks.
+        """
+        known = self._adapters.setdefault(owner.untyped_storage(), {})
+        a, b = (weakref.ref(tensor.untyped_storage()) for tensor in (lora_a, lora_b))
+        of_a, of_b = place(lora_a), place(lora_b)
+        known[owner.storage_offset(), of_b] = (a, b, of_a, of_b, scaling)
+
+    def adapters_of(self, owner: Tensor) -> list[tuple[Place, Place, float]]:
+        """(place of A, place of B, scaling) of the adapters that graphs added to a weight, as far
+        as they live.
+        """
+        known = self._adapters.get(owner.untyped_storage(), {}).items()
+        mine = [each for (offset, _), each in known if offset == owner.storage_offset()]
+        return [(a, b, s) for of_a, of_b, a, b, s in mine if None not in (of_a(), of_b())]
+
+
+def _look(weight: Tensor) -> Tensor:
+    """What `_looks_like` compares a weight with later."""
+    with torch.inference_mode(False), torch.no_grad():
+        return sample(weight.detach()).clone()
+
+
+def _looks_like(weight: Tensor, seen: Tensor) -> bool:
+    """Whether its `sample` is still the same; True where looking would wait for a device."""
+    return weight.device.type != "cpu" or torch.equal(sample(weight), seen)
+
+
+def _key(site: Wanted, plan: SiteSpec) -> tuple[Any, ...]:
+    w = site.param
+    place = (w.storage_offset(), w.shape, w.stride(), w.dtype)
+    return (plan.granularity, plan.scale, site.transposed, *place)
+
+
+def _stamp(weight: Tensor) -> tuple[Any, ...]:
+    return (weight.data_ptr(), version(weight), weight.dtype, weight.device, weight.shape)
+
+
+bases = Bases()

@@ -1,0 +1,30 @@
+"""The path of a site, from the names of its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def common_path(names: list[str]) -> str:
+    """The deepest module that holds all of a site's parameters."""
+    common: list[str] = []
+    for column in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(column)) > 1:
+            break
+        common.append(column[0])
+    return ".".join(common) or names[0]
+
+
+def deepest_path(names: Sequence[Sequence[str]]) -> str:
+    """The deepest module that holds all of a site's parameters, each with all of its names: a tied
+    one has several.
+    """
+    modules = [{path: None for name in own for path in _modules(name)} for own in names]
+    shared = [path for path in modules[-1] if all(path in paths for paths in modules)]
+    return max(shared, key=lambda path: path.count("."), default="") or names[0][0]
+
+
+def _modules(name: str) -> list[str]:
+    """The paths of the modules around a parameter."""
+    parts = name.split(".")[:-1]
+    return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]

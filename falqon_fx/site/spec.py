@@ -1,0 +1,149 @@
+"""`SiteSpec`: the plan of a site as one string, carried by the ops in the graph.
+
+The string makes a graph readable and keys the disk caches of Inductor and AOTAutograd: they hash
+the graph, not our lowering of it, so the version of the lowering stands in the string.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from falqon_fx._compat import native_bf16
+from falqon_fx.config import FalqonConfig
+from falqon_fx.site.numerics import E4M3, E5M2, ScaleMode
+
+# What lies in other folders and decides what an op computes, or what Inductor makes of it.
+_ELSEWHERE = ("kernels.cpu.casts", "passes.recompute_weights")
+
+
+@functools.cache
+def lowering_version() -> str:
+    """Hash of the sources that decide what a ``falqon::`` op is lowered to, and of the dtype that
+    this CPU multiplies.
+    """
+    digest = hashlib.sha256(str(native_bf16()).encode())
+    package = Path(__file__).parents[1]
+    for folder in ("site", "ops", "rows"):
+        for file in sorted((package / folder).glob("*.py")):
+            digest.update(file.read_bytes())
+    for name in _ELSEWHERE:
+        spec = importlib.util.find_spec(f"falqon_fx.{name}")
+        assert spec is not None
+        digest.update(Path(str(spec.origin)).read_bytes())
+    return digest.hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class SiteSpec:
+    """What the ops of a site need to know beyond their tensors."""
+
+    granularity: str
+    scale: ScaleMode
+    grad: str
+    adapter: str = "bfloat16"
+    kernel: str = "auto"
+    accumulation: str = "fast"
+    transpose: str = "auto"
+
+    @classmethod
+    def from_config(cls, config: FalqonConfig) -> SiteSpec:
+        autotunes = config.kernel == "auto" and (config.mode or "").startswith("max-autotune")
+        kernel = "max-autotune" if autotunes else config.kernel
+        return SiteSpec(
+            config.granularity,
+            config.scale,
+            config.grad_dtype,
+            config.adapter_dtype,
+            kernel,
+            config.accumulation,
+            config.transpose,
+        )
+
+    @property
+    def grad_dtype(self) -> torch.dtype:
+        return {"e5m2": E5M2, "e4m3": E4M3}[self.grad]
+
+    @property
+    def per_row(self) -> bool:
+        return self.granularity == "row"
+
+    def __str__(self) -> str:
+        return f"{self._site()} #{lowering_version()}"
+
+    def _site(self) -> str:
+        return (
+            f"{self.granularity} {self.scale} {self.grad} {self.adapter} {self.kernel} "
+            f"{self.accumulation} {self.transpose}"
+        )
+
+
+@dataclass(frozen=True)
+class RowsSpec(SiteSpec):
+    """The same with what ``falqon::proxy_update_`` of update="rows" needs."""
+
+    pending: str = "apply"
+    topk: str = "None"
+    rounding: str = "stochastic"
+    seed: int = 0
+
+    @classmethod
+    def from_config(cls, config: FalqonConfig) -> RowsSpec:
+        return cls(
+            **vars(SiteSpec.from_config(config)),
+            pending=str(config.pending),
+            topk=repr(config.topk).strip("'"),
+            rounding=str(config.rounding),
+            seed=config.seed,
+        )
+
+    @property
+    def site(self) -> SiteSpec:
+        """The part that the products need."""
+        return SiteSpec(**{f.name: getattr(self, f.name) for f in fields(SiteSpec)})
+
+    def rows(self, out: int) -> int:
+        """Rows written per step (see `FalqonConfig.rows`)."""
+        value = self.topk
+        if value in ("all", "None"):
+            topk: Any = None if value == "None" else value
+        else:
+            topk = int(value) if value.isdigit() else float(value)
+        return FalqonConfig(update="rows", topk=topk).rows(out)
+
+    def __str__(self) -> str:
+        return (
+            f"{self._site()} {self.pending} topk={self.topk} {self.rounding} seed={self.seed} "
+            f"#{lowering_version()}"
+        )
+
+
+@functools.lru_cache(maxsize=1024)
+def parse_spec(text: str) -> SiteSpec:
+    """The inverse of ``str(spec)``."""
+    granularity, scale, grad, adapter, kernel, accumulation, transpose, *rows, _ = text.split(" ")
+    mode: ScaleMode = "pow2" if scale == "pow2" else "amax"
+    site = SiteSpec(granularity, mode, grad, adapter, kernel, accumulation, transpose)
+    if not rows:
+        return site
+    pending, topk, rounding, seed = rows
+    return RowsSpec(
+        **vars(site),
+        pending=pending,
+        topk=topk.removeprefix("topk="),
+        rounding=rounding,
+        seed=int(seed.removeprefix("seed=")),
+    )
+
+
+def parse_rows_spec(text: str) -> RowsSpec:
+    """Of what `RowsSpec` wrote."""
+    spec = parse_spec(text)
+    assert isinstance(spec, RowsSpec)
+    return spec

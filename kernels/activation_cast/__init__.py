@@ -1,0 +1,1 @@
+"""The cast of x or dL/dO to FP8."""

@@ -1,0 +1,204 @@
+// Casts to FP8 and back around the products on a CPU: a row is read, measured, rounded and written
+// while it lies in the cache. falqon_fx/ops/lowering.py says the same in ATen operations, which pass over
+// memory some eight times. Bound by kernels/cpu_casts.py.
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#ifdef __AVX512BW__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+float as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+uint32_t as_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+float widen(float x) { return x; }
+float widen(bfloat16 x) { return as_float(uint32_t(x.bits) << 16); }
+void narrow(float x, float& to) { to = x; }
+// To the nearest, ties to even; a NaN stays one.
+void narrow(float x, bfloat16& to) {
+  const uint32_t bits = as_bits(x);
+  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  to.bits = uint16_t((bits & 0x7FFFFFFFu) > 0x7F800000u ? (bits >> 16) | 0x40u : rounded);
+}
+
+// falqon_fx.site.numerics.amax_to_scale with mode "pow2", from the bits of amax; `factor` is 1.75 / max.
+float pow2_scale(uint32_t amax, float factor) {
+  if (amax == 0) return 1.0f;
+  const uint32_t wanted = as_bits(as_float(amax) * factor);
+  if (wanted >= 0x7F800000u) return as_float(wanted);  // Inf and NaN stay visible
+  const uint32_t power = (wanted + 0x1FFFFFu) & 0x7F800000u;
+  return as_float(power < 0x00800000u ? 0x00800000u : power);
+}
+
+// The row in float32, times `columns` where there are any, and the bits of its largest magnitude: as
+// integers NaN and Inf are the largest.
+template <typename In>
+uint32_t load_row(float* __restrict row, const In* __restrict x, const float* __restrict columns,
+                  int64_t count) {
+  uint32_t amax = 0;
+  if (columns) {
+    for (int64_t j = 0; j < count; ++j) {
+      row[j] = widen(x[j]) * columns[j];
+      const uint32_t size = as_bits(row[j]) & 0x7FFFFFFFu;
+      amax = size > amax ? size : amax;
+    }
+  } else {
+    for (int64_t j = 0; j < count; ++j) {
+      row[j] = widen(x[j]);
+      const uint32_t size = as_bits(row[j]) & 0x7FFFFFFFu;
+      amax = size > amax ? size : amax;
+    }
+  }
+  return amax;
+}
+
+// falqon_fx.site.numerics.round_to_scaled_fp8, which says why it rounds.
+template <typename Out>
+void round_row(Out* __restrict to, float* __restrict row, int64_t count, float scale,
+               float shift_per_unit, float spacing) {
+  const float least = scale * (0x1p23f * spacing);
+  for (int64_t j = 0; j < count; ++j) {
+    const uint32_t bits = as_bits(row[j]);
+    const float size = as_float(bits & 0x7FFFFFFFu), wide = size * 0x1p12f;
+    const float leading = ((wide + size) - wide) * shift_per_unit;
+    const float shift = leading < least ? least : leading;
+    const float rounded = (shift + size) - shift;
+    row[j] = as_float((as_bits(rounded) & 0x7FFFFFFFu) | (bits & 0x80000000u));
+    narrow(row[j], to[j]);
+  }
+}
+
+// The E4M3 bytes of values that are E4M3 times `scale`, a power of two.
+void encode_row(uint8_t* __restrict to, const float* __restrict row, int64_t count, float scale) {
+  const float inverse = 1.0f / scale;
+  for (int64_t j = 0; j < count; ++j) {
+    const float value = row[j] * inverse;
+    const uint32_t bits = as_bits(value), size = bits & 0x7FFFFFFFu;
+    const uint32_t normal = (size >> 20) - (120u << 3);
+    const uint32_t subnormal = uint32_t(as_float(size) * 512.0f);  // units of 2**-9
+    to[j] = uint8_t((size < 0x3C800000u ? subnormal : normal) | (bits >> 24 & 0x80u));
+  }
+}
+
+template <typename In, typename Out>
+void cast_rows(const In* x, int64_t x_stride, const float* columns, int64_t rows, int64_t count,
+               float factor, float shift_per_unit, float spacing, float* scale, Out* to,
+               int64_t to_stride, uint8_t* codes, int64_t threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> buffer(count);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < rows; ++i) {
+      const uint32_t amax = load_row(buffer.data(), x + i * x_stride, columns, count);
+      const float of_row = pow2_scale(amax, factor);
+      scale[i] = of_row;
+      if (as_bits(of_row) >= 0x7F800000u) {  // all of the row is NaN
+        for (int64_t j = 0; j < count; ++j) narrow(as_float(0x7FC00000u), to[i * to_stride + j]);
+        if (codes) std::memset(codes + i * count, 0x7F, count);
+        continue;
+      }
+      round_row(to + i * to_stride, buffer.data(), count, of_row, shift_per_unit, spacing);
+      if (codes) encode_row(codes + i * count, buffer.data(), count, of_row);
+    }
+  }
+}
+
+// E4M3: 448 = 1.75 * 2**8 is the largest, 2**-6 the smallest normal, 2**-9 the spacing below it.
+inline float decode(uint8_t code) {
+  const uint32_t bits = code, size = bits & 0x7Fu;
+  const float normal = as_float((size << 20) + (120u << 23));
+  const float subnormal = as_float((size << 20) + (121u << 23)) - 0x1p-6f;
+  const float value = size < 8u ? subnormal : normal;
+  return as_float((size == 0x7Fu ? 0x7FC00000u : as_bits(value)) | (bits & 0x80u) << 24);
+}
+
+void decode_row(float* __restrict to, const uint8_t* __restrict code, int64_t count, float scale) {
+  for (int64_t j = 0; j < count; ++j) to[j] = decode(code[j]) * scale;
+}
+
+// By a table of the 128 codes without a sign where a register holds it.
+void decode_row(bfloat16* __restrict to, const uint8_t* __restrict code, int64_t count, float scale) {
+  int64_t j = 0;
+#ifdef __AVX512BW__
+  bfloat16 table[128];
+  for (int c = 0; c < 128; ++c) narrow(decode(uint8_t(c)) * scale, table[c]);
+  __m512i part[4];
+  for (int i = 0; i < 4; ++i) part[i] = _mm512_loadu_si512(table + 32 * i);
+  for (; j + 32 <= count; j += 32) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(code + j));
+    const __m512i wide = _mm512_cvtepu8_epi16(bytes);
+    const __m512i small = _mm512_permutex2var_epi16(part[0], wide, part[1]);
+    const __m512i large = _mm512_permutex2var_epi16(part[2], wide, part[3]);
+    const __mmask32 is_large = _mm512_test_epi16_mask(wide, _mm512_set1_epi16(0x40));
+    const __m512i value = _mm512_mask_blend_epi16(is_large, small, large);
+    const __m512i sign = _mm512_and_si512(_mm512_slli_epi16(wide, 8), _mm512_set1_epi16(-0x8000));
+    _mm512_storeu_si512(to + j, _mm512_or_si512(value, sign));
+  }
+#endif
+  for (; j < count; ++j) narrow(decode(code[j]) * scale, to[j]);
+}
+
+template <typename Out>
+void decode_rows(const uint8_t* code, const float* scale, int64_t scale_stride, int64_t rows,
+                 int64_t count, Out* to, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < rows; ++i) {
+    decode_row(to + i * count, code + i * count, count, scale[i * scale_stride]);
+  }
+}
+
+}  // namespace
+
+// Rows of x [rows, count], times columns [count] unless that is null, cast to FP8 with one power of
+// two per row: scale [rows], the values times their scale in `to`, and their bytes in `codes` unless
+// that is null. The format's mantissa has `mantissa` bits, its subnormals are `spacing` apart.
+extern "C" void falqon_cast_rows(const void* x, int64_t x_is_bfloat16, int64_t x_stride,
+                                 const float* columns, int64_t rows, int64_t count,
+                                 int64_t mantissa, int64_t threads, float factor, float spacing,
+                                 float* scale, void* to, int64_t to_is_bfloat16, int64_t to_stride,
+                                 uint8_t* codes) {
+  const float per_unit = float(int64_t(1) << (23 - mantissa));
+  auto run = [&](auto* in, auto* out) {
+    cast_rows(in, x_stride, columns, rows, count, factor, per_unit, spacing, scale, out, to_stride,
+              codes, threads);
+  };
+  const auto* wide_x = static_cast<const float*>(x);
+  const auto* half_x = static_cast<const bfloat16*>(x);
+  auto* wide_to = static_cast<float*>(to);
+  auto* half_to = static_cast<bfloat16*>(to);
+  if (x_is_bfloat16) {
+    if (to_is_bfloat16) run(half_x, half_to);
+    else run(half_x, wide_to);
+  } else {
+    if (to_is_bfloat16) run(wide_x, half_to);
+    else run(wide_x, wide_to);
+  }
+}
+
+// value(code) * scale of E4M3 bytes [rows, count], the scale of row i at scale[i * scale_stride].
+extern "C" void falqon_decode_rows(const uint8_t* code, const float* scale, int64_t scale_stride,
+                                   int64_t rows, int64_t count, void* to, int64_t to_is_bfloat16,
+                                   int64_t threads) {
+  if (to_is_bfloat16) {
+    decode_rows(code, scale, scale_stride, rows, count, static_cast<bfloat16*>(to), threads);
+  } else {
+    decode_rows(code, scale, scale_stride, rows, count, static_cast<float*>(to), threads);
+  }
+}

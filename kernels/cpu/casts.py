@@ -1,0 +1,131 @@
+"""The casts around the products on a CPU as compiled code: ``cpu_casts.cpp``, built by Inductor's
+compiler at need. Bit for bit what `falqon_fx.ops.lowering` computes with ATen's operations.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from falqon_fx import _compat
+
+log = logging.getLogger(__name__)
+
+_POINTER, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_FLOATS = (torch.float32, torch.bfloat16)
+# (mantissa bits kept, spacing of the subnormals, 1.75 / largest) of an FP8 format
+_LAYOUT = {
+    torch.float8_e4m3fn: (3, 2.0**-9, 1.75 / 448.0),
+    torch.float8_e5m2: (2, 2.0**-16, 1.75 / 57344.0),
+}
+
+
+@functools.cache
+def library() -> Any | None:
+    """The compiled code; None where no compiler works, with the reason in the log."""
+    source = Path(__file__).with_suffix(".cpp").read_text()
+    try:
+        built = _compat.compile_cpp(source)
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        log.warning(
+            "falqon: the FP8 casts can't be compiled for this CPU and run as ATen operations, "
+            "several times slower. Remedy: install a C++ compiler, or name one with CXX=... "
+            "Reason: %s",
+            error,
+        )
+        return None
+    for name in ("cast_rows", "decode_rows"):
+        getattr(built, f"falqon_{name}").restype = None
+    return built
+
+
+def cast_rows(
+    x: Tensor,
+    fp8: torch.dtype,
+    columns: Tensor | None,
+    to: Tensor,
+    codes: Tensor | None = None,
+) -> Tensor | None:
+    """Write the FP8 cast of x [n, k], times ``columns`` [k] where given, into ``to`` [n, k] as
+    values times their scale: float32 or bfloat16, rows any distance apart. The scales, one power of
+    two per row, float32 [n, 1]; with ``codes`` [n, k] uint8 the E4M3 bytes too. None where there is
+    no compiled code, or it doesn't take these.
+    """
+    n, k = x.shape
+    usable = _plain(x, to) and x.dtype in _FLOATS and to.dtype in _FLOATS
+    if not usable or (columns is not None and not _dense(columns, torch.float32, k)):
+        return None
+    if (k > 1 and (x.stride(1) != 1 or to.stride(1) != 1)) or to.shape != x.shape:
+        return None
+    if codes is not None and not _dense(codes, torch.uint8, n * k):
+        return None
+    built = library()
+    if built is None:
+        return None
+    scale = torch.empty(n, 1, dtype=torch.float32, device="cpu")
+    mantissa, spacing, factor = _LAYOUT[fp8]
+    built.falqon_cast_rows(
+        _POINTER(x.data_ptr()),
+        _INT64(x.dtype == torch.bfloat16),
+        _INT64(x.stride(0)),
+        _POINTER(None if columns is None else columns.data_ptr()),
+        _INT64(n),
+        _INT64(k),
+        _INT64(mantissa),
+        _INT64(torch.get_num_threads()),
+        _FLOAT(factor),
+        _FLOAT(spacing),
+        _POINTER(scale.data_ptr()),
+        _POINTER(to.data_ptr()),
+        _INT64(to.dtype == torch.bfloat16),
+        _INT64(to.stride(0)),
+        _POINTER(None if codes is None else codes.data_ptr()),
+    )
+    return scale
+
+
+def decode_rows(code: Tensor, scale: Tensor | float, to: Tensor) -> bool:
+    """Write value(code) · scale of E4M3 bytes [m, k] (uint8 or E4M3) into ``to`` [m, k], float32 or
+    bfloat16; ``scale`` is float32 [m, 1], [] or a number. False where there is no compiled code, or
+    it doesn't take these.
+    """
+    scale = torch.as_tensor(scale, dtype=torch.float32, device="cpu")
+    m, k = code.shape
+    rows = scale.numel() == m and scale.dim() == 2
+    if not (_plain(code, scale, to) and to.dtype in _FLOATS and code.dtype.itemsize == 1):
+        return False
+    if to.shape != code.shape or not (code.is_contiguous() and to.is_contiguous()):
+        return False
+    if not (rows or scale.numel() == 1) or not scale.is_contiguous():
+        return False
+    built = library()
+    if built is None:
+        return False
+    built.falqon_decode_rows(
+        _POINTER(code.data_ptr()),
+        _POINTER(scale.data_ptr()),
+        _INT64(1 if rows else 0),
+        _INT64(m),
+        _INT64(k),
+        _POINTER(to.data_ptr()),
+        _INT64(to.dtype == torch.bfloat16),
+        _INT64(torch.get_num_threads()),
+    )
+    return True
+
+
+def _plain(*tensors: Tensor) -> bool:
+    """Whether all have memory on this CPU; what is traced has none."""
+    return all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" for t in tensors)
+
+
+def _dense(tensor: Tensor, dtype: torch.dtype, count: int) -> bool:
+    right = tensor.dtype == dtype and tensor.numel() == count and tensor.is_contiguous()
+    return right and _plain(tensor)

@@ -1,0 +1,1 @@
+"""The FP8 GEMM over several pieces."""

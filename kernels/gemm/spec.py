@@ -1,0 +1,123 @@
+"""`GemmSpec`: one FP8 GEMM whose right operand lies in several pieces."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from falqon_fx.kernels.spec import (
+    Fp8Format,
+    InputDtype,
+    KernelSpec,
+    check_literals,
+    check_powers_of_two,
+)
+
+# What the multiply instruction gets. "fp8": the bytes themselves (sm_89 and newer). "bfloat16" and
+# "float32": the bytes decoded in the kernel, exactly, for GPUs without FP8 and the interpreter.
+Operands = Literal["fp8", "bfloat16", "float32"]
+# "fast" leaves FP8 sums to the tensor core (sm_90 keeps about 14 bits of them), "promoted" adds
+# them up in float32 after each block of K.
+Accumulation = Literal["fast", "promoted"]
+Memory = Literal["pointer", "tma"]
+# How the right operand lies: "nk" row by row of the output's columns (W and Â in forward, Wᵀ in
+# backward), "kn" the other way round (W as stored, in backward).
+Layout = Literal["nk", "kn"]
+WeightScale = Literal["tensor", "row", "none"]
+
+
+@dataclass(frozen=True)
+class GemmSpec(KernelSpec):
+    """Y_g [n, rows_g] = (x · W_gᵀ) ⊙ s_x ⊙ s_W,g + left_g · right_gᵀ + bias_g, for pieces g.
+
+    x [n, K] and W_g [rows_g, K] are FP8. The pieces are what one GEMM computes beside each other:
+    the output O and the adapter's O_A of a site, or those of several sites that share x. The last
+    ``a_pieces`` of ``pieces`` are stored in ``a_dtype``, the others in ``out_dtype``. Each piece
+    starts its own column of tiles.
+
+    In backward of sites that share x, ``k_pieces`` > 1 such products are added up before the rest,
+    Σ_s (x_s · W_sᵀ) ⊙ s_x,s, each with its own K.
+
+    ``extra`` is 0, or the padded largest rank of the terms left_g · right_gᵀ (O_A · bᵀ in forward,
+    D · Â in backward). ``bias`` is "none" or the dtype of the biases. ``even_k`` says that block_k
+    divides K.
+
+    Raises ValueError for a value outside its `Literal`, a size that is not a power of two, or a
+    combination that the template does not have.
+    """
+
+    template: ClassVar[str] = "gemm"
+
+    x: Fp8Format
+    operands: Operands
+    accumulation: Accumulation
+    x_scale: Literal["tensor", "row"]
+    w_scale: WeightScale
+    out_dtype: InputDtype
+    a_dtype: InputDtype
+    pieces: int
+    a_pieces: int
+    bias: Literal["none", "float32", "bfloat16", "float16"]
+    extra: int
+    layout: Layout
+    memory: Memory
+    persistent: bool
+    even_k: bool
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int = 8
+    num_warps: int = 8
+    num_stages: int = 3
+    k_pieces: int = 1
+
+    def __post_init__(self) -> None:
+        check_literals(self)
+        check_powers_of_two(self, "block_m", "block_n", "block_k", "group_m", "num_warps")
+        if not 0 <= self.a_pieces <= self.pieces or self.pieces < 1:
+            raise ValueError(f"a_pieces={self.a_pieces} of pieces={self.pieces}")
+        if self.extra and (self.extra < 16 or self.extra & (self.extra - 1)):
+            raise ValueError(f"extra={self.extra}: expected 0 or a power of two from 16")
+        if self.extra and self.a_pieces:
+            raise ValueError("extra: O_A must be there before the launch that adds to O")
+        if self.layout == "kn" and self.pieces != 1:
+            raise ValueError("layout='kn': one piece, whose rows lie one stride apart")
+        if self.k_pieces != 1 and (self.memory, self.pieces, self.w_scale) != (
+            "pointer",
+            1,
+            "none",
+        ):
+            raise ValueError("k_pieces: one output, by pointers, scales of W in those of x")
+        if self.accumulation == "promoted" and self.operands != "fp8":
+            raise ValueError("accumulation='promoted': only FP8 sums need it")
+
+    @property
+    def name(self) -> str:
+        flags = "".join(
+            f"_{text}"
+            for text, on in (
+                ("promoted", self.accumulation == "promoted"),
+                (f"bias_{self.bias}", self.bias != "none"),
+                (f"r{self.extra}", self.extra > 0),
+                (f"k{self.k_pieces}", self.k_pieces > 1),
+                ("persistent", self.persistent),
+                ("evenk", self.even_k),
+            )
+            if on
+        )
+        return (
+            f"{self.template}_{self.x}_{self.operands}_{self.x_scale}_{self.w_scale}_"
+            f"{self.out_dtype}_{self.a_dtype}_{self.pieces - self.a_pieces}y{self.a_pieces}a_"
+            f"{self.layout}_{self.memory}{flags}_"
+            f"{self.block_m}x{self.block_n}x{self.block_k}_g{self.group_m}"
+            f"_w{self.num_warps}_s{self.num_stages}"
+        )
+
+    @property
+    def serves(self) -> str:
+        """What the kernel is for, in words."""
+        if self.w_scale == "none" or self.layout == "kn" or self.x == "e5m2":
+            return "dL/dx = q(dL/dO) · W"
+        y = self.pieces - self.a_pieces
+        parts = [f"O of {y} site{'s' * (y > 1)}"] * (y > 0) + ["O_A"] * (self.a_pieces > 0)
+        return " and ".join(parts) + (" that share x" if max(y, self.a_pieces) > 1 else "")

@@ -1,0 +1,1 @@
+"""The products of the ops by whichever kernel is best here."""

@@ -1,0 +1,195 @@
+"""Which implementation computes a product: timed once per device, kept in memory and on disk.
+
+A candidate is a name and a function of no arguments. One that raises is passed over, and its reason
+kept; the winner's and the others' times are kept too, for the report.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import triton
+
+from falqon_fx.kernels.loader import cache_folder, replace_file
+from falqon_fx.kernels.spec import library_version
+
+Candidate = Callable[[], Any]
+# What a candidate raises where it does not take the operands: our own checks, torch's, Triton's.
+Refusal = (ValueError, TypeError, NotImplementedError, RuntimeError, triton.errors.TritonError)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for ``key``, with seconds per call of each candidate and why others fell out.
+
+    ``seconds`` is empty where nothing was timed: a forced or the only candidate.
+    """
+
+    key: str
+    winner: str
+    seconds: dict[str, float]
+    refused: dict[str, str]
+
+    def __str__(self) -> str:
+        text = f"{self.key}: {self.winner}"
+        others = sorted((t, name) for name, t in self.seconds.items() if name != self.winner)
+        if others and others[0][0] > 0:  # there was a clock
+            text += f", {others[0][0] / self.seconds[self.winner]:.2f}x the speed of {others[0][1]}"
+        return text + "".join(f"; not {name}: {why}" for name, why in self.refused.items())
+
+
+class Choices:
+    """The choices of one process for one device, and their file.
+
+    ``environment`` names all that a time depends on beside the problem: card, capability, versions.
+    """
+
+    def __init__(self, environment: str, timer: Callable[[Candidate], float]) -> None:
+        self._timer = timer
+        self._environment = environment
+        self._known: dict[tuple[str, str], Choice] | None = None
+        self._passing: dict[tuple[str, str], Choice] = {}  # made while memory was short: not kept
+
+    @property
+    def path(self) -> str:
+        """Where choices are kept."""
+        digest = hashlib.sha256(self._environment.encode()).hexdigest()[:16]
+        return str(cache_folder() / f"choices-{digest}.json")
+
+    def known(self, key: str, wanted: str) -> Choice | None:
+        """The choice for ``key`` where it was made before; see `get`."""
+        return self._load().get((key, wanted)) or self._passing.get((key, wanted))
+
+    def get(
+        self,
+        key: str,
+        candidates: Mapping[str, Candidate],
+        wanted: str = "auto",
+        *,
+        time: bool = True,
+    ) -> Choice:
+        """The choice for ``key``: the fastest candidate, or the first that works.
+
+        ``wanted`` forces a candidate, or those of a family ("triton" for "triton:..."). With
+        ``time=False`` (while a CUDA graph is captured) nothing new is timed, and nothing is kept.
+
+        Raises ValueError where no candidate works; the message holds each reason.
+        """
+        place, known = (key, wanted), self.known(key, wanted)
+        if known is not None and known.winner in candidates:
+            return known
+        matching = {
+            name: run
+            for name, run in candidates.items()
+            if wanted in ("auto", "max-autotune", name, re.split("[:+]", name)[0])
+        }
+        if not matching:
+            raise ValueError(f"kernel={wanted!r}: {key} has {', '.join(candidates) or 'none'}")
+        if not time:
+            return Choice(key, next(iter(matching)), {}, {})
+        choice, lasting = self._measure(key, matching)
+        if lasting:
+            self._store(place, choice)
+        else:
+            self._passing[place] = choice
+        return choice
+
+    def _measure(self, key: str, candidates: Mapping[str, Candidate]) -> tuple[Choice, bool]:
+        """The choice, and whether it is to last: memory may be short just now."""
+        seconds: dict[str, float] = {}
+        refused: dict[str, str] = {}
+        lasting = True
+        for name, run in candidates.items():
+            try:
+                seconds[name] = self._timer(run)
+            except Refusal as error:
+                refused[name] = _first_line(error)
+                lasting &= not isinstance(error, torch.OutOfMemoryError)
+        if not seconds:
+            reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
+            raise ValueError(f"no kernel takes {key}: {reasons}")
+        return Choice(key, min(seconds, key=seconds.__getitem__), seconds, refused), lasting
+
+    def _load(self) -> dict[tuple[str, str], Choice]:
+        if self._known is None:
+            self._known = _read(self.path, self._environment)
+        return self._known
+
+    def _store(self, place: tuple[str, str], choice: Choice) -> None:
+        # Another process may have added its own since: keep both.
+        merged = _read(self.path, self._environment) | self._load() | {place: choice}
+        self._known = merged
+        content = {
+            "environment": self._environment,
+            "choices": [{"wanted": wanted, **asdict(c)} for (_, wanted), c in merged.items()],
+        }
+        replace_file(self.path, json.dumps(content, indent=1).encode())
+
+
+def _read(path: str, environment: str) -> dict[tuple[str, str], Choice]:
+    """The choices in a file; none where it is missing, damaged or another environment's."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        if content["environment"] != environment:
+            return {}
+        return {
+            (c["key"], c["wanted"]): Choice(
+                str(c["key"]), str(c["winner"]), dict(c["seconds"]), dict(c["refused"])
+            )
+            for c in content["choices"]
+        }
+    except (OSError, ValueError, KeyError, TypeError):  # the file is written anew
+        return {}
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+@functools.cache
+def choices_for(device: torch.device) -> Choices:
+    """The choices for a device."""
+    return Choices(environment_of(device), cuda_seconds if device.type == "cuda" else run_once)
+
+
+def environment_of(device: torch.device) -> str:
+    """All that times on ``device`` depend on, as text."""
+    versions = (
+        f"torch {torch.__version__}, triton {triton.__version__}, falqon-fx {library_version()}"
+    )
+    if device.type != "cuda":
+        return f"{device.type}, {versions}"
+    about = torch.cuda.get_device_properties(device)
+    card = f"{about.name}, sm_{about.major}{about.minor}, {about.multi_processor_count} processors"
+    return f"{card}, cuda {torch.version.cuda}, {versions}"
+
+
+def cuda_seconds(run: Candidate) -> float:
+    """Median of nine timings by CUDA events, behind three calls that compile and warm up."""
+    for _ in range(3):
+        run()
+    times: list[float] = []
+    for _ in range(9):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(float(start.elapsed_time(end)) / 1e3)
+    return statistics.median(times)
+
+
+def run_once(run: Candidate) -> float:
+    """For devices without a clock worth asking: whether a candidate works; the first one wins."""
+    run()
+    return 0.0

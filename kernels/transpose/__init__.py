@@ -1,0 +1,1 @@
+"""The transpose of W's bytes."""

@@ -1,0 +1,77 @@
+"""Host side of transpose="store": making the copies Wᵀ, and bringing them up to date."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from falqon_fx.kernels.interpreter import runs_interpreted
+from falqon_fx.kernels.loader import load
+from falqon_fx.kernels.transpose import launch
+from falqon_fx.kernels.transpose.spec import StoredSpec, TransposeSpec
+from falqon_fx.site import transposed as stored
+from falqon_fx.site.record import COUNTERS
+from falqon_fx.site.transposed import Kept
+
+E4M3 = torch.float8_e4m3fn
+_SPEC = StoredSpec(rows=16, width=256)
+
+
+def transposed(weight: Tensor) -> Tensor:
+    """Wᵀ [in, out] of FP8 W [out, in], row by row."""
+    spec = TransposeSpec(block=32 if runs_interpreted(weight) else 128)
+    return launch.transpose(weight.contiguous().view(torch.uint8), spec).view(E4M3)
+
+
+def kept(weight: Tensor) -> Tensor:
+    """The same from the copy that is kept beside W; made where there is none.
+
+    W is constant, or, with update="rows", the first rows of W': then whoever calls this has run
+    `refresh` since W was last written.
+    """
+    found = stored.find(weight)
+    if found is None or found.turned.shape != weight.shape[::-1]:
+        turned = transposed(weight).view(torch.uint8)
+        found = stored.keep(weight, turned, COUNTERS)
+    return found.turned.view(E4M3)
+
+
+def refresh(weight: Sequence[Tensor], writes: Sequence[Tensor], counters: Sequence[Tensor]) -> None:
+    """Brings the copies of those of W' [out + r, in] that have one up to date: two launches.
+
+    Rows whose number in ``writes`` changed are copied; all rows where ``counters`` speak of another
+    A, W or site than when the copy was made, or of an earlier step.
+    """
+    found = [(stored.find(w), w, n, c) for w, n, c in zip(weight, writes, counters)]
+    rows = [_row(k, w, n, c) for k, w, n, c in found if k is not None]
+    if not rows:
+        return
+    table = _table(tuple(rows), weight[0].device)
+    interpreted = runs_interpreted(table)
+    kernels, spec = load(_SPEC, interpreted), _SPEC
+    parts = max(-(-row[_OUT] // spec.rows) for row in rows)
+    with torch.cuda.device_of(table):
+        kernels.refresh[(len(rows), parts)](table, num_warps=spec.num_warps)
+        kernels.seal[(len(rows),)](table, num_warps=spec.num_warps)
+
+
+def signatures(spec: StoredSpec) -> dict[str, dict[str, str]]:
+    """Argument types of each kernel, for `aot.compile_ahead`."""
+    return {"refresh": {"table_ptr": "*i64:16"}, "seal": {"table_ptr": "*i64:16"}}
+
+
+_OUT = 6  # the column of `out` in the table, before that of `width`; see the template
+
+
+def _row(kept: Kept, weight: Tensor, writes: Tensor, counters: Tensor) -> tuple[int, ...]:
+    tensors = (weight, kept.turned, writes, kept.seen, counters, kept.stamp)
+    width, out = kept.turned.shape
+    return (*(t.data_ptr() for t in tensors), out, width, kept.turned.stride(0))
+
+
+@lru_cache(maxsize=64)
+def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int64).to(device)

@@ -1,0 +1,54 @@
+"""Specs of the transpose of W for dL/dx: made each time, or kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from falqon_fx.kernels.spec import KernelSpec, check_powers_of_two
+from falqon_fx.site.record import COUNTERS, FINGERPRINT_A, FINGERPRINT_W, SITE, STEP
+
+
+@dataclass(frozen=True)
+class TransposeSpec(KernelSpec):
+    """The transpose of a byte matrix, one ``block`` × ``block`` tile a program.
+
+    Bytes alone: a store of transposed FP8 values comes out wrong on some GPUs (triton#11111).
+    """
+
+    template: ClassVar[str] = "transpose"
+
+    block: int = 128
+    num_warps: int = 8
+
+    def __post_init__(self) -> None:
+        check_powers_of_two(self, "block", "num_warps")
+
+    @property
+    def name(self) -> str:
+        return f"{self.template}_{self.block}_w{self.num_warps}"
+
+
+@dataclass(frozen=True)
+class StoredSpec(KernelSpec):
+    """Brings copies Wᵀ up to date, a program ``rows`` rows of W, ``width`` bytes of each a turn."""
+
+    template: ClassVar[str] = "stored"
+
+    rows: int = 16
+    width: int = 256
+    block: int = 512
+    num_warps: int = 4
+    # Places in `MergedAdapter.counters`, and how many there are.
+    fingerprint_a: int = FINGERPRINT_A
+    fingerprint_w: int = FINGERPRINT_W
+    step: int = STEP
+    site_number: int = SITE
+    counters: int = COUNTERS
+
+    def __post_init__(self) -> None:
+        check_powers_of_two(self, "rows", "width", "block", "num_warps")
+
+    @property
+    def name(self) -> str:
+        return f"{self.template}_{self.rows}x{self.width}_b{self.block}_w{self.num_warps}"

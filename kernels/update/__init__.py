@@ -1,0 +1,1 @@
+"""The write-back of update="rows"."""

@@ -1,0 +1,95 @@
+"""What a match must be to become a site."""
+
+from __future__ import annotations
+
+from falqon_fx._compat import is_dtensor, is_fsdp, value_of
+from falqon_fx.config import FalqonConfig
+from falqon_fx.errors import FalqonError
+from falqon_fx.passes.match.dataflow import Match
+from falqon_fx.passes.modes import may_autocast
+from falqon_fx.passes.terms import AddLinear, BaseLinear, Linear, Param, Prepared, RowsBaseLinear
+from falqon_fx.site.spec import SiteSpec, parse_spec
+
+
+def weights_of(found: Match) -> tuple[Param, ...]:
+    """The base weight, or what stands for a prepared one."""
+    base = found.base
+    if isinstance(base, BaseLinear | RowsBaseLinear):
+        code = base.code if isinstance(base, BaseLinear) else base.state[0]
+        return (Param(value_of(found.scope.outer(code)), code),)
+    return (base.weight,)
+
+
+def params_of(found: Match) -> tuple[Param, ...]:
+    """The same, and each A and B."""
+    adapters = [p for a in found.adapters for p in (a.lora_a, a.lora_b)]
+    return (*weights_of(found), *adapters)
+
+
+def check(found: Match, path: str, config: FalqonConfig) -> None:
+    """A site can be trained rightly as asked.
+
+    Raises:
+        FalqonError: parameters that are sharded, on several devices, in dtypes that don't go
+            together, or prepared with other options.
+    """
+    x = value_of(found.x)
+    for param in params_of(found):
+        node = None if param.node is None else found.scope.outer(param.node)
+        if is_dtensor(param.value) or (node is not None and is_fsdp(node)):
+            raise FalqonError(
+                path,
+                "its parameters are sharded (FSDP or tensor parallel), which is not built yet",
+                "Use DDP or one GPU",
+            )
+        if x is not None and param.value.device != x.device:
+            raise FalqonError(
+                path,
+                f"a parameter is on {param.value.device}, its input on {x.device}",
+                "Move the whole model to one device",
+            )
+    if config.adapter_dtype == "fp8" and x.device.type not in ("cpu", "meta"):
+        raise FalqonError(
+            path,
+            f'adapter_dtype="fp8" computes on CPUs alone so far, and this is on {x.device}',
+            'Set adapter_dtype="bfloat16"',
+        )
+    _check_dtypes(found, path)
+    base: object = found.base
+    if isinstance(base, BaseLinear | RowsBaseLinear):
+        _check_prepared(base, path, config, adapted=bool(found.adapters))
+
+
+def _check_dtypes(found: Match, path: str) -> None:
+    """Torch multiplies operands of one dtype alone, which Dynamo's fake tensors don't look at."""
+    scope, device = found.scope, value_of(found.anchor).device.type
+    if may_autocast(scope.mode(found.anchor), device):
+        return
+    for node in found.nodes:
+        term = scope.term(node)
+        if isinstance(term, Linear | AddLinear):
+            given, own = value_of(term.x).dtype, term.weight.value.dtype
+            if given != own:
+                raise FalqonError(
+                    path,
+                    f"one of its weights is {own}, the input of it {given}",
+                    "Cast the whole model to one dtype, or run it under torch.autocast",
+                )
+
+
+def _check_prepared(base: Prepared, path: str, config: FalqonConfig, adapted: bool) -> None:
+    done, asked = parse_spec(base.spec), SiteSpec.from_config(config)
+    if (done.granularity, done.scale) != (asked.granularity, asked.scale):
+        raise FalqonError(
+            path,
+            f"prepare() used granularity={done.granularity!r}, scale={done.scale!r}; the "
+            f"backend is asked for {asked.granularity!r}, {asked.scale!r}",
+            "Give prepare() and torch.compile() the same config",
+        )
+    made = "rows" if isinstance(base, RowsBaseLinear) else "adapter"
+    if made != config.update and adapted:  # what has no adapter is the same in both
+        raise FalqonError(
+            path,
+            f"prepare() made it for update={made!r}, the backend is asked for {config.update!r}",
+            "Give prepare() and torch.compile() the same config",
+        )

@@ -1,0 +1,76 @@
+"""Who may import whom: the rooms of `docs/imports.py`, from the ground up."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+PATH = Path(__file__).parents[1] / "docs" / "imports.py"
+LIMIT = 400  # lines of a file
+
+
+def load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("imports", PATH)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+house = load()
+
+
+def test_no_file_imports_in_a_circle():
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join([*above[above.index(name) :], name])
+        if name not in done:
+            for other in set(house.imports(name)):
+                visit(other, (*above, name))
+            done.add(name)
+
+    for name in house.MODULES:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("name", house.MODULES)
+def test_nothing_is_imported_from_above(name):
+    above = [o for o in set(house.imports(name)) if house.floor(o) > house.floor(name)]
+    assert above == []
+
+
+@pytest.mark.parametrize("name", house.MODULES)
+def test_private_names_of_torch_are_imported_in_one_file(name):
+    """`torch._C`, `torch._inductor` and the like; `torch.ops.aten._name` is an operation."""
+    if name == "falqon_fx._compat":
+        return
+    found: list[str] = []
+    for node in ast.walk(ast.parse(house.MODULES[name].read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch"):
+            path = [*str(node.module).split("."), *(alias.name for alias in node.names)]
+            found += [part for part in path if part.startswith("_")]
+        elif isinstance(node, ast.Import):
+            found += [a.name for a in node.names if a.name.startswith("torch.") and "._" in a.name]
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            private = (
+                node.value.id == "torch" and node.attr.startswith("_") and node.attr[:2] != "__"
+            )
+            # Dynamo's settings and marks are what its documentation tells users to set.
+            found += [f"torch.{node.attr}"] if private and node.attr != "_dynamo" else []
+    assert found == []
+
+
+@pytest.mark.parametrize("name", house.MODULES)
+def test_files_are_short(name):
+    assert len(house.MODULES[name].read_text().splitlines()) <= LIMIT
+
+
+def test_the_picture_is_that_of_the_code():
+    """`python docs/imports.py --write` draws it anew."""
+    assert house.mermaid() in house.PAGE.read_text()
