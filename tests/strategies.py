@@ -10,6 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from falqon_fx.ops.arguments import Merged
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.site.base import Base, cast_base
 from falqon_fx.site.spec import SiteSpec
@@ -89,10 +90,10 @@ class Case:
         size = 4 if in_fp8 else 3
         return [made[size * j : size * (j + 1)] for j in range(len(loras))]
 
-    def arguments(self) -> tuple[Any, ...]:
+    def arguments(self) -> Merged:
         """Those of the op. W as bytes and Â as E4M3: both take either."""
         loras = self.adapters
-        return (
+        return Merged(
             self.x,
             [layer.base.code for layer in self.layers],
             [layer.base.scale for layer in self.layers],

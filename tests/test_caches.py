@@ -23,7 +23,7 @@ import os
 import torch
 from torch._dynamo.utils import counters
 from falqon_fx import backend
-from falqon_fx.ops import lowering, merged_linear as ops
+from falqon_fx.ops import decompositions, lowering
 from falqon_fx.site import spec
 from tests.models import LoraLinear, fill_b
 
@@ -35,7 +35,7 @@ if os.environ["CHANGED"]:
         return [y + 1, *rest]
 
     lowering.merged_linear = changed
-    for module in (spec, ops, backend):
+    for module in (spec, decompositions, backend):
         module.lowering_version = lambda: "0123456789ab"
 
 torch.manual_seed(0)

@@ -60,6 +60,7 @@ def test_flops_of_the_op_are_those_that_torch_counts(rank, train_a):
     from torch.utils.flop_counter import FlopCounterMode
 
     from falqon_fx.ops import lowering
+    from falqon_fx.ops.arguments import Merged
     from falqon_fx.site.base import cast_base
     from falqon_fx.site.spec import SiteSpec
 
@@ -72,7 +73,7 @@ def test_flops_of_the_op_are_those_that_torch_counts(rank, train_a):
     rest = (train_a, torch.bfloat16, str(plan))
     with FlopCounterMode(display=False) as forward:
         _, out_a, x_cast, x_scale = lowering.merged_linear(
-            x, [base.weight], [base.scale], [], *adapters, True, *rest[1:]
+            Merged(x, [base.weight], [base.scale], [], *adapters, True, *rest[1:])
         )
     with FlopCounterMode(display=False) as backward:
         wide = out_a.dtype

@@ -25,6 +25,7 @@ from falqon_fx.kernels.products import dispatch
 from falqon_fx.kernels.update import launch as update
 from falqon_fx.ops import gpu, lowering
 from falqon_fx.ops import merged_linear as ops
+from falqon_fx.ops.arguments import Merged
 from falqon_fx.ops.decompositions import decompositions
 from falqon_fx.rows import cuda as rows_cuda
 from falqon_fx.site import casts
@@ -171,7 +172,7 @@ def launched(case: Case, monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[in
         return forward(q, q_scale, pieces, a_pieces, *rest)
 
     monkeypatch.setattr(dispatch, "forward", seen)
-    gpu.merged_linear(*case.arguments())
+    gpu.merged_linear(case.arguments())
     return found
 
 
@@ -200,9 +201,9 @@ def test_adapters_of_a_layer_need_not_stand_side_by_side():
     turned = [2, 1, 0]
     moved = [[column[j] for j in turned] if column else column for column in by_name.values()]
     first, second, out_a, *_ = gpu.merged_linear(
-        x, weight, scale, bias, *moved, keep_x, out_dtype, spec
+        Merged(x, weight, scale, bias, *moved, keep_x, out_dtype, spec)
     )
-    wanted = gpu.merged_linear(*case.arguments())
+    wanted = gpu.merged_linear(case.arguments())
     of_a = wanted[2].split([16, 8, 5], dim=1)
     assert torch.equal(out_a, torch.cat([of_a[j] for j in turned], dim=1))
     assert torch.equal(second, wanted[1])
@@ -213,9 +214,9 @@ def test_adapters_of_a_layer_need_not_stand_side_by_side():
 @pytest.mark.parametrize("name", ["one adapter", "dropout"])
 def test_x_is_kept_in_fp8_where_a_trains_and_not_at_all_where_it_is_frozen(name, plan):
     case = GROUPS[name](plan)
-    *_, out_a = gpu.merged_linear(*replace(case, keep_x=False).arguments())
+    *_, out_a = gpu.merged_linear(replace(case, keep_x=False).arguments())
     assert out_a.shape[1] == sum(len(lora.lora_a) for lora in case.adapters)
-    kept = gpu.merged_linear(*case.arguments())[2:]
+    kept = gpu.merged_linear(case.arguments())[2:]
     read = [case.x if lora.x is None else lora.x for lora in case.adapters]
     read = read if case.apart else [case.x]
     assert len(kept) == 2 * len(read)
@@ -264,7 +265,7 @@ def test_autocast_changes_nothing_inside_of_the_op(kernel, dtype):
 def test_fake_results_look_like_the_real_ones(name, plan):
     """Of the op on a GPU, whose x̂ is in FP8, as of its lowering."""
     case = GROUPS[name](plan)
-    real = gpu.merged_linear(*case.arguments())
+    real = gpu.merged_linear(case.arguments())
     with FakeTensorMode() as mode:
 
         def on_gpu(value: Any) -> Any:
@@ -276,7 +277,7 @@ def test_fake_results_look_like_the_real_ones(name, plan):
 
         arguments = [on_gpu(argument) for argument in case.arguments()]
         fake = falqon.merged_linear(*arguments)
-        lowered = gpu.merged_linear(*arguments)
+        lowered = gpu.merged_linear(Merged(*arguments))
     assert mode is not None
     for one, two, three in zip(fake, lowered, real, strict=True):
         assert (one.shape, one.dtype) == (two.shape, two.dtype) == (three.shape, three.dtype)
@@ -387,7 +388,7 @@ def test_inductors_product_is_compiled_within_a_graph_that_runs():
     x, *rest = case.arguments()
 
     def layers(x: Tensor) -> list[Tensor]:
-        return [-y for y in gpu.merged_linear(x + x, *rest)[: len(case.layers)]]
+        return [-y for y in gpu.merged_linear(Merged(x + x, *rest))[: len(case.layers)]]
 
     compiled = torch.compile(layers, fullgraph=True)(x)
     wanted = expected(replace(case, x=x + x))
@@ -408,7 +409,7 @@ def test_inductor_fuses_the_casts_into_the_norm(keep_x):
     gain = torch.ones(64, dtype=BF16)
 
     def layers(x: Tensor) -> list[Tensor]:
-        return gpu.merged_linear(torch.nn.functional.rms_norm(x, (64,), gain), *rest)
+        return gpu.merged_linear(Merged(torch.nn.functional.rms_norm(x, (64,), gain), *rest))
 
     x = randn(4, 8, 64).bfloat16()
     results, (code,) = run_and_get_code(torch.compile(layers, fullgraph=True), x)

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from falqon_fx._compat import OpOverload, inductor_decompositions
 from falqon_fx.ops import gpu, merged_linear
+from falqon_fx.ops.arguments import Merged
 from falqon_fx.rows import ops as rows_ops
 from falqon_fx.site.spec import lowering_version
 
@@ -24,6 +26,10 @@ class Decompositions(dict[OpOverload, Callable[..., Any]]):
         return decompositions, (torch.__version__, lowering_version())
 
 
+def _merged_linear(*args: Any) -> list[Tensor]:
+    return gpu.merged_linear(Merged(*args))
+
+
 def decompositions(_torch: str = "", _lowering: str = "") -> Decompositions:
     """Inductor's decompositions and those that open the ``falqon::`` ops below autograd, for graphs
     on a GPU.
@@ -31,7 +37,7 @@ def decompositions(_torch: str = "", _lowering: str = "") -> Decompositions:
     table = Decompositions(inductor_decompositions())
     table[merged_linear.CASTS] = gpu.proxy_update
     table[torch.ops.falqon.pending.default] = rows_ops.pending_part
-    table[merged_linear.OP] = gpu.merged_linear
+    table[merged_linear.OP] = _merged_linear
     table[torch.ops.falqon.merged_linear_grad_x.default] = gpu.merged_linear_grad_x
     table[torch.ops.falqon.grad_a.default] = gpu.grad_a
     return table

@@ -25,7 +25,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from falqon_fx.ops.lowering import adapter_outputs, cast_fp8, decode, gemm_dtype, rescale
+from falqon_fx.ops.arguments import Merged
+from falqon_fx.ops.lowering import (
+    adapter_outputs,
+    cast_fp8,
+    cast_inputs,
+    decode,
+    finished,
+    gemm_dtype,
+    rescale,
+)
 from falqon_fx.site.casts import scale_of
 from falqon_fx.site.numerics import E4M3, E5M2, FP8_MAX, decode_fp8, round_to_fp8, without_autocast
 from falqon_fx.site.spec import parse_spec
@@ -118,62 +127,35 @@ def balance(typical: Tensor, largest: Tensor) -> Tensor:
 
 
 @without_autocast
-def merged_linear(
-    x: Tensor,
-    weight: Sequence[Tensor],
-    scale: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    a: Sequence[Tensor],
-    a_scale: Sequence[Tensor],
-    b: Sequence[Tensor],
-    alpha: Sequence[Tensor],
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    adapter_x: Sequence[Tensor],
-    owner: Sequence[int],
-    scaling: Sequence[float],
-    keep_x: bool,
-    out_dtype: torch.dtype,
-    spec: str,
-) -> list[Tensor]:
+def merged_linear(given: Merged) -> list[Tensor]:
     """[O_i | O_A | x̂] as `falqon_fx.ops.lowering.merged_linear` has them; O_A,j = t_j · s_x · α_j
     as it is multiplied.
 
     Where scales are powers of two they are in the values that are multiplied, which stay exact;
     others follow the product.
     """
-    plan = parse_spec(spec)
-    dtype, exact = gemm_dtype(out_dtype, x.device), plan.scale == "pow2"
-
-    def cast(given: Tensor, keep: bool) -> Any:
-        return cast_fp8(given.reshape(-1, given.shape[-1]), E4M3, plan, dtype, keep=keep)
-
-    of_x = cast(x, keep_x and not adapter_x)
-    own = [cast(x_j, keep_x) for x_j in adapter_x]
-    before = adapter_outputs(own or [of_x] * len(a), bool(own), a, a_scale, dtype, plan)
+    plan = parse_spec(given.spec)
+    dtype, exact = gemm_dtype(given.out_dtype, given.x.device), plan.scale == "pow2"
+    read = cast_inputs(given, plan, dtype)
+    before = adapter_outputs(given, read, plan).split(given.ranks, dim=1)
     parts: list[Tensor] = []  # O_A
     tails: list[Tensor] = []  # t, with its scale where that is exact
-    for part, factor, of_b in zip(before.split([len(t) for t in a], dim=1), alpha, lora_b):
-        unit = of_x.scale * factor
+    for part, factor, of_b in zip(before, given.alpha, given.lora_b):
+        unit = read.x.scale * factor
         scaled = part.to(torch.float32) / unit
         clamped.add(of_b, scaled, E4M3)
         t = round_to_fp8(scaled, E4M3)
         parts.append((t * unit).to(dtype))
         tails.append(parts[-1] if exact else t.to(dtype))
     ys = []
-    for i, (w, s) in enumerate(zip(weight, scale)):
-        y = of_x.value @ decode(w, s if exact else 1.0, dtype).t()
-        for j in [j for j, of in enumerate(owner) if of == i]:
-            y = torch.addmm(
-                y, tails[j], decode_fp8(b[j], s / alpha[j] if exact else 1.0, dtype).t()
-            )
-        y = y if exact else rescale(y, of_x.rest, s)
-        if bias:
-            y = y + bias[i].to(dtype)
-        shape = (*x.shape[:-1], w.shape[0])
-        ys.append(torch.ops.aten._unsafe_view(y.to(out_dtype), shape))
-    kept = [part for of in own or [of_x] for part in (of.code, of.scale)] if keep_x else []
-    return [*ys, torch.cat(parts, dim=1), *kept]
+    for i, (w, s) in enumerate(zip(given.weight, given.scale)):
+        y = read.x.value @ decode(w, s if exact else 1.0, dtype).t()
+        for j in given.adapters_of(i):
+            b = decode_fp8(given.b[j], s / given.alpha[j] if exact else 1.0, dtype)
+            y = torch.addmm(y, tails[j], b.t())
+        y = y if exact else rescale(y, read.x.rest, s)
+        ys.append(finished(y, given, i))
+    return [*ys, torch.cat(parts, dim=1), *read.kept(given.keep_x)]
 
 
 @torch.library.custom_op("falqon::merged_linear_grad_fp8", mutates_args=())

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from falqon_fx.ops.arguments import Merged
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.site.casts import cast_fp8
 from falqon_fx.site.numerics import E4M3, as_e4m3, without_autocast
@@ -58,57 +59,41 @@ def grad_a(d: Tensor, code: Tensor, scale: Tensor, a_dtype: torch.dtype) -> Tens
 
 
 @without_autocast
-def merged_linear(
-    x: Tensor,
-    weight: Sequence[Tensor],
-    scale: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    a: Sequence[Tensor],
-    a_scale: Sequence[Tensor],
-    b: Sequence[Tensor],
-    alpha: Sequence[Tensor],
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    adapter_x: Sequence[Tensor],
-    owner: Sequence[int],
-    scaling: Sequence[float],
-    keep_x: bool,
-    out_dtype: torch.dtype,
-    spec: str,
-) -> list[Tensor]:
+def merged_linear(given: Merged) -> list[Tensor]:
     """See `falqon_fx.ops.lowering.merged_linear`. x̂ is kept as it is multiplied:
     E4M3 and its scale.
     """
-    dtype = gemm_dtype(out_dtype, x.device)
+    x, spec = given.x, given.spec
+    dtype = gemm_dtype(given.out_dtype, x.device)
     q, q_scale = quantize(x.reshape(-1, x.shape[-1]), E4M3, spec)
-    own = [quantize(x_j.reshape(-1, x_j.shape[-1]), E4M3, spec) for x_j in adapter_x]
-    codes_a = [as_e4m3(code) for code in a]
+    own = [quantize(x_j.reshape(-1, x_j.shape[-1]), E4M3, spec) for x_j in given.adapter_x]
+    codes_a = [as_e4m3(code) for code in given.a]
     out_a: list[Tensor] = []
     if own:
         parts = [
-            torch.ops.falqon.adapter_product(*cast, code, scale_a, out_dtype, spec)
-            for cast, code, scale_a in zip(own, codes_a, a_scale, strict=True)
+            torch.ops.falqon.adapter_product(*cast, code, scale_a, given.out_dtype, spec)
+            for cast, code, scale_a in zip(own, codes_a, given.a_scale, strict=True)
         ]
         out_a = [torch.cat(parts, dim=1)]
     products = torch.ops.falqon.merged_product(
         q,
         q_scale,
-        [as_e4m3(w) for w in weight],
-        scale,
-        bias,
+        [as_e4m3(w) for w in given.weight],
+        given.scale,
+        given.bias,
         codes_a,
-        a_scale,
-        [t.to(dtype) for t in b],
+        given.a_scale,
+        [t.to(dtype) for t in given.b],
         out_a,
-        owner,
-        out_dtype,
+        given.owner,
+        given.out_dtype,
         spec,
     )
     # Not `reshape`: below autograd that makes a view, which may not be written in place later.
-    shape = x.shape[:-1]
-    ys = [torch.ops.aten._unsafe_view(y, (*shape, y.shape[1])) for y in products[: len(weight)]]
-    kept = [part for cast in own or [(q, q_scale)] for part in cast] if keep_x else []
-    return [*ys, *(out_a or products[len(weight) :]), *kept]
+    shape, sites = x.shape[:-1], len(given.weight)
+    ys = [torch.ops.aten._unsafe_view(y, (*shape, y.shape[1])) for y in products[:sites]]
+    kept = [part for cast in own or [(q, q_scale)] for part in cast] if given.keep_x else []
+    return [*ys, *(out_a or products[sites:]), *kept]
 
 
 @without_autocast

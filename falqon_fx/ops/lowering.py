@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from falqon_fx._compat import native_bf16
 from falqon_fx.kernels.cpu import casts as cpu_casts
+from falqon_fx.ops.arguments import Merged
 from falqon_fx.site.casts import scale_of
 from falqon_fx.site.numerics import (
     E4M3,
@@ -30,20 +31,6 @@ from falqon_fx.site.numerics import (
     without_autocast,
 )
 from falqon_fx.site.spec import SiteSpec, parse_spec
-
-
-def quantize(x: Tensor, dtype: torch.dtype, spec: SiteSpec) -> tuple[Tensor, Tensor | float]:
-    """``x ≈ value * rest``: ``x`` [n, k] cast to FP8 with one scale per row, or one for all of it;
-    ``value`` is float32.
-
-    A scale that is a power of two is already in ``value``, which bfloat16 still holds exactly.
-    Others are left in ``rest``, [n, 1] or [], for the GEMM's result.
-    """
-    # The amax of x as it is: were x widened first, Inductor would keep a wide copy of a costly x.
-    scale, wide = scale_of(x, dtype, spec), x.to(torch.float32)
-    if spec.scale == "pow2":
-        return round_to_scaled_fp8(wide, scale, dtype), 1.0
-    return round_to_fp8(wide * scale.reciprocal(), dtype), scale
 
 
 def gemm_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -137,78 +124,79 @@ def decode(
 
 
 @without_autocast
-def merged_linear(
-    x: Tensor,
-    weight: Sequence[Tensor],
-    scale: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    a: Sequence[Tensor],
-    a_scale: Sequence[Tensor],
-    b: Sequence[Tensor],
-    alpha: Sequence[Tensor],
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    adapter_x: Sequence[Tensor],
-    owner: Sequence[int],
-    scaling: Sequence[float],
-    keep_x: bool,
-    out_dtype: torch.dtype,
-    spec: str,
-) -> list[Tensor]:
+def merged_linear(given: Merged) -> list[Tensor]:
     """[O_i | O_A | x̂] of the sites i that read x: O_i = q(x) · W_iᵀ + Σ_j O_A,j · b_jᵀ + bias_i,
     [..., out_i] in ``out_dtype``, over the adapters j of site i (without the sum where there is no
     b); then the O_A,j = q(x_j) · Â_jᵀ of all adapters side by side, [n, Σ r_j]; then, where
     ``keep_x``, what dL/dA needs: the cast of each x_j in E4M3 and its scale.
     """
-    plan = parse_spec(spec)
-    dtype, exact = gemm_dtype(out_dtype, x.device), plan.scale == "pow2"
-
-    def cast(given: Tensor, keep: bool) -> Cast:
-        return cast_fp8(given.reshape(-1, given.shape[-1]), E4M3, plan, dtype, keep=keep)
-
-    of_x = cast(x, keep_x and not adapter_x)
-    own = [cast(x_j, keep_x) for x_j in adapter_x]
-    out_a = of_x.value.new_empty((of_x.value.shape[0], 0))
-    if a:
-        out_a = adapter_outputs(own or [of_x] * len(a), bool(own), a, a_scale, dtype, plan)
-    parts = out_a.split([code.shape[0] for code in a], dim=1) if a else ()
+    plan = parse_spec(given.spec)
+    dtype, exact = gemm_dtype(given.out_dtype, given.x.device), plan.scale == "pow2"
+    read = cast_inputs(given, plan, dtype)
+    out_a = read.x.value.new_empty((read.x.value.shape[0], 0))
+    if given.a:
+        out_a = adapter_outputs(given, read, plan)
+    parts = out_a.split(given.ranks, dim=1) if given.a else ()
     ys = []
-    for i, (w, s) in enumerate(zip(weight, scale)):
-        y = of_x.value @ decode(w, s if exact else 1.0, dtype).t()
+    for i, (w, s) in enumerate(zip(given.weight, given.scale)):
+        y = read.x.value @ decode(w, s if exact else 1.0, dtype).t()
         if not exact:
-            y = rescale(y, of_x.rest, s)
-        for j in [j for j, of in enumerate(owner) if of == i] if b else []:
-            y = torch.addmm(y, parts[j], b[j].to(dtype).t())
-        if bias:
-            y = y + bias[i].to(dtype)
-        # Not `view`: what comes from below autograd as a view may not be written in place later.
-        shape = (*x.shape[:-1], w.shape[0])
-        ys.append(torch.ops.aten._unsafe_view(y.to(out_dtype), shape))
-    kept: list[Tensor] = []
-    for of in (own or [of_x]) if keep_x else []:
-        assert of.code is not None
-        kept += [of.code, of.scale]
-    return [*ys, out_a, *kept]
+            y = rescale(y, read.x.rest, s)
+        for j in given.adapters_of(i) if given.b else []:
+            y = torch.addmm(y, parts[j], given.b[j].to(dtype).t())
+        ys.append(finished(y, given, i))
+    return [*ys, out_a, *read.kept(given.keep_x)]
 
 
-def adapter_outputs(
-    each: Sequence[Cast],
-    apart: bool,
-    a: Sequence[Tensor],
-    a_scale: Sequence[Tensor],
-    dtype: torch.dtype,
-    plan: SiteSpec,
-) -> Tensor:
+@dataclass(frozen=True)
+class Read:
+    """The casts of what a group of sites reads: x, and in ``own`` what each adapter reads where any
+    reads something else (dropout).
+    """
+
+    x: Cast
+    own: list[Cast]
+
+    def kept(self, keep: bool) -> list[Tensor]:
+        """E4M3 and scale of what the adapters read, for dL/dA."""
+        found: list[Tensor] = []
+        for of in (self.own or [self.x]) if keep else []:
+            assert of.code is not None
+            found += [of.code, of.scale]
+        return found
+
+
+def cast_inputs(given: Merged, plan: SiteSpec, dtype: torch.dtype) -> Read:
+    """x and ``adapter_x`` cast to FP8, as values in ``dtype``."""
+
+    def cast(x: Tensor, keep: bool) -> Cast:
+        return cast_fp8(x.reshape(-1, x.shape[-1]), E4M3, plan, dtype, keep=keep)
+
+    of_x = cast(given.x, given.keep_x and not given.adapter_x)
+    return Read(of_x, [cast(x_j, given.keep_x) for x_j in given.adapter_x])
+
+
+def finished(y: Tensor, given: Merged, site: int) -> Tensor:
+    """y [n, out] with the site's bias, as the op returns it."""
+    if given.bias:
+        y = y + given.bias[site].to(y.dtype)
+    # Not `view`: what comes from below autograd as a view may not be written in place later.
+    shape = (*given.x.shape[:-1], y.shape[1])
+    return torch.ops.aten._unsafe_view(y.to(given.out_dtype), shape)  # type: ignore[no-any-return]
+
+
+def adapter_outputs(given: Merged, read: Read, plan: SiteSpec) -> Tensor:
     """The O_A of all adapters side by side; as one product where all read the same x."""
-    exact = plan.scale == "pow2"
-    values = [decode(code, s if exact else 1.0, dtype) for code, s in zip(a, a_scale)]
-    if apart:
+    exact, dtype = plan.scale == "pow2", read.x.value.dtype
+    each = read.own or [read.x] * len(given.a)
+    values = [decode(code, s if exact else 1.0, dtype) for code, s in zip(given.a, given.a_scale)]
+    if read.own:
         products = [cast.value @ value.t() for cast, value in zip(each, values)]
     else:
-        product = each[0].value @ _stack(values).t()
+        product = read.x.value @ _stack(values).t()
         products = [product] if exact else [*product.split([len(v) for v in values], dim=1)]
     if not exact:
-        products = [rescale(p, c.rest, s) for p, c, s in zip(products, each, a_scale)]
+        products = [rescale(p, c.rest, s) for p, c, s in zip(products, each, given.a_scale)]
     return _stack(products, dim=1)
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from falqon_fx.errors import FalqonError
 from falqon_fx.ops import fp8_adapter, gpu, lowering
+from falqon_fx.ops.arguments import Merged
 from falqon_fx.ops.once import once
 from falqon_fx.site.numerics import E4M3, without_autocast
 from falqon_fx.site.spec import parse_spec
@@ -116,9 +116,25 @@ def merged_linear(
 
     FALQON (arXiv 2510.24061) has A frozen: without ``keep_x`` nothing of x is kept.
     """
-    codes, codes_a = [_as_read(w) for w in weight], [_as_read(w) for w in a]
-    adapters = (codes_a, a_scale, b, alpha, lora_a, lora_b, adapter_x, owner, scaling)
-    return lower_merged_linear(x, codes, scale, bias, *adapters, keep_x, out_dtype, spec)
+    given = Merged(
+        x,
+        [_as_read(w) for w in weight],
+        [*scale],
+        [*bias],
+        [_as_read(w) for w in a],
+        [*a_scale],
+        [*b],
+        [*alpha],
+        [*lora_a],
+        [*lora_b],
+        [*adapter_x],
+        [*owner],
+        [*scaling],
+        keep_x,
+        out_dtype,
+        spec,
+    )
+    return lower_merged_linear(given)
 
 
 def _as_read(weight: Tensor) -> Tensor:
@@ -126,12 +142,12 @@ def _as_read(weight: Tensor) -> Tensor:
     return weight.view(torch.uint8) if weight.device.type == "cpu" else weight
 
 
-def lower_merged_linear(x: Tensor, *rest: Any) -> list[Tensor]:
+def lower_merged_linear(given: Merged) -> list[Tensor]:
     """`falqon_fx.ops.lowering.merged_linear`, or its like for GPUs or for adapters in FP8."""
-    if rest[6]:
-        return fp8_adapter.merged_linear(x, *rest)
-    run = gpu.merged_linear if x.device.type == "cuda" else lowering.merged_linear
-    return run(x, *rest)
+    if given.alpha:
+        return fp8_adapter.merged_linear(given)
+    run = gpu.merged_linear if given.x.device.type == "cuda" else lowering.merged_linear
+    return run(given)
 
 
 def lower_grad_x(grad: Sequence[Tensor], *rest: Any) -> Tensor:
@@ -142,31 +158,15 @@ def lower_grad_x(grad: Sequence[Tensor], *rest: Any) -> Tensor:
 
 
 @merged_linear.register_fake
-def _(
-    x: Tensor,
-    weight: Sequence[Tensor],
-    scale: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    a: Sequence[Tensor],
-    a_scale: Sequence[Tensor],
-    b: Sequence[Tensor],
-    alpha: Sequence[Tensor],
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    adapter_x: Sequence[Tensor],
-    owner: Sequence[int],
-    scaling: Sequence[float],
-    keep_x: bool,
-    out_dtype: torch.dtype,
-    spec: str,
-) -> list[Tensor]:
-    plan, tokens = parse_spec(spec), x.shape[:-1]
-    n, dtype = math.prod(tokens), lowering.gemm_dtype(out_dtype, x.device)
-    results = [x.new_empty((*tokens, w.shape[0]), dtype=out_dtype) for w in weight]
-    results.append(x.new_empty((n, sum(code.shape[0] for code in a)), dtype=dtype))
-    for _ in (adapter_x or [x]) if keep_x else []:
+def _(*args: Any) -> list[Tensor]:
+    given = Merged(*args)
+    x, tokens, per_row = given.x, given.x.shape[:-1], parse_spec(given.spec).per_row
+    n, dtype = math.prod(tokens), lowering.gemm_dtype(given.out_dtype, x.device)
+    results = [x.new_empty((*tokens, w.shape[0]), dtype=given.out_dtype) for w in given.weight]
+    results.append(x.new_empty((n, sum(given.ranks)), dtype=dtype))
+    for _ in (given.adapter_x or [x]) if given.keep_x else []:
         results.append(x.new_empty((n, x.shape[-1]), dtype=E4M3))
-        results.append(x.new_empty((n, 1) if plan.per_row else (), dtype=torch.float32))
+        results.append(x.new_empty((n, 1) if per_row else (), dtype=torch.float32))
     return results
 
 
@@ -217,41 +217,8 @@ def _(d: Tensor, code: Tensor, scale: Tensor, a_dtype: torch.dtype) -> Tensor:
     return d.new_empty((d.shape[1], code.shape[1]), dtype=a_dtype)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weight, scale, bias, a, a_scale, b, alpha, lora_a, lora_b = inputs[:10]
-    adapter_x, owner, scaling, keep_x, _, spec = inputs[10:]
-    sites = len(weight)
-    out_a, *kept = output[sites:]
-    ctx.mark_non_differentiable(*output[sites:])
-    ctx.set_materialize_grads(False)
-    # Without b, D needs B itself.
-    of_b = b or (lora_b if keep_x else [])
-    counted = lora_b if alpha else []  # whose elements that FP8 clamps are counted
-    columns = (weight, scale, a, a_scale, of_b, alpha, counted, kept, [out_a])
-    ctx.save_for_backward(*(tensor for column in columns for tensor in column))
-    ctx.lengths = [len(column) for column in columns]
-    ctx.adds_b, ctx.keep_x = bool(b), keep_x
-    ctx.shapes = [(x.shape, x.dtype), *((other.shape, other.dtype) for other in adapter_x)]
-    ctx.ranks = [code.shape[0] for code in a]
-    ctx.dtypes = [[t.dtype for t in column] for column in (lora_a, lora_b, bias)]
-    ctx.owner, ctx.scaling, ctx.spec = list(owner), list(scaling), spec
-    ctx.trained = [p for p in (*lora_a, *lora_b) if p.requires_grad]
-
-
-def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    results = _gradients(ctx, grads)
-    if torch.is_grad_enabled():  # create_graph=True
-        # dL/dB depends on x too, of which nothing may be left; where B is trained, B stands for it.
-        inputs = [g for g in grads if g is not None] + ctx.trained
-        given = [t for t in inputs if t.requires_grad]
-        if given:
-            return once(results, given)
-    return results
-
-
-@dataclass(frozen=True)
-class _Saved:
-    """The lists of tensors that `_save` kept, in its order."""
+class _Saved(NamedTuple):
+    """The lists of tensors that backward needs."""
 
     weight: list[Tensor]
     scale: list[Tensor]
@@ -267,6 +234,47 @@ class _Saved:
     def of(cls, ctx: Any) -> _Saved:
         tensors = iter(ctx.saved_tensors)
         return cls(*([next(tensors) for _ in range(count)] for count in ctx.lengths))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    given = Merged(*inputs)
+    sites = len(given.weight)
+    out_a, *kept = output[sites:]
+    ctx.mark_non_differentiable(*output[sites:])
+    ctx.set_materialize_grads(False)
+    # Without b, D needs B itself.
+    of_b = given.b or (given.lora_b if given.keep_x else [])
+    counted = given.lora_b if given.alpha else []  # whose elements that FP8 clamps are counted
+    columns = _Saved(
+        given.weight,
+        given.scale,
+        given.a,
+        given.a_scale,
+        of_b,
+        given.alpha,
+        counted,
+        kept,
+        [out_a],
+    )
+    ctx.save_for_backward(*(tensor for column in columns for tensor in column))
+    ctx.lengths = [len(column) for column in columns]
+    ctx.adds_b, ctx.keep_x = bool(given.b), given.keep_x
+    ctx.shapes = [(t.shape, t.dtype) for t in (given.x, *given.adapter_x)]
+    ctx.ranks = given.ranks
+    ctx.dtypes = [[t.dtype for t in c] for c in (given.lora_a, given.lora_b, given.bias)]
+    ctx.owner, ctx.scaling, ctx.spec = [*given.owner], [*given.scaling], given.spec
+    ctx.trained = [p for p in (*given.lora_a, *given.lora_b) if p.requires_grad]
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    results = _gradients(ctx, grads)
+    if torch.is_grad_enabled():  # create_graph=True
+        # dL/dB depends on x too, of which nothing may be left; where B is trained, B stands for it.
+        inputs = [g for g in grads if g is not None] + ctx.trained
+        given = [t for t in inputs if t.requires_grad]
+        if given:
+            return once(results, given)
+    return results
 
 
 @without_autocast

@@ -255,8 +255,8 @@ class _Check:
 
     def _cast(self, x: Tensor, dtype: torch.dtype) -> _Exact:
         """As the op casts it."""
-        value, rest = lowering.quantize(x, dtype, self.plan)
-        return _Exact.of(value.double() * torch.as_tensor(rest).double())
+        cast = lowering.cast_fp8(x, dtype, self.plan, torch.float32)
+        return _Exact.of(cast.value.double() * torch.as_tensor(cast.rest).double())
 
     def _through_weight(self, weight: _Exact) -> _Exact:
         """ĝ·W: the scales of W's rows go into dL/dO before its cast."""

@@ -1,0 +1,38 @@
+"""The arguments of ``falqon::merged_linear`` by name."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Merged(NamedTuple):
+    """In the op's order; `falqon_fx.ops.merged_linear.merged_linear` says what they are."""
+
+    x: Tensor
+    weight: list[Tensor]
+    scale: list[Tensor]
+    bias: list[Tensor]
+    a: list[Tensor]
+    a_scale: list[Tensor]
+    b: list[Tensor]
+    alpha: list[Tensor]
+    lora_a: list[Tensor]
+    lora_b: list[Tensor]
+    adapter_x: list[Tensor]
+    owner: list[int]
+    scaling: list[float]
+    keep_x: bool
+    out_dtype: torch.dtype
+    spec: str
+
+    def adapters_of(self, site: int) -> list[int]:
+        """The numbers of the adapters of a site."""
+        return [j for j, owner in enumerate(self.owner) if owner == site]
+
+    @property
+    def ranks(self) -> list[int]:
+        """Of each adapter."""
+        return [code.shape[0] for code in self.a]
