@@ -1,6 +1,6 @@
 // Casts to FP8 and back around the products on a CPU: a row is read, measured, rounded and written
-// while it lies in the cache. falqon_fx/ops/lowering.py says the same in ATen operations, which pass over
-// memory some eight times. Bound by kernels/cpu_casts.py.
+// while it lies in the cache. falqon_fx/ops/lowering.py says the same in ATen operations, which pass
+// over memory some eight times. Bound by kernels/cpu/casts.py.
 
 #include <cstdint>
 #include <cstring>
@@ -38,7 +38,8 @@ void narrow(float x, bfloat16& to) {
   to.bits = uint16_t((bits & 0x7FFFFFFFu) > 0x7F800000u ? (bits >> 16) | 0x40u : rounded);
 }
 
-// falqon_fx.site.numerics.amax_to_scale with mode "pow2", from the bits of amax; `factor` is 1.75 / max.
+// falqon_fx.site.numerics.amax_to_scale with mode "pow2", from the bits of amax; `factor` is
+// 1.75 / max.
 float pow2_scale(uint32_t amax, float factor) {
   if (amax == 0) return 1.0f;
   const uint32_t wanted = as_bits(as_float(amax) * factor);

@@ -1,4 +1,4 @@
-"""The casts around the products on a CPU as compiled code: ``cpu_casts.cpp``, built by Inductor's
+"""The casts around the products on a CPU as compiled code: ``casts.cpp``, built by Inductor's
 compiler at need. Bit for bit what `falqon_fx.ops.lowering` computes with ATen's operations.
 """
 

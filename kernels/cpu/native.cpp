@@ -2,7 +2,7 @@
 // what changed, and casts to FP8 and back where nothing is compiled around them. rows/update.py and
 // numerics.py in falqon_fx say the same in ATen operations, which pass over memory some sixty times;
 // here a row is read, moved, rounded and written while it lies in the cache. Bound by
-// kernels/cpu.py, whose structures these are and which checks what the pointers point to.
+// kernels/cpu/native.py, whose structures these are and which checks what the pointers point to.
 
 #include <algorithm>
 #include <cmath>
@@ -363,7 +363,7 @@ struct Site {
 };
 
 enum Counter { kStep = 3, kSite = 4, kNonfinite = 5 };  // as in falqon_fx/rows/update.py
-enum BaseDtype { kNoBase, kFloat32, kBfloat16, kFloat16 };  // as in kernels/cpu.py
+enum BaseDtype { kNoBase, kFloat32, kBfloat16, kFloat16 };  // as in kernels/cpu/native.py
 
 struct Plan {
   int64_t out, in, rank, count;  // `count` rows are chosen
