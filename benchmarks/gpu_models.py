@@ -22,8 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 import falqon_fx
 from falqon_fx._compat import scaled_mm
-from falqon_fx.model import fp8_linear
-from falqon_fx.rows.prepared import MergedBaseLinear
+from falqon_fx.model.prepared_linear import PreparedLinear
 
 E4M3 = torch.float8_e4m3fn
 SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -257,8 +256,7 @@ _BASES: dict[str, Callable[[Any, str], None]] = {
 
 def linear_bytes(model: nn.Module) -> int:
     """Bytes of the layers that `prepare` made: W in FP8 and its scales, or what "rows" keeps."""
-    layers = (fp8_linear.Fp8Linear, MergedBaseLinear)
-    found = [m for m in model.modules() if isinstance(m, layers)]
+    found = [m for m in model.modules() if isinstance(m, PreparedLinear)]
     parameters = [p for m in found for name, p in m.named_parameters() if name != "bias"]
     return sum(p.nbytes for p in parameters)
 

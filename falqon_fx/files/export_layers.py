@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
-from falqon_fx.model.fp8_linear import Fp8Linear, plain_layer
+from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.model.lora_layers import LoraLayer, is_linear
+from falqon_fx.model.prepared_linear import PreparedLinear, plain_layer
 from falqon_fx.rows.prepared import MergedBaseLinear
 from falqon_fx.rows.state import MergedAdapter
 from falqon_fx.rows.unload import ACTIVATE, merged_weight, not_written
@@ -40,7 +41,7 @@ class ExportLayer:
 
     @property
     def prepared(self) -> bool:
-        return isinstance(self.linear, Fp8Linear | MergedBaseLinear)
+        return isinstance(self.linear, PreparedLinear)
 
     @property
     def transposed(self) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from falqon_fx.errors import FalqonError
 from falqon_fx.files import storage
 from falqon_fx.model.fp8_linear import Fp8Linear
+from falqon_fx.model.prepared_linear import PreparedLinear
 from falqon_fx.rows.prepared import MergedBaseLinear
 from falqon_fx.rows.state import STATE, MergedAdapter, registry
 from falqon_fx.site import transposed as stored
@@ -28,13 +29,12 @@ from falqon_fx.site.numerics import as_scale
 from falqon_fx.site.spec import RowsSpec, SiteSpec, parse_spec
 
 SITES = ".sites."  # before the names of states outside modules; no path begins with a dot
-_BASE = ("code", "scale", "digest")  # of a layer in FP8, as STATE is of one with update="rows"
-_OWN = {"weight", *_BASE, *STATE}  # what a layer has of its own, prepared in either way or not
+# What a layer has of its own, prepared in either way or not.
+_OWN = {"weight", *Fp8Linear.STATE, *MergedBaseLinear.STATE}
 _REMEDY = "Make the model as for the run that was saved: same base, same adapter config"
 _RESTORE = "Call falqon_fx.restore(model) first"
 
 Site = dict[str, Any]
-Prepared = Fp8Linear | MergedBaseLinear
 
 
 def collect(model: nn.Module) -> tuple[list[Site], list[tuple[str, Tensor]]]:
@@ -47,7 +47,7 @@ def collect(model: nn.Module) -> tuple[list[Site], list[tuple[str, Tensor]]]:
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, Fp8Linear):
             module.base()  # looks at the bytes
-        if isinstance(module, Prepared):
+        if isinstance(module, PreparedLinear):
             sites.append({"prepared": path, **describe(module)})
     states: list[tuple[str, Tensor]] = []
     for site, state in _rows_states(model):
@@ -65,7 +65,7 @@ def collect(model: nn.Module) -> tuple[list[Site], list[tuple[str, Tensor]]]:
     return sites, named + states
 
 
-def describe(layer: Prepared) -> Site:
+def describe(layer: PreparedLinear) -> Site:
     """What `make_layer` needs to know of a layer beside its tensors."""
     spec = asdict(parse_spec(layer.spec))
     site = {"dtype": _name(layer.dtype), "transposed": layer.transposed, "spec": spec}
@@ -74,12 +74,12 @@ def describe(layer: Prepared) -> Site:
 
 def names_of(site: Site) -> tuple[str, ...]:
     """The names of a prepared layer's tensors."""
-    return STATE if "scaling" in site else _BASE
+    return STATE if "scaling" in site else Fp8Linear.STATE
 
 
 def make_layer(
     site: Site, tensors: Mapping[str, Tensor], bias: nn.Parameter | None, path: str
-) -> Prepared:
+) -> PreparedLinear:
     """The layer that `describe` described, around tensors by the names `names_of` gives."""
     dtype, transposed = getattr(torch, site["dtype"]), site["transposed"]
     path = path.removesuffix(".base_layer")
@@ -87,7 +87,7 @@ def make_layer(
         return MergedBaseLinear(_state(site, tensors), bias, dtype, transposed, path)
     nothing = Base(tensors["code"].to("meta"), as_scale(tensors["scale"].to("meta")))
     layer = Fp8Linear(nothing, bias, dtype, transposed, str(SiteSpec(**site["spec"])), path)
-    for name in _BASE:  # the bytes are not read, as the digest of a given base would have to
+    for name in layer.STATE:  # the bytes are not read, as the digest of a given base would have to
         setattr(layer, name, nn.Parameter(tensors[name], requires_grad=False))
     return layer
 
@@ -170,7 +170,7 @@ def _check_layer(model: nn.Module, site: Site, tensors: Mapping[str, Tensor], wh
     """The model must have a layer of the saved dtype and shape, prepared in the same way or not."""
     path, transposed = site["prepared"], site["transposed"]
     module = _module(model, path, where)
-    if isinstance(module, Prepared):
+    if isinstance(module, PreparedLinear):
         _check_kind(path, module, "scaling" in site, where)
         size = torch.Size((module.out_features, module.in_features))
         found = _shape(size, module.dtype)
@@ -188,7 +188,7 @@ def _check_layer(model: nn.Module, site: Site, tensors: Mapping[str, Tensor], wh
         raise FalqonError(path, f"{where} has {wanted}, the model {found}", _REMEDY)
 
 
-def _check_kind(path: str, layer: Prepared, rows: bool, where: str) -> None:
+def _check_kind(path: str, layer: PreparedLinear, rows: bool, where: str) -> None:
     if isinstance(layer, MergedBaseLinear) is not rows:
         kinds = ('update="rows"', 'update="adapter"')
         saved, ours = kinds if rows else kinds[::-1]
@@ -200,10 +200,11 @@ def _check_weight(model: nn.Module, site: Site, where: str) -> None:
     """The base weight must be the one that was trained on, as it is or as `prepare` cast it."""
     path, _, last = site["weight"].rpartition(".")
     module = _module(model, path, where)
-    if isinstance(module, Prepared):
+    if isinstance(module, PreparedLinear):
         _check_kind(path, module, "state" in site, where)
-        if isinstance(module, MergedBaseLinear):
-            return  # the saved state takes its place
+    if isinstance(module, MergedBaseLinear):
+        return  # the saved state takes its place
+    if isinstance(module, Fp8Linear):
         same = module.digest.tolist() in site["bases"]
         remedy = "Prepare the same base model, with the config of the run that was saved"
     else:
@@ -233,7 +234,7 @@ def _prepare_layer(model: nn.Module, site: Site, tensors: Mapping[str, Tensor]) 
     path = site["prepared"]
     module: Any = model.get_submodule(path)
     given = {name: tensors[f"{path}.{name}"] for name in names_of(site)}
-    if isinstance(module, Prepared) and all(
+    if isinstance(module, PreparedLinear) and all(
         getattr(module, name).shape == tensor.shape for name, tensor in given.items()
     ):
         _take_options(module, site)
@@ -247,7 +248,7 @@ def _prepare_layer(model: nn.Module, site: Site, tensors: Mapping[str, Tensor]) 
                 setattr(parent, name, layer)
 
 
-def _take_options(layer: Prepared, site: Site) -> None:
+def _take_options(layer: PreparedLinear, site: Site) -> None:
     if isinstance(layer, MergedBaseLinear):
         layer.spec, layer.scaling = str(RowsSpec(**site["spec"])), site["scaling"]
     else:

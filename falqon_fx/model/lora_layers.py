@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from falqon_fx.errors import FalqonError
-from falqon_fx.model.fp8_linear import Fp8Linear
+from falqon_fx.model.prepared_linear import PreparedLinear
 from falqon_fx.passes.match.frozen import part_of_adapter
-from falqon_fx.rows.prepared import MergedBaseLinear
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -48,7 +47,7 @@ class LoraLayer:
     @property
     def dtype(self) -> torch.dtype:
         """Of the base weight, now or before `prepare`."""
-        prepared = isinstance(self.base, Fp8Linear | MergedBaseLinear)
+        prepared = isinstance(self.base, PreparedLinear)
         return self.base.dtype if prepared else self.base.weight.dtype  # type: ignore[no-any-return]
 
     @property
@@ -167,3 +166,14 @@ def tied_weights(model: nn.Module) -> defaultdict[int, list[str]]:
         if not parameter.is_meta:
             holders[parameter.data_ptr()].append(name)
     return holders
+
+
+def check_untied(path: str, weight: Tensor, holders: Mapping[int, list[str]]) -> None:
+    """Refuse to free a base weight that another module shares (``holders``: `tied_weights`)."""
+    shared = holders[weight.data_ptr()]
+    if len(shared) > 1:
+        raise FalqonError(
+            path,
+            f"its base weight is tied (also {shared[0]} or {shared[-1]}), so it can't be freed",
+            "Leave the layer out with exclude=, or untie the weights",
+        )

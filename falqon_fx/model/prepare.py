@@ -11,21 +11,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from falqon_fx.config import FalqonConfig
-from falqon_fx.errors import FalqonError
 from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.model.lora_layers import (
     LinearLayer,
     LoraLayer,
     check_fit,
+    check_untied,
     linear_layers,
     lora_layers,
     tied_weights,
     unwrap,
 )
+from falqon_fx.model.prepared_linear import PreparedLinear
 from falqon_fx.ops.fp8_adapter import clamped
 from falqon_fx.passes.match.frozen import why_left
 from falqon_fx.rows import model as rows_model
-from falqon_fx.rows.prepared import MergedBaseLinear
 from falqon_fx.rows.state import MergedAdapter
 from falqon_fx.site.base import Base, Place, bases, cast_base, check_weight, place
 from falqon_fx.site.paths import deepest_path
@@ -277,7 +277,7 @@ def skip_reason(layer: LinearLayer, config: FalqonConfig, tied: bool) -> str | N
 
 def _why_not(layer: LoraLayer) -> str:
     base: Any = layer.base
-    if isinstance(base, Fp8Linear | MergedBaseLinear):
+    if isinstance(base, PreparedLinear):
         return "it is prepared already"
     weight = getattr(base, "weight", None)
     if not isinstance(weight, Tensor) or type(base) is not nn.Linear:
@@ -292,13 +292,7 @@ def _check_before(model: nn.Module, layers: Sequence[LinearLayer]) -> None:
     holders = tied_weights(model)
     for layer in layers:
         weight = layer.module.weight
-        shared = holders[weight.data_ptr()]
-        if len(shared) > 1:
-            raise FalqonError(
-                layer.site,
-                f"its base weight is tied (also {shared[0]} or {shared[-1]}), so it can't be freed",
-                "Leave the layer out with exclude=, or untie the weights",
-            )
+        check_untied(layer.site, weight, holders)
         check_weight(layer.site, weight)
         if layer.lora is not None:
             check_fit(layer.lora)

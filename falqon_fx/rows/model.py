@@ -10,8 +10,15 @@ from torch import Tensor, nn
 
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
-from falqon_fx.model.fp8_linear import Fp8Linear
-from falqon_fx.model.lora_layers import LoraLayer, check_fit, is_linear, lora_layers, tied_weights
+from falqon_fx.model.lora_layers import (
+    LoraLayer,
+    check_fit,
+    check_untied,
+    is_linear,
+    lora_layers,
+    tied_weights,
+)
+from falqon_fx.model.prepared_linear import PreparedLinear
 from falqon_fx.rows import dropped
 from falqon_fx.rows.prepared import MergedBaseLinear
 from falqon_fx.rows.state import MergedAdapter, check_values, create, registry
@@ -105,7 +112,7 @@ def flush(model: nn.Module) -> None:
 
 def skip_reason(layer: LoraLayer, config: FalqonConfig) -> str | None:
     """Why a LoRA layer can't be merged and written, None where it can."""
-    if isinstance(layer.base, MergedBaseLinear | Fp8Linear):
+    if isinstance(layer.base, PreparedLinear):
         return "it is prepared already"
     if not is_linear(layer.base):
         return f"its base layer is a {type(layer.base).__name__}, not an nn.Linear"
@@ -128,14 +135,7 @@ def _check_before(model: nn.Module, layers: list[LoraLayer], config: FalqonConfi
     """All that could fail is looked at before the first layer is changed."""
     holders = tied_weights(model)
     for layer in layers:
-        weight = layer.base.weight
-        shared = holders[weight.data_ptr()]
-        if len(shared) > 1:
-            raise FalqonError(
-                layer.path,
-                f"its base weight is tied (also {shared[0]} or {shared[-1]}), so it can't be freed",
-                "Leave the layer out with exclude=, or untie the weights",
-            )
+        check_untied(layer.path, layer.base.weight, holders)
         check_fit(layer)
         config.rows(layer.lora_b.shape[0], layer.path)
         if registry.holds_what_lacks(layer.lora_b):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from falqon_fx.model.fp8_linear import ReadOnly, plain_layer
+from falqon_fx.model.prepared_linear import PreparedLinear, autocast
 from falqon_fx.rows import drift, ops
 from falqon_fx.rows.state import STATE, MergedAdapter
 from falqon_fx.site import transposed as stored
@@ -25,15 +25,13 @@ def layer_of(code: Tensor) -> MergedBaseLinear | None:
     return None if found is None else found()
 
 
-class MergedBaseLinear(nn.Module):
-    """The base layer of a prepared site. Eagerly it is the base layer alone: merged minus applied.
-
-    The FP8 bytes are a uint8 parameter: ``.to(bfloat16)`` would cast a float8 one away, and a
-    buffer would be broadcast by DDP in each forward pass.
+class MergedBaseLinear(PreparedLinear):
+    """The base layer of a prepared site. Run eagerly, it is the base layer alone: merged minus
+    applied.
     """
 
-    code: nn.Parameter
-    scale: nn.Parameter
+    STATE = STATE
+
     applied: nn.Parameter
     counters: nn.Parameter
     writes: nn.Parameter
@@ -60,10 +58,8 @@ class MergedBaseLinear(nn.Module):
         self._announce()
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
         result: Tensor = ops.rows_base_linear(
-            x,
+            autocast(x),
             self.code,
             self.scale,
             self.applied,
@@ -75,23 +71,8 @@ class MergedBaseLinear(nn.Module):
         )
         return result
 
-    @property
-    def weight(self) -> Tensor:
-        """The base weight, dequantized anew at each access, in the original dtype and layout.
-
-        Raises a `FalqonError` where someone writes to it, as PEFT's merge does.
-        """
-        weight = self._dequantized()
-        return weight if torch.compiler.is_compiling() else ReadOnly.of(weight, self.path)
-
-    def plain(self) -> nn.Module:
-        """The base layer as it was before `prepare`, within the casts."""
-        weight = self.merged().base().to(self.dtype)
-        return plain_layer(weight, self.bias, self.transposed).train(self.training)
-
-    def _dequantized(self) -> Tensor:
-        base = self.merged().base().to(self.dtype)
-        return base.t().contiguous() if self.transposed else base
+    def dequantized(self) -> Tensor:
+        return self.merged().base().to(self.dtype)
 
     def merged(self) -> MergedAdapter:
         """The state as a `MergedAdapter` (without its B)."""
@@ -99,17 +80,8 @@ class MergedBaseLinear(nn.Module):
         plan = parse_rows_spec(self.spec)
         return MergedAdapter(code, scale, applied, counters, writes, origin, self.scaling, plan)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MergedBaseLinear:
-        """Follow moves between devices, never a cast: the scales are part of the FP8 weight."""
-        state = {id(getattr(self, name)) for name in STATE}
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if id(tensor) not in state or moved.dtype == tensor.dtype:
-                return moved
-            return tensor.to(moved.device)
-
-        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
         self._announce()
         return self
 

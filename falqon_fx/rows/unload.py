@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from falqon_fx.errors import FalqonError
-from falqon_fx.model.fp8_linear import plain_layer
 from falqon_fx.model.lora_layers import LoraLayer, lora_layers
+from falqon_fx.model.prepared_linear import plain_layer
 from falqon_fx.rows.fingerprint import fingerprint
 from falqon_fx.rows.model import state_of
 from falqon_fx.rows.prepared import MergedBaseLinear
