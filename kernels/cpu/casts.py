@@ -6,17 +6,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from falqon_fx import _compat
-
-log = logging.getLogger(__name__)
+from falqon_fx.kernels.cpu.build import compiled
 
 _POINTER, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _FLOATS = (torch.float32, torch.bfloat16)
@@ -30,20 +26,12 @@ _LAYOUT = {
 @functools.cache
 def library() -> Any | None:
     """The compiled code; None where no compiler works, with the reason in the log."""
-    source = Path(__file__).with_suffix(".cpp").read_text()
-    try:
-        built = _compat.compile_cpp(source)
-    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
-        log.warning(
-            "falqon: the FP8 casts can't be compiled for this CPU and run as ATen operations, "
-            "several times slower. Remedy: install a C++ compiler, or name one with CXX=... "
-            "Reason: %s",
-            error,
-        )
-        return None
-    for name in ("cast_rows", "decode_rows"):
-        getattr(built, f"falqon_{name}").restype = None
-    return built
+    return compiled(
+        Path(__file__).with_suffix(".cpp"),
+        ("cast_rows", "decode_rows"),
+        "the FP8 casts can't be compiled for this CPU and run as ATen operations, several times "
+        "slower",
+    )
 
 
 def cast_rows(

@@ -1,5 +1,5 @@
-"""The proxy update on a CPU, casts to FP8 and back, and copies as compiled code: ``cpu.cpp``, built
-by Inductor's compiler at need.
+"""The proxy update on a CPU, casts to FP8 and back, and copies as compiled code: ``native.cpp``,
+built by Inductor's compiler at need.
 
 What `falqon_fx.rows.update` and `falqon_fx.site.numerics` compute with ATen's operations, and bit
 for bit the same but for the sign of zeros and the order of the update's sums of r products (a row's
@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from falqon_fx import _compat
-
-log = logging.getLogger(__name__)
+from falqon_fx.kernels.cpu.build import compiled
 
 _POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
@@ -67,19 +63,11 @@ class _Told(ctypes.Structure):
 @functools.cache
 def library() -> Any | None:
     """The compiled code; None where no compiler works, with the reason in the log."""
-    source = Path(__file__).with_suffix(".cpp").read_text()
-    try:
-        built = _compat.compile_cpp(source)
-    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
-        log.warning(
-            "falqon: the update can't be compiled for this CPU and runs as ATen operations, five "
-            "times slower. Remedy: install a C++ compiler, or name one with CXX=... Reason: %s",
-            error,
-        )
-        return None
-    for name in ("fingerprints", "update", "copy", "decode", "round"):
-        getattr(built, f"falqon_{name}").restype = None
-    return built
+    return compiled(
+        Path(__file__).with_suffix(".cpp"),
+        ("fingerprints", "update", "copy", "decode", "round"),
+        "the update can't be compiled for this CPU and runs as ATen operations, five times slower",
+    )
 
 
 def fingerprints(matrices: Sequence[Tensor]) -> Tensor | None:
