@@ -36,6 +36,18 @@ class LoraLinear(nn.Module):
         return (self.base_layer(x) + adapter * self.scaling).to(x.dtype)
 
 
+class Traceable(nn.Module):
+    """`LoraLinear` as `symbolic_trace` can take it: no question about a value's dtype."""
+
+    def __init__(self, layer: LoraLinear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        return layer.base_layer(x) + layer.lora_B(layer.lora_A(x)) * layer.scaling
+
+
 class Block(nn.Module):
     """x + down(gelu(up(norm(x)))) with LoRA on both projections: two sites."""
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from falqon_fx import rewrite
 from falqon_fx.kernels.cpu import casts as cpu_casts
@@ -21,7 +21,7 @@ from falqon_fx.site import spec
 from falqon_fx.site.numerics import E4M3, E5M2
 from falqon_fx.site.spec import SiteSpec
 from tests.emulation import cast
-from tests.models import LoraLinear
+from tests.models import LoraLinear, Traceable
 from tests.sites import randn
 from tests.strategies import Case, Lora, cases
 from tests.tolerances import Approx, fp8_cast_bound, rounded_bound, side_by_side
@@ -407,7 +407,7 @@ def test_the_adapters_of_a_graph_are_cast_to_what_the_cpu_multiplies(dtype, nati
     """The plan decides, from the dtype of the layer's result."""
     monkeypatch.setattr(lowering, "native_bf16", lambda: native)
     model = LoraLinear(64, 32, dtype=dtype).to(dtype)
-    graph = fx.symbolic_trace(WithoutCasts(model))
+    graph = fx.symbolic_trace(Traceable(model))
     x = randn(3, 64).to(dtype)
     result = rewrite(graph, [x])
     (update,) = result.gm.graph.find_nodes(op="call_function", target=falqon.proxy_update.default)
@@ -416,18 +416,6 @@ def test_the_adapters_of_a_graph_are_cast_to_what_the_cpu_multiplies(dtype, nati
     assert y.dtype == dtype
     y.float().sum().backward()
     assert model.lora_A.weight.grad.dtype == dtype
-
-
-class WithoutCasts(nn.Module):
-    """`LoraLinear` as `symbolic_trace` can take it: no question about a value's dtype."""
-
-    def __init__(self, layer: LoraLinear) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        layer = self.layer
-        return layer.base_layer(x) + layer.lora_B(layer.lora_A(x)) * layer.scaling
 
 
 @pytest.mark.parametrize("native", [True, False])

@@ -20,7 +20,7 @@ from falqon_fx import FalqonConfig, FalqonError, MergedAdapter
 from falqon_fx.rows.state import create, registry
 from falqon_fx.site.numerics import E4M3
 from falqon_fx.site.record import STEP
-from tests.models import LoraLinear, Stack, fill_b, lora_b, tiny_mlp, train
+from tests.models import LoraLinear, Stack, fill_b, freeze_a, lora_b, tiny_mlp, train
 from tests.sites import cast, dequantized, randn, same, snapshot
 from tests.tolerances import assert_within, gamma
 
@@ -33,13 +33,6 @@ SITES = ("base_model.model.0", "base_model.model.2")
 def _fresh():
     torch._dynamo.reset()
     torch.manual_seed(0)
-
-
-def freeze_a(model: nn.Module) -> nn.Module:
-    for name, parameter in model.named_parameters():
-        if "lora_A" in name:
-            parameter.requires_grad_(False)
-    return model
 
 
 def mlp(prepared: bool = False, **options: Any) -> tuple[nn.Module, nn.Module]:

@@ -31,7 +31,7 @@ from falqon_fx import FalqonConfig, MergedAdapter, rewrite
 from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.site.record import STEP
 from tests.emulation import E4M3, Layer, Lora, cast, emulate, linear
-from tests.models import LoraLinear
+from tests.models import LoraLinear, Traceable
 from tests.sites import randn
 
 WIDTH = 64  # what a frozen layer needs to run in FP8
@@ -369,7 +369,7 @@ class Rows(RuleBasedStateMachine):
     @rule()
     def recompile(self):
         """A second graph, as for another shape or mode."""
-        traced = fx.symbolic_trace(Plain(self.model))
+        traced = fx.symbolic_trace(Traceable(self.model))
         self.call = rewrite(traced, [randn(4, IN)], self.config)
         with torch.no_grad():  # "hold" counts all of B there
             self.evaluation = rewrite(traced, [randn(4, IN)], self.config)
@@ -464,18 +464,6 @@ class Rows(RuleBasedStateMachine):
         # A change of W, A or B shows with the next forward pass.
         if hasattr(self, "expected") and not self.expected.fresh:
             self.expected.check(self.state())
-
-
-class Plain(nn.Module):
-    """`LoraLinear` as `symbolic_trace` can take it: no question about a value's dtype."""
-
-    def __init__(self, layer: LoraLinear) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        layer = self.layer
-        return layer.base_layer(x) + layer.lora_B(layer.lora_A(x)) * layer.scaling
 
 
 _default = settings.get_profile(settings.get_current_profile_name()).max_examples
