@@ -31,7 +31,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,6 +40,7 @@ import nll
 import smollm
 import torch
 import training
+from records import Finished, Results
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -55,7 +56,7 @@ VALIDATION, TEST = 400, 1000  # sentences, both multiples of BATCH_SIZE
 SPLIT_SEED = 20251  # the split is the same for every --seeds
 PROTOCOL = {
     "ask": ASK,
-    "words": WORDS,
+    "words": list(WORDS),
     "length": LENGTH,
     "batch_size": BATCH_SIZE,
     "validation": VALIDATION,
@@ -192,14 +193,9 @@ def batches(tokenizer: Any, reviews: Sequence[Review]) -> list[Batch]:
 
 
 @dataclass(frozen=True)
-class Record:
+class Record(Finished):
     """One finished run; with 0 steps, the model before training."""
 
-    variant: str
-    options: str  # of FalqonConfig, defaults included
-    learning_rate: float
-    seed: int
-    steps: int
     validation_accuracy: float
     validation_nll: float  # of the right one of the two words
     test_accuracy: float
@@ -209,10 +205,6 @@ class Record:
     commit: str
 
     @property
-    def key(self) -> tuple[str, str, float, int, int]:
-        return self.variant, self.options, self.learning_rate, self.seed, self.steps
-
-    @property
     def score(self) -> tuple[float, float]:
         """What the choice of the learning rate minimizes; NLL decides between equals."""
         error = self.validation_nll
@@ -220,34 +212,10 @@ class Record:
         return (-self.validation_accuracy, error) if finite else (0.0, math.inf)
 
 
-class Results:
-    """The records of a file, written after each run."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        content = common.read_json(file) if file.exists() else {}
-        wanted = {**PROTOCOL, "words": list(WORDS)}
-        if content.get("protocol", wanted) != wanted:
-            raise SystemExit(f"{file} was measured with another protocol: name another --results")
-        self.records = [Record(**record) for record in content.get("records", [])]
-
-    def find(self, key: tuple[str, str, float, int, int]) -> Record | None:
-        return next((record for record in self.records if record.key == key), None)
-
-    def add(self, record: Record) -> None:
-        self.records.append(record)
-        rows = [asdict(record) for record in self.records]
-        content = {"environment": common.environment(), "protocol": PROTOCOL, "records": rows}
-        common.write_json(self.file, content)
-        for row in rows:
-            del row["test_correct"]
-        common.write_csv(self.file.with_suffix(".csv"), rows)
-
-
 class Bench:
     """Runs what the results don't hold yet."""
 
-    def __init__(self, results: Results, progress: Progress) -> None:
+    def __init__(self, results: Results[Record], progress: Progress) -> None:
         self.results = results
         self.progress = progress
         self.commit = common.versions()["commit"]
@@ -450,7 +418,9 @@ def majority(reviews: Split) -> float:
     return statistics.fmean(review.fresh == fresh for review in reviews.test)
 
 
-def report(arms: dict[str, Arm], reviews: Split, results: Results, console: Console) -> None:
+def report(
+    arms: dict[str, Arm], reviews: Split, results: Results[Record], console: Console
+) -> None:
     """Print the table and write it as Markdown beside the JSON."""
     first = next(iter(arms.values())).best
     title = (
@@ -507,7 +477,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     console = Console()
-    results = Results(args.results or common.latest_or_new("classify"))
+    results = Results(
+        args.results or common.latest_or_new("classify"), Record, PROTOCOL, ["test_correct"]
+    )
     with training.progress_bar(console) as progress:
         bench = Bench(results, progress)
         arms = {

@@ -19,7 +19,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ import common
 import smollm
 import torch
 import training
+from records import Finished, Results
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -54,23 +55,14 @@ NUMERIC_OPTIONS = (
 
 
 @dataclass(frozen=True)
-class Record:
+class Record(Finished):
     """One finished run."""
 
-    variant: str
-    options: str  # of FalqonConfig, defaults included
-    learning_rate: float
-    seed: int
-    steps: int
     nll_before: float
     nll_half: float  # after half of the steps
     nll_after: float
     seconds_per_step: float
     commit: str
-
-    @property
-    def key(self) -> tuple[str, str, float, int, int]:
-        return self.variant, self.options, self.learning_rate, self.seed, self.steps
 
     @property
     def score(self) -> float:
@@ -101,24 +93,6 @@ class Data:
         return smollm.training_batches(
             self.tokenizer, self.chats.train, self.length, BATCH_SIZE, steps, seed
         )
-
-
-class Results:
-    """The records of a file, written after each run."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        content = common.read_json(file) if file.exists() else {"records": []}
-        self.records = [Record(**record) for record in content["records"]]
-
-    def find(self, key: tuple[str, str, float, int, int]) -> Record | None:
-        return next((record for record in self.records if record.key == key), None)
-
-    def add(self, record: Record) -> None:
-        self.records.append(record)
-        rows = [asdict(record) for record in self.records]
-        common.write_json(self.file, {"environment": common.environment(), "records": rows})
-        common.write_csv(self.file.with_suffix(".csv"), rows)
 
 
 # ---------------------------------------------------------------- variants
@@ -181,7 +155,7 @@ def options_text(variant: Variant) -> str:
 class Bench:
     """Runs what the results don't hold yet."""
 
-    def __init__(self, results: Results, steps: int, progress: Progress) -> None:
+    def __init__(self, results: Results[Record], steps: int, progress: Progress) -> None:
         self.results = results
         self.steps = steps
         self.progress = progress
@@ -336,7 +310,7 @@ def sweep(records: Sequence[Record], seed: int, steps: int) -> list[list[str]]:
 
 
 def report(
-    chosen: dict[str, list[Record]], at_start: Untrained, results: Results, console: Console
+    chosen: dict[str, list[Record]], at_start: Untrained, results: Results[Record], console: Console
 ) -> None:
     """Print the table and write it as Markdown beside the JSON."""
     rows = summary(chosen)
@@ -382,7 +356,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     console = Console()
-    results = Results(args.results or common.latest_or_new("nll"))
+    results = Results(args.results or common.latest_or_new("nll"), Record)
     with training.progress_bar(console) as progress:
         bench = Bench(results, args.steps, progress)
         chosen = measure(bench, args.chosen, args.rates, args.seeds)
