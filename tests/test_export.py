@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
 from falqon_fx.files.export_layers import ExportLayer
-from falqon_fx.ops.lowering import quantize
+from falqon_fx.ops.lowering import cast_fp8
 from falqon_fx.site.base import Base, cast_base
 from falqon_fx.site.numerics import E4M3
 from falqon_fx.site.spec import SiteSpec
@@ -510,8 +510,8 @@ def test_logits_are_those_of_training_where_activations_are_cast_alike(tmp_path,
 
     def cast(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         (x,) = args
-        value, rest = quantize(x.reshape(-1, x.shape[-1]), E4M3, plan)
-        return ((value * rest).reshape(x.shape),)
+        read = cast_fp8(x.reshape(-1, x.shape[-1]), E4M3, plan, torch.float32)
+        return ((read.value * read.rest).reshape(x.shape),)
 
     with torch.no_grad():
         plain = loaded(IDS).logits
