@@ -334,11 +334,11 @@ def check_update(device: str) -> Checked:
         base, lora_a, lora_b = ([m[i].to(place) for m in made] for i in (1, 2, 3))
         # The first is the reference; a second run on "cpu" is the kernels, interpreted.
         run = rows_cuda.proxy_update_ if results else reference.proxy_update_
-        run(*columns, lora_b, lora_a, base, [2.0] * len(made), str(made[0][0].plan))
+        run(*columns, lora_b, lora_a, base, [2.0] * len(made), str(made[0][0].spec))
         results.append([t.cpu() for column in columns for t in column])
     if device == "cuda":  # B has not changed; and no value is read back on the host
         torch.cuda.set_sync_debug_mode("error")
-        run(*columns, lora_b, lora_a, base, [2.0] * len(made), str(made[0][0].plan))
+        run(*columns, lora_b, lora_a, base, [2.0] * len(made), str(made[0][0].spec))
         torch.cuda.set_sync_debug_mode("default")
     for expected, actual in zip(*results, strict=True):
         same = expected.view(torch.uint8) == actual.view(torch.uint8)

@@ -4,34 +4,40 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from falqon_fx.errors import FalqonConfigError
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "update": ("adapter", "rows"),
-    "adapter_dtype": ("bfloat16", "fp8"),
-    "frozen": ("fp8", "leave"),
-    "init": ("svd", "keep"),
-    "granularity": ("tensor", "row"),
-    "scale": ("amax", "pow2"),
-    "grad_dtype": ("e5m2", "e4m3"),
-    "dropout": ("exact", "ignore", "reject"),
-    "kernel": ("auto", "triton", "scaled_mm", "inductor", "dequantize"),
-    "accumulation": ("fast", "promoted"),
-    "transpose": ("auto", "transient", "store", "kernel"),
-    "inner": ("inductor", "aot_eager", "eager"),
-}
-_ROWS_CHOICES: dict[str, tuple[str, ...]] = {
-    "pending": ("hold", "drop", "apply"),
-    "rounding": ("nearest", "stochastic"),
-}
+Update = Literal["adapter", "rows"]
+AdapterDtype = Literal["bfloat16", "fp8"]
+Frozen = Literal["fp8", "leave"]
+Init = Literal["svd", "keep"]
+Granularity = Literal["tensor", "row"]
+Scale = Literal["amax", "pow2"]
+GradDtype = Literal["e5m2", "e4m3"]
+Dropout = Literal["exact", "ignore", "reject"]
+Kernel = Literal["auto", "triton", "scaled_mm", "inductor", "dequantize"]
+Accumulation = Literal["fast", "promoted"]
+Transpose = Literal["auto", "transient", "store", "kernel"]
+Inner = Literal["inductor", "aot_eager", "eager"]
+Pending = Literal["hold", "drop", "apply"]
+Rounding = Literal["nearest", "stochastic"]
+
+_ROWS_CHOICES = {"pending": get_args(Pending), "rounding": get_args(Rounding)}
 # What update="rows" takes where nothing is said; with update="adapter" they must not be given.
 _ROWS_DEFAULTS: dict[str, Any] = {"pending": "apply", "rounding": "stochastic"}
 
 _ROWS = 10  # written per step where no topk is given
+
+
+@functools.cache
+def literals(kind: type) -> dict[str, tuple[str, ...]]:
+    """The values that each field of a class may have whose type is a `Literal`."""
+    hints = get_type_hints(kind)
+    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
 
 
 @dataclass(frozen=True)
@@ -89,19 +95,19 @@ class FalqonConfig:
             with update="adapter".
     """
 
-    update: Literal["adapter", "rows"] = "adapter"
-    adapter_dtype: Literal["bfloat16", "fp8"] = "bfloat16"
-    frozen: Literal["fp8", "leave"] = "fp8"
-    init: Literal["svd", "keep"] = "keep"
-    granularity: Literal["tensor", "row"] = "row"
-    scale: Literal["amax", "pow2"] = "pow2"
-    grad_dtype: Literal["e5m2", "e4m3"] = "e5m2"
+    update: Update = "adapter"
+    adapter_dtype: AdapterDtype = "bfloat16"
+    frozen: Frozen = "fp8"
+    init: Init = "keep"
+    granularity: Granularity = "row"
+    scale: Scale = "pow2"
+    grad_dtype: GradDtype = "e5m2"
     siblings: bool = True
-    dropout: Literal["exact", "ignore", "reject"] = "exact"
-    kernel: Literal["auto", "triton", "scaled_mm", "inductor", "dequantize"] = "auto"
-    accumulation: Literal["fast", "promoted"] = "fast"
-    transpose: Literal["auto", "transient", "store", "kernel"] = "auto"
-    inner: Literal["inductor", "aot_eager", "eager"] = "inductor"
+    dropout: Dropout = "exact"
+    kernel: Kernel = "auto"
+    accumulation: Accumulation = "fast"
+    transpose: Transpose = "auto"
+    inner: Inner = "inductor"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     seed: int = 0
@@ -109,9 +115,9 @@ class FalqonConfig:
     min_gain: float | None = None
     mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
-    pending: Literal["hold", "drop", "apply"] | None = None
+    pending: Pending | None = None
     topk: int | float | Literal["all"] | None = None
-    rounding: Literal["nearest", "stochastic"] | None = None
+    rounding: Rounding | None = None
 
     def __new__(cls, *args: Any, **options: Any) -> FalqonConfig:
         """Names an unknown option, where the dataclass's own __init__ would raise a TypeError."""
@@ -123,7 +129,7 @@ class FalqonConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
+        for name, choices in literals(FalqonConfig).items():
             _check_choice(name, getattr(self, name), choices)
         if not isinstance(self.siblings, bool):
             raise FalqonConfigError(

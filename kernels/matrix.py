@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from falqon_fx.config import Granularity
 from falqon_fx.kernels.activation_cast import launch as activation_cast
 from falqon_fx.kernels.activation_cast.spec import ActivationCastSpec
 from falqon_fx.kernels.aot import ARCHITECTURES, CompiledKernel, compile_ahead
@@ -34,7 +35,7 @@ from falqon_fx.kernels.gemm.tiles import GemmProblem, gemm_specs
 from falqon_fx.kernels.grad_b import launch as grad_b_launch
 from falqon_fx.kernels.grad_b.spec import GradBSpec
 from falqon_fx.kernels.loader import load
-from falqon_fx.kernels.spec import Fp8Format, Granularity, KernelSpec
+from falqon_fx.kernels.spec import Fp8Format, KernelSpec
 from falqon_fx.kernels.transpose import kept as stored
 from falqon_fx.kernels.transpose import launch as transpose_launch
 from falqon_fx.kernels.transpose.spec import StoredSpec, TransposeSpec

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal
+
+from falqon_fx.config import literals
 
 InputDtype = Literal["float32", "bfloat16", "float16"]
 Fp8Format = Literal["e4m3", "e5m2"]
-Granularity = Literal["tensor", "row"]
-ScaleMode = Literal["amax", "pow2"]
 # How float32 becomes FP8: by the GPU's own instruction (sm_89 and newer), or by integer steps,
 # which older GPUs and Triton's interpreter need (see interpreter.py).
 CastMode = Literal["hardware", "integer"]
@@ -75,21 +75,12 @@ class KernelSpec:
         return f"{self.template}({', '.join(f'{k}={v}' for k, v in self.fields.items())})"
 
 
-@cache
-def _literals(kind: type) -> dict[str, tuple[object, ...]]:
-    """The values that each `Literal` field of a class of specs may have."""
-    hints = get_type_hints(kind)
-    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
-
-
 def check_literals(spec: KernelSpec) -> None:
     """Raises ValueError where a field of ``spec`` is outside its `Literal`."""
     kind: Any = type(spec)  # as a key; mypy thinks that it has no hash
-    for name, valid in _literals(kind).items():
+    for name, valid in literals(kind).items():
         if spec.fields[name] not in valid:
-            raise ValueError(
-                f"{name}={spec.fields[name]!r}: expected one of {', '.join(map(str, valid))}"
-            )
+            raise ValueError(f"{name}={spec.fields[name]!r}: expected one of {', '.join(valid)}")
 
 
 def check_powers_of_two(spec: KernelSpec, *names: str) -> None:

@@ -78,7 +78,7 @@ def _check_dtypes(found: Match, path: str) -> None:
 
 
 def _check_prepared(base: Prepared, path: str, config: FalqonConfig, adapted: bool) -> None:
-    done, asked = parse_spec(base.spec), SiteSpec.from_config(config)
+    done, asked = parse_spec(base.spec_text), SiteSpec.from_config(config)
     if (done.granularity, done.scale) != (asked.granularity, asked.scale):
         raise FalqonError(
             path,

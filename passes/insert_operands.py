@@ -100,17 +100,19 @@ def insert_operands(plan: Plan) -> Operands:
     """Edit the root graph in place."""
     root = plan.root
     bases = tuple(_enter_base(plan, i, slot) for i, slot in enumerate(plan.bases))
-    rows_spec = RowsSpec.from_config(plan.config)
-    rows = tuple(
-        enter_state(root, slot, rows_spec, lambda p: at_head(root, p)) for slot in plan.rows
-    )
+    rows_spec = RowsSpec.from_config(plan.config) if plan.rows else None
+    rows: tuple[RowsNodes, ...] = ()
+    if rows_spec is not None:
+        rows = tuple(
+            enter_state(root, slot, rows_spec, lambda p: at_head(root, p)) for slot in plan.rows
+        )
     adapters: dict[int, AdapterNodes] = {}
     written: dict[int, RowsOperands] = {}
     by_slot = {id(nodes.slot): nodes for nodes in bases}
     with _head(root) as graph:
         for wide in (False, True):
             adapters |= _cast_adapters(plan, graph, by_slot, wide)
-        if rows:
+        if rows_spec is not None:
             insert_write_back(graph, rows, rows_spec)
             wide_of = {id(s.base): _is_wide(s) for s in plan.sites}
             for nodes in rows:

@@ -49,7 +49,7 @@ class BaseLinear:
     scale: fx.Node
     digest: fx.Node
     bias: fx.Node | None
-    spec: str
+    spec_text: str
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class RowsBaseLinear:
     state: tuple[fx.Node, ...]
     bias: fx.Node | None
     scaling: float
-    spec: str
+    spec_text: str
 
 
 Prepared = BaseLinear | RowsBaseLinear

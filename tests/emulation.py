@@ -69,11 +69,11 @@ class Lora:
         """From what update="rows" has in W': the rest of B is added with pending="apply", and with
         "hold" in evaluation.
         """
-        out, plan = state.applied.shape[0], state.plan
-        scale = state.scale[out:] if plan.granularity == "row" else state.scale
-        evaluates = plan.pending == "hold" and not torch.is_grad_enabled()
+        out, spec = state.applied.shape[0], state.spec
+        scale = state.scale[out:] if spec.granularity == "row" else state.scale
+        evaluates = spec.pending == "hold" and not torch.is_grad_enabled()
         rest = None
-        if plan.pending == "apply" or evaluates:
+        if spec.pending == "apply" or evaluates:
             rest = (b.detach().float() - state.applied.float()) * state.scaling
         return cls(a, b, state.scaling, state.weight.float()[out:], scale, rest)
 
@@ -222,8 +222,8 @@ def emulate(
 def _config_of(state: Adapter | MergedAdapter) -> FalqonConfig:
     if not isinstance(state, MergedAdapter):
         return DEFAULTS
-    plan: Any = state.plan
-    return FalqonConfig(granularity=plan.granularity, scale=plan.scale, grad_dtype=plan.grad)
+    spec: Any = state.spec
+    return FalqonConfig(granularity=spec.granularity, scale=spec.scale, grad_dtype=spec.grad)
 
 
 def _replace_frozen(module: Any, config: FalqonConfig) -> None:

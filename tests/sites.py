@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -97,7 +97,7 @@ def update(*sites: Site) -> None:
         [site.lora_a for site in sites],
         [site.base for site in sites],
         [state.scaling for state in states],
-        str(states[0].plan),
+        str(states[0].spec),
     )
 
 
@@ -141,18 +141,14 @@ def dequantized(state: MergedAdapter) -> Tensor:
     return state.weight.float().double() * state.scale.double()
 
 
-def cast(x: Tensor, dtype: torch.dtype, plan: SiteSpec) -> Tensor:
+def cast(x: Tensor, dtype: torch.dtype, spec: SiteSpec) -> Tensor:
     """Float32 x [n, k] after the library's FP8 cast, dequantized exactly in float64."""
-    scale = cast_scale(x, dtype, plan)
+    scale = cast_scale(x, dtype, spec)
     return round_to_fp8(x * scale.reciprocal(), dtype).double() * scale.double()
 
 
-def cast_scale(x: Tensor, dtype: torch.dtype, plan: SiteSpec) -> Tensor:
-    if plan.per_row:
-        return amax_to_scale(x.abs().amax(1, keepdim=True), dtype, plan.scale)
+def cast_scale(x: Tensor, dtype: torch.dtype, spec: SiteSpec) -> Tensor:
+    if spec.per_row:
+        return amax_to_scale(x.abs().amax(1, keepdim=True), dtype, spec.scale)
     amax = x.abs().amax() if x.numel() else torch.zeros(())
-    return amax_to_scale(amax, dtype, plan.scale)
-
-
-def spec(site: Site, **changes: Any) -> str:
-    return str(replace(site.state.plan, **changes))
+    return amax_to_scale(amax, dtype, spec.scale)

@@ -55,7 +55,7 @@ class Case:
     x: Tensor
     layers: list[Layer]
     out_dtype: torch.dtype
-    plan: SiteSpec
+    spec: SiteSpec
     keep_x: bool = True
     adds_b: bool = True
 
@@ -78,14 +78,14 @@ class Case:
         loras, wide = self.adapters, gemm_dtype(self.out_dtype, self.x.device) == torch.float32
         if not loras:
             return []
-        in_fp8 = self.plan.adapter == "fp8"
+        in_fp8 = self.spec.adapter == "fp8"
         made = torch.ops.falqon.proxy_update(
             [lora.lora_a for lora in loras],
             [lora.lora_b for lora in loras],
             [lora.scaling for lora in loras],
             [layer.base.scale for layer in self.layers for _ in layer.adapters] if in_fp8 else [],
             wide,
-            str(self.plan),
+            str(self.spec),
         )
         size = 4 if in_fp8 else 3
         return [made[size * j : size * (j + 1)] for j in range(len(loras))]
@@ -109,7 +109,7 @@ class Case:
             [lora.scaling for lora in loras],
             self.keep_x,
             self.out_dtype,
-            str(self.plan),
+            str(self.spec),
         )
 
     def leaves(self) -> dict[str, Tensor]:
@@ -136,7 +136,7 @@ def cases(draw: st.DrawFn) -> Case:
     Sizes stay where float16 doesn't overflow: |W| up to 16, |x| up to 32, K up to 70.
     """
     features, seed = draw(st.integers(1, 70)), draw(SEEDS)
-    plan = SiteSpec(
+    spec = SiteSpec(
         draw(st.sampled_from(["tensor", "row"])),
         draw(st.sampled_from(["amax", "pow2"])),
         draw(st.sampled_from(["e5m2", "e4m3"])),
@@ -156,11 +156,11 @@ def cases(draw: st.DrawFn) -> Case:
             draw(adapters(out, x, at + 10 * (j + 1), drops)) for j in range(draw(st.integers(0, 3)))
         ]
         reached = draw(st.sampled_from([True, True, False]))
-        base = cast_base(weight, plan)
+        base = cast_base(weight, spec)
         layers.append(Layer(weight, base, bias, loras, grad.to(out_dtype), reached))
     layers[-1].reached |= not any(layer.reached for layer in layers)
     keep_x, adds_b = draw(st.booleans()), draw(st.sampled_from([True, True, False]))
-    return Case(x, layers, out_dtype, plan, keep_x, adds_b)
+    return Case(x, layers, out_dtype, spec, keep_x, adds_b)
 
 
 @st.composite

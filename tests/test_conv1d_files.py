@@ -158,7 +158,7 @@ def test_beside_a_linear_layer_they_are_exported_dense(tmp_path, update, prepare
     assert torch.equal(tensors[f"{path}.weight"], expected.t())
     assert torch.equal(tensors[f"{path}.bias"], layer.base_layer.bias)
     for name, weight in weights.items():
-        plan = SiteSpec.from_config(config)
-        cast = cast_base(weight.t(), plan).dequantize().t()
+        spec = SiteSpec.from_config(config)
+        cast = cast_base(weight.t(), spec).dequantize().t()
         found = tensors[f"transformer.h.0.{name}.weight"]
         assert torch.equal(found, cast if prepared else weight)

@@ -78,7 +78,7 @@ def check_on_gpu(case: Case) -> dict[str, Tensor]:
 @given(case=cases(), kernel=st.sampled_from(["triton", "dequantize"]))
 def test_results_equal_float64_on_the_same_quantized_operands(case: Case, kernel: str):
     assume(len(case.adapters) <= dispatch._MAX_PIECES)
-    case.plan = replace(case.plan, kernel=kernel)
+    case.spec = replace(case.spec, kernel=kernel)
     check_on_gpu(case)
 
 
@@ -92,7 +92,7 @@ def test_adapters_are_cast_as_on_a_cpu(case: Case):
         [lora.scaling for lora in loras],
         [],
         wide,
-        str(case.plan),
+        str(case.spec),
     )
     wanted = [tensor for cast in case.casts for tensor in cast]
     for ours, other in zip(casts, wanted, strict=True):
@@ -104,7 +104,7 @@ def test_adapters_are_cast_as_on_a_cpu(case: Case):
 # -- groups of layers ------------------------------------------------------------------------------
 
 
-def layer(out: int, ranks: tuple[int, ...], plan: SiteSpec, seed: int, **change: Any) -> Layer:
+def layer(out: int, ranks: tuple[int, ...], spec: SiteSpec, seed: int, **change: Any) -> Layer:
     """A layer of 64 features whose adapters have the given ranks, for 32 tokens in bfloat16."""
     loras = [
         Lora(
@@ -116,44 +116,44 @@ def layer(out: int, ranks: tuple[int, ...], plan: SiteSpec, seed: int, **change:
     ]
     weight = randn(out, 64, seed=seed + 7).bfloat16()
     grad = randn(32, out, seed=seed + 8).bfloat16()
-    return replace(Layer(weight, cast_base(weight, plan), None, loras, grad), **change)
+    return replace(Layer(weight, cast_base(weight, spec), None, loras, grad), **change)
 
 
-def group(plan: SiteSpec, *of: tuple[int, tuple[int, ...]], **change: Any) -> Case:
+def group(spec: SiteSpec, *of: tuple[int, tuple[int, ...]], **change: Any) -> Case:
     """Layers (out, ranks) that share x [32, 64]."""
-    layers = [layer(out, ranks, plan, 100 * i) for i, (out, ranks) in enumerate(of)]
-    return replace(Case(randn(32, 64).bfloat16(), layers, BF16, plan), **change)
+    layers = [layer(out, ranks, spec, 100 * i) for i, (out, ranks) in enumerate(of)]
+    return replace(Case(randn(32, 64).bfloat16(), layers, BF16, spec), **change)
 
 
-def with_dropout(plan: SiteSpec) -> Case:
+def with_dropout(spec: SiteSpec) -> Case:
     """Two adapters that read x behind masks of their own, and one that reads x itself."""
-    case = group(plan, (48, (16, 8, 16)))
+    case = group(spec, (48, (16, 8, 16)))
     for i, lora in enumerate(case.adapters[:2]):
         lora.x = case.x * ((randn(32, 64, seed=20 + i) > 0) * 2).bfloat16()
     return case
 
 
 GROUPS: dict[str, Callable[[SiteSpec], Case]] = {
-    "one adapter": lambda plan: group(plan, (48, (16,))),
-    "a frozen layer": lambda plan: group(plan, (48, ())),
-    "siblings, some frozen": lambda plan: group(plan, (48, (16,)), (32, ()), (16, (8,)), (64, ())),
-    "frozen siblings": lambda plan: group(plan, (48, ()), (32, ())),
-    "several adapters": lambda plan: group(plan, (48, (16, 8)), (32, (5,)), (16, (16, 16, 3))),
-    "ranks beyond the kernels'": lambda plan: group(plan, (48, (300,)), (32, (8,))),
+    "one adapter": lambda spec: group(spec, (48, (16,))),
+    "a frozen layer": lambda spec: group(spec, (48, ())),
+    "siblings, some frozen": lambda spec: group(spec, (48, (16,)), (32, ()), (16, (8,)), (64, ())),
+    "frozen siblings": lambda spec: group(spec, (48, ()), (32, ())),
+    "several adapters": lambda spec: group(spec, (48, (16, 8)), (32, (5,)), (16, (16, 16, 3))),
+    "ranks beyond the kernels'": lambda spec: group(spec, (48, (300,)), (32, (8,))),
     "dropout": with_dropout,
-    "A frozen": lambda plan: group(plan, (48, (16,)), (32, (8,)), keep_x=False),
-    "b absent": lambda plan: group(plan, (48, (16,)), (32, (8,)), adds_b=False),
-    "b absent, dropout": lambda plan: replace(with_dropout(plan), adds_b=False),
+    "A frozen": lambda spec: group(spec, (48, (16,)), (32, (8,)), keep_x=False),
+    "b absent": lambda spec: group(spec, (48, (16,)), (32, (8,)), adds_b=False),
+    "b absent, dropout": lambda spec: replace(with_dropout(spec), adds_b=False),
 }
 
 
 @pytest.mark.parametrize("kernel", ["triton", "dequantize", "scaled_mm"])
-@pytest.mark.parametrize("plan", [ROW, TENSOR], ids=["row", "tensor"])
+@pytest.mark.parametrize("spec", [ROW, TENSOR], ids=["row", "tensor"])
 @pytest.mark.parametrize("name", GROUPS)
-def test_every_kind_of_group_by_every_kernel(name, plan, kernel):
-    if kernel == "scaled_mm" and plan.per_row and not takes_row_scales():
+def test_every_kind_of_group_by_every_kernel(name, spec, kernel):
+    if kernel == "scaled_mm" and spec.per_row and not takes_row_scales():
         pytest.skip("torch's _scaled_mm takes no row scales on CPU")
-    actual = check_on_gpu(GROUPS[name](replace(plan, kernel=kernel)))
+    actual = check_on_gpu(GROUPS[name](replace(spec, kernel=kernel)))
     assert actual["out_a"].is_contiguous()
 
 
@@ -196,12 +196,12 @@ def test_adapters_of_a_layer_need_not_stand_side_by_side():
     """Their order is that of ``owner``."""
     case = group(ROW, (48, (16, 8)), (32, (5,)))
     names = ("a", "a_scale", "b", "alpha", "lora_a", "lora_b", "adapter_x", "owner", "scaling")
-    x, weight, scale, bias, *columns, keep_x, out_dtype, spec = case.arguments()
+    x, weight, scale, bias, *columns, keep_x, out_dtype, spec_text = case.arguments()
     by_name = dict(zip(names, columns, strict=True))
     turned = [2, 1, 0]
     moved = [[column[j] for j in turned] if column else column for column in by_name.values()]
     first, second, out_a, *_ = gpu.merged_linear(
-        Merged(x, weight, scale, bias, *moved, keep_x, out_dtype, spec)
+        Merged(x, weight, scale, bias, *moved, keep_x, out_dtype, spec_text)
     )
     wanted = gpu.merged_linear(case.arguments())
     of_a = wanted[2].split([16, 8, 5], dim=1)
@@ -210,10 +210,10 @@ def test_adapters_of_a_layer_need_not_stand_side_by_side():
     expected(case)["y 0"].assert_holds(first)  # whose terms are added in another order
 
 
-@pytest.mark.parametrize("plan", [ROW, TENSOR], ids=["row", "tensor"])
+@pytest.mark.parametrize("spec", [ROW, TENSOR], ids=["row", "tensor"])
 @pytest.mark.parametrize("name", ["one adapter", "dropout"])
-def test_x_is_kept_in_fp8_where_a_trains_and_not_at_all_where_it_is_frozen(name, plan):
-    case = GROUPS[name](plan)
+def test_x_is_kept_in_fp8_where_a_trains_and_not_at_all_where_it_is_frozen(name, spec):
+    case = GROUPS[name](spec)
     *_, out_a = gpu.merged_linear(replace(case, keep_x=False).arguments())
     assert out_a.shape[1] == sum(len(lora.lora_a) for lora in case.adapters)
     kept = gpu.merged_linear(case.arguments())[2:]
@@ -222,8 +222,8 @@ def test_x_is_kept_in_fp8_where_a_trains_and_not_at_all_where_it_is_frozen(name,
     assert len(kept) == 2 * len(read)
     for x, code, scale in zip(read, kept[::2], kept[1::2], strict=True):
         assert (code.dtype, scale.dtype) == (E4M3, F32)
-        assert scale.shape == ((32, 1) if plan.per_row else ())
-        assert torch.equal(code.double() * scale.double(), hat(x, E4M3, plan).value)
+        assert scale.shape == ((32, 1) if spec.per_row else ())
+        assert torch.equal(code.double() * scale.double(), hat(x, E4M3, spec).value)
 
 
 @pytest.mark.parametrize("kernel", ["auto", "triton"])
@@ -261,10 +261,10 @@ def test_autocast_changes_nothing_inside_of_the_op(kernel, dtype):
 
 
 @pytest.mark.parametrize("name", [name for name in GROUPS if name != "ranks beyond the kernels'"])
-@pytest.mark.parametrize("plan", [ROW, TENSOR], ids=["row", "tensor"])
-def test_fake_results_look_like_the_real_ones(name, plan):
+@pytest.mark.parametrize("spec", [ROW, TENSOR], ids=["row", "tensor"])
+def test_fake_results_look_like_the_real_ones(name, spec):
     """Of the op on a GPU, whose x̂ is in FP8, as of its lowering."""
-    case = GROUPS[name](plan)
+    case = GROUPS[name](spec)
     real = gpu.merged_linear(case.arguments())
     with FakeTensorMode() as mode:
 
@@ -285,8 +285,8 @@ def test_fake_results_look_like_the_real_ones(name, plan):
 
 def test_fake_results_of_the_products_look_like_the_real_ones():
     case = group(ROW, (48, (16,)), (32, (8,)))
-    spec, x = str(case.plan), case.x
-    q, q_scale = gpu.quantize(x, E4M3, spec)
+    spec_text, x = str(case.spec), case.x
+    q, q_scale = gpu.quantize(x, E4M3, spec_text)
     _, weight, scale, _, a, a_scale, b, *_ = case.arguments()
     weight = [w.view(E4M3) for w in weight]
 
@@ -295,19 +295,19 @@ def test_fake_results_of_the_products_look_like_the_real_ones():
 
     (code, *_), (s, *_) = a, a_scale
     out_a = randn(32, 24).bfloat16()
-    opcheck(falqon.adapter_product, (q, q_scale, code, s, torch.float16, spec))
+    opcheck(falqon.adapter_product, (q, q_scale, code, s, torch.float16, spec_text))
     for factors, of_a in ((b, []), (b, [out_a]), ([], []), ([], [out_a])):
-        args = (q, q_scale, weight, scale, [], a, a_scale, factors, of_a, [0, 1], BF16, spec)
+        args = (q, q_scale, weight, scale, [], a, a_scale, factors, of_a, [0, 1], BF16, spec_text)
         opcheck(falqon.merged_product, args)
-    alone = (q, q_scale, weight, scale, [], [], [], [], [], [], torch.float16, spec)
+    alone = (q, q_scale, weight, scale, [], [], [], [], [], [], torch.float16, spec_text)
     opcheck(falqon.merged_product, alone)
-    grads = [gpu.quantize(randn(32, n), E5M2, spec) for n in (48, 32)]
+    grads = [gpu.quantize(randn(32, n), E5M2, spec_text) for n in (48, 32)]
     for d, codes in (([randn(32, 24)], a), ([], [])):
-        args = ([g for g, _ in grads], [s for _, s in grads], weight, d, codes, F32, spec)
+        args = ([g for g, _ in grads], [s for _, s in grads], weight, d, codes, F32, spec_text)
         opcheck(falqon.grad_x_product, args)
-    opcheck(falqon.grad_b_product, (randn(5, 48), randn(5, 16), 0.5, BF16, spec))
-    opcheck(falqon.cast_fp8, (x.float(), E5M2, spec))
-    opcheck(falqon.cast_fp8, (x, E5M2, spec))
+    opcheck(falqon.grad_b_product, (randn(5, 48), randn(5, 16), 0.5, BF16, spec_text))
+    opcheck(falqon.cast_fp8, (x.float(), E5M2, spec_text))
+    opcheck(falqon.cast_fp8, (x, E5M2, spec_text))
 
 
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
@@ -316,10 +316,10 @@ def test_fake_results_of_the_products_look_like_the_real_ones():
 def test_the_cast_by_itself_is_the_one_that_inductor_fuses(dtype, fp8, granularity):
     x = randn(7, 40).to(dtype)
     x[2], x[3, 5], x[4, 6] = 0, float("nan"), float("inf")
-    spec = str(SiteSpec(granularity, "pow2", "e5m2", kernel="triton"))
+    spec_text = str(SiteSpec(granularity, "pow2", "e5m2", kernel="triton"))
     for rows in (x, x[:3], x[:0]):
-        q, scale = falqon.cast_fp8(rows, fp8, spec)
-        other_q, other_scale = casts.cast_fp8(rows.float(), fp8, spec)
+        q, scale = falqon.cast_fp8(rows, fp8, spec_text)
+        other_q, other_scale = casts.cast_fp8(rows.float(), fp8, spec_text)
         assert (
             torch.equal(scale.view(torch.int32), other_scale.view(torch.int32))
             or (scale.isnan() == other_scale.isnan()).all()
@@ -359,7 +359,7 @@ def test_on_a_gpu_the_ops_are_lowered_to_products(name):
         d = [empty(32, len(code), dtype=BF16) for code in a] if case.adds_b else []
         given_a = (a, a_scale) if case.adds_b else ([], [])
         op_x = table[falqon.merged_linear_grad_x.default]
-        rest = (weight, scale, d, *given_a, BF16, str(case.plan))
+        rest = (weight, scale, d, *given_a, BF16, str(case.spec))
         found = traced(lambda *grads: op_x([*grads], *rest), *grads)
         assert found["falqon.grad_x_product.default"] == 1
         assert "aten.mm.default" not in found
@@ -435,7 +435,7 @@ def rows_arguments(*made: sites_module.Site) -> list[Any]:
         [site.lora_a for site in made],
         [site.base for site in made],
         [site.state.scaling for site in made],
-        str(made[0].state.plan),
+        str(made[0].state.spec),
     ]
 
 
@@ -458,9 +458,9 @@ def test_update_takes_sites_of_all_kinds_in_few_launches():
 def test_launches_are_remembered_while_the_tensors_stay_where_they_are(monkeypatch):
     site, other = make_site(40, 64, 8), make_site(40, 64, 8)
     planned = []
-    plan = rows_cuda._plan_launches
+    launches = rows_cuda._plan_launches
     monkeypatch.setattr(rows_cuda, "_known", {})
-    monkeypatch.setattr(rows_cuda, "_plan_launches", lambda *a: planned.append(1) or plan(*a))
+    monkeypatch.setattr(rows_cuda, "_plan_launches", lambda *a: planned.append(1) or launches(*a))
     for step, launches in ((0, 1), (1, 1), (2, 2)):
         if step == 2:
             site.lora_b = site.lora_b.clone()

@@ -222,12 +222,12 @@ def test_a_trained_adapter_is_cast_with_its_weight_at_once(tmp_path, at_hand, gr
     source = "FP8 weight" if at_hand == "nothing" else "base weight"
     assert report.cast_from == dict.fromkeys(weights, source)
     assert ("14 were cast a second time" in str(report)) is (at_hand == "nothing")
-    plan = SiteSpec.from_config(FalqonConfig(**options))
+    spec = SiteSpec.from_config(FalqonConfig(**options))
     found = layers_in(tmp_path)
     assert len(found) == 14
     for path, module in lora_modules(model):
         a, b = (part.default.weight.detach() for part in (module.lora_A, module.lora_B))
-        expected = cast_base(weights[path] + (b @ a) * 2.0, plan)
+        expected = cast_base(weights[path] + (b @ a) * 2.0, spec)
         assert torch.equal(found[path].code, expected.code)
         assert torch.equal(found[path].scale, expected.scale.expand(len(b), 1))
     if at_hand != "folder":
@@ -506,11 +506,11 @@ def test_logits_are_those_of_training_where_activations_are_cast_alike(tmp_path,
         model = in_fp8(tiny_llama(), prepared, b_size=0)
     export(model, tmp_path)
     config = FalqonConfig(update=update, inner="eager")
-    loaded, compiled, plan = dense(tmp_path), call(model, config), SiteSpec.from_config(config)
+    loaded, compiled, spec = dense(tmp_path), call(model, config), SiteSpec.from_config(config)
 
     def cast(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         (x,) = args
-        read = cast_fp8(x.reshape(-1, x.shape[-1]), E4M3, plan, torch.float32)
+        read = cast_fp8(x.reshape(-1, x.shape[-1]), E4M3, spec, torch.float32)
         return ((read.value * read.rest).reshape(x.shape),)
 
     with torch.no_grad():

@@ -44,8 +44,8 @@ def in_fp8(case: Case) -> Case:
         replace(layer, adapters=[replace(m, lora_b=m.lora_b * 2.0**-6) for m in layer.adapters])
         for layer in case.layers
     ]
-    plan = replace(case.plan, adapter="fp8")
-    return replace(case, layers=layers, plan=plan, adds_b=True)
+    spec = replace(case.spec, adapter="fp8")
+    return replace(case, layers=layers, spec=spec, adds_b=True)
 
 
 def cast_fp8(wanted: Approx, unit: Tensor, fp8: torch.dtype) -> Approx:
@@ -66,17 +66,17 @@ def expected(case: Case, out_a: Tensor) -> dict[str, Approx]:
     """Each result on what is multiplied. t is known from the O_A that the op returns (checked
     itself against x and A), b and α from the casts.
     """
-    plan, dtype = case.plan, gemm_dtype(case.out_dtype)
-    e_grad = E5M2 if plan.grad == "e5m2" else E4M3
-    x_hat = hat(case.x.detach().reshape(-1, case.x.shape[-1]), E4M3, plan)
+    spec, dtype = case.spec, gemm_dtype(case.out_dtype)
+    e_grad = E5M2 if spec.grad == "e5m2" else E4M3
+    x_hat = hat(case.x.detach().reshape(-1, case.x.shape[-1]), E4M3, spec)
     wanted: dict[str, Approx] = {}
     parts = iter(out_a.split([len(lora.lora_a) for lora in case.adapters], dim=1))
     of_a, j = [], -1
     reached = [layer for layer in case.layers if layer.reached]
     of_rows = [_of_rows(layer) for layer in reached]
     wide = torch.cat([_flat(layer).float() * s.float() for layer, s in zip(reached, of_rows)], 1)
-    largest = wide.abs().amax(1, keepdim=True) if plan.per_row else wide.abs().amax()
-    s_g = _scale(largest, e_grad, plan) * ROOM[e_grad]
+    largest = wide.abs().amax(1, keepdim=True) if spec.per_row else wide.abs().amax()
+    s_g = _scale(largest, e_grad, spec) * ROOM[e_grad]
     codes = (wide / s_g).to(e_grad).double()
     each = iter(codes.split([len(layer.base.code) for layer in reached], dim=1))
     lefts, rights, others = [exactly(codes)], [], []
@@ -91,12 +91,12 @@ def expected(case: Case, out_a: Tensor) -> dict[str, Approx]:
             code, a_scale, b8, alpha = case.casts[j]
             part = next(parts)
             x_j = case.x if lora.x is None else lora.x
-            read = hat(x_j.detach().reshape(-1, x_j.shape[-1]), E4M3, plan)
+            read = hat(x_j.detach().reshape(-1, x_j.shape[-1]), E4M3, spec)
             a = decoded(code, a_scale)
-            product = (read @ a.t()).rounded(dtype, *behind(plan, dtype))
+            product = (read @ a.t()).rounded(dtype, *behind(spec, dtype))
             unit = _x_scale(case) * alpha.double()
             of_a.append(cast_fp8(product, unit, E4M3).rounded(F32, dtype))
-            if plan.scale == "pow2":  # t is an FP8 number
+            if spec.scale == "pow2":  # t is an FP8 number
                 t = part.double() / unit
                 assert torch.equal(t.to(E4M3).double(), t)
             b = exactly(b8.float().double() * layer.base.scale.double() / alpha.double())
@@ -108,10 +108,10 @@ def expected(case: Case, out_a: Tensor) -> dict[str, Approx]:
             wanted[f"b {j}"] = of_b.rounded(F32, lora.lora_b.dtype)
             product = (exactly(g) @ exactly(b8.float())).rounded(dtype)
             d = (product * exactly(s_g / alpha)).rounded(F32, F32, dtype)
-            of_x = d if plan.scale == "pow2" else d.rounded(F32, dtype)
+            of_x = d if spec.scale == "pow2" else d.rounded(F32, dtype)
             wanted[f"a {j}"] = (of_x.t() @ read).rounded(dtype, lora.lora_a.dtype)
             if case.apart:
-                values = a if plan.scale == "pow2" else a.rounded(F32, dtype)
+                values = a if spec.scale == "pow2" else a.rounded(F32, dtype)
                 through = (d @ values).rounded(dtype, x_j.dtype)
                 if lora.x is None:
                     others.append(through)
@@ -121,7 +121,7 @@ def expected(case: Case, out_a: Tensor) -> dict[str, Approx]:
                 tail = product * exactly(a_scale.reshape(1, -1).double() / alpha.double())
                 lefts.append(cast_fp8(tail.rounded(F32, F32), torch.ones(()), e_grad))
                 rights.append(decoded(code, torch.ones(())))
-        y = y.rounded(*behind(plan, dtype))  # scales that follow the sum
+        y = y.rounded(*behind(spec, dtype))  # scales that follow the sum
         if layer.bias is not None:
             y = (y + Approx.exact(layer.bias).rounded(dtype)).rounded(dtype)
         wanted[f"y {i}"] = y.rounded(case.out_dtype)
@@ -147,9 +147,9 @@ def _of_rows(layer: Layer) -> Tensor:
     return layer.base.scale.reshape(1, -1).expand(1, len(layer.base.code)).double()
 
 
-def _scale(amax: Tensor, fp8: torch.dtype, plan: SiteSpec) -> Tensor:
+def _scale(amax: Tensor, fp8: torch.dtype, spec: SiteSpec) -> Tensor:
     limit = torch.finfo(fp8).max
-    if plan.scale == "pow2":
+    if spec.scale == "pow2":
         scale = (amax.double() / limit).log2().ceil().exp2().float()
     else:
         scale = amax * (1 / limit)
@@ -158,9 +158,9 @@ def _scale(amax: Tensor, fp8: torch.dtype, plan: SiteSpec) -> Tensor:
 
 def _x_scale(case: Case) -> Tensor:
     x = case.x.detach().reshape(-1, case.x.shape[-1]).float().abs()
-    if case.plan.per_row:
-        return _scale(x.amax(1, keepdim=True), E4M3, case.plan)
-    return _scale(x.amax() if x.numel() else torch.zeros(()), E4M3, case.plan)
+    if case.spec.per_row:
+        return _scale(x.amax(1, keepdim=True), E4M3, case.spec)
+    return _scale(x.amax() if x.numel() else torch.zeros(()), E4M3, case.spec)
 
 
 @settings(max_examples=2 * settings.default.max_examples)
@@ -189,13 +189,13 @@ def heavy_tailed(rows: int, columns: int, seed: int) -> Tensor:
 
 def one_layer(size: float, out: int = 256, features: int = 512, rank: int = 32) -> Case:
     """x · Wᵀ with an adapter whose part is ``size`` of that of W."""
-    plan = SiteSpec("row", "pow2", "e5m2", adapter="fp8")
+    spec = SiteSpec("row", "pow2", "e5m2", adapter="fp8")
     x, weight = heavy_tailed(96, features, 0), heavy_tailed(out, features, 2) * 0.02
     lora_a, lora_b = randn(rank, features, seed=4) / 16, heavy_tailed(out, rank, 5)
     part = (x @ lora_a.t() @ lora_b.t()).norm() / (x @ weight.t()).norm()
     lora = Lora(lora_a, lora_b * (size / part), 1.0)
-    layer = Layer(weight, cast_base(weight, plan), None, [lora], randn(96, out, seed=7))
-    return Case(x, [layer], F32, plan)
+    layer = Layer(weight, cast_base(weight, spec), None, [lora], randn(96, out, seed=7))
+    return Case(x, [layer], F32, spec)
 
 
 def parts_of(case: Case) -> tuple[Tensor, Tensor]:
@@ -204,7 +204,7 @@ def parts_of(case: Case) -> tuple[Tensor, Tensor]:
     ((code, a_scale, b8, alpha),) = case.casts
     _, out_a, *_ = torch.ops.falqon.merged_linear(*case.arguments())
     factor = b8.float().double() * layer.base.scale.double() / alpha.double()
-    exact = hat(case.x, E4M3, case.plan).value @ decoded(code, a_scale).value.t()
+    exact = hat(case.x, E4M3, case.spec).value @ decoded(code, a_scale).value.t()
     return out_a.double() @ factor.t(), exact @ (lora.lora_b.double() * lora.scaling).t()
 
 
@@ -231,7 +231,7 @@ def test_what_is_too_large_is_clamped_counted_and_said():
     ((code, a_scale, _, alpha),) = case.casts
     (layer,) = case.layers
     b = (lora_b / layer.base.scale * alpha).abs() > 464
-    read = hat(case.x, E4M3, case.plan).value @ decoded(code, a_scale).value.t()
+    read = hat(case.x, E4M3, case.spec).value @ decoded(code, a_scale).value.t()
     t = (read / (_x_scale(case) * alpha)).abs() > 464
     assert clamped.of(lora_b) == int(b.sum() + t.sum()) > 0
     with warnings.catch_warnings():

@@ -17,7 +17,7 @@ from falqon_fx import rewrite
 from falqon_fx.kernels.cpu import casts as cpu_casts
 from falqon_fx.kernels.cpu import native as cpu
 from falqon_fx.ops import lowering
-from falqon_fx.site import spec
+from falqon_fx.site import spec as site_spec
 from falqon_fx.site.numerics import E4M3, E5M2
 from falqon_fx.site.spec import SiteSpec
 from tests.emulation import cast
@@ -54,9 +54,9 @@ def gemm_dtype(dtype: torch.dtype) -> torch.dtype:
     return BF16 if dtype == BF16 else F32
 
 
-def hat(x: Tensor, dtype: torch.dtype, plan: SiteSpec) -> Approx:
+def hat(x: Tensor, dtype: torch.dtype, spec: SiteSpec) -> Approx:
     """x [n, k] as it is multiplied: after its cast to FP8, exactly."""
-    codes, scale = cast(x.float(), dtype, plan.per_row, plan.scale == "pow2")
+    codes, scale = cast(x.float(), dtype, spec.per_row, spec.scale == "pow2")
     return Approx.exact(codes.double() * scale.double())
 
 
@@ -85,10 +85,10 @@ def operands(case: Case, dtype: torch.dtype) -> list[list[Operands]]:
             code, scale, b = next(casts)
             x = case.x if lora.x is None else lora.x
             read, a = (
-                hat(x.detach().reshape(-1, x.shape[-1]), E4M3, case.plan),
+                hat(x.detach().reshape(-1, x.shape[-1]), E4M3, case.spec),
                 decoded(code, scale),
             )
-            out_a = (read @ a.t()).rounded(dtype, *behind(case.plan, dtype))
+            out_a = (read @ a.t()).rounded(dtype, *behind(case.spec, dtype))
             factor = Approx.exact(b.to(dtype))
             if not case.adds_b:  # then dL/dA is made from B itself
                 factor = (Approx.exact(lora.lora_b) * number(lora.scaling)).rounded(F32, dtype)
@@ -101,11 +101,11 @@ def number(value: float) -> Approx:
     return Approx.exact(torch.tensor(value, dtype=torch.float64)).rounded(F32)
 
 
-def behind(plan: SiteSpec, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+def behind(spec: SiteSpec, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
     """The roundings of a product with its scales. Those that are powers of two go into the operands
     exactly.
     """
-    return () if plan.scale == "pow2" else (F32, F32, dtype)
+    return () if spec.scale == "pow2" else (F32, F32, dtype)
 
 
 def expected(
@@ -118,11 +118,11 @@ def expected(
     """
     dtype = dtype or gemm_dtype(case.out_dtype)
     loras = operands(case, dtype)
-    x_hat = hat(case.x.detach().reshape(-1, case.x.shape[-1]), E4M3, case.plan)
+    x_hat = hat(case.x.detach().reshape(-1, case.x.shape[-1]), E4M3, case.spec)
     wanted: dict[str, Approx] = {}
     for i, (layer, adapters) in enumerate(zip(case.layers, loras)):
         y = x_hat @ decoded(layer.base.code, layer.base.scale).t()
-        y = y.rounded(dtype, *behind(case.plan, dtype))
+        y = y.rounded(dtype, *behind(case.spec, dtype))
         for lora in adapters if case.adds_b else []:
             y = y.addmm(lora.out_a, lora.b.t(), dtype)
         if layer.bias is not None:
@@ -138,8 +138,8 @@ def gradients(
     case: Case, loras: list[list[Operands]], dtype: torch.dtype, steps: bool
 ) -> dict[str, Approx]:
     """Those of the layers that are reached, by the names of `Case.leaves`."""
-    plan, wanted = case.plan, {}
-    pow2 = plan.scale == "pow2"
+    spec, wanted = case.spec, {}
+    pow2 = spec.scale == "pow2"
     products: list[tuple[Approx, Approx]] = []  # of W, each with scales of its own behind it
     joined: list[tuple[Approx, Approx]] = []  # added up in one product
     others: list[Approx] = []  # the parts of adapters that autograd adds to dL/dx
@@ -167,7 +167,7 @@ def gradients(
                 else:
                     wanted[f"x {j}"] = part
             elif case.adds_b:  # the scales of A go into D
-                turned = Approx.exact(a_scale.t() if plan.per_row else a_scale)
+                turned = Approx.exact(a_scale.t() if spec.per_row else a_scale)
                 joined.append(((d * turned).rounded(F32, dtype), decoded(code, torch.ones(()))))
         if not layer.reached:
             continue
@@ -175,9 +175,9 @@ def gradients(
             total = Approx.exact(torch.ones(1, len(grad))) @ exact
             wanted[f"bias {i}"] = Approx(total.value[0], total.bound[0]).rounded(layer.bias.dtype)
         # The scales of W's rows go into dL/dO before its cast.
-        wide = grad.float() * scale.t() if plan.per_row else grad.float()
-        grad_hat = hat(wide, E5M2 if plan.grad == "e5m2" else E4M3, plan)
-        w = decoded(layer.base.code, torch.ones(()) if plan.per_row else scale)
+        wide = grad.float() * scale.t() if spec.per_row else grad.float()
+        grad_hat = hat(wide, E5M2 if spec.grad == "e5m2" else E4M3, spec)
+        w = decoded(layer.base.code, torch.ones(()) if spec.per_row else scale)
         (joined if pow2 else products).append((grad_hat, w))
 
     parts = [(left @ right).rounded(dtype, F32, F32) for left, right in products]
@@ -251,7 +251,7 @@ def test_results_equal_the_original_layer_within_the_fp8_casts(case):
     casts: x, A and W by one to E4M3, s·B by float32 and the dtype of the products, dL/dO by one to
     FP8 where it meets W. The rest is the arithmetic of the op.
     """
-    plan, dtype, own = case.plan, gemm_dtype(case.out_dtype), expected(case)
+    spec, dtype, own = case.spec, gemm_dtype(case.out_dtype), expected(case)
     casts, wanted = iter(case.casts), {}
 
     def near(x: Tensor, scale: Tensor) -> Approx:
@@ -259,7 +259,7 @@ def test_results_equal_the_original_layer_within_the_fp8_casts(case):
 
     def read(x: Tensor) -> Approx:
         x = x.detach().reshape(-1, x.shape[-1])
-        return near(x, cast(x.float(), E4M3, plan.per_row, plan.scale == "pow2")[1])
+        return near(x, cast(x.float(), E4M3, spec.per_row, spec.scale == "pow2")[1])
 
     x, grad_x, out_as, j = read(case.x), [], [], -1
     for i, layer in enumerate(case.layers):
@@ -284,9 +284,9 @@ def test_results_equal_the_original_layer_within_the_fp8_casts(case):
         wanted[f"y {i}"] = y if layer.bias is None else y + Approx.exact(layer.bias)
         if layer.reached:
             # q(dL/dO · s_W) / s_W: an error of the cast in units of its own scale.
-            wide, fp8 = grad.float(), E5M2 if plan.grad == "e5m2" else E4M3
-            rows = scale.t() if plan.per_row else torch.ones(1, 1)
-            _, g_scale = cast(wide * rows, fp8, plan.per_row, plan.scale == "pow2")
+            wide, fp8 = grad.float(), E5M2 if spec.grad == "e5m2" else E4M3
+            rows = scale.t() if spec.per_row else torch.ones(1, 1)
+            _, g_scale = cast(wide * rows, fp8, spec.per_row, spec.scale == "pow2")
             off = fp8_cast_bound(wide * rows, g_scale, fp8) / rows.double()
             grad_x.append(Approx(grad.double(), off) @ w)
     wanted["x"] = added(grad_x, torch.float64)
@@ -306,7 +306,7 @@ def test_the_adapters_are_cast_as_by_torch(case):
     """Â and its scale bit for bit; b = s·B rounded in float32, then to the dtype asked for."""
     for lora, (code, scale, b) in zip(case.adapters, case.casts, strict=True):
         value = lora.lora_a.float()
-        codes, wanted = cast(value, E4M3, case.plan.per_row, case.plan.scale == "pow2")
+        codes, wanted = cast(value, E4M3, case.spec.per_row, case.spec.scale == "pow2")
         assert (code.dtype, scale.dtype) == (E4M3, F32)
         assert torch.equal(code.float(), codes)
         assert torch.equal(scale, wanted)
@@ -317,13 +317,13 @@ def test_the_adapters_of_a_graph_are_cast_together_and_apart_from_autograd():
     """In one op, whatever their shapes; gradients reach A and B through the products alone."""
     a = [randn(3, 8).requires_grad_(), randn(5, 6, seed=1).bfloat16().requires_grad_()]
     b = [randn(4, 3, seed=2).requires_grad_(), randn(7, 5, seed=3).requires_grad_()]
-    plan = str(SiteSpec("row", "pow2", "e5m2"))
-    casts = falqon.proxy_update(a, b, [2.0, 0.5], [], False, plan)
+    spec = str(SiteSpec("row", "pow2", "e5m2"))
+    casts = falqon.proxy_update(a, b, [2.0, 0.5], [], False, spec)
     assert [t.dtype for t in casts] == [E4M3, F32, BF16] * 2
     assert [tuple(t.shape) for t in casts] == [(3, 8), (3, 1), (4, 3), (5, 6), (5, 1), (7, 5)]
     assert not any(t.requires_grad for t in casts)
-    first = falqon.proxy_update(a[:1], b[:1], [2.0], [], False, plan)
-    second = falqon.proxy_update(a[1:], b[1:], [0.5], [], False, plan)
+    first = falqon.proxy_update(a[:1], b[:1], [2.0], [], False, spec)
+    second = falqon.proxy_update(a[1:], b[1:], [0.5], [], False, spec)
     alone = [*first, *second]
     assert all(torch.equal(s.float(), t.float()) for s, t in zip(casts, alone, strict=True))
 
@@ -370,11 +370,11 @@ def test_compiled_casts_equal_those_of_aten(x, fp8, turned, dtype):
     """Bit for bit: scales, values in the dtype of the products, and the codes that are kept."""
     keep = fp8 == E4M3
     columns = randn(1, x.shape[1], seed=3).abs() if turned else None
-    plan = SiteSpec("row", "pow2", "e5m2")
+    spec = SiteSpec("row", "pow2", "e5m2")
 
     def run() -> lowering.Cast:
         wide = torch.zeros(len(x), x.shape[1] + 5, dtype=dtype)
-        return lowering.cast_fp8(x, fp8, plan, dtype, columns=columns, keep=keep, to=wide[:, 5:])
+        return lowering.cast_fp8(x, fp8, spec, dtype, columns=columns, keep=keep, to=wide[:, 5:])
 
     compiled, aten = run(), by_aten(run)
     assert same_bits(compiled.scale, aten.scale)
@@ -394,10 +394,10 @@ def test_the_version_of_the_lowering_tells_cpus_apart(monkeypatch):
     """It keys disk caches, which may be shared by machines."""
     versions = []
     for native in (True, False):
-        monkeypatch.setattr(spec, "native_bf16", lambda native=native: native)
-        spec.lowering_version.cache_clear()
-        versions.append(spec.lowering_version())
-    spec.lowering_version.cache_clear()
+        monkeypatch.setattr(site_spec, "native_bf16", lambda native=native: native)
+        site_spec.lowering_version.cache_clear()
+        versions.append(site_spec.lowering_version())
+    site_spec.lowering_version.cache_clear()
     assert versions[0] != versions[1]
 
 

@@ -36,7 +36,7 @@ def layer(
     *,
     leading: tuple[int, ...] = (3,),
     dtype: torch.dtype = F32,
-    plan: SiteSpec = ROW,
+    spec: SiteSpec = ROW,
     bias: bool = False,
     seed: int = 0,
 ) -> Layer:
@@ -48,12 +48,12 @@ def layer(
     ]
     b = randn(out, seed=seed + 9).to(dtype) if bias else None
     grad = randn(*leading, out, seed=seed + 10).to(dtype)
-    return Layer(weight, cast_base(weight, plan), b, loras, grad)
+    return Layer(weight, cast_base(weight, spec), b, loras, grad)
 
 
 def case(x: Tensor, *layers: Layer, out_dtype: torch.dtype | None = None, **given: Any) -> Case:
-    plan = given.pop("plan", ROW)
-    return Case(x, list(layers), out_dtype or x.dtype, plan, **given)
+    spec = given.pop("spec", ROW)
+    return Case(x, list(layers), out_dtype or x.dtype, spec, **given)
 
 
 def as_bytes(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -73,17 +73,17 @@ def grad_args(case: Case, x_dtype: torch.dtype) -> tuple[Any, ...]:
         [code.view(torch.uint8) for code, _, _ in case.casts],
         [scale for _, scale, _ in case.casts],
         x_dtype,
-        str(case.plan),
+        str(case.spec),
     )
 
 
-def base_args(base: Base, x: Tensor, bias: Tensor | None, plan: SiteSpec = ROW) -> tuple[Any, ...]:
+def base_args(base: Base, x: Tensor, bias: Tensor | None, spec: SiteSpec = ROW) -> tuple[Any, ...]:
     code, scale = base.code, base.scale
-    return (x, code, scale.view(torch.int32), digest(code, scale), bias, str(plan))
+    return (x, code, scale.view(torch.int32), digest(code, scale), bias, str(spec))
 
 
 # Each value of each option at least once, and the pairs that take their own path in the lowering.
-PLANS = [
+SPECS = [
     (SiteSpec("row", "pow2", "e5m2"), F32),
     (SiteSpec("row", "amax", "e4m3"), BF16),
     (SiteSpec("tensor", "pow2", "e5m2"), BF16),
@@ -102,17 +102,17 @@ SITUATIONS = {
 }
 
 
-def situation(name: str, plan: SiteSpec, dtype: torch.dtype) -> Case:
+def situation(name: str, spec: SiteSpec, dtype: torch.dtype) -> Case:
     ranks, bias, drops, keep_x, adds_b = SITUATIONS[name]
     x = randn(2, 4, 9, seed=20).to(dtype)
     layers = [
-        layer(6 - i, 9, r, leading=(2, 4), dtype=dtype, plan=plan, bias=bias, seed=30 * i)
+        layer(6 - i, 9, r, leading=(2, 4), dtype=dtype, spec=spec, bias=bias, seed=30 * i)
         for i, r in enumerate(ranks)
     ]
     if drops:
         for i, lora in enumerate(layers[0].adapters):
             lora.x = x * 2 * (randn(2, 4, 9, seed=i) > 0)
-    return case(x, *layers, plan=plan, keep_x=keep_x, adds_b=adds_b)
+    return case(x, *layers, spec=spec, keep_x=keep_x, adds_b=adds_b)
 
 
 CHECKS = (
@@ -129,13 +129,13 @@ def without_fp8(*args: Any) -> list[Tensor]:
     return [t for t in falqon.merged_linear(*args) if t.dtype != E4M3]
 
 
-@pytest.mark.parametrize(("plan", "dtype"), PLANS, ids=str)
+@pytest.mark.parametrize(("spec", "dtype"), SPECS, ids=str)
 @pytest.mark.parametrize("name", SITUATIONS)
-def test_opcheck(name, plan, dtype):
+def test_opcheck(name, spec, dtype):
     """torch.library's own checks: the schema's mutations and aliases, autograd's registration, the
     fake implementation's shapes, dtypes and strides, and AOT dispatch with dynamic shapes.
     """
-    given = situation(name, plan, dtype)
+    given = situation(name, spec, dtype)
     given.leaves()
     args = as_bytes(given.arguments())
     torch.library.opcheck(falqon.merged_linear, args, test_utils=CHECKS[:3])
@@ -143,22 +143,22 @@ def test_opcheck(name, plan, dtype):
     torch.library.opcheck(falqon.merged_linear_grad_x, grad_args(given, dtype))
 
 
-@pytest.mark.parametrize(("plan", "dtype"), PLANS, ids=str)
-def test_opcheck_of_the_prepared_layer(plan, dtype):
-    made = layer(6, 9, dtype=dtype, plan=plan)
+@pytest.mark.parametrize(("spec", "dtype"), SPECS, ids=str)
+def test_opcheck_of_the_prepared_layer(spec, dtype):
+    made = layer(6, 9, dtype=dtype, spec=spec)
     x = randn(2, 4, 9).to(dtype).requires_grad_()
     for bias in (None, randn(6).to(dtype).requires_grad_()):
-        torch.library.opcheck(falqon.base_linear, base_args(made.base, x, bias, plan))
+        torch.library.opcheck(falqon.base_linear, base_args(made.base, x, bias, spec))
     torch.library.opcheck(falqon.dequantize, (*base_args(made.base, x, None)[1:3], dtype))
 
 
 @pytest.mark.parametrize("wide", [False, True])
-@pytest.mark.parametrize(("plan", "dtype"), PLANS, ids=str)
-def test_opcheck_of_the_adapters_casts(plan, dtype, wide):
+@pytest.mark.parametrize(("spec", "dtype"), SPECS, ids=str)
+def test_opcheck_of_the_adapters_casts(spec, dtype, wide):
     """Without the checks that compare results by allclose, which FP8 has none of."""
     a = [randn(3, 9).to(dtype).requires_grad_(), randn(2, 5).requires_grad_()]
     b = [randn(6, 3).to(dtype).requires_grad_(), randn(7, 2).requires_grad_()]
-    args = (a, b, [2.0, 0.3], [], wide, str(plan))
+    args = (a, b, [2.0, 0.3], [], wide, str(spec))
     torch.library.opcheck(falqon.proxy_update, args, test_utils=CHECKS[:3])
 
 
@@ -179,7 +179,7 @@ def test_opcheck_of_the_update_of_rows(granularity, pending, rounding):
         [site.lora_a for site in sites],
         [sites[0].base, None],
         [2.0, 2.0],
-        str(states[0].plan),
+        str(states[0].spec),
     )
     torch.library.opcheck(falqon.proxy_update_, args)
     wide = granularity == "row"
@@ -189,7 +189,7 @@ def test_opcheck_of_the_update_of_rows(granularity, pending, rounding):
 
 def rows_args(site: Site, x: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
     state = site.state
-    return (x, state.code, *state.tensors[1:], bias, state.scaling, str(state.plan))
+    return (x, state.code, *state.tensors[1:], bias, state.scaling, str(state.spec))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
@@ -232,10 +232,10 @@ SHAPES = [
 @pytest.mark.parametrize(("out", "features", "rank", "leading"), SHAPES)
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
 def test_fake_and_real_agree_on_odd_shapes(out, features, rank, leading, granularity):
-    plan = SiteSpec(granularity, "pow2", "e5m2")
+    spec = SiteSpec(granularity, "pow2", "e5m2")
     x = randn(*leading, features).to(BF16)
-    made = layer(out, features, (rank,) if rank else (), leading=leading, plan=plan, bias=True)
-    given = case(x, made, plan=plan, out_dtype=F32)
+    made = layer(out, features, (rank,) if rank else (), leading=leading, spec=spec, bias=True)
+    given = case(x, made, spec=spec, out_dtype=F32)
     leaves, checks = given.leaves(), ("test_schema", "test_faketensor")
     torch.library.opcheck(falqon.merged_linear, as_bytes(given.arguments()), test_utils=checks)
     torch.library.opcheck(falqon.base_linear, base_args(made.base, x, None), test_utils=checks)
@@ -244,7 +244,7 @@ def test_fake_and_real_agree_on_odd_shapes(out, features, rank, leading, granula
     x_hat = x.reshape(tokens, features)
     assert (y.shape, y.dtype) == ((*leading, out), F32)
     assert (out_a.shape, out_a.dtype) == ((tokens, rank), F32)
-    assert [t.shape for t in kept] == [x_hat.shape, (tokens, 1) if plan.per_row else ()]
+    assert [t.shape for t in kept] == [x_hat.shape, (tokens, 1) if spec.per_row else ()]
     y.sum().backward()
     for leaf in leaves.values():
         assert leaf.grad.shape == leaf.shape
@@ -470,16 +470,16 @@ def test_the_prepared_layer_alone_equals_float64(granularity, scale, dtype, nati
     bfloat16 that the CPU doesn't multiply. The bias joins the product's sums or comes behind it.
     """
     monkeypatch.setattr(lowering, "native_bf16", lambda: native)
-    plan, wide = (
+    spec, wide = (
         SiteSpec(granularity, scale, "e5m2"),
         F32 if dtype == BF16 and not native else dtype,
     )
-    made = layer(dtype=dtype, plan=plan)
+    made = layer(dtype=dtype, spec=spec)
     x, bias = randn(5, 40).to(dtype).requires_grad_(), randn(24).to(dtype).requires_grad_()
     code, bits = made.base.code, made.base.scale
     exact = Approx.exact(code.view(E4M3).float().double() * bits.double())
     w, grad = exact.rounded(F32, wide), randn(5, 24, seed=7).to(dtype)
-    y = falqon.base_linear(*base_args(made.base, x, bias, plan))
+    y = falqon.base_linear(*base_args(made.base, x, bias, spec))
     grad_x, grad_bias = torch.autograd.grad(y, (x, bias), grad)
     wanted = (Approx.exact(x.detach()) @ w.t()).rounded(wide)
     wanted = (wanted + Approx.exact(bias.detach())).rounded(wide, dtype)

@@ -496,7 +496,7 @@ def test_fp8_weights_are_taken_as_they_are(tmp_path, form, scale, targets):
             given = tensors[f"{name}.{end}"]
             expected = given if form == "compressed-tensors" else given[0, 0].expand(out, 1)
             assert torch.equal(module.base().scale, expected)
-            assert f"{scale} " in module.spec
+            assert f"{scale} " in module.spec_text
             assert (module.dtype, module.path) == (BF16, f"base_model.model.{name}")
             adapted = targets == "all-linear" or "q_proj" in path
             assert path.endswith(".base_layer") is adapted

@@ -69,7 +69,7 @@ def exact_output(x: Tensor, state: MergedAdapter, rest: Tensor | None) -> tuple[
     products, and the roundings of b, O_A and the sum.
     """
     merged, out = dequantized(state), len(state.applied)
-    q = cast(x, E4M3, state.plan)
+    q = cast(x, E4M3, state.spec)
     y, most = q @ merged[:out].t(), q.abs() @ merged[:out].abs().t()
     if rest is not None:
         y = y + q @ merged[out:].t() @ rest.double().t()
@@ -460,7 +460,7 @@ def assert_gradients(x: Tensor, grad: Tensor, state: MergedAdapter, a: Tensor, b
     once to it, sums of n, in, out products are float32's, the result rounds once more.
     """
     g, s, n = grad.double(), state.scaling, len(x)
-    q = cast(x.float(), E4M3, state.plan)
+    q = cast(x.float(), E4M3, state.spec)
     lora_a = dequantized(state)[len(state.applied) :]
     unit = 2.0**-8 if x.dtype == torch.bfloat16 else 2.0**-24
     d, out_a = s * g @ b.detach().double(), q @ lora_a.t()

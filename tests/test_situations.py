@@ -53,9 +53,9 @@ def created(monkeypatch):
     paths: list[str] = []
     make, create = base_module.Bases._make, rows_state.create
 
-    def making(self: Any, site: base_module.Wanted, plan: Any) -> Any:
+    def making(self: Any, site: base_module.Wanted, spec: Any) -> Any:
         paths.append(site.path)
-        return make(self, site, plan)
+        return make(self, site, spec)
 
     def creating(path: str, *args: Any) -> rows_state.MergedAdapter:
         paths.append(path)

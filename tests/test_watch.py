@@ -264,7 +264,7 @@ def test_drift_grows_without_the_base_weight_alone():
     assert "drift" not in summary(seen.history[-4:])
     for path, state in falqon_fx.adapters(whole).items():
         base = whole.get_submodule(path).base_layer.weight.double()
-        cast = cast_base(base.float(), state.plan).dequantize().double() - base
+        cast = cast_base(base.float(), state.spec).dequantize().double() - base
         assert error_of(state, base).norm() < 1.6 * cast.norm()
 
 

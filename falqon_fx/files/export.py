@@ -200,7 +200,7 @@ class _Export:
                 "weights stored [in, out] (GPT-2's Conv1D) have no FP8 form",
             )
         for path, layer in self.layers.items():
-            if self.form == "fp8" and layer.plan.per_row:
+            if self.form == "fp8" and layer.spec.per_row:
                 raise FalqonError(
                     path,
                     "it has one scale per row, which the fp8 form can't hold",
@@ -326,7 +326,7 @@ class _Originals:
         weight = weight.to(ours.code.device, layer.dtype)
         weight = weight.t().contiguous() if layer.transposed else weight
         if weight.shape == ours.code.shape:
-            theirs = cast_base(weight, layer.plan)
+            theirs = cast_base(weight, layer.spec)
             if torch.equal(theirs.code, ours.code) and torch.equal(theirs.scale, ours.scale):
                 return weight
         problem = f"its FP8 weight was not made from the weight in {self._folder}"

@@ -35,7 +35,7 @@ class ExportLayer:
     path: str
     module: Any
     linear: Any
-    plan: SiteSpec
+    spec: SiteSpec
     state: MergedAdapter | None = None
     original: Callable[[ExportLayer], Tensor] | None = None
 
@@ -77,8 +77,8 @@ class ExportLayer:
         merged = self._merged(weight)
         check_weight(self.path, merged, "merged weight")
         if not torch.equal(merged, weight.to(torch.float32)):
-            return cast_base(merged, self.plan), source
-        return self.linear.base() if self.prepared else cast_base(weight, self.plan), "unchanged"
+            return cast_base(merged, self.spec), source
+        return self.linear.base() if self.prepared else cast_base(weight, self.spec), "unchanged"
 
     def dense(self) -> Tensor:
         """The same in the dtype and layout of the base layer."""
@@ -169,10 +169,10 @@ def export_layer(
         layer, state = rows[path]
         problem = not_written(layer, state)
         if problem is None:
-            return ExportLayer(path, module, linear, state.plan.site, state)
-        if isinstance(linear, MergedBaseLinear) or state.plan.pending == "drop":
+            return ExportLayer(path, module, linear, state.spec.site, state)
+        if isinstance(linear, MergedBaseLinear) or state.spec.pending == "drop":
             raise FalqonError(path, problem, ACTIVATE)
-        return ExportLayer(path, module, linear, state.plan.site)  # the base weight is at hand
+        return ExportLayer(path, module, linear, state.spec.site)  # the base weight is at hand
     if isinstance(linear, MergedBaseLinear):
         raise FalqonError(
             path,
@@ -180,7 +180,7 @@ def export_layer(
             "Activate the adapter, or call falqon_fx.restore(model)",
         )
     if isinstance(linear, Fp8Linear):
-        return ExportLayer(path, module, linear, parse_spec(linear.spec), original=original)
+        return ExportLayer(path, module, linear, parse_spec(linear.spec_text), original=original)
     made = bases.of(linear.weight) if is_linear(linear) else []
     if not made:
         return None
@@ -196,5 +196,5 @@ def is_adapted(module: nn.Module) -> bool:
 def _plan_of(base: Base) -> SiteSpec:
     """How a base was cast: scales of "amax" are all powers of two by chance alone."""
     powers = bool((torch.frexp(base.scale).mantissa == 0.5).all())
-    plan = SiteSpec.from_config(FalqonConfig(granularity="row" if base.scale.dim() else "tensor"))
-    return replace(plan, scale="pow2" if powers else "amax")
+    spec = SiteSpec.from_config(FalqonConfig(granularity="row" if base.scale.dim() else "tensor"))
+    return replace(spec, scale="pow2" if powers else "amax")

@@ -67,7 +67,7 @@ def collect(model: nn.Module) -> tuple[list[Site], list[tuple[str, Tensor]]]:
 
 def describe(layer: PreparedLinear) -> Site:
     """What `make_layer` needs to know of a layer beside its tensors."""
-    spec = asdict(parse_spec(layer.spec))
+    spec = asdict(parse_spec(layer.spec_text))
     site = {"dtype": _name(layer.dtype), "transposed": layer.transposed, "spec": spec}
     return {**site, "scaling": layer.scaling} if isinstance(layer, MergedBaseLinear) else site
 
@@ -94,7 +94,7 @@ def make_layer(
 
 def _state(site: Site, tensors: Mapping[str, Tensor]) -> MergedAdapter:
     own = {name: tensors[name] for name in STATE}
-    state = MergedAdapter(**own, scaling=site["scaling"], plan=RowsSpec(**site["spec"]))
+    state = MergedAdapter(**own, scaling=site["scaling"], spec=RowsSpec(**site["spec"]))
     state.transposed = site["transposed"]
     return state
 
@@ -107,7 +107,7 @@ def _rows_states(model: nn.Module) -> Iterator[tuple[Site, MergedAdapter]]:
     for state, (base, lora_a, lora_b) in registry.within(model.parameters(), names):
         known = _known_by(base, model.get_parameter(base))
         site = {"lora_a": lora_a, "lora_b": lora_b, "transposed": state.transposed}
-        yield {**known, **site, "scaling": state.scaling, "spec": asdict(state.plan)}, state
+        yield {**known, **site, "scaling": state.scaling, "spec": asdict(state.spec)}, state
 
 
 def _known_by(name: str, weight: Tensor) -> Site:
@@ -250,9 +250,9 @@ def _prepare_layer(model: nn.Module, site: Site, tensors: Mapping[str, Tensor]) 
 
 def _take_options(layer: PreparedLinear, site: Site) -> None:
     if isinstance(layer, MergedBaseLinear):
-        layer.spec, layer.scaling = str(RowsSpec(**site["spec"])), site["scaling"]
+        layer.spec_text, layer.scaling = str(RowsSpec(**site["spec"])), site["scaling"]
     else:
-        layer.spec = str(SiteSpec(**site["spec"]))
+        layer.spec_text = str(SiteSpec(**site["spec"]))
 
 
 def _adopt(model: nn.Module, site: Site, tensors: Mapping[str, Tensor]) -> None:

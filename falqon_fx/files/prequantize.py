@@ -300,7 +300,7 @@ def _cast(layer: LinearLayer, weight: Tensor, config: FalqonConfig) -> dict[str,
     """
     weight = weight.t().contiguous() if layer.transposed else weight
     check_weight(layer.site, weight)
-    plan, adapter = SiteSpec.from_config(config), {}
+    spec, adapter = SiteSpec.from_config(config), {}
     if layer.lora is not None:
         generator = torch.Generator().manual_seed(config.seed)
         lora_a = new_lora_a((layer.lora.lora_a.shape[0], weight.shape[1]), generator)
@@ -311,8 +311,8 @@ def _cast(layer: LinearLayer, weight: Tensor, config: FalqonConfig) -> dict[str,
             state = create(layer.site, *given, config, frees_base=True)
             return {**state.stored, **adapter}
         if config.init == "svd":
-            init_lora_a_(weight, lora_a, plan, config.seed)
-    base = cast_base(weight, plan)
+            init_lora_a_(weight, lora_a, spec, config.seed)
+    base = cast_base(weight, spec)
     own = {"code": base.code, "scale": base.scale.view(torch.int32)}
     return {**own, "digest": digest(base.code, base.scale), **adapter}
 

@@ -29,7 +29,7 @@ class Fp8Linear(PreparedLinear):
         bias: the layer's own, or None.
         dtype: of the weight that ``base`` was cast from.
         transposed: whether the layer stored its weight [in, out], as GPT-2's Conv1D does.
-        spec: what ``base`` was cast with (`falqon_fx.site.spec.SiteSpec`).
+        spec_text: what ``base`` was cast with (`falqon_fx.site.spec.SiteSpec`).
         path: of the layer, for errors.
     """
 
@@ -41,11 +41,11 @@ class Fp8Linear(PreparedLinear):
         bias: nn.Parameter | None,
         dtype: torch.dtype,
         transposed: bool,
-        spec: str,
+        spec_text: str,
         path: str,
     ) -> None:
         super().__init__()
-        self.path, self.spec = path, spec
+        self.path, self.spec_text = path, spec_text
         self.code = nn.Parameter(base.code, requires_grad=False)
         self.scale = nn.Parameter(base.scale.view(torch.int32), requires_grad=False)
         self.digest = nn.Parameter(digest(base.code, base.scale), requires_grad=False)
@@ -55,7 +55,7 @@ class Fp8Linear(PreparedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         self._verify()
-        given = (self.code, self.scale, self.digest, self.bias, self.spec)
+        given = (self.code, self.scale, self.digest, self.bias, self.spec_text)
         result: Tensor = base_linear(autocast(x), *given)
         return result
 
@@ -101,5 +101,5 @@ class Fp8Linear(PreparedLinear):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, {self.spec}"
+            f"bias={self.bias is not None}, {self.spec_text}"
         )

@@ -27,7 +27,7 @@ class PreparedLinear(nn.Module):
     scale: nn.Parameter
     bias: nn.Parameter | None
     path: str  # for errors
-    spec: str  # what W was cast with
+    spec_text: str  # what W was cast with
     dtype: torch.dtype  # of the weight that was there
     transposed: bool  # whether that was stored [in, out], as GPT-2's Conv1D does
     in_features: int

@@ -26,7 +26,7 @@ class Merged(NamedTuple):
     scaling: list[float]
     keep_x: bool
     out_dtype: torch.dtype
-    spec: str
+    spec_text: str
 
     def adapters_of(self, site: int) -> list[int]:
         """The numbers of the adapters of a site."""

@@ -14,7 +14,7 @@ from falqon_fx.site.numerics import as_scale, without_autocast
 
 @torch.library.custom_op("falqon::base_linear", mutates_args=())
 def base_linear(
-    x: Tensor, code: Tensor, scale: Tensor, digest: Tensor, bias: Tensor | None, spec: str
+    x: Tensor, code: Tensor, scale: Tensor, digest: Tensor, bias: Tensor | None, spec_text: str
 ) -> Tensor:
     """The layer that `prepare` makes: x · dq(W)ᵀ + bias, in x's dtype.
 
@@ -28,7 +28,7 @@ def base_linear(
 
 @base_linear.register_fake
 def _(
-    x: Tensor, code: Tensor, scale: Tensor, digest: Tensor, bias: Tensor | None, spec: str
+    x: Tensor, code: Tensor, scale: Tensor, digest: Tensor, bias: Tensor | None, spec_text: str
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], code.shape[0]))
 

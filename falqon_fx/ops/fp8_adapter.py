@@ -92,15 +92,15 @@ def proxy_update(
     lora_b: Sequence[Tensor],
     scaling: Sequence[float],
     base_scale: Sequence[Tensor],
-    spec: str,
+    spec_text: str,
 ) -> list[Tensor]:
     """[Â_j, s_A,j, b_j, α_j] of each adapter j in turn: b_j = q(s · B_j · α_j / s_W) in E4M3, for
     the base with scale s_W that it is added to, and α_j float32 [r].
     """
-    plan = parse_spec(spec)
+    spec = parse_spec(spec_text)
     casts: list[Tensor] = []
     for a, b, factor, s in zip(lora_a, lora_b, scaling, base_scale):
-        of_a = cast_fp8(a.detach(), E4M3, plan, torch.float32, keep=True)
+        of_a = cast_fp8(a.detach(), E4M3, spec, torch.float32, keep=True)
         assert of_a.code is not None
         wanted = b.detach().to(torch.float32) * factor / s
         values = decode_fp8(of_a.code, of_a.scale, torch.float32)
@@ -134,10 +134,10 @@ def merged_linear(given: Merged) -> list[Tensor]:
     Where scales are powers of two they are in the values that are multiplied, which stay exact;
     others follow the product.
     """
-    plan = parse_spec(given.spec)
-    dtype, exact = gemm_dtype(given.out_dtype, given.x.device), plan.scale == "pow2"
-    read = cast_inputs(given, plan, dtype)
-    before = adapter_outputs(given, read, plan).split(given.ranks, dim=1)
+    spec = parse_spec(given.spec_text)
+    dtype, exact = gemm_dtype(given.out_dtype, given.x.device), spec.scale == "pow2"
+    read = cast_inputs(given, spec, dtype)
+    before = adapter_outputs(given, read, spec).split(given.ranks, dim=1)
     parts: list[Tensor] = []  # O_A
     tails: list[Tensor] = []  # t, with its scale where that is exact
     for part, factor, of_b in zip(before, given.alpha, given.lora_b):
@@ -172,19 +172,19 @@ def merged_linear_grad(
     through_x: bool,
     needs_x: bool,
     x_dtype: torch.dtype,
-    spec: str,
+    spec_text: str,
 ) -> list[Tensor]:
     """[dL/dx | D_1 | D_2 | ...]: dL/dx [n, in] in ``x_dtype`` ([0, in] unless ``needs_x``), with
     what comes through the adapters where they read x (``through_x``); D_j = dL/dO · s · B_j [n, r].
 
     g has one scale a token for all sites together, or one for all of it.
     """
-    plan = parse_spec(spec)
-    first, fp8 = grad[0], plan.grad_dtype
+    spec = parse_spec(spec_text)
+    first, fp8 = grad[0], spec.grad_dtype
     dtype, outs = gemm_dtype(first.dtype, first.device), [len(w) for w in weight]
     of_rows = [s.reshape(1, -1).expand(1, out) for s, out in zip(scale, outs)]
     wide = torch.cat([g.to(torch.float32) * s for g, s in zip(grad, of_rows)], dim=1)
-    s_g = scale_of(wide, fp8, plan) * _ROOM_G[fp8]
+    s_g = scale_of(wide, fp8, spec) * _ROOM_G[fp8]
     g = round_to_fp8(wide / s_g, fp8).to(dtype)
     each = g.split(outs, dim=1)
     d, left, right = [], [g], [*weight]
@@ -216,7 +216,7 @@ def _(
     through_x: bool,
     needs_x: bool,
     x_dtype: torch.dtype,
-    spec: str,
+    spec_text: str,
 ) -> list[Tensor]:
     first, n = grad[0], grad[0].shape[0]
     dtype = gemm_dtype(first.dtype, first.device)

@@ -19,7 +19,7 @@ from falqon_fx.site.numerics import E4M3, as_e4m3, without_autocast
 from falqon_fx.site.spec import parse_spec
 
 
-def quantize(x: Tensor, dtype: torch.dtype, spec: str) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, dtype: torch.dtype, spec_text: str) -> tuple[Tensor, Tensor]:
     """``x`` [n, k] ≈ q · scale: FP8 q [n, k], scale float32 [n, 1] or [].
 
     Below sm_89 the compiler of generated kernels has no FP8: there the cast is an op by itself.
@@ -28,9 +28,9 @@ def quantize(x: Tensor, dtype: torch.dtype, spec: str) -> tuple[Tensor, Tensor]:
     if known and torch.cuda.get_device_capability(x.device) < (8, 9):
         narrow = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         x = x if narrow else x.to(torch.float32)
-        q, scale = torch.ops.falqon.cast_fp8(x, dtype, spec)
+        q, scale = torch.ops.falqon.cast_fp8(x, dtype, spec_text)
         return q, scale
-    return cast_fp8(x.to(torch.float32), dtype, spec)
+    return cast_fp8(x.to(torch.float32), dtype, spec_text)
 
 
 @without_autocast
@@ -40,13 +40,13 @@ def proxy_update(
     scaling: Sequence[float],
     base_scale: Sequence[Tensor],
     wide: bool,
-    spec: str,
+    spec_text: str,
 ) -> list[Tensor]:
     """See `falqon_fx.ops.lowering.proxy_update`."""
     dtype = torch.float32 if wide else torch.bfloat16
     casts: list[Tensor] = []
     for a, b, factor in zip(lora_a, lora_b, scaling):
-        code, scale = quantize(a.detach(), E4M3, spec)
+        code, scale = quantize(a.detach(), E4M3, spec_text)
         casts += [code, scale, (b.detach().to(torch.float32) * factor).to(dtype)]
     return casts
 
@@ -63,15 +63,15 @@ def merged_linear(given: Merged) -> list[Tensor]:
     """See `falqon_fx.ops.lowering.merged_linear`. x̂ is kept as it is multiplied:
     E4M3 and its scale.
     """
-    x, spec = given.x, given.spec
+    x, spec_text = given.x, given.spec_text
     dtype = gemm_dtype(given.out_dtype, x.device)
-    q, q_scale = quantize(x.reshape(-1, x.shape[-1]), E4M3, spec)
-    own = [quantize(x_j.reshape(-1, x_j.shape[-1]), E4M3, spec) for x_j in given.adapter_x]
+    q, q_scale = quantize(x.reshape(-1, x.shape[-1]), E4M3, spec_text)
+    own = [quantize(x_j.reshape(-1, x_j.shape[-1]), E4M3, spec_text) for x_j in given.adapter_x]
     codes_a = [as_e4m3(code) for code in given.a]
     out_a: list[Tensor] = []
     if own:
         parts = [
-            torch.ops.falqon.adapter_product(*cast, code, scale_a, given.out_dtype, spec)
+            torch.ops.falqon.adapter_product(*cast, code, scale_a, given.out_dtype, spec_text)
             for cast, code, scale_a in zip(own, codes_a, given.a_scale, strict=True)
         ]
         out_a = [torch.cat(parts, dim=1)]
@@ -87,7 +87,7 @@ def merged_linear(given: Merged) -> list[Tensor]:
         out_a,
         given.owner,
         given.out_dtype,
-        spec,
+        spec_text,
     )
     # Not `reshape`: below autograd that makes a view, which may not be written in place later.
     shape, sites = x.shape[:-1], len(given.weight)
@@ -105,16 +105,16 @@ def merged_linear_grad_x(
     a: Sequence[Tensor],
     a_scale: Sequence[Tensor],
     x_dtype: torch.dtype,
-    spec: str,
+    spec_text: str,
 ) -> Tensor:
     """See `falqon_fx.ops.lowering.merged_linear_grad_x`."""
-    plan, dtype = parse_spec(spec), gemm_dtype(grad[0].dtype, grad[0].device)
+    spec, dtype = parse_spec(spec_text), gemm_dtype(grad[0].dtype, grad[0].device)
     casts, q_scales, left = [], [], []
     for g, s in zip(grad, scale):
-        folded = g.to(torch.float32) * s.t() if plan.per_row else g
-        q, q_scale = quantize(folded, plan.grad_dtype, spec)
+        folded = g.to(torch.float32) * s.t() if spec.per_row else g
+        q, q_scale = quantize(folded, spec.grad_dtype, spec_text)
         casts.append(q)
-        q_scales.append(q_scale if plan.per_row else q_scale * s)
+        q_scales.append(q_scale if spec.per_row else q_scale * s)
     for d_j, s in zip(d, a_scale):
         left.append((d_j.to(torch.float32) * (s.t() if s.dim() == 2 else s)).to(dtype))
     # Products for bfloat16 may round to it on their way, which those of a float32 dL/dO must not.
@@ -126,6 +126,6 @@ def merged_linear_grad_x(
         [torch.cat(left, dim=1)] if left else [],
         [as_e4m3(code) for code in a],
         stored,
-        spec,
+        spec_text,
     )
     return product.to(x_dtype)

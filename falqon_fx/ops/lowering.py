@@ -52,16 +52,16 @@ def proxy_update(
     scaling: Sequence[float],
     base_scale: Sequence[Tensor],
     wide: bool,
-    spec: str,
+    spec_text: str,
 ) -> list[Tensor]:
     """[Â_j, s_A,j, b_j] of each adapter j in turn: Â = q(A) in E4M3 with one scale per row (or one
     for all of A), and b = scaling · B in bfloat16, or float32 where ``wide``.
     """
-    plan = parse_spec(spec)
+    spec = parse_spec(spec_text)
     dtype = torch.float32 if wide else torch.bfloat16
     casts: list[Tensor] = []
     for a, b, factor in zip(lora_a, lora_b, scaling):
-        cast = cast_fp8(a.detach(), E4M3, plan, torch.float32, keep=True)
+        cast = cast_fp8(a.detach(), E4M3, spec, torch.float32, keep=True)
         assert cast.code is not None
         casts += [cast.code, cast.scale, (b.detach().to(torch.float32) * factor).to(dtype)]
     return casts
@@ -83,7 +83,7 @@ class Cast:
 def cast_fp8(
     x: Tensor,
     fp8: torch.dtype,
-    plan: SiteSpec,
+    spec: SiteSpec,
     dtype: torch.dtype,
     *,
     columns: Tensor | None = None,
@@ -93,15 +93,15 @@ def cast_fp8(
     """Cast x [n, k], times ``columns`` [1, k] where given, with one scale per row or one for all of
     it. The values come in ``dtype``, in ``to`` [n, k] where that is given.
     """
-    pow2 = plan.scale == "pow2"
-    if pow2 and plan.per_row and x.device.type == "cpu":
+    pow2 = spec.scale == "pow2"
+    if pow2 and spec.per_row and x.device.type == "cpu":
         value = x.new_empty(x.shape, dtype=dtype) if to is None else to
         code = x.new_empty(x.shape, dtype=torch.uint8) if keep else None
         scale = cpu_casts.cast_rows(x, fp8, columns, value, code)
         if scale is not None:
             return Cast(value, 1.0, scale, None if code is None else code.view(E4M3))
     scaled = x if columns is None else x.to(torch.float32) * columns
-    scale, wide = scale_of(scaled, fp8, plan), scaled.to(torch.float32)
+    scale, wide = scale_of(scaled, fp8, spec), scaled.to(torch.float32)
     codes = round_to_fp8(wide * scale.reciprocal(), fp8)
     value = round_to_scaled_fp8(wide, scale, fp8) if pow2 else codes
     value = value.to(dtype) if to is None else to.copy_(value)
@@ -130,12 +130,12 @@ def merged_linear(given: Merged) -> list[Tensor]:
     b); then the O_A,j = q(x_j) · Â_jᵀ of all adapters side by side, [n, Σ r_j]; then, where
     ``keep_x``, what dL/dA needs: the cast of each x_j in E4M3 and its scale.
     """
-    plan = parse_spec(given.spec)
-    dtype, exact = gemm_dtype(given.out_dtype, given.x.device), plan.scale == "pow2"
-    read = cast_inputs(given, plan, dtype)
+    spec = parse_spec(given.spec_text)
+    dtype, exact = gemm_dtype(given.out_dtype, given.x.device), spec.scale == "pow2"
+    read = cast_inputs(given, spec, dtype)
     out_a = read.x.value.new_empty((read.x.value.shape[0], 0))
     if given.a:
-        out_a = adapter_outputs(given, read, plan)
+        out_a = adapter_outputs(given, read, spec)
     parts = out_a.split(given.ranks, dim=1) if given.a else ()
     ys = []
     for i, (w, s) in enumerate(zip(given.weight, given.scale)):
@@ -166,11 +166,11 @@ class Read:
         return found
 
 
-def cast_inputs(given: Merged, plan: SiteSpec, dtype: torch.dtype) -> Read:
+def cast_inputs(given: Merged, spec: SiteSpec, dtype: torch.dtype) -> Read:
     """x and ``adapter_x`` cast to FP8, as values in ``dtype``."""
 
     def cast(x: Tensor, keep: bool) -> Cast:
-        return cast_fp8(x.reshape(-1, x.shape[-1]), E4M3, plan, dtype, keep=keep)
+        return cast_fp8(x.reshape(-1, x.shape[-1]), E4M3, spec, dtype, keep=keep)
 
     of_x = cast(given.x, given.keep_x and not given.adapter_x)
     return Read(of_x, [cast(x_j, given.keep_x) for x_j in given.adapter_x])
@@ -185,9 +185,9 @@ def finished(y: Tensor, given: Merged, site: int) -> Tensor:
     return torch.ops.aten._unsafe_view(y.to(given.out_dtype), shape)  # type: ignore[no-any-return]
 
 
-def adapter_outputs(given: Merged, read: Read, plan: SiteSpec) -> Tensor:
+def adapter_outputs(given: Merged, read: Read, spec: SiteSpec) -> Tensor:
     """The O_A of all adapters side by side; as one product where all read the same x."""
-    exact, dtype = plan.scale == "pow2", read.x.value.dtype
+    exact, dtype = spec.scale == "pow2", read.x.value.dtype
     each = read.own or [read.x] * len(given.a)
     values = [decode(code, s if exact else 1.0, dtype) for code, s in zip(given.a, given.a_scale)]
     if read.own:
@@ -218,7 +218,7 @@ def merged_linear_grad_x(
     a: Sequence[Tensor],
     a_scale: Sequence[Tensor],
     x_dtype: torch.dtype,
-    spec: str,
+    spec_text: str,
 ) -> Tensor:
     """dL/dx = Σ_i q(dL/dO_i · diag(s_W,i)) · W_i + Σ_j D_j · dq(Â_j), [n, in] in ``x_dtype``, with
     D_j = dL/dO · b_j [n, r_j] of the adapters that read x.
@@ -227,9 +227,9 @@ def merged_linear_grad_x(
     its cast. D has r columns, too few to gain from FP8. Where all scales are powers of two, all of
     it is one GEMM, which adds up in float32: [q(dL/dO_1) | ... | D_1 | ...] · [W_1; ...; Â_1; ...].
     """
-    plan = parse_spec(spec)
+    spec = parse_spec(spec_text)
     dtype = gemm_dtype(grad[0].dtype, grad[0].device)
-    exact = plan.scale == "pow2"
+    exact = spec.scale == "pow2"
     outs = [w.shape[0] for w in weight] if exact else []
     widths = [*outs, *(d_j.shape[1] for d_j in d)]
     n, features = grad[0].shape[0], weight[0].shape[1]
@@ -238,14 +238,14 @@ def merged_linear_grad_x(
     columns, rows = left.split(widths, dim=1), right.split(widths)
     products: list[Tensor] = []
     for i, (g, w, s) in enumerate(zip(grad, weight, scale)):
-        of_rows = s.t().contiguous() if plan.per_row else None
+        of_rows = s.t().contiguous() if spec.per_row else None
         if exact:
-            cast_fp8(g, plan.grad_dtype, plan, dtype, columns=of_rows, to=columns[i])
-            decode(w, 1.0 if plan.per_row else s, dtype, rows[i])
+            cast_fp8(g, spec.grad_dtype, spec, dtype, columns=of_rows, to=columns[i])
+            decode(w, 1.0 if spec.per_row else s, dtype, rows[i])
         else:
-            cast = cast_fp8(g, plan.grad_dtype, plan, dtype, columns=of_rows)
+            cast = cast_fp8(g, spec.grad_dtype, spec, dtype, columns=of_rows)
             product = (cast.value @ decode(w, 1.0, dtype)).to(torch.float32) * cast.rest
-            products.append(product if plan.per_row else product * s)
+            products.append(product if spec.per_row else product * s)
     for j, (d_j, code, s) in enumerate(zip(d, a, a_scale)):
         columns[len(outs) + j].copy_(rescale(d_j.to(dtype), 1.0, s))
         decode(code, 1.0, dtype, rows[len(outs) + j])

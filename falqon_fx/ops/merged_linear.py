@@ -29,7 +29,7 @@ def proxy_update(
     scaling: Sequence[float],
     base_scale: Sequence[Tensor],
     wide: bool,
-    spec: str,
+    spec_text: str,
 ) -> list[Tensor]:
     """The casts of all adapters of a graph, from the parameters as they are now: Â_j [r, in] in
     E4M3, its scale (float32 [r, 1] or []), and b_j = scaling_j · B_j [out, r] in bfloat16, or
@@ -41,9 +41,9 @@ def proxy_update(
     Gradients don't pass: they reach A and B through `merged_linear`, straight through the casts.
     """
     if base_scale:
-        return fp8_adapter.proxy_update(lora_a, lora_b, scaling, base_scale, spec)
+        return fp8_adapter.proxy_update(lora_a, lora_b, scaling, base_scale, spec_text)
     run = gpu.proxy_update if lora_a[0].device.type == "cuda" else lowering.proxy_update
-    return run(lora_a, lora_b, scaling, base_scale, wide, spec)
+    return run(lora_a, lora_b, scaling, base_scale, wide, spec_text)
 
 
 @proxy_update.register_fake
@@ -53,9 +53,9 @@ def _(
     scaling: Sequence[float],
     base_scale: Sequence[Tensor],
     wide: bool,
-    spec: str,
+    spec_text: str,
 ) -> list[Tensor]:
-    dtype, per_row = torch.float32 if wide else torch.bfloat16, parse_spec(spec).per_row
+    dtype, per_row = torch.float32 if wide else torch.bfloat16, parse_spec(spec_text).per_row
     casts = []
     for a, b in zip(lora_a, lora_b):
         scale = (a.shape[0], 1) if per_row else ()
@@ -98,7 +98,7 @@ def merged_linear(
     scaling: Sequence[float],
     keep_x: bool,
     out_dtype: torch.dtype,
-    spec: str,
+    spec_text: str,
 ) -> list[Tensor]:
     """O_i [..., out_i] = x · dq(W_i)ᵀ + Σ_j O_A,j · b_jᵀ + bias_i of the sites i that read x, over
     the adapters j with ``owner[j] == i``; then O_A,j = x_j · dq(Â_j)ᵀ of all adapters side by side,
@@ -132,7 +132,7 @@ def merged_linear(
         [*scaling],
         keep_x,
         out_dtype,
-        spec,
+        spec_text,
     )
     return lower_merged_linear(given)
 
@@ -160,7 +160,7 @@ def lower_grad_x(grad: Sequence[Tensor], *rest: Any) -> Tensor:
 @merged_linear.register_fake
 def _(*args: Any) -> list[Tensor]:
     given = Merged(*args)
-    x, tokens, per_row = given.x, given.x.shape[:-1], parse_spec(given.spec).per_row
+    x, tokens, per_row = given.x, given.x.shape[:-1], parse_spec(given.spec_text).per_row
     n, dtype = math.prod(tokens), lowering.gemm_dtype(given.out_dtype, x.device)
     results = [x.new_empty((*tokens, w.shape[0]), dtype=given.out_dtype) for w in given.weight]
     results.append(x.new_empty((n, sum(given.ranks)), dtype=dtype))
@@ -179,14 +179,14 @@ def merged_linear_grad_x(
     a: Sequence[Tensor],
     a_scale: Sequence[Tensor],
     x_dtype: torch.dtype,
-    spec: str,
+    spec_text: str,
 ) -> Tensor:
     """dL/dx [n, in] = Σ_i q(dL/dO_i) · dq(W_i) + Σ_j D_j · dq(Â_j), dL/dO_i [n, out_i] cast to FP8.
 
     See `falqon_fx.ops.lowering.merged_linear_grad_x`.
     """
     codes, codes_a = [_as_read(w) for w in weight], [_as_read(w) for w in a]
-    return lower_grad_x(grad, codes, scale, d, codes_a, a_scale, x_dtype, spec)
+    return lower_grad_x(grad, codes, scale, d, codes_a, a_scale, x_dtype, spec_text)
 
 
 @merged_linear_grad_x.register_fake
@@ -198,7 +198,7 @@ def _(
     a: Sequence[Tensor],
     a_scale: Sequence[Tensor],
     x_dtype: torch.dtype,
-    spec: str,
+    spec_text: str,
 ) -> Tensor:
     return grad[0].new_empty((grad[0].shape[0], weight[0].shape[1]), dtype=x_dtype)
 
@@ -262,7 +262,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.shapes = [(t.shape, t.dtype) for t in (given.x, *given.adapter_x)]
     ctx.ranks = given.ranks
     ctx.dtypes = [[t.dtype for t in c] for c in (given.lora_a, given.lora_b, given.bias)]
-    ctx.owner, ctx.scaling, ctx.spec = [*given.owner], [*given.scaling], given.spec
+    ctx.owner, ctx.scaling, ctx.spec_text = [*given.owner], [*given.scaling], given.spec_text
     ctx.trained = [p for p in (*given.lora_a, *given.lora_b) if p.requires_grad]
 
 
@@ -307,7 +307,7 @@ def _gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     for j in adapters:
         if needs_b[j]:
             g = flat[ctx.owner[j]]
-            grad_b[j] = lower_grad_b(g, parts[j], ctx.scaling[j], of_b[j], ctx.spec)
+            grad_b[j] = lower_grad_b(g, parts[j], ctx.scaling[j], of_b[j], ctx.spec_text)
         if needs_a[j]:
             place = 2 * j if own_x else 0
             x = saved.kept[place : place + 2]
@@ -343,7 +343,7 @@ def _through(
     columns = [[*grad.values()], *([c[i] for i in grad] for c in (saved.weight, saved.scale))]
     through = with_d if ctx.adds_b and len(ctx.shapes) == 1 else []
     columns += [[c[j] for j in through] for c in (d, saved.a, saved.a_scale)]
-    return merged_linear_grad_x(*columns, dtype, ctx.spec).reshape(shape), d
+    return merged_linear_grad_x(*columns, dtype, ctx.spec_text).reshape(shape), d
 
 
 def _through_fp8(
@@ -359,7 +359,7 @@ def _through_fp8(
     columns += [[c[j] for j in with_d] for c in of_adapters]
     owner, through_x = [places[ctx.owner[j]] for j in with_d], len(ctx.shapes) == 1
     grad_x, *d = fp8_adapter.merged_linear_grad(
-        *columns, owner, through_x, needs_x, dtype, ctx.spec
+        *columns, owner, through_x, needs_x, dtype, ctx.spec_text
     )
     return grad_x.reshape(shape) if needs_x else None, dict(zip(with_d, d, strict=True))
 
@@ -368,11 +368,11 @@ _RECOMPILE = "Call torch._dynamo.reset() after changing requires_grad"
 
 
 def lower_grad_b(
-    grad: Tensor, out_a: Tensor, scaling: float, b_dtype: torch.dtype, spec: str
+    grad: Tensor, out_a: Tensor, scaling: float, b_dtype: torch.dtype, spec_text: str
 ) -> Tensor:
     """`falqon_fx.ops.lowering.grad_b`, or its like for GPUs."""
     if grad.device.type == "cuda":
-        result: Tensor = torch.ops.falqon.grad_b_product(grad, out_a, scaling, b_dtype, spec)
+        result: Tensor = torch.ops.falqon.grad_b_product(grad, out_a, scaling, b_dtype, spec_text)
         return result
     return lowering.grad_b(grad, out_a, scaling, b_dtype)
 

@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from falqon_fx.kernels.products.dispatch import Options
 
 
-def cast_alone(x: Tensor, dtype: torch.dtype, spec: str) -> tuple[Tensor, Tensor]:
+def cast_alone(x: Tensor, dtype: torch.dtype, spec_text: str) -> tuple[Tensor, Tensor]:
     """`cast_fp8` as a kernel by itself, of ``x`` in its own dtype."""
     from falqon_fx.kernels.products import dispatch
 
-    q, scale = dispatch.cast_fp8(x, dtype, spec).run()
+    q, scale = dispatch.cast_fp8(x, dtype, spec_text).run()
     return q, scale
 
 
-def _cast_fp8_fake(x: Tensor, dtype: torch.dtype, spec: str) -> tuple[Tensor, Tensor]:
-    scale = (x.shape[0], 1) if parse_spec(spec).per_row else ()
+def _cast_fp8_fake(x: Tensor, dtype: torch.dtype, spec_text: str) -> tuple[Tensor, Tensor]:
+    scale = (x.shape[0], 1) if parse_spec(spec_text).per_row else ()
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(scale, dtype=torch.float32)
 
 
@@ -45,7 +45,7 @@ def merged_product(
     out_a: Sequence[Tensor],
     owner: Sequence[int],
     out_dtype: torch.dtype,
-    spec: str,
+    spec_text: str,
 ) -> list[Tensor]:
     """O_i [n, out_i] of the sites i that share x, then O_A [n, Σ r_j], unless that is given as
     ``out_a``:
@@ -61,7 +61,7 @@ def merged_product(
     from falqon_fx.kernels.gemm.launch import Piece
     from falqon_fx.kernels.products import dispatch
 
-    dtype, options = gemm_dtype(out_dtype, q.device), _options(spec)
+    dtype, options = gemm_dtype(out_dtype, q.device), _options(spec_text)
 
     def run(pieces: Sequence[Piece], a_pieces: int) -> list[Tensor]:
         return dispatch.forward(q, q_scale, pieces, a_pieces, out_dtype, dtype, options).run()
@@ -118,7 +118,7 @@ def _merged_product_fake(
     out_a: Sequence[Tensor],
     owner: Sequence[int],
     out_dtype: torch.dtype,
-    spec: str,
+    spec_text: str,
 ) -> list[Tensor]:
     n, rank = q.shape[0], sum(code.shape[0] for code in a)
     results = [q.new_empty((n, w.shape[0]), dtype=out_dtype) for w in weight]
@@ -133,13 +133,13 @@ def adapter_product(
     a: Tensor,
     a_scale: Tensor,
     out_dtype: torch.dtype,
-    spec: str,
+    spec_text: str,
 ) -> Tensor:
     """O_A [n, r] = dq(q) · dq(Â)ᵀ of one adapter, whose input the base layer doesn't read."""
     from falqon_fx.kernels.gemm.launch import Piece
     from falqon_fx.kernels.products import dispatch
 
-    dtype, options = gemm_dtype(out_dtype, q.device), _options(spec)
+    dtype, options = gemm_dtype(out_dtype, q.device), _options(spec_text)
     (result,) = dispatch.forward(
         q, q_scale, [Piece(a, a_scale)], 1, out_dtype, dtype, options
     ).run()
@@ -152,7 +152,7 @@ def _adapter_product_fake(
     a: Tensor,
     a_scale: Tensor,
     out_dtype: torch.dtype,
-    spec: str,
+    spec_text: str,
 ) -> Tensor:
     return q.new_empty((q.shape[0], a.shape[0]), dtype=gemm_dtype(out_dtype, q.device))
 
@@ -164,7 +164,7 @@ def grad_x_product(
     left: Sequence[Tensor],
     a: Sequence[Tensor],
     x_dtype: torch.dtype,
-    spec: str,
+    spec_text: str,
 ) -> Tensor:
     """dL/dx [n, in] = Σ_i (q_i · W_i) ⊙ s_q,i + left · [Â_j]; ``left`` [n, Σ r_j] has one entry or
     none. The scales of W are in q_i, or in s_q,i, those of Â in ``left``.
@@ -173,7 +173,7 @@ def grad_x_product(
     from falqon_fx.kernels.products import dispatch
 
     products = [Product(q_i, s, w) for q_i, s, w in zip(q, q_scale, weight)]
-    options = _options(spec)
+    options = _options(spec_text)
     if not left:
         (result,) = dispatch.grad_x(products, None, None, x_dtype, options).run()
         return result
@@ -189,52 +189,52 @@ def _grad_x_product_fake(
     left: Sequence[Tensor],
     a: Sequence[Tensor],
     x_dtype: torch.dtype,
-    spec: str,
+    spec_text: str,
 ) -> Tensor:
     return q[0].new_empty((q[0].shape[0], weight[0].shape[1]), dtype=x_dtype)
 
 
 def grad_b_product(
-    grad: Tensor, out_a: Tensor, scaling: float, b_dtype: torch.dtype, spec: str
+    grad: Tensor, out_a: Tensor, scaling: float, b_dtype: torch.dtype, spec_text: str
 ) -> Tensor:
     """dL/dB [out, r] = scaling · gradᵀ · out_a."""
     from falqon_fx.kernels.products import dispatch
 
-    (result,) = dispatch.grad_b(grad, out_a, scaling, b_dtype, parse_spec(spec).kernel).run()
+    (result,) = dispatch.grad_b(grad, out_a, scaling, b_dtype, parse_spec(spec_text).kernel).run()
     return result
 
 
 def _grad_b_product_fake(
-    grad: Tensor, out_a: Tensor, scaling: float, b_dtype: torch.dtype, spec: str
+    grad: Tensor, out_a: Tensor, scaling: float, b_dtype: torch.dtype, spec_text: str
 ) -> Tensor:
     return grad.new_empty((grad.shape[1], out_a.shape[1]), dtype=b_dtype)
 
 
-def _options(spec: str) -> Options:
+def _options(spec_text: str) -> Options:
     from falqon_fx.kernels.products import dispatch
 
-    plan = parse_spec(spec)
-    return dispatch.Options(plan.kernel, plan.accumulation, plan.transpose)  # type: ignore[arg-type]
+    spec = parse_spec(spec_text)
+    return dispatch.Options(spec.kernel, spec.accumulation, spec.transpose)
 
 
 for _name, _schema, _run, _fake in (
     (
         "falqon::cast_fp8",
-        "(Tensor x, ScalarType dtype, str spec) -> (Tensor, Tensor)",
+        "(Tensor x, ScalarType dtype, str spec_text) -> (Tensor, Tensor)",
         cast_alone,
         _cast_fp8_fake,
     ),
     (
         "falqon::merged_product",
         "(Tensor q, Tensor q_scale, Tensor[] weight, Tensor[] scale, Tensor[] bias, Tensor[] a, "
-        "Tensor[] a_scale, Tensor[] b, Tensor[] out_a, int[] owner, ScalarType out_dtype, str spec)"
-        " -> Tensor[]",
+        "Tensor[] a_scale, Tensor[] b, Tensor[] out_a, int[] owner, ScalarType out_dtype, "
+        "str spec_text) -> Tensor[]",
         merged_product,
         _merged_product_fake,
     ),
     (
         "falqon::adapter_product",
-        "(Tensor q, Tensor q_scale, Tensor a, Tensor a_scale, ScalarType out_dtype, str spec) "
+        "(Tensor q, Tensor q_scale, Tensor a, Tensor a_scale, ScalarType out_dtype, str spec_text) "
         "-> Tensor",
         adapter_product,
         _adapter_product_fake,
@@ -242,13 +242,13 @@ for _name, _schema, _run, _fake in (
     (
         "falqon::grad_x_product",
         "(Tensor[] q, Tensor[] q_scale, Tensor[] weight, Tensor[] left, Tensor[] a, "
-        "ScalarType x_dtype, str spec) -> Tensor",
+        "ScalarType x_dtype, str spec_text) -> Tensor",
         grad_x_product,
         _grad_x_product_fake,
     ),
     (
         "falqon::grad_b_product",
-        "(Tensor grad, Tensor out_a, float scaling, ScalarType b_dtype, str spec) -> Tensor",
+        "(Tensor grad, Tensor out_a, float scaling, ScalarType b_dtype, str spec_text) -> Tensor",
         grad_b_product,
         _grad_b_product_fake,
     ),

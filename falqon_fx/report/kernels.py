@@ -49,20 +49,20 @@ def candidates(site: Site) -> list[GemmSpec]:
     """The generated kernels for the forward product of a site alone, the likeliest first."""
     from falqon_fx.kernels.gemm.tiles import GemmProblem, gemm_specs
 
-    plan = parse_spec(site.spec)
+    spec = parse_spec(site.spec)
     problem = GemmProblem(
         n=site.tokens_hint,
         k=site.in_features,
         rows=(site.out_features,),
         a_pieces=0,
         x="e4m3",
-        x_scale=plan.granularity,  # type: ignore[arg-type]
-        w_scale=plan.granularity,  # type: ignore[arg-type]
+        x_scale=spec.granularity,
+        w_scale=spec.granularity,
         out_dtype=site.out_dtype,  # type: ignore[arg-type]
         a_dtype="bfloat16" if site.out_dtype == "bfloat16" else "float32",
         bias="none",
         rank=site.rank,
-        accumulation=plan.accumulation,  # type: ignore[arg-type]
+        accumulation=spec.accumulation,
         one_tensor=True,
     )
     return gemm_specs(problem, site.architecture)

@@ -197,11 +197,11 @@ class _Exact:
 class _Check:
     """The op on some inputs, and what it should have returned."""
 
-    def __init__(self, inputs: _Inputs, scaling: float, train_a: bool, spec: str) -> None:
+    def __init__(self, inputs: _Inputs, scaling: float, train_a: bool, spec_text: str) -> None:
         self.inputs, self.scaling, self.train_a = inputs, scaling, train_a
-        self.spec, self.plan = spec, parse_spec(spec)
+        self.spec_text, self.spec = spec_text, parse_spec(spec_text)
         self.products = lowering.gemm_dtype(inputs.grad.dtype, inputs.x.device)
-        self.base = cast_base(inputs.weight, self.plan)
+        self.base = cast_base(inputs.weight, self.spec)
 
     def ratios(self) -> dict[str, float]:
         """The largest error of each result as a share of its bound."""
@@ -210,7 +210,7 @@ class _Check:
         a = [_leaf(t) if self.train_a else t for t in given.a]
         scaling = [self.scaling] * len(a)
         wide = self.products == torch.float32
-        casts = ops.proxy_update(a, b, scaling, [], wide, self.spec) if a else []
+        casts = ops.proxy_update(a, b, scaling, [], wide, self.spec_text) if a else []
         alpha: list[Tensor] = []
         columns = (casts[0::3], casts[1::3], casts[2::3], alpha, a, b, own_x)
         y, out_a, *_ = ops.merged_linear(
@@ -223,7 +223,7 @@ class _Check:
             scaling,
             self.train_a,
             given.grad.dtype,
-            self.spec,
+            self.spec_text,
         )
         y.backward(given.grad)
 
@@ -255,16 +255,16 @@ class _Check:
 
     def _cast(self, x: Tensor, dtype: torch.dtype) -> _Exact:
         """As the op casts it."""
-        cast = lowering.cast_fp8(x, dtype, self.plan, torch.float32)
+        cast = lowering.cast_fp8(x, dtype, self.spec, torch.float32)
         return _Exact.of(cast.value.double() * torch.as_tensor(cast.rest).double())
 
     def _through_weight(self, weight: _Exact) -> _Exact:
         """ĝ·W: the scales of W's rows go into dL/dO before its cast."""
         grad = self.inputs.grad
-        if not self.plan.per_row:
-            return self._cast(grad, self.plan.grad_dtype) @ weight
+        if not self.spec.per_row:
+            return self._cast(grad, self.spec.grad_dtype) @ weight
         scaled = grad.to(torch.float32) * self.base.scale.t()
-        return self._cast(scaled, self.plan.grad_dtype) @ _Exact.of(self.base.code.view(E4M3))
+        return self._cast(scaled, self.spec.grad_dtype) @ _Exact.of(self.base.code.view(E4M3))
 
     def _ratio(self, value: Tensor | None, exact: _Exact, terms: int) -> float:
         assert value is not None

@@ -60,14 +60,14 @@ class Batched:
         state = (self.weight, self.scale, self.applied)
         return *state, self.lora_b, self.counters, self.writes, self.base
 
-    def check(self, plan: RowsSpec) -> None:
+    def check(self, spec: RowsSpec) -> None:
         """Compiled code and kernels are about to be given addresses."""
         out, rank = self.lora_b.shape
         width = self.lora_a.shape[1]
-        both = (torch.float32,) if plan.pending == "drop" else (torch.float32, torch.bfloat16)
+        both = (torch.float32,) if spec.pending == "drop" else (torch.float32, torch.bfloat16)
         wanted = {
             "weight": ((out + rank, width), (torch.uint8,)),
-            "scale": ((out + rank, 1) if plan.per_row else (), (torch.float32,)),
+            "scale": ((out + rank, 1) if spec.per_row else (), (torch.float32,)),
             "applied": ((out, rank), both),
             "counters": ((COUNTERS,), (torch.int64,)),
             "writes": ((out,), (torch.int32,)),

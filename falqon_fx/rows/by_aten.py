@@ -32,12 +32,12 @@ def select_rows(score: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return rows, score.gather(-1, rows) > 0
 
 
-def write_by_aten(sites: list[Batched], count: int, plan: RowsSpec) -> cpu.Chosen:
+def write_by_aten(sites: list[Batched], count: int, spec: RowsSpec) -> cpu.Chosen:
     """Gather → add → new row scale → cast → scatter."""
     out = sites[0].applied.shape[0]
     applied = torch.stack([site.applied for site in sites]).to(torch.float32)  # [G, out, r]
     target = torch.stack([site.lora_b for site in sites]).to(torch.float32)
-    if plan.pending == "drop":
+    if spec.pending == "drop":
         target = applied + target
     score = (target - applied).abs_().sum(dim=-1)  # [G, out]
     rows, worth = select_rows(score, count)  # [G, k]
@@ -74,8 +74,8 @@ def write_by_aten(sites: list[Batched], count: int, plan: RowsSpec) -> cpu.Chose
     new_scale = old_scale
     if per_row:
         amax = value.abs().amax(dim=-1, keepdim=True)
-        new_scale = torch.where(worth[..., None], amax_to_scale(amax, E4M3, plan.scale), old_scale)
-    code = encode_fp8(_round(value * new_scale.reciprocal(), rows, sites, plan), E4M3)
+        new_scale = torch.where(worth[..., None], amax_to_scale(amax, E4M3, spec.scale), old_scale)
+    code = encode_fp8(_round(value * new_scale.reciprocal(), rows, sites, spec), E4M3)
     code = torch.where(worth[..., None], code, old_code)
 
     # On CPU, where looking is free, the counters are left alone when there is nothing to count.
@@ -99,11 +99,11 @@ def _flag(site: Batched) -> Tensor:
     return site.changed
 
 
-def _round(scaled: Tensor, rows: Tensor, sites: list[Batched], plan: RowsSpec) -> Tensor:
-    if plan.rounding == "nearest":
+def _round(scaled: Tensor, rows: Tensor, sites: list[Batched], spec: RowsSpec) -> Tensor:
+    if spec.rounding == "nearest":
         return round_to_fp8(scaled, E4M3)
     counters = torch.stack([site.counters for site in sites])[:, None]  # [G, 1, COUNTERS]
     random = philox_uint16(
-        rows, scaled.shape[-1], counters[..., STEP], counters[..., SITE], plan.seed
+        rows, scaled.shape[-1], counters[..., STEP], counters[..., SITE], spec.seed
     )
     return round_to_fp8_stochastic(scaled, random, E4M3)

@@ -28,27 +28,27 @@ def proxy_update_(
     lora_a: Sequence[Tensor],
     base: Sequence[Tensor | None],
     scaling: Sequence[float],
-    spec: str,
+    spec_text: str,
 ) -> None:
     """See `falqon_fx.rows.update.proxy_update_`: four launches for all sites whose tensors have the
     same dtypes, whatever their shapes. Sites that the kernels don't take are updated by ATen.
     """
-    plan = parse_rows_spec(spec)
+    spec = parse_rows_spec(spec_text)
     columns: list[Sequence[Any]] = [weight, scale, applied, counters, writes]
     columns += [lora_b, lora_a, base, scaling]
     # The kernels say nothing of what they write: whoever watches gets ATen's update; and on AMD's
     # GPUs none has been tried.
-    if audience or plan.kernel == "dequantize" or torch.version.hip is not None:
-        arguments: list[Any] = [*columns, spec]
+    if audience or spec.kernel == "dequantize" or torch.version.hip is not None:
+        arguments: list[Any] = [*columns, spec_text]
         update.proxy_update_(*arguments)
     else:
-        launches = _launches_of(columns, spec)
+        launches = _launches_of(columns, spec_text)
         for launch in launches.kernels:
             launch.run()
         if launches.rest:
-            arguments = [*([column[i] for i in launches.rest] for column in columns), spec]
+            arguments = [*([column[i] for i in launches.rest] for column in columns), spec_text]
             update.proxy_update_(*arguments)
-    if plan.transpose == "store":
+    if spec.transpose == "store":
         from falqon_fx.kernels.transpose import kept as stored
 
         stored.refresh(weight, writes, counters)
@@ -65,12 +65,12 @@ class _Launches:
 _known: dict[tuple[Any, ...], _Launches] = {}
 
 
-def _launches_of(columns: Sequence[Sequence[Any]], spec: str) -> _Launches:
+def _launches_of(columns: Sequence[Sequence[Any]], spec_text: str) -> _Launches:
     """The launches for sites whose tensors lie where they do; remembered, since a step of a large
     model asks for hundreds of sites what has not changed.
     """
     weight, scale, applied, counters, writes, lora_b, lora_a, base, scaling = columns
-    key: tuple[Any, ...] = (spec, *scaling)
+    key: tuple[Any, ...] = (spec_text, *scaling)
     for column in (weight, scale, applied, counters, writes, lora_b, lora_a):
         key += tuple([t.data_ptr() for t in column])
     key += tuple([(w.shape, a.dtype) for w, a in zip(weight, applied)])
@@ -80,27 +80,27 @@ def _launches_of(columns: Sequence[Sequence[Any]], spec: str) -> _Launches:
     if key not in _known:
         if len(_known) >= 64:
             _known.clear()
-        _known[key] = _plan_launches(columns, spec)
+        _known[key] = _plan_launches(columns, spec_text)
     return _known[key]
 
 
-def _plan_launches(columns: Sequence[Sequence[Any]], spec: str) -> _Launches:
+def _plan_launches(columns: Sequence[Sequence[Any]], spec_text: str) -> _Launches:
     # Triton is there where a GPU is, and need not be elsewhere.
     from falqon_fx.kernels.update.launch import UpdateSite, dtypes, launch, refusal, spec_for
 
-    plan = parse_rows_spec(spec)
+    spec = parse_rows_spec(spec_text)
     groups: dict[object, list[UpdateSite]] = defaultdict(list)
     rest: list[int] = []
     for i in range(len(columns[0])):
-        fields: list[Any] = [*(column[i] for column in columns), plan.rows(len(columns[2][i]))]
+        fields: list[Any] = [*(column[i] for column in columns), spec.rows(len(columns[2][i]))]
         site = UpdateSite(*fields)
         if refusal(site):
             rest.append(i)
         else:
             groups[dtypes(site)].append(site)
-    drop = plan.pending == "drop"
+    drop = spec.pending == "drop"
     made = [
-        launch(sites, plan.seed, spec_for(sites, plan.scale, plan.rounding, drop))
+        launch(sites, spec.seed, spec_for(sites, spec.scale, spec.rounding, drop))
         for sites in groups.values()
     ]
     return _Launches(tuple(made), tuple(rest))

@@ -28,7 +28,7 @@ def proxy_update_(
     lora_a: Sequence[Tensor],
     base: Sequence[Tensor | None],
     scaling: Sequence[float],
-    spec: str,
+    spec_text: str,
 ) -> None:
     """Write the steps of B into W' for all sites of a graph, once per change of B.
 
@@ -38,7 +38,7 @@ def proxy_update_(
     on_gpu = bool(weight) and weight[0].device.type == "cuda"
     run = cuda.proxy_update_ if on_gpu else update.proxy_update_
     with update.lock:  # or another thread would find fingerprints whose rows are not written yet
-        run(weight, scale, applied, counters, writes, lora_b, lora_a, base, scaling, spec)
+        run(weight, scale, applied, counters, writes, lora_b, lora_a, base, scaling, spec_text)
 
 
 @proxy_update_.register_fake
@@ -52,7 +52,7 @@ def _(
     lora_a: Sequence[Tensor],
     base: Sequence[Tensor | None],
     scaling: Sequence[float],
-    spec: str,
+    spec_text: str,
 ) -> None:
     return None
 
@@ -104,7 +104,7 @@ def rows_base_linear(
     writes: Tensor,
     bias: Tensor | None,
     scaling: float,
-    spec: str,
+    spec_text: str,
 ) -> Tensor:
     """The base layer of a prepared site alone: x · (dq(W) - scaling · applied · dq(A))ᵀ + bias.
 
@@ -125,7 +125,7 @@ def _(
     writes: Tensor,
     bias: Tensor | None,
     scaling: float,
-    spec: str,
+    spec_text: str,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], applied.shape[0]))
 

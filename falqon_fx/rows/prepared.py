@@ -50,7 +50,7 @@ class MergedBaseLinear(PreparedLinear):
         for name, tensor in state.stored.items():
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         self.bias = bias
-        self.scaling, self.spec, self.dtype = state.scaling, str(state.plan), dtype
+        self.scaling, self.spec_text, self.dtype = state.scaling, str(state.spec), dtype
         self.transposed = transposed  # whether the base layer stored its weight [in, out]
         self.out_features, self.rank = state.applied.shape
         self.in_features = state.code.shape[1]
@@ -67,7 +67,7 @@ class MergedBaseLinear(PreparedLinear):
             self.writes,
             self.bias,
             self.scaling,
-            self.spec,
+            self.spec_text,
         )
         return result
 
@@ -77,8 +77,8 @@ class MergedBaseLinear(PreparedLinear):
     def merged(self) -> MergedAdapter:
         """The state as a `MergedAdapter` (without its B)."""
         code, scale, applied, counters, writes, origin = (getattr(self, n).detach() for n in STATE)
-        plan = parse_rows_spec(self.spec)
-        return MergedAdapter(code, scale, applied, counters, writes, origin, self.scaling, plan)
+        spec = parse_rows_spec(self.spec_text)
+        return MergedAdapter(code, scale, applied, counters, writes, origin, self.scaling, spec)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
@@ -112,5 +112,5 @@ class MergedBaseLinear(PreparedLinear):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"rank={self.rank}, bias={self.bias is not None}, {self.spec}"
+            f"rank={self.rank}, bias={self.bias is not None}, {self.spec_text}"
         )

@@ -59,11 +59,11 @@ class MergedAdapter:
         writes: Tensor,
         origin: Tensor,
         scaling: float,
-        plan: RowsSpec,
+        spec: RowsSpec,
     ) -> None:
         self.code, self.scale, self.applied = code, scale, applied
         self.counters, self.writes, self.origin = counters, writes, origin
-        self.scaling, self.plan = scaling, plan
+        self.scaling, self.spec = scaling, spec
         self.base_ref: weakref.ref[Tensor] | None = None
         self.a_ref: weakref.ref[Tensor] | None = None
         self.b_ref: weakref.ref[Tensor] | None = None
@@ -79,7 +79,7 @@ class MergedAdapter:
 
     def holds_what_b_lacks(self, lora_b: Tensor | None) -> bool:
         """Whether training would be lost with this state (`falqon_fx.rows.dropped`)."""
-        return self.plan.pending == "drop" and dropped.lies_in_w(self.applied, lora_b)
+        return self.spec.pending == "drop" and dropped.lies_in_w(self.applied, lora_b)
 
     @property
     def weight(self) -> Tensor:
@@ -121,7 +121,7 @@ class MergedAdapter:
     def pending(self) -> Tensor:
         """B - applied (with pending="drop": B), float32 [out, r]: not yet in W'."""
         b = self.lora_b().to(torch.float32)
-        return b if self.plan.pending == "drop" else b - self.applied.to(torch.float32)
+        return b if self.spec.pending == "drop" else b - self.applied.to(torch.float32)
 
     def dequantize(self) -> Tensor:
         """dq(W'), float32 [out + r, in]."""
@@ -147,8 +147,8 @@ class MergedAdapter:
             b, base = self.lora_b(), self.base_ref() if self.base_ref is not None else None
             if base is not None:
                 base = base.detach().t() if self.transposed else base.detach()
-            update.flush_(*self.tensors, b, base, self.scaling, self.plan)
-            if self.plan.pending == "drop":
+            update.flush_(*self.tensors, b, base, self.scaling, self.spec)
+            if self.spec.pending == "drop":
                 b.zero_()
 
 
@@ -158,15 +158,15 @@ def allocate(
     rank: int,
     base_dtype: torch.dtype,
     scaling: float,
-    plan: RowsSpec,
+    spec: RowsSpec,
     device: torch.device,
 ) -> MergedAdapter:
     """An unfilled state; its shapes and dtypes are what the graph is compiled for."""
     # 16 bits hold `applied` beside a 16-bit base: what they round away of B stays pending. With
     # "drop" it would be lost, since B is zeroed: steps smaller than their last place, all of them.
-    wide = base_dtype == torch.float32 or plan.pending == "drop"
+    wide = base_dtype == torch.float32 or spec.pending == "drop"
     applied_dtype = torch.float32 if wide else torch.bfloat16
-    scale_shape = (out + rank, 1) if plan.per_row else ()
+    scale_shape = (out + rank, 1) if spec.per_row else ()
     return MergedAdapter(
         torch.empty(out + rank, features, dtype=torch.uint8, device=device),
         torch.empty(scale_shape, dtype=torch.float32, device=device),
@@ -175,7 +175,7 @@ def allocate(
         torch.zeros(out, dtype=torch.int32, device=device),
         torch.full((out, 2), float("nan"), dtype=torch.float32, device=device),
         scaling,
-        plan,
+        spec,
     )
 
 
@@ -197,7 +197,7 @@ def create(
     Raises:
         FalqonError: W, A or B holds NaN or Inf, or lies beyond what an FP8 scale can carry.
     """
-    plan = RowsSpec.from_config(config)
+    spec = RowsSpec.from_config(config)
     # State outlives the call: no inference tensors, no autocast, no graph.
     with (
         torch.inference_mode(False),
@@ -206,9 +206,9 @@ def create(
     ):
         check_values(path, base, lora_a, lora_b)
         if config.init == "svd" and not lora_b.any():
-            init_lora_a_(base, lora_a, plan, config.seed)
+            init_lora_a_(base, lora_a, spec, config.seed)
         out, features = base.shape
-        state = allocate(out, features, lora_a.shape[0], base.dtype, scaling, plan, base.device)
+        state = allocate(out, features, lora_a.shape[0], base.dtype, scaling, spec, base.device)
         _fill_(state, base, lora_a, lora_b)
         counters = state.counters
         mixed = counters[FINGERPRINT_W] * 31 + counters[FINGERPRINT_A]
@@ -230,7 +230,7 @@ def check_values(path: str, base: Tensor, lora_a: Tensor, lora_b: Tensor) -> Non
 
 
 def _fill_(state: MergedAdapter, base: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
-    update.write_merged_(*state.tensors, base, lora_a, lora_b, state.scaling, state.plan)
+    update.write_merged_(*state.tensors, base, lora_a, lora_b, state.scaling, state.spec)
 
 
 @dataclass(frozen=True)
@@ -263,27 +263,27 @@ class Registry:
             FalqonError: W, A or B of a site holds NaN or Inf, or lies beyond what an FP8 scale can
                 carry; or a state with pending="drop" would be made anew, and its training lost.
         """
-        plan = RowsSpec.from_config(config)
-        found = [self._find(site, plan) for site in wanted]
+        spec = RowsSpec.from_config(config)
+        found = [self._find(site, spec) for site in wanted]
         for site, state in zip(wanted, found):
             if state is None:
                 check_values(site.path, site.base, site.lora_a, site.lora_b)
         return [state or self._make(site, config) for site, state in zip(wanted, found)]
 
-    def _find(self, site: Wanted, plan: RowsSpec) -> MergedAdapter | None:
+    def _find(self, site: Wanted, spec: RowsSpec) -> MergedAdapter | None:
         known: list[MergedAdapter] = self._by_b.get(site.lora_b, [])
         stamp, found = _stamp(site.base, site.lora_a), None
         for state in [state for state in known if state.belongs_to(site)]:
             same = (state.scaling, state.transposed) == (site.scaling, site.transposed)
-            if same and state.plan == plan:
+            if same and state.spec == spec:
                 if state.stamp == stamp:
                     found = state
                     continue
             elif state.resumed and state.stamp == stamp:
                 raise FalqonError(
                     site.path,
-                    f"its checkpoint was trained with {state.plan} and scaling {state.scaling:g}, "
-                    f"now {plan} and {site.scaling:g} are asked for",
+                    f"its checkpoint was trained with {state.spec} and scaling {state.scaling:g}, "
+                    f"now {spec} and {site.scaling:g} are asked for",
                     "Compile with the options of the checkpoint, or call falqon_fx.restore(model) "
                     "to start anew from the base weights and the adapter",
                 )

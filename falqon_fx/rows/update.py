@@ -57,7 +57,7 @@ def proxy_update_(
     lora_a: Sequence[Tensor],
     base: Sequence[Tensor | None],
     scaling: Sequence[float],
-    spec: str,
+    spec_text: str,
 ) -> None:
     """For the top rows k of each site whose B changed since its last write, applied[k] ← B[k] and
 
@@ -71,18 +71,18 @@ def proxy_update_(
         SiteError: a tensor of another shape, dtype or device than the site's; a site that would
             have to be made anew and can't be.
     """
-    plan = parse_rows_spec(spec)
+    spec = parse_rows_spec(spec_text)
     columns: list[Sequence[Any]] = [weight, scale, applied, counters, writes]
     columns += [lora_b, lora_a, base, scaling]
     groups: dict[tuple[object, ...], list[Batched]] = defaultdict(list)
     for i in range(len(weight)):
         site = Batched(i, *(column[i] for column in columns))
-        site.check(plan)
+        site.check(spec)
         groups[site.kind].append(site)
     for sites in groups.values():
-        changed = _find_changed(sites, plan)
+        changed = _find_changed(sites, spec)
         if changed:
-            _write_rows(changed, plan.rows(len(changed[0].applied)), plan)
+            _write_rows(changed, spec.rows(len(changed[0].applied)), spec)
 
 
 @without_autocast
@@ -95,22 +95,22 @@ def flush_(
     lora_b: Tensor,
     base: Tensor | None,
     scaling: float,
-    plan: RowsSpec,
+    spec: RowsSpec,
 ) -> None:
     """Write every pending row of one site now, whether B changed or not."""
     site = Batched(0, weight, scale, applied, counters, writes, lora_b, lora_b, base, scaling)
     site.changed = torch.ones((), dtype=torch.bool, device=counters.device)
     counters[STEP] += 1
-    counters[FINGERPRINT_B] = 0 if plan.pending == "drop" else fingerprint(lora_b[None])[0]
+    counters[FINGERPRINT_B] = 0 if spec.pending == "drop" else fingerprint(lora_b[None])[0]
     left, nonfinite = len(applied), counters[NONFINITE].clone()
     most = max(1, _CHUNK // weight.shape[1])
     while left:
         counters[NONFINITE] = nonfinite  # each chunk looks at all rows and counts them
-        _write_rows([site], min(left, most), plan)
+        _write_rows([site], min(left, most), spec)
         left -= min(left, most)
 
 
-def _find_changed(sites: list[Batched], plan: RowsSpec) -> list[Batched]:
+def _find_changed(sites: list[Batched], spec: RowsSpec) -> list[Batched]:
     """Compare fingerprints with the stored ones, store the new ones, return the sites to write."""
     stored = torch.stack([site.counters for site in sites])  # [G, COUNTERS]
     now_b = fingerprints([site.lora_b for site in sites])
@@ -122,8 +122,8 @@ def _find_changed(sites: list[Batched], plan: RowsSpec) -> list[Batched]:
         stale = stale | (fingerprints(samples) != stored[:, FINGERPRINT_W])
     if stored.device.type == "cpu":
         if stale.any():
-            _rebuild([site for site, flag in zip(sites, stale.tolist(), strict=True) if flag], plan)
-        if plan.pending == "drop":  # the graph zeroes B right after this op; zeros hash to zero
+            _rebuild([site for site, flag in zip(sites, stale.tolist(), strict=True) if flag], spec)
+        if spec.pending == "drop":  # the graph zeroes B right after this op; zeros hash to zero
             for site in sites:
                 site.counters[FINGERPRINT_B] = 0
         flags = (changed & ~stale).tolist()
@@ -136,7 +136,7 @@ def _find_changed(sites: list[Batched], plan: RowsSpec) -> list[Batched]:
         # Seen by the backend at the next call; until then nothing is written.
         stored[:, STALE] |= stale.to(torch.int64)
         changed = changed & ~stale
-    stored[:, FINGERPRINT_B] = 0 if plan.pending == "drop" else now_b
+    stored[:, FINGERPRINT_B] = 0 if spec.pending == "drop" else now_b
     stored[:, STEP] += changed.to(torch.int64)
     for site, row, flag in zip(sites, stored.unbind(), changed.unbind(), strict=True):
         site.counters.copy_(row)
@@ -144,7 +144,7 @@ def _find_changed(sites: list[Batched], plan: RowsSpec) -> list[Batched]:
     return sites
 
 
-def _rebuild(sites: list[Batched], plan: RowsSpec) -> None:
+def _rebuild(sites: list[Batched], spec: RowsSpec) -> None:
     for site in sites:
         if site.base is None:
             raise SiteError(
@@ -153,7 +153,7 @@ def _rebuild(sites: list[Batched], plan: RowsSpec) -> None:
                 "(changed or cast since, or another adapter is active)",
                 "Call falqon_fx.restore(model), load or activate the adapter, then prepare()",
             )
-        if plan.pending == "drop" and dropped.lies_in_w(site.applied, site.lora_b):
+        if spec.pending == "drop" and dropped.lies_in_w(site.applied, site.lora_b):
             raise SiteError(site.index, dropped.CHANGED, dropped.REMEDY)
         for name, tensor in (("lora_A", site.lora_a), ("lora_B", site.lora_b)):
             if not tensor.isfinite().all():
@@ -170,11 +170,11 @@ def _rebuild(sites: list[Batched], plan: RowsSpec) -> None:
             site.lora_a,
             site.lora_b,
             site.scaling,
-            plan,
+            spec,
         )
 
 
-def _write_rows(sites: list[Batched], count: int, plan: RowsSpec) -> None:
+def _write_rows(sites: list[Batched], count: int, spec: RowsSpec) -> None:
     """Write ``count`` rows of each of some sites that changed."""
     compiled = cpu.takes([site.tensors for site in sites])
     step = len(sites)
@@ -188,14 +188,14 @@ def _write_rows(sites: list[Batched], count: int, plan: RowsSpec) -> None:
                 tensors,
                 scaling,
                 count,
-                seed=plan.seed,
-                pow2=plan.scale == "pow2",
-                stochastic=plan.rounding == "stochastic",
-                drop=plan.pending == "drop",
+                seed=spec.seed,
+                pow2=spec.scale == "pow2",
+                stochastic=spec.rounding == "stochastic",
+                drop=spec.pending == "drop",
                 watched=bool(audit.audience),
             )
         else:
-            chosen = write_by_aten(batch, count, plan)
+            chosen = write_by_aten(batch, count, spec)
         if audit.audience and chosen is not None:
             audit.audience.tell(_written(batch, chosen))
 
@@ -228,7 +228,7 @@ def write_merged_(
     lora_a: Tensor,
     lora_b: Tensor,
     scaling: float,
-    plan: RowsSpec,
+    spec: RowsSpec,
 ) -> None:
     """Fill a site's state from scratch: W' = [q(W + scaling · B · Â); q(A)], applied = B."""
     out, code = applied.shape[0], weight.view(torch.uint8)
@@ -242,21 +242,21 @@ def write_merged_(
         return wide + step[rows] @ a if merging else wide
 
     chunks = list(row_chunks(base))
-    if plan.per_row:
+    if spec.per_row:
         a_amax = wide_a.abs().amax(1, keepdim=True)
     else:
         a_amax = torch.stack([merged(rows, wide_a).abs().amax() for rows in chunks]).amax()
         a_amax = torch.maximum(a_amax, wide_a.abs().amax())
-    a_scale = w_scale = amax_to_scale(a_amax, E4M3, plan.scale)
+    a_scale = w_scale = amax_to_scale(a_amax, E4M3, spec.scale)
     a_value = round_to_fp8(wide_a * a_scale.reciprocal(), E4M3)
     for rows in chunks:
         value = merged(rows, a_value * a_scale)  # W gets the A that is really used
-        if plan.per_row:
-            w_scale = amax_to_scale(value.abs().amax(1, keepdim=True), E4M3, plan.scale)
+        if spec.per_row:
+            w_scale = amax_to_scale(value.abs().amax(1, keepdim=True), E4M3, spec.scale)
             scale[rows] = w_scale
         code[rows] = encode_fp8(round_to_fp8(value * w_scale.reciprocal(), E4M3), E4M3)
     code[out:] = encode_fp8(a_value, E4M3)
-    if plan.per_row:
+    if spec.per_row:
         scale[out:] = a_scale
     else:
         scale.copy_(a_scale)

@@ -53,12 +53,12 @@ class Base:
         return decode_fp8(self.code, self.scale, torch.float32)
 
 
-def scale_shape(out: int, plan: SiteSpec) -> tuple[int, ...]:
+def scale_shape(out: int, spec: SiteSpec) -> tuple[int, ...]:
     """Of a base with ``out`` rows."""
-    return (out, 1) if plan.per_row else ()
+    return (out, 1) if spec.per_row else ()
 
 
-def cast_base(weight: Tensor, plan: SiteSpec) -> Base:
+def cast_base(weight: Tensor, spec: SiteSpec) -> Base:
     """W [out, in] cast to nearest, with one scale per row or one for all of it."""
     # A base outlives the call: no inference tensors, no autocast, no graph.
     with (
@@ -69,14 +69,14 @@ def cast_base(weight: Tensor, plan: SiteSpec) -> Base:
         weight = weight.detach()
         out, device = weight.shape[0], weight.device
         code = torch.empty(weight.shape, dtype=torch.uint8, device=device)
-        scale = torch.empty(scale_shape(out, plan), dtype=torch.float32, device=device)
-        if not plan.per_row:
-            scale.copy_(amax_to_scale(weight.abs().amax(), E4M3, plan.scale))
+        scale = torch.empty(scale_shape(out, spec), dtype=torch.float32, device=device)
+        if not spec.per_row:
+            scale.copy_(amax_to_scale(weight.abs().amax(), E4M3, spec.scale))
         for rows in row_chunks(weight):
             value = weight[rows].to(torch.float32)
             of_rows = scale
-            if plan.per_row:
-                of_rows = amax_to_scale(value.abs().amax(1, keepdim=True), E4M3, plan.scale)
+            if spec.per_row:
+                of_rows = amax_to_scale(value.abs().amax(1, keepdim=True), E4M3, spec.scale)
                 scale[rows] = of_rows
             code[rows] = encode_fp8(round_to_fp8(value * of_rows.reciprocal(), E4M3), E4M3)
     return Base(code, scale)
@@ -201,7 +201,7 @@ class Bases:
         self._verified: _ByStorage[dict[int, _Seen]] = weakref.WeakKeyDictionary()
         self._lock = threading.RLock()
 
-    def get(self, wanted: Sequence[Wanted], plan: SiteSpec) -> list[Base]:
+    def get(self, wanted: Sequence[Wanted], spec: SiteSpec) -> list[Base]:
         """The bases of some weights, cast where there is none yet or W was written since; none is
         made unless all can be.
 
@@ -212,23 +212,23 @@ class Bases:
             FalqonError: a W holds NaN or Inf, or lies beyond what an FP8 scale can carry.
         """
         with self._lock:
-            found = [self._find(site, plan) for site in wanted]
+            found = [self._find(site, spec) for site in wanted]
             for site, entry in zip(wanted, found):
                 if entry is None:
                     check_weight(site.path, site.param)
-            return [(entry or self._make(site, plan)).base for site, entry in zip(wanted, found)]
+            return [(entry or self._make(site, spec)).base for site, entry in zip(wanted, found)]
 
-    def _find(self, site: Wanted, plan: SiteSpec) -> _Entry | None:
+    def _find(self, site: Wanted, spec: SiteSpec) -> _Entry | None:
         entries = self._bases.get(site.param.untyped_storage(), {})
-        entry = entries.get(_key(site, plan))
+        entry = entries.get(_key(site, spec))
         if entry is None or entry.stamp != _stamp(site.param):
             return None
         return entry if _looks_like(site.param, entry.seen) else None
 
-    def _make(self, site: Wanted, plan: SiteSpec) -> _Entry:
-        entry = _Entry(cast_base(site.weight, plan), _stamp(site.param), _look(site.param))
+    def _make(self, site: Wanted, spec: SiteSpec) -> _Entry:
+        entry = _Entry(cast_base(site.weight, spec), _stamp(site.param), _look(site.param))
         entries = self._bases.setdefault(site.param.untyped_storage(), {})
-        entries[_key(site, plan)] = entry
+        entries[_key(site, spec)] = entry
         return entry
 
     def of(self, weight: Tensor) -> list[Base]:
@@ -298,10 +298,10 @@ def _looks_like(weight: Tensor, seen: Tensor) -> bool:
     return weight.device.type != "cpu" or torch.equal(sample(weight), seen)
 
 
-def _key(site: Wanted, plan: SiteSpec) -> tuple[Any, ...]:
+def _key(site: Wanted, spec: SiteSpec) -> tuple[Any, ...]:
     w = site.param
     place = (w.storage_offset(), w.shape, w.stride(), w.dtype)
-    return (plan.granularity, plan.scale, site.transposed, *place)
+    return (spec.granularity, spec.scale, site.transposed, *place)
 
 
 def _stamp(weight: Tensor) -> tuple[Any, ...]:

@@ -19,9 +19,9 @@ def scale_of(x: Tensor, dtype: torch.dtype, spec: SiteSpec) -> Tensor:
     return amax_to_scale(amax, dtype, spec.scale)
 
 
-def cast_fp8(x: Tensor, dtype: torch.dtype, spec: str) -> tuple[Tensor, Tensor]:
+def cast_fp8(x: Tensor, dtype: torch.dtype, spec_text: str) -> tuple[Tensor, Tensor]:
     """float32 ``x`` [n, k] ≈ q · scale: FP8 q [n, k], scale float32 [n, 1] or []."""
-    scale = scale_of(x, dtype, parse_spec(spec))
+    scale = scale_of(x, dtype, parse_spec(spec_text))
     return cast_with_scale(x, scale, dtype), scale
 
 

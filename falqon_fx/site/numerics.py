@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Literal, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from falqon_fx.config import Scale
 from falqon_fx.kernels.cpu import native as cpu
 
 E4M3 = torch.float8_e4m3fn
@@ -23,7 +24,6 @@ FP8_MAX = {E4M3: 448.0, E5M2: 57344.0}
 _LAYOUT = {E4M3: (3, 2.0**-6, 2.0**-9), E5M2: (2, 2.0**-14, 2.0**-16)}
 _TINY = 2.0**-126  # smallest normal float32: 1 / scale stays finite
 
-ScaleMode = Literal["amax", "pow2"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -45,7 +45,7 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
-def amax_to_scale(amax: Tensor, dtype: torch.dtype, mode: ScaleMode) -> Tensor:
+def amax_to_scale(amax: Tensor, dtype: torch.dtype, mode: Scale) -> Tensor:
     """Scale of a group whose largest magnitude is ``amax``: ``amax / fp8_max``, float32.
 
     ``mode="pow2"`` rounds it up to a power of two, which makes scaling exact in any binary float.

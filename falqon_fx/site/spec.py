@@ -1,4 +1,4 @@
-"""`SiteSpec`: the plan of a site as one string, carried by the ops in the graph.
+"""`SiteSpec`: the options of a site's arithmetic, which the ops in the graph carry as one string.
 
 The string makes a graph readable and keys the disk caches of Inductor and AOTAutograd: they hash
 the graph, not our lowering of it, so the version of the lowering stands in the string.
@@ -11,13 +11,27 @@ import hashlib
 import importlib.util
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from falqon_fx._compat import native_bf16
-from falqon_fx.config import FalqonConfig
-from falqon_fx.site.numerics import E4M3, E5M2, ScaleMode
+from falqon_fx.config import (
+    Accumulation,
+    AdapterDtype,
+    FalqonConfig,
+    GradDtype,
+    Granularity,
+    Kernel,
+    Pending,
+    Rounding,
+    Scale,
+    Transpose,
+    literals,
+)
+from falqon_fx.site.numerics import E4M3, E5M2
+
+Choosing = Literal[Kernel, "max-autotune"]  # what chooses the kernel of a product
 
 # What lies in other folders and decides what an op computes, or what Inductor makes of it.
 _ELSEWHERE = ("kernels.cpu.casts", "passes.recompute_weights")
@@ -44,18 +58,18 @@ def lowering_version() -> str:
 class SiteSpec:
     """What the ops of a site need to know beyond their tensors."""
 
-    granularity: str
-    scale: ScaleMode
-    grad: str
-    adapter: str = "bfloat16"
-    kernel: str = "auto"
-    accumulation: str = "fast"
-    transpose: str = "auto"
+    granularity: Granularity
+    scale: Scale
+    grad: GradDtype
+    adapter: AdapterDtype = "bfloat16"
+    kernel: Choosing = "auto"
+    accumulation: Accumulation = "fast"
+    transpose: Transpose = "auto"
 
     @classmethod
     def from_config(cls, config: FalqonConfig) -> SiteSpec:
         autotunes = config.kernel == "auto" and (config.mode or "").startswith("max-autotune")
-        kernel = "max-autotune" if autotunes else config.kernel
+        kernel: Choosing = "max-autotune" if autotunes else config.kernel
         return SiteSpec(
             config.granularity,
             config.scale,
@@ -88,18 +102,20 @@ class SiteSpec:
 class RowsSpec(SiteSpec):
     """The same with what ``falqon::proxy_update_`` of update="rows" needs."""
 
-    pending: str = "apply"
+    pending: Pending = "apply"
     topk: str = "None"
-    rounding: str = "stochastic"
+    rounding: Rounding = "stochastic"
     seed: int = 0
 
     @classmethod
     def from_config(cls, config: FalqonConfig) -> RowsSpec:
+        assert config.pending is not None
+        assert config.rounding is not None
         return cls(
             **vars(SiteSpec.from_config(config)),
-            pending=str(config.pending),
+            pending=config.pending,
             topk=repr(config.topk).strip("'"),
-            rounding=str(config.rounding),
+            rounding=config.rounding,
             seed=config.seed,
         )
 
@@ -126,20 +142,20 @@ class RowsSpec(SiteSpec):
 
 @functools.lru_cache(maxsize=1024)
 def parse_spec(text: str) -> SiteSpec:
-    """The inverse of ``str(spec)``."""
-    granularity, scale, grad, adapter, kernel, accumulation, transpose, *rows, _ = text.split(" ")
-    mode: ScaleMode = "pow2" if scale == "pow2" else "amax"
-    site = SiteSpec(granularity, mode, grad, adapter, kernel, accumulation, transpose)
-    if not rows:
-        return site
-    pending, topk, rounding, seed = rows
-    return RowsSpec(
-        **vars(site),
-        pending=pending,
-        topk=topk.removeprefix("topk="),
-        rounding=rounding,
-        seed=int(seed.removeprefix("seed=")),
-    )
+    """The inverse of ``str(spec)``.
+
+    Raises:
+        ValueError: a text that no spec has.
+    """
+    *values, _ = (word.rpartition("=")[2] for word in text.split(" "))
+    kind = SiteSpec if len(values) == len(fields(SiteSpec)) else RowsSpec
+    given: dict[str, Any] = dict(zip((f.name for f in fields(kind)), values, strict=True))
+    for name, valid in literals(kind).items():
+        if given[name] not in valid:
+            raise ValueError(f"{text!r}: {name} is {given[name]!r}, none of {', '.join(valid)}")
+    if kind is RowsSpec:
+        given["seed"] = int(given["seed"])
+    return kind(**given)
 
 
 def parse_rows_spec(text: str) -> RowsSpec:

@@ -14,15 +14,15 @@ _NARROWEST = 16  # columns of a block: fewer make its products no cheaper
 _STEPS = 8
 
 
-def init_lora_a_(base: Tensor, lora_a: Tensor, plan: SiteSpec, seed: int) -> None:
+def init_lora_a_(base: Tensor, lora_a: Tensor, spec: SiteSpec, seed: int) -> None:
     """Overwrite A [r, in] with Â for the base weight W [out, in], rounded to FP8 as it will be."""
-    amax = base.abs().amax(1, keepdim=True) if plan.per_row else base.abs().amax()
-    scale = amax_to_scale(amax.to(torch.float32), E4M3, plan.scale)
+    amax = base.abs().amax(1, keepdim=True) if spec.per_row else base.abs().amax()
+    scale = amax_to_scale(amax.to(torch.float32), E4M3, spec.scale)
     rows = low_rank_rows(_cast_error(base, scale), lora_a.shape[0], seed)
-    a_amax = rows.abs().amax(1, keepdim=True) if plan.per_row else rows.abs().amax()
-    if isinstance(plan, RowsSpec) and not plan.per_row:  # one scale for W' = [W; A]
+    a_amax = rows.abs().amax(1, keepdim=True) if spec.per_row else rows.abs().amax()
+    if isinstance(spec, RowsSpec) and not spec.per_row:  # one scale for W' = [W; A]
         a_amax = torch.maximum(a_amax, amax.to(torch.float32))
-    a_scale = amax_to_scale(a_amax, E4M3, plan.scale)
+    a_scale = amax_to_scale(a_amax, E4M3, spec.scale)
     lora_a.copy_(round_to_fp8(rows * a_scale.reciprocal(), E4M3) * a_scale)
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from falqon_fx.config import Granularity, Scale
 from falqon_fx.kernels.spec import (
     CastMode,
     Fp8Format,
-    Granularity,
     InputDtype,
     KernelSpec,
-    ScaleMode,
     check_literals,
     check_powers_of_two,
 )
@@ -37,7 +36,7 @@ class ActivationCastSpec(KernelSpec):
     input_dtype: InputDtype
     fp8: Fp8Format
     granularity: Granularity
-    scale: ScaleMode
+    scale: Scale
     cast: CastMode
     block_rows: int
     block_width: int
@@ -70,7 +69,7 @@ class ActivationCastSpec(KernelSpec):
         input_dtype: InputDtype,
         fp8: Fp8Format = "e4m3",
         granularity: Granularity = "tensor",
-        scale: ScaleMode = "amax",
+        scale: Scale = "amax",
         cast: CastMode = "hardware",
     ) -> ActivationCastSpec:
         """The spec for rows of ``width`` elements, with tiles of about 4096 elements.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from falqon_fx.config import Accumulation, Granularity
 from falqon_fx.kernels.spec import (
     Fp8Format,
     InputDtype,
@@ -16,9 +17,6 @@ from falqon_fx.kernels.spec import (
 # What the multiply instruction gets. "fp8": the bytes themselves (sm_89 and newer). "bfloat16" and
 # "float32": the bytes decoded in the kernel, exactly, for GPUs without FP8 and the interpreter.
 Operands = Literal["fp8", "bfloat16", "float32"]
-# "fast" leaves FP8 sums to the tensor core (sm_90 keeps about 14 bits of them), "promoted" adds
-# them up in float32 after each block of K.
-Accumulation = Literal["fast", "promoted"]
 Memory = Literal["pointer", "tma"]
 # How the right operand lies: "nk" row by row of the output's columns (W and Â in forward, Wᵀ in
 # backward), "kn" the other way round (W as stored, in backward).
@@ -51,7 +49,7 @@ class GemmSpec(KernelSpec):
     x: Fp8Format
     operands: Operands
     accumulation: Accumulation
-    x_scale: Literal["tensor", "row"]
+    x_scale: Granularity
     w_scale: WeightScale
     out_dtype: InputDtype
     a_dtype: InputDtype

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from falqon_fx.config import Accumulation, Granularity
 from falqon_fx.kernels.gemm.spec import (
-    Accumulation,
     GemmSpec,
     Layout,
     Memory,
@@ -34,7 +34,7 @@ class GemmProblem:
     rows: tuple[int, ...]
     a_pieces: int
     x: Fp8Format
-    x_scale: Literal["tensor", "row"]
+    x_scale: Granularity
     w_scale: WeightScale
     out_dtype: InputDtype
     a_dtype: InputDtype

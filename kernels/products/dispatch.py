@@ -21,16 +21,17 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from falqon_fx._compat import scaled_mm
+from falqon_fx.config import Accumulation, Transpose
 from falqon_fx.kernels.activation_cast.launch import activation_cast
 from falqon_fx.kernels.activation_cast.spec import ActivationCastSpec
 from falqon_fx.kernels.gemm.launch import Piece, Product, gemm, programs
-from falqon_fx.kernels.gemm.spec import Accumulation, GemmSpec
+from falqon_fx.kernels.gemm.spec import GemmSpec
 from falqon_fx.kernels.gemm.tiles import GemmProblem, gemm_specs, likeliest
 from falqon_fx.kernels.grad_b import launch as grad_b_launch
 from falqon_fx.kernels.grad_b.spec import GradBSpec
@@ -62,7 +63,6 @@ from falqon_fx.site.casts import cast_fp8 as cast_as_aten
 from falqon_fx.site.spec import parse_spec
 
 E4M3 = torch.float8_e4m3fn
-Transpose = Literal["auto", "transient", "store", "kernel"]
 Turn = Callable[[Tensor], Tensor]  # W [out, in] -> Wᵀ
 S = TypeVar("S", bound=KernelSpec)
 AUTO = ("auto", "max-autotune")

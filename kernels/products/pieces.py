@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from falqon_fx.config import Accumulation
 from falqon_fx.kernels.gemm.launch import Piece
-from falqon_fx.kernels.gemm.spec import Accumulation
 
 MatMul = Callable[..., Tensor]  # has the signature of `falqon_fx._compat.scaled_mm`
 

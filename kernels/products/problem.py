@@ -11,8 +11,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from falqon_fx.config import Accumulation
 from falqon_fx.kernels.gemm.launch import Piece, follows
-from falqon_fx.kernels.gemm.spec import Accumulation
 from falqon_fx.kernels.gemm.tiles import GemmProblem
 from falqon_fx.kernels.spec import Fp8Format, InputDtype
 

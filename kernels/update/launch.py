@@ -10,9 +10,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from falqon_fx.config import Rounding, Scale
 from falqon_fx.kernels.interpreter import runs_interpreted
 from falqon_fx.kernels.loader import load
-from falqon_fx.kernels.spec import CastMode, InputDtype, ScaleMode
+from falqon_fx.kernels.spec import CastMode, InputDtype
 from falqon_fx.kernels.update.spec import AppliedDtype, BaseDtype, UpdateSpec
 
 _FOUND = 5  # columns of `found`, see the template
@@ -169,7 +170,7 @@ def refusal(site: UpdateSite) -> str:
 
 
 def spec_for(
-    sites: Sequence[UpdateSite], scale: ScaleMode, rounding: str, drop: bool
+    sites: Sequence[UpdateSite], scale: Scale, rounding: Rounding, drop: bool
 ) -> UpdateSpec:
     """The spec for sites that have `dtypes` in common.
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from falqon_fx.config import Granularity, Rounding, Scale
 from falqon_fx.kernels.spec import (
     CastMode,
-    Granularity,
     InputDtype,
     KernelSpec,
-    ScaleMode,
     check_literals,
     check_powers_of_two,
 )
 
 AppliedDtype = Literal["float32", "bfloat16"]
 BaseDtype = Literal["none", "float32", "bfloat16", "float16"]
-Rounding = Literal["nearest", "stochastic"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class UpdateSpec(KernelSpec):
     applied_dtype: AppliedDtype
     base_dtype: BaseDtype
     granularity: Granularity
-    scale: ScaleMode
+    scale: Scale
     rounding: Rounding
     drop: bool
     cast: CastMode

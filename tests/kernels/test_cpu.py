@@ -278,13 +278,13 @@ def tensors_of(site):
     )
 
 
-def flags(plan):
+def flags(spec):
     """What the compiled code is told of a plan."""
     return {
-        "seed": plan.seed,
-        "pow2": plan.scale == "pow2",
-        "stochastic": plan.rounding == "stochastic",
-        "drop": plan.pending == "drop",
+        "seed": spec.seed,
+        "pow2": spec.scale == "pow2",
+        "stochastic": spec.rounding == "stochastic",
+        "drop": spec.pending == "drop",
     }
 
 
@@ -298,7 +298,7 @@ def test_every_float16_is_widened_exactly():
     site.base = base
     site.lora_b.fill_(1.0)
     (chosen,) = [
-        cpu.write_rows([tensors_of(site)], [1.0], len(base), **flags(site.state.plan), watched=True)
+        cpu.write_rows([tensors_of(site)], [1.0], len(base), **flags(site.state.spec), watched=True)
     ]
     assert torch.equal(chosen.value, base.float()[chosen.rows[0]][None])
 
@@ -389,7 +389,7 @@ PARTS = ("weight", "scale", "applied", "lora_b", "counters", "writes", "base")
 def test_what_cpp_does_not_take_raises(part, how):
     """In the second site of a batch, where nothing but the first says what all are like."""
     sites = [[*tensors_of(make_site(seed=i))] for i in range(2)]
-    plan, place = make_site().state.plan, PARTS.index(part)
+    spec, place = make_site().state.spec, PARTS.index(part)
     tensor = sites[1][place]
     sites[1][place] = {
         "dtype": lambda: tensor.to(torch.float16 if tensor.is_floating_point() else torch.int16),
@@ -399,17 +399,17 @@ def test_what_cpp_does_not_take_raises(part, how):
     }[how]()
     before = [t.clone() for t in sites[0]]
     with pytest.raises(ValueError, match=r"is not (torch|of|contiguous)"):
-        cpu.write_rows([tuple(site) for site in sites], [1.0, 1.0], 3, **flags(plan), watched=False)
+        cpu.write_rows([tuple(site) for site in sites], [1.0, 1.0], 3, **flags(spec), watched=False)
     assert same(before, sites[0])
 
 
 def test_a_base_weight_of_some_sites_alone_raises():
-    sites, plan = (
+    sites, spec = (
         [tensors_of(make_site()), tensors_of(make_site(freed=True))],
-        make_site().state.plan,
+        make_site().state.spec,
     )
     with pytest.raises(ValueError, match="for some sites of a batch only"):
-        cpu.write_rows(sites, [1.0, 1.0], 3, **flags(plan), watched=False)
+        cpu.write_rows(sites, [1.0, 1.0], 3, **flags(spec), watched=False)
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def update(*sites: Site, transpose: str = "store") -> None:
         [site.lora_a for site in sites],
         [site.base for site in sites],
         [s.scaling for s in states],
-        str(replace(states[0].plan, transpose=transpose)),
+        str(replace(states[0].spec, transpose=transpose)),
     )
 
 
@@ -101,7 +101,7 @@ def test_only_written_rows_are_copied():
 
 def flush(site: Site) -> None:
     state = site.state
-    flush_(*state.tensors, site.lora_b, site.base, state.scaling, state.plan)
+    flush_(*state.tensors, site.lora_b, site.base, state.scaling, state.spec)
 
 
 def another_adapter(site: Site) -> None:
@@ -173,14 +173,14 @@ def test_without_the_option_nothing_is_kept_or_refreshed():
 
 def grad_x(weight, scale, lora_a, transpose: str, kernel: str) -> torch.Tensor:
     """dL/dx of two layers that share x, as on a GPU."""
-    spec = str(SiteSpec("row", "pow2", "e5m2", kernel=kernel, transpose=transpose))
+    spec_text = str(SiteSpec("row", "pow2", "e5m2", kernel=kernel, transpose=transpose))
     grads = [randn(20, len(w), seed=i).bfloat16() for i, w in enumerate(weight)]
     d = [randn(20, len(a), seed=i).bfloat16() for i, a in enumerate(lora_a)]
     casts = torch.ops.falqon.proxy_update(
-        lora_a, [torch.zeros(1, len(a)) for a in lora_a], [1.0] * len(lora_a), [], False, spec
+        lora_a, [torch.zeros(1, len(a)) for a in lora_a], [1.0] * len(lora_a), [], False, spec_text
     )
     columns = (grads, weight, scale, d, casts[0::3], casts[1::3])
-    return gpu.merged_linear_grad_x(*columns, torch.bfloat16, spec)
+    return gpu.merged_linear_grad_x(*columns, torch.bfloat16, spec_text)
 
 
 KERNELS = pytest.mark.parametrize(
@@ -200,8 +200,8 @@ KERNELS = pytest.mark.parametrize(
 @KERNELS
 def test_grad_x_of_a_constant_base_is_that_of_a_transient_transpose(kernel):
     """The copies are made by the first step, and hold."""
-    plan = SiteSpec("row", "pow2", "e5m2")
-    bases = [cast_base(randn(out, 64, seed=out), plan) for out in (48, 32)]
+    spec = SiteSpec("row", "pow2", "e5m2")
+    bases = [cast_base(randn(out, 64, seed=out), spec) for out in (48, 32)]
     given = ([b.weight for b in bases], [b.scale for b in bases], [randn(16, 64)])
     first = grad_x(*given, "store", kernel)
     assert torch.equal(first, grad_x(*given, "transient", kernel))

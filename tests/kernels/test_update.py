@@ -34,16 +34,16 @@ def name(dtype):
 
 
 def spec_of(sites, **changes):
-    state, plan = sites[0].state, sites[0].state.plan
+    state, spec = sites[0].state, sites[0].state.spec
     wanted = {
         "b_dtype": name(sites[0].lora_b.dtype),
         "a_dtype": name(sites[0].lora_a.dtype),
         "applied_dtype": name(state.applied.dtype),
         "base_dtype": "none" if sites[0].base is None else name(sites[0].base.dtype),
-        "granularity": plan.granularity,
-        "scale": plan.scale,
-        "rounding": plan.rounding,
-        "drop": plan.pending == "drop",
+        "granularity": spec.granularity,
+        "scale": spec.scale,
+        "rounding": spec.rounding,
+        "drop": spec.pending == "drop",
         "cast": "integer",
         "rank": 16,
         "aligned": False,
@@ -64,11 +64,11 @@ def by_kernel(*sites, **changes):
             site.lora_a,
             site.base,
             site.state.scaling,
-            site.state.plan.rows(len(site.lora_b)),
+            site.state.spec.rows(len(site.lora_b)),
         )
         for site in sites
     ]
-    update_(given, sites[0].state.plan.seed, spec_of(sites, **changes))
+    update_(given, sites[0].state.spec.seed, spec_of(sites, **changes))
 
 
 @settings(max_examples=12)

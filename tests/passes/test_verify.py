@@ -675,7 +675,7 @@ def test_a_base_layer_that_runs_again_is_seen(update):
         else:
             op = torch.ops.falqon.base_linear.default
             rest = (base.code, base.scale, base.digest, base.bias)
-        done.graph.call_function(op, (done.fused().args[0], *rest, base.spec))
+        done.graph.call_function(op, (done.fused().args[0], *rest, base.spec_text))
     with pytest.raises(AssertionError, match=r"1 new operations falqon.*base_linear.*, 0 are"):
         done.verify()
 
