@@ -25,7 +25,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import falqon_fx
-from falqon_fx.rows.audit import audience
+from falqon_fx.rows.audit import observers
 
 TURN = 4
 COLUMNS = ["weights", "blocks", "sites", "unwatched, ms", "watched, ms", "added", "added when off"]
@@ -64,7 +64,7 @@ def measure(blocks: int, steps: int, prepared: bool) -> list[str]:
                 if turn >= 2:  # the first ones compile
                     times[watched].append(time.perf_counter() - start)
     off, on = (statistics.median(times[kind]) * 1e3 for kind in (False, True))
-    tests = min(timeit.repeat(lambda: bool(audience), number=1000)) * 2 * blocks  # ms
+    tests = min(timeit.repeat(lambda: bool(observers), number=1000)) * 2 * blocks  # ms
     shares = (f"{on / off - 1:+.1%}", f"{tests / off:+.4%}")
     weights = "FP8 alone" if prepared else "bf16 and FP8"
     return [weights, str(blocks), str(2 * blocks), f"{off:.1f}", f"{on:.1f}", *shares]

@@ -30,11 +30,11 @@ from falqon_fx.passes.terms import (
     Cast,
     Dropout,
     Linear,
-    Other,
     Param,
     RowsBaseLinear,
     Scale,
     Term,
+    UnsupportedAdapted,
 )
 from falqon_fx.passes.vocabulary import (
     ADD,
@@ -169,7 +169,7 @@ def _read_module(node: fx.Node, scope: Scope) -> Term:
         return Linear(x, Param(module.weight, name=f"{node.target}.weight"), bias)
     if type(module) in OTHER_MODULES:
         weight = Param(module.weight, name=f"{node.target}.weight")
-        return Other(x, weight, OTHER_MODULES[type(module)])
+        return UnsupportedAdapted(x, weight, OTHER_MODULES[type(module)])
     if isinstance(module, nn.Dropout):
         return Dropout(x, module.p if module.training else 0.0)
     if isinstance(module, nn.Identity):
@@ -291,10 +291,10 @@ def _on_parameters(x: Any, weight: Any, bias: Any, scope: Scope) -> Linear | Non
     return Linear(x, w, b)
 
 
-def _other(kind: str, first: Any, second: Any, scope: Scope) -> Other | None:
+def _other(kind: str, first: Any, second: Any, scope: Scope) -> UnsupportedAdapted | None:
     x, weight = (second, first) if param_of(first, scope) else (first, second)
     w = param_of(weight, scope)
-    return Other(x, w, kind) if isinstance(x, fx.Node) and w else None
+    return UnsupportedAdapted(x, w, kind) if isinstance(x, fx.Node) and w else None
 
 
 def _addmm(left: Any, x: Any, weight: Any, kwargs: dict[str, Any], scope: Scope) -> Term:

@@ -21,7 +21,7 @@ from falqon_fx.cost.model import losing
 from falqon_fx.errors import FalqonError
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.passes.checks import check, params_of, weights_of
-from falqon_fx.passes.cuts import cut_sites
+from falqon_fx.passes.ddp_cuts import cut_sites
 from falqon_fx.passes.describe import describe, source_of
 from falqon_fx.passes.match.dataflow import LEAVE, AdapterMatch, Match, RejectedMatch
 from falqon_fx.passes.match.frozen import (

@@ -22,7 +22,7 @@ from falqon_fx import FalqonConfig, FalqonError
 from falqon_fx.files import storage
 from falqon_fx.files.checkpoint import MANIFEST
 from falqon_fx.files.storage import DamagedFileError
-from falqon_fx.files.trees import join, separate
+from falqon_fx.files.trees import from_plain, to_plain
 from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.model.prepare import Adapter
 from falqon_fx.rows.prepared import MergedBaseLinear
@@ -362,8 +362,8 @@ def test_what_is_not_plain_data_is_refused_by_its_path(tmp_path):
 def test_trees_round_trip_their_types():
     tensors: dict[str, Tensor] = {}
     value = {"a": [1, 2.5, (True, None)], 4: {"t": torch.ones(2)}}
-    text = json.dumps(separate(value, "p", tensors))
-    back = join(json.loads(text), tensors)
+    text = json.dumps(to_plain(value, "p", tensors))
+    back = from_plain(json.loads(text), tensors)
     assert torch.equal(back[4].pop("t"), torch.ones(2))
     assert back == {"a": [1, 2.5, (True, None)], 4: {}}
 
@@ -516,7 +516,7 @@ def snapshot_of(run: Run) -> dict[str, Tensor]:
     """Every tensor of a run, under a name."""
     tensors: dict[str, Tensor] = {}
     objects = {"model": dict(run.model.state_dict()), "optimizer": run.optimizer.state_dict()}
-    separate({**objects, "states": run.states()}, "", tensors)
+    to_plain({**objects, "states": run.states()}, "", tensors)
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 

@@ -258,7 +258,7 @@ def test_a_killed_run_goes_on_where_it_ended(tmp_path):
     falqon_fx.load(out)
 
 
-@pytest.mark.parametrize("where", ["plan", "manifest", "become"])
+@pytest.mark.parametrize("where", ["plan", "manifest", "rename_into_place"])
 def test_a_run_cut_at_its_start_or_end_goes_on(tmp_path, monkeypatch, where):
     """Before there is a plan, before there is a manifest, and before the folder has its name."""
     source = folder_of(dense_model(), tmp_path / "dense")
@@ -267,7 +267,7 @@ def test_a_run_cut_at_its_start_or_end_goes_on(tmp_path, monkeypatch, where):
     cut = {
         "plan": (module.json, "dumps"),
         "manifest": (module.storage, "write_manifest"),
-        "become": (atomic, "become"),
+        "rename_into_place": (atomic, "rename_into_place"),
     }
 
     def stop(*_: object, **__: object) -> None:

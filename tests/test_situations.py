@@ -53,7 +53,7 @@ def created(monkeypatch):
     paths: list[str] = []
     make, create = base_module.Bases._make, rows_state.create
 
-    def making(self: Any, site: base_module.Wanted, spec: Any) -> Any:
+    def making(self: Any, site: base_module.BaseParameter, spec: Any) -> Any:
         paths.append(site.path)
         return make(self, site, spec)
 

@@ -147,7 +147,7 @@ def test_each_step_is_seen_once_and_only_inside(tmp_path):
     assert [falqon_fx.Audit(**{**line, "rows": tuple(line["rows"])}) for line in lines] == (
         seen.history
     )
-    assert not audit.audience
+    assert not audit.observers
 
 
 def test_watching_changes_no_result():
@@ -196,7 +196,7 @@ def test_it_ends_when_the_training_fails():
 
     with pytest.raises(ZeroDivisionError):
         fail()
-    assert not audit.audience
+    assert not audit.observers
 
 
 def test_prepared_models_are_watched_too():
@@ -404,7 +404,7 @@ def test_rows_not_written_and_zeros_are_not_counted():
     applied = [torch.zeros(5, 1) for _ in range(2)]
     one = torch.ones(2, 1, 1)
     given = (rows, worth, value - old, old, value, code, one, score, remains)
-    table = audit.Written(applied, torch.tensor([7, 8]), *given).table()
+    table = audit.WriteBackBatch(applied, torch.tensor([7, 8]), *given).table()
     for g in range(2):
         got = dict(zip(audit.COLUMNS, table[g].tolist()))
         new, asked = code[g, ::2].view(torch.float8_e4m3fn).double(), (value - old)[g, ::2].double()

@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         device = arguments.calibrate or ("cuda" if torch.cuda.is_available() else "cpu")
         return _show_cards([cards.calibrate(torch.device(device))], arguments.json)
     if arguments.cards:
-        return _show_cards([*cards.CARDS, *cards.stored().values()], arguments.json)
+        return _show_cards([*cards.CARDS, *cards.calibrated().values()], arguments.json)
     if arguments.symbolic:
         return _show_formulas(arguments.json)
     return _show_times(arguments, _card(arguments.card))

@@ -90,16 +90,16 @@ CARDS: tuple[Card, ...] = (
 )
 
 
-def store() -> Path:
+def cards_file() -> Path:
     """Where calibrated cards are kept: ``$FALQON_CARDS``, else the user's cache folder."""
     given = os.environ.get("FALQON_CARDS")
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(given) if given else Path(cache) / "falqon_fx" / "cards.json"
 
 
-def stored() -> dict[str, Card]:
+def calibrated() -> dict[str, Card]:
     """The calibrated cards by name."""
-    path = store()
+    path = cards_file()
     return (
         {name: Card(**v) for name, v in json.loads(path.read_text()).items()}
         if path.exists()
@@ -113,7 +113,7 @@ def find(name: str) -> Card:
     Raises:
         FalqonError: there is no such card; the message names the nearest.
     """
-    known = {card.name: card for card in CARDS} | stored()
+    known = {card.name: card for card in CARDS} | calibrated()
     folded = {key.casefold(): key for key in known}
     if name.casefold() in folded:
         return known[folded[name.casefold()]]
@@ -128,9 +128,9 @@ def find(name: str) -> Card:
 def at_hand(device: torch.device) -> Card | None:
     """The calibrated card, or the table's, for a device; None where neither knows it."""
     name = device_name(device)
-    calibrated = stored()
-    if name in calibrated:
-        return calibrated[name]
+    known = calibrated()
+    if name in known:
+        return known[name]
     # The longest name that fits: "H200" must not be taken for an "H100 ..." and the like.
     fits = [card for card in CARDS if card.name.casefold() in name.casefold()]
     return max(fits, key=lambda card: len(card.name), default=None)
@@ -168,9 +168,9 @@ def calibrate(device: torch.device, size: int = 2048, repeats: int = 5) -> Card:
     if device.type not in ("cpu", "cuda"):
         raise FalqonError(f"device {device}", "can't be measured", "Give cpu or cuda")
     card = _measure(device, size, repeats)
-    path = store()
+    path = cards_file()
     path.parent.mkdir(parents=True, exist_ok=True)
-    known = {name: asdict(other) for name, other in (stored() | {card.name: card}).items()}
+    known = {name: asdict(other) for name, other in (calibrated() | {card.name: card}).items()}
     path.write_text(json.dumps(known, indent=1))
     return card
 

@@ -22,7 +22,7 @@ _PARTIAL = ".partial"
 
 
 @contextmanager
-def written_aside(final: Path) -> Iterator[Path]:
+def atomic_file(final: Path) -> Iterator[Path]:
     """A path to write to. It gets the name ``final`` once it is whole and on the disk. The caller
     holds the folder's `lock`.
 
@@ -35,7 +35,7 @@ def written_aside(final: Path) -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     aside = folder / final.name
     try:
-        with explained(final):
+        with disk_errors_explained(final):
             folder.mkdir()
             yield aside
             flush_to_disk(aside)
@@ -57,13 +57,13 @@ def new_folder(final: Path) -> Iterator[Path]:
     aside = partial(final)
     with lock(aside, wait=False):
         try:
-            with explained(final):
+            with disk_errors_explained(final):
                 for path in aside.iterdir():  # of a run that was killed
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
                 yield aside
                 for path in sorted(aside.rglob("*"), reverse=True):
                     flush_to_disk(path)
-                become(aside, final)
+                rename_into_place(aside, final)
         except BaseException:  # Ctrl-C too leaves nothing
             shutil.rmtree(aside, ignore_errors=True)
             raise
@@ -77,7 +77,7 @@ def partial(final: Path) -> Path:
     return aside
 
 
-def become(aside: Path, final: Path) -> None:
+def rename_into_place(aside: Path, final: Path) -> None:
     """Give a folder whose files are on the disk its name."""
     flush_to_disk(aside)
     final = Path(os.path.realpath(final))
@@ -89,7 +89,7 @@ def make_folder(path: Path) -> None:
     """Make a folder and its parents, on the disk."""
     path = Path(os.path.realpath(path))  # mkdir refuses a link, even to where nothing is yet
     if not path.is_dir():
-        with explained(path):
+        with disk_errors_explained(path):
             path.mkdir(parents=True, exist_ok=True)
             flush_to_disk(path.parent)
 
@@ -131,7 +131,7 @@ def refuse_existing(final: Path) -> None:
 
 
 @contextmanager
-def explained(final: Path) -> Iterator[None]:
+def disk_errors_explained(final: Path) -> Iterator[None]:
     """Say what a full disk or missing rights mean for ``final``."""
     try:
         yield

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from falqon_fx.errors import FalqonError
 from falqon_fx.files import atomic, storage, trees
-from falqon_fx.files.model_state import apply, collect
+from falqon_fx.files.model_state import load_into, snapshot
 from falqon_fx.model.lora_layers import unwrap
 
 FORMAT = "falqon_fx.checkpoint.3"
@@ -86,7 +86,7 @@ def save_checkpoint(
             to. An earlier checkpoint stays.
     """
     directory = Path(directory)
-    sites, named = collect(unwrap(model))
+    sites, named = snapshot(unwrap(model))
     training: dict[str, Tensor] = {}
     objects = {
         "optimizer": None if optimizer is None else optimizer.state_dict(),
@@ -94,7 +94,7 @@ def save_checkpoint(
         "rng": _rng_state() if rng else None,
         "extra": dict(extra or {}),
     }
-    tree = trees.separate(objects, _TRAINING, training)
+    tree = trees.to_plain(objects, _TRAINING, training)
     tensors, same = trees.unshared([*named, *training.items()])
 
     atomic.make_folder(directory)
@@ -114,7 +114,7 @@ def _write(
     """Write the tensors, then the manifest that names their file, which it returns described."""
     file = directory / f"tensors-{uuid.uuid4().hex[:12]}.safetensors"
     try:
-        with atomic.written_aside(file) as aside:
+        with atomic.atomic_file(file) as aside:
             described = {file.name: storage.write_tensors(aside, tensors)}
         content = {"format": FORMAT, "versions": versions(), "sites": sites}
         content |= {"files": described, "same": same, "objects": tree}
@@ -181,14 +181,14 @@ def load_checkpoint(
         for name, expected in manifest["files"].items():
             tensors |= storage.open_tensors(directory / name, expected)
     tensors |= {name: tensors[other] for name, other in manifest["same"].items()}
-    objects = trees.join(manifest["objects"], tensors)
+    objects = trees.from_plain(manifest["objects"], tensors)
     if scheduler is not None and objects["scheduler"] is None:
         raise FalqonError(str(directory), "it holds no scheduler", "Leave out scheduler=")
     if optimizer is not None:
         check_optimizer(optimizer, objects["optimizer"], str(directory))
 
     ours = {n: t for n, t in tensors.items() if not n.startswith(_TRAINING)}
-    apply(model, manifest["sites"], ours, str(directory))
+    load_into(model, manifest["sites"], ours, str(directory))
     for name, target in (("optimizer", optimizer), ("scheduler", scheduler)):
         if target is not None:
             target.load_state_dict(objects[name])
@@ -226,7 +226,7 @@ def check_optimizer(
 def read_extra(directory: Path) -> dict[str, Any]:
     """What a checkpoint holds as ``extra``, apart from its tensors, which are empty."""
     objects = dict(_manifest(directory)["objects"]["dict"])
-    extra: dict[str, Any] = trees.join(objects["extra"], defaultdict(lambda: torch.empty(0)))
+    extra: dict[str, Any] = trees.from_plain(objects["extra"], defaultdict(lambda: torch.empty(0)))
     return extra
 
 

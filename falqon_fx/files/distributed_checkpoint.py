@@ -35,10 +35,10 @@ class CheckpointState:
         """
         from safetensors.torch import save
 
-        sites, named = model_state.collect(self.model)
+        sites, named = model_state.snapshot(self.model)
         packed = {name: t for name, t in named if name.startswith(model_state.SITES)}
         optimizer = None if self.optimizer is None else self.optimizer.state_dict()
-        tree = trees.separate(optimizer, ".training", packed)
+        tree = trees.to_plain(optimizer, ".training", packed)
         model = {n: t.detach().to("cpu", copy=True) for n, t in self.model.state_dict().items()}
         kept, same = trees.unshared(packed.items())
         text = {"sites": sites, "optimizer": tree, "dtypes": _dtypes(model), "same": same}
@@ -56,7 +56,7 @@ class CheckpointState:
         where = "the checkpoint"
         text, packed = json.loads(state["text"]), load(state["packed"])
         packed |= {name: packed[other] for name, other in text.get("same", {}).items()}
-        saved = trees.join(text["optimizer"], packed)
+        saved = trees.from_plain(text["optimizer"], packed)
         if self.optimizer is not None:
             check_optimizer(self.optimizer, saved, where)
         ours, theirs = _dtypes(state["model"]), text.get("dtypes", {})
@@ -68,7 +68,7 @@ class CheckpointState:
                     "Make the model as for the run that was saved",
                 )
         states = {n: t for n, t in packed.items() if n.startswith(model_state.SITES)}
-        model_state.apply(self.model, text["sites"], {**state["model"], **states}, where)
+        model_state.load_into(self.model, text["sites"], {**state["model"], **states}, where)
         if self.optimizer is not None:
             self.optimizer.load_state_dict(saved)
 

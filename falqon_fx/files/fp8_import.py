@@ -83,7 +83,7 @@ def _read(directory: Path) -> dict[str, Tensor]:
 
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(index.values())):
-        with storage.named(directory / file):
+        with storage.file_errors_explained(directory / file):
             tensors |= load_file(directory / file)
     return tensors
 

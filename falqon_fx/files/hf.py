@@ -110,7 +110,10 @@ def read_tensor(file: Path, name: str) -> Tensor:
     """One tensor of a file, read and not mapped, so that its memory is given back with it."""
     from safetensors import safe_open
 
-    with storage.named(file), safe_open(file, framework="pt", backend="pread") as opened:
+    with (
+        storage.file_errors_explained(file),
+        safe_open(file, framework="pt", backend="pread") as opened,
+    ):
         tensor: Tensor = opened.get_tensor(name)
     return tensor
 

@@ -37,7 +37,7 @@ _RESTORE = "Call falqon_fx.restore(model) first"
 Site = dict[str, Any]
 
 
-def collect(model: nn.Module) -> tuple[list[Site], list[tuple[str, Tensor]]]:
+def snapshot(model: nn.Module) -> tuple[list[Site], list[tuple[str, Tensor]]]:
     """The sites of a model, and every named tensor that its next step depends on.
 
     Raises:
@@ -119,8 +119,10 @@ def _known_by(name: str, weight: Tensor) -> Site:
 # -- back into a model -----------------------------------------------------------------------------
 
 
-def apply(model: nn.Module, sites: list[Site], tensors: Mapping[str, Tensor], where: str) -> None:
-    """Write tensors and sites, as `collect` gave them, into a model.
+def load_into(
+    model: nn.Module, sites: list[Site], tensors: Mapping[str, Tensor], where: str
+) -> None:
+    """Write tensors and sites, as `snapshot` gave them, into a model.
 
     Raises:
         FalqonError: they don't fit. Nothing has been changed then.

@@ -110,7 +110,7 @@ def prequantize(
     layers = _layers(skeleton, index, config)
     units = _units(layers, source, index)
     partial = atomic.partial(out)
-    with atomic.lock(partial, wait=False), atomic.explained(out):
+    with atomic.lock(partial, wait=False), atomic.disk_errors_explained(out):
         _begin(partial, source, skeleton, config, units)
         return _run(out, partial, source, index, skeleton, layers, config, units, workers, progress)
 
@@ -257,7 +257,7 @@ def _begin(
         )
     for name in ("weights", "records"):
         atomic.make_folder(partial / name)
-    with atomic.written_aside(file) as aside:
+    with atomic.atomic_file(file) as aside:
         aside.write_text(text)
 
 
@@ -353,7 +353,7 @@ def _finish(
     )
     for path in partial.iterdir():
         atomic.flush_to_disk(path)
-    atomic.become(partial, out)
+    atomic.rename_into_place(partial, out)
     # Last: a run killed before would lack what it goes on with.
     shutil.rmtree(out / "records")
     shutil.rmtree(out / "writing", ignore_errors=True)

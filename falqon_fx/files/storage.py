@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from falqon_fx.errors import FalqonError
-from falqon_fx.files.atomic import flush_to_disk, written_aside
+from falqon_fx.files.atomic import atomic_file, flush_to_disk
 from falqon_fx.kernels.cpu import native as cpu
 
 T = TypeVar("T")
@@ -98,7 +98,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def write_manifest(final: Path, content: Mapping[str, Any]) -> None:
     """Write JSON with its own checksum, aside and renamed: the moment from which it counts."""
     whole = {**content, "checksum": _json_checksum(content)}
-    with written_aside(final) as aside:
+    with atomic_file(final) as aside:
         aside.write_text(json.dumps(whole, indent=1), encoding="utf-8")
 
 
@@ -205,7 +205,7 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 @contextmanager
-def named(path: Path) -> Iterator[None]:
+def file_errors_explained(path: Path) -> Iterator[None]:
     """Say which file it is that safetensors can't read.
 
     Raises:

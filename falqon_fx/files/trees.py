@@ -12,9 +12,9 @@ from torch import Tensor
 from falqon_fx.errors import FalqonError
 
 
-def separate(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+def to_plain(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """``value`` as JSON; its tensors go to ``tensors`` under their paths, or near them where two
-    have the same ({"a.b": ...} and {"a": {"b": ...}}). `join` is the inverse.
+    have the same ({"a.b": ...} and {"a": {"b": ...}}). `from_plain` is the inverse.
 
     Raises:
         FalqonError: something that is neither a tensor nor plain data.
@@ -27,10 +27,10 @@ def separate(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if value is None or type(value) in (bool, int, float, str):
         return value
     if type(value) in (list, tuple):
-        items = [separate(item, f"{path}.{i}", tensors) for i, item in enumerate(value)]
+        items = [to_plain(item, f"{path}.{i}", tensors) for i, item in enumerate(value)]
         return items if type(value) is list else {"tuple": items}
     if type(value) in (dict, OrderedDict) and all(type(key) in (str, int) for key in value):
-        return {"dict": [[k, separate(v, f"{path}.{k}", tensors)] for k, v in value.items()]}
+        return {"dict": [[k, to_plain(v, f"{path}.{k}", tensors)] for k, v in value.items()]}
     raise FalqonError(
         path,
         f"a {type(value).__name__} can't be saved: only tensors, numbers, text, lists and dicts",
@@ -38,17 +38,17 @@ def separate(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     )
 
 
-def join(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of `separate`; tensors are copies."""
+def from_plain(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of `to_plain`; tensors are copies."""
     if isinstance(value, list):
-        return [join(item, tensors) for item in value]
+        return [from_plain(item, tensors) for item in value]
     if isinstance(value, dict):
         ((kind, content),) = value.items()
         if kind == "tensor":
             return tensors[content].clone()
         if kind == "tuple":
-            return tuple(join(item, tensors) for item in content)
-        return {key: join(item, tensors) for key, item in content}
+            return tuple(from_plain(item, tensors) for item in content)
+        return {key: from_plain(item, tensors) for key, item in content}
     return value
 
 

@@ -21,7 +21,7 @@ from falqon_fx.model.lora_layers import unwrap
 from falqon_fx.passes.describe import innermost
 from falqon_fx.report.data import Cost, GraphBreak, GraphReport, Site
 from falqon_fx.report.listing import listing
-from falqon_fx.report.paths import Names, modules_of, tensors_of
+from falqon_fx.report.paths import ModulePaths, modules_of, tensors_of
 from falqon_fx.report.report import RewriteReport
 
 
@@ -82,13 +82,13 @@ class _Tracer(nn.Module):
     def __init__(self, model: nn.Module, config: FalqonConfig) -> None:
         super().__init__()
         self.model, self.config = model, config
-        self.names = Names(nn.Module())
+        self.names = ModulePaths(nn.Module())
         self.graphs: list[GraphReport] = []
         self.traced: list[fx.GraphModule] = []
 
     def forward(self, *args: Any, **kwargs: Any) -> None:
         model = self.model
-        self.names = Names(model)  # of the parameters' stand-ins
+        self.names = ModulePaths(model)  # of the parameters' stand-ins
 
         def call() -> Any:
             return model(*args, **kwargs)

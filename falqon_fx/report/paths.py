@@ -66,7 +66,7 @@ def model_of_call() -> nn.Module:
     return inside
 
 
-class Names:
+class ModulePaths:
     """The parameters and buffers of a model by identity, and its modules by path."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -74,7 +74,7 @@ class Names:
         self._names = {key: names for key, (_, names) in tensors_of(model).items()}
 
     @classmethod
-    def of_call(cls) -> Names:
+    def from_call_stack(cls) -> ModulePaths:
         """Of the outermost module whose call runs right now."""
         return cls(model_of_call())
 

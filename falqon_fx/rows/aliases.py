@@ -28,7 +28,9 @@ class Aliases:
     def __init__(self) -> None:
         self._by_b: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
-    def give(self, lora_a: Tensor, lora_b: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def detached_views(
+        self, lora_a: Tensor, lora_b: Tensor, tensors: Sequence[Tensor]
+    ) -> list[Tensor]:
         """Fresh aliases of a site's state for one call; the weight comes as E4M3."""
         now = (version(lora_a), version(lora_b))
         before, given = self._by_b.get(lora_b, (now, deque(maxlen=_REMEMBERED)))

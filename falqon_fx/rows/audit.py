@@ -14,12 +14,12 @@ from torch import Tensor
 
 from falqon_fx.site.numerics import E4M3, FP8_MAX, decode_fp8
 
-# Columns of `Written.table`: fields of `falqon_fx.report.Audit`.
+# Columns of `WriteBackBatch.table`: fields of `falqon_fx.report.Audit`.
 COLUMNS = ("step", "asked", "kept", "lost", "clamped", "saturated", "underflowed", "pending")
 
 
 @dataclass(frozen=True)
-class Written:
+class WriteBackBatch:
     """One batch of G sites of one shape, k rows of each.
 
     Attributes:
@@ -77,19 +77,19 @@ def _square_sums(value: Tensor) -> Tensor:
     return norm.square_()
 
 
-class Audience:
-    """Those who are told of each write-back. An op gets tensors alone, so there is one for all
-    models in the process; a watcher tells its own sites by ``Written.applied``.
+class WriteBackObservers:
+    """Process-wide observers of write-backs: an op can't carry Python objects. An observer knows
+    its own sites by ``WriteBackBatch.applied``.
     """
 
     def __init__(self) -> None:
-        self._watchers: tuple[Callable[[Written], None], ...] = ()
+        self._watchers: tuple[Callable[[WriteBackBatch], None], ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self._watchers)
 
     @contextmanager
-    def joined_by(self, watcher: Callable[[Written], None]) -> Iterator[None]:
+    def subscribed(self, watcher: Callable[[WriteBackBatch], None]) -> Iterator[None]:
         """While this is open, ``watcher`` is called with each write-back."""
         self._watchers = (*self._watchers, watcher)
         try:
@@ -97,9 +97,9 @@ class Audience:
         finally:
             self._watchers = tuple(other for other in self._watchers if other != watcher)
 
-    def tell(self, written: Written) -> None:
+    def notify(self, written: WriteBackBatch) -> None:
         for watcher in self._watchers:
             watcher(written)
 
 
-audience = Audience()
+observers = WriteBackObservers()

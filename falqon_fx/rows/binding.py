@@ -15,10 +15,10 @@ from torch import Tensor, fx
 from falqon_fx.config import FalqonConfig
 from falqon_fx.rows import drift
 from falqon_fx.rows.aliases import aliases
+from falqon_fx.rows.counter_watch import CounterWatch
 from falqon_fx.rows.dropped import save_watch
-from falqon_fx.rows.nonfinite import NonfiniteWatch
 from falqon_fx.rows.prepared import layer_of
-from falqon_fx.rows.state import IN_GRAPH, Wanted, registry
+from falqon_fx.rows.state import IN_GRAPH, SiteParameters, registry
 from falqon_fx.rows.update import lock
 from falqon_fx.site.numerics import as_e4m3
 
@@ -36,7 +36,7 @@ class RowsBinding:
         self, nodes: Sequence[RowsNodes], config: FalqonConfig, places: Mapping[fx.Node, int]
     ) -> None:
         self._nodes, self._config, self._places = nodes, config, places
-        self._watch = NonfiniteWatch([n.slot.path for n in nodes])
+        self._watch = CounterWatch([n.slot.path for n in nodes])
         self._call = threading.local()  # counters, A and B of the call that is under way
 
     @contextmanager
@@ -55,7 +55,7 @@ class RowsBinding:
             for lora_a, lora_b in self._call.adapters if drops else ():
                 aliases.settle(lora_a, lora_b)
         with lock:
-            self._watch.remember(self._call.counters)
+            self._watch.copy_counters(self._call.counters)
 
     def bind(self, inputs: list[Any], value: Value) -> list[Any]:
         """``inputs`` with the state of each slot; state is made where there is none yet.
@@ -66,7 +66,7 @@ class RowsBinding:
         if not self._nodes:
             return inputs
         with lock:
-            self._watch.look()
+            self._watch.check()
             given = [*self._give(inputs, value)]
             self._call.counters = [state[_COUNTERS] for state in given]
             self._call.adapters = [(value(n.lora_a), value(n.lora_b)) for n in self._nodes]
@@ -84,11 +84,11 @@ class RowsBinding:
             lora_a, lora_b = value(nodes.lora_a), value(nodes.lora_b)
             if nodes.base is not None:
                 state = [*next(states).tensors]
-                inputs.extend(aliases.give(lora_a, lora_b, state))
+                inputs.extend(aliases.detached_views(lora_a, lora_b, state))
             else:
                 places = [self._places[node] for node in nodes.state]
                 state = [inputs[i] for i in places]
-                given = aliases.give(lora_a, lora_b, state)
+                given = aliases.detached_views(lora_a, lora_b, state)
                 for i, tensor in zip(places, given, strict=True):
                     inputs[i] = tensor
             yield state
@@ -112,10 +112,12 @@ class RowsBinding:
                 inputs[place] = as_e4m3(known.detach())
         return inputs
 
-    def _wanted(self, value: Value) -> Iterator[Wanted]:
+    def _wanted(self, value: Value) -> Iterator[SiteParameters]:
         for nodes in self._nodes:
             if nodes.base is not None:
                 base, lora_a, lora_b = map(value, (nodes.base, nodes.lora_a, nodes.lora_b))
                 slot = nodes.slot
                 assert slot.base is not None
-                yield Wanted(slot.path, base, lora_a, lora_b, slot.scaling, slot.base.transposed)
+                yield SiteParameters(
+                    slot.path, base, lora_a, lora_b, slot.scaling, slot.base.transposed
+                )

@@ -32,7 +32,7 @@ def select_rows(score: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return rows, score.gather(-1, rows) > 0
 
 
-def write_by_aten(sites: list[Batched], count: int, spec: RowsSpec) -> cpu.Chosen:
+def write_by_aten(sites: list[Batched], count: int, spec: RowsSpec) -> cpu.ChosenRows:
     """Gather → add → new row scale → cast → scatter."""
     out = sites[0].applied.shape[0]
     applied = torch.stack([site.applied for site in sites]).to(torch.float32)  # [G, out, r]
@@ -91,7 +91,7 @@ def write_by_aten(sites: list[Batched], count: int, spec: RowsSpec) -> cpu.Chose
         if counts:
             site.counters[NONFINITE] += new[4]
     remains = (target.gather(1, index) - held).abs().sum(dim=-1)
-    return cpu.Chosen(rows, worth, old, asked, value, score, remains)
+    return cpu.ChosenRows(rows, worth, old, asked, value, score, remains)
 
 
 def _flag(site: Batched) -> Tensor:

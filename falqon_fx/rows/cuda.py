@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from falqon_fx.rows import update
-from falqon_fx.rows.audit import audience
+from falqon_fx.rows.audit import observers
 from falqon_fx.site.spec import parse_rows_spec
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def proxy_update_(
     columns += [lora_b, lora_a, base, scaling]
     # The kernels say nothing of what they write: whoever watches gets ATen's update; and on AMD's
     # GPUs none has been tried.
-    if audience or spec.kernel == "dequantize" or torch.version.hip is not None:
+    if observers or spec.kernel == "dequantize" or torch.version.hip is not None:
         arguments: list[Any] = [*columns, spec_text]
         update.proxy_update_(*arguments)
     else:

@@ -29,7 +29,7 @@ from falqon_fx.site.base import row_chunks
 from falqon_fx.site.numerics import decode_fp8
 
 
-class Written(Protocol):
+class WrittenState(Protocol):
     """An FP8 weight W' = [W; A] that is written row by row (`falqon_fx.MergedAdapter`)."""
 
     @property
@@ -48,7 +48,7 @@ LIMIT = 2.0  # beyond which a warning comes
 _LEAST = 2.0**-12  # of a row's norm: the first cast of a weight that FP8 holds exactly has no error
 
 
-def remember_(origin: Tensor, state: Written, base: Tensor) -> None:
+def remember_(origin: Tensor, state: WrittenState, base: Tensor) -> None:
     """Fill ``origin`` [out, 2] from the base weight [out, in] while it is at hand: ⟨base_k, σ_k⟩,
     and the squared error of the cast of row k.
     """
@@ -62,7 +62,7 @@ def remember_(origin: Tensor, state: Written, base: Tensor) -> None:
 
 
 @torch.no_grad()
-def errors(state: Written, rows: Tensor | None = None) -> Tensor:
+def errors(state: WrittenState, rows: Tensor | None = None) -> Tensor:
     """z of some rows, or of all, float32 [n]."""
     device = state.origin.device
     if rows is None:
@@ -75,12 +75,12 @@ def errors(state: Written, rows: Tensor | None = None) -> Tensor:
     return found
 
 
-def is_unknown(state: Written) -> bool:
+def is_unknown(state: WrittenState) -> bool:
     """Whether the base weight is at hand, or never was."""
     return bool(state.origin.isnan().any())
 
 
-def estimate(state: Written, z: Tensor) -> float:
+def estimate(state: WrittenState, z: Tensor) -> float:
     """The drift, from all rows' z."""
     return float((z.double().square().sum() / state.origin[:, 1].double().sum()).sqrt())
 
@@ -88,7 +88,7 @@ def estimate(state: Written, z: Tensor) -> float:
 class Meter:
     """The drift of a site, whose rows other than those that are written stay as they are."""
 
-    def __init__(self, state: Written) -> None:
+    def __init__(self, state: WrittenState) -> None:
         self._state, self._z = state, None if is_unknown(state) else errors(state)
         self.passed = False
 
@@ -137,7 +137,7 @@ def _odd(index: Tensor, multiplier: int) -> Tensor:
     return (mixed >> 32).to(torch.int32) | 1
 
 
-def _without_adapter(state: Written, rows: Tensor) -> Tensor:
+def _without_adapter(state: WrittenState, rows: Tensor) -> Tensor:
     """dq(W_k) - s · applied_k · Â of some rows, float32 [n, in]."""
     out = len(state.applied)
     per_row = state.scale.dim() == 2

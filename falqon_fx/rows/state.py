@@ -71,7 +71,7 @@ class MergedAdapter:
         self.stamp: tuple[Any, ...] = ()
         self.resumed = False  # from a checkpoint: no other config may start over beside it
 
-    def belongs_to(self, site: Wanted) -> bool:
+    def belongs_to(self, site: SiteParameters) -> bool:
         """Whether it was made from the site's own W and A."""
         refs = (self.base_ref, self.a_ref)
         base, lora_a = (None if ref is None else ref() for ref in refs)
@@ -234,7 +234,7 @@ def _fill_(state: MergedAdapter, base: Tensor, lora_a: Tensor, lora_b: Tensor) -
 
 
 @dataclass(frozen=True)
-class Wanted:
+class SiteParameters:
     """A site whose state is looked up; ``transposed`` where ``base`` is stored [in, out]."""
 
     path: str
@@ -256,7 +256,7 @@ class Registry:
     def __init__(self) -> None:
         self._by_b: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
-    def get(self, wanted: Sequence[Wanted], config: FalqonConfig) -> list[MergedAdapter]:
+    def get(self, wanted: Sequence[SiteParameters], config: FalqonConfig) -> list[MergedAdapter]:
         """The states of sites, made anew where W or A changed since; none unless all can be.
 
         Raises:
@@ -270,7 +270,7 @@ class Registry:
                 check_values(site.path, site.base, site.lora_a, site.lora_b)
         return [state or self._make(site, config) for site, state in zip(wanted, found)]
 
-    def _find(self, site: Wanted, spec: RowsSpec) -> MergedAdapter | None:
+    def _find(self, site: SiteParameters, spec: RowsSpec) -> MergedAdapter | None:
         known: list[MergedAdapter] = self._by_b.get(site.lora_b, [])
         stamp, found = _stamp(site.base, site.lora_a), None
         for state in [state for state in known if state.belongs_to(site)]:
@@ -297,7 +297,7 @@ class Registry:
                 known.remove(state)  # W or A was written or moved: start from the new values
         return found
 
-    def _make(self, site: Wanted, config: FalqonConfig) -> MergedAdapter:
+    def _make(self, site: SiteParameters, config: FalqonConfig) -> MergedAdapter:
         state = create(site.path, site.weight, site.lora_a, site.lora_b, site.scaling, config)
         state.transposed = site.transposed
         self._remember(state, site.base, site.lora_a, site.lora_b)

@@ -178,7 +178,7 @@ def _write_rows(sites: list[Batched], count: int, spec: RowsSpec) -> None:
     """Write ``count`` rows of each of some sites that changed."""
     compiled = cpu.takes([site.tensors for site in sites])
     step = len(sites)
-    if audit.audience or not compiled:  # their rows in float32 are to stay in a CPU's cache
+    if audit.observers or not compiled:  # their rows in float32 are to stay in a CPU's cache
         step = max(1, _CHUNK // max(count * sites[0].weight.shape[1], sites[0].lora_b.numel()))
     for first in range(0, len(sites), step):
         batch = sites[first : first + step]
@@ -192,18 +192,18 @@ def _write_rows(sites: list[Batched], count: int, spec: RowsSpec) -> None:
                 pow2=spec.scale == "pow2",
                 stochastic=spec.rounding == "stochastic",
                 drop=spec.pending == "drop",
-                watched=bool(audit.audience),
+                watched=bool(audit.observers),
             )
         else:
             chosen = write_by_aten(batch, count, spec)
-        if audit.audience and chosen is not None:
-            audit.audience.tell(_written(batch, chosen))
+        if audit.observers and chosen is not None:
+            audit.observers.notify(_written(batch, chosen))
 
 
-def _written(sites: list[Batched], chosen: cpu.Chosen) -> audit.Written:
+def _written(sites: list[Batched], chosen: cpu.ChosenRows) -> audit.WriteBackBatch:
     index = chosen.rows[..., None]
     scale = torch.stack([site.scale for site in sites]).reshape(len(sites), -1, 1)
-    return audit.Written(
+    return audit.WriteBackBatch(
         [site.applied for site in sites],
         torch.stack([site.counters[STEP] for site in sites]),
         chosen.rows,

@@ -24,16 +24,16 @@ from falqon_fx.model.lora_layers import unwrap
 from falqon_fx.model.prepare import adapters
 from falqon_fx.report.data import Audit
 from falqon_fx.rows import audit, drift
-from falqon_fx.rows.audit import COLUMNS, Written
+from falqon_fx.rows.audit import COLUMNS, WriteBackBatch
 from falqon_fx.rows.model import adapters as rows_adapters
 from falqon_fx.rows.state import MergedAdapter
 
 Callback = Callable[[Sequence[Audit]], None]
-_Piece = tuple[list[Tensor], Tensor]  # `Written.applied` and `Written.table`
+_Piece = tuple[list[Tensor], Tensor]  # `WriteBackBatch.applied` and `.table`
 _SHOWN = 12  # sites in the live view: those that lose the largest share
 
 
-class watch:  # used as a function: with falqon_fx.watch(model) as history
+class Watch:
     """Context manager: with update="rows", what each optimizer step's write-back did at each site
     of ``model``. With update="adapter" nothing is written, and nothing is seen.
 
@@ -77,13 +77,13 @@ class watch:  # used as a function: with falqon_fx.watch(model) as history
         view = Live(console=terminal, get_renderable=lambda: _view(self._step))
         self._live = view if live else None
 
-    def __enter__(self) -> watch:
+    def __enter__(self) -> Watch:
         if self._path is not None:
             self._file = self._open.enter_context(open(self._path, "w", encoding="utf-8"))
         if self._live is not None:
             self._open.enter_context(self._live)
         self._open.callback(self.flush)
-        self._open.enter_context(audit.audience.joined_by(self._look))
+        self._open.enter_context(audit.observers.subscribed(self._look))
         return self
 
     def __exit__(
@@ -100,7 +100,7 @@ class watch:  # used as a function: with falqon_fx.watch(model) as history
                 stacklevel=2,
             )
 
-    def _look(self, written: Written) -> None:
+    def _look(self, written: WriteBackBatch) -> None:
         places = {tensor.data_ptr() for tensor in written.applied}
         if places & self._seen:  # a site comes again: a new step has begun
             self.flush()
@@ -132,6 +132,9 @@ class watch:  # used as a function: with falqon_fx.watch(model) as history
             self._file.flush()
         for callback in self._callbacks:
             callback(step)
+
+
+watch = Watch  # `with falqon_fx.watch(model) as seen`
 
 
 def _is_constant(model: nn.Module) -> bool:
@@ -201,7 +204,7 @@ def tensorboard(writer: Any, tag: str = "falqon") -> Callback:
     return write
 
 
-def trainer_callback(seen: watch) -> Any:
+def trainer_callback(seen: Watch) -> Any:
     """A callback for transformers' Trainer: its logs get the last step's `summary`."""
     from transformers import TrainerCallback
 

@@ -128,7 +128,7 @@ def sample(weight: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class BaseParameter:
     """A base weight ``param`` as a graph reads it; ``transposed`` where it is stored [in, out]."""
 
     path: str
@@ -201,7 +201,7 @@ class Bases:
         self._verified: _ByStorage[dict[int, _Seen]] = weakref.WeakKeyDictionary()
         self._lock = threading.RLock()
 
-    def get(self, wanted: Sequence[Wanted], spec: SiteSpec) -> list[Base]:
+    def get(self, wanted: Sequence[BaseParameter], spec: SiteSpec) -> list[Base]:
         """The bases of some weights, cast where there is none yet or W was written since; none is
         made unless all can be.
 
@@ -218,14 +218,14 @@ class Bases:
                     check_weight(site.path, site.param)
             return [(entry or self._make(site, spec)).base for site, entry in zip(wanted, found)]
 
-    def _find(self, site: Wanted, spec: SiteSpec) -> _Entry | None:
+    def _find(self, site: BaseParameter, spec: SiteSpec) -> _Entry | None:
         entries = self._bases.get(site.param.untyped_storage(), {})
         entry = entries.get(_key(site, spec))
         if entry is None or entry.stamp != _stamp(site.param):
             return None
         return entry if _looks_like(site.param, entry.seen) else None
 
-    def _make(self, site: Wanted, spec: SiteSpec) -> _Entry:
+    def _make(self, site: BaseParameter, spec: SiteSpec) -> _Entry:
         entry = _Entry(cast_base(site.weight, spec), _stamp(site.param), _look(site.param))
         entries = self._bases.setdefault(site.param.untyped_storage(), {})
         entries[_key(site, spec)] = entry
@@ -298,7 +298,7 @@ def _looks_like(weight: Tensor, seen: Tensor) -> bool:
     return weight.device.type != "cpu" or torch.equal(sample(weight), seen)
 
 
-def _key(site: Wanted, spec: SiteSpec) -> tuple[Any, ...]:
+def _key(site: BaseParameter, spec: SiteSpec) -> tuple[Any, ...]:
     w = site.param
     place = (w.storage_offset(), w.shape, w.stride(), w.dtype)
     return (spec.granularity, spec.scale, site.transposed, *place)

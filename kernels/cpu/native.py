@@ -52,7 +52,7 @@ class _Plan(ctypes.Structure):
 _BASE_DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # 0 where there is none
 _FLOATS = {torch.float32, torch.bfloat16}
 COUNTERS = 7  # of a site (`falqon_fx.rows.update`)
-# Also the fields of `Chosen`.
+# Also the fields of `ChosenRows`.
 _TOLD = ("rows", "worth", "old", "asked", "value", "score", "remains")
 
 
@@ -190,7 +190,7 @@ def _call(name: str, *arguments: Any) -> None:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenRows:
     """The rows chosen and what was asked of them; names and shapes as in `audit.Written`."""
 
     rows: Tensor
@@ -230,7 +230,7 @@ def write_rows(
     stochastic: bool,
     drop: bool,
     watched: bool,
-) -> Chosen | None:
+) -> ChosenRows | None:
     """Choose ``count`` rows of each site and write them (`falqon_fx.rows.update.proxy_update_`).
 
     All sites have the same shapes and dtypes, which `takes` accepted. Says what it did if
@@ -274,11 +274,11 @@ def write_rows(
         drop,
     )
     told: Any = None
-    chosen: Chosen | None = None
+    chosen: ChosenRows | None = None
     if watched:
         number = len(sites)
         floats = functools.partial(torch.empty, dtype=torch.float32, device="cpu")
-        chosen = Chosen(
+        chosen = ChosenRows(
             torch.empty(number, count, dtype=torch.int64, device="cpu"),
             torch.empty(number, count, dtype=torch.bool, device="cpu"),
             floats(number, count, width),

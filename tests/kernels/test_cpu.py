@@ -136,7 +136,7 @@ def test_who_watches_changes_nothing_and_is_told_what_aten_tells(rounding, freed
         s.lora_b[9, 1] = float("nan")
     told = []
     update(sites[0])
-    with audit.audience.joined_by(told.append):
+    with audit.observers.subscribed(told.append):
         update(sites[1])
         update_by_aten(sites[2])
     assert_same_state(sites[:1], sites[1:2])
@@ -337,7 +337,7 @@ def test_defaults_of_torch_change_no_state(dtype, device, compiled, watched, fre
 
     def live(*setting):
         (base, lora_a, lora_b), told = [part.clone() for part in parts], []
-        listens = audit.audience.joined_by(told.append) if watched else contextlib.nullcontext()
+        listens = audit.observers.subscribed(told.append) if watched else contextlib.nullcontext()
         with defaults(*setting), listens:
             site = site_of(base, lora_a, lora_b, topk=5, freed=freed)
             site.lora_b.add_(parts[2], alpha=1.0 / 3)

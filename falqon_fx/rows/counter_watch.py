@@ -1,4 +1,4 @@
-"""Tell the user once that rows of B were not written because they held NaN or Inf.
+"""Warns once of rows of B that held NaN or Inf and were not written; raises for a stale W or A.
 
 The counters live on the device. They are copied to the host without waiting, and looked at in the
 next call: one step late at most, no synchronization.
@@ -16,7 +16,7 @@ from falqon_fx.errors import FalqonError
 from falqon_fx.site.record import NONFINITE, STALE
 
 
-class NonfiniteWatch:
+class CounterWatch:
     """One compiled graph's view of the counters of its sites, which lie at ``paths``."""
 
     def __init__(self, paths: Sequence[str]) -> None:
@@ -25,7 +25,7 @@ class NonfiniteWatch:
         self._event: torch.cuda.Event | None = None
         self._warned = False
 
-    def remember(self, sites: Sequence[Tensor]) -> None:
+    def copy_counters(self, sites: Sequence[Tensor]) -> None:
         """Start copying the counters of a call's sites to the host."""
         counters = torch.stack(list(sites))
         if counters.device.type == "cuda":
@@ -35,7 +35,7 @@ class NonfiniteWatch:
         else:
             self._copy = counters
 
-    def look(self) -> None:
+    def check(self) -> None:
         """Warn about what the last copy shows.
 
         Raises:

@@ -1,7 +1,8 @@
 """Find sites that DDP's optimizer cut in two when it compiles a model in pieces, one a bucket.
 
-What enters and leaves a piece are plain inputs and outputs, so a cut site is told by its B: it
-widens, and what it belongs to lies outside. Other trained layers, a head say, are never cut.
+What enters and leaves a piece are plain inputs and outputs, so a cut site is recognized by its B:
+out > rank, and what feeds it or the sum that reads it is in another piece. Other trained layers, a
+head say, are never cut.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 
 from torch import fx
 
+from falqon_fx.passes.match.dataflow import strip_elementwise
 from falqon_fx.passes.normalize import Scope
 from falqon_fx.passes.terms import Add, Cast, Dropout, Linear, Param, Prepared, Scale
 
@@ -27,7 +29,7 @@ def cut_sites(root: Scope, whole: set[fx.Node]) -> Iterator[tuple[Scope, Param]]
 
 
 def _is_cut(scope: Scope, node: fx.Node, b: Linear) -> bool:
-    inner = _below(scope, b.x)
+    inner = strip_elementwise(scope, b.x).end
     a = scope.term(inner)
     here = isinstance(a, Linear)  # A is in this piece
     if not here and inner.op != "placeholder":
@@ -36,19 +38,13 @@ def _is_cut(scope: Scope, node: fx.Node, b: Linear) -> bool:
     for user in end.users:
         total = scope.term(user)
         if isinstance(total, Add):
-            base = _below(scope, total.left if total.right is end else total.right)
-            source = _below(scope, a.x) if isinstance(a, Linear) else inner
+            base = total.left if total.right is end else total.right
+            base = strip_elementwise(scope, base).end
+            source = strip_elementwise(scope, a.x).end if isinstance(a, Linear) else inner
             # x + B(A(x)) is a residual connection, no site.
             outside = base.op == "placeholder" and base is not source
             return outside or (not here and isinstance(scope.term(base), Linear | Prepared))
     return here and any(user.op == "output" for user in end.users)
-
-
-def _below(scope: Scope, node: fx.Node) -> fx.Node:
-    """What a node is a cast, scaling or dropout of."""
-    while isinstance(term := scope.term(node), Cast | Scale | Dropout):
-        node = term.x
-    return node
 
 
 def _above(scope: Scope, node: fx.Node) -> fx.Node:
