@@ -124,7 +124,7 @@ def _finite(value: Any) -> Any:
 
 
 def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One line a row; the columns are those of the first."""
+    """One line per row; the columns are those of the first."""
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, list(rows[0]), extrasaction="ignore")
         writer.writeheader()

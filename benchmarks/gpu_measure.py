@@ -105,7 +105,7 @@ def captured(run: Callable[[], Any], calls: int = 1) -> torch.cuda.CUDAGraph:
 
 
 def has_row_scales(device: str) -> bool:
-    """Whether ``torch._scaled_mm`` takes a scale a row there; on CPU only newer versions do."""
+    """Whether ``torch._scaled_mm`` takes one scale per row there; on CPU only newer versions do."""
     q, scale = torch.zeros(16, 16, device=device).to(E4M3), torch.ones(16, 1, device=device)
     try:
         scaled_mm(q, q.t(), scale, scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True)

@@ -72,8 +72,8 @@ class Contender:
     """One way to train.
 
     ``base`` is what holds the frozen weights: "bf16", "nf4" (bitsandbytes), "fp8" (`Fp8Linear`
-    below), "fp8linear" (transformers' FP8Linear with a scale a tensor), "torchao" (float8 training:
-    bf16 weights cast in each step) or "falqon" (cast by `prepare`).
+    below), "fp8linear" (transformers' FP8Linear with one scale per tensor), "torchao" (float8
+    training: bf16 weights cast in each step) or "falqon" (cast by `prepare`).
     """
 
     base: str
@@ -206,7 +206,7 @@ def _cast_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 class Fp8Linear(nn.Linear):
-    """A frozen FP8 linear with a scale a row, as plain as it can be: LoRA goes beside it."""
+    """A frozen FP8 linear with one scale per row, as plain as it can be: LoRA goes beside it."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")

@@ -210,7 +210,7 @@ def measure(
     rates: Sequence[float] | None,
     seeds: Sequence[int],
 ) -> dict[str, list[Record]]:
-    """The records of each variant's best learning rate, one a seed."""
+    """The records of each variant's best learning rate, one per seed."""
     chosen = {}
     for variant in variants:
         own = rates or RATES.get(variant.name, OTHERS)

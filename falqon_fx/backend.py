@@ -154,7 +154,7 @@ class RewriteResult:
         return base
 
     def _note_adapters(self, args: Sequence[Any]) -> None:
-        """For `falqon_fx.adapters`: which A and B are added to which base. New ones
+        """Register which A and B are added to which base, for `falqon_fx.adapters`. New ones
         get init="svd".
         """
         for base, adapter in self.operands.pairs:

@@ -88,7 +88,7 @@ class Operands:
 
     @classmethod
     def of(cls, group: Group, plan: Plan) -> Operands:
-        """Those of a planned group."""
+        """The operands of a planned group."""
         x, config = value_of(group[0].match.x), plan.config
         return cls(
             x.device,
@@ -103,7 +103,7 @@ class Operands:
 
     @property
     def gemm_dtype(self) -> torch.dtype:
-        """Of O_A and b."""
+        """The dtype of O_A and b."""
         return gemm_dtype(self.out_dtype, self.device)
 
     def problems(self, spec: SiteSpec) -> list[GemmProblem]:

@@ -63,7 +63,7 @@ class Arguments:
 
 
 def arguments(group: Sequence[SitePlan], operands: Operands) -> Arguments:
-    """Those of a group of sites."""
+    """The arguments of a group of sites."""
     sites: list[SiteNodes] = [operands.of(site) for site in group]
     each: list[tuple[int, AdapterNodes]] = [
         (i, adapter) for i, site in enumerate(sites) for adapter in site.adapters

@@ -41,7 +41,7 @@ def wiring(root: Scope) -> Wiring:
 
 
 def operations(nodes: Wiring) -> list[fx.Node]:
-    """Those that compute something."""
+    """The nodes that compute something."""
     return [node for node in nodes if node.op.startswith("call")]
 
 

@@ -41,7 +41,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 @functools.cache
 def takes_row_scales() -> bool:
-    """Whether ``torch._scaled_mm`` takes a scale a row on CPU; torch 2.11's takes none."""
+    """Whether ``torch._scaled_mm`` takes one scale per row on CPU; torch 2.11's takes none."""
     q, scale = torch.zeros(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
     try:
         scaled_mm(q, q.t(), scale, scale.t(), out_dtype=torch.bfloat16)

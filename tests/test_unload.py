@@ -65,7 +65,7 @@ def train(forward: nn.Module, model: nn.Module, steps: int, rate: float = 0.02) 
 
 
 def cast_off(weight: Tensor) -> Tensor:
-    """One cast with a scale a row, a power of two and so below 2·amax/448."""
+    """One cast with one scale per row, a power of two and so below 2·amax/448."""
     return fp8_cast_bound(weight, 2 * weight.abs().amax(1, keepdim=True) / 448, E4M3)
 
 

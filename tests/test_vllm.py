@@ -7,7 +7,7 @@ vLLM brings its own torch, so it lives in an environment of its own, whose Pytho
     vllm/bin/pip uninstall torchaudio torchcodec  # PyPI's are built for CUDA and fail to load
     FALQON_VLLM_PYTHON=vllm/bin/python pytest -m slow tests/test_vllm.py
 
-It reads the compressed-tensors form as W8A8 with a scale a row (its kernel
+It reads the compressed-tensors form as W8A8 with one scale per row (its kernel
 ``ChannelWiseTorchFP8ScaledMMLinearKernel``). The fp8 form has scales a block, for which vLLM's one
 CPU kernel (``CPUFp8BlockScaledMMKernel``) wants AMX tiles and blocks of 128 columns: here a plugin
 of the test adds one in plain torch, and vLLM itself does all else, from reading the config to

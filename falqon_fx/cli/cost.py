@@ -139,7 +139,7 @@ def _show_times(arguments: argparse.Namespace, card: cards.Card) -> int:
 
 
 def _wide(card: cards.Card) -> str:
-    """In what this CPU multiplies where it is the card; for others what they all can."""
+    """The dtype of the plain products: what this CPU multiplies where it is the card, else bf16."""
     cpu = torch.device("cpu")
     own = card.name == cards.device_name(cpu)
     return str(gemm_dtype(torch.bfloat16, cpu)).removeprefix("torch.") if own else "bfloat16"

@@ -132,7 +132,7 @@ def _write(
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Of everything that the numbers depend on."""
+    """The versions of everything that the numbers depend on."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     for name in ("falqon-fx", "peft", "transformers", "safetensors"):
         try:

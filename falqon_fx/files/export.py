@@ -208,7 +208,7 @@ class _Export:
                 )
 
     def tensors(self) -> dict[str, Tensor]:
-        """By name; of FP8 layers, shapes and dtypes alone."""
+        """The tensors to write by name; those of FP8 layers have shape and dtype alone."""
         found: dict[str, Tensor] = {}
         for part in self._parts:
             if not isinstance(part, ExportLayer):

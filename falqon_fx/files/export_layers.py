@@ -50,7 +50,7 @@ class ExportLayer:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the base weight, now or before `prepare`."""
+        """The dtype of the base weight, now or before `prepare`."""
         return self.linear.dtype if self.prepared else self.linear.weight.dtype  # type: ignore[no-any-return]
 
     @property

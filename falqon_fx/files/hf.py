@@ -53,7 +53,7 @@ def fill(
 
 
 def _new_parameter(name: str, shape: torch.Size, where: str) -> Tensor:
-    """Of a new adapter, as PEFT starts it."""
+    """A parameter of a new adapter, as PEFT starts it."""
     starts: dict[str, Callable[[torch.Size], Tensor]] = {
         "lora_A": new_lora_a,
         "lora_B": torch.zeros,

@@ -46,7 +46,7 @@ class LoraLayer:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the base weight, now or before `prepare`."""
+        """The dtype of the base weight, now or before `prepare`."""
         prepared = isinstance(self.base, PreparedLinear)
         return self.base.dtype if prepared else self.base.weight.dtype  # type: ignore[no-any-return]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Merged(NamedTuple):
-    """In the op's order; `falqon_fx.ops.merged_linear.merged_linear` says what they are."""
+    """The arguments of `falqon_fx.ops.merged_linear.merged_linear`, which describes them, in order."""
 
     x: Tensor
     weight: list[Tensor]
@@ -34,5 +34,5 @@ class Merged(NamedTuple):
 
     @property
     def ranks(self) -> list[int]:
-        """Of each adapter."""
+        """The rank of each adapter."""
         return [code.shape[0] for code in self.a]

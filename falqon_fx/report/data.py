@@ -40,7 +40,7 @@ class Memory:
 
     @property
     def after(self) -> int:
-        """With ``prepare``; without it, ``base`` comes on top."""
+        """Bytes with ``prepare``; without it, ``base`` comes on top."""
         return self.state + self.adapter
 
 

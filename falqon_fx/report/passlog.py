@@ -1,7 +1,7 @@
 """Each pass on record: its time, and the graph behind it wherever torch users look for one.
 
 * ``TORCH_TRACE=dir``: artifacts ``falqon_<n>_<pass>`` in torch's structured trace (for tlparse)
-* ``TORCH_LOGS="+falqon_fx"``: the same as log lines (without "+", a line a graph)
+* ``TORCH_LOGS="+falqon_fx"``: the same as log lines (without "+", one line per graph)
 * ``FALQON_DUMP=dir``: files, among them a ``repro.py`` a site (`falqon_fx.report.repro`)
 """
 
@@ -66,7 +66,7 @@ class PassLog:
 
 
 def _folder() -> Path | None:
-    """A new folder below ``$FALQON_DUMP``: one a graph, in the order of compilation."""
+    """A new folder below ``$FALQON_DUMP``: one per graph, in the order of compilation."""
     root = os.environ.get("FALQON_DUMP")
     if not root:
         return None

@@ -75,7 +75,7 @@ class ModulePaths:
 
     @classmethod
     def from_call_stack(cls) -> ModulePaths:
-        """Of the outermost module whose call runs right now."""
+        """The paths in the outermost module whose call is running, found in Python's call stack."""
         return cls(model_of_call())
 
     def of(self, inputs: Sequence[Any]) -> tuple[str, ...]:
@@ -150,7 +150,7 @@ class _Place:
 
 
 def _places(inner: Sequence[str], names: Sequence[str]) -> list[_Place]:
-    """Those where a parameter with these ``names`` in the model can lie."""
+    """The places where a parameter with these ``names`` in the model can lie."""
     for variable in (False, True) if len(inner) > 1 else (False,):
         outers = [_outside(inner[variable:], name.split(".")) for name in names]
         if places := [_Place(outer, variable) for outer in outers if outer is not None]:

@@ -30,7 +30,7 @@ _APPLIED, _COUNTERS = IN_GRAPH.index("applied"), IN_GRAPH.index("counters")
 
 
 class RowsBinding:
-    """Of one graph: the ``nodes`` of its slots, and the ``places`` of its placeholders."""
+    """Looks up the state of one graph: ``nodes`` of its slots, ``places`` of its placeholders."""
 
     def __init__(
         self, nodes: Sequence[RowsNodes], config: FalqonConfig, places: Mapping[fx.Node, int]

@@ -83,7 +83,7 @@ class _Group:
 
 
 class _SaveHook:
-    """Of the module that holds B under ``name``. A copy of the module, or a pickled one, has a hook
+    """A hook of the module that holds B under ``name``. A copy of the module, or a pickled one, has a hook
     that does nothing: its FP8 weight is another.
     """
 

@@ -59,7 +59,7 @@ def proxy_update_(
     scaling: Sequence[float],
     spec_text: str,
 ) -> None:
-    """For the top rows k of each site whose B changed since its last write, applied[k] ← B[k] and
+    """Write the top rows k of each site whose B changed since its last write: applied[k] ← B[k],
 
         W[k] ← q(base[k] + scaling · B[k] · dq(A)), or, where ``base`` is None,
         W[k] ← q(dq(W[k]) + scaling · ΔB[k] · dq(A)).

@@ -50,7 +50,7 @@ class Watch:
 
     Args:
         model: the module or its compiled wrapper.
-        jsonl: a file that gets one line a site and step (`falqon_fx.report.Audit`).
+        jsonl: a file that gets one line per site and step (`falqon_fx.report.Audit`).
         live: a table in the terminal (nothing where stderr is none).
         callbacks: called with the audits of each step (see `tensorboard`, `trainer_callback`).
     """

@@ -54,7 +54,7 @@ class Base:
 
 
 def scale_shape(out: int, spec: SiteSpec) -> tuple[int, ...]:
-    """Of a base with ``out`` rows."""
+    """The shape of the scale of a base with ``out`` rows."""
     return (out, 1) if spec.per_row else ()
 
 

@@ -159,7 +159,7 @@ def parse_spec(text: str) -> SiteSpec:
 
 
 def parse_rows_spec(text: str) -> RowsSpec:
-    """Of what `RowsSpec` wrote."""
+    """The inverse of ``str(spec)`` for a `RowsSpec`."""
     spec = parse_spec(text)
     assert isinstance(spec, RowsSpec)
     return spec

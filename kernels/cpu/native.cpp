@@ -296,7 +296,7 @@ void look_up(bfloat16* __restrict to, const uint8_t* __restrict code, int64_t co
 
 }  // namespace
 
-// value(code) * scale, [rows, columns], as float32 or bfloat16; one scale in all, or one a row.
+// value(code) * scale, [rows, columns], as float32 or bfloat16; one scale in all, or one per row.
 extern "C" void falqon_decode(const uint8_t* code, const float* scale, int64_t scale_stride,
                               int64_t rows, int64_t columns, int64_t to_bfloat16, int64_t threads,
                               void* to) {
@@ -336,7 +336,7 @@ void round_row(float* __restrict to, const float* __restrict x, int64_t count,
 
 }  // namespace
 
-// x [rows, columns] rounded to the values of an FP8 format times a scale, one in all or one a row.
+// x [rows, columns] rounded to the values of an FP8 format times a scale, one in all or one per row.
 // The format's mantissa has `mantissa` bits, its subnormals are `spacing` apart.
 extern "C" void falqon_round(const float* x, const float* scale, int64_t scale_stride, int64_t rows,
                              int64_t columns, int64_t mantissa, int64_t threads, float spacing,

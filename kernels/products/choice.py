@@ -190,6 +190,6 @@ def cuda_seconds(run: Candidate) -> float:
 
 
 def run_once(run: Candidate) -> float:
-    """For devices without a clock worth asking: whether a candidate works; the first one wins."""
+    """Whether a candidate works, on devices that are not timed; the first one wins."""
     run()
     return 0.0

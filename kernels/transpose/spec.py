@@ -31,7 +31,7 @@ class TransposeSpec(KernelSpec):
 
 @dataclass(frozen=True)
 class StoredSpec(KernelSpec):
-    """Brings copies Wᵀ up to date, a program ``rows`` rows of W, ``width`` bytes of each a turn."""
+    """Refreshes the kept copies of Wᵀ; a program handles ``rows`` rows, ``width`` bytes at a time."""
 
     template: ClassVar[str] = "stored"
 

@@ -152,7 +152,7 @@ def _widens(node: fx.Node, cast: fx.Node) -> bool:
 
 
 def exclusive(nodes: tuple[fx.Node, ...], inside: set[fx.Node]) -> set[fx.Node]:
-    """Of the casts and dropouts above x, those that serve this site alone."""
+    """The casts and dropouts above x that serve this site alone."""
     own: set[fx.Node] = set()
     for node in nodes:
         if not all(user in inside or user in own for user in node.users):

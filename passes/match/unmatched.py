@@ -56,7 +56,7 @@ def _known(matches: Sequence[Match], rejected: Sequence[RejectedMatch]) -> set[i
 
 
 def _by_owner(scope: Scope, known: set[int]) -> dict[str, dict[str, Param]]:
-    """By the path of their layer and their names."""
+    """Trained parameters by the path of their layer and their names."""
     found: dict[str, dict[str, Param]] = {}
     for node in scope.gm.graph.nodes:
         if node.op not in ("placeholder", "get_attr") or not node.users:

@@ -72,7 +72,7 @@ def test_the_bases_that_a_call_binds_are_those_of_its_weights():
     assert flat is x
     for layer, weight, scale in zip(model.layers, bases[::2], bases[1::2], strict=True):
         wanted = layer.base.weight
-        # A power of two a row, at most twice the smallest that will do; E4M3 rounds by 1/17.
+        # A power of two per row, at most twice the smallest that will do; E4M3 rounds by 1/17.
         assert (scale.frexp().mantissa == 0.5).all()
         off = (weight.float() * scale - wanted).abs()
         assert (off <= torch.maximum(wanted.abs() / 17, scale * 2.0**-10)).all()
