@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Merged(NamedTuple):
-    """The arguments of `falqon_fx.ops.merged_linear.merged_linear`, which describes them, in order."""
+    """The arguments of `falqon_fx.ops.merged_linear.merged_linear`, described there, in order."""
 
     x: Tensor
     weight: list[Tensor]

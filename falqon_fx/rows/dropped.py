@@ -83,8 +83,8 @@ class _Group:
 
 
 class _SaveHook:
-    """A hook of the module that holds B under ``name``. A copy of the module, or a pickled one, has a hook
-    that does nothing: its FP8 weight is another.
+    """A hook of the module that holds B under ``name``. In a copy of the module, or a pickled one,
+    it does nothing: that module's FP8 weight is another.
     """
 
     def __init__(

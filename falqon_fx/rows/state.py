@@ -343,8 +343,8 @@ class Registry:
 
 
 def _stamp(base: Tensor, lora_a: Tensor) -> tuple[Any, ...]:
-    """Identifies the W and A that a state was made from. An A that trains on a CPU moves with each step:
-    the update itself sees it, and makes W' anew in place.
+    """Identifies the W and A that a state was made from. An A that trains on a CPU moves with each
+    step: the update itself sees it, and makes W' anew in place.
     """
     moves = lora_a.requires_grad and lora_a.device.type == "cpu"
     memory = tuple((t.data_ptr(), t.dtype, t.device, t.shape) for t in (base, lora_a))

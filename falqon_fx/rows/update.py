@@ -1,4 +1,4 @@
-"""The row-wise proxy update (paper section 3): B's steps are written into the FP8 weight.
+"""The row-wise proxy update (FALQON, arXiv 2510.24061): B's steps are written into the FP8 weight.
 
 With the base weight at hand a row is cast from it, W[k] ← q(base[k] + s · B[k] · Â): one cast
 however often it is written. Where `prepare` freed it, as in the public code, all that is known of a

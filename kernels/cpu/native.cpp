@@ -1,4 +1,4 @@
-// The proxy update of sites in a CPU's memory (paper section 3), the fingerprints by which it sees
+// The proxy update of sites in a CPU's memory (rows/update.py), the fingerprints by which it sees
 // what changed, and casts to FP8 and back where nothing is compiled around them. rows/update.py and
 // numerics.py in falqon_fx say the same in ATen operations, which pass over memory some sixty times;
 // here a row is read, moved, rounded and written while it lies in the cache. Bound by

@@ -31,7 +31,7 @@ class TransposeSpec(KernelSpec):
 
 @dataclass(frozen=True)
 class StoredSpec(KernelSpec):
-    """Refreshes the kept copies of Wᵀ; a program handles ``rows`` rows, ``width`` bytes at a time."""
+    """Refreshes the kept copies of Wᵀ; a program handles ``rows`` rows by ``width`` bytes."""
 
     template: ClassVar[str] = "stored"
 
