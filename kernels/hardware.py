@@ -7,17 +7,30 @@ import warnings
 
 import torch
 
+FP8 = 89  # the first architecture with FP8 tensor cores
+
 
 def architecture(device: torch.device) -> int:
     """90 for sm_90 and so on; 0 for a CPU, where kernels are interpreted.
 
     A GPU without FP8 tensor cores is named once: it saves memory, and no time.
     """
+    number = _number(device)
+    if 0 < number < FP8:
+        _warn_below_fp8(torch.cuda.get_device_name(device), number)
+    return number
+
+
+def fp8_architecture(device: torch.device) -> int:
+    """The same, but 0 where there are no FP8 tensor cores."""
+    number = _number(device)
+    return number if number >= FP8 else 0
+
+
+def _number(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) < (8, 9):
-        _warn_below_fp8(torch.cuda.get_device_name(device), major * 10 + minor)
     return major * 10 + minor
 
 

@@ -18,6 +18,8 @@ import torch
 
 from falqon_fx._compat import scaled_mm
 from falqon_fx.errors import FalqonError
+from falqon_fx.kernels.cache import cache_folder, write_file
+from falqon_fx.kernels.hardware import fp8_architecture
 
 
 @dataclass(frozen=True)
@@ -91,10 +93,11 @@ CARDS: tuple[Card, ...] = (
 
 
 def cards_file() -> Path:
-    """Where calibrated cards are kept: ``$FALQON_CARDS``, else the user's cache folder."""
+    """Where calibrated cards are kept: ``$FALQON_CARDS``, else ``cards.json`` in the folder of
+    generated kernels.
+    """
     given = os.environ.get("FALQON_CARDS")
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(given) if given else Path(cache) / "falqon_fx" / "cards.json"
+    return Path(given) if given else cache_folder() / "cards.json"
 
 
 def calibrated() -> dict[str, Card]:
@@ -168,10 +171,8 @@ def calibrate(device: torch.device, size: int = 2048, repeats: int = 5) -> Card:
     if device.type not in ("cpu", "cuda"):
         raise FalqonError(f"device {device}", "can't be measured", "Give cpu or cuda")
     card = _measure(device, size, repeats)
-    path = cards_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
     known = {name: asdict(other) for name, other in (calibrated() | {card.name: card}).items()}
-    path.write_text(json.dumps(known, indent=1))
+    write_file(cards_file(), json.dumps(known, indent=1).encode())
     return card
 
 
@@ -199,7 +200,7 @@ def _measure(device: torch.device, size: int, repeats: int) -> Card:
         seconds = median(lambda a=a, b=b: a @ b.t())  # type: ignore[misc]
         flops[name] = 2 * size**3 / seconds
         thin[name] = _thin(a, median)
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
+    if fp8_architecture(device):
         flops["float8"] = 2 * size**3 / median(_scaled_mm(device, size))
     big = torch.randn(16 * size * size, device=device)
     other = torch.empty_like(big)
@@ -218,7 +219,7 @@ def _measure(device: torch.device, size: int, repeats: int) -> Card:
         _casts(device, size, median),
         median(many) / _LAUNCHES,
         dict.fromkeys(("flops", "bandwidth", "casts", "launch", "thin", "fresh"), measured),
-        _architecture(device),
+        fp8_architecture(device),
         thin,
         _fresh(median) if device.type == "cpu" else 0.0,  # torch keeps a GPU's memory
     )
@@ -244,13 +245,6 @@ def _fresh(median: Callable[[Callable[[], object]], float]) -> float:
     kept = torch.empty(_LARGE, dtype=torch.uint8)
     extra = median(lambda: torch.empty_like(kept).zero_()) - median(kept.zero_)
     return _LARGE / extra if extra > 0 else 0.0
-
-
-def _architecture(device: torch.device) -> int:
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return major * 10 + minor
 
 
 def _casts(

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from falqon_fx.kernels.hardware import fp8_architecture
 from falqon_fx.ops.arguments import Merged
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.site.casts import cast_fp8
@@ -25,7 +26,7 @@ def quantize(x: Tensor, dtype: torch.dtype, spec_text: str) -> tuple[Tensor, Ten
     Below sm_89 the compiler of generated kernels has no FP8: there the cast is an op by itself.
     """
     known = x.device.type == "cuda" and torch.cuda.is_available()
-    if known and torch.cuda.get_device_capability(x.device) < (8, 9):
+    if known and not fp8_architecture(x.device):
         narrow = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         x = x if narrow else x.to(torch.float32)
         q, scale = torch.ops.falqon.cast_fp8(x, dtype, spec_text)

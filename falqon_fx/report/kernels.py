@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from falqon_fx.cost import cards
+from falqon_fx.kernels.hardware import fp8_architecture
 from falqon_fx.site.spec import parse_spec
 
 if TYPE_CHECKING:
@@ -21,11 +22,7 @@ def architecture_of(device: torch.device, config: FalqonConfig) -> int:
         return 0
     if config.card is not None:
         return cards.find(config.card).architecture
-    if device.type != "cuda" or torch.version.hip is not None:
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    number = major * 10 + minor
-    return number if number >= 89 else 0
+    return 0 if torch.version.hip is not None else fp8_architecture(device)
 
 
 def choose(site: Site) -> tuple[str, str]:
@@ -87,7 +84,7 @@ def _generated(site: Site, name: str) -> str:
     """The source of a generated kernel: of one for the site alone, or from the folder where kernels
     that have run are kept.
     """
-    from falqon_fx.kernels.loader import cache_folder
+    from falqon_fx.kernels.cache import cache_folder
     from falqon_fx.kernels.render import render
 
     for spec in candidates(site):

@@ -17,6 +17,7 @@ from falqon_fx.kernels.gemm.spec import (
     Operands,
     WeightScale,
 )
+from falqon_fx.kernels.hardware import FP8
 from falqon_fx.kernels.spec import Fp8Format, InputDtype
 
 
@@ -102,7 +103,7 @@ _SKINNY = {90: (64, 128, 4, 4), 0: (64, 64, 4, 3)}
 
 def operands(architecture: int) -> Operands:
     """What the multiply instructions of sm_``architecture`` take (0: the interpreter)."""
-    return "fp8" if architecture >= 89 else "bfloat16" if architecture >= 80 else "float32"
+    return "fp8" if architecture >= FP8 else "bfloat16" if architecture >= 80 else "float32"
 
 
 def gemm_specs(problem: GemmProblem, architecture: int) -> list[GemmSpec]:

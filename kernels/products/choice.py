@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import triton
 
-from falqon_fx.kernels.loader import cache_folder, replace_file
+from falqon_fx.kernels.cache import cache_folder, replace_file
 from falqon_fx.kernels.spec import library_version
 
 Candidate = Callable[[], Any]

@@ -35,7 +35,7 @@ from falqon_fx.kernels.gemm.spec import GemmSpec
 from falqon_fx.kernels.gemm.tiles import GemmProblem, gemm_specs, likeliest
 from falqon_fx.kernels.grad_b import launch as grad_b_launch
 from falqon_fx.kernels.grad_b.spec import GradBSpec
-from falqon_fx.kernels.hardware import architecture
+from falqon_fx.kernels.hardware import FP8, architecture
 from falqon_fx.kernels.interpreter import runs_interpreted
 from falqon_fx.kernels.products import inductor
 from falqon_fx.kernels.products.choice import Candidate, Choice, choices_for
@@ -233,7 +233,7 @@ def cast_fp8(x: Tensor, dtype: torch.dtype, spec: str) -> Contest:
     """[q, scale], x [n, k] ≈ q · scale, where Inductor can't cast (see
     `falqon_fx.ops.products`).
     """
-    hardware = not runs_interpreted(x) and architecture(x.device) >= 89
+    hardware = not runs_interpreted(x) and architecture(x.device) >= FP8
 
     def plain() -> list[Tensor]:
         return [*cast_as_aten(x.to(torch.float32), dtype, spec)]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from falqon_fx.config import Rounding, Scale
+from falqon_fx.kernels.hardware import fp8_architecture
 from falqon_fx.kernels.interpreter import runs_interpreted
 from falqon_fx.kernels.loader import load
 from falqon_fx.kernels.spec import CastMode, InputDtype
@@ -210,7 +211,7 @@ def _has_aligned_rows(base: Tensor | None) -> bool:
 
 
 def _cast_mode(tensor: Tensor) -> CastMode:
-    if runs_interpreted(tensor) or torch.cuda.get_device_capability(tensor.device) < (8, 9):
+    if runs_interpreted(tensor) or not fp8_architecture(tensor.device):
         return "integer"
     return "hardware"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from falqon_fx.kernels import loader
+from falqon_fx.kernels import cache
 from falqon_fx.kernels.products import choice
 from falqon_fx.kernels.products.choice import Choices, environment_of
 
@@ -168,7 +168,7 @@ def test_unwritable_folder_works_from_memory_with_one_warning(tmp_path, monkeypa
     blocker = tmp_path / "file"
     blocker.touch()
     monkeypatch.setenv("FALQON_CACHE", str(blocker / "choices"))
-    loader._warn_unwritable.cache_clear()
+    cache._warn_unwritable.cache_clear()
     clock = Clock(a=1.0)
     choices = Choices("card", clock)
     with pytest.warns(RuntimeWarning, match="set FALQON_CACHE"):

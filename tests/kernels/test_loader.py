@@ -13,7 +13,8 @@ from triton.runtime.jit import JITFunction
 
 from falqon_fx.kernels.activation_cast.launch import activation_cast
 from falqon_fx.kernels.activation_cast.spec import ActivationCastSpec
-from falqon_fx.kernels.loader import cache_folder, load, store
+from falqon_fx.kernels.cache import cache_folder, store
+from falqon_fx.kernels.loader import load
 from falqon_fx.kernels.render import render
 
 SPEC = ActivationCastSpec.for_width(
@@ -101,7 +102,7 @@ def test_processes_that_store_at_once_never_see_a_partial_file(tmp_path):
     code = """
 import sys
 from pathlib import Path
-from falqon_fx.kernels.loader import store
+from falqon_fx.kernels.cache import store
 
 source = "x = 1\\n" * 20000
 for _ in range(300):
