@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
@@ -77,7 +77,6 @@ def check_on_gpu(case: Case) -> dict[str, Tensor]:
 @settings(max_examples=60)
 @given(case=cases(), kernel=st.sampled_from(["triton", "dequantize"]))
 def test_results_equal_float64_on_the_same_quantized_operands(case: Case, kernel: str):
-    assume(len(case.adapters) <= dispatch._MAX_PIECES)
     case.spec = replace(case.spec, kernel=kernel)
     check_on_gpu(case)
 
@@ -142,6 +141,8 @@ GROUPS: dict[str, Callable[[SiteSpec], Case]] = {
     "ranks beyond the kernels'": lambda spec: group(spec, (48, (300,)), (32, (8,))),
     "dropout": with_dropout,
     "A frozen": lambda spec: group(spec, (48, (16,)), (32, (8,)), keep_x=False),
+    "9 sites": lambda spec: group(spec, *[(16, (4,))] * 9),
+    "10 pieces, b absent": lambda spec: group(spec, *[(16, (4,))] * 5, adds_b=False),
     "b absent": lambda spec: group(spec, (48, (16,)), (32, (8,)), adds_b=False),
     "b absent, dropout": lambda spec: replace(with_dropout(spec), adds_b=False),
 }

@@ -190,16 +190,8 @@ def merged_linear_grad_x(
 
 
 @merged_linear_grad_x.register_fake
-def _(
-    grad: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    scale: Sequence[Tensor],
-    d: Sequence[Tensor],
-    a: Sequence[Tensor],
-    a_scale: Sequence[Tensor],
-    x_dtype: torch.dtype,
-    spec_text: str,
-) -> Tensor:
+def _(grad: Sequence[Tensor], weight: Sequence[Tensor], *rest: Any) -> Tensor:
+    *_, x_dtype, _ = rest
     return grad[0].new_empty((grad[0].shape[0], weight[0].shape[1]), dtype=x_dtype)
 
 

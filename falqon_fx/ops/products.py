@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -64,7 +64,16 @@ def merged_product(
     dtype, options = gemm_dtype(out_dtype, q.device), _options(spec_text)
 
     def run(pieces: Sequence[Piece], a_pieces: int) -> list[Tensor]:
-        return dispatch.forward(q, q_scale, pieces, a_pieces, out_dtype, dtype, options).run()
+        """O of each piece but the last ``a_pieces``, whose O_A stand side by side behind them."""
+        of_sites: list[Tensor] = []
+        of_adapters: list[Tensor] = []
+        for first in range(0, len(pieces), dispatch.MAX_PIECES):
+            part = pieces[first : first + dispatch.MAX_PIECES]
+            in_part = max(0, first + len(part) - max(first, len(pieces) - a_pieces))
+            made = dispatch.forward(q, q_scale, part, in_part, out_dtype, dtype, options).run()
+            of_sites += made[: len(part) - in_part]
+            of_adapters += made[len(part) - in_part :]
+        return [*of_sites, *([_side_by_side(of_adapters)] if of_adapters else [])]
 
     biases: Sequence[Tensor | None] = bias or [None] * len(weight)
     sites = [Piece(w, s, of_site) for w, s, of_site in zip(weight, scale, biases, strict=True)]
@@ -107,19 +116,9 @@ def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _merged_product_fake(
-    q: Tensor,
-    q_scale: Tensor,
-    weight: Sequence[Tensor],
-    scale: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    a: Sequence[Tensor],
-    a_scale: Sequence[Tensor],
-    b: Sequence[Tensor],
-    out_a: Sequence[Tensor],
-    owner: Sequence[int],
-    out_dtype: torch.dtype,
-    spec_text: str,
+    q: Tensor, q_scale: Tensor, weight: Sequence[Tensor], *rest: Any
 ) -> list[Tensor]:
+    _, _, a, _, _, out_a, _, out_dtype, _ = rest
     n, rank = q.shape[0], sum(code.shape[0] for code in a)
     results = [q.new_empty((n, w.shape[0]), dtype=out_dtype) for w in weight]
     if not out_a:
@@ -146,14 +145,8 @@ def adapter_product(
     return result
 
 
-def _adapter_product_fake(
-    q: Tensor,
-    q_scale: Tensor,
-    a: Tensor,
-    a_scale: Tensor,
-    out_dtype: torch.dtype,
-    spec_text: str,
-) -> Tensor:
+def _adapter_product_fake(q: Tensor, q_scale: Tensor, a: Tensor, *rest: Any) -> Tensor:
+    _, out_dtype, _ = rest
     return q.new_empty((q.shape[0], a.shape[0]), dtype=gemm_dtype(out_dtype, q.device))
 
 
@@ -183,14 +176,9 @@ def grad_x_product(
 
 
 def _grad_x_product_fake(
-    q: Sequence[Tensor],
-    q_scale: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    left: Sequence[Tensor],
-    a: Sequence[Tensor],
-    x_dtype: torch.dtype,
-    spec_text: str,
+    q: Sequence[Tensor], q_scale: Sequence[Tensor], weight: Sequence[Tensor], *rest: Any
 ) -> Tensor:
+    _, _, x_dtype, _ = rest
     return q[0].new_empty((q[0].shape[0], weight[0].shape[1]), dtype=x_dtype)
 
 
@@ -217,42 +205,14 @@ def _options(spec_text: str) -> Options:
     return dispatch.Options(spec.kernel, spec.accumulation, spec.transpose)
 
 
-for _name, _schema, _run, _fake in (
-    (
-        "falqon::cast_fp8",
-        "(Tensor x, ScalarType dtype, str spec_text) -> (Tensor, Tensor)",
-        cast_alone,
-        _cast_fp8_fake,
-    ),
-    (
-        "falqon::merged_product",
-        "(Tensor q, Tensor q_scale, Tensor[] weight, Tensor[] scale, Tensor[] bias, Tensor[] a, "
-        "Tensor[] a_scale, Tensor[] b, Tensor[] out_a, int[] owner, ScalarType out_dtype, "
-        "str spec_text) -> Tensor[]",
-        merged_product,
-        _merged_product_fake,
-    ),
-    (
-        "falqon::adapter_product",
-        "(Tensor q, Tensor q_scale, Tensor a, Tensor a_scale, ScalarType out_dtype, str spec_text) "
-        "-> Tensor",
-        adapter_product,
-        _adapter_product_fake,
-    ),
-    (
-        "falqon::grad_x_product",
-        "(Tensor[] q, Tensor[] q_scale, Tensor[] weight, Tensor[] left, Tensor[] a, "
-        "ScalarType x_dtype, str spec_text) -> Tensor",
-        grad_x_product,
-        _grad_x_product_fake,
-    ),
-    (
-        "falqon::grad_b_product",
-        "(Tensor grad, Tensor out_a, float scaling, ScalarType b_dtype, str spec_text) -> Tensor",
-        grad_b_product,
-        _grad_b_product_fake,
-    ),
+for _name, _run, _fake in (
+    ("cast_fp8", cast_alone, _cast_fp8_fake),
+    ("merged_product", merged_product, _merged_product_fake),
+    ("adapter_product", adapter_product, _adapter_product_fake),
+    ("grad_x_product", grad_x_product, _grad_x_product_fake),
+    ("grad_b_product", grad_b_product, _grad_b_product_fake),
 ):
-    torch.library.define(_name, _schema)
-    torch.library.impl(_name, "default", _run)
-    torch.library.register_fake(_name, _fake)
+    _op = f"falqon::{_name}"
+    torch.library.define(_op, torch.library.infer_schema(_run, mutates_args=()))
+    torch.library.impl(_op, "default", _run)
+    torch.library.register_fake(_op, _fake)

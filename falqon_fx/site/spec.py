@@ -140,6 +140,10 @@ class RowsSpec(SiteSpec):
         )
 
 
+_FIELDS = {kind: tuple(f.name for f in fields(kind)) for kind in (SiteSpec, RowsSpec)}
+_VALUES = {kind: literals(kind) for kind in (SiteSpec, RowsSpec)}
+
+
 @functools.lru_cache(maxsize=1024)
 def parse_spec(text: str) -> SiteSpec:
     """The inverse of ``str(spec)``.
@@ -147,10 +151,10 @@ def parse_spec(text: str) -> SiteSpec:
     Raises:
         ValueError: a text that no spec has.
     """
-    *values, _ = (word.rpartition("=")[2] for word in text.split(" "))
-    kind = SiteSpec if len(values) == len(fields(SiteSpec)) else RowsSpec
-    given: dict[str, Any] = dict(zip((f.name for f in fields(kind)), values, strict=True))
-    for name, valid in literals(kind).items():
+    *values, _ = [word.rpartition("=")[2] for word in text.split(" ")]
+    kind = RowsSpec if "topk=" in text else SiteSpec
+    given: dict[str, Any] = dict(zip(_FIELDS[kind], values, strict=True))
+    for name, valid in _VALUES[kind].items():
         if given[name] not in valid:
             raise ValueError(f"{text!r}: {name} is {given[name]!r}, none of {', '.join(valid)}")
     if kind is RowsSpec:

@@ -67,7 +67,7 @@ Turn = Callable[[Tensor], Tensor]  # W [out, in] -> Wᵀ
 S = TypeVar("S", bound=KernelSpec)
 AUTO = ("auto", "max-autotune")
 _TIMED = 3  # generated kernels that are tried for one problem
-_MAX_PIECES = 8  # weights in one launch
+MAX_PIECES = 8  # weights in one launch
 
 
 @dataclass(frozen=True)
@@ -352,8 +352,8 @@ def _refusal(problem: GemmProblem, interpreted: bool) -> str:
         return why
     if problem.k == 0:
         return "K is 0"
-    if len(problem.rows) > _MAX_PIECES:
-        return f"{len(problem.rows)} weights, more than {_MAX_PIECES}"
+    if len(problem.rows) > MAX_PIECES:
+        return f"{len(problem.rows)} weights, more than {MAX_PIECES}"
     return ""
 
 
