@@ -1,14 +1,18 @@
-"""Files outside of docs/ that pages link to: they join the site under the same relative links."""
+"""Hooks of mkdocs: files outside of docs/ join the site, and long paths in tables may break."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE = ("benchmarks/results/*", "examples/*.png")
+_CELL = re.compile(r"<td.*?</td>", re.DOTALL)
+_SLASH = re.compile(r"(?<=[\w.])/(?=\w[^<]*</code>)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -22,3 +26,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             file.dest_uri = file.dest_uri.removeprefix("../")
             files.append(file)
     return files
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """A long path would make its column as wide as itself."""
+    return _CELL.sub(lambda cell: _SLASH.sub("/<wbr>", cell[0]), html)
