@@ -29,17 +29,12 @@ def texts(config: griffe.Class) -> dict[str, str]:
     return found
 
 
-def values(annotation: str) -> list[str]:
+def values(annotation: str, aliases: dict[str, str]) -> list[str]:
     """What an option takes: each value of a `Literal`, the name of any other type."""
-    node = ast.parse(annotation, mode="eval").body
-    found: list[str] = []
-    while isinstance(node, ast.BinOp):  # a | b | c is (a | b) | c
-        found = [*_of_one(node.right), *found]
-        node = node.left
-    return [*_of_one(node), *found]
-
-
-def _of_one(node: ast.expr) -> list[str]:
+    node = ast.parse(aliases.get(annotation, annotation), mode="eval").body
+    if isinstance(node, ast.BinOp):
+        sides = (ast.unparse(side) for side in (node.left, node.right))
+        return [value for side in sides for value in values(side, aliases)]
     if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "Literal":
         members = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
         return [_quoted(member) for member in members]
@@ -50,9 +45,9 @@ def _quoted(node: ast.expr) -> str:
     return ast.unparse(node).replace("'", '"')
 
 
-def entry(option: griffe.Attribute, text: str) -> str:
+def entry(option: griffe.Attribute, text: str, aliases: dict[str, str]) -> str:
     """One option as a section, so that a link can lead to it."""
-    taken = ", ".join(f"`{value}`" for value in values(str(option.annotation)))
+    taken = ", ".join(f"`{value}`" for value in values(str(option.annotation), aliases))
     default = _quoted(ast.parse(str(option.value), mode="eval").body)
     if "default_factory" in default:
         default = "{}"
@@ -65,8 +60,9 @@ def options() -> str:
     module = griffe.load("falqon_fx.config", search_paths=[ROOT])
     config = module["FalqonConfig"]
     described = texts(config)
+    aliases = {name: str(each.value) for name, each in module.attributes.items()}
     fields = [a for a in config.attributes.values() if a.annotation is not None]
-    return "\n".join(entry(field, described[field.name]) for field in fields)
+    return "\n".join(entry(field, described[field.name], aliases) for field in fields)
 
 
 def main() -> None:
