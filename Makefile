@@ -3,6 +3,7 @@
 #   make test        environment, lint, types, wheel, fast tests
 #   make test-all    the same with the slow tests
 #   make kernels     every generated kernel compiled for each GPU architecture, and inspected
+#   make docs        the documentation, in build/site
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -19,7 +20,7 @@ STAMP := $(VENV)/.installed
 WHEEL := build/wheel
 PACKAGE := falqon_fx/py.typed $(shell find falqon_fx passes kernels -name '*.py' -o -name '*.jinja' -o -name '*.cpp')
 
-.PHONY: venv demo test test-all kernels check lint types format wheel-check clean
+.PHONY: venv demo test test-all kernels docs check lint types format wheel-check clean
 
 venv: $(STAMP)
 
@@ -42,6 +43,10 @@ test-all: check
 
 kernels: venv
 	$(BIN)/python -m falqon_fx.kernels.matrix
+
+docs: venv
+	$(BIN)/python docs/options.py --write
+	$(BIN)/mkdocs build --strict
 
 check: lint types wheel-check
 

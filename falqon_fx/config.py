@@ -69,17 +69,19 @@ class FalqonConfig:
             keeps the fastest; the others force generated kernels, the library's, Inductor's or
             plain GEMMs. Inductor's, which take long to compile, are among the candidates of "auto"
             where ``mode`` is "max-autotune" or its like.
-        accumulation: of FP8 products on a GPU. "promoted" adds up in float32 where tensor cores
-            keep fewer bits (sm_90), "fast" leaves it to them.
+        accumulation: how FP8 products are summed on a GPU. "promoted" adds up in float32 where
+            tensor cores keep fewer bits (sm_90), "fast" leaves it to them.
         transpose: how dL/dx reads W on a GPU. "transient" transposes W's bytes each time, "kernel"
             reads W as it lies, "auto" takes what is faster of the two; "store" keeps the transpose
             beside W, which takes as much memory again.
         inner: the compiler that gets the rewritten graph.
-        include, exclude: shell patterns on module paths; an empty ``include`` takes all.
-        card: the card that the cost model speaks of, by name; by default the one at hand.
+        include: shell patterns on the module paths of sites; without any, all are rewritten.
+        exclude: shell patterns on the module paths of sites that stay as they are.
+        card: the card that times are predicted for, a name of ``falqon-fx cost --cards``; by
+            default the one at hand.
         min_gain: leave a site alone where the cost model predicts time before / time after below
             this; off by default.
-        seed: of the randomized SVD, and of stochastic rounding with update="rows".
+        seed: seeds the randomized SVD, and stochastic rounding with update="rows".
         mode: Inductor's mode (torch refuses ``mode=`` beside ``options=``).
         inductor: options handed to Inductor; in ``options=`` they are the keys with a dot.
         pending: with update="rows": what happens to the part of B that is not yet in W'. "apply"
@@ -87,8 +89,8 @@ class FalqonConfig:
             "drop" zeroes B after each write (the public code).
         topk: with update="rows": rows written per optimizer step: a count >= 1, a fraction in
             (0, 1], or "all". None is 10, or all rows of a layer that has fewer.
-        rounding: with update="rows": of written rows. "stochastic" (default) is unbiased and
-            reproducible from ``seed``.
+        rounding: with update="rows": how written rows are rounded. "stochastic" (default) is
+            unbiased and reproducible from ``seed``.
 
     Raises:
         FalqonConfigError: a value that the option doesn't take, or an option of update="rows" given

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import random
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from falqon_fx import FalqonConfig, FalqonError
 from falqon_fx.integrations.transformers import FalqonCallback, FalqonTrainer, FalqonTrainerMixin
 from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.site.record import STEP
-from tests.models import Relu, fill_b, lora_b, tiny_mlp
+from tests.models import Relu, fill_b, tiny_mlp
 
 CONFIG = FalqonConfig(inner="eager")
 ROWS = FalqonConfig(inner="eager", update="rows", topk=10)
@@ -643,21 +642,3 @@ def test_lightning_resumes_exactly(tmp_path, prepare, config):
     ends = [module.state_dict() for module in (whole, resumed)]
     assert any(name.endswith(".code") for name in ends[0]) == prepare
     assert same(*ends)
-
-
-# -- the README ------------------------------------------------------------------------------------
-
-
-def test_the_readmes_trainer_code_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    section = readme.split("\n## Trainers\n")[1].split("\n## ")[0]
-    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    assert len(blocks) == 3
-    for code in blocks:
-        torch._dynamo.reset()
-        model = tiny_lm()
-        names: dict[str, Any] = {"model": model, "data": token_data(4), "config": CONFIG}
-        exec(code, names)
-        assert len(falqon_fx.adapters(model)) == SITES, code
-        assert any(b.any() for b in lora_b(model)), code

@@ -156,7 +156,7 @@ class Adapter:
     Attributes:
         weight: W, float8_e4m3fn [out, in]. scale: float32 [out, 1] or []; multiplies on dequantize.
         adapters: (A [r, in], B [out, r], scaling) of each active adapter, the parameters
-        themselves.
+            themselves.
     """
 
     weight: Tensor

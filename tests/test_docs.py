@@ -1,0 +1,240 @@
+"""The README and docs/: their code runs, their links lead to files, their lists are complete."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import peft
+import pytest
+import torch
+import transformers
+
+import falqon_fx
+from falqon_fx import FalqonConfig
+from tests.models import lora_b, tiny_llama
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+GUIDES = DOCS / "guides"  # run, and checked against a copy of the sources, by test_guides.py
+SOURCES = tuple(file.parent.name for file in ROOT.glob("*/__init__.py"))
+FOLDERS = (*SOURCES, "benchmarks", "docs", "examples", "tests")
+SITES = 14  # of tiny_llama, and of the README's model: q, k, v, o, gate, up, down of two layers
+
+
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def prose(page: Path) -> str:
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+# -- code ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _fresh(tmp_path, monkeypatch):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_readmes_blocks_run_from_nothing_to_a_saved_adapter(tmp_path, capsys):
+    names: dict[str, Any] = {}
+    for code in blocks(ROOT / "README.md"):
+        exec(code, names)
+    printed = re.findall(r"^(\d+) (\d+\.\d+)$", capsys.readouterr().out, re.MULTILINE)
+    losses = [float(loss) for _, loss in printed]
+    assert [int(step) for step, _ in printed] == list(range(20))
+    assert losses == sorted(losses, reverse=True)
+    assert len(falqon_fx.adapters(names["model"])) == len(names["report"].sites) == SITES
+
+    base = transformers.LlamaForCausalLM(names["base"].config)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    trained = [b.detach() for b in lora_b(names["model"])]
+    assert all(b.any() for b in trained)
+    assert all(map(torch.equal, [b.detach() for b in lora_b(loaded)], trained))
+
+
+def given() -> dict[str, Any]:
+    """What a block of docs/ may take as there."""
+    ids = torch.randint(0, 64, (4, 10))
+    return {
+        "torch": torch,
+        "falqon_fx": falqon_fx,
+        "model": tiny_llama(),
+        "batch": {"input_ids": ids, "labels": ids},
+        "data": [{"input_ids": row, "labels": row} for row in ids],
+        "config": FalqonConfig(inner="eager"),
+    }
+
+
+def runs_in_fp8(names: dict[str, Any]) -> None:
+    names["model"](**names["batch"])
+    assert len(falqon_fx.adapters(names["model"])) == SITES
+
+
+def was_trained(names: dict[str, Any]) -> None:
+    assert len(falqon_fx.adapters(names["model"])) == SITES
+    assert all(b.any() for b in lora_b(names["model"]))
+
+
+def was_saved(names: dict[str, Any]) -> None:
+    was_trained(names)
+    assert list(Path("checkpoint").iterdir())
+
+
+def was_watched(names: dict[str, Any]) -> None:
+    was_trained(names)
+    assert {type(audit) for audit in names["seen"].history} == {falqon_fx.Audit}
+
+
+def was_explained(names: dict[str, Any]) -> None:
+    assert len(names["report"].sites) == SITES
+    assert "<html" in Path("report.html").read_text()
+
+
+CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "docs/checkpoints.md": was_saved,
+    "docs/inspecting.md": was_explained,
+    "docs/limits.md": runs_in_fp8,
+    "docs/matching.md": runs_in_fp8,
+    "docs/method.md": was_watched,
+    "docs/options.md": runs_in_fp8,
+    "docs/trainers.md": was_trained,
+}
+BLOCKS = [
+    pytest.param(name_of(page), code, id=f"{page.stem}-{number}")
+    for page in PAGES
+    if page.is_relative_to(DOCS) and not page.is_relative_to(GUIDES)
+    for number, code in enumerate(blocks(page))
+]
+
+
+@pytest.mark.parametrize(("page", "code"), BLOCKS)
+def test_a_block_of_the_docs_runs(page, code):
+    names = given()
+    if page == "docs/matching.md":  # the call changes nothing where there are no experts
+        names["model"].compile(backend="falqon", options={"config": names["config"]})
+    exec(code, names)
+    CHECKS[page](names)
+
+
+def test_the_trainers_page_has_three_ways():
+    assert len(blocks(DOCS / "trainers.md")) == 3
+
+
+# -- links and names -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_relative_links_lead_to_files(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", prose(page))
+    paths = [link.partition("#")[0] for link in links if "://" not in link]
+    missing = [path for path in paths if path and not (page.parent / path).exists()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if not p.is_relative_to(GUIDES)], ids=name_of)
+def test_files_that_are_named_exist(page):
+    words = [word for code in re.findall(r"`([^`\n]+)`", prose(page)) for word in code.split()]
+    named = [word.partition("::")[0] for word in words if word.startswith(FOLDERS)]
+    missing = [path for path in named if "/" in path and not (ROOT / path).exists()]
+    assert missing == []
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+
+
+def test_the_readme_links_to_every_page():
+    readme = (ROOT / "README.md").read_text()
+    pages = {name_of(page) for page in DOCS.rglob("*.md")} - {"docs/index.md", "docs/changelog.md"}
+    assert {page for page in pages if f"]({page})" not in readme} == set()
+
+
+# -- lists that the source decides -----------------------------------------------------------------
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_options_page_is_generated_from_the_source():
+    """`python docs/options.py --write` writes it anew."""
+    script = load(DOCS / "options.py")
+    assert script.options() in script.PAGE.read_text()
+
+
+def literals(hint: Any) -> Iterator[Any]:
+    if get_origin(hint) is Literal:
+        yield from get_args(hint)
+    else:
+        for part in get_args(hint):
+            yield from literals(part)
+
+
+@pytest.mark.parametrize(("option", "hint"), get_type_hints(FalqonConfig).items())
+def test_the_options_page_names_the_option_and_its_values(option, hint):
+    sections = (DOCS / "options.md").read_text().split("\n### ")
+    (section,) = [text for text in sections if text.startswith(f"`{option}`\n")]
+    assert [value for value in literals(hint) if f'`"{value}"`' not in section] == []
+
+
+def environment_reads(path: Path) -> Iterator[str]:
+    """The names that a file reads from the environment; one that isn't a literal as its source."""
+    reads: list[ast.expr] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
+            ("environ.get", "environ.pop", "environ.setdefault", "getenv")
+        ):
+            reads.append(node.args[0])
+        elif isinstance(node, ast.Subscript) and ast.unparse(node.value).endswith("environ"):
+            reads.append(node.slice)
+    return (ast.unparse(name).strip("'") for name in reads)
+
+
+def test_the_environment_page_names_what_the_source_reads():
+    files = [file for folder in SOURCES for file in (ROOT / folder).rglob("*.py")]
+    read = {name for file in files for name in environment_reads(file)}
+    page = (DOCS / "environment.md").read_text()
+    section = page.split("## Read by falqon-fx\n")[1].split("\n## ")[0]
+    assert {"falqon_fx", "passes", "kernels"} <= set(SOURCES)
+    assert set(re.findall(r"^\| `(\w+)`", section, re.MULTILINE)) == read
+
+
+def test_the_api_page_has_every_public_name():
+    listed = re.findall(r"^::: falqon_fx\.(\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(falqon_fx.__all__)
+
+
+# -- the site --------------------------------------------------------------------------------------
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    options = (tmp_path / "options" / "index.html").read_text()
+    assert 'id="adapter_dtype"' in options
+    assert "Cast every frozen linear layer" in (tmp_path / "api" / "index.html").read_text()
+    for file in ("examples/inspect_rewrite.png", "benchmarks/results/peft-suite/index.html"):
+        assert (tmp_path / file).exists()
