@@ -4,10 +4,10 @@
     python benchmarks/nll.py --variants falqon --extra amax:scale=amax
 
 LoRA and falqon, with A and B trained and with A frozen, the paper's rows and its public code. Each
-variant's rates are tried on seed 0, the best goes on to the other seeds. Steps, batches and the
-start of A are the same for all. Beside them stands what the FP8 casts cost before any training: the
-NLL and the mean KL divergence per label of the untrained model. Finished runs are kept in
-``results/nll-<date>-<machine>.json`` and are not repeated: an interrupted benchmark goes on where
+variant's rates are tried on seed 0 (for ``--rate-steps``), the best is trained on all seeds. Steps,
+batches and the start of A are the same for all. Beside them stands what the FP8 casts cost before
+any training: the NLL and the mean KL divergence per label of the untrained model. Finished runs are
+kept in ``results/nll-<date>-<machine>.json`` and are not repeated: an interrupted benchmark goes on where
 it stopped.
 """
 
@@ -46,7 +46,7 @@ RATES = {
     "falqon_public_code": (3e-2, 1e-1),
 }
 OTHERS = (1e-3, 3e-3)
-BATCH_SIZE = 4  # 300 steps read each of the 1,109 training pairs once
+BATCH_SIZE = 2  # 300 steps read 600 of the 1,109 training pairs
 ROWS = {"update": "rows", "pending": "hold"}  # the paper
 NUMERIC_OPTIONS = (
     *("update", "adapter_dtype", "frozen", "init", "granularity", "scale", "grad_dtype", "dropout"),
@@ -59,7 +59,6 @@ class Record(Finished):
     """One finished run."""
 
     nll_before: float
-    nll_half: float  # after half of the steps
     nll_after: float
     seconds_per_step: float
     commit: str
@@ -155,53 +154,57 @@ def options_text(variant: Variant) -> str:
 class Bench:
     """Runs what the results don't hold yet."""
 
-    def __init__(self, results: Results[Record], steps: int, progress: Progress) -> None:
+    def __init__(self, results: Results[Record], progress: Progress) -> None:
         self.results = results
-        self.steps = steps
         self.progress = progress
         self.data: Data | None = None
         self.commit = common.versions()["commit"]
 
-    def best_rate(self, variant: Variant, rates: Sequence[float], seed: int) -> float:
-        """The learning rate with the lowest held-out NLL on ``seed``."""
-        tried = [self.record(replace(variant, learning_rate=rate), seed) for rate in rates]
+    def best_rate(self, variant: Variant, rates: Sequence[float], seed: int, steps: int) -> float:
+        """The learning rate with the lowest held-out NLL on ``seed`` after ``steps``."""
+        tried = [self.record(replace(variant, learning_rate=rate), seed, steps) for rate in rates]
         return min(tried, key=lambda record: record.score).learning_rate
 
-    def record(self, variant: Variant, seed: int) -> Record:
+    def record(self, variant: Variant, seed: int, steps: int) -> Record:
         """The finished run, from the results or made now."""
-        key = (variant.name, options_text(variant), variant.learning_rate, seed, self.steps)
+        key = (variant.name, options_text(variant), variant.learning_rate, seed, steps)
         found = self.results.find(key)
         if found is None:
-            found = self._run(variant, seed)
+            found = self._run(variant, seed, steps)
             self.results.add(found)
         return found
 
-    def _run(self, variant: Variant, seed: int) -> Record:
+    def _run(self, variant: Variant, seed: int, steps: int) -> Record:
         self.data = self.data or Data.load()
-        data = self.data
+        data, show = self.data, self.progress
         title = f"{variant.title} {variant.learning_rate:g} seed {seed}"
         trainee = training.build(variant, data.base, seed)
         optimizer = training.make_optimizer(trainee.model, variant.learning_rate)
-        batches = data.train(self.steps, seed)
-        half = self.steps // 2
-        nll = [training.mean_nll(trainee, data.held_out, self.progress, f"{title}: before")]
-        seconds: list[float] = []
-        for part in (batches[:half], batches[half:]):
-            seconds += training.train_steps(trainee, optimizer, part, self.progress, title)[1]
-            nll.append(training.mean_nll(trainee, data.held_out, self.progress, f"{title}: NLL"))
-        self.progress.console.print(f"{title}: {' -> '.join(f'{value:.3f}' for value in nll)}")
-        for task in self.progress.task_ids:
-            self.progress.remove_task(task)
+        before = self._before(variant)  # B is zero: seeds and rates begin with the same model
+        if before is None:
+            before = training.mean_nll(trainee, data.held_out, show, f"{title}: before")
+        batches = data.train(steps, seed)
+        seconds = training.train_steps(trainee, optimizer, batches, show, title)[1]
+        after = training.mean_nll(trainee, data.held_out, show, f"{title}: NLL")
+        show.console.print(f"{title}: {before:.3f} -> {after:.3f} in {steps} steps")
+        for task in show.task_ids:
+            show.remove_task(task)
         return Record(
             variant.name,
             options_text(variant),
             variant.learning_rate,
             seed,
-            self.steps,
-            *nll,
+            steps,
+            before,
+            after,
             statistics.median(seconds[1:] or seconds),
             self.commit,
         )
+
+    def _before(self, variant: Variant) -> float | None:
+        same = (variant.name, options_text(variant))
+        known = (r.nll_before for r in self.results.records if (r.variant, r.options) == same)
+        return None if variant.options.get("init") == "svd" else next(known, None)
 
 
 def measure(
@@ -209,14 +212,16 @@ def measure(
     variants: Sequence[Variant],
     rates: Sequence[float] | None,
     seeds: Sequence[int],
+    steps: int,
+    rate_steps: int,
 ) -> dict[str, list[Record]]:
     """The records of each variant's best learning rate, one per seed."""
     chosen = {}
     for variant in variants:
         own = rates or RATES.get(variant.name, OTHERS)
-        rate = bench.best_rate(variant, own, seeds[0])
+        rate = bench.best_rate(variant, own, seeds[0], rate_steps)
         best = replace(variant, learning_rate=rate)
-        chosen[variant.name] = [bench.record(best, seed) for seed in seeds]
+        chosen[variant.name] = [bench.record(best, seed, steps) for seed in seeds]
         training.release()  # runs of one variant share their compiled graphs, others don't
         gc.collect()
     return chosen
@@ -224,7 +229,7 @@ def measure(
 
 # ---------------------------------------------------------------- report
 
-HEADER = ("variant", "options", "best lr", "before", "half", "after: mean", "spread", "each seed")
+HEADER = ("variant", "options", "best lr", "before", "after: mean", "spread", "each seed")
 
 
 def summary(chosen: dict[str, list[Record]]) -> list[list[str]]:
@@ -238,7 +243,6 @@ def summary(chosen: dict[str, list[Record]]) -> list[list[str]]:
                 records[0].options,
                 f"{records[0].learning_rate:g}",
                 f"{records[0].nll_before:.3f}",
-                f"{statistics.fmean(r.nll_half or math.inf for r in records):.3f}",
                 f"{statistics.fmean(after):.3f}",
                 f"{max(after) - min(after):.3f}",
                 " ".join(f"{value:.3f}" for value in after),
@@ -310,7 +314,11 @@ def sweep(records: Sequence[Record], seed: int, steps: int) -> list[list[str]]:
 
 
 def report(
-    chosen: dict[str, list[Record]], at_start: Untrained, results: Results[Record], console: Console
+    chosen: dict[str, list[Record]],
+    at_start: Untrained,
+    results: Results[Record],
+    rate_steps: int,
+    console: Console,
 ) -> None:
     """Print the table and write it as Markdown beside the JSON."""
     rows = summary(chosen)
@@ -324,11 +332,12 @@ def report(
     console.print(table, *lines, sep="\n")
     page = common.markdown(title, common.environment(), HEADER, rows)
     page += "".join(f"\n- {line}" for line in lines)
-    page += f"\n\nEvery learning rate, seed {first[0].seed}:\n\n"
-    tried = sweep(results.records, first[0].seed, steps)
+    page += f"\n\nEvery learning rate, {rate_steps} steps, seed {first[0].seed}:\n\n"
+    tried = sweep(results.records, first[0].seed, rate_steps)
     page += "\n".join(common.markdown_table(("variant", "options", "NLL"), tried)) + "\n"
-    results.file.with_suffix(".md").write_text(page, encoding="utf-8")
-    console.print(f"Written: {results.file.with_suffix('')}.json, .csv, .md", highlight=False)
+    file = results.file.with_suffix("")
+    file.with_name(f"{file.name}-{steps}-steps.md").write_text(page, encoding="utf-8")
+    console.print(f"Written: {file}.json, .csv, -{steps}-steps.md", highlight=False)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -338,6 +347,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--variants", nargs="*", default=list(RATES))
     parser.add_argument("--extra", nargs="*", default=[], metavar="NAME:KEY=VALUE,...")
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--rate-steps", type=int, help="to choose a rate by; default: --steps")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--rates", type=float, nargs="+", help="for all; default: a list each")
     parser.add_argument("--baseline", choices=("eager", "inductor"), default="eager")
@@ -359,10 +369,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     file = args.results or common.latest_or_new("nll")
     results = Results(file, Record, protocol={"batch_size": BATCH_SIZE})
     with training.progress_bar(console) as progress:
-        bench = Bench(results, args.steps, progress)
-        chosen = measure(bench, args.chosen, args.rates, args.seeds)
+        bench = Bench(results, progress)
+        rate_steps = args.rate_steps or args.steps
+        chosen = measure(bench, args.chosen, args.rates, args.seeds, args.steps, rate_steps)
         at_start = untrained(bench.data or Data.load(), args.inner)
-    report(chosen, at_start, results, console)
+    report(chosen, at_start, results, rate_steps, console)
 
 
 if __name__ == "__main__":
