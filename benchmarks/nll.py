@@ -7,8 +7,8 @@ LoRA and falqon, with A and B trained and with A frozen, the paper's rows and it
 variant's rates are tried on seed 0 (for ``--rate-steps``), the best is trained on all seeds. Steps,
 batches and the start of A are the same for all. Beside them stands what the FP8 casts cost before
 any training: the NLL and the mean KL divergence per label of the untrained model. Finished runs are
-kept in ``results/nll-<date>-<machine>.json`` and are not repeated: an interrupted benchmark goes on where
-it stopped.
+kept in ``results/nll-<date>-<machine>.json`` and are not repeated: an interrupted benchmark goes on
+where it stopped.
 """
 
 from __future__ import annotations
