@@ -15,11 +15,12 @@ import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError, RewriteReport
 from falqon_fx.cli.main import main
 from falqon_fx.ops import lowering
+from falqon_fx.passes import pipeline
 from falqon_fx.report.repro import arguments, check
 from falqon_fx.site.spec import SiteSpec
 from tests.models import Stack
 
-PASSES = ["copy", "normalize", "match", "plan", "autotune", "insert_operands", "rewrite", "verify"]
+PASSES = list(pipeline.PASSES)
 TRAIN = """
 import torch
 from tests.models import Stack
