@@ -29,6 +29,7 @@ from falqon_fx.passes.insert_operands import BaseNodes, Operands
 from falqon_fx.passes.recompute_weights import recompute_weights
 from falqon_fx.passes.scope import attribute
 from falqon_fx.passes.verify import operations
+from falqon_fx.passes.work import Work
 from falqon_fx.report.data import GraphReport
 from falqon_fx.report.passlog import PassLog
 from falqon_fx.report.paths import Names
@@ -199,7 +200,7 @@ def rewrite(
     """
     config = config or FalqonConfig()
     inputs, log = gm.graph.process_inputs(*example_inputs), PassLog()
-    work = pipeline.Work(gm, inputs, config, tune)
+    work = Work(gm, inputs, config, tune)
     pipeline.run(work, log)
     graph = GraphReport(
         sites=tuple(site.report for site in work.plan.sites),

@@ -16,9 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from falqon_fx import FalqonConfig, RewriteResult, prepare, rewrite
 from falqon_fx.passes.insert_operands import Operands
-from falqon_fx.passes.pipeline import PASSES, Work
+from falqon_fx.passes.pipeline import PASSES
 from falqon_fx.passes.plan import Plan
 from falqon_fx.passes.verify import Wiring, verify
+from falqon_fx.passes.work import Work
 from tests.models import fill_b
 from tests.sites import randn
 from tests.spellings import HandWritten, Passes, Spelling, targets
