@@ -1,8 +1,8 @@
 """The guides in docs/guides, followed to the letter on a copy of the sources.
 
-In a guide, a block behind "In `FILE`:" is a new file (python) or an edit (diff); one behind "In
-`FILE`, a new file:" is the former. A block "sh" is run line by line: it has to fail where the
-sentence before it says so, else to pass. What a block "text" shows, the commands before it print.
+In a guide, a block behind "In `FILE`, a new file:" is that file, and one behind "In `FILE`:" an
+edit of it, with "@@" between its hunks. The commands of a block "sh" have to fail where the
+sentence before them says so, else to pass. What a block "text" shows, the commands before it print.
 """
 
 from __future__ import annotations
