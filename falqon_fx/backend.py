@@ -32,10 +32,10 @@ from falqon_fx.passes.verify import operations
 from falqon_fx.passes.work import Work
 from falqon_fx.report.data import GraphReport
 from falqon_fx.report.passlog import PassLog
-from falqon_fx.report.paths import Names
+from falqon_fx.report.paths import ModulePaths
 from falqon_fx.report.report import RewriteReport
 from falqon_fx.rows.binding import RowsBinding
-from falqon_fx.site.base import Base, Wanted, bases
+from falqon_fx.site.base import Base, BaseParameter, bases
 from falqon_fx.site.numerics import as_scale
 from falqon_fx.site.spec import SiteSpec, lowering_version
 from falqon_fx.site.svd import init_where_new
@@ -102,7 +102,7 @@ class RewriteResult:
             site = error.site
             if isinstance(error, SiteError):
                 site = self.operands.rows[error.index].slot.path
-            path = Names.of_call().paths(self.original, args).get(site, site)
+            path = ModulePaths.from_call_stack().paths(self.original, args).get(site, site)
             raise FalqonError(path, error.problem, error.remedy) from error
 
     def bind(self, args: Sequence[Any]) -> list[Any]:
@@ -140,10 +140,10 @@ class RewriteResult:
     def _spec(self) -> SiteSpec:
         return SiteSpec.from_config(self.config)
 
-    def _wanted(self, nodes: BaseNodes, args: Sequence[Any]) -> Wanted:
+    def _wanted(self, nodes: BaseNodes, args: Sequence[Any]) -> BaseParameter:
         assert nodes.slot.weight is not None
         weight = self._value(nodes.given[0], args)
-        return Wanted(nodes.slot.path, weight, nodes.slot.weight.transposed)
+        return BaseParameter(nodes.slot.path, weight, nodes.slot.weight.transposed)
 
     def _prepared(self, nodes: BaseNodes, args: Sequence[Any]) -> Base:
         code, scale, digest = (self._value(node, args) for node in nodes.given)
@@ -244,7 +244,7 @@ def _on_gpu(result: RewriteResult) -> bool:
 
 def _warn(graph: GraphReport, gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
     if graph.rejected:
-        graph = Names.of_call().report(graph, gm.graph, inputs)
+        graph = ModulePaths.from_call_stack().report(graph, gm.graph, inputs)
     for item in graph.rejected:
         _warn_once(f"falqon: left as it was: {item}")
     if graph.sites and _compat.is_last_compile():

@@ -22,11 +22,11 @@ from falqon_fx.passes.terms import (
     BaseLinear,
     Dropout,
     Linear,
-    Other,
     Param,
     RowsBaseLinear,
     Scale,
     Term,
+    UnsupportedAdapted,
 )
 from falqon_fx.passes.vocabulary import (
     ADD,
@@ -130,7 +130,7 @@ def _other(kind: str, args: Args, kwargs: Kwargs, scope: Scope) -> Term:
         return None
     x, weight = args[1::-1] if param_of(args[0], scope) else args[:2]
     w = param_of(weight, scope)
-    return Other(x, w, kind) if isinstance(x, fx.Node) and w else None
+    return UnsupportedAdapted(x, w, kind) if isinstance(x, fx.Node) and w else None
 
 
 def _add(args: Args, kwargs: Kwargs, scope: Scope) -> Term:

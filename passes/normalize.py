@@ -17,7 +17,7 @@ from falqon_fx._compat import checkpoint_bodies, same_sizes, value_of
 from falqon_fx.passes.dialects import read_call
 from falqon_fx.passes.propagate import propagate
 from falqon_fx.passes.scope import Scope, is_view
-from falqon_fx.passes.terms import Cast, Dropout, Linear, Other, Param, Term
+from falqon_fx.passes.terms import Cast, Dropout, Linear, Param, Term, UnsupportedAdapted
 from falqon_fx.passes.vocabulary import CAST_METHODS, CASTS, METHODS, OTHER_MODULES, ROUNDING
 
 
@@ -64,7 +64,7 @@ def _read_module(node: fx.Node, scope: Scope) -> Term:
         return Linear(x, Param(module.weight, name=f"{node.target}.weight"), bias)
     if type(module) in OTHER_MODULES:
         weight = Param(module.weight, name=f"{node.target}.weight")
-        return Other(x, weight, OTHER_MODULES[type(module)])
+        return UnsupportedAdapted(x, weight, OTHER_MODULES[type(module)])
     if isinstance(module, nn.Dropout):
         return Dropout(x, module.p if module.training else 0.0)
     if isinstance(module, nn.Identity):

@@ -99,7 +99,7 @@ class Dropout:
 
 
 @dataclass(frozen=True)
-class Other:
+class UnsupportedAdapted:
     """An embedding or a convolution with ``weight``: what LoRA is also put on, but no linear."""
 
     x: fx.Node
@@ -108,5 +108,14 @@ class Other:
 
 
 Term = (
-    Linear | AddLinear | Other | BaseLinear | RowsBaseLinear | Add | Scale | Cast | Dropout | None
+    Linear
+    | AddLinear
+    | UnsupportedAdapted
+    | BaseLinear
+    | RowsBaseLinear
+    | Add
+    | Scale
+    | Cast
+    | Dropout
+    | None
 )

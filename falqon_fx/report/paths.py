@@ -74,7 +74,7 @@ class Names:
         self._names = {key: names for key, (_, names) in tensors_of(model).items()}
 
     @classmethod
-    def of_call(cls) -> Names:
+    def from_call_stack(cls) -> Names:
         """Of the outermost module whose call runs right now."""
         return cls(model_of_call())
 

@@ -62,7 +62,7 @@ class Chain:
     nodes: tuple[fx.Node, ...]
 
 
-class Refusal(Exception):
+class MatchRejected(Exception):
     """Why something is not a site, and what the user can do about it."""
 
     def __init__(self, reason: str, remedy: str) -> None:
@@ -72,7 +72,7 @@ class Refusal(Exception):
 LEAVE = "The layer runs unmerged, as it was"
 
 
-def peel(scope: Scope, node: fx.Node, until: tuple[fx.Node, ...] = ()) -> Chain:
+def strip_elementwise(scope: Scope, node: fx.Node, until: tuple[fx.Node, ...] = ()) -> Chain:
     """Go down through casts, scalings and dropouts."""
     factor, dropout = 1.0, 0.0
     nodes: list[fx.Node] = []
@@ -97,16 +97,16 @@ def check_base(base: Linear) -> None:
     """Refuse base weights that can't be merged."""
     value = base.weight.value
     if not is_plain(value) and not is_dtensor(value):  # plan refuses sharded ones by name
-        raise Refusal(
+        raise MatchRejected(
             f"the base weight is a {type(value).__name__}", "Use an unquantized nn.Linear as base"
         )
     if value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise Refusal(
+        raise MatchRejected(
             f"the base weight is already quantized ({value.dtype})",
             "Use an unquantized nn.Linear as base",
         )
     if value.requires_grad:
-        raise Refusal(
+        raise MatchRejected(
             "the base weight is trained too",
             "Freeze it (requires_grad_(False)): an FP8 base is constant",
         )
@@ -127,7 +127,7 @@ def casts(scope: Scope, reader: fx.Node, x: fx.Node, taken: set[fx.Node]) -> tup
 def check_mode(scope: Scope, nodes: Iterable[fx.Node]) -> None:
     """Refuse what is computed partly under ``no_grad``, partly not, or under autocast."""
     if len({scope.mode(node) for node in nodes}) > 1:
-        raise Refusal(
+        raise MatchRejected(
             "torch.no_grad() or torch.autocast() covers a part of it alone; one op has one mode",
             "Compute the base layer and its adapter in the same mode",
         )
@@ -172,7 +172,7 @@ def check_unwritten(
     while node is not last:
         targets = written(node)
         if targets and (node in above or memory & memory_of(targets)):
-            raise Refusal("its input is written in place meanwhile", LEAVE)
+            raise MatchRejected("its input is written in place meanwhile", LEAVE)
         node = node.next
 
 
@@ -186,10 +186,10 @@ def check_private(nodes: set[fx.Node], inside: set[fx.Node], taken: set[fx.Node]
     """Refuse a site whose inner values serve something else too."""
     for node in nodes:
         if node in taken:
-            raise Refusal("the base layer already belongs to another adapter's site", LEAVE)
+            raise MatchRejected("the base layer already belongs to another adapter's site", LEAVE)
         for user in node.users:
             if user not in inside:
-                raise Refusal(
+                raise MatchRejected(
                     f"its intermediate value {node.name} is also used by {user.name}", LEAVE
                 )
 

@@ -16,7 +16,7 @@ from falqon_fx.passes.match.dataflow import (
     AdapterMatch,
     Chain,
     Match,
-    Refusal,
+    MatchRejected,
     RejectedMatch,
     check_base,
     check_mode,
@@ -24,8 +24,8 @@ from falqon_fx.passes.match.dataflow import (
     check_unwritten,
     either,
     nodes_of,
-    peel,
     shape,
+    strip_elementwise,
     trailing_cast,
 )
 from falqon_fx.passes.scope import Scope, param_of
@@ -49,12 +49,12 @@ def match_delta(scope: Scope, node: fx.Node, taken: set[fx.Node]) -> Match | Rej
     linear = computed_linear(node, scope)
     if linear is None:
         return None
-    total = _sum(scope, peel(scope, linear.weight))
+    total = _sum(scope, strip_elementwise(scope, linear.weight))
     if total is None:
         return None
     try:
         return _complete(scope, node, linear.x, linear.bias, linear.views, total, taken)
-    except Refusal as no:
+    except MatchRejected as no:
         return RejectedMatch(scope, total.lora_a, total.lora_b, no.reason, no.remedy)
 
 
@@ -66,11 +66,11 @@ def _sum(scope: Scope, above: Chain) -> _Sum | None:
         weight = param_of(left, scope)
         if weight is None or (left is term.right and term.factor != 1.0):
             continue
-        chain = peel(scope, right)
+        chain = strip_elementwise(scope, right)
         product = scope.term(chain.end)
         if not isinstance(product, Linear) or product.bias is not None:
             continue
-        scaled = peel(scope, product.x)
+        scaled = strip_elementwise(scope, product.x)
         lora_b = param_of(scaled.end, scope)
         if lora_b is None or lora_b.value.dim() != 2:
             continue
@@ -93,15 +93,17 @@ def _complete(
     taken: set[fx.Node],
 ) -> Match:
     if total.lora_a.transposed or total.lora_b.transposed:
-        raise Refusal("lora_A or lora_B is stored transposed", "Store A as [r, in], B as [out, r]")
+        raise MatchRejected(
+            "lora_A or lora_B is stored transposed", "Store A as [r, in], B as [out, r]"
+        )
     if float(total.dropout):
-        raise Refusal("a dropout on B · A acts on weights, not on x", LEAVE)
+        raise MatchRejected("a dropout on B · A acts on weights, not on x", LEAVE)
     check_base(Linear(x, total.weight, bias))
     (out, features), (rank, a_in), (b_out, b_in) = map(
         shape, (total.weight, total.lora_a, total.lora_b)
     )
     if (out, features, rank) != (b_out, a_in, b_in):
-        raise Refusal("the shapes of W, A and B don't belong together", LEAVE)
+        raise MatchRejected("the shapes of W, A and B don't belong together", LEAVE)
     anchor = trailing_cast(scope, node)
     inside = {node, anchor, *views, *total.nodes}
     check_mode(scope, inside)

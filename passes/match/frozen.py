@@ -14,7 +14,7 @@ from falqon_fx._compat import is_plain, value_of
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.passes.match.dataflow import (
     Match,
-    Refusal,
+    MatchRejected,
     casts,
     check_mode,
     check_private,
@@ -24,7 +24,7 @@ from falqon_fx.passes.match.dataflow import (
 )
 from falqon_fx.passes.modes import may_autocast
 from falqon_fx.passes.scope import Scope
-from falqon_fx.passes.terms import BaseLinear, Linear, Other
+from falqon_fx.passes.terms import BaseLinear, Linear, UnsupportedAdapted
 from falqon_fx.passes.vocabulary import LINEAR
 
 _SMALL = 64  # below this many inputs or outputs no FP8 product gains
@@ -119,7 +119,7 @@ def match_frozen(root: Scope, matches: Sequence[Match]) -> Iterator[Match]:
                     check_mode(scope, inside)
                     check_unwritten((reads[-1], *nodes_of(base.bias)), reads[:-1], inside)
                     check_private(inside - {anchor}, inside, taken)
-                except Refusal:
+                except MatchRejected:
                     continue  # its pieces serve something else, too
                 yield Match(scope, anchor, frozenset(inside), reads[-1], base)
 
@@ -130,7 +130,7 @@ def embeddings(root: Scope) -> set[int]:
     for scope in root.walk():
         for node in scope.gm.graph.nodes:
             term = scope.term(node)
-            if isinstance(term, Other):
+            if isinstance(term, UnsupportedAdapted):
                 found.add(id(term.weight.value))
     return found
 

@@ -14,7 +14,7 @@ from falqon_fx.passes.match.dataflow import (
     AdapterMatch,
     Chain,
     Match,
-    Refusal,
+    MatchRejected,
     RejectedMatch,
     casts,
     check_base,
@@ -24,8 +24,8 @@ from falqon_fx.passes.match.dataflow import (
     either,
     exclusive,
     nodes_of,
-    peel,
     shape,
+    strip_elementwise,
     trailing_cast,
 )
 from falqon_fx.passes.match.delta import match_delta
@@ -38,10 +38,10 @@ from falqon_fx.passes.terms import (
     Cast,
     Dropout,
     Linear,
-    Other,
     Prepared,
     RowsBaseLinear,
     Scale,
+    UnsupportedAdapted,
 )
 
 
@@ -58,7 +58,7 @@ class _Pair:
     @property
     def source(self) -> fx.Node:
         """What A's input is a cast, scaling or dropout of."""
-        return peel(self.scope, self.a.x).end
+        return strip_elementwise(self.scope, self.a.x).end
 
     @property
     def low_rank(self) -> bool:
@@ -94,7 +94,7 @@ def match(root: Scope, keep_dropout: bool = True) -> tuple[list[Match], list[Rej
         for pair in _pairs(scope):
             try:
                 site = _complete(pair, found, taken, keep_dropout)
-            except Refusal as no:
+            except MatchRejected as no:
                 if (pair.low_rank and pair.trained) or pair.named:  # else any two linears
                     rejected.append(
                         RejectedMatch(scope, pair.a.weight, pair.b.weight, no.reason, no.remedy)
@@ -130,7 +130,7 @@ def _pair_at(scope: Scope, node: fx.Node) -> _Pair | None:
         b = Linear(b.x, b.weight, None)
     if not isinstance(b, Linear) or scope.is_part(node):
         return None
-    inner = peel(scope, b.x)
+    inner = strip_elementwise(scope, b.x)
     a = scope.term(inner.end)
     if not isinstance(a, Linear) or shape(b.weight)[1] != shape(a.weight)[0]:
         return None
@@ -141,16 +141,16 @@ def _on_others(scope: Scope) -> Iterator[RejectedMatch]:
     """LoRA on embeddings and convolutions."""
     for node in scope.gm.graph.nodes:
         b = scope.term(node)
-        if not isinstance(b, Linear | Other):
+        if not isinstance(b, Linear | UnsupportedAdapted):
             continue
-        a = scope.term(peel(scope, b.x).end)
-        if not isinstance(a, Other):
+        a = scope.term(strip_elementwise(scope, b.x).end)
+        if not isinstance(a, UnsupportedAdapted):
             continue
         rank = a.weight.value.shape[-1 if a.kind == "an embedding" else 0]
         if a.weight.transposed:
             rank = a.weight.value.shape[0]
         out, inner = b.weight.value.shape[:2]
-        with suppress(Refusal):
+        with suppress(MatchRejected):
             _find_add(scope, node)
             if inner == rank < out:
                 yield RejectedMatch(
@@ -163,30 +163,34 @@ def _complete(
 ) -> Match:
     scope = pair.scope
     if pair.a.bias is not None:
-        raise Refusal("lora_A has a bias, which a merged weight can't hold", LEAVE)
+        raise MatchRejected("lora_A has a bias, which a merged weight can't hold", LEAVE)
     if pair.a.weight.transposed or pair.b.weight.transposed:
-        raise Refusal("lora_A or lora_B is stored transposed", "Store A as [r, in], B as [out, r]")
+        raise MatchRejected(
+            "lora_A or lora_B is stored transposed", "Store A as [r, in], B as [out, r]"
+        )
     if not pair.small and not pair.named:
-        raise Refusal("its rank is not below half of its width, and nothing names it LoRA", LEAVE)
+        raise MatchRejected(
+            "its rank is not below half of its width, and nothing names it LoRA", LEAVE
+        )
     add_node, base_operand, up, factor = _find_add(scope, pair.b_node)
-    base_chain = peel(scope, base_operand)
+    base_chain = strip_elementwise(scope, base_operand)
     before = next((found[n] for n in (base_operand, *_down(base_chain)) if n in found), None)
     base = scope.term(base_chain.end) if before is None else before.base
     if isinstance(base, Linear):
         other = _pair_at(scope, base_chain.end)
         if other is not None and other.small and other.source is pair.source:
-            raise Refusal(
+            raise MatchRejected(
                 "it is added to another adapter before the base layer's output",
                 "Add one adapter after the other: (base(x) + s·B(A(x))) + t·D(C(x))",
             )
         check_base(base)
     elif base_chain.end.op == "placeholder" and param_of(base_chain.end, scope) is None:
-        raise Refusal(
+        raise MatchRejected(
             "a graph break, or a variant of LoRA, stands between its base layer and its adapter",
             "Find the break with TORCH_LOGS=graph_breaks; the layer runs unmerged, as it was",
         )
     elif not isinstance(base, BaseLinear | RowsBaseLinear):
-        raise Refusal(
+        raise MatchRejected(
             f"the adapter is added to {base_chain.end.target!s}, not to a linear on a parameter "
             "(a quantized or wrapped base layer?)",
             "Use an unquantized nn.Linear as base",
@@ -194,7 +198,7 @@ def _complete(
     inside = {pair.b_node, pair.inner.end, *pair.inner.nodes, *up, *pair.b.parts}
     if before is None:
         if base_chain.factor != 1.0 or float(base_chain.dropout):
-            raise Refusal("the base output is scaled or dropped before the add", LEAVE)
+            raise MatchRejected("the base output is scaled or dropped before the add", LEAVE)
         own = {base_chain.end, *base_chain.nodes}
         own |= set(base.parts) if isinstance(base, Linear) else set()
         reads = casts(scope, base_chain.end, base.x, taken)
@@ -202,14 +206,14 @@ def _complete(
         own = {*before.nodes, *_above_anchor(scope, base_operand, before.anchor)}
         reads = casts(scope, before.anchor, before.x, taken - before.nodes)
     inside |= own
-    outer, x = peel(scope, pair.a.x, until=reads), reads[-1]
+    outer, x = strip_elementwise(scope, pair.a.x, until=reads), reads[-1]
     if outer.end not in reads:
-        raise Refusal("lora_A reads another input than the base layer", LEAVE)
+        raise MatchRejected("lora_A reads another input than the base layer", LEAVE)
     factor = float(factor)  # pins a SymFloat: another value compiles anew
     dropout, dropped = float(outer.dropout), None
     if float(pair.inner.dropout):
         if keep_dropout:
-            raise Refusal("a dropout stands between lora_A and lora_B", LEAVE)
+            raise MatchRejected("a dropout stands between lora_A and lora_B", LEAVE)
         dropout = float(either(dropout, pair.inner.dropout))
     scaling = float(factor * pair.inner.factor)
     if dropout and keep_dropout:
@@ -242,7 +246,7 @@ def _above_anchor(scope: Scope, node: fx.Node, anchor: fx.Node) -> set[fx.Node]:
     while node is not anchor:
         term = scope.term(node)
         if not isinstance(term, Cast):
-            raise Refusal("the output is scaled between two adapters", LEAVE)
+            raise MatchRejected("the output is scaled between two adapters", LEAVE)
         nodes.add(node)
         node = term.x
     return nodes
@@ -254,7 +258,7 @@ def _find_add(scope: Scope, b_node: fx.Node) -> tuple[fx.Node, fx.Node, list[fx.
     whole = scope.term(node)
     if isinstance(whole, AddLinear):
         if whole.beta != 1.0:
-            raise Refusal("the base output is scaled before the add", LEAVE)
+            raise MatchRejected("the base output is scaled before the add", LEAVE)
         return node, whole.left, [], whole.factor
     up: list[fx.Node] = []
     while len(node.users) == 1:
@@ -264,17 +268,17 @@ def _find_add(scope: Scope, b_node: fx.Node) -> tuple[fx.Node, fx.Node, list[fx.
             if term.right is node:
                 return user, term.left, up, factor * term.factor
             if term.factor != 1.0:
-                raise Refusal("the base output is scaled before the add", LEAVE)
+                raise MatchRejected("the base output is scaled before the add", LEAVE)
             return user, term.right, up, factor
         if isinstance(term, Scale):
             factor *= term.factor
         elif isinstance(term, Dropout) and float(term.p) > 0:
-            raise Refusal("a dropout follows lora_B", LEAVE)
+            raise MatchRejected("a dropout follows lora_B", LEAVE)
         elif not isinstance(term, Cast | Dropout):
             break
         up.append(user)
         node = user
-    raise Refusal(
+    raise MatchRejected(
         "the output of B(A(x)) is not added to a linear's output in this graph",
         "Only base(x) + s·B(A(x)) can be merged, no DoRA or other variant; it runs as it was",
     )
@@ -291,9 +295,9 @@ def _check_shapes(base: Linear | Prepared, pair: _Pair) -> None:
         rows, features = value_of(base.state[0]).shape
         out = rows - rank
         if out != b_out:
-            raise Refusal(
+            raise MatchRejected(
                 "prepare() merged an adapter of another rank",
                 "Call falqon_fx.restore(model), activate the adapter, then prepare() again",
             )
     if (out, features) != (b_out, a_in):
-        raise Refusal("the shapes of W, A and B don't belong together", LEAVE)
+        raise MatchRejected("the shapes of W, A and B don't belong together", LEAVE)
