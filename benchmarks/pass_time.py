@@ -30,11 +30,12 @@ from torch import fx, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import falqon_fx
+from falqon_fx.passes.pipeline import PASSES
 from falqon_fx.report.data import GraphReport
 
 LAYERS = (2, 4, 8, 16, 32, 64, 128)
 ROUNDS = 3
-STEPS = ("copy", "normalize", "match", "plan", "autotune", "insert_operands", "rewrite", "verify")
+STEPS = tuple(PASSES)
 
 
 def model(layers: int) -> nn.Module:

@@ -1,7 +1,7 @@
 """The backend: passes → inner compiler → the callable that brings each site's FP8 base along.
 
 torch.compile(model, backend="falqon")  ──▶  falqon(gm, example_inputs)
-    rewrite    normalize → match → plan → autotune → insert operands → rewrite → verify
+    rewrite    the passes, in the order of `falqon_fx.passes.pipeline`
     compile    inductor (on a GPU with falqon ops opened below autograd), aot_eager or eager
     per call   look up the FP8 base of each W → run
 """
@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -24,14 +24,12 @@ from falqon_fx._compat import value_of
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError, SiteError
 from falqon_fx.ops.decompositions import decompositions
-from falqon_fx.passes.autotune import autotune
-from falqon_fx.passes.insert_operands import BaseNodes, Operands, insert_operands
-from falqon_fx.passes.match.pair import match
-from falqon_fx.passes.normalize import Scope, attribute, normalize
-from falqon_fx.passes.plan import Plan, plan
+from falqon_fx.passes import pipeline
+from falqon_fx.passes.insert_operands import BaseNodes, Operands
 from falqon_fx.passes.recompute_weights import recompute_weights
-from falqon_fx.passes.rewrite import rewrite as rewrite_sites
-from falqon_fx.passes.verify import operations, verify, wiring
+from falqon_fx.passes.scope import attribute
+from falqon_fx.passes.verify import operations
+from falqon_fx.passes.work import Work
 from falqon_fx.report.data import GraphReport
 from falqon_fx.report.passlog import PassLog
 from falqon_fx.report.paths import ModulePaths
@@ -201,52 +199,21 @@ def rewrite(
         FalqonError: a site that can't be trained rightly as asked.
     """
     config = config or FalqonConfig()
-    clock = PassLog()
-    with clock("copy"):
-        copy = clock.gm = _copy(gm)
-    with clock("normalize"):
-        root: Scope = normalize(copy, gm.graph.process_inputs(*example_inputs))
-        before = wiring(root)
-    with clock("match"):
-        matches, rejected = match(root, keep_dropout=config.dropout == "exact")
-    with clock("plan"):
-        chosen: Plan = plan(root, matches, rejected, config)
-    with clock("autotune"):
-        chosen = autotune(chosen, time=tune)
-    with clock("insert_operands"):
-        operands = insert_operands(chosen)
-    with clock("rewrite"):
-        rewrite_sites(chosen, operands)
-    with clock("verify"):
-        after = verify(chosen, operands, before)
+    inputs, log = gm.graph.process_inputs(*example_inputs), PassLog()
+    work = Work(gm, inputs, config, tune)
+    pipeline.run(work, log)
     graph = GraphReport(
-        sites=tuple(site.report for site in chosen.sites),
-        rejected=chosen.rejected,
-        left=chosen.left,
-        nodes_before=len(operations(before)),
-        nodes_after=len(operations(after)),
-        pass_seconds=clock.seconds,
+        sites=tuple(site.report for site in work.plan.sites),
+        rejected=work.plan.rejected,
+        left=work.plan.left,
+        notes=tuple(work.notes),
+        nodes_before=len(operations(work.before)),
+        nodes_after=len(operations(work.after)),
+        pass_seconds=log.seconds,
     )
     report = RewriteReport((graph,), config.texts())
-    clock.finish(report)
-    return RewriteResult(copy, report, operands, config, gm.graph)
-
-
-def _copy(gm: fx.GraphModule) -> fx.GraphModule:
-    """Dynamo goes on using the graph it gave us, so the passes edit a copy."""
-    graph = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(gm.graph, mapping, return_output_node=True)
-    assert output is not None
-    value, old_output = cast(tuple[Any, fx.Node], output)
-    node = graph.output(value, getattr(old_output, "type", None))
-    node.meta.update(old_output.meta)
-    copy = fx.GraphModule(gm, graph)
-    copy.meta.update(gm.meta)
-    _compat.copy_dynamo_attributes(gm, copy)
-    for _, name, body in list(_compat.checkpoint_bodies(copy)):
-        setattr(copy, name, _copy(body))
-    return copy
+    log.finish(report)
+    return RewriteResult(work.gm, report, work.operands, config, gm.graph)
 
 
 def _compile(

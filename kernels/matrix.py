@@ -4,7 +4,7 @@
 
 Prints registers, spilled bytes, shared memory and tensor-core instructions of each kernel on each
 architecture, and fails where compiled code breaks a rule (`problems`) or is worse than in the
-committed table, `kernels/compiled.csv`. --accept writes that table anew.
+committed table, `kernels/compiled.csv`. --accept writes what was compiled into that table.
 """
 
 from __future__ import annotations
@@ -15,33 +15,35 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import triton
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from falqon_fx.config import Granularity
-from falqon_fx.kernels.activation_cast import launch as activation_cast
-from falqon_fx.kernels.activation_cast.spec import ActivationCastSpec
+from falqon_fx.kernels.activation_cast import examples as activation_cast
 from falqon_fx.kernels.aot import ARCHITECTURES, CompiledKernel, compile_ahead
-from falqon_fx.kernels.gemm import launch as gemm
+from falqon_fx.kernels.gemm import examples as gemm
 from falqon_fx.kernels.gemm.spec import GemmSpec
-from falqon_fx.kernels.gemm.tiles import GemmProblem, gemm_specs
-from falqon_fx.kernels.grad_b import launch as grad_b_launch
-from falqon_fx.kernels.grad_b.spec import GradBSpec
+from falqon_fx.kernels.grad_b import examples as grad_b
+from falqon_fx.kernels.kernel import Kernel
 from falqon_fx.kernels.loader import load
-from falqon_fx.kernels.spec import Fp8Format, KernelSpec
-from falqon_fx.kernels.transpose import kept as stored
-from falqon_fx.kernels.transpose import launch as transpose_launch
-from falqon_fx.kernels.transpose.spec import StoredSpec, TransposeSpec
-from falqon_fx.kernels.update import launch as update
-from falqon_fx.kernels.update.spec import UpdateSpec
+from falqon_fx.kernels.spec import KernelSpec
+from falqon_fx.kernels.transpose import examples as transpose
+from falqon_fx.kernels.update import examples as update
 
+KERNELS: tuple[Kernel[Any], ...] = (
+    gemm.KERNEL,
+    transpose.KERNEL,
+    transpose.STORED,
+    grad_b.KERNEL,
+    update.KERNEL,
+    activation_cast.KERNEL,
+)
 COMMITTED = Path(__file__).with_name("compiled.csv")
 # Shared memory that a program may take, bytes (CUDA C++ Programming Guide, compute capabilities).
 _SHARED = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -78,154 +80,31 @@ class Line:
 def matrix() -> list[tuple[KernelSpec, tuple[int, ...]]]:
     """Specs and the architectures that may run them, each spec once."""
     found: dict[KernelSpec, list[int]] = {}
-    for architecture in (80, *ARCHITECTURES):
-        for problem in _gemm_problems(architecture):
-            for product in gemm_specs(problem, architecture):
-                found.setdefault(product, []).append(architecture)
-    for spec in _others():
-        found[spec] = list(ARCHITECTURES)
-    for spec in _others():
-        found.setdefault(_below_fp8(spec), []).insert(0, 80)
+    for kernel in KERNELS:
+        for architecture in (80, *ARCHITECTURES):
+            for spec in kernel.ahead(architecture):
+                found.setdefault(spec, []).append(architecture)
     return [(spec, tuple(dict.fromkeys(where))) for spec, where in found.items()]
 
 
-def _gemm_problems(architecture: int) -> Iterator[GemmProblem]:
-    """Llama's shapes in every form that the plan gives them."""
-    site = GemmProblem(
-        n=4096,
-        k=4096,
-        rows=(4096, 64),
-        a_pieces=1,
-        x="e4m3",
-        x_scale="row",
-        w_scale="row",
-        out_dtype="bfloat16",
-        a_dtype="bfloat16",
-        one_tensor=True,
-    )
-    only_a = replace(site, rows=(64,))
-    frozen = replace(site, rows=(4096,), a_pieces=0)
-    adapted = replace(site, rows=(4096,), a_pieces=0, rank=64)
-    grad_x = replace(site, rows=(4096,), a_pieces=0, x="e5m2", w_scale="none")
-    yield site
-    yield only_a
-    yield frozen
-    yield adapted
-    yield grad_x
-    yield replace(grad_x, rank=64)
-    if architecture == 80:
-        return
-    yield replace(site, x_scale="tensor", w_scale="tensor")
-    yield replace(grad_x, x_scale="tensor", w_scale="tensor")
-    yield replace(adapted, rank=16)
-    yield replace(adapted, bias="bfloat16")
-    yield replace(site, bias="bfloat16")
-    yield replace(site, out_dtype="float16", a_dtype="float32")
-    # q, k, v of a grouped-query model and gate, up: weights apart, so pointers.
-    yield replace(site, rows=(4096, 1024, 1024, 64, 64, 64), a_pieces=3, one_tensor=False)
-    yield replace(adapted, rows=(4096, 1024, 1024), one_tensor=False)
-    yield replace(only_a, rows=(64, 64, 64), a_pieces=3, one_tensor=False)
-    yield replace(grad_x, rank=192, more_k=(1024, 1024))
-    # Some of them frozen: k and v, k alone beside two adapters, all three.
-    yield replace(frozen, rows=(1024, 1024), one_tensor=False)
-    yield replace(only_a, rows=(64, 64), a_pieces=2, one_tensor=False)
-    yield replace(grad_x, rank=64, more_k=(1024, 1024))
-    yield replace(grad_x, more_k=(1024, 1024))
-    yield replace(site, rows=(11008, 11008, 64, 64), a_pieces=2, one_tensor=False)
-    yield replace(adapted, rows=(11008, 11008), one_tensor=False)
-    yield replace(grad_x, rank=128, more_k=(11008,))
-    yield replace(adapted, rank=128)
-    yield replace(adapted, rank=256)
-    yield replace(adapted, x_scale="tensor", w_scale="tensor")
-    # float16 and float32 models.
-    yield replace(adapted, out_dtype="float16", a_dtype="float32")
-    yield replace(only_a, out_dtype="float16", a_dtype="float32")
-    yield replace(site, out_dtype="float32", a_dtype="float32")
-    yield replace(grad_x, out_dtype="float32", a_dtype="float32")
-    yield replace(grad_x, out_dtype="float32", a_dtype="float32", more_k=(1024, 1024))
-    if architecture == 90:
-        yield replace(site, accumulation="promoted")
-    if architecture == 100:
-        yield replace(grad_x, layout="kn")
-        yield replace(grad_x, x="e4m3")
-
-
-def _below_fp8(spec: KernelSpec) -> KernelSpec:
-    """The same for sm_80, which casts by integer steps."""
-    if isinstance(spec, UpdateSpec | ActivationCastSpec):
-        return replace(spec, cast="integer")
-    return spec
-
-
-def _others() -> Iterator[KernelSpec]:
-    yield TransposeSpec()
-    yield StoredSpec()
-    for rank in (16, 64, 128, 256):
-        yield GradBSpec.for_rank(rank, grad_dtype="bfloat16", a_dtype="bfloat16", b_dtype="float32")
-    yield GradBSpec.for_rank(64, grad_dtype="float16", a_dtype="float32", b_dtype="float32")
-    row = UpdateSpec(
-        b_dtype="float32",
-        a_dtype="float32",
-        applied_dtype="bfloat16",
-        base_dtype="none",
-        granularity="row",
-        scale="pow2",
-        rounding="stochastic",
-        drop=False,
-        cast="hardware",
-        rank=64,
-        aligned=True,
-        base_aligned=False,
-        rows=1,
-        width=4096,
-        loop=False,
-        num_warps=8,
-    )
-    yield row
-    pieces = replace(row, rows=4, width=1024, loop=True, num_warps=4)
-    yield pieces
-    yield replace(pieces, base_dtype="bfloat16", base_aligned=True)
-    yield replace(row, b_dtype="bfloat16", a_dtype="bfloat16", rank=16)
-    tensor = replace(row, granularity="tensor", scale="amax", rounding="nearest")
-    yield replace(tensor, drop=True, applied_dtype="float32")
-    for granularity in get_args(Granularity):
-        for fp8 in get_args(Fp8Format):
-            yield ActivationCastSpec.for_width(
-                4096,
-                input_dtype="bfloat16",
-                fp8=fp8,
-                granularity=granularity,
-                scale="pow2",
-            )
+def kernel_of(spec: KernelSpec) -> Kernel[Any]:
+    """What the folder of a spec says of it."""
+    (kernel,) = (kernel for kernel in KERNELS if type(spec) is kernel.spec)
+    return kernel
 
 
 def compile_lines(spec: KernelSpec, architecture: int) -> Iterator[tuple[Line, CompiledKernel]]:
     """Each kernel of ``spec``, compiled for sm_``architecture``."""
-    module = load(spec, interpret=False)
-    for name, signature in _signatures(spec).items():
+    module, kernel = load(spec, interpret=False), kernel_of(spec)
+    for name, signature in kernel.signatures(spec).items():
         compiled = compile_ahead(
             getattr(module, name),
             signature,
             architecture,
-            4 if name in _FOUR_WARPS else int(spec.fields["num_warps"]),
+            kernel.warps(spec, name),
             int(spec.fields.get("num_stages", 3)),
         )
         yield _line(spec, name, compiled), compiled
-
-
-def _signatures(spec: KernelSpec) -> Mapping[str, Mapping[str, str]]:
-    if isinstance(spec, GemmSpec):
-        return gemm.signatures(spec)
-    if isinstance(spec, UpdateSpec):
-        return update.signatures(spec)
-    if isinstance(spec, StoredSpec):
-        return stored.signatures(spec)
-    if isinstance(spec, GradBSpec):
-        return grad_b_launch.signatures(spec)
-    if isinstance(spec, TransposeSpec):
-        return transpose_launch.signatures(spec)
-    assert isinstance(spec, ActivationCastSpec)
-    return activation_cast.signatures(spec)
 
 
 def _line(spec: KernelSpec, name: str, compiled: CompiledKernel) -> Line:
@@ -261,23 +140,18 @@ def _short(instruction: str) -> str:
 
 def problems(spec: KernelSpec, line: Line) -> list[str]:
     """The rules that a kernel's compiled code breaks."""
-    found = []
+    kernel, found = kernel_of(spec), []
     if line.spilled:
         found.append(f"{line.spilled} bytes spilled")
     if line.shared > _SHARED[line.architecture]:
         found.append(f"{line.shared} bytes of shared memory, the chip has less")
     if line.tensor_columns > _TENSOR_COLUMNS:
         found.append(f"{line.tensor_columns} columns of tensor memory, the chip has less")
-    if line.byte_accesses and line.kernel != "refresh":  # columns of bytes, few in a step
+    if line.byte_accesses and line.kernel not in kernel.bytewise:
         found.append(f"{line.byte_accesses} loads or stores of single bytes")
-    if not line.wide_loads and line.kernel not in _NARROW:
+    if not line.wide_loads and line.kernel not in kernel.narrow:
         found.append("no 16-byte loads")
     return found
-
-
-_FOUR_WARPS = {"fingerprint", "score", "select", "add_up"}
-# These read addresses and sizes out of a table, or a few numbers a row; 0.2% of a step in all.
-_NARROW = {"fingerprint", "score", "select", "cast_tiles", "refresh", "seal"}
 
 
 def instruction_problems(spec: KernelSpec, line: Line, compiled: CompiledKernel) -> list[str]:
@@ -328,7 +202,7 @@ def read(path: Path = COMMITTED) -> tuple[str, dict[tuple[str, str, int], Line]]
     return version.removeprefix("# Triton "), {line.key: line for line in lines}
 
 
-def _write(lines: list[Line]) -> None:
+def _write(lines: Iterable[Line]) -> None:
     with COMMITTED.open("w", newline="") as stream:
         stream.write(f"# Triton {triton.__version__}\n")
         writer = csv.DictWriter(stream, [field.name for field in fields(Line)], lineterminator="\n")
@@ -343,8 +217,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="specs whose name holds this text")
     args = parser.parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 200)
-    version, committed = read()
+    version, committed = read(COMMITTED)
     comparable = version == triton.__version__
+    if args.accept and args.only and not comparable:
+        parser.error(f"the table is of Triton {version or 'none'}: accept it as a whole")
     work = [
         (spec, architecture)
         for spec, where in matrix()
@@ -366,8 +242,10 @@ def main(argv: list[str] | None = None) -> int:
         console.print(f"The committed table is Triton {version or 'none'}'s: not compared.")
     for text in wrong:
         console.print(text, style="red", markup=False)
-    if args.accept and not args.only:
-        _write(lines)
+    if args.accept:
+        wanted = {(spec.name, architecture) for spec, where in matrix() for architecture in where}
+        table = (committed if comparable else {}) | {line.key: line for line in lines}
+        _write(line for line in table.values() if (line.spec, line.architecture) in wanted)
     return 1 if wrong else 0
 
 

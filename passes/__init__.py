@@ -1,1 +1,1 @@
-"""The passes: normalize, match, plan, autotune, rewrite, insert updates, verify; one a file."""
+"""The passes, one a file; `falqon_fx.passes.pipeline` runs them in their order."""

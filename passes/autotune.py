@@ -1,4 +1,4 @@
-"""Pass 4: on a GPU, time what could compute each group of sites, before the graph is compiled.
+"""On a GPU, time what could compute each group of sites, before the graph is compiled.
 
 Each group runs once, forward and backward, on random operands of its shapes: the choices between
 kernels (`falqon_fx.kernels.products.choice`) fall here, not in the first step.

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from falqon_fx.passes.match.dataflow import strip_elementwise
-from falqon_fx.passes.normalize import Scope
+from falqon_fx.passes.scope import Scope
 from falqon_fx.passes.terms import Add, Cast, Dropout, Linear, Param, Prepared, Scale
 
 

@@ -1,4 +1,4 @@
-"""Pass 5: bring what the sites' ops read into the graph: FP8 bases, and the adapters' casts.
+"""Bring what the sites' ops read into the graph: FP8 bases, and the adapters' casts.
 
 Each base W enters as two trailing placeholders, its E4M3 weight and its scale. The adapters are
 cast by one ``falqon::proxy_update`` at the head of the graph, for all its sites, from the
@@ -19,7 +19,6 @@ from torch import fx
 from falqon_fx._compat import mark_static_input, value_of
 from falqon_fx.ops import merged_linear
 from falqon_fx.ops.lowering import gemm_dtype
-from falqon_fx.passes.normalize import Scope
 from falqon_fx.passes.plan import Plan, SitePlan
 from falqon_fx.passes.rows import (
     RowsNodes,
@@ -29,6 +28,7 @@ from falqon_fx.passes.rows import (
     insert_write_back,
     operands_of,
 )
+from falqon_fx.passes.scope import Scope
 from falqon_fx.passes.slots import BaseSlot
 from falqon_fx.passes.terms import Param
 from falqon_fx.site.base import scale_shape

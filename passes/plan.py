@@ -1,4 +1,4 @@
-"""Pass 3: decide what becomes of each match: which base, which adapters, which spec, or why not."""
+"""Decide what becomes of each match: which base, which adapters, which spec, or why not."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from falqon_fx.passes.match.frozen import (
     wide_product,
 )
 from falqon_fx.passes.modes import transformed
-from falqon_fx.passes.normalize import Scope
 from falqon_fx.passes.rows import RowsSlot, check_rows, rows_slot
+from falqon_fx.passes.scope import Scope
 from falqon_fx.passes.siblings import group_siblings
 from falqon_fx.passes.slots import AdapterSlot, BaseSlot
 from falqon_fx.passes.terms import (

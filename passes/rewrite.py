@@ -1,4 +1,4 @@
-"""Pass 6: put ``falqon::merged_linear`` in the place of each planned group of siblings."""
+"""Put ``falqon::merged_linear`` in the place of each planned group of siblings."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import fx
 from falqon_fx._compat import value_of
 from falqon_fx.ops import merged_linear, wide_linear
 from falqon_fx.passes.insert_operands import AdapterNodes, Operands, SiteNodes
-from falqon_fx.passes.normalize import Scope
 from falqon_fx.passes.plan import Plan, SitePlan
+from falqon_fx.passes.scope import Scope
 from falqon_fx.passes.terms import Param
 from falqon_fx.passes.vocabulary import LINEAR, linear_arguments
 

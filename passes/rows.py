@@ -13,7 +13,7 @@ from falqon_fx._compat import mark_static_input, value_of
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
 from falqon_fx.passes.match.dataflow import LEAVE, Match
-from falqon_fx.passes.normalize import Scope
+from falqon_fx.passes.scope import Scope
 from falqon_fx.passes.terms import Param, RowsBaseLinear
 from falqon_fx.rows.state import IN_GRAPH, allocate
 from falqon_fx.site.spec import RowsSpec

@@ -1,4 +1,4 @@
-"""Pass 7: check the rewritten graph; a failure is a bug of the passes, never of the user.
+"""Check the rewritten graph; a failure is a bug of the passes, never of the user.
 
 Every node is accounted for: those of the sites are gone, those that the passes add are counted and
 read what the plan says, and all others are as they were but for reading a site's new result.
@@ -18,10 +18,10 @@ from falqon_fx._compat import value_of
 from falqon_fx.ops import merged_linear
 from falqon_fx.passes.insert_operands import AdapterNodes, Operands, casts_per_adapter
 from falqon_fx.passes.match.dataflow import shape
-from falqon_fx.passes.normalize import Scope, attribute
 from falqon_fx.passes.plan import Plan, SitePlan
 from falqon_fx.passes.rewrite import adapter_inputs, arguments, widened
 from falqon_fx.passes.rows import RowsNodes
+from falqon_fx.passes.scope import Scope, attribute
 from falqon_fx.passes.terms import BaseLinear, Linear, Param
 from falqon_fx.site.spec import RowsSpec
 

@@ -34,8 +34,7 @@ OTHER_MODULES: dict[Any, str] = {
     nn.Conv3d: "a convolution",
 }
 EINSUM = {torch.einsum, aten.einsum.default}
-PRODUCTS: set[Any] = {*LINEAR, *MATMUL, *ADDMM, *EINSUM, *OTHER}
-PRODUCTS |= {torch.bmm, torch.baddbmm, aten.bmm.default, aten.baddbmm.default}
+BATCHED = {torch.bmm, torch.baddbmm, aten.bmm.default, aten.baddbmm.default}
 PRODUCT_METHODS = {"matmul", "mm", "bmm", "addmm", "baddbmm", "__matmul__"}
 MOVES: set[Any] = {torch.unsqueeze, torch.squeeze, torch.permute, torch.split, torch.chunk}
 MOVES |= {torch.movedim, torch.cat, operator.getitem, aten.unsqueeze.default, aten.permute.default}

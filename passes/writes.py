@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from falqon_fx._compat import OpOverload, unwrap_transforms, value_of
-from falqon_fx.passes.normalize import Scope
+from falqon_fx.passes.scope import Scope
 
 
 def written(node: fx.Node) -> list[fx.Node]:

@@ -11,6 +11,9 @@ from torch import nn
 
 import falqon_fx
 from falqon_fx import FalqonError
+from falqon_fx.passes.pipeline import PASSES
+from falqon_fx.passes.work import Work
+from falqon_fx.report.data import Note
 from falqon_fx.report.paths import modules_of, tensors_of
 from tests.models import LoraLinear, Stack, tiny_llama
 
@@ -54,6 +57,18 @@ def test_paths_are_those_of_the_whole_model_behind_graph_breaks():
     assert [site.path for site in report.sites] == wanted
     # The first graphs, or some of them, serve the second block too: no pass ran again for those.
     assert {bool(graph.pass_seconds) for graph in report.graphs if graph.sites} == {True, False}
+
+
+def test_what_a_pass_notes_has_the_paths_of_the_whole_model(monkeypatch):
+    def note(work: Work) -> None:
+        work.notes += [Note(site.report.path, "seen") for site in work.plan.sites]
+
+    monkeypatch.setitem(PASSES, "note", note)
+    report = falqon_fx.explain(Broken(BrokenBlock), torch.randn(3, 32))
+    noted = [note.site for graph in report.graphs for note in graph.notes]
+    assert noted == [site.path for site in report.sites]
+    assert noted[-1] == "layers.1.down"
+    assert "note" in report.graphs[0].pass_seconds
 
 
 class Shared(nn.Module):

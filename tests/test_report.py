@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from falqon_fx import FalqonConfig, GraphReport, Rejected, RewriteReport, Site
-from falqon_fx.report.data import Cost, GraphBreak, Memory, Source
+from falqon_fx.report.data import Cost, GraphBreak, Memory, Note, Source
 from falqon_fx.report.text import CAST_ERROR
 from falqon_fx.site.numerics import E4M3, E5M2, amax_to_scale, round_to_fp8
 
@@ -264,6 +265,21 @@ def test_graphs_that_end_at_one_line_share_a_row():
 
 def test_notes_are_printed():
     assert "no cache" in str(RewriteReport((), notes=("no cache",)))
+
+
+def test_notes_of_passes_are_printed_once_for_each_site_and_survive_json():
+    notes = tuple(Note(site, "few tokens") for site in ("a.q", "a.k"))
+    made = RewriteReport((GraphReport((SITE,), (), 9, 3, notes=notes),) * 2)
+    text = str(made)
+    assert [text.count(f"{note.site}: few tokens.") for note in notes] == [1, 1]
+    assert RewriteReport.from_json(made.to_json()) == made
+
+
+def test_a_report_from_before_passes_had_notes_is_read():
+    made = RewriteReport((GraphReport((SITE,), (), 9, 3),))
+    tree = json.loads(made.to_json())
+    del tree["graphs"][0]["notes"]
+    assert RewriteReport.from_json(json.dumps(tree)) == made
 
 
 def test_an_empty_report_has_a_text():

@@ -200,11 +200,23 @@ class Audit:
 
 
 @dataclass(frozen=True)
+class Note:
+    """What a pass has to say of one site."""
+
+    site: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.site}: {self.text}."
+
+
+@dataclass(frozen=True)
 class GraphReport:
     """One graph that went through the passes.
 
     Attributes:
         left: frozen linear layers that stay as they are: heads, routers, small ones.
+        notes: what passes say of single sites.
         ended_by: the graph break behind it, None where the function simply returned.
         before, after: the graph as text (`explain` alone fills them in).
     """
@@ -214,6 +226,7 @@ class GraphReport:
     nodes_before: int
     nodes_after: int
     left: tuple[Rejected, ...] = ()
+    notes: tuple[Note, ...] = ()
     pass_seconds: dict[str, float] = field(default_factory=dict)
     ended_by: GraphBreak | None = None
     before: tuple[Line, ...] = ()

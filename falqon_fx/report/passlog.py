@@ -10,9 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from torch import fx
@@ -27,29 +24,25 @@ log = logging.getLogger(__name__)
 
 
 class PassLog:
-    """The passes over one graph: ``with passes("match"): ...``."""
+    """The passes over one graph, each with the seconds that it took."""
 
     def __init__(self) -> None:
-        self.gm: fx.GraphModule | None = None
         self.seconds: dict[str, float] = {}
         self._folder = _folder()
 
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Time the pass, and put the graph behind it on record."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start
-        label = f"{len(self.seconds) - 1}_{name}"
-        _compat.trace_artifact(f"falqon_{label}", self._text)
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug("graph after %s:\n%s", name, self._text())
-        if self._folder is not None:
-            (self._folder / f"{label}.txt").write_text(self._text(), encoding="utf-8")
+    def add(self, name: str, seconds: float, gm: fx.GraphModule) -> None:
+        """Put a pass and the graph behind it on record."""
 
-    def _text(self) -> str:
-        assert self.gm is not None
-        return "".join(f"{line.text}\n" for line in listing(self.gm))
+        def text() -> str:
+            return "".join(f"{line.text}\n" for line in listing(gm))
+
+        label = f"{len(self.seconds)}_{name}"
+        self.seconds[name] = seconds
+        _compat.trace_artifact(f"falqon_{label}", text)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("graph after %s:\n%s", name, text())
+        if self._folder is not None:
+            (self._folder / f"{label}.txt").write_text(text(), encoding="utf-8")
 
     def finish(self, report: RewriteReport) -> None:
         """Put the report on record, and the sites' kernels and repros."""

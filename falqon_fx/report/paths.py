@@ -114,6 +114,7 @@ class ModulePaths:
             sites=tuple(replace(s, path=paths.get(s.path, s.path)) for s in report.sites),
             rejected=tuple(map(self._refusal, named(report.rejected))),
             left=tuple(named(report.left)),
+            notes=tuple(replace(n, site=paths.get(n.site, n.site)) for n in report.notes),
         )
 
     def _refusal(self, item: Rejected) -> Rejected:

@@ -38,6 +38,8 @@ def to_text(report: Graphs) -> str:
         console.print(_graphs(report.graphs))
     for line in [*_totals(report), *report.notes]:
         console.print(line)
+    for note in dict.fromkeys(note for graph in report.graphs for note in graph.notes):
+        console.print(str(note))
     return console.export_text()
 
 

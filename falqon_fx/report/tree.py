@@ -19,7 +19,10 @@ def build(kind: Any, value: Any) -> Any:
         return {inner[0](key): item for key, item in value.items()}
     if is_dataclass(kind):
         hints = typing.get_type_hints(kind)
-        known = {f.name: build(hints[f.name], value[f.name]) for f in fields(kind)}
+        # A report of an earlier version lacks the fields that came since.
+        known = {
+            f.name: build(hints[f.name], value[f.name]) for f in fields(kind) if f.name in value
+        }
         return kind(**known)  # type: ignore[operator]
     return value
 

@@ -150,3 +150,5 @@ def _backward_base(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 rows_base_linear.register_autograd(_backward_base, setup_context=_save_base)
+
+BASE_LINEAR = torch.ops.falqon.rows_base_linear

@@ -225,8 +225,8 @@ def grad_b(
     def generated(spec: GradBSpec) -> list[Tensor]:
         return [grad_b_launch.grad_b(grad, out_a, scaling, spec)]
 
-    made = partial(_grad_b_spec, grad, out_a, b_dtype)
-    return _pair(f"dL/dB out={grad.shape[1]}", grad, made, generated, plain, kernel)
+    made = partial(_grad_b_specs, grad, out_a, b_dtype)
+    return _contest(f"dL/dB out={grad.shape[1]}", grad, made, generated, plain, kernel)
 
 
 def cast_fp8(x: Tensor, dtype: torch.dtype, spec: str) -> Contest:
@@ -241,16 +241,16 @@ def cast_fp8(x: Tensor, dtype: torch.dtype, spec: str) -> Contest:
     def generated(made: ActivationCastSpec) -> list[Tensor]:
         return [*activation_cast(x, made)]
 
-    made = partial(_cast_spec, x.shape[1], x.dtype, dtype, spec, hardware)
-    return _pair(f"cast width={x.shape[1]}", x, made, generated, plain, parse_spec(spec).kernel)
+    made = partial(_cast_specs, x.shape[1], x.dtype, dtype, spec, hardware)
+    return _contest(f"cast width={x.shape[1]}", x, made, generated, plain, parse_spec(spec).kernel)
 
 
 @functools.lru_cache(maxsize=4096)
-def _cast_spec(
+def _cast_specs(
     width: int, input_dtype: torch.dtype, dtype: torch.dtype, spec: str, hardware: bool
-) -> ActivationCastSpec:
+) -> tuple[ActivationCastSpec, ...]:
     plan = parse_spec(spec)
-    return ActivationCastSpec.for_width(
+    made = ActivationCastSpec.for_width(
         width,
         input_dtype=dtype_name(input_dtype),
         fp8=fp8_format(dtype),
@@ -258,48 +258,50 @@ def _cast_spec(
         scale=plan.scale,
         cast="hardware" if hardware else "integer",
     )
+    return (made,)
 
 
-def _pair(
+def _contest(
     what: str,
     like: Tensor,
-    made: Callable[[], S],
+    made: Callable[[], Sequence[S]],
     generated: Callable[[S], list[Tensor]],
     plain: Candidate,
     kernel: str,
 ) -> Contest:
-    """A generated kernel, of the spec that is ``made``, against ATen."""
+    """Generated kernels, of the specs that are ``made``, against ATen."""
     why = _untried(runs_interpreted(like))
+    candidates: dict[str, Candidate] = {}
     try:
-        spec = made()
+        for spec in made():
+            run = partial(_refuse, why) if why else partial(generated, spec)
+            candidates[f"triton:{spec.name}"] = run
     except ValueError as error:  # a dtype that no spec has
-        name, run = "triton", partial(_refuse, str(error))
-    else:
-        name = f"triton:{spec.name}"
-        run = partial(_refuse, why) if why else partial(generated, spec)
+        candidates["triton"] = partial(_refuse, str(error))
     wanted = kernel if kernel in ("triton", "dequantize") else "auto"
-    key = f"{what} n={bucket(len(like))} {like.dtype} {name}"
-    return Contest(key, {name: run, "dequantize": plain}, like, wanted)
+    key = f"{what} n={bucket(len(like))} {like.dtype} {' '.join(candidates)}"
+    return Contest(key, {**candidates, "dequantize": plain}, like, wanted)
 
 
-def _grad_b_spec(grad: Tensor, out_a: Tensor, b_dtype: torch.dtype) -> GradBSpec:
+def _grad_b_specs(grad: Tensor, out_a: Tensor, b_dtype: torch.dtype) -> tuple[GradBSpec, ...]:
     dtypes = (dtype_name(grad.dtype), dtype_name(out_a.dtype), dtype_name(b_dtype))
-    return _known_grad_b_spec(out_a.shape[1], dtypes, runs_interpreted(grad))
+    return _known_grad_b_specs(out_a.shape[1], dtypes, runs_interpreted(grad))
 
 
 @functools.lru_cache(maxsize=4096)
-def _known_grad_b_spec(
+def _known_grad_b_specs(
     rank: int,
     dtypes: tuple[InputDtype, InputDtype, InputDtype],
     interpreted: bool,
-) -> GradBSpec:
-    return GradBSpec.for_rank(
+) -> tuple[GradBSpec, ...]:
+    made = GradBSpec.for_rank(
         rank,
         grad_dtype=dtypes[0],
         a_dtype=dtypes[1],
         b_dtype=dtypes[2],
         operands="float32" if interpreted else "native",
     )
+    return (made,)
 
 
 def forward_choice(device: torch.device, problem: GemmProblem, kernel: str) -> Choice | None:

@@ -1,1 +1,1 @@
-"""Pass 2, matching: what belongs to a site, and why a LoRA-like pair is none."""
+"""Matching: what belongs to a site, and why a LoRA-like pair is none."""

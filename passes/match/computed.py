@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from falqon_fx.passes.normalize import Scope, are_nodes, is_transpose, param_of
+from falqon_fx.passes.scope import Scope, are_nodes, is_transpose, param_of
 from falqon_fx.passes.terms import Param
 from falqon_fx.passes.vocabulary import LINEAR, MATMUL, METHODS
 

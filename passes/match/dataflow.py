@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from falqon_fx._compat import is_dtensor, is_plain, value_of
-from falqon_fx.passes.normalize import Scope
+from falqon_fx.passes.scope import Scope
 from falqon_fx.passes.terms import Cast, Dropout, Linear, Param, Prepared, Scale
 from falqon_fx.passes.writes import memory_of, written
 

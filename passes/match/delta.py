@@ -28,7 +28,7 @@ from falqon_fx.passes.match.dataflow import (
     strip_elementwise,
     trailing_cast,
 )
-from falqon_fx.passes.normalize import Scope, param_of
+from falqon_fx.passes.scope import Scope, param_of
 from falqon_fx.passes.terms import Add, Linear, Param
 
 

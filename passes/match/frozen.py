@@ -23,7 +23,7 @@ from falqon_fx.passes.match.dataflow import (
     trailing_cast,
 )
 from falqon_fx.passes.modes import may_autocast
-from falqon_fx.passes.normalize import Scope
+from falqon_fx.passes.scope import Scope
 from falqon_fx.passes.terms import BaseLinear, Linear, UnsupportedAdapted
 from falqon_fx.passes.vocabulary import LINEAR
 

@@ -1,4 +1,4 @@
-"""Pass 2: find base(x) + Σ s · B(A(x)) by data flow, and say why a LoRA-like pair is not one."""
+"""Find base(x) + Σ s · B(A(x)) by data flow, and say why a LoRA-like pair is not one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from falqon_fx.passes.match.dataflow import (
 )
 from falqon_fx.passes.match.delta import match_delta
 from falqon_fx.passes.match.unmatched import named_as_lora, named_lora, unmatched
-from falqon_fx.passes.normalize import Scope, param_of
+from falqon_fx.passes.scope import Scope, param_of
 from falqon_fx.passes.terms import (
     Add,
     AddLinear,

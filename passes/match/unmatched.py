@@ -12,10 +12,11 @@ from collections.abc import Iterator, Sequence
 from torch import fx
 
 from falqon_fx._compat import OpOverload, source_path
+from falqon_fx.passes.dialects import PRODUCTS
 from falqon_fx.passes.match.dataflow import Match, RejectedMatch
-from falqon_fx.passes.normalize import Scope, is_transpose, is_view, param_of
+from falqon_fx.passes.scope import Scope, is_transpose, is_view, param_of
 from falqon_fx.passes.terms import Cast, Dropout, Linear, Param, Scale
-from falqon_fx.passes.vocabulary import MOVE_METHODS, MOVES, PRODUCT_METHODS, PRODUCTS
+from falqon_fx.passes.vocabulary import BATCHED, MOVE_METHODS, MOVES, PRODUCT_METHODS
 
 _STEPS = 16  # views, casts and scalings between two products that are looked through
 
@@ -151,7 +152,7 @@ def is_product(node: fx.Node) -> bool:
     """Whether a node multiplies matrices, of whatever shape."""
     if node.op == "call_method":
         return node.target in PRODUCT_METHODS
-    return node.op == "call_function" and node.target in PRODUCTS
+    return node.op == "call_function" and (node.target in PRODUCTS or node.target in BATCHED)
 
 
 def only_moves(node: fx.Node) -> bool:

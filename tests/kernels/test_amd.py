@@ -11,7 +11,7 @@ from falqon_fx.kernels.activation_cast.spec import ActivationCastSpec
 from falqon_fx.kernels.aot import compile_for_amd
 from falqon_fx.kernels.gemm.spec import GemmSpec
 from falqon_fx.kernels.loader import load
-from falqon_fx.kernels.matrix import _FOUR_WARPS, _signatures, matrix
+from falqon_fx.kernels.matrix import kernel_of, matrix
 
 NATIVE = r"v_mfma_f32_\w+_f8f6f4"
 DECODED = r"v_mfma_f32_\w+_f16"
@@ -43,9 +43,9 @@ def variants():
 
 
 def assemblies(spec, architecture):
-    module = load(spec)
-    for name, signature in _signatures(spec).items():
-        warps = 4 if name in _FOUR_WARPS else int(spec.fields["num_warps"])
+    module, kernel = load(spec), kernel_of(spec)
+    for name, signature in kernel.signatures(spec).items():
+        warps = kernel.warps(spec, name)
         yield compile_for_amd(getattr(module, name), signature, architecture, warps)
 
 

@@ -108,9 +108,48 @@ def test_a_regression_fails_the_command(monkeypatch, capsys):
     assert main(["--only", "transpose"]) == 0
     ((line, _),) = compile_lines(spec, 90)
     better = replace(line, registers=line.registers - 1)
-    monkeypatch.setattr(module, "read", lambda: (triton.__version__, {line.key: better}))
+    monkeypatch.setattr(module, "read", lambda _: (triton.__version__, {line.key: better}))
     assert main(["--only", "transpose"]) == 1
     assert "registers" in capsys.readouterr().out
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """A copy of the committed table that may be written, of the Triton that is here."""
+    path = tmp_path / "compiled.csv"
+    _, *rows = module.COMMITTED.read_text().splitlines(keepends=True)
+    path.write_text("".join([f"# Triton {triton.__version__}\n", *rows]))
+    monkeypatch.setattr(module, "COMMITTED", path)
+    return path
+
+
+def test_accept_writes_what_was_compiled_and_keeps_the_other_lines(table):
+    whole = table.read_text()
+    ours = [line for line in whole.splitlines(keepends=True) if line.startswith("transpose_128")]
+    table.write_text(whole.replace(ours[1], ""))
+    assert main(["--only", "transpose_128", "--accept"]) == 0
+    lines = table.read_text().splitlines(keepends=True)
+    assert sorted(lines) == sorted(whole.splitlines(keepends=True))
+    assert lines[-1] == ours[1]
+    assert main(["--only", "transpose_128", "--accept"]) == 0
+    assert table.read_text().splitlines(keepends=True) == lines
+
+
+def test_accept_drops_the_lines_of_kernels_that_are_gone(table):
+    whole = table.read_text()
+    gone = "no_such_kernel,gemm,90,1,0,0,0,,1,0\n"
+    table.write_text(whole + gone)
+    assert main(["--only", "transpose_128", "--accept"]) == 0
+    assert gone not in table.read_text()
+
+
+def test_a_part_of_another_tritons_table_is_not_accepted(table, capsys):
+    other = table.read_text().replace(triton.__version__, "1.0", 1)
+    table.write_text(other)
+    with pytest.raises(SystemExit):
+        main(["--only", "transpose_128", "--accept"])
+    assert "of Triton 1.0" in capsys.readouterr().err
+    assert table.read_text() == other
 
 
 PROBLEM = GemmProblem(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import peft
@@ -14,12 +15,11 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from falqon_fx import FalqonConfig, RewriteResult, prepare, rewrite
-from falqon_fx.passes.insert_operands import Operands, insert_operands
-from falqon_fx.passes.match.pair import match
-from falqon_fx.passes.normalize import Scope, normalize
-from falqon_fx.passes.plan import Plan, plan
-from falqon_fx.passes.rewrite import rewrite as rewrite_sites
-from falqon_fx.passes.verify import Wiring, verify, wiring
+from falqon_fx.passes.insert_operands import Operands
+from falqon_fx.passes.pipeline import PASSES
+from falqon_fx.passes.plan import Plan
+from falqon_fx.passes.verify import Wiring, verify
+from falqon_fx.passes.work import Work
 from tests.models import fill_b
 from tests.sites import randn
 from tests.spellings import HandWritten, Passes, Spelling, targets
@@ -124,14 +124,10 @@ def values(gm: fx.GraphModule, x: Tensor) -> list[Any]:
 
 
 def passes(gm: fx.GraphModule, inputs: list[Any], **options: Any) -> Rewritten:
-    root: Scope = normalize(gm, inputs)
-    before = wiring(root)
-    config = FalqonConfig(**options)
-    matches, rejected = match(root, keep_dropout=config.dropout == "exact")
-    chosen = plan(root, matches, rejected, config)
-    operands = insert_operands(chosen)
-    rewrite_sites(chosen, operands)
-    return Rewritten(chosen, operands, before)
+    work = Work(gm, inputs, FalqonConfig(**options))
+    for step in takewhile(lambda step: step is not PASSES["verify"], PASSES.values()):
+        step(work)
+    return Rewritten(work.plan, work.operands, work.before)
 
 
 @pytest.fixture(params=FRONTENDS)

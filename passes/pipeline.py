@@ -1,0 +1,75 @@
+"""The pipeline: the passes in their order.
+
+A pass is a function in a file of its own. Its step, here, says what of the `Work` it reads and what
+it fills in. To add one: docs/guides/add-a-pass.md.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+from falqon_fx.passes.autotune import autotune
+from falqon_fx.passes.copy_graph import copy_graph
+from falqon_fx.passes.insert_operands import insert_operands
+from falqon_fx.passes.match.pair import match
+from falqon_fx.passes.normalize import normalize
+from falqon_fx.passes.plan import plan
+from falqon_fx.passes.rewrite import rewrite
+from falqon_fx.passes.verify import verify, wiring
+from falqon_fx.passes.work import Work
+from falqon_fx.report.passlog import PassLog
+
+
+def _copy(work: Work) -> None:
+    work.gm = copy_graph(work.given)
+
+
+def _normalize(work: Work) -> None:
+    work.root = normalize(work.gm, work.inputs)
+    work.before = wiring(work.root)
+
+
+def _match(work: Work) -> None:
+    keep_dropout = work.config.dropout == "exact"
+    work.matches, work.rejected = match(work.root, keep_dropout)
+
+
+def _plan(work: Work) -> None:
+    work.plan = plan(work.root, work.matches, work.rejected, work.config)
+
+
+def _autotune(work: Work) -> None:
+    work.plan = autotune(work.plan, time=work.tune)
+
+
+def _insert_operands(work: Work) -> None:
+    work.operands = insert_operands(work.plan)
+
+
+def _rewrite(work: Work) -> None:
+    rewrite(work.plan, work.operands)
+
+
+def _verify(work: Work) -> None:
+    work.after = verify(work.plan, work.operands, work.before)
+
+
+PASSES: Mapping[str, Callable[[Work], None]] = {
+    "copy": _copy,
+    "normalize": _normalize,
+    "match": _match,
+    "plan": _plan,
+    "autotune": _autotune,
+    "insert_operands": _insert_operands,
+    "rewrite": _rewrite,
+    "verify": _verify,
+}
+
+
+def run(work: Work, log: PassLog) -> None:
+    """All passes, each on record."""
+    for name, step in PASSES.items():
+        start = time.perf_counter()
+        step(work)
+        log.add(name, time.perf_counter() - start, work.gm)
