@@ -17,7 +17,7 @@ PYTEST ?= $(BIN)/pytest -n logical --maxprocesses 8
 
 STAMP := $(VENV)/.installed
 WHEEL := build/wheel
-PACKAGE := falqon_fx/py.typed $(shell find falqon_fx passes kernels -name '*.py' -o -name '*.jinja' -o -name '*.cpp')
+PACKAGE := falqon_fx/py.typed $(shell find falqon_fx falqon_fx_cli passes kernels -name '*.py' -o -name '*.jinja' -o -name '*.cpp')
 
 .PHONY: venv demo test test-all kernels check lint types format wheel-check clean
 

@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(card)
     rows = []
     for out, features in LAYERS:
-        shape = variants.Shape(features=features, out=out, rank=RANK, wide=operands(args.device))
+        shape = variants.Shape(1, features, out, RANK, wide=operands(args.device))
         for tokens in TOKENS:
             for backend, variant in (("inductor", variants.lora), ("falqon", variants.emulated)):
                 measured = step_seconds(backend, out, features, tokens, args.device) * 1e3

@@ -13,10 +13,10 @@ import torch
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError, RewriteReport
-from falqon_fx.cli.main import main
 from falqon_fx.ops import lowering
 from falqon_fx.report.repro import arguments, check
 from falqon_fx.site.spec import SiteSpec
+from falqon_fx_cli.main import main
 from tests.models import Stack
 
 PASSES = ["copy", "normalize", "match", "plan", "autotune", "insert_operands", "rewrite", "verify"]
