@@ -3,6 +3,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from importlib import import_module
 from importlib.metadata import entry_points, version
 from pathlib import Path
@@ -198,6 +199,15 @@ import falqon_fx.kernels
 print("imported")
 """
     assert run(code, tmp_path) == "imported"
+
+
+def test_the_oldest_versions_that_are_tested_are_those_promised():
+    root = Path(__file__).parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    for name in ("torch", "triton"):
+        (wanted,) = (d for d in project["dependencies"] if d.startswith(f"{name}>="))
+        oldest = wanted.partition(">=")[2].partition(";")[0]
+        assert f"'{name}=={oldest}.*'" in (root / "Makefile").read_text()
 
 
 def test_package_is_typed():
