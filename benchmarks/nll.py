@@ -198,7 +198,9 @@ class Bench:
             variant.learning_rate,
             seed,
             self.steps,
-            *nll,
+            nll[0],
+            nll[1],
+            nll[2],
             statistics.median(seconds[1:] or seconds),
             self.commit,
         )
@@ -281,7 +283,7 @@ def untrained(data: Data, inner: str) -> Untrained:
     variant = Variant("falqon", "falqon", 0.0, "falqon", {"inner": inner})
     fp8, plain = training.build(variant, data.base, 0), data.base.eval()
     fp8.model.eval()
-    kl, before, after = [], [], []
+    kl, before, after = list[torch.Tensor](), list[torch.Tensor](), list[torch.Tensor]()
     for batch in data.held_out:
         wanted = batch.labels[:, 1:] != smollm.IGNORED
         labels = batch.labels[:, 1:][wanted]

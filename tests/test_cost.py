@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import sympy
@@ -68,12 +69,12 @@ def test_flops_of_the_op_are_those_that_torch_counts(rank, train_a):
     a, b = [torch.randn(4, 40)] * bool(rank), [torch.randn(56, 4)] * bool(rank)
     casts = lowering.proxy_update(a, b, [2.0] * len(a), [], False, str(plan))
     x, grad = torch.randn(96, 40).bfloat16(), torch.randn(96, 56).bfloat16()
-    adapters = (casts[0::3], casts[1::3], casts[2::3], [], a, b, [], [0] * len(a), [2.0] * len(a))
+    of_a: tuple[Any, ...] = (a, b, [], [0] * len(a), [2.0] * len(a))
+    adapters = (casts[0::3], casts[1::3], casts[2::3], [], *of_a)
     rest = (train_a, torch.bfloat16, str(plan))
+    given: list[Any] = [x, [base.weight], [base.scale], [], *adapters, True, *rest[1:]]
     with FlopCounterMode(display=False) as forward:
-        _, out_a, x_cast, x_scale = lowering.merged_linear(
-            Merged(x, [base.weight], [base.scale], [], *adapters, True, *rest[1:])
-        )
+        _, out_a, x_cast, x_scale = lowering.merged_linear(Merged(*given))
     with FlopCounterMode(display=False) as backward:
         wide = out_a.dtype
         d = [grad.to(wide) @ t.to(wide) for t in casts[2::3]]

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import rich
@@ -147,7 +148,7 @@ def test_the_loaded_model_trains(tmp_path, update):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_B" in name)
     before = {n: p.clone() for n, p in model.named_parameters()}
-    compiled = torch.compile(model, backend="falqon", options={"config": config})
+    compiled = torch.compile(model, backend="falqon", options=dict[str, Any](config=config))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, 0.02)
     losses = []
@@ -664,14 +665,14 @@ def test_prequantize_and_export_on_the_command_line(tmp_path, capsys):
     model = falqon_fx.load(out)
     fill_b(model, 0.05)
     falqon_fx.save_checkpoint(model, tmp_path / "trained")
-    arguments = ("--checkpoint", str(tmp_path / "trained"), "--quiet")
+    arguments = ["--checkpoint", str(tmp_path / "trained"), "--quiet"]
     assert run("export", str(out), str(serving), *arguments) == 0
     printed = capsys.readouterr().out
     assert "14 layers in FP8" in printed
     assert "14 were cast a second time" in printed
     falqon_fx.save_fp8(model, tmp_path / "expected", progress=False)
     assert read(serving) == read(tmp_path / "expected")
-    arguments = ("--base", str(source), *arguments)
+    arguments = ["--base", str(source), *arguments]
     assert run("export", str(out), str(tmp_path / "once"), *arguments, "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert list(report["cast_from"].values()) == ["base weight"] * 14
@@ -694,12 +695,12 @@ def test_export_of_a_checkpoint_over_the_dense_model_on_the_command_line(
     config = FalqonConfig(inner="eager")
     if prepared:
         falqon_fx.prepare(model, config, progress=False)
-    torch.compile(model, backend="falqon", options={"config": config})(IDS)
+    torch.compile(model, backend="falqon", options=dict[str, Any](config=config))(IDS)
     fill_b(model, 0.05)
     falqon_fx.save_checkpoint(model, tmp_path / "trained")
     falqon_fx.save_fp8(model, tmp_path / "expected", base=source, progress=False)
-    arguments = ("--adapter", str(tmp_path / "adapter"), "--quiet")
-    arguments = (*arguments, "--checkpoint", str(tmp_path / "trained"))
+    arguments = ["--adapter", str(tmp_path / "adapter"), "--quiet"]
+    arguments += ["--checkpoint", str(tmp_path / "trained")]
     assert run("export", str(source), str(tmp_path / "out"), *arguments) == 0
     assert "14 were cast from their base weights" in capsys.readouterr().out
     assert read(tmp_path / "out") == read(tmp_path / "expected")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -234,7 +235,7 @@ def example() -> Tensor:
     return torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
 
 
-def flat(value: object) -> list[Tensor]:
+def flat(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else [t for part in value for t in flat(part)]
 
 
