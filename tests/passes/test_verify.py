@@ -519,6 +519,15 @@ def test_a_wrong_cast_of_an_adapter_is_seen(done, damage, said):
         done.verify()
 
 
+def test_a_cast_of_b_for_another_weight_is_seen():
+    x = randn(5, 64)
+    done = passes(traced(Model(), x), [x], adapter_dtype="fp8")
+    done.verify()
+    casts_of(3)(done)
+    with pytest.raises(PassError, match="b is cast for falqon_base_"):
+        done.verify()
+
+
 # -- adapter dropout -------------------------------------------------------------------------------
 
 
