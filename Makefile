@@ -2,6 +2,8 @@
 #   make demo        environment, then the fine-tuning example
 #   make test        environment, lint, types, wheel, fast tests
 #   make test-all    the same with the slow tests
+#   make test-oldest, make test-newest
+#                    the fast tests with the oldest torch promised, with the newest released
 #   make kernels     every generated kernel compiled for each GPU architecture, and inspected
 #   make docs        the documentation, in build/site
 
@@ -18,9 +20,9 @@ PYTEST ?= $(BIN)/pytest -n logical --maxprocesses 8
 
 STAMP := $(VENV)/.installed
 WHEEL := build/wheel
-PACKAGE := falqon_fx/py.typed $(shell find falqon_fx passes kernels -name '*.py' -o -name '*.jinja' -o -name '*.cpp')
+PACKAGE := falqon_fx/py.typed $(shell find falqon_fx falqon_fx_cli passes kernels -name '*.py' -o -name '*.jinja' -o -name '*.cpp')
 
-.PHONY: venv demo test test-all kernels docs check lint types format wheel-check clean
+.PHONY: venv demo test test-fast test-all test-oldest test-newest kernels docs check lint types format wheel-check clean
 
 venv: $(STAMP)
 
@@ -36,10 +38,32 @@ demo: venv
 
 # The tests come last, so that their closing line is the last one.
 test: check
+test test-fast: venv
 	$(PYTEST) -m "not slow"
 
 test-all: check
 	$(PYTEST) -m ""
+
+# With another torch, in an environment beside the usual one. It is installed from the usual index,
+# where torch may be a CUDA build: 6 GB on disk.
+test-oldest test-newest: test-%: build/%/.installed
+	build/$*/bin/python -m pip list | grep -E '^(torch|triton) '
+	$(PYTEST:$(BIN)/%=build/$*/bin/%) -m "not slow"
+
+build/oldest/.installed: pyproject.toml requirements-nodeps.txt
+	$(PYTHON) -m venv build/oldest
+	build/oldest/bin/python -m pip install --editable '.[peft,examples,dev]' 'torch==2.11.*' 'triton==3.6.*'
+	build/oldest/bin/python -m pip install --no-deps --requirement requirements-nodeps.txt
+	touch $@
+
+# torch is upgraded last: `dev` bounds triton for the CPU build of one torch, and a newer torch needs
+# a newer triton.
+build/newest/.installed: pyproject.toml requirements-nodeps.txt
+	$(PYTHON) -m venv build/newest
+	build/newest/bin/python -m pip install --editable '.[peft,examples,dev]'
+	build/newest/bin/python -m pip install --no-deps --requirement requirements-nodeps.txt
+	build/newest/bin/python -m pip install --upgrade torch
+	touch $@
 
 kernels: venv
 	$(BIN)/python -m falqon_fx.kernels.matrix
@@ -78,6 +102,7 @@ wheel-check: venv
 		import falqon_fx, falqon_fx.passes, falqon_fx.kernels; \
 		[print(m.__name__, m.__file__) for m in (falqon_fx, falqon_fx.passes, falqon_fx.kernels)]; \
 		torch._dynamo.lookup_backend("falqon")'
+	cd $(WHEEL)/env && bin/falqon-fx explain --help > help.txt
 	rm -rf $(WHEEL)/env
 
 clean:

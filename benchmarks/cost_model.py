@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import common
 import torch
@@ -56,7 +57,7 @@ def step_seconds(backend: str, out: int, features: int, tokens: int, device: str
     compiled = torch.compile(model, backend=backend)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    made = {"device": device, "dtype": torch.bfloat16}
+    made: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
     xs = [torch.randn(tokens, features, **made, requires_grad=True) for _ in range(COPIES)]
     grads = [torch.randn(tokens, out, **made) for _ in range(COPIES)]
     times = []
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(card)
     rows = []
     for out, features in LAYERS:
-        shape = variants.Shape(features=features, out=out, rank=RANK, wide=operands(args.device))
+        shape = variants.Shape(1, features, out, RANK, wide=operands(args.device))
         for tokens in TOKENS:
             for backend, variant in (("inductor", variants.lora), ("falqon", variants.emulated)):
                 measured = step_seconds(backend, out, features, tokens, args.device) * 1e3

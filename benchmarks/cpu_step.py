@@ -103,8 +103,8 @@ class Contender:
 
     def start(self) -> Start:
         """Merge if falqon, compile, take the first step."""
-        layers = training.lora_layers(self.model).values()
-        bf16 = sum(layer.get_base_layer().weight.nbytes for layer in layers)
+        layers: Any = training.lora_layers(self.model).values()
+        bf16 = sum(int(layer.get_base_layer().weight.nbytes) for layer in layers)
         memory = self._prepare() if self.variant.backend == "falqon" else {}
         self.trainee: Trainee = training.compiled(self.variant, self.model)
         self.optimizer = training.make_optimizer(self.model, self.variant.learning_rate)
@@ -175,7 +175,8 @@ class Process:
         assert self._process.stdin is not None
         self._process.stdin.write(f"{count}\n")
         self._process.stdin.flush()
-        return self._read()
+        seconds: list[float] = self._read()
+        return seconds
 
     def _read(self) -> Any:
         assert self._process.stdout is not None

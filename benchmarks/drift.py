@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     marks = [0, *(args.steps * part // 20 for part in (1, 3, 10)), args.steps]
     base, _ = smollm.load_model()
-    layers = {name: base.get_submodule(f"model.layers.0.{name}") for name in SITES}
+    layers: dict[str, Any] = {name: base.get_submodule(f"model.layers.0.{name}") for name in SITES}
     for layer in layers.values():
         layer.requires_grad_(False)
     console = Console()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import gpu_models
 import torch
@@ -92,7 +93,8 @@ class Exact:
             (self.gauge, other.gauge),
             (self.partial, other.partial),
         )
-        return Exact(*(torch.cat(pair, dim=1) for pair in pairs), max(self.terms, other.terms))
+        value, gauge, partial = (torch.cat(pair, dim=1) for pair in pairs)
+        return Exact(value, gauge, partial, max(self.terms, other.terms))
 
     @property
     def bound(self) -> Tensor:
@@ -219,7 +221,8 @@ def _check_backward(
         ("dL/dx of siblings", 2, (None, None), exact[0] + exact[1]),
         ("dL/dx of siblings, one adapter", 2, (d, right), exact[0] + exact[1] + term),
     ):
-        found = dispatch.grad_x(products[:count], *ends, BF16, options)
+        of_d, of_a = ends
+        found = dispatch.grad_x(products[:count], of_d, of_a, BF16, options)
         yield from run_all(what, shape, found, [wanted])
     grad = random_bf16(n, out, device, 28)
     found = dispatch.grad_b(grad, d, 1.0, torch.float32, "auto")
@@ -300,9 +303,9 @@ def check_adapter_casts(device: str) -> Checked:
         for mode in ("amax", "pow2"):
             spec = str(SiteSpec(granularity, mode, "e5m2"))
             expected = lowering.proxy_update(lora_a, lora_b, scaling, [], False, spec)
-            given = ([t.to(device) for t in column] for column in (lora_a, lora_b))
+            given_a, given_b = ([t.to(device) for t in column] for column in (lora_a, lora_b))
             for one, other in zip(
-                gpu.proxy_update(*given, scaling, [], False, spec), expected, strict=True
+                gpu.proxy_update(given_a, given_b, scaling, [], False, spec), expected, strict=True
             ):
                 ours, wanted = (t.reshape(-1).view(torch.uint8) for t in (one.cpu(), other))
                 assert torch.equal(ours, wanted), spec
@@ -326,19 +329,21 @@ def make_state(out: int, features: int, rank: int) -> tuple[MergedAdapter, Tenso
 def check_update(device: str) -> Checked:
     """The kernels of update="rows" against the CPU op, random bits included."""
     shapes = ((512, 256, 16), (96, 1024, 16)) if device == "cuda" else ((48, 32, 16),)
-    results = []
+    results: list[list[Tensor]] = []
     for place in ("cpu", device):
         made = [make_state(*shape) for shape in shapes]
         states = [[t.to(place) for t in state.tensors] for state, *_ in made]
         columns = [[*column] for column in zip(*states, strict=True)]
         base, lora_a, lora_b = ([m[i].to(place) for m in made] for i in (1, 2, 3))
         # The first is the reference; a second run on "cpu" is the kernels, interpreted.
+        scaling, spec = [2.0] * len(made), str(made[0][0].spec)
+        given: list[Any] = [*columns, lora_b, lora_a, base, scaling, spec]
         run = rows_cuda.proxy_update_ if results else reference.proxy_update_
-        run(*columns, lora_b, lora_a, base, [2.0] * len(made), str(made[0][0].spec))
+        run(*given)
         results.append([t.cpu() for column in columns for t in column])
     if device == "cuda":  # B has not changed; and no value is read back on the host
         torch.cuda.set_sync_debug_mode("error")
-        run(*columns, lora_b, lora_a, base, [2.0] * len(made), str(made[0][0].spec))
+        run(*given)
         torch.cuda.set_sync_debug_mode("default")
     for expected, actual in zip(*results, strict=True):
         same = expected.view(torch.uint8) == actual.view(torch.uint8)

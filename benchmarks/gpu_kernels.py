@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from gpu_check import fp8, positive, random_bf16
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from falqon_fx import FalqonConfig
 from falqon_fx._compat import scaled_mm
+from falqon_fx.config import Accumulation
 from falqon_fx.kernels.gemm.launch import Piece, Product
-from falqon_fx.kernels.gemm.spec import Accumulation
 from falqon_fx.kernels.products import dispatch
 from falqon_fx.kernels.products.choice import Refusal
 from falqon_fx.ops import gpu
@@ -247,10 +248,10 @@ def measure_rows(name: str, rank: int, clock: Clock) -> UpdateRow:
     lora_b = [torch.zeros(out, rank, device=device) for out, _ in sites]
     columns = [[*column] for column in zip(*(s.tensors for s in states), strict=True)]
     base = [None] * len(sites)
+    given: list[Any] = [*columns, lora_b, lora_a, base, [1.0] * len(sites), str(plan)]
 
     def update() -> None:
-        scaling = [1.0] * len(sites)
-        rows_cuda.proxy_update_(*columns, lora_b, lora_a, base, scaling, str(plan))
+        rows_cuda.proxy_update_(*given)
 
     update()
     seconds = []

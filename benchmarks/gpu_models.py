@@ -187,7 +187,8 @@ class _Fp8Product(torch.autograd.Function):
         ctx.save_for_backward(weight, scale)
         q, q_scale = _cast_rows(x.flatten(0, -2), E4M3)
         y = scaled_mm(q, weight.t(), q_scale, scale.t(), out_dtype=x.dtype, use_fast_accum=True)
-        return y.unflatten(0, x.shape[:-1])
+        rows: Tensor = y.unflatten(0, x.shape[:-1])
+        return rows
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -216,7 +217,7 @@ class Fp8Linear(nn.Linear):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _Fp8Product.apply(x, self.weight, self.scale)
+        y: Tensor = _Fp8Product.apply(x, self.weight, self.scale)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias
 
 
@@ -321,8 +322,9 @@ class Trainer:
         for layer in self.layers:
 
             def run(x: Tensor, layer: nn.Module = layer) -> Tensor:
-                y = layer(x, attention_mask=None, position_embeddings=angles)
-                return y[0] if isinstance(y, tuple) else y
+                given = layer(x, attention_mask=None, position_embeddings=angles)
+                y: Tensor = given[0] if isinstance(given, tuple) else given
+                return y
 
             hidden = (
                 checkpoint(run, hidden, use_reentrant=False) if self.checkpointing else run(hidden)

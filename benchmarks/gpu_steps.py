@@ -221,7 +221,7 @@ def _steps(trainer: Trainer, clock: Clock) -> list[Phases]:
 
 
 def _median(phases: list[Phases], name: str) -> float:
-    return statistics.median(getattr(p, name) for p in phases)
+    return float(statistics.median(getattr(p, name) for p in phases))
 
 
 def _replayed(trainer: Trainer, clock: Clock) -> Timing | None:

@@ -155,12 +155,8 @@ def _small_targets(steps: Sequence[StepRow], updates: Sequence[UpdateRow]) -> li
         ),
     ]
     for rank, wanted in ((16, 0.51), (64, 0.52)):
-        row = _first(
-            steps,
-            lambda s, rank=rank: (
-                s.shape == "llama-7b" and s.contender == "falqon" and s.rank == rank
-            ),
-        )
+        falqon = (s for s in steps if s.shape == "llama-7b" and s.contender == "falqon")
+        row = next((s for s in falqon if s.rank == rank), None)
         ratio = None if row is None else row.linear_bytes_ratio
         found.append(
             Target(f"FP8 linears / their bf16 bytes, 7B, rank {rank}", wanted, ratio, False)

@@ -285,7 +285,7 @@ def untrained(data: Data, inner: str) -> Untrained:
     variant = Variant("falqon", "falqon", 0.0, "falqon", {"inner": inner})
     fp8, plain = training.build(variant, data.base, 0), data.base.eval()
     fp8.model.eval()
-    kl, before, after = [], [], []
+    kl, before, after = list[torch.Tensor](), list[torch.Tensor](), list[torch.Tensor]()
     for batch in data.held_out:
         wanted = batch.labels[:, 1:] != smollm.IGNORED
         labels = batch.labels[:, 1:][wanted]

@@ -49,7 +49,7 @@ class Results(Generic[R]):
     ) -> None:
         self.file, self.not_in_csv = file, not_in_csv
         self.head = {} if protocol is None else {"protocol": dict(protocol)}
-        content = common.read_json(file) if file.exists() else {**self.head, "records": []}
+        content: Any = common.read_json(file) if file.exists() else {**self.head, "records": []}
         if content.get("protocol") != self.head.get("protocol"):
             raise SystemExit(f"{file} was measured with another protocol: name another --results")
         self.records = [kind(**record) for record in content["records"]]

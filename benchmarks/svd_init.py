@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from common import environment, latest_or_new, read_json, result_path, write_json
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     weight = torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02)
     lora_a, lora_b = torch.randn(rank, shape[1]), torch.zeros(shape[0], rank)
 
-    def merge(init: str) -> Callable[[], object]:
+    def merge(init: Literal["keep", "svd"]) -> Callable[[], object]:
         config = FalqonConfig(update="rows", init=init)
         return lambda: create("layer", weight, lora_a.clone(), lora_b, 1.0, config)
 

@@ -18,6 +18,7 @@ import time
 import timeit
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import common
 import torch
@@ -49,7 +50,7 @@ def measure(blocks: int, steps: int, prepared: bool) -> list[str]:
     config = falqon_fx.FalqonConfig(update="rows")
     if prepared:
         falqon_fx.prepare(model, config, progress=False)
-    compiled = torch.compile(model, backend="falqon", options={"config": config})
+    compiled = torch.compile(model, backend="falqon", options=dict[str, Any](config=config))
     optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
     x = torch.randn(768, 576, dtype=torch.bfloat16)
     times: dict[bool, list[float]] = {True: [], False: []}

@@ -14,7 +14,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "design.md"
 BEGIN, END = "<!-- imports: begin -->\n", "<!-- imports: end -->\n"
-FOLDERS = {"falqon_fx": "falqon_fx", "passes": "falqon_fx.passes", "kernels": "falqon_fx.kernels"}
+FOLDERS = {
+    "falqon_fx": "falqon_fx",
+    "passes": "falqon_fx.passes",
+    "kernels": "falqon_fx.kernels",
+    "falqon_fx_cli": "falqon_fx_cli",
+}
 # The longest name that fits a file counts. update="rows" has the same floors as the rest. What a
 # CPU has as compiled code is below the numerics that call it.
 LAYERS = (
@@ -34,7 +39,7 @@ LAYERS = (
     ("backend",),
     ("model.explain",),
     ("files",),
-    ("cli", "integrations"),
+    ("falqon_fx_cli", "integrations"),
 )
 _OPENS = {"falqon_fx", "falqon_fx.__main__", "falqon_fx.trainer_checkpoints"}  # import anything
 

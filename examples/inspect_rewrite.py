@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import peft
 import smollm
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> falqon_fx.RewriteReport:
     print(f"With exclude='*.layers.0.*' {len(left)} sites stay as they are, first: {left[0]}\n")
 
     falqon_fx.prepare(model)
-    compiled = torch.compile(model, backend="falqon", options={"config": config})
+    compiled = torch.compile(model, backend="falqon", options=dict[str, Any](config=config))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     first = next(iter(falqon_fx.adapters(model).values()))
     base_before, merged_before = first.base(), first.merged()
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> falqon_fx.RewriteReport:
     print(f"\n{args.out}: {len(report.sites)} sites, open it in a browser")
 
     site = report.sites[0]
-    print(f"{site.path} alone: {check(**arguments(site))}")  # type: ignore[arg-type]
+    print(f"{site.path} alone: {check(**arguments(site))}")
     return report
 
 

@@ -246,7 +246,8 @@ def prompt_ids(tokenizer: Any, messages: tuple[tuple[str, str], ...]) -> list[in
         )
     else:
         text = "".join(f"{content}\n" for _, content in messages)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def chat_ids(tokenizer: Any, chat: Chat) -> tuple[list[int], int]:

@@ -166,8 +166,8 @@ def release() -> None:
 class LineProgress(Progress):
     """Progress for log files: a line when a phase begins, and five more until it ends."""
 
-    def add_task(self, description: str, **kwargs: Any) -> TaskID:
-        task = super().add_task(description, **kwargs)
+    def add_task(self, description: str, *args: Any, **kwargs: Any) -> TaskID:
+        task = super().add_task(description, *args, **kwargs)
         self.console.print(f"{description} ...", highlight=False)
         return task
 
@@ -252,7 +252,7 @@ def train_step(trainee: Trainee, optimizer: torch.optim.Optimizer, batch: Batch)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    return loss.item()
+    return float(loss)
 
 
 @torch.no_grad()

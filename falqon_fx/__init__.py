@@ -1,20 +1,31 @@
-"""falqon-fx: LoRA fine-tuning on an FP8 backbone, as a torch.compile backend."""
+"""falqon-fx: LoRA fine-tuning on an FP8 backbone, as a torch.compile backend.
 
-from falqon_fx.backend import RewriteResult, falqon, rewrite
+Importing the package registers the ``falqon::`` ops, so that saved graphs that hold them load. What
+takes longer to import is imported when its name is first read.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonConfigError, FalqonError
-from falqon_fx.files.checkpoint import CheckpointReport, load_checkpoint, save_checkpoint
-from falqon_fx.files.distributed_checkpoint import CheckpointState
-from falqon_fx.files.export import ExportReport, save_fp8
-from falqon_fx.files.loading import load
-from falqon_fx.files.prequantize import PrequantizeReport, prequantize
-from falqon_fx.model.explain import explain
-from falqon_fx.model.prepare import Adapter, PrepareReport, adapters, flush, prepare, restore
-from falqon_fx.model.unload import merge_and_unload
 from falqon_fx.report.data import Audit, GraphReport, Rejected, Site
 from falqon_fx.report.report import RewriteReport
-from falqon_fx.rows.state import MergedAdapter
-from falqon_fx.rows.watching import watch
+
+if TYPE_CHECKING:  # `_HOMES` says the same at run time
+    from falqon_fx.backend import RewriteResult, falqon, rewrite
+    from falqon_fx.files.checkpoint import CheckpointReport, load_checkpoint, save_checkpoint
+    from falqon_fx.files.distributed_checkpoint import CheckpointState
+    from falqon_fx.files.export import ExportReport, save_fp8
+    from falqon_fx.files.loading import load
+    from falqon_fx.files.prequantize import PrequantizeReport, prequantize
+    from falqon_fx.model.explain import explain
+    from falqon_fx.model.prepare import Adapter, PrepareReport, adapters, flush, prepare, restore
+    from falqon_fx.model.unload import merge_and_unload
+    from falqon_fx.rows.state import MergedAdapter
+    from falqon_fx.rows.watching import watch
 
 __version__ = "0.1.0"
 
@@ -50,3 +61,35 @@ __all__ = [
     "save_fp8",
     "watch",
 ]
+
+_HOMES = {
+    "falqon_fx.backend": ("RewriteResult", "falqon", "rewrite"),
+    "falqon_fx.files.checkpoint": ("CheckpointReport", "load_checkpoint", "save_checkpoint"),
+    "falqon_fx.files.distributed_checkpoint": ("CheckpointState",),
+    "falqon_fx.files.export": ("ExportReport", "save_fp8"),
+    "falqon_fx.files.loading": ("load",),
+    "falqon_fx.files.prequantize": ("PrequantizeReport", "prequantize"),
+    "falqon_fx.model.explain": ("explain",),
+    "falqon_fx.model.prepare": (
+        "Adapter", "PrepareReport", "adapters", "flush", "prepare", "restore",
+    ),
+    "falqon_fx.model.unload": ("merge_and_unload",),
+    "falqon_fx.rows.state": ("MergedAdapter",),
+    "falqon_fx.rows.watching": ("watch",),
+}  # fmt: skip
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_OPS = ("base_linear", "fp8_adapter", "merged_linear", "products", "wide_linear")
+
+for _module in (*(f"falqon_fx.ops.{name}" for name in _OPS), "falqon_fx.rows.ops"):
+    torch.ops.import_module(_module)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'falqon_fx' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOME_OF[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

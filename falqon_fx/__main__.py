@@ -1,7 +1,7 @@
-"""``python -m falqon_fx``: the command line (`falqon_fx.cli.main`)."""
+"""``python -m falqon_fx``: the command line (`falqon_fx_cli.main`)."""
 
 import sys
 
-from falqon_fx.cli.main import main
+from falqon_fx_cli.main import main
 
 sys.exit(main())

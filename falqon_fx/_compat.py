@@ -33,6 +33,12 @@ EXIT_MODE = (
 )
 
 
+# Where autocast can be on. Dynamo of torch 2.11 breaks the graph at `is_autocast_available` itself.
+AUTOCAST_DEVICES = frozenset(
+    device for device in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(device)
+)
+
+
 def _nesting(change: str) -> frozenset[object]:
     """How it writes the beginning or the end of a transform of torch.func (vmap, grad, jvp)."""
     import torch._functorch.predispatch as predispatch

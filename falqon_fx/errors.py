@@ -25,6 +25,20 @@ class SiteError(FalqonError):
         super().__init__(f"site {index}", problem, remedy)
 
 
+class PassError(FalqonError):
+    """An invariant that a rewritten graph breaks at ``place``: a bug of the passes, never of the
+    model.
+    """
+
+    def __init__(self, place: str, problem: str) -> None:
+        super().__init__(
+            place,
+            f"the rewritten graph is wrong: {problem}",
+            "This is a bug of falqon-fx: report it with what FALQON_DUMP=FOLDER writes. Until then "
+            "the option exclude leaves a layer as it was",
+        )
+
+
 class FalqonConfigError(FalqonError, ValueError):
     """An unknown option, or a value outside what the option takes."""
 

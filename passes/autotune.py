@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from falqon_fx._compat import hint, value_of, without_fake_mode
@@ -251,6 +249,9 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _track(groups: Sequence[int]) -> Iterator[int]:
+    from rich.console import Console
+    from rich.progress import Progress
+
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         yield from bar.track(groups, description="falqon: timing kernels")

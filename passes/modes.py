@@ -9,7 +9,14 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from falqon_fx._compat import ENTER_MODE, ENTER_TRANSFORM, EXIT_MODE, EXIT_TRANSFORM, SET_GRAD
+from falqon_fx._compat import (
+    AUTOCAST_DEVICES,
+    ENTER_MODE,
+    ENTER_TRANSFORM,
+    EXIT_MODE,
+    EXIT_TRANSFORM,
+    SET_GRAD,
+)
 
 Mode = tuple[object, ...]
 _TRANSFORM = "torch.func"
@@ -30,7 +37,7 @@ def transformed(mode: Mode) -> bool:
 
 def may_autocast(mode: Mode, device: str) -> bool:
     """Whether torch may cast the operands of this mode's products: here, or around the graph."""
-    around = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    around = device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
     return around or any(isinstance(part, fx.Node) for part in mode)
 
 

@@ -1,4 +1,4 @@
-"""Check the rewritten graph; a failure is a bug of the passes, never of the user.
+"""Check the rewritten graph; a failure (`PassError`) is a bug of the passes, never of the user.
 
 Every node is accounted for: those of the sites are gone, those that the passes add are counted and
 read what the plan says, and all others are as they were but for reading a site's new result.
@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from falqon_fx._compat import value_of
+from falqon_fx.errors import PassError
 from falqon_fx.ops import merged_linear
 from falqon_fx.passes.insert_operands import AdapterNodes, Operands, casts_per_adapter
 from falqon_fx.passes.match.dataflow import shape
@@ -49,7 +50,7 @@ def verify(plan: Plan, operands: Operands, before: Wiring) -> Wiring:
     """No site is half rewritten, and all else is as it was in ``before``; the graph as it is now.
 
     Raises:
-        AssertionError: naming the first invariant that does not hold.
+        PassError: naming the first invariant that does not hold, and where.
     """
     for scope in plan.root.walk():
         scope.gm.graph.lint()
@@ -78,22 +79,21 @@ def _check_operands(scope: Scope) -> None:
         return
     inputs = scope.gm.graph.find_nodes(op="placeholder")
     given = scope.call.args[1:]
-    assert len(inputs) == len(given), (
-        f"{scope.call.name} gives {len(given)} operands to {len(inputs)} inputs"
-    )
+    if len(inputs) != len(given):
+        raise PassError(scope.call.name, f"it gives {len(given)} operands to {len(inputs)} inputs")
     for inner, outer in zip(inputs, given, strict=True):
-        known = scope.operands.get(inner)
-        assert known is outer, f"{inner.name} of {scope.call.name} is not the operand it stands for"
+        if scope.operands.get(inner) is not outer:
+            raise PassError(scope.call.name, f"{inner.name} is not the operand it stands for")
 
 
 def _check_gone(plan: Plan, before: Wiring, after: Wiring) -> None:
     inside: set[fx.Node] = set()
     for site in plan.sites:
-        left = sorted(node.name for node in site.match.nodes if node in after)
-        assert not left, f"{site.report.path} is half rewritten: {left} are still there"
+        if left := sorted(node.name for node in site.match.nodes if node in after):
+            raise PassError(site.report.path, f"half rewritten, {left} are still there")
         inside |= site.match.nodes
-    lost = [node.name for node in before if node not in inside and node not in after]
-    assert not lost, f"operations outside the sites disappeared: {lost}"
+    if lost := [node.name for node in before if node not in inside and node not in after]:
+        raise PassError(lost[0], f"operations outside the sites disappeared: {lost}")
 
 
 def _check_counts(plan: Plan, operands: Operands, new: list[fx.Node]) -> None:
@@ -121,7 +121,10 @@ def _check_counts(plan: Plan, operands: Operands, new: list[fx.Node]) -> None:
     found = Counter(node.target for node in new if node.op.startswith("call"))
     for target in {**expected, **found}:
         count, wanted = found[target], expected.get(target, 0)
-        assert count == wanted, f"{count} new operations {target}, {wanted} are to be added"
+        if count != wanted:
+            raise PassError(
+                "the graph", f"{count} new operations {target}, {wanted} are to be added"
+            )
 
 
 def _results(
@@ -141,8 +144,8 @@ def _results(
         pairs = zip(_inputs(args, kwargs), _inputs(now_args, now[2]), strict=False)
         found.update({old: current for old, current in pairs if old in anchors})
         read = fx.map_arg((args, dict(kwargs)), lambda n: found.get(n, n))
-        same = (target, *cast(tuple[Any, Any], read)) == (now[0], now_args, dict(now[2]))
-        assert same, f"{node.name}, outside the sites, was changed: {node.format_node()}"
+        if (target, *cast(tuple[Any, Any], read)) != (now[0], now_args, dict(now[2])):
+            raise PassError(node.name, f"changed outside the sites: {node.format_node()}")
     return found
 
 
@@ -169,40 +172,44 @@ def _check_group(
         if found.anchor not in results:
             continue  # nothing reads this site's result
         fused, index = _origin(site, results[found.anchor])
-        assert (fused.target, index) == (merged_linear.OP, i), (
-            f"{path}: its result comes from {fused.name}"
-        )
+        if (fused.target, index) != (merged_linear.OP, i):
+            raise PassError(path, f"its result comes from {fused.name}")
         x, *rest = fused.args
         if first.x in anchors and isinstance(x, fx.Node):
             results.setdefault(first.x, x)
-        assert x is results.get(first.x, first.x), f"{path}: {fused.name} reads {x}, not its input"
+        if x is not results.get(first.x, first.x):
+            raise PassError(path, f"{fused.name} reads {x}, not its input")
         for column, wanted in zip(rest, columns, strict=False):
             if wanted is not None:
                 _check_column(path, found.scope, cast(list[fx.Node], column), wanted)
         bias, biases = found.base.bias, cast(list[fx.Node], rest[2])
-        assert len(biases) == (len(group) if bias is not None else 0), f"{path}: {biases} as bias"
+        if len(biases) != (len(group) if bias is not None else 0):
+            raise PassError(path, f"{biases} as bias")
         if isinstance(bias, Param):
             name = bias.name if bias.node is None else found.scope.outer(bias.node).target
-            assert found.scope.outer(biases[i]).target == name, f"{path}: {biases[i]} is not {name}"
+            if found.scope.outer(biases[i]).target != name:
+                raise PassError(path, f"{biases[i]} is not {name}")
         elif bias is not None:
             wanted_bias = results.get(bias, bias)
-            same = _is_same(found.scope, biases[i], found.scope.outer(wanted_bias))
-            assert same, f"{path}: {biases[i]} is not {wanted_bias}"
+            if not _is_same(found.scope, biases[i], found.scope.outer(wanted_bias)):
+                raise PassError(path, f"{biases[i]} is not {wanted_bias}")
         own = [results.get(node, node) for node in adapter_inputs(group)]
-        assert rest[9] == own, f"{path}: its adapters read {rest[9]}, not {own}"
+        if rest[9] != own:
+            raise PassError(path, f"its adapters read {rest[9]}, not {own}")
         dtype = value_of(first.anchor).dtype
         said = (given.owner, given.scaling, given.keep_x, dtype, str(plan.spec))
-        assert tuple(rest[10:]) == said, (
-            f"{path}: {fused.name} computes with {rest[10:]}, not {said}"
-        )
+        if tuple(rest[10:]) != said:
+            raise PassError(path, f"{fused.name} computes with {rest[10:]}, not {said}")
 
 
 def _check_column(
     path: str, scope: Scope, column: Sequence[fx.Node], wanted: Sequence[fx.Node]
 ) -> None:
-    assert len(column) == len(wanted), f"{path}: {len(column)} operands for {len(wanted)}"
+    if len(column) != len(wanted):
+        raise PassError(path, f"{len(column)} operands for {len(wanted)}")
     for node, of in zip(column, wanted, strict=True):
-        assert _is_same(scope, node, of), f"{path}: {node} is not its {of}"
+        if not _is_same(scope, node, of):
+            raise PassError(path, f"{node} is not its {of}")
 
 
 def _origin(site: SitePlan, result: Any) -> tuple[fx.Node, int]:
@@ -212,7 +219,8 @@ def _origin(site: SitePlan, result: Any) -> tuple[fx.Node, int]:
         result = result.args[0]
         for _ in range(biased):
             result = result.args[0]
-    assert result.target is operator.getitem, f"{site.report.path}: its result is {result}"
+    if result.target is not operator.getitem:
+        raise PassError(site.report.path, f"its result is {result}")
     return cast(tuple[fx.Node, int], tuple(result.args))
 
 
@@ -233,7 +241,8 @@ def _check_inputs(plan: Plan, operands: Operands, before: Wiring) -> None:
     given += [node for base in operands.bases for node in (base.weight, base.scale)]
     unprepared = [nodes for nodes in operands.rows if nodes.slot.prepared is None]
     given += [node for nodes in unprepared for node in nodes.state]
-    assert list(inputs) == given, f"the inputs are {list(inputs)}, a call gives {given}"
+    if list(inputs) != given:
+        raise PassError("the graph", f"the inputs are {list(inputs)}, a call gives {given}")
 
 
 def _check_bases(plan: Plan, operands: Operands) -> None:
@@ -243,20 +252,24 @@ def _check_bases(plan: Plan, operands: Operands) -> None:
         nodes, base, scope = nodes_of.get(id(site.base)), site.match.base, site.match.scope
         if nodes is None:
             continue  # written by update="rows"
-        said = f"{site.report.path}: its base is made of {[node.name for node in nodes.given]}"
         if isinstance(base, BaseLinear):
             read = [scope.outer(node) for node in (base.code, base.scale, base.digest)]
-            assert list(nodes.given) == read, said
-            continue
-        assert isinstance(base, Linear)
-        weight = base.weight
-        (given,) = nodes.given
-        if weight.node is None:  # of a module called as such; tied weights have several names
-            assert attribute(plan.root.gm, str(given.target)) is weight.value, said
+            same = list(nodes.given) == read
         else:
-            assert given.target == scope.outer(weight.node).target, said
+            same = _is_of_weight(plan, scope, nodes.given, cast(Linear, base).weight)
+        if not same:
+            made_of = [node.name for node in nodes.given]
+            raise PassError(site.report.path, f"its base is made of {made_of}")
         size = (nodes.slot.out, nodes.slot.features)
-        assert size == shape(weight), f"{site.report.path}: its base is {size}"
+        if isinstance(base, Linear) and size != shape(base.weight):
+            raise PassError(site.report.path, f"its base is {size}")
+
+
+def _is_of_weight(plan: Plan, scope: Scope, given: Sequence[fx.Node], weight: Param) -> bool:
+    (node,) = given
+    if weight.node is None:  # of a module called as such; tied weights have several names
+        return attribute(plan.root.gm, str(node.target)) is weight.value
+    return node.target == scope.outer(weight.node).target
 
 
 def _check_casts(plan: Plan, operands: Operands, new: list[fx.Node]) -> None:
@@ -265,18 +278,21 @@ def _check_casts(plan: Plan, operands: Operands, new: list[fx.Node]) -> None:
         path, nodes = slot.path, operands.adapters[id(slot)]
         size = casts_per_adapter(plan.spec)
         for i, node in enumerate((nodes.a, nodes.a_scale, nodes.b, nodes.alpha)[:size]):
-            assert node is not None
-            casts, place = cast(tuple[fx.Node, int], tuple(node.args))
-            assert casts.target is merged_linear.CASTS, f"{path}: {node} is no cast of the adapter"
-            assert place % size == i, f"{path}: {node} is another part of the cast"
+            casts, place = cast(tuple[fx.Node, int], tuple(cast(fx.Node, node).args))
+            if casts.target is not merged_linear.CASTS:
+                raise PassError(path, f"{node} is no cast of the adapter")
+            if place % size != i:
+                raise PassError(path, f"{node} is another part of the cast")
             lora_a, lora_b, scaling, scales, wide, spec = cast(tuple[Any, ...], casts.args)
             at = place // size
             if slot.base is not None:
                 (base,) = (n for n in operands.bases if n.slot is slot.base)
-                assert scales[at] is base.scale, f"{path}: b is cast for {scales[at]}"
+                if scales[at] is not base.scale:
+                    raise PassError(path, f"b is cast for {scales[at]}")
             _check_adapter(path, plan, nodes, lora_a[at], lora_b[at])
             said = (slot.scaling, slot.wide, str(plan.spec))
-            assert (scaling[at], wide, spec) == said, f"{path}: cast with {scaling[at]}, {spec}"
+            if (scaling[at], wide, spec) != said:
+                raise PassError(path, f"cast with {scaling[at]}, {spec}")
     _check_first(plan, new, {merged_linear.CASTS, _WRITES})
 
 
@@ -284,15 +300,16 @@ def _check_adapter(
     path: str, plan: Plan, nodes: AdapterNodes, lora_a: fx.Node, lora_b: fx.Node
 ) -> None:
     for node, wanted in ((lora_a, nodes.lora_a), (lora_b, nodes.lora_b)):
-        assert _is_same(plan.root, node, wanted), f"{path}: the cast reads {node}, not {wanted}"
+        if not _is_same(plan.root, node, wanted):
+            raise PassError(path, f"the cast reads {node}, not {wanted}")
 
 
 def _check_first(plan: Plan, new: list[fx.Node], targets: set[Any]) -> None:
     calls = [n for n in plan.root.gm.graph.nodes if n.op.startswith("call")]
     made = [node for node in new if node.target in targets]
     for node in made:
-        early = [n for n in calls[: calls.index(node)] if n not in new]
-        assert not early, f"{early[0].name} stands before the update"
+        if early := [n for n in calls[: calls.index(node)] if n not in new]:
+            raise PassError(early[0].name, "it stands before the update")
 
 
 def _check_write_back(plan: Plan, slots: Sequence[RowsNodes], new: list[fx.Node]) -> None:
@@ -303,19 +320,23 @@ def _check_write_back(plan: Plan, slots: Sequence[RowsNodes], new: list[fx.Node]
     (update,) = updates
     columns = cast(tuple[Any, ...], update.args)
     said = ([nodes.slot.scaling for nodes in slots], str(RowsSpec.from_config(plan.config)))
-    assert columns[8:] == said, f"the update computes with {columns[8:]}, not {said}"
+    if columns[8:] != said:
+        raise PassError(update.name, f"the update computes with {columns[8:]}, not {said}")
     for i, nodes in enumerate(slots):
         path = nodes.slot.path
         given = [column[i] for column in columns[:7]]
         for node, wanted in zip(given, (*nodes.state, nodes.lora_b, nodes.lora_a), strict=True):
-            assert _is_same(plan.root, node, wanted), f"{path}: the update has {node}, not {wanted}"
+            if not _is_same(plan.root, node, wanted):
+                raise PassError(path, f"the update has {node}, not {wanted}")
         base = columns[7][i]
         if nodes.base is None:
-            assert base is None, f"{path}: the update reads {base}, a weight that is released"
+            if base is not None:
+                raise PassError(path, f"the update reads {base}, a weight that is released")
             continue
         flipped = nodes.slot.base is not None and nodes.slot.base.transposed
         base = base.args[0] if flipped else base
-        assert _is_same(plan.root, base, nodes.base), f"{path}: the update reads {base} as its base"
+        if not _is_same(plan.root, base, nodes.base):
+            raise PassError(path, f"the update reads {base} as its base")
 
 
 def _check_parts(plan: Plan, operands: Operands, nodes: RowsNodes) -> None:
@@ -327,25 +348,24 @@ def _check_parts(plan: Plan, operands: Operands, nodes: RowsNodes) -> None:
     if plan.spec.per_row:
         parts += [(own.scale, scale, upper), (own.a_scale, scale, lower)]
     for node, state, rows in parts:
-        assert node.args == (state, rows), f"{path}: {node} is {node.args}, not {rows} of {state}"
+        if node.args != (state, rows):
+            raise PassError(path, f"{node} is {node.args}, not {rows} of {state}")
     if own.b is not None:
         lora_b, held, scaling, _ = own.b.args
         same = (held, scaling) == (applied, nodes.slot.scaling)
-        assert same, f"{path}: its pending part is made of {own.b.args}"
-        assert _is_same(plan.root, cast(fx.Node, lora_b), nodes.lora_b), (
-            f"{path}: its pending part is made of {own.b.args}"
-        )
+        if not same or not _is_same(plan.root, cast(fx.Node, lora_b), nodes.lora_b):
+            raise PassError(path, f"its pending part is made of {own.b.args}")
 
 
 def _check_metadata(plan: Plan, new: list[fx.Node], results: Mapping[fx.Node, fx.Node]) -> None:
     for node in new:
-        known = {"val", "example_value", "falqon_shape"} & node.meta.keys()
-        assert known, f"{node.name} has no metadata of its value"
+        if not {"val", "example_value", "falqon_shape"} & node.meta.keys():
+            raise PassError(node.name, "it has no metadata of its value")
     for site in plan.sites:
         anchor = site.match.anchor
         result = results.get(anchor)
         if result is not None:
-            kept = value_of(result) is value_of(anchor)
-            assert kept, f"{result.name} has not the value of {anchor.name} in its metadata"
-            lost = {"nn_module_stack", "stack_trace"} & anchor.meta.keys() - result.meta.keys()
-            assert not lost, f"{result.name} has lost {sorted(lost)} of {anchor.name}"
+            if value_of(result) is not value_of(anchor):
+                raise PassError(result.name, f"it has not the value of {anchor.name} as metadata")
+            if lost := {"nn_module_stack", "stack_trace"} & anchor.meta.keys() - result.meta.keys():
+                raise PassError(result.name, f"it has lost {sorted(lost)} of {anchor.name}")

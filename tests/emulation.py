@@ -129,7 +129,8 @@ class _Linear(torch.autograd.Function):
         loras = [lora for layer in layers for lora in layer.adapters]
         own = rest[: len(loras)] if any(lora.x is not None for lora in loras) else ()
         shape = x.shape
-        x, *own = (t.reshape(-1, x.shape[-1]) for t in (x, *own))
+        own = tuple(t.reshape(-1, shape[-1]) for t in own)
+        x = x.reshape(-1, shape[-1])
         codes, s_x = cast(x, E4M3, row, pow2)
         read = [cast(x_j, E4M3, row, pow2) for x_j in own] or [(codes, s_x)] * len(loras)
         # One GEMM where all A read the same: a library may sum one column in another order than
@@ -254,7 +255,7 @@ def _replace_forward(module: Any, state: Any, config: FalqonConfig) -> None:
     module.forward = forward
 
 
-def active(module: Any) -> list[tuple[Tensor, Tensor, float, Any]]:
+def active(module: Any) -> list[tuple[Any, Any, float, Any]]:
     """(A, B, scaling, dropout) of the adapters that a layer adds now: PEFT's, or one of tests/."""
     if not isinstance(module.lora_A, nn.ModuleDict):
         return [(module.lora_A.weight, module.lora_B.weight, module.scaling, None)]

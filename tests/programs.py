@@ -107,7 +107,7 @@ class Several(nn.Module):
 SITES = (HandWritten, Delta, Several)
 
 
-def adapters_of(layer: Any) -> list[tuple[Tensor, Tensor, float, float]]:
+def adapters_of(layer: Any) -> list[tuple[Any, Any, float, float]]:
     """(A, B, scaling, dropout) of each adapter of a LoRA layer."""
     if isinstance(layer, Several):
         every = zip(layer.lora_a, layer.lora_b, layer.scalings, layer.dropouts, strict=True)

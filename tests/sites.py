@@ -123,7 +123,8 @@ def step_alike(sites: list[Site], others: list[Site], seed: int, moves: Callable
     """Move B of those for which ``moves()``, in both lists alike, and so that sums stay exact."""
     for site, other in zip(sites, others, strict=True):
         if moves():
-            site.lora_b.add_(dyadic(*site.lora_b.shape, seed=seed, bits=8, low=-8))
+            out, rank = site.lora_b.shape
+            site.lora_b.add_(dyadic(out, rank, seed, bits=8, low=-8))
             other.lora_b.copy_(site.lora_b)
 
 

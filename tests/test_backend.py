@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -43,17 +44,17 @@ def _fresh_dynamo():
     torch.manual_seed(0)
 
 
-def compiled(model: nn.Module, inner: str = "eager", **options: object) -> nn.Module:
+def compiled(model: nn.Module, inner: str = "eager", **options: Any) -> Any:
     return torch.compile(model, backend="falqon", options={"inner": inner, **options})
 
 
-def made(kind: type[nn.Module] = Relu, update: str = "adapter", **options: object) -> nn.Module:
+def made(kind: type[nn.Module] = Relu, update: str = "adapter", **options: Any) -> nn.Module:
     """A model, with A frozen where rows are written."""
     model = kind(**options)
     return freeze_a(model) if update == "rows" else model
 
 
-def adam(model: nn.Module, **options: object) -> torch.optim.Optimizer:
+def adam(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, **options)
 
 
@@ -78,7 +79,7 @@ def weights(model: nn.Module) -> list[Tensor]:
     return [(t.view(torch.uint8) if t.element_size() == 1 else t).detach().clone() for t in live]
 
 
-def all_equal(a: list[Tensor], b: list[Tensor]) -> bool:
+def all_equal(a: list[Any], b: list[Any]) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
 
 
@@ -297,7 +298,7 @@ def test_gradient_accumulation_and_evaluation_write_once():
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 def test_checkpoint_recomputation_writes_nothing_and_changes_nothing(inner, reentrant):
     plain, x = made(Stack, "rows"), torch.randn(4, 6, 32)
-    saving = copy.deepcopy(plain)
+    saving: Any = copy.deepcopy(plain)
     saving.call = lambda block, x: checkpoint(block, x, use_reentrant=reentrant)
     result = []
     for model in (plain, saving):
@@ -348,7 +349,9 @@ def test_away_from_the_cpu_the_update_reads_nothing_back(options):
     state = allocate(48, 32, 4, torch.bfloat16, 2.0, spec, device)
     base = torch.empty(48, 32, dtype=torch.bfloat16, device=device)
     a, b = torch.empty(4, 32, device=device), torch.empty(48, 4, device=device)
-    proxy_update_(*([tensor] for tensor in state.tensors), [b], [a], [base], [2.0], str(spec))
+    columns: list[Any] = [[tensor] for tensor in (*state.tensors, b, a, base)]
+    columns += [[2.0], str(spec)]
+    proxy_update_(*columns)
     with pytest.raises(RuntimeError, match="meta"):
         bool(state.counters.any())
 
@@ -393,12 +396,12 @@ def test_a_step_between_forward_and_backward_leaves_the_gradients_of_that_forwar
     loss.backward()
     assert all_equal([p.grad for p in trained], expected)
 
-    model = made(update="rows")
-    fill_b(model)
-    backend = compiled(model, **ROWS)
+    written = made(update="rows")
+    fill_b(written)
+    backend = compiled(written, **ROWS)
     loss = backend(x).square().mean()
     with torch.no_grad():
-        lora_b(model)[1].add_(1.0)
+        lora_b(written)[1].add_(1.0)
     backend(x)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -55,10 +56,14 @@ class Run:
         self.config = FalqonConfig(**{"inner": "eager", **(ROWS if rows else {}), **options})
         if prepared:
             falqon_fx.prepare(self.model, self.config, progress=False)
-        self.compiled = torch.compile(self.model, backend="falqon", options={"config": self.config})
+        self.compiled = torch.compile(
+            self.model, backend="falqon", options=dict[str, Any](config=self.config)
+        )
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=0.05, weight_decay=0.1)
-        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, STEPS)
+        self.scheduler: torch.optim.lr_scheduler.LRScheduler = (
+            torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, STEPS)
+        )
 
     def steps(self, first: int, last: int) -> None:
         for step in range(first, last):

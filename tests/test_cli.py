@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 import subprocess
 import sys
 
@@ -10,8 +11,8 @@ import sympy
 import torch
 
 from falqon_fx import RewriteReport
-from falqon_fx.cli.main import main
 from falqon_fx.report.report import json_schema
+from falqon_fx_cli.main import main, make_parser
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -150,6 +151,38 @@ def test_a_folder_without_a_model_is_an_error_with_a_remedy(tmp_path, capsys):
 def test_no_words_print_the_help(capsys):
     assert main([]) == 2
     assert "Exit codes" in capsys.readouterr().out
+
+
+def test_all_commands_take_json():
+    _, commands = make_parser()
+    assert len(commands) == 6
+    for name, parser in commands.items():
+        assert "--json" in parser.format_help(), name
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], *([name, "--help"] for name in make_parser()[1])], ids=" ".join
+)
+def test_help_imports_neither_the_library_nor_torch(words):
+    code = f"""
+import sys
+from falqon_fx_cli.main import main
+try:
+    main({words})
+except SystemExit as left:
+    assert left.code == 0
+print(*sorted(sys.modules), sep="\\n", file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: falqon-fx")
+    loaded = {name.partition(".")[0] for name in done.stderr.split()}
+    assert loaded & {"argparse", "torch", "falqon_fx", "rich", "transformers"} == {"argparse"}
+
+
+def test_every_command_names_a_function_that_exists():
+    _, commands = make_parser()
+    for parser in commands.values():
+        assert callable(pkgutil.resolve_name(parser.get_default("run")))
 
 
 def test_cost_shows_the_papers_finding(capsys):

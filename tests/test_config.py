@@ -284,7 +284,7 @@ def test_the_given_options_are_not_changed():
 
 def test_a_config_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        FalqonConfig().seed = 3
+        FalqonConfig().seed = 3  # type: ignore[misc] # what is tested
 
 
 def test_patterns_may_be_one_string_or_several():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -30,7 +32,7 @@ def _fresh():
 UPDATES = pytest.mark.parametrize("update", ["adapter", "rows"])
 
 
-def lora() -> peft.LoraConfig:
+def lora() -> Any:
     return peft.LoraConfig(r=4, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
 
 
@@ -61,13 +63,13 @@ def assert_same(one: nn.Module, other: nn.Module) -> None:
 def test_training_resumes(tmp_path, update, prepared):
     rows = {"topk": 5} if update == "rows" else {}
     config = FalqonConfig(update=update, inner="eager", **rows)
-    runs = []
+    runs: list[Any] = []
     for _ in range(2):
         torch.manual_seed(0)
         model = adapted(update)
         if prepared and not runs:
             falqon_fx.prepare(model, config, progress=False)
-        compiled = torch.compile(model, backend="falqon", options={"config": config})
+        compiled = torch.compile(model, backend="falqon", options=dict[str, Any](config=config))
         trained = [p for p in model.parameters() if p.requires_grad]
         runs.append((model, compiled, torch.optim.SGD(trained, 1.0, momentum=0.9)))
 
@@ -140,7 +142,7 @@ def test_beside_a_linear_layer_they_are_exported_dense(tmp_path, update, prepare
     if prepared:
         falqon_fx.prepare(model, config, progress=False)
     else:
-        torch.compile(freeze_a(model), backend="falqon", options={"config": config})(IDS)
+        torch.compile(freeze_a(model), backend="falqon", options=dict[str, Any](config=config))(IDS)
     sites = falqon_fx.adapters(model)
     assert len(sites) == 2
     report = falqon_fx.save_fp8(model, tmp_path / "out", progress=False)

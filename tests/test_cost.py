@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import sympy
@@ -14,7 +15,7 @@ from falqon_fx import FalqonConfig, FalqonError
 from falqon_fx.cost import cards, variants
 from falqon_fx.cost import model as cost
 from falqon_fx.cost.cards import CARDS, Card
-from falqon_fx.cost.variants import IN, OUT, VARIANTS, N, R, Shape
+from falqon_fx.cost.variants import VARIANTS, Shape, symbolic
 from tests.models import LoraLinear
 
 H100 = cards.find("H100")
@@ -32,7 +33,6 @@ SHAPES = st.builds(
     siblings=st.integers(1, 3),
     wide=st.sampled_from(["", "float32"]),
 )
-NUMBERS = {N: 96, IN: 40, OUT: 56, R: 4}
 NUMERIC = Shape(96, 40, 56, 4)
 
 
@@ -69,12 +69,12 @@ def test_flops_of_the_op_are_those_that_torch_counts(rank, train_a):
     a, b = [torch.randn(4, 40)] * bool(rank), [torch.randn(56, 4)] * bool(rank)
     casts = lowering.proxy_update(a, b, [2.0] * len(a), [], False, str(plan))
     x, grad = torch.randn(96, 40).bfloat16(), torch.randn(96, 56).bfloat16()
-    adapters = (casts[0::3], casts[1::3], casts[2::3], [], a, b, [], [0] * len(a), [2.0] * len(a))
+    of_a: tuple[Any, ...] = (a, b, [], [0] * len(a), [2.0] * len(a))
+    adapters = (casts[0::3], casts[1::3], casts[2::3], [], *of_a)
     rest = (train_a, torch.bfloat16, str(plan))
+    given: list[Any] = [x, [base.weight], [base.scale], [], *adapters, True, *rest[1:]]
     with FlopCounterMode(display=False) as forward:
-        _, out_a, x_cast, x_scale = lowering.merged_linear(
-            Merged(x, [base.weight], [base.scale], [], *adapters, True, *rest[1:])
-        )
+        _, out_a, x_cast, x_scale = lowering.merged_linear(Merged(*given))
     with FlopCounterMode(display=False) as backward:
         wide = out_a.dtype
         d = [grad.to(wide) @ t.to(wide) for t in casts[2::3]]
@@ -97,12 +97,15 @@ def test_flops_of_the_op_are_those_that_torch_counts(rank, train_a):
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("phase", ["forward", "backward", "update", None])
 def test_expressions_and_numbers_agree(name, phase):
-    symbolic, numeric = VARIANTS[name](Shape()), VARIANTS[name](NUMERIC)
+    open_shape = symbolic()
+    names = ("n", "features", "out", "rank")
+    values = {getattr(open_shape, n): getattr(NUMERIC, n) for n in names}
+    formulas, numeric = VARIANTS[name](open_shape), VARIANTS[name](NUMERIC)
     for measure in (cost.flops, cost.moved):
-        expression = sympy.sympify(measure(symbolic, phase))
-        assert expression.free_symbols <= {N, IN, OUT, R}
-        assert float(expression.subs(NUMBERS)) == float(measure(numeric, phase))
-    time = sympy.sympify(cost.seconds(symbolic, H100, phase)).subs(NUMBERS)
+        expression = sympy.sympify(measure(formulas, phase))
+        assert expression.free_symbols <= values.keys()
+        assert float(expression.subs(values)) == float(measure(numeric, phase))
+    time = sympy.sympify(cost.seconds(formulas, H100, phase)).subs(values)
     assert float(time) == pytest.approx(float(cost.seconds(numeric, H100, phase)), rel=1e-12)
 
 

@@ -200,10 +200,9 @@ def test_adapters_of_a_layer_need_not_stand_side_by_side():
     x, weight, scale, bias, *columns, keep_x, out_dtype, spec_text = case.arguments()
     by_name = dict(zip(names, columns, strict=True))
     turned = [2, 1, 0]
-    moved = [[column[j] for j in turned] if column else column for column in by_name.values()]
-    first, second, out_a, *_ = gpu.merged_linear(
-        Merged(x, weight, scale, bias, *moved, keep_x, out_dtype, spec_text)
-    )
+    moved: Any = [[column[j] for j in turned] if column else column for column in by_name.values()]
+    given: list[Any] = [x, weight, scale, bias, *moved, keep_x, out_dtype, spec_text]
+    first, second, out_a, *_ = gpu.merged_linear(Merged(*given))
     wanted = gpu.merged_linear(case.arguments())
     of_a = wanted[2].split([16, 8, 5], dim=1)
     assert torch.equal(out_a, torch.cat([of_a[j] for j in turned], dim=1))
@@ -298,14 +297,14 @@ def test_fake_results_of_the_products_look_like_the_real_ones():
     out_a = randn(32, 24).bfloat16()
     opcheck(falqon.adapter_product, (q, q_scale, code, s, torch.float16, spec_text))
     for factors, of_a in ((b, []), (b, [out_a]), ([], []), ([], [out_a])):
-        args = (q, q_scale, weight, scale, [], a, a_scale, factors, of_a, [0, 1], BF16, spec_text)
-        opcheck(falqon.merged_product, args)
-    alone = (q, q_scale, weight, scale, [], [], [], [], [], [], torch.float16, spec_text)
-    opcheck(falqon.merged_product, alone)
+        parts = (a, a_scale, factors, of_a, [0, 1])
+        opcheck(falqon.merged_product, (q, q_scale, weight, scale, [], *parts, BF16, spec_text))
+    nothing: Any = [[]] * 6
+    opcheck(falqon.merged_product, (q, q_scale, weight, scale, *nothing, torch.float16, spec_text))
     grads = [gpu.quantize(randn(32, n), E5M2, spec_text) for n in (48, 32)]
     for d, codes in (([randn(32, 24)], a), ([], [])):
-        args = ([g for g, _ in grads], [s for _, s in grads], weight, d, codes, F32, spec_text)
-        opcheck(falqon.grad_x_product, args)
+        g, scales = [g for g, _ in grads], [s for _, s in grads]
+        opcheck(falqon.grad_x_product, (g, scales, weight, d, codes, F32, spec_text))
     opcheck(falqon.grad_b_product, (randn(5, 48), randn(5, 16), 0.5, BF16, spec_text))
     opcheck(falqon.cast_fp8, (x.float(), E5M2, spec_text))
     opcheck(falqon.cast_fp8, (x, E5M2, spec_text))
@@ -346,7 +345,7 @@ def test_on_a_gpu_the_ops_are_lowered_to_products(name):
         def empty(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="cuda")
 
-        columns = [
+        columns: list[Any] = [
             [empty(*t.shape, dtype=t.dtype) for t in column] if isinstance(column, list) else column
             for column in arguments[:9]
         ]
@@ -459,9 +458,9 @@ def test_update_takes_sites_of_all_kinds_in_few_launches():
 def test_launches_are_remembered_while_the_tensors_stay_where_they_are(monkeypatch):
     site, other = make_site(40, 64, 8), make_site(40, 64, 8)
     planned = []
-    launches = rows_cuda._plan_launches
+    plan = rows_cuda._plan_launches
     monkeypatch.setattr(rows_cuda, "_known", {})
-    monkeypatch.setattr(rows_cuda, "_plan_launches", lambda *a: planned.append(1) or launches(*a))
+    monkeypatch.setattr(rows_cuda, "_plan_launches", lambda *a: planned.append(1) or plan(*a))
     for step, launches in ((0, 1), (1, 1), (2, 2)):
         if step == 2:
             site.lora_b = site.lora_b.clone()

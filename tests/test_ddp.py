@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +55,8 @@ def make(update: str, prepared: bool) -> nn.Module:
     return model
 
 
-def compiled(model: nn.Module, update: str) -> nn.Module:
-    return torch.compile(model, backend="falqon", options={"config": CONFIGS[update]})
+def compiled(model: nn.Module, update: str) -> Any:
+    return torch.compile(model, backend="falqon", options=dict[str, Any](config=CONFIGS[update]))
 
 
 def data() -> list[Tensor]:

@@ -6,6 +6,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def _fresh_dynamo():
     torch.manual_seed(0)
 
 
-def compiled(model: nn.Module, **options: object) -> nn.Module:
+def compiled(model: nn.Module, **options: Any) -> Any:
     return torch.compile(model, backend="falqon", options={"inner": "eager", **options})
 
 
@@ -345,7 +346,7 @@ def test_a_quantized_base_is_rejected_and_left_alone():
 
     model, x = Relu(), torch.randn(2, 32)
     fill_b(model)
-    model.down.base_layer = Fp8Linear(model.down.base_layer)
+    model.down.set_submodule("base_layer", Fp8Linear(model.down.base_layer))
     expected = model(x)
     (result,), seen = warnings_of(compiled(model, include="down"), x)
     assert torch.equal(result, expected)

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,7 +74,9 @@ def model_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def data_file(tmp_path_factory):
     file = tmp_path_factory.mktemp("data") / "talk.jsonl"
-    records = [{"prompt": question, "response": answer} for question, answer in TALK]
+    records: list[dict[str, Any]] = [
+        {"prompt": question, "response": answer} for question, answer in TALK
+    ]
     turns = (
         ("user", "Hello."),
         ("assistant", "Hello, friend."),

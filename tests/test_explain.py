@@ -3,6 +3,7 @@ from __future__ import annotations
 import inspect
 import json
 import warnings
+from typing import Any
 
 import jsonschema
 import pytest
@@ -108,7 +109,7 @@ def test_the_users_compilations_stay_as_they_are():
 
 
 def test_explain_leaves_no_sizes_behind_for_later_compilations():
-    shapes = []
+    shapes: list[Any] = []
 
     def backend(gm: torch.fx.GraphModule, example_inputs: list[torch.Tensor]) -> object:
         shapes.extend(tuple(n.meta["example_value"].shape) for n in gm.graph.nodes if n.name == "x")
@@ -152,8 +153,8 @@ def test_explain_says_why_a_site_stays():
     assert all("exclude" in item.reason for item in report.rejected)
 
 
-def line_of(function: object, text: str) -> int:
-    lines, first = inspect.getsourcelines(function)  # type: ignore[arg-type]
+def line_of(function: Any, text: str) -> int:
+    lines, first = inspect.getsourcelines(function)
     (found,) = [first + i for i, line in enumerate(lines) if text in line]
     return found
 
@@ -163,7 +164,8 @@ def test_sites_and_rejections_name_the_line_in_the_users_code():
         Stack(), torch.randn(3, 32), config=FalqonConfig(exclude=("*.down",))
     )
     wanted = line_of(models.LoraLinear.forward, "self.base_layer(x) + adapter")
-    for item in (*report.sites, *report.rejected):
+    items: list[Any] = [*report.sites, *report.rejected]
+    for item in items:
         assert item.source is not None
         assert (item.source.file, item.source.line) == (models.__file__, wanted)
         assert "adapter * self.scaling" in item.source.code

@@ -64,7 +64,7 @@ def in_fp8(model: nn.Module, prepared: bool, b_size: float = 0.05, **options: An
 def call(model: nn.Module, config: FalqonConfig) -> Any:
     """The compiled model, after one call."""
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="falqon", options={"config": config})
+    compiled = torch.compile(model, backend="falqon", options=dict[str, Any](config=config))
     with torch.no_grad():
         compiled(IDS)
     return compiled
@@ -88,7 +88,7 @@ def export(model: nn.Module, folder: Path, **arguments: Any) -> falqon_fx.Export
 
 
 def read(folder: Path) -> dict[str, Tensor]:
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for file in sorted((folder / "out").glob("*.safetensors")):
         tensors |= safetensors.load_file(file)
     return tensors
@@ -531,7 +531,7 @@ def test_logits_with_the_engines_own_casts_are_within_the_bound_of_both(tmp_path
     model = in_fp8(tiny_llama(target_modules=["lm_head"]), prepared=True, frozen="leave")
     export(model, tmp_path)
     compiled = call(model, FalqonConfig(inner="eager", frozen="leave"))
-    loaded, seen = load(tmp_path), {}
+    loaded, seen = load(tmp_path), dict[str, Any]()
     with torch.no_grad():
         loaded(IDS)  # the first call decompresses the weights
         hook = loaded.model.register_forward_hook(lambda m, a, out: seen.update(x=out[0]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -255,7 +256,7 @@ def test_alpha_shares_the_range():
 # -- in models -------------------------------------------------------------------------------------
 
 
-def compiled(model: nn.Module, inner: str = "eager", **options: object) -> nn.Module:
+def compiled(model: nn.Module, inner: str = "eager", **options: Any) -> Any:
     return torch.compile(
         model, backend="falqon", options={"inner": inner, "adapter_dtype": "fp8", **options}
     )

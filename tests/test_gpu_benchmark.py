@@ -8,6 +8,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,7 +93,8 @@ def test_what_the_budget_cannot_pay_is_named(benchmark):
 
 
 def step(benchmark, **change):
-    fields = dict.fromkeys((f.name for f in dataclasses.fields(benchmark.StepRow)), 0.0)
+    names = [f.name for f in dataclasses.fields(benchmark.StepRow)]
+    fields: dict[str, Any] = dict.fromkeys(names, 0.0)
     fields |= {"shape": "llama-7b", "batch": 1, "length": 4096, "rank": 16, "contender": "falqon"}
     fields |= {"checkpointing": False, "whole_seconds": 1.0, "linear_bytes_ratio": 0.505}
     return benchmark.StepRow(**(fields | change))

@@ -78,7 +78,8 @@ class Operands:
 
 def operands(case: Case, dtype: torch.dtype) -> list[list[Operands]]:
     """Of the adapters of each layer; ``dtype``: what products return."""
-    casts, found = iter(case.casts), []
+    casts = iter(case.casts)
+    found: list[list[Operands]] = []
     for layer in case.layers:
         found.append([])
         for lora in layer.adapters:

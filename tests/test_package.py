@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+import tomllib
 from importlib import import_module
 from importlib.metadata import entry_points, version
 from pathlib import Path
@@ -66,6 +68,84 @@ def test_all_names_exist():
     assert missing == []
 
 
+def test_names_that_are_imported_late_have_the_homes_that_a_type_checker_sees():
+    tree = ast.parse(Path(falqon_fx.__file__).read_text())
+    (block,) = (n for n in tree.body if isinstance(n, ast.If))
+    found = [n for n in block.body if isinstance(n, ast.ImportFrom)]
+    seen = {n.module: tuple(a.name for a in n.names) for n in found}
+    assert seen == falqon_fx._HOMES
+    assert set(falqon_fx.__all__) <= set(dir(falqon_fx))
+    with pytest.raises(AttributeError, match="has no attribute 'prepared'"):
+        _ = falqon_fx.prepared
+
+
+SLOW = ("sympy", "rich", "jinja2", "pygments", "triton", "transformers", "peft", "torch.export")
+
+
+@pytest.mark.parametrize("name", ["falqon_fx", "falqon_fx.backend"])
+def test_importing_loads_no_slow_library(name, tmp_path):
+    """sympy is for symbols, rich for tables, Jinja and Pygments for pages and kernels."""
+    code = f"import sys, torch; before = set(sys.modules); import {name}"
+    loaded = run(f"{code}; print(*(sys.modules.keys() - before))", tmp_path).split()
+    assert "falqon_fx.ops.merged_linear" in loaded
+    assert [m for m in loaded if m.startswith(SLOW)] == []
+    if name == "falqon_fx":  # the ops and what they stand on
+        rooms = {m.split(".")[1] for m in loaded if m.startswith("falqon_fx.")}
+        assert rooms & {"backend", "passes", "model", "files", "cost"} == set()
+
+
+def test_importing_registers_all_ops(tmp_path):
+    """Modules that are imported later add none, so a saved graph loads after the import alone."""
+    code = """
+import torch, falqon_fx, importlib, pkgutil
+def ops():
+    return {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("falqon::")}
+first = ops()
+for module in pkgutil.walk_packages(falqon_fx.__path__, "falqon_fx."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+print(len(first), sorted(ops() - first))
+"""
+    count, later = run(code, tmp_path).split(maxsplit=1)
+    assert int(count) >= 16
+    assert later == "[]"
+
+
+def test_a_saved_graph_loads_after_the_import_alone(tmp_path):
+    save = """
+import torch, falqon_fx
+from torch import fx, nn
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.base = nn.Linear(64, 64).requires_grad_(False)
+        self.a, self.b = nn.Linear(64, 8, bias=False), nn.Linear(8, 64, bias=False)
+    def forward(self, x):
+        return self.base(x) + self.b(self.a(x))
+x = torch.randn(4, 64)
+result = falqon_fx.rewrite(fx.symbolic_trace(Layer()), [x])
+assert len(result.report.sites) == 1
+inputs = tuple(result.bind([x]))
+torch.save(result.gm, "graph.pt")
+torch.export.save(torch.export.export(result.gm, inputs), "graph.pt2")
+torch.save((inputs, result.gm(*inputs)), "expected.pt")
+"""
+    load = """
+import falqon_fx, torch
+inputs, expected = torch.load("expected.pt")
+for graph in (torch.load("graph.pt", weights_only=False), torch.export.load("graph.pt2").module()):
+    print(torch.equal(graph(*inputs)[0], expected[0]))
+"""
+    run(save, tmp_path)
+    assert run(load, tmp_path).split() == ["True", "True"]
+
+
+def test_entry_points_are_what_is_installed():
+    (program,) = (e for e in entry_points(group="console_scripts") if e.name == "falqon-fx")
+    assert program.value == "falqon_fx_cli.main:main"
+    assert callable(program.load())
+
+
 def test_entry_point_is_registered_once():
     found = [e for e in entry_points(group="torch_dynamo_backends") if e.name == "falqon"]
     assert [e.value for e in found] == ["falqon_fx.backend:falqon"]
@@ -120,6 +200,15 @@ import falqon_fx.kernels
 print("imported")
 """
     assert run(code, tmp_path) == "imported"
+
+
+def test_the_oldest_versions_that_are_tested_are_those_promised():
+    root = Path(__file__).parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    for name in ("torch", "triton"):
+        (wanted,) = (d for d in project["dependencies"] if d.startswith(f"{name}>="))
+        oldest = wanted.partition(">=")[2].partition(";")[0]
+        assert f"'{name}=={oldest}.*'" in (root / "Makefile").read_text()
 
 
 def test_package_is_typed():

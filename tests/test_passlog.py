@@ -13,11 +13,11 @@ import torch
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError, RewriteReport
-from falqon_fx.cli.main import main
 from falqon_fx.ops import lowering
 from falqon_fx.passes import pipeline
 from falqon_fx.report.repro import arguments, check
 from falqon_fx.site.spec import SiteSpec
+from falqon_fx_cli.main import main
 from tests.models import Stack
 
 PASSES = list(pipeline.PASSES)
@@ -157,7 +157,7 @@ def test_the_command_lists_kernels_with_their_reason(dump, capsys):
 
 
 def spec_of(**options: str) -> str:
-    return str(SiteSpec.from_config(FalqonConfig(**options)))  # type: ignore[arg-type]
+    return str(SiteSpec.from_config(FalqonConfig(**options)))
 
 
 RESULTS = {"O", "O_A", "dL/dA", "dL/dB", "dL/dx"}
@@ -204,7 +204,7 @@ def test_a_product_that_is_wrong_by_a_twentieth_lies_outside(place, monkeypatch,
 
     monkeypatch.setattr(lowering, "merged_linear", wrong)
     report = RewriteReport.from_json((dump / "report.json").read_text())
-    result = check(**arguments(report.sites[0]))  # type: ignore[arg-type]
+    result = check(**arguments(report.sites[0]))
     assert result.ratios[["O", "O_A"][place]] > 1
     assert not result.right
     assert main(["repro", str(dump / "report.json")]) == 3
@@ -232,7 +232,7 @@ def test_a_site_of_a_gpu_is_checked_on_the_cpu_and_says_so(monkeypatch):
     given = arguments(report.sites[0])
     assert given["device"] == "cuda"
     assert str(given["kernel"]).startswith("triton:")
-    result = check(**given)  # type: ignore[arg-type]
+    result = check(**given)
     assert result.right
     assert (result.device, result.kernel) == ("cpu", given["kernel"])
     assert f"on cpu (there is no GPU here, so {result.kernel} was not run)" in str(result)

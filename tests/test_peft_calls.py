@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -46,8 +47,8 @@ def made(prepared: bool = False, config: FalqonConfig = CONFIG, **lora: object) 
     return model
 
 
-def compiled(model: nn.Module, config: FalqonConfig = CONFIG) -> nn.Module:
-    return torch.compile(model, backend="falqon", options={"config": config})
+def compiled(model: nn.Module, config: FalqonConfig = CONFIG) -> Any:
+    return torch.compile(model, backend="falqon", options=dict[str, Any](config=config))
 
 
 def inputs() -> Tensor:
@@ -428,7 +429,7 @@ def merged_weights(model: nn.Module) -> list[Tensor]:
     return result
 
 
-def plain_weights(model: nn.Module) -> list[Tensor]:
+def plain_weights(model: Any) -> list[Tensor]:
     """The weights of an unloaded model."""
     assert [type(layer) for layer in model] == [nn.Linear, nn.ReLU, nn.Linear]
     return [model[0].weight.detach(), model[2].weight.detach()]

@@ -6,6 +6,7 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import peft
 import pytest
@@ -973,7 +974,7 @@ def test_adapters_with_update_rows_are_live():
     torch._dynamo.reset()
     config = FalqonConfig(update="rows", inner="eager", topk=10)
     model = prepared_mlp(config)
-    compiled = torch.compile(model, backend="falqon", options={"config": config})
+    compiled = torch.compile(model, backend="falqon", options=dict[str, Any](config=config))
     state = falqon_fx.adapters(model)[SITES[0]]
     compiled(randn(3, 32))
     assert not state.writes.any()

@@ -32,7 +32,7 @@ def _fresh_dynamo():
     torch.manual_seed(0)
 
 
-def compiled(model: nn.Module, **options: object) -> nn.Module:
+def compiled(model: nn.Module, **options: Any) -> Any:
     return torch.compile(model, backend="falqon", options={"inner": "eager", **options})
 
 
@@ -188,7 +188,7 @@ class Checkpointed(nn.ModuleDict):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__({"layer": layer})
 
-    def __getitem__(self, name: str) -> object:
+    def __getitem__(self, name: str) -> Any:
         return lambda x: checkpoint(self._modules["layer"], x, use_reentrant=False)
 
 
@@ -232,7 +232,7 @@ def dynamo_log():
     """What torch tells its users while it compiles."""
     texts: list[str] = []
     handler, logger = logging.Handler(), logging.getLogger("torch._dynamo.convert_frame")
-    handler.emit = lambda record: texts.append(record.getMessage())
+    handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
     logger.addHandler(handler)
     yield texts
     logger.removeHandler(handler)

@@ -79,8 +79,8 @@ def column(text: str, title: str, index: int) -> str:
     """What a column of the table under ``title`` holds, its folds undone."""
     lines = text[text.index(title) :].splitlines()
     table = itertools.dropwhile(lambda line: not line.startswith("┡"), lines)
-    body = itertools.takewhile(lambda line: not line.startswith("└"), table)
-    body = [line for line in body if line.startswith("│")]
+    rows = itertools.takewhile(lambda line: not line.startswith("└"), table)
+    body = [line for line in rows if line.startswith("│")]
     return "".join(line.split("│")[index + 1] for line in body).replace(" ", "")
 
 

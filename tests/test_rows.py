@@ -44,7 +44,7 @@ def mlp(prepared: bool = False, **options: Any) -> tuple[nn.Module, nn.Module]:
     return model, compiled(model, **options)
 
 
-def compiled(model: nn.Module, **options: Any) -> nn.Module:
+def compiled(model: nn.Module, **options: Any) -> Any:
     return torch.compile(model, backend="falqon", options={**OPTIONS, **options})
 
 
@@ -344,7 +344,8 @@ def _switching():
 
 def in_threads(*functions: Any) -> list[Any]:
     """The results of functions that begin at the same moment."""
-    barrier, results = threading.Barrier(len(functions)), [None] * len(functions)
+    barrier = threading.Barrier(len(functions))
+    results: list[Any] = [None] * len(functions)
 
     def run(i: int) -> None:
         barrier.wait()
@@ -553,7 +554,7 @@ def test_weight_decay_on_b_is_a_change_like_any_other():
 )
 @PREPARED
 def test_defaults_of_torch_change_no_training(dtype, device, prepared):
-    def trained() -> tuple[list[Tensor], list[Any]]:
+    def trained() -> list[Any]:
         torch._dynamo.reset()
         torch.manual_seed(0)
         model, run = mlp(prepared)

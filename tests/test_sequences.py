@@ -115,7 +115,8 @@ class Training(RuleBasedStateMachine):
         prefix = "base_model.model."
         states = {prefix + path: Known(*self.bases[path]) for path in ("up", "down")}
         emulate(twin, states, self.config)
-        layer = Layer(*self.bases["plain"], None)
+        code, scale = self.bases["plain"]
+        layer = Layer(code, scale, None)
         plain: Any = twin.base_model.model.plain
         plain.forward = lambda x: linear(x, [layer], self.config)[0]
         return twin
@@ -123,7 +124,9 @@ class Training(RuleBasedStateMachine):
     @rule()
     def recompile(self):
         torch._dynamo.reset()
-        self.call = torch.compile(self.model, backend="falqon", options={"config": self.config})
+        self.call = torch.compile(
+            self.model, backend="falqon", options=dict[str, Any](config=self.config)
+        )
         trained = [p for name, p in self.model.named_parameters() if "lora_" in name]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-2)
 
@@ -274,6 +277,7 @@ class Expected:
         self.layer, self.config = layer, config
         self.b = layer.lora_B.weight
         self.fresh = True
+        self.seen: Any = None
 
     def forward(self) -> None:
         """A forward pass has begun."""
@@ -364,6 +368,7 @@ class Rows(RuleBasedStateMachine):
 
     def state(self) -> MergedAdapter:
         (state,) = falqon_fx.adapters(self.model).values()
+        assert isinstance(state, MergedAdapter)
         return state
 
     @rule()

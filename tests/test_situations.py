@@ -23,6 +23,7 @@ from torch.nn import functional as F
 import falqon_fx
 from falqon_fx.rows import state as rows_state
 from falqon_fx.site import base as base_module
+from falqon_fx.site import record
 from tests import tolerances as tol
 from tests.emulation import emulate
 from tests.models import (
@@ -66,13 +67,13 @@ def created(monkeypatch):
     return paths
 
 
-def options(inner: str = "eager", **others: object) -> dict[str, object]:
+def options(inner: str = "eager", **others: Any) -> dict[str, Any]:
     """Rows of nearest rounding are the same whatever the site is called."""
     rows = {"rounding": "nearest"} if others.get("update") == "rows" else {}
     return {"inner": inner, **rows, **others}
 
 
-def compiled(model: nn.Module, inner: str = "eager", **others: object) -> nn.Module:
+def compiled(model: nn.Module, inner: str = "eager", **others: Any) -> Any:
     return torch.compile(model, backend="falqon", options=options(inner, **others))
 
 
@@ -110,7 +111,7 @@ def alone(model: nn.Module, x: Tensor, steps: int, **others: object) -> list[Ten
     return adapter(own)
 
 
-def all_equal(a: list[Tensor], b: list[Tensor]) -> bool:
+def all_equal(a: list[Any], b: list[Any]) -> bool:
     return len(a) == len(b) > 0 and all(torch.equal(x, y) for x, y in zip(a, b))
 
 
@@ -135,7 +136,7 @@ def test_blocks_that_share_one_graph_train_as_the_whole_model_does(created, grap
     for path, state in states.items():
         layer = model.get_submodule(path)
         if update == "rows":
-            assert int(state.counters[rows_state.update.STEP]) == 3
+            assert int(state.counters[record.STEP]) == 3
         else:
             ((a, b, _),) = state.adapters
             assert (a is layer.lora_A.weight, b is layer.lora_B.weight) == (True, True)
@@ -166,7 +167,7 @@ def test_a_deepcopy_of_a_compiled_model_has_fp8_weights_of_its_own(update, prepa
         freeze_a(model)
     if prepared:
         falqon_fx.prepare(model, config, progress=False)
-    first = torch.compile(model, backend="falqon", options={"config": config})
+    first = torch.compile(model, backend="falqon", options=dict[str, Any](config=config))
     train(first, adam(model), x, steps=3)
     second = copy.deepcopy(first)
     before, bytes_before = [p.clone() for p in adapter(model)], [c.clone() for c in codes(first)]
@@ -357,11 +358,12 @@ def test_another_scaling_compiles_anew(created, graphs, dynamic, update):
 
 def test_a_float_outside_of_the_sites_stays_dynamic(graphs):
     class Scaled(Relu):
+        factor = 0.5
+
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * self.factor
 
     model, x = Scaled(), torch.randn(2, 5, 32)
-    model.factor = 0.5
     call = torch.compile(model, backend="falqon", options=options(), dynamic=True)
     half = call(x)
     for factor in (2.0, 4.0, 8.0):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def trainer_of(
     own: bool = True,
     update: str = "rows",
     model: nn.Module | None = None,
-) -> transformers.Trainer:
+) -> Any:
     """With ``own``, compiled by hand; else by `FalqonCallback`, which saves by itself."""
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -51,7 +52,7 @@ def trainer_of(
     if own:
         if prepared:
             falqon_fx.prepare(model, config, progress=False)
-        model.compile(backend="falqon", options={"config": config})
+        model.compile(backend="falqon", options=dict[str, Any](config=config))
     if seed:  # what a checkpoint must bring
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -117,7 +118,7 @@ class HandWritten(nn.Module):
 
 @pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
 def test_a_model_that_is_not_pefts_resumes_bit_for_bit(tmp_path, prepared):
-    def run(folder: str, last: int, seed: int) -> transformers.Trainer:
+    def run(folder: str, last: int, seed: int) -> Any:
         torch.manual_seed(0)
         model = HandWritten()
         if seed:  # what a checkpoint must bring

@@ -168,7 +168,7 @@ def test_trainer_gives_the_losses_of_a_loop_written_by_hand(trained, tmp_path):
     """The same batches, accumulation, clipping, AdamW and evaluation in between."""
     plain = trainer(tmp_path)
     model = plain.model
-    model.compile(backend="falqon", options={"config": CONFIG})
+    model.compile(backend="falqon", options=dict[str, Any](config=CONFIG))
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, weight_decay=0.0, fused=True)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, 0, STEPS)
     transformers.set_seed(0)
@@ -276,7 +276,7 @@ def test_a_trainer_checkpoint_is_a_peft_adapter(trained):
 
 def compile_before(folder: Path) -> Trainer:
     model = tiny_lm()
-    model.compile(backend="falqon", options={"config": CONFIG})
+    model.compile(backend="falqon", options=dict[str, Any](config=CONFIG))
     return trainer(folder, model=model)
 
 
@@ -417,6 +417,7 @@ class WatchReference(transformers.TrainerCallback):
 
     def __init__(self) -> None:
         self.trainer: Any = None
+        self.batch: Any = None
         self.reference: list[Tensor] = []
         self.policy: list[Tensor] = []
 
@@ -499,7 +500,7 @@ def by_hand(
     """The losses of two accumulated batches a step, clipped, with AdamW."""
     torch.manual_seed(0)
     model = as_trained(make(), config)
-    call = torch.compile(model, backend="falqon", options={"config": config})
+    call = torch.compile(model, backend="falqon", options=dict[str, Any](config=config))
     optimizer, found = torch.optim.AdamW(trainable(model), lr=1e-2), []
     for i, (x,) in enumerate(data, 1):
         with torch.autocast("cpu", autocast, enabled=autocast is not None):
@@ -525,7 +526,7 @@ def accelerated(
     )
     torch.manual_seed(0)
     plain = as_trained(Relu(), config)
-    plain.compile(backend="falqon", options={"config": config})
+    plain.compile(backend="falqon", options=dict[str, Any](config=config))
     model, optimizer, data = accelerator.prepare(
         plain, torch.optim.AdamW(trainable(plain), lr=1e-2), batches()
     )
@@ -581,7 +582,7 @@ class Lit(lightning.LightningModule):
         self.model = as_trained(tiny_mlp(), config)
         if prepare:
             falqon_fx.prepare(self.model, config, progress=False)
-        self.model.compile(backend="falqon", options={"config": config})
+        self.model.compile(backend="falqon", options=dict[str, Any](config=config))
         self.losses: list[float] = []
 
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:

@@ -36,7 +36,7 @@ def _fresh_dynamo() -> None:
     torch.manual_seed(0)
 
 
-def compiled(model: nn.Module, inner: str = "eager", **options: Any) -> nn.Module:
+def compiled(model: nn.Module, inner: str = "eager", **options: Any) -> Any:
     return torch.compile(model, backend="falqon", options={"inner": inner, **options})
 
 
@@ -49,7 +49,7 @@ def values(tensors: list[nn.Parameter]) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in tensors]
 
 
-def all_equal(a: list[Tensor], b: list[Tensor]) -> bool:
+def all_equal(a: list[Any], b: list[Any]) -> bool:
     return len(a) == len(b) > 0 and all(torch.equal(x, y) for x, y in zip(a, b))
 
 
@@ -223,7 +223,8 @@ def stochastic_average(loop: Loop) -> Iterator[Tensor]:
         if 2 * i > len(loop.batches):
             mean.update_parameters(nn.ParameterList(trained))
     with torch.no_grad():
-        for average, p in zip(mean.module, trained):
+        averages: Any = mean.module
+        for average, p in zip(averages, trained):
             p.copy_(average)
         yield loop.loss(loop.batches[-1])
 
@@ -232,7 +233,7 @@ def second_order(loop: Loop) -> Iterator[Tensor]:
     """L-BFGS calls the model several times a step, with other parameters each time."""
     optimizer = torch.optim.LBFGS(parameters(loop.model), lr=0.5, max_iter=3)
     for batch in loop.batches:
-        losses = []
+        losses: list[Tensor] = []
 
         def closure(batch: tuple[Tensor, Tensor] = batch, losses: list[Tensor] = losses) -> Tensor:
             optimizer.zero_grad()
@@ -438,7 +439,7 @@ def test_where_every_cast_is_exact_training_is_that_of_plain_lora_bit_for_bit(in
         falqon_fx.prepare(model, progress=False)
     call, ends = compiled(model, inner), []
     for run, trained in ((plain, parameters(plain)), (call, parameters(model))):
-        found: list[Tensor] = []
+        found: list[Any] = []
         for step in range(8):
             for part in range(2):  # accumulated
                 x = whole(6, 32, seed=100 + 2 * step + part).requires_grad_()
@@ -699,7 +700,8 @@ def deep(dropout: float, prepared: bool) -> Any:
 def recorded(call: Call, model: nn.Module) -> list[Tensor]:
     """Two steps: losses, dL/dx and the gradients of all A and B, then A and B."""
     torch.manual_seed(3)
-    x, optimizer, found = torch.randn(6, 64), torch.optim.AdamW(parameters(model), lr=1e-2), []
+    x, optimizer = torch.randn(6, 64), torch.optim.AdamW(parameters(model), lr=1e-2)
+    found: list[Any] = []
     for _ in range(2):
         own = x.clone().requires_grad_()
         loss = call(own).square().mean()

@@ -42,14 +42,14 @@ def _fresh():
     torch.manual_seed(0)
 
 
-def compiled(model: nn.Module, prepared: bool, **options: Any) -> nn.Module:
+def compiled(model: nn.Module, prepared: bool, **options: Any) -> Any:
     """The compiled wrapper of a model."""
     config = FalqonConfig(**{"inner": "eager", **options})
     if config.update == "rows":
         freeze_a(model)
     if prepared:
         falqon_fx.prepare(model, config, progress=False)
-    return torch.compile(model, backend="falqon", options={"config": config})
+    return torch.compile(model, backend="falqon", options=dict[str, Any](config=config))
 
 
 def train(forward: nn.Module, model: nn.Module, steps: int, rate: float = 0.02) -> list[float]:
@@ -165,10 +165,11 @@ ACTS: list[Callable[[nn.Module], None]] = [
 ]
 
 
-def added(model: nn.Module, path: str) -> tuple[Tensor, Tensor]:
+def added(model: nn.Module, path: str) -> tuple[Any, Any]:
     """Σ s·|B|·|A| of the active adapters of a layer, and what a cast of each A moves of it."""
     layer = model.get_submodule(path)
-    total, off = 0.0, 0.0
+    total: Any = 0.0
+    off: Any = 0.0
     for name in layer.active_adapters:
         a, b = layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach().double()
         total = total + layer.scaling[name] * b.abs() @ a.double().abs()
@@ -203,7 +204,8 @@ def test_the_adapters_that_are_active_now_are_merged(act, prepared, update):
             cast = cast_a + cast_off(weight.double().abs() + before)
         sums = gamma(16) * (weight.double().abs() + before + now)
         off[f"{path.removeprefix('base_model.model.')}.weight"] = cast + 2 * sums
-    merged, expected = falqon_fx.merge_and_unload(model), plain.merge_and_unload()
+    merged: Any = falqon_fx.merge_and_unload(model)
+    expected = plain.merge_and_unload()
     assert [type(m) for m in merged] == [nn.Linear, nn.ReLU, nn.Linear]
     for name, weight in merged.named_parameters():
         if not prepared and update == "adapter":
@@ -269,10 +271,10 @@ def test_with_update_rows_merged_weights_are_the_fp8_weights(dtype, prepared):
     assert len(expected) == 14
     merged = falqon_fx.merge_and_unload(model)
     for path, weight in expected.items():
-        layer = merged.get_submodule(path)
-        assert type(layer) is nn.Linear
-        assert layer.weight.dtype == dtype
-        assert torch.equal(layer.weight.float(), weight[: len(layer.weight)])
+        plain = merged.get_submodule(path)
+        assert type(plain) is nn.Linear
+        assert plain.weight.dtype == dtype
+        assert torch.equal(plain.weight.float(), weight[: len(plain.weight)])
     assert merged(IDS).logits.isfinite().all()
     assert falqon_fx.adapters(merged) == {}
 

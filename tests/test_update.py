@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ ROUNDING = pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 INF, NAN = float("inf"), float("nan")
 
 
-def changed_rows(before: list[Tensor], state: object) -> list[int]:
+def changed_rows(before: list[Tensor], state: Any) -> list[int]:
     """Rows of `writes` that went up."""
     return (state.writes != before[4]).nonzero().flatten().tolist()
 
@@ -226,7 +227,7 @@ def test_topk_counts_rows_or_is_a_fraction_of_them(topk, count):
 def test_b_is_applied_plus_pending(granularity, pending):
     """applied and pending are float32 here: their sum rounds once, the difference once."""
     site = make_site(granularity=granularity, pending=pending, topk=2)
-    site.state.b_ref = lambda: site.lora_b
+    site.state.b_ref = lambda: site.lora_b  # type: ignore[assignment]
     for step in range(5):
         site.step(seed=step)
         update(site)

@@ -124,7 +124,7 @@ def train(targets: str | list[str] = "all-linear", **options: str) -> nn.Module:
     model = peft.get_peft_model(model, lora)
     config = FalqonConfig(inner="eager", **options)
     falqon_fx.prepare(model, config, progress=False)
-    compiled = torch.compile(model, backend="falqon", options={"config": config})
+    compiled = torch.compile(model, backend="falqon", options=dict[str, Any](config=config))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.02)
     ids = torch.tensor([SENTENCE])
     for _ in range(20):

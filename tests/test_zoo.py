@@ -45,7 +45,7 @@ def _fresh_dynamo():
 Run = Callable[..., Any]
 
 
-def result_of(output: Any) -> tuple[Tensor, Tensor]:
+def result_of(output: Any) -> tuple[Any, Any]:
     """What a model returns, and a loss of it."""
     names = ("logits", "sample", "logits_per_image", "last_hidden_state")
     value = output if isinstance(output, Tensor) else None
@@ -55,7 +55,7 @@ def result_of(output: Any) -> tuple[Tensor, Tensor]:
     return value, value.float().square().mean() if loss is None else loss
 
 
-def run(call: Run, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+def run(call: Run, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Any, list[Any]]:
     """Output and gradients of B; the seed fixes what a model drops out."""
     model.zero_grad()
     torch.manual_seed(5)

@@ -8,6 +8,7 @@ reason. All models are built from their configs, without any download.
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -238,7 +239,8 @@ def build(name: str) -> nn.Module:
     config._experts_implementation = "batched_mm"  # others have shapes that depend on the data
     if hasattr(config, "is_decoder") and not config.is_encoder_decoder:
         config.is_decoder = True
-    make: Any = families()[name]._from_config if name in _CONFIGS else _from_config
+    family: Any = families()[name]
+    make = family._from_config if name in _CONFIGS else _from_config
     with torch.device("meta"):
         parameters = sum(p.numel() for p in make(config).parameters())
     if parameters > 10_000_000:
@@ -365,7 +367,7 @@ def _clip() -> _Made:
 
 
 def _diffusion_transformer() -> _Made:
-    import diffusers
+    diffusers: Any = importlib.import_module("diffusers")  # its classes have no base for mypy
 
     torch.manual_seed(0)
     model = diffusers.PixArtTransformer2DModel(

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import sympy
 import torch
 
 from falqon_fx.config import FalqonConfig
@@ -49,10 +48,16 @@ def seconds(kernels: list[Kernel], card: Card, phase: str | None = None) -> Any:
 
 def _time(kernel: Kernel, card: Card) -> Any:
     bounds = _bounds(kernel, card)
-    symbolic = any(isinstance(b, sympy.Basic) and b.free_symbols for b in bounds)
-    longest = sympy.Max(*bounds) if symbolic else max(map(float, bounds))
+    symbolic = any(getattr(bound, "free_symbols", None) for bound in bounds)
+    longest = _symbolic_max(bounds) if symbolic else max(map(float, bounds))
     faults = kernel.kept / card.fresh if card.fresh else 0
     return kernel.launches * card.launch + longest + faults
+
+
+def _symbolic_max(bounds: list[Any]) -> Any:
+    import sympy
+
+    return sympy.Max(*bounds)
 
 
 def _bounds(kernel: Kernel, card: Card) -> list[Any]:
@@ -120,13 +125,14 @@ def _ceil(value: float) -> int:
 
 
 def shape_of(site: Site, siblings: int = 1, adapted: int = 1) -> Shape:
-    """The layer of a site, tokens left open; ``siblings`` sites share its op, ``adapted`` of them
-    have an adapter.
+    """The layer of a site at the tokens of its call; ``siblings`` sites share its op, ``adapted``
+    of them have an adapter.
     """
     out = getattr(torch, site.out_dtype)
     # A CPU may multiply in another dtype than the card that is asked about.
     device = torch.device("cpu" if site.device == "cpu" and not site.architecture else "meta")
     return Shape(
+        n=site.tokens_hint,
         features=site.in_features,
         out=site.out_features,
         rank=site.rank,
@@ -185,7 +191,7 @@ def losing(site: Site, config: FalqonConfig, device: torch.device) -> Rejected |
     card = cards.find(config.card) if config.card else cards.at_hand(device)
     if card is None:
         raise FalqonError("min_gain", *cards.unknown(device))
-    shape = replace(shape_of(site), n=site.tokens_hint)
+    shape = shape_of(site)
     after = VARIANTS[variant_of(site.kernel)]
     gain = float(seconds(lora(shape), card)) / float(seconds(after(shape), card))
     if gain >= config.min_gain:

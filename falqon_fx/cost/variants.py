@@ -20,9 +20,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import sympy
-
-N, IN, OUT, R = sympy.symbols("n in out r", positive=True, integer=True)
 _WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 _ADAM = 7  # p, g, m, v read; p, m, v written
 
@@ -61,10 +58,10 @@ class Shape:
     bfloat16 for bfloat16 and else float32 where nothing is given.
     """
 
-    n: Any = N
-    features: Any = IN
-    out: Any = OUT
-    rank: Any = R
+    n: Any
+    features: Any
+    out: Any
+    rank: Any
     dtype: str = "bfloat16"
     adapter_dtype: str = "float32"
     train_a: bool = True
@@ -76,6 +73,13 @@ class Shape:
     @property
     def operands(self) -> str:
         return self.wide or ("bfloat16" if self.dtype == "bfloat16" else "float32")
+
+
+def symbolic() -> Shape:
+    """The layer whose n, in, out and r are sympy symbols: its FLOPs and bytes are formulas."""
+    import sympy
+
+    return Shape(*sympy.symbols("n in out r", positive=True, integer=True))
 
 
 def lora(s: Shape) -> list[Kernel]:

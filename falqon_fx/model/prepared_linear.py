@@ -69,7 +69,7 @@ class PreparedLinear(nn.Module):
 def autocast(x: Tensor) -> Tensor:
     """x in the dtype that a linear layer would read it in."""
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device in _compat.AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
         return x.to(torch.get_autocast_dtype(device))
     return x
 

@@ -3,6 +3,8 @@
 The JSON of a report (`RewriteReport.to_json`) is its tree, field by field, plus "schema"; its
 schema is `json_schema`. Sizes that are symbols of Dynamo are strings such as "s77", all else is
 plain JSON.
+
+What makes a table or a page (rich, Jinja, Pygments) is imported where one is made.
 """
 
 from __future__ import annotations
@@ -13,10 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from falqon_fx.report.data import Audit, Graphs
-from falqon_fx.report.page import to_html
-from falqon_fx.report.text import to_text
 from falqon_fx.report.tree import build, schema
-from falqon_fx.report.views import to_diff, to_svg
 
 SCHEMA = 2  # counts up when a field changes its meaning or goes
 
@@ -34,6 +33,8 @@ class RewriteReport(Graphs):
     """
 
     def __str__(self) -> str:
+        from falqon_fx.report.text import to_text
+
         return to_text(self)
 
     def to_html(self, audits: Sequence[Audit] = ()) -> str:
@@ -41,10 +42,14 @@ class RewriteReport(Graphs):
 
         ``audits`` is the history of a `falqon_fx.watch`.
         """
+        from falqon_fx.report.page import to_html
+
         return to_html(self, audits)
 
     def to_diff(self, width: int = 160) -> str:
         """The graphs before and after side by side, unchanged stretches folded."""
+        from falqon_fx.report.views import to_diff
+
         return to_diff(self, width)
 
     def to_svg(self, path: str) -> str:
@@ -53,6 +58,8 @@ class RewriteReport(Graphs):
         Raises:
             FalqonError: no such site; the message names the nearest.
         """
+        from falqon_fx.report.views import to_svg
+
         return to_svg(self, path)
 
     def to_json(self, *, graphs: bool = False, indent: int | None = None) -> str:

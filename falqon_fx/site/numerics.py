@@ -14,6 +14,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from falqon_fx._compat import AUTOCAST_DEVICES
 from falqon_fx.config import Scale
 from falqon_fx.kernels.cpu import native as cpu
 
@@ -37,7 +38,7 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         flat = (a for arg in args for a in (arg if isinstance(arg, list | tuple) else (arg,)))
         device = next((a.device.type for a in flat if isinstance(a, Tensor)), "meta")
-        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        if not (device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)):
             return function(*args, **kwargs)
         with torch.autocast(device, enabled=False):
             return function(*args, **kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -19,13 +20,13 @@ DECODED = r"v_mfma_f32_\w+_f16"
 
 def variants():
     """Each kernel once: forms of GEMMs that take pointers, and the others, casts by integers."""
-    found = {}
+    found: dict[Any, Any] = {}
     for spec, where in matrix():
         fields = spec.fields
         if fields.get("memory") == "tma" or fields.get("operands") == "bfloat16" or 90 not in where:
             continue
         if fields.get("cast") == "hardware":
-            spec = replace(spec, cast="integer")
+            spec = replace(spec, **{"cast": "integer"})
         names = (
             "x",
             "fp8",

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from falqon_fx.kernels import cache
-from falqon_fx.kernels.products import choice
 from falqon_fx.kernels.products.choice import Choices, environment_of
+from falqon_fx.kernels.spec import library_version
 
 
 @pytest.fixture
@@ -183,4 +183,4 @@ def test_unwritable_folder_works_from_memory_with_one_warning(tmp_path, monkeypa
 def test_environment_names_versions():
     text = environment_of(torch.device("cpu"))
     assert torch.__version__ in text
-    assert choice.library_version() in text
+    assert library_version() in text

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import logging
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,8 @@ from hypothesis import strategies as st
 from falqon_fx import _compat
 from falqon_fx.kernels.cpu import native as cpu
 from falqon_fx.rows import audit
-from falqon_fx.rows import update as reference
-from falqon_fx.rows.fingerprint import fingerprints
+from falqon_fx.rows.fingerprint import fingerprint, fingerprints
+from falqon_fx.site.base import sample
 from falqon_fx.site.numerics import E4M3, E5M2, FP8_MAX, decode_fp8, round_to_scaled_fp8
 from tests.sites import dyadic, make_site, randn, same, site_of, snapshot, step_alike, twins, update
 from tests.strategies import SEEDS, exact_sites
@@ -117,11 +118,11 @@ def test_fingerprints_equal_atens(matrix, view):
         "transposed": lambda m: m.t(),
         "strided": lambda m: m[::2, ::3],
         "shifted": lambda m: m.flatten()[1:].view(1, -1),
-        "sample": reference.sample,
+        "sample": sample,
     }[view](matrix)
     assume(matrix.numel())
     both = [matrix, matrix.flip(0)]
-    expected = torch.stack([reference.fingerprint(m[None])[0] for m in both])
+    expected = torch.stack([fingerprint(m[None])[0] for m in both])
     assert torch.equal(cpu.fingerprints(both), expected)
 
 
@@ -134,7 +135,7 @@ def test_who_watches_changes_nothing_and_is_told_what_aten_tells(rounding, freed
     for s in sites:
         s.lora_b[:5].add_(dyadic(5, 4, seed=3, bits=8, low=-8))
         s.lora_b[9, 1] = float("nan")
-    told = []
+    told: list[Any] = []
     update(sites[0])
     with audit.observers.subscribed(told.append):
         update(sites[1])
@@ -336,14 +337,15 @@ def test_defaults_of_torch_change_no_state(dtype, device, compiled, watched, fre
     run = update if compiled else update_by_aten
 
     def live(*setting):
-        (base, lora_a, lora_b), told = [part.clone() for part in parts], []
+        base, lora_a, lora_b = (part.clone() for part in parts)
+        told: list[Any] = []
         listens = audit.observers.subscribed(told.append) if watched else contextlib.nullcontext()
         with defaults(*setting), listens:
             site = site_of(base, lora_a, lora_b, topk=5, freed=freed)
             site.lora_b.add_(parts[2], alpha=1.0 / 3)
             run(site)
             site.lora_b.mul_(3)
-            site.state.b_ref = lambda: site.lora_b
+            site.state.b_ref = lambda: site.lora_b  # type: ignore[assignment]
             site.state.flush()
             found = [site.state.dequantize(), site.state.base()]
             return site, site.state.drift(), found + [written.table() for written in told]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from falqon_fx import FalqonConfig
+from falqon_fx import FalqonConfig, _compat
 from falqon_fx.kernels import hardware
 from falqon_fx.kernels.gemm.launch import Piece, Product
 from falqon_fx.kernels.gemm.tiles import GemmProblem, gemm_specs
@@ -211,7 +211,7 @@ def test_what_inductor_can_not_compile_falls_to_the_next_with_the_reason(monkeyp
     def broken(a, b, *args, **options):
         return torch.mm(a.to(BF16), b.t())
 
-    monkeypatch.setattr(inductor._compat, "scaled_mm", broken)
+    monkeypatch.setattr(_compat, "scaled_mm", broken)
     inductor._compiled.cache_clear()
     q, scale = fp8(20, 64, E4M3, 4), torch.tensor(0.5)
     w = Piece(fp8(48, 64, E4M3, 0), scale)

@@ -43,7 +43,7 @@ def w_of(site: Site) -> torch.Tensor:
 
 def update(*sites: Site, transpose: str = "store") -> None:
     states = [site.state for site in sites]
-    rows_cuda.proxy_update_(
+    rows_cuda.proxy_update_(  # type: ignore[call-arg] # the star stands for five
         *([s.tensors[i] for s in states] for i in range(5)),
         [site.lora_b for site in sites],
         [site.lora_a for site in sites],
@@ -106,7 +106,8 @@ def flush(site: Site) -> None:
 
 def another_adapter(site: Site) -> None:
     """As a checkpoint of another run writes it: the same counts of writes, another A."""
-    other = make_site(*w_of(site).shape, site.lora_a.shape[0], seed=7)
+    out, features = w_of(site).shape
+    other = make_site(out, features, site.lora_a.shape[0], seed=7)
     other.state.writes.copy_(site.state.writes)
     for target, source in zip(site.state.tensors, other.state.tensors, strict=True):
         target.view(torch.uint8).copy_(source.view(torch.uint8))

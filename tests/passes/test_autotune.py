@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -79,15 +80,15 @@ class Twice(LoraLinear):
         return self.base_layer(x) + first + second
 
 
-def rows(pending: str) -> Callable[[], nn.Module]:
-    def made() -> nn.Module:
+class Rows:
+    def __init__(self, pending: str) -> None:
+        self.options = {"update": "rows", "pending": pending}
+
+    def __call__(self) -> nn.Module:
         model = Mlp()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_B" in name)
         return model
-
-    made.options = {"update": "rows", "pending": pending}
-    return made
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -95,8 +96,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "frozen layers": Attention,
     "dropout": lambda: Dropped(WIDTH, 96, 16),
     "two adapters": lambda: Twice(WIDTH, 96, 16),
-    "rows, applied": rows("apply"),
-    "rows, held": rows("hold"),
+    "rows, applied": Rows("apply"),
+    "rows, held": Rows("hold"),
 }
 
 
@@ -105,7 +106,8 @@ class Told(Choices):
 
     def __init__(self, wins: str) -> None:
         super().__init__(f"card on which {wins} wins", run_once)
-        self.wins, self.made = wins, []
+        self.wins = wins
+        self.made: list[Any] = []
 
     def get(self, *args, time: bool = True) -> Choice:
         return super().get(*args, time=True)
@@ -138,7 +140,7 @@ def told(monkeypatch, tmp_path):
 OPTIONS = {"kernel": "scaled_mm", "granularity": "tensor", "card": "H100"}
 
 
-def made(name: str) -> tuple[nn.Module, dict[str, object]]:
+def made(name: str) -> tuple[nn.Module, dict[str, Any]]:
     torch.manual_seed(0)
     make = MODELS[name]
     model = make().bfloat16()

@@ -122,11 +122,12 @@ def test_a_group_computes_what_its_sites_compute_alone(dtype):
     sizes = torch.zeros(5, WIDTH, dtype=torch.float64)
     for layer, grad in zip(layers, grads, strict=True):
         base = layer if layer is model.k else layer.base_layer
-        through = [(grad, base.weight)]
+        through: list[Any] = [(grad, base.weight)]
         if layer is not model.k:
             a, b = layer.lora_A.weight.double(), layer.lora_B.weight.double()
             through.append((layer.scaling * grad.double().abs() @ b.abs(), a))
-        sizes += sum(left.double().abs() @ right.double().abs() for left, right in through) * 1.2
+        products = [left.double().abs() @ right.double().abs() for left, right in through]
+        sizes += torch.stack(products).sum(0) * 1.2
     inner = 4 * WIDTH + 8
     bound = sizes * (2 * tol.gamma(inner) + 5 * tol.UNIT_ROUNDOFF[dtype])
     tol.assert_within(together[0], apart[0], bound)
@@ -501,7 +502,7 @@ def test_a_head_in_bfloat16_is_multiplied_in_float32(spelling, bias, monkeypatch
     monkeypatch.setattr(lowering, "native_bf16", lambda: False)
     model, passes = BiasedHead(spelling).bfloat16(), Passes()
     if not bias:
-        model.lm_head.bias = None
+        model.lm_head.register_parameter("bias", None)
     x = randn(5, 64).bfloat16().requires_grad_()
     y = passes.run(model, x)
     (result,) = passes.results

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from tests.models import LoraLinear
 pytest.importorskip("triton")
 
 
-def site(layer: nn.Module | None = None, **options: object) -> falqon_fx.Site:
-    config = FalqonConfig(**options)  # type: ignore[arg-type]
+def site(layer: nn.Module | None = None, **options: Any) -> falqon_fx.Site:
+    config = FalqonConfig(**options)
     layer = layer or LoraLinear(64, 96, dtype=torch.bfloat16)
     (found,) = falqon_fx.explain(layer, torch.randn(8, 64).bfloat16(), config=config).sites
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -234,7 +235,7 @@ def example() -> Tensor:
     return torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
 
 
-def flat(value: object) -> list[Tensor]:
+def flat(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else [t for part in value for t in flat(part)]
 
 
@@ -243,7 +244,12 @@ def flat(value: object) -> list[Tensor]:
 def test_a_site_in_a_transform_of_torch_func_is_left_alone(function, inner, results):
     """Its numbers are those of the inner compiler alone, and eager's but where Inductor sums."""
     model, x = Sample(), example()
-    wanted = flat(function(model, x))
+    try:
+        wanted = flat(function(model, x))
+    except RuntimeError as error:  # torch 2.11 on checkpoints in vmap
+        if "does not have vmap support" not in str(error):
+            raise
+        pytest.skip("this torch can't run it uncompiled")
     call = torch.compile(
         lambda x: function(model, x), backend="falqon", options={"inner": inner}, fullgraph=True
     )

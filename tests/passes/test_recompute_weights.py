@@ -56,7 +56,7 @@ class Partitioned:
         self.kept = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
         return make_boxed_func(gm)
 
-    def train(self) -> tuple[Tensor, Tensor]:
+    def train(self) -> tuple[Any, Any]:
         """dL/dx and dL/dB of a site with few tokens: W looks dear to make and cheap to keep."""
         model = HandWritten(Spelling(out=OUT, features=FEATURES, rank=RANK, dtype=torch.bfloat16))
         model.lora_a.requires_grad_(self.options.get("update") != "rows")

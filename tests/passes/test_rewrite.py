@@ -174,7 +174,7 @@ def test_metadata_follows_the_result():
     passes = Passes()
     passes.run(LoraLinear(24, 20, dtype=torch.bfloat16), randn(5, 24).bfloat16())
     (gm,) = (result.gm for result in passes.results)
-    (output,) = gm.graph.output_node().args[0]
+    (output,) = gm.graph.find_nodes(op="output")[0].args[0]
     assert output.meta["example_value"].dtype == torch.bfloat16
     assert output.meta["example_value"].shape == (5, 20)
     assert output.meta["stack_trace"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -36,7 +38,7 @@ class Attention(nn.Module):
         return self.o(q * k.sum(-1, keepdim=True) + v)
 
 
-def groups(model: nn.Module, **options: object) -> list[int]:
+def groups(model: nn.Module, **options: Any) -> list[int]:
     """Sites of each fused op, in graph order; the result is checked against the sites alone."""
     x, grad = randn(5, 24), randn(5, 24, seed=1)
     if options.get("update") == "rows":  # which has A frozen

@@ -1,5 +1,5 @@
 """The command line: ``falqon-fx explain | cost | export | prequantize | repro | kernels``, also as
-``python -m falqon_fx``.
+``python -m falqon_fx``. All commands take --json.
 
 Exit codes: 0 done; 1 a `FalqonError`: the model or the options can't be used as asked; 2 a wrong
 command line; 3 ``explain --check`` found rejected or no sites, or ``repro`` a difference.
@@ -10,17 +10,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import pkgutil
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from falqon_fx.cli import cost as cost_cli
-from falqon_fx.cli import explain as explain_cli
-from falqon_fx.cli import export as export_cli
-from falqon_fx.cli import repro as repro_cli
-from falqon_fx.errors import FalqonError
-
-DONE, FAILED, USAGE, FOUND = 0, 1, 2, 3
+from falqon_fx_cli import commands
+from falqon_fx_cli.exit_codes import FAILED, USAGE
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,31 +38,38 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 
 def make_parser() -> tuple[Parser, dict[str, Parser]]:
-    """The parser and those of its commands; ``run`` of each takes its arguments to an exit code."""
+    """The parser and those of its commands."""
     parser = Parser(prog="falqon-fx", description=__doc__)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
-    for module in (explain_cli, cost_cli, export_cli, repro_cli):
-        module.add_parser(commands)
-    return parser, commands.choices
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    for add in commands.ALL:
+        add(subparsers)
+    return parser, subparsers.choices
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    parser, commands = make_parser()
+    parser, known = make_parser()
     if not words:
         parser.print_help()
         return USAGE
-    if not words[0].startswith("-") and words[0] not in commands:
-        near = nearest(words[0], [*commands])
+    if not words[0].startswith("-") and words[0] not in known:
+        near = nearest(words[0], [*known])
         parser.error(f"unknown command {words[0]!r}; the nearest is {near!r}")
     arguments, rest = parser.parse_known_args(words)
     if rest:
-        commands[arguments.command].unknown(rest[0])
+        known[arguments.command].unknown(rest[0])
+    return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """What a command does is imported here and no earlier, and torch with it."""
+    from falqon_fx.errors import FalqonError
+
     try:
-        return int(arguments.run(arguments))
+        return int(pkgutil.resolve_name(arguments.run)(arguments))
     except FalqonError as error:
-        if getattr(arguments, "json", False):
+        if arguments.json:
             print(json.dumps({"error": str(error)}))
         print(f"falqon-fx: {error}", file=sys.stderr)
         return FAILED

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict, replace
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,34 +15,7 @@ from falqon_fx.cost import model as cost
 from falqon_fx.errors import FalqonError
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.report.text import pays_from
-
-_HELP = """When the rewrite of a layer pays: predicted times of its step by number of tokens.
-
-lora is what runs without falqon; fp8_lora puts FP8 under a separate LoRA path; merged is the
-rewritten layer on FP8 matrix units; emulated is the same arithmetic without them. A and B train;
-W is constant. --rank 0 is a frozen layer without an adapter."""
-
-
-def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers of `falqon_fx.cli.main`."""
-    parser = commands.add_parser("cost", help=_HELP.splitlines()[0], description=_HELP)
-    parser.set_defaults(run=run)
-    parser.add_argument("--card", help="by default the one at hand")
-    parser.add_argument("--cards", action="store_true", help="list the cards and their sources")
-    parser.add_argument(
-        "--calibrate", metavar="DEVICE", nargs="?", const="", help="measure cpu or cuda and keep it"
-    )
-    parser.add_argument("--in", dest="features", type=int, default=4096)
-    parser.add_argument("--out", type=int, default=4096)
-    parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--frozen-a", action="store_true", help="lora_A doesn't train (LoRA-FA)")
-    parser.add_argument(
-        "--siblings", type=int, default=1, help="layers alike that read one input (q, k, v: 3)"
-    )
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2**i for i in range(6, 15)])
-    parser.add_argument("--adapter-dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--symbolic", action="store_true", help="FLOPs and bytes as formulas")
-    parser.add_argument("--json", action="store_true")
+from falqon_fx_cli.exit_codes import DONE
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -72,7 +44,7 @@ def _card(name: str | None) -> cards.Card:
 def _show_cards(known: list[cards.Card], as_json: bool) -> int:
     if as_json:
         print(json.dumps([asdict(card) for card in known], indent=1))
-        return 0
+        return DONE
     table = Table("card", "bf16, TF/s", "fp8, TF/s", "f32, TF/s", "GB/s", "launch, us", "source")
     for card in known:
         rates = [f"{card.flops.get(d, 0) / 1e12:.4g}" for d in ("bfloat16", "float8", "float32")]
@@ -80,30 +52,32 @@ def _show_cards(known: list[cards.Card], as_json: bool) -> int:
         rest = (f"{card.bandwidth / 1e9:.4g}", f"{card.launch * 1e6:.3g}")
         table.add_row(card.name, *rates, *rest, card.source["flops"])
     Console(width=100).print(table)
-    return 0
+    return DONE
 
 
 def _show_formulas(as_json: bool) -> int:
+    shape = variants.symbolic()
     rows = {
         f"{name} {phase}": {
-            "flops": str(cost.flops(kernels(variants.Shape()), phase)),
-            "bytes": str(cost.moved(kernels(variants.Shape()), phase)),
+            "flops": str(cost.flops(kernels(shape), phase)),
+            "bytes": str(cost.moved(kernels(shape), phase)),
         }
         for name, kernels in variants.VARIANTS.items()
         for phase in ("forward", "backward", "update")
     }
     if as_json:
         print(json.dumps(rows, indent=1))
-        return 0
+        return DONE
     table = Table("variant and phase", "FLOPs", "bytes")
     for name, row in rows.items():
         table.add_row(name, row["flops"], row["bytes"])
     Console(width=100).print(table)
-    return 0
+    return DONE
 
 
 def _show_times(arguments: argparse.Namespace, card: cards.Card) -> int:
     shape = variants.Shape(
+        n=1,
         features=arguments.features,
         out=arguments.out,
         rank=arguments.rank,
@@ -127,7 +101,7 @@ def _show_times(arguments: argparse.Namespace, card: cards.Card) -> int:
     pays = {n: cost.break_even(variants.lora, variants.VARIANTS[n], shape, card) for n in names[1:]}
     if arguments.json:
         print(json.dumps({"card": card.name, "seconds": rows, "break_even": pays}, indent=1))
-        return 0
+        return DONE
     title = f"{card.name}, {shape.out} x {shape.features}, rank {shape.rank}: us a step (vs lora)"
     table = Table("tokens", *names, title=title, title_justify="left")
     for row in rows:
@@ -135,7 +109,7 @@ def _show_times(arguments: argparse.Namespace, card: cards.Card) -> int:
         table.add_row(str(row["tokens"]), *cells)
     table.add_row("pays from", "", *(pays_from(n) for n in pays.values()))
     Console(width=100).print(table)
-    return 0
+    return DONE
 
 
 def _wide(card: cards.Card) -> str:

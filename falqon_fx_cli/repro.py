@@ -15,32 +15,7 @@ from falqon_fx.report.report import RewriteReport
 from falqon_fx.report.repro import arguments as repro_arguments
 from falqon_fx.report.repro import check, script
 from falqon_fx.report.views import find_site
-
-
-def add_parser(commands: Any) -> None:
-    """Add both commands to the subparsers of `falqon_fx.cli.main`."""
-    text = "Rebuild one site of a report with random data and check it; exits with 3 if wrong."
-    parser = commands.add_parser("repro", help=text, description=text)
-    parser.set_defaults(run=run_repro)
-    _add_report(parser)
-    parser.add_argument("--tokens", type=int, help="by default those of the report, at most 4096")
-    parser.add_argument("--device", help="by default the site's, or the CPU where there is no GPU")
-    parser.add_argument(
-        "--write", type=Path, metavar="FILE", help="write the program, don't run it"
-    )
-    text = "The kernel that runs each site of a report, why it was chosen, and its source."
-    parser = commands.add_parser("kernels", help=text, description=text)
-    parser.set_defaults(run=run_kernels)
-    _add_report(parser)
-    parser.add_argument("--source", action="store_true", help="print the source as well")
-
-
-def _add_report(parser: Any) -> None:
-    parser.add_argument(
-        "report", type=Path, metavar="REPORT", help="of falqon-fx explain --json, or FALQON_DUMP's"
-    )
-    parser.add_argument("site", nargs="?", metavar="SITE", help="a path (default: the first site)")
-    parser.add_argument("--json", action="store_true")
+from falqon_fx_cli.exit_codes import DONE, FOUND
 
 
 def _read(path: Path) -> RewriteReport:
@@ -64,7 +39,9 @@ def run_repro(arguments: argparse.Namespace) -> int:
     site = _site(arguments)
     if arguments.write:
         arguments.write.write_text(script(site), encoding="utf-8")
-        return 0
+        if arguments.json:
+            print(json.dumps({"site": site.path, "written": str(arguments.write)}))
+        return DONE
     chosen: dict[str, Any] = repro_arguments(site, arguments.tokens)
     if arguments.device:
         chosen["device"] = arguments.device
@@ -73,7 +50,7 @@ def run_repro(arguments: argparse.Namespace) -> int:
         print(json.dumps({"site": site.path, **asdict(result)}))
     else:
         print(f"{site.path}: {result}")
-    return 0 if result.right else 3
+    return DONE if result.right else FOUND
 
 
 def run_kernels(arguments: argparse.Namespace) -> int:
@@ -94,8 +71,8 @@ def run_kernels(arguments: argparse.Namespace) -> int:
     ]
     if arguments.json:
         print(json.dumps(rows, indent=1))
-        return 0
+        return DONE
     for row in rows:
         print(f"{row['kernel']}: {len(row['sites'])} sites, first {row['sites'][0]}. {row['why']}")
         print(row.get("source", ""), end="")
-    return 0
+    return DONE

@@ -13,49 +13,7 @@ from torch import nn
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
 from falqon_fx.model.explain import explain
-
-_HELP = """What would be rewritten in a model, and why not, without its weights.
-
-The model is built on the meta device from its config, with LoRA from the flags or from an adapter
-folder, and called with batch x length tokens. Nothing is downloaded but the config."""
-
-
-def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers of `falqon_fx.cli.main`."""
-    parser = commands.add_parser("explain", help=_HELP.splitlines()[0], description=_HELP)
-    parser.set_defaults(run=run)
-    parser.add_argument(
-        "model", metavar="MODEL", help="a transformers id, or a folder with config.json"
-    )
-    lora = parser.add_argument_group("LoRA")
-    lora.add_argument("--adapter", type=Path, help="a PEFT adapter folder; its config is used")
-    lora.add_argument("--rank", type=int, default=16)
-    lora.add_argument("--alpha", type=int, help="twice the rank by default")
-    lora.add_argument("--target-modules", nargs="+", default=["all-linear"])
-    lora.add_argument("--frozen-a", action="store_true", help="train lora_B alone")
-    step = parser.add_argument_group("step")
-    step.add_argument("--batch", type=int, default=1)
-    step.add_argument("--length", type=int, default=2048)
-    step.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    step.add_argument(
-        "--dynamic", action="store_true", help="leave batch (from 2 on) and length open"
-    )
-    step.add_argument("--card", default="H100", help="of the cost model (default: %(default)s)")
-    step.add_argument(
-        "--option", action="append", default=[], metavar="NAME=VALUE", help="of the backend"
-    )
-    output = parser.add_argument_group("output")
-    output.add_argument("--json", action="store_true", help="the report as JSON")
-    output.add_argument("--diff", action="store_true", help="the graphs before and after as well")
-    output.add_argument("--html", type=Path, metavar="FILE", help="write the page as well")
-    output.add_argument(
-        "--svg", nargs=2, metavar=("SITE", "FILE"), help="write a site's graph as well"
-    )
-    output.add_argument(
-        "--check",
-        action="store_true",
-        help="exit with 3 where an adapter is rejected or nothing is rewritten",
-    )
+from falqon_fx_cli.exit_codes import DONE, FOUND
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -82,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.svg:
         Path(arguments.svg[1]).write_text(report.to_svg(arguments.svg[0]), encoding="utf-8")
     failed = bool(report.rejected) or not report.sites
-    return 3 if arguments.check and failed else 0
+    return FOUND if arguments.check and failed else DONE
 
 
 def _option(text: str) -> tuple[str, Any]:

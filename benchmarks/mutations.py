@@ -1,0 +1,233 @@
+"""Whether the tests notice a broken pass: small faults are put into each file of passes/, one at a
+time and in a copy, and the tests of that file run until the first failure.
+
+    python benchmarks/mutations.py                       # all files, hours
+    python benchmarks/mutations.py plan.py --each 3
+
+A fault that no test notices "survives". It may be harmless (another order, a branch for speed);
+all others are gaps. `--seed` picks other faults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import cast
+
+import common
+import pytest
+
+# The tests of a file first, then those that all passes share.
+TESTS = {
+    "normalize.py": ("passes/test_normalize.py", "passes/test_match.py"),
+    "vocabulary.py": ("passes/test_normalize.py", "passes/test_match.py"),
+    "propagate.py": ("passes/test_normalize.py", "passes/test_rewrite.py"),
+    "match/frozen.py": ("passes/test_frozen.py",),
+    "match": ("passes/test_match.py", "passes/test_frozen.py"),
+    "plan.py": ("passes/test_plan.py", "passes/test_siblings.py"),
+    "slots.py": ("passes/test_plan.py", "passes/test_insert_operands.py"),
+    "checks.py": ("passes/test_plan.py", "passes/test_match.py"),
+    "siblings.py": ("passes/test_siblings.py",),
+    "insert_operands.py": ("passes/test_insert_operands.py",),
+    "rewrite.py": ("passes/test_rewrite.py", "passes/test_siblings.py"),
+    "verify.py": ("passes/test_verify.py",),
+    "recompute_weights.py": ("passes/test_recompute_weights.py",),
+    "rows.py": ("passes/test_writes.py", "passes/test_insert_operands.py"),
+    "writes.py": ("passes/test_writes.py",),
+    "cuts.py": ("test_ddp.py",),
+    "modes.py": ("passes/test_modes.py",),
+    "autotune.py": ("passes/test_autotune.py",),
+    "describe.py": ("passes/test_kernels.py", "test_report.py"),
+}
+SHARED = ("passes", "test_patterns.py", "test_dialects.py")
+KINDS = ("negate", "constant", "drop", "swap", "condition")
+_OPPOSITE: dict[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Eq: ast.NotEq,
+    ast.Lt: ast.GtE,
+    ast.Gt: ast.LtE,
+    ast.Is: ast.IsNot,
+    ast.In: ast.NotIn,
+}
+_OPPOSITE |= {other: one for one, other in _OPPOSITE.items()}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A piece of a file and what stands there instead."""
+
+    file: str
+    line: int
+    kind: str
+    old: str
+    new: str
+    start: int  # in the file's text
+    end: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the tests said of a mutant."""
+
+    file: str
+    line: int
+    kind: str
+    old: str
+    new: str
+    noticed: bool
+    seconds: float
+
+
+def mutants(file: str, text: str) -> Iterator[Mutant]:
+    """Every small fault that can be put into a file."""
+    starts = [0]
+    for line in text.splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+
+    def place(node: ast.AST) -> tuple[int, int]:
+        # Columns count bytes.
+        ends = []
+        for line, column in (
+            (getattr(node, "lineno"), getattr(node, "col_offset")),  # noqa: B009
+            (getattr(node, "end_lineno"), getattr(node, "end_col_offset")),  # noqa: B009
+        ):
+            row = text[starts[line - 1] : starts[line]].encode()
+            ends.append(starts[line - 1] + len(row[:column].decode()))
+        return ends[0], ends[1]
+
+    tree = ast.parse(text)
+    defaults = {
+        id(value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.arguments)
+        for value in (*node.defaults, *node.kw_defaults)
+    }
+    for node in ast.walk(tree):
+        if id(node) in defaults:
+            continue  # most are given by every caller
+        for kind, part, new in _faults(node, text):
+            start, end = place(part)
+            yield Mutant(file, part.lineno, kind, text[start:end], new, start, end)
+
+
+def _faults(node: ast.AST, text: str) -> Iterator[tuple[str, ast.expr | ast.stmt, str]]:
+    def source(part: ast.AST) -> str:
+        return ast.get_source_segment(text, part) or ""
+
+    if isinstance(node, ast.Compare) and len(node.ops) == 1:
+        opposite = _OPPOSITE[type(node.ops[0])]()
+        yield (
+            "negate",
+            node,
+            f"({ast.unparse(ast.Compare(node.left, [opposite], node.comparators))})",
+        )
+    elif isinstance(node, ast.Constant) and isinstance(node.value, int):
+        yield (
+            "constant",
+            node,
+            str(not node.value if isinstance(node.value, bool) else node.value + 1),
+        )
+    elif isinstance(node, ast.AugAssign | ast.Continue | ast.Raise) or _is_call(node):
+        yield "drop", cast(ast.stmt, node), "pass"
+    elif isinstance(node, ast.If | ast.IfExp):
+        yield "condition", node.test, f"(not ({source(node.test)}))"
+    if isinstance(node, ast.Call) and len(node.args) > 1:
+        first, second = node.args[:2]
+        if not isinstance(first, ast.Starred) and not isinstance(second, ast.Starred):
+            function, rest = source(node.func), [*node.args[2:], *node.keywords]
+            given = ", ".join([source(second), source(first), *map(source, rest)])
+            if isinstance(second, ast.expr) and source(first) != source(second):
+                yield "swap", node, f"{function}({given})"
+
+
+def _is_call(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+
+
+def choose(file: str, text: str, each: int, dice: random.Random) -> list[Mutant]:
+    """``each`` faults of a file, of as many kinds as it has."""
+    by_kind = {kind: [m for m in mutants(file, text) if m.kind == kind] for kind in KINDS}
+    for found in by_kind.values():
+        dice.shuffle(found)
+    in_turn = [m for row in range(each) for found in by_kind.values() for m in found[row : row + 1]]
+    return in_turn[:each]
+
+
+def noticed(copy: Path, mutant: Mutant, tests: list[str]) -> bool:
+    """Whether the tests fail in the copy with the fault; a fork, so that torch is imported once."""
+    target = copy / "falqon_fx" / "passes" / mutant.file
+    text = target.read_text(encoding="utf-8")
+    target.write_text(text[: mutant.start] + mutant.new + text[mutant.end :], encoding="utf-8")
+    child = os.fork()
+    if not child:
+        os.chdir(copy)
+        sys.path.insert(0, str(copy))
+        silent = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silent, 1)
+        os.dup2(silent, 2)
+        os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    target.write_text(text, encoding="utf-8")
+    return code != 0
+
+
+def tests_of(file: str) -> list[str]:
+    own = TESTS.get(file) or TESTS[file.partition("/")[0]]
+    rest = [f"tests/{name}" for name in SHARED]
+    return [*(f"tests/{name}" for name in own), *rest]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("files", nargs="*", help="below passes/ (default: all)")
+    parser.add_argument("--each", type=int, default=5, help="faults in a file")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--own", action="store_true", help="only the tests of the file")
+    arguments = parser.parse_args()
+    sys.dont_write_bytecode = True  # a changed file may keep its size and time
+    for name in ("torch._dynamo", "transformers", "peft"):  # once for all forks
+        importlib.import_module(name)
+
+    folder = common.ROOT / "passes"
+    known = sorted(str(f.relative_to(folder)) for f in folder.rglob("*.py"))
+    files = arguments.files or [f for f in known if f in TESTS or f.startswith("match/")]
+    verdicts: list[Verdict] = []
+    with tempfile.TemporaryDirectory() as place:
+        copy = Path(place)
+        for name in ("falqon_fx", "falqon_fx_cli", "tests", "examples", "benchmarks", "docs"):
+            shutil.copytree(common.ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.pyc"))
+        for name in ("passes", "kernels"):
+            shutil.copytree(common.ROOT / name, copy / "falqon_fx" / name)
+        shutil.copy(common.ROOT / "pyproject.toml", copy)
+        for file in files:
+            text = (folder / file).read_text(encoding="utf-8")
+            for mutant in choose(file, text, arguments.each, random.Random(arguments.seed)):
+                tests = tests_of(file)
+                start = time.monotonic()
+                seen = noticed(copy, mutant, tests[:-3] if arguments.own else tests)
+                seconds = round(time.monotonic() - start, 1)
+                fields = {k: v for k, v in asdict(mutant).items() if k not in ("start", "end")}
+                verdicts.append(Verdict(**fields, noticed=seen, seconds=seconds))
+                word = "noticed " if seen else "SURVIVED"
+                print(
+                    f"{word} {file}:{mutant.line} {mutant.kind}: {mutant.old!r} -> {mutant.new!r}",
+                    flush=True,
+                )
+    print(f"{sum(v.noticed for v in verdicts)} of {len(verdicts)} noticed")
+    content = {"environment": common.environment(), "verdicts": [asdict(v) for v in verdicts]}
+    common.write_json(common.result_path("mutations", ".json"), content)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,1 +1,0 @@
-"""The command line; each command is imported when it is called."""
