@@ -238,6 +238,21 @@ def test_hold_adds_the_pending_part_where_no_gradients_are_on():
     assert targets(result.gm)["pending.default"] == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_pending_part_has_the_dtype_that_the_site_multiplies(dtype):
+    """A float32 site would lose bits of B in bfloat16."""
+    model, x = HandWritten(Spelling(out=24, dtype=dtype)), randn(5, 24).to(dtype)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_b" in name)
+    result = passes(model, x, update="rows", pending="apply")
+    (pending,) = result.gm.graph.find_nodes(
+        op="call_function", target=torch.ops.falqon.pending.default
+    )
+    wanted = gemm_dtype(dtype, torch.device("cpu"))
+    assert pending.args[3] is (wanted == torch.float32)
+    assert pending.meta["val"].dtype == wanted
+
+
 def test_with_rows_the_graph_writes_a_step_of_b_once():
     model, x = HandWritten(Spelling()), randn(5, 24)
     result = by_rows(model)
