@@ -30,6 +30,10 @@ import pytest
 # The tests of a file first, then those that all passes share.
 TESTS = {
     "normalize.py": ("passes/test_normalize.py", "passes/test_match.py"),
+    "dialects.py": ("passes/test_normalize.py", "test_dialects.py"),
+    "scope.py": ("passes/test_normalize.py", "passes/test_match.py"),
+    "pipeline.py": ("passes/test_verify.py", "test_passlog.py"),
+    "copy_graph.py": ("passes/test_verify.py",),
     "vocabulary.py": ("passes/test_normalize.py", "passes/test_match.py"),
     "propagate.py": ("passes/test_normalize.py", "passes/test_rewrite.py"),
     "match/frozen.py": ("passes/test_frozen.py",),
@@ -44,7 +48,7 @@ TESTS = {
     "recompute_weights.py": ("passes/test_recompute_weights.py",),
     "rows.py": ("passes/test_writes.py", "passes/test_insert_operands.py"),
     "writes.py": ("passes/test_writes.py",),
-    "cuts.py": ("test_ddp.py",),
+    "ddp_cuts.py": ("test_ddp.py",),
     "modes.py": ("passes/test_modes.py",),
     "autotune.py": ("passes/test_autotune.py",),
     "describe.py": ("passes/test_kernels.py", "test_report.py"),
