@@ -30,6 +30,13 @@ _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _workers))
 
 
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    """No graph of another test, and the same random numbers in each."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[RewriteReport]:
     """The report of each graph that the backend rewrites."""

@@ -12,10 +12,9 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils.checkpoint import checkpoint
 
 import falqon_fx
-from falqon_fx import MergedAdapter
 from falqon_fx.rows.state import allocate
 from falqon_fx.rows.update import proxy_update_
-from falqon_fx.site.record import NONFINITE, STEP
+from falqon_fx.site.record import NONFINITE
 from falqon_fx.site.spec import RowsSpec
 from tests.emulation import emulate
 from tests.models import (
@@ -29,6 +28,7 @@ from tests.models import (
     tiny_mlp,
     train,
 )
+from tests.training import adam, all_equal, steps, weights
 
 PAPER = {"granularity": "tensor", "scale": "amax"}
 ROWS = {"update": "rows"}
@@ -36,12 +36,6 @@ PUBLIC_CODE = {**ROWS, **PAPER, "pending": "drop", "rounding": "nearest", "topk"
 OPTIONS = pytest.mark.parametrize(
     "options", [{}, PAPER, ROWS, PUBLIC_CODE], ids=["default", "paper", "rows", "public code"]
 )
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
 
 
 def compiled(model: nn.Module, inner: str = "eager", **options: Any) -> Any:
@@ -54,33 +48,9 @@ def made(kind: type[nn.Module] = Relu, update: str = "adapter", **options: Any) 
     return freeze_a(model) if update == "rows" else model
 
 
-def adam(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, **options)
-
-
-def steps(model: nn.Module) -> list[int]:
-    """How many updates each site has seen."""
-    return [int(state.counters[STEP]) for state in falqon_fx.adapters(model).values()]
-
-
 def writes(model: nn.Module) -> list[int]:
     """How many rows each site has written."""
     return [int(state.writes.sum()) for state in falqon_fx.adapters(model).values()]
-
-
-def weights(model: nn.Module) -> list[Tensor]:
-    """Everything that training might change: A and B, and the FP8 bytes, scale and so on of every
-    site.
-    """
-    live = [p for name, p in model.named_parameters() if "lora_" in name]
-    for state in falqon_fx.adapters(model).values():
-        rows = isinstance(state, MergedAdapter)
-        live += state.tensors if rows else (state.weight, state.scale)
-    return [(t.view(torch.uint8) if t.element_size() == 1 else t).detach().clone() for t in live]
-
-
-def all_equal(a: list[Any], b: list[Any]) -> bool:
-    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
 
 
 # -- inner compilers -------------------------------------------------------------------------------

@@ -36,11 +36,6 @@ UPDATES = pytest.mark.parametrize("update", ["adapter", "rows"])
 PREPARED = pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-
-
 class Run:
     """A training run: model, optimizer, scheduler, and what has to be equal at its end.
 

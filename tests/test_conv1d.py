@@ -28,12 +28,6 @@ UPDATES = pytest.mark.parametrize("config", [KEEP, ROWS], ids=["adapter", "rows"
 BF16 = torch.bfloat16
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-
-
 class One(nn.Module):
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()

@@ -23,12 +23,6 @@ safetensors = pytest.importorskip("safetensors.torch")
 IDS = torch.arange(12).view(2, 6)
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-
-
 UPDATES = pytest.mark.parametrize("update", ["adapter", "rows"])
 
 

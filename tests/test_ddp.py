@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import falqon_fx
 from falqon_fx import FalqonConfig
 from tests.models import tiny_mlp
+from tests.training import trained, weights
 
 STEPS = 3
 CONFIGS = {
@@ -64,10 +65,6 @@ def data() -> list[Tensor]:
     return [torch.randn(6, 32, generator=generator) for _ in range(STEPS)]
 
 
-def trained(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
 def run(call: nn.Module, model: nn.Module, batches: list[Tensor], parts: int) -> list[float]:
     """Train; each batch in ``parts`` whose gradients are averaged."""
     optimizer, losses = torch.optim.AdamW(trained(model), lr=1e-2), []
@@ -80,14 +77,6 @@ def run(call: nn.Module, model: nn.Module, batches: list[Tensor], parts: int) ->
         optimizer.zero_grad()
     call(batches[0].chunk(parts)[0])  # with update="rows" this writes the last step
     return losses
-
-
-def weights(model: nn.Module) -> list[Tensor]:
-    """The trained parameters, and the FP8 state of every site."""
-    states = falqon_fx.adapters(model).values()
-    live = [t for s in states for t in getattr(s, "tensors", (s.weight, s.scale))]
-    live = [t.view(torch.uint8) if t.element_size() == 1 else t for t in live]
-    return [t.detach().clone() for t in (*trained(model), *live)]
 
 
 def test_two_processes_train_as_one_that_accumulates(tmp_path: Path):

@@ -23,12 +23,6 @@ from tests.sites import randn
 from tests.spellings import Passes, check_site
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-
-
 class Layer(nn.Module):
     def __init__(self, function: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()

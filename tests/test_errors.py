@@ -20,12 +20,6 @@ from falqon_fx import FalqonConfig, FalqonConfigError, FalqonError
 from tests.models import Relu, Stack, fill_b, freeze_a, tiny_mlp, train
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-
-
 def compiled(model: nn.Module, **options: Any) -> Any:
     return torch.compile(model, backend="falqon", options={"inner": "eager", **options})
 

@@ -60,11 +60,6 @@ def adapted() -> nn.Module:
     return model
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> None:
-    torch._dynamo.reset()
-
-
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """GEMM libraries cut a sum by the threads that they find free: its last bits vary with them."""

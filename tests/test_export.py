@@ -32,12 +32,6 @@ F32, BF16 = torch.float32, torch.bfloat16
 IDS = torch.arange(12).view(2, 6)
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-
-
 def wide_llama(**lora: Any) -> nn.Module:
     """Two layers of Llama whose linear layers are large enough to run in FP8 without an adapter."""
     torch.manual_seed(0)

@@ -33,12 +33,6 @@ F32 = torch.float32
 ROOM = {E5M2: 64.0, E4M3: 4.0}
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-
-
 def in_fp8(case: Case) -> Case:
     """The same with adapters in FP8, and so much smaller ones that hardly any is clamped."""
     layers = [

@@ -7,7 +7,6 @@ tests/tolerances.py. The base never changes; with update="rows" each step of B i
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -17,17 +16,11 @@ from torch import Tensor, nn
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
-from falqon_fx.site.record import STEP
 from tests import tolerances as tol
 from tests.emulation import emulate
 from tests.models import LoraLinear, Relu, fill_b, lora_b, tiny_llama, tiny_mlp, train
 from tests.sites import randn
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
+from tests.training import adam, all_equal, pickled, steps, trained, weights
 
 
 def compiled(model: nn.Module, inner: str = "eager", **options: Any) -> Any:
@@ -47,35 +40,10 @@ def of_update(model: nn.Module, update: str) -> nn.Module:
     return model
 
 
-def trained(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def adam(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(trained(model), lr=1e-2)
-
-
-def steps(model: nn.Module) -> list[int]:
-    """How many steps of B each site has written, with update="rows"."""
-    return [int(state.counters[STEP]) for state in falqon_fx.adapters(model).values()]
-
-
 def base_bytes(model: nn.Module) -> list[Tensor]:
     """The FP8 weights of every site: constant with update="adapter"."""
     states = falqon_fx.adapters(model).values()
     return [s.weight.view(torch.uint8).clone() for s in states]
-
-
-def weights(model: nn.Module) -> list[Tensor]:
-    """Everything that training changes, and the FP8 state of every site."""
-    states = falqon_fx.adapters(model).values()
-    live = [t for s in states for t in getattr(s, "tensors", (s.weight, s.scale))]
-    live = [t.view(torch.uint8) if t.element_size() == 1 else t for t in live]
-    return [t.detach().clone() for t in (*trained(model), *live)]
-
-
-def all_equal(a: list[Any], b: list[Any]) -> bool:
-    return len(a) == len(b) > 0 and all(torch.equal(x, y) for x, y in zip(a, b))
 
 
 # -- precision -------------------------------------------------------------------------------------
@@ -450,10 +418,6 @@ def test_two_adapters_on_one_tied_base_weight_train_as_on_two():
 
 
 # -- copies ----------------------------------------------------------------------------------------
-
-
-def pickled(model: nn.Module) -> nn.Module:
-    return pickle.loads(pickle.dumps(model))
 
 
 @pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])

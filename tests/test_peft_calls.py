@@ -29,12 +29,6 @@ WHEN = pytest.mark.parametrize("when", ["before", "after"])
 PREPARED = pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-
-
 def made(prepared: bool = False, config: FalqonConfig = CONFIG, **lora: object) -> nn.Module:
     """An adapter that was trained before, always the same."""
     torch.manual_seed(0)

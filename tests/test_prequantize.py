@@ -41,12 +41,6 @@ BF16 = torch.bfloat16
 ROWS = FalqonConfig(update="rows", init="svd")
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-
-
 def dense_model(tied: bool = False, dtype: torch.dtype = BF16, **options) -> nn.Module:
     shape = {
         "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

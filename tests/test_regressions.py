@@ -26,12 +26,6 @@ from tests.sites import randn
 from tests.spellings import Passes
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-
-
 def compiled(model: nn.Module, **options: Any) -> Any:
     return torch.compile(model, backend="falqon", options={"inner": "eager", **options})
 

@@ -29,12 +29,6 @@ PREPARED = pytest.mark.parametrize("prepared", [False, True], ids=["base", "prep
 SITES = ("base_model.model.0", "base_model.model.2")
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-
-
 def mlp(prepared: bool = False, **options: Any) -> tuple[nn.Module, nn.Module]:
     """PEFT on two layers, A frozen, and its compiled wrapper."""
     pytest.importorskip("peft")

@@ -36,16 +36,11 @@ from tests.models import (
     tiny_mlp,
     train,
 )
+from tests.training import adam, all_equal
 
 INNER = pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 PREPARED = pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
 UPDATES = pytest.mark.parametrize("update", ["adapter", "rows"])
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
 
 
 @pytest.fixture
@@ -83,10 +78,6 @@ def made(kind: type[nn.Module], update: str, **sizes: int) -> nn.Module:
     return freeze_a(model) if update == "rows" else model
 
 
-def adam(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-
-
 def adapter(model: nn.Module) -> list[Tensor]:
     """A and B of every site."""
     return [p.detach() for name, p in model.named_parameters() if "lora_" in name]
@@ -109,10 +100,6 @@ def alone(model: nn.Module, x: Tensor, steps: int, **others: object) -> list[Ten
     train(compiled(own, **others), adam(own), x, steps)
     torch._dynamo.reset()
     return adapter(own)
-
-
-def all_equal(a: list[Any], b: list[Any]) -> bool:
-    return len(a) == len(b) > 0 and all(torch.equal(x, y) for x, y in zip(a, b))
 
 
 # -- graphs shared ---------------------------------------------------------------------------------

@@ -29,17 +29,12 @@ import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
 from falqon_fx.integrations.transformers import FalqonCallback, FalqonTrainer, FalqonTrainerMixin
 from falqon_fx.model.fp8_linear import Fp8Linear
-from falqon_fx.site.record import STEP
 from tests.models import Relu, fill_b, tiny_mlp
+from tests.training import steps
 
 CONFIG = FalqonConfig(inner="eager")
 ROWS = FalqonConfig(inner="eager", update="rows", topk=10)
 STEPS, SAVED = 4, 2  # optimizer steps of a run, and the one after which it is saved
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
 
 
 def tiny_base() -> nn.Module:
@@ -86,11 +81,6 @@ def token_data(count: int = 16) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, 64, (count, 10), generator=generator)
     return [{"input_ids": row, "labels": row} for row in ids]
-
-
-def steps(model: nn.Module) -> list[int]:
-    """How many steps of B each site has written, with update="rows"."""
-    return [int(state.counters[STEP]) for state in falqon_fx.adapters(model).values()]
 
 
 def adapter(model: nn.Module) -> dict[str, Tensor]:

@@ -24,16 +24,11 @@ from falqon_fx.model.prepare import Adapter
 from tests import tolerances as tol
 from tests.emulation import cast, emulate
 from tests.models import Relu, fill_b, tiny_mlp
+from tests.training import all_equal
 
 Call = Callable[[Tensor], Tensor]
 each_inner = pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 each_way = pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> None:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
 
 
 def compiled(model: nn.Module, inner: str = "eager", **options: Any) -> Any:
@@ -47,10 +42,6 @@ def parameters(model: nn.Module, kind: str = "") -> list[nn.Parameter]:
 
 def values(tensors: list[nn.Parameter]) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in tensors]
-
-
-def all_equal(a: list[Any], b: list[Any]) -> bool:
-    return len(a) == len(b) > 0 and all(torch.equal(x, y) for x, y in zip(a, b))
 
 
 def on_grid(model: nn.Module) -> nn.Module:

@@ -36,12 +36,6 @@ PREPARED = pytest.mark.parametrize("prepared", [False, True], ids=["unprepared",
 UPDATES = pytest.mark.parametrize("update", ["adapter", "rows"])
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-
-
 def compiled(model: nn.Module, prepared: bool, **options: Any) -> Any:
     """The compiled wrapper of a model."""
     config = FalqonConfig(**{"inner": "eager", **options})

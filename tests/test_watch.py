@@ -30,11 +30,6 @@ from tests.tolerances import gamma
 OPTIONS = {"update": "rows", "inner": "eager"}
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-
-
 def model_and_input(**lora: Any) -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     return freeze_a(Stack(**lora)), torch.randn(6, 32)

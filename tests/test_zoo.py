@@ -37,11 +37,6 @@ FAST = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-
-
 Run = Callable[..., Any]
 
 

@@ -26,12 +26,6 @@ FUSED = torch.ops.falqon.merged_linear.default
 WIDTH = 64
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-
-
 class Attention(nn.Module):
     """Adapters on q and v alone, as PEFT's default for Llama."""
 

@@ -15,12 +15,6 @@ from tests.sites import randn
 from tests.spellings import Passes
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-
-
 def add_(p: Tensor) -> None:
     p.add_(0.25)
 
