@@ -345,12 +345,13 @@ def test_another_scaling_compiles_anew(created, graphs, dynamic, update):
 
 def test_a_float_outside_of_the_sites_stays_dynamic(graphs):
     class Scaled(Relu):
-        factor = 0.5
+        factor: float
 
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * self.factor
 
     model, x = Scaled(), torch.randn(2, 5, 32)
+    model.factor = 0.5
     call = torch.compile(model, backend="falqon", options=options(), dynamic=True)
     half = call(x)
     for factor in (2.0, 4.0, 8.0):
