@@ -20,7 +20,7 @@ PYTEST ?= $(BIN)/pytest -n logical --maxprocesses 8
 
 STAMP := $(VENV)/.installed
 WHEEL := build/wheel
-PACKAGE := falqon_fx/py.typed $(shell find falqon_fx falqon_fx_cli passes kernels -name '*.py' -o -name '*.jinja' -o -name '*.cpp')
+PACKAGE := falqon_fx/py.typed $(shell find falqon_fx passes kernels -name '*.py' -o -name '*.jinja' -o -name '*.cpp')
 
 .PHONY: venv demo test test-fast test-all test-oldest test-newest kernels docs check lint types format wheel-check clean
 
@@ -91,7 +91,7 @@ wheel-check: venv
 	rm -rf $(WHEEL)
 	$(BIN)/python -m build --outdir $(WHEEL) .
 	$(BIN)/python -m zipfile --list $(WHEEL)/*.whl > $(WHEEL)/files.txt
-	for file in $(patsubst passes/%,falqon_fx/passes/%,$(patsubst kernels/%,falqon_fx/kernels/%,$(PACKAGE))); do \
+	for file in $(patsubst falqon_fx/cli/%,falqon_fx_cli/%,$(patsubst passes/%,falqon_fx/passes/%,$(patsubst kernels/%,falqon_fx/kernels/%,$(PACKAGE)))); do \
 		grep -q "^$$file " $(WHEEL)/files.txt || { echo "$$file is not in the wheel"; exit 1; }; \
 	done
 	grep jinja $(WHEEL)/files.txt

@@ -209,7 +209,7 @@ def main() -> None:
     verdicts: list[Verdict] = []
     with tempfile.TemporaryDirectory() as place:
         copy = Path(place)
-        for name in ("falqon_fx", "falqon_fx_cli", "tests", "examples", "benchmarks", "docs"):
+        for name in ("falqon_fx", "tests", "examples", "benchmarks", "docs"):
             shutil.copytree(common.ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.pyc"))
         for name in ("passes", "kernels"):
             shutil.copytree(common.ROOT / name, copy / "falqon_fx" / name)

@@ -18,7 +18,7 @@ FOLDERS = {
     "falqon_fx": "falqon_fx",
     "passes": "falqon_fx.passes",
     "kernels": "falqon_fx.kernels",
-    "falqon_fx_cli": "falqon_fx_cli",
+    "falqon_fx/cli": "falqon_fx_cli",
 }
 # The longest name that fits a file counts. update="rows" has the same floors as the rest. What a
 # CPU has as compiled code is below the numerics that call it.
@@ -46,12 +46,12 @@ _OPENS = {"falqon_fx", "falqon_fx.__main__", "falqon_fx.trainer_checkpoints"}  #
 
 def modules() -> dict[str, Path]:
     """Every file of the library, by its dotted name."""
-    found = {}
-    for folder, package in FOLDERS.items():
+    found: dict[Path, str] = {}
+    for folder, package in FOLDERS.items():  # a file below two of them has the latter's name
         for file in (ROOT / folder).rglob("*.py"):
             parts = file.relative_to(ROOT / folder).with_suffix("").parts
-            found[".".join([package, *(p for p in parts if p != "__init__")])] = file
-    return found
+            found[file] = ".".join([package, *(p for p in parts if p != "__init__")])
+    return {name: file for file, name in found.items()}
 
 
 MODULES = modules()
