@@ -358,7 +358,9 @@ def test_another_scaling_compiles_anew(created, graphs, dynamic, update):
 
 def test_a_float_outside_of_the_sites_stays_dynamic(graphs):
     class Scaled(Relu):
-        factor = 0.5
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = 0.5
 
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * self.factor
