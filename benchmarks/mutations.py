@@ -16,13 +16,13 @@ import importlib
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import common
 import pytest
@@ -76,19 +76,6 @@ class Mutant:
     new: str
     start: int  # in the file's text
     end: int
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the tests said of a mutant."""
-
-    file: str
-    line: int
-    kind: str
-    old: str
-    new: str
-    noticed: bool
-    seconds: float
 
 
 def mutants(file: str, text: str) -> Iterator[Mutant]:
@@ -166,70 +153,76 @@ def choose(file: str, text: str, each: int, dice: random.Random) -> list[Mutant]
     return in_turn[:each]
 
 
-def noticed(copy: Path, mutant: Mutant, tests: list[str]) -> bool:
-    """Whether the tests fail in the copy with the fault; a fork, so that torch is imported once."""
-    target = copy / "falqon_fx" / "passes" / mutant.file
-    text = target.read_text(encoding="utf-8")
-    target.write_text(text[: mutant.start] + mutant.new + text[mutant.end :], encoding="utf-8")
+def make_copy(folder: Path) -> None:
+    """The project with passes/ and kernels/ where they are imported from."""
+    for name in ("falqon_fx", "tests", "examples", "benchmarks", "docs"):
+        shutil.copytree(common.ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.pyc"))
+    for name in ("passes", "kernels"):
+        shutil.copytree(common.ROOT / name, folder / "falqon_fx" / name)
+    shutil.copy(common.ROOT / "pyproject.toml", folder)
+
+
+def tests_of(file: str, own: bool) -> list[str]:
+    """What runs for a file, its ``own`` tests alone or those of all passes behind them."""
+    first = TESTS.get(file) or TESTS[file.partition("/")[0]]
+    return [f"tests/{name}" for name in (*first, *(() if own else SHARED))]
+
+
+def fails(copy: Path, tests: list[str], limit: int) -> bool:
+    """Whether the tests fail in the copy; in a fork, so that torch is imported once for all."""
     child = os.fork()
     if not child:
+        signal.alarm(limit)  # ends what loops: a failure
         os.chdir(copy)
         sys.path.insert(0, str(copy))
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1)
         os.dup2(silent, 2)
         os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
+
+
+def noticed(copy: Path, mutant: Mutant, tests: list[str], limit: int) -> bool:
+    """Whether the tests fail with the fault."""
+    target = copy / "falqon_fx" / "passes" / mutant.file
+    text = target.read_text(encoding="utf-8")
+    target.write_text(text[: mutant.start] + mutant.new + text[mutant.end :], encoding="utf-8")
+    found = fails(copy, tests, limit)
     target.write_text(text, encoding="utf-8")
-    return code != 0
-
-
-def tests_of(file: str) -> list[str]:
-    own = TESTS.get(file) or TESTS[file.partition("/")[0]]
-    rest = [f"tests/{name}" for name in SHARED]
-    return [*(f"tests/{name}" for name in own), *rest]
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    about = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
     parser.add_argument("files", nargs="*", help="below passes/ (default: all)")
     parser.add_argument("--each", type=int, default=5, help="faults in a file")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=int, default=1800, help="seconds for one fault")
     parser.add_argument("--own", action="store_true", help="only the tests of the file")
     arguments = parser.parse_args()
     sys.dont_write_bytecode = True  # a changed file may keep its size and time
-    for name in ("torch._dynamo", "transformers", "peft"):  # once for all forks
+    for name in ("torch._dynamo", "transformers", "peft"):
         importlib.import_module(name)
 
     folder = common.ROOT / "passes"
     known = sorted(str(f.relative_to(folder)) for f in folder.rglob("*.py"))
     files = arguments.files or [f for f in known if f in TESTS or f.startswith("match/")]
-    verdicts: list[Verdict] = []
+    verdicts: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:
-        copy = Path(place)
-        for name in ("falqon_fx", "tests", "examples", "benchmarks", "docs"):
-            shutil.copytree(common.ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.pyc"))
-        for name in ("passes", "kernels"):
-            shutil.copytree(common.ROOT / name, copy / "falqon_fx" / name)
-        shutil.copy(common.ROOT / "pyproject.toml", copy)
+        make_copy(Path(place))
         for file in files:
+            tests = tests_of(file, arguments.own)
+            if fails(Path(place), tests, arguments.limit):
+                raise SystemExit(f"{file}: its tests fail, or take too long, without a fault")
             text = (folder / file).read_text(encoding="utf-8")
             for mutant in choose(file, text, arguments.each, random.Random(arguments.seed)):
-                tests = tests_of(file)
-                start = time.monotonic()
-                seen = noticed(copy, mutant, tests[:-3] if arguments.own else tests)
-                seconds = round(time.monotonic() - start, 1)
-                fields = {k: v for k, v in asdict(mutant).items() if k not in ("start", "end")}
-                verdicts.append(Verdict(**fields, noticed=seen, seconds=seconds))
-                word = "noticed " if seen else "SURVIVED"
-                print(
-                    f"{word} {file}:{mutant.line} {mutant.kind}: {mutant.old!r} -> {mutant.new!r}",
-                    flush=True,
-                )
-    print(f"{sum(v.noticed for v in verdicts)} of {len(verdicts)} noticed")
-    content = {"environment": common.environment(), "verdicts": [asdict(v) for v in verdicts]}
+                seen = noticed(Path(place), mutant, tests, arguments.limit)
+                verdicts.append({**asdict(mutant), "noticed": seen})
+                fault = f"{file}:{mutant.line} {mutant.kind}: {mutant.old!r} -> {mutant.new!r}"
+                print("noticed " if seen else "SURVIVED", fault, flush=True)
+    print(f"{sum(v['noticed'] for v in verdicts)} of {len(verdicts)} noticed")
+    content = {"environment": common.environment(), "verdicts": verdicts}
     common.write_json(common.result_path("mutations", ".json"), content)
 
 
