@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from falqon_fx import FalqonConfig, rewrite
+from falqon_fx import FalqonConfig, prepare, rewrite
 from tests.sites import randn
-from tests.spellings import HandWritten, Spelling
+from tests.spellings import HandWritten, Passes, Spelling
 
 FUSED = torch.ops.falqon.merged_linear.default
 
@@ -107,3 +107,31 @@ def test_siblings_can_be_switched_off():
         torch.fx.symbolic_trace(Attention()), (randn(5, 24),), FalqonConfig(siblings=False)
     )
     assert len(result.gm.graph.find_nodes(op="call_function", target=FUSED)) == 4
+
+
+class PreparedPair(nn.Module):
+    """Two frozen layers of one x; the bias of the second may be computed behind the first."""
+
+    def __init__(self, computed: bool) -> None:
+        super().__init__()
+        self.scale, self.computed = nn.Parameter(randn(64)), computed
+        self.k, self.v = (nn.Linear(64, 64).requires_grad_(False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * self.scale
+        y, v = self.k(x), self.v
+        if not self.computed:
+            return y + v(x)
+        bias = v.bias * y.sum()
+        return y + torch.ops.falqon.base_linear(x, v.code, v.scale, v.digest, bias, v.spec)
+
+
+@pytest.mark.parametrize("computed", [False, True])
+def test_prepared_siblings_are_one_op_but_with_a_computed_bias(computed):
+    torch._dynamo.reset()
+    model, passes = PreparedPair(computed), Passes()
+    prepare(model, progress=False)
+    torch.compile(model, backend=passes, fullgraph=True)(randn(5, 64))
+    (result,) = passes.results
+    ops = result.gm.graph.find_nodes(op="call_function", target=FUSED)
+    assert [len(op.args[1]) for op in ops] == ([1, 1] if computed else [2])
