@@ -106,6 +106,6 @@ def test_two_processes_train_as_one_that_accumulates(tmp_path: Path):
         for i in range(2):
             rank_losses, rank_weights = found[i][case]
             assert rank_losses == losses[i::2]
-            # 2 sites: A, B, weight, scale; or B and the five parts of the state of "rows"
-            assert len(rank_weights) == (2 * 4 if update == "adapter" else 2 * 6)
+            # 2 sites: A, B, weight, scale; or A, B and the five parts of the state of "rows"
+            assert len(rank_weights) == (2 * 4 if update == "adapter" else 2 * 7)
             assert all(map(torch.equal, rank_weights, weights(model)))

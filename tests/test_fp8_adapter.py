@@ -91,11 +91,14 @@ def expected(case: Case, out_a: Tensor) -> dict[str, Approx]:
             product = (read @ a.t()).rounded(dtype, *behind(spec, dtype))
             unit = _x_scale(case) * alpha.double()
             of_a.append(cast_fp8(product, unit, E4M3).rounded(F32, dtype))
+            added = exactly(part)
             if spec.scale == "pow2":  # t is an FP8 number
                 t = part.double() / unit
                 assert torch.equal(t.to(E4M3).double(), t)
+            else:  # O_A is t in other units, rounded
+                added = added.rounded(F32, dtype)
             b = exactly(b8.float().double() * layer.base.scale.double() / alpha.double())
-            y = y.addmm(exactly(part), b.t(), dtype)
+            y = y.addmm(added, b.t(), dtype)
             if g is None:
                 continue
             grad = exactly(_flat(layer))

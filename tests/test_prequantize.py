@@ -213,7 +213,7 @@ def test_layers_left_out_stay_dense(tmp_path):
 
 KILL = """
 import sys, time; sys.path.insert(0, {root!r})
-import falqon_fx
+import falqon_fx.files.prequantize
 p = sys.modules["falqon_fx.files.prequantize"]
 convert = p._convert
 def slowly(*arguments):

@@ -81,6 +81,7 @@ def run(model: nn.Module, call: Callable[[Tensor], Tensor]) -> list[Tensor | Non
 
 
 def test_a_site_without_gradients_takes_no_siblings_with_it(results):
+    torch.manual_seed(5)  # no pick is so close that the casts decide it
     model = Two()
     fill_b(model)
     wanted = run(model, model)
