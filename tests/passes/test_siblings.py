@@ -123,12 +123,11 @@ class PreparedPair(nn.Module):
         if not self.computed:
             return y + v(x)
         bias = v.bias * y.sum()
-        return y + torch.ops.falqon.base_linear(x, v.code, v.scale, v.digest, bias, v.spec)
+        return y + torch.ops.falqon.base_linear(x, v.code, v.scale, v.digest, bias, v.spec_text)
 
 
 @pytest.mark.parametrize("computed", [False, True])
 def test_prepared_siblings_are_one_op_but_with_a_computed_bias(computed):
-    torch._dynamo.reset()
     model, passes = PreparedPair(computed), Passes()
     prepare(model, progress=False)
     torch.compile(model, backend=passes, fullgraph=True)(randn(5, 64))
