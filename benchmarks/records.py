@@ -44,13 +44,13 @@ class Results(Generic[R]):
         self,
         file: Path,
         kind: type[R],
-        protocol: Mapping[str, Any] | None = None,
+        protocol: Mapping[str, Any],
         not_in_csv: Sequence[str] = (),
     ) -> None:
         self.file, self.not_in_csv = file, not_in_csv
-        self.head = {} if protocol is None else {"protocol": dict(protocol)}
+        self.head = {"protocol": dict(protocol)}
         content: Any = common.read_json(file) if file.exists() else {**self.head, "records": []}
-        if content.get("protocol") != self.head.get("protocol"):
+        if content.get("protocol") != protocol:
             raise SystemExit(f"{file} was measured with another protocol: name another --results")
         self.records = [kind(**record) for record in content["records"]]
 

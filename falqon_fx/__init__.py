@@ -7,8 +7,6 @@ takes longer to import is imported when its name is first read.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonConfigError, FalqonError
 from falqon_fx.report.data import Audit, GraphReport, Rejected, Site
@@ -81,7 +79,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _OPS = ("base_linear", "fp8_adapter", "merged_linear", "products", "wide_linear")
 
 for _module in (*(f"falqon_fx.ops.{name}" for name in _OPS), "falqon_fx.rows.ops"):
-    torch.ops.import_module(_module)
+    import_module(_module)
 
 
 def __getattr__(name: str) -> Any:

@@ -40,6 +40,13 @@ def literals(kind: type) -> dict[str, tuple[str, ...]]:
     return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
 
 
+def check_literals(given: Mapping[str, Any], valid: Mapping[str, tuple[str, ...]]) -> None:
+    """Raises ValueError where a value is outside its `Literal`."""
+    for name, values in valid.items():
+        if given[name] not in values:
+            raise ValueError(f"{name}={given[name]!r}: expected one of {', '.join(values)}")
+
+
 @dataclass(frozen=True)
 class FalqonConfig:
     """Options of ``torch.compile(model, backend="falqon", options={...})``.

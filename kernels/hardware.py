@@ -7,6 +7,8 @@ import warnings
 
 import torch
 
+from falqon_fx.kernels.spec import CastMode
+
 FP8 = 89  # the first architecture with FP8 tensor cores
 
 
@@ -25,6 +27,11 @@ def fp8_architecture(device: torch.device) -> int:
     """The same, but 0 where there are no FP8 tensor cores."""
     number = _number(device)
     return number if number >= FP8 else 0
+
+
+def cast_mode(architecture: int) -> CastMode:
+    """How kernels cast to FP8 on sm_90 and so on; 0 is the interpreter."""
+    return "hardware" if architecture >= FP8 else "integer"
 
 
 def _number(device: torch.device) -> int:

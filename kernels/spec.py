@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from typing import Any, ClassVar, Literal
 
-from falqon_fx.config import literals
+from falqon_fx import config
 
 InputDtype = Literal["float32", "bfloat16", "float16"]
 Fp8Format = Literal["e4m3", "e5m2"]
@@ -78,9 +78,7 @@ class KernelSpec:
 def check_literals(spec: KernelSpec) -> None:
     """Raises ValueError where a field of ``spec`` is outside its `Literal`."""
     kind: Any = type(spec)  # as a key; mypy thinks that it has no hash
-    for name, valid in literals(kind).items():
-        if spec.fields[name] not in valid:
-            raise ValueError(f"{name}={spec.fields[name]!r}: expected one of {', '.join(valid)}")
+    config.check_literals(spec.fields, config.literals(kind))
 
 
 def check_powers_of_two(spec: KernelSpec, *names: str) -> None:

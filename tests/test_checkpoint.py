@@ -410,7 +410,6 @@ def test_a_save_between_backward_and_step_keeps_the_gradients_of_the_run(tmp_pat
 
 
 def test_tied_weights_are_written_once(tmp_path):
-    torch.manual_seed(0)
     model = tiny_llama(target_modules=["q_proj"])
     inner = model.get_base_model()
     inner.lm_head.weight = inner.model.embed_tokens.weight

@@ -330,7 +330,6 @@ def test_an_error_without_a_site_leaves_it_out():
     ],
 )
 def test_compile_reports_a_bad_option_and_changes_nothing(options: dict[str, Any], said):
-    torch._dynamo.reset()
     model = nn.Linear(4, 4)
     before = model.weight.detach().clone()
     with pytest.raises(RuntimeError, match=said):

@@ -232,7 +232,6 @@ def test_the_eager_forward_of_a_prepared_conv1d_is_the_restored_ones(config):
 
 def test_a_conv1d_without_an_adapter_runs_in_fp8():
     """Within the cast of x and W, and the float32 product."""
-    torch.manual_seed(0)
 
     class Two(One):
         def __init__(self) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import peft
@@ -20,6 +18,7 @@ import transformers
 import falqon_fx
 from falqon_fx import FalqonConfig
 from tests.models import lora_b, tiny_llama
+from tests.scripts import load
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -165,15 +164,6 @@ def test_the_readme_links_to_every_page():
 
 
 # -- lists that the source decides -----------------------------------------------------------------
-
-
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_options_page_is_generated_from_the_source():

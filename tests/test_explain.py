@@ -61,7 +61,6 @@ def test_explain_names_every_site_of_a_peft_model(llama):
 
 @pytest.mark.parametrize("prepared", [False, True])
 def test_explain_changes_nothing(prepared):
-    torch.manual_seed(0)
     model = tiny_llama()
     fill_b(model)
     if prepared:

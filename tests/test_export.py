@@ -636,7 +636,6 @@ def test_the_model_goes_on_training_as_before(tmp_path, prepared):
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["tied", "adapted"])
 def test_tied_embeddings_stay_tied_unless_the_head_has_its_own_weight(tmp_path, adapted):
-    torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, use_cache=False,

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+from tests.scripts import load
 
 PATH = Path(__file__).parents[1] / "docs" / "imports.py"
 LIMIT = 400  # lines of a file
 
 
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("imports", PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-house = load()
+house = load(PATH)
 
 
 def test_no_file_imports_in_a_circle():

@@ -137,7 +137,6 @@ def test_a_model_that_reads_values_is_refused_with_a_remedy():
 
 
 def test_alora_is_refused_by_the_names_of_its_layers():
-    torch._dynamo.reset()
     model, ids = alora()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -193,7 +192,6 @@ def test_names_are_read_without_the_models_own_code():
 
 
 def test_a_refusal_behind_a_break_names_a_layer_without_the_models_own_code():
-    torch._dynamo.reset()
     model = nn.Sequential(Guarded())
     options = {"inner": "eager", "exclude": ("*inner",)}
     with pytest.warns(UserWarning, match=r"left as it was: 0\.inner: include= or exclude="):

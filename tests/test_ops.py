@@ -438,7 +438,6 @@ class Two(nn.Module):
 
 
 def test_second_derivatives_of_a_model_that_runs_op_by_op_are_refused():
-    torch._dynamo.reset()
     call = torch.compile(Two(), backend="falqon", options={"inner": "eager"})
     x = randn(3, 64).requires_grad_()
     (plain,) = torch.autograd.grad(call(x).sum(), x)
@@ -450,7 +449,6 @@ def test_second_derivatives_of_a_model_that_runs_op_by_op_are_refused():
 
 @pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_aotautograd_refuses_second_derivatives_itself(inner):
-    torch._dynamo.reset()
     call = torch.compile(Two(), backend="falqon", options={"inner": inner})
     x = randn(3, 64).requires_grad_()
     with pytest.raises(

@@ -119,7 +119,6 @@ def test_the_dump_holds_graphs_report_kernels_and_repros(dump):
 
 
 def test_a_second_graph_gets_a_folder_of_its_own(dump):
-    torch._dynamo.reset()
     torch.compile(Stack(1), backend="falqon", options={"inner": "eager"})(torch.randn(3, 32))
     assert (dump.parent / "graph_001" / "report.json").exists()
 

@@ -350,7 +350,6 @@ def test_the_base_of_dora_runs_in_fp8_behind_its_norm(inner):
     """DoRA reads the base layer's weight for its norm, and rescales the layer's result: against the
     original on the restored weights, with a cast of x before the base.
     """
-    torch.manual_seed(0)
     model = peft.get_peft_model(
         nn.Sequential(nn.Linear(64, 96)),
         peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0"], use_dora=True),

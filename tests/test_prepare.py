@@ -705,7 +705,6 @@ USES: dict[str, Callable[[nn.Module], object]] = {
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("ema", [ema_of_all, ema_through_data, ema_rounded])
 def test_an_average_of_the_base_is_an_error_and_never_used(ema, use):
-    torch._dynamo.reset()
     average = ema(prepared_mlp())
     with pytest.raises(FalqonError, match="bytes of its FP8 base are not those") as caught:
         USES[use](average)
@@ -897,7 +896,6 @@ PARTS = ("lora_A", "lora_B")
 
 @UPDATES
 def test_adapters_of_an_unprepared_model_appear_with_the_first_call(config):
-    torch._dynamo.reset()
     model = freeze_a(tiny_mlp())
     assert falqon_fx.adapters(model) == {}
     options = {"inner": "eager", "update": config.update}
@@ -910,7 +908,6 @@ def test_adapters_of_an_unprepared_model_appear_with_the_first_call(config):
 
 
 def test_adapters_of_layers_that_are_not_pefts_follow_the_scaling_of_the_last_call():
-    torch._dynamo.reset()
     model, x = Relu(), randn(3, 32)
     compiled = torch.compile(model, backend="falqon", options={"inner": "eager"})
     for scaling in (2.0, 3.0, 2.0):  # the last time a graph is found again
@@ -928,7 +925,6 @@ def test_adapters_of_layers_that_are_not_pefts_follow_the_scaling_of_the_last_ca
 @pytest.mark.parametrize("init", ["keep", "svd"])
 def test_parameters_that_share_one_flat_buffer_are_told_apart(init):
     """As optimizers that flatten them leave them: views of one memory."""
-    torch._dynamo.reset()
     model, x = Relu(), randn(3, 32)
     apart = copy.deepcopy(model)
     for part in ("base_layer", "lora_A", "lora_B"):
@@ -954,7 +950,6 @@ def test_parameters_that_share_one_flat_buffer_are_told_apart(init):
 
 
 def test_adapters_are_live_and_their_base_is_constant():
-    torch._dynamo.reset()
     model = prepared_mlp()
     compiled = torch.compile(model, backend="falqon", options={"inner": "eager"})
     state = falqon_fx.adapters(model)[SITES[0]]
@@ -971,7 +966,6 @@ def test_adapters_are_live_and_their_base_is_constant():
 
 def test_adapters_with_update_rows_are_live():
     """What `adapters` gives shares memory with the model that trains."""
-    torch._dynamo.reset()
     config = FalqonConfig(update="rows", inner="eager", topk=10)
     model = prepared_mlp(config)
     compiled = torch.compile(model, backend="falqon", options=dict[str, Any](config=config))

@@ -69,7 +69,7 @@ def merged_product(
         of_adapters: list[Tensor] = []
         for first in range(0, len(pieces), dispatch.MAX_PIECES):
             part = pieces[first : first + dispatch.MAX_PIECES]
-            in_part = max(0, first + len(part) - max(first, len(pieces) - a_pieces))
+            in_part = len(range(max(first, len(pieces) - a_pieces), first + len(part)))
             made = dispatch.forward(q, q_scale, part, in_part, out_dtype, dtype, options).run()
             of_sites += made[: len(part) - in_part]
             of_adapters += made[len(part) - in_part :]

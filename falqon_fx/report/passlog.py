@@ -2,7 +2,7 @@
 
 * ``TORCH_TRACE=dir``: artifacts ``falqon_<n>_<pass>`` in torch's structured trace (for tlparse)
 * ``TORCH_LOGS="+falqon_fx"``: the same as log lines (without "+", one line per graph)
-* ``FALQON_DUMP=dir``: files, among them a ``repro.py`` a site (`falqon_fx.report.repro`)
+* ``FALQON_DUMP=dir``: files, among them one ``repro.py`` per site (`falqon_fx.report.repro`)
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from falqon_fx.config import (
     Rounding,
     Scale,
     Transpose,
+    check_literals,
     literals,
 )
 from falqon_fx.site.numerics import E4M3, E5M2
@@ -154,9 +155,7 @@ def parse_spec(text: str) -> SiteSpec:
     *values, _ = [word.rpartition("=")[2] for word in text.split(" ")]
     kind = RowsSpec if "topk=" in text else SiteSpec
     given: dict[str, Any] = dict(zip(_FIELDS[kind], values, strict=True))
-    for name, valid in _VALUES[kind].items():
-        if given[name] not in valid:
-            raise ValueError(f"{text!r}: {name} is {given[name]!r}, none of {', '.join(valid)}")
+    check_literals(given, _VALUES[kind])
     if kind is RowsSpec:
         given["seed"] = int(given["seed"])
     return kind(**given)

@@ -8,6 +8,7 @@ from typing import get_args
 from falqon_fx.config import Granularity
 from falqon_fx.kernels.activation_cast.launch import signatures
 from falqon_fx.kernels.activation_cast.spec import ActivationCastSpec
+from falqon_fx.kernels.hardware import cast_mode
 from falqon_fx.kernels.kernel import Kernel
 from falqon_fx.kernels.spec import Fp8Format
 
@@ -22,7 +23,7 @@ def ahead(architecture: int) -> Iterator[ActivationCastSpec]:
                 fp8=fp8,
                 granularity=granularity,
                 scale="pow2",
-                cast="hardware" if architecture >= 89 else "integer",
+                cast=cast_mode(architecture),
             )
 
 

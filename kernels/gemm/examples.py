@@ -10,6 +10,19 @@ from falqon_fx.kernels.gemm.spec import GemmSpec
 from falqon_fx.kernels.gemm.tiles import GemmProblem, gemm_specs
 from falqon_fx.kernels.kernel import Kernel
 
+PROBLEM = GemmProblem(
+    n=4096,
+    k=4096,
+    rows=(4096, 64),
+    a_pieces=1,
+    x="e4m3",
+    x_scale="row",
+    w_scale="row",
+    out_dtype="bfloat16",
+    a_dtype="bfloat16",
+    one_tensor=True,
+)
+
 
 def ahead(architecture: int) -> Iterator[GemmSpec]:
     """All tiles that each of the problems may take."""
@@ -19,18 +32,7 @@ def ahead(architecture: int) -> Iterator[GemmSpec]:
 
 def _problems(architecture: int) -> Iterator[GemmProblem]:
     """Llama's shapes in every form that the plan gives them."""
-    site = GemmProblem(
-        n=4096,
-        k=4096,
-        rows=(4096, 64),
-        a_pieces=1,
-        x="e4m3",
-        x_scale="row",
-        w_scale="row",
-        out_dtype="bfloat16",
-        a_dtype="bfloat16",
-        one_tensor=True,
-    )
+    site = PROBLEM
     only_a = replace(site, rows=(64,))
     frozen = replace(site, rows=(4096,), a_pieces=0)
     adapted = replace(site, rows=(4096,), a_pieces=0, rank=64)

@@ -35,7 +35,7 @@ from falqon_fx.kernels.gemm.spec import GemmSpec
 from falqon_fx.kernels.gemm.tiles import GemmProblem, gemm_specs, likeliest
 from falqon_fx.kernels.grad_b import launch as grad_b_launch
 from falqon_fx.kernels.grad_b.spec import GradBSpec
-from falqon_fx.kernels.hardware import FP8, architecture
+from falqon_fx.kernels.hardware import architecture, cast_mode
 from falqon_fx.kernels.interpreter import runs_interpreted
 from falqon_fx.kernels.products import inductor
 from falqon_fx.kernels.products.choice import Candidate, Choice, choices_for
@@ -57,7 +57,7 @@ from falqon_fx.kernels.products.problem import (
     problem_of,
     rounded,
 )
-from falqon_fx.kernels.spec import InputDtype, KernelSpec
+from falqon_fx.kernels.spec import CastMode, InputDtype, KernelSpec
 from falqon_fx.kernels.transpose import kept as stored
 from falqon_fx.site.casts import cast_fp8 as cast_as_aten
 from falqon_fx.site.spec import parse_spec
@@ -229,34 +229,36 @@ def grad_b(
     return _contest(f"dL/dB out={grad.shape[1]}", grad, made, generated, plain, kernel)
 
 
-def cast_fp8(x: Tensor, dtype: torch.dtype, spec: str) -> Contest:
+def cast_fp8(x: Tensor, dtype: torch.dtype, spec_text: str) -> Contest:
     """[q, scale], x [n, k] ≈ q · scale, where Inductor can't cast (see
     `falqon_fx.ops.products`).
     """
-    hardware = not runs_interpreted(x) and architecture(x.device) >= FP8
+    cast = cast_mode(0 if runs_interpreted(x) else architecture(x.device))
 
     def plain() -> list[Tensor]:
-        return [*cast_as_aten(x.to(torch.float32), dtype, spec)]
+        return [*cast_as_aten(x.to(torch.float32), dtype, spec_text)]
 
     def generated(made: ActivationCastSpec) -> list[Tensor]:
         return [*activation_cast(x, made)]
 
-    made = partial(_cast_specs, x.shape[1], x.dtype, dtype, spec, hardware)
-    return _contest(f"cast width={x.shape[1]}", x, made, generated, plain, parse_spec(spec).kernel)
+    made = partial(_cast_specs, x.shape[1], x.dtype, dtype, spec_text, cast)
+    return _contest(
+        f"cast width={x.shape[1]}", x, made, generated, plain, parse_spec(spec_text).kernel
+    )
 
 
 @functools.lru_cache(maxsize=4096)
 def _cast_specs(
-    width: int, input_dtype: torch.dtype, dtype: torch.dtype, spec: str, hardware: bool
+    width: int, input_dtype: torch.dtype, dtype: torch.dtype, spec_text: str, cast: CastMode
 ) -> tuple[ActivationCastSpec, ...]:
-    plan = parse_spec(spec)
+    spec = parse_spec(spec_text)
     made = ActivationCastSpec.for_width(
         width,
         input_dtype=dtype_name(input_dtype),
         fp8=fp8_format(dtype),
-        granularity="row" if plan.per_row else "tensor",
-        scale=plan.scale,
-        cast="hardware" if hardware else "integer",
+        granularity=spec.granularity,
+        scale=spec.scale,
+        cast=cast,
     )
     return (made,)
 

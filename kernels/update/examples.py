@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from falqon_fx.kernels.hardware import cast_mode
 from falqon_fx.kernels.kernel import Kernel
 from falqon_fx.kernels.update.launch import signatures
 from falqon_fx.kernels.update.spec import UpdateSpec
@@ -42,7 +43,7 @@ def ahead(architecture: int) -> Iterator[UpdateSpec]:
         replace(ROW, b_dtype="bfloat16", a_dtype="bfloat16", rank=16),
         replace(TENSOR, drop=True, applied_dtype="float32"),
     ):
-        yield replace(spec, cast="hardware" if architecture >= 89 else "integer")
+        yield replace(spec, cast=cast_mode(architecture))
 
 
 GOLDEN = (

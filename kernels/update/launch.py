@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from falqon_fx.config import Rounding, Scale
-from falqon_fx.kernels.hardware import fp8_architecture
+from falqon_fx.kernels.hardware import cast_mode, fp8_architecture
 from falqon_fx.kernels.interpreter import runs_interpreted
 from falqon_fx.kernels.loader import load
-from falqon_fx.kernels.spec import CastMode, InputDtype
+from falqon_fx.kernels.spec import InputDtype
 from falqon_fx.kernels.update.spec import AppliedDtype, BaseDtype, UpdateSpec
 
 _FOUND = 5  # columns of `found`, see the template
@@ -177,6 +177,7 @@ def spec_for(
 
     A program holds one row, or pieces of four where many are written or rows are wide.
     """
+    first = sites[0].weight
     b, a, applied, base = dtypes(sites[0])
     widest = max(site.weight.shape[1] for site in sites)
     many = max(site.count for site in sites) > 64
@@ -190,9 +191,9 @@ def spec_for(
         base_dtype=cast(BaseDtype, base),
         granularity="row" if sites[0].scale.dim() == 2 else "tensor",
         scale=scale,
-        rounding="stochastic" if rounding == "stochastic" else "nearest",
+        rounding=rounding,
         drop=drop,
-        cast=_cast_mode(sites[0].weight),
+        cast=cast_mode(0 if runs_interpreted(first) else fp8_architecture(first.device)),
         rank=max(16, 1 << (rank - 1).bit_length()),
         aligned=all(s.weight.shape[1] % 16 == 0 and s.weight.data_ptr() % 16 == 0 for s in sites),
         base_aligned=all(_has_aligned_rows(site.base) for site in sites),
@@ -208,12 +209,6 @@ def _has_aligned_rows(base: Tensor | None) -> bool:
     if base is None or base.stride(1) != 1:
         return False
     return base.data_ptr() % 16 == 0 and base.stride(0) % 16 == 0
-
-
-def _cast_mode(tensor: Tensor) -> CastMode:
-    if runs_interpreted(tensor) or not fp8_architecture(tensor.device):
-        return "integer"
-    return "hardware"
 
 
 def _check(site: UpdateSite, spec: UpdateSpec) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from falqon_fx import FalqonConfig, _compat
 from falqon_fx.kernels import hardware
+from falqon_fx.kernels.gemm.examples import PROBLEM
 from falqon_fx.kernels.gemm.launch import Piece, Product
 from falqon_fx.kernels.gemm.tiles import GemmProblem, gemm_specs
 from falqon_fx.kernels.products import dispatch, inductor
@@ -225,18 +226,8 @@ def test_what_inductor_can_not_compile_falls_to_the_next_with_the_reason(monkeyp
 
 
 def problem(**change) -> GemmProblem:
-    made = GemmProblem(
-        n=4096,
-        k=4096,
-        rows=(4096,),
-        a_pieces=0,
-        x="e4m3",
-        x_scale="row",
-        w_scale="row",
-        out_dtype="float16",
-        a_dtype="float32",
-        rank=64,
-        one_tensor=True,
+    made = replace(
+        PROBLEM, rows=(4096,), a_pieces=0, out_dtype="float16", a_dtype="float32", rank=64
     )
     return replace(made, **change)
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from falqon_fx.kernels.gemm.examples import SITE
 from falqon_fx.kernels.gemm.launch import Piece, Product, gemm
-from falqon_fx.kernels.gemm.spec import GemmSpec
 from falqon_fx.site.numerics import E4M3, E5M2
 from tests.sites import randn
 from tests.tolerances import Approx, assert_within
@@ -16,22 +16,11 @@ from tests.tolerances import Approx, assert_within
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FP8 = {"e4m3": E4M3, "e5m2": E5M2}
 
-SMALL = GemmSpec(
-    x="e4m3",
+SMALL = replace(
+    SITE,
     operands="float32",
-    accumulation="fast",
-    x_scale="row",
-    w_scale="row",
-    out_dtype="bfloat16",
-    a_dtype="bfloat16",
-    pieces=2,
-    a_pieces=1,
-    bias="none",
-    extra=0,
-    layout="nk",
     memory="pointer",
     persistent=False,
-    even_k=False,
     block_m=16,
     block_n=16,
     block_k=32,

@@ -7,8 +7,9 @@ import triton
 
 from falqon_fx.kernels import matrix as module
 from falqon_fx.kernels.aot import ARCHITECTURES
+from falqon_fx.kernels.gemm.examples import PROBLEM
 from falqon_fx.kernels.gemm.spec import GemmSpec
-from falqon_fx.kernels.gemm.tiles import GemmProblem, gemm_specs, likeliest, waves
+from falqon_fx.kernels.gemm.tiles import gemm_specs, likeliest, waves
 from falqon_fx.kernels.matrix import (
     Line,
     compile_lines,
@@ -150,20 +151,6 @@ def test_a_part_of_another_tritons_table_is_not_accepted(table, capsys):
         main(["--only", "transpose_128", "--accept"])
     assert "of Triton 1.0" in capsys.readouterr().err
     assert table.read_text() == other
-
-
-PROBLEM = GemmProblem(
-    n=4096,
-    k=4096,
-    rows=(4096, 64),
-    a_pieces=1,
-    x="e4m3",
-    x_scale="row",
-    w_scale="row",
-    out_dtype="bfloat16",
-    a_dtype="bfloat16",
-    one_tensor=True,
-)
 
 
 @pytest.mark.parametrize(
