@@ -24,7 +24,7 @@ FOLDERS = {
 # CPU has as compiled code is below the numerics that call it.
 LAYERS = (
     ("errors", "config", "_compat"),
-    ("kernels.cpu",),
+    ("kernels.cpu", "kernels.cache"),
     ("site",),
     ("kernels",),
     ("ops",),

@@ -87,16 +87,6 @@ def native_bf16() -> bool:
     return on and torch.cpu._is_avx512_bf16_supported()
 
 
-def compile_cpp(source: str) -> Any:
-    """The shared library made from C++ ``source`` by Inductor's compiler, flags and disk cache, as
-    `ctypes.CDLL`.
-    """
-    from torch._inductor.codecache import CppCodeCache
-
-    # Inductor turns the compiler's own vectorizer off, since its loops come vectorized.
-    return CppCodeCache.load(source, extra_flags=("-ftree-loop-vectorize",))
-
-
 def inductor_compile(
     gm: fx.GraphModule,
     inputs: Sequence[Any],

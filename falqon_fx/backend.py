@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from falqon_fx import _compat
 from falqon_fx._compat import value_of
 from falqon_fx.config import FalqonConfig
-from falqon_fx.errors import FalqonError, SiteError
+from falqon_fx.errors import FalqonError, SiteError, printable
 from falqon_fx.ops.decompositions import decompositions
 from falqon_fx.passes import pipeline
 from falqon_fx.passes.insert_operands import BaseNodes, Operands
@@ -268,7 +268,7 @@ def _warn_once(text: str) -> None:
     """Python's own "once" forgets whenever someone uses `warnings.catch_warnings`, as torch does in
     each compilation.
     """
-    warnings.warn(text, stacklevel=4)
+    warnings.warn(printable(text), stacklevel=4)
 
 
 falqon.reset = _warn_once.cache_clear  # type: ignore[attr-defined] # torch._dynamo.reset() calls it

@@ -1,17 +1,33 @@
-"""Errors that name the site, what is wrong, and the remedy."""
+"""Errors that name the site, what is wrong, and the remedy; text that a terminal can't obey."""
 
 from __future__ import annotations
+
+
+def one_line(text: str) -> str:
+    """``text``, which may come from a file, with the Python escape of all that isn't printable:
+    control characters, line ends, marks that turn the direction of reading.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def printable(text: str) -> str:
+    """The same for text that may have several lines."""
+    return "\n".join(map(one_line, text.split("\n")))
 
 
 class FalqonError(RuntimeError):
     """A model, parameter or environment that falqon can't train rightly.
 
-    Raised before anything is changed.
+    Raised before anything is changed. The attributes hold names as they are, the message holds them
+    printable.
     """
 
     def __init__(self, site: str, problem: str, remedy: str) -> None:
         self.site, self.problem, self.remedy = site, problem, remedy
-        super().__init__(f"{site}: {problem}. {remedy}." if site else f"{problem}. {remedy}.")
+        text = f"{printable(problem)}. {printable(remedy)}."
+        super().__init__(f"{one_line(site)}: {text}" if site else text)
 
 
 class SiteError(FalqonError):

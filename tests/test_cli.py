@@ -224,7 +224,7 @@ def test_cost_lists_cards_and_formulas(capsys):
 
 
 def test_cost_without_a_known_card_says_what_to_do(monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv("FALQON_CARDS", str(tmp_path / "none.json"))
+    monkeypatch.setenv("FALQON_CACHE", str(tmp_path))
     if torch.cuda.is_available():
         pytest.skip("this machine's card may be in the table")
     assert main(["cost"]) == 1

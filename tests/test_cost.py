@@ -304,7 +304,7 @@ def test_an_unknown_card_names_the_nearest():
 
 
 def test_calibration_measures_and_is_found_again(monkeypatch, tmp_path):
-    monkeypatch.setenv("FALQON_CARDS", str(tmp_path / "sub" / "cards.json"))
+    monkeypatch.setenv("FALQON_CACHE", str(tmp_path / "sub"))
     cpu = torch.device("cpu")
     assert cards.at_hand(cpu) is None
     measured = cards.calibrate(cpu, size=128, repeats=1)

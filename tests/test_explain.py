@@ -373,7 +373,7 @@ def test_costs_come_from_the_named_card(llama):
 
 
 def test_without_a_known_card_no_time_is_invented(monkeypatch, tmp_path):
-    monkeypatch.setenv("FALQON_CARDS", str(tmp_path / "none.json"))
+    monkeypatch.setenv("FALQON_CACHE", str(tmp_path))
     report = falqon_fx.explain(Stack(), torch.randn(3, 32))
     assert all(site.cost is None for site in report.sites)
     (note,) = report.notes
@@ -402,7 +402,7 @@ def test_min_gain_leaves_losing_sites_alone():
 
 
 def test_min_gain_without_a_known_card_is_an_error(monkeypatch, tmp_path):
-    monkeypatch.setenv("FALQON_CARDS", str(tmp_path / "none.json"))
+    monkeypatch.setenv("FALQON_CACHE", str(tmp_path))
     with pytest.raises(FalqonError, match="calibrate"):
         falqon_fx.explain(Stack(), torch.randn(3, 32), config=FalqonConfig(min_gain=1.0))
 

@@ -14,6 +14,7 @@ from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
 from falqon_fx.model.explain import explain
 from falqon_fx_cli.exit_codes import DONE, FOUND
+from falqon_fx_cli.output import write_text
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -36,9 +37,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.diff and not arguments.json:
         print(report.to_diff())
     if arguments.html:
-        arguments.html.write_text(report.to_html(), encoding="utf-8")
+        write_text(arguments.html, report.to_html())
     if arguments.svg:
-        Path(arguments.svg[1]).write_text(report.to_svg(arguments.svg[0]), encoding="utf-8")
+        write_text(Path(arguments.svg[1]), report.to_svg(arguments.svg[0]))
     failed = bool(report.rejected) or not report.sites
     return FOUND if arguments.check and failed else DONE
 

@@ -8,23 +8,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from falqon_fx.errors import FalqonError
+from falqon_fx.errors import FalqonError, one_line
 from falqon_fx.report.data import Site
 from falqon_fx.report.kernels import source
-from falqon_fx.report.report import RewriteReport
+from falqon_fx.report.report import ReportError, RewriteReport
 from falqon_fx.report.repro import arguments as repro_arguments
 from falqon_fx.report.repro import check, script
 from falqon_fx.report.views import find_site
 from falqon_fx_cli.exit_codes import DONE, FOUND
+from falqon_fx_cli.output import write_text
 
 
 def _read(path: Path) -> RewriteReport:
     try:
-        return RewriteReport.from_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError) as error:
-        raise FalqonError(
-            str(path), f"is no report ({error})", "Write one with falqon-fx explain --json"
-        ) from error
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ReportError(str(path), str(error)) from error
+    return RewriteReport.from_json(text, str(path))
 
 
 def _site(arguments: argparse.Namespace) -> Site:
@@ -38,7 +38,7 @@ def run_repro(arguments: argparse.Namespace) -> int:
     """Check one site, or write the program that does."""
     site = _site(arguments)
     if arguments.write:
-        arguments.write.write_text(script(site), encoding="utf-8")
+        write_text(arguments.write, script(site))
         if arguments.json:
             print(json.dumps({"site": site.path, "written": str(arguments.write)}))
         return DONE
@@ -49,7 +49,7 @@ def run_repro(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"site": site.path, **asdict(result)}))
     else:
-        print(f"{site.path}: {result}")
+        print(f"{one_line(site.path)}: {result}")
     return DONE if result.right else FOUND
 
 
@@ -73,6 +73,7 @@ def run_kernels(arguments: argparse.Namespace) -> int:
         print(json.dumps(rows, indent=1))
         return DONE
     for row in rows:
-        print(f"{row['kernel']}: {len(row['sites'])} sites, first {row['sites'][0]}. {row['why']}")
+        first = f"{len(row['sites'])} sites, first {row['sites'][0]}. {row['why']}"
+        print(one_line(f"{row['kernel']}: {first}"))
         print(row.get("source", ""), end="")
     return DONE

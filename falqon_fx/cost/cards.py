@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -20,6 +19,7 @@ from falqon_fx._compat import scaled_mm
 from falqon_fx.errors import FalqonError
 from falqon_fx.kernels.cache import cache_folder, write_file
 from falqon_fx.kernels.hardware import fp8_architecture
+from falqon_fx.report.tree import build
 
 
 @dataclass(frozen=True)
@@ -93,21 +93,26 @@ CARDS: tuple[Card, ...] = (
 
 
 def cards_file() -> Path:
-    """Where calibrated cards are kept: ``$FALQON_CARDS``, else ``cards.json`` in the folder of
-    generated kernels.
-    """
-    given = os.environ.get("FALQON_CARDS")
-    return Path(given) if given else cache_folder() / "cards.json"
+    """Where calibrated cards are kept."""
+    return cache_folder() / "cards.json"
 
 
 def calibrated() -> dict[str, Card]:
-    """The calibrated cards by name."""
+    """The calibrated cards by name.
+
+    Raises:
+        FalqonError: their file is damaged.
+    """
     path = cards_file()
-    return (
-        {name: Card(**v) for name, v in json.loads(path.read_text()).items()}
-        if path.exists()
-        else {}
-    )
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        cards: dict[str, Card] = build(dict[str, Card], found, "it")
+    except (OSError, ValueError, RecursionError) as error:
+        remedy = "Remove it, and measure again with `falqon-fx cost --calibrate`"
+        raise FalqonError(str(path), f"it holds no cards ({error})", remedy) from error
+    return cards
 
 
 def find(name: str) -> Card:

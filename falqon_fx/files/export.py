@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from falqon_fx.errors import FalqonError
+from falqon_fx.errors import FalqonError, printable
 from falqon_fx.files import atomic
 from falqon_fx.files import export_files as files
 from falqon_fx.files.export_layers import ExportLayer, Source, export_layer, is_adapted
@@ -92,7 +92,7 @@ class ExportReport:
         if self.flushed.rows:
             lines.append(str(self.flushed))
         lines += [f"dense: {path}: {reason}" for path, reason in self.dense.items()]
-        return "\n".join([*lines, *self.notes])
+        return printable("\n".join([*lines, *self.notes]))
 
 
 def save_fp8(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from falqon_fx.config import FalqonConfig
-from falqon_fx.errors import FalqonConfigError, FalqonError
+from falqon_fx.errors import FalqonConfigError, FalqonError, one_line
 from falqon_fx.files import storage
 from falqon_fx.files.hf import empty_model, fill, lora_config, read_index
 from falqon_fx.files.model_state import Site
@@ -68,8 +68,9 @@ def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = No
     of_cache = {name for name in tensors if name.endswith(_OF_CACHE)}
     if of_cache:
         warnings.warn(
-            f"falqon: {directory} holds {len(of_cache)} scales of an FP8 cache of keys and values: "
-            "training has none, and they are left out. A server that wants them needs them again.",
+            f"falqon: {one_line(str(directory))} holds {len(of_cache)} scales of an FP8 cache of "
+            "keys and values: training has none, and they are left out. A server that wants them "
+            "needs them again.",
             stacklevel=3,
         )
     skip |= of_cache

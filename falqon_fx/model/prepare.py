@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from falqon_fx.config import FalqonConfig
+from falqon_fx.errors import printable
 from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.model.lora_layers import (
     LinearLayer,
@@ -53,7 +54,7 @@ class PrepareReport:
             f"{self.bytes_after / 2**20:.1f} MiB"
         ]
         lines += [f"skipped {path}: {reason}" for path, reason in self.skipped.items()]
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
 
 def prepare(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
+from falqon_fx.errors import printable
 from falqon_fx.site.spec import parse_spec
 
 
@@ -17,7 +19,7 @@ class Source:
     code: str
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}, in {self.function}: {self.code}"
+        return printable(f"{self.file}:{self.line}, in {self.function}: {self.code}")
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ class Rejected:
     source: Source | None = None
 
     def __str__(self) -> str:
-        return f"{self.site}: {self.reason}. {self.remedy}."
+        return printable(f"{self.site}: {self.reason}. {self.remedy}.")
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,7 @@ class Note:
     text: str
 
     def __str__(self) -> str:
-        return f"{self.site}: {self.text}."
+        return printable(f"{self.site}: {self.text}.")
 
 
 @dataclass(frozen=True)
@@ -278,3 +280,29 @@ class Graphs:
 def sites_text(count: int) -> str:
     """A number of sites in words."""
     return "1 site" if count == 1 else f"{count} sites"
+
+
+def check_values(report: Graphs) -> None:
+    """Look at what else than their types the values of a report are relied on for.
+
+    Raises:
+        ValueError: names the site and what is wrong with it.
+    """
+    for site in report.sites:
+        try:
+            parse_spec(site.spec)
+        except ValueError as error:
+            raise ValueError(f"the spec of site {site.path!r} is {site.spec!r}") from error
+        wrong = [name for name, right in _values(site) if not right]
+        if wrong:
+            raise ValueError(f"site {site.path!r} can't have such {' and '.join(wrong)}")
+
+
+def _values(site: Site) -> Iterator[tuple[str, bool]]:
+    """What is relied on, and whether it holds."""
+    yield "sizes", min(site.out_features, site.in_features) > 0
+    yield "adapters", min(site.rank, site.adapters, site.tokens_hint) >= 0
+    if site.memory:
+        yield "memory", min(site.memory.base, site.memory.state, site.memory.adapter) >= 0
+    if site.cost:
+        yield "cost", min(site.cost.seconds_before, site.cost.seconds_after) > 0

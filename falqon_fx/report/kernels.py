@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from falqon_fx.cost import cards
+from falqon_fx.errors import one_line
 from falqon_fx.kernels.hardware import fp8_architecture
 from falqon_fx.site.spec import parse_spec
 
@@ -76,8 +77,9 @@ def source(site: Site) -> str:
         return "\n\n".join(inspect.getsource(part) for part in parts)
     kind, _, name = site.kernel.partition(":")
     if kind != "triton":
-        return f"# {site.kernel}: torch's own product"
-    return _generated(site, name) or f"# {site.kernel}: its source is not on this machine"
+        return f"# {one_line(site.kernel)}: torch's own product"
+    known = _generated(site, name)
+    return known or f"# {one_line(site.kernel)}: its source is not on this machine"
 
 
 def _generated(site: Site, name: str) -> str:
@@ -90,5 +92,7 @@ def _generated(site: Site, name: str) -> str:
     for spec in candidates(site):
         if spec.name == name:
             return render(spec)
+    if not name.isidentifier():  # a report names it: no pattern, no path
+        return ""
     kept = sorted(cache_folder().glob(f"{name}-*.py"), key=lambda file: file.stat().st_mtime)
     return kept[-1].read_text(encoding="utf-8") if kept else ""

@@ -11,6 +11,7 @@ from torch import fx
 
 from falqon_fx import _compat
 from falqon_fx._compat import OpOverload, value_of
+from falqon_fx.errors import one_line
 from falqon_fx.report.data import Line
 
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int64": "i64", "int32": "i32"}
@@ -29,7 +30,8 @@ def listing(gm: fx.GraphModule, prefix: str = "") -> Iterator[Line]:
     bodies = {node: (name, body) for node, name, body in _compat.checkpoint_bodies(gm)}
     for node in gm.graph.nodes:
         inputs = tuple(prefix + n.name for n in node.all_input_nodes)
-        yield Line(prefix + node.name, " " * 4 * prefix.count(".") + _text(node, names), inputs)
+        text = one_line(_text(node, names))  # goes into logs, too
+        yield Line(prefix + node.name, " " * 4 * prefix.count(".") + text, inputs)
         if node in bodies:
             name, body = bodies[node]
             yield from listing(body, f"{prefix}{name}.")

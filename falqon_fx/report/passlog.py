@@ -52,10 +52,15 @@ class PassLog:
             return
         (self._folder / "report.json").write_text(report.to_json(indent=1), encoding="utf-8")
         for site in report.sites:
-            folder = self._folder / re.sub(r"[^\w.-]", "_", site.path)
+            folder = self._folder / _file_name(site.path)
             folder.mkdir(exist_ok=True)
             (folder / "repro.py").write_text(script(site), encoding="utf-8")
             (folder / "kernel.py").write_text(source(site), encoding="utf-8")
+
+
+def _file_name(path: str) -> str:
+    """A name below the folder, whatever a module is called; file systems take 255 bytes."""
+    return re.sub(r"^\.|[^\w.-]", "_", path, flags=re.ASCII)[-200:] or "_"
 
 
 def _folder() -> Path | None:

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from falqon_fx.report.data import Audit, Graphs
+from falqon_fx.errors import FalqonError
+from falqon_fx.report.data import Audit, Graphs, check_values
 from falqon_fx.report.tree import build, schema
 
 SCHEMA = 2  # counts up when a field changes its meaning or goes
@@ -72,18 +73,32 @@ class RewriteReport(Graphs):
         return json.dumps(tree, indent=indent)
 
     @classmethod
-    def from_json(cls, text: str) -> RewriteReport:
-        """The inverse of `to_json`.
+    def from_json(cls, text: str, name: str = "the report") -> RewriteReport:
+        """The inverse of `to_json`; ``name``, such as the file's, stands in the error.
 
         Raises:
-            ValueError: another schema.
+            ReportError: it is none, or one of another schema.
         """
-        tree = json.loads(text)
-        if tree.pop("schema", None) != SCHEMA:
-            raise ValueError(f"not a report of schema {SCHEMA}")
-        report = build(cls, tree)
+        try:
+            tree = json.loads(text)
+            if not isinstance(tree, dict) or tree.pop("schema", None) != SCHEMA:
+                raise ValueError(f"it is not of schema {SCHEMA}")
+            report = build(cls, tree)
+            check_values(report)
+        except RecursionError as error:
+            raise ReportError(name, "it is nested too deeply") from error
+        except ValueError as error:
+            raise ReportError(name, str(error)) from error
         assert isinstance(report, cls)
         return report
+
+
+class ReportError(FalqonError, ValueError):
+    """A text that is no report."""
+
+    def __init__(self, name: str, problem: str) -> None:
+        remedy = "Write one with falqon-fx explain --json"
+        super().__init__(name, f"is no report ({problem})", remedy)
 
 
 def json_schema() -> dict[str, Any]:

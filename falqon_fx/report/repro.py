@@ -25,12 +25,13 @@ Magnitudes are random, and so are signs, but each dimension has its own: no sum 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from falqon_fx.errors import FalqonError
+from falqon_fx.errors import FalqonError, one_line
 from falqon_fx.ops import lowering
 from falqon_fx.ops import merged_linear as ops
 from falqon_fx.report.data import Site
@@ -93,8 +94,9 @@ def check(
 
     Raises:
         FalqonError: a site with adapter_dtype="fp8", whose casts of intermediate results this
-            doesn't repeat.
+            doesn't repeat; sizes or dtypes that no site has; one too large for this machine.
     """
+    _check_sizes(out, features, rank, tokens, adapters, dropout)
     if parse_spec(spec).adapter == "fp8":
         raise FalqonError(
             "repro",
@@ -103,16 +105,13 @@ def check(
         )
     note = ""
     if device != "cpu" and not torch.cuda.is_available():
-        note = f"there is no GPU here, so {kernel or 'its kernel'} was not run"
+        note = f"there is no GPU here, so {one_line(kernel or 'its kernel')} was not run"
         device = "cpu"
     where = torch.device(device)
     inputs = _inputs(
         (out, features, tokens),
         [rank // adapters + (j < rank % adapters) for j in range(adapters)],
-        getattr(torch, dtype),
-        getattr(torch, x_dtype or dtype),
-        getattr(torch, base_dtype or dtype),
-        getattr(torch, adapter_dtype or dtype),
+        *map(_dtype, (dtype, x_dtype or dtype, base_dtype or dtype, adapter_dtype or dtype)),
         dropout,
         where,
         seed,
@@ -120,6 +119,31 @@ def check(
     ratios = _Check(inputs, scaling, train_a, spec).ratios()
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else device
     return Checked(ratios, name, kernel, note)
+
+
+def _check_sizes(
+    out: int, features: int, rank: int, tokens: int, adapters: int, dropout: float
+) -> None:
+    """What a report asks for comes from a file."""
+    possible = min(out, features, tokens) > 0 and 0 <= adapters <= rank and 0 <= dropout < 1
+    if not possible:
+        problem = f"there is no site of {out} x {features}, {adapters} adapters of rank {rank}, "
+        problem += f"dropout {dropout} and {tokens} tokens"
+        raise FalqonError("repro", problem, "Write the report anew, or give other --tokens")
+    elements = out * features + (tokens + rank) * (out + features)
+    # W, x and the rest in their dtypes, and each as two matrices of float64.
+    needed, there = 24 * elements, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        problem = f"this site takes {needed / 2**30:.3g} GiB, the machine has {there / 2**30:.3g}"
+        raise FalqonError("repro", problem, "Give fewer --tokens, or a smaller site")
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in _UNIT}
+    if name not in dtypes:
+        problem = f"a site of dtype {name!r} can't be rebuilt"
+        raise FalqonError("repro", problem, f"It can be of {', '.join(dtypes)}")
+    return dtypes[name]
 
 
 @dataclass(frozen=True)
@@ -307,16 +331,21 @@ def arguments(site: Site, tokens: int | None = None) -> dict[str, object]:
 
 
 def script(site: Site) -> str:
-    """A program that rebuilds a site and exits with 0 where it is right, else with 3."""
+    """A program that rebuilds a site and exits with 0 where it is right, else with 3.
+
+    What the report says of the site stands in it as literals alone: each on a line of its own that
+    no value can end.
+    """
     lines = [f"    {name}={value!r}," for name, value in arguments(site).items()]
     return "\n".join(
         [
-            f'"""The site {site.path}, alone, on random data. Exits with 3 where it is wrong."""',
+            '"""One site alone, on random data. Exits with 3 where it is wrong."""',
             "",
             "import sys",
             "",
             "from falqon_fx.report.repro import check",
             "",
+            f"SITE = {site.path!r}",
             "result = check(",
             *lines,
             ")",

@@ -13,6 +13,7 @@ from typing import TypeVar
 from rich.console import Console
 from rich.table import Table
 
+from falqon_fx.errors import one_line, printable
 from falqon_fx.report.data import GraphReport, Graphs, Rejected, Site, Source, sites_text
 
 WIDTH = 100
@@ -36,10 +37,9 @@ def to_text(report: Graphs) -> str:
             console.print(_unchanged(items, title))
     if any(graph.before or graph.ended_by for graph in report.graphs):
         console.print(_graphs(report.graphs))
-    for line in [*_totals(report), *report.notes]:
-        console.print(line)
-    for note in dict.fromkeys(note for graph in report.graphs for note in graph.notes):
-        console.print(str(note))
+    notes = dict.fromkeys(str(note) for graph in report.graphs for note in graph.notes)
+    for line in [*_totals(report), *report.notes, *notes]:
+        console.print(printable(line))
     return console.export_text()
 
 
@@ -64,7 +64,7 @@ def _sites(sites: Sequence[Site]) -> Table:
         if cost:
             row.append(_change(cost.seconds_before, cost.seconds_after, _UNITS[time]))
             row += [f"{cost.gain:.2f}", pays_from(cost.break_even)]
-        table.add_row(*row)
+        _add_row(table, *row)
     return table
 
 
@@ -106,7 +106,7 @@ def _unchanged(items: Sequence[Rejected], title: str) -> Table:
         rows.setdefault(replace(item, site=""), []).append(paths[len(prefix) :])
     for item, modules in rows.items():
         row = [", ".join(modules), item.reason, item.remedy]
-        table.add_row(*row, *[place(item.source)] * lines)
+        _add_row(table, *row, *[place(item.source)] * lines)
     return table
 
 
@@ -123,9 +123,8 @@ def _graphs(graphs: Sequence[GraphReport]) -> Table:
         members = [graphs[i] for i in numbers]
         ops = (sum(getattr(graph, side) for graph in members) for side in _NODES)
         seconds = sum(sum(graph.pass_seconds.values()) for graph in members)
-        table.add_row(
-            _ranges(numbers), count, " > ".join(map(str, ops)), f"{seconds:.2f}", reason, line
-        )
+        ops_text = " > ".join(map(str, ops))
+        _add_row(table, _ranges(numbers), count, ops_text, f"{seconds:.2f}", reason, line)
     return table
 
 
@@ -143,7 +142,7 @@ def _totals(report: Graphs) -> list[str]:
         before, after = (sum(getattr(m, side) for m in kept.values()) for side in _SIDES)
         lines.append(
             f"weights: {before / 1e6:.6g} MB before, {after / 1e6:.6g} MB after "
-            f"({after / before:.3f}) once prepare() has freed the base weights"
+            f"({after / max(before, 1):.3f}) once prepare() has freed the base weights"
         )
     costs = [site.cost for site in sites if site.cost]
     if costs:
@@ -219,9 +218,14 @@ def place(source: Source | None) -> str:
 
 
 def _table(title: str | None, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title and one_line(title), title_justify="left")
     _add_columns(table, *columns)
     return table
+
+
+def _add_row(table: Table, *cells: str) -> None:
+    """What a report of a file holds may hold what terminals obey."""
+    table.add_row(*map(printable, cells))
 
 
 def _path(item: Site | Rejected) -> str:
@@ -252,7 +256,7 @@ def _alike(items: Sequence[_Item]) -> list[tuple[str, _Item]]:
 
 
 def _facts(item: Site | Rejected) -> object:
-    pattern = re.sub(r"\d+", "#", _path(item))
+    pattern = _NUMBER.sub("#", _path(item))
     if isinstance(item, Site):
         cost = item.cost and tuple(sorted(item.cost.speedup.items()))
         bare = replace(item, path=pattern, nodes=(), group=0, cost=None)
@@ -262,7 +266,7 @@ def _facts(item: Site | Rejected) -> object:
 
 def _merged(paths: Sequence[str]) -> list[str]:
     """Different paths of one pattern as one text, if they are all that it stands for."""
-    columns = [*zip(*(map(int, re.findall(r"\d+", path)) for path in paths))]
+    columns = [*zip(*(map(int, _NUMBER.findall(path)) for path in paths))]
     choices = [sorted(set(column)) for column in columns]
     if math.prod(map(len, choices)) != len(paths):
         return [*paths]
@@ -272,7 +276,10 @@ def _merged(paths: Sequence[str]) -> list[str]:
         numbers = next(texts)
         return found[0] if len(numbers) == 1 else f"{{{_ranges(numbers)}}}"
 
-    return [re.sub(r"\d+", text, paths[0])]
+    return [_NUMBER.sub(text, paths[0])]
+
+
+_NUMBER = re.compile(r"\d{1,18}")  # Python refuses to read very long ones
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -7,7 +7,7 @@ import html
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from falqon_fx.errors import FalqonError
+from falqon_fx.errors import FalqonError, one_line
 from falqon_fx.report.data import GraphReport, Graphs, Line, Site
 
 CONTEXT = 3  # unchanged rows shown around changed ones
@@ -45,8 +45,9 @@ def rows(graph: GraphReport) -> list[Row]:
             continue
         for other in after:
             if other.node in kept:
-                # The passes never reorder what they keep.
-                assert other.node == line.node, f"{other.node} came before {line.node}"
+                if other.node != line.node:  # the passes never reorder what they keep
+                    problem = f"its graph has {other.node} before {line.node}, or one of them twice"
+                    raise FalqonError("report", problem, "Write it anew")
                 result.append(Row(line, other))
                 break
             result.append(Row(None, other))
@@ -140,7 +141,7 @@ def _fold(all_rows: Sequence[Row]) -> Iterator[Row | int]:
 
 
 def _fit(line: Line | None, width: int) -> str:
-    text = line.text if line else ""
+    text = one_line(line.text) if line else ""
     return text.ljust(width) if len(text) <= width else text[: width - 1] + "…"
 
 
@@ -180,13 +181,18 @@ def to_svg(report: Graphs, path: str) -> str:
     left = _draw(before, set(site.nodes), "gone", 20)
     right = _draw(after, new, "new", left.width + 60)
     width, height = left.width + right.width + 80, max(left.height, right.height) + 60
-    title = html.escape(path)
+    title = _escape(path)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" role="img" '
         f'viewBox="0 0 {width} {height}"><title>{title}, before and after</title>'
         f'<style>{_STYLE}</style><text class="h" x="20" y="24">before</text>'
         f'<text class="h" x="{left.width + 60}" y="24">after</text>{left.text}{right.text}</svg>'
     )
+
+
+def _escape(text: str) -> str:
+    """As text in an SVG image: XML has no control characters, not even escaped."""
+    return html.escape(one_line(text))
 
 
 @dataclass(frozen=True)
@@ -236,10 +242,9 @@ def _box(line: Line, x: int, y: int, kind: str) -> str:
         call if len(call) <= 40 else call[:39] + "…",
     ]
     texts = "".join(
-        f'<text x="{x + 8}" y="{y + 19 + 17 * i}">{html.escape(t)}</text>'
-        for i, t in enumerate(lines)
+        f'<text x="{x + 8}" y="{y + 19 + 17 * i}">{_escape(t)}</text>' for i, t in enumerate(lines)
     )
     return (
-        f'<g class="{kind}"><title>{html.escape(line.text.strip())}</title>'
+        f'<g class="{kind}"><title>{_escape(line.text.strip())}</title>'
         f'<rect x="{x}" y="{y}" width="{_BOX}" height="{_HIGH}" rx="4"/>{texts}</g>'
     )

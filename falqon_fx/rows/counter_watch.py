@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from falqon_fx.errors import FalqonError
+from falqon_fx.errors import FalqonError, one_line
 from falqon_fx.site.record import NONFINITE, STALE
 
 
@@ -65,4 +65,4 @@ class CounterWatch:
         """The sites whose count is not zero; of many the first."""
         paths = [self._paths[i] for i in count.nonzero().flatten().tolist()]
         more = f" and {len(paths) - 3} others" if len(paths) > 3 else ""
-        return ", ".join(paths[:3]) + more
+        return one_line(", ".join(paths[:3])) + more

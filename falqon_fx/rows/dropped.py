@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from falqon_fx.errors import one_line
 from falqon_fx.report.paths import model_of_call, modules_of
 
 CHANGED = (
@@ -99,9 +100,9 @@ class _SaveHook:
         if lies_in_w(applied, b):
             self._group.told = True
             warnings.warn(
-                f"falqon: {self._site}: a state dict without the FP8 weights holds nothing of what "
-                'was trained with pending="drop": it lies in these weights alone, and lora_B is '
-                f"zero. {REMEDY}.",
+                f"falqon: {one_line(self._site)}: a state dict without the FP8 weights holds "
+                'nothing of what was trained with pending="drop": it lies in these weights alone, '
+                f"and lora_B is zero. {REMEDY}.",
                 stacklevel=2,
             )
 

@@ -4,22 +4,28 @@ callbacks.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from io import FileIO
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
+from falqon_fx.errors import one_line
 from falqon_fx.model.lora_layers import unwrap
 from falqon_fx.model.prepare import adapters
 from falqon_fx.report.data import Audit
@@ -50,9 +56,16 @@ class Watch:
 
     Args:
         model: the module or its compiled wrapper.
-        jsonl: a file that gets one line per site and step (`falqon_fx.report.Audit`).
+        jsonl: a file that gets one line per site and step (`falqon_fx.report.Audit`), behind what
+            it holds already, so that a resumed run continues it. Where it can't be written any
+            more, a warning says so and training goes on.
         live: a table in the terminal (nothing where stderr is none).
         callbacks: called with the audits of each step (see `tensorboard`, `trainer_callback`).
+        keep: how many audits and row numbers `history` may hold together; beyond that the oldest
+            steps leave it. A million take about 40 MB.
+
+    Attributes:
+        history: the audits of the last steps, the last one always among them.
     """
 
     def __init__(
@@ -62,15 +75,18 @@ class Watch:
         jsonl: str | Path | None = None,
         live: bool = False,
         callbacks: Sequence[Callback] = (),
+        keep: int = 1_000_000,
     ) -> None:
         self.history: list[Audit] = []
         self._model, self._callbacks = model, tuple(callbacks)
+        self._kept = deque[tuple[int, int]]()  # audits and size of each step in `history`
+        self._size, self._keep = 0, keep
         self._path = jsonl
         self._pieces: list[_Piece] = []
         self._seen: set[int] = set()
         self._sites: dict[int, _Watched] = {}  # by the address of their `applied`
         self._open = ExitStack()  # while it is, write-backs are looked at; then the last step comes
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
         self._step: Sequence[Audit] = ()  # the last one
         # Drawn four times a second by a thread of its own, however short a step is.
         terminal = Console(file=sys.stderr)
@@ -79,7 +95,9 @@ class Watch:
 
     def __enter__(self) -> Watch:
         if self._path is not None:
-            self._file = self._open.enter_context(open(self._path, "w", encoding="utf-8"))
+            cut = _ends_within_a_line(self._path)  # where the last run was killed
+            self._file = self._open.enter_context(open(self._path, "ab", buffering=0))
+            self._file.write(b"\n" * cut)
         if self._live is not None:
             self._open.enter_context(self._live)
         self._open.callback(self.flush)
@@ -117,7 +135,7 @@ class Watch:
         step = list(_audits(self._pieces, self._sites))
         self._pieces.clear()
         self._seen.clear()
-        self.history.extend(step)
+        self._remember(step)
         passed = [site.path for site in self._sites.values() if site.has_passed()]
         if passed:
             drift.warn(passed)
@@ -125,13 +143,47 @@ class Watch:
             self._hand_on(step)
         return step
 
+    def _remember(self, step: Sequence[Audit]) -> None:
+        """Add a step to the history, and take off the oldest until what is left may be kept."""
+        self.history.extend(step)
+        size = sum(1 + len(item.rows) for item in step)
+        self._kept.append((len(step), size))
+        self._size += size
+        old = 0
+        while self._size > self._keep and len(self._kept) > 1:
+            count, size = self._kept.popleft()
+            old += count
+            self._size -= size
+        del self.history[:old]
+
     def _hand_on(self, step: Sequence[Audit]) -> None:
         self._step = step
         if self._file is not None:
-            self._file.writelines(json.dumps(vars(item)) + "\n" for item in step)
-            self._file.flush()
+            self._write(self._file, step)
         for callback in self._callbacks:
             callback(step)
+
+    def _write(self, file: FileIO, step: Sequence[Audit]) -> None:
+        text = "".join(json.dumps(vars(item)) + "\n" for item in step).encode()
+        try:
+            if file.write(text) != len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._file = None
+            warnings.warn(
+                f"falqon: watch can't write {one_line(str(self._path))} any more "
+                f"({error.strerror}): its audits from step {step[0].step} on are missing there. "
+                "Free some space, and start watch again.",
+                stacklevel=2,
+            )
+
+
+def _ends_within_a_line(path: str | Path) -> bool:
+    if not os.path.isfile(path) or not os.path.getsize(path):
+        return False
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
 
 
 watch = Watch  # `with falqon_fx.watch(model) as seen`
@@ -235,5 +287,6 @@ def _view(step: Sequence[Audit]) -> Table:
         norms = (f"{v:.3g}" for v in (item.asked, item.kept, item.lost))
         rows = str(len(item.rows))
         drifted = "" if item.drift is None else f"{item.drift:.2f}"
-        table.add_row(item.site, rows, *norms, str(item.clamped), f"{item.pending:.3g}", drifted)
+        site = Text(one_line(item.site))  # no markup
+        table.add_row(site, rows, *norms, str(item.clamped), f"{item.pending:.3g}", drifted)
     return table

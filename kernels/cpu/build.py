@@ -1,16 +1,37 @@
-"""The C++ beside a module here as compiled code, built by Inductor's compiler at need."""
+"""The C++ beside a module here as compiled code, built at need and kept in the cache folder.
+
+What is kept is found by a name that holds all that the code depends on: the source, the compiler,
+its flags, and what it makes of ``-march=native`` on this CPU.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import hashlib
+import json
 import logging
+import os
+import shlex
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from falqon_fx import _compat
+from falqon_fx.errors import FalqonError
+from falqon_fx.kernels.cache import OwnFolder, cache_folder
 
 log = logging.getLogger(__name__)
+
+_COMPILERS = ("g++", "clang++", "c++")
+# Results are to be ATen's bit for bit: of what makes floating point fast, only what changes no
+# result but the sign of zeros.
+_FLAGS = (
+    *("-std=c++20", "-O3", "-DNDEBUG", "-march=native", "-fopenmp"),
+    *("-ffp-contract=off", "-fno-trapping-math", "-fno-signed-zeros"),
+)
 
 
 def compiled(source: Path, functions: Sequence[str], without: str) -> Any | None:
@@ -18,14 +39,78 @@ def compiled(source: Path, functions: Sequence[str], without: str) -> Any | None
     where no compiler works, with the reason in the log and ``without``, what that costs.
     """
     try:
-        library = _compat.compile_cpp(source.read_text())
-    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        library = _load(source.stem, _kept(source.stem, source.read_text(encoding="utf-8")))
+    except (OSError, subprocess.CalledProcessError) as error:
         log.warning(
             "falqon: %s. Remedy: install a C++ compiler, or name one with CXX=... Reason: %s",
             without,
-            error,
+            getattr(error, "stderr", "") or error,
         )
         return None
     for name in functions:
         getattr(library, f"falqon_{name}").restype = None
     return library
+
+
+def _kept(name: str, text: str) -> bytes:
+    """The library made from ``text``, from the cache folder or else into it."""
+    compiler = _compiler()
+    what = json.dumps([text, compiler, _FLAGS, _target(compiler)])
+    stem = f"{name}-{hashlib.sha256(what.encode()).hexdigest()[:32]}-"
+    path = cache_folder() / f"compiled-{os.geteuid()}"  # others may share the cache folder
+    content = None
+    try:
+        with OwnFolder.opened(path) as folder:
+            content = folder.find(stem)
+            if content is None:
+                content = _compile(compiler, text)
+                folder.keep(stem, content)
+    except FalqonError as error:
+        log.warning("falqon: compiled code is not kept, and made anew in each process. %s", error)
+    return content or _compile(compiler, text)
+
+
+def _compiler() -> tuple[str, ...]:
+    """$CXX, which may hold flags, or the first that is there."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    if named:
+        return tuple(named)
+    found = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    if found is None:
+        raise FileNotFoundError(f"there is none of {', '.join(_COMPILERS)}")
+    return (found,)
+
+
+@functools.cache
+def _target(compiler: tuple[str, ...]) -> str:
+    """The macros that a compiler has defined: its version, and each instruction set of this CPU."""
+    return _run([*compiler, *_FLAGS, "-dM", "-E", "-x", "c++", "-"], "")
+
+
+def _compile(compiler: tuple[str, ...], text: str) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder, "library.so")
+        shared = ["-shared", "-fPIC", "-x", "c++", "-", "-o", str(target)]
+        _run([*compiler, *_FLAGS, *shared], text)
+        return target.read_bytes()
+
+
+def _run(command: Sequence[str], text: str) -> str:
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def _load(name: str, content: bytes) -> ctypes.CDLL:
+    """A library from memory: what was checked is what runs, whatever becomes of its file, and a
+    file that is cut off while it is mapped can't kill the process.
+    """
+    if not hasattr(os, "memfd_create"):
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, f"{name}.so")
+            file.write_bytes(content)
+            return ctypes.CDLL(str(file))
+    handle = os.memfd_create(f"falqon-{name}")
+    with open(handle, "wb", closefd=False) as memory:
+        memory.write(content)
+    # It stays open: where two libraries had one name, the loader would take them for one.
+    return ctypes.CDLL(f"/proc/self/fd/{handle}")

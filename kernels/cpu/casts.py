@@ -1,5 +1,5 @@
-"""The casts around the products on a CPU as compiled code: ``casts.cpp``, built by Inductor's
-compiler at need. Bit for bit what `falqon_fx.ops.lowering` computes with ATen's operations.
+"""The casts around the products on a CPU as compiled code: ``casts.cpp``, built at need. Bit for
+bit what `falqon_fx.ops.lowering` computes with ATen's operations.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """The proxy update on a CPU, casts to FP8 and back, and copies as compiled code: ``native.cpp``,
-built by Inductor's compiler at need.
+built at need.
 
 What `falqon_fx.rows.update` and `falqon_fx.site.numerics` compute with ATen's operations, and bit
 for bit the same but for the sign of zeros and the order of the update's sums of r products (a row's
@@ -87,8 +87,8 @@ def fingerprints(matrices: Sequence[Tensor]) -> Tensor | None:
 
 def copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
     """Write the second of each pair into the first, around the cache; both are contiguous, on a CPU
-    and of as many bytes. False where no compiled code is loaded yet, which takes seconds (the
-    import of Inductor, a probe of the compiler): more than a copy can win.
+    and of as many bytes. False where no compiled code is loaded yet, which may take seconds
+    (it may be compiled first): more than a copy can win.
     """
     if not library.cache_info().currsize or library() is None:
         return False

@@ -141,14 +141,20 @@ def _read(path: str, environment: str) -> dict[tuple[str, str], Choice]:
             content = json.load(file)
         if content["environment"] != environment:
             return {}
-        return {
-            (c["key"], c["wanted"]): Choice(
-                str(c["key"]), str(c["winner"]), dict(c["seconds"]), dict(c["refused"])
-            )
-            for c in content["choices"]
-        }
-    except (OSError, ValueError, KeyError, TypeError):  # the file is written anew
+        return {(str(c["key"]), str(c["wanted"])): _choice(c) for c in content["choices"]}
+    except _DAMAGE:  # the file is written anew
         return {}
+
+
+_DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+
+
+def _choice(content: Mapping[str, Any]) -> Choice:
+    seconds = {str(name): float(value) for name, value in content["seconds"].items()}
+    refused = {str(name): str(why) for name, why in content["refused"].items()}
+    if seconds and content["winner"] not in seconds:
+        raise ValueError("the winner was not timed")
+    return Choice(str(content["key"]), str(content["winner"]), seconds, refused)
 
 
 def _first_line(error: BaseException) -> str:
