@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -144,6 +145,57 @@ def test_each_step_is_seen_once_and_only_inside(tmp_path):
         seen.history
     )
     assert not audit.observers
+
+
+def test_the_history_keeps_the_last_steps_and_the_file_all(tmp_path):
+    """Each step writes ten rows at each of four sites: 44 audits and row numbers."""
+    model, x = model_and_input()
+    compiled = torch.compile(model, backend="falqon", options=OPTIONS)
+    calls: list[list[falqon_fx.Audit]] = []
+    file = tmp_path / "audit.jsonl"
+    given = {"jsonl": file, "callbacks": [lambda s: calls.append([*s])]}
+    with falqon_fx.watch(compiled, keep=3 * 44 + 43, **given) as seen:
+        train(compiled, optimizer(model), x, 8)
+    assert len(calls) == 7
+    assert seen.history == [item for step in calls[-3:] for item in step]
+    assert len(file.read_text().splitlines()) == 7 * 4
+
+
+def test_the_last_step_is_always_kept():
+    model, x = model_and_input()
+    compiled = torch.compile(model, backend="falqon", options=OPTIONS)
+    with falqon_fx.watch(compiled, keep=0) as seen:
+        train(compiled, optimizer(model), x, 4)
+    assert {item.step for item in seen.history} == {3}
+    assert len(seen.history) == 4
+
+
+def test_a_resumed_run_continues_the_file(tmp_path):
+    """Where a kill cut its last line off, too."""
+    model, x = model_and_input()
+    compiled = torch.compile(model, backend="falqon", options=OPTIONS)
+    steps, file = optimizer(model), tmp_path / "audit.jsonl"
+    with falqon_fx.watch(compiled, jsonl=file) as first:
+        train(compiled, steps, x, 2)
+    whole = file.read_text()
+    file.write_text(whole + '{"site": "blo')
+    with falqon_fx.watch(compiled, jsonl=file) as second:
+        train(compiled, steps, x, 2)
+    lines = file.read_text().splitlines()
+    assert lines.pop(len(first.history)) == '{"site": "blo'
+    found = [falqon_fx.Audit(**{**v, "rows": tuple(v["rows"])}) for v in map(json.loads, lines)]
+    assert found == [*first.history, *second.history]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full disk at hand")
+def test_a_full_disk_ends_the_file_and_not_the_training():
+    model, x = model_and_input()
+    compiled = torch.compile(model, backend="falqon", options=OPTIONS)
+    full = pytest.warns(UserWarning, match="can't write /dev/full any more .No space left")
+    with full as caught, falqon_fx.watch(compiled, jsonl="/dev/full") as seen:
+        train(compiled, optimizer(model), x, 4)
+    assert len(caught) == 1
+    assert len(seen.history) == 12
 
 
 def test_watching_changes_no_result():

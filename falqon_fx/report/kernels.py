@@ -89,7 +89,11 @@ def _generated(site: Site, name: str) -> str:
     from falqon_fx.kernels.cache import cache_folder
     from falqon_fx.kernels.render import render
 
-    for spec in candidates(site):
+    try:
+        specs = candidates(site)
+    except ValueError:  # a report of a file may name dtypes that no kernel takes
+        specs = []
+    for spec in specs:
         if spec.name == name:
             return render(spec)
     if not name.isidentifier():  # a report names it: no pattern, no path

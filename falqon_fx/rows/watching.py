@@ -97,7 +97,8 @@ class Watch:
         if self._path is not None:
             cut = _ends_within_a_line(self._path)  # where the last run was killed
             self._file = self._open.enter_context(open(self._path, "ab", buffering=0))
-            self._file.write(b"\n" * cut)
+            if cut:
+                self._file.write(b"\n")
         if self._live is not None:
             self._open.enter_context(self._live)
         self._open.callback(self.flush)
