@@ -231,6 +231,12 @@ def test_cost_without_a_known_card_says_what_to_do(monkeypatch, tmp_path, capsys
     assert "--calibrate" in capsys.readouterr().err
 
 
+def test_a_program_that_dies_says_where():
+    code = "import faulthandler, sys; sys.argv[1:] = []; import falqon_fx_cli.main as program; "
+    code += "program.main(); assert faulthandler.is_enabled()"
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+
+
 def test_the_module_runs_as_a_program():
     done = subprocess.run(
         [sys.executable, "-m", "falqon_fx", "cost", "--cards", "--json"],

@@ -22,6 +22,7 @@ from torch import nn
 
 import falqon_fx
 from falqon_fx.errors import FalqonError
+from falqon_fx.files import storage
 from falqon_fx.files.atomic import lock, new_folder, partial
 from falqon_fx.files.checkpoint import MANIFEST
 from falqon_fx.files.storage import DamagedFileError, copy_tensors, read_header, save_tensors
@@ -377,6 +378,19 @@ def test_a_header_that_is_no_description_is_refused(tmp_path, header):
     file.write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(DamagedFileError, match="header is n"):
         read_header(file)
+
+
+@pytest.mark.parametrize("size", [3000, 2**19])  # 12 KB read, 2 MiB mapped
+def test_small_files_are_read_and_large_ones_mapped(tmp_path, size):
+    path = tmp_path / "a.safetensors"
+    expected = storage.write_tensors(path, {"x": torch.arange(size, dtype=torch.int32)})
+    x = storage.open_tensors(path, expected)["x"]
+    assert torch.equal(x, torch.arange(size, dtype=torch.int32))
+    mapped = str(path) in Path("/proc/self/maps").read_text()
+    assert mapped == (size == 2**19)
+    if not mapped:
+        os.truncate(path, 0)
+        assert torch.equal(x, torch.arange(size, dtype=torch.int32))
 
 
 def test_loading_never_unpickles(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import faulthandler
 import json
 import pkgutil
 import sys
@@ -48,6 +49,8 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    if argv is None:  # a program: a mapped file that is cut off kills it with a message
+        faulthandler.enable()
     words = list(sys.argv[1:] if argv is None else argv)
     parser, known = make_parser()
     if not words:

@@ -24,6 +24,7 @@ from falqon_fx.kernels.cpu import native as cpu
 T = TypeVar("T")
 R = TypeVar("R")
 _LONGEST_HEADER = 100_000_000  # of a safetensors file, by its format
+_MAPPED = 2**20  # bytes from which on a file is mapped; to read a smaller one takes no longer
 
 
 class DamagedFileError(FalqonError):
@@ -135,8 +136,8 @@ def read_manifest(path: Path, kind: str, remedy: str) -> dict[str, Any]:
 def open_tensors(
     path: Path, expected: Mapping[str, Any], *, verify: bool = True
 ) -> dict[str, Tensor]:
-    """The tensors of a file, mapped into memory, after all checksums were found right; without
-    ``verify`` only size and header are looked at.
+    """The tensors of a file, read or, from 1 MiB on, mapped into memory, after all checksums were
+    found right; without ``verify`` only size and header are looked at.
 
     Raises:
         DamagedFileError: names the file, the tensor and what is wrong.
@@ -150,8 +151,7 @@ def open_tensors(
         raise DamagedFileError(path, "the checksum of its header is wrong")
     header, start = read_header(path), len(_header(path))
     require("numpy", "checkpoint")
-    memory: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
-    whole = torch.empty(0, dtype=torch.uint8).set_(memory).numpy()
+    whole = _contents(path, size)
     parts = {}
     for name in expected["tensors"]:
         first, end = header[name]["data_offsets"]
@@ -165,6 +165,18 @@ def open_tensors(
         name: torch.from_numpy(parts[name]).view(getattr(torch, of["dtype"])).view(of["shape"])
         for name, of in expected["tensors"].items()
     }
+
+
+def _contents(path: Path, size: int) -> Any:
+    """All of a file as a NumPy array: a small one read, a large one mapped."""
+    if size >= _MAPPED:
+        memory: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
+        return torch.empty(0, dtype=torch.uint8).set_(memory).numpy()
+    whole = torch.empty(size, dtype=torch.uint8, device="cpu").numpy()
+    with path.open("rb") as file:
+        if file.readinto(whole) != size:
+            raise DamagedFileError(path, "it was cut off while it was read")
+    return whole
 
 
 def digest(tensor: Tensor) -> str:
