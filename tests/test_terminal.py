@@ -45,15 +45,22 @@ def report(name: str) -> RewriteReport:
     at = Source(name, 7, name, name)
     site = Site(
         *(name, 64, 32, 4, 2.0, 0.1, name, SPEC, at),
-        **{"x_shape": (name,), "tokens": name, "x_dtype": name, "base_dtype": name},
-        **{"adapter_dtype": name, "kernel": name, "kernel_reason": name, "nodes": ("n",)},
+        x_shape=(name,),
+        tokens=name,
+        x_dtype=name,
+        base_dtype=name,
+        adapter_dtype=name,
+        kernel=name,
+        kernel_reason=name,
+        nodes=("n",),
     )
     other = dataclasses.replace(site, path=f"other.{name}")
     refused = Rejected(name, name, name, at)
     line = Line("n", f"{name} = falqon.merged_linear({name})")
     graph = GraphReport(
         *((site, other), (refused,), 9, 3, (refused,), (Note(name, name),)),
-        **{"ended_by": GraphBreak(name, at), "before": (line,)},
+        ended_by=GraphBreak(name, at),
+        before=(line,),
         after=(dataclasses.replace(line, node="m"),),
     )
     return RewriteReport((graph,), {"update": "rows", "topk": name}, (name,), (name,))

@@ -172,7 +172,7 @@ def _contents(path: Path, size: int) -> Any:
     if size >= _MAPPED:
         memory: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
         return torch.empty(0, dtype=torch.uint8).set_(memory).numpy()
-    whole = torch.empty(size, dtype=torch.uint8, device="cpu").numpy()
+    whole: Any = torch.empty(size, dtype=torch.uint8, device="cpu").numpy()
     with path.open("rb") as file:
         if file.readinto(whole) != size:
             raise DamagedFileError(path, "it was cut off while it was read")

@@ -111,7 +111,10 @@ def check(
     inputs = _inputs(
         (out, features, tokens),
         [rank // adapters + (j < rank % adapters) for j in range(adapters)],
-        *map(_dtype, (dtype, x_dtype or dtype, base_dtype or dtype, adapter_dtype or dtype)),
+        _dtype(dtype),
+        _dtype(x_dtype or dtype),
+        _dtype(base_dtype or dtype),
+        _dtype(adapter_dtype or dtype),
         dropout,
         where,
         seed,

@@ -26,7 +26,7 @@ from falqon_fx.kernels.cache import OwnFolder, cache_folder
 log = logging.getLogger(__name__)
 
 _COMPILERS = ("g++", "clang++", "c++")
-# Results are to be ATen's bit for bit: nothing that makes floating point fast, no fused multiply-add.
+# Results are to be ATen's bit for bit: no multiplication and addition in one, no other shortcut.
 _FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", "-march=native", "-fopenmp", "-ffp-contract=off")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import logging
 import os
 import shutil
@@ -108,7 +109,7 @@ def test_a_file_that_is_not_ours_alone_is_not_run(how, source, made):
     stem = kept(source).name.rpartition("-")[0]
     kept(source).unlink()
     code = planted(source)
-    file = folder(source) / f"{stem}-{build.hashlib.sha256(code).hexdigest()}"
+    file = folder(source) / f"{stem}-{hashlib.sha256(code).hexdigest()}"
     if how == "folder":
         file.mkdir()
     elif how == "pipe":
@@ -134,7 +135,7 @@ def test_a_folder_that_is_not_ours_alone_is_not_used(how, source, made, caplog):
     stem = kept(source).name.rpartition("-")[0]
     code = planted(source)
     kept(source).unlink()
-    (folder(source) / f"{stem}-{build.hashlib.sha256(code).hexdigest()}").write_bytes(code)
+    (folder(source) / f"{stem}-{hashlib.sha256(code).hexdigest()}").write_bytes(code)
     if how == "link":
         folder(source).rename(source.parent / "elsewhere")
         folder(source).symlink_to(source.parent / "elsewhere")
