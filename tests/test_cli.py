@@ -4,6 +4,7 @@ import json
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -13,6 +14,7 @@ import torch
 from falqon_fx import RewriteReport
 from falqon_fx.report.report import json_schema
 from falqon_fx_cli.main import main, make_parser
+from tests.hostile import obeyed
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -141,6 +143,46 @@ def test_a_wrong_value_exits_with_1_and_names_the_nearest(folder, words, said, c
     found = capsys.readouterr()
     assert said in found.err
     assert said in json.loads(found.out)["error"]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"model_type": "\x1b]0;x\x07"},
+        {"model_type": ["llama"]},
+        {"architectures": ["set_seed"], "hidden_size": -1},
+        {"architectures": [1]},
+        {"hidden_size": "32"},
+        {"hidden_size": 10**30},
+        {"num_attention_heads": 0},
+        {"num_hidden_layers": None},
+        {"vocab_size": -5},
+    ],
+    ids=str,
+)
+def test_a_crafted_config_is_an_error_that_names_the_folder(folder, changed, tmp_path, capsys):
+    tree = json.loads(Path(folder, "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**tree, **changed}))
+    assert main(["explain", str(tmp_path), *FLAGS]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"falqon-fx: {tmp_path}: ")
+    assert obeyed(said) == []
+
+
+@pytest.mark.parametrize("name", ["set_seed", "logging", "pipeline", "LlamaConfig", "os"])
+def test_a_config_names_no_other_thing_of_transformers(folder, name, tmp_path, capsys):
+    """The model is then that of the config's type."""
+    tree = json.loads(Path(folder, "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**tree, "architectures": [name]}))
+    assert main(["explain", str(tmp_path), *FLAGS]) == 0
+    assert "7 sites rewritten" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, "\x00", '{"peft_type": "x"}'])
+def test_a_damaged_config_of_an_adapter_is_an_error(folder, text, tmp_path, capsys):
+    (tmp_path / "adapter_config.json").write_text(text)
+    assert main(["explain", folder, "--adapter", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith(f"falqon-fx: {tmp_path}: its config can't be read")
 
 
 def test_a_folder_without_a_model_is_an_error_with_a_remedy(tmp_path, capsys):

@@ -324,6 +324,14 @@ def test_calibration_measures_and_is_found_again(monkeypatch, tmp_path):
         cards.calibrate(torch.device("meta"))
 
 
+@pytest.mark.parametrize("text", ["", "[]", '{"a": 3}', '{"a": {"name": 5}}', "[" * 100_000])
+def test_a_damaged_file_of_cards_is_named(text, monkeypatch, tmp_path):
+    monkeypatch.setenv("FALQON_CACHE", str(tmp_path))
+    (tmp_path / "cards.json").write_text(text)
+    with pytest.raises(FalqonError, match=r"cards\.json: it holds no cards .* Remove it"):
+        cards.find("H100")
+
+
 @pytest.mark.parametrize("value", [0, -1.0, True, "2", float("nan")])
 def test_min_gain_must_be_a_positive_number(value):
     with pytest.raises(falqon_fx.FalqonConfigError, match="min_gain"):

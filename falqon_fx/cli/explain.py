@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,16 +67,11 @@ def build(arguments: argparse.Namespace) -> nn.Module:
         import transformers
     except ImportError as error:
         raise FalqonError("explain", f"{error}", "pip install 'falqon-fx[peft]'") from error
-    try:
+    with _errors_explained(arguments.model, "its config can't be read"):
         config = transformers.AutoConfig.from_pretrained(arguments.model)
-    except (OSError, ValueError) as error:
-        raise FalqonError(
-            arguments.model,
-            f"its config can't be read ({str(error).splitlines()[0]})",
-            "Give a folder with config.json, or an id that this machine can reach",
-        ) from error
     if arguments.adapter is not None:
-        lora = peft.PeftConfig.from_pretrained(str(arguments.adapter))
+        with _errors_explained(str(arguments.adapter), "its config can't be read"):
+            lora = peft.PeftConfig.from_pretrained(str(arguments.adapter))
         lora.inference_mode = False
     else:
         targets = arguments.target_modules
@@ -84,7 +81,8 @@ def build(arguments: argparse.Namespace) -> nn.Module:
             target_modules=targets[0] if targets == ["all-linear"] else targets,
         )
     with torch.device("meta"):
-        model = _model_class(transformers, config)(config)
+        with _errors_explained(arguments.model, "no model can be made from its config"):
+            model = _model_class(transformers, config)(config)
         if model.main_input_name != "input_ids":
             raise FalqonError(
                 arguments.model,
@@ -92,17 +90,31 @@ def build(arguments: argparse.Namespace) -> nn.Module:
                 "Call falqon_fx.explain(model, ...) with your inputs",
             )
         model = model.to(getattr(torch, arguments.dtype))
-        model = peft.get_peft_model(model, lora).train()
+        with _errors_explained(arguments.model, "it can't have such an adapter"):
+            model = peft.get_peft_model(model, lora).train()
     for name, parameter in model.named_parameters():
         if arguments.frozen_a and ".lora_A." in name:
             parameter.requires_grad_(False)
     return model  # type: ignore[no-any-return]
 
 
+@contextmanager
+def _errors_explained(name: str, problem: str) -> Iterator[None]:
+    """Of a config transformers and PEFT take any value, and fail at it anywhere."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        remedy = "Give a folder with config.json, or an id that this machine can reach"
+        raise FalqonError(name, f"{problem} ({reason})", remedy) from error
+
+
 def _model_class(transformers: Any, config: Any) -> Any:
+    """The class that a config names, if it is one of a model: transformers has other names, too."""
     for name in config.architectures or ():
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
     known = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     return (
         known[type(config)] if type(config) in known else transformers.MODEL_MAPPING[type(config)]
