@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from falqon_fx import FalqonConfig, GraphReport, Rejected, RewriteReport, Site
 from falqon_fx.report.data import Cost, GraphBreak, Memory, Note, Source
+from falqon_fx.report.report import ReportError
 from falqon_fx.report.text import CAST_ERROR
 from falqon_fx.site.numerics import E4M3, E5M2, amax_to_scale, round_to_fp8
 
@@ -273,6 +274,43 @@ def test_notes_of_passes_are_printed_once_for_each_site_and_survive_json():
     text = str(made)
     assert [text.count(f"{note.site}: few tokens.") for note in notes] == [1, 1]
     assert RewriteReport.from_json(made.to_json()) == made
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (("rank",), "4", "it.graphs[0].sites[0].rank is no integer"),
+        (("rank",), True, "sites[0].rank is no integer"),
+        (("rank",), -1, "can't have such adapters"),
+        (("out_features",), 0, "can't have such sizes"),
+        (("scaling",), float("nan"), "sites[0].scaling is out of range"),
+        (("scaling",), 10**400, "sites[0].scaling is out of range"),
+        (("path",), None, "sites[0].path is no string"),
+        (("nodes",), "abc", "sites[0].nodes is no array"),
+        (("nodes",), [1], "sites[0].nodes[0] is no string"),
+        (("cost",), 3, "sites[0].cost is no object"),
+        (("cost", "speedup"), {"x": 2.0}, "which is no number"),
+        (("cost", "seconds_after"), 0.0, "can't have such cost"),
+        (("memory", "base"), -5, "can't have such memory"),
+        (("spec",), "row", "the spec of site"),
+    ],
+)
+def test_a_report_of_wrong_types_or_values_is_refused_by_place(place, value, said):
+    made = RewriteReport((GraphReport((SITE,), (), 9, 3),))
+    tree = json.loads(made.to_json())
+    parent = tree["graphs"][0]["sites"][0]
+    for key in place[:-1]:
+        parent = parent[key]
+    parent[place[-1]] = value
+    with pytest.raises(ReportError, match=r"^r\.json: is no report \(") as caught:
+        RewriteReport.from_json(json.dumps(tree), "r.json")
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "[" * 100_000, "3", '{"schema": 2}', '{"schema": 1}'])
+def test_what_is_no_report_is_refused(text):
+    with pytest.raises(ReportError, match=r"^the report: is no report"):
+        RewriteReport.from_json(text)
 
 
 def test_a_report_from_before_passes_had_notes_is_read():

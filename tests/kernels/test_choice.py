@@ -117,6 +117,12 @@ def test_nothing_is_timed_while_a_graph_is_captured(folder):
     assert not folder.exists()
 
 
+CRAFTED = (
+    b'{"environment": "card", "choices": [{"key": "p", "wanted": "auto", "winner": "a", '
+    b'"seconds": %s, "refused": %s}]}'
+)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -126,13 +132,19 @@ def test_nothing_is_timed_while_a_graph_is_captured(folder):
         b"[]",
         b'{"environment": "card"}',
         b'{"environment": "card", "choices": 3}',
+        b'{"environment": "card", "choices": [[]]}',
+        b"[" * 100_000,
+        CRAFTED % (b'{"a": "fast"}', b"{}"),
+        CRAFTED % (b'{"b": 1.0}', b"{}"),
+        CRAFTED % (b"[]", b"{}"),
+        CRAFTED % (b'{"a": 1.0}', b"3"),
     ],
 )
 def test_damaged_file_is_rebuilt(folder, damage):
     choices = Choices("card", Clock(a=1.0))
     Path(choices.path).parent.mkdir(parents=True)
     Path(choices.path).write_bytes(damage)
-    assert choices.get("p", candidates("a")).winner == "a"
+    assert choices.get("p", candidates("a")).seconds == {"a": 1.0}
     assert json.loads(Path(choices.path).read_bytes())["choices"][0]["winner"] == "a"
 
 
