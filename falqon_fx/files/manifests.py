@@ -38,6 +38,13 @@ class FileEntry(TypedDict):
     tensors: dict[str, TensorEntry]
 
 
+class SealedFile(TypedDict):
+    """A file of anything else."""
+
+    bytes: Size
+    xxh3: str
+
+
 class PreparedSite(TypedDict):
     """A layer that `prepare` made; ``scaling`` with update="rows"."""
 
@@ -102,7 +109,15 @@ class Prequantized(TypedDict):
 
     format: str
     files: dict[str, FileEntry]
+    others: NotRequired[dict[str, SealedFile]]
     sites: list[LoadedSite]
+
+
+class Export(TypedDict):
+    """What `save_fp8` writes beside its files."""
+
+    format: str
+    files: dict[str, SealedFile]
 
 
 class Distributed(TypedDict):
@@ -157,6 +172,7 @@ class Config(TypedDict):
 _FORMS = {
     "checkpoint": Checkpoint,
     "prequantized": Prequantized,
+    "export": Export,
     "distributed": Distributed,
     "index": Index,
     "header": dict[str, HeaderEntry],
@@ -177,7 +193,7 @@ def problem(content: Any, form: str) -> str | None:
         _adapter(form).validate_python(content, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
+        place = ".".join(str(p) if str(p).isprintable() else ascii(p) for p in first["loc"])
         return f"{place}: {first['msg']}" if place else str(first["msg"])
     return None
 
