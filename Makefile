@@ -4,6 +4,8 @@
 #   make test-all    the same with the slow tests
 #   make test-oldest, make test-newest
 #                    the fast tests with the oldest torch promised, with the newest released
+#   make fuzz MINUTES=60
+#                    random programs, sequences and loops, with new seeds
 #   make kernels     every generated kernel compiled for each GPU architecture, and inspected
 #   make docs        the documentation, in build/site
 
@@ -22,7 +24,7 @@ STAMP := $(VENV)/.installed
 WHEEL := build/wheel
 PACKAGE := falqon_fx/py.typed $(shell find falqon_fx passes kernels -name '*.py' -o -name '*.jinja' -o -name '*.cpp')
 
-.PHONY: venv demo test test-fast test-all test-oldest test-newest kernels docs check lint types format wheel-check clean
+.PHONY: venv demo test test-fast test-all test-oldest test-newest fuzz kernels docs check lint types format wheel-check clean
 
 venv: $(STAMP)
 
@@ -64,6 +66,11 @@ build/newest/.installed: pyproject.toml requirements-nodeps.txt
 	build/newest/bin/python -m pip install --no-deps --requirement requirements-nodeps.txt
 	build/newest/bin/python -m pip install --upgrade torch
 	touch $@
+
+# New seeds each time; ends with how many examples there were and that none was different.
+MINUTES ?= 60
+fuzz: venv
+	$(BIN)/python tests/fuzz.py --minutes $(MINUTES)
 
 kernels: venv
 	$(BIN)/python -m falqon_fx.kernels.matrix

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from inspect import isfunction
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,8 @@ def save_checkpoint(
         directory: a new folder, or one with an earlier checkpoint, which this one replaces at the
             moment that it is whole and on the disk.
         optimizer: its state, of plain data and tensors.
-        scheduler: likewise, of a learning rate schedule.
+        scheduler: likewise, of a learning rate schedule: any of torch's. Functions that it was made
+            with, such as LambdaLR's, are not saved; it has to be made with them again.
         extra: tensors, numbers, text, lists and dicts that `load_checkpoint` gives back.
         rng: also the state of the random generators.
 
@@ -90,7 +92,7 @@ def save_checkpoint(
     training: dict[str, Tensor] = {}
     objects = {
         "optimizer": None if optimizer is None else optimizer.state_dict(),
-        "scheduler": None if scheduler is None else scheduler.state_dict(),
+        "scheduler": None if scheduler is None else _without_functions(scheduler.state_dict()),
         "rng": _rng_state() if rng else None,
         "extra": dict(extra or {}),
     }
@@ -102,6 +104,15 @@ def save_checkpoint(
         described = _write(directory, tensors, same, sites, tree)
     size = sum(file["bytes"] for file in described.values())
     return CheckpointReport(directory, tuple(described), len(tensors), size, len(sites))
+
+
+def _without_functions(state: Any) -> Any:
+    """The state of a scheduler, or of one inside another, as torch itself would save it."""
+    if type(state) is list:
+        return [_without_functions(item) for item in state]
+    if type(state) is not dict:
+        return state
+    return {k: _without_functions(v) for k, v in state.items() if not isfunction(v)}
 
 
 def _write(
@@ -182,8 +193,8 @@ def load_checkpoint(
             tensors |= storage.open_tensors(directory / name, expected)
     tensors |= {name: tensors[other] for name, other in manifest["same"].items()}
     objects = trees.from_plain(manifest["objects"], tensors)
-    if scheduler is not None and objects["scheduler"] is None:
-        raise FalqonError(str(directory), "it holds no scheduler", "Leave out scheduler=")
+    if scheduler is not None:
+        check_scheduler(scheduler.state_dict(), objects["scheduler"], str(directory))
     if optimizer is not None:
         check_optimizer(optimizer, objects["optimizer"], str(directory))
 
@@ -221,6 +232,24 @@ def check_optimizer(
                 f"it has the options {sorted(lacking)}, the one in {where} {sorted(unknown)}",
                 "Make it as for the run that was saved",
             )
+
+
+def check_scheduler(ours: Mapping[str, Any], saved: Mapping[str, Any] | None, where: str) -> None:
+    """Raise where there is no saved state, or that of another scheduler."""
+    if saved is None:
+        raise FalqonError(where, "it holds no scheduler", "Leave out scheduler=")
+    remedy = "Make it as for the run that was saved"
+    lacking, unknown = saved.keys() - ours.keys(), _without_functions(ours).keys() - saved.keys()
+    if lacking and unknown:  # a newer torch may only add, or only take away
+        raise FalqonError(
+            "scheduler", f"it has {sorted(unknown)}, the one in {where} {sorted(lacking)}", remedy
+        )
+    inner = [state.get("_schedulers", []) for state in (ours, saved)]
+    if len(inner[0]) != len(inner[1]):
+        problem = f"it is made of {len(inner[0])}, the one in {where} of {len(inner[1])}"
+        raise FalqonError("scheduler", problem, remedy)
+    for own, other in zip(*inner, strict=True):
+        check_scheduler(own, other, where)
 
 
 def read_extra(directory: Path) -> dict[str, Any]:
