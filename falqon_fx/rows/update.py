@@ -4,7 +4,7 @@ With the base weight at hand a row is cast from it, W[k] ← q(base[k] + s · B[
 however often it is written. Where `prepare` freed it, as in the public code, all that is known of a
 row are its last FP8 bytes, W[k] ← q(dq(W[k]) + s · ΔB[k] · Â): every write adds a cast's error.
 That error is in proportion to the row as written, so a B that is large for one step would leave W
-destroyed when it is back: such a row is not written (`ROW_LIMIT`, `TENSOR_LIMIT`). With the base
+destroyed when it is back: such a row is not written (`LIMIT`, `CLAMPED`). With the base
 weight at hand it is, since the next write starts from that again.
 
 All sites of one shape are updated together as one batch of G. Nothing here reads a value back to
@@ -52,8 +52,10 @@ NOT_FINITE = (
 # The largest magnitude of a row that is written without its base weight, by the row's scale before
 # the write: the cast's error, 1/17 of it at most, stays behind in W. (Rows whose scale grew up to
 # four times and back were found to be off by up to 15%; those clamped to half their size by 100%.)
-ROW_LIMIT = 4 * 448.0  # its scale grows at most four times
-TENSOR_LIMIT = 464.0  # the scale stays: up to here values round to 448, beyond they are clamped
+LIMIT = 4 * 448.0  # a scale of its own grows at most four times
+# A scale for all rows stays: up to here values round to 448, beyond they are clamped. With "drop"
+# they are, as in the public code, since the step of a row that is not written is lost.
+CLAMPED = 464.0
 _CHUNK = 1 << 17  # elements held in float32 at a time: temporaries stay in the cache
 
 
@@ -163,7 +165,7 @@ def limit_of(spec: RowsSpec, base: Tensor | None) -> float | None:
     """
     if base is not None:
         return None
-    return ROW_LIMIT if spec.per_row else TENSOR_LIMIT
+    return LIMIT if spec.per_row or spec.pending == "drop" else CLAMPED
 
 
 def _rebuild(sites: list[Batched], spec: RowsSpec) -> None:

@@ -196,7 +196,7 @@ def test_rows_that_are_too_large_are_counted_and_left(loop, granularity, pending
     before = snapshot(site.state)
     for step in range(2):
         site.lora_b.copy_(dyadic(24, 4, seed=step, bits=2, low=-6))
-            site.lora_b[3], site.lora_b[5, 0], site.lora_b[7, 1] = 64.0, 2e38, -3e38
+        site.lora_b[3], site.lora_b[5, 0], site.lora_b[7, 1] = 64.0, 2e38, -3e38
         other.lora_b.copy_(site.lora_b)
         sites_module.update(site)
         by_kernel(other, rows=4, width=32 if loop else 64, loop=loop)
