@@ -18,7 +18,7 @@ from falqon_fx import FalqonConfig, FalqonError
 from tests.models import fill_b, freeze_a, tiny_llama
 
 IDS = torch.arange(12).view(2, 6)
-PATH = "model.layers.1.self_attn.v_proj"
+PATH = "model.layers.1.self_attn.q_proj"
 PREPARED = pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
 UPDATES = pytest.mark.parametrize("update", ["adapter", "rows"])
 
@@ -32,8 +32,9 @@ def made(update: str, prepared: bool, dtype: torch.dtype = torch.float32) -> nn.
         freeze_a(model)
     if prepared:
         falqon_fx.prepare(model, config, progress=False)
-    with torch.no_grad():
-        torch.compile(model, backend="falqon", options=dict[str, Any](config=config))(IDS)
+    else:
+        with torch.no_grad():
+            torch.compile(model, backend="falqon", options=dict[str, Any](config=config))(IDS)
     fill_b(model, 0.05)
     return model
 
@@ -84,7 +85,7 @@ def test_both_parts_and_other_layers_are_counted_too(tmp_path, merge):
     model = made("adapter", True)
     layer: Any = model.base_model.model.get_submodule(PATH)
     spoil(layer.lora_A["default"].weight, float("nan"))
-    for path in (PATH, PATH.replace("layers.1", "layers.0").replace("v_proj", "q_proj")):
+    for path in (PATH, PATH.replace("layers.1", "layers.0")):
         spoil(model.base_model.model.get_submodule(path).lora_B["default"].weight, float("inf"))
     with pytest.raises(FalqonError, match=r"layers.0.self_attn.q_proj: 1 of 128 .* 1 other layers"):
         merge(model, tmp_path)
