@@ -29,9 +29,11 @@ def assert_same_run(run: LongRun, twin: LongRun) -> None:
         assert torch.equal(mine, others)
 
 
-@PREPARED
+@pytest.mark.parametrize(
+    "prepared", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["unprepared", "prepared"]
+)
 def test_thirty_steps_with_events_are_those_without(tmp_path, prepared):
-    """Every event at least once, after one step each."""
+    """Every event at least once, after one step each; the unprepared run is prepared for a while."""
     steps = 30
     assert len(EVENTS) < steps
     run, twin = (LongRun(tmp_path, "eager", prepared) for _ in range(2))
