@@ -33,7 +33,7 @@ def assert_same_run(run: LongRun, twin: LongRun) -> None:
     "prepared", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["unprepared", "prepared"]
 )
 def test_thirty_steps_with_events_are_those_without(tmp_path, prepared):
-    """Every event at least once, after one step each; the unprepared run is prepared for a while."""
+    """Every event at least once, after one step each."""
     steps = 30
     assert len(EVENTS) < steps
     run, twin = (LongRun(tmp_path, "eager", prepared) for _ in range(2))
