@@ -47,12 +47,12 @@ class Fuzz:
     """Slices until the time is over or one finds a difference."""
 
     def __init__(self, minutes: float, examples: int, workers: int) -> None:
-        self._end = time.monotonic() + 60 * minutes
         self._env = {**os.environ, "HYPOTHESIS_PROFILE": "fuzz", "FUZZ_EXAMPLES": str(examples)}
         self._env["PYTEST_XDIST_WORKER_COUNT"] = str(workers)  # how tests divide the cores
         self._lock, self._tests = threading.Lock(), itertools.cycle(collected())
         self.passed: Counter[str] = Counter()
         self.failure = ""
+        self._end = time.monotonic() + 60 * minutes
 
     def work(self) -> None:
         while time.monotonic() < self._end and not self.failure:
