@@ -97,7 +97,7 @@ def main() -> int:
     minutes = (time.monotonic() - start) / 60
     found = "a difference (above)" if fuzz.failure else "0 differences"
     print(f"{sum(fuzz.passed.values()):,} examples in {minutes:.1f} minutes, {found}")
-    return bool(fuzz.failure)
+    return bool(fuzz.failure) or not fuzz.passed.total()
 
 
 if __name__ == "__main__":
