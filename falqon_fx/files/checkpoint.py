@@ -75,7 +75,8 @@ def save_checkpoint(
         directory: a new folder, or one with an earlier checkpoint, which this one replaces at the
             moment that it is whole and on the disk.
         optimizer: its state, of plain data and tensors.
-        scheduler: likewise, of a learning rate schedule.
+        scheduler: likewise, of a learning rate schedule: any of torch's. Functions that it was made
+            with, such as LambdaLR's, are not saved; it has to be made with them again.
         extra: tensors, numbers, text, lists and dicts that `load_checkpoint` gives back.
         rng: also the state of the random generators.
 
@@ -88,7 +89,9 @@ def save_checkpoint(
     of_training: dict[str, Tensor] = {}
     objects = {
         "optimizer": None if optimizer is None else optimizer.state_dict(),
-        "scheduler": None if scheduler is None else scheduler.state_dict(),
+        "scheduler": None
+        if scheduler is None
+        else training.without_functions(scheduler.state_dict()),
         "rng": _rng_state() if rng else None,
         "extra": dict(extra or {}),
     }

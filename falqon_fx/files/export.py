@@ -18,10 +18,10 @@ from falqon_fx.files import export_files as files
 from falqon_fx.files.export_layers import ExportLayer, Source, export_layer, is_adapted
 from falqon_fx.files.hf import read_index, read_tensor
 from falqon_fx.model.fp8_linear import Fp8Linear
-from falqon_fx.model.lora_layers import unwrap
+from falqon_fx.model.lora_layers import check_adapters, unwrap
 from falqon_fx.passes.match.frozen import why_left
 from falqon_fx.rows.state import MergedAdapter
-from falqon_fx.rows.unload import fp8_layers
+from falqon_fx.rows.unload import check_pending, fp8_layers
 from falqon_fx.site.base import Base, cast_base
 from falqon_fx.site.numerics import E4M3
 
@@ -42,7 +42,7 @@ class FlushReport:
 
     ``relative_change`` is ‖dq(W) after - dq(W) before‖ / ‖dq(W) before‖ over the layers that had
     pending rows (Frobenius); ``left`` the largest |scaling · (B - applied)| that could not be
-    written, because ``applied`` rounds B to 16 bits or a row holds NaN.
+    written, because ``applied`` rounds B to 16 bits.
     """
 
     layers: int
@@ -132,14 +132,19 @@ def save_fp8(
 
     Raises:
         FalqonError: no FP8 layer, a form that can't hold the scales, an adapter that can't be
-            merged, a ``base`` that is not the model's, a folder that exists, or a full disk.
-            Nothing is left under the name then.
+            merged or holds NaN or Inf, pending rows too large for the FP8 weight, a ``base`` that
+            is not the model's, a folder that exists, or a full disk. Nothing is left under the name
+            then.
     """
     directory = Path(directory)
     atomic.refuse_existing(directory)
     inner = _transformers_model(unwrap(model))
+    check_adapters(inner)
     found = _Export(inner, form, None if base is None else Path(base))
-    flushed = _flush(layer.state for layer in found.all_layers if layer.state is not None)
+    states = {layer.path: layer.state for layer in found.all_layers if layer.state is not None}
+    for path, state in states.items():
+        check_pending(path, state)
+    flushed = _flush(states.values())
 
     tensors = files.renamed(inner, found.tensors())
     plan = files.shards(tensors, max_shard_size)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Iterable, Mapping
+from inspect import isfunction
 from itertools import chain
 from typing import Any
 
@@ -103,17 +104,35 @@ def check_scheduler(scheduler: Any, saved: Any, where: str) -> None:
     """Raise a `FalqonError` where there is no saved state of a scheduler, or one of another."""
     if saved is None:
         raise FalqonError(where, "it holds no scheduler", "Leave out scheduler=")
+    _check_scheduler(scheduler.state_dict(), saved, where, type(scheduler))
+
+
+def _check_scheduler(ours: Any, saved: Any, where: str, kind: type) -> None:
     if not isinstance(saved, dict):
         raise FalqonError(where, "its scheduler is damaged", "Load another checkpoint")
-    ours = scheduler.state_dict()
-    lacking, unknown = ours.keys() - saved.keys(), saved.keys() - ours.keys()
-    # A state becomes attributes: one that is named as a method would take its place.
-    if (lacking and unknown) or any(hasattr(type(scheduler), str(name)) for name in unknown):
+    lacking, unknown = without_functions(ours).keys() - saved.keys(), saved.keys() - ours.keys()
+    # A newer torch may only add, or only take away. A state becomes attributes: one that is named
+    # as a method would take its place.
+    if (lacking and unknown) or any(hasattr(kind, str(name)) for name in unknown):
         raise FalqonError(
             "scheduler",
             f"{where} has {sorted(map(str, unknown))} instead of {sorted(lacking)}",
             _MAKE,
         )
+    own, other = (state.get("_schedulers", []) for state in (ours, saved))
+    if not isinstance(other, list) or len(own) != len(other):
+        raise FalqonError("scheduler", f"it is made of {len(own)}, the one in {where} not", _MAKE)
+    for one, two in zip(own, other, strict=True):
+        _check_scheduler(one, two, where, kind)
+
+
+def without_functions(state: Any) -> Any:
+    """A scheduler's state without the functions in it, which its constructor makes anew."""
+    if isinstance(state, list):
+        return [without_functions(item) for item in state]
+    if not isinstance(state, dict):
+        return state
+    return {k: without_functions(v) for k, v in state.items() if not isfunction(v)}
 
 
 def check_rng(state: Any, where: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import numbers
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,7 +15,8 @@ from falqon_fx.errors import FalqonError
 
 def to_plain(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """``value`` as JSON; its tensors go to ``tensors`` under their paths, or near them where two
-    have the same ({"a.b": ...} and {"a": {"b": ...}}). `from_plain` is the inverse.
+    have the same ({"a.b": ...} and {"a": {"b": ...}}). `from_plain` is the inverse, but for
+    NumPy's numbers, which come back as Python's.
 
     Raises:
         FalqonError: something that is neither a tensor nor plain data.
@@ -29,8 +31,11 @@ def to_plain(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if type(value) in (list, tuple):
         items = [to_plain(item, f"{path}.{i}", tensors) for i, item in enumerate(value)]
         return items if type(value) is list else {"tuple": items}
-    if type(value) in (dict, OrderedDict) and all(type(key) in (str, int) for key in value):
-        return {"dict": [[k, to_plain(v, f"{path}.{k}", tensors)] for k, v in value.items()]}
+    if type(value) in (dict, OrderedDict, Counter) and all(type(k) in (str, int) for k in value):
+        kind = "counter" if type(value) is Counter else "dict"
+        return {kind: [[k, to_plain(v, f"{path}.{k}", tensors)] for k, v in value.items()]}
+    if isinstance(value, numbers.Real) and hasattr(value, "item"):  # NumPy's
+        return value.item()
     raise FalqonError(
         path,
         f"a {type(value).__name__} can't be saved: only tensors, numbers, text, lists and dicts",
@@ -69,6 +74,8 @@ def _from_plain(value: Any, tensors: Mapping[str, Tensor] | None) -> Any:
             return tuple(_from_plain(item, tensors) for item in items)
         case {"dict": list(items), **rest} if not rest:
             return dict(_pair(item, tensors) for item in items)
+        case {"counter": list(items), **rest} if not rest:
+            return Counter(dict(_pair(item, tensors) for item in items))
     raise _NotPlain(f"{str(value)[:60]!r} is neither plain data nor a tensor that it has")
 
 

@@ -74,6 +74,42 @@ class LoraLayer:
             yield a, b, float(self.module.scaling[name])
 
 
+def check_adapters(model: nn.Module) -> None:
+    """Refuse to merge active adapters, of whatever kind PEFT has, that hold NaN or Inf.
+
+    Raises:
+        FalqonError: names the first such layer, and how many elements of what.
+    """
+    bad: dict[str, list[str]] = defaultdict(list)
+    for path, module in model.named_modules():
+        for name, tensor in _adapter_tensors(module):
+            count = int((~tensor.isfinite()).sum())
+            if count:
+                bad[path].append(f"{count} of {tensor.numel()} elements of its {name}")
+    if bad:
+        path = next(iter(bad))
+        others = f" (as do adapters of {len(bad) - 1} other layers)" if len(bad) > 1 else ""
+        raise FalqonError(
+            path,
+            f"{' and '.join(bad[path])} hold NaN or Inf{others}",
+            "Load the last adapter that was whole, or repair these values",
+        )
+
+
+def _adapter_tensors(module: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a PEFT layer's active adapters, and what they are called."""
+    for part in getattr(module, "adapter_layer_names", ()):
+        held = getattr(module, part, {})
+        for adapter in getattr(module, "active_adapters", ()):
+            if adapter not in held:
+                continue
+            if isinstance(held[adapter], Tensor):
+                yield part, held[adapter].detach()
+                continue
+            for name, parameter in held[adapter].named_parameters():
+                yield part if name == "weight" else f"{part}.{name}", parameter.detach()
+
+
 @dataclass(frozen=True)
 class LinearLayer:
     """A linear layer, or GPT-2's Conv1D, at ``path``; ``lora`` is the LoRA layer around it."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from falqon_fx.errors import FalqonError
-from falqon_fx.model.lora_layers import lora_layers, unwrap
+from falqon_fx.model.lora_layers import LoraLayer, check_adapters, lora_layers, unwrap
 from falqon_fx.model.prepare import restore
 from falqon_fx.rows import unload as rows_unload
 
@@ -21,9 +22,9 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     own does.
 
     Raises:
-        FalqonError: no PEFT model, or a bias of lora_B that has no place in the base layer; with
-            pending="drop", another adapter than the one that was trained. Nothing has been changed
-            then.
+        FalqonError: no PEFT model, NaN or Inf in an active adapter or in what it makes of a weight,
+            or a bias of lora_B that has no place in the base layer; with pending="drop", another
+            adapter than the one that was trained. Nothing has been changed then.
     """
     model = unwrap(model)
     if not (hasattr(model, "get_base_model") and hasattr(model, "merge_and_unload")):
@@ -31,7 +32,10 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
             type(model).__name__, "it is not a PEFT model", "Merge what get_peft_model returned"
         )
     base: Any = model.get_base_model()  # type: ignore[operator]
+    check_adapters(base)
     _check_biases(base)
+    for layer in lora_layers(base):
+        _check_sum(layer)
     rows_unload.merge(base)
     restore(model)
     merged: nn.Module = model.merge_and_unload()  # type: ignore[operator]
@@ -47,3 +51,29 @@ def _check_biases(base: nn.Module) -> None:
                 "its lora_B has a bias and its base layer none, so there is no place for it",
                 "Train without lora_bias, or give the base layer a bias of zeros",
             )
+
+
+@torch.no_grad()
+def _check_sum(layer: LoraLayer) -> None:
+    """W + Σ scaling · B · A has to be finite in W's dtype. It is computed only where it might not
+    be: beyond max|W| + Σ scaling · max|A| · max_k Σ_r|B_kr|, which no element exceeds.
+    """
+    weight = layer.base.weight
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16) or weight.dim() != 2:
+        return  # quantized by others: PEFT merges it in its own way
+    most = torch.finfo(weight.dtype).max
+    parts = [(a.float(), b.float(), abs(s)) for a, b, s in layer.each()]
+    bounds = [s * a.abs().amax() * b.abs().sum(1).amax() for a, b, s in parts]
+    if weight.abs().amax().float() + sum(bounds) < most:
+        return
+    merged: Tensor = layer.weight.float()
+    for a, b, scaling in layer.each():
+        merged = merged + scaling * (b.float() @ a.float())
+    count = int((~(merged.abs() <= most)).sum())
+    if count:
+        raise FalqonError(
+            layer.path,
+            f"with its adapters {count} of {merged.numel()} elements of its weight would be NaN or "
+            f"Inf in {weight.dtype}",
+            "Repair the adapter, or give the model a dtype with a wider range",
+        )

@@ -16,7 +16,7 @@ from falqon_fx.site.numerics import (
     round_to_fp8,
     round_to_fp8_stochastic,
 )
-from falqon_fx.site.record import NONFINITE, SITE, STEP
+from falqon_fx.site.record import NONFINITE, SITE, STEP, TOO_LARGE
 from falqon_fx.site.spec import RowsSpec
 
 
@@ -32,8 +32,12 @@ def select_rows(score: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return rows, score.gather(-1, rows) > 0
 
 
-def write_by_aten(sites: list[Batched], count: int, spec: RowsSpec) -> cpu.ChosenRows:
-    """Gather → add → new row scale → cast → scatter."""
+def write_by_aten(
+    sites: list[Batched], count: int, spec: RowsSpec, limit: float | None
+) -> cpu.ChosenRows:
+    """Gather → add → new row scale → cast → scatter. A row with a magnitude beyond ``limit`` times
+    its scale stays as it is.
+    """
     out = sites[0].applied.shape[0]
     applied = torch.stack([site.applied for site in sites]).to(torch.float32)  # [G, out, r]
     target = torch.stack([site.lora_b for site in sites]).to(torch.float32)
@@ -71,17 +75,24 @@ def write_by_aten(sites: list[Batched], count: int, spec: RowsSpec) -> cpu.Chose
     else:
         value = old + asked  # [G, k, in]
 
+    amax = value.abs().amax(dim=-1, keepdim=True)
+    fits = (amax < float("inf"))[..., 0]  # NaN compares false
+    if limit is not None:
+        fits &= (amax <= limit * old_scale)[..., 0]
+    too_large = (worth & ~fits).sum(dim=-1)  # [G]
+    worth = worth & fits
+    new_applied = torch.where(worth[..., None], new_applied, old_applied.to(new_applied.dtype))
     new_scale = old_scale
     if per_row:
-        amax = value.abs().amax(dim=-1, keepdim=True)
         new_scale = torch.where(worth[..., None], amax_to_scale(amax, E4M3, spec.scale), old_scale)
     code = encode_fp8(_round(value * new_scale.reciprocal(), rows, sites, spec), E4M3)
     code = torch.where(worth[..., None], code, old_code)
 
     # On CPU, where looking is free, the counters are left alone when there is nothing to count.
-    counts = nonfinite.device.type != "cpu" or bool(nonfinite.any())
+    counted = torch.stack([nonfinite, too_large], dim=-1)
+    counts = counted.device.type != "cpu" or bool(counted.any())
     written = worth.to(sites[0].writes.dtype)
-    scattered = (rows, code, new_scale, new_applied, written, nonfinite)
+    scattered = (rows, code, new_scale, new_applied, written, counted)
     for site, row, *new in zip(sites, *(column.unbind() for column in scattered), strict=True):
         site.weight.index_copy_(0, row, new[0])
         if per_row:
@@ -89,8 +100,9 @@ def write_by_aten(sites: list[Batched], count: int, spec: RowsSpec) -> cpu.Chose
         site.applied.index_copy_(0, row, new[2])
         site.writes.index_add_(0, row, new[3])
         if counts:
-            site.counters[NONFINITE] += new[4]
-    remains = (target.gather(1, index) - held).abs().sum(dim=-1)
+            site.counters[NONFINITE] += new[4][0]
+            site.counters[TOO_LARGE] += new[4][1]
+    remains = (target.gather(1, index) - new_applied.to(torch.float32)).abs().sum(dim=-1)
     return cpu.ChosenRows(rows, worth, old, asked, value, score, remains)
 
 

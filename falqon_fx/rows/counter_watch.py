@@ -1,4 +1,5 @@
-"""Warns once of rows of B that held NaN or Inf and were not written; raises for a stale W or A.
+"""Warns once of rows of B that held NaN or Inf, and once of those that were too large, which both
+were not written; raises for a stale W or A.
 
 The counters live on the device. They are copied to the host without waiting, and looked at in the
 next call: one step late at most, no synchronization.
@@ -13,7 +14,19 @@ import torch
 from torch import Tensor
 
 from falqon_fx.errors import FalqonError, one_line
-from falqon_fx.site.record import NONFINITE, STALE
+from falqon_fx.site.record import NONFINITE, STALE, TOO_LARGE
+
+_PROBLEMS = {
+    NONFINITE: (
+        "held NaN or Inf at an update and were not written into W'. See "
+        "MergedAdapter.nonfinite_rows"
+    ),
+    TOO_LARGE: (
+        "were not written into W': they would be NaN or Inf there, or so large that FP8 would "
+        "round away what W was, which prepare() freed. They stay pending (are dropped with "
+        'pending="drop"). See MergedAdapter.too_large_rows and MergedAdapter.flush'
+    ),
+}
 
 
 class CounterWatch:
@@ -23,7 +36,7 @@ class CounterWatch:
         self._paths = paths
         self._copy: Tensor | None = None
         self._event: torch.cuda.Event | None = None
-        self._warned = False
+        self._warned: set[int] = set()  # of these counters
 
     def copy_counters(self, sites: Sequence[Tensor]) -> None:
         """Start copying the counters of a call's sites to the host."""
@@ -51,15 +64,15 @@ class CounterWatch:
                 "adapter was activated after prepare()",
                 "Write it in place (copy_); after prepare(), call falqon_fx.restore(model) first",
             )
-        rows = int(seen[:, NONFINITE].sum())
-        if rows and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"falqon: {rows} rows of lora_B of {self._named(seen[:, NONFINITE])} held NaN or "
-                "Inf at an update and were not written into W'. See MergedAdapter.nonfinite_rows; "
-                "lower the learning rate or clip gradients.",
-                stacklevel=3,
-            )
+        for counter, problem in _PROBLEMS.items():
+            rows = int(seen[:, counter].sum())
+            if rows and counter not in self._warned:
+                self._warned.add(counter)
+                warnings.warn(
+                    f"falqon: {rows} rows of lora_B of {self._named(seen[:, counter])} {problem}; "
+                    "lower the learning rate or clip gradients.",
+                    stacklevel=3,
+                )
 
     def _named(self, count: Tensor) -> str:
         """The sites whose count is not zero; of many the first."""

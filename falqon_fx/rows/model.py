@@ -105,7 +105,7 @@ def state_of(layer: LoraLayer) -> MergedAdapter:
 
 
 def flush(model: nn.Module) -> None:
-    """Write every pending row of every site into its FP8 weight now."""
+    """Write every pending row of every site into its FP8 weight now, however large it is."""
     for state in adapters(model).values():
         state.flush()
 

@@ -23,7 +23,7 @@ from falqon_fx.rows.fingerprint import site_number
 from falqon_fx.rows.ops import dequantize_base
 from falqon_fx.site.base import check_weight
 from falqon_fx.site.numerics import E4M3, decode_fp8
-from falqon_fx.site.record import COUNTERS, FINGERPRINT_A, FINGERPRINT_W, NONFINITE, SITE
+from falqon_fx.site.record import COUNTERS, FINGERPRINT_A, FINGERPRINT_W, NONFINITE, SITE, TOO_LARGE
 from falqon_fx.site.spec import RowsSpec
 from falqon_fx.site.svd import init_lora_a_
 
@@ -96,6 +96,13 @@ class MergedAdapter:
         return int(self.counters[NONFINITE])
 
     @property
+    def too_large_rows(self) -> int:
+        """How often a row stayed as it was because its next value would have been NaN, Inf or,
+        where `prepare` freed the base weight, too large (reads the device). See `flush`.
+        """
+        return int(self.counters[TOO_LARGE])
+
+    @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The state as the graph takes it, in the order of `IN_GRAPH`."""
         return (self.weight, self.scale, self.applied, self.counters, self.writes)
@@ -140,9 +147,16 @@ class MergedAdapter:
             return None
         return drift.estimate(self, drift.errors(self))
 
+    @property
+    def limit(self) -> float | None:
+        """The largest magnitude of a row that a step may write, by the row's scale; None: any."""
+        return update.limit_of(self.spec, None if self.base_ref is None else self.base_ref())
+
     @torch.no_grad()
     def flush(self) -> None:
-        """Write every pending row now (with pending="drop", then zero B)."""
+        """Write every pending row now (with pending="drop", then zero B), those among them that no
+        optimizer's step may write because they are too large.
+        """
         with update.lock:
             b, base = self.lora_b(), self.base_ref() if self.base_ref is not None else None
             if base is not None:
@@ -209,7 +223,8 @@ def create(
             init_lora_a_(base, lora_a, spec, config.seed)
         out, features = base.shape
         state = allocate(out, features, lora_a.shape[0], base.dtype, scaling, spec, base.device)
-        _fill_(state, base, lora_a, lora_b)
+        if not update.write_merged_(*state.tensors, base, lora_a, lora_b, scaling, spec):
+            raise FalqonError(path, *update.NOT_FINITE)
         counters = state.counters
         mixed = counters[FINGERPRINT_W] * 31 + counters[FINGERPRINT_A]
         counters[SITE] = site_number(mixed)
@@ -227,10 +242,6 @@ def check_values(path: str, base: Tensor, lora_a: Tensor, lora_b: Tensor) -> Non
     """
     for name, tensor in (("base weight", base), ("lora_A", lora_a), ("lora_B", lora_b)):
         check_weight(path, tensor, name)
-
-
-def _fill_(state: MergedAdapter, base: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
-    update.write_merged_(*state.tensors, base, lora_a, lora_b, state.scaling, state.spec)
 
 
 @dataclass(frozen=True)

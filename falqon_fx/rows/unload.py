@@ -92,6 +92,28 @@ def merged_weight(state: MergedAdapter) -> Tensor:
     return merged[:out]
 
 
+def check_pending(path: str, state: MergedAdapter) -> None:
+    """Refuse to write pending rows into the only copy of W where that would round W away.
+
+    Raises:
+        FalqonError: names the site and says how many rows.
+    """
+    limit = state.limit
+    if limit is None or not state.pending().any():
+        return
+    out, _ = state.applied.shape
+    scale = state.scale[:out] if state.scale.dim() else state.scale
+    fits = merged_weight(state).abs().amax(1, keepdim=True) <= limit * scale
+    if not fits.all():
+        raise FalqonError(
+            path,
+            f"{int((~fits).sum())} of its {out} rows are pending because FP8 would round away what "
+            "its weight was, which prepare() freed",
+            "Repair lora_B or train on until it is small again; falqon_fx.merge_and_unload(model) "
+            "merges it as it is, and falqon_fx.flush(model) writes these rows all the same",
+        )
+
+
 def merged_bias(layer: LoraLayer) -> Tensor | None:
     """The base layer's bias, plus scaling times that of lora_B where it has one."""
     bias: Tensor | None = layer.base.bias

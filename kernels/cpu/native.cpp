@@ -362,13 +362,14 @@ struct Site {
   float scaling;
 };
 
-enum Counter { kStep = 3, kSite = 4, kNonfinite = 5 };  // as in falqon_fx/rows/update.py
+enum Counter { kStep = 3, kSite = 4, kNonfinite = 5, kTooLarge = 7 };  // falqon_fx/site/record.py
 enum BaseDtype { kNoBase, kFloat32, kBfloat16, kFloat16 };  // as in kernels/cpu/native.py
 
 struct Plan {
   int64_t out, in, rank, count;  // `count` rows are chosen
   uint64_t seed;
   int32_t b_is_bfloat16, applied_is_bfloat16, base_dtype, per_row, pow2, stochastic, drop;
+  float limit;  // the largest magnitude that is written, by the row's scale before; 0: any finite one
 };
 
 // What whoever watches is told of a site: the rows chosen and whether each was written [count],
@@ -443,18 +444,18 @@ void base_row(float* to, const Matrix& base, int64_t row, const Plan& plan) {
 
 struct Scratch {  // of one thread
   std::vector<uint64_t> keys;
-  std::vector<float> lora_a, moved, held, value, by;
+  std::vector<float> lora_a, wanted, moved, whole, value, by;
   std::vector<uint16_t> random;
 
   explicit Scratch(const Plan& plan)
-      : keys(plan.out), lora_a(plan.rank * plan.in), moved(plan.rank), held(plan.rank),
-        value(plan.in), by(plan.in),
+      : keys(plan.out), lora_a(plan.rank * plan.in), wanted(plan.rank), moved(plan.rank),
+        whole(plan.rank), value(plan.in), by(plan.in),
         random(plan.stochastic ? (plan.in / (8 * kLanes) + 1) * 8 * kLanes : 0) {}
 };
 
 template <class B, class Applied>
 void update(const Site& site, const Plan& plan, const Told* told, Scratch& scratch) {
-  auto& [keys, lora_a, moved, held, value, by, random] = scratch;
+  auto& [keys, lora_a, wanted, moved, whole, value, by, random] = scratch;
   const int64_t out = plan.out, in = plan.in, rank = plan.rank;
   const B* b = static_cast<const B*>(site.lora_b);
   Applied* applied = static_cast<Applied*>(site.applied);
@@ -502,15 +503,14 @@ void update(const Site& site, const Plan& plan, const Told* told, Scratch& scrat
     const int64_t row = 0xFFFFFFFFu - uint32_t(keys[k]);
     const bool worth = keys[k] >> 32;
 
-    float remains = 0;
     for (int64_t r = 0; r < rank; ++r) {
       const int64_t at = row * rank + r;
-      const float wanted = target(at), before = widen(applied[at]);
-      if (worth) narrow(wanted, applied[at]);
-      const float now = widen(applied[at]);  // what W' will really contain
-      held[r] = now * site.scaling;
+      Applied rounded = applied[at];
+      wanted[r] = target(at);
+      if (worth) narrow(wanted[r], rounded);
+      const float before = widen(applied[at]), now = widen(rounded);  // what W' will really contain
+      whole[r] = now * site.scaling;
       moved[r] = (now - before) * site.scaling;
-      remains += magnitude(wanted - now);
     }
 
     uint8_t* code = site.weight + row * in;
@@ -518,16 +518,26 @@ void update(const Site& site, const Plan& plan, const Told* told, Scratch& scrat
     const bool from_base = plan.base_dtype != kNoBase;
     if (from_base) base_row(value.data(), site.base, row, plan);
     else decode_row(value.data(), code, in, scale);
-    sum_rows(by.data(), (from_base ? held : moved).data(), lora_a.data(), rank, in);
+    sum_rows(by.data(), (from_base ? whole : moved).data(), lora_a.data(), rank, in);
     if (told) {
-      told->rows[k] = row, told->worth[k] = worth, told->remains[k] = remains;
+      told->rows[k] = row;
       decode_row(told->old + k * in, code, in, scale);
       sum_rows(told->asked + k * in, moved.data(), lora_a.data(), rank, in);
     }
 
     const float amax = add_row(value.data(), by.data(), in);
     if (told) std::copy(value.begin(), value.end(), told->value + k * in);
-    if (!worth) continue;
+    const bool too_large = !is_finite(amax) || (plan.limit > 0 && amax > plan.limit * scale);
+    const bool written = worth && !too_large;
+    site.counters[kTooLarge] += worth && too_large;
+    float remains = 0;
+    for (int64_t r = 0; r < rank; ++r) {
+      Applied& to = applied[row * rank + r];
+      if (written) narrow(wanted[r], to);
+      remains += magnitude(wanted[r] - widen(to));
+    }
+    if (told) told->worth[k] = written, told->remains[k] = remains;
+    if (!written) continue;
     if (plan.per_row) scale = amax_to_scale(amax, plan.pow2);
     if (plan.stochastic) {
       philox(random.data(), in, uint32_t(row), uint32_t(site.counters[kStep]),

@@ -46,12 +46,13 @@ class _Plan(ctypes.Structure):
         ("seed", ctypes.c_uint64),
         *((name, _INT32) for name in ("b_is_bfloat16", "applied_is_bfloat16", "base_dtype")),
         *((name, _INT32) for name in ("per_row", "pow2", "stochastic", "drop")),
+        ("limit", ctypes.c_float),
     )
 
 
 _BASE_DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # 0 where there is none
 _FLOATS = {torch.float32, torch.bfloat16}
-COUNTERS = 7  # of a site (`falqon_fx.rows.update`)
+COUNTERS = 8  # of a site (`falqon_fx.rows.update`)
 # Also the fields of `ChosenRows`.
 _TOLD = ("rows", "worth", "old", "asked", "value", "score", "remains")
 
@@ -229,9 +230,11 @@ def write_rows(
     pow2: bool,
     stochastic: bool,
     drop: bool,
+    limit: float | None,
     watched: bool,
 ) -> ChosenRows | None:
     """Choose ``count`` rows of each site and write them (`falqon_fx.rows.update.proxy_update_`).
+    A row with a magnitude beyond ``limit`` times its scale stays as it is and is counted.
 
     All sites have the same shapes and dtypes, which `takes` accepted. Says what it did if
     ``watched``.
@@ -276,6 +279,7 @@ def write_rows(
         pow2,
         stochastic,
         drop,
+        limit or 0.0,
     )
     told: Any = None
     chosen: ChosenRows | None = None

@@ -285,6 +285,7 @@ def flags(spec):
         "pow2": spec.scale == "pow2",
         "stochastic": spec.rounding == "stochastic",
         "drop": spec.pending == "drop",
+        "limit": None,
     }
 
 

@@ -17,7 +17,7 @@ from falqon_fx.kernels.update.spec import UpdateSpec
 from falqon_fx.site.numerics import E4M3, philox_uint16, round_to_fp8, round_to_fp8_stochastic
 from falqon_fx.site.record import STALE
 from tests import sites as sites_module
-from tests.sites import make_site, randn, same, site_of, snapshot, step_alike, twins
+from tests.sites import dyadic, make_site, randn, same, site_of, snapshot, step_alike, twins
 from tests.strategies import exact_sites
 from tests.tolerances import gamma
 
@@ -183,6 +183,31 @@ def test_rows_that_are_not_finite_are_counted_and_left():
     assert other.state.writes[[3, 5]].tolist() == [0, 0]
     assert other.state.writes.sum() == 22
     assert other.state.applied.isfinite().all()
+
+
+@pytest.mark.parametrize("freed", [False, True], ids=["base", "freed"])
+@pytest.mark.parametrize("pending", ["hold", "drop"])
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+@pytest.mark.parametrize("loop", [False, True])
+def test_rows_that_are_too_large_are_counted_and_left(loop, granularity, pending, freed):
+    options = {"granularity": granularity, "pending": pending, "freed": freed}
+    site = site_of(dyadic(24, 40, 0), dyadic(4, 40, 1), torch.zeros(24, 4), **options)
+    (other,) = twins([site])
+    before = snapshot(site.state)
+    for step in range(2):
+        site.lora_b.copy_(dyadic(24, 4, seed=step, bits=2, low=-6))
+        site.lora_b[3], site.lora_b[5, 0], site.lora_b[7, 1] = 64.0, 2e38, -3e38
+        other.lora_b.copy_(site.lora_b)
+        sites_module.update(site)
+        by_kernel(other, rows=4, width=32 if loop else 64, loop=loop)
+        assert same(snapshot(site.state), snapshot(other.state))
+    kept = [3, 5, 7] if freed else [5, 7]
+    assert other.state.too_large_rows == 2 * len(kept)
+    assert other.state.nonfinite_rows == 0
+    assert other.state.writes[kept].eq(0).all()
+    assert other.state.writes.sum() >= 2 * (24 - len(kept)) - 4  # some step may round to nothing
+    for part in (0, 2):
+        assert torch.equal(snapshot(other.state)[part][kept], before[part][kept])
 
 
 @pytest.mark.parametrize("changed", ["a", "base"])
