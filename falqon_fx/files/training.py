@@ -127,10 +127,10 @@ def _check_scheduler(ours: Any, saved: Any, where: str, kind: type) -> None:
 
 
 def without_functions(state: Any) -> Any:
-    """A scheduler's state without the functions in it, which its constructor makes anew."""
-    if isinstance(state, list):
+    """The state of a scheduler, or of one inside another, as torch itself would save it."""
+    if type(state) is list:
         return [without_functions(item) for item in state]
-    if not isinstance(state, dict):
+    if type(state) is not dict:  # MultiStepLR has a Counter
         return state
     return {k: without_functions(v) for k, v in state.items() if not isfunction(v)}
 
