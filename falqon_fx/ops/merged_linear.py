@@ -16,6 +16,7 @@ from torch import Tensor
 
 from falqon_fx.errors import FalqonError
 from falqon_fx.ops import fp8_adapter, gpu, lowering
+from falqon_fx.ops.adapter_grads import Batch, adapter_grads, adapter_grads_on_gpu
 from falqon_fx.ops.arguments import Merged
 from falqon_fx.ops.once import once
 from falqon_fx.site.numerics import E4M3, without_autocast
@@ -295,15 +296,33 @@ def _gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     grad_b: list[Tensor | None] = [None] * len(ctx.owner)
     grad_own: list[Tensor | None] = [None] * (len(ctx.shapes) - 1)
     grad_bias: list[Tensor | None] = [None] * len(of_bias)
-    parts = saved.out_a[0].split(ctx.ranks, dim=1) if ctx.owner else ()
+    train_a, train_b = ([j for j in adapters if needs[j]] for needs in (needs_a, needs_b))
+    together = bool(train_b) and not own_x and train_a in ([], train_b)
+    for batch in [train_b] if together else [[j] for j in adapters if needs_a[j] or needs_b[j]]:
+        place = 2 * batch[0] if own_x else 0
+        of_x = [j for j in batch if j in train_a]
+        x = saved.kept[place : place + 2] if of_x else []
+        if batch[0] not in train_b:
+            grad_a[batch[0]] = torch.ops.falqon.grad_a(d[batch[0]], *x, of_a[batch[0]])
+            continue
+        made_b, made_a = lower_adapter_grads(
+            Batch(
+                batch,
+                [flat[ctx.owner[j]] for j in batch],
+                saved.out_a[0],
+                ctx.ranks,
+                [ctx.scaling[j] for j in batch],
+                [of_b[j] for j in batch],
+                x,
+                [d[j] for j in of_x],
+                [of_a[j] for j in of_x],
+            ),
+            ctx.spec_text,
+        )
+        for into, places, made in ((grad_b, batch, made_b), (grad_a, of_x, made_a)):
+            for j, result in zip(places, made, strict=True):
+                into[j] = result
     for j in adapters:
-        if needs_b[j]:
-            g = flat[ctx.owner[j]]
-            grad_b[j] = lower_grad_b(g, parts[j], ctx.scaling[j], of_b[j], ctx.spec_text)
-        if needs_a[j]:
-            place = 2 * j if own_x else 0
-            x = saved.kept[place : place + 2]
-            grad_a[j] = torch.ops.falqon.grad_a(d[j], *x, of_a[j])
         if own_x and needs_own[j] and ctx.adds_b:
             shape, dtype = ctx.shapes[1 + j]
             values = lowering.dequantize(_as_read(saved.a[j]), saved.a_scale[j], d[j].dtype)
@@ -359,14 +378,10 @@ def _through_fp8(
 _RECOMPILE = "Call torch._dynamo.reset() after changing requires_grad"
 
 
-def lower_grad_b(
-    grad: Tensor, out_a: Tensor, scaling: float, b_dtype: torch.dtype, spec_text: str
-) -> Tensor:
-    """`falqon_fx.ops.lowering.grad_b`, or its like for GPUs."""
-    if grad.device.type == "cuda":
-        result: Tensor = torch.ops.falqon.grad_b_product(grad, out_a, scaling, b_dtype, spec_text)
-        return result
-    return lowering.grad_b(grad, out_a, scaling, b_dtype)
+def lower_adapter_grads(batch: Batch, spec_text: str) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """`falqon_fx.ops.adapter_grads.adapter_grads`, or its like for GPUs."""
+    run = adapter_grads_on_gpu if batch.out_a.device.type == "cuda" else adapter_grads
+    return run(batch, spec_text)
 
 
 merged_linear.register_autograd(_backward, setup_context=_save)

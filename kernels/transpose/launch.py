@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from falqon_fx.kernels.interpreter import runs_interpreted
+from falqon_fx.kernels.launching import launch
 from falqon_fx.kernels.loader import load
 from falqon_fx.kernels.transpose.spec import TransposeSpec
 
@@ -19,15 +20,14 @@ def transpose(x: Tensor, spec: TransposeSpec) -> Tensor:
     rows, columns = x.shape
     if x.dtype != torch.uint8 or not x.is_contiguous():
         raise ValueError(f"transpose: {x.dtype} with strides {x.stride()}")
-    y = torch.empty((columns, -(-rows // 16) * 16), dtype=torch.uint8, device=x.device)
+    words = torch.empty((columns, -(-rows // 16) * 4), dtype=torch.int32, device=x.device)
     if x.numel() == 0:
-        return y[:, :rows]
+        return words.view(torch.uint8).narrow(1, 0, rows)
     grid = (-(-rows // spec.block), -(-columns // spec.block))
     kernel = load(spec, runs_interpreted(x)).transpose
-    words = y.view(torch.int32)
-    with torch.cuda.device_of(x):
-        kernel[grid](x, words, rows, columns, words.stride(0), num_warps=spec.num_warps)
-    return y[:, :rows]
+    arguments = [x, words, rows, columns, words.stride(0)]
+    (words,) = launch(kernel, grid, arguments, ["y_ptr"], num_warps=spec.num_warps)
+    return words.view(torch.uint8).narrow(1, 0, rows)
 
 
 def signatures(spec: TransposeSpec) -> dict[str, dict[str, str]]:

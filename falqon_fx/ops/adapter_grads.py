@@ -1,0 +1,102 @@
+"""The gradients of A and B."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from falqon_fx.ops import lowering
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Adapters j that read the same x, and whose gradients are made together.
+
+    Attributes:
+        adapters: their numbers, of all that ``out_a`` has columns for.
+        grad: dL/dO_j [n, out_j] of each.
+        out_a: O_A [n, Σ r] of all adapters side by side; ``ranks`` has the rank of each.
+        scaling: of each of ``adapters``.
+        b_dtypes: the dtype of each B.
+        x: E4M3 [n, in] and its scale, where every A trains; else nothing, and no ``d``.
+        d: D_j [n, r_j] of each.
+        a_dtypes: the dtype of each A.
+    """
+
+    adapters: list[int]
+    grad: list[Tensor]
+    out_a: Tensor
+    ranks: list[int]
+    scaling: list[float]
+    b_dtypes: list[torch.dtype]
+    x: list[Tensor]
+    d: list[Tensor]
+    a_dtypes: list[torch.dtype]
+
+
+def adapter_grads(batch: Batch, spec_text: str) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """dL/dB_j [out_j, r_j] = scaling_j · (dL/dO_j)ᵀ · O_A,j of each adapter, and
+    dL/dA_j [r_j, in] = D_jᵀ · x̂ of each that has a D.
+    """
+    parts = batch.out_a.split(batch.ranks, dim=1)
+    of_b = [
+        lowering.grad_b(g, parts[j], factor, dtype)
+        for g, j, factor, dtype in zip(batch.grad, batch.adapters, batch.scaling, batch.b_dtypes)
+    ]
+    of_a = [
+        torch.ops.falqon.grad_a(d, *batch.x, dtype) for d, dtype in zip(batch.d, batch.a_dtypes)
+    ]
+    return of_b, of_a
+
+
+def adapter_grads_on_gpu(batch: Batch, spec_text: str) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The same, in two or three launches for as many as the kernels take."""
+    of_a: list[Tensor] = []
+    of_b: list[Tensor] = []
+    dtypes = {*batch.b_dtypes, *batch.a_dtypes}
+    dtype = next(iter(dtypes)) if len(dtypes) == 1 else torch.float32
+    for part in _parts([batch.ranks[j] for j in batch.adapters]):
+        adapters = batch.adapters[part]
+        ranks, d = [batch.ranks[j] for j in adapters], batch.d[part]
+        made = torch.ops.falqon.adapter_grads(
+            batch.grad[part],
+            _columns(batch.out_a, batch.ranks, adapters),
+            ranks,
+            batch.scaling[part],
+            batch.x,
+            d,
+            dtype,
+            spec_text,
+        )
+        of_b += made[: len(ranks)]
+        of_a += made[len(ranks) :]
+    return _cast(of_b, batch.b_dtypes), _cast(of_a, batch.a_dtypes)
+
+
+_TOGETHER = 8  # adapters in one launch
+_RANKS = 256  # and the sum of their ranks
+
+
+def _parts(ranks: Sequence[int]) -> Iterator[slice]:
+    """The adapters in groups that the kernels take."""
+    first = 0
+    for end in range(1, len(ranks) + 1):
+        full = end - first == _TOGETHER or sum(ranks[first : end + 1]) > _RANKS
+        if full or end == len(ranks):
+            yield slice(first, end)
+            first = end
+
+
+def _columns(out_a: Tensor, ranks: list[int], adapters: list[int]) -> Tensor:
+    """The columns of some adapters."""
+    if len(adapters) == len(ranks):
+        return out_a
+    parts = out_a.split(ranks, dim=1)
+    return torch.cat([parts[j] for j in adapters], dim=1)
+
+
+def _cast(results: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    return [result.to(dtype) for result, dtype in zip(results, dtypes, strict=True)]
