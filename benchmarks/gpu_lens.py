@@ -31,13 +31,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--kernel", default="auto", help="FalqonConfig's: triton, scaled_mm, ...")
     parser.add_argument("--runs", nargs="*", help="some of them: falqon falqon_frozen_a inductor")
+    parser.add_argument("--no-host", action="store_true", help="leave host times out")
     parser.add_argument("--json", type=Path, help="write the numbers there")
     parser.add_argument("--text", type=Path, help="write the page there")
+    parser.add_argument("--results", action="store_true", help="both, in benchmarks/results/")
     parser.add_argument("--code", type=Path, help="a folder for the generated code")
     args = parser.parse_args(argv)
+    if args.results:
+        args.json, args.text = (
+            common.RESULTS / f"gpu_lens-{args.model}-{args.layers}{suffix}"
+            for suffix in (".json", ".md")
+        )
     wanted = lens.runs(args.rank, args.kernel)
     seen = {
-        name: lens.look(SHAPES[args.model], args.batch, args.tokens, args.layers, run)
+        name: lens.look(
+            SHAPES[args.model], args.batch, args.tokens, args.layers, run, not args.no_host
+        )
         for name, run in wanted.items()
         if name in (args.runs or wanted)
     }

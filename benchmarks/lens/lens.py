@@ -97,7 +97,7 @@ class Seen:
         }
 
 
-def look(shape: Shape, batch: int, length: int, layers: int, run: Run) -> Seen:
+def look(shape: Shape, batch: int, length: int, layers: int, run: Run, timed: bool) -> Seen:
     """Compile and run a step of ``layers`` layers, with launches that are noted down."""
     with fake_gpu.h100(), fake_gpu.compiled_graphs() as graphs:
         trace(
@@ -107,8 +107,8 @@ def look(shape: Shape, batch: int, length: int, layers: int, run: Run) -> Seen:
         )
         forward, backward = graphs
         assert (forward.backward, backward.backward) == (False, True)
-        ahead, results = _direction(forward)
-        back, _ = _direction(backward)
+        ahead, results = _direction(forward, timed)
+        back, _ = _direction(backward, timed)
     x_shape = (batch, length, shape.hidden)
     code = {"forward": forward.source, "backward": backward.source}
     return Seen(ahead, back, list(_kept(forward, results, x_shape)), code, layers)
@@ -155,7 +155,7 @@ class _Tracer(nn.Module):
         return gm.forward  # type: ignore[no-any-return] # what was compiled is run apart
 
 
-def _direction(graph: Graph) -> tuple[Direction, Sequence[Any]]:
+def _direction(graph: Graph, timed: bool) -> tuple[Direction, Sequence[Any]]:
     launches = Launches()
     results = graph.call(launches)
     seen = Direction(
@@ -166,7 +166,7 @@ def _direction(graph: Graph) -> tuple[Direction, Sequence[Any]]:
         sorted(graph.mutated),
         sorted(graph.mutated - graph.static),
         graph.graphs_off,
-        host.microseconds(graph, launches.results),
+        host.microseconds(graph, launches.results) if timed else 0.0,
     )
     return seen, results
 
