@@ -17,11 +17,11 @@ from lens.fake_gpu import Kernel, storage_of
 aten = torch.ops.aten
 # Ops of ours whose body is Python that launches kernels.
 BODIES: dict[str, Callable[..., Any]] = {
-    "cast_fp8": products.cast_alone,
+    "cast_fp8": products.cast_fp8,
     "merged_product": products.merged_product,
     "adapter_product": products.adapter_product,
     "grad_x_product": products.grad_x_product,
-    "grad_b_product": products.grad_b_product,
+    "adapter_grads": products.adapter_grads,
 }
 # Launches of what is not one. FlashAttention's backward: dO · O, the products, dq to bf16.
 _SEVERAL = {"_scaled_dot_product_flash_attention_backward": 3}
