@@ -21,6 +21,7 @@ BODIES: dict[str, Callable[..., Any]] = {
     "merged_product": products.merged_product,
     "adapter_product": products.adapter_product,
     "grad_x_product": products.grad_x_product,
+    "grad_out_a": products.grad_out_a,
     "adapter_grads": products.adapter_grads,
 }
 # Launches of what is not one. FlashAttention's backward: dO · O, the products, dq to bf16.
