@@ -77,9 +77,9 @@ class AdapterGradsSpec(KernelSpec):
             rank=rank,
             x_rank=x_rank,
             block_m=64 if rank > 64 or wide else 128,
-            block_x=64 if x_rank > 64 or wide else 128,
-            block_k=32 if wide else 64,
-            num_warps=8 if max(rank, x_rank) > 64 or wide else 4,
+            block_x=64 if x_rank > 64 else 128,
+            block_k=32 if wide or len(ranks) > 2 else 64,
+            num_warps=8,
             num_stages=2 if wide else 3,
         )
 
