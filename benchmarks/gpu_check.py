@@ -21,8 +21,9 @@ from falqon_fx import FalqonConfig, MergedAdapter
 from falqon_fx.kernels.activation_cast.launch import activation_cast
 from falqon_fx.kernels.activation_cast.spec import ActivationCastSpec
 from falqon_fx.kernels.gemm.launch import Piece, Product
-from falqon_fx.kernels.products import dispatch
+from falqon_fx.kernels.products import adapters, dispatch
 from falqon_fx.kernels.products.choice import Candidate, Refusal
+from falqon_fx.kernels.products.contest import Contest, Options
 from falqon_fx.kernels.transpose import kept as stored
 from falqon_fx.ops import gpu, lowering
 from falqon_fx.rows import cuda as rows_cuda
@@ -124,7 +125,7 @@ def constant(value: Tensor) -> Exact:
 
 
 def run_all(
-    what: str, shape: tuple[int, ...], contest: dispatch.Contest, exact: list[Exact]
+    what: str, shape: tuple[int, ...], contest: Contest, exact: list[Exact]
 ) -> Iterator[Checked]:
     """Every candidate of a product; one that refuses says why."""
     for name, candidate in contest.candidates.items():
@@ -151,7 +152,7 @@ def _try(what: str, name: str, candidate: Candidate) -> list[Tensor] | None:
     return results
 
 
-def check_products(device: str, options: dispatch.Options) -> Iterator[Checked]:
+def check_products(device: str, options: Options) -> Iterator[Checked]:
     """O of layers alone, with adapters and as siblings, O_A, dL/dx of one and of several layers,
     dL/dB and dL/dA.
     """
@@ -161,7 +162,7 @@ def check_products(device: str, options: dispatch.Options) -> Iterator[Checked]:
 
 
 def _check_forward(
-    shape: tuple[int, int, int, int], device: str, options: dispatch.Options
+    shape: tuple[int, int, int, int], device: str, options: Options
 ) -> Iterator[Checked]:
     """Of two layers, the second of fewer rows, with adapters of different rank."""
     n, out, features, rank = shape
@@ -203,7 +204,7 @@ def _check_forward(
 
 
 def _check_backward(
-    shape: tuple[int, int, int, int], device: str, options: dispatch.Options
+    shape: tuple[int, int, int, int], device: str, options: Options
 ) -> Iterator[Checked]:
     """Of two layers that share x, of which the first has an adapter."""
     n, out, features, rank = shape
@@ -225,18 +226,17 @@ def _check_backward(
         found = dispatch.grad_x(products[:count], of_d, of_a, BF16, options)
         yield from run_all(what, shape, found, [wanted])
     grad = random_bf16(n, out, device, 28)
-    found = dispatch.grad_b(grad, d, 1.0, torch.float32, "auto")
-    yield from run_all("dL/dB", shape, found, [product(grad.t(), d.t())])
     # x as it is kept: its scale goes into D, which is rounded again.
     code, scale = fp8(n, features, E4M3, device, 29), positive(n, device, 30)
     scaled = (d.float() * scale).to(BF16)
-    aten = dispatch.Contest(
-        "dL/dA", {"aten": lambda: [gpu.grad_a(d, code, scale, torch.float32)]}, d, "auto"
+    found = adapters.adapter_grads(
+        [grad], d, [rank], [1.0], [code, scale], [d], torch.float32, "auto"
     )
-    yield from run_all("dL/dA", shape, aten, [product(scaled.t(), code.t())])
+    exact = [product(grad.t(), d.t()), product(scaled.t(), code.t())]
+    yield from run_all("dL/dB, dL/dA", shape, found, exact)
 
 
-def check_inductor(device: str, options: dispatch.Options) -> Iterator[Checked]:
+def check_inductor(device: str, options: Options) -> Iterator[Checked]:
     """Inductor's templates, one scale for all: of one shape, for each shape takes it seconds."""
     n, out, features, _ = (SHAPES_CHECKED if device == "cuda" else TINY)[0]
     q, weight = fp8(n, features, E4M3, device, 0), fp8(out, features, E4M3, device, 1)
@@ -260,7 +260,7 @@ def check_inductor(device: str, options: dispatch.Options) -> Iterator[Checked]:
 
 def check_transpose(device: str) -> Checked:
     w = fp8(*((300, 272) if device == "cuda" else (40, 48)), E4M3, device, 0)
-    turned = stored.transposed(w)
+    (turned,) = stored.transposed([w])
     assert torch.equal(turned.view(torch.uint8), w.view(torch.uint8).t()), "transpose"
     return Checked("Wᵀ", "transpose", tuple(w.shape), 0.0)
 
@@ -375,7 +375,7 @@ def check_training(device: str, name: str) -> Checked:
     return Checked("three steps", name, (2, 16), worst)
 
 
-def all_checks(device: str, options: dispatch.Options | None = None) -> list[Checked]:
+def all_checks(device: str, options: Options | None = None) -> list[Checked]:
     checks: list[Callable[[], Checked]] = [
         lambda: check_transpose(device),
         lambda: check_adapter_casts(device),
@@ -383,7 +383,7 @@ def all_checks(device: str, options: dispatch.Options | None = None) -> list[Che
         lambda: check_training(device, "falqon"),
         lambda: check_training(device, "falqon, A frozen"),
     ]
-    options = options or dispatch.Options()
+    options = options or Options()
     found = [*check_activation_cast(device), *check_products(device, options)]
     found += check_inductor(device, options)
     return found + [check() for check in checks]

@@ -18,8 +18,9 @@ from falqon_fx import FalqonConfig
 from falqon_fx._compat import scaled_mm
 from falqon_fx.config import Accumulation
 from falqon_fx.kernels.gemm.launch import Piece, Product
-from falqon_fx.kernels.products import dispatch
+from falqon_fx.kernels.products import adapters, dispatch
 from falqon_fx.kernels.products.choice import Refusal
+from falqon_fx.kernels.products.contest import Contest, Options
 from falqon_fx.ops import gpu
 from falqon_fx.rows import cuda as rows_cuda
 from falqon_fx.rows.state import allocate
@@ -108,12 +109,12 @@ def measure(problem: Problem, clock: Clock, ceiling: Ceilings) -> Iterator[Kerne
     g, g_scale = fp8(n, out, E5M2, device, 4), positive(n, device, 5) if row else scalar
     o_a, grad = random_bf16(n, rank, device, 6), random_bf16(n, out, device, 7)
     b, a_turned = random_bf16(out, rank, device, 8), random_bf16(features, rank, device, 9)
-    options = dispatch.Options(
+    options = Options(
         kernel="max-autotune" if problem.templates else "auto",
         accumulation=problem.accumulation,
     )
 
-    def forward(pieces: list[Piece], a_pieces: int) -> dispatch.Contest:
+    def forward(pieces: list[Piece], a_pieces: int) -> Contest:
         return dispatch.forward(q, q_scale, pieces, a_pieces, BF16, BF16, options)
 
     def library() -> Tensor:
@@ -124,7 +125,7 @@ def measure(problem: Problem, clock: Clock, ceiling: Ceilings) -> Iterator[Kerne
     roof = _timed(library, clock, n)
     flops = 2.0 * n * out * features
 
-    def rows(what: str, contest: dispatch.Contest, least: float) -> Iterator[KernelRow]:
+    def rows(what: str, contest: Contest, least: float) -> Iterator[KernelRow]:
         timings: dict[str, Timing] = {}
         for name, run in contest.candidates.items():
             try:
@@ -145,14 +146,12 @@ def measure(problem: Problem, clock: Clock, ceiling: Ceilings) -> Iterator[Kerne
     yield from rows("dL/dx", dispatch.grad_x(one, None, None, BF16, options), least)
     both = dispatch.grad_x(one, o_a, a_turned, BF16, options)
     yield from rows("dL/dx with the adapter", both, least)
-    contest = dispatch.grad_b(grad, o_a, 1.0, torch.float32, "auto")
-    yield from rows("dL/dB", contest, ceiling.seconds(2.0 * n * out * rank, 0.0))
-
-    def grad_a() -> list[Tensor]:
-        return [gpu.grad_a(o_a, q, q_scale, torch.float32)]
-
-    contest = dispatch.Contest("dL/dA", {"aten": grad_a}, o_a, "auto")
-    yield from rows("dL/dA", contest, ceiling.seconds(2.0 * n * features * rank, 0.0))
+    of_b = ([grad], o_a, [rank], [1.0])
+    flops_b, flops_a = 2.0 * n * out * rank, 2.0 * n * features * rank
+    contest = adapters.adapter_grads(*of_b, [], [], torch.float32, "auto")
+    yield from rows("dL/dB", contest, ceiling.seconds(flops_b, 0.0))
+    contest = adapters.adapter_grads(*of_b, [q, q_scale], [o_a], torch.float32, "auto")
+    yield from rows("dL/dB, dL/dA", contest, ceiling.seconds(flops_b + flops_a, 0.0))
 
 
 def _timed(run: Callable[[], object], clock: Clock, tokens: int) -> Timing:

@@ -143,6 +143,15 @@ def is_fake(value: object) -> bool:
     return isinstance(value, FakeTensor)
 
 
+def is_recording(value: Tensor) -> bool:
+    """Whether nothing can be timed now: a graph is traced, or a CUDA graph is captured."""
+    return is_fake(value) or torch.cuda.is_current_stream_capturing()
+
+
+def share_storage(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
 def mark_static_input(node: fx.Node) -> None:
     """Tell AOTAutograd that a placeholder is a tensor that stays where it is between calls."""
     node._dynamo_source = None
@@ -283,6 +292,13 @@ def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
     return apply(function, tree)
 
 
+def tree_leaves(tree: Any) -> list[Any]:
+    """All leaves of nested containers."""
+    from torch.utils._pytree import tree_leaves as leaves
+
+    return list(leaves(tree))
+
+
 def hint(size: Any) -> int:
     """The value of a size in the traced call; a symbol is not pinned by reading it."""
     if isinstance(size, torch.SymInt):
@@ -371,3 +387,41 @@ def value_of(node: fx.Node) -> Any:
 
 nn_linear = torch._C._nn.linear  # what F.linear is in a graph of Dynamo
 OpOverload = torch._ops.OpOverload
+
+
+def launch_in_graph(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: Mapping[str, Any],
+    blocks: Mapping[str, list[int]],
+    written: list[str],
+) -> dict[str, Tensor]:
+    """A launch of a Triton kernel as a node of the graph that is being traced; the tensors
+    ``written``, as they are after it.
+
+    This is what `torch.library.wrap_triton` traces to once AOTAutograd has made it functional. It
+    is called directly since decompositions run below that, and for the TMA descriptors, of which
+    ``blocks`` names the shape of the block.
+    """
+    from torch._higher_order_ops import triton_kernel_wrap as wrap
+
+    table = wrap.kernel_side_table
+    of_graph = {name: value for name, value in arguments.items() if value is not None}
+    call: dict[str, Any] = {
+        "kernel_idx": table.add_kernel(kernel),
+        "constant_args_idx": table.add_constant_args(dict.fromkeys(arguments.keys() - of_graph)),
+        "kwargs": of_graph,
+        "tma_descriptor_metadata": {
+            name: wrap.create_tma_stable_metadata(block) for name, block in blocks.items()
+        },
+    }
+    # Inductor orders and keeps launches by what it finds in the kernel's code. Where it finds less
+    # than is written, what reads the rest might run before the launch.
+    unseen = {*written} - {*wrap.get_mutated_tensors(**call)}
+    if unseen:
+        raise RuntimeError(f"torch doesn't see that {kernel} writes {', '.join(sorted(unseen))}")
+    dimensions = [(*grid, *[1] * (3 - len(grid)))]
+    result: dict[str, Tensor] = wrap.triton_kernel_wrapper_functional(
+        grid=dimensions, tensors_to_clone=written, **call
+    )
+    return result

@@ -29,6 +29,13 @@ def fp8_architecture(device: torch.device) -> int:
     return number if number >= FP8 else 0
 
 
+def reads_columns(architecture: int) -> bool:
+    """Whether FP8 products of sm_90 and so on take W as stored for dL/dx: sm_100's tensor cores
+    read operands either way; the others would need W byte by byte. 0 is the interpreter.
+    """
+    return architecture in (0, 100)
+
+
 def cast_mode(architecture: int) -> CastMode:
     """How kernels cast to FP8 on sm_90 and so on; 0 is the interpreter."""
     return "hardware" if architecture >= FP8 else "integer"

@@ -26,10 +26,12 @@ from rich.progress import track
 from rich.table import Table
 
 from falqon_fx.kernels.activation_cast import examples as activation_cast
+from falqon_fx.kernels.adapter_cast import examples as adapter_cast
+from falqon_fx.kernels.adapter_grads import examples as adapter_grads
 from falqon_fx.kernels.aot import ARCHITECTURES, CompiledKernel, compile_ahead
 from falqon_fx.kernels.gemm import examples as gemm
 from falqon_fx.kernels.gemm.spec import GemmSpec
-from falqon_fx.kernels.grad_b import examples as grad_b
+from falqon_fx.kernels.grad_out_a import examples as grad_out_a
 from falqon_fx.kernels.kernel import Kernel
 from falqon_fx.kernels.loader import load
 from falqon_fx.kernels.spec import KernelSpec
@@ -40,7 +42,9 @@ KERNELS: tuple[Kernel[Any], ...] = (
     gemm.KERNEL,
     transpose.KERNEL,
     transpose.STORED,
-    grad_b.KERNEL,
+    adapter_grads.KERNEL,
+    grad_out_a.KERNEL,
+    adapter_cast.KERNEL,
     update.KERNEL,
     activation_cast.KERNEL,
 )

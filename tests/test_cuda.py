@@ -9,6 +9,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,8 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from falqon_fx.kernels.products import dispatch
 from falqon_fx.kernels.update import launch as update
-from falqon_fx.ops import gpu, lowering
+from falqon_fx.ops import gpu, lowering, products
 from falqon_fx.ops import merged_linear as ops
+from falqon_fx.ops.adapter_grads import adapter_grads_on_gpu, grad_out_a_on_gpu
 from falqon_fx.ops.arguments import Merged
 from falqon_fx.ops.decompositions import decompositions
 from falqon_fx.rows import cuda as rows_cuda
@@ -40,6 +42,7 @@ from tests.test_lowering import check, expected, hat, run
 F32, BF16 = torch.float32, torch.bfloat16
 ROW, TENSOR = (SiteSpec(granularity, "pow2", "e5m2") for granularity in ("row", "tensor"))
 falqon = torch.ops.falqon
+LAUNCH = "triton_kernel_wrapper_functional"
 
 # numpy, which the interpreter computes with, announces what hashing does on purpose.
 pytestmark = pytest.mark.filterwarnings(
@@ -60,9 +63,18 @@ def as_on_a_gpu() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "lower_merged_linear", gpu.merged_linear)
         patch.setattr(ops, "lower_grad_x", gpu.merged_linear_grad_x)
-        patch.setattr(ops, "lower_grad_b", falqon.grad_b_product)
+        patch.setattr(ops, "lower_adapter_grads", adapter_grads_on_gpu)
+        patch.setattr(ops, "lower_grad_out_a", grad_out_a_on_gpu)
         patch.setattr(lowering, "grad_a", gpu.grad_a)
         yield
+
+
+@pytest.fixture
+def _h100(monkeypatch):
+    """Fake tensors on "cuda" are those of an H100."""
+    about = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
 
 
 def check_on_gpu(case: Case) -> dict[str, Tensor]:
@@ -260,6 +272,7 @@ def test_autocast_changes_nothing_inside_of_the_op(kernel, dtype):
 # -- the ops as the compiler sees them -------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("_h100")
 @pytest.mark.parametrize("name", [name for name in GROUPS if name != "ranks beyond the kernels'"])
 @pytest.mark.parametrize("spec", [ROW, TENSOR], ids=["row", "tensor"])
 def test_fake_results_look_like_the_real_ones(name, spec):
@@ -302,10 +315,16 @@ def test_fake_results_of_the_products_look_like_the_real_ones():
     nothing: Any = [[]] * 6
     opcheck(falqon.merged_product, (q, q_scale, weight, scale, *nothing, torch.float16, spec_text))
     grads = [gpu.quantize(randn(32, n), E5M2, spec_text) for n in (48, 32)]
-    for d, codes in (([randn(32, 24)], a), ([], [])):
+    for d, codes, of_a in (([randn(32, 24)], a, a_scale), ([randn(32, 24)], a, []), ([], [], [])):
         g, scales = [g for g, _ in grads], [s for _, s in grads]
-        opcheck(falqon.grad_x_product, (g, scales, weight, d, codes, F32, spec_text))
-    opcheck(falqon.grad_b_product, (randn(5, 48), randn(5, 16), 0.5, BF16, spec_text))
+        opcheck(falqon.grad_x_product, (g, scales, weight, d, codes, of_a, F32, spec_text))
+    opcheck(
+        falqon.grad_out_a, ([randn(32, 48), randn(32, 32)], [randn(48, 8), randn(32, 4)], spec_text)
+    )
+    grads_of, ranks, d = [randn(32, 48), randn(32, 32)], [16, 8], [randn(32, 24)]
+    for kept, of_d in (([q, q_scale], d), ([], [])):
+        rest = (randn(32, 24), ranks, [0.5, 1.0], kept, of_d, BF16, spec_text)
+        opcheck(falqon.adapter_grads, (grads_of, *rest))
     opcheck(falqon.cast_fp8, (x.float(), E5M2, spec_text))
     opcheck(falqon.cast_fp8, (x, E5M2, spec_text))
 
@@ -335,9 +354,15 @@ def traced(function: Callable[..., Any], *args: Any) -> Counter[str]:
     return Counter(str(node.target) for node in graph.nodes if node.op == "call_function")
 
 
-@pytest.mark.parametrize("name", ["siblings, some frozen", "several adapters", "b absent"])
-def test_on_a_gpu_the_ops_are_lowered_to_products(name):
-    """One in forward, and one for dL/dx of the whole group."""
+@pytest.mark.usefixtures("_h100")
+@pytest.mark.parametrize(
+    ("name", "forward"),
+    [("siblings, some frozen", 3), ("several adapters", 2), ("b absent", 1)],
+)
+def test_on_a_gpu_the_ops_are_lowered_to_launches(name, forward):
+    """O_A, O of the sites with adapters, O of the others; in backward one dL/dx of the group behind
+    the transposes of its weights, which an H100 wants the other way round.
+    """
     case, table = GROUPS[name](ROW), decompositions()
     _, *arguments = case.arguments()
     with FakeTensorMode():
@@ -350,35 +375,89 @@ def test_on_a_gpu_the_ops_are_lowered_to_products(name):
             for column in arguments[:9]
         ]
         op = table[falqon.merged_linear.default]
-        found = traced(lambda x: op(x, *columns, *arguments[9:]), empty(32, 64, dtype=BF16))
-        assert found["falqon.merged_product.default"] == 1
-        assert not {"falqon.adapter_product.default", "aten.mm.default"} & {*found}
+        x = empty(32, 64, dtype=BF16)
+        found = traced(lambda *args: op(*args), x, *columns, *arguments[9:])
+        assert found[LAUNCH] == forward
+        assert not {
+            name for name in found if name.startswith("falqon.") or name == "aten.mm.default"
+        }
 
         weight, scale, _, a, a_scale, *_ = columns
         grads = [empty(32, len(w), dtype=BF16) for w in weight]
-        d = [empty(32, len(code), dtype=BF16) for code in a] if case.adds_b else []
+        d = [empty(32, sum(len(code) for code in a), dtype=BF16)] if case.adds_b else []
         given_a = (a, a_scale) if case.adds_b else ([], [])
         op_x = table[falqon.merged_linear_grad_x.default]
         rest = (weight, scale, d, *given_a, BF16, str(case.spec))
-        found = traced(lambda *grads: op_x([*grads], *rest), *grads)
-        assert found["falqon.grad_x_product.default"] == 1
-        assert "aten.mm.default" not in found
+        found = traced(lambda *args: op_x(*args), grads, *rest)
+        assert found[LAUNCH] == 2
+        assert not {
+            name for name in found if name.startswith("falqon.") or name == "aten.mm.default"
+        }
 
 
-def test_below_sm_89_the_cast_is_an_op_by_itself(monkeypatch):
+def in_a_graph(function: Callable[..., Any], *args: Any) -> tuple[Counter[str], Any]:
+    """The ops in the graph that is traced for these sizes, and what it computes."""
+    graph = make_fx(function, tracing_mode="fake")(*args)
+    found = Counter(str(n.target) for n in graph.graph.nodes if n.op == "call_function")
+    return found, graph(*args)
+
+
+@pytest.mark.parametrize("spec", [ROW, TENSOR], ids=["row", "tensor"])
+@pytest.mark.parametrize("name", GROUPS)
+def test_graphs_of_known_sizes_launch_the_kernels_themselves(name, spec):
+    """No op of ours is left, forward and backward, and the graph computes what the ops do."""
+    case, table = GROUPS[name](replace(spec, kernel="triton")), decompositions()
+    x, *arguments = case.arguments()
+    ops_found = Counter[str]()
+
+    def check_graph(op: Any, *args: Any) -> None:
+        found, made = in_a_graph(lambda *args: table[op](*args), *args)
+        wanted = table[op](*args)
+        many = isinstance(wanted, list)
+        for one, two in zip(made if many else [made], wanted if many else [wanted], strict=True):
+            assert torch.equal(one.float(), two.float())
+        ops_found.update(found)
+
+    check_graph(falqon.merged_linear.default, x, *arguments)
+    weight, scale, _, a, a_scale, *_ = arguments
+    grads = [layer.grad.reshape(-1, layer.grad.shape[-1]) for layer in case.layers]
+    d = [randn(32, sum(len(code) for code in a)).bfloat16()] if a else []
+    given_a = (d, a, a_scale) if case.adds_b else ([], [], [])
+    rest = (weight, scale, *given_a, BF16, str(case.spec))
+    check_graph(falqon.merged_linear_grad_x.default, grads, *rest)
+    if a:
+        ranks = [len(code) for code in a]
+        q, q_scale = gpu.quantize(x.reshape(32, 64), E4M3, str(spec))
+        of = [grads[i] for i in arguments[10]]
+        given = (of, randn(32, sum(ranks)).bfloat16(), ranks, [0.5] * len(a), [q, q_scale], d)
+        check_graph(falqon.adapter_grads.default, *given, F32, str(case.spec))
+        factors = [randn(g.shape[1], rank).bfloat16() for g, rank in zip(of, ranks, strict=True)]
+        check_graph(falqon.grad_out_a.default, of, factors, str(case.spec))
+        loras = [[lora.lora_a for lora in case.adapters], [lora.lora_b for lora in case.adapters]]
+        numbers = ([0.5] * len(a), [], False, str(case.spec))
+        check_graph(falqon.proxy_update.default, *loras, *numbers)
+    assert ops_found[LAUNCH] > 0
+    assert not [name for name in ops_found if name.startswith("falqon.")]
+
+
+@pytest.mark.usefixtures("_h100")
+def test_below_sm_89_the_cast_is_a_launch_by_itself(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for capability, calls in (((8, 0), 1), ((8, 9), 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
         with FakeTensorMode():
             x = torch.empty(5, 64, device="cuda")
             found = traced(lambda x: gpu.quantize(x, E4M3, str(ROW)), x)
-        assert found["falqon.cast_fp8.default"] == calls
+        assert found[LAUNCH] == calls
 
 
 @pytest.fixture
 def _traceable(monkeypatch):
-    """Dynamo may go through the lowering: what this CPU can do is not asked."""
+    """Dynamo may go through the lowering: what this CPU can do is not asked, and products stay
+    the ops that they are where sizes are symbols.
+    """
     monkeypatch.setattr(lowering, "native_bf16", lambda: True)
+    monkeypatch.setattr(products, "sizes_known", lambda args: False)
 
 
 @pytest.mark.usefixtures("_traceable")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from falqon_fx._compat import OpOverload, inductor_decompositions
-from falqon_fx.ops import gpu, merged_linear
+from falqon_fx.ops import gpu, merged_linear, products
 from falqon_fx.ops.arguments import Merged
 from falqon_fx.rows import ops as rows_ops
 from falqon_fx.site.spec import lowering_version
@@ -30,6 +30,13 @@ def _merged_linear(*args: Any) -> list[Tensor]:
     return gpu.merged_linear(Merged(*args))
 
 
+def _opened(run: Callable[..., Any]) -> Callable[..., Any]:
+    def lower(*args: Any) -> Any:
+        return run(*args) if products.sizes_known(args) else NotImplemented
+
+    return lower
+
+
 def decompositions(_torch: str = "", _lowering: str = "") -> Decompositions:
     """Inductor's decompositions and those that open the ``falqon::`` ops below autograd, for graphs
     on a GPU.
@@ -40,4 +47,6 @@ def decompositions(_torch: str = "", _lowering: str = "") -> Decompositions:
     table[merged_linear.OP] = _merged_linear
     table[torch.ops.falqon.merged_linear_grad_x.default] = gpu.merged_linear_grad_x
     table[torch.ops.falqon.grad_a.default] = gpu.grad_a
+    table[torch.ops.falqon.adapter_grads.default] = _opened(products.adapter_grads)
+    table[torch.ops.falqon.grad_out_a.default] = _opened(products.grad_out_a)
     return table

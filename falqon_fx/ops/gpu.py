@@ -2,7 +2,7 @@
 
 The functions take what those of `falqon_fx.ops.lowering` take and compute the same; here products
 get FP8 operands and their scales, and add up in float32 up to the store. The casts are ATen, so
-that Inductor fuses them into whatever made x or dL/dO; the products are opaque ops.
+that Inductor fuses them into whatever made x or dL/dO; the products stand in `products`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from falqon_fx.kernels.hardware import fp8_architecture
+from falqon_fx.ops import products
 from falqon_fx.ops.arguments import Merged
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.site.casts import cast_fp8
 from falqon_fx.site.numerics import E4M3, as_e4m3, without_autocast
 from falqon_fx.site.spec import parse_spec
+
+_TOGETHER = 8  # adapters in one launch
 
 
 def quantize(x: Tensor, dtype: torch.dtype, spec_text: str) -> tuple[Tensor, Tensor]:
@@ -29,7 +32,7 @@ def quantize(x: Tensor, dtype: torch.dtype, spec_text: str) -> tuple[Tensor, Ten
     if known and not fp8_architecture(x.device):
         narrow = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         x = x if narrow else x.to(torch.float32)
-        q, scale = torch.ops.falqon.cast_fp8(x, dtype, spec_text)
+        q, scale = products.call(products.cast_fp8, x, dtype, spec_text)
         return q, scale
     return cast_fp8(x.to(torch.float32), dtype, spec_text)
 
@@ -46,9 +49,10 @@ def proxy_update(
     """See `falqon_fx.ops.lowering.proxy_update`."""
     dtype = torch.float32 if wide else torch.bfloat16
     casts: list[Tensor] = []
-    for a, b, factor in zip(lora_a, lora_b, scaling):
-        code, scale = quantize(a.detach(), E4M3, spec_text)
-        casts += [code, scale, (b.detach().to(torch.float32) * factor).to(dtype)]
+    for first in range(0, len(lora_a), _TOGETHER):
+        part = slice(first, first + _TOGETHER)
+        given = ([t.detach() for t in lora_a[part]], [t.detach() for t in lora_b[part]])
+        casts += products.adapter_casts(*given, scaling[part], dtype, spec_text)
     return casts
 
 
@@ -72,11 +76,14 @@ def merged_linear(given: Merged) -> list[Tensor]:
     out_a: list[Tensor] = []
     if own:
         parts = [
-            torch.ops.falqon.adapter_product(*cast, code, scale_a, given.out_dtype, spec_text)
+            products.call(
+                products.adapter_product, *cast, code, scale_a, given.out_dtype, spec_text
+            )
             for cast, code, scale_a in zip(own, codes_a, given.a_scale, strict=True)
         ]
         out_a = [torch.cat(parts, dim=1)]
-    products = torch.ops.falqon.merged_product(
+    made = products.call(
+        products.merged_product,
         q,
         q_scale,
         [as_e4m3(w) for w in given.weight],
@@ -92,9 +99,9 @@ def merged_linear(given: Merged) -> list[Tensor]:
     )
     # Not `reshape`: below autograd that makes a view, which may not be written in place later.
     shape, sites = x.shape[:-1], len(given.weight)
-    ys = [torch.ops.aten._unsafe_view(y, (*shape, y.shape[1])) for y in products[:sites]]
+    ys = [torch.ops.aten._unsafe_view(y, (*shape, y.shape[1])) for y in made[:sites]]
     kept = [part for cast in own or [(q, q_scale)] for part in cast] if given.keep_x else []
-    return [*ys, *(out_a or products[sites:]), *kept]
+    return [*ys, *(out_a or made[sites:]), *kept]
 
 
 @without_autocast
@@ -108,24 +115,29 @@ def merged_linear_grad_x(
     x_dtype: torch.dtype,
     spec_text: str,
 ) -> Tensor:
-    """See `falqon_fx.ops.lowering.merged_linear_grad_x`."""
+    """See `falqon_fx.ops.lowering.merged_linear_grad_x`; ``d`` is one, the D_j side by side."""
     spec, dtype = parse_spec(spec_text), gemm_dtype(grad[0].dtype, grad[0].device)
-    casts, q_scales, left = [], [], []
+    casts, q_scales = [], []
     for g, s in zip(grad, scale):
         folded = g.to(torch.float32) * s.t() if spec.per_row else g
         q, q_scale = quantize(folded, spec.grad_dtype, spec_text)
         casts.append(q)
         q_scales.append(q_scale if spec.per_row else q_scale * s)
-    for d_j, s in zip(d, a_scale):
-        left.append((d_j.to(torch.float32) * (s.t() if s.dim() == 2 else s)).to(dtype))
+    left = [t.to(dtype) for t in d]
+    if d and spec.scale != "pow2":  # D takes the scales that dq(Â) would be rounded by
+        of_columns = [s.reshape(1, -1).expand(1, len(code)) for code, s in zip(a, a_scale)]
+        left = [(d[0].to(torch.float32) * torch.cat(of_columns, dim=1)).to(dtype)]
+        a_scale = []
     # Products for bfloat16 may round to it on their way, which those of a float32 dL/dO must not.
     stored = torch.float32 if x_dtype == torch.bfloat16 != dtype else x_dtype
-    product: Tensor = torch.ops.falqon.grad_x_product(
+    product: Tensor = products.call(
+        products.grad_x_product,
         casts,
         q_scales,
         [as_e4m3(w) for w in weight],
-        [torch.cat(left, dim=1)] if left else [],
+        left,
         [as_e4m3(code) for code in a],
+        a_scale,
         stored,
         spec_text,
     )

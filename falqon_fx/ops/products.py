@@ -1,36 +1,66 @@
-"""The opaque products that the ``falqon::`` ops are lowered to on a GPU (see `falqon_fx.ops.gpu`).
+"""The products that the ``falqon::`` ops are lowered to on a GPU (see `falqon_fx.ops.gpu`).
 
-They are defined without the wrapping of `torch.library.custom_op`: several run in each layer.
+In a graph whose sizes are all known they open into what was chosen: ATen's GEMMs, and launches of
+generated kernels (`call`). Where sizes are symbols they stay opaque ops, which choose by the sizes
+that they meet. These are defined without the wrapping of `torch.library.custom_op`: several run in
+each layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from falqon_fx._compat import tree_leaves
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.site.spec import parse_spec
 
 if TYPE_CHECKING:
     from falqon_fx.kernels.gemm.launch import Piece
-    from falqon_fx.kernels.products.dispatch import Options
+    from falqon_fx.kernels.products.contest import Options
 
 
-def cast_alone(x: Tensor, dtype: torch.dtype, spec_text: str) -> tuple[Tensor, Tensor]:
+def call(run: Callable[..., Any], *args: Any) -> Any:
+    """The result of one of the functions below, opened in a graph that is being traced where no
+    size is a symbol.
+    """
+    return run(*args) if sizes_known(args) else getattr(torch.ops.falqon, run.__name__)(*args)
+
+
+def sizes_known(args: Sequence[Any]) -> bool:
+    """Whether no size of the tensors among ``args`` is a symbol."""
+    tensors = (value for value in tree_leaves(args) if isinstance(value, Tensor))
+    return all(isinstance(size, int) for tensor in tensors for size in tensor.shape)
+
+
+def cast_fp8(x: Tensor, dtype: torch.dtype, spec_text: str) -> tuple[Tensor, Tensor]:
     """`cast_fp8` as a kernel by itself, of ``x`` in its own dtype."""
-    from falqon_fx.kernels.products import dispatch
+    from falqon_fx.kernels.products import activation_cast
 
-    q, scale = dispatch.cast_fp8(x, dtype, spec_text).run()
+    q, scale = activation_cast.cast_fp8(x, dtype, spec_text).run()
     return q, scale
 
 
 def _cast_fp8_fake(x: Tensor, dtype: torch.dtype, spec_text: str) -> tuple[Tensor, Tensor]:
     scale = (x.shape[0], 1) if parse_spec(spec_text).per_row else ()
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(scale, dtype=torch.float32)
+
+
+def adapter_casts(
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scaling: Sequence[float],
+    dtype: torch.dtype,
+    spec_text: str,
+) -> list[Tensor]:
+    """[Â_j, its scale, b_j] of each adapter in turn, b_j = scaling_j · B_j in ``dtype``."""
+    from falqon_fx.kernels.products import adapters
+
+    return adapters.adapter_casts(lora_a, lora_b, scaling, dtype, spec_text).run()
 
 
 def merged_product(
@@ -156,22 +186,26 @@ def grad_x_product(
     weight: Sequence[Tensor],
     left: Sequence[Tensor],
     a: Sequence[Tensor],
+    a_scale: Sequence[Tensor],
     x_dtype: torch.dtype,
     spec_text: str,
 ) -> Tensor:
-    """dL/dx [n, in] = Σ_i (q_i · W_i) ⊙ s_q,i + left · [Â_j]; ``left`` [n, Σ r_j] has one entry or
-    none. The scales of W are in q_i, or in s_q,i, those of Â in ``left``.
+    """dL/dx [n, in] = Σ_i (q_i · W_i) ⊙ s_q,i + left · [dq(Â_j)]; ``left`` [n, Σ r_j] has one entry
+    or none. The scales of W are in q_i, or in s_q,i, and without ``a_scale`` those of Â in
+    ``left``.
     """
     from falqon_fx.kernels.gemm.launch import Product
     from falqon_fx.kernels.products import dispatch
 
     products = [Product(q_i, s, w) for q_i, s, w in zip(q, q_scale, weight)]
-    options = _options(spec_text)
-    if not left:
-        (result,) = dispatch.grad_x(products, None, None, x_dtype, options).run()
-        return result
-    right = torch.cat([code.to(left[0].dtype) for code in a]).t().contiguous()
-    (result,) = dispatch.grad_x(products, left[0], right, x_dtype, options).run()
+    factors: tuple[Tensor | None, Tensor | None] = None, None
+    if left:
+        values = [code.to(torch.float32) for code in a]
+        if a_scale:
+            values = [value * s for value, s in zip(values, a_scale, strict=True)]
+        right = torch.cat([value.to(left[0].dtype) for value in values]).t()
+        factors = left[0], right.clone(memory_format=torch.contiguous_format)
+    (result,) = dispatch.grad_x(products, *factors, x_dtype, _options(spec_text)).run()
     return result
 
 
@@ -182,37 +216,69 @@ def _grad_x_product_fake(
     return q[0].new_empty((q[0].shape[0], weight[0].shape[1]), dtype=x_dtype)
 
 
-def grad_b_product(
-    grad: Tensor, out_a: Tensor, scaling: float, b_dtype: torch.dtype, spec_text: str
-) -> Tensor:
-    """dL/dB [out, r] = scaling · gradᵀ · out_a."""
-    from falqon_fx.kernels.products import dispatch
+def grad_out_a(grad: Sequence[Tensor], b: Sequence[Tensor], spec_text: str) -> Tensor:
+    """D [n, Σ r_j] = side by side grad_j · b_j of each adapter j, for b_j [out_j, r_j]."""
+    from falqon_fx.kernels.products import adapters
 
-    (result,) = dispatch.grad_b(grad, out_a, scaling, b_dtype, parse_spec(spec_text).kernel).run()
-    return result
+    (d,) = adapters.grad_out_a(grad, b, parse_spec(spec_text).kernel).run()
+    return d
 
 
-def _grad_b_product_fake(
-    grad: Tensor, out_a: Tensor, scaling: float, b_dtype: torch.dtype, spec_text: str
-) -> Tensor:
-    return grad.new_empty((grad.shape[1], out_a.shape[1]), dtype=b_dtype)
+def _grad_out_a_fake(grad: Sequence[Tensor], b: Sequence[Tensor], spec_text: str) -> Tensor:
+    return b[0].new_empty((len(grad[0]), sum(f.shape[1] for f in b)))
+
+
+def adapter_grads(
+    grad: Sequence[Tensor],
+    out_a: Tensor,
+    ranks: Sequence[int],
+    scaling: Sequence[float],
+    x: Sequence[Tensor],
+    d: Sequence[Tensor],
+    out_dtype: torch.dtype,
+    spec_text: str,
+) -> list[Tensor]:
+    """dL/dB_j [out_j, r_j] = scaling_j · grad_jᵀ · O_A,j of each adapter j, with its columns of
+    ``out_a``; then, for ``x`` = [code, scale], dL/dA_j [r_j, in] = D_jᵀ · x̂, where ``d`` is one
+    tensor, the D_j side by side.
+    """
+    from falqon_fx.kernels.products import adapters
+
+    kernel = parse_spec(spec_text).kernel
+    return adapters.adapter_grads(grad, out_a, ranks, scaling, x, d, out_dtype, kernel).run()
+
+
+def _adapter_grads_fake(
+    grad: Sequence[Tensor],
+    out_a: Tensor,
+    ranks: Sequence[int],
+    scaling: Sequence[float],
+    x: Sequence[Tensor],
+    d: Sequence[Tensor],
+    out_dtype: torch.dtype,
+    spec_text: str,
+) -> list[Tensor]:
+    shapes = [(g.shape[1], rank) for g, rank in zip(grad, ranks)]
+    shapes += [(rank, x[0].shape[1]) for rank in ranks] if x else []
+    return [out_a.new_empty(shape, dtype=out_dtype) for shape in shapes]
 
 
 def _options(spec_text: str) -> Options:
-    from falqon_fx.kernels.products import dispatch
+    from falqon_fx.kernels.products.contest import Options
 
     spec = parse_spec(spec_text)
-    return dispatch.Options(spec.kernel, spec.accumulation, spec.transpose)
+    return Options(spec.kernel, spec.accumulation, spec.transpose)
 
 
-for _name, _run, _fake in (
-    ("cast_fp8", cast_alone, _cast_fp8_fake),
-    ("merged_product", merged_product, _merged_product_fake),
-    ("adapter_product", adapter_product, _adapter_product_fake),
-    ("grad_x_product", grad_x_product, _grad_x_product_fake),
-    ("grad_b_product", grad_b_product, _grad_b_product_fake),
+for _run, _fake in (
+    (cast_fp8, _cast_fp8_fake),
+    (merged_product, _merged_product_fake),
+    (adapter_product, _adapter_product_fake),
+    (grad_x_product, _grad_x_product_fake),
+    (grad_out_a, _grad_out_a_fake),
+    (adapter_grads, _adapter_grads_fake),
 ):
-    _op = f"falqon::{_name}"
+    _op = f"falqon::{_run.__name__}"
     torch.library.define(_op, torch.library.infer_schema(_run, mutates_args=()))
     torch.library.impl(_op, "default", _run)
     torch.library.register_fake(_op, _fake)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from falqon_fx.kernels.activation_cast.spec import ActivationCastSpec
 from falqon_fx.kernels.interpreter import runs_interpreted
+from falqon_fx.kernels.launching import launch
 from falqon_fx.kernels.loader import load
 
 FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -36,11 +37,8 @@ def activation_cast(x: Tensor, spec: ActivationCastSpec) -> tuple[Tensor, Tensor
         return q.view(FP8[spec.fp8]), torch.ones(scale_shape, device=x.device)
     scale = torch.empty(scale_shape, dtype=torch.float32, device=x.device)
     x = x if x.stride(1) == 1 else x.contiguous()
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        if spec.granularity == "row":
-            _launch_rows(x, q, scale, spec)
-        else:
-            _launch_tiles(x, q, scale, spec)
+    by = _by_rows if spec.granularity == "row" else _by_tiles
+    q, scale = by(x, q, scale, spec)
     return q.view(FP8[spec.fp8]), scale
 
 
@@ -72,23 +70,29 @@ def _check(x: Tensor, spec: ActivationCastSpec) -> None:
         )
 
 
-def _launch_rows(x: Tensor, q: Tensor, scale: Tensor, spec: ActivationCastSpec) -> None:
+def _by_rows(x: Tensor, q: Tensor, scale: Tensor, spec: ActivationCastSpec) -> list[Tensor]:
     n, width = x.shape
-    kernels = load(spec, runs_interpreted(x))
-    grid = (_cdiv(n, spec.block_rows),)
-    kernels.cast_rows[grid](x, q, scale, n, width, x.stride(0), num_warps=spec.num_warps)
+    return launch(
+        load(spec, runs_interpreted(x)).cast_rows,
+        (_cdiv(n, spec.block_rows),),
+        [x, q, scale, n, width, x.stride(0)],
+        ["q_ptr", "scale_ptr"],
+        num_warps=spec.num_warps,
+    )
 
 
-def _launch_tiles(x: Tensor, q: Tensor, scale: Tensor, spec: ActivationCastSpec) -> None:
+def _by_tiles(x: Tensor, q: Tensor, scale: Tensor, spec: ActivationCastSpec) -> list[Tensor]:
     n, width = x.shape
     kernels = load(spec, runs_interpreted(x))
     tiles = _cdiv(n, spec.block_rows) * _cdiv(width, spec.block_width)
     # The cast reads one partial maximum for each program of the amax pass.
     grid = (min(tiles, spec.programs),)
     partial = torch.empty(grid, dtype=torch.int32, device=x.device)
-    warps = spec.num_warps
-    kernels.amax_tiles[grid](x, partial, n, width, x.stride(0), num_warps=warps)
-    kernels.cast_tiles[grid](x, partial, q, scale, n, width, x.stride(0), num_warps=warps)
+    sizes, warps = [n, width, x.stride(0)], spec.num_warps
+    arguments = [x, partial, *sizes]
+    (partial,) = launch(kernels.amax_tiles, grid, arguments, ["partial_ptr"], num_warps=warps)
+    arguments = [x, partial, q, scale, *sizes]
+    return launch(kernels.cast_tiles, grid, arguments, ["q_ptr", "scale_ptr"], num_warps=warps)
 
 
 def _cdiv(a: int, b: int) -> int:

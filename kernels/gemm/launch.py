@@ -8,10 +8,11 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from falqon_fx import _compat
 from falqon_fx.kernels.gemm.spec import GemmSpec
 from falqon_fx.kernels.interpreter import runs_interpreted
+from falqon_fx.kernels.launching import Described, launch
 from falqon_fx.kernels.loader import load
 
 _FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -63,16 +64,15 @@ def gemm(
     _check(q, q_scale, pieces, spec, more)
     n, k = q.shape
     rows = [_rows(piece, spec) for piece in pieces]
-    y_rows, a_rows = rows[: spec.pieces - spec.a_pieces], rows[spec.pieces - spec.a_pieces :]
-    out_dtype, a_dtype = getattr(torch, spec.out_dtype), getattr(torch, spec.a_dtype)
-    y = [torch.empty((n, m), dtype=out_dtype, device=q.device) for m in y_rows]
-    results = [*y]
-    if a_rows:
-        results.append(torch.empty((n, sum(a_rows)), dtype=a_dtype, device=q.device))
-        y += results[-1].split(a_rows, dim=1)
+    y_pieces = spec.pieces - spec.a_pieces
+    columns = [*rows[:y_pieces], *([sum(rows[y_pieces:])] if spec.a_pieces else [])]
+    y = [
+        torch.empty((n, width), dtype=getattr(torch, dtype), device=q.device)
+        for width, dtype in zip(columns, spec.dtypes, strict=True)
+    ]
     if n == 0:
-        return results
-    arguments = [*_operands(q, pieces, spec), q_scale]
+        return y
+    arguments: list[object] = [*_operands(q, pieces, spec), q_scale]
     if spec.w_scale != "none":
         arguments += [piece.scale for piece in pieces]
     for part in y:
@@ -98,10 +98,14 @@ def gemm(
     tiles = _cdiv(n, spec.block_m) * sum(_cdiv(m, spec.block_n) for m in rows)
     if spec.persistent:
         tiles = min(tiles, programs(q.device))
-    kernel = load(spec, runs_interpreted(q)).gemm
-    with torch.cuda.device_of(q):  # Triton launches on the current device
-        kernel[(tiles,)](*arguments, num_warps=spec.num_warps, num_stages=spec.num_stages)
-    return results
+    return launch(
+        load(spec, runs_interpreted(q)).gemm,
+        (tiles,),
+        arguments,
+        [f"y{g}_ptr" for g in range(len(y))],
+        num_warps=spec.num_warps,
+        num_stages=spec.num_stages,
+    )
 
 
 def signatures(spec: GemmSpec) -> dict[str, dict[str, str]]:
@@ -123,9 +127,8 @@ def signatures(spec: GemmSpec) -> dict[str, dict[str, str]]:
     types["x_scale_ptr"] = "*fp32:16"
     if spec.w_scale != "none":
         types |= {f"w{i}_scale_ptr": "*fp32:16" for i in g}
-    for i in g:
-        is_a = i >= spec.pieces - spec.a_pieces
-        types[f"y{i}_ptr"] = _TYPE[spec.a_dtype if is_a else spec.out_dtype]
+    for i, dtype in enumerate(spec.dtypes):
+        types[f"y{i}_ptr"] = _TYPE[dtype]
         types[f"y{i}_stride"] = "i32:16"
     if spec.bias != "none":
         for i in g:
@@ -158,12 +161,9 @@ def _operands(q: Tensor, pieces: Sequence[Piece], spec: GemmSpec) -> list[object
     first, total = weights[0], sum(_rows(piece, spec) for piece in pieces)
     nk = spec.layout == "nk"
     shape = (total, first.shape[1]) if nk else tuple(first.shape)
-    block = [spec.block_n, spec.block_k] if nk else [spec.block_k, spec.block_n]
-    whole = first.as_strided(shape, (first.stride(0), 1))
-    return [
-        TensorDescriptor.from_tensor(q, [spec.block_m, spec.block_k]),
-        TensorDescriptor.from_tensor(whole, block),
-    ]
+    block = (spec.block_n, spec.block_k) if nk else (spec.block_k, spec.block_n)
+    whole = first if len(pieces) == 1 else first.as_strided(shape, (first.stride(0), 1))
+    return [Described(q, (spec.block_m, spec.block_k)), Described(whole, block)]
 
 
 def _bytes(tensors: Sequence[Tensor], spec: GemmSpec) -> list[Tensor]:
@@ -240,7 +240,7 @@ def _k_axis(spec: GemmSpec) -> int:
 
 def _check_described(q: Tensor, pieces: Sequence[Piece]) -> None:
     for tensor in (q, pieces[0].weight):
-        if tensor.data_ptr() % 16 or tensor.stride(0) % 16:
+        if _start(tensor) % 16 or tensor.stride(0) % 16:
             raise ValueError("gemm: memory='tma' takes rows that start at multiples of 16 bytes")
     for before, after in pairwise(pieces):
         if not follows(before.weight, after.weight):
@@ -251,8 +251,13 @@ def follows(before: Tensor, after: Tensor) -> bool:
     """Whether ``after`` begins where ``before`` ends, as rows of one tensor: tensors apart may lie
     like that by chance.
     """
-    at_end = after.data_ptr() == before.data_ptr() + before.numel()
-    return at_end and after.untyped_storage().data_ptr() == before.untyped_storage().data_ptr()
+    at_end = after.storage_offset() == before.storage_offset() + before.numel()
+    return at_end and _compat.share_storage(before, after)
+
+
+def _start(tensor: Tensor) -> int:
+    """Where FP8 rows start, up to a multiple of 16: in a graph that is traced memory is aligned."""
+    return tensor.storage_offset() if _compat.is_fake(tensor) else tensor.data_ptr()
 
 
 def _cdiv(a: int, b: int) -> int:

@@ -30,8 +30,8 @@ class GemmSpec(KernelSpec):
 
     x [n, K] and W_g [rows_g, K] are FP8. The pieces are what one GEMM computes beside each other:
     the output O and the adapter's O_A of a site, or those of several sites that share x. The last
-    ``a_pieces`` of ``pieces`` are stored in ``a_dtype``, the others in ``out_dtype``. Each piece
-    starts its own column of tiles.
+    ``a_pieces`` of ``pieces`` are stored side by side in one output of ``a_dtype``, the others in
+    outputs of their own in ``out_dtype``. Each piece starts its own column of tiles.
 
     In backward of sites that share x, ``k_pieces`` > 1 such products are added up before the rest,
     Σ_s (x_s · W_sᵀ) ⊙ s_x,s, each with its own K.
@@ -110,6 +110,12 @@ class GemmSpec(KernelSpec):
             f"{self.block_m}x{self.block_n}x{self.block_k}_g{self.group_m}"
             f"_w{self.num_warps}_s{self.num_stages}"
         )
+
+    @property
+    def dtypes(self) -> list[InputDtype]:
+        """The dtype of each output: one a piece, but that O_A of all adapters is one."""
+        of_a = [self.a_dtype] if self.a_pieces else []
+        return [self.out_dtype] * (self.pieces - self.a_pieces) + of_a
 
     @property
     def serves(self) -> str:

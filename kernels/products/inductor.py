@@ -30,6 +30,10 @@ def scaled_mm(
 
     Raises RuntimeError where Inductor can't compile it.
     """
+    if _compat.is_fake(a):  # in a graph of Inductor's already
+        return _compat.scaled_mm(
+            a, b, scale_a, scale_b, out_dtype=out_dtype, use_fast_accum=use_fast_accum
+        )
     place = (a.device, a.dtype, a.shape[1], b.shape[1], scale_a.dim(), scale_b.dim())
     try:
         return _compiled(place, out_dtype, use_fast_accum)(a, b, scale_a, scale_b)

@@ -13,9 +13,9 @@ from falqon_fx.kernels import hardware
 from falqon_fx.kernels.gemm.examples import PROBLEM
 from falqon_fx.kernels.gemm.launch import Piece, Product
 from falqon_fx.kernels.gemm.tiles import GemmProblem, gemm_specs
-from falqon_fx.kernels.products import dispatch, inductor
+from falqon_fx.kernels.products import activation_cast, adapters, contest, dispatch, inductor
 from falqon_fx.kernels.products.choice import Choices, run_once
-from falqon_fx.kernels.products.dispatch import Contest, Options
+from falqon_fx.kernels.products.contest import Contest, Options
 from falqon_fx.report.kernels import architecture_of
 from falqon_fx.site.numerics import E4M3, E5M2
 from falqon_fx.site.spec import SiteSpec
@@ -142,15 +142,15 @@ def test_dtypes_of_no_kernel_fall_to_the_next_with_the_reason():
     wide = torch.float64
     q, scale = fp8(20, 64, E4M3, 4), positive(20, 5)
     piece = Piece(fp8(48, 64, E4M3, 0), positive(48, 1))
-    grad, out_a = randn(20, 48).double(), randn(20, 8)
+    grad, of_a = randn(20, 48).double(), (randn(20, 8), [8], [1.0], [], [])
     product = Product(fp8(20, 48, E5M2, 0), scale, piece.weight)
     spec = str(SiteSpec("row", "pow2", "e5m2"))
     for contest, name, dtype in (
         (dispatch.forward(q, scale, [piece], 0, wide, wide, Options()), "out_dtype", wide),
         (dispatch.grad_x([product], None, None, wide, Options()), "out_dtype", wide),
-        (dispatch.grad_b(grad, out_a, 1.0, F32, "auto"), "grad_dtype", F32),
-        (dispatch.grad_b(grad.float(), out_a, 1.0, wide, "auto"), "b_dtype", wide),
-        (dispatch.cast_fp8(grad, E5M2, spec), "input_dtype", F32),
+        (adapters.adapter_grads([grad], *of_a, F32, "auto"), "grad_dtype", F32),
+        (adapters.adapter_grads([grad.float()], *of_a, wide, "auto"), "out_dtype", wide),
+        (activation_cast.cast_fp8(grad, E5M2, spec), "input_dtype", F32),
     ):
         choice = choose(contest)
         why = f"{name}='float64': expected one of float32, bfloat16, float16"
@@ -302,11 +302,13 @@ def test_a_card_below_sm_89_is_told_once_what_it_loses(monkeypatch, capability, 
 
 def test_on_amd_only_what_has_been_tried_there(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    monkeypatch.setattr(dispatch, "runs_interpreted", lambda tensor: False)
+    for place in (contest, adapters):
+        monkeypatch.setattr(place, "runs_interpreted", lambda tensor: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
     choice = choose(forward())
     assert choice.refused["triton"] == "no kernel has been tried on an AMD GPU"
     assert "dequantize" in choice.seconds
-    choice = choose(dispatch.grad_b(randn(8, 16), randn(8, 4), 1.0, F32, "auto"))
+    given = ([randn(8, 16)], randn(8, 4), [4], [1.0], [], [])
+    choice = choose(adapters.adapter_grads(*given, F32, "auto"))
     assert choice.winner == "dequantize"
     assert architecture_of(torch.device("cuda", 0), FalqonConfig()) == 0

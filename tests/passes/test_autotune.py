@@ -14,11 +14,12 @@ from torch.nn import functional as F
 
 from falqon_fx import FalqonConfig, backend, explain
 from falqon_fx.kernels.gemm.tiles import GemmProblem
-from falqon_fx.kernels.products import choice, dispatch
+from falqon_fx.kernels.products import choice, contest, dispatch
 from falqon_fx.kernels.products.choice import Candidate, Choice, Choices, run_once
 from falqon_fx.kernels.products.problem import key_of
-from falqon_fx.ops import gpu
+from falqon_fx.ops import gpu, products
 from falqon_fx.ops import merged_linear as ops
+from falqon_fx.ops.adapter_grads import adapter_grads_on_gpu, grad_out_a_on_gpu
 from falqon_fx.passes import autotune as autotuning
 from falqon_fx.passes.autotune import autotune
 from falqon_fx.passes.match.pair import match
@@ -126,11 +127,14 @@ def told(monkeypatch, tmp_path):
     monkeypatch.setattr(backend, "_on_gpu", lambda result: True)
     monkeypatch.setattr(ops, "lower_merged_linear", gpu.merged_linear)
     monkeypatch.setattr(ops, "lower_grad_x", gpu.merged_linear_grad_x)
-    monkeypatch.setattr(ops, "lower_grad_b", torch.ops.falqon.grad_b_product)
+    monkeypatch.setattr(ops, "lower_adapter_grads", adapter_grads_on_gpu)
+    monkeypatch.setattr(ops, "lower_grad_out_a", grad_out_a_on_gpu)
+    # What these CPU tensors are multiplied by is interpreted, which Inductor can't compile.
+    monkeypatch.setattr(products, "sizes_known", lambda args: False)
 
     def use(wins: str) -> Told:
         choices = Told(wins)
-        for place in (choice, dispatch):
+        for place in (choice, contest, dispatch):
             monkeypatch.setattr(place, "choices_for", lambda device: choices)
         return choices
 

@@ -1,0 +1,114 @@
+"""Decoder layers of transformers with PEFT's LoRA on each linear, on the meta device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from transformers import AttentionInterface, LlamaConfig, Qwen3Config
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+
+SITES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder's sizes, as its config.json has them."""
+
+    kind: str
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    head: int = 128
+
+
+SHAPES = {
+    "tiny": Shape("llama", 256, 512, 4, 4, 64),
+    "llama-7b": Shape("llama", 4096, 11008, 32, 32),
+    "llama-3-8b": Shape("llama", 4096, 14336, 32, 8),
+    "qwen3-8b": Shape("qwen3", 4096, 12288, 32, 8),
+}
+_KINDS = {"llama": (LlamaConfig, LlamaDecoderLayer), "qwen3": (Qwen3Config, Qwen3DecoderLayer)}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA on every linear: its rank, the dtype of A and B, and whether A trains."""
+
+    rank: int = 64
+    dtype: torch.dtype = torch.float32
+    train_a: bool = True
+
+
+class Layers(nn.Module):
+    """Decoder layers one after the other, without the embedding and the head."""
+
+    def __init__(self, shape: Shape, layers: int) -> None:
+        super().__init__()
+        config, layer = _KINDS[shape.kind]
+        sizes = config(
+            hidden_size=shape.hidden,
+            intermediate_size=shape.inner,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            head_dim=shape.head,
+            num_hidden_layers=layers,
+            vocab_size=32000,
+            use_cache=False,
+            attn_implementation=ATTENTION,
+        )
+        self.layers = nn.ModuleList(layer(sizes, i) for i in range(layers))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, attention_mask=None, position_embeddings=(cos, sin))
+        return x
+
+
+def build(shape: Shape, layers: int, adapter: Adapter) -> Layers:
+    """The layers on the meta device: frozen bf16 weights, and the adapter."""
+    with torch.device("meta"):
+        model = Layers(shape, layers).to(torch.bfloat16)
+        lora = LoraConfig(r=adapter.rank, lora_alpha=2 * adapter.rank, target_modules=SITES)
+        inject_adapter_in_model(lora, model)
+    for name, parameter in model.named_parameters():
+        of_a, of_b = (f".lora_{which}." in name for which in "AB")
+        parameter.requires_grad_(of_b or (of_a and adapter.train_a))
+        if of_a or of_b:
+            parameter.data = parameter.data.to(adapter.dtype)
+    return model.train()
+
+
+def inputs(shape: Shape, batch: int, length: int) -> tuple[Tensor, ...]:
+    """x, which needs a gradient as it does behind another layer, and the position embeddings; on
+    the meta device.
+    """
+    made: dict[str, Any] = {"dtype": torch.bfloat16, "device": "meta"}
+    x = torch.empty(batch, length, shape.hidden, **made, requires_grad=True)
+    return x, torch.empty(1, length, shape.head, **made), torch.empty(1, length, shape.head, **made)
+
+
+def _flash(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """What `scaled_dot_product_attention` becomes on a GPU for bf16 and a causal mask; a torch
+    without CUDA would choose its CPU kernel.
+    """
+    attention = torch.ops.aten._scaled_dot_product_flash_attention
+    out = attention(query, key, value, 0.0, True, scale=scaling)[0]
+    return out.transpose(1, 2).contiguous(), None
+
+
+ATTENTION = "lens_flash"
+AttentionInterface.register(ATTENTION, _flash)

@@ -1,0 +1,137 @@
+"""The gradients of O_A, A and B."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from falqon_fx.ops import lowering
+
+
+@dataclass(frozen=True)
+class OutAGrads:
+    """D_j = dL/dO_j · scaling_j · B_j [n, r_j], the gradients of O_A, by adapter.
+
+    On a GPU they are columns of ``whole`` [n, Σ r_j], in the order of ``parts``.
+    """
+
+    parts: dict[int, Tensor]
+    whole: Tensor | None = None
+
+    def of(self, adapters: list[int]) -> list[Tensor]:
+        """Those of some adapters: each, or on a GPU all side by side in one."""
+        if self.whole is None or not adapters:
+            return [self.parts[j] for j in adapters]
+        if adapters == [*self.parts]:
+            return [self.whole]
+        return [torch.cat([self.parts[j] for j in adapters], dim=1)]
+
+
+def grad_out_a(grad: dict[int, Tensor], b: dict[int, Tensor], spec_text: str) -> OutAGrads:
+    """D_j of each adapter, for its dL/dO_j and b_j = scaling_j · B_j."""
+    return OutAGrads({j: grad[j].to(factor.dtype) @ factor for j, factor in b.items()})
+
+
+def grad_out_a_on_gpu(grad: dict[int, Tensor], b: dict[int, Tensor], spec_text: str) -> OutAGrads:
+    """The same, in one launch."""
+    if not b:
+        return OutAGrads({})
+    given = [grad[j] for j in b], [*b.values()]
+    whole = torch.ops.falqon.grad_out_a(*given, spec_text)
+    parts = whole.split([factor.shape[1] for factor in b.values()], dim=1)
+    return OutAGrads(dict(zip(b, parts, strict=True)), whole)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Adapters j that read the same x, and whose gradients are made together.
+
+    Attributes:
+        adapters: their numbers, of all that ``out_a`` has columns for.
+        grad: dL/dO_j [n, out_j] of each.
+        out_a: O_A [n, Σ r] of all adapters side by side; ``ranks`` has the rank of each.
+        scaling: of each of ``adapters``.
+        b_dtypes: the dtype of each B.
+        x: E4M3 [n, in] and its scale, where every A trains; else nothing, and no ``d``.
+        d: D_j [n, r_j] of those, see `OutAGrads`.
+        a_dtypes: the dtype of each A.
+    """
+
+    adapters: list[int]
+    grad: list[Tensor]
+    out_a: Tensor
+    ranks: list[int]
+    scaling: list[float]
+    b_dtypes: list[torch.dtype]
+    x: list[Tensor]
+    d: OutAGrads
+    a_dtypes: list[torch.dtype]
+
+
+def adapter_grads(batch: Batch, spec_text: str) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """dL/dB_j [out_j, r_j] = scaling_j · (dL/dO_j)ᵀ · O_A,j of each adapter, and
+    dL/dA_j [r_j, in] = D_jᵀ · x̂ of each that has a D.
+    """
+    parts = batch.out_a.split(batch.ranks, dim=1)
+    of_b = [
+        lowering.grad_b(g, parts[j], factor, dtype)
+        for g, j, factor, dtype in zip(batch.grad, batch.adapters, batch.scaling, batch.b_dtypes)
+    ]
+    of_a = [
+        torch.ops.falqon.grad_a(batch.d.parts[j], *batch.x, dtype)
+        for j, dtype in zip(batch.adapters, batch.a_dtypes)
+    ]
+    return of_b, of_a
+
+
+def adapter_grads_on_gpu(batch: Batch, spec_text: str) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The same, in two or three launches for as many as the kernels take."""
+    of_a: list[Tensor] = []
+    of_b: list[Tensor] = []
+    dtypes = {*batch.b_dtypes, *batch.a_dtypes}
+    dtype = next(iter(dtypes)) if len(dtypes) == 1 else torch.float32
+    for part in _parts([batch.ranks[j] for j in batch.adapters]):
+        adapters = batch.adapters[part]
+        ranks, d = [batch.ranks[j] for j in adapters], batch.d.of(adapters) if batch.x else []
+        made = torch.ops.falqon.adapter_grads(
+            batch.grad[part],
+            _columns(batch.out_a, batch.ranks, adapters),
+            ranks,
+            batch.scaling[part],
+            batch.x,
+            d,
+            dtype,
+            spec_text,
+        )
+        of_b += made[: len(ranks)]
+        of_a += made[len(ranks) :]
+    return _cast(of_b, batch.b_dtypes), _cast(of_a, batch.a_dtypes)
+
+
+_TOGETHER = 8  # adapters in one launch
+_RANKS = 256  # and the sum of their ranks
+
+
+def _parts(ranks: Sequence[int]) -> Iterator[slice]:
+    """The adapters in groups that the kernels take."""
+    first = 0
+    for end in range(1, len(ranks) + 1):
+        full = end - first == _TOGETHER or sum(ranks[first : end + 1]) > _RANKS
+        if full or end == len(ranks):
+            yield slice(first, end)
+            first = end
+
+
+def _columns(out_a: Tensor, ranks: list[int], adapters: list[int]) -> Tensor:
+    """The columns of some adapters."""
+    if len(adapters) == len(ranks):
+        return out_a
+    parts = out_a.split(ranks, dim=1)
+    return torch.cat([parts[j] for j in adapters], dim=1)
+
+
+def _cast(results: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    return [result.to(dtype) for result, dtype in zip(results, dtypes, strict=True)]

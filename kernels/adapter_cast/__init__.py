@@ -1,0 +1,1 @@
+"""The casts of several adapters in one launch."""

@@ -1,0 +1,69 @@
+"""Host side of the casts of adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from falqon_fx.kernels.adapter_cast.spec import AdapterCastSpec
+from falqon_fx.kernels.interpreter import runs_interpreted
+from falqon_fx.kernels.launching import launch
+from falqon_fx.kernels.loader import load
+
+E4M3 = torch.float8_e4m3fn
+_TYPE = {"float32": "*fp32:16", "bfloat16": "*bf16:16", "float16": "*fp16:16"}
+
+
+def adapter_cast(
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scaling: Sequence[float],
+    spec: AdapterCastSpec,
+) -> list[Tensor]:
+    """[Â_j, its scale, b_j] of each adapter j in turn: Â_j [r, in] in E4M3 with a float32 scale
+    [r, 1], b_j = scaling_j · B_j [out, r].
+
+    Raises ValueError where the tensors are not what the spec is for.
+    """
+    wanted = getattr(torch, spec.input_dtype)
+    if not len(lora_a) == len(lora_b) == len(scaling) == spec.adapters:
+        raise ValueError(f"adapter_cast: {len(lora_a)} adapters, {spec} takes others")
+    if any(t.dtype != wanted or t.dim() != 2 for t in (*lora_a, *lora_b)):
+        raise ValueError(f"adapter_cast: {spec} takes matrices of {wanted}")
+    interpreted, device = runs_interpreted(lora_a[0]), lora_a[0].device
+    if interpreted and spec.cast == "hardware":
+        raise ValueError("adapter_cast: the interpreter needs cast='integer'")
+    arguments: list[Any] = []
+    programs = 0
+    for a, b, factor in zip(lora_a, lora_b, scaling, strict=True):
+        # Bytes for the interpreter and for GPUs below sm_89, which know no FP8.
+        code = torch.empty(a.shape, dtype=E4M3, device=device)
+        code = code if spec.cast == "hardware" else code.view(torch.uint8)
+        scale = torch.empty((len(a), 1), dtype=torch.float32, device=device)
+        scaled = torch.empty(b.shape, dtype=getattr(torch, spec.b_dtype), device=device)
+        arguments += [a.contiguous(), code, scale, *a.shape]
+        arguments += [b.contiguous(), scaled, b.numel(), factor]
+        programs += len(a) + -(-b.numel() // spec.block)
+    written = [f"{name}{j}_ptr" for j in range(spec.adapters) for name in ("code", "scale", "b")]
+    made = launch(
+        load(spec, interpreted).adapter_cast,
+        (programs,),
+        arguments,
+        written,
+        num_warps=spec.num_warps,
+    )
+    return [t.view(E4M3) if t.dtype == torch.uint8 else t for t in made]
+
+
+def signatures(spec: AdapterCastSpec) -> dict[str, dict[str, str]]:
+    """Argument types of the kernel, for `aot.compile_ahead`: aligned, sizes divisible by 16."""
+    given, types = _TYPE[spec.input_dtype], dict[str, str]()
+    code = "*fp8e4nv:16" if spec.cast == "hardware" else "*u8:16"
+    for j in range(spec.adapters):
+        types |= {f"a{j}_ptr": given, f"code{j}_ptr": code, f"scale{j}_ptr": "*fp32:16"}
+        types |= {f"rank{j}": "i32:16", f"width{j}": "i32:16", f"lora_b{j}_ptr": given}
+        types |= {f"b{j}_ptr": _TYPE[spec.b_dtype], f"size{j}": "i32:16", f"scaling{j}": "fp32"}
+    return {"adapter_cast": types}

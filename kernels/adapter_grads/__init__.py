@@ -1,0 +1,1 @@
+"""dL/dB and dL/dA."""

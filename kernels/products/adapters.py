@@ -1,0 +1,164 @@
+"""The casts and the gradients of adapters by generated kernels, or by ATen."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from falqon_fx.config import Scale
+from falqon_fx.kernels.adapter_cast.launch import adapter_cast
+from falqon_fx.kernels.adapter_cast.spec import AdapterCastSpec
+from falqon_fx.kernels.adapter_grads import launch as adapter_grads_launch
+from falqon_fx.kernels.adapter_grads.spec import MAX_RANK, AdapterGradsSpec
+from falqon_fx.kernels.grad_out_a import launch as grad_out_a_launch
+from falqon_fx.kernels.grad_out_a.spec import GradOutASpec
+from falqon_fx.kernels.hardware import FP8, cast_mode
+from falqon_fx.kernels.interpreter import runs_interpreted
+from falqon_fx.kernels.products.contest import Contest, against_aten, where_runs
+from falqon_fx.kernels.products.problem import dtype_name
+from falqon_fx.kernels.spec import CastMode, InputDtype
+from falqon_fx.site.casts import cast_fp8
+from falqon_fx.site.spec import parse_spec
+
+E4M3 = torch.float8_e4m3fn
+
+
+def adapter_grads(
+    grad: Sequence[Tensor],
+    out_a: Tensor,
+    ranks: Sequence[int],
+    scaling: Sequence[float],
+    x: Sequence[Tensor],
+    d: Sequence[Tensor],
+    out_dtype: torch.dtype,
+    kernel: str,
+) -> Contest:
+    """dL/dB of each adapter, then, with ``x`` and ``d``, dL/dA of each: see
+    `falqon_fx.kernels.adapter_grads.launch.adapter_grads`.
+    """
+
+    def plain() -> list[Tensor]:
+        results = []
+        for g, part, factor in zip(grad, out_a.split([*ranks], dim=1), scaling, strict=True):
+            product = g.to(out_a.dtype).t() @ part
+            results.append((product.to(torch.float32) * factor).to(out_dtype))
+        if x:
+            scaled = (d[0].to(torch.float32) * x[1]).to(d[0].dtype)
+            values = x[0].to(scaled.dtype)
+            results += [(part.t() @ values).to(out_dtype) for part in scaled.split([*ranks], dim=1)]
+        return results
+
+    def generated(spec: AdapterGradsSpec) -> list[Tensor]:
+        return adapter_grads_launch.adapter_grads(grad, out_a, ranks, scaling, x, d, spec)
+
+    def made() -> tuple[AdapterGradsSpec, ...]:
+        dtypes = (dtype_name(grad[0].dtype), dtype_name(out_a.dtype), dtype_name(out_dtype))
+        by_row = not x or x[1].dim() == 2
+        if max(ranks) > MAX_RANK:
+            return ()
+        where = where_runs(out_a)
+        return _adapter_grads_specs(tuple(ranks), dtypes, by_row, bool(x), where)
+
+    what = f"dL/dB {[g.shape[1] for g in grad]}" + (f", dL/dA in={x[0].shape[1]}" if x else "")
+    return against_aten(what, grad[0], made, generated, plain, kernel)
+
+
+def grad_out_a(grad: Sequence[Tensor], b: Sequence[Tensor], kernel: str) -> Contest:
+    """[D]: see `falqon_fx.kernels.grad_out_a.launch.grad_out_a`."""
+
+    def plain() -> list[Tensor]:
+        return [torch.cat([g.to(f.dtype) @ f for g, f in zip(grad, b, strict=True)], dim=1)]
+
+    def generated(spec: GradOutASpec) -> list[Tensor]:
+        return [grad_out_a_launch.grad_out_a(grad, b, spec)]
+
+    def made() -> tuple[GradOutASpec, ...]:
+        ranks = tuple(f.shape[1] for f in b)
+        dtypes = (dtype_name(grad[0].dtype), dtype_name(b[0].dtype))
+        if max(ranks) > MAX_RANK:
+            return ()
+        return _grad_out_a_specs(ranks, dtypes, runs_interpreted(b[0]))
+
+    what = f"dL/dO_A {[tuple(f.shape) for f in b]}"
+    return against_aten(what, grad[0], made, generated, plain, kernel)
+
+
+def adapter_casts(
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scaling: Sequence[float],
+    b_dtype: torch.dtype,
+    spec_text: str,
+) -> Contest:
+    """[Â_j, its scale, b_j] of each adapter j in turn: see
+    `falqon_fx.kernels.adapter_cast.launch.adapter_cast`.
+    """
+    site, first = parse_spec(spec_text), lora_a[0]
+
+    def plain() -> list[Tensor]:
+        casts: list[Tensor] = []
+        for a, b, factor in zip(lora_a, lora_b, scaling, strict=True):
+            code, scale = cast_fp8(a.to(torch.float32), E4M3, spec_text)
+            casts += [code, scale, (b.to(torch.float32) * factor).to(b_dtype)]
+        return casts
+
+    def generated(made: AdapterCastSpec) -> list[Tensor]:
+        return adapter_cast(lora_a, lora_b, scaling, made)
+
+    def made() -> tuple[AdapterCastSpec, ...]:
+        kinds = {t.dtype for t in (*lora_a, *lora_b)}
+        if site.granularity != "row" or len(kinds) > 1:
+            return ()
+        cast = cast_mode(where_runs(first))
+        dtypes = dtype_name(first.dtype), dtype_name(b_dtype)
+        return (_adapter_cast_spec(dtypes, site.scale, cast, len(lora_a)),)
+
+    return against_aten(
+        f"casts of {len(lora_a)} adapters", first, made, generated, plain, site.kernel
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _adapter_cast_spec(
+    dtypes: tuple[InputDtype, InputDtype], scale: Scale, cast: CastMode, adapters: int
+) -> AdapterCastSpec:
+    given, made = dtypes
+    if made == "float16":
+        raise ValueError("b is bfloat16 or float32")
+    return AdapterCastSpec(
+        input_dtype=given, b_dtype=made, scale=scale, cast=cast, adapters=adapters
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _grad_out_a_specs(
+    ranks: tuple[int, ...], dtypes: tuple[InputDtype, InputDtype], interpreted: bool
+) -> tuple[GradOutASpec, ...]:
+    operands: Literal["native", "float32"] = "float32" if interpreted else "native"
+    made = GradOutASpec.for_ranks(ranks, grad_dtype=dtypes[0], a_dtype=dtypes[1], operands=operands)
+    return (made,)
+
+
+@functools.lru_cache(maxsize=4096)
+def _adapter_grads_specs(
+    ranks: tuple[int, ...],
+    dtypes: tuple[InputDtype, InputDtype, InputDtype],
+    by_row: bool,
+    train_a: bool,
+    where: int,
+) -> tuple[AdapterGradsSpec, ...]:
+    made = AdapterGradsSpec.for_ranks(
+        ranks,
+        grad_dtype=dtypes[0],
+        a_dtype=dtypes[1],
+        out_dtype=dtypes[2],
+        x_scale="row" if by_row else "tensor",
+        train_a=train_a,
+        fp8=where >= FP8,
+        operands="native" if where else "float32",
+    )
+    return (made,)
