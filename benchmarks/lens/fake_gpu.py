@@ -26,6 +26,7 @@ import triton
 from torch import Tensor, fx
 from torch._dynamo import device_interface
 from torch._inductor import async_compile, compile_fx, graph
+from torch._inductor.codecache import CppCodeCache
 from torch._inductor.fx_passes import joint_graph
 from torch._inductor.runtime.hints import DeviceProperties
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -34,8 +35,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-
-from falqon_fx._compat import compile_cpp
 
 CUDA = torch.device("cuda", 0)
 H100 = SimpleNamespace(
@@ -156,7 +155,7 @@ def h100() -> Iterator[None]:
         patches.append(mock.patch.object(torch.cuda, name, value))
     # By which torch sees what a kernel with descriptors writes.
     host_tma = mock.patch.object(
-        triton_of_torch, "has_triton_tensor_descriptor_host_tma", lambda: True
+        triton_of_torch, "has_triton_tensor_descriptor_host_tma", return_value=True
     )
     patches.append(host_tma)
     device_interface.get_interface_for_device("cuda")  # registers the real ones, once
@@ -186,7 +185,8 @@ def _accelerator() -> Iterator[None]:
     if guards[place] is not None:  # a torch with CUDA
         yield
         return
-    guard = compile_cpp((Path(__file__).parent / "guard.cpp").read_text()).falqon_lens_guard
+    source = (Path(__file__).parent / "guard.cpp").read_text()
+    guard = CppCodeCache.load(source).falqon_lens_guard
     hooks = ctypes.CDLL(str(lib / "libtorch_cpu.so"))._ZN2at6detail12getCUDAHooksEv
     guard.restype = hooks.restype = ctypes.c_void_p
     functions = ctypes.c_void_p.from_address(hooks())

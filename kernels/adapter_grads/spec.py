@@ -85,9 +85,10 @@ class AdapterGradsSpec(KernelSpec):
 
     @property
     def name(self) -> str:
+        operands = self.operands + ("_fp8" if self.fp8 else "")
         return (
             f"{self.template}_{self.grad_dtype}_{self.a_dtype}_{self.out_dtype}_{self.x_scale}_"
-            f"{self.operands}{'_fp8' if self.fp8 else ''}_{self.adapters}b_r{self.rank}_x{self.x_rank}_"
+            f"{operands}_{self.adapters}b_r{self.rank}_x{self.x_rank}_"
             f"{self.block_m}x{self.block_x}x{self.block_k}_w{self.num_warps}_s{self.num_stages}"
         )
 

@@ -45,9 +45,9 @@ def test_transpose(rows, columns):
     numbers = torch.Generator().manual_seed(0)
     x = [torch.randint(0, 256, (n, columns), generator=numbers).to(torch.uint8) for n in rows]
     spec = TransposeSpec(len(rows), fp8=False, block=16)
-    for given, turned in zip(x, transpose([m.view(E4M3) for m in x], spec), strict=True):
+    for before, turned in zip(x, transpose([m.view(E4M3) for m in x], spec), strict=True):
         assert turned.dtype == E4M3
-        assert torch.equal(turned.view(torch.uint8), given.t())
+        assert torch.equal(turned.view(torch.uint8), before.t())
         assert turned.stride(0) % 16 == 0
         assert turned.storage_offset() % 16 == 0
 

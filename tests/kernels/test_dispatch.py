@@ -13,7 +13,8 @@ from falqon_fx.kernels import hardware
 from falqon_fx.kernels.gemm.examples import PROBLEM
 from falqon_fx.kernels.gemm.launch import Piece, Product
 from falqon_fx.kernels.gemm.tiles import GemmProblem, gemm_specs
-from falqon_fx.kernels.products import activation_cast, adapters, contest, dispatch, inductor
+from falqon_fx.kernels.products import activation_cast, adapters, dispatch, inductor
+from falqon_fx.kernels.products import contest as contests
 from falqon_fx.kernels.products.choice import Choices, run_once
 from falqon_fx.kernels.products.contest import Contest, Options
 from falqon_fx.report.kernels import architecture_of
@@ -302,7 +303,7 @@ def test_a_card_below_sm_89_is_told_once_what_it_loses(monkeypatch, capability, 
 
 def test_on_amd_only_what_has_been_tried_there(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    for place in (contest, adapters):
+    for place in (contests, adapters):
         monkeypatch.setattr(place, "runs_interpreted", lambda tensor: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
     choice = choose(forward())
