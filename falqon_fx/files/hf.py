@@ -14,8 +14,6 @@ from falqon_fx.errors import FalqonError
 from falqon_fx.files import storage
 from falqon_fx.files.model_state import Site, make_layer
 
-FORMAT = "falqon_fx.prequantized.2"  # what `falqon_fx.prequantize` writes
-MANIFEST = "falqon.json"
 INDEX = "model.safetensors.index.json"
 
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from falqon_fx.errors import FalqonError
-from falqon_fx.files.atomic import atomic_file, flush_to_disk
+from falqon_fx.files.atomic import atomic_file
+from falqon_fx.files.disk import flush_to_disk
 from falqon_fx.kernels.cpu import native as cpu
 
 T = TypeVar("T")
@@ -214,10 +215,21 @@ def file_errors_explained(path: Path) -> Iterator[None]:
     require("safetensors", "export")
     from safetensors import SafetensorError
 
+    with read_errors_explained(path):
+        try:
+            yield
+        except SafetensorError as error:
+            raise DamagedFileError(path, f"it is not a whole safetensors file ({error})") from error
+
+
+@contextmanager
+def read_errors_explained(path: Path) -> Iterator[None]:
+    """Say which file it is that the operating system doesn't let read."""
     try:
         yield
-    except SafetensorError as error:
-        raise DamagedFileError(path, f"it is not a whole safetensors file ({error})") from error
+    except OSError as error:
+        problem = f"it can't be read ({error.strerror or error})"
+        raise FalqonError(str(path), problem, "See that it is there and yours to read") from error
 
 
 def read_header(path: Path) -> dict[str, Any]:
