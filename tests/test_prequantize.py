@@ -463,13 +463,14 @@ def exported(
     dtype: torch.dtype = BF16,
     **options,
 ) -> nn.Module:
-    """An FP8 checkpoint in ``folder``, and the model that it was written from."""
+    """An FP8 checkpoint as others write it in ``folder``, and the model that it was written from."""
     if form == "fp8":
         options["granularity"] = "tensor"
     model = peft.get_peft_model(dense_model(dtype=dtype), lora())
     fill_b(model, 0.1)
     falqon_fx.prepare(model, FalqonConfig(**options), progress=False)
     falqon_fx.save_fp8(model, folder, form=form, progress=False)
+    (folder / "falqon.json").unlink()
     return model
 
 

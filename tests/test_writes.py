@@ -489,7 +489,7 @@ def test_a_rename_whose_answer_was_lost_is_seen_to_be_done(tmp_path, monkeypatch
 def run_together(number: int, work: Callable[[int], None]) -> list[BaseException]:
     """Threads that start at once; what they raised."""
     raised: list[BaseException] = []
-    barrier = threading.Barrier(number)
+    barrier = threading.Barrier(number, timeout=60)
 
     def run(i: int) -> None:
         barrier.wait()
@@ -513,7 +513,7 @@ def test_of_writers_of_one_folder_none_loses_its_work(tmp_path, monkeypatch, loc
     if not locks:
         monkeypatch.setattr(fcntl, "flock", failing(errno.ENOSYS)(fcntl.flock))
     for turn in range(20):
-        out, inside = tmp_path / str(turn) / "out", threading.Barrier(4)
+        out, inside = tmp_path / str(turn) / "out", threading.Barrier(4, timeout=60)
 
         def write(i: int, out: Path = out, inside: threading.Barrier = inside) -> None:
             with atomic.new_folder(out) as folder:

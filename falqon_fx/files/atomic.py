@@ -264,7 +264,9 @@ def working_folder(final: Path) -> Path:
 
 def refuse_link(path: Path) -> None:
     """Raise where a folder that is to be written into is a link to another."""
-    if path.is_symlink():
+    with disk_errors_explained(path):
+        is_link = path.is_symlink()
+    if is_link:
         raise FalqonError(str(path), "it is a link to elsewhere", "Remove it")
 
 
