@@ -463,7 +463,7 @@ def exported(
     dtype: torch.dtype = BF16,
     **options,
 ) -> nn.Module:
-    """An FP8 checkpoint as others write it in ``folder``, and the model that it was written from."""
+    """An FP8 checkpoint in ``folder``, as of others, and the model that it was written from."""
     if form == "fp8":
         options["granularity"] = "tensor"
     model = peft.get_peft_model(dense_model(dtype=dtype), lora())
