@@ -177,7 +177,7 @@ def problem(content: Any, form: str) -> str | None:
         _adapter(form).validate_python(content, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
+        place = ".".join(str(p) if str(p).isprintable() else ascii(p) for p in first["loc"])
         return f"{place}: {first['msg']}" if place else str(first["msg"])
     return None
 

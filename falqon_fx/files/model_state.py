@@ -277,7 +277,7 @@ def _prepare_layer(model: nn.Module, site: Site, tensors: Mapping[str, Tensor]) 
     module: Any = model.get_submodule(path)
     given = {name: tensors[f"{path}.{name}"] for name in names_of(site)}
     if isinstance(module, PreparedLinear) and all(
-        getattr(module, name).shape == tensor.shape for name, tensor in given.items()
+        described(getattr(module, name)) == described(tensor) for name, tensor in given.items()
     ):
         _take_options(module, site)
         return

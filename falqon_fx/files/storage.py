@@ -120,7 +120,10 @@ def read_manifest(path: Path, kind: str, form: str, remedy: str) -> dict[str, An
     content = read_json(path)
     if not isinstance(content, dict):
         raise DamagedFileError(path, f"its format is not {kind!r}")
-    whole = content.pop("checksum", None) == _json_checksum(content)
+    try:
+        whole = content.pop("checksum", None) == _json_checksum(content)
+    except RecursionError as error:  # reading goes deeper than writing
+        raise DamagedFileError(path, "its JSON is nested too deep") from error
     found, family = str(content.get("format")), kind.rpartition(".")[0]
     if found != kind and whole and found.rpartition(".")[0] == family:
         problem = f"its format is {found!r}, and this falqon-fx reads {kind!r}"
@@ -140,6 +143,8 @@ def read_json(path: Path) -> Any:
     Raises:
         DamagedFileError: it isn't one, or can't be read.
     """
+    if not path.is_file():  # a pipe would wait for ever
+        raise DamagedFileError(path, "it is missing")
     with read_errors_explained(path):
         size = path.stat().st_size
         if size > _LARGEST_JSON:
@@ -154,13 +159,11 @@ def parse_json(path: Path, text: bytes | str) -> Any:
         DamagedFileError: it is none.
     """
     try:
-        content = json.loads(text if isinstance(text, str) else text.decode("utf-8"))
-        json.dumps(content)  # what is nested too deep for that is for all that reads it
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8"))
     except ValueError as error:
         raise DamagedFileError(path, f"it is not valid JSON ({error})") from error
     except RecursionError as error:
         raise DamagedFileError(path, "its JSON is nested too deep") from error
-    return content
 
 
 def check_form(path: Path, content: Any, form: str) -> None:
