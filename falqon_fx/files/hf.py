@@ -63,6 +63,10 @@ def fill(
             fresh = _new_parameter(name, parameter.shape, where)
             owner, _, last = name.rpartition(".")
             setattr(model.get_submodule(owner), last, nn.Parameter(fresh, parameter.requires_grad))
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            problem = f"the model needs it, {where} lacks it"
+            raise FalqonError(name, problem, "Check config.json and adapter_config.json")
     loaded: nn.Module = model
     return loaded
 

@@ -38,6 +38,13 @@ class FileEntry(TypedDict):
     tensors: dict[str, TensorEntry]
 
 
+class SealedFile(TypedDict):
+    """A file of anything else."""
+
+    bytes: Size
+    xxh3: str
+
+
 class PreparedSite(TypedDict):
     """A layer that `prepare` made; ``scaling`` with update="rows"."""
 
@@ -102,7 +109,15 @@ class Prequantized(TypedDict):
 
     format: str
     files: dict[str, FileEntry]
+    others: NotRequired[dict[str, SealedFile]]
     sites: list[LoadedSite]
+
+
+class Export(TypedDict):
+    """What `save_fp8` writes beside its files."""
+
+    format: str
+    files: dict[str, SealedFile]
 
 
 class Distributed(TypedDict):
@@ -157,6 +172,7 @@ class Config(TypedDict):
 _FORMS = {
     "checkpoint": Checkpoint,
     "prequantized": Prequantized,
+    "export": Export,
     "distributed": Distributed,
     "index": Index,
     "header": dict[str, HeaderEntry],

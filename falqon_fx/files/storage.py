@@ -133,7 +133,7 @@ def read_manifest(path: Path, kind: str, form: str, remedy: str) -> dict[str, An
     if not whole:
         raise DamagedFileError(path, "its checksum is wrong: it was changed after it was written")
     check_form(path, content, form)
-    check_names(path, content["files"])
+    check_names(path, [*content["files"], *content.get("others", ())])
     return content
 
 
