@@ -5,6 +5,7 @@
 #   make test-oldest, make test-newest
 #                    the fast tests with the oldest torch promised, with the newest released
 #   make kernels     every generated kernel compiled for each GPU architecture, and inspected
+#   make asan        the tests of compiled CPU code under AddressSanitizer (GCC)
 #   make docs        the documentation, in build/site
 
 SHELL := /bin/bash
@@ -22,7 +23,7 @@ STAMP := $(VENV)/.installed
 WHEEL := build/wheel
 PACKAGE := falqon_fx/py.typed $(shell find falqon_fx passes kernels -name '*.py' -o -name '*.jinja' -o -name '*.cpp')
 
-.PHONY: venv demo test test-fast test-all test-oldest test-newest kernels docs check lint types format wheel-check clean
+.PHONY: venv demo test test-fast test-all test-oldest test-newest kernels asan docs check lint types format wheel-check clean
 
 venv: $(STAMP)
 
@@ -67,6 +68,21 @@ build/newest/.installed: pyproject.toml requirements-nodeps.txt
 
 kernels: venv
 	$(BIN)/python -m falqon_fx.kernels.matrix
+
+# The compiler is a script that adds the flags: Inductor takes what CXX names, and keeps what it
+# compiled apart by that. Python itself has leaks at its end.
+ASAN := $(CURDIR)/build/asan
+ASAN_TESTS := tests/kernels/test_cpu.py tests/test_lowering.py tests/attack/test_crafted.py
+
+asan: venv
+	mkdir -p $(ASAN)/bin
+	printf '#!/bin/sh\nexec g++ -fsanitize=address -fno-omit-frame-pointer -g "$$@"\n' > $(ASAN)/bin/g++
+	chmod +x $(ASAN)/bin/g++
+	CXX=$(ASAN)/bin/g++ TORCHINDUCTOR_CACHE_DIR=$(ASAN)/inductor FALQON_CACHE=$(ASAN)/falqon \
+		ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 \
+		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+		$(BIN)/pytest -n 0 $(ASAN_TESTS)
+	grep --recursive --quiet __asan_report_store $(ASAN)/inductor $(ASAN)/falqon # it was on
 
 docs: venv
 	$(BIN)/python docs/options.py --write

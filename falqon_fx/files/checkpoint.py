@@ -12,7 +12,6 @@ import platform
 import random
 import re
 import warnings
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -23,8 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from falqon_fx.errors import FalqonError
-from falqon_fx.files import atomic, disk, storage, trees
-from falqon_fx.files.model_state import load_into, snapshot
+from falqon_fx.files import atomic, disk, model_state, storage, training, trees
 from falqon_fx.model.lora_layers import unwrap
 
 FORMAT = "falqon_fx.checkpoint.3"
@@ -89,16 +87,16 @@ def save_checkpoint(
             to. An earlier checkpoint stays.
     """
     directory = Path(directory)
-    sites, named = snapshot(unwrap(model))
-    training: dict[str, Tensor] = {}
+    sites, named = model_state.snapshot(unwrap(model))
+    of_training: dict[str, Tensor] = {}
     objects = {
         "optimizer": None if optimizer is None else optimizer.state_dict(),
         "scheduler": None if scheduler is None else scheduler.state_dict(),
         "rng": _rng_state() if rng else None,
         "extra": dict(extra or {}),
     }
-    tree = trees.to_plain(objects, _TRAINING, training)
-    tensors, same = trees.unshared([*named, *training.items()])
+    tree = trees.to_plain(objects, _TRAINING, of_training)
+    tensors, same = trees.unshared([*named, *of_training.items()])
 
     with atomic.made_folder(directory), disk.lock(directory):
         described = _write(directory, tensors, same, sites, tree)
@@ -212,62 +210,47 @@ def load_checkpoint(
         manifest = _manifest(directory)
         for name, expected in manifest["files"].items():
             tensors |= storage.open_tensors(directory / name, expected)
-    tensors |= {name: tensors[other] for name, other in manifest["same"].items()}
-    objects = trees.from_plain(manifest["objects"], tensors)
-    if scheduler is not None and objects["scheduler"] is None:
-        raise FalqonError(str(directory), "it holds no scheduler", "Leave out scheduler=")
+    tensors |= trees.shared_again(manifest["same"], tensors, str(directory / MANIFEST))
+    objects = _objects(manifest, tensors, directory)
+    where, state = str(directory), objects["rng"] if rng else None
+    if scheduler is not None:
+        training.check_scheduler(scheduler, objects["scheduler"], where)
     if optimizer is not None:
-        check_optimizer(optimizer, objects["optimizer"], str(directory))
+        training.check_optimizer(optimizer, objects["optimizer"], where)
+    if state is not None:
+        training.check_rng(state, where)
 
     ours = {n: t for n, t in tensors.items() if not n.startswith(_TRAINING)}
-    load_into(model, manifest["sites"], ours, str(directory))
-    for name, target in (("optimizer", optimizer), ("scheduler", scheduler)):
-        if target is not None:
-            target.load_state_dict(objects[name])
-    if rng and objects["rng"] is not None:
-        _set_rng_state(objects["rng"])
+    model_state.check(model, manifest["sites"], ours, where)
+    targets = (("optimizer", optimizer), ("scheduler", scheduler))
+    training.load_all(((n, to, objects[n]) for n, to in targets if to is not None), where)
+    model_state.write(model, manifest["sites"], ours)
+    if state is not None:
+        training.set_rng(state)
     extra: dict[str, Any] = objects["extra"]
     return extra
 
 
-def check_optimizer(
-    optimizer: torch.optim.Optimizer, saved: Mapping[str, Any] | None, where: str
-) -> None:
-    """Raise where there is no saved state, or one of other groups or of another optimizer."""
-    if saved is None:
-        raise FalqonError(where, "it holds no optimizer", "Leave out optimizer=")
-    ours = [len(group["params"]) for group in optimizer.param_groups]
-    theirs = [len(group["params"]) for group in saved["param_groups"]]
-    if ours != theirs:
-        raise FalqonError(
-            "optimizer",
-            f"its groups have {ours} parameters, those in {where} {theirs}",
-            "Make it as for the run that was saved",
-        )
-    for group, other in zip(optimizer.param_groups, saved["param_groups"], strict=True):
-        # A scheduler adds to them, a newer torch may. Another optimizer has options that we lack.
-        lacking, unknown = group.keys() - other.keys(), other.keys() - group.keys() - {"initial_lr"}
-        if lacking and unknown:
-            raise FalqonError(
-                "optimizer",
-                f"it has the options {sorted(lacking)}, the one in {where} {sorted(unknown)}",
-                "Make it as for the run that was saved",
-            )
-
-
 def read_extra(directory: Path) -> dict[str, Any]:
-    """What a checkpoint holds as ``extra``, apart from its tensors, which are empty."""
-    objects = dict(_manifest(directory)["objects"]["dict"])
-    extra: dict[str, Any] = trees.from_plain(objects["extra"], defaultdict(lambda: torch.empty(0)))
+    """What a checkpoint holds as ``extra``, apart from its tensors, which are empty.
+
+    Raises:
+        FalqonError: no checkpoint, or a damaged one.
+    """
+    extra: dict[str, Any] = _objects(_manifest(directory), None, directory)["extra"]
     return extra
 
 
 def _manifest(directory: Path) -> dict[str, Any]:
-    return storage.read_manifest(directory / MANIFEST, FORMAT, _OTHER_FORMAT)
+    return storage.read_manifest(directory / MANIFEST, FORMAT, "checkpoint", _OTHER_FORMAT)
 
 
-def _set_rng_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    random.setstate(state["python"])
+def _objects(
+    manifest: Mapping[str, Any], tensors: Mapping[str, Tensor] | None, directory: Path
+) -> dict[str, Any]:
+    """What isn't the model's."""
+    found = trees.from_plain(manifest["objects"], tensors, str(directory / MANIFEST))
+    match found:
+        case {"optimizer": _, "scheduler": _, "rng": _, "extra": dict()}:
+            return dict(found)
+    raise storage.DamagedFileError(directory / MANIFEST, "its objects are not those of a run")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from falqon_fx.errors import FalqonError
-from falqon_fx.files import model_state, storage, trees
-from falqon_fx.files.checkpoint import check_optimizer
+from falqon_fx.files import model_state, storage, training, trees
 from falqon_fx.model.lora_layers import unwrap
 
 
@@ -55,14 +55,18 @@ class CheckpointState:
             FalqonError: a checkpoint of another model, or of another optimizer. Nothing has been
                 changed then.
         """
+        storage.require("safetensors", "checkpoint")
         from safetensors.torch import load
 
-        where = "the checkpoint"
-        text, packed = json.loads(state["text"]), load(state["packed"])
-        packed |= {name: packed[other] for name, other in text.get("same", {}).items()}
-        saved = trees.from_plain(text["optimizer"], packed)
+        where, place = "the checkpoint", Path("the checkpoint")
+        text = storage.parse_json(place, str(state["text"]))
+        storage.check_form(place, text, "distributed")
+        with storage.file_errors_explained(place):
+            packed = load(bytes(state["packed"]))
+        packed |= trees.shared_again(text.get("same", {}), packed, where)
+        saved = trees.from_plain(text["optimizer"], packed, where)
         if self.optimizer is not None:
-            check_optimizer(self.optimizer, saved, where)
+            training.check_optimizer(self.optimizer, saved, where)
         ours, theirs = _dtypes(state["model"]), text.get("dtypes", {})
         for name in theirs.keys() & ours.keys():  # DCP converts without a word
             if theirs[name] != ours[name]:
@@ -81,9 +85,11 @@ class CheckpointState:
                     "Load another, and give each save a folder of its own",
                 )
         states = {n: t for n, t in packed.items() if n.startswith(model_state.SITES)}
-        model_state.load_into(self.model, text["sites"], {**state["model"], **states}, where)
+        tensors = {**state["model"], **states}
+        model_state.check(self.model, text["sites"], tensors, where)
         if self.optimizer is not None:
-            self.optimizer.load_state_dict(saved)
+            training.load_all([("optimizer", self.optimizer, saved)], where)
+        model_state.write(self.model, text["sites"], tensors)
 
 
 def _sums(tensors: Mapping[str, Tensor], packed: Any) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -17,6 +16,7 @@ from falqon_fx.errors import FalqonConfigError, FalqonError
 from falqon_fx.files import storage
 from falqon_fx.files.hf import empty_model, fill, lora_config, read_index
 from falqon_fx.files.model_state import Site
+from falqon_fx.files.site_checks import described
 from falqon_fx.model.lora_layers import lora_layers
 from falqon_fx.site.base import digest
 from falqon_fx.site.numerics import E4M3
@@ -46,7 +46,7 @@ def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = No
         )
     tensors = _read(directory)
     _check_format(directory)
-    model = empty_model(directory, lora_config(lora))
+    model = empty_model(directory, lora_config(lora), len(tensors))
     weights = {n.removesuffix(".weight"): t for n, t in tensors.items() if t.dtype == E4M3}
     if not weights:
         raise FalqonError(str(directory), "it holds no float8_e4m3fn weight", "Use transformers")
@@ -89,8 +89,11 @@ def _read(directory: Path) -> dict[str, Tensor]:
 
 
 def _check_format(directory: Path) -> None:
-    settings = json.loads((directory / "config.json").read_text()).get("quantization_config")
-    method = (settings or {}).get("quant_method")
+    file = directory / "config.json"
+    content = storage.read_json(file)
+    storage.check_form(file, content, "config")
+    settings = content.get("quantization_config") or {}
+    method = settings.get("quant_method")
     if method not in ("compressed-tensors", "fp8"):
         raise FalqonError(
             str(directory),
@@ -113,6 +116,9 @@ def _row_scale(path: str, weight: Tensor, tensors: Mapping[str, Tensor], directo
     found = [tensors[path + end] for end in _SCALES if path + end in tensors]
     if not found:
         raise FalqonError(path, f"{directory} holds no scale for it", "Check the checkpoint")
+    if not found[0].is_floating_point() or not found[0].numel() or weight.dim() != 2:
+        problem = f"{directory} has {described(weight)} with scales {described(found[0])}"
+        raise FalqonError(path, problem, "Check the checkpoint")
     scale, out = found[0].to(torch.float32), weight.shape[0]
     if scale.numel() == 1 or bool((scale == scale.flatten()[0]).all()):
         return scale.flatten()[0].expand(out, 1).clone()

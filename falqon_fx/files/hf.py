@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,12 @@ from torch import Tensor, nn
 from falqon_fx.errors import FalqonError
 from falqon_fx.files import storage
 from falqon_fx.files.model_state import Site, make_layer
+from falqon_fx.files.site_checks import check_site, check_values, described, ranks_around
+from falqon_fx.model.lora_layers import is_linear
 
 INDEX = "model.safetensors.index.json"
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_NOT_LORA = "Load the model with transformers, and call falqon_fx.prepare(model)"
 
 
 def fill(
@@ -22,13 +26,23 @@ def fill(
     layers: Mapping[str, tuple[Site, Mapping[str, Tensor]]],
     tensors: Mapping[str, Tensor],
     where: str,
+    *,
+    verify: bool = True,
 ) -> nn.Module:
     """Give a model on the meta device its FP8 layers (`falqon_fx.files.model_state.make_layer`) and
-    its other tensors, as they are. New adapters start as PEFT starts them.
+    its other tensors, as they are. New adapters start as PEFT starts them. Unless ``verify`` is
+    False, FP8 bytes are looked at for NaN.
 
     Raises:
-        FalqonError: a tensor without a place, or a place without a tensor.
+        FalqonError: a tensor without a place or of another shape, a place without a tensor, or FP8
+            weights that are no numbers.
     """
+    for path, (site, found) in layers.items():
+        module = _linear(model, path, where)
+        size = module.weight.t().shape if site["transposed"] else module.weight.shape
+        check_site(path, site, found, tuple(size), where, ranks_around(model, path))
+        if verify:
+            check_values(path, found, where)
     for path, (site, found) in layers.items():
         bias = model.get_submodule(path).bias
         model.set_submodule(path, make_layer(site, found, bias, path))
@@ -37,6 +51,7 @@ def fill(
         path, _, last = name.rpartition(".")
         inside = f"{path}.base_layer.{last}"  # PEFT wrapped the layer
         named[inside if _exists(model, inside) else name] = tensor
+    _check_shapes(model, named, where)
     unknown = model.load_state_dict(named, strict=False, assign=True).unexpected_keys
     model.get_base_model().tie_weights()
     if unknown:
@@ -46,8 +61,39 @@ def fill(
             fresh = _new_parameter(name, parameter.shape, where)
             owner, _, last = name.rpartition(".")
             setattr(model.get_submodule(owner), last, nn.Parameter(fresh, parameter.requires_grad))
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            problem = f"the model needs it, {where} lacks it"
+            raise FalqonError(name, problem, "Check config.json and adapter_config.json")
     loaded: nn.Module = model
     return loaded
+
+
+def _linear(model: nn.Module, path: str, where: str) -> Any:
+    """The linear layer in whose place an FP8 one comes."""
+    try:
+        module = model.get_submodule(path)
+    except AttributeError as error:
+        problem = f"{where} has FP8 weights for it, the model no such layer"
+        raise FalqonError(path, problem, "Check config.json") from error
+    if not is_linear(module):
+        kind = type(module).__name__
+        problem = f"{where} has FP8 weights for it, the model a {kind}"
+        raise FalqonError(path, problem, "Leave it dense: call falqon_fx.prequantize on the model")
+    return module
+
+
+def _check_shapes(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Each tensor must be of the shape of its place; of another width where that holds floats."""
+    expected = model.state_dict()
+    for name, tensor in tensors.items():
+        like = expected.get(name)
+        if like is None:
+            continue  # there is a better word for it later
+        fits = tensor.dtype in _FLOATS if like.dtype in _FLOATS else tensor.dtype == like.dtype
+        if tensor.shape != like.shape or not fits:
+            problem = f"{where} has {described(tensor)}, the model {described(like)}"
+            raise FalqonError(name, problem, "Check config.json and adapter_config.json")
 
 
 def _new_parameter(name: str, shape: torch.Size, where: str) -> Tensor:
@@ -79,11 +125,19 @@ def _exists(model: nn.Module, name: str) -> bool:
 
 
 def read_index(source: Path) -> dict[str, str]:
-    """The file that holds each tensor of a checkpoint."""
+    """The file that holds each tensor of a checkpoint, inside its folder.
+
+    Raises:
+        FalqonError: no checkpoint, an index that is damaged or names files outside, or a tensor
+            that two files hold.
+    """
     if not (source / "config.json").is_file():
         raise FalqonError(str(source), "there is no config.json in it", "Name a model's folder")
     if (source / INDEX).is_file():
-        weight_map: dict[str, str] = json.loads((source / INDEX).read_text())["weight_map"]
+        content = storage.read_json(source / INDEX)
+        storage.check_form(source / INDEX, content, "index")
+        weight_map: dict[str, str] = content["weight_map"]
+        storage.check_names(source / INDEX, weight_map.values())
         return weight_map
     index: dict[str, str] = {}
     for file in sorted(source.glob("*.safetensors")):
@@ -122,20 +176,79 @@ def lora_config(lora: Any) -> Any:
     return lora or peft.LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def empty_model(source: Path, lora: Any) -> Any:
-    """A PEFT model of a folder's config whose parameters are on the meta device."""
+def adapter_config(source: Path) -> Any:
+    """PEFT's config of the adapter in a folder.
+
+    Raises:
+        FalqonError: there is none, or one that PEFT or we can't take.
+    """
+    peft, file = storage.require("peft", "export"), source / "adapter_config.json"
+    storage.read_json(file)  # which says what is wrong with it
+    with _others_errors_explained(file, "PEFT can't read it", "Call falqon_fx.prequantize again"):
+        config = peft.LoraConfig.from_pretrained(source)
+    if not isinstance(config, peft.LoraConfig) or config.layer_replication:
+        raise FalqonError(str(file), "it is not of a LoRA on the model's own layers", _NOT_LORA)
+    return config
+
+
+def empty_model(source: Path, lora: Any, tensors: int | None = None) -> Any:
+    """A PEFT model of a folder's config whose parameters are on the meta device. A config of more
+    layers than the folder has ``tensors`` is refused before they are made.
+
+    Raises:
+        FalqonError: a config that is damaged, or that transformers or PEFT can't take.
+    """
     peft = storage.require("peft", "export")
     transformers = storage.require("transformers", "export")
     accelerate = storage.require("accelerate", "export")
-    config = transformers.AutoConfig.from_pretrained(source)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with accelerate.init_empty_weights(include_buffers=False):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype)
-    model.config._name_or_path = str(source)
-    if transformers.GenerationConfig and (source / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(source)
-    return peft.get_peft_model(model.eval(), lora, low_cpu_mem_usage=True)
+    file = source / "config.json"
+    storage.read_json(file)  # which says what is wrong with it
+    problem = "transformers can't make its model"
+    with _others_errors_explained(file, problem, "Load the folder with transformers to see why"):
+        # What the folder brings as code is not run: load such a model with transformers.
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        _check_sizes(file, config, source, tensors)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with accelerate.init_empty_weights(include_buffers=False):
+            auto = transformers.AutoModelForCausalLM
+            model = auto.from_config(config, dtype=config.dtype, trust_remote_code=False)
+        model.config._name_or_path = str(source)
+    generation = source / "generation_config.json"
+    if transformers.GenerationConfig and generation.is_file():
+        storage.read_json(generation)
+        with _others_errors_explained(generation, "transformers can't read it", "Remove it"):
+            model.generation_config = transformers.GenerationConfig.from_pretrained(source)
+    problem = "PEFT can't put its adapter on the model"
+    with _others_errors_explained(source, problem, "Check the LoraConfig"):
+        return peft.get_peft_model(model.eval(), lora, low_cpu_mem_usage=True)
+
+
+def _check_sizes(file: Path, config: Any, source: Path, tensors: int | None) -> None:
+    """Refuse a number of layers that would take forever, or a width that no file here can hold:
+    buffers are made at once.
+    """
+    most = {"num_hidden_layers": tensors} if tensors is not None else {}
+    bytes_of_files = sum(path.stat().st_size for path in source.rglob("*.safetensors"))
+    most |= dict.fromkeys(("hidden_size", "head_dim", "num_attention_heads"), bytes_of_files)
+    for part in (config, config.get_text_config()):
+        for name, limit in most.items():
+            value = getattr(part, name, None)
+            if isinstance(value, int) and value > limit:
+                problem = f"it says {name}={value}, more than the folder's tensors can be of"
+                raise FalqonError(str(file), problem, "Fetch the folder again")
+
+
+@contextmanager
+def _others_errors_explained(file: Path, problem: str, remedy: str) -> Iterator[None]:
+    """Say which file it is that another library didn't take, whatever that raises."""
+    try:
+        yield
+    except FalqonError:
+        raise
+    except Exception as error:
+        text = f"{problem} ({type(error).__name__}: {error})"
+        raise FalqonError(str(file), text, remedy) from error
 
 
 def new_lora_a(shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from falqon_fx.config import FalqonConfig
 from falqon_fx.files import seals, storage
 from falqon_fx.files.fp8_import import load_fp8
-from falqon_fx.files.hf import empty_model, fill
+from falqon_fx.files.hf import adapter_config, empty_model, fill
+from falqon_fx.files.storage import DamagedFileError
 
 FORMAT = "falqon_fx.prequantized.3"  # what `falqon_fx.prequantize` writes
 MANIFEST = seals.MANIFEST
@@ -49,13 +50,16 @@ def load(
         return load_fp8(directory, lora, config)
     if not (directory / MANIFEST).is_file():
         return load_fp8(directory, lora, config)
-    peft = storage.require("peft", "export")
     manifest = storage.read_manifest(
-        directory / MANIFEST, FORMAT, "Call falqon_fx.prequantize on the model again"
+        directory / MANIFEST,
+        FORMAT,
+        "prequantized",
+        "Call falqon_fx.prequantize on the model again",
     )
     if verify:
         seals.check(directory, manifest["others"], manifest["files"])
-    model = empty_model(directory, peft.LoraConfig.from_pretrained(directory))
+    count = sum(len(entry["tensors"]) for entry in manifest["files"].values())
+    model = empty_model(directory, adapter_config(directory), count)
     by_file = {site["file"]: site for site in manifest["sites"]}
     tensors: dict[str, Tensor] = {}
     layers = {}
@@ -70,4 +74,6 @@ def load(
             name = f"{path.removesuffix('.base_layer')}.lora_A.default.weight"
             tensors[name] = found.pop("lora_A")
         layers[path] = (site, found)
-    return fill(model, layers, tensors, str(directory))
+    if len(layers) != len(by_file) or len(by_file) != len(manifest["sites"]):
+        raise DamagedFileError(directory / MANIFEST, "its sites and files don't belong together")
+    return fill(model, layers, tensors, str(directory), verify=verify)

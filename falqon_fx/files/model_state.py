@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from falqon_fx.errors import FalqonError
 from falqon_fx.files import storage
+from falqon_fx.files.site_checks import check_site, check_values, described, ranks_around
 from falqon_fx.model.fp8_linear import Fp8Linear
+from falqon_fx.model.lora_layers import is_linear
 from falqon_fx.model.prepared_linear import PreparedLinear
 from falqon_fx.rows.prepared import MergedBaseLinear
 from falqon_fx.rows.state import STATE, MergedAdapter, registry
@@ -112,45 +114,33 @@ def _rows_states(model: nn.Module) -> Iterator[tuple[Site, MergedAdapter]]:
 
 def _known_by(name: str, weight: Tensor) -> Site:
     """What tells a base weight from another: dtype, shape and a sample of its contents."""
-    shape = _shape(weight.shape, weight.dtype)
-    return {"weight": name, "is": shape, "contents": storage.digest(sample(weight.detach()))}
+    return {
+        "weight": name,
+        "is": described(weight),
+        "contents": storage.digest(sample(weight.detach())),
+    }
 
 
 # -- back into a model -----------------------------------------------------------------------------
 
 
-def load_into(
-    model: nn.Module, sites: list[Site], tensors: Mapping[str, Tensor], where: str
-) -> None:
-    """Write tensors and sites, as `snapshot` gave them, into a model.
+def check(model: nn.Module, sites: list[Site], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Look whether tensors and sites fit a model, which isn't changed.
 
     Raises:
-        FalqonError: they don't fit. Nothing has been changed then.
+        FalqonError: they don't.
     """
-    _check(model, sites, tensors, where)
-    for site in sites:
-        if "prepared" in site:
-            _prepare_layer(model, site, tensors)
-    named = dict(model.state_dict(keep_vars=True))
-    storage.copy_tensors((named[name], t) for name, t in tensors.items() if name in named)
-    for parameter in model.parameters():
-        registry.forget(parameter)
-    for site in sites:
-        if "state" in site:
-            _adopt(model, site, tensors)
-    stored.forget()
-
-
-def _check(model: nn.Module, sites: list[Site], tensors: Mapping[str, Tensor], where: str) -> None:
-    expected = {n: _shape(t.shape, t.dtype) for n, t in model.state_dict().items()}
-    saved = {n: _shape(t.shape, t.dtype) for n, t in tensors.items()}
+    expected = {n: described(t) for n, t in model.state_dict().items()}
+    saved = {n: described(t) for n, t in tensors.items()}
     for site in sites:
         ours: list[str] = []  # what is compared here, and not by name and shape
         theirs = [site["state"] + name for name in STATE] if "state" in site else []
         if "prepared" in site:
             _check_layer(model, site, tensors, where)
             ours = theirs = [f"{site['prepared']}.{name}" for name in _OWN]
-        elif site["weight"] not in tensors:  # else the checkpoint brings all base weights
+        if "state" in site:
+            _check_state(model, site, tensors, where)
+        if "weight" in site and site["weight"] not in tensors:  # else all base weights are in it
             _check_weight(model, site, where)
             path = site["weight"].rpartition(".")[0]
             ours = [site["weight"], *(f"{path}.{name}" for name in _OWN)]
@@ -174,20 +164,55 @@ def _check_layer(model: nn.Module, site: Site, tensors: Mapping[str, Tensor], wh
     module = _module(model, path, where)
     if isinstance(module, PreparedLinear):
         _check_kind(path, module, "scaling" in site, where)
-        size = torch.Size((module.out_features, module.in_features))
-        found = _shape(size, module.dtype)
+        size, dtype = (module.out_features, module.in_features), module.dtype
+        ranks = {module.rank} if isinstance(module, MergedBaseLinear) else set()
     else:
         weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor) or weight.dim() != 2:
+        if not is_linear(module) or not isinstance(weight, Tensor):
             kind = type(module).__name__
             raise FalqonError(path, f"{where} has an FP8 layer there, the model a {kind}", _REMEDY)
-        found = _shape(weight.t().shape if transposed else weight.shape, weight.dtype)
-    out, features = tensors[f"{path}.code"].shape
-    if "scaling" in site:  # rows of A lie under those of W
-        out = tensors[f"{path}.applied"].shape[0]
-    wanted = _shape(torch.Size((out, features)), getattr(torch, site["dtype"]))
-    if found != wanted:
-        raise FalqonError(path, f"{where} has {wanted}, the model {found}", _REMEDY)
+        first, second = weight.shape
+        size, dtype = (second, first) if transposed else (first, second), weight.dtype
+        ranks = ranks_around(model, path)
+    if _name(dtype) != site["dtype"]:
+        problem = f"{where} has it in {site['dtype']}, the model in {_name(dtype)}"
+        raise FalqonError(path, problem, _REMEDY)
+    own = {n: tensors[f"{path}.{n}"] for n in names_of(site) if f"{path}.{n}" in tensors}
+    check_site(path, site, own, size, where, ranks)
+    check_values(path, own, where)
+
+
+def _check_state(model: nn.Module, site: Site, tensors: Mapping[str, Tensor], where: str) -> None:
+    """A state outside of modules must be of the shapes of its W, A and B in the model."""
+    names = (site["weight"], site["lora_a"], site["lora_b"])
+    module = _module(model, names[0].rpartition(".")[0], where)
+    if isinstance(module, PreparedLinear):
+        _check_kind(names[0], module, True, where)
+        first, second = module.out_features, module.in_features
+    else:
+        first, second = _two(model, names[0], where)
+        first, second = (second, first) if site["transposed"] else (first, second)
+    (rank, features), (out, of_b) = (_two(model, name, where) for name in names[1:])
+    if (features, out, of_b) != (second, first, rank):
+        problem = f"{where} has {names[1]} and {names[2]} as its adapter, which don't fit it"
+        raise FalqonError(names[0], problem, _REMEDY)
+    prefix = site["state"]
+    own = {n: tensors[prefix + n] for n in STATE if prefix + n in tensors}
+    check_site(names[0], site, own, (out, features), where, {rank})
+    check_values(names[0], own, where)
+    if isinstance(module, MergedBaseLinear) and module.scale.shape != own["scale"].shape:
+        problem = f"{where} has {described(own['scale'])} as its scale, the model another"
+        raise FalqonError(names[0], problem, _RESTORE)
+
+
+def _two(model: nn.Module, name: str, where: str) -> tuple[int, int]:
+    """The shape of the matrix of that name."""
+    path, _, last = name.rpartition(".")
+    found = getattr(_module(model, path, where), last, None)
+    if not isinstance(found, Tensor) or found.dim() != 2:
+        raise FalqonError(name, f"{where} has a matrix there, the model none", _REMEDY)
+    first, second = found.shape
+    return first, second
 
 
 def _check_kind(path: str, layer: PreparedLinear, rows: bool, where: str) -> None:
@@ -231,13 +256,28 @@ def _module(model: nn.Module, path: str, where: str) -> Any:
         raise FalqonError(path, f"it is in {where} but not in the model", _REMEDY) from error
 
 
+def write(model: nn.Module, sites: list[Site], tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors and sites, as `snapshot` gave them, into a model that they fit (`check`)."""
+    for site in sites:
+        if "prepared" in site:
+            _prepare_layer(model, site, tensors)
+    named = dict(model.state_dict(keep_vars=True))
+    storage.copy_tensors((named[name], t) for name, t in tensors.items() if name in named)
+    for parameter in model.parameters():
+        registry.forget(parameter)
+    for site in sites:
+        if "state" in site:
+            _adopt(model, site, tensors)
+    stored.forget()
+
+
 def _prepare_layer(model: nn.Module, site: Site, tensors: Mapping[str, Tensor]) -> None:
     """A prepared layer of the saved shapes at the site's path; contents follow."""
     path = site["prepared"]
     module: Any = model.get_submodule(path)
     given = {name: tensors[f"{path}.{name}"] for name in names_of(site)}
     if isinstance(module, PreparedLinear) and all(
-        getattr(module, name).shape == tensor.shape for name, tensor in given.items()
+        described(getattr(module, name)) == described(tensor) for name, tensor in given.items()
     ):
         _take_options(module, site)
         return
@@ -272,10 +312,6 @@ def _adopt(model: nn.Module, site: Site, tensors: Mapping[str, Tensor]) -> None:
     if not isinstance(module, MergedBaseLinear):
         a, b = model.get_parameter(site["lora_a"]), model.get_parameter(site["lora_b"])
         registry.adopt(state, getattr(module, name), a, b)
-
-
-def _shape(shape: torch.Size, dtype: torch.dtype) -> str:
-    return f"{_name(dtype)} {list(shape)}"
 
 
 def _name(dtype: torch.dtype) -> str:

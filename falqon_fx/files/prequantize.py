@@ -107,7 +107,7 @@ def prequantize(
     with storage.read_errors_explained(source):
         index = read_index(source)
         others = seals.known_files(source, _COPIED)
-        skeleton = empty_model(source, lora_config(lora))
+        skeleton = empty_model(source, lora_config(lora), len(index))
         layers = _layers(skeleton, index, config)
         units = _units(layers, source, index)
     partial = atomic.working_folder(out)
@@ -322,6 +322,10 @@ def _cast(layer: LinearLayer, weight: Tensor, config: FalqonConfig) -> dict[str,
     """The layer's tensors (`falqon_fx.files.model_state.make_layer`), and A where
     it has an adapter.
     """
+    if weight.shape != layer.module.weight.shape:
+        wanted = list(layer.module.weight.shape)
+        problem = f"its weight is {list(weight.shape)}, by config.json {wanted}"
+        raise FalqonError(layer.site, problem, "Fetch the folder again")
     weight = weight.t().contiguous() if layer.transposed else weight
     check_weight(layer.site, weight)
     spec, adapter = SiteSpec.from_config(config), {}

@@ -77,17 +77,21 @@ def check(folder: Path, sealed: Mapping[str, Any], beside: Iterable[str] = ()) -
         DamagedFileError: one is missing or another; or there is one that a model is made from, and
             that is neither sealed nor ``beside`` it.
     """
+    storage.check_names(folder / MANIFEST, sealed)
     for name, expected in sealed.items():
         file = folder / name
         if not file.is_file():
             raise DamagedFileError(file, "it is missing")
-        size = file.stat().st_size
+        with storage.read_errors_explained(file):
+            size, checksum = file.stat().st_size, _checksum(file)
         if size != expected["bytes"]:
             raise DamagedFileError(file, f"it has {size} bytes instead of {expected['bytes']}")
-        if _checksum(file) != expected["xxh3"]:
+        if checksum != expected["xxh3"]:
             raise DamagedFileError(file, f"its checksum is not the one in {MANIFEST}")
     known = {*sealed, *beside}
-    for file in _matching(folder, _READ):
+    with storage.read_errors_explained(folder):
+        found = _matching(folder, _READ)
+    for file in found:
         if file.name not in known:
             raise DamagedFileError(file, f"{MANIFEST} does not name it: it was put there later")
 
@@ -109,7 +113,7 @@ def check_export(folder: Path) -> None:
         DamagedFileError: a file that is missing, was changed, or was added.
     """
     remedy = "Export the model again, or remove the file to load what is there as it is"
-    check(folder, storage.read_manifest(folder / MANIFEST, EXPORT, remedy)["files"])
+    check(folder, storage.read_manifest(folder / MANIFEST, EXPORT, "export", remedy)["files"])
 
 
 def _checksum(file: Path) -> str:

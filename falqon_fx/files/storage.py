@@ -8,6 +8,7 @@ or foreign file is refused by the name of what is wrong in it.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from falqon_fx.kernels.cpu import native as cpu
 T = TypeVar("T")
 R = TypeVar("R")
 _LONGEST_HEADER = 100_000_000  # of a safetensors file, by its format
+_LARGEST_JSON = 2**28  # of a manifest with a million tensors
 
 
 class DamagedFileError(FalqonError):
@@ -106,22 +108,23 @@ def write_manifest(final: Path, content: Mapping[str, Any]) -> None:
 # -- reading ---------------------------------------------------------------------------------------
 
 
-def read_manifest(path: Path, kind: str, remedy: str) -> dict[str, Any]:
-    """The content of a manifest of the ``format`` ``kind``.
+def read_manifest(path: Path, kind: str, form: str, remedy: str) -> dict[str, Any]:
+    """The content of a manifest of the ``format`` ``kind``, with the fields of ``form``
+    (`falqon_fx.files.manifests`).
 
     Raises:
         FalqonError: there is none, or one of an older or newer format; ``remedy`` says what to do.
-        DamagedFileError: it isn't one, or was changed.
+        DamagedFileError: it isn't one, or was changed, or names a file outside its folder.
     """
     if not path.is_file():
         raise FalqonError(str(path.parent), f"there is no {path.name} in it", "Name another folder")
-    try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DamagedFileError(path, f"it is not valid JSON ({error})") from error
+    content = read_json(path)
     if not isinstance(content, dict):
         raise DamagedFileError(path, f"its format is not {kind!r}")
-    whole = content.pop("checksum", None) == _json_checksum(content)
+    try:
+        whole = content.pop("checksum", None) == _json_checksum(content)
+    except RecursionError as error:  # reading goes deeper than writing
+        raise DamagedFileError(path, "its JSON is nested too deep") from error
     found, family = str(content.get("format")), kind.rpartition(".")[0]
     if found != kind and whole and found.rpartition(".")[0] == family:
         problem = f"its format is {found!r}, and this falqon-fx reads {kind!r}"
@@ -130,7 +133,60 @@ def read_manifest(path: Path, kind: str, remedy: str) -> dict[str, Any]:
         raise DamagedFileError(path, f"its format is not {kind!r}")
     if not whole:
         raise DamagedFileError(path, "its checksum is wrong: it was changed after it was written")
+    check_form(path, content, form)
+    check_names(path, [*content["files"], *content.get("others", ())])
     return content
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        DamagedFileError: it isn't one, or can't be read.
+    """
+    if not path.is_file():  # a pipe would wait for ever
+        raise DamagedFileError(path, "it is missing")
+    with read_errors_explained(path):
+        size = path.stat().st_size
+        if size > _LARGEST_JSON:
+            raise DamagedFileError(path, f"it has {size} bytes, more than any such file")
+        return parse_json(path, path.read_bytes())
+
+
+def parse_json(path: Path, text: bytes | str) -> Any:
+    """JSON that is, or is said to be, in a file.
+
+    Raises:
+        DamagedFileError: it is none.
+    """
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8"))
+    except ValueError as error:
+        raise DamagedFileError(path, f"it is not valid JSON ({error})") from error
+    except RecursionError as error:
+        raise DamagedFileError(path, "its JSON is nested too deep") from error
+
+
+def check_form(path: Path, content: Any, form: str) -> None:
+    """Raise a `DamagedFileError` where the content of a file lacks a field that is read, or has
+    something else in it (`falqon_fx.files.manifests`).
+    """
+    require("pydantic", "checkpoint")
+    from falqon_fx.files import manifests
+
+    problem = manifests.problem(content, form)
+    if problem is not None:
+        raise DamagedFileError(path, f"it is not what it should be ({problem})")
+
+
+def check_names(path: Path, names: Iterable[str]) -> None:
+    """Raise a `DamagedFileError` where a file names another that is not in its folder."""
+    require("pydantic", "checkpoint")
+    from falqon_fx.files import manifests
+
+    for name in names:
+        if not manifests.is_inside(name):
+            raise DamagedFileError(path, f"it names {name!r}, which is no file in its folder")
 
 
 def open_tensors(
@@ -150,21 +206,31 @@ def open_tensors(
     if _header_checksum(path) != expected["header"]:
         raise DamagedFileError(path, "the checksum of its header is wrong")
     header, start = read_header(path), len(_header(path))
-    require("numpy", "checkpoint")
-    memory: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
-    whole = torch.empty(0, dtype=torch.uint8).set_(memory).numpy()
-    parts = {}
-    for name in expected["tensors"]:
+    places = {}
+    for name, entry in expected["tensors"].items():
+        if name not in header:
+            raise DamagedFileError(path, f"it has no tensor {name!r}")
+        dtype = getattr(torch, entry["dtype"], None)
         first, end = header[name]["data_offsets"]
-        parts[name] = whole[start + first : start + end]
+        if not isinstance(dtype, torch.dtype) or first % dtype.itemsize:
+            raise DamagedFileError(path, f"tensor {name!r} is of no dtype that can lie there")
+        if end - first != math.prod(entry["shape"]) * dtype.itemsize:
+            shape = f"{entry['dtype']} {entry['shape']}"
+            raise DamagedFileError(path, f"tensor {name!r} has {end - first} bytes, not {shape}")
+        places[name] = (start + first, start + end, dtype)
+    require("numpy", "checkpoint")
+    with read_errors_explained(path):
+        memory: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
+    whole = torch.empty(0, dtype=torch.uint8).set_(memory).numpy()
+    parts = {name: whole[first:end] for name, (first, end, _) in places.items()}
     names = list(parts) if verify else []
     sums = _spread(_checksum, [parts[name] for name in names], lambda part: part.nbytes)
     for name, digest in zip(names, sums, strict=True):
         if digest != expected["tensors"][name]["xxh3"]:
             raise DamagedFileError(path, f"the checksum of tensor {name!r} is wrong")
     return {
-        name: torch.from_numpy(parts[name]).view(getattr(torch, of["dtype"])).view(of["shape"])
-        for name, of in expected["tensors"].items()
+        name: torch.from_numpy(parts[name]).view(dtype).view(expected["tensors"][name]["shape"])
+        for name, (_, _, dtype) in places.items()
     }
 
 
@@ -185,10 +251,17 @@ def _bytes(tensor: Tensor) -> Any:
 
 
 def copy_tensors(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Write the second of each pair into the first, which is of the same shape and dtype."""
-    plain = []
+    """Write the second of each pair into the first, which is of the same shape and dtype.
+
+    Raises:
+        ValueError: it is not. Nothing has been written then.
+    """
+    plain, once = [], {id(pair[0]): pair for pair in pairs}.values()  # tied ones
+    for target, tensor in once:
+        if (target.shape, target.dtype) != (tensor.shape, tensor.dtype):
+            raise ValueError(f"{tensor.dtype} {list(tensor.shape)} into {list(target.shape)}")
     with torch.no_grad():
-        for target, tensor in {id(pair[0]): pair for pair in pairs}.values():  # tied ones once
+        for target, tensor in once:
             if _is_plain(target) and _is_plain(tensor):
                 plain.append((target, tensor))
             else:
@@ -238,19 +311,27 @@ def read_header(path: Path) -> dict[str, Any]:
     Raises:
         DamagedFileError: it isn't one.
     """
+    whole = _header(path)
     try:
-        header = json.loads(_header(path)[8:])
-    except ValueError as error:
+        header = json.loads(whole[8:])
+    except (ValueError, RecursionError) as error:
         raise DamagedFileError(path, f"its header is not valid JSON ({error})") from error
     if not isinstance(header, dict):
         raise DamagedFileError(path, "its header is no JSON object")
-    return {name: entry for name, entry in header.items() if name != "__metadata__"}
+    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    check_form(path, entries, "header")
+    size = path.stat().st_size - len(whole)
+    for name, entry in entries.items():
+        first, end = entry["data_offsets"]
+        if not first <= end <= size:
+            raise DamagedFileError(path, f"tensor {name!r} would lie at {first}:{end} of {size}")
+    return entries
 
 
 def _header(path: Path) -> bytes:
     """The length of a safetensors file's header, and the header."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with read_errors_explained(path), path.open("rb") as file:
+        size = path.stat().st_size
         start = file.read(8)
         length = int.from_bytes(start, "little")
         if length > min(size - 8, _LONGEST_HEADER):

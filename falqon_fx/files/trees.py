@@ -38,18 +38,45 @@ def to_plain(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     )
 
 
-def from_plain(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of `to_plain`; tensors are copies."""
-    if isinstance(value, list):
-        return [from_plain(item, tensors) for item in value]
-    if isinstance(value, dict):
-        ((kind, content),) = value.items()
-        if kind == "tensor":
-            return tensors[content].clone()
-        if kind == "tuple":
-            return tuple(from_plain(item, tensors) for item in content)
-        return {key: from_plain(item, tensors) for key, item in content}
-    return value
+def from_plain(value: Any, tensors: Mapping[str, Tensor] | None, where: str = "a file") -> Any:
+    """The inverse of `to_plain`; tensors are copies, empty ones where ``tensors`` is None.
+
+    Raises:
+        FalqonError: something that `to_plain` doesn't make is ``where`` it was read.
+    """
+    try:
+        return _from_plain(value, tensors)
+    except (_NotPlain, RecursionError) as error:
+        problem = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise FalqonError(
+            where, f"the optimizer or the like in it is damaged: {problem}", "Load another"
+        ) from error
+
+
+class _NotPlain(Exception):
+    """What `to_plain` doesn't make."""
+
+
+def _from_plain(value: Any, tensors: Mapping[str, Tensor] | None) -> Any:
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case list():
+            return [_from_plain(item, tensors) for item in value]
+        case {"tensor": str(name), **rest} if not rest and (tensors is None or name in tensors):
+            return torch.empty(0) if tensors is None else tensors[name].clone()
+        case {"tuple": list(items), **rest} if not rest:
+            return tuple(_from_plain(item, tensors) for item in items)
+        case {"dict": list(items), **rest} if not rest:
+            return dict(_pair(item, tensors) for item in items)
+    raise _NotPlain(f"{str(value)[:60]!r} is neither plain data nor a tensor that it has")
+
+
+def _pair(item: Any, tensors: Mapping[str, Tensor] | None) -> tuple[str | int, Any]:
+    match item:
+        case [str() | int() as key, value]:
+            return key, _from_plain(value, tensors)
+    raise _NotPlain(f"{str(item)[:60]!r} is no entry of a dict")
 
 
 def unshared(tensors: Iterable[tuple[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -79,3 +106,19 @@ def unshared(tensors: Iterable[tuple[str, Tensor]]) -> tuple[dict[str, Tensor], 
         kept[name] = plain.clone() if storage in storages and plain is tensor else plain
         storages.add(storage)
     return kept, same
+
+
+def shared_again(
+    same: Mapping[str, str], tensors: Mapping[str, Tensor], where: str
+) -> dict[str, Tensor]:
+    """The tensors that `unshared` left out, by their names.
+
+    Raises:
+        FalqonError: one of a tensor that isn't ``where`` it was read.
+    """
+    for name, other in same.items():
+        if other not in tensors:
+            raise FalqonError(
+                where, f"{name!r} is said to be {other!r}, which it lacks", "Load another"
+            )
+    return {name: tensors[other] for name, other in same.items()}

@@ -4,15 +4,11 @@ in FP8 alone.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from falqon_fx.errors import FalqonError
 from falqon_fx.model.prepared_linear import PreparedLinear, autocast
 from falqon_fx.ops.base_linear import base_linear, dequantize
-from falqon_fx.site import transposed as stored
 from falqon_fx.site.base import Base, bases, digest
 from falqon_fx.site.numerics import as_scale
 
@@ -82,21 +78,6 @@ class Fp8Linear(PreparedLinear):
         if not torch.compiler.is_compiling():  # compiled code looks before each call
             base = Base(self.code.detach(), as_scale(self.scale.detach()))
             bases.verify(self.path, base, self.digest)
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        for name in self.STATE:
-            given, own = state_dict.get(prefix + name), getattr(self, name)
-            if isinstance(given, Tensor) and given.dtype != own.dtype:
-                raise FalqonError(
-                    self.path,
-                    f"its {name} are bytes of FP8 numbers ({own.dtype}), the state dict has "
-                    f"{given.dtype}: an average or a cast of them means nothing",
-                    "Average or cast the trained parameters alone; the base is constant",
-                )
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        stored.forget()
 
     def extra_repr(self) -> str:
         return (

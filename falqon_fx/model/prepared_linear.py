@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from falqon_fx import _compat
 from falqon_fx.errors import FalqonError
+from falqon_fx.site import transposed as stored
 
 
 class PreparedLinear(nn.Module):
@@ -51,6 +52,30 @@ class PreparedLinear(nn.Module):
     def plain(self) -> nn.Module:
         """The layer as it was before `prepare`, within the casts."""
         return plain_layer(self.dequantized(), self.bias, self.transposed).train(self.training)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Take bytes of this layer's own dtypes and shapes alone, all or none of them."""
+        for name in self.STATE:
+            given, own = state_dict.get(prefix + name), getattr(self, name)
+            if not isinstance(given, Tensor):
+                continue
+            if given.dtype != own.dtype:
+                raise FalqonError(
+                    self.path,
+                    f"its {name} are bytes of FP8 numbers ({own.dtype}), the state dict has "
+                    f"{given.dtype}: an average or a cast of them means nothing",
+                    "Average or cast the trained parameters alone; the base is constant",
+                )
+            if given.shape != own.shape:
+                raise FalqonError(
+                    self.path,
+                    f"its {name} are {list(own.shape)}, the state dict has {list(given.shape)}",
+                    "Load it into a model with the same base, adapter and config",
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        stored.forget()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow moves between devices, never a cast: the scales are part of the FP8 weight."""

@@ -13,7 +13,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 from falqon_fx.model.prepared_linear import PreparedLinear, autocast
 from falqon_fx.rows import drift, ops
 from falqon_fx.rows.state import STATE, MergedAdapter
-from falqon_fx.site import transposed as stored
 from falqon_fx.site.spec import parse_rows_spec
 
 _layers: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weak references to layers, by their bytes
@@ -87,7 +86,6 @@ class MergedBaseLinear(PreparedLinear):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        stored.forget()
         self._announce()
 
     def __setstate__(self, state: dict[str, Any]) -> None:

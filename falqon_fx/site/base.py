@@ -89,7 +89,7 @@ def row_chunks(weight: Tensor) -> Iterator[slice]:
     rows, columns = weight.shape
     step = rows
     if weight.device.type == "cpu":
-        step = max(1, _CACHED * torch.get_num_threads() // columns)
+        step = max(1, _CACHED * torch.get_num_threads() // max(1, columns))
     for first in range(0, rows, step):
         yield slice(first, min(first + step, rows))
 
@@ -115,6 +115,31 @@ def check_weight(path: str, weight: Tensor, name: str = "base weight") -> None:
             f"its {name} exceeds 65536 in magnitude, beyond the FP8 scales in use",
             "Rescale the layer, or leave it out with exclude=",
         )
+
+
+@torch.no_grad()
+def check_base(path: str, base: Base, where: str) -> None:
+    """Refuse a base that came from a file and holds something else than numbers.
+
+    Raises:
+        FalqonError: a byte that is NaN, or a scale that is NaN, Inf, zero or negative.
+    """
+    scale = base.scale
+    for is_bad, kind in (
+        (scale.isnan(), "NaN"),
+        (scale.isinf(), "Inf"),
+        (scale == 0, "zero"),
+        (scale < 0, "negative"),
+    ):
+        count = int(is_bad.sum())
+        if count:
+            problem = f"{count} of its {scale.numel()} scales in {where} are {kind}"
+            raise FalqonError(path, problem, _REMEDY)
+    magnitude, nan = torch.tensor(0x7F, dtype=torch.uint8, device=base.code.device), 0
+    for rows in row_chunks(base.code):
+        nan += int(((base.code[rows] & magnitude) == magnitude).sum())
+    if nan:
+        raise FalqonError(path, f"{nan} of its FP8 bytes in {where} are NaN", _REMEDY)
 
 
 def sample(weight: Tensor) -> Tensor:

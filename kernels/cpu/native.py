@@ -237,10 +237,14 @@ def write_rows(
     ``watched``.
 
     Raises:
-        ValueError: a tensor that is not like the first site's.
+        ValueError: a tensor that is not like the first site's, or more rows than a site has.
     """
     weight, scale, applied, lora_b, _, _, base = sites[0]
-    (out, rank), width = applied.shape, weight.shape[1]
+    (out, rank), (_, width) = applied.shape, weight.shape
+    if not 0 <= count <= out or len(scaling) != len(sites):
+        raise ValueError(f"{count} rows of {out}, {len(scaling)} factors for {len(sites)} sites")
+    if not {applied.dtype, lora_b.dtype} <= _FLOATS:
+        raise ValueError(f"applied is {applied.dtype}, B {lora_b.dtype}")
     wanted = (
         (torch.uint8, (out + rank, width)),
         (torch.float32, (out + rank, 1) if scale.dim() else ()),

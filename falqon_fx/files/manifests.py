@@ -1,0 +1,207 @@
+"""What may stand in a file that describes others: the type of each field, checked before anything
+is read by it.
+
+A right checksum says that a file is as it was written, and nothing of who wrote it. Fields beyond
+these are left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError
+
+# The class that pydantic asks for below Python 3.12; torch brings the package.
+from typing_extensions import TypedDict
+
+Size = Annotated[int, Field(ge=0, lt=2**63)]
+Dtype = Literal["float32", "bfloat16", "float16"]  # of a base weight
+Scaling = Annotated[float, Field(allow_inf_nan=False, strict=False)]  # or a whole number
+
+
+class TensorEntry(TypedDict):
+    """A tensor of a file."""
+
+    dtype: str
+    shape: list[Size]
+    xxh3: str
+
+
+class FileEntry(TypedDict):
+    """A file of tensors."""
+
+    bytes: Size
+    header: str
+    tensors: dict[str, TensorEntry]
+
+
+class SealedFile(TypedDict):
+    """A file of anything else."""
+
+    bytes: Size
+    xxh3: str
+
+
+class PreparedSite(TypedDict):
+    """A layer that `prepare` made; ``scaling`` with update="rows"."""
+
+    prepared: str
+    dtype: Dtype
+    transposed: bool
+    spec: dict[str, str | int]
+    scaling: NotRequired[Scaling]
+
+
+class LoadedSite(PreparedSite):
+    """The same with the ``file`` of its tensors."""
+
+    file: str
+
+
+WeightSite = TypedDict(
+    "WeightSite",
+    {"weight": str, "is": str, "contents": str, "bases": list[list[int]]},
+)
+StateSite = TypedDict(
+    "StateSite",
+    {
+        "state": str,
+        "weight": str,
+        "is": str,
+        "contents": str,
+        "lora_a": str,
+        "lora_b": str,
+        "transposed": bool,
+        "scaling": Scaling,
+        "spec": dict[str, str | int],
+    },
+)
+
+
+def _kind(site: Any) -> str | None:
+    kinds = ("prepared", "state", "weight")  # a state has a weight
+    return next((kind for kind in kinds if isinstance(site, Mapping) and kind in site), None)
+
+
+Site = Annotated[
+    Annotated[PreparedSite, Tag("prepared")]
+    | Annotated[StateSite, Tag("state")]
+    | Annotated[WeightSite, Tag("weight")],
+    Discriminator(_kind),
+]
+
+
+class Checkpoint(TypedDict):
+    """What `save_checkpoint` writes; ``objects`` is read by `falqon_fx.files.trees`."""
+
+    format: str
+    files: dict[str, FileEntry]
+    same: dict[str, str]
+    sites: list[Site]
+    objects: Any
+
+
+class Prequantized(TypedDict):
+    """What `prequantize` writes."""
+
+    format: str
+    files: dict[str, FileEntry]
+    others: dict[str, SealedFile]
+    sites: list[LoadedSite]
+
+
+class Export(TypedDict):
+    """What `save_fp8` writes beside its files."""
+
+    format: str
+    files: dict[str, SealedFile]
+
+
+class Distributed(TypedDict):
+    """The text in the checkpoints of `CheckpointState`."""
+
+    sites: list[Site]
+    optimizer: Any
+    dtypes: NotRequired[dict[str, str]]
+    sums: NotRequired[dict[str, str]]
+    same: NotRequired[dict[str, str]]
+
+
+class Index(TypedDict):
+    """The index of a checkpoint of several files."""
+
+    weight_map: dict[str, str]
+
+
+class HeaderEntry(TypedDict):
+    """A tensor in the header of a safetensors file."""
+
+    dtype: str
+    shape: list[Size]
+    data_offsets: Annotated[list[Size], Field(min_length=2, max_length=2)]
+
+
+class Weights(TypedDict):
+    """How a group of layers was quantized."""
+
+    num_bits: NotRequired[int | None]
+    type: NotRequired[str | None]
+
+
+class Group(TypedDict):
+    """A group of layers of compressed-tensors."""
+
+    weights: NotRequired[Weights | None]
+
+
+class Quantization(TypedDict):
+    """The ``quantization_config`` of an FP8 checkpoint."""
+
+    quant_method: NotRequired[str | None]
+    config_groups: NotRequired[dict[str, Group] | None]
+
+
+class Config(TypedDict):
+    """What is read of a model's config here."""
+
+    quantization_config: NotRequired[Quantization | None]
+
+
+_FORMS = {
+    "checkpoint": Checkpoint,
+    "prequantized": Prequantized,
+    "export": Export,
+    "distributed": Distributed,
+    "index": Index,
+    "header": dict[str, HeaderEntry],
+    "config": Config,
+}
+
+
+@cache
+def _adapter(form: str) -> TypeAdapter[Any]:
+    return TypeAdapter(_FORMS[form])
+
+
+def problem(content: Any, form: str) -> str | None:
+    """What is wrong with the content of a file, None where nothing is; ``form`` is one of those
+    above, in small letters.
+    """
+    try:
+        _adapter(form).validate_python(content, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        place = ".".join(str(p) if str(p).isprintable() else ascii(p) for p in first["loc"])
+        return f"{place}: {first['msg']}" if place else str(first["msg"])
+    return None
+
+
+def is_inside(name: str) -> bool:
+    """Whether a name from a file is that of a file in the same folder or below it."""
+    parts = Path(name).parts
+    if not name.isprintable() or len(name) > 1000:  # what no file system takes
+        return False
+    return bool(parts) and name[0] != "/" and ".." not in parts and max(map(len, parts)) <= 255

@@ -1,0 +1,490 @@
+"""Files with right checksums and wrong contents, as whoever wrote them could have made them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import math
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import falqon_fx
+from falqon_fx import FalqonConfig, FalqonError
+from falqon_fx.files import storage
+from falqon_fx.files.checkpoint import MANIFEST
+from falqon_fx.files.storage import DamagedFileError
+from falqon_fx.site.numerics import E4M3
+from tests.attack import harness
+from tests.attack.test_flips import _lora, _tiny
+from tests.models import fill_b, lora_b, tiny_mlp
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+UPDATES = pytest.mark.parametrize("update", ["adapter", "rows"])
+INDEX = "model.safetensors.index.json"
+
+
+# -- sizes, dtypes and values of tensors, checksums right ------------------------------------------
+
+
+def model_and_optimizer(update: Any = "adapter", seed: int = 0, prepared: bool = True) -> Any:
+    torch.manual_seed(seed)
+    model = tiny_mlp()
+    fill_b(model, 0.1, seed)
+    if prepared:
+        falqon_fx.prepare(model, FalqonConfig(update=update), progress=False)
+    optimizer = torch.optim.AdamW(lora_b(model), fused=True)
+    for p in lora_b(model):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    return model, optimizer
+
+
+@contextmanager
+def rewritten(folder: Path) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
+    """The tensors and the manifest of a checkpoint, written anew with right checksums."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (file,) = folder.glob("tensors-*")
+    tensors = load_file(file)
+    yield tensors, manifest
+    manifest["files"] = {file.name: storage.write_tensors(file, tensors)}
+    harness.resealed(folder / MANIFEST, manifest)
+
+
+def larger(t: Tensor) -> Tensor:
+    return torch.cat([t.reshape(-1)] * 4096).contiguous()
+
+
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "larger": larger,
+    "more rows": lambda t: torch.cat([t, t]) if t.dim() else torch.stack([t, t]),
+    "empty": lambda t: t.reshape(-1)[:0].clone(),
+    "of another width": lambda t: t.to(torch.float64),
+    "of another dimension": lambda t: t[None].clone(),
+}
+OF_LAYER = {
+    "adapter": ("code", "scale", "digest"),
+    "rows": ("code", "scale", "applied", "counters", "writes", "origin"),
+}
+
+
+@UPDATES
+@pytest.mark.parametrize("loaded_is_prepared", [True, False], ids=["prepared", "plain"])
+@pytest.mark.parametrize("how", CHANGES)
+def test_a_tensor_of_another_size_is_refused_by_its_layer(
+    tmp_path, update, loaded_is_prepared, how
+):
+    """Every tensor of a prepared layer, the adapters', and the optimizer's, one at a time."""
+    saved, optimizer = model_and_optimizer(update)
+    falqon_fx.save_checkpoint(saved, tmp_path / "whole", optimizer=optimizer)
+    layer = "base_model.model.0.base_layer"
+    names = [f"{layer}.{name}" for name in OF_LAYER[update]]
+    names += ["base_model.model.0.lora_A.default.weight"]
+    if how != "of another width":  # which an optimizer casts to its parameter's
+        names += [f".training.optimizer.state.0.{name}" for name in ("exp_avg", "exp_avg_sq")]
+
+    def attack(name: str) -> harness.Verdict:
+        folder = harness.copy_of(tmp_path / "whole", tmp_path / "changed")
+        with rewritten(folder) as (tensors, _):
+            tensors[name] = CHANGES[how](tensors[name])
+        model, other = model_and_optimizer(update, 1, loaded_is_prepared)
+        state = functools.partial(lambda: harness.contents(model, other.state_dict()))
+        load = functools.partial(falqon_fx.load_checkpoint, model, folder, optimizer=other)
+        return harness.verdict(load, state, "no state is right")
+
+    found = harness.verdicts([functools.partial(attack, name) for name in names])
+    assert found == ["refused"] * len(names), dict(zip(names, found))
+
+
+@UPDATES
+def test_a_state_outside_of_modules_is_of_the_sizes_of_its_weight(tmp_path, update):
+    if update == "adapter":
+        pytest.skip("it has none")
+    torch.manual_seed(0)
+    model = tiny_mlp()
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_B" in name)
+    compiled = torch.compile(model, backend="falqon", options={"update": "rows", "inner": "eager"})
+    compiled(torch.randn(4, 32)).sum().backward()
+    falqon_fx.save_checkpoint(model, tmp_path / "whole")
+    with rewritten(tmp_path / "whole") as (tensors, _):
+        names = [name for name in tensors if name.startswith(".sites.")]
+    assert len(names) == 12
+    for name in names:
+        for how in ("larger", "more rows", "of another width"):
+            folder = harness.copy_of(tmp_path / "whole", tmp_path / "changed")
+            with rewritten(folder) as (tensors, _):
+                tensors[name] = CHANGES[how](tensors[name])
+            before = harness.contents(model)
+            with pytest.raises(FalqonError, match="base_layer"):
+                falqon_fx.load_checkpoint(model, folder)
+            assert harness.contents(model) == before
+
+
+VALUES: dict[str, Callable[[Tensor, Tensor], None]] = {
+    "bytes .* NaN": lambda code, scale: code[3].fill_(0x7F),
+    "1 of its FP8 bytes .* NaN": lambda code, scale: code[0, :1].fill_(0xFF),
+    "scales .* NaN": lambda code, scale: scale[2].fill_(math.nan),
+    "scales .* Inf": lambda code, scale: scale[2].fill_(math.inf),
+    "scales .* zero": lambda code, scale: scale[2].fill_(0.0),
+    "scales .* negative": lambda code, scale: scale[2].fill_(-1.0),
+}
+
+
+@UPDATES
+@pytest.mark.parametrize("problem", VALUES)
+def test_a_checkpoint_whose_weights_are_no_numbers_is_refused(tmp_path, update, problem):
+    saved, _ = model_and_optimizer(update)
+    falqon_fx.save_checkpoint(saved, tmp_path)
+    with rewritten(tmp_path) as (tensors, _):
+        layer = "base_model.model.0.base_layer"
+        VALUES[problem](tensors[f"{layer}.code"], tensors[f"{layer}.scale"].view(torch.float32))
+    model, _ = model_and_optimizer(update, 1)
+    before = harness.contents(model)
+    with pytest.raises(FalqonError, match=problem) as caught:
+        falqon_fx.load_checkpoint(model, tmp_path)
+    assert caught.value.site == layer
+    assert harness.contents(model) == before
+
+
+@pytest.mark.parametrize("problem", VALUES)
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+def test_a_base_of_others_that_is_no_numbers_is_refused(tmp_path, problem, granularity):
+    torch.manual_seed(0)
+    folder = fp8_of_others(tmp_path)
+    (file,) = folder.glob("*.safetensors")
+    tensors, name = load_file(file), "model.layers.0.mlp.up_proj"
+    scale = tensors[f"{name}.weight_scale"]
+    if granularity == "tensor":
+        scale = scale[:3].clone()
+    VALUES[problem](tensors[f"{name}.weight"].view(torch.uint8), scale)
+    tensors[f"{name}.weight_scale"] = scale[2].clone() if granularity == "tensor" else scale
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(FalqonError, match=problem) as caught:
+        falqon_fx.load(folder)
+    assert caught.value.site.startswith(f"base_model.model.{name}")
+
+
+def fp8_of_others(folder: Path) -> Path:
+    """A compressed-tensors checkpoint, one scale per row."""
+    model = _tiny()
+    model.save_pretrained(folder / "fp8")
+    (file,) = (folder / "fp8").glob("*.safetensors")
+    tensors = load_file(file)
+    for name in [name for name in tensors if "_proj" in name]:
+        scale = tensors[name].float().abs().amax(1, keepdim=True) / 448
+        tensors[f"{name}_scale"] = scale
+        tensors[name] = (tensors[name].float() / scale).to(E4M3)
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((folder / "fp8" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "config_groups": {}}
+    (folder / "fp8" / "config.json").write_text(json.dumps(config))
+    return folder / "fp8"
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize("how", [*CHANGES, "integers"])
+def test_a_tensor_of_others_of_another_size_is_refused(tmp_path, name, how):
+    if (name, how) == ("model.norm.weight", "of another width"):
+        pytest.skip("a norm in float64 is one")
+    folder = fp8_of_others(tmp_path)
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    changes = CHANGES | {"integers": lambda t: t.float().to(torch.int8)}
+    tensors[name] = changes[how](tensors[name])
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(FalqonError):
+        falqon_fx.load(folder)
+
+
+@UPDATES
+def test_a_state_dict_of_other_sizes_leaves_a_prepared_layer_as_it_was(update):
+    """torch itself would write the tensors that fit before it raises for the others."""
+    model, _ = model_and_optimizer(update)
+    layer = model.base_model.model[0].base_layer
+    for how, change in CHANGES.items():
+        for assign in (False, True):
+            state = {name: t.clone() + 1 for name, t in layer.state_dict().items()}
+            state["scale"] = change(state["scale"])
+            before = harness.contents(layer)
+            with pytest.raises(FalqonError, match="its scale are"):
+                layer.load_state_dict(state, assign=assign)
+            assert harness.contents(layer) == before, how
+
+
+# -- names that become paths -----------------------------------------------------------------------
+
+OUTSIDE = [
+    "../victim.safetensors",
+    "/etc/passwd",
+    "a/../../victim",
+    "..",
+    ".",
+    "",
+    "a\0b",
+    "\ud800",
+]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_an_index_that_names_a_file_outside_is_refused(tmp_path, name):
+    _tiny().save_pretrained(tmp_path / "dense", max_shard_size="12KB")
+    file = tmp_path / "dense" / INDEX
+    index = json.loads(file.read_text())
+    tensor = next(iter(index["weight_map"]))
+    index["weight_map"][tensor] = name
+    file.write_text(json.dumps(index))
+    (tmp_path / "victim.safetensors").write_bytes(b"victim")
+    calls: list[Callable[[], Any]] = [
+        lambda: falqon_fx.load(tmp_path / "dense"),
+        lambda: falqon_fx.prequantize(tmp_path / "dense", tmp_path / "out", progress=False),
+    ]
+    for call in calls:
+        with pytest.raises(DamagedFileError, match="which is no file in its folder"):
+            call()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_manifest_that_names_a_file_outside_is_refused(tmp_path, name):
+    saved, _ = model_and_optimizer()
+    falqon_fx.save_checkpoint(saved, tmp_path / "run")
+    manifest = json.loads((tmp_path / "run" / MANIFEST).read_text())
+    (entry,) = manifest["files"].values()
+    harness.resealed(tmp_path / "run" / MANIFEST, {**manifest, "files": {name: entry}})
+    with pytest.raises(DamagedFileError, match="which is no file in its folder"):
+        falqon_fx.load_checkpoint(saved, tmp_path / "run")
+
+
+# -- crafted manifests, indexes and configs --------------------------------------------------------
+
+_NUMBERS = st.sampled_from([0, 1, -1, 2, 2**31, 2**63, 2**64, 10**30, 1e308, math.nan, math.inf])
+_TEXTS = st.sampled_from(
+    ["", "..", "../x", "/etc/passwd", "float32", "uint8", "__class__", "\x1b[31m", "a b", "\ud800"]
+)
+_LEAVES = st.none() | st.booleans() | _NUMBERS | st.integers() | _TEXTS | st.text(max_size=5)
+VALUE = st.recursive(
+    _LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_TEXTS, inner, max_size=3)
+)
+
+
+def places(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to every value in a tree of JSON."""
+    if not isinstance(value, dict | list):
+        return
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        yield (*above, key)
+        yield from places(item, (*above, key))
+
+
+@st.composite
+def changed(draw: Any, content: Any) -> Any:
+    """JSON with one to three values replaced, removed or put in twice."""
+    content = copy.deepcopy(content)
+    for _ in range(draw(st.integers(1, 3))):
+        known = [*places(content)]
+        if not known:
+            break
+        way = draw(st.sampled_from(known))
+        owner = functools.reduce(lambda node, key: node[key], way[:-1], content)
+        how = draw(st.sampled_from(["replace", "replace", "remove", "repeat", "wrap"]))
+        if how == "remove":
+            del owner[way[-1]]
+        elif how == "repeat" and isinstance(owner, list):
+            owner.append(owner[way[-1]])
+        elif how == "wrap":
+            owner[way[-1]] = [owner[way[-1]]]
+        else:
+            owner[way[-1]] = draw(VALUE)
+    return content
+
+
+def check(call: Callable[[], Any], state: Callable[[], Any]) -> None:
+    """A crafted file may describe another whole state; all else is a refusal."""
+    (found,) = harness.verdicts([lambda: harness.verdict(call, state, None)])
+    assert not found.startswith("bad") or found.startswith("bad: neither"), found
+
+
+def quietly(call: Callable[[], Any]) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return call()
+
+
+@pytest.fixture(scope="module")
+def folders() -> Iterator[Path]:
+    """One folder of each kind."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for update in ("adapter", "rows"):
+            model, optimizer = model_and_optimizer(update)
+            falqon_fx.save_checkpoint(model, folder / update, optimizer=optimizer)
+        torch.manual_seed(0)
+        _tiny().save_pretrained(folder / "dense", max_shard_size="12KB")
+        falqon_fx.prequantize(
+            folder / "dense", folder / "prequantized", _lora(), workers=1, progress=False
+        )
+        fp8_of_others(folder)
+        yield folder
+
+
+FEW, MANY = settings(max_examples=8), settings(max_examples=120)
+
+
+def craft_checkpoint(folders: Path, update: Any, data: Any) -> None:
+    folder = folders / update
+    whole = (folder / MANIFEST).read_bytes()
+    model, optimizer = model_and_optimizer(update, 1)
+    try:
+        harness.resealed(folder / MANIFEST, data.draw(changed(json.loads(whole))))
+        check(
+            lambda: falqon_fx.load_checkpoint(model, folder, optimizer=optimizer),
+            lambda: harness.contents(model, optimizer.state_dict()),
+        )
+    finally:
+        (folder / MANIFEST).write_bytes(whole)
+
+
+def craft_file(folder: Path, name: str, call: Callable[[], Any], data: Any) -> None:
+    whole = (folder / name).read_bytes()
+    made = [""]
+
+    def load() -> None:
+        made[0] = harness.contents(quietly(call)) if call is not None else ""
+
+    content = data.draw(changed(json.loads(whole)))
+    try:
+        if name == "falqon.json" and isinstance(content, dict):
+            harness.resealed(folder / name, content)
+        else:
+            (folder / name).write_text(json.dumps(content))
+        check(load, lambda: made[0])
+    finally:
+        (folder / name).write_bytes(whole)
+
+
+FILES = [
+    ("prequantized", "falqon.json"),
+    ("prequantized", "config.json"),
+    ("prequantized", "adapter_config.json"),
+    ("fp8", "config.json"),
+]
+
+
+@pytest.mark.parametrize("update", ["adapter", "rows"])
+@FEW
+@given(data=st.data())
+def test_a_few_crafted_checkpoints(folders, update, data):
+    craft_checkpoint(folders, update, data)
+
+
+@pytest.mark.parametrize(("kind", "name"), FILES)
+@FEW
+@given(data=st.data())
+def test_a_few_crafted_files(folders, kind, name, data):
+    craft_file(folders / kind, name, lambda: falqon_fx.load(folders / kind), data)
+
+
+def craft_index(folders: Path, data: Any) -> None:
+    """Of the source of `prequantize`, which leaves a whole folder or none."""
+    file, out = folders / "dense" / INDEX, folders / "out"
+    whole = file.read_bytes()
+    try:
+        file.write_text(json.dumps(data.draw(changed(json.loads(whole)))))
+        check(
+            lambda: falqon_fx.prequantize(
+                folders / "dense", out, _lora(), workers=1, progress=False
+            ),
+            lambda: harness.tree(out) if out.exists() else {},
+        )
+    finally:
+        file.write_bytes(whole)
+        for left in (out, out.with_name("out.partial")):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+@FEW
+@given(data=st.data())
+def test_a_few_crafted_indexes(folders, data):
+    craft_index(folders, data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("update", ["adapter", "rows"])
+@MANY
+@given(data=st.data())
+def test_many_crafted_checkpoints(folders, update, data):
+    craft_checkpoint(folders, update, data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "name"), FILES)
+@MANY
+@given(data=st.data())
+def test_many_crafted_files(folders, kind, name, data):
+    craft_file(folders / kind, name, lambda: falqon_fx.load(folders / kind), data)
+
+
+@pytest.mark.slow
+@MANY
+@given(data=st.data())
+def test_many_crafted_indexes(folders, data):
+    craft_index(folders, data)
+
+
+# -- what a parser chokes on -----------------------------------------------------------------------
+
+DEEP = "[" * 100_000 + "]" * 100_000
+RAW = {
+    "deep": DEEP.encode(),
+    "deep object": b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
+    "not UTF-8": b'{"a": "\xff\xfe"}',
+    "a long number": b'{"a": ' + b"9" * 10_000 + b"}",
+    "nothing": b"",
+    "null": b"null",
+    "text": b'"a"',
+}
+
+
+@pytest.mark.parametrize("content", RAW.values(), ids=RAW)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("adapter", MANIFEST), *FILES, ("dense", INDEX), ("dense", "config.json")],
+)
+def test_what_is_no_such_file_is_refused_by_its_name(folders, kind, name, content):
+    model, _ = model_and_optimizer()
+    calls: dict[str, Callable[[], Any]] = {
+        "adapter": lambda: falqon_fx.load_checkpoint(model, folders / kind),
+        "dense": lambda: falqon_fx.prequantize(folders / kind, folders / "no", progress=False),
+    }
+    call = calls.get(kind, lambda: falqon_fx.load(folders / kind))
+    with harness.damaged(folders / kind / name, content), pytest.raises(FalqonError) as caught:
+        quietly(call)
+    assert name in str(caught.value)
+    assert not (folders / "no").exists()
+
+
+def test_a_config_of_more_layers_than_tensors_is_refused_before_they_are_made(folders):
+    for kind in ("prequantized", "fp8"):
+        file = folders / kind / "config.json"
+        for name, value in (("num_hidden_layers", 10**9), ("head_dim", 10**12)):
+            content = json.loads(file.read_text()) | {name: value}
+            with (
+                harness.damaged(file, json.dumps(content).encode()),
+                pytest.raises(FalqonError, match=f"it says {name}={value}"),
+            ):
+                falqon_fx.load(folders / kind)
