@@ -14,7 +14,6 @@ from falqon_fx.files.hf import empty_model, fill
 
 FORMAT = "falqon_fx.prequantized.3"  # what `falqon_fx.prequantize` writes
 MANIFEST = seals.MANIFEST
-INDEX = "model.safetensors.index.json"
 
 
 def load(
