@@ -543,6 +543,33 @@ def test_savers_into_one_folder_without_locks_leave_a_whole_checkpoint(tmp_path,
     assert generation_in(tmp_path) in range(6)
 
 
+HOME = """
+import sys; sys.path.insert(0, {root!r})
+from pathlib import Path
+from tests.attack.writers import *
+for writer in (Save(), Export(), Prequantize()):
+    folder = Path({folder!r}, type(writer).__name__)
+    (folder / "work").mkdir(parents=True)
+    writer.prepare(folder)
+    writer.act(folder)
+    assert writer.state(folder) == "new"
+falqon_fx.load(folder / "work/out")
+"""
+
+
+@pytest.mark.slow
+def test_a_home_that_cannot_be_written_to_is_no_obstacle(tmp_path):
+    code = HOME.format(root=str(Path(__file__).parents[1]), folder=str(tmp_path))
+    kept = {n: v for n, v in os.environ.items() if n not in ("FALQON_CACHE", "XDG_CACHE_HOME")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**kept, "HOME": "/proc/nothing"},
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_folder_that_is_moved_while_a_saver_waits_for_it_is_named(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
