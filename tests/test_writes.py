@@ -135,9 +135,11 @@ def test_a_save_that_was_killed_after_it_counted_is_tidied_up_by_the_next(tmp_pa
         save(tmp_path, 2)
     assert len(list(tmp_path.glob("tensors-*"))) == 2
     assert generation_in(tmp_path) == 2
-    save(tmp_path, 3)
-    assert generation_in(tmp_path) == 3
-    assert len(list(tmp_path.iterdir())) == 2
+    for generation in (3, 4, 5):
+        save(tmp_path, generation)
+        assert generation_in(tmp_path) == generation
+        assert len(list(tmp_path.iterdir())) == 2
+    assert len(json.loads((tmp_path / MANIFEST).read_text())["replaces"]) == 1  # it doesn't grow
 
 
 def killed_aside(parent: Path, name: str = "") -> Path:
