@@ -135,9 +135,11 @@ def test_a_save_that_was_killed_after_it_counted_is_tidied_up_by_the_next(tmp_pa
         save(tmp_path, 2)
     assert len(list(tmp_path.glob("tensors-*"))) == 2
     assert generation_in(tmp_path) == 2
-    save(tmp_path, 3)
-    assert generation_in(tmp_path) == 3
-    assert len(list(tmp_path.iterdir())) == 2
+    for generation in (3, 4, 5):
+        save(tmp_path, generation)
+        assert generation_in(tmp_path) == generation
+        assert len(list(tmp_path.iterdir())) == 2
+    assert len(json.loads((tmp_path / MANIFEST).read_text())["replaces"]) == 1  # it doesn't grow
 
 
 def killed_aside(parent: Path, name: str = "") -> Path:
@@ -541,6 +543,33 @@ def test_savers_into_one_folder_without_locks_leave_a_whole_checkpoint(tmp_path,
     raised = run_together(6, save_often)
     assert raised == []
     assert generation_in(tmp_path) in range(6)
+
+
+HOME = """
+import sys; sys.path.insert(0, {root!r})
+from pathlib import Path
+from tests.attack.writers import *
+for writer in (Save(), Export(), Prequantize()):
+    folder = Path({folder!r}, type(writer).__name__)
+    (folder / "work").mkdir(parents=True)
+    writer.prepare(folder)
+    writer.act(folder)
+    assert writer.state(folder) == "new"
+falqon_fx.load(folder / "work/out")
+"""
+
+
+@pytest.mark.slow
+def test_a_home_that_cannot_be_written_to_is_no_obstacle(tmp_path):
+    code = HOME.format(root=str(Path(__file__).parents[1]), folder=str(tmp_path))
+    kept = {n: v for n, v in os.environ.items() if n not in ("FALQON_CACHE", "XDG_CACHE_HOME")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**kept, "HOME": "/proc/nothing"},
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_folder_that_is_moved_while_a_saver_waits_for_it_is_named(tmp_path):

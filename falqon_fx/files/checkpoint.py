@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import platform
 import random
 import re
@@ -130,7 +131,8 @@ def _write(
                 disk.flush_to_disk(directory)
             content = {"format": FORMAT, "versions": versions(), "sites": sites}
             content |= {"files": described, "same": same, "objects": tree}
-            content["replaces"] = sorted(named | replaced)  # a kill may leave them for the next
+            old = {name for name in named | replaced if os.path.lexists(directory / name)}
+            content["replaces"] = sorted(old)  # a kill may leave them for the next save
             storage.write_manifest(directory / MANIFEST, content)
         finally:  # Ctrl-C too, which may come when the manifest has its name already
             _remove_unnamed(directory, {file} | named | replaced)

@@ -15,7 +15,6 @@ from falqon_fx.files.storage import DamagedFileError
 
 FORMAT = "falqon_fx.prequantized.3"  # what `falqon_fx.prequantize` writes
 MANIFEST = seals.MANIFEST
-INDEX = "model.safetensors.index.json"
 
 
 def load(

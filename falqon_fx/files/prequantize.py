@@ -7,7 +7,6 @@ killed goes on with the weights that are missing. `falqon_fx.files.loading` maps
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -24,12 +23,11 @@ from falqon_fx.errors import FalqonError
 from falqon_fx.files import atomic, disk, seals, storage
 from falqon_fx.files.checkpoint import versions
 from falqon_fx.files.hf import empty_model, lora_config, new_lora_a, read_index, read_tensor
-from falqon_fx.files.loading import FORMAT, INDEX, MANIFEST
+from falqon_fx.files.loading import FORMAT, MANIFEST
 from falqon_fx.files.model_state import Site
+from falqon_fx.files.units import Unit, layers_to_cast, units_of
 from falqon_fx.files.workers import Admission, Clock, shared_threads
-from falqon_fx.model.lora_layers import LinearLayer, linear_layers
-from falqon_fx.model.prepare import skip_reason
-from falqon_fx.rows import model as rows_model
+from falqon_fx.model.lora_layers import LinearLayer
 from falqon_fx.rows.state import create
 from falqon_fx.site.base import cast_base, check_weight, digest
 from falqon_fx.site.spec import RowsSpec, SiteSpec
@@ -37,8 +35,6 @@ from falqon_fx.site.svd import init_lora_a_
 
 _PLAN = "plan.json"
 _COPIED = (*seals.CONFIGS, *seals.TOKENIZER, *seals.PAPERS)
-_SMALL = 1 << 20  # bytes; tensors below go into one file together
-_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 @dataclass(frozen=True)
@@ -62,17 +58,6 @@ class PrequantizeReport:
             f"{self.bytes_read / 2**30:.2f} GiB became {self.bytes_written / 2**30:.2f} GiB "
             f"in {self.seconds:.1f} s ({rate:.1f} GiB/min; {parts})"
         )
-
-
-@dataclass(frozen=True)
-class _Unit:
-    """What one file holds: a weight in FP8, or tensors as they are."""
-
-    file: str  # in the folder, with a number of its own
-    tensors: tuple[str, ...]
-    layer: str | None  # path of the linear layer in the PEFT model
-    bytes: int
-    dtype: str = ""  # of the weight that is cast
 
 
 def prequantize(
@@ -108,8 +93,8 @@ def prequantize(
         index = read_index(source)
         others = seals.known_files(source, _COPIED)
         skeleton = empty_model(source, lora_config(lora), len(index))
-        layers = _layers(skeleton, index, config)
-        units = _units(layers, source, index)
+        layers = layers_to_cast(skeleton, index, config)
+        units = units_of(layers, source, index)
     partial = atomic.working_folder(out)
     atomic.refuse_link(partial)
     clock = Clock()
@@ -140,11 +125,11 @@ def _run(
     index: Mapping[str, str],
     layers: Mapping[str, LinearLayer],
     config: FalqonConfig,
-    units: list[_Unit],
+    units: list[Unit],
     workers: int,
     progress: bool,
     clock: Clock,
-) -> dict[_Unit, tuple[dict[str, Any], bool]]:
+) -> dict[Unit, tuple[dict[str, Any], bool]]:
     """Write the file of each unit; it described, and whether an earlier run had written it."""
     done = {}
     with shared_threads(workers), ThreadPoolExecutor(workers) as pool:
@@ -172,87 +157,13 @@ def _run(
 # -- the plan --------------------------------------------------------------------------------------
 
 
-def _layers(
-    skeleton: Any, index: Mapping[str, str], config: FalqonConfig
-) -> dict[str, LinearLayer]:
-    """The linear layers to cast, by path."""
-    found = {}
-    for layer in linear_layers(skeleton):
-        tied = _tensor(layer) not in index  # a checkpoint holds a tied weight once
-        left = skip_reason(layer, config, tied)
-        if config.update == "rows" and layer.lora is not None:
-            left = rows_model.skip_reason(layer.lora, config)
-        if left is not None:
-            continue
-        if tied:
-            raise FalqonError(
-                layer.site,
-                f"the checkpoint has no tensor {_tensor(layer)!r}",
-                "Load the model with transformers and save it again; leave tied layers out",
-            )
-        found[layer.path] = layer
-    return found
-
-
-def _tensor(layer: LinearLayer) -> str:
-    """The name of its weight in the checkpoint."""
-    return layer.path.removeprefix("base_model.model.").removesuffix(".base_layer") + ".weight"
-
-
-def _units(
-    layers: Mapping[str, LinearLayer], source: Path, index: Mapping[str, str]
-) -> list[_Unit]:
-    sizes = _sizes(source, index)
-    cast: list[_Unit] = []
-    for path, layer in layers.items():
-        size, dtype = sizes[_tensor(layer)]
-        if dtype not in _DTYPES:
-            raise FalqonError(
-                layer.site, f"its weight is {dtype} already", "falqon_fx.load takes FP8 as it is"
-            )
-        file = _file_of(len(cast), layer.site)
-        cast.append(_Unit(file, (_tensor(layer),), path, size, _DTYPES[dtype]))
-    if not cast:
-        raise FalqonError(str(source), "none of its layers is to be cast", "Check the LoraConfig")
-    taken = {unit.tensors[0] for unit in cast}
-    rest = [name for name in index if name not in taken]
-    small = tuple(name for name in rest if sizes[name][0] < _SMALL)
-    alone = [(name,) for name in rest if name not in small]
-    units = list(cast)
-    for names in [*alone, small] if small else alone:
-        file = _file_of(len(units), "small" if names is small else names[0])
-        units.append(_Unit(file, names, None, sum(sizes[name][0] for name in names)))
-    # The largest first, so that workers end together.
-    return sorted(units, key=lambda unit: -unit.bytes)
-
-
-def _file_of(number: int, name: str) -> str:
-    """A file for what a checkpoint calls ``name``: anything, a path out of the folder as well."""
-    return f"weights/{number:05}.{re.sub(r'[^A-Za-z0-9_.-]', '_', name)[-100:]}.safetensors"
-
-
-def _sizes(source: Path, index: Mapping[str, str]) -> dict[str, tuple[int, str]]:
-    """Bytes and dtype of each tensor, from the headers alone."""
-    sizes = {}
-    for file in sorted(set(index.values())):
-        if not (source / file).is_file():
-            raise FalqonError(str(source), f"{INDEX} names {file}, which is missing", "Fetch it")
-        for name, entry in storage.read_header(source / file).items():
-            if index.get(name) == file:
-                start, end = entry["data_offsets"]
-                sizes[name] = (end - start, entry["dtype"])
-    for name in index.keys() - sizes.keys():
-        raise FalqonError(name, f"{INDEX} says that {index[name]} holds it", "Fetch both again")
-    return sizes
-
-
 def _begin(
     partial: Path,
     source: Path,
     index: Mapping[str, str],
     skeleton: Any,
     config: FalqonConfig,
-    units: list[_Unit],
+    units: list[Unit],
 ) -> None:
     """Start in an empty folder, or see that it is of an interrupted run with the same plan. That
     the weights are the same is seen as they are read (`_convert`).
@@ -287,7 +198,7 @@ def _begin(
 
 
 def _convert(
-    unit: _Unit,
+    unit: Unit,
     source: Path,
     index: Mapping[str, str],
     partial: Path,
@@ -345,11 +256,11 @@ def _cast(layer: LinearLayer, weight: Tensor, config: FalqonConfig) -> dict[str,
     return {**own, "digest": digest(base.code, base.scale), **adapter}
 
 
-def _record(partial: Path, unit: _Unit) -> Path:
+def _record(partial: Path, unit: Unit) -> Path:
     return partial / "records" / (unit.file.removeprefix("weights/") + ".json")
 
 
-def _read_record(partial: Path, unit: _Unit) -> dict[str, Any]:
+def _read_record(partial: Path, unit: Unit) -> dict[str, Any]:
     """What was written of a unit and from which weights; empty where that isn't whole."""
     try:
         record: dict[str, Any] = json.loads(_record(partial, unit).read_bytes())
@@ -369,7 +280,7 @@ def _finish(
     skeleton: Any,
     layers: Mapping[str, LinearLayer],
     config: FalqonConfig,
-    units: list[_Unit],
+    units: list[Unit],
     described: Mapping[str, Any],
 ) -> None:
     with atomic.aside(partial) as folder:  # renamed over what an interrupted run left
@@ -391,7 +302,7 @@ def _finish(
     atomic.remove(out / _PLAN)
 
 
-def _site(unit: _Unit, layer: LinearLayer, config: FalqonConfig) -> Site:
+def _site(unit: Unit, layer: LinearLayer, config: FalqonConfig) -> Site:
     """What `falqon_fx.files.model_state.make_layer` needs to know."""
     known: Site = {"prepared": layer.path, "file": unit.file, "dtype": unit.dtype}
     known["transposed"] = layer.transposed

@@ -98,9 +98,13 @@ def check(folder: Path, sealed: Mapping[str, Any], beside: Iterable[str] = ()) -
 
 def is_export(folder: Path) -> bool:
     """Whether a folder has the manifest of an export, damaged or not."""
+    file = folder / MANIFEST
+    if not file.is_file():
+        return False
     try:
-        content = json.loads((folder / MANIFEST).read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+        with storage.read_errors_explained(file):
+            content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
         return False
     return isinstance(content, dict) and str(content.get("format")).startswith(_FAMILY + ".")
 

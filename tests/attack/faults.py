@@ -37,7 +37,9 @@ _WHOLE_NEW, _OLD = "new", "old"
 
 
 def attack(folder: Path, **arguments: Any) -> dict[str, Any]:
-    """Run attacks in a new process; how often each ended how, and the failures."""
+    """Run attacks in a new process: ``writers`` says how many on which, ``kind`` whether "kills" or
+    "faults". Returns how often each ended how, and the failures.
+    """
     library = folder / "faults.so"
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
@@ -70,9 +72,9 @@ def run(arguments: dict[str, Any]) -> str:
     library.faults_fired.restype = ctypes.c_char_p
     counts: Counter[str] = Counter()
     failures: list[str] = []
-    for name in arguments["writers"]:
+    for name, number in arguments["writers"].items():
         bench = Bench(WRITERS[name](), Path(arguments["folder"], name), library)
-        for fault in arguments_of(arguments["kind"], bench.calls, arguments["number"], chance):
+        for fault in faults_of(arguments["kind"], bench.calls, number, chance):
             ended, problem = bench.attack(fault)
             counts[f"{name}: {ended}"] += 1
             if problem is not None:
@@ -95,7 +97,7 @@ class Fault:
     moment: float = -1.0
 
 
-def arguments_of(kind: str, calls: int, number: int, chance: random.Random) -> Iterator[Fault]:
+def faults_of(kind: str, calls: int, number: int, chance: random.Random) -> Iterator[Fault]:
     """The attacks of a kind: every call in turn where ``number`` allows, else a sample."""
     places = chance.sample(range(1, calls + 1), min(calls, number))
     places += [chance.randint(1, calls) for _ in range(number - len(places))]

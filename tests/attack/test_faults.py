@@ -16,23 +16,23 @@ MANY = {
 }  # fmt: skip
 
 
-def fail(folder: Path, writer: str, number: int) -> dict[str, int]:
-    found = attack(folder, writers=[writer], kind="faults", number=number)
+def fail(folder: Path, writers: dict[str, int]) -> dict[str, int]:
+    found = attack(folder, writers=writers, kind="faults")
     if "skipped" in found:
         pytest.skip(found["skipped"])
     assert found["failures"] == []
     counts: dict[str, int] = found["counts"]
-    assert sum(counts.values()) == number
-    # Some errors are no obstacle (locks, reads of what isn't there), many are.
-    assert counts.get(f"{writer}: done", 0) < number
+    assert sum(counts.values()) == sum(writers.values())
+    # Some errors are no obstacle (locks, reads of what isn't there), many are: here half and more.
+    assert all(counts[f"{writer}: done"] < number for writer, number in writers.items())
     return counts
 
 
 def test_a_save_whose_calls_fail_leaves_the_old_or_the_new(tmp_path):
-    fail(tmp_path, "save", 40)
+    fail(tmp_path, {"save": 40})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("writer", MANY)
-def test_each_call_fails_in_turn(tmp_path, writer):
-    print(fail(tmp_path, writer, MANY[writer]))
+def test_each_call_fails_in_turn(tmp_path):
+    assert sum(MANY.values()) >= 500
+    print(fail(tmp_path, MANY))
