@@ -174,12 +174,20 @@ def _check_layer(model: nn.Module, site: Site, tensors: Mapping[str, Tensor], wh
         first, second = weight.shape
         size, dtype = (second, first) if transposed else (first, second), weight.dtype
         ranks = ranks_around(model, path)
-    if _name(dtype) != site["dtype"]:
-        problem = f"{where} has it in {site['dtype']}, the model in {_name(dtype)}"
-        raise FalqonError(path, problem, _REMEDY)
     own = {n: tensors[f"{path}.{n}"] for n in names_of(site) if f"{path}.{n}" in tensors}
+    wanted, found = (site["dtype"], _size_of(own)), (_name(dtype), [*size])
+    if wanted != found:
+        problem = f"{where} has {' '.join(map(str, wanted))}, the model {' '.join(map(str, found))}"
+        raise FalqonError(path, problem, _REMEDY)
     check_site(path, site, own, size, where, ranks)
     check_values(path, own, where)
+
+
+def _size_of(own: Mapping[str, Tensor]) -> list[int]:
+    """[out, in] of a saved layer, as far as it has them; rows of A lie under those of W."""
+    code, out = own.get("code"), own.get("applied", own.get("code"))
+    rows = [] if out is None else out.shape[:1]
+    return [*rows, *([] if code is None else code.shape[1:])]
 
 
 def _check_state(model: nn.Module, site: Site, tensors: Mapping[str, Tensor], where: str) -> None:

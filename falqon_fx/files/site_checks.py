@@ -84,7 +84,9 @@ def _rank(path: str, tensors: Mapping[str, Tensor], where: str, ranks: Collectio
     applied = tensors.get("applied")
     rank = applied.shape[1] if applied is not None and applied.dim() == 2 else 0
     if not rank or (ranks and rank not in ranks):
-        problem = f"{where} has an adapter of rank {rank} in it, the model {sorted(ranks) or 'one'}"
+        problem = (
+            f"its lora_A in {where} is of rank {rank}, in the model {sorted(ranks) or 'of any'}"
+        )
         raise FalqonError(path, problem, _REMEDY)
     return rank
 
