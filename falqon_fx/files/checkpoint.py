@@ -205,13 +205,15 @@ def load_checkpoint(
             for. Nothing has been changed then.
     """
     directory, model = Path(directory), unwrap(model)
-    if not directory.is_dir():
-        raise FalqonError(str(directory), "there is no such folder", "Name another")
     tensors: dict[str, Tensor] = {}
-    with disk.lock(directory, shared=True):  # or a save would remove files that are being opened
-        manifest = _manifest(directory)
-        for name, expected in manifest["files"].items():
-            tensors |= storage.open_tensors(directory / name, expected)
+    with storage.read_errors_explained(directory):
+        if not directory.is_dir():
+            raise FalqonError(str(directory), "there is no such folder", "Name another")
+        # Or a save would remove files that are being opened.
+        with disk.lock(directory, shared=True):
+            manifest = _manifest(directory)
+            for name, expected in manifest["files"].items():
+                tensors |= storage.open_tensors(directory / name, expected)
     tensors |= trees.shared_again(manifest["same"], tensors, str(directory / MANIFEST))
     objects = _objects(manifest, tensors, directory)
     where, state = str(directory), objects["rng"] if rng else None

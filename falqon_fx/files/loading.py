@@ -42,7 +42,11 @@ def load(
         DamagedFileError: a file that is truncated or was changed.
         FalqonError: neither kind of folder, or a form that can't be taken as it is.
     """
-    directory = Path(directory)
+    with storage.read_errors_explained(Path(directory)):
+        return _load(Path(directory), lora, config, verify)
+
+
+def _load(directory: Path, lora: Any, config: FalqonConfig | None, verify: bool) -> nn.Module:
     if seals.is_export(directory):
         if verify:
             seals.check_export(directory)

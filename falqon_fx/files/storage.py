@@ -219,7 +219,7 @@ def open_tensors(
             raise DamagedFileError(path, f"tensor {name!r} has {end - first} bytes, not {shape}")
         places[name] = (start + first, start + end, dtype)
     require("numpy", "checkpoint")
-    with read_errors_explained(path):
+    with file_errors_explained(path):
         memory: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
     whole = torch.empty(0, dtype=torch.uint8).set_(memory).numpy()
     parts = {name: whole[first:end] for name, (first, end, _) in places.items()}
@@ -280,7 +280,7 @@ def _is_plain(tensor: Tensor) -> bool:
 
 @contextmanager
 def file_errors_explained(path: Path) -> Iterator[None]:
-    """Say which file it is that safetensors can't read.
+    """Say which file it is that safetensors or torch can't read.
 
     Raises:
         DamagedFileError: there is one.
@@ -293,6 +293,10 @@ def file_errors_explained(path: Path) -> Iterator[None]:
             yield
         except SafetensorError as error:
             raise DamagedFileError(path, f"it is not a whole safetensors file ({error})") from error
+        except FalqonError:
+            raise
+        except RuntimeError as error:  # torch's, where the system doesn't let it map the file
+            raise OSError(str(error)) from error
 
 
 @contextmanager

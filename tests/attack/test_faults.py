@@ -12,7 +12,7 @@ from tests.attack.faults import attack
 
 MANY = {
     "save": 150, "save new": 100, "export": 150, "prequantize": 120, "prequantize resumed": 120,
-    "DCP": 40,
+    "load checkpoint": 40, "load": 60, "load export": 60, "DCP": 40,
 }  # fmt: skip
 
 
