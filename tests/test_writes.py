@@ -340,7 +340,7 @@ def test_single_values_of_a_config_are_sealed(tmp_path, file):
     folder = tmp_path / "out"
     prequantized(folder)
     whole = (folder / file).read_text()
-    values = {
+    values: dict[str, dict[str, Any]] = {
         "config.json": {"rms_norm_eps": 0.1, "hidden_act": "gelu", "rope_parameters": None},
         "adapter_config.json": {"lora_alpha": 9, "use_rslora": True, "lora_dropout": 0.5},
     }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
 
 import peft
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import transformers
@@ -14,6 +16,7 @@ from torch import nn
 
 import falqon_fx
 from falqon_fx import FalqonConfig
+from falqon_fx.files import atomic
 from tests.attack.faults import Writer, files_in
 from tests.models import fill_b
 
@@ -177,7 +180,7 @@ class Export(Whole):
 class Prequantize(Whole):
     """`prequantize`."""
 
-    own = ("work/out", "work/out.partial")
+    own: tuple[str, ...] = ("work/out", "work/out.partial")
 
     def prepare(self, folder: Path) -> None:
         dense_llama().save_pretrained(folder / "source", max_shard_size="20KB")
@@ -199,20 +202,13 @@ class PrequantizeResumed(Prequantize):
 
     def prepare(self, folder: Path) -> None:
         super().prepare(folder)
-        from falqon_fx.files import atomic
-
-        rename = atomic.rename_into_place
 
         def stop(*_: object) -> None:
             raise KeyboardInterrupt
 
-        atomic.rename_into_place = stop
-        try:
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(atomic, "rename_into_place", stop)
             self.act(folder)
-        except KeyboardInterrupt:
-            pass
-        finally:
-            atomic.rename_into_place = rename
         for file in sorted((folder / "work/out.partial/records").iterdir())[::2]:
             file.unlink()
 
@@ -220,7 +216,7 @@ class PrequantizeResumed(Prequantize):
 class LoadPrequantized(Prequantize):
     """`load`."""
 
-    own = ("nothing",)
+    own: tuple[str, ...] = ("nothing",)
 
     def prepare(self, folder: Path) -> None:
         super().prepare(folder)
