@@ -328,7 +328,8 @@ def read_header(path: Path) -> dict[str, Any]:
     for name, entry in entries.items():
         first, end = entry["data_offsets"]
         if not first <= end <= size:
-            raise DamagedFileError(path, f"tensor {name!r} would lie at {first}:{end} of {size}")
+            problem = f"tensor {name!r} would lie at {first}:{end} of {size} bytes"
+            raise DamagedFileError(path, f"it is not a whole safetensors file: {problem}")
     return entries
 
 
