@@ -135,7 +135,7 @@ def test_a_state_outside_of_modules_is_of_the_sizes_of_its_weight(tmp_path, upda
             assert harness.contents(model) == before
 
 
-VALUES: dict[str, Callable[[Tensor, Tensor], None]] = {
+VALUES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "bytes .* NaN": lambda code, scale: code[3].fill_(0x7F),
     "1 of its FP8 bytes .* NaN": lambda code, scale: code[0, :1].fill_(0xFF),
     "scales .* NaN": lambda code, scale: scale[2].fill_(math.nan),
