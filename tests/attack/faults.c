@@ -80,7 +80,7 @@ static int due(enum kind kind, int folder, const char *path) {
       found = ERRORS[kind][variant % choices];
       if (!fired) snprintf(said, sizeof said, "%s %d of %.150s", NAMES[kind], found, path ? path : "");
       fired = kind + 1;
-      if (deadly && !after) syscall(SYS_kill, getpid(), SIGKILL);
+      if (deadly && (!after || kind == LIST || kind == MAP)) syscall(SYS_kill, getpid(), SIGKILL);
     }
   }
   errno = saved;
