@@ -195,10 +195,9 @@ def load_checkpoint(
     parameters keep their identity, so optimizers and compiled graphs stay valid.
 
     A model that is not yet prepared becomes prepared where the saved one was; that costs no cast.
-    The file is mapped and each byte read twice, to check and to copy, FP8 bytes a third time, to see
-    that they are numbers: beside the model only the
-    optimizer's state and ``extra`` take memory of their own. Returns ``extra`` as given to
-    `save_checkpoint`.
+    The file is mapped and each byte read twice, to check and to copy, FP8 bytes a third time, to
+    see that they are numbers: beside the model only the optimizer's state and ``extra`` take memory
+    of their own. Returns ``extra`` as given to `save_checkpoint`.
 
     Raises:
         DamagedFileError: names the file, the tensor and what is wrong with it.
