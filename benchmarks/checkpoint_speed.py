@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import falqon_fx
-from falqon_fx.files.atomic import flush_to_disk
+from falqon_fx.files.disk import flush_to_disk
 from falqon_fx.kernels.cpu import native as cpu
 
 # hidden, intermediate and key-value size, layers

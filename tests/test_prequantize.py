@@ -20,7 +20,7 @@ from torch import nn
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonConfigError, FalqonError
 from falqon_fx.files import atomic
-from falqon_fx.files.atomic import lock, partial
+from falqon_fx.files.disk import lock
 from falqon_fx.files.loading import MANIFEST
 from falqon_fx.files.storage import DamagedFileError
 from falqon_fx.model.fp8_linear import Fp8Linear
@@ -281,8 +281,9 @@ def test_a_run_cut_at_its_start_or_end_goes_on(tmp_path, monkeypatch, where):
 
 def test_a_folder_that_another_process_works_in_is_refused(tmp_path):
     source = folder_of(dense_model(), tmp_path / "dense")
+    (tmp_path / "out.partial").mkdir()
     with (
-        lock(partial(tmp_path / "out")),
+        lock(tmp_path / "out.partial"),
         pytest.raises(FalqonError, match="another process is writing"),
     ):
         prequantize(source, tmp_path / "out")
@@ -307,7 +308,7 @@ def test_a_partial_folder_of_other_options_is_refused(tmp_path):
         prequantize(bad, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(FalqonError, match="of another run"):
-        prequantize(source, tmp_path / "out")
+        prequantize(source, tmp_path / "out", r=8)
 
 
 def test_a_folder_that_exists_is_left_alone(tmp_path):
@@ -432,7 +433,7 @@ except falqon_fx.FalqonError as error:
 def test_a_damaged_weight_is_named(tmp_path):
     source = folder_of(dense_model(), tmp_path / "dense")
     prequantize(source, tmp_path / "out")
-    file = tmp_path / "out/weights/base_model.model.model.layers.0.mlp.up_proj.safetensors"
+    (file,) = (tmp_path / "out/weights").glob("*.layers.0.mlp.up_proj.safetensors")
     whole = bytearray(file.read_bytes())
     whole[-3] ^= 4
     file.write_bytes(whole)
@@ -462,13 +463,14 @@ def exported(
     dtype: torch.dtype = BF16,
     **options,
 ) -> nn.Module:
-    """An FP8 checkpoint in ``folder``, and the model that it was written from."""
+    """An FP8 checkpoint in ``folder``, as of others, and the model that it was written from."""
     if form == "fp8":
         options["granularity"] = "tensor"
     model = peft.get_peft_model(dense_model(dtype=dtype), lora())
     fill_b(model, 0.1)
     falqon_fx.prepare(model, FalqonConfig(**options), progress=False)
     falqon_fx.save_fp8(model, folder, form=form, progress=False)
+    (folder / "falqon.json").unlink()
     return model
 
 

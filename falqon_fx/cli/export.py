@@ -15,6 +15,7 @@ from falqon_fx.files.checkpoint import load_checkpoint
 from falqon_fx.files.export import ExportReport, save_fp8
 from falqon_fx.files.loading import MANIFEST, load
 from falqon_fx.files.prequantize import PrequantizeReport, prequantize
+from falqon_fx.files.seals import is_export
 from falqon_fx.model.prepare import adapters, prepare
 from falqon_fx_cli.exit_codes import DONE
 
@@ -83,4 +84,5 @@ def _trained_model(arguments: argparse.Namespace) -> Any:
 
 def _is_prequantized(arguments: argparse.Namespace) -> bool:
     """Whether the model's folder is one of ``prequantize``, without its original weights."""
-    return (Path(arguments.model) / MANIFEST).is_file()
+    folder = Path(arguments.model)
+    return (folder / MANIFEST).is_file() and not is_export(folder)

@@ -1,24 +1,41 @@
-"""Files and folders that are whole or not there: written aside, fsynced, renamed, locked."""
+"""Files and folders that are whole or not there: written aside, fsynced, renamed.
+
+What is written aside lies in a folder `aside`, whose name is the library's with a random number. Of
+what is there already nothing else is ever removed, and no link is followed.
+"""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
+import platform
+import re
 import shutil
-from collections.abc import Iterable, Iterator
+import time
+import uuid
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from falqon_fx.errors import FalqonError
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_FORBIDDEN = (
-    *(errno.EACCES, errno.EPERM, errno.EROFS),
-    *(errno.EEXIST, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG),  # a file has the name, ...
+from falqon_fx.files.disk import (
+    disk_errors_explained,
+    everything_below,
+    flush_to_disk,
+    give_back,
+    is_same,
+    try_lock,
+    warn,
 )
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EBADF)  # some network file systems
-_PARTIAL = ".partial"
+
+_HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
+_ASIDE = re.compile(r"\.falqon-([0-9a-f]{6})-([0-9a-f]{12})\.partial")
+_LONG = 24 * 3600.0  # seconds
+
+
+# -- written aside ---------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -31,18 +48,12 @@ def atomic_file(final: Path) -> Iterator[Path]:
             what had the name before stays.
     """
     # In a folder, since safetensors itself writes to files of random names beside its own.
-    folder = final.parent / _PARTIAL
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-    aside = folder / final.name
-    try:
+    with aside(final.parent) as folder:
         with disk_errors_explained(final):
-            folder.mkdir()
-            yield aside
-            flush_to_disk(aside)
-            os.replace(aside, final)
-            flush_to_disk(final.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+            yield folder / final.name
+            flush_to_disk(folder / final.name)
+            rename(folder / final.name, final)
+        _confirm(final)
 
 
 @contextmanager
@@ -50,116 +61,225 @@ def new_folder(final: Path) -> Iterator[Path]:
     """A folder to write into. It gets the name ``final`` once all in it is on the disk.
 
     Raises:
-        FalqonError: ``final`` exists and isn't an empty folder, another process is writing it, the
-            disk is full, or the folder around it can't be written to.
+        FalqonError: ``final`` exists and isn't an empty folder, the disk is full, or the folder
+            around it can't be written to.
     """
     refuse_existing(final)
-    aside = partial(final)
-    with lock(aside, wait=False):
-        try:
-            with disk_errors_explained(final):
-                for path in aside.iterdir():  # of a run that was killed
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-                yield aside
-                for path in sorted(aside.rglob("*"), reverse=True):
-                    flush_to_disk(path)
-                rename_into_place(aside, final)
-        except BaseException:  # Ctrl-C too leaves nothing
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
-
-
-def partial(final: Path) -> Path:
-    """The folder that gets the name ``final`` later, on the disk."""
     final = Path(os.path.realpath(final))  # a link keeps pointing where it did
-    aside = final.with_name(final.name + _PARTIAL)
-    make_folder(aside)
-    return aside
-
-
-def rename_into_place(aside: Path, final: Path) -> None:
-    """Give a folder whose files are on the disk its name."""
-    flush_to_disk(aside)
-    final = Path(os.path.realpath(final))
-    os.replace(aside, final)
-    flush_to_disk(final.parent)
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder and its parents, on the disk."""
-    path = Path(os.path.realpath(path))  # mkdir refuses a link, even to where nothing is yet
-    if not path.is_dir():
-        with disk_errors_explained(path):
-            path.mkdir(parents=True, exist_ok=True)
-            flush_to_disk(path.parent)
+    with made_folder(final.parent):
+        for _ in leftovers(final.parent):  # which go with the next step of the loop
+            pass
+        with aside(final.parent) as folder:
+            with disk_errors_explained(final):
+                yield folder
+                for path in everything_below(folder):
+                    flush_to_disk(path)
+            rename_into_place(folder, final)
 
 
 @contextmanager
-def lock(folder: Path, *, shared: bool = False, wait: bool = True) -> Iterator[None]:
-    """Keep other processes and threads that `lock` a folder out; readers share it. A process that
-    dies gives it back.
+def aside(parent: Path) -> Iterator[Path]:
+    """A new folder in ``parent`` that is removed at the end, or after this process was killed by
+    who finds it among the `leftovers`.
+    """
+    path, handle = _new_aside(parent)
+    try:
+        yield path
+    finally:  # Ctrl-C too leaves nothing
+        remove(path)
+        give_back(handle)
+
+
+def number_of(path: Path) -> str:
+    """The random number in the name of an `aside`."""
+    ((_, number),) = _ASIDE.findall(path.name)
+    return str(number)
+
+
+def is_aside(path: Path) -> bool:
+    """Whether a folder has a name as `aside` gives it."""
+    return _ASIDE.fullmatch(path.name) is not None
+
+
+def leftovers(parent: Path) -> Iterator[str]:
+    """The number of each `aside` whose writer was killed, which is removed after the caller had it.
+
+    Where there are no locks nobody knows whether a writer lives, so there all of them stay. Some
+    file systems lock for one machine alone: an aside of another must have been left for a day.
+    """
+    for path in _listed(parent):
+        if not is_aside(path):
+            continue
+        try:
+            handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:  # gone meanwhile, or nothing that was made here
+            continue
+        try:
+            if _may_go(path, os.fstat(handle)) and try_lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                yield number_of(path)
+                remove(path)
+        except OSError:  # such as BlockingIOError: its writer lives
+            continue
+        finally:
+            give_back(handle)
+
+
+def _may_go(path: Path, known: os.stat_result) -> bool:
+    """Whether an aside is this user's, and of this machine or old."""
+    here = path.name.startswith(f".falqon-{_HOST}-")
+    return known.st_uid == os.geteuid() and (here or time.time() - known.st_mtime > _LONG)
+
+
+def _new_aside(parent: Path) -> tuple[Path, int]:
+    """A new folder and the handle that holds its lock."""
+    while True:
+        path = parent / f".falqon-{_HOST}-{uuid.uuid4().hex[:12]}.partial"
+        with disk_errors_explained(parent):
+            path.mkdir()
+            try:
+                handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            except FileNotFoundError:  # taken for a leftover before it was locked
+                continue
+            except BaseException:
+                remove(path)
+                raise
+            try:
+                try_lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if is_same(path, os.fstat(handle)):
+                    return path, handle
+            except BlockingIOError:  # the same, just now
+                pass
+            except BaseException:
+                remove(path)
+                os.close(handle)
+                raise
+            os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder that is no longer needed, not what a link points at; a warning says
+    where that fails, since what was asked for is done.
+    """
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except FileNotFoundError:  # by another process
+        return
+    except OSError as error:
+        warn(f"{path} is no longer needed but can't be removed ({error}). Remove it yourself")
+
+
+# -- renamed ---------------------------------------------------------------------------------------
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename over ``target``.
+
+    Where NFS loses the server's answer it asks again, and hears that there is no ``source``.
+    """
+    known = os.lstat(source)
+    try:
+        os.replace(source, target)
+    except FileNotFoundError:
+        if not is_same(target, known):
+            raise
+
+
+def rename_into_place(folder: Path, final: Path) -> None:
+    """Give a folder whose files are on the disk its name.
 
     Raises:
-        FalqonError: another has it, and ``wait`` is False.
+        FalqonError: another process made one of this name meanwhile. Both are kept.
     """
-    handle = os.open(folder, os.O_RDONLY)
-    kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
-    try:
+    final = Path(os.path.realpath(final))
+    with disk_errors_explained(final):
+        flush_to_disk(folder)
         try:
-            fcntl.flock(handle, kind)
-        except BlockingIOError as error:
-            raise FalqonError(
-                str(folder), "another process is writing it", "Wait, or name another folder"
-            ) from error
+            rename(folder, final)
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
-            yield
+            kept = folder
+            if is_aside(folder):
+                kept = final.with_name(f"{final.name}.{number_of(folder)}")
+                rename(folder, kept)
+            raise FalqonError(
+                str(final),
+                f"another process made it meanwhile; what this one wrote is whole, in {kept}",
+                "Take that one, or remove it",
+            ) from error
+    _confirm(final)
+
+
+def _confirm(final: Path) -> None:
+    """Have the disk keep a name that was just given."""
+    try:
+        flush_to_disk(final.parent)
+    except OSError as error:
+        if error.errno == errno.EACCES:  # a folder that may be written to and not read
+            warn(f"{final} is whole, but its name can't be flushed to the disk ({error})")
             return
-        try:
-            yield
-        finally:
-            fcntl.flock(handle, fcntl.LOCK_UN)  # a process forked meanwhile would keep it
-    finally:
-        os.close(handle)
+        raise FalqonError(
+            str(final),
+            f"it is whole and has its name, but the disk failed to confirm that ({error}), and may "
+            "forget it when the power fails",
+            "Look after the disk, and save once more",
+        ) from error
+
+
+# -- folders ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def made_folder(path: Path) -> Iterator[None]:
+    """A folder and its parents, on the disk; those that were not there go again where the body
+    fails before there is anything in them.
+    """
+    path = Path(os.path.realpath(path))  # mkdir refuses a link, even to where nothing is yet
+    made: list[Path] = []
+    try:
+        with disk_errors_explained(path):
+            for folder in reversed([path, *path.parents]):
+                if not folder.is_dir():
+                    folder.mkdir(exist_ok=True)
+                    made.append(folder)
+                    flush_to_disk(folder.parent)
+        yield
+    except BaseException:
+        for folder in reversed(made):
+            try:
+                folder.rmdir()
+            except OSError:  # there is something in it, or it is gone
+                break
+        raise
+
+
+def working_folder(final: Path) -> Path:
+    """Where work for ``final`` lies that goes on after an interruption: ``final.partial``."""
+    final = Path(os.path.realpath(final))
+    return final.with_name(final.name + ".partial")
+
+
+def refuse_link(path: Path) -> None:
+    """Raise where a folder that is to be written into is a link to another."""
+    with disk_errors_explained(path):
+        is_link = path.is_symlink()
+    if is_link:
+        raise FalqonError(str(path), "it is a link to elsewhere", "Remove it")
 
 
 def refuse_existing(final: Path) -> None:
     """Raise where ``final`` exists and isn't an empty folder."""
-    if final.exists() and not (final.is_dir() and not any(final.iterdir())):
+    with disk_errors_explained(final):
+        free = not final.exists() or (final.is_dir() and not any(final.iterdir()))
+    if not free:
         raise FalqonError(str(final), "exists already", "Name another folder, or remove this one")
 
 
-@contextmanager
-def disk_errors_explained(final: Path) -> Iterator[None]:
-    """Say what a full disk or missing rights mean for ``final``."""
+def _listed(folder: Path) -> list[Path]:
     try:
-        yield
-    except Exception as error:
-        # safetensors reports the operating system's error as text.
-        code, text = getattr(error, "errno", None), str(error)
-        if _is(code, text, _FORBIDDEN):
-            raise FalqonError(
-                str(final), f"it can't be written there ({text})", "Name a new folder that is yours"
-            ) from error
-        if not _is(code, text, _FULL):
-            raise
-        free = shutil.disk_usage(final.parent).free
-        raise FalqonError(
-            str(final),
-            f"the disk is full ({free / 2**20:.0f} MiB are free); nothing was left under this name",
-            "Free some space, or name a folder on another disk",
-        ) from error
-
-
-def _is(code: int | None, text: str, numbers: Iterable[int]) -> bool:
-    return any(code == number or f"os error {number})" in text for number in numbers)
-
-
-def flush_to_disk(path: Path) -> None:
-    """Fsync a file or a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        return sorted(folder.iterdir())
+    except OSError:  # it may be written to, but not be read
+        return []

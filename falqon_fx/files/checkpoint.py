@@ -7,9 +7,12 @@ is renamed into place last. So a save that is killed leaves the checkpoint befor
 from __future__ import annotations
 
 import functools
+import json
+import os
 import platform
 import random
-import uuid
+import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -20,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from falqon_fx.errors import FalqonError
-from falqon_fx.files import atomic, model_state, storage, training, trees
+from falqon_fx.files import atomic, disk, model_state, storage, training, trees
 from falqon_fx.model.lora_layers import unwrap
 
 FORMAT = "falqon_fx.checkpoint.3"
@@ -29,6 +32,7 @@ _OTHER_FORMAT = (
     "Load it with the falqon-fx that wrote it, keep the adapter with model.save_pretrained(...), "
     "and go on from that"
 )
+_TENSORS = re.compile(r"tensors-[0-9a-f]{12}\.safetensors")
 _TRAINING = ".training"  # what isn't the model's; no module's path begins with a dot
 
 
@@ -98,8 +102,7 @@ def save_checkpoint(
     tree = trees.to_plain(objects, _TRAINING, of_training)
     tensors, same = trees.unshared([*named, *of_training.items()])
 
-    atomic.make_folder(directory)
-    with atomic.lock(directory):
+    with atomic.made_folder(directory), disk.lock(directory):
         described = _write(directory, tensors, same, sites, tree)
     size = sum(file["bytes"] for file in described.values())
     return CheckpointReport(directory, tuple(described), len(tensors), size, len(sites))
@@ -112,23 +115,54 @@ def _write(
     sites: list[dict[str, Any]],
     tree: Any,
 ) -> dict[str, Any]:
-    """Write the tensors, then the manifest that names their file, which it returns described."""
-    file = directory / f"tensors-{uuid.uuid4().hex[:12]}.safetensors"
-    try:
-        with atomic.atomic_file(file) as aside:
-            described = {file.name: storage.write_tensors(aside, tensors)}
-        content = {"format": FORMAT, "versions": versions(), "sites": sites}
-        content |= {"files": described, "same": same, "objects": tree}
-        storage.write_manifest(directory / MANIFEST, content)
-    except BaseException:  # Ctrl-C too, which may come when the manifest has its name already
-        manifest = directory / MANIFEST
-        if not (manifest.is_file() and file.name in manifest.read_text(encoding="utf-8")):
-            file.unlink(missing_ok=True)
-        raise
-    for other in directory.glob("tensors-*.safetensors"):
-        if other != file:
-            other.unlink()
+    """Write the tensors, then the manifest that names their file, which it returns described.
+
+    Of the folder's other files those are removed that the earlier manifest names, or that a save
+    which was killed has left.
+    """
+    with disk.disk_errors_explained(directory, "read"):
+        named, replaced = _named(directory)
+    for number in atomic.leftovers(directory):
+        if (left := f"tensors-{number}.safetensors") not in named:
+            atomic.remove(directory / left)
+    with atomic.aside(directory) as folder:
+        file = f"tensors-{atomic.number_of(folder)}.safetensors"
+        try:
+            with disk.disk_errors_explained(directory):
+                described = {file: storage.write_tensors(folder / file, tensors)}
+                atomic.rename(folder / file, directory / file)
+                disk.flush_to_disk(directory)
+            content = {"format": FORMAT, "versions": versions(), "sites": sites}
+            content |= {"files": described, "same": same, "objects": tree}
+            old = {name for name in named | replaced if os.path.lexists(directory / name)}
+            content["replaces"] = sorted(old)  # a kill may leave them for the next save
+            storage.write_manifest(directory / MANIFEST, content)
+        finally:  # Ctrl-C too, which may come when the manifest has its name already
+            _remove_unnamed(directory, {file} | named | replaced)
     return described
+
+
+def _remove_unnamed(directory: Path, names: set[str]) -> None:
+    try:
+        named, _ = _named(directory)
+    except OSError as error:
+        warnings.warn(f"falqon: {directory} keeps older files, too ({error}).", stacklevel=2)
+        return
+    for name in sorted(names - named):
+        atomic.remove(directory / name)
+
+
+def _named(directory: Path) -> tuple[set[str], set[str]]:
+    """The files of tensors that a folder's manifest names, and those that it replaced; none where
+    there is no manifest, or a damaged one.
+    """
+    try:
+        content = json.loads((directory / MANIFEST).read_bytes())
+        found = [{str(name) for name in content.get(key, ())} for key in ("files", "replaces")]
+    except (FileNotFoundError, ValueError, RecursionError, AttributeError, TypeError):
+        return set(), set()
+    named, replaced = ({name for name in names if _TENSORS.fullmatch(name)} for names in found)
+    return named, replaced
 
 
 @functools.cache
@@ -164,7 +198,7 @@ def load_checkpoint(
     parameters keep their identity, so optimizers and compiled graphs stay valid.
 
     A model that is not yet prepared becomes prepared where the saved one was; that costs no cast.
-    The file is mapped and each byte read twice, to check and to copy, and FP8 bytes once more, to
+    The file is mapped and each byte read twice, to check and to copy, FP8 bytes a third time, to
     see that they are numbers: beside the model only the optimizer's state and ``extra`` take memory
     of their own. Returns ``extra`` as given to `save_checkpoint`.
 
@@ -174,13 +208,15 @@ def load_checkpoint(
             for. Nothing has been changed then.
     """
     directory, model = Path(directory), unwrap(model)
-    if not directory.is_dir():
-        raise FalqonError(str(directory), "there is no such folder", "Name another")
     tensors: dict[str, Tensor] = {}
-    with atomic.lock(directory, shared=True):  # or a save would remove files that are being opened
-        manifest = _manifest(directory)
-        for name, expected in manifest["files"].items():
-            tensors |= storage.open_tensors(directory / name, expected)
+    with storage.read_errors_explained(directory):
+        if not directory.is_dir():
+            raise FalqonError(str(directory), "there is no such folder", "Name another")
+        # Or a save would remove files that are being opened.
+        with disk.lock(directory, shared=True):
+            manifest = _manifest(directory)
+            for name, expected in manifest["files"].items():
+                tensors |= storage.open_tensors(directory / name, expected)
     tensors |= trees.shared_again(manifest["same"], tensors, str(directory / MANIFEST))
     objects = _objects(manifest, tensors, directory)
     where, state = str(directory), objects["rng"] if rng else None

@@ -22,8 +22,10 @@ class CheckpointState:
 
     Unlike in `save_checkpoint`, all base weights are in it. ``dcp.load`` reads into the tensors it
     is given before anything can be compared, so it is given copies, on the CPU: each save and load
-    holds the model's bytes there once more. DCP pickles its own metadata: where files come from
-    people whom you don't trust, use `load_checkpoint`.
+    holds the model's bytes there once more. It writes over the files of an earlier save in place:
+    give each save a folder of its own; what an interrupted one mixed is refused by its checksums.
+    DCP pickles its own metadata: where files come from people whom you don't trust, use
+    `load_checkpoint`.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -41,8 +43,10 @@ class CheckpointState:
         tree = trees.to_plain(optimizer, ".training", packed)
         model = {n: t.detach().to("cpu", copy=True) for n, t in self.model.state_dict().items()}
         kept, same = trees.unshared(packed.items())
+        packed_bytes = save(kept)
         text = {"sites": sites, "optimizer": tree, "dtypes": _dtypes(model), "same": same}
-        return {"model": model, "packed": save(kept), "text": json.dumps(text)}
+        text["sums"] = _sums(model, packed_bytes)
+        return {"model": model, "packed": packed_bytes, "text": json.dumps(text)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Write what ``dcp.load`` has read into the model and the optimizer.
@@ -71,12 +75,28 @@ class CheckpointState:
                     f"{where} has it in {theirs[name]}, the model in {ours[name]}",
                     "Make the model as for the run that was saved",
                 )
+        sums, found = text.get("sums", {}), _sums(state["model"], state["packed"])
+        for name in sums.keys() & found.keys():  # DCP writes over the files of an earlier save
+            if sums[name] != found[name]:
+                raise FalqonError(
+                    name,
+                    f"{where} holds another than was saved with the rest: a save into the same "
+                    "folder was interrupted, or the file is damaged",
+                    "Load another, and give each save a folder of its own",
+                )
         states = {n: t for n, t in packed.items() if n.startswith(model_state.SITES)}
         tensors = {**state["model"], **states}
         model_state.check(self.model, text["sites"], tensors, where)
         if self.optimizer is not None:
             training.load_all([("optimizer", self.optimizer, saved)], where)
         model_state.write(self.model, text["sites"], tensors)
+
+
+def _sums(tensors: Mapping[str, Tensor], packed: Any) -> dict[str, str]:
+    """The checksum of each tensor, and of what is packed beside them."""
+    sums = {name: storage.digest(tensor) for name, tensor in tensors.items()}
+    whole = storage.require("xxhash", "checkpoint").xxh3_128_hexdigest(packed)
+    return {**sums, "optimizer and states": whole}
 
 
 def _dtypes(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -113,7 +113,8 @@ def save_fp8(
     which. Where the adapters add nothing, the bytes are those that were trained on. With
     update="rows" they always are: pending rows are written first, and nothing is cast anew.
 
-    The folder appears under its name once it is whole and on the disk.
+    The folder appears under its name once it is whole and on the disk. Its ``falqon.json`` holds
+    the checksum of every other file, which `load` compares.
 
     Args:
         model: a transformers model with PEFT's LoRA, prepared or run under the backend, or its
@@ -152,6 +153,7 @@ def save_fp8(
         files.write_shards(folder, plan, tensors, found.made, progress)
         files.write_config(folder, inner, lambda name: name not in tensors, found.quantization())
         notes = files.write_tokenizer(folder, inner, tokenizer)
+        files.write_seal(folder)
         written = tuple(sorted(path.name for path in folder.iterdir()))
         size = sum(path.stat().st_size for path in folder.iterdir())
     notes = (*notes, *_mixed(found.layers, found.dense))

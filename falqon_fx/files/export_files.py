@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,9 @@ from typing import Any
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from torch import Tensor
 
-from falqon_fx.files import storage, trees
-
-_TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
-    "chat_template*", "*.model", "preprocessor_config.json", "processor_config.json",
-)  # fmt: skip
+from falqon_fx.files import seals, storage, trees
+from falqon_fx.files.checkpoint import versions
+from falqon_fx.files.disk import everything_below
 
 
 def renamed(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -120,9 +116,16 @@ def write_tokenizer(folder: Path, model: Any, tokenizer: Any) -> tuple[str, ...]
         return ()
     source = Path(str(getattr(model.config, "_name_or_path", "") or ""))
     if str(source) not in ("", ".") and source.is_dir():
-        copied = [f for pattern in _TOKENIZER_FILES for f in source.glob(pattern) if f.is_file()]
-        for file in copied:
-            shutil.copyfile(file, folder / file.name)
+        copied = seals.known_files(source, seals.TOKENIZER)
+        seals.copy_files(copied, folder)
         if copied:
             return ()
     return ("no tokenizer was written: give tokenizer=",)
+
+
+def write_seal(folder: Path) -> None:
+    """The manifest of a folder whose other files are written: the checksum of each."""
+    paths = [path for path in everything_below(folder) if path.is_file()]
+    names = [str(path.relative_to(folder)) for path in paths]
+    content = {"format": seals.EXPORT, "versions": versions(), "files": seals.seal(folder, names)}
+    storage.write_manifest(folder / seals.MANIFEST, content)

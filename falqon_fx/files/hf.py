@@ -16,8 +16,6 @@ from falqon_fx.files.model_state import Site, make_layer
 from falqon_fx.files.site_checks import check_site, check_values, described, ranks_around
 from falqon_fx.model.lora_layers import is_linear
 
-FORMAT = "falqon_fx.prequantized.2"  # what `falqon_fx.prequantize` writes
-MANIFEST = "falqon.json"
 INDEX = "model.safetensors.index.json"
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _NOT_LORA = "Load the model with transformers, and call falqon_fx.prepare(model)"

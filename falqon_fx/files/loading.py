@@ -8,14 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from falqon_fx.config import FalqonConfig
-from falqon_fx.files import storage
+from falqon_fx.files import seals, storage
 from falqon_fx.files.fp8_import import load_fp8
 from falqon_fx.files.hf import adapter_config, empty_model, fill
 from falqon_fx.files.storage import DamagedFileError
 
-FORMAT = "falqon_fx.prequantized.2"  # what `falqon_fx.prequantize` writes
-MANIFEST = "falqon.json"
-INDEX = "model.safetensors.index.json"
+FORMAT = "falqon_fx.prequantized.3"  # what `falqon_fx.prequantize` writes
+MANIFEST = seals.MANIFEST
 
 
 def load(
@@ -36,13 +35,22 @@ def load(
         lora: for FP8 checkpoints: a PEFT ``LoraConfig``; by default rank 16 on all linear layers.
         config: for FP8 checkpoints: as for `prepare`; scales that aren't all powers of two make it
             scale="amax", which torch.compile must then get too.
-        verify: compare checksums of a prequantized folder (reads every byte once).
+        verify: compare the checksums of a folder that `prequantize` or `save_fp8` wrote (reads
+            every byte once).
 
     Raises:
         DamagedFileError: a file that is truncated or was changed.
         FalqonError: neither kind of folder, or a form that can't be taken as it is.
     """
-    directory = Path(directory)
+    with storage.read_errors_explained(Path(directory)):
+        return _load(Path(directory), lora, config, verify)
+
+
+def _load(directory: Path, lora: Any, config: FalqonConfig | None, verify: bool) -> nn.Module:
+    if seals.is_export(directory):
+        if verify:
+            seals.check_export(directory)
+        return load_fp8(directory, lora, config)
     if not (directory / MANIFEST).is_file():
         return load_fp8(directory, lora, config)
     manifest = storage.read_manifest(
@@ -51,6 +59,8 @@ def load(
         "prequantized",
         "Call falqon_fx.prequantize on the model again",
     )
+    if verify:
+        seals.check(directory, manifest["others"], manifest["files"])
     count = sum(len(entry["tensors"]) for entry in manifest["files"].values())
     model = empty_model(directory, adapter_config(directory), count)
     by_file = {site["file"]: site for site in manifest["sites"]}

@@ -109,7 +109,7 @@ class Prequantized(TypedDict):
 
     format: str
     files: dict[str, FileEntry]
-    others: NotRequired[dict[str, SealedFile]]
+    others: dict[str, SealedFile]
     sites: list[LoadedSite]
 
 
@@ -126,6 +126,7 @@ class Distributed(TypedDict):
     sites: list[Site]
     optimizer: Any
     dtypes: NotRequired[dict[str, str]]
+    sums: NotRequired[dict[str, str]]
     same: NotRequired[dict[str, str]]
 
 

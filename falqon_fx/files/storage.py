@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from falqon_fx.errors import FalqonError
-from falqon_fx.files.atomic import atomic_file, flush_to_disk
+from falqon_fx.files.atomic import atomic_file
+from falqon_fx.files.disk import flush_to_disk
 from falqon_fx.kernels.cpu import native as cpu
 
 T = TypeVar("T")
@@ -219,7 +220,7 @@ def open_tensors(
             raise DamagedFileError(path, f"tensor {name!r} has {end - first} bytes, not {shape}")
         places[name] = (start + first, start + end, dtype)
     require("numpy", "checkpoint")
-    with read_errors_explained(path):
+    with file_errors_explained(path):
         whole = _contents(path, size)
     parts = {name: whole[first:end] for name, (first, end, _) in places.items()}
     names = list(parts) if verify else []
@@ -291,7 +292,7 @@ def _is_plain(tensor: Tensor) -> bool:
 
 @contextmanager
 def file_errors_explained(path: Path) -> Iterator[None]:
-    """Say which file it is that safetensors can't read.
+    """Say which file it is that safetensors or torch can't read.
 
     Raises:
         DamagedFileError: there is one.
@@ -304,6 +305,10 @@ def file_errors_explained(path: Path) -> Iterator[None]:
             yield
         except SafetensorError as error:
             raise DamagedFileError(path, f"it is not a whole safetensors file ({error})") from error
+        except FalqonError:
+            raise
+        except RuntimeError as error:  # torch's, where the system doesn't let it map the file
+            raise OSError(str(error)) from error
 
 
 @contextmanager

@@ -1,0 +1,106 @@
+"""What `prequantize` writes: which layers it casts, and which file holds what."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from falqon_fx.config import FalqonConfig
+from falqon_fx.errors import FalqonError
+from falqon_fx.files import storage
+from falqon_fx.files.hf import INDEX
+from falqon_fx.model.lora_layers import LinearLayer, linear_layers
+from falqon_fx.model.prepare import skip_reason
+from falqon_fx.rows import model as rows_model
+
+_SMALL = 1 << 20  # bytes; tensors below go into one file together
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one file holds: a weight in FP8, or tensors as they are."""
+
+    file: str  # in the folder, with a number of its own
+    tensors: tuple[str, ...]
+    layer: str | None  # path of the linear layer in the PEFT model
+    bytes: int
+    dtype: str = ""  # of the weight that is cast
+
+
+def layers_to_cast(
+    skeleton: Any, index: Mapping[str, str], config: FalqonConfig
+) -> dict[str, LinearLayer]:
+    """The linear layers to cast, by path."""
+    found = {}
+    for layer in linear_layers(skeleton):
+        tied = tensor_of(layer) not in index  # a checkpoint holds a tied weight once
+        left = skip_reason(layer, config, tied)
+        if config.update == "rows" and layer.lora is not None:
+            left = rows_model.skip_reason(layer.lora, config)
+        if left is not None:
+            continue
+        if tied:
+            raise FalqonError(
+                layer.site,
+                f"the checkpoint has no tensor {tensor_of(layer)!r}",
+                "Load the model with transformers and save it again; leave tied layers out",
+            )
+        found[layer.path] = layer
+    return found
+
+
+def tensor_of(layer: LinearLayer) -> str:
+    """The name of its weight in the checkpoint."""
+    return layer.path.removeprefix("base_model.model.").removesuffix(".base_layer") + ".weight"
+
+
+def units_of(
+    layers: Mapping[str, LinearLayer], source: Path, index: Mapping[str, str]
+) -> list[Unit]:
+    """The files to write, the largest first."""
+    sizes = _sizes(source, index)
+    cast: list[Unit] = []
+    for path, layer in layers.items():
+        size, dtype = sizes[tensor_of(layer)]
+        if dtype not in _DTYPES:
+            raise FalqonError(
+                layer.site, f"its weight is {dtype} already", "falqon_fx.load takes FP8 as it is"
+            )
+        file = _file_of(len(cast), layer.site)
+        cast.append(Unit(file, (tensor_of(layer),), path, size, _DTYPES[dtype]))
+    if not cast:
+        raise FalqonError(str(source), "none of its layers is to be cast", "Check the LoraConfig")
+    taken = {unit.tensors[0] for unit in cast}
+    rest = [name for name in index if name not in taken]
+    small = tuple(name for name in rest if sizes[name][0] < _SMALL)
+    alone = [(name,) for name in rest if name not in small]
+    units = list(cast)
+    for names in [*alone, small] if small else alone:
+        file = _file_of(len(units), "small" if names is small else names[0])
+        units.append(Unit(file, names, None, sum(sizes[name][0] for name in names)))
+    # The largest first, so that workers end together.
+    return sorted(units, key=lambda unit: -unit.bytes)
+
+
+def _file_of(number: int, name: str) -> str:
+    """A file for what a checkpoint calls ``name``: anything, a path out of the folder as well."""
+    return f"weights/{number:05}.{re.sub(r'[^A-Za-z0-9_.-]', '_', name)[-100:]}.safetensors"
+
+
+def _sizes(source: Path, index: Mapping[str, str]) -> dict[str, tuple[int, str]]:
+    """Bytes and dtype of each tensor, from the headers alone."""
+    sizes = {}
+    for file in sorted(set(index.values())):
+        if not (source / file).is_file():
+            raise FalqonError(str(source), f"{INDEX} names {file}, which is missing", "Fetch it")
+        for name, entry in storage.read_header(source / file).items():
+            if index.get(name) == file:
+                start, end = entry["data_offsets"]
+                sizes[name] = (end - start, entry["dtype"])
+    for name in index.keys() - sizes.keys():
+        raise FalqonError(name, f"{INDEX} says that {index[name]} holds it", "Fetch both again")
+    return sizes
