@@ -12,8 +12,8 @@ import ctypes
 import itertools
 import re
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,10 +22,9 @@ from unittest import mock
 import torch
 import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
-import triton
 from torch import Tensor, fx
 from torch._dynamo import device_interface
-from torch._inductor import async_compile, compile_fx, graph
+from torch._inductor import async_compile, compile_fx, graph, ir
 from torch._inductor.fx_passes import joint_graph
 from torch._inductor.runtime.hints import DeviceProperties
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -36,6 +35,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from falqon_fx._compat import compile_cpp
+from lens.kernel import Kernel, name_ops
 
 CUDA = torch.device("cuda", 0)
 H100 = SimpleNamespace(
@@ -88,24 +88,6 @@ class _Driver:
     get_device_interface = staticmethod(lambda: torch.cuda)
 
 
-@dataclass
-class Kernel:
-    """A Triton kernel of the generated code: its name, and the names of what it is given."""
-
-    name: str
-    arguments: tuple[str, ...]
-    launched: Callable[[Kernel, Sequence[Any]], None] = field(default=lambda kernel, given: None)
-
-    def run(self, *given: Any, **_: Any) -> None:
-        self.launched(self, given)
-
-    @classmethod
-    def of(cls, name: str, source: str) -> Kernel:
-        found = re.search(rf"def {re.escape(name)}\(([^)]*)\)", source)
-        assert found is not None, source
-        return cls(name, tuple(part.split(":")[0].strip() for part in found[1].split(",")))
-
-
 @dataclass(frozen=True)
 class Graph:
     """One graph that Inductor compiled.
@@ -155,10 +137,8 @@ def h100() -> Iterator[None]:
     ):
         patches.append(mock.patch.object(torch.cuda, name, value))
     # By which torch sees what a kernel with descriptors writes.
-    host_tma = mock.patch.object(
-        triton_of_torch, "has_triton_tensor_descriptor_host_tma", lambda: True
-    )
-    patches.append(host_tma)
+    host_tma = "has_triton_tensor_descriptor_host_tma"
+    patches.append(mock.patch.object(triton_of_torch, host_tma, return_value=True))
     device_interface.get_interface_for_device("cuda")  # registers the real ones, once
     with contextlib.ExitStack() as stack:
         stack.enter_context(_accelerator())
@@ -225,23 +205,25 @@ def compiled_graphs() -> Iterator[list[Graph]]:
     backward as soon as forward.
     """
     found: list[Graph] = []
-    modules: list[Any] = []
+    modules: list[tuple[Any, Any]] = []
     codegen, load = compile_fx.fx_codegen_and_compile, graph.GraphLowering.compile_to_module
     deduce = joint_graph.UniformValueConstantFolder._deduce_value
 
     def loaded(self: Any) -> Any:
-        modules.append(load(self))
-        return modules[-1]
+        modules.append((self, load(self)))
+        return modules[-1][1]
 
     def compiled(gm: fx.GraphModule, inputs: Sequence[Any], *rest: Any, **options: Any) -> Any:
         result = codegen(gm, inputs, *rest, **options)
-        module, context = modules.pop(), torch._guards.TracingContext.try_get()
+        (lowered, module), source = modules.pop(), str(result.source_code)
+        _name_accesses(lowered, module, source)
+        context = torch._guards.TracingContext.try_get()
         assert context is not None
         meta: Any = context.fw_metadata
         found.append(
             Graph(
                 bool(options.get("is_backward")),
-                str(result.source_code),
+                source,
                 module,
                 [*inputs],
                 frozenset(options.get("static_input_idxs", ())),
@@ -268,6 +250,21 @@ def compiled_graphs() -> Iterator[list[Graph]]:
         functorch_config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True),
     ):
         yield found
+
+
+def _name_accesses(lowered: Any, module: Any, source: str) -> None:
+    """Complete the module's kernels: their ops, and what those read and write that the graph was
+    handed, as Inductor found it in their code.
+    """
+    kernels = {name: value for name, value in vars(module).items() if isinstance(value, Kernel)}
+    name_ops(kernels, source)
+    for op in lowered.operations:
+        if isinstance(op, ir.UserDefinedTritonKernel):
+            accesses = op.arg_accesses.read_writes
+            for kernel in kernels.values():
+                if op.kernel_src in kernel.source:
+                    kernel.reads |= {dep.name for dep in accesses.reads}
+                    kernel.writes |= {dep.name for dep in accesses.writes}
 
 
 class _ConstantsOnCpu(TorchDispatchMode):
@@ -299,22 +296,19 @@ def _stand_ins(module: Any, launches: Any) -> Iterator[None]:
     }
     names = {name: value for name, value in names.items() if hasattr(module, name)}
     kernels = [value for value in vars(module).values() if isinstance(value, Kernel)]
-    with mock.patch.multiple(module, **names), triton_launches(launches.triton):
+    # A descriptor asks for the alignment of an address.
+    address = mock.patch.object(FakeTensor, "data_ptr", _zero, create=True)
+    with mock.patch.multiple(module, **names), address:
         for kernel in kernels:
-            kernel.launched = launches.inductor
+            kernel.launched = launches.triton
         yield
 
 
 @contextlib.contextmanager
-def no_launches(
-    module: Any,
-    source: str,
-    results: Mapping[str, Sequence[Any]],
-    bodies: Mapping[str, Callable[..., Any]],
-) -> Iterator[None]:
+def no_launches(module: Any, source: str, results: Mapping[str, Sequence[Any]]) -> Iterator[None]:
     """The generated code ``source`` launches nothing in this block, and takes meta tensors.
 
-    An op that makes its own results gives those in ``results``, in turn; ``bodies`` run.
+    An op that makes its own results gives those in ``results``, in turn.
     """
     ops: dict[str, dict[str, Any]] = {}
     for name, made in results.items():
@@ -324,9 +318,7 @@ def no_launches(
         def give(*given: Any, turn: Iterator[Any] = turn, **named: Any) -> Any:
             return next(turn)
 
-        run = bodies[op] if namespace == "falqon" else give
-        if op == "view":  # allocates nothing
-            run = torch.ops.aten.view.dtype
+        run: Any = torch.ops.aten.view.dtype if op == "view" else give  # a view allocates nothing
         ops.setdefault(namespace, {})[op] = SimpleNamespace(**{overload: run})
     of_torch = types.ModuleType("torch")
     of_torch.__dict__.update(torch.__dict__)
@@ -341,7 +333,7 @@ def no_launches(
         "extern_kernels": SimpleNamespace(**extern),
         **dict.fromkeys(kernels, SimpleNamespace(run=_nothing)),
     }
-    with mock.patch.multiple(module, **names), triton_launches(_nothing):
+    with mock.patch.multiple(module, **names):
         yield
 
 
@@ -380,21 +372,6 @@ def _same_layout(value: Tensor, size: Sequence[int], stride: Sequence[int], *_: 
     assert tuple(value.shape) == tuple(size), (value.shape, size)
     moving = [i for i, length in enumerate(size) if length > 1]
     assert all(value.stride(i) == stride[i] for i in moving), (value.stride(), stride)
-
-
-@contextlib.contextmanager
-def triton_launches(launched: Callable[[str, Sequence[Any]], None]) -> Iterator[None]:
-    """What Python code launches by ``kernel[grid](...)`` is handed to ``launched``."""
-
-    def run(self: Any, *given: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        launched(self.fn.__name__, given)
-
-    # A descriptor asks for the alignment of an address.
-    with (
-        mock.patch.object(triton.runtime.jit.JITFunction, "run", run),
-        mock.patch.object(FakeTensor, "data_ptr", _zero, create=True),
-    ):
-        yield
 
 
 def mode_of(values: Sequence[Any]) -> Any:
