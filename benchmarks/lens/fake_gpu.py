@@ -56,18 +56,22 @@ H100 = SimpleNamespace(
 )
 
 
+def _h100(device: Any = None) -> Any:
+    return H100
+
+
 class _Interface(device_interface.CudaInterface):
     """Dynamo's and Inductor's view of the card."""
 
     class Worker(device_interface.CudaInterface.Worker):
         set_device = staticmethod(lambda device: None)
         current_device = staticmethod(lambda: 0)
-        get_device_properties = staticmethod(lambda device=None: H100)
+        get_device_properties = staticmethod(_h100)
 
     current_device = staticmethod(lambda: 0)
     device_count = staticmethod(lambda: 1)
     synchronize = staticmethod(lambda device=None: None)
-    get_device_properties = staticmethod(lambda device=None: H100)
+    get_device_properties = staticmethod(_h100)
     get_raw_stream = staticmethod(lambda index: 0)
     exchange_device = staticmethod(lambda device: 0)
     maybe_exchange_device = staticmethod(lambda device: 0)
@@ -122,7 +126,7 @@ def h100() -> Iterator[None]:
         mock.patch.object(torch._C, "_cuda_getCurrentRawStream", _zero, create=True),
     ]
     for name, value in (
-        ("get_device_properties", lambda device=None: H100),
+        ("get_device_properties", _h100),
         ("get_device_capability", lambda device=None: (H100.major, H100.minor)),
         ("get_device_name", lambda device=None: H100.name),
         ("current_device", lambda: 0),
@@ -158,7 +162,8 @@ def _accelerator() -> Iterator[None]:
     a guard (`guard.cpp`), and the virtual functions by which the hooks answer say yes.
     """
     lib = Path(torch.__file__).parent / "lib"
-    place = int(torch._C._autograd.DeviceType.CUDA)
+    kinds: Any = torch._C._autograd.DeviceType
+    place = int(kinds.CUDA)
     c10 = ctypes.CDLL(str(lib / "libc10.so"), mode=ctypes.RTLD_GLOBAL)  # what the guard links to
     guards = (ctypes.c_void_p * (1 + place)).in_dll(
         c10, "_ZN3c104impl26device_guard_impl_registryE"
@@ -214,7 +219,7 @@ def compiled_graphs() -> Iterator[list[Graph]]:
         return modules[-1][1]
 
     def compiled(gm: fx.GraphModule, inputs: Sequence[Any], *rest: Any, **options: Any) -> Any:
-        result = codegen(gm, inputs, *rest, **options)
+        result: Any = codegen(gm, inputs, *rest, **options)
         (lowered, module), source = modules.pop(), str(result.source_code)
         _name_accesses(lowered, module, source)
         context = torch._guards.TracingContext.try_get()
@@ -235,7 +240,7 @@ def compiled_graphs() -> Iterator[list[Graph]]:
         return result
 
     def deduced(self: Any, node: fx.Node) -> Any:
-        with _ConstantsOnCpu():
+        with _ConstantsOnCpu():  # type: ignore[no-untyped-call] # torch's __init__
             return deduce(self, node)
 
     def triton_kernel(self: Any, name: str, source: str, device_str: str = "cuda") -> Kernel:
@@ -287,7 +292,7 @@ def inductor(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
 @contextlib.contextmanager
 def _stand_ins(module: Any, launches: Any) -> Iterator[None]:
     """The names by which the generated code allocates and launches mean others in this block."""
-    names = {
+    names: dict[str, Any] = {
         "empty_strided_cuda": empty_strided,
         "reinterpret_tensor": _view,
         "assert_size_stride": _same_layout,
@@ -386,4 +391,4 @@ def new_mode() -> Any:
 
 def storage_of(value: Tensor) -> int:
     """What tensors that share memory have in common, fake ones as well."""
-    return value.untyped_storage()._cdata
+    return int(value.untyped_storage()._cdata)

@@ -47,7 +47,7 @@ class Launches(TorchDispatchMode):
     results: dict[str, list[Any]] = field(default_factory=dict)  # of each op, in order
 
     def __post_init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._unread: dict[int, Tensor] = {}  # written; kept alive, as numbers are given again
 
     def triton(self, kernel: Kernel, given: Sequence[Any]) -> None:

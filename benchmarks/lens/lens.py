@@ -159,7 +159,7 @@ class _Tracer(nn.Module):
             falqon(gm, examples, options=self.run.options)
         else:
             fake_gpu.inductor(gm, examples)
-        return gm.forward  # type: ignore[no-any-return] # what was compiled is run apart
+        return gm.forward  # what was compiled is run apart
 
 
 def _direction(graph: Graph, tokens: Tokens, timed: bool) -> tuple[Direction, Sequence[Any]]:
