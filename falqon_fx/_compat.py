@@ -419,9 +419,7 @@ def launch_in_graph(
     of_graph = {name: value for name, value in arguments.items() if value is not None}
     call: dict[str, Any] = {
         "kernel_idx": table.add_kernel(kernel),
-        "constant_args_idx": table.add_constant_args(
-            {n: None for n in arguments.keys() - of_graph}
-        ),
+        "constant_args_idx": table.add_constant_args(dict.fromkeys(arguments.keys() - of_graph)),
         "kwargs": of_graph,
         "tma_descriptor_metadata": {
             name: wrap.create_tma_stable_metadata(block) for name, block in blocks.items()

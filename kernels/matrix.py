@@ -31,6 +31,7 @@ from falqon_fx.kernels.adapter_grads import examples as adapter_grads
 from falqon_fx.kernels.aot import ARCHITECTURES, CompiledKernel, compile_ahead
 from falqon_fx.kernels.gemm import examples as gemm
 from falqon_fx.kernels.gemm.spec import GemmSpec
+from falqon_fx.kernels.grad_out_a import examples as grad_out_a
 from falqon_fx.kernels.kernel import Kernel
 from falqon_fx.kernels.loader import load
 from falqon_fx.kernels.spec import KernelSpec
@@ -42,6 +43,7 @@ KERNELS: tuple[Kernel[Any], ...] = (
     transpose.KERNEL,
     transpose.STORED,
     adapter_grads.KERNEL,
+    grad_out_a.KERNEL,
     adapter_cast.KERNEL,
     update.KERNEL,
     activation_cast.KERNEL,

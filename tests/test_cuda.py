@@ -26,7 +26,7 @@ from falqon_fx.kernels.products import dispatch
 from falqon_fx.kernels.update import launch as update
 from falqon_fx.ops import gpu, lowering
 from falqon_fx.ops import merged_linear as ops
-from falqon_fx.ops.adapter_grads import adapter_grads_on_gpu
+from falqon_fx.ops.adapter_grads import adapter_grads_on_gpu, grad_out_a_on_gpu
 from falqon_fx.ops.arguments import Merged
 from falqon_fx.ops.decompositions import decompositions
 from falqon_fx.rows import cuda as rows_cuda
@@ -64,6 +64,7 @@ def as_on_a_gpu() -> Iterator[None]:
         patch.setattr(ops, "lower_merged_linear", gpu.merged_linear)
         patch.setattr(ops, "lower_grad_x", gpu.merged_linear_grad_x)
         patch.setattr(ops, "lower_adapter_grads", adapter_grads_on_gpu)
+        patch.setattr(ops, "lower_grad_out_a", grad_out_a_on_gpu)
         patch.setattr(lowering, "grad_a", gpu.grad_a)
         yield
 
@@ -314,10 +315,13 @@ def test_fake_results_of_the_products_look_like_the_real_ones():
     nothing: Any = [[]] * 6
     opcheck(falqon.merged_product, (q, q_scale, weight, scale, *nothing, torch.float16, spec_text))
     grads = [gpu.quantize(randn(32, n), E5M2, spec_text) for n in (48, 32)]
-    for d, codes in (([randn(32, 24)], a), ([], [])):
+    for d, codes, of_a in (([randn(32, 24)], a, a_scale), ([randn(32, 24)], a, []), ([], [], [])):
         g, scales = [g for g, _ in grads], [s for _, s in grads]
-        opcheck(falqon.grad_x_product, (g, scales, weight, d, codes, F32, spec_text))
-    grads_of, ranks, d = [randn(32, 48), randn(32, 32)], [16, 8], [randn(32, 16), randn(32, 8)]
+        opcheck(falqon.grad_x_product, (g, scales, weight, d, codes, of_a, F32, spec_text))
+    opcheck(
+        falqon.grad_out_a, ([randn(32, 48), randn(32, 32)], [randn(48, 8), randn(32, 4)], spec_text)
+    )
+    grads_of, ranks, d = [randn(32, 48), randn(32, 32)], [16, 8], [randn(32, 24)]
     for kept, of_d in (([q, q_scale], d), ([], [])):
         rest = (randn(32, 24), ranks, [0.5, 1.0], kept, of_d, BF16, spec_text)
         opcheck(falqon.adapter_grads, (grads_of, *rest))
@@ -380,7 +384,7 @@ def test_on_a_gpu_the_ops_are_lowered_to_launches(name, forward, transposes):
 
         weight, scale, _, a, a_scale, *_ = columns
         grads = [empty(32, len(w), dtype=BF16) for w in weight]
-        d = [empty(32, len(code), dtype=BF16) for code in a] if case.adds_b else []
+        d = [empty(32, sum(len(code) for code in a), dtype=BF16)] if case.adds_b else []
         given_a = (a, a_scale) if case.adds_b else ([], [])
         op_x = table[falqon.merged_linear_grad_x.default]
         rest = (weight, scale, d, *given_a, BF16, str(case.spec))
@@ -417,7 +421,7 @@ def test_graphs_of_known_sizes_launch_the_kernels_themselves(name, spec):
     check_graph(falqon.merged_linear.default, x, *arguments)
     weight, scale, _, a, a_scale, *_ = arguments
     grads = [layer.grad.reshape(-1, layer.grad.shape[-1]) for layer in case.layers]
-    d = [randn(32, len(code), seed=j).bfloat16() for j, code in enumerate(a)]
+    d = [randn(32, sum(len(code) for code in a)).bfloat16()] if a else []
     given_a = (d, a, a_scale) if case.adds_b else ([], [], [])
     rest = (weight, scale, *given_a, BF16, str(case.spec))
     check_graph(falqon.merged_linear_grad_x.default, grads, *rest)
@@ -427,6 +431,8 @@ def test_graphs_of_known_sizes_launch_the_kernels_themselves(name, spec):
         of = [grads[i] for i in arguments[10]]
         given = (of, randn(32, sum(ranks)).bfloat16(), ranks, [0.5] * len(a), [q, q_scale], d)
         check_graph(falqon.adapter_grads.default, *given, F32, str(case.spec))
+        factors = [randn(g.shape[1], rank).bfloat16() for g, rank in zip(of, ranks, strict=True)]
+        check_graph(falqon.grad_out_a.default, of, factors, str(case.spec))
         loras = [[lora.lora_a for lora in case.adapters], [lora.lora_b for lora in case.adapters]]
         numbers = ([0.5] * len(a), [], False, str(case.spec))
         check_graph(falqon.proxy_update.default, *loras, *numbers)

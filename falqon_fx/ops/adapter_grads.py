@@ -1,4 +1,4 @@
-"""The gradients of A and B."""
+"""The gradients of O_A, A and B."""
 
 from __future__ import annotations
 
@@ -12,6 +12,40 @@ from falqon_fx.ops import lowering
 
 
 @dataclass(frozen=True)
+class OutAGrads:
+    """D_j = dL/dO_j · scaling_j · B_j [n, r_j], the gradients of O_A, by adapter.
+
+    On a GPU they are columns of ``whole`` [n, Σ r_j], in the order of ``parts``.
+    """
+
+    parts: dict[int, Tensor]
+    whole: Tensor | None = None
+
+    def of(self, adapters: list[int]) -> list[Tensor]:
+        """Those of some adapters: each, or on a GPU all side by side in one."""
+        if self.whole is None or not adapters:
+            return [self.parts[j] for j in adapters]
+        if adapters == [*self.parts]:
+            return [self.whole]
+        return [torch.cat([self.parts[j] for j in adapters], dim=1)]
+
+
+def grad_out_a(grad: dict[int, Tensor], b: dict[int, Tensor], spec_text: str) -> OutAGrads:
+    """D_j of each adapter, for its dL/dO_j and b_j = scaling_j · B_j."""
+    return OutAGrads({j: grad[j].to(factor.dtype) @ factor for j, factor in b.items()})
+
+
+def grad_out_a_on_gpu(grad: dict[int, Tensor], b: dict[int, Tensor], spec_text: str) -> OutAGrads:
+    """The same, in one launch."""
+    if not b:
+        return OutAGrads({})
+    given = [grad[j] for j in b], [*b.values()]
+    whole = torch.ops.falqon.grad_out_a(*given, spec_text)
+    parts = whole.split([factor.shape[1] for factor in b.values()], dim=1)
+    return OutAGrads(dict(zip(b, parts, strict=True)), whole)
+
+
+@dataclass(frozen=True)
 class Batch:
     """Adapters j that read the same x, and whose gradients are made together.
 
@@ -22,7 +56,7 @@ class Batch:
         scaling: of each of ``adapters``.
         b_dtypes: the dtype of each B.
         x: E4M3 [n, in] and its scale, where every A trains; else nothing, and no ``d``.
-        d: D_j [n, r_j] of each.
+        d: D_j [n, r_j] of those, see `OutAGrads`.
         a_dtypes: the dtype of each A.
     """
 
@@ -33,7 +67,7 @@ class Batch:
     scaling: list[float]
     b_dtypes: list[torch.dtype]
     x: list[Tensor]
-    d: list[Tensor]
+    d: OutAGrads
     a_dtypes: list[torch.dtype]
 
 
@@ -47,7 +81,8 @@ def adapter_grads(batch: Batch, spec_text: str) -> tuple[Sequence[Tensor], Seque
         for g, j, factor, dtype in zip(batch.grad, batch.adapters, batch.scaling, batch.b_dtypes)
     ]
     of_a = [
-        torch.ops.falqon.grad_a(d, *batch.x, dtype) for d, dtype in zip(batch.d, batch.a_dtypes)
+        torch.ops.falqon.grad_a(batch.d.parts[j], *batch.x, dtype)
+        for j, dtype in zip(batch.adapters, batch.a_dtypes)
     ]
     return of_b, of_a
 
@@ -60,7 +95,7 @@ def adapter_grads_on_gpu(batch: Batch, spec_text: str) -> tuple[Sequence[Tensor]
     dtype = next(iter(dtypes)) if len(dtypes) == 1 else torch.float32
     for part in _parts([batch.ranks[j] for j in batch.adapters]):
         adapters = batch.adapters[part]
-        ranks, d = [batch.ranks[j] for j in adapters], batch.d[part]
+        ranks, d = [batch.ranks[j] for j in adapters], batch.d.of(adapters) if batch.x else []
         made = torch.ops.falqon.adapter_grads(
             batch.grad[part],
             _columns(batch.out_a, batch.ranks, adapters),

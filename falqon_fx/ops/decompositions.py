@@ -30,8 +30,11 @@ def _merged_linear(*args: Any) -> list[Tensor]:
     return gpu.merged_linear(Merged(*args))
 
 
-def _adapter_grads(*args: Any) -> Any:
-    return products.adapter_grads(*args) if products.sizes_known(args) else NotImplemented
+def _opened(run: Callable[..., Any]) -> Callable[..., Any]:
+    def lower(*args: Any) -> Any:
+        return run(*args) if products.sizes_known(args) else NotImplemented
+
+    return lower
 
 
 def decompositions(_torch: str = "", _lowering: str = "") -> Decompositions:
@@ -44,5 +47,6 @@ def decompositions(_torch: str = "", _lowering: str = "") -> Decompositions:
     table[merged_linear.OP] = _merged_linear
     table[torch.ops.falqon.merged_linear_grad_x.default] = gpu.merged_linear_grad_x
     table[torch.ops.falqon.grad_a.default] = gpu.grad_a
-    table[torch.ops.falqon.adapter_grads.default] = _adapter_grads
+    table[torch.ops.falqon.adapter_grads.default] = _opened(products.adapter_grads)
+    table[torch.ops.falqon.grad_out_a.default] = _opened(products.grad_out_a)
     return table

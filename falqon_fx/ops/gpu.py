@@ -115,16 +115,19 @@ def merged_linear_grad_x(
     x_dtype: torch.dtype,
     spec_text: str,
 ) -> Tensor:
-    """See `falqon_fx.ops.lowering.merged_linear_grad_x`."""
+    """See `falqon_fx.ops.lowering.merged_linear_grad_x`; ``d`` is one, the D_j side by side."""
     spec, dtype = parse_spec(spec_text), gemm_dtype(grad[0].dtype, grad[0].device)
-    casts, q_scales, left = [], [], []
+    casts, q_scales = [], []
     for g, s in zip(grad, scale):
         folded = g.to(torch.float32) * s.t() if spec.per_row else g
         q, q_scale = quantize(folded, spec.grad_dtype, spec_text)
         casts.append(q)
         q_scales.append(q_scale if spec.per_row else q_scale * s)
-    for d_j, s in zip(d, a_scale):
-        left.append((d_j.to(torch.float32) * (s.t() if s.dim() == 2 else s)).to(dtype))
+    left = [t.to(dtype) for t in d]
+    if d and spec.scale != "pow2":  # D takes the scales that dq(Â) would be rounded by
+        of_columns = [s.reshape(1, -1).expand(1, len(code)) for code, s in zip(a, a_scale)]
+        left = [(d[0].to(torch.float32) * torch.cat(of_columns, dim=1)).to(dtype)]
+        a_scale = []
     # Products for bfloat16 may round to it on their way, which those of a float32 dL/dO must not.
     stored = torch.float32 if x_dtype == torch.bfloat16 != dtype else x_dtype
     product: Tensor = products.call(
@@ -132,8 +135,9 @@ def merged_linear_grad_x(
         casts,
         q_scales,
         [as_e4m3(w) for w in weight],
-        [torch.cat(left, dim=1)] if left else [],
+        left,
         [as_e4m3(code) for code in a],
+        a_scale,
         stored,
         spec_text,
     )

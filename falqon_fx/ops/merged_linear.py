@@ -16,7 +16,14 @@ from torch import Tensor
 
 from falqon_fx.errors import FalqonError
 from falqon_fx.ops import fp8_adapter, gpu, lowering
-from falqon_fx.ops.adapter_grads import Batch, adapter_grads, adapter_grads_on_gpu
+from falqon_fx.ops.adapter_grads import (
+    Batch,
+    OutAGrads,
+    adapter_grads,
+    adapter_grads_on_gpu,
+    grad_out_a,
+    grad_out_a_on_gpu,
+)
 from falqon_fx.ops.arguments import Merged
 from falqon_fx.ops.once import once
 from falqon_fx.site.numerics import E4M3, without_autocast
@@ -303,7 +310,7 @@ def _gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         of_x = [j for j in batch if j in train_a]
         x = saved.kept[place : place + 2] if of_x else []
         if batch[0] not in train_b:
-            grad_a[batch[0]] = torch.ops.falqon.grad_a(d[batch[0]], *x, of_a[batch[0]])
+            grad_a[batch[0]] = torch.ops.falqon.grad_a(d.parts[batch[0]], *x, of_a[batch[0]])
             continue
         made_b, made_a = lower_adapter_grads(
             Batch(
@@ -314,7 +321,7 @@ def _gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
                 [ctx.scaling[j] for j in batch],
                 [of_b[j] for j in batch],
                 x,
-                [d[j] for j in of_x],
+                d,
                 [of_a[j] for j in of_x],
             ),
             ctx.spec_text,
@@ -325,8 +332,9 @@ def _gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     for j in adapters:
         if own_x and needs_own[j] and ctx.adds_b:
             shape, dtype = ctx.shapes[1 + j]
-            values = lowering.dequantize(_as_read(saved.a[j]), saved.a_scale[j], d[j].dtype)
-            grad_own[j] = (d[j] @ values).to(dtype).reshape(shape)
+            of_j = d.parts[j]
+            values = lowering.dequantize(_as_read(saved.a[j]), saved.a_scale[j], of_j.dtype)
+            grad_own[j] = (of_j @ values).to(dtype).reshape(shape)
     for i, g in flat.items():
         if grad_bias and needs_bias[i]:
             grad_bias[i] = g.sum(0, dtype=torch.float32).to(of_bias[i])
@@ -341,29 +349,30 @@ def _gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 
 def _through(
     ctx: Any, saved: _Saved, grad: dict[int, Tensor], with_d: list[int]
-) -> tuple[Tensor | None, dict[int, Tensor]]:
+) -> tuple[Tensor | None, OutAGrads]:
     """dL/dx, and D_j = dL/dO · s · B_j of the adapters ``with_d``."""
-    d = {}
+    factors, of_adapters = {}, {}
     for j in with_d:
-        b, dtype = saved.b[j], saved.out_a[0].dtype
+        b, of_adapters[j] = saved.b[j], grad[ctx.owner[j]]
         factor = b if ctx.adds_b else b.to(torch.float32) * ctx.scaling[j]
-        d[j] = grad[ctx.owner[j]].to(dtype) @ factor.to(dtype)
+        factors[j] = factor.to(saved.out_a[0].dtype)
+    d = lower_grad_out_a(of_adapters, factors, ctx.spec_text)
     if not grad or not ctx.needs_input_grad[0]:
         return None, d
     shape, dtype = ctx.shapes[0]
     columns = [[*grad.values()], *([c[i] for i in grad] for c in (saved.weight, saved.scale))]
     through = with_d if ctx.adds_b and len(ctx.shapes) == 1 else []
-    columns += [[c[j] for j in through] for c in (d, saved.a, saved.a_scale)]
+    columns += [d.of(through), *([c[j] for j in through] for c in (saved.a, saved.a_scale))]
     return merged_linear_grad_x(*columns, dtype, ctx.spec_text).reshape(shape), d
 
 
 def _through_fp8(
     ctx: Any, saved: _Saved, grad: dict[int, Tensor], with_d: list[int]
-) -> tuple[Tensor | None, dict[int, Tensor]]:
+) -> tuple[Tensor | None, OutAGrads]:
     """The same with adapters in FP8, where D comes from the cast of dL/dO."""
     (shape, dtype), needs_x = ctx.shapes[0], ctx.needs_input_grad[0]
     if not grad or not (needs_x or with_d):
-        return None, {}
+        return None, OutAGrads({})
     places = {i: place for place, i in enumerate(grad)}
     columns = [[*grad.values()], *([c[i] for i in grad] for c in (saved.weight, saved.scale))]
     of_adapters = (saved.a, saved.a_scale, saved.b, saved.alpha, saved.lora_b)
@@ -372,10 +381,17 @@ def _through_fp8(
     grad_x, *d = fp8_adapter.merged_linear_grad(
         *columns, owner, through_x, needs_x, dtype, ctx.spec_text
     )
-    return grad_x.reshape(shape) if needs_x else None, dict(zip(with_d, d, strict=True))
+    parts = OutAGrads(dict(zip(with_d, d, strict=True)))
+    return grad_x.reshape(shape) if needs_x else None, parts
 
 
 _RECOMPILE = "Call torch._dynamo.reset() after changing requires_grad"
+
+
+def lower_grad_out_a(grad: dict[int, Tensor], b: dict[int, Tensor], spec_text: str) -> OutAGrads:
+    """`falqon_fx.ops.adapter_grads.grad_out_a`, or its like for GPUs."""
+    on_gpu = any(factor.device.type == "cuda" for factor in b.values())
+    return (grad_out_a_on_gpu if on_gpu else grad_out_a)(grad, b, spec_text)
 
 
 def lower_adapter_grads(batch: Batch, spec_text: str) -> tuple[Sequence[Tensor], Sequence[Tensor]]:

@@ -186,11 +186,13 @@ def grad_x_product(
     weight: Sequence[Tensor],
     left: Sequence[Tensor],
     a: Sequence[Tensor],
+    a_scale: Sequence[Tensor],
     x_dtype: torch.dtype,
     spec_text: str,
 ) -> Tensor:
-    """dL/dx [n, in] = Σ_i (q_i · W_i) ⊙ s_q,i + left · [Â_j]; ``left`` [n, Σ r_j] has one entry or
-    none. The scales of W are in q_i, or in s_q,i, those of Â in ``left``.
+    """dL/dx [n, in] = Σ_i (q_i · W_i) ⊙ s_q,i + left · [dq(Â_j)]; ``left`` [n, Σ r_j] has one entry
+    or none. The scales of W are in q_i, or in s_q,i, and without ``a_scale`` those of Â in
+    ``left``.
     """
     from falqon_fx.kernels.gemm.launch import Product
     from falqon_fx.kernels.products import dispatch
@@ -198,7 +200,10 @@ def grad_x_product(
     products = [Product(q_i, s, w) for q_i, s, w in zip(q, q_scale, weight)]
     factors: tuple[Tensor | None, Tensor | None] = None, None
     if left:
-        right = torch.cat([code.to(left[0].dtype) for code in a]).t()
+        values = [code.to(torch.float32) for code in a]
+        if a_scale:
+            values = [value * s for value, s in zip(values, a_scale, strict=True)]
+        right = torch.cat([value.to(left[0].dtype) for value in values]).t()
         factors = left[0], right.clone(memory_format=torch.contiguous_format)
     (result,) = dispatch.grad_x(products, *factors, x_dtype, _options(spec_text)).run()
     return result
@@ -209,6 +214,18 @@ def _grad_x_product_fake(
 ) -> Tensor:
     _, _, x_dtype, _ = rest
     return q[0].new_empty((q[0].shape[0], weight[0].shape[1]), dtype=x_dtype)
+
+
+def grad_out_a(grad: Sequence[Tensor], b: Sequence[Tensor], spec_text: str) -> Tensor:
+    """D [n, Σ r_j] = side by side grad_j · b_j of each adapter j, for b_j [out_j, r_j]."""
+    from falqon_fx.kernels.products import adapters
+
+    (d,) = adapters.grad_out_a(grad, b, parse_spec(spec_text).kernel).run()
+    return d
+
+
+def _grad_out_a_fake(grad: Sequence[Tensor], b: Sequence[Tensor], spec_text: str) -> Tensor:
+    return b[0].new_empty((len(grad[0]), sum(f.shape[1] for f in b)))
 
 
 def adapter_grads(
@@ -222,14 +239,13 @@ def adapter_grads(
     spec_text: str,
 ) -> list[Tensor]:
     """dL/dB_j [out_j, r_j] = scaling_j · grad_jᵀ · O_A,j of each adapter j, with its columns of
-    ``out_a``; then, for ``x`` = [code, scale], dL/dA_j [r_j, in] = D_jᵀ · x̂, ``d`` being the D_j.
+    ``out_a``; then, for ``x`` = [code, scale], dL/dA_j [r_j, in] = D_jᵀ · x̂, where ``d`` is one
+    tensor, the D_j side by side.
     """
     from falqon_fx.kernels.products import adapters
 
-    kernel, side_by_side = parse_spec(spec_text).kernel, [_side_by_side(d)] if d else []
-    return adapters.adapter_grads(
-        grad, out_a, ranks, scaling, x, side_by_side, out_dtype, kernel
-    ).run()
+    kernel = parse_spec(spec_text).kernel
+    return adapters.adapter_grads(grad, out_a, ranks, scaling, x, d, out_dtype, kernel).run()
 
 
 def _adapter_grads_fake(
@@ -259,6 +275,7 @@ for _run, _fake in (
     (merged_product, _merged_product_fake),
     (adapter_product, _adapter_product_fake),
     (grad_x_product, _grad_x_product_fake),
+    (grad_out_a, _grad_out_a_fake),
     (adapter_grads, _adapter_grads_fake),
 ):
     _op = f"falqon::{_run.__name__}"

@@ -13,6 +13,7 @@ from falqon_fx.kernels.interpreter import runs_interpreted
 from falqon_fx.kernels.launching import launch
 from falqon_fx.kernels.loader import load
 
+E4M3 = torch.float8_e4m3fn
 _TYPE = {"float32": "*fp32:16", "bfloat16": "*bf16:16", "float16": "*fp16:16"}
 
 
@@ -38,7 +39,9 @@ def adapter_cast(
     arguments: list[Any] = []
     programs = 0
     for a, b, factor in zip(lora_a, lora_b, scaling, strict=True):
-        code = torch.empty(a.shape, dtype=torch.uint8, device=device)
+        # Bytes for the interpreter and for GPUs below sm_89, which know no FP8.
+        code = torch.empty(a.shape, dtype=E4M3, device=device)
+        code = code if spec.cast == "hardware" else code.view(torch.uint8)
         scale = torch.empty((len(a), 1), dtype=torch.float32, device=device)
         scaled = torch.empty(b.shape, dtype=getattr(torch, spec.b_dtype), device=device)
         arguments += [a.contiguous(), code, scale, *a.shape]
@@ -52,14 +55,15 @@ def adapter_cast(
         written,
         num_warps=spec.num_warps,
     )
-    return [t.view(torch.float8_e4m3fn) if t.dtype == torch.uint8 else t for t in made]
+    return [t.view(E4M3) if t.dtype == torch.uint8 else t for t in made]
 
 
 def signatures(spec: AdapterCastSpec) -> dict[str, dict[str, str]]:
     """Argument types of the kernel, for `aot.compile_ahead`: aligned, sizes divisible by 16."""
     given, types = _TYPE[spec.input_dtype], dict[str, str]()
+    code = "*fp8e4nv:16" if spec.cast == "hardware" else "*u8:16"
     for j in range(spec.adapters):
-        types |= {f"a{j}_ptr": given, f"code{j}_ptr": "*u8:16", f"scale{j}_ptr": "*fp32:16"}
+        types |= {f"a{j}_ptr": given, f"code{j}_ptr": code, f"scale{j}_ptr": "*fp32:16"}
         types |= {f"rank{j}": "i32:16", f"width{j}": "i32:16", f"lora_b{j}_ptr": given}
         types |= {f"b{j}_ptr": _TYPE[spec.b_dtype], f"size{j}": "i32:16", f"scaling{j}": "fp32"}
     return {"adapter_cast": types}

@@ -7,6 +7,7 @@ from functools import partial
 
 from falqon_fx.kernels.adapter_grads.launch import signatures
 from falqon_fx.kernels.adapter_grads.spec import AdapterGradsSpec
+from falqon_fx.kernels.hardware import FP8
 from falqon_fx.kernels.kernel import Kernel
 
 _made = partial(
@@ -16,16 +17,15 @@ _made = partial(
 
 def ahead(architecture: int) -> Iterator[AdapterGradsSpec]:
     """Ranks from 16 to 256 of one adapter, of q, k, v and of gate, up; a float16 model."""
+    made = partial(_made, fp8=architecture >= FP8)
     for rank in (16, 64, 128, 256):
-        yield _made([rank])
+        yield made([rank])
     for rank in (16, 64):
-        yield _made([rank] * 3)
-        yield _made([rank] * 2)
-    yield _made([64], train_a=False)
-    yield _made([64] * 3, train_a=False)
-    yield AdapterGradsSpec.for_ranks(
-        [64], grad_dtype="float16", a_dtype="float32", out_dtype="float32"
-    )
+        yield made([rank] * 3)
+        yield made([rank] * 2)
+    yield made([64], train_a=False)
+    yield made([64] * 3, train_a=False)
+    yield made([64], grad_dtype="float16", a_dtype="float32")
 
 
 GOLDEN = (_made([64] * 2), _made([64], train_a=False))

@@ -59,7 +59,7 @@ def adapter_grads(
     arguments += [out_a, out_a.stride(0), partial, total, n, tokens]
     (partial,) = launch(kernels.partial_b, (tiles_b, splits), arguments, ["partial_ptr"], **options)
     if x:
-        q, scale = x[0].view(torch.uint8), x[1]
+        q, scale = x[0] if spec.fp8 else x[0].view(torch.uint8), x[1]
         start = sum(blocks[: len(grad)]) * _BLOCK
         arguments = [q, scale, q.shape[1], d[0].contiguous(), *ranks]
         arguments += [partial, start, total, n, tokens]
@@ -86,7 +86,12 @@ def signatures(spec: AdapterGradsSpec) -> dict[str, dict[str, str]]:
         partial_b[f"rank{i}"] = "i32:16"
     found = {"partial_b": partial_b | {"a_ptr": a, "a_stride": "i32:16"} | sums}
     if spec.x_rank:
-        x = {"x_ptr": "*u8:16", "scale_ptr": "*fp32:16", "width": "i32:16", "d_ptr": a}
+        x = {
+            "x_ptr": "*fp8e4nv:16" if spec.fp8 else "*u8:16",
+            "scale_ptr": "*fp32:16",
+            "width": "i32:16",
+            "d_ptr": a,
+        }
         ranks = {f"rank{i}": "i32:16" for i in j}
         first = {"partial_ptr": "*fp32:16", "start": "i32:16"}
         found["partial_a"] = x | ranks | first | sums

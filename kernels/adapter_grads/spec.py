@@ -19,6 +19,7 @@ class AdapterGradsSpec(KernelSpec):
     Both are split over tokens into partial sums that are added in order. ``rank`` is the padded
     largest rank, ``x_rank`` the padded sum of all ranks, 0 where no A trains. ``operands`` is
     "native" (the tensor cores take ``a_dtype``) or "float32" (widened first, for the interpreter).
+    ``fp8``: q comes as FP8, and not as bytes, which the interpreter and GPUs below sm_89 need.
     ``block_m`` counts columns of dL/dO, ``block_x`` those of x, ``block_k`` tokens.
 
     Raises ValueError for ranks beyond 256.
@@ -30,6 +31,7 @@ class AdapterGradsSpec(KernelSpec):
     a_dtype: InputDtype
     out_dtype: InputDtype
     x_scale: Literal["row", "tensor"]
+    fp8: bool
     operands: Literal["native", "float32"]
     adapters: int
     rank: int
@@ -58,6 +60,7 @@ class AdapterGradsSpec(KernelSpec):
         out_dtype: InputDtype,
         x_scale: Literal["row", "tensor"] = "row",
         train_a: bool = True,
+        fp8: bool = True,
         operands: Literal["native", "float32"] = "native",
     ) -> AdapterGradsSpec:
         """The spec for adapters of these ranks; float32 products take three times the registers."""
@@ -68,6 +71,7 @@ class AdapterGradsSpec(KernelSpec):
             a_dtype=a_dtype,
             out_dtype=out_dtype,
             x_scale=x_scale,
+            fp8=fp8 and train_a,
             operands=operands,
             adapters=len(ranks),
             rank=rank,
@@ -83,7 +87,7 @@ class AdapterGradsSpec(KernelSpec):
     def name(self) -> str:
         return (
             f"{self.template}_{self.grad_dtype}_{self.a_dtype}_{self.out_dtype}_{self.x_scale}_"
-            f"{self.operands}_{self.adapters}b_r{self.rank}_x{self.x_rank}_"
+            f"{self.operands}{'_fp8' if self.fp8 else ''}_{self.adapters}b_r{self.rank}_x{self.x_rank}_"
             f"{self.block_m}x{self.block_x}x{self.block_k}_w{self.num_warps}_s{self.num_stages}"
         )
 

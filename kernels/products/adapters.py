@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +14,9 @@ from falqon_fx.kernels.adapter_cast.launch import adapter_cast
 from falqon_fx.kernels.adapter_cast.spec import AdapterCastSpec
 from falqon_fx.kernels.adapter_grads import launch as adapter_grads_launch
 from falqon_fx.kernels.adapter_grads.spec import MAX_RANK, AdapterGradsSpec
-from falqon_fx.kernels.hardware import cast_mode
+from falqon_fx.kernels.grad_out_a import launch as grad_out_a_launch
+from falqon_fx.kernels.grad_out_a.spec import GradOutASpec
+from falqon_fx.kernels.hardware import FP8, cast_mode
 from falqon_fx.kernels.interpreter import runs_interpreted
 from falqon_fx.kernels.products.contest import Contest, against_aten, where_runs
 from falqon_fx.kernels.products.problem import dtype_name
@@ -57,9 +60,30 @@ def adapter_grads(
         by_row = not x or x[1].dim() == 2
         if max(ranks) > MAX_RANK:
             return ()
-        return _adapter_grads_specs(tuple(ranks), dtypes, by_row, bool(x), runs_interpreted(out_a))
+        where = where_runs(out_a)
+        return _adapter_grads_specs(tuple(ranks), dtypes, by_row, bool(x), where)
 
     what = f"dL/dB {[g.shape[1] for g in grad]}" + (f", dL/dA in={x[0].shape[1]}" if x else "")
+    return against_aten(what, grad[0], made, generated, plain, kernel)
+
+
+def grad_out_a(grad: Sequence[Tensor], b: Sequence[Tensor], kernel: str) -> Contest:
+    """[D]: see `falqon_fx.kernels.grad_out_a.launch.grad_out_a`."""
+
+    def plain() -> list[Tensor]:
+        return [torch.cat([g.to(f.dtype) @ f for g, f in zip(grad, b, strict=True)], dim=1)]
+
+    def generated(spec: GradOutASpec) -> list[Tensor]:
+        return [grad_out_a_launch.grad_out_a(grad, b, spec)]
+
+    def made() -> tuple[GradOutASpec, ...]:
+        ranks = tuple(f.shape[1] for f in b)
+        dtypes = (dtype_name(grad[0].dtype), dtype_name(b[0].dtype))
+        if max(ranks) > MAX_RANK:
+            return ()
+        return _grad_out_a_specs(ranks, dtypes, runs_interpreted(b[0]))
+
+    what = f"dL/dO_A {[tuple(f.shape) for f in b]}"
     return against_aten(what, grad[0], made, generated, plain, kernel)
 
 
@@ -111,12 +135,21 @@ def _adapter_cast_spec(
 
 
 @functools.lru_cache(maxsize=4096)
+def _grad_out_a_specs(
+    ranks: tuple[int, ...], dtypes: tuple[InputDtype, InputDtype], interpreted: bool
+) -> tuple[GradOutASpec, ...]:
+    operands: Literal["native", "float32"] = "float32" if interpreted else "native"
+    made = GradOutASpec.for_ranks(ranks, grad_dtype=dtypes[0], a_dtype=dtypes[1], operands=operands)
+    return (made,)
+
+
+@functools.lru_cache(maxsize=4096)
 def _adapter_grads_specs(
     ranks: tuple[int, ...],
     dtypes: tuple[InputDtype, InputDtype, InputDtype],
     by_row: bool,
     train_a: bool,
-    interpreted: bool,
+    where: int,
 ) -> tuple[AdapterGradsSpec, ...]:
     made = AdapterGradsSpec.for_ranks(
         ranks,
@@ -125,6 +158,7 @@ def _adapter_grads_specs(
         out_dtype=dtypes[2],
         x_scale="row" if by_row else "tensor",
         train_a=train_a,
-        operands="float32" if interpreted else "native",
+        fp8=where >= FP8,
+        operands="native" if where else "float32",
     )
     return (made,)

@@ -51,7 +51,7 @@ from falqon_fx.kernels.products.problem import (
 from falqon_fx.kernels.transpose import kept as stored
 
 E4M3 = torch.float8_e4m3fn
-Turn = Callable[[Tensor], Tensor]  # W [out, in] -> Wᵀ
+Turn = Callable[[Sequence[Tensor]], list[Tensor]]  # each W [out, in] -> Wᵀ
 _TIMED = 3  # generated kernels that are tried for one problem
 MAX_PIECES = 8  # weights in one launch
 
@@ -142,10 +142,10 @@ def grad_x(
         }
 
         def library(mm: MatMul) -> list[Tensor]:
-            mode = options.accumulation
+            mode, turned = options.accumulation, turn([p.weight for p in products])
             parts = [
-                by_library(mm, p.q, p.q_scale, Piece(turn(p.weight), None), x_dtype, mode)
-                for p in products
+                by_library(mm, p.q, p.q_scale, Piece(w, None), x_dtype, mode)
+                for p, w in zip(products, turned, strict=True)
             ]
             return [finished(added(parts), piece, x_dtype)]
 
@@ -227,8 +227,10 @@ def _generated(
 ) -> list[Tensor]:
     """A generated kernel, and what it leaves over."""
     if turn is not None:
-        pieces = [replace(piece, weight=turn(piece.weight)) for piece in pieces]
-        more = [replace(other, weight=turn(other.weight)) for other in more]
+        (piece,) = pieces
+        first, *others = turn([piece.weight, *(other.weight for other in more)])
+        pieces = [replace(piece, weight=first)]
+        more = [replace(m, weight=w) for m, w in zip(more, others, strict=True)]
     if pieces[0].left is None or spec.extra:
         return gemm(q, q_scale, pieces, spec, more)
     alone = [Piece(piece.weight, piece.scale) for piece in pieces]

@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from falqon_fx.kernels.hardware import fp8_architecture
 from falqon_fx.kernels.interpreter import runs_interpreted
 from falqon_fx.kernels.loader import load
 from falqon_fx.kernels.transpose import launch
@@ -20,22 +21,28 @@ E4M3 = torch.float8_e4m3fn
 _SPEC = StoredSpec(rows=16, width=256)
 
 
-def transposed(weight: Tensor) -> Tensor:
-    """Wᵀ [in, out] of FP8 W [out, in], row by row."""
-    spec = TransposeSpec(block=32 if runs_interpreted(weight) else 128)
-    return launch.transpose(weight.contiguous().view(torch.uint8), spec).view(E4M3)
+def transposed(weight: Sequence[Tensor]) -> list[Tensor]:
+    """Wᵀ [in, out] of each FP8 W [out, in], row by row."""
+    interpreted = runs_interpreted(weight[0])
+    fp8 = not interpreted and fp8_architecture(weight[0].device) > 0
+    spec = TransposeSpec(len(weight), fp8, block=32 if interpreted else 128)
+    return launch.transpose([w.contiguous() for w in weight], spec)
 
 
-def kept(weight: Tensor) -> Tensor:
-    """The same from the copy that is kept beside W; made where there is none.
+def kept(weight: Sequence[Tensor]) -> list[Tensor]:
+    """The same from the copies that are kept beside W; made where there are none.
 
     W is constant, or, with update="rows", the first rows of W': then whoever calls this has run
     `refresh` since W was last written.
     """
+    return [_kept(w) for w in weight]
+
+
+def _kept(weight: Tensor) -> Tensor:
     found = stored.find(weight)
     if found is None or found.turned.shape != weight.shape[::-1]:
-        turned = transposed(weight).view(torch.uint8)
-        found = stored.keep(weight, turned, COUNTERS)
+        (turned,) = transposed([weight])
+        found = stored.keep(weight, turned.view(torch.uint8), COUNTERS)
     return found.turned.view(E4M3)
 
 

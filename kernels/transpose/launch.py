@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,28 +13,50 @@ from falqon_fx.kernels.launching import launch
 from falqon_fx.kernels.loader import load
 from falqon_fx.kernels.transpose.spec import TransposeSpec
 
+E4M3 = torch.float8_e4m3fn
 
-def transpose(x: Tensor, spec: TransposeSpec) -> Tensor:
-    """xᵀ [columns, rows] of bytes x [rows, columns] without gaps; its rows start at multiples of 16
-    bytes.
 
-    Raises ValueError where x is something else.
+def transpose(matrices: Sequence[Tensor], spec: TransposeSpec) -> list[Tensor]:
+    """x_iᵀ [columns, rows_i] of each E4M3 matrix x_i [rows_i, columns], side by side in one tensor:
+    their rows start at multiples of 16 bytes.
+
+    Raises ValueError where a matrix is something else.
     """
-    rows, columns = x.shape
-    if x.dtype != torch.uint8 or not x.is_contiguous():
-        raise ValueError(f"transpose: {x.dtype} with strides {x.stride()}")
-    words = torch.empty((columns, -(-rows // 16) * 4), dtype=torch.int32, device=x.device)
-    if x.numel() == 0:
-        return words.view(torch.uint8).narrow(1, 0, rows)
-    grid = (-(-rows // spec.block), -(-columns // spec.block))
-    kernel = load(spec, runs_interpreted(x)).transpose
-    arguments = [x, words, rows, columns, words.stride(0)]
-    (words,) = launch(kernel, grid, arguments, ["y_ptr"], num_warps=spec.num_warps)
-    return words.view(torch.uint8).narrow(1, 0, rows)
+    columns, device = matrices[0].shape[1], matrices[0].device
+    if len(matrices) != spec.matrices or any(len(x.shape) != 2 for x in matrices):
+        raise ValueError(f"transpose: {len(matrices)} matrices, {spec} takes others")
+    for x in matrices:
+        if x.dtype != E4M3 or not x.is_contiguous() or x.shape[1] != columns:
+            raise ValueError(f"transpose: {x.dtype} {tuple(x.shape)} with strides {x.stride()}")
+    interpreted = runs_interpreted(matrices[0])
+    if interpreted and spec.fp8:
+        raise ValueError("transpose: the interpreter needs fp8=False")
+    rows = [len(x) for x in matrices]
+    widths = [-(-count // 16) * 16 for count in rows]
+    y = torch.empty((columns, sum(widths)), dtype=E4M3, device=device)
+    if y.numel():
+        grid = (sum(-(-count // spec.block) for count in rows), -(-columns // spec.block))
+        arguments: list[Any] = []
+        for x in matrices:
+            arguments += [x if spec.fp8 else x.view(torch.uint8), len(x)]
+        arguments += [columns, y if spec.fp8 else y.view(torch.int32), y.shape[1] // 4]
+        kernel = load(spec, interpreted).transpose
+        (y,) = launch(kernel, grid, arguments, ["y_ptr"], num_warps=spec.num_warps)
+    y = y if spec.fp8 else y.view(E4M3)
+    starts = [sum(widths[:i]) for i in range(len(widths))]
+    return [y.narrow(1, start, count) for start, count in zip(starts, rows, strict=True)]
 
 
 def signatures(spec: TransposeSpec) -> dict[str, dict[str, str]]:
     """Argument types of the kernel, for `aot.compile_ahead`: aligned, sizes divisible by 16."""
-    bytes_ = {"x_ptr": "*u8:16", "y_ptr": "*i32:16"}
-    sizes = {"rows": "i32:16", "columns": "i32:16", "y_stride": "i32:16"}
-    return {"transpose": bytes_ | sizes}
+    types: dict[str, str] = {}
+    for i in range(spec.matrices):
+        types |= {f"x{i}_ptr": "*fp8e4nv:16" if spec.fp8 else "*u8:16", f"rows{i}": "i32:16"}
+    types["columns"] = "i32:16"
+    return {
+        "transpose": {
+            **types,
+            "y_ptr": "*fp8e4nv:16" if spec.fp8 else "*i32:16",
+            "y_stride": "i32:16",
+        }
+    }

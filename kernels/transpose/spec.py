@@ -11,22 +11,29 @@ from falqon_fx.site.record import COUNTERS, FINGERPRINT_A, FINGERPRINT_W, SITE, 
 
 @dataclass(frozen=True)
 class TransposeSpec(KernelSpec):
-    """The transpose of a byte matrix, one ``block`` × ``block`` tile a program.
+    """The transposes of ``matrices`` byte matrices, one ``block`` × ``block`` tile a program.
 
-    Bytes alone: a store of transposed FP8 values comes out wrong on some GPUs (triton#11111).
+    ``fp8``: they come as FP8, and not as bytes, which the interpreter and GPUs below sm_89 need.
+    Words are stored in either case: a store of transposed FP8 values comes out wrong on some GPUs
+    (triton#11111).
     """
 
     template: ClassVar[str] = "transpose"
 
+    matrices: int = 1
+    fp8: bool = True
     block: int = 128
     num_warps: int = 8
 
     def __post_init__(self) -> None:
         check_powers_of_two(self, "block", "num_warps")
+        if self.matrices < 1:
+            raise ValueError(f"matrices={self.matrices}: expected at least one")
 
     @property
     def name(self) -> str:
-        return f"{self.template}_{self.block}_w{self.num_warps}"
+        kind = "fp8" if self.fp8 else "bytes"
+        return f"{self.template}_{self.matrices}x_{kind}_{self.block}_w{self.num_warps}"
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ SMALL = AdapterGradsSpec(
     a_dtype="bfloat16",
     out_dtype="float32",
     x_scale="row",
+    fp8=False,
     operands="float32",
     adapters=1,
     rank=16,
@@ -36,19 +37,31 @@ SMALL = AdapterGradsSpec(
 )
 
 
-@pytest.mark.parametrize("shape", [(16, 16), (1, 40), (33, 17), (70, 5), (0, 4), (4, 0)])
-def test_transpose(shape):
-    x = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    y = transpose(x, TransposeSpec(block=16))
-    assert torch.equal(y, x.t())
-    assert y.stride(0) % 16 == 0 or y.numel() == 0
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [([16], 16), ([1], 40), ([33], 17), ([70], 5), ([0], 4), ([4], 0), ([33, 16, 5], 40)],
+)
+def test_transpose(rows, columns):
+    numbers = torch.Generator().manual_seed(0)
+    x = [torch.randint(0, 256, (n, columns), generator=numbers).to(torch.uint8) for n in rows]
+    spec = TransposeSpec(len(rows), fp8=False, block=16)
+    for given, turned in zip(x, transpose([m.view(E4M3) for m in x], spec), strict=True):
+        assert turned.dtype == E4M3
+        assert torch.equal(turned.view(torch.uint8), given.t())
+        assert turned.stride(0) % 16 == 0
+        assert turned.storage_offset() % 16 == 0
 
 
 def test_transpose_refuses_what_it_is_not_for():
+    x, spec = torch.zeros(8, 4).to(E4M3), TransposeSpec(fp8=False)
     with pytest.raises(ValueError, match="int8"):
-        transpose(torch.zeros(8, 4, dtype=torch.int8), TransposeSpec())
+        transpose([torch.zeros(8, 4, dtype=torch.int8)], spec)
     with pytest.raises(ValueError, match="strides"):
-        transpose(torch.zeros(8, 4, dtype=torch.uint8).t(), TransposeSpec())
+        transpose([x.t()], spec)
+    with pytest.raises(ValueError, match="2 matrices"):
+        transpose([x, x], spec)
+    with pytest.raises(ValueError, match="interpreter needs"):
+        transpose([x], TransposeSpec())
 
 
 @settings(max_examples=30)

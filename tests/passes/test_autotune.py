@@ -19,7 +19,7 @@ from falqon_fx.kernels.products.choice import Candidate, Choice, Choices, run_on
 from falqon_fx.kernels.products.problem import key_of
 from falqon_fx.ops import gpu, products
 from falqon_fx.ops import merged_linear as ops
-from falqon_fx.ops.adapter_grads import adapter_grads_on_gpu
+from falqon_fx.ops.adapter_grads import adapter_grads_on_gpu, grad_out_a_on_gpu
 from falqon_fx.passes import autotune as autotuning
 from falqon_fx.passes.autotune import autotune
 from falqon_fx.passes.match.pair import match
@@ -128,6 +128,7 @@ def told(monkeypatch, tmp_path):
     monkeypatch.setattr(ops, "lower_merged_linear", gpu.merged_linear)
     monkeypatch.setattr(ops, "lower_grad_x", gpu.merged_linear_grad_x)
     monkeypatch.setattr(ops, "lower_adapter_grads", adapter_grads_on_gpu)
+    monkeypatch.setattr(ops, "lower_grad_out_a", grad_out_a_on_gpu)
     # What these CPU tensors are multiplied by is interpreted, which Inductor can't compile.
     monkeypatch.setattr(products, "sizes_known", lambda args: False)
 
