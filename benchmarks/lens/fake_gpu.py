@@ -12,8 +12,8 @@ import ctypes
 import itertools
 import re
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,10 +22,9 @@ from unittest import mock
 import torch
 import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
-import triton
 from torch import Tensor, fx
 from torch._dynamo import device_interface
-from torch._inductor import async_compile, compile_fx, graph
+from torch._inductor import async_compile, compile_fx, graph, ir
 from torch._inductor.codecache import CppCodeCache
 from torch._inductor.fx_passes import joint_graph
 from torch._inductor.runtime.hints import DeviceProperties
@@ -35,6 +34,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+
+from lens.kernel import Kernel, name_ops
 
 CUDA = torch.device("cuda", 0)
 H100 = SimpleNamespace(
@@ -55,18 +56,22 @@ H100 = SimpleNamespace(
 )
 
 
+def _h100(device: Any = None) -> Any:
+    return H100
+
+
 class _Interface(device_interface.CudaInterface):
     """Dynamo's and Inductor's view of the card."""
 
     class Worker(device_interface.CudaInterface.Worker):
         set_device = staticmethod(lambda device: None)
         current_device = staticmethod(lambda: 0)
-        get_device_properties = staticmethod(lambda device=None: H100)
+        get_device_properties = staticmethod(_h100)
 
     current_device = staticmethod(lambda: 0)
     device_count = staticmethod(lambda: 1)
     synchronize = staticmethod(lambda device=None: None)
-    get_device_properties = staticmethod(lambda device=None: H100)
+    get_device_properties = staticmethod(_h100)
     get_raw_stream = staticmethod(lambda index: 0)
     exchange_device = staticmethod(lambda device: 0)
     maybe_exchange_device = staticmethod(lambda device: 0)
@@ -85,24 +90,6 @@ class _Driver:
     get_current_stream = staticmethod(lambda device=0: 0)
     get_active_torch_device = staticmethod(lambda: CUDA)
     get_device_interface = staticmethod(lambda: torch.cuda)
-
-
-@dataclass
-class Kernel:
-    """A Triton kernel of the generated code: its name, and the names of what it is given."""
-
-    name: str
-    arguments: tuple[str, ...]
-    launched: Callable[[Kernel, Sequence[Any]], None] = field(default=lambda kernel, given: None)
-
-    def run(self, *given: Any, **_: Any) -> None:
-        self.launched(self, given)
-
-    @classmethod
-    def of(cls, name: str, source: str) -> Kernel:
-        found = re.search(rf"def {re.escape(name)}\(([^)]*)\)", source)
-        assert found is not None, source
-        return cls(name, tuple(part.split(":")[0].strip() for part in found[1].split(",")))
 
 
 @dataclass(frozen=True)
@@ -139,7 +126,7 @@ def h100() -> Iterator[None]:
         mock.patch.object(torch._C, "_cuda_getCurrentRawStream", _zero, create=True),
     ]
     for name, value in (
-        ("get_device_properties", lambda device=None: H100),
+        ("get_device_properties", _h100),
         ("get_device_capability", lambda device=None: (H100.major, H100.minor)),
         ("get_device_name", lambda device=None: H100.name),
         ("current_device", lambda: 0),
@@ -154,10 +141,8 @@ def h100() -> Iterator[None]:
     ):
         patches.append(mock.patch.object(torch.cuda, name, value))
     # By which torch sees what a kernel with descriptors writes.
-    host_tma = mock.patch.object(
-        triton_of_torch, "has_triton_tensor_descriptor_host_tma", return_value=True
-    )
-    patches.append(host_tma)
+    host_tma = "has_triton_tensor_descriptor_host_tma"
+    patches.append(mock.patch.object(triton_of_torch, host_tma, return_value=True))
     device_interface.get_interface_for_device("cuda")  # registers the real ones, once
     with contextlib.ExitStack() as stack:
         stack.enter_context(_accelerator())
@@ -177,7 +162,8 @@ def _accelerator() -> Iterator[None]:
     a guard (`guard.cpp`), and the virtual functions by which the hooks answer say yes.
     """
     lib = Path(torch.__file__).parent / "lib"
-    place = int(torch._C._autograd.DeviceType.CUDA)
+    kinds: Any = torch._C._autograd.DeviceType
+    place = int(kinds.CUDA)
     c10 = ctypes.CDLL(str(lib / "libc10.so"), mode=ctypes.RTLD_GLOBAL)  # what the guard links to
     guards = (ctypes.c_void_p * (1 + place)).in_dll(
         c10, "_ZN3c104impl26device_guard_impl_registryE"
@@ -225,23 +211,25 @@ def compiled_graphs() -> Iterator[list[Graph]]:
     backward as soon as forward.
     """
     found: list[Graph] = []
-    modules: list[Any] = []
+    modules: list[tuple[Any, Any]] = []
     codegen, load = compile_fx.fx_codegen_and_compile, graph.GraphLowering.compile_to_module
     deduce = joint_graph.UniformValueConstantFolder._deduce_value
 
     def loaded(self: Any) -> Any:
-        modules.append(load(self))
-        return modules[-1]
+        modules.append((self, load(self)))
+        return modules[-1][1]
 
     def compiled(gm: fx.GraphModule, inputs: Sequence[Any], *rest: Any, **options: Any) -> Any:
-        result = codegen(gm, inputs, *rest, **options)
-        module, context = modules.pop(), torch._guards.TracingContext.try_get()
+        result: Any = codegen(gm, inputs, *rest, **options)
+        (lowered, module), source = modules.pop(), str(result.source_code)
+        _name_accesses(lowered, module, source)
+        context = torch._guards.TracingContext.try_get()
         assert context is not None
         meta: Any = context.fw_metadata
         found.append(
             Graph(
                 bool(options.get("is_backward")),
-                str(result.source_code),
+                source,
                 module,
                 [*inputs],
                 frozenset(options.get("static_input_idxs", ())),
@@ -253,7 +241,7 @@ def compiled_graphs() -> Iterator[list[Graph]]:
         return result
 
     def deduced(self: Any, node: fx.Node) -> Any:
-        with _ConstantsOnCpu():
+        with _ConstantsOnCpu():  # type: ignore[no-untyped-call] # torch's __init__
             return deduce(self, node)
 
     def triton_kernel(self: Any, name: str, source: str, device_str: str = "cuda") -> Kernel:
@@ -268,6 +256,21 @@ def compiled_graphs() -> Iterator[list[Graph]]:
         functorch_config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True),
     ):
         yield found
+
+
+def _name_accesses(lowered: Any, module: Any, source: str) -> None:
+    """Complete the module's kernels: their ops, and what those read and write that the graph was
+    handed, as Inductor found it in their code.
+    """
+    kernels = {name: value for name, value in vars(module).items() if isinstance(value, Kernel)}
+    name_ops(kernels, source)
+    for op in lowered.operations:
+        if isinstance(op, ir.UserDefinedTritonKernel):
+            accesses = op.arg_accesses.read_writes
+            for kernel in kernels.values():
+                if op.kernel_src in kernel.source:
+                    kernel.reads |= {dep.name for dep in accesses.reads}
+                    kernel.writes |= {dep.name for dep in accesses.writes}
 
 
 class _ConstantsOnCpu(TorchDispatchMode):
@@ -290,7 +293,7 @@ def inductor(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
 @contextlib.contextmanager
 def _stand_ins(module: Any, launches: Any) -> Iterator[None]:
     """The names by which the generated code allocates and launches mean others in this block."""
-    names = {
+    names: dict[str, Any] = {
         "empty_strided_cuda": empty_strided,
         "reinterpret_tensor": _view,
         "assert_size_stride": _same_layout,
@@ -299,22 +302,19 @@ def _stand_ins(module: Any, launches: Any) -> Iterator[None]:
     }
     names = {name: value for name, value in names.items() if hasattr(module, name)}
     kernels = [value for value in vars(module).values() if isinstance(value, Kernel)]
-    with mock.patch.multiple(module, **names), triton_launches(launches.triton):
+    # A descriptor asks for the alignment of an address.
+    address = mock.patch.object(FakeTensor, "data_ptr", _zero, create=True)
+    with mock.patch.multiple(module, **names), address:
         for kernel in kernels:
-            kernel.launched = launches.inductor
+            kernel.launched = launches.triton
         yield
 
 
 @contextlib.contextmanager
-def no_launches(
-    module: Any,
-    source: str,
-    results: Mapping[str, Sequence[Any]],
-    bodies: Mapping[str, Callable[..., Any]],
-) -> Iterator[None]:
+def no_launches(module: Any, source: str, results: Mapping[str, Sequence[Any]]) -> Iterator[None]:
     """The generated code ``source`` launches nothing in this block, and takes meta tensors.
 
-    An op that makes its own results gives those in ``results``, in turn; ``bodies`` run.
+    An op that makes its own results gives those in ``results``, in turn.
     """
     ops: dict[str, dict[str, Any]] = {}
     for name, made in results.items():
@@ -324,9 +324,7 @@ def no_launches(
         def give(*given: Any, turn: Iterator[Any] = turn, **named: Any) -> Any:
             return next(turn)
 
-        run = bodies[op] if namespace == "falqon" else give
-        if op == "view":  # allocates nothing
-            run = torch.ops.aten.view.dtype
+        run: Any = torch.ops.aten.view.dtype if op == "view" else give  # a view allocates nothing
         ops.setdefault(namespace, {})[op] = SimpleNamespace(**{overload: run})
     of_torch = types.ModuleType("torch")
     of_torch.__dict__.update(torch.__dict__)
@@ -341,7 +339,7 @@ def no_launches(
         "extern_kernels": SimpleNamespace(**extern),
         **dict.fromkeys(kernels, SimpleNamespace(run=_nothing)),
     }
-    with mock.patch.multiple(module, **names), triton_launches(_nothing):
+    with mock.patch.multiple(module, **names):
         yield
 
 
@@ -382,21 +380,6 @@ def _same_layout(value: Tensor, size: Sequence[int], stride: Sequence[int], *_: 
     assert all(value.stride(i) == stride[i] for i in moving), (value.stride(), stride)
 
 
-@contextlib.contextmanager
-def triton_launches(launched: Callable[[str, Sequence[Any]], None]) -> Iterator[None]:
-    """What Python code launches by ``kernel[grid](...)`` is handed to ``launched``."""
-
-    def run(self: Any, *given: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        launched(self.fn.__name__, given)
-
-    # A descriptor asks for the alignment of an address.
-    with (
-        mock.patch.object(triton.runtime.jit.JITFunction, "run", run),
-        mock.patch.object(FakeTensor, "data_ptr", _zero, create=True),
-    ):
-        yield
-
-
 def mode_of(values: Sequence[Any]) -> Any:
     """The FakeTensorMode of fake tensors."""
     return next(value.fake_mode for value in values if isinstance(value, FakeTensor))
@@ -409,4 +392,4 @@ def new_mode() -> Any:
 
 def storage_of(value: Tensor) -> int:
     """What tensors that share memory have in common, fake ones as well."""
-    return value.untyped_storage()._cdata
+    return int(value.untyped_storage()._cdata)

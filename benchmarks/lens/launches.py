@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from falqon_fx.ops import products
-from lens.fake_gpu import Kernel, storage_of
+from lens.fake_gpu import storage_of
+from lens.kernel import Kernel
+from lens.passes import Kind, Passes
 
-aten = torch.ops.aten
-# Ops of ours whose body is Python that launches kernels.
-BODIES: dict[str, Callable[..., Any]] = {
-    "cast_fp8": products.cast_fp8,
-    "merged_product": products.merged_product,
-    "adapter_product": products.adapter_product,
-    "grad_x_product": products.grad_x_product,
-    "grad_out_a": products.grad_out_a,
-    "adapter_grads": products.adapter_grads,
-}
 # Launches of what is not one. FlashAttention's backward: dO · O, the products, dq to bf16.
 _SEVERAL = {"_scaled_dot_product_flash_attention_backward": 3}
 _ALLOCATE = ("empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view", "_reshape_alias")
@@ -32,67 +22,55 @@ _NOTHING = ("lift_fresh", "set_")
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: the kernel, bytes by the shapes of its arguments, and the op of ours whose body
-    made it, or "".
+    """One launch: the kernel, bytes by the shapes of its arguments, and whether it is a product or
+    only carries activations (`lens.passes`).
     """
 
     kernel: str
     reads: int
     writes: int
-    inside: str = ""
+    kind: Kind
 
 
 @dataclass(eq=False)
 class Launches(TorchDispatchMode):
     """Notes the launches of the code that runs in its block, in order.
 
-    ``python_ops`` are the calls of ops of ours whose body is Python. Those bodies run as well, with
-    the choice between kernels that comes first of those that the option ``kernel`` allows.
+    ``python_ops`` are the calls of ops of ours whose body is Python: each counts as one launch,
+    whatever its body would launch. Where several launches fill a buffer before it is read, its
+    bytes are counted with the first.
     """
 
+    passes: Passes
     made: list[Launch] = field(default_factory=list)
     python_ops: list[str] = field(default_factory=list)
     results: dict[str, list[Any]] = field(default_factory=dict)  # of each op, in order
 
     def __post_init__(self) -> None:
-        super().__init__()
-        self._inside = ""
-        self._fresh: dict[int, Tensor] = {}  # allocated, not written yet; kept alive, as ids are
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._unread: dict[int, Tensor] = {}  # written; kept alive, as numbers are given again
 
-    def inductor(self, kernel: Kernel, given: Sequence[Any]) -> None:
+    def triton(self, kernel: Kernel, given: Sequence[Any]) -> None:
         """A kernel that Inductor wrote, or one of ours that it was handed in the graph."""
         named = dict(zip(kernel.arguments, given))
-        tensors = {name: v for name, v in named.items() if isinstance(v, Tensor)}
-        if not any(name.startswith(("in_", "out_")) for name in tensors):
-            self.triton(kernel.name, given)
-            return
-        reads = [v for name, v in tensors.items() if name.startswith("in_")]
-        writes = [v for name, v in tensors.items() if name.startswith(("out_", "in_out_"))]
-        self._note(kernel.name, reads, writes)
-
-    def triton(self, name: str, given: Sequence[Any]) -> None:
-        """A kernel of ours: what it is given before anything was written there is a result."""
-        tensors = list(_tensors(given))
-        writes = [t for t in tensors if storage_of(t) in self._fresh]
-        self._note(name, [t for t in tensors if storage_of(t) not in self._fresh], writes)
+        reads, writes = (
+            [*_tensors([value for name, value in named.items() if name in names])]
+            for names in (kernel.reads, kernel.writes)
+        )
+        self._note(kernel.name, kernel.ops, reads, writes)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        if func.namespace == "falqon":
-            result = self._body(name, args, kwargs)
-            self.results.setdefault(str(func), []).append(result)
-            return result
         result = func(*args, **kwargs)
-        if not self._inside:
-            self.results.setdefault(str(func), []).append(result)
-        results = list(_tensors(result))
-        if name in _ALLOCATE or name.startswith("empty"):
-            self._fresh |= {storage_of(t): t for t in results}
-        elif func.namespace != "prim" and not func.is_view and name not in _NOTHING:
-            self._op(name, func, args, kwargs, results)
+        self.results.setdefault(str(func), []).append(result)
+        if func.namespace == "falqon":
+            self.python_ops.append(name)
+        allocates = name in _ALLOCATE or name.startswith("empty")
+        if not (allocates or func.namespace == "prim" or func.is_view or name in _NOTHING):
+            self._op(name, func, args, kwargs, list(_tensors(result)))
         return result
 
     def _op(
@@ -100,26 +78,21 @@ class Launches(TorchDispatchMode):
     ) -> None:
         reads = list(_tensors((args, {k: v for k, v in kwargs.items() if k != "out"})))
         if name == "addmm" and _copies(args[0], results[0]):
-            self._note("copy of addmm", [args[0]], results)
+            self._note("copy of addmm", ["aten.copy"], [args[0]], results)
             reads[0] = results[0]
         for _ in range(_SEVERAL.get(name, 1)):
-            self._note(name, reads, results)
+            self._note(name, [f"{func.namespace}.{name}"], reads, results)
             reads, results = [], []  # bytes are counted once
 
-    def _body(self, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
-        """What an op of ours launches; a name that is not known raises."""
-        self.python_ops.append(name)
-        self._inside = name
-        try:
-            with self:
-                return BODIES[name](*args, **kwargs)
-        finally:
-            self._inside = ""
-
-    def _note(self, kernel: str, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
-        for tensor in writes:
-            self._fresh.pop(storage_of(tensor), None)
-        self.made.append(Launch(kernel, _bytes(reads), _bytes(writes), self._inside))
+    def _note(
+        self, kernel: str, ops: Iterable[str], reads: Sequence[Tensor], writes: Sequence[Tensor]
+    ) -> None:
+        kind = self.passes.sort(kernel, ops, reads, writes)
+        for tensor in reads:
+            self._unread.pop(storage_of(tensor), None)
+        written = [t for t in writes if storage_of(t) not in self._unread]
+        self._unread |= {storage_of(t): t for t in writes}
+        self.made.append(Launch(kernel, _bytes(reads), _bytes(written), kind))
 
 
 def _copies(c: Tensor, result: Tensor) -> bool:

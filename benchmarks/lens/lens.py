@@ -15,6 +15,7 @@ from lens import fake_gpu, host
 from lens.fake_gpu import CUDA, Graph
 from lens.launches import Launch, Launches
 from lens.models import Adapter, Shape, build, inputs
+from lens.passes import Kind, Passes, Tokens
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,17 @@ class Seen:
         """Microseconds a layer."""
         return (self.forward.host_us + self.backward.host_us) / self.layers
 
+    def count(self, kind: Kind) -> int:
+        return sum(launch.kind == kind for launch in self.launches)
+
     def numbers(self) -> dict[str, Any]:
         """All but the code."""
         launches = self.launches
         return {
             "launches": len(launches),
             "python_ops": len(self.python_ops),
+            "passes": self.count("pass"),
+            "casts": self.count("cast"),
             "kept_bytes": self.kept_bytes,
             "host_us": self.host_us,
             "bytes_read": sum(launch.reads for launch in launches),
@@ -107,8 +113,9 @@ def look(shape: Shape, batch: int, length: int, layers: int, run: Run, timed: bo
         )
         forward, backward = graphs
         assert (forward.backward, backward.backward) == (False, True)
-        ahead, results = _direction(forward, timed)
-        back, _ = _direction(backward, timed)
+        tokens = Tokens(batch, length, shape.kv_heads * shape.head)
+        ahead, results = _direction(forward, tokens, timed)
+        back, _ = _direction(backward, tokens, timed)
     x_shape = (batch, length, shape.hidden)
     code = {"forward": forward.source, "backward": backward.source}
     return Seen(ahead, back, list(_kept(forward, results, x_shape)), code, layers)
@@ -152,11 +159,11 @@ class _Tracer(nn.Module):
             falqon(gm, examples, options=self.run.options)
         else:
             fake_gpu.inductor(gm, examples)
-        return gm.forward  # type: ignore[no-any-return] # what was compiled is run apart
+        return gm.forward  # what was compiled is run apart
 
 
-def _direction(graph: Graph, timed: bool) -> tuple[Direction, Sequence[Any]]:
-    launches = Launches()
+def _direction(graph: Graph, tokens: Tokens, timed: bool) -> tuple[Direction, Sequence[Any]]:
+    launches = Launches(Passes(tokens, [graph.inputs[place] for place in graph.static]))
     results = graph.call(launches)
     seen = Direction(
         launches.made,

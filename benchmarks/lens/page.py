@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
 
 import common
 
@@ -25,6 +24,8 @@ def summary(seen: Mapping[str, Seen]) -> list[str]:
                 f"{len(run.forward.launches)} + {len(run.backward.launches)}",
                 len(run.launches),
                 len(run.python_ops),
+                run.count("pass"),
+                run.count("cast"),
                 f"{run.kept_bytes / MIB:.0f}",
                 share,
                 f"{run.host_us:.0f}",
@@ -37,6 +38,8 @@ def summary(seen: Mapping[str, Seen]) -> list[str]:
         "forward + backward",
         "launches",
         "Python ops",
+        "passes",
+        "casts",
         "kept, MiB",
         "of PEFT's",
         "host, us a layer",
@@ -68,9 +71,7 @@ def listing(name: str, run: Seen) -> Iterator[str]:
 
 
 def _lines(launches: Sequence[Launch]) -> Iterator[str]:
-    for inside, group in groupby(launches, lambda launch: launch.inside):
-        if inside:
-            yield f"falqon.{inside}:"
-        for launch in group:
-            name = f"  {launch.kernel}" if inside else launch.kernel
-            yield f"{name:90s} {launch.reads / MIB:9.2f} -> {launch.writes / MIB:8.2f} MiB"
+    for launch in launches:
+        kind = launch.kind.upper() if launch.kind in ("pass", "cast") else ""
+        size = f"{launch.reads / MIB:9.2f} -> {launch.writes / MIB:8.2f} MiB"
+        yield f"{launch.kernel:90s} {size} {kind}".rstrip()
