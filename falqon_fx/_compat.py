@@ -64,6 +64,14 @@ def version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def versions(tensors: Sequence[Tensor]) -> list[int]:
+    """`version` of each."""
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:  # an inference tensor is among them
+        return [version(tensor) for tensor in tensors]
+
+
 def scaled_mm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, **options: Any) -> Tensor:
     """The library's FP8 GEMM: a [n, K] row by row, b [K, m] column by column."""
     return torch._scaled_mm(a, b, scale_a, scale_b, **options)
@@ -151,6 +159,10 @@ def fake_mode_of(values: Sequence[Any]) -> Any:
 
 def is_fake(value: object) -> bool:
     return isinstance(value, FakeTensor)
+
+
+def any_fake(values: Sequence[object]) -> bool:
+    return FakeTensor in set(map(type, values))
 
 
 def mark_static_input(node: fx.Node) -> None:
