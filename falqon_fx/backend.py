@@ -210,7 +210,8 @@ class CallPlan:
     @classmethod
     def of(cls, gm: fx.GraphModule, operands: Operands, arguments: int) -> CallPlan:
         placeholders = gm.graph.find_nodes(op="placeholder")[:arguments]
-        attributes = gm.graph.find_nodes(op="get_attr")
+        found = gm.graph.find_nodes(op="get_attr")
+        attributes = [n for n in found if isinstance(attribute(gm, str(n.target)), Tensor)]
         places = {node: place for place, node in enumerate([*placeholders, *attributes])}
         given = [nodes.given for nodes in operands.bases]
         pairs = [adapter for _, adapter in operands.pairs]

@@ -43,7 +43,8 @@ class Base:
     @functools.cached_property
     def weight(self) -> Tensor:
         """W, float8_e4m3fn [out, in]."""
-        return self.code.view(E4M3)
+        with torch.inference_mode(False):  # it outlives the call
+            return self.code.view(E4M3)
 
     @property
     def nbytes(self) -> int:

@@ -2,7 +2,8 @@
 
 A call is like another if its parameters lie where those lay, and the base weights (or the bytes of
 prepared ones) have their versions, dtypes, shapes, strides and, on a CPU, the `sample` of their
-contents: all that the registry itself goes by (`falqon_fx.site.base`).
+contents: all that the registry itself goes by (`falqon_fx.site.base`), but that two tensors made of
+one foreign memory, as by `torch.from_numpy` of one array, pass for one.
 """
 
 from __future__ import annotations
