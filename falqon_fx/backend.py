@@ -121,7 +121,8 @@ class RewriteResult:
         inputs = [*args]
         for entry, code in zip(entries, given.owners, strict=True):
             base = entry.base
-            inputs += (code.view(E4M3), entry.scale) if base is None else (base.weight, base.scale)
+            inputs.append(code.view(E4M3) if base is None else base.weight)
+            inputs.append(entry.scale)
         return self.rows.bind(inputs, functools.partial(self._plan.value, values=values))
 
     def fake_inputs(self, example_inputs: Sequence[Any]) -> list[Any]:

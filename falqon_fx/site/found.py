@@ -37,7 +37,9 @@ class Parameters:
         return [
             _compat.versions(self.owners),
             _compat.versions(self.scales),
-            [(t.dtype, t.shape, t.stride()) for t in self.owners],
+            [t.dtype for t in self.owners],
+            [t.shape for t in self.owners],
+            [t.stride() for t in self.owners],
         ]
 
 
