@@ -39,8 +39,9 @@ class Block(nn.Module):
             setattr(self, name, nn.Linear(features, features, bias=False, dtype=torch.bfloat16))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.o_proj(self.q_proj(x) + self.k_proj(x) + self.v_proj(x))
-        result: Tensor = self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        q, k, v, o, gate, up, down = (self.get_submodule(name) for name in NAMES)
+        x = o(q(x) + k(x) + v(x))
+        result: Tensor = down(nn.functional.silu(gate(x)) * up(x))
         return result
 
 
@@ -56,7 +57,7 @@ def wrapper(update: str, prepared: bool, sites: int, features: int) -> Callable[
     model = get_peft_model(blocks, LoraConfig(r=8, target_modules=list(NAMES)))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_B" in name)
-    config = falqon_fx.FalqonConfig(update=update, inner="eager")
+    config = falqon_fx.FalqonConfig.from_options({"update": update, "inner": "eager"})
     if prepared:
         falqon_fx.prepare(model, config, progress=False)
     calls: list[Callable[[], Any]] = []
