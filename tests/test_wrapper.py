@@ -119,8 +119,8 @@ def test_a_call_like_the_one_before_does_a_few_things_a_site(prepared, monkeypat
         operations.append([name for name in seen.names if name != "aten.detach.default"])
     few, many = counts
     assert many["call"] == few["call"] <= 50
-    # Of six more sites: the addresses of W, A, B and W's strides, two inputs appended; of a prepared
-    # one the address of the scale, too, and its bytes viewed as E4M3.
+    # Of six more sites: the addresses of W, A, B and W's strides, two inputs appended; of a
+    # prepared one the address of the scale, too, and its bytes viewed as E4M3.
     assert many["c_call"] - few["c_call"] <= 6 * (8 if prepared else 6)
     assert operations == [["aten.view.dtype"] * (n if prepared else 0) for n in (2, 8)]
 
