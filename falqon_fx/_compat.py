@@ -64,6 +64,14 @@ def version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def versions(tensors: Sequence[Tensor]) -> list[int]:
+    """`version` of each."""
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:  # an inference tensor is among them
+        return [version(tensor) for tensor in tensors]
+
+
 def scaled_mm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, **options: Any) -> Tensor:
     """The library's FP8 GEMM: a [n, K] row by row, b [K, m] column by column."""
     return torch._scaled_mm(a, b, scale_a, scale_b, **options)
@@ -150,6 +158,10 @@ def is_recording(value: Tensor) -> bool:
 
 def share_storage(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
+def any_fake(values: Sequence[object]) -> bool:
+    return FakeTensor in set(map(type, values))
 
 
 def mark_static_input(node: fx.Node) -> None:

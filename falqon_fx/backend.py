@@ -35,8 +35,9 @@ from falqon_fx.report.passlog import PassLog
 from falqon_fx.report.paths import ModulePaths
 from falqon_fx.report.report import RewriteReport
 from falqon_fx.rows.binding import RowsBinding
-from falqon_fx.site.base import Base, BaseParameter, bases
-from falqon_fx.site.numerics import as_scale
+from falqon_fx.site.base import Base, BaseParameter, Entry, bases
+from falqon_fx.site.found import FoundByAddress, Parameters
+from falqon_fx.site.numerics import E4M3, as_scale
 from falqon_fx.site.spec import SiteSpec, lowering_version
 from falqon_fx.site.svd import init_where_new
 
@@ -62,7 +63,7 @@ def falqon(
         return compiled
 
     def run(*args: Any) -> Any:
-        if any(_compat.is_fake(value) for value in args):  # DDP's optimizer asks for shapes
+        if _compat.any_fake(args):  # DDP's optimizer asks for shapes
             return compiled(*result.fake_inputs(args))
         with result.naming_sites(args), result.rows.call():
             inputs = result.bind(args)
@@ -112,15 +113,17 @@ class RewriteResult:
         Raises:
             FalqonError: a base weight can't be cast (NaN, Inf, beyond FP8).
         """
-        unprepared = [nodes for nodes in self.operands.bases if nodes.slot.weight is not None]
-        wanted = [self._wanted(nodes, args) for nodes in unprepared]
-        found = dict(zip(map(id, unprepared), bases.get(wanted, self._spec), strict=True))
-        everything = list(args)
-        for nodes in self.operands.bases:
-            base = found.get(id(nodes)) or self._prepared(nodes, args)
-            everything += [base.weight, base.scale]
-        self._note_adapters(args)
-        return self.rows.bind(everything, functools.partial(self._value, args=args))
+        values = self._plan.values(self.gm, args)
+        given = self._plan.parameters(values)
+        entries = self._found.get(given)
+        if entries is None:
+            entries = self._look_up(values, given)
+        inputs = [*args]
+        for entry, code in zip(entries, given.owners, strict=True):
+            base = entry.base
+            inputs.append(code.view(E4M3) if base is None else base.weight)
+            inputs.append(entry.scale)
+        return self.rows.bind(inputs, functools.partial(self._plan.value, values=values))
 
     def fake_inputs(self, example_inputs: Sequence[Any]) -> list[Any]:
         """What to compile ``gm`` for: the example inputs with stand-ins for the bases."""
@@ -134,54 +137,105 @@ class RewriteResult:
     @functools.cached_property
     def rows(self) -> RowsBinding:
         """What update="rows" does around each call; nothing without it."""
-        return RowsBinding(self.operands.rows, self.config, self._places)
+        placeholders = self.gm.graph.find_nodes(op="placeholder")
+        places = {node: place for place, node in enumerate(placeholders)}
+        return RowsBinding(self.operands.rows, self.config, places)
 
     @functools.cached_property
     def _spec(self) -> SiteSpec:
         return SiteSpec.from_config(self.config)
 
-    def _wanted(self, nodes: BaseNodes, args: Sequence[Any]) -> BaseParameter:
+    def _look_up(self, values: Sequence[Any], given: Parameters) -> list[Entry]:
+        """The entry of each base, from the registry: the next call like this one finds it again."""
+        looks = given.looks()  # before: what is written meanwhile shows in the next call
+        unprepared = [nodes for nodes in self.operands.bases if nodes.slot.weight is not None]
+        wanted = [self._wanted(nodes, values) for nodes in unprepared]
+        made = dict(zip(map(id, unprepared), bases.get(wanted, self._spec), strict=True))
+        entries = [made.get(id(n)) or self._verified(n, values) for n in self.operands.bases]
+        self._found.put(given, looks, entries, self._note_adapters(values))
+        return entries
+
+    def _wanted(self, nodes: BaseNodes, values: Sequence[Any]) -> BaseParameter:
         assert nodes.slot.weight is not None
-        weight = self._value(nodes.given[0], args)
+        weight = self._plan.value(nodes.given[0], values)
         return BaseParameter(nodes.slot.path, weight, nodes.slot.weight.transposed)
 
-    def _prepared(self, nodes: BaseNodes, args: Sequence[Any]) -> Base:
-        code, scale, digest = (self._value(node, args) for node in nodes.given)
+    def _verified(self, nodes: BaseNodes, values: Sequence[Any]) -> Entry:
+        code, scale, digest = (self._plan.value(node, values) for node in nodes.given)
         base = Base(code.detach(), as_scale(scale.detach()))
-        bases.verify(nodes.slot.path, base, digest)
-        return base
+        return bases.verify(nodes.slot.path, base, digest)
 
-    def _note_adapters(self, args: Sequence[Any]) -> None:
+    def _note_adapters(self, values: Sequence[Any]) -> int:
         """Register which A and B are added to which base, for `falqon_fx.adapters`. New ones
         get init="svd".
         """
+        noted = []
         for base, adapter in self.operands.pairs:
-            nodes = (adapter.lora_a, adapter.lora_b, base.given[0])
-            lora_a, lora_b, owner = (self._value(node, args) for node in nodes)
-            bases.remember_adapter(owner, lora_a, lora_b, adapter.scaling)
-            seen = self._noted.setdefault(lora_b.untyped_storage(), set())
+            nodes = (base.given[0], adapter.lora_a, adapter.lora_b)
+            owner, lora_a, lora_b = (self._plan.value(node, values) for node in nodes)
+            noted.append((owner, lora_a, lora_b, adapter.scaling))
+            seen = self._seen.setdefault(lora_b.untyped_storage(), set())
             offset = int(lora_b.storage_offset())
             if offset not in seen:
                 if self.config.init == "svd" and base.slot.weight is not None:
                     weight = owner.t() if base.slot.weight.transposed else owner
                     init_where_new(weight, lora_a, lora_b, self.config)
                 seen.add(offset)
+        return bases.remember_adapters(noted)
 
     @functools.cached_property
-    def _noted(self) -> weakref.WeakKeyDictionary[Any, set[int]]:
+    def _plan(self) -> CallPlan:
+        return CallPlan.of(self.gm, self.operands, len(self.original.find_nodes(op="placeholder")))
+
+    @functools.cached_property
+    def _found(self) -> FoundByAddress:
+        return FoundByAddress()
+
+    @functools.cached_property
+    def _seen(self) -> weakref.WeakKeyDictionary[Any, set[int]]:
         return weakref.WeakKeyDictionary()
 
-    def _value(self, node: fx.Node, args: Sequence[Any]) -> Tensor:
-        if node.op == "placeholder":
-            value = args[self._places[node]]
-        else:
-            value = attribute(self.gm, str(node.target))
+
+@dataclass(frozen=True)
+class CallPlan:
+    """Where the parameters of a graph lie among the values of a call: its arguments, and behind
+    them the ``attributes`` of the graph module.
+    """
+
+    places: Mapping[fx.Node, int]
+    attributes: tuple[str, ...]
+    owners: tuple[int, ...]
+    scales: tuple[int, ...]
+    adapters: tuple[int, ...]
+
+    @classmethod
+    def of(cls, gm: fx.GraphModule, operands: Operands, arguments: int) -> CallPlan:
+        placeholders = gm.graph.find_nodes(op="placeholder")[:arguments]
+        found = gm.graph.find_nodes(op="get_attr")
+        attributes = [n for n in found if isinstance(attribute(gm, str(n.target)), Tensor)]
+        places = {node: place for place, node in enumerate([*placeholders, *attributes])}
+        given = [nodes.given for nodes in operands.bases]
+        pairs = [adapter for _, adapter in operands.pairs]
+        return cls(
+            places,
+            tuple(str(node.target) for node in attributes),
+            owners=tuple(places[nodes[0]] for nodes in given),
+            scales=tuple(places[nodes[1]] for nodes in given if len(nodes) > 1),
+            adapters=tuple(places[node] for p in pairs for node in (p.lora_a, p.lora_b)),
+        )
+
+    def values(self, gm: fx.GraphModule, args: Sequence[Any]) -> list[Any]:
+        return [*args, *(attribute(gm, name) for name in self.attributes)]
+
+    def value(self, node: fx.Node, values: Sequence[Any]) -> Tensor:
+        value = values[self.places[node]]
         assert isinstance(value, Tensor)
         return value
 
-    @functools.cached_property
-    def _places(self) -> dict[fx.Node, int]:
-        return {n: i for i, n in enumerate(self.gm.graph.find_nodes(op="placeholder"))}
+    def parameters(self, values: Sequence[Any]) -> Parameters:
+        """What a call's bases are found by."""
+        groups = (self.owners, self.scales, self.adapters)
+        return Parameters(*([values[i] for i in places] for places in groups))
 
 
 def rewrite(

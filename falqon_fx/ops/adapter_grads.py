@@ -135,3 +135,15 @@ def _columns(out_a: Tensor, ranks: list[int], adapters: list[int]) -> Tensor:
 
 def _cast(results: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
     return [result.to(dtype) for result, dtype in zip(results, dtypes, strict=True)]
+
+
+def lower_grad_out_a(grad: dict[int, Tensor], b: dict[int, Tensor], spec_text: str) -> OutAGrads:
+    """`grad_out_a`, or its like for GPUs."""
+    on_gpu = any(factor.device.type == "cuda" for factor in b.values())
+    return (grad_out_a_on_gpu if on_gpu else grad_out_a)(grad, b, spec_text)
+
+
+def lower_adapter_grads(batch: Batch, spec_text: str) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """`adapter_grads`, or its like for GPUs."""
+    run = adapter_grads_on_gpu if batch.out_a.device.type == "cuda" else adapter_grads
+    return run(batch, spec_text)

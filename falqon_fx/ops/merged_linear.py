@@ -16,14 +16,7 @@ from torch import Tensor
 
 from falqon_fx.errors import FalqonError
 from falqon_fx.ops import fp8_adapter, gpu, lowering
-from falqon_fx.ops.adapter_grads import (
-    Batch,
-    OutAGrads,
-    adapter_grads,
-    adapter_grads_on_gpu,
-    grad_out_a,
-    grad_out_a_on_gpu,
-)
+from falqon_fx.ops.adapter_grads import Batch, OutAGrads, lower_adapter_grads, lower_grad_out_a
 from falqon_fx.ops.arguments import Merged
 from falqon_fx.ops.once import once
 from falqon_fx.site.numerics import E4M3, without_autocast
@@ -386,18 +379,6 @@ def _through_fp8(
 
 
 _RECOMPILE = "Call torch._dynamo.reset() after changing requires_grad"
-
-
-def lower_grad_out_a(grad: dict[int, Tensor], b: dict[int, Tensor], spec_text: str) -> OutAGrads:
-    """`falqon_fx.ops.adapter_grads.grad_out_a`, or its like for GPUs."""
-    on_gpu = any(factor.device.type == "cuda" for factor in b.values())
-    return (grad_out_a_on_gpu if on_gpu else grad_out_a)(grad, b, spec_text)
-
-
-def lower_adapter_grads(batch: Batch, spec_text: str) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """`falqon_fx.ops.adapter_grads.adapter_grads`, or its like for GPUs."""
-    run = adapter_grads_on_gpu if batch.out_a.device.type == "cuda" else adapter_grads
-    return run(batch, spec_text)
 
 
 merged_linear.register_autograd(_backward, setup_context=_save)

@@ -6,9 +6,10 @@ change the adapter share it. It lives as long as W does.
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -39,10 +40,11 @@ class Base:
     code: Tensor
     scale: Tensor
 
-    @property
+    @functools.cached_property
     def weight(self) -> Tensor:
         """W, float8_e4m3fn [out, in]."""
-        return self.code.view(E4M3)
+        with torch.inference_mode(False):  # it outlives the call
+            return self.code.view(E4M3)
 
     @property
     def nbytes(self) -> int:
@@ -190,15 +192,19 @@ def _odd(count: int, multiplier: int, device: torch.device) -> Tensor:
     return (mixed ^ (mixed >> 29)) * multiplier | 1
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A base, and the W that it was made from: ``stamp`` and ``seen`` tell whether
-    W is still that.
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """A base, and the W that it was made from: ``stamp`` and ``seen`` tell whether W is still that.
+    Of a prepared layer the same of its bytes, and no ``base``, which would keep them alive.
     """
 
-    base: Base
+    base: Base | None
+    scale: Tensor
     stamp: tuple[Any, ...]
     seen: Tensor
+
+    def is_of(self, tensor: Tensor, stamp: tuple[Any, ...]) -> bool:
+        return self.stamp == stamp and looks_like(tensor, self.seen)
 
 
 Place = tuple[int, int]
@@ -211,8 +217,6 @@ def place(tensor: Tensor) -> Place:
 
 # The memories of A and B, their places, and the scaling.
 _Adapter = tuple[weakref.ref[Any], weakref.ref[Any], Place, Place, float]
-# What a prepared base looked like when its bytes were right: its stamps, and a sample.
-_Seen = tuple[tuple[Any, ...], Tensor]
 
 
 class Bases:
@@ -221,12 +225,13 @@ class Bases:
     def __init__(self) -> None:
         # By storages, not by tensors: a tensor with weak references can't be swapped, which
         # torch.__future__.set_swap_module_params_on_conversion asks for.
-        self._bases: _ByStorage[dict[Any, _Entry]] = weakref.WeakKeyDictionary()
+        self._bases: _ByStorage[dict[Any, Entry]] = weakref.WeakKeyDictionary()
         self._adapters: _ByStorage[dict[Any, _Adapter]] = weakref.WeakKeyDictionary()
-        self._verified: _ByStorage[dict[int, _Seen]] = weakref.WeakKeyDictionary()
+        self._verified: _ByStorage[dict[int, Entry]] = weakref.WeakKeyDictionary()
         self._lock = threading.RLock()
+        self.changes = 0  # of what `remember_adapters` was told
 
-    def get(self, wanted: Sequence[BaseParameter], spec: SiteSpec) -> list[Base]:
+    def get(self, wanted: Sequence[BaseParameter], spec: SiteSpec) -> list[Entry]:
         """The bases of some weights, cast where there is none yet or W was written since; none is
         made unless all can be.
 
@@ -241,17 +246,17 @@ class Bases:
             for site, entry in zip(wanted, found):
                 if entry is None:
                     check_weight(site.path, site.param)
-            return [(entry or self._make(site, spec)).base for site, entry in zip(wanted, found)]
+            return [entry or self._make(site, spec) for site, entry in zip(wanted, found)]
 
-    def _find(self, site: BaseParameter, spec: SiteSpec) -> _Entry | None:
+    def _find(self, site: BaseParameter, spec: SiteSpec) -> Entry | None:
         entries = self._bases.get(site.param.untyped_storage(), {})
         entry = entries.get(_key(site, spec))
-        if entry is None or entry.stamp != _stamp(site.param):
-            return None
-        return entry if _looks_like(site.param, entry.seen) else None
+        found = entry is not None and entry.is_of(site.param, _stamp(site.param))
+        return entry if found else None
 
-    def _make(self, site: BaseParameter, spec: SiteSpec) -> _Entry:
-        entry = _Entry(cast_base(site.weight, spec), _stamp(site.param), _look(site.param))
+    def _make(self, site: BaseParameter, spec: SiteSpec) -> Entry:
+        base = cast_base(site.weight, spec)
+        entry = Entry(base, base.scale, _stamp(site.param), _look(site.param))
         entries = self._bases.setdefault(site.param.untyped_storage(), {})
         entries[_key(site, spec)] = entry
         return entry
@@ -260,14 +265,14 @@ class Bases:
         """The bases made from a parameter W, one per granularity and kind of scale; none that is
         out of date.
         """
-        entries = self._bases.get(weight.untyped_storage(), {})
-        return [entry.base for entry in entries.values() if entry.stamp == _stamp(weight)]
+        entries = self._bases.get(weight.untyped_storage(), {}).values()
+        return [e.base for e in entries if e.base is not None and e.stamp == _stamp(weight)]
 
     def forget(self, weight: Tensor) -> None:
         """Drop the bases of a parameter."""
         self._bases.pop(weight.untyped_storage(), None)
 
-    def verify(self, path: str, base: Base, expected: Tensor) -> None:
+    def verify(self, path: str, base: Base, expected: Tensor) -> Entry:
         """Look whether the bytes of a prepared base are those that were made; all of them only
         where they were written or moved, which is seen as a write into W is (`get`).
 
@@ -275,13 +280,13 @@ class Bases:
             FalqonError: they are not.
         """
         if base.code.is_meta or is_fake(base.code):
-            return
+            return Entry(None, base.scale, (), base.scale)  # no bytes to look at
         verified = self._verified.setdefault(base.code.untyped_storage(), {})
         offset = int(base.code.storage_offset())
         known = verified.get(offset)
         stamp = (_stamp(base.code), _stamp(base.scale))
-        if known is not None and known[0] == stamp and _looks_like(base.code, known[1]):
-            return
+        if known is not None and known.is_of(base.code, stamp):
+            return known
         if not torch.equal(digest(base.code, base.scale), expected.detach()):
             raise FalqonError(
                 path,
@@ -290,18 +295,24 @@ class Bases:
                 "Average the trained parameters alone (those with requires_grad): the base is "
                 "constant",
             )
-        verified[offset] = (stamp, _look(base.code))
+        verified[offset] = entry = Entry(None, _copy(base.scale), stamp, _look(base.code))
+        return entry
 
-    def remember_adapter(
-        self, owner: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
-    ) -> None:
+    def remember_adapters(self, given: Iterable[tuple[Tensor, Tensor, Tensor, float]]) -> int:
         """Note that a graph adds scaling · B · A to the weight that ``owner``, W or the bytes of
-        a prepared W, stands for: `falqon_fx.adapters` asks.
+        a prepared W, stands for, of each (owner, A, B, scaling): `falqon_fx.adapters` asks. As long
+        as `changes` is what this returns, no graph has noted anything else since.
         """
-        known = self._adapters.setdefault(owner.untyped_storage(), {})
-        a, b = (weakref.ref(tensor.untyped_storage()) for tensor in (lora_a, lora_b))
-        of_a, of_b = place(lora_a), place(lora_b)
-        known[owner.storage_offset(), of_b] = (a, b, of_a, of_b, scaling)
+        with self._lock:
+            for owner, lora_a, lora_b, scaling in given:
+                known = self._adapters.setdefault(owner.untyped_storage(), {})
+                a, b = (weakref.ref(tensor.untyped_storage()) for tensor in (lora_a, lora_b))
+                key = (owner.storage_offset(), place(lora_b))
+                noted = (a, b, place(lora_a), place(lora_b), scaling)
+                if known.get(key) != noted:
+                    known[key] = noted
+                    self.changes += 1
+            return self.changes
 
     def adapters_of(self, owner: Tensor) -> list[tuple[Place, Place, float]]:
         """(place of A, place of B, scaling) of the adapters that graphs added to a weight, as far
@@ -313,12 +324,16 @@ class Bases:
 
 
 def _look(weight: Tensor) -> Tensor:
-    """What `_looks_like` compares a weight with later."""
+    """What `looks_like` compares a weight with later."""
+    return _copy(sample(weight.detach()))
+
+
+def _copy(tensor: Tensor) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
-        return sample(weight.detach()).clone()
+        return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _looks_like(weight: Tensor, seen: Tensor) -> bool:
+def looks_like(weight: Tensor, seen: Tensor) -> bool:
     """Whether its `sample` is still the same; True where looking would wait for a device."""
     return weight.device.type != "cpu" or torch.equal(sample(weight), seen)
 
