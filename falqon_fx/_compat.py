@@ -33,12 +33,6 @@ EXIT_MODE = (
 )
 
 
-# Where autocast can be on. Dynamo of torch 2.11 breaks the graph at `is_autocast_available` itself.
-AUTOCAST_DEVICES = frozenset(
-    device for device in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(device)
-)
-
-
 def _nesting(change: str) -> frozenset[object]:
     """How it writes the beginning or the end of a transform of torch.func (vmap, grad, jvp)."""
     import torch._functorch.predispatch as predispatch
@@ -85,9 +79,8 @@ def native_bf16() -> bool:
     ARM is the CPU's bf16 flag, is yes for AVX-512 without bf16, too; the CPU's own flag obeys no
     variable; ATEN_CPU_CAPABILITY shows in ATen's level alone. Builds for macOS lack the op.
     """
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    onednn = torch.backends.mkldnn.is_available()
+    if not (onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True
@@ -149,11 +142,6 @@ def fake_mode_of(values: Sequence[Any]) -> Any:
 
 def is_fake(value: object) -> bool:
     return isinstance(value, FakeTensor)
-
-
-def is_recording(value: Tensor) -> bool:
-    """Whether nothing can be timed now: a graph is traced, or a CUDA graph is captured."""
-    return is_fake(value) or torch.cuda.is_current_stream_capturing()
 
 
 def share_storage(a: Tensor, b: Tensor) -> bool:
@@ -304,26 +292,12 @@ def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
     return apply(function, tree)
 
 
-def tree_leaves(tree: Any) -> list[Any]:
-    """All leaves of nested containers."""
-    from torch.utils._pytree import tree_leaves as leaves
-
-    return list(leaves(tree))
-
-
 def hint(size: Any) -> int:
     """The value of a size in the traced call; a symbol is not pinned by reading it."""
     if isinstance(size, torch.SymInt):
         value: int = size.node.hint
         return value
     return int(size)
-
-
-def frames_of(node: fx.Node) -> list[tuple[str, int, str, str]]:
-    """The (file, line, function, code) of a node's stack trace, outermost first."""
-    text = node.meta.get("stack_trace") or node.stack_trace or ""
-    found = re.findall(r'File "([^"]+)", line (\d+), in (.*)\n\s*(.*)', text)
-    return [(file, int(line), function, code.strip()) for file, line, function, code in found]
 
 
 def graph_break(gm: fx.GraphModule) -> tuple[str, list[tuple[str, int, str, str]]] | None:
@@ -409,11 +383,9 @@ def launch_in_graph(
     written: list[str],
 ) -> dict[str, Tensor]:
     """A launch of a Triton kernel as a node of the graph that is being traced; the tensors
-    ``written``, as they are after it.
+    ``written``, as they are after it. ``blocks`` has the block of each that is read by TMA.
 
-    This is what `torch.library.wrap_triton` traces to once AOTAutograd has made it functional. It
-    is called directly since decompositions run below that, and for the TMA descriptors, of which
-    ``blocks`` names the shape of the block.
+    What `torch.library.wrap_triton` traces to above AOTAutograd: decompositions run below it.
     """
     from torch._higher_order_ops import triton_kernel_wrap as wrap
 
@@ -427,13 +399,10 @@ def launch_in_graph(
             name: wrap.create_tma_stable_metadata(block) for name, block in blocks.items()
         },
     }
-    # Inductor orders and keeps launches by what it finds in the kernel's code. Where it finds less
-    # than is written, what reads the rest might run before the launch.
+    # Inductor orders launches by what it finds in a kernel's code: what it doesn't see comes late.
     unseen = {*written} - {*wrap.get_mutated_tensors(**call)}
     if unseen:
         raise RuntimeError(f"torch doesn't see that {kernel} writes {', '.join(sorted(unseen))}")
-    dimensions = [(*grid, *[1] * (3 - len(grid)))]
-    result: dict[str, Tensor] = wrap.triton_kernel_wrapper_functional(
-        grid=dimensions, tensors_to_clone=written, **call
-    )
+    call |= {"grid": [(*grid, *[1] * (3 - len(grid)))], "tensors_to_clone": written}
+    result: dict[str, Tensor] = wrap.triton_kernel_wrapper_functional(**call)
     return result

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from falqon_fx import _compat
-from falqon_fx._compat import frames_of, hint, value_of
+from falqon_fx._compat import hint, value_of
 from falqon_fx.passes.match.dataflow import Match
 from falqon_fx.passes.rows import RowsSlot
 from falqon_fx.passes.slots import BaseSlot
@@ -99,3 +99,10 @@ def _nbytes(value: Any) -> int:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def frames_of(node: fx.Node) -> list[tuple[str, int, str, str]]:
+    """The (file, line, function, code) of a node's stack trace, outermost first."""
+    text = node.meta.get("stack_trace") or node.stack_trace or ""
+    found = re.findall(r'File "([^"]+)", line (\d+), in (.*)\n\s*(.*)', text)
+    return [(file, int(line), function, code.strip()) for file, line, function, code in found]

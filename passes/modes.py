@@ -10,13 +10,13 @@ import torch
 from torch import fx
 
 from falqon_fx._compat import (
-    AUTOCAST_DEVICES,
     ENTER_MODE,
     ENTER_TRANSFORM,
     EXIT_MODE,
     EXIT_TRANSFORM,
     SET_GRAD,
 )
+from falqon_fx.site.numerics import AUTOCAST_DEVICES
 
 Mode = tuple[object, ...]
 _TRANSFORM = "torch.func"

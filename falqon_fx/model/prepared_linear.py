@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from falqon_fx import _compat
 from falqon_fx.errors import FalqonError
 from falqon_fx.site import transposed as stored
+from falqon_fx.site.numerics import AUTOCAST_DEVICES
 
 
 class PreparedLinear(nn.Module):
@@ -94,7 +95,7 @@ class PreparedLinear(nn.Module):
 def autocast(x: Tensor) -> Tensor:
     """x in the dtype that a linear layer would read it in."""
     device = x.device.type
-    if device in _compat.AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
+    if device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
         return x.to(torch.get_autocast_dtype(device))
     return x
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from falqon_fx._compat import tree_leaves
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.site.spec import parse_spec
 
@@ -33,7 +32,8 @@ def call(run: Callable[..., Any], *args: Any) -> Any:
 
 def sizes_known(args: Sequence[Any]) -> bool:
     """Whether no size of the tensors among ``args`` is a symbol."""
-    tensors = (value for value in tree_leaves(args) if isinstance(value, Tensor))
+    columns = [value if isinstance(value, list | tuple) else [value] for value in args]
+    tensors = (value for column in columns for value in column if isinstance(value, Tensor))
     return all(isinstance(size, int) for tensor in tensors for size in tensor.shape)
 
 

@@ -14,7 +14,6 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from falqon_fx._compat import AUTOCAST_DEVICES
 from falqon_fx.config import Scale
 from falqon_fx.kernels.cpu import native as cpu
 
@@ -24,6 +23,10 @@ FP8_MAX = {E4M3: 448.0, E5M2: 57344.0}
 # (mantissa bits kept, smallest normal, spacing of the subnormals)
 _LAYOUT = {E4M3: (3, 2.0**-6, 2.0**-9), E5M2: (2, 2.0**-14, 2.0**-16)}
 _TINY = 2.0**-126  # smallest normal float32: 1 / scale stays finite
+# Where autocast can be on. Dynamo of torch 2.11 breaks the graph at `is_autocast_available` itself.
+AUTOCAST_DEVICES = frozenset(
+    device for device in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(device)
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -53,10 +53,15 @@ class Contest:
         like, on_gpu = self.like, self.like.is_cuda
         name = "dequantize"
         if like.shape[0] and (on_gpu or self.wanted not in AUTO):
-            choices, time = choices_for(like.device), on_gpu and not _compat.is_recording(like)
+            choices, time = choices_for(like.device), on_gpu and not _is_recording(like)
             name = choices.get(self.key, self.candidates, self.wanted, time=time).winner
         result: list[Tensor] = self.candidates[name]()
         return result
+
+
+def _is_recording(like: Tensor) -> bool:
+    """Whether nothing can be timed now: a graph is traced, or a CUDA graph is captured."""
+    return _compat.is_fake(like) or torch.cuda.is_current_stream_capturing()
 
 
 def against_aten(
