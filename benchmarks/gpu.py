@@ -39,7 +39,7 @@ from gpu_measure import Budget, Clock, card, ceilings
 from gpu_steps import StepRow
 from gpu_targets import Target
 
-from falqon_fx.kernels.products.dispatch import Options
+from falqon_fx.kernels.products.contest import Options
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    unset_fake_temporarily,
 )
 
 # How Dynamo writes `torch.no_grad()`, `torch.inference_mode()` and `torch.autocast()` in a graph.
@@ -75,9 +76,8 @@ def scaled_mm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, **options:
 def native_bf16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices in hardware.
 
-    Three questions, as none alone will do: oneDNN's answer, which obeys ONEDNN_MAX_CPU_ISA and on
-    ARM is the CPU's bf16 flag, is yes for AVX-512 without bf16, too; the CPU's own flag obeys no
-    variable; ATEN_CPU_CAPABILITY shows in ATen's level alone. Builds for macOS lack the op.
+    oneDNN's answer, which obeys ONEDNN_MAX_CPU_ISA, is yes for AVX-512 without bf16, too; the CPU's
+    own flag obeys no variable; ATEN_CPU_CAPABILITY shows in ATen's level alone.
     """
     onednn = torch.backends.mkldnn.is_available()
     if not (onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
@@ -145,7 +145,7 @@ def is_fake(value: object) -> bool:
 
 
 def share_storage(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
 
 
 def any_fake(values: Sequence[object]) -> bool:
@@ -191,8 +191,7 @@ def checkpoint_bodies(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, str, fx.Gra
 def recompute_eagerly(gm: fx.GraphModule) -> fx.GraphModule:
     """Make the checkpoints of a graph that runs op by op those of `torch.utils.checkpoint`.
 
-    Their higher-order op leaves it to AOTAutograd to recompute with the same random numbers: run by
-    itself it draws a dropout anew in backward, or in older torch does not recompute at all
+    Run by itself, their op draws a dropout anew in backward, or in older torch does not recompute
     (https://github.com/pytorch/pytorch/issues/160773).
     """
     for node, _, body in list(checkpoint_bodies(gm)):
@@ -275,8 +274,6 @@ NO_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 
 def without_fake_mode() -> Any:
     """A context in which tensors are real, whatever mode the caller is in."""
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-
     return unset_fake_temporarily()
 
 
@@ -317,9 +314,7 @@ def copy_dynamic_marks(old: Tensor, new: Tensor) -> None:
 
 
 def is_last_compile() -> bool:
-    """Whether the graph that is being compiled is the last one that Dynamo makes of its code: what
-    needs yet another runs uncompiled.
-    """
+    """Whether Dynamo makes no further graph of the code that is compiled: the rest runs as it is."""
     context = torch._guards.CompileContext.try_get()
     done = getattr(context and context.compile_id, "frame_compile_id", None)
     limit: int = torch._dynamo.config.recompile_limit
@@ -327,10 +322,8 @@ def is_last_compile() -> bool:
 
 
 def trace_alone(function: Callable[[], Any], backend: Callable[..., Any]) -> Any:
-    """Run ``function`` under Dynamo with ``backend``, apart from all other compilations.
-
-    Neither the sizes seen here nor the entries made here count for the user's own compilations,
-    nor those of earlier calls for this one. An error of ``backend`` comes out as it is.
+    """Run ``function`` under Dynamo with ``backend``, apart from all other compilations: sizes seen
+    and entries made by either don't count for the other. An error of ``backend`` comes as it is.
     """
     from torch._dynamo.pgo import get_code_state
 
@@ -379,7 +372,7 @@ def launch_in_graph(
     kernel: Any,
     grid: tuple[int, ...],
     arguments: Mapping[str, Any],
-    blocks: Mapping[str, list[int]],
+    blocks: Mapping[str, Any],
     written: list[str],
 ) -> dict[str, Tensor]:
     """A launch of a Triton kernel as a node of the graph that is being traced; the tensors

@@ -407,7 +407,8 @@ def in_a_graph(function: Callable[..., Any], *args: Any) -> tuple[Counter[str], 
 def test_graphs_of_known_sizes_launch_the_kernels_themselves(name, spec):
     """No op of ours is left, forward and backward, and the graph computes what the ops do."""
     case, table = GROUPS[name](replace(spec, kernel="triton")), decompositions()
-    x, *arguments = case.arguments()
+    x, *rest_of = case.arguments()
+    arguments: list[Any] = [*rest_of]
     ops_found = Counter[str]()
 
     def check_graph(op: Any, *args: Any) -> None:
@@ -434,7 +435,7 @@ def test_graphs_of_known_sizes_launch_the_kernels_themselves(name, spec):
         factors = [randn(g.shape[1], rank).bfloat16() for g, rank in zip(of, ranks, strict=True)]
         check_graph(falqon.grad_out_a.default, of, factors, str(case.spec))
         loras = [[lora.lora_a for lora in case.adapters], [lora.lora_b for lora in case.adapters]]
-        numbers = ([0.5] * len(a), [], False, str(case.spec))
+        numbers: Any = ([0.5] * len(a), [], False, str(case.spec))
         check_graph(falqon.proxy_update.default, *loras, *numbers)
     assert ops_found[LAUNCH] > 0
     assert not [name for name in ops_found if name.startswith("falqon.")]

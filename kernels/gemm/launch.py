@@ -257,7 +257,7 @@ def follows(before: Tensor, after: Tensor) -> bool:
 
 def _start(tensor: Tensor) -> int:
     """Where FP8 rows start, up to a multiple of 16: in a graph that is traced memory is aligned."""
-    return tensor.storage_offset() if _compat.is_fake(tensor) else tensor.data_ptr()
+    return int(tensor.storage_offset()) if _compat.is_fake(tensor) else tensor.data_ptr()
 
 
 def _cdiv(a: int, b: int) -> int:

@@ -139,8 +139,8 @@ def test_gradients_of_adapters_are_the_same_each_time():
 )
 def test_bad_input_is_explained(change, message):
     def run(rank: int, **fields: Any) -> None:
-        given = ([randn(4, 8).bfloat16()], randn(4, rank).bfloat16(), [rank], [1.0], [], [])
-        adapter_grads(*given, replace(SMALL, **fields))
+        grad, out_a = [randn(4, 8).bfloat16()], randn(4, rank).bfloat16()
+        adapter_grads(grad, out_a, [rank], [1.0], [], [], replace(SMALL, **fields))
 
     with pytest.raises(ValueError, match=message):
         run(8, **change)

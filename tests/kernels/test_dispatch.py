@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -143,7 +144,8 @@ def test_dtypes_of_no_kernel_fall_to_the_next_with_the_reason():
     wide = torch.float64
     q, scale = fp8(20, 64, E4M3, 4), positive(20, 5)
     piece = Piece(fp8(48, 64, E4M3, 0), positive(48, 1))
-    grad, of_a = randn(20, 48).double(), (randn(20, 8), [8], [1.0], [], [])
+    grad = randn(20, 48).double()
+    of_a: Any = (randn(20, 8), [8], [1.0], [], [])
     product = Product(fp8(20, 48, E5M2, 0), scale, piece.weight)
     spec = str(SiteSpec("row", "pow2", "e5m2"))
     for contest, name, dtype in (
@@ -309,7 +311,7 @@ def test_on_amd_only_what_has_been_tried_there(monkeypatch):
     choice = choose(forward())
     assert choice.refused["triton"] == "no kernel has been tried on an AMD GPU"
     assert "dequantize" in choice.seconds
-    given = ([randn(8, 16)], randn(8, 4), [4], [1.0], [], [])
+    given: Any = ([randn(8, 16)], randn(8, 4), [4], [1.0], [], [])
     choice = choose(adapters.adapter_grads(*given, F32, "auto"))
     assert choice.winner == "dequantize"
     assert architecture_of(torch.device("cuda", 0), FalqonConfig()) == 0
