@@ -135,9 +135,7 @@ def aot_eager_compile(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[...
 
 def fake_mode_of(values: Sequence[Any]) -> Any:
     """The FakeTensorMode of a graph's values, or None."""
-    from torch._guards import detect_fake_mode
-
-    return detect_fake_mode(list(values))
+    return torch._guards.detect_fake_mode(list(values))
 
 
 def is_fake(value: object) -> bool:
@@ -314,7 +312,7 @@ def copy_dynamic_marks(old: Tensor, new: Tensor) -> None:
 
 
 def is_last_compile() -> bool:
-    """Whether Dynamo makes no further graph of the code that is compiled: the rest runs as it is."""
+    """Whether Dynamo makes no further graph of this code: what needs another runs uncompiled."""
     context = torch._guards.CompileContext.try_get()
     done = getattr(context and context.compile_id, "frame_compile_id", None)
     limit: int = torch._dynamo.config.recompile_limit

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -140,19 +139,24 @@ def test_pieces_are_one_tensor_where_they_are_rows_of_it():
         assert f"one_tensor={one_tensor}" in contest.key
 
 
+def grads_of_b(grad: Tensor, dtype: torch.dtype) -> Contest:
+    """dL/dB of one adapter of rank 8."""
+    out_a = randn(len(grad), 8)
+    return adapters.adapter_grads([grad], out_a, [8], [1.0], [], [], dtype, "auto")
+
+
 def test_dtypes_of_no_kernel_fall_to_the_next_with_the_reason():
     wide = torch.float64
     q, scale = fp8(20, 64, E4M3, 4), positive(20, 5)
     piece = Piece(fp8(48, 64, E4M3, 0), positive(48, 1))
     grad = randn(20, 48).double()
-    of_a: Any = (randn(20, 8), [8], [1.0], [], [])
     product = Product(fp8(20, 48, E5M2, 0), scale, piece.weight)
     spec = str(SiteSpec("row", "pow2", "e5m2"))
     for contest, name, dtype in (
         (dispatch.forward(q, scale, [piece], 0, wide, wide, Options()), "out_dtype", wide),
         (dispatch.grad_x([product], None, None, wide, Options()), "out_dtype", wide),
-        (adapters.adapter_grads([grad], *of_a, F32, "auto"), "grad_dtype", F32),
-        (adapters.adapter_grads([grad.float()], *of_a, wide, "auto"), "out_dtype", wide),
+        (grads_of_b(grad, F32), "grad_dtype", F32),
+        (grads_of_b(grad.float(), wide), "out_dtype", wide),
         (activation_cast.cast_fp8(grad, E5M2, spec), "input_dtype", F32),
     ):
         choice = choose(contest)
@@ -311,7 +315,6 @@ def test_on_amd_only_what_has_been_tried_there(monkeypatch):
     choice = choose(forward())
     assert choice.refused["triton"] == "no kernel has been tried on an AMD GPU"
     assert "dequantize" in choice.seconds
-    given: Any = ([randn(8, 16)], randn(8, 4), [4], [1.0], [], [])
-    choice = choose(adapters.adapter_grads(*given, F32, "auto"))
+    choice = choose(grads_of_b(randn(8, 16), F32))
     assert choice.winner == "dequantize"
     assert architecture_of(torch.device("cuda", 0), FalqonConfig()) == 0

@@ -85,7 +85,7 @@ def test_only_written_rows_are_copied():
     """So that an update costs no transpose: what was put beside them stays."""
     site, other = two_sites()
     for each in (site, other):
-        kept(w_of(each))
+        kept([w_of(each)])
     update(site, other)  # the first makes the copies anew, whose age it can't tell
     mark = torch.full_like(stored.find(w_of(site)).turned, 0x7E)
     stored.find(w_of(site)).turned.copy_(mark)
@@ -122,7 +122,7 @@ def an_earlier_step(site: Site) -> None:
 @pytest.mark.parametrize("change", [flush, another_adapter, an_earlier_step])
 def test_the_next_update_sees_what_wrote_w(change):
     site, _ = two_sites()
-    kept(w_of(site))
+    kept([w_of(site)])
     for step in range(2):
         site.step(seed=step)
         update(site)
@@ -147,7 +147,7 @@ def test_loading_a_prepared_model_drops_the_copies(how):
         weight = layer.base().weight
     else:
         weight = layer.merged().weight[: layer.out_features]
-    kept(weight)
+    kept([weight])
     assert stored.find(weight) is not None
     model.load_state_dict(model.state_dict())
     assert stored.find(weight) is None
@@ -155,18 +155,18 @@ def test_loading_a_prepared_model_drops_the_copies(how):
 
 def test_a_copy_goes_with_its_weight():
     site, other = two_sites()
-    kept(w_of(site))
+    kept([w_of(site)])
     assert stored.find(w_of(other)) is None
     place = w_of(site).data_ptr()
     del site
     gc.collect()
-    kept(w_of(other))
+    kept([w_of(other)])
     assert place not in stored._kept
 
 
 def test_without_the_option_nothing_is_kept_or_refreshed():
     site, _ = two_sites()
-    kept(w_of(site))
+    kept([w_of(site)])
     site.step()
     update(site, transpose="auto")
     assert not is_up_to_date(site)
