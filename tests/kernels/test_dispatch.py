@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from falqon_fx import FalqonConfig, _compat
 from falqon_fx.kernels import hardware
