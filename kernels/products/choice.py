@@ -1,7 +1,8 @@
 """Which implementation computes a product: timed once per device, kept in memory and on disk.
 
-A candidate is a name and a function of no arguments. One that raises is passed over, and its reason
-kept; the winner's and the others' times are kept too, for the report.
+A candidate is a name and a function of no arguments. One that raises is passed over, and so is one
+whose numbers are not those of "dequantize", which torch multiplies; the reason is kept, and so are
+the times of the winner and the others, for the report.
 """
 
 from __future__ import annotations
@@ -11,19 +12,27 @@ import hashlib
 import json
 import re
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 from falqon_fx.kernels.cache import cache_folder, replace_file
 from falqon_fx.kernels.spec import library_version
 
 Candidate = Callable[[], Any]
-# What a candidate raises where it does not take the operands: our own checks, torch's, Triton's.
+# Of twice the L2 cache, 40 us each on an H100: a call takes the host 100 to 400 us.
+_FLUSHES = 16
+# What a candidate raises where it does not take the operands: our own checks, torch's, Triton's. A
+# fault of the card is none: whatever ran next would fail, too.
 Refusal = (ValueError, TypeError, NotImplementedError, RuntimeError, triton.errors.TritonError)
+Fault = torch.AcceleratorError
+# Results are rounded to bfloat16, as is O_A before it is multiplied (2**-9 each); tensor cores
+# add FP8 products in 14 bits. One wrong element in 4096 makes a difference of 2**-6.
+_ALIKE = 2.0**-6
 
 
 @dataclass(frozen=True)
@@ -95,21 +104,27 @@ class Choices:
             raise ValueError(f"kernel={wanted!r}: {key} has {', '.join(candidates) or 'none'}")
         if not time:
             return Choice(key, next(iter(matching)), {}, {})
-        choice, lasting = self._measure(key, matching)
+        choice, lasting = self._measure(key, matching, candidates.get("dequantize"))
         if lasting:
             self._store(place, choice)
         else:
             self._passing[place] = choice
         return choice
 
-    def _measure(self, key: str, candidates: Mapping[str, Candidate]) -> tuple[Choice, bool]:
+    def _measure(
+        self, key: str, candidates: Mapping[str, Candidate], plain: Candidate | None
+    ) -> tuple[Choice, bool]:
         """The choice, and whether it is to last: memory may be short just now."""
         seconds: dict[str, float] = {}
         refused: dict[str, str] = {}
         lasting = True
         for name, run in candidates.items():
             try:
+                if plain is not None and run is not plain:
+                    check_alike(run(), plain())
                 seconds[name] = self._timer(run)
+            except Fault:
+                raise
             except Refusal as error:
                 refused[name] = _first_line(error)
                 lasting &= not isinstance(error, torch.OutOfMemoryError)
@@ -132,6 +147,15 @@ class Choices:
             "choices": [{"wanted": wanted, **asdict(c)} for (_, wanted), c in merged.items()],
         }
         replace_file(self.path, json.dumps(content, indent=1).encode())
+
+
+def check_alike(results: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
+    """Raises ValueError where results are not those that are wanted, up to roundings."""
+    for result, other in zip(results, wanted, strict=True):
+        exact, norm = other.to(torch.float32), torch.linalg.vector_norm
+        difference = float(norm(result.to(torch.float32) - exact) / norm(exact).clamp_min(1e-30))
+        if not difference <= _ALIKE:
+            raise ValueError(f"its numbers are off by {difference:.2g} of those of torch")
 
 
 def _read(path: str, environment: str) -> dict[tuple[str, str], Choice]:
@@ -181,18 +205,26 @@ def environment_of(device: torch.device) -> str:
 
 
 def cuda_seconds(run: Candidate) -> float:
-    """Median of nine timings by CUDA events, behind three calls that compile and warm up."""
+    """Median of nine timings by CUDA events, behind three calls that compile and warm up.
+
+    As in a step the operands are not in the L2 cache, which is overwritten before each call; that
+    takes longer than the host needs to queue the call, so that no time of the host is in between.
+    """
     for _ in range(3):
         run()
-    times: list[float] = []
+    cache = torch.cuda.get_device_properties().L2_cache_size
+    flush = torch.empty(2 * cache, dtype=torch.uint8, device="cuda")
+    pairs = []
     for _ in range(9):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(_FLUSHES):
+            flush.zero_()
         start.record()
         run()
         end.record()
-        end.synchronize()
-        times.append(float(start.elapsed_time(end)) / 1e3)
-    return statistics.median(times)
+        pairs.append((start, end))
+    torch.cuda.synchronize()
+    return statistics.median(float(start.elapsed_time(end)) / 1e3 for start, end in pairs)
 
 
 def run_once(run: Candidate) -> float:

@@ -76,6 +76,33 @@ def test_a_candidate_that_refuses_is_passed_over_with_its_reason(folder):
     assert "not a: K is odd" in str(chosen)
 
 
+def test_a_candidate_whose_numbers_are_wrong_is_passed_over(folder):
+    """One element of 4096 is a difference of 2**-6; roundings to bfloat16 are not one."""
+    right = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) + 4.0
+    wrong, lost = right.clone(), right.clone()
+    wrong[3, 5] += right.norm() * 2.0**-5
+    lost[0, 0] = float("nan")
+    made = {
+        "triton:wrong": lambda: [wrong],
+        "triton:lost": lambda: [lost],
+        "triton:rounded": lambda: [right.bfloat16()],
+        "dequantize": lambda: [right],
+    }
+    chosen = Choices("card", lambda run: 1.0 + float(len(run()) == 0)).get("p", made, "triton")
+    assert chosen.winner == "triton:rounded"
+    assert set(chosen.refused) == {"triton:wrong", "triton:lost"}
+    assert "off by 0.03" in chosen.refused["triton:wrong"]
+    assert "off by nan" in chosen.refused["triton:lost"]
+
+
+def test_a_fault_of_the_card_is_an_error(folder):
+    def fault():
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    with pytest.raises(torch.AcceleratorError, match="illegal"):
+        Choices("card", Clock(b=1.0)).get("p", {"a": fault, **candidates("b")})
+
+
 def test_a_choice_made_while_memory_is_short_is_not_kept(folder):
     def exhausted():
         raise torch.OutOfMemoryError("out of memory. Tried to allocate 2 GiB")

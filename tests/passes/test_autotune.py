@@ -113,8 +113,10 @@ class Told(Choices):
     def get(self, *args, time: bool = True) -> Choice:
         return super().get(*args, time=True)
 
-    def _measure(self, key: str, candidates: Mapping[str, Candidate]) -> tuple[Choice, bool]:
-        made, lasting = super()._measure(key, candidates)
+    def _measure(
+        self, key: str, candidates: Mapping[str, Candidate], plain: Candidate | None
+    ) -> tuple[Choice, bool]:
+        made, lasting = super()._measure(key, candidates, plain)
         self.made.append(key)
         return replace(made, winner=self.wins) if self.wins in made.seconds else made, lasting
 
