@@ -1,7 +1,8 @@
-"""Joint-graph pass: W' is decoded anew in backward, never kept from the forward pass.
+"""Joint-graph pass: FP8 weights are decoded anew in backward, never kept from the forward pass.
 
-AOTAutograd's partitioner weighs what to save for backward. To it, W' is the result of an update and
-no parameter, and a bf16 copy of all weights may look cheaper to keep than their FP8 form.
+AOTAutograd's partitioner weighs what to save for backward. Where a product is computed on decoded
+weights, a bf16 copy of all of them may look cheaper to keep than to make again; and with
+update="rows" W' is to it the result of an update and no parameter.
 """
 
 from __future__ import annotations
@@ -14,9 +15,13 @@ from falqon_fx.site.numerics import E4M3
 
 
 def recompute_weights(graph: fx.Graph) -> None:
-    """Mark what reads an updated W' in a functionalized joint graph."""
+    """Mark what decodes a W, or an updated W', in a functionalized joint graph."""
     for node in graph.nodes:
-        if _is_update(node):
+        if node.op == "placeholder":  # after `prepare` its bytes
+            for weight in [node, *(user for user in node.users if _is_view(user))]:
+                if _dtype(weight) == E4M3:
+                    _mark(weight)
+        elif _is_update(node):
             for result in node.users:
                 if _dtype(result) == E4M3:
                     _mark(result)
@@ -34,6 +39,8 @@ _DECODING = {
     torch.ops.aten._to_copy.default,
     torch.ops.prims.convert_element_type.default,
     torch.ops.aten.mul.Tensor,
+    torch.ops.aten.cat.default,
+    torch.ops.aten.clone.default,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,13 +31,6 @@ def _merged_linear(*args: Any) -> list[Tensor]:
     return gpu.merged_linear(Merged(*args))
 
 
-def _opened(run: Callable[..., Any]) -> Callable[..., Any]:
-    def lower(*args: Any) -> Any:
-        return run(*args) if products.sizes_known(args) else NotImplemented
-
-    return lower
-
-
 def decompositions(_torch: str = "", _lowering: str = "") -> Decompositions:
     """Inductor's decompositions and those that open the ``falqon::`` ops below autograd, for graphs
     on a GPU.
@@ -47,6 +41,8 @@ def decompositions(_torch: str = "", _lowering: str = "") -> Decompositions:
     table[merged_linear.OP] = _merged_linear
     table[torch.ops.falqon.merged_linear_grad_x.default] = gpu.merged_linear_grad_x
     table[torch.ops.falqon.grad_a.default] = gpu.grad_a
-    table[torch.ops.falqon.adapter_grads.default] = _opened(products.adapter_grads)
-    table[torch.ops.falqon.grad_out_a.default] = _opened(products.grad_out_a)
+    table[torch.ops.falqon.adapter_grads.default] = partial(
+        products.call, products.adapter_grads_product
+    )
+    table[torch.ops.falqon.grad_out_a.default] = partial(products.call, products.grad_out_a_product)
     return table

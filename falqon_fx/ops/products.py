@@ -212,11 +212,11 @@ def grad_x_product(
 def _grad_x_product_fake(
     q: Sequence[Tensor], q_scale: Sequence[Tensor], weight: Sequence[Tensor], *rest: Any
 ) -> Tensor:
-    _, _, x_dtype, _ = rest
+    *_, x_dtype, _ = rest
     return q[0].new_empty((q[0].shape[0], weight[0].shape[1]), dtype=x_dtype)
 
 
-def grad_out_a(grad: Sequence[Tensor], b: Sequence[Tensor], spec_text: str) -> Tensor:
+def grad_out_a_product(grad: Sequence[Tensor], b: Sequence[Tensor], spec_text: str) -> Tensor:
     """D [n, Σ r_j] = side by side grad_j · b_j of each adapter j, for b_j [out_j, r_j]."""
     from falqon_fx.kernels.products import adapters
 
@@ -228,7 +228,7 @@ def _grad_out_a_fake(grad: Sequence[Tensor], b: Sequence[Tensor], spec_text: str
     return b[0].new_empty((len(grad[0]), sum(f.shape[1] for f in b)))
 
 
-def adapter_grads(
+def adapter_grads_product(
     grad: Sequence[Tensor],
     out_a: Tensor,
     ranks: Sequence[int],
@@ -270,15 +270,22 @@ def _options(spec_text: str) -> Options:
     return Options(spec.kernel, spec.accumulation, spec.transpose)
 
 
+def _define(name: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    op = f"falqon::{name}"
+    torch.library.define(op, torch.library.infer_schema(run, mutates_args=()))
+    torch.library.impl(op, "default", run)
+    torch.library.register_fake(op, fake)
+
+
 for _run, _fake in (
     (cast_fp8, _cast_fp8_fake),
     (merged_product, _merged_product_fake),
     (adapter_product, _adapter_product_fake),
     (grad_x_product, _grad_x_product_fake),
-    (grad_out_a, _grad_out_a_fake),
-    (adapter_grads, _adapter_grads_fake),
+    (grad_out_a_product, _grad_out_a_fake),
+    (adapter_grads_product, _adapter_grads_fake),
 ):
-    _op = f"falqon::{_run.__name__}"
-    torch.library.define(_op, torch.library.infer_schema(_run, mutates_args=()))
-    torch.library.impl(_op, "default", _run)
-    torch.library.register_fake(_op, _fake)
+    _define(_run.__name__, _run, _fake)
+# What stands in a joint graph, until it is decomposed into the products of these names.
+_define(\"grad_out_a\", grad_out_a_product, _grad_out_a_fake)
+_define(\"adapter_grads\", adapter_grads_product, _adapter_grads_fake)

@@ -48,7 +48,7 @@ def test_transpose(rows, columns):
     for before, turned in zip(x, transpose([m.view(E4M3) for m in x], spec), strict=True):
         assert turned.dtype == E4M3
         assert torch.equal(turned.view(torch.uint8), before.t())
-        assert turned.stride(0) % 16 == 0
+        assert turned.stride(0) % 16 == 0 or not turned.numel()
         assert turned.storage_offset() % 16 == 0
 
 

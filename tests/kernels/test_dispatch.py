@@ -312,7 +312,7 @@ def test_on_amd_only_what_has_been_tried_there(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
     for place in (contests, adapters):
         monkeypatch.setattr(place, "runs_interpreted", lambda tensor: False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    monkeypatch.setattr(hardware, "_number", lambda device: 94)
     choice = choose(forward())
     assert choice.refused["triton"] == "no kernel has been tried on an AMD GPU"
     assert "dequantize" in choice.seconds
