@@ -287,5 +287,5 @@ for _run, _fake in (
 ):
     _define(_run.__name__, _run, _fake)
 # What stands in a joint graph, until it is decomposed into the products of these names.
-_define(\"grad_out_a\", grad_out_a_product, _grad_out_a_fake)
-_define(\"adapter_grads\", adapter_grads_product, _adapter_grads_fake)
+_define("grad_out_a", grad_out_a_product, _grad_out_a_fake)
+_define("adapter_grads", adapter_grads_product, _adapter_grads_fake)
