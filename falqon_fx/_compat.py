@@ -22,16 +22,13 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 
+from falqon_fx.errors import FalqonError
+
 # How Dynamo writes `torch.no_grad()`, `torch.inference_mode()` and `torch.autocast()` in a graph.
 SET_GRAD = torch._C._set_grad_enabled
-ENTER_MODE = (
-    torch.amp.autocast_mode._enter_autocast,
-    torch.autograd.grad_mode._enter_inference_mode,
-)
-EXIT_MODE = (
-    torch.amp.autocast_mode._exit_autocast,
-    torch.autograd.grad_mode._exit_inference_mode,
-)
+_autocast, _grad_mode = torch.amp.autocast_mode, torch.autograd.grad_mode
+ENTER_MODE = (_autocast._enter_autocast, _grad_mode._enter_inference_mode)
+EXIT_MODE = (_autocast._exit_autocast, _grad_mode._exit_inference_mode)
 
 
 def _nesting(change: str) -> frozenset[object]:
@@ -381,19 +378,19 @@ def launch_in_graph(
     from torch._higher_order_ops import triton_kernel_wrap as wrap
 
     table = wrap.kernel_side_table
-    of_graph = {name: value for name, value in arguments.items() if value is not None}
+    first = kernel not in table.kernel_to_id
     call: dict[str, Any] = {
         "kernel_idx": table.add_kernel(kernel),
-        "constant_args_idx": table.add_constant_args(dict.fromkeys(arguments.keys() - of_graph)),
-        "kwargs": of_graph,
+        "constant_args_idx": table.add_constant_args({}),
+        "kwargs": dict(arguments),
         "tma_descriptor_metadata": {
             name: wrap.create_tma_stable_metadata(block) for name, block in blocks.items()
         },
     }
     # Inductor orders launches by what it finds in a kernel's code: what it doesn't see comes late.
-    unseen = {*written} - {*wrap.get_mutated_tensors(**call)}
-    if unseen:
-        raise RuntimeError(f"torch doesn't see that {kernel} writes {', '.join(sorted(unseen))}")
+    if first and (unseen := {*written} - {*wrap.get_mutated_tensors(**call)}):
+        problem = f"torch doesn't see that it writes {', '.join(sorted(unseen))}"
+        raise FalqonError(str(kernel), problem, 'Set kernel="scaled_mm" or kernel="dequantize"')
     call |= {"grid": [(*grid, *[1] * (3 - len(grid)))], "tensors_to_clone": written}
     result: dict[str, Tensor] = wrap.triton_kernel_wrapper_functional(**call)
     return result

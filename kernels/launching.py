@@ -37,7 +37,7 @@ def launch(
 ) -> list[Tensor]:
     """What the parameters ``written`` of ``kernel`` hold after ``grid`` programs of it.
 
-    ``arguments`` are tensors, `Described` ones, numbers and None, in the kernel's order. A launch
+    ``arguments`` are tensors, `Described` ones and numbers, in the kernel's order. A launch
     writes into the tensors that are given. In a graph that is traced they stay as they are, and the
     results are other ones: whoever calls this goes on with what is returned.
     """

@@ -159,12 +159,18 @@ def time_products(operands: Operands, spec: SiteSpec) -> None:
     # The caller traces with fake tensors, maybe in autocast.
     with without_fake_mode(), torch.autocast(operands.device.type, enabled=False):
         x, arguments = _random_arguments(operands, spec)
+        _time_casts(arguments[7], arguments[8], spec)
         with torch.set_grad_enabled(trains):
             ys = torch.ops.falqon.merged_linear(x, *arguments)[: len(operands.sites)]
             if trains:
                 lora = [*arguments[7], *arguments[8]]
                 wanted = [x, *(t for t in lora if t.requires_grad)]
                 torch.autograd.grad(ys, wanted, [torch.ones_like(y) for y in ys])
+
+
+def _time_casts(lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], spec: SiteSpec) -> None:
+    if lora_a and lora_a[0].is_cuda:
+        torch.ops.falqon.proxy_update(lora_a, lora_b, [1.0] * len(lora_a), [], False, str(spec))
 
 
 def _random_arguments(operands: Operands, spec: SiteSpec) -> tuple[Tensor, tuple[Any, ...]]:

@@ -8,6 +8,7 @@ that Inductor fuses them into whatever made x or dL/dO; the products stand in `p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -130,8 +131,10 @@ def merged_linear_grad_x(
         a_scale = []
     # Products for bfloat16 may round to it on their way, which those of a float32 dL/dO must not.
     stored = torch.float32 if x_dtype == torch.bfloat16 != dtype else x_dtype
-    product: Tensor = products.call(
-        products.grad_x_product,
+    # Copies that are kept beside W are found by its address, which a graph doesn't have.
+    storing = spec.transpose == "store"
+    opened = partial(products.call, products.grad_x_product)
+    product: Tensor = (torch.ops.falqon.grad_x_product if storing else opened)(
         casts,
         q_scales,
         [as_e4m3(w) for w in weight],

@@ -34,8 +34,9 @@ from falqon_fx.site.numerics import E4M3, E5M2
 
 Choosing = Literal[Kernel, "max-autotune"]  # what chooses the kernel of a product
 
-# What lies in other folders and decides what an op computes, or what Inductor makes of it.
-_ELSEWHERE = ("kernels.cpu.casts", "passes.recompute_weights")
+# What decides what an op computes, or what stands in a compiled graph: folders and files of the
+# package. AOTAutograd's disk cache sees the ops, and not the kernels that they are opened into.
+_LOWERING = ("site", "ops", "rows", "kernels", "_compat", "passes.recompute_weights")
 
 
 @functools.cache
@@ -44,15 +45,19 @@ def lowering_version() -> str:
     this CPU multiplies.
     """
     digest = hashlib.sha256(str(native_bf16()).encode())
-    package = Path(__file__).parents[1]
-    for folder in ("site", "ops", "rows"):
-        for file in sorted((package / folder).glob("*.py")):
-            digest.update(file.read_bytes())
-    for name in _ELSEWHERE:
+    for name in _LOWERING:
         spec = importlib.util.find_spec(f"falqon_fx.{name}")
         assert spec is not None
-        digest.update(Path(str(spec.origin)).read_bytes())
+        folders = [Path(folder) for folder in spec.submodule_search_locations or []]
+        for file in [f for folder in folders for f in sorted(folder.rglob("*"))] or [
+            Path(str(spec.origin))
+        ]:
+            if file.suffix in _SOURCES:
+                digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
+
+
+_SOURCES = (".py", ".jinja", ".cpp")
 
 
 @dataclass(frozen=True)

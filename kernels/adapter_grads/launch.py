@@ -15,6 +15,7 @@ from falqon_fx.kernels.loader import load
 
 _TYPE = {"float32": "*fp32:16", "bfloat16": "*bf16:16", "float16": "*fp16:16"}
 _BLOCK = 1024  # elements that a program of add_up adds
+_MOST_SUMS = 2**24  # of partial sums, 64 MiB
 
 
 def adapter_grads(
@@ -47,8 +48,9 @@ def adapter_grads(
     blocks = [_cdiv(size, _BLOCK) for size in sizes]
     tiles_b = sum(_cdiv(g.shape[1], spec.block_m) for g in grad)
     tiles_x = _cdiv(x[0].shape[1], spec.block_x) if x else tiles_b
-    splits, tokens = _splits(n, min(tiles_b, tiles_x), spec.block_k, device)
     total = sum(blocks) * _BLOCK
+    most = max(1, _MOST_SUMS // total)
+    splits, tokens = _splits(n, min(tiles_b, tiles_x), most, spec.block_k, device)
     partial = torch.empty((splits, total), dtype=torch.float32, device=device)
     kernels = load(spec, interpreted)
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
@@ -122,19 +124,21 @@ def _check(
         raise ValueError(f"adapter_grads: x is for dL/dA alone, which {spec} does or does not make")
     if x and (d[0].shape != out_a.shape or d[0].dtype != a_dtype or len(x[0]) != n):
         raise ValueError(f"adapter_grads: D is {d[0].dtype} {tuple(d[0].shape)}")
+    if x and not (x[0].is_contiguous() and x[1].is_contiguous()):
+        raise ValueError("adapter_grads: x or its scale has gaps")
     if x and x[1].numel() != (n if spec.x_scale == "row" else 1):
         raise ValueError(f"adapter_grads: a scale {tuple(x[1].shape)} is not {spec.x_scale!r}")
     if runs_interpreted(out_a) and spec.operands == "native":
         raise ValueError("adapter_grads: the interpreter needs operands='float32'")
 
 
-def _splits(n: int, columns: int, block_k: int, device: torch.device) -> tuple[int, int]:
+def _splits(n: int, columns: int, most: int, block_k: int, device: torch.device) -> tuple[int, int]:
     """(how many parts, tokens in each), so that a GPU gets two programs for each processor."""
     processors = 2
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
     blocks = _cdiv(n, block_k)
-    splits = max(1, min(blocks, 2 * processors // columns))
+    splits = max(1, min(blocks, most, 2 * processors // columns))
     tokens = _cdiv(blocks, splits) * block_k
     return _cdiv(n, tokens), tokens
 

@@ -63,7 +63,9 @@ def adapter_grads(
         where = where_runs(out_a)
         return _adapter_grads_specs(tuple(ranks), dtypes, by_row, bool(x), where)
 
-    what = f"dL/dB {[g.shape[1] for g in grad]}" + (f", dL/dA in={x[0].shape[1]}" if x else "")
+    what = f"dL/dB {[g.shape[1] for g in grad]} of ranks {[*ranks]}" + (
+        f", dL/dA in={x[0].shape[1]}" if x else ""
+    )
     return against_aten(what, grad[0], made, generated, plain, kernel)
 
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -103,7 +105,8 @@ class Choices:
         if not matching:
             raise ValueError(f"kernel={wanted!r}: {key} has {', '.join(candidates) or 'none'}")
         if not time:
-            return Choice(key, next(iter(matching)), {}, {})
+            works = [name for name, run in matching.items() if not refuses(run)]
+            return Choice(key, [*works, *matching][0], {}, {})
         choice, lasting = self._measure(key, matching, candidates.get("dequantize"))
         if lasting:
             self._store(place, choice)
@@ -149,11 +152,24 @@ class Choices:
         replace_file(self.path, json.dumps(content, indent=1).encode())
 
 
+def refuse(why: str) -> Any:
+    """What a candidate does that doesn't take the operands."""
+    raise ValueError(why)
+
+
+def refuses(run: Candidate) -> bool:
+    """Whether a candidate is known not to take the operands."""
+    return getattr(run, "func", None) is refuse
+
+
 def check_alike(results: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
     """Raises ValueError where results are not those that are wanted, up to roundings."""
     for result, other in zip(results, wanted, strict=True):
         exact, norm = other.to(torch.float32), torch.linalg.vector_norm
-        difference = float(norm(result.to(torch.float32) - exact) / norm(exact).clamp_min(1e-30))
+        size = float(norm(exact))
+        if not math.isfinite(size):  # an overflow, as where a loss scale is found: nothing is told
+            continue
+        difference = float(norm(result.to(torch.float32) - exact)) / max(size, 1e-30)
         if not difference <= _ALIKE:
             raise ValueError(f"its numbers are off by {difference:.2g} of those of torch")
 
@@ -189,7 +205,8 @@ def _first_line(error: BaseException) -> str:
 @functools.cache
 def choices_for(device: torch.device) -> Choices:
     """The choices for a device."""
-    return Choices(environment_of(device), cuda_seconds if device.type == "cuda" else run_once)
+    timer = partial(cuda_seconds, device) if device.type == "cuda" else run_once
+    return Choices(environment_of(device), timer)
 
 
 def environment_of(device: torch.device) -> str:
@@ -204,26 +221,27 @@ def environment_of(device: torch.device) -> str:
     return f"{card}, cuda {torch.version.cuda}, {versions}"
 
 
-def cuda_seconds(run: Candidate) -> float:
+def cuda_seconds(device: torch.device, run: Candidate) -> float:
     """Median of nine timings by CUDA events, behind three calls that compile and warm up.
 
     As in a step the operands are not in the L2 cache, which is overwritten before each call; that
     takes longer than the host needs to queue the call, so that no time of the host is in between.
     """
-    for _ in range(3):
-        run()
-    cache = torch.cuda.get_device_properties().L2_cache_size
-    flush = torch.empty(2 * cache, dtype=torch.uint8, device="cuda")
-    pairs = []
-    for _ in range(9):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for _ in range(_FLUSHES):
-            flush.zero_()
-        start.record()
-        run()
-        end.record()
-        pairs.append((start, end))
-    torch.cuda.synchronize()
+    with torch.cuda.device(device):
+        for _ in range(3):
+            run()
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        flush = torch.empty(2 * cache, dtype=torch.uint8, device=device)
+        pairs = []
+        for _ in range(9):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            for _ in range(_FLUSHES):
+                flush.zero_()
+            start.record()
+            run()
+            end.record()
+            pairs.append((start, end))
+        torch.cuda.synchronize(device)
     return statistics.median(float(start.elapsed_time(end)) / 1e3 for start, end in pairs)
 
 

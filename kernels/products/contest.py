@@ -14,7 +14,7 @@ from falqon_fx import _compat
 from falqon_fx.config import Accumulation, Transpose
 from falqon_fx.kernels.hardware import architecture
 from falqon_fx.kernels.interpreter import runs_interpreted
-from falqon_fx.kernels.products.choice import Candidate, choices_for
+from falqon_fx.kernels.products.choice import Candidate, choices_for, refuse
 from falqon_fx.kernels.products.problem import bucket
 from falqon_fx.kernels.spec import KernelSpec
 
@@ -95,8 +95,3 @@ def untried(interpreted: bool) -> str:
     """Why generated kernels don't run here, or ""."""
     tried = interpreted or torch.version.hip is None
     return "" if tried else "no kernel has been tried on an AMD GPU"
-
-
-def refuse(why: str) -> list[Tensor]:
-    """What a candidate does that doesn't take the operands."""
-    raise ValueError(why)

@@ -31,8 +31,8 @@ from falqon_fx.kernels.gemm.spec import GemmSpec
 from falqon_fx.kernels.gemm.tiles import GemmProblem, gemm_specs, likeliest
 from falqon_fx.kernels.hardware import reads_columns
 from falqon_fx.kernels.products import inductor
-from falqon_fx.kernels.products.choice import Candidate, Choice, choices_for
-from falqon_fx.kernels.products.contest import Contest, Options, refuse, untried, where_runs
+from falqon_fx.kernels.products.choice import Candidate, Choice, choices_for, refuse
+from falqon_fx.kernels.products.contest import Contest, Options, untried, where_runs
 from falqon_fx.kernels.products.pieces import (
     MatMul,
     added,
