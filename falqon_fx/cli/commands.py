@@ -17,7 +17,10 @@ _COST = """When the rewrite of a layer pays: predicted times of its step by numb
 
 lora is what runs without falqon; fp8_lora puts FP8 under a separate LoRA path; merged is the
 rewritten layer on FP8 matrix units; emulated is the same arithmetic without them. A and B train;
-W is constant. --rank 0 is a frozen layer without an adapter."""
+W is constant. --rank 0 is a frozen layer without an adapter.
+
+--step is the arithmetic of a model's whole training step on a GPU, from published rates: for falqon
+with A trained and frozen, PEFT in bf16 with Inductor, and NF4 QLoRA. Nothing is measured."""
 
 _EXPORT = """Write an FP8 checkpoint for serving engines.
 
@@ -85,9 +88,38 @@ def add_cost(subparsers: Any) -> None:
     parser.add_argument(
         "--siblings", type=int, default=1, help="layers alike that read one input (q, k, v: 3)"
     )
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2**i for i in range(6, 15)])
-    parser.add_argument("--adapter-dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", help="of a call; with --step, of a sequence (4096)"
+    )
+    parser.add_argument(
+        "--adapter-dtype",
+        choices=["float32", "bfloat16", "fp8"],
+        help="of A and B, float32 or bfloat16 (float32); with --step how falqon adds the adapter: "
+        "bfloat16 in the epilogue of its own product or after the library's, fp8 as r more of K "
+        "(bfloat16)",
+    )
     parser.add_argument("--symbolic", action="store_true", help="FLOPs and bytes as formulas")
+    step = parser.add_argument_group("a whole step")
+    step.add_argument("--step", action="store_true", help="of a model, on a card of the table")
+    step.add_argument("--model", help="llama-7b, llama-3-8b, qwen3-8b or a config.json (llama-7b)")
+    step.add_argument("--batch", type=int, help="sequences (1)")
+    step.add_argument(
+        "--transpose",
+        choices=["transient", "store"],
+        help="whether W is transposed each step, or kept both ways (transient)",
+    )
+    step.add_argument(
+        "--attention",
+        choices=["flash2", "cudnn"],
+        help="the kernel of scaled_dot_product_attention, in every run (flash2)",
+    )
+    step.add_argument("--cuda-graphs", action="store_true", default=None, help="no host time")
+    step.add_argument(
+        "--figure",
+        action="append",
+        metavar="NAME=VALUE",
+        help="instead of the one that --json lists under this name",
+    )
 
 
 def add_export(subparsers: Any) -> None:

@@ -15,11 +15,17 @@ from falqon_fx.cost import model as cost
 from falqon_fx.errors import FalqonError
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.report.text import pays_from
+from falqon_fx_cli import step
 from falqon_fx_cli.exit_codes import DONE
+
+_TOKENS = [2**i for i in range(6, 15)]
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print a table of cards, formulas or times."""
+    if arguments.step:
+        return step.run(arguments, _card(arguments.card).name)
+    step.refuse_without_step(arguments)
     if arguments.calibrate is not None:
         device = arguments.calibrate or ("cuda" if torch.cuda.is_available() else "cpu")
         return _show_cards([cards.calibrate(torch.device(device))], arguments.json)
@@ -81,7 +87,7 @@ def _show_times(arguments: argparse.Namespace, card: cards.Card) -> int:
         features=arguments.features,
         out=arguments.out,
         rank=arguments.rank,
-        adapter_dtype=arguments.adapter_dtype,
+        adapter_dtype=arguments.adapter_dtype or "float32",
         train_a=not arguments.frozen_a,
         siblings=arguments.siblings,
         adapted=arguments.siblings,
@@ -96,7 +102,7 @@ def _show_times(arguments: argparse.Namespace, card: cards.Card) -> int:
                 for name in names
             },
         }
-        for n in arguments.tokens
+        for n in arguments.tokens or _TOKENS
     ]
     pays = {n: cost.break_even(variants.lora, variants.VARIANTS[n], shape, card) for n in names[1:]}
     if arguments.json:

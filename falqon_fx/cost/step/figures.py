@@ -8,6 +8,7 @@ what its vendor prints, unless something is published for it. A figure that nobo
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from math import log2
 from typing import Any, Literal
 
@@ -40,6 +41,7 @@ class Figures:
         own_gemm: our FP8 product with the adapter's product in its epilogue.
         summed_gemm: our dL/dx of siblings, with a second accumulator.
         bandwidth: what a kernel that only moves bytes reaches.
+        addmm_passes: how often ``torch.addmm`` goes over what it adds to.
         thin: the share of it that a product with a thin side reaches.
         dequantize: the share of it that NF4's dequantization reaches.
         skinny_step: a program of x·Aᵀ goes through 128 of K.
@@ -58,6 +60,7 @@ class Figures:
     own_gemm: Figure
     summed_gemm: Figure
     bandwidth: Figure
+    addmm_passes: Figure
     thin: Figure
     dequantize: Figure
     skinny_step: Figure
@@ -116,7 +119,7 @@ def _between(table: dict[int, Figure], length: int) -> float:
     known = sorted(table)
     if length <= known[0]:
         return table[known[0]].value
-    for low, high in zip(known, known[1:], strict=False):
+    for low, high in pairwise(known):
         if length <= high:
             share = log2(length / low) / log2(high / low)
             return table[low].value + share * (table[high].value - table[low].value)
@@ -168,9 +171,9 @@ _ATTENTION: dict[str, tuple[str, tuple[tuple[float, ...], ...]]] = {
 _MEMORY = "https://mikamirai.com/blog/gpu-memory-bandwidth/: H100 SXM, 2.8 of 3.35 TB/s"
 _PUBLISHED = {
     ("RTX 5090", "fp8_gemm"): (
-        389e12 * 4 * 170 / 512,
-        "pytorch/pytorch#155991: CUTLASS, a scale a row, 4096 x 4096 x 4096: 389 TFLOP/s, at 0.75 "
-        "of full waves",
+        419e12,
+        "pytorch/pytorch#155991: CUTLASS, a scale a row, 4096 x 4096 x 4096: 389 TFLOP/s, so with "
+        "full waves the vendor's peak",
     ),
     ("B200", "fp8_gemm"): (
         2850e12 * 14 * 148 / 2048,
@@ -181,7 +184,7 @@ _PUBLISHED = {
 
 
 def figures_for(name: str, attention: Attention = "flash2") -> Figures:
-    """What is known of a card of the table, and of a host.
+    """What is known of a card of the table by its name there, and of a host.
 
     Raises:
         FalqonError: there is no such card, or falqon has no FP8 kernels for it, or nothing is known
@@ -210,8 +213,9 @@ def figures_for(name: str, attention: Attention = "flash2") -> Figures:
         fp8_gemm=reached("fp8_gemm", _FP8, "FLOP/s", _FP8_SOURCE, fp8),
         own_gemm=reached("own_gemm", 750e12, "FLOP/s", _OWN_SOURCE, fp8),
         summed_gemm=reached("summed_gemm", 650e12, "FLOP/s", _SUMMED_SOURCE, fp8),
-        bandwidth=reached(
-            "bandwidth", 2.8e12, "bytes/s", _MEMORY, card.bandwidth / h100.bandwidth
+        bandwidth=reached("bandwidth", 2.8e12, "bytes/s", _MEMORY, card.bandwidth / h100.bandwidth),
+        addmm_passes=Figure(
+            4, "", "pytorch/pytorch#153590: out of place it copies first; 2 in place"
         ),
         thin=Figure(
             0.69, "", "pytorch/FBGEMM#2766: 6144 x 64 x 8192 in bf16 takes 52 us, its bytes 36"

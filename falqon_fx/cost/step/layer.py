@@ -1,0 +1,231 @@
+"""What a decoder layer's step launches: the list that `benchmarks/gpu_lens.py` shows for a layer
+that is a graph by itself, with the bytes of each launch by the sizes of its arguments.
+
+Bytes are counted in activations: ``a(f)`` is [n, f] in bf16, ``q(f)`` in FP8. A is [r, in], B
+[out, r]; falqon's are float32 parameters, as PEFT makes them, and those of PEFT are bf16, the
+faster form. What a fused kernel stores twice is counted twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Literal
+
+from falqon_fx.cost.step.decoder import Decoder, Group
+from falqon_fx.cost.step.launches import Launch, Timer
+
+NF4_BYTES = 0.5 + 4 / 64  # an element: four bits, and a float32 scale of 64
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is asked: a decoder, its tokens, and how it is trained."""
+
+    decoder: Decoder
+    batch: int
+    tokens: int
+    rank: int
+    adapter_dtype: Literal["bfloat16", "fp8"] = "bfloat16"
+    transpose: Literal["transient", "store"] = "transient"
+
+    @property
+    def n(self) -> int:
+        """Tokens of a step."""
+        return self.batch * self.tokens
+
+    def a(self, features: int) -> int:
+        """Bytes of [n, features] in bf16."""
+        return 2 * self.n * features
+
+    def q(self, features: int) -> int:
+        """Bytes of [n, features] in FP8."""
+        return self.n * features
+
+
+def attention(step: Step, time: Timer) -> list[Launch]:
+    """With a causal mask: half of the pairs; backward is five products to forward's two."""
+    d = step.decoder
+    flops = 2.0 * step.n * step.tokens * d.query
+    forward, backward = time.figures.attention(step.tokens)
+    q, kv, sums = step.a(d.query), 2 * step.a(d.key), 4 * step.n * d.heads
+    back = time.timed("attention", "backward", 2.5 * flops / backward, 3 * q + kv + sums, q + kv)
+    return [
+        time.timed("attention", "forward", flops / forward, q + kv, q + sums),
+        replace(back, kernels=3),
+    ]
+
+
+def peft(step: Step, time: Timer, nf4: bool = False) -> list[Launch]:
+    """PEFT's layer by Inductor: products by cuBLAS, B's added by whatever reads the sum."""
+    d, a = step.decoder, step.a
+    h, i, query, key = d.hidden, d.inner, d.query, d.key
+
+    def fused(name: str, reads: int, writes: int) -> Launch:
+        return time.moving("elementwise", name, reads, writes)
+
+    done = [
+        fused("norm", a(h), a(h)),
+        fused("v + its adapter", 2 * a(key), a(key)),
+        fused("RoPE", 2 * (a(query) + a(key)), a(query) + a(key)),
+        fused("sum, norm", 3 * a(h), 2 * a(h)),
+        fused("SwiGLU", 4 * a(i), 3 * a(i)),
+        fused("sum", 3 * a(h), a(h)),
+        fused("s dO", a(h), a(h)),
+        fused("SwiGLU backward", 4 * a(i), 4 * a(i)),
+        fused("sum, norm backward", 6 * a(h), 4 * a(h)),
+        fused("attention's gradient", 2 * a(query), a(query)),
+        fused("s dv", a(key), a(key)),
+        fused("RoPE backward", a(query) + a(key), 2 * (a(query) + a(key))),
+        fused("sum, norm backward", 8 * a(h), a(h)),
+        *attention(step, time),
+    ]
+    for group in d.groups:
+        for out in group.outs:
+            done += _peft_linear(step, time, group.features, out)
+            if nf4:
+                share, weights = time.figures.dequantize.value, group.features * out
+                bytes_of_w = (weights * NF4_BYTES, 2.0 * weights)
+                done += [time.moving("dequantize", "W", *bytes_of_w, share) for _ in range(2)]
+    return done
+
+
+def _peft_linear(step: Step, time: Timer, k: int, out: int) -> list[Launch]:
+    n, r, a, rate = step.n, step.rank, step.a, time.figures.bf16_gemm.value
+    return [
+        time.product("x W'", n, k, [out], 2, rate),
+        time.product("dO W", n, out, [k], 2, rate),
+        time.thin("adapter", "x A'", a(k) + 2 * r * k, a(r)),
+        time.moving("adapter", "O_A B'", a(r) + 2 * r * out, a(out)),
+        time.thin("adapter", "D", a(out) + 2 * r * out, a(r)),
+        time.moving("adapter", "D A", a(r) + 2 * r * k, a(k)),
+        time.thin("adapter", "dL/dB", a(out) + a(r), 2 * r * out),
+        time.thin("adapter", "dL/dA", a(k) + a(r), 2 * r * k),
+    ]
+
+
+def falqon(step: Step, time: Timer, train_a: bool) -> list[Launch]:
+    """Ours: casts fused into norms and SwiGLU, and into their backward."""
+    d, a, q = step.decoder, step.a, step.q
+    h, i, query, key = d.hidden, d.inner, d.query, d.key
+    again = 0 if train_a else 1  # where x̂ isn't kept, the lens sees a cast stored twice
+
+    def fused(name: str, reads: int, writes: int) -> Launch:
+        return time.moving("elementwise", name, reads, writes)
+
+    of_a, of_b = d.adapter(step.rank)
+    of_cast = of_a + (of_b if step.adapter_dtype == "fp8" else 2 * of_b)
+    done = [
+        time.moving("casts", "A and s B", 4 * (of_a + of_b), of_cast),
+        fused("norm, cast", a(h), q(h) * (1 + again)),
+        fused("RoPE", a(query) + a(key), a(query) + a(key)),
+        time.moving("casts", "attention's output", a(query), q(query) * (1 + again)),
+        fused("sum, norm, cast", 2 * a(h), q(h) * (1 + again)),
+        fused("SwiGLU, cast", 2 * a(i), q(i) * (1 + again)),
+        fused("sum", 3 * a(h), a(h)),
+        time.moving("casts", "dO", a(h), q(h)),
+        fused("SwiGLU backward, casts", 3 * a(i), 4 * a(i) + 2 * q(i)),
+        fused("sum, norm backward, cast", 4 * a(h), a(h) + q(h)),
+        fused("RoPE backward, casts", a(query) + a(key), a(query) + a(key) + q(query + key)),
+        time.moving("casts", "dv", a(key), q(key)),
+        fused("sum, norm backward", 3 * a(h), a(h)),
+        *attention(step, time),
+    ]
+    for group in d.groups:
+        done += _forward(step, time, group)
+        done += _grad_x(step, time, group)
+        done += _adapter_grads(step, time, group, train_a)
+    return done
+
+
+def _forward(step: Step, time: Timer, group: Group) -> list[Launch]:
+    """x·Aᵀ of all siblings by a kernel of ours, then O: the adapter in K by the library, or the
+    faster of ours with it in the epilogue, and the library's with a second pass for each site.
+    """
+    n, r, k, f = step.n, step.rank, group.features, time.figures
+    skinny = time.skinny("x A'", n, k, len(group.outs), r)
+    if step.adapter_dtype == "fp8":
+        more = k + r * len(group.outs)
+        return [skinny, time.product("[x t] [W b]'", n, more, group.outs, 1, f.fp8_gemm.value)]
+    # bf16 products take twice as long as FP8 ones.
+    rate = f.own_gemm.value
+    ours = [time.product("x W' + O_A B'", n, k + 2 * r, group.outs, 1, rate, own=True)]
+    theirs: list[Launch] = []
+    for out in group.outs:
+        theirs.append(time.product("x W' (library)", n, k, [out], 1, f.fp8_gemm.value))
+        theirs += _addmm(step, time, out)
+    return [skinny, *_faster(ours, theirs)]
+
+
+def _grad_x(step: Step, time: Timer, group: Group) -> list[Launch]:
+    n, r, k, f = step.n, step.rank, group.features, time.figures
+    sites, out = len(group.outs), sum(group.outs)
+    done: list[Launch] = []
+    if step.transpose == "transient":
+        done.append(time.moving("transposes", "W", k * out, k * out))
+    if step.adapter_dtype == "fp8":
+        return [
+            *done,
+            time.product("[g D] [W; A]", n, out + r * sites, [k], 1, f.fp8_gemm.value),
+        ]
+    rate = (f.summed_gemm if sites > 1 else f.own_gemm).value
+    ours = [time.product("dO W + D A", n, out + 2 * r * sites, [k], 1, rate, own=True)]
+    theirs = [time.product("dO W (library)", n, o, [k], 1, f.fp8_gemm.value) for o in group.outs]
+    if sites > 1:
+        theirs.append(time.moving("sums", "of dL/dx", sites * step.a(k), step.a(k)))
+    theirs += _addmm(step, time, k)
+    scaled = time.moving("adapter", "scale D", step.a(r * sites), 2 * step.a(r * sites))
+    return [*done, scaled, *_faster(ours, theirs)]
+
+
+def _addmm(step: Step, time: Timer, columns: int) -> list[Launch]:
+    """The adapter added by ``torch.addmm``: two passes over what it adds to, or two more where it
+    copies that first.
+    """
+    passes, whole = time.figures.addmm_passes.value, step.a(columns)
+    half = passes / 2 * whole
+    done = time.moving("adapter", "addmm (library)", half + step.a(step.rank), half)
+    return [replace(done, kernels=ceil(passes / 2))]
+
+
+def _faster(ours: list[Launch], theirs: list[Launch]) -> list[Launch]:
+    return min(ours, theirs, key=lambda launches: sum(one.seconds for one in launches))
+
+
+def _adapter_grads(step: Step, time: Timer, group: Group, train_a: bool) -> list[Launch]:
+    """D, dL/dB and dL/dA of all siblings: parts over tokens, which a third kernel adds up."""
+    r, sites, k, out = step.rank, len(group.outs), group.features, sum(group.outs)
+    ranks = step.a(r * sites)
+    parts = _splits(step.n, group, train_a, int(time.figures.processors.value))
+    of_b, of_a = 4 * r * out, 4 * r * k * sites if train_a else 0
+    # With the adapter in K, D comes from dL/dO's cast.
+    grad = step.q(out) if step.adapter_dtype == "fp8" else step.a(out)
+    done = [
+        time.thin("adapter", "D", grad + 2 * r * out, ranks),
+        time.thin("adapter", "dL/dB", step.a(out) + ranks, parts * of_b),
+    ]
+    if train_a:
+        done.append(time.thin("adapter", "dL/dA", step.q(k) + ranks, parts * of_a))
+    sums = of_b + of_a
+    return [*done, time.moving("adapter", "their sums", parts * sums, sums)]
+
+
+def _splits(n: int, group: Group, train_a: bool, processors: int) -> int:
+    """As `falqon_fx.kernels.adapter_grads` cuts tokens: two programs for each processor."""
+    columns = sum(ceil(out / 128) for out in group.outs)
+    if train_a:
+        columns = min(columns, ceil(group.features / 64))
+    return max(1, min(ceil(n / 64), 2 * processors // columns))
+
+
+def kept(step: Step, run: str) -> int:
+    """Bytes of a layer that are there for backward alone."""
+    d, a, q = step.decoder, step.a, step.q
+    groups = d.groups
+    common = 2 * a(d.hidden) + 2 * (a(d.query) + a(d.key)) + 2 * a(d.inner)
+    common += 4 * step.n * d.heads + sum(a(step.rank) * len(g.outs) for g in groups)
+    if run in ("peft", "nf4"):  # both norms' results and SwiGLU's
+        return common + 2 * a(d.hidden) + a(d.inner)
+    of_a, of_b = d.adapter(step.rank)
+    casts = of_a + (of_b if step.adapter_dtype == "fp8" else 2 * of_b)
+    return common + casts + (sum(q(g.features) for g in groups) if run == "falqon" else 0)

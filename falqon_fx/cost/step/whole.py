@@ -1,0 +1,132 @@
+"""A whole step: its layers, the head and the loss, the optimizer, and the host."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import get_args
+
+from falqon_fx.cost.step.figures import Figures
+from falqon_fx.cost.step.launches import Launch, Part, Timer
+from falqon_fx.cost.step.layer import NF4_BYTES, Step, falqon, kept, peft
+
+RUNS = {
+    "falqon": "falqon",
+    "falqon_frozen_a": "falqon, A frozen",
+    "peft": "PEFT bf16 + Inductor",
+    "nf4": "NF4 QLoRA + Inductor",
+}
+BASELINE = "peft"
+PARTS = (*get_args(Part), "host")
+# What is no figure of a card: what is done, and how that is known.
+NOTES = {
+    "launches, their bytes, and what is kept for backward": "benchmarks/gpu_lens.py: a decoder "
+    "layer that is a graph by itself; falqon's adapters are float32, PEFT's bf16",
+    "adapter_dtype=fp8": "assumed: siblings in one buffer with one scale a token, r more of K for "
+    "each; no GPU kernels do this yet",
+    "adapter_dtype=bfloat16": "for each product the faster of ours with the adapter in its "
+    "epilogue, and the library's with addmm after it, as the tuner chooses",
+    "adapter's product in an epilogue": "assumed: bf16 takes twice as long as FP8 there, as the "
+    "vendors' peaks say",
+    "attention": "causal: half of the pairs; backward is five products to forward's two",
+    "NF4": "bitsandbytes' format: four bits and a float32 scale of 64, without its second level; "
+    "dequantized once for forward and once for backward, compiled, adapters in bf16",
+    "optimizer": "fused AdamW: p, gradient and moments read, p and moments written",
+    "host": "launches times their price, hidden behind the GPU unless it is longer; none with CUDA "
+    "graphs",
+    "not counted": "the embedding, the last norm, clipping, the allocator, guards; dL/dx of the "
+    "first layer's q, k and v is counted although nothing needs it",
+}
+_FUSED_ADAMW = 36  # tensors in a launch of ATen's multi_tensor_apply with four lists
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a step of one kind takes.
+
+    Attributes:
+        seconds: of each part; "host" is what the GPU waits for it.
+        host: the host's time in all, hidden or not.
+        launches: of a layer.
+        kept: bytes of all layers that are there for backward alone.
+        weights: bytes of all layers' weights.
+        library: products of a layer that the library runs because it is faster than ours with the
+            adapter in the epilogue.
+    """
+
+    seconds: dict[str, float]
+    host: float
+    launches: int
+    kept: int
+    weights: float
+    library: int
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+def arithmetic(step: Step, figures: Figures, cuda_graphs: bool = False) -> dict[str, Run]:
+    """Each of `RUNS`."""
+    return {name: _run(name, step, Timer(figures), cuda_graphs) for name in RUNS}
+
+
+def layer_of(name: str, step: Step, time: Timer) -> list[Launch]:
+    """The launches of a layer of one run."""
+    if name in ("peft", "nf4"):
+        return peft(step, time, nf4=name == "nf4")
+    return falqon(step, time, train_a=name == "falqon")
+
+
+def _run(name: str, step: Step, time: Timer, cuda_graphs: bool) -> Run:
+    d, layer = step.decoder, layer_of(name, step, time)
+    rest = [*_head(step, time), _optimizer(name, step, time)]
+    seconds: dict[str, float] = defaultdict(float, dict.fromkeys(PARTS, 0.0))
+    for launch in layer:
+        seconds[launch.part] += d.layers * launch.seconds
+    for launch in rest:
+        seconds[launch.part] += launch.seconds
+    launches = sum(one.kernels for one in layer)
+    in_all = d.layers * launches + sum(one.kernels for one in rest)
+    host = time.figures.launch.value * in_all
+    if name.startswith("falqon"):
+        host += time.figures.site.value * d.layers * sum(len(g.outs) for g in d.groups)
+    if cuda_graphs:
+        host = 0.0
+    seconds["host"] = max(0.0, host - sum(seconds.values()))
+    element = {"peft": 2.0, "nf4": NF4_BYTES}.get(name, 2.0 if step.transpose == "store" else 1.0)
+    return Run(
+        seconds=dict(seconds),
+        host=host,
+        launches=launches,
+        kept=d.layers * kept(step, name),
+        weights=d.layers * d.weights * element,
+        library=sum(one.part == "products" and one.name.endswith("(library)") for one in layer),
+    )
+
+
+def _head(step: Step, time: Timer) -> list[Launch]:
+    """The head's product and its dL/dx in bf16, in every run, and the loss over the logits."""
+    d, n, rate = step.decoder, step.n, time.figures.bf16_gemm.value
+    passes = time.figures.loss_passes.value
+    half = passes / 2 * step.a(d.vocabulary)
+    loss = time.moving("head", "loss", half, half)
+    return [
+        time.product("head", n, d.hidden, [d.vocabulary], 2, rate, part="head"),
+        time.product("head's dL/dx", n, d.vocabulary, [d.hidden], 2, rate, part="head"),
+        replace(loss, kernels=2),
+    ]
+
+
+def _optimizer(name: str, step: Step, time: Timer) -> Launch:
+    """Fused AdamW: p, its gradient and both moments read, p and the moments written."""
+    d = step.decoder
+    of_a, of_b = d.adapter(step.rank)
+    trained = d.layers * (of_b + (0 if name == "falqon_frozen_a" else of_a))
+    width = 4 if name.startswith("falqon") else 2
+    sites = d.layers * sum(len(group.outs) for group in d.groups)
+    tensors = sites * (1 if name == "falqon_frozen_a" else 2)
+    launch = time.moving("optimizer", "AdamW", 4 * width * trained, 3 * width * trained)
+    kernels = ceil(tensors / _FUSED_ADAMW)
+    return replace(launch, kernels=kernels)
