@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from falqon_fx.cost.step.decoder import decoder_of
-from falqon_fx.cost.step.figures import Figures, figures_for
+from falqon_fx.cost.step.figures import Figure, Figures, figures_for
 from falqon_fx.cost.step.layer import Step
 from falqon_fx.cost.step.whole import BASELINE, NOTES, PARTS, RUNS, Run, arithmetic
 from falqon_fx.errors import FalqonError
@@ -147,9 +147,16 @@ def _ms(seconds: float) -> str:
 
 
 def _sources(figures: Figures, step: Step) -> Table:
-    table = Table("figure", "value", "source", title="Figures", title_justify="left")
+    table = Table("figure", "value", title="Figures", title_justify="left")
+    table.add_column("source", overflow="fold")
     for name, figure in figures.listed().items():
-        table.add_row(name, f"{figure.value:.4g} {figure.unit}".strip(), escape(figure.source))
+        if not name.startswith("attention_"):
+            table.add_row(name, f"{figure.value:.4g} {figure.unit}".strip(), escape(figure.source))
+    for name in ("forward", "backward"):
+        by_length: dict[int, Figure] = getattr(figures, name)
+        values = [f"{length}: {one.value:.4g}" for length, one in by_length.items()]
+        source = next(iter(by_length.values())).source
+        table.add_row(f"attention {name}, FLOP/s", "\n".join(values), escape(source))
     table.add_section()
     table.add_row("sizes", "", escape(step.decoder.source))
     for name, note in NOTES.items():

@@ -146,8 +146,8 @@ _OWN_SOURCE = "assumed: 650 to 850 TFLOP/s are expected of 128 x 128 tiles that 
 _SUMMED_SOURCE = (
     "assumed: the low end of what is expected of own_gemm, for pointers and two accumulators"
 )
-_FLASH = "arXiv 2407.08608, head size 128, H100: FlashAttention-2"
-_CUDNN = "arXiv 2407.08608, head size 128, H100: cuDNN"
+_FLASH = "arXiv 2407.08608, figures 5 and 6, head size 128, H100: FlashAttention-2"
+_CUDNN = "arXiv 2407.08608, figures 5 and 6, head size 128, H100: cuDNN"
 _LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 # TFLOP/s by length: forward with a causal mask, forward without, backward without.
 _ATTENTION: dict[str, tuple[str, tuple[tuple[float, ...], ...]]] = {

@@ -1,0 +1,409 @@
+"""`falqon_fx.cost.step` and ``falqon-fx cost --step``: the arithmetic of a whole training step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jsonschema import validate
+
+from falqon_fx import FalqonError
+from falqon_fx.cost.step.decoder import MODELS, decoder_of
+from falqon_fx.cost.step.figures import Figures, figures_for
+from falqon_fx.cost.step.launches import Timer
+from falqon_fx.cost.step.layer import Step, kept
+from falqon_fx.cost.step.whole import BASELINE, PARTS, RUNS, Run, arithmetic, layer_of
+from falqon_fx_cli.main import main
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+SEVEN = decoder_of("llama-7b")
+STEP = Step(SEVEN, 1, 4096, 64)
+H100 = figures_for("H100")
+CARDS = ("RTX 4090", "L40S", "H100", "H200", "B200", "RTX 5090")
+OURS_WIN = ["own_gemm=1e18", "summed_gemm=1e18"]
+THEIRS_WIN = ["own_gemm=1", "summed_gemm=1"]
+LENS = {"falqon": "falqon", "falqon_frozen_a": "falqon_frozen_a", "peft": "inductor"}
+
+STEPS = st.builds(
+    Step,
+    decoder=st.sampled_from([replace(d, layers=2) for d in MODELS.values()]),
+    batch=st.integers(1, 8),
+    tokens=st.integers(1, 8192),
+    rank=st.integers(1, 128),
+    adapter_dtype=st.sampled_from(["bfloat16", "fp8"]),
+    transpose=st.sampled_from(["transient", "store"]),
+)
+
+
+@pytest.mark.parametrize("name", LENS)
+def test_a_layer_is_what_the_lens_sees(name):
+    """The lens also counts what is left out here: a scale for each row of a cast and of a norm (at
+    most 4 bytes to 4096 features, twelve times) and RoPE's cosines; together below a 500th.
+    """
+    seen = json.loads((RESULTS / "gpu_lens-llama-7b-1.json").read_text())["runs"][LENS[name]]
+    layer = layer_of(name, STEP, Timer(H100.given(OURS_WIN)))
+    assert sum(one.kernels for one in layer) == seen["launches"]
+    assert sum(one.reads for one in layer) == pytest.approx(seen["bytes_read"], rel=2e-3)
+    assert sum(one.writes for one in layer) == pytest.approx(seen["bytes_written"], rel=2e-3)
+    assert kept(STEP, name) == pytest.approx(seen["kept_bytes"], rel=2e-3)
+
+
+@given(STEPS, st.sampled_from(CARDS), st.sampled_from(["flash2", "cudnn"]), st.booleans())
+@settings(max_examples=50, deadline=None)
+def test_the_parts_are_the_launches(step, card, attention, graphs):
+    figures = figures_for(card, attention)
+    for name, run in arithmetic(step, figures, graphs).items():
+        assert set(run.seconds) == set(PARTS)
+        assert min(run.seconds.values()) >= 0
+        assert run.total == pytest.approx(sum(run.seconds.values()))
+        layer = layer_of(name, step, Timer(figures))
+        for part in set(PARTS) - {"head", "optimizer", "host"}:
+            own = sum(one.seconds for one in layer if one.part == part)
+            assert run.seconds[part] == pytest.approx(step.decoder.layers * own)
+        assert run.launches == sum(one.kernels for one in layer)
+        busy = run.total - run.seconds["host"]
+        assert run.total == pytest.approx(max(busy, run.host))
+        assert graphs <= (run.host == run.seconds["host"] == 0)
+
+
+@given(STEPS, st.sampled_from(CARDS), st.integers(1, 4096))
+@settings(max_examples=50, deadline=None)
+def test_more_tokens_are_never_faster(step, card, more):
+    """Of the GPU's time: where the host is what is waited for, the tuner may choose at more tokens
+    a faster kernel that is fewer launches.
+    """
+    figures = figures_for(card)
+    few = arithmetic(step, figures, True)
+    longer = arithmetic(replace(step, tokens=step.tokens + more), figures, True)
+    wider = arithmetic(replace(step, batch=step.batch + 1), figures, True)
+    for name in RUNS:
+        assert longer[name].total >= few[name].total * (1 - 1e-12)
+        assert wider[name].total >= few[name].total * (1 - 1e-12)
+
+
+@given(STEPS, st.sampled_from(CARDS))
+@settings(max_examples=50, deadline=None)
+def test_what_must_order(step, card):
+    figures = figures_for(card)
+    runs = arithmetic(step, figures, True)
+    assert runs["falqon_frozen_a"].seconds["adapter"] <= runs["falqon"].seconds["adapter"]
+    assert runs["falqon_frozen_a"].kept < runs["falqon"].kept
+    stored = arithmetic(replace(step, transpose="store"), figures, True)["falqon"]
+    assert stored.seconds["transposes"] == 0
+    assert stored.weights == runs["peft"].weights
+    # NF4 is PEFT's step with W dequantized, whatever the tokens.
+    extra = runs["nf4"].total - runs["peft"].total
+    assert extra == pytest.approx(runs["nf4"].seconds["dequantize"])
+    other = arithmetic(replace(step, tokens=step.tokens + 100), figures, True)
+    assert other["nf4"].seconds["dequantize"] == runs["nf4"].seconds["dequantize"]
+
+
+def test_limits():
+    """With free memory and no fixed costs, products in whole waves differ by the rates alone, and
+    K by the adapter's share; a host with a price of its own is all that is left of few tokens.
+    """
+    free = ["bandwidth=1e30", "ramp=1e-30", "gap=1e-30"]
+    figures = H100.given([*free, "fp8_gemm=2e15", "bf16_gemm=1e15"])
+    many = Step(SEVEN, 132, 4096, 1, "fp8", "store")
+    runs = arithmetic(many, figures)
+    ratio = runs["peft"].seconds["products"] / runs["falqon"].seconds["products"]
+    assert ratio == pytest.approx(2, rel=2e-3)
+    assert runs["falqon"].seconds["host"] == 0
+
+    few = Step(SEVEN, 1, 1, 64)
+    dear = arithmetic(few, H100.given(["launch=1"]))
+    assert dear["peft"].total == pytest.approx(dear["peft"].host)
+    assert dear["peft"].host == pytest.approx(32 * 73 + 4 + ceil(2 * 7 * 32 / 36), rel=1e-9)
+
+
+def us(read_and_written: float, share: float = 1.0) -> float:
+    """2.8 TB/s, and 2.5 us from a kernel to the next."""
+    return read_and_written / (2.8e6 * share) + 2.5
+
+
+MIB = 2**20
+WAVE = 2 * 128 * 256 * 132  # FLOPs of a wave, a column of K
+BF16, FP8 = 755e6 * 12 * 132 / 1536, 1215e6 * 4 * 132 / 512  # FLOP/us with full waves
+
+
+def test_each_part_by_hand():
+    """LLaMA-7B, 4096 tokens, rank 64: 512 tiles of 4096 x 4096 are 4 waves, 1376 of 4096 x 11008
+    are 11.
+    """
+    runs = arithmetic(STEP, H100.given(OURS_WIN))
+    of_layer = {
+        name: {part: 1e6 * t / 32 for part, t in run.seconds.items()} for name, run in runs.items()
+    }
+    peft, nf4, ours = of_layer["peft"], of_layer["nf4"], of_layer["falqon"]
+    # Eight of 4096 x 4096; forward of gate and up, dL/dx of down; and the other three.
+    square, wide = 4 * 4096 * WAVE / BF16, 11 * 4096 * WAVE / BF16
+    deep = 4 * 11008 * WAVE / BF16
+    assert peft["products"] == pytest.approx(8 * square + 3 * wide + 3 * deep + 14 * 2.5)
+    h, i, r, w, v = 32 * MIB, 86 * MIB, MIB / 2, MIB / 2, 11008 * 64 * 2
+    linears = [(h, h, w, w)] * 4 + [(h, i, w, v)] * 2 + [(i, h, v, w)]
+    adapter = sum(
+        us(x + a + r, 0.69)
+        + us(r + b + y)
+        + us(y + b + r, 0.69)
+        + us(r + a + x)
+        + us(y + r + b, 0.69)
+        + us(x + r + a, 0.69)
+        for x, y, a, b in linears
+    )
+    assert peft["adapter"] == pytest.approx(adapter)
+    passes = [2 * h, 3 * h, 6 * h, 5 * h, 7 * i, 4 * h, 2 * h, 8 * i, 10 * h, 3 * h, 2 * h, 6 * h]
+    assert peft["elementwise"] == pytest.approx(sum(map(us, [*passes, 9 * h])))
+    flops = 2 * 4096 * 4096 * 4096
+    attention = flops / 319e6 + 2.5 * flops / (310e6 * 319 / 368) + 2 * 2.5
+    for run in of_layer.values():
+        assert run["attention"] == pytest.approx(attention)
+        assert run["host"] == 0
+    weights = 4 * 4096**2 + 3 * 4096 * 11008
+    dequantize = 2 * (weights * 2.5625 / (2.8e6 * 0.85) + 7 * 2.5)
+    assert nf4["dequantize"] == pytest.approx(dequantize)
+
+    assert ours["transposes"] == pytest.approx(2 * weights / 2.8e6 + 4 * 2.5)
+    a, b = 64 * 35584, 64 * 42496
+    casts = us(5 * a + 6 * b) + 3 * us(1.5 * h)
+    assert ours["casts"] == pytest.approx(casts)
+    passes = [1.5 * h, 4 * h, 2.5 * h, 2.5 * i, 4 * h, 8 * i, 5.5 * h, 5 * h, 4 * h]
+    assert ours["elementwise"] == pytest.approx(sum(map(us, passes)))
+    assert ours["sums"] == 0
+
+    # 32000 columns are 125 tiles of 256, and 4000 tiles 31 waves.
+    head = 31 * 4096 * WAVE / BF16 + 4 * 32000 * WAVE / BF16 + 5 + us(6 * 2 * 4096 * 32000)
+    assert 1e6 * runs["peft"].seconds["head"] == pytest.approx(head)
+    assert 1e6 * runs["falqon"].seconds["optimizer"] == pytest.approx(us(28 * 32 * (a + b)))
+    assert 1e6 * runs["falqon_frozen_a"].seconds["optimizer"] == pytest.approx(us(28 * 32 * b))
+    assert 1e6 * runs["peft"].seconds["optimizer"] == pytest.approx(us(14 * 32 * (a + b)))
+
+
+def test_the_adapter_by_hand():
+    """Of o_proj: x·Aᵀ is 32 steps of 128 of K, dL/dB and dL/dA are 8 parts each."""
+    x, ranks, side = 32 * MIB, MIB / 2, 4096 * 64
+    skinny = max(32 * 0.23, (x / 2 + side + ranks) / 2.8e6) + 2.5
+    d = us(x + 2 * side + ranks, 0.69)
+    of_b, of_a = us(x + ranks + 8 * 4 * side, 0.69), us(x / 2 + ranks + 8 * 4 * side, 0.69)
+    sums = us(9 * 4 * 2 * side)
+    scale = us(3 * ranks)
+    done = _of_group(layer_of("falqon", STEP, Timer(H100.given(OURS_WIN))), 1, 7)
+    assert 1e6 * done == pytest.approx(skinny + d + of_b + of_a + sums + scale)
+
+
+def _of_group(layer: list[Any], group: int, launches: int) -> float:
+    """The seconds of a group's adapter: of ``launches``, one is the product's, which isn't it."""
+    own = [one for one in layer if one.part == "adapter"]
+    each = len(own) // 4
+    assert each == launches - 1
+    return float(sum(one.seconds for one in own[group * each : (group + 1) * each]))
+
+
+def test_both_lowerings_by_hand():
+    """4096 x 4096 in tiles of 128 x 128 are 1024, 8 waves; by the library in 4 of twice the size.
+    The library's results take four passes more for the adapter, those of siblings a sum.
+    """
+    wave = WAVE / 2
+    figures = H100.given(["own_gemm=7e14", "summed_gemm=6e14"])
+    layer = layer_of("falqon", STEP, Timer(figures.given(["fp8_gemm=1"])))
+    products = [1e6 * one.seconds - 2.5 for one in layer if one.part == "products"]
+    assert products[0] == pytest.approx(24 * (4096 + 128) * wave / 7e8)  # q, k, v
+    assert products[1] == pytest.approx(8 * (3 * 4096 + 3 * 128) * wave / 6e8)  # their dL/dx
+    assert products[2] == pytest.approx(8 * (4096 + 128) * wave / 7e8)  # o
+
+    layer = layer_of("falqon", STEP, Timer(H100.given(THEIRS_WIN)))
+    products = [1e6 * one.seconds - 2.5 for one in layer if one.part == "products"]
+    assert products[:6] == pytest.approx([4 * 4096 * WAVE / FP8] * 6)
+    added = [one for one in layer if one.name == "addmm (library)"]
+    assert 1e6 * added[0].seconds == pytest.approx(us(4 * 32 * MIB + MIB / 2))
+    (of_three, of_two) = (one for one in layer if one.part == "sums")
+    assert 1e6 * of_three.seconds == pytest.approx(us(4 * 32 * MIB))
+    assert 1e6 * of_two.seconds == pytest.approx(us(3 * 32 * MIB))
+
+    planned = layer_of("falqon", replace(STEP, adapter_dtype="fp8"), Timer(H100))
+    products = [1e6 * one.seconds - 2.5 for one in planned if one.part == "products"]
+    assert products[0] == pytest.approx(12 * (4096 + 192) * WAVE / FP8)
+    assert products[1] == pytest.approx(4 * (3 * 4096 + 192) * WAVE / FP8)
+    assert len(products) == 8
+
+
+def test_every_figure_has_a_source_and_what_was_given_says_so():
+    for card in CARDS:
+        for name, figure in figures_for(card).listed().items():
+            assert figure.source, name
+            assert figure.value > 0, name
+    given = H100.given(["fp8_gemm=1.4e15"])
+    assert given.fp8_gemm.value == 1.4e15
+    assert "command line" in given.fp8_gemm.source
+    assert figures_for("H200").fp8_gemm.assumed
+    assert not H100.fp8_gemm.assumed
+    assert H100.own_gemm.assumed
+
+
+def test_attention_between_published_lengths():
+    forward = {n: H100.attention(n)[0] for n in (1, 512, 724, 1024, 1 << 20)}
+    assert forward[1] == forward[512] == 191e12
+    assert forward[724] == pytest.approx((191e12 + 260e12) / 2, rel=1e-3)  # √2 · 512
+    assert forward[1 << 20] == 335e12
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Iterator[Path]:
+    sizes = {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "vocab_size": 32000,
+        "head_dim": None,
+    }
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(sizes))
+    return file
+
+
+def test_a_config_is_the_model_that_it_describes(config):
+    for model in (str(config), str(config.parent)):
+        assert replace(decoder_of(model), name=SEVEN.name, source=SEVEN.source) == SEVEN
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"hidden_size": "many"}, "hidden_size"),
+        ({"vocab_size": 0}, "vocab_size"),
+        ({"num_hidden_layers": True}, "num_hidden_layers"),
+        ({"num_experts": 8}, "mixture of experts"),
+    ],
+)
+def test_a_config_that_is_no_decoders(config, change, problem):
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    with pytest.raises(FalqonError, match=problem):
+        decoder_of(str(config))
+    for text in ("[1]", "{", '{"text_config": 3}'):
+        config.write_text(text)
+        with pytest.raises(FalqonError, match=r"config\.json"):
+            decoder_of(str(config))
+
+
+NUMBER = {"type": "number", "minimum": 0}
+WHOLE = {"type": "integer", "minimum": 0}
+RUN = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["ms", "total_ms", "speedup", "host_ms", "launches", "kept_bytes"],
+    "properties": {
+        "ms": {
+            "type": "object",
+            "required": list(PARTS),
+            "additionalProperties": False,
+            "properties": dict.fromkeys(PARTS, NUMBER),
+        },
+        **dict.fromkeys(("total_ms", "speedup", "host_ms"), NUMBER),
+        **dict.fromkeys(("launches", "kept_bytes", "weight_bytes", "library_products"), WHOLE),
+    },
+}
+FIGURE = {
+    "type": "object",
+    "required": ["value", "unit", "source"],
+    "properties": {"value": NUMBER, "unit": {"type": "string"}, "source": {"type": "string"}},
+}
+SCHEMA = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["note", "model", "card", "steps", "figures", "notes", "baseline"],
+    "properties": {
+        "note": {"type": "string", "pattern": "not a measurement"},
+        "model": {"type": "object", "required": ["name", "hidden", "source"]},
+        "card": {"type": "string"},
+        "attention": {"enum": ["flash2", "cudnn"]},
+        "cuda_graphs": {"type": "boolean"},
+        "baseline": {"const": BASELINE},
+        "batch": {"type": "integer"},
+        "rank": {"type": "integer"},
+        "adapter_dtype": {"enum": ["bfloat16", "fp8"]},
+        "transpose": {"enum": ["transient", "store"]},
+        "steps": {
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "type": "object",
+                "required": ["tokens", "runs"],
+                "properties": {
+                    "tokens": {"type": "integer"},
+                    "runs": {
+                        "type": "object",
+                        "required": list(RUNS),
+                        "additionalProperties": RUN,
+                    },
+                },
+            },
+        },
+        "figures": {"type": "object", "additionalProperties": FIGURE},
+        "notes": {"type": "object", "additionalProperties": {"type": "string"}},
+    },
+}
+
+
+def as_json(capsys: Any, *words: str) -> dict[str, Any]:
+    assert main(["cost", "--step", "--card", "H100", "--json", *words]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    validate(found, SCHEMA)
+    return found
+
+
+def test_json(capsys):
+    words = ["--batch", "16", "--tokens", "512", "64", "--adapter-dtype", "fp8", "--cuda-graphs"]
+    found = as_json(capsys, *words, "--model", "qwen3-8b", "--transpose", "store")
+    assert [step["tokens"] for step in found["steps"]] == [512, 64]
+    step = Step(MODELS["qwen3-8b"], 16, 512, 64, "fp8", "store")
+    runs: dict[str, Run] = arithmetic(step, H100, True)
+    shown = found["steps"][0]["runs"]
+    for name, run in runs.items():
+        assert shown[name]["total_ms"] == pytest.approx(1e3 * run.total)
+        assert shown[name]["speedup"] == pytest.approx(runs["peft"].total / run.total)
+    assert set(found["figures"]) == set(H100.listed())
+    given: Figures = H100.given(["addmm_passes=2"])
+    found = as_json(capsys, "--figure", "addmm_passes=2", "--attention", "flash2")
+    assert found["steps"][0]["runs"]["falqon"]["total_ms"] == pytest.approx(
+        1e3 * arithmetic(STEP, given)["falqon"].total
+    )
+
+
+def test_the_table_says_what_it_is(capsys):
+    assert main(["cost", "--step", "--card", "h100", "--model", "llama-3-8b"]) == 0
+    shown = capsys.readouterr().out
+    assert "not a measurement" in shown
+    assert "assumed" in shown
+    for name in ("products", "transposes", "attention", "PEFT bf16", "tritonbench#1149"):
+        assert name in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--step", "--card", "H100", "--model", "llama-8b"], "llama-3-8b"),
+        (["--step", "--card", "H100", "--model", "gpt"], "is unknown, and there is no such file"),
+        (["--step", "--card", "H1000"], "'H100'"),
+        (["--step", "--card", "MI300X"], "no FP8 kernels for it"),
+        (["--step", "--card", "H100", "--tokens", "0"], "--tokens 0"),
+        (["--step", "--card", "H100", "--rank", "0"], "--rank 0"),
+        (["--step", "--card", "H100", "--batch", "-1"], "--batch -1"),
+        (["--step", "--card", "H100", "--adapter-dtype", "float32"], "Give bfloat16 or fp8"),
+        (["--step", "--card", "H100", "--figure", "speed=3"], "no figure has this name"),
+        (["--step", "--card", "H100", "--figure", "launch=fast"], "no positive number"),
+        (["--step", "--card", "H100", "--figure", "launch=nan"], "no positive number"),
+        (["--card", "H100", "--model", "llama-7b"], "Add --step"),
+        (["--card", "H100", "--cuda-graphs"], "Add --step"),
+        (["--card", "H100", "--adapter-dtype", "fp8"], "Add --step"),
+    ],
+)
+def test_what_cant_be_asked_is_explained(words, message, capsys):
+    assert main(["cost", *words]) == 1
+    assert message in " ".join(capsys.readouterr().err.split())
