@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
@@ -158,7 +158,20 @@ def test_each_part_by_hand():
         for x, y, a, b in linears
     )
     assert peft["adapter"] == pytest.approx(adapter)
-    passes = [2 * h, 3 * h, 6 * h, 5 * h, 7 * i, 4 * h, 2 * h, 8 * i, 10 * h, 3 * h, 2 * h, 6 * h]
+    passes: list[float] = [
+        2 * h,
+        3 * h,
+        6 * h,
+        5 * h,
+        7 * i,
+        4 * h,
+        2 * h,
+        8 * i,
+        10 * h,
+        3 * h,
+        2 * h,
+        6 * h,
+    ]
     assert peft["elementwise"] == pytest.approx(sum(map(us, [*passes, 9 * h])))
     flops = 2 * 4096 * 4096 * 4096
     attention = flops / 319e6 + 2.5 * flops / (310e6 * 319 / 368) + 2 * 2.5
@@ -246,6 +259,20 @@ def test_every_figure_has_a_source_and_what_was_given_says_so():
     assert H100.own_gemm.assumed
 
 
+def test_the_result_is_what_is_computed(monkeypatch):
+    """`benchmarks/cost_step.py --results` writes it anew."""
+    monkeypatch.syspath_prepend(str(RESULTS.parent))
+    of = importlib.import_module("cost_step")
+    kept_runs = json.loads((RESULTS / "cost_step-llama-7b-h100.json").read_text())["runs"]
+    assert kept_runs.keys() == of.CHOICES.keys()
+    for name, (dtype, transpose, attention, words) in of.CHOICES.items():
+        figures = figures_for("H100", attention).given(list(words))
+        for shape, (batch, tokens, graphs) in of.STEPS.items():
+            step = Step(SEVEN, batch, tokens, 64, dtype, transpose)
+            for run, now in arithmetic(step, figures, graphs).items():
+                assert kept_runs[name][shape][run]["seconds"] == pytest.approx(now.seconds)
+
+
 def test_attention_between_published_lengths():
     forward = {n: H100.attention(n)[0] for n in (1, 512, 724, 1024, 1 << 20)}
     assert forward[1] == forward[512] == 191e12
@@ -254,7 +281,7 @@ def test_attention_between_published_lengths():
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Iterator[Path]:
+def config(tmp_path: Path) -> Path:
     sizes = {
         "hidden_size": 4096,
         "intermediate_size": 11008,

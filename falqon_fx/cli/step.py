@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from falqon_fx.cost.step.decoder import decoder_of
-from falqon_fx.cost.step.figures import Figure, Figures, figures_for
-from falqon_fx.cost.step.layer import Step
+from falqon_fx.cost.step.figures import Attention, Figure, Figures, figures_for
+from falqon_fx.cost.step.layer import AdapterDtype, Step, Transpose
 from falqon_fx.cost.step.whole import BASELINE, NOTES, PARTS, RUNS, Run, arithmetic
 from falqon_fx.errors import FalqonError
 from falqon_fx_cli.exit_codes import DONE
@@ -42,7 +42,7 @@ def refuse_without_step(arguments: argparse.Namespace) -> None:
 def run(arguments: argparse.Namespace, card: str) -> int:
     """Print a table for each number of tokens, and every figure with its source."""
     steps = _steps(arguments)
-    attention = arguments.attention or "flash2"
+    attention: Attention = "flash2" if arguments.attention is None else arguments.attention
     figures = figures_for(card, attention).given(arguments.figure or [])
     graphs = bool(arguments.cuda_graphs)
     seen = [(step, arithmetic(step, figures, graphs)) for step in steps]
@@ -68,8 +68,10 @@ def run(arguments: argparse.Namespace, card: str) -> int:
 
 
 def _steps(arguments: argparse.Namespace) -> list[Step]:
-    dtype = arguments.adapter_dtype or "bfloat16"
-    if dtype == "float32":
+    given = arguments.adapter_dtype, arguments.transpose
+    dtype: AdapterDtype = "bfloat16" if given[0] is None else given[0]
+    transpose: Transpose = "transient" if given[1] is None else given[1]
+    if given[0] == "float32":
         problem = "with --step it is how falqon adds the adapter"
         raise FalqonError("--adapter-dtype float32", problem, "Give bfloat16 or fp8")
     batch = 1 if arguments.batch is None else arguments.batch
@@ -82,7 +84,6 @@ def _steps(arguments: argparse.Namespace) -> list[Step]:
         if value < 1:
             raise FalqonError(f"--{name} {value}", "there must be one at least", "Give more")
     decoder = decoder_of(arguments.model or "llama-7b")
-    transpose = arguments.transpose or "transient"
     return [Step(decoder, batch, n, arguments.rank, dtype, transpose) for n in tokens]
 
 

@@ -65,16 +65,16 @@ class Group:
     outs: tuple[int, ...]
 
 
-def _named(name: str, source: str, *sizes: int) -> Decoder:
-    return Decoder(name, *sizes, source=f"{source}, config.json")
+def _named(name: str, source: str, sizes: tuple[int, int, int, int, int, int, int]) -> Decoder:
+    return Decoder(name, *sizes, f"{source}, config.json")
 
 
 MODELS = {
     decoder.name: decoder
     for decoder in (
-        _named("llama-7b", "huggyllama/llama-7b", 4096, 11008, 32, 32, 32, 128, 32000),
-        _named("llama-3-8b", "meta-llama/Meta-Llama-3-8B", 4096, 14336, 32, 32, 8, 128, 128256),
-        _named("qwen3-8b", "Qwen/Qwen3-8B", 4096, 12288, 36, 32, 8, 128, 151936),
+        _named("llama-7b", "huggyllama/llama-7b", (4096, 11008, 32, 32, 32, 128, 32000)),
+        _named("llama-3-8b", "meta-llama/Meta-Llama-3-8B", (4096, 14336, 32, 32, 8, 128, 128256)),
+        _named("qwen3-8b", "Qwen/Qwen3-8B", (4096, 12288, 36, 32, 8, 128, 151936)),
     )
 }
 

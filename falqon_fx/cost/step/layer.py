@@ -15,6 +15,8 @@ from typing import Literal
 from falqon_fx.cost.step.decoder import Decoder, Group
 from falqon_fx.cost.step.launches import Launch, Timer
 
+AdapterDtype = Literal["bfloat16", "fp8"]
+Transpose = Literal["transient", "store"]
 NF4_BYTES = 0.5 + 4 / 64  # an element: four bits, and a float32 scale of 64
 
 
@@ -26,8 +28,8 @@ class Step:
     batch: int
     tokens: int
     rank: int
-    adapter_dtype: Literal["bfloat16", "fp8"] = "bfloat16"
-    transpose: Literal["transient", "store"] = "transient"
+    adapter_dtype: AdapterDtype = "bfloat16"
+    transpose: Transpose = "transient"
 
     @property
     def n(self) -> int:
@@ -215,7 +217,8 @@ def _splits(n: int, group: Group, train_a: bool, processors: int) -> int:
     columns = sum(ceil(out / 128) for out in group.outs)
     if train_a:
         columns = min(columns, ceil(group.features / 64))
-    return max(1, min(ceil(n / 64), 2 * processors // columns))
+    tokens = 32 if len(group.outs) > 2 else 64  # of one step of a program
+    return max(1, min(ceil(n / tokens), 2 * processors // columns))
 
 
 def kept(step: Step, run: str) -> int:
