@@ -210,6 +210,12 @@ def test_the_adapter_by_hand():
     assert 1e6 * done == pytest.approx(skinny + d + of_b + of_a + sums + scale)
 
 
+def test_rounds_of_the_skinny_product():
+    """384 programs, two for each of 132 processors at a time; with a slow one nothing else counts."""
+    one = Timer(H100.given(["skinny_step=1"])).skinny("x A'", 8192, 4096, 3, 64)
+    assert one.seconds == pytest.approx(2 * 32)
+
+
 def _of_group(layer: list[Any], group: int, launches: int) -> float:
     """The seconds of a group's adapter: of ``launches``, one is the product's, which isn't it."""
     own = [one for one in layer if one.part == "adapter"]
