@@ -211,7 +211,7 @@ def test_the_adapter_by_hand():
 
 
 def test_rounds_of_the_skinny_product():
-    """384 programs, two for each of 132 processors at a time; with a slow one nothing else counts."""
+    """384 programs, two for each of 132 processors at a time."""
     one = Timer(H100.given(["skinny_step=1"])).skinny("x A'", 8192, 4096, 3, 64)
     assert one.seconds == pytest.approx(2 * 32)
 

@@ -131,7 +131,7 @@ _PROCESSORS = {
     "L40S": (142, "NVIDIA L40S datasheet (18176 CUDA cores of 128 a processor)"),
     "H100": (132, "NVIDIA H100 Tensor Core GPU Architecture whitepaper, SXM5"),
     "H200": (132, "NVIDIA H200: the GH100 of the H100 SXM5"),
-    "B200": (148, "assumed: 148 processors, as CUDA is said to report"),
+    "B200": (148, "assumed"),
     "RTX 5090": (170, "NVIDIA RTX Blackwell GPU Architecture whitepaper"),
 }
 # 512 tiles of 128 x 256 on 132 processors are 3.88 waves of 4; 1536 of them 11.6 of 12.
@@ -170,11 +170,6 @@ _ATTENTION: dict[str, tuple[str, tuple[tuple[float, ...], ...]]] = {
 }
 _MEMORY = "https://mikamirai.com/blog/gpu-memory-bandwidth/: H100 SXM, 2.8 of 3.35 TB/s"
 _PUBLISHED = {
-    ("RTX 5090", "fp8_gemm"): (
-        419e12,
-        "pytorch/pytorch#155991: CUTLASS, a scale a row, 4096 x 4096 x 4096: 389 TFLOP/s, so with "
-        "full waves the vendor's peak",
-    ),
     ("B200", "fp8_gemm"): (
         2850e12 * 14 * 148 / 2048,
         "triton-lang/triton#9044: cuBLAS, MXFP8, 8192 x 8192 x 8192: 2850 TFLOP/s, at 0.99 of "
