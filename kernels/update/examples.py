@@ -52,4 +52,13 @@ GOLDEN = (
 )
 # They read addresses and sizes out of a table, or a few numbers a row: 0.2% of a step in all.
 SMALL = frozenset({"fingerprint", "score", "select"})
-KERNEL = Kernel(UpdateSpec, signatures, ahead, GOLDEN, four_warps=SMALL, narrow=SMALL)
+# Which rows fit goes from the threads of a row to all of them as bytes, three times a tile.
+KERNEL = Kernel(
+    UpdateSpec,
+    signatures,
+    ahead,
+    GOLDEN,
+    four_warps=SMALL,
+    narrow=SMALL,
+    bytewise=frozenset({"write"}),
+)
