@@ -57,6 +57,7 @@ class GradOutASpec(KernelSpec):
             operands=operands,
             adapters=len(ranks),
             rank=max(16, 1 << (max(ranks) - 1).bit_length()),
+            block_m=64 if max(ranks) > 128 else 32,
             block_k=64 if wide or max(ranks) > 64 else 128,
             num_warps=8 if max(ranks) > 128 else 4,
             num_stages=2 if wide else 3,

@@ -126,13 +126,13 @@ def table(tmp_path, monkeypatch):
 
 def test_accept_writes_what_was_compiled_and_keeps_the_other_lines(table):
     whole = table.read_text()
-    ours = [line for line in whole.splitlines(keepends=True) if line.startswith("transpose_128")]
+    ours = [line for line in whole.splitlines(keepends=True) if line.startswith("transpose_1x_fp8")]
     table.write_text(whole.replace(ours[1], ""))
-    assert main(["--only", "transpose_128", "--accept"]) == 0
+    assert main(["--only", "transpose_1x_fp8", "--accept"]) == 0
     lines = table.read_text().splitlines(keepends=True)
     assert sorted(lines) == sorted(whole.splitlines(keepends=True))
     assert lines[-1] == ours[1]
-    assert main(["--only", "transpose_128", "--accept"]) == 0
+    assert main(["--only", "transpose_1x_fp8", "--accept"]) == 0
     assert table.read_text().splitlines(keepends=True) == lines
 
 
@@ -140,7 +140,7 @@ def test_accept_drops_the_lines_of_kernels_that_are_gone(table):
     whole = table.read_text()
     gone = "no_such_kernel,gemm,90,1,0,0,0,,1,0\n"
     table.write_text(whole + gone)
-    assert main(["--only", "transpose_128", "--accept"]) == 0
+    assert main(["--only", "transpose_1x_fp8", "--accept"]) == 0
     assert gone not in table.read_text()
 
 
@@ -148,7 +148,7 @@ def test_a_part_of_another_tritons_table_is_not_accepted(table, capsys):
     other = table.read_text().replace(triton.__version__, "1.0", 1)
     table.write_text(other)
     with pytest.raises(SystemExit):
-        main(["--only", "transpose_128", "--accept"])
+        main(["--only", "transpose_1x_fp8", "--accept"])
     assert "of Triton 1.0" in capsys.readouterr().err
     assert table.read_text() == other
 
