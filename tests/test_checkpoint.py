@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -466,6 +467,37 @@ def test_torch_distributed_checkpoint_of_tensors_that_an_optimizer_holds_twice(t
         state = falqon_fx.CheckpointState(model, optimizer)
         action({"falqon": state}, checkpoint_id=tmp_path)
     assert [float(group["lr"]) for group in optimizers[1].param_groups] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("change", ["lr", "sums", "dtypes", "checksum", "list"])
+def test_a_distributed_checkpoint_whose_text_was_changed_is_refused(change):
+    run = Run(True)
+    run.steps(0, 2)
+    saved = falqon_fx.CheckpointState(run.model, run.optimizer).state_dict()
+    text = json.loads(saved["text"])
+    if change == "lr":
+        saved["text"] = re.sub(r'("lr", )[^]]+', r"\g<1>7.5", saved["text"])
+    else:
+        del text[change if change in text else "sites"]
+        if change in ("sums", "dtypes"):  # by someone who knows how
+            del text["checksum"]
+            text["checksum"] = storage.json_checksum(text)
+        saved["text"] = json.dumps([text] if change == "list" else text)
+    before = snapshot_of(run)
+    with pytest.raises(DamagedFileError, match="checksum of its text is wrong|Field required"):
+        falqon_fx.CheckpointState(run.model, run.optimizer).load_state_dict(saved)
+    after = snapshot_of(run)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert run.optimizer.param_groups[0]["lr"] != 7.5
+
+
+def test_a_distributed_checkpoint_of_more_tensors_than_the_model_is_refused(tmp_path):
+    """DCP itself leaves out what it isn't asked for."""
+    larger, model = tiny_mlp(), tiny_mlp()
+    larger.register_buffer("more", torch.ones(2))
+    dcp.save({"falqon": falqon_fx.CheckpointState(larger)}, checkpoint_id=tmp_path)
+    with pytest.raises((FalqonError, dcp.api.CheckpointException), match="not in the model"):
+        dcp.load({"falqon": falqon_fx.CheckpointState(model)}, checkpoint_id=tmp_path)
 
 
 OTHERS: dict[str, Callable[[], nn.Module]] = {

@@ -125,9 +125,9 @@ class Distributed(TypedDict):
 
     sites: list[Site]
     optimizer: Any
-    dtypes: NotRequired[dict[str, str]]
-    sums: NotRequired[dict[str, str]]
-    same: NotRequired[dict[str, str]]
+    dtypes: dict[str, str]
+    sums: dict[str, str]
+    same: dict[str, str]
 
 
 class Index(TypedDict):

@@ -101,7 +101,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def write_manifest(final: Path, content: Mapping[str, Any]) -> None:
     """Write JSON with its own checksum, aside and renamed: the moment from which it counts."""
-    whole = {**content, "checksum": _json_checksum(content)}
+    whole = {**content, "checksum": json_checksum(content)}
     with atomic_file(final) as aside:
         aside.write_text(json.dumps(whole, indent=1), encoding="utf-8")
 
@@ -122,10 +122,7 @@ def read_manifest(path: Path, kind: str, form: str, remedy: str) -> dict[str, An
     content = read_json(path)
     if not isinstance(content, dict):
         raise DamagedFileError(path, f"its format is not {kind!r}")
-    try:
-        whole = content.pop("checksum", None) == _json_checksum(content)
-    except RecursionError as error:  # reading goes deeper than writing
-        raise DamagedFileError(path, "its JSON is nested too deep") from error
+    whole = has_own_checksum(path, content)
     found, family = str(content.get("format")), kind.rpartition(".")[0]
     if found != kind and whole and found.rpartition(".")[0] == family:
         problem = f"its format is {found!r}, and this falqon-fx reads {kind!r}"
@@ -137,6 +134,14 @@ def read_manifest(path: Path, kind: str, form: str, remedy: str) -> dict[str, An
     check_form(path, content, form)
     check_names(path, [*content["files"], *content.get("others", ())])
     return content
+
+
+def has_own_checksum(path: Path, content: dict[str, Any]) -> bool:
+    """Whether JSON has the checksum of itself, which is taken out of it."""
+    try:
+        return bool(content.pop("checksum", None) == json_checksum(content))
+    except RecursionError as error:  # reading goes deeper than writing
+        raise DamagedFileError(path, "its JSON is nested too deep") from error
 
 
 def read_json(path: Path) -> Any:
@@ -361,7 +366,8 @@ def _header_checksum(path: Path) -> str:
     return _checksum(_header(path))
 
 
-def _json_checksum(content: Mapping[str, Any]) -> str:
+def json_checksum(content: Mapping[str, Any]) -> str:
+    """The checksum of plain data, whatever order its keys are in."""
     return _checksum(json.dumps(content, sort_keys=True).encode())
 
 

@@ -176,7 +176,7 @@ def swapped(files: Sequence[Path]) -> Iterator[tuple[Path, bytes]]:
 def resealed(path: Path, content: Any) -> None:
     """A manifest with a right checksum, as whoever wrote the checkpoint could have written it."""
     content = {key: value for key, value in content.items() if key != "checksum"}
-    text = json.dumps({**content, "checksum": storage._json_checksum(content)})
+    text = json.dumps({**content, "checksum": storage.json_checksum(content)})
     path.write_text(text, encoding="utf-8")
 
 
