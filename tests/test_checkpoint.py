@@ -484,7 +484,7 @@ def test_a_distributed_checkpoint_whose_text_was_changed_is_refused(change):
             text["checksum"] = storage.json_checksum(text)
         saved["text"] = json.dumps([text] if change == "list" else text)
     before = snapshot_of(run)
-    with pytest.raises(DamagedFileError, match="checksum of its text is wrong|Field required"):
+    with pytest.raises(DamagedFileError, match=r"checksum of its text is wrong|Field required"):
         falqon_fx.CheckpointState(run.model, run.optimizer).load_state_dict(saved)
     after = snapshot_of(run)
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from falqon_fx.errors import FalqonError
 from falqon_fx.files import storage
-from falqon_fx.files.model_state import Site, make_layer
+from falqon_fx.files.model_state import Site, make_layer, names_of
 from falqon_fx.files.site_checks import check_site, check_values, described, ranks_around
 from falqon_fx.model.lora_layers import is_linear
 
@@ -43,6 +43,7 @@ def fill(
         check_site(path, site, found, tuple(size), where, ranks_around(model, path))
         if verify:
             check_values(path, found, where)
+    own = {f"{path}.{name}" for path, (site, _) in layers.items() for name in names_of(site)}
     for path, (site, found) in layers.items():
         bias = model.get_submodule(path).bias
         model.set_submodule(path, make_layer(site, found, bias, path))
@@ -50,7 +51,15 @@ def fill(
     for name, tensor in tensors.items():
         path, _, last = name.rpartition(".")
         inside = f"{path}.base_layer.{last}"  # PEFT wrapped the layer
-        named[inside if _exists(model, inside) else name] = tensor
+        place = inside if _exists(model, inside) else name
+        if place in own:  # or it would take the place of what was checked
+            problem = f"{where} has it twice, as FP8 weight and beside it"
+            raise FalqonError(name, problem, "Remove one of the two")
+        if place in named:
+            raise FalqonError(
+                name, f"{where} has it twice, as {place}, too", "Remove one of the two"
+            )
+        named[place] = tensor
     _check_shapes(model, named, where)
     unknown = model.load_state_dict(named, strict=False, assign=True).unexpected_keys
     model.get_base_model().tie_weights()

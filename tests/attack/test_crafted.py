@@ -211,6 +211,20 @@ def test_a_tensor_of_others_of_another_size_is_refused(tmp_path, name, how):
         falqon_fx.load(folder)
 
 
+@pytest.mark.parametrize("name", ["code", "base_layer.digest"])
+def test_a_tensor_beside_an_fp8_weight_does_not_take_its_place(tmp_path, name):
+    """It would come after the weight was compared with its scale and looked at for NaN."""
+    folder = fp8_of_others(tmp_path)
+    layer = "model.layers.0.mlp.up_proj"
+    own = falqon_fx.load(folder).get_submodule(f"base_model.model.{layer}.base_layer").state_dict()
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors[f"{layer}.{name}"] = own[name.rpartition(".")[2]].clone()
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(FalqonError, match="has it twice, as FP8 weight and beside it"):
+        falqon_fx.load(folder)
+
+
 @UPDATES
 def test_a_state_dict_of_other_sizes_leaves_a_prepared_layer_as_it_was(update):
     """torch itself would write the tensors that fit before it raises for the others."""
