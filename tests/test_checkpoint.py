@@ -423,6 +423,31 @@ def test_tied_weights_are_written_once(tmp_path):
     assert inner.lm_head.weight is inner.model.embed_tokens.weight
 
 
+class Counting(torch.optim.Adam):
+    """A user's own, with states of other sizes beside those of Adam."""
+
+    def step(self, closure: Any = None) -> Any:
+        result = super().step(closure)
+        for state in self.state.values():
+            state["sizes"] = torch.tensor([1, 2])
+            state["seen"] = 1
+        return result
+
+
+def test_an_optimizer_with_states_of_its_own_goes_on(tmp_path):
+    models = [tiny_mlp(), tiny_mlp()]
+    first, resumed = (Counting(lora_b(model)) for model in models)
+    for b in lora_b(models[0]):
+        b.grad = torch.ones_like(b)
+    first.step()
+    falqon_fx.save_checkpoint(models[0], tmp_path, optimizer=first)
+    falqon_fx.load_checkpoint(models[1], tmp_path, optimizer=resumed)
+    state = resumed.state_dict()["state"][0]
+    assert state["sizes"].tolist() == [1, 2]
+    assert state["seen"] == 1
+    assert torch.equal(state["exp_avg"], first.state_dict()["state"][0]["exp_avg"])
+
+
 @UPDATES
 @PREPARED
 def test_torch_distributed_checkpoint_resumes_bit_equal(tmp_path, update, prepared):

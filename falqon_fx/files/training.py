@@ -25,6 +25,7 @@ _FUSED: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
     torch.optim.Adagrad: ("step", "sum"),
     torch.optim.SGD: (),
 }
+_OPTIONAL = ("max_exp_avg_sq", "momentum_buffer")  # which they read where there is one
 _OF_SEVERAL, _INNER = (ChainedScheduler, SequentialLR), "_schedulers"
 
 
@@ -96,6 +97,8 @@ def _check_slots(
     if not isinstance(slots, dict) or (slots and not {*needed} <= slots.keys()):
         raise FalqonError(where, f"parameter {number} lacks some of {needed}", _MAKE)
     for name, slot in slots.items():
+        if name not in (*needed, *_OPTIONAL):
+            continue  # a subclass's own
         shape = torch.Size() if name == "step" else parameter.shape
         if isinstance(slot, Tensor) and (slot.shape != shape or not slot.is_floating_point()):
             problem = (
