@@ -113,6 +113,13 @@ class Prequantized(TypedDict):
     sites: list[LoadedSite]
 
 
+class Record(TypedDict):
+    """A file that `prequantize` wrote, and the checksums of the weights it is made from."""
+
+    source: dict[str, str]
+    described: FileEntry
+
+
 class Export(TypedDict):
     """What `save_fp8` writes beside its files."""
 
@@ -173,6 +180,7 @@ class Config(TypedDict):
 _FORMS = {
     "checkpoint": Checkpoint,
     "prequantized": Prequantized,
+    "record": Record,
     "export": Export,
     "distributed": Distributed,
     "index": Index,
