@@ -240,6 +240,19 @@ def test_a_state_dict_of_other_sizes_leaves_a_prepared_layer_as_it_was(update):
             assert harness.contents(layer) == before, how
 
 
+@UPDATES
+def test_a_part_of_an_fp8_weight_is_no_state(update):
+    model, _ = model_and_optimizer(update)
+    layer = model.base_model.model[0].base_layer
+    before = harness.contents(layer)
+    for name in layer.STATE:
+        state = {name: layer.state_dict()[name] + 1}
+        with pytest.raises(FalqonError, match="a part of its FP8 weight"):
+            layer.load_state_dict(state, strict=False)
+        assert harness.contents(layer) == before
+    layer.load_state_dict({}, strict=False)
+
+
 # -- names that become paths -----------------------------------------------------------------------
 
 OUTSIDE = [
