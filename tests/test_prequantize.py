@@ -501,6 +501,30 @@ def test_fp8_weights_are_taken_as_they_are(tmp_path, form, scale, targets):
     assert len(falqon_fx.adapters(model)) == (14 if targets == "all-linear" else 2)
 
 
+def test_an_index_says_which_file_holds_an_fp8_weight(tmp_path):
+    """Others of the name, in files that are left from before, are not looked at."""
+    exported(tmp_path / "fp8")
+    (file,) = (tmp_path / "fp8").glob("*.safetensors")
+    tensors = safetensors.load_file(file)
+    norm = "model.norm.weight"
+    index = dict.fromkeys(tensors, "a.safetensors") | {norm: "b.safetensors"}
+    first = {name: t for name, t in tensors.items() if name != norm}
+    safetensors.save_file(first | {norm: tensors[norm] + 1}, file.with_name("a.safetensors"))
+    stale = {name: torch.zeros_like(t) for name, t in first.items()}
+    safetensors.save_file(stale | {norm: tensors[norm]}, file.with_name("b.safetensors"))
+    file.unlink()
+    written = tmp_path / "fp8/model.safetensors.index.json"
+    written.write_text(json.dumps({"weight_map": index}))
+    model = falqon_fx.load(tmp_path / "fp8", lora())
+    assert torch.equal(model.get_parameter(f"base_model.model.{norm}"), tensors[norm])
+    name = "model.layers.0.mlp.up_proj"
+    layer = model.get_submodule(f"base_model.model.{name}.base_layer")
+    assert torch.equal(layer.code, tensors[f"{name}.weight"].view(torch.uint8))
+    written.write_text(json.dumps({"weight_map": {**index, "more": "b.safetensors"}}))
+    with pytest.raises(FalqonError, match=r"more: .* says that b\.safetensors holds it"):
+        falqon_fx.load(tmp_path / "fp8", lora())
+
+
 @pytest.mark.parametrize("scheme", ["FP8", "FP8_DYNAMIC"], ids=["tensor", "channel"])
 def test_what_compressed_tensors_wrote_is_taken_as_it_is(tmp_path, scheme):
     """Scales a tensor with static activations, and scales a row, from the real package; in bf16."""

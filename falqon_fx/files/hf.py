@@ -167,6 +167,23 @@ def read_index(source: Path) -> dict[str, str]:
     return index
 
 
+def read_entries(source: Path, index: Mapping[str, str]) -> dict[str, Any]:
+    """What the header of its file says of each tensor of an index.
+
+    Raises:
+        FalqonError: a file that is missing, or that lacks a tensor.
+    """
+    entries = {}
+    for file in sorted(set(index.values())):
+        if not (source / file).is_file():
+            raise FalqonError(str(source), f"{INDEX} names {file}, which is missing", "Fetch it")
+        found = storage.read_header(source / file).items()
+        entries |= {name: entry for name, entry in found if index.get(name) == file}
+    for name in index.keys() - entries.keys():
+        raise FalqonError(name, f"{INDEX} says that {index[name]} holds it", "Fetch both again")
+    return entries
+
+
 def read_tensor(file: Path, name: str) -> Tensor:
     """One tensor of a file, read and not mapped, so that its memory is given back with it."""
     from safetensors import safe_open
