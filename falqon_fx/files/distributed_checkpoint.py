@@ -106,8 +106,7 @@ def _compare(model: Mapping[str, Tensor], packed: Any, text: Mapping[str, Any], 
 def _sums(tensors: Mapping[str, Tensor], packed: Any) -> dict[str, str]:
     """The checksum of each tensor, and of what is packed beside them."""
     sums = {name: storage.digest(tensor) for name, tensor in tensors.items()}
-    whole = storage.require("xxhash", "checkpoint").xxh3_128_hexdigest(packed)
-    return {**sums, "optimizer and states": whole}
+    return {**sums, "optimizer and states": storage.checksum(packed)}
 
 
 def _dtypes(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from falqon_fx.errors import FalqonError
 from falqon_fx.files import storage
+from falqon_fx.files.copies import copy_tensors
 from falqon_fx.files.site_checks import check_site, check_values, described, ranks_around
 from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.model.lora_layers import is_linear
@@ -270,7 +271,7 @@ def write(model: nn.Module, sites: list[Site], tensors: Mapping[str, Tensor]) ->
         if "prepared" in site:
             _prepare_layer(model, site, tensors)
     named = dict(model.state_dict(keep_vars=True))
-    storage.copy_tensors((named[name], t) for name, t in tensors.items() if name in named)
+    copy_tensors((named[name], t) for name, t in tensors.items() if name in named)
     for parameter in model.parameters():
         registry.forget(parameter)
     for site in sites:

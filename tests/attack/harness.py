@@ -116,7 +116,7 @@ def contents(model: nn.Module, *others: Any) -> str:
     add("", {**model.state_dict()})
     for i, other in enumerate(others):
         add(str(i), other)
-    return storage._checksum(json.dumps(sorted(found)).encode())
+    return storage.checksum(json.dumps(sorted(found)).encode())
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -124,7 +124,7 @@ def tree(folder: Path) -> dict[str, str]:
     return {
         str(path.relative_to(folder)): os.readlink(path)
         if path.is_symlink()
-        else storage._checksum(path.read_bytes())
+        else storage.checksum(path.read_bytes())
         for path in sorted(folder.rglob("*"))
         if path.is_symlink() or path.is_file()
     }
