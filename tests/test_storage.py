@@ -24,7 +24,7 @@ from torch import nn
 
 import falqon_fx
 from falqon_fx.errors import FalqonError
-from falqon_fx.files import manifests, storage
+from falqon_fx.files import manifests, seals, storage
 from falqon_fx.files.atomic import new_folder
 from falqon_fx.files.checkpoint import MANIFEST
 from falqon_fx.files.copies import copy_tensors
@@ -447,11 +447,37 @@ def test_a_pipe_is_no_file_of_tensors(tmp_path):
     os.mkfifo(tmp_path / "model.safetensors")
     code = f"""
 from pathlib import Path
-from falqon_fx.files import manifests, storage
+from falqon_fx.files import manifests, seals, storage
 storage.read_header(Path({str(tmp_path / "model.safetensors")!r}))
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "it is missing" in ran.stderr
+
+
+@pytest.mark.parametrize("kind", ["pipe", "hole"])
+def test_a_manifest_that_is_none_is_not_read(tmp_path, kind):
+    """A pipe would wait for ever, and a large file take all memory."""
+    calls = {
+        MANIFEST: "falqon_fx.save_checkpoint(torch.nn.Linear(2, 2), folder)",
+        seals.MANIFEST: "print(seals.is_export(folder))",
+    }
+    for name, call in calls.items():
+        if kind == "pipe":
+            os.mkfifo(tmp_path / name)
+        else:
+            (tmp_path / name).touch()
+            os.truncate(tmp_path / name, 2**36)
+        code = f"""
+import resource, torch, falqon_fx
+from pathlib import Path
+from falqon_fx.files import seals
+resource.setrlimit(resource.RLIMIT_AS, (2**35, 2**35))
+folder = Path({str(tmp_path)!r})
+{call}
+"""
+        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+        assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / MANIFEST).stat().st_size < 2**20
 
 
 @pytest.mark.parametrize("size", [3000, 2**19])  # 12 KB read, 2 MiB mapped
