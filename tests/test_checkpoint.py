@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
-from falqon_fx.files import storage
+from falqon_fx.files import storage, training
 from falqon_fx.files.checkpoint import MANIFEST
 from falqon_fx.files.storage import DamagedFileError
 from falqon_fx.files.trees import from_plain, to_plain
@@ -421,6 +421,22 @@ def test_tied_weights_are_written_once(tmp_path):
     falqon_fx.load_checkpoint(model, tmp_path)
     assert inner.lm_head.weight.any()
     assert inner.lm_head.weight is inner.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("size", [0, 15, 17, 5000])
+def test_the_state_of_a_cards_random_generator_has_its_size(size, monkeypatch):
+    """Refused before anything is written, and not in the midst of it by the card."""
+    of_card = torch.zeros(16, dtype=torch.uint8)  # seed and offset, 8 bytes each
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [of_card])
+    state = {"torch": torch.get_rng_state(), "python": random.getstate(), "cuda": [of_card]}
+    training.check_rng(state, "a checkpoint")
+    state["cuda"] = [torch.zeros(size, dtype=torch.uint8)]
+    with pytest.raises(FalqonError, match=f"a card's has {size} bytes, not 16"):
+        training.check_rng(state, "a checkpoint")
+    state["cuda"] *= 2  # of another machine: left out
+    training.check_rng(state, "a checkpoint")
 
 
 class Counting(torch.optim.Adam):

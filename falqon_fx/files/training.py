@@ -162,6 +162,10 @@ def check_rng(state: Any, where: str) -> None:
         for of_card in state["cuda"]:
             if of_card.dtype != torch.uint8:
                 raise TypeError(f"a state of {of_card.dtype}")
+        if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+            for of_card, ours in zip(state["cuda"], torch.cuda.get_rng_state_all(), strict=True):
+                if of_card.shape != ours.shape:
+                    raise ValueError(f"a card's has {of_card.numel()} bytes, not {ours.numel()}")
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         problem = f"its state of the random generators is damaged ({error})"
         raise FalqonError(where, problem, "Give rng=False, or load another checkpoint") from error
