@@ -215,10 +215,10 @@ def _check_state(model: nn.Module, site: Site, tensors: Mapping[str, Tensor], wh
 
 
 def _two(model: nn.Module, name: str, where: str) -> tuple[int, int]:
-    """The shape of the matrix of that name."""
+    """The shape of the parameter of that name, a matrix."""
     path, _, last = name.rpartition(".")
     found = getattr(_module(model, path, where), last, None)
-    if not isinstance(found, Tensor) or found.dim() != 2:
+    if not isinstance(found, nn.Parameter) or found.dim() != 2:
         raise FalqonError(name, f"{where} has a matrix there, the model none", _REMEDY)
     first, second = found.shape
     return first, second

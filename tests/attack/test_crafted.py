@@ -135,6 +135,31 @@ def test_a_state_outside_of_modules_is_of_the_sizes_of_its_weight(tmp_path, upda
             assert harness.contents(model) == before
 
 
+@pytest.mark.parametrize("key", ["lora_a", "lora_b", "weight"])
+def test_a_state_outside_of_modules_is_of_parameters(tmp_path, key):
+    """A buffer of the right size is none of the three."""
+    torch.manual_seed(0)
+    model = tiny_mlp()
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_B" in name)
+    compiled = torch.compile(model, backend="falqon", options={"update": "rows", "inner": "eager"})
+    compiled(torch.randn(4, 32)).sum().backward()
+    falqon_fx.save_checkpoint(model, tmp_path)
+    with rewritten(tmp_path) as (tensors, manifest):
+        site = next(site for site in manifest["sites"] if "state" in site)
+        path, _, last = site[key].rpartition(".")
+        given = model.get_parameter(site[key]).detach().clone()
+        site[key] = f"{path}.twin"
+        tensors[site[key]] = given
+        if key == "weight":
+            tensors[f"{path}.{last}"] = given.clone()
+    model.get_submodule(path).register_buffer("twin", given.clone())
+    before = harness.contents(model)
+    with pytest.raises(FalqonError, match=r"twin: .* a matrix there, the model none"):
+        falqon_fx.load_checkpoint(model, tmp_path)
+    assert harness.contents(model) == before
+
+
 VALUES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "bytes .* NaN": lambda code, scale: code[3].fill_(0x7F),
     "1 of its FP8 bytes .* NaN": lambda code, scale: code[0, :1].fill_(0xFF),
