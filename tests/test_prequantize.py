@@ -332,6 +332,21 @@ def test_an_adapter_that_starts_from_the_dense_weight_is_refused(tmp_path):
         falqon_fx.load(tmp_path / "out")
 
 
+def test_an_adapter_config_that_names_code_to_import_is_refused(tmp_path, monkeypatch):
+    prequantize(folder_of(dense_model(), tmp_path / "dense"), tmp_path / "out")
+    (tmp_path / "code/megatron").mkdir(parents=True)
+    (tmp_path / "code/megatron/__init__.py").touch()
+    module = tmp_path / "code/megatron/core.py"
+    module.write_text("raise SystemExit('it ran')")
+    monkeypatch.syspath_prepend(tmp_path / "code")
+    config = tmp_path / "out/adapter_config.json"
+    content = json.loads(config.read_text())
+    content |= {"megatron_config": {"any": 1}, "megatron_core": "megatron.core"}
+    config.write_text(json.dumps(content))
+    with pytest.raises(FalqonError, match="Megatron's layers"):
+        falqon_fx.load(tmp_path / "out", verify=False)
+
+
 def test_adapters_outside_of_the_files_start_as_peft_starts_them(tmp_path):
     source = folder_of(dense_model(), tmp_path / "dense")
     prequantize(source, tmp_path / "out", target_modules=["q_proj", "embed_tokens"])

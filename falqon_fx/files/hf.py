@@ -120,7 +120,7 @@ def _new_parameter(name: str, shape: torch.Size, where: str) -> Tensor:
         raise FalqonError(
             name,
             "it starts from the dense weight, which is not loaded",
-            "Load the model with transformers, and call falqon_fx.prepare(model)",
+            _NOT_LORA,
         )
     raise FalqonError(name, f"the model needs it, {where} lacks it", "Check config.json")
 
@@ -214,6 +214,8 @@ def adapter_config(source: Path) -> Any:
         config = peft.LoraConfig.from_pretrained(source)
     if not isinstance(config, peft.LoraConfig) or config.layer_replication:
         raise FalqonError(str(file), "it is not of a LoRA on the model's own layers", _NOT_LORA)
+    if config.megatron_config:  # PEFT would import the module that the file names
+        raise FalqonError(str(file), "it is of Megatron's layers", _NOT_LORA)
     return config
 
 
