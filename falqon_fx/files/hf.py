@@ -173,7 +173,7 @@ def read_entries(source: Path, index: Mapping[str, str]) -> dict[str, Any]:
     Raises:
         FalqonError: a file that is missing, or that lacks a tensor.
     """
-    entries = {}
+    entries: dict[str, Any] = {}
     for file in sorted(set(index.values())):
         if not (source / file).is_file():
             raise FalqonError(str(source), f"{INDEX} names {file}, which is missing", "Fetch it")
