@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
-from falqon_fx.files import storage
+from falqon_fx.files import storage, training
 from falqon_fx.files.checkpoint import MANIFEST
 from falqon_fx.files.storage import DamagedFileError
 from falqon_fx.files.trees import from_plain, to_plain
@@ -422,6 +423,47 @@ def test_tied_weights_are_written_once(tmp_path):
     assert inner.lm_head.weight is inner.model.embed_tokens.weight
 
 
+@pytest.mark.parametrize("size", [0, 15, 17, 5000])
+def test_the_state_of_a_cards_random_generator_has_its_size(size, monkeypatch):
+    """Refused before anything is written, and not in the midst of it by the card."""
+    of_card = torch.zeros(16, dtype=torch.uint8)  # seed and offset, 8 bytes each
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [of_card])
+    state = {"torch": torch.get_rng_state(), "python": random.getstate(), "cuda": [of_card]}
+    training.check_rng(state, "a checkpoint")
+    state["cuda"] = [torch.zeros(size, dtype=torch.uint8)]
+    with pytest.raises(FalqonError, match=f"a card's has {size} bytes, not 16"):
+        training.check_rng(state, "a checkpoint")
+    state["cuda"] *= 2  # of another machine: left out
+    training.check_rng(state, "a checkpoint")
+
+
+class Counting(torch.optim.Adam):
+    """A user's own, with states of other sizes beside those of Adam."""
+
+    def step(self, closure: Any = None) -> Any:
+        result = super().step(closure)
+        for state in self.state.values():
+            state["sizes"] = torch.tensor([1, 2])
+            state["seen"] = 1
+        return result
+
+
+def test_an_optimizer_with_states_of_its_own_goes_on(tmp_path):
+    models = [tiny_mlp(), tiny_mlp()]
+    first, resumed = (Counting(lora_b(model)) for model in models)
+    for b in lora_b(models[0]):
+        b.grad = torch.ones_like(b)
+    first.step()
+    falqon_fx.save_checkpoint(models[0], tmp_path, optimizer=first)
+    falqon_fx.load_checkpoint(models[1], tmp_path, optimizer=resumed)
+    state = resumed.state_dict()["state"][0]
+    assert state["sizes"].tolist() == [1, 2]
+    assert state["seen"] == 1
+    assert torch.equal(state["exp_avg"], first.state_dict()["state"][0]["exp_avg"])
+
+
 @UPDATES
 @PREPARED
 def test_torch_distributed_checkpoint_resumes_bit_equal(tmp_path, update, prepared):
@@ -466,6 +508,37 @@ def test_torch_distributed_checkpoint_of_tensors_that_an_optimizer_holds_twice(t
         state = falqon_fx.CheckpointState(model, optimizer)
         action({"falqon": state}, checkpoint_id=tmp_path)
     assert [float(group["lr"]) for group in optimizers[1].param_groups] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("change", ["lr", "sums", "dtypes", "checksum", "list"])
+def test_a_distributed_checkpoint_whose_text_was_changed_is_refused(change):
+    run = Run(True)
+    run.steps(0, 2)
+    saved = falqon_fx.CheckpointState(run.model, run.optimizer).state_dict()
+    text = json.loads(saved["text"])
+    if change == "lr":
+        saved["text"] = re.sub(r'("lr", )[^]]+', r"\g<1>7.5", saved["text"])
+    else:
+        del text[change if change in text else "sites"]
+        if change in ("sums", "dtypes"):  # by someone who knows how
+            del text["checksum"]
+            text["checksum"] = storage.json_checksum(text)
+        saved["text"] = json.dumps([text] if change == "list" else text)
+    before = snapshot_of(run)
+    with pytest.raises(DamagedFileError, match=r"checksum of its text is wrong|Field required"):
+        falqon_fx.CheckpointState(run.model, run.optimizer).load_state_dict(saved)
+    after = snapshot_of(run)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert run.optimizer.param_groups[0]["lr"] != 7.5
+
+
+def test_a_distributed_checkpoint_of_more_tensors_than_the_model_is_refused(tmp_path):
+    """DCP itself leaves out what it isn't asked for."""
+    larger, model = tiny_mlp(), tiny_mlp()
+    larger.register_buffer("more", torch.ones(2))
+    dcp.save({"falqon": falqon_fx.CheckpointState(larger)}, checkpoint_id=tmp_path)
+    with pytest.raises((FalqonError, dcp.api.CheckpointException), match="not in the model"):
+        dcp.load({"falqon": falqon_fx.CheckpointState(model)}, checkpoint_id=tmp_path)
 
 
 OTHERS: dict[str, Callable[[], nn.Module]] = {

@@ -332,6 +332,21 @@ def test_an_adapter_that_starts_from_the_dense_weight_is_refused(tmp_path):
         falqon_fx.load(tmp_path / "out")
 
 
+def test_an_adapter_config_that_names_code_to_import_is_refused(tmp_path, monkeypatch):
+    prequantize(folder_of(dense_model(), tmp_path / "dense"), tmp_path / "out")
+    (tmp_path / "code/megatron").mkdir(parents=True)
+    (tmp_path / "code/megatron/__init__.py").touch()
+    module = tmp_path / "code/megatron/core.py"
+    module.write_text("raise SystemExit('it ran')")
+    monkeypatch.syspath_prepend(tmp_path / "code")
+    config = tmp_path / "out/adapter_config.json"
+    content = json.loads(config.read_text())
+    content |= {"megatron_config": {"any": 1}, "megatron_core": "megatron.core"}
+    config.write_text(json.dumps(content))
+    with pytest.raises(FalqonError, match="Megatron's layers"):
+        falqon_fx.load(tmp_path / "out", verify=False)
+
+
 def test_adapters_outside_of_the_files_start_as_peft_starts_them(tmp_path):
     source = folder_of(dense_model(), tmp_path / "dense")
     prequantize(source, tmp_path / "out", target_modules=["q_proj", "embed_tokens"])
@@ -499,6 +514,30 @@ def test_fp8_weights_are_taken_as_they_are(tmp_path, form, scale, targets):
             count += 1
     assert count == 14
     assert len(falqon_fx.adapters(model)) == (14 if targets == "all-linear" else 2)
+
+
+def test_an_index_says_which_file_holds_an_fp8_weight(tmp_path):
+    """Others of the name, in files that are left from before, are not looked at."""
+    exported(tmp_path / "fp8")
+    (file,) = (tmp_path / "fp8").glob("*.safetensors")
+    tensors = safetensors.load_file(file)
+    norm = "model.norm.weight"
+    index = dict.fromkeys(tensors, "a.safetensors") | {norm: "b.safetensors"}
+    first = {name: t for name, t in tensors.items() if name != norm}
+    safetensors.save_file(first | {norm: tensors[norm] + 1}, file.with_name("a.safetensors"))
+    stale = {name: torch.zeros_like(t) for name, t in first.items()}
+    safetensors.save_file(stale | {norm: tensors[norm]}, file.with_name("b.safetensors"))
+    file.unlink()
+    written = tmp_path / "fp8/model.safetensors.index.json"
+    written.write_text(json.dumps({"weight_map": index}))
+    model = falqon_fx.load(tmp_path / "fp8", lora())
+    assert torch.equal(model.get_parameter(f"base_model.model.{norm}"), tensors[norm])
+    name = "model.layers.0.mlp.up_proj"
+    layer = model.get_submodule(f"base_model.model.{name}.base_layer")
+    assert torch.equal(layer.code, tensors[f"{name}.weight"].view(torch.uint8))
+    written.write_text(json.dumps({"weight_map": {**index, "more": "b.safetensors"}}))
+    with pytest.raises(FalqonError, match=r"more: .* says that b\.safetensors holds it"):
+        falqon_fx.load(tmp_path / "fp8", lora())
 
 
 @pytest.mark.parametrize("scheme", ["FP8", "FP8_DYNAMIC"], ids=["tensor", "channel"])

@@ -14,6 +14,7 @@ from torch.optim import lr_scheduler, swa_utils
 
 import falqon_fx
 from falqon_fx import FalqonError
+from falqon_fx.files import training
 from tests.sites import randn
 
 STEPS = 12
@@ -160,3 +161,33 @@ def test_another_schedule_is_refused_and_nothing_changed(tmp_path, saved, ours, 
         other.load(tmp_path)
     assert all(torch.equal(p, before[name]) for name, p in other.model.named_parameters())
     assert [group["lr"] for group in other.optimizer.param_groups] == rates
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "value"),
+    [
+        ("StepLR", "optimizer", 3),
+        ("StepLR", "step", 3),
+        ("StepLR", "gamma", "0.1"),
+        ("StepLR", "base_lrs", [0.1]),
+        ("MultiStepLR", "milestones", [2]),
+        ("ReduceLROnPlateau", "mode", 3),
+        ("OneCycleLR", "_schedule_phases", [3, 4]),
+        ("CyclicLR", "_scale_fn_ref", 3),
+        ("SequentialLR", "optimizer", 3),
+        ("SequentialLR inside", "optimizer", 3),
+        ("ChainedScheduler inside", "milestones", 3),
+        ("ChainedScheduler", "_schedulers", 3),
+    ],
+)
+def test_a_state_that_would_take_the_place_of_something_else_is_refused(name, change, value):
+    """A schedule's state becomes its attributes."""
+    name, inside, _ = name.partition(" inside")
+    run = Run(MAKE[name])
+    saved = training.without_functions(run.scheduler.state_dict())
+    target = saved["_schedulers"][-1 if change == "milestones" else 0] if inside else saved
+    target[change] = value
+    before = {**vars(run.scheduler)}
+    with pytest.raises(FalqonError, match="scheduler: "):
+        training.check_scheduler(run.scheduler, saved, "a checkpoint")
+    assert vars(run.scheduler) == before

@@ -634,6 +634,23 @@ def test_a_damaged_record_is_work_that_is_not_done(tmp_path, damage):
     falqon_fx.load(out)
 
 
+def test_a_file_that_was_changed_since_is_made_anew(tmp_path):
+    """Its size and its record tell nothing."""
+    source, out = folder_of(dense_model(), tmp_path / "dense"), tmp_path / "out"
+    interrupted(source, out)
+    changed = next((tmp_path / "out.partial/weights").glob("*up_proj*"))
+    whole = changed.read_bytes()
+    changed.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    incomplete = next((tmp_path / "out.partial/records").glob("*down_proj*"))
+    record = json.loads(incomplete.read_text())
+    del record["described"]["header"]
+    incomplete.write_text(json.dumps(record))
+    report = prequantize(source, out)
+    assert report.resumed == report.layers - 2
+    assert (out / "weights" / changed.name).read_bytes() == whole
+    falqon_fx.load(out)
+
+
 def test_a_mixture_that_an_interrupted_distributed_save_left_is_refused(tmp_path):
     """DCP writes over its files in place, and its metadata last."""
     model = tiny_mlp()

@@ -7,7 +7,6 @@ is renamed into place last. So a save that is killed leaves the checkpoint befor
 from __future__ import annotations
 
 import functools
-import json
 import os
 import platform
 import random
@@ -120,8 +119,7 @@ def _write(
     Of the folder's other files those are removed that the earlier manifest names, or that a save
     which was killed has left.
     """
-    with disk.disk_errors_explained(directory, "read"):
-        named, replaced = _named(directory)
+    named, replaced = _named(directory)
     for number in atomic.leftovers(directory):
         if (left := f"tensors-{number}.safetensors") not in named:
             atomic.remove(directory / left)
@@ -145,7 +143,7 @@ def _write(
 def _remove_unnamed(directory: Path, names: set[str]) -> None:
     try:
         named, _ = _named(directory)
-    except OSError as error:
+    except FalqonError as error:
         warnings.warn(f"falqon: {directory} keeps older files, too ({error}).", stacklevel=2)
         return
     for name in sorted(names - named):
@@ -157,9 +155,9 @@ def _named(directory: Path) -> tuple[set[str], set[str]]:
     there is no manifest, or a damaged one.
     """
     try:
-        content = json.loads((directory / MANIFEST).read_bytes())
+        content = storage.read_json(directory / MANIFEST)
         found = [{str(name) for name in content.get(key, ())} for key in ("files", "replaces")]
-    except (FileNotFoundError, ValueError, RecursionError, AttributeError, TypeError):
+    except (storage.DamagedFileError, AttributeError, TypeError):
         return set(), set()
     named, replaced = ({name for name in names if _TENSORS.fullmatch(name)} for names in found)
     return named, replaced

@@ -14,6 +14,8 @@ from falqon_fx.errors import FalqonError
 from falqon_fx.files import model_state, storage, training, trees
 from falqon_fx.model.lora_layers import unwrap
 
+_MAKE = "Make the model as for the run that was saved"
+
 
 class CheckpointState:
     """A model, and its optimizer, for `torch.distributed.checkpoint` (its ``Stateful`` protocol):
@@ -46,6 +48,7 @@ class CheckpointState:
         packed_bytes = save(kept)
         text = {"sites": sites, "optimizer": tree, "dtypes": _dtypes(model), "same": same}
         text["sums"] = _sums(model, packed_bytes)
+        text["checksum"] = storage.json_checksum(text)
         return {"model": model, "packed": packed_bytes, "text": json.dumps(text)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -60,30 +63,16 @@ class CheckpointState:
 
         where, place = "the checkpoint", Path("the checkpoint")
         text = storage.parse_json(place, str(state["text"]))
+        if not isinstance(text, dict) or not storage.has_own_checksum(place, text):
+            raise storage.DamagedFileError(place, "the checksum of its text is wrong")
         storage.check_form(place, text, "distributed")
         with storage.file_errors_explained(place):
             packed = load(bytes(state["packed"]))
-        packed |= trees.shared_again(text.get("same", {}), packed, where)
+        packed |= trees.shared_again(text["same"], packed, where)
         saved = trees.from_plain(text["optimizer"], packed, where)
         if self.optimizer is not None:
             training.check_optimizer(self.optimizer, saved, where)
-        ours, theirs = _dtypes(state["model"]), text.get("dtypes", {})
-        for name in theirs.keys() & ours.keys():  # DCP converts without a word
-            if theirs[name] != ours[name]:
-                raise FalqonError(
-                    name,
-                    f"{where} has it in {theirs[name]}, the model in {ours[name]}",
-                    "Make the model as for the run that was saved",
-                )
-        sums, found = text.get("sums", {}), _sums(state["model"], state["packed"])
-        for name in sums.keys() & found.keys():  # DCP writes over the files of an earlier save
-            if sums[name] != found[name]:
-                raise FalqonError(
-                    name,
-                    f"{where} holds another than was saved with the rest: a save into the same "
-                    "folder was interrupted, or the file is damaged",
-                    "Load another, and give each save a folder of its own",
-                )
+        _compare(state["model"], state["packed"], text, where)
         states = {n: t for n, t in packed.items() if n.startswith(model_state.SITES)}
         tensors = {**state["model"], **states}
         model_state.check(self.model, text["sites"], tensors, where)
@@ -92,11 +81,32 @@ class CheckpointState:
         model_state.write(self.model, text["sites"], tensors)
 
 
+def _compare(model: Mapping[str, Tensor], packed: Any, text: Mapping[str, Any], where: str) -> None:
+    """Raise a `FalqonError` where what was read is not of the names, dtypes and contents of what
+    was saved.
+    """
+    ours, theirs = _dtypes(model), text["dtypes"]
+    for name in sorted(theirs.keys() ^ ours.keys()):
+        there, here = (where, "the model") if name in theirs else ("the model", where)
+        raise FalqonError(name, f"it is in {there} but not in {here}", _MAKE)
+    for name, dtype in theirs.items():
+        if dtype != ours[name]:  # DCP converts without a word
+            raise FalqonError(name, f"{where} has it in {dtype}, the model in {ours[name]}", _MAKE)
+    sums, found = text["sums"], _sums(model, packed)
+    for name in found:  # DCP writes over the files of an earlier save
+        if sums.get(name) != found[name]:
+            raise FalqonError(
+                name,
+                f"{where} holds another than was saved with the rest: a save into the same "
+                "folder was interrupted, or the file is damaged",
+                "Load another, and give each save a folder of its own",
+            )
+
+
 def _sums(tensors: Mapping[str, Tensor], packed: Any) -> dict[str, str]:
     """The checksum of each tensor, and of what is packed beside them."""
     sums = {name: storage.digest(tensor) for name, tensor in tensors.items()}
-    whole = storage.require("xxhash", "checkpoint").xxh3_128_hexdigest(packed)
-    return {**sums, "optimizer and states": whole}
+    return {**sums, "optimizer and states": storage.checksum(packed)}
 
 
 def _dtypes(tensors: Mapping[str, Tensor]) -> dict[str, str]:

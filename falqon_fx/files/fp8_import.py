@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonConfigError, FalqonError, one_line
 from falqon_fx.files import storage
-from falqon_fx.files.hf import empty_model, fill, lora_config, read_index
+from falqon_fx.files.hf import empty_model, fill, lora_config, read_entries, read_index
 from falqon_fx.files.model_state import Site
 from falqon_fx.files.site_checks import described
 from falqon_fx.model.lora_layers import lora_layers
@@ -79,13 +80,20 @@ def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = No
 
 
 def _read(directory: Path) -> dict[str, Tensor]:
+    """Each tensor from the file that the index says holds it."""
     index = read_index(directory)
-    from safetensors.torch import load_file
+    names = defaultdict(list)
+    for name in read_entries(directory, index):
+        names[index[name]].append(name)
+    from safetensors import safe_open
 
     tensors: dict[str, Tensor] = {}
-    for file in sorted(set(index.values())):
-        with storage.file_errors_explained(directory / file):
-            tensors |= load_file(directory / file)
+    for file, own in names.items():
+        with (
+            storage.file_errors_explained(directory / file),
+            safe_open(directory / file, framework="pt") as opened,
+        ):
+            tensors |= {name: opened.get_tensor(name) for name in own}
     return tensors
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from falqon_fx.errors import FalqonError
 from falqon_fx.files import storage
-from falqon_fx.files.model_state import Site, make_layer
+from falqon_fx.files.model_state import Site, make_layer, names_of
 from falqon_fx.files.site_checks import check_site, check_values, described, ranks_around
 from falqon_fx.model.lora_layers import is_linear
 
@@ -43,6 +43,7 @@ def fill(
         check_site(path, site, found, tuple(size), where, ranks_around(model, path))
         if verify:
             check_values(path, found, where)
+    own = {f"{path}.{name}" for path, (site, _) in layers.items() for name in names_of(site)}
     for path, (site, found) in layers.items():
         bias = model.get_submodule(path).bias
         model.set_submodule(path, make_layer(site, found, bias, path))
@@ -50,7 +51,15 @@ def fill(
     for name, tensor in tensors.items():
         path, _, last = name.rpartition(".")
         inside = f"{path}.base_layer.{last}"  # PEFT wrapped the layer
-        named[inside if _exists(model, inside) else name] = tensor
+        place = inside if _exists(model, inside) else name
+        if place in own:  # or it would take the place of what was checked
+            problem = f"{where} has it twice, as FP8 weight and beside it"
+            raise FalqonError(name, problem, "Remove one of the two")
+        if place in named:
+            raise FalqonError(
+                name, f"{where} has it twice, as {place}, too", "Remove one of the two"
+            )
+        named[place] = tensor
     _check_shapes(model, named, where)
     unknown = model.load_state_dict(named, strict=False, assign=True).unexpected_keys
     model.get_base_model().tie_weights()
@@ -111,7 +120,7 @@ def _new_parameter(name: str, shape: torch.Size, where: str) -> Tensor:
         raise FalqonError(
             name,
             "it starts from the dense weight, which is not loaded",
-            "Load the model with transformers, and call falqon_fx.prepare(model)",
+            _NOT_LORA,
         )
     raise FalqonError(name, f"the model needs it, {where} lacks it", "Check config.json")
 
@@ -158,6 +167,23 @@ def read_index(source: Path) -> dict[str, str]:
     return index
 
 
+def read_entries(source: Path, index: Mapping[str, str]) -> dict[str, Any]:
+    """What the header of its file says of each tensor of an index.
+
+    Raises:
+        FalqonError: a file that is missing, or that lacks a tensor.
+    """
+    entries: dict[str, Any] = {}
+    for file in sorted(set(index.values())):
+        if not (source / file).is_file():
+            raise FalqonError(str(source), f"{INDEX} names {file}, which is missing", "Fetch it")
+        found = storage.read_header(source / file).items()
+        entries |= {name: entry for name, entry in found if index.get(name) == file}
+    for name in index.keys() - entries.keys():
+        raise FalqonError(name, f"{INDEX} says that {index[name]} holds it", "Fetch both again")
+    return entries
+
+
 def read_tensor(file: Path, name: str) -> Tensor:
     """One tensor of a file, read and not mapped, so that its memory is given back with it."""
     from safetensors import safe_open
@@ -188,6 +214,8 @@ def adapter_config(source: Path) -> Any:
         config = peft.LoraConfig.from_pretrained(source)
     if not isinstance(config, peft.LoraConfig) or config.layer_replication:
         raise FalqonError(str(file), "it is not of a LoRA on the model's own layers", _NOT_LORA)
+    if config.megatron_config:  # PEFT would import the module that the file names
+        raise FalqonError(str(file), "it is of Megatron's layers", _NOT_LORA)
     return config
 
 

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Discriminator, Field, Tag, TypeAdapter, ValidationError
 
 # The class that pydantic asks for below Python 3.12; torch brings the package.
 from typing_extensions import TypedDict
@@ -22,11 +22,29 @@ Dtype = Literal["float32", "bfloat16", "float16"]  # of a base weight
 Scaling = Annotated[float, Field(allow_inf_nan=False, strict=False)]  # or a whole number
 
 
+def _countable(shape: list[int]) -> list[int]:
+    """A shape whose count of elements is a number in torch, even where one size is 0."""
+    count = 1
+    for size in shape:
+        count *= max(size, 1)
+        if count >= 2**60:  # times 8 bytes
+            raise ValueError("no tensor is that large")
+    return shape
+
+
+Shape = Annotated[list[Size], Field(max_length=64), AfterValidator(_countable)]
+TensorDtype = Literal[  # those of safetensors, by torch's names
+    "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool",
+    "uint64", "uint32", "uint16", "complex64", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2",
+    "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2",
+]  # fmt: skip
+
+
 class TensorEntry(TypedDict):
     """A tensor of a file."""
 
-    dtype: str
-    shape: list[Size]
+    dtype: TensorDtype
+    shape: Shape
     xxh3: str
 
 
@@ -113,6 +131,13 @@ class Prequantized(TypedDict):
     sites: list[LoadedSite]
 
 
+class Record(TypedDict):
+    """A file that `prequantize` wrote, and the checksums of the weights it is made from."""
+
+    source: dict[str, str]
+    described: FileEntry
+
+
 class Export(TypedDict):
     """What `save_fp8` writes beside its files."""
 
@@ -125,9 +150,9 @@ class Distributed(TypedDict):
 
     sites: list[Site]
     optimizer: Any
-    dtypes: NotRequired[dict[str, str]]
-    sums: NotRequired[dict[str, str]]
-    same: NotRequired[dict[str, str]]
+    dtypes: dict[str, str]
+    sums: dict[str, str]
+    same: dict[str, str]
 
 
 class Index(TypedDict):
@@ -140,7 +165,7 @@ class HeaderEntry(TypedDict):
     """A tensor in the header of a safetensors file."""
 
     dtype: str
-    shape: list[Size]
+    shape: Shape
     data_offsets: Annotated[list[Size], Field(min_length=2, max_length=2)]
 
 
@@ -173,6 +198,7 @@ class Config(TypedDict):
 _FORMS = {
     "checkpoint": Checkpoint,
     "prequantized": Prequantized,
+    "record": Record,
     "export": Export,
     "distributed": Distributed,
     "index": Index,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from falqon_fx.errors import FalqonError
 from falqon_fx.files import storage
+from falqon_fx.files.copies import copy_tensors
 from falqon_fx.files.site_checks import check_site, check_values, described, ranks_around
 from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.model.lora_layers import is_linear
@@ -214,10 +215,10 @@ def _check_state(model: nn.Module, site: Site, tensors: Mapping[str, Tensor], wh
 
 
 def _two(model: nn.Module, name: str, where: str) -> tuple[int, int]:
-    """The shape of the matrix of that name."""
+    """The shape of the parameter of that name, a matrix."""
     path, _, last = name.rpartition(".")
     found = getattr(_module(model, path, where), last, None)
-    if not isinstance(found, Tensor) or found.dim() != 2:
+    if not isinstance(found, nn.Parameter) or found.dim() != 2:
         raise FalqonError(name, f"{where} has a matrix there, the model none", _REMEDY)
     first, second = found.shape
     return first, second
@@ -270,7 +271,7 @@ def write(model: nn.Module, sites: list[Site], tensors: Mapping[str, Tensor]) ->
         if "prepared" in site:
             _prepare_layer(model, site, tensors)
     named = dict(model.state_dict(keep_vars=True))
-    storage.copy_tensors((named[name], t) for name, t in tensors.items() if name in named)
+    copy_tensors((named[name], t) for name, t in tensors.items() if name in named)
     for parameter in model.parameters():
         registry.forget(parameter)
     for site in sites:

@@ -214,9 +214,9 @@ def _convert(
         with clock("read"):
             tensors = {name: read_tensor(source / index[name], name) for name in unit.tensors}
             known = {name: storage.digest(tensor) for name, tensor in tensors.items()}
-        record = _read_record(partial, unit)
-        if record.get("source") == known:
-            return record["described"], True
+            written = _written(partial, unit, known)
+        if written is not None:
+            return written, True
         if unit.layer is not None:
             with clock("cast"):
                 tensors = _cast(layers[unit.layer], tensors[unit.tensors[0]], config)
@@ -260,14 +260,19 @@ def _record(partial: Path, unit: Unit) -> Path:
     return partial / "records" / (unit.file.removeprefix("weights/") + ".json")
 
 
-def _read_record(partial: Path, unit: Unit) -> dict[str, Any]:
-    """What was written of a unit and from which weights; empty where that isn't whole."""
+def _written(partial: Path, unit: Unit, known: Mapping[str, str]) -> dict[str, Any] | None:
+    """What an earlier run made of the same weights, described; None where it isn't whole."""
+    file = _record(partial, unit)
     try:
-        record: dict[str, Any] = json.loads(_record(partial, unit).read_bytes())
-        whole = (partial / unit.file).stat().st_size == record["described"]["bytes"]
-    except (FileNotFoundError, ValueError, RecursionError, KeyError, TypeError):
-        return {}
-    return record if whole else {}
+        record = storage.read_json(file)
+        storage.check_form(file, record, "record")
+        if record["source"] != known:
+            return None
+        storage.open_tensors(partial / unit.file, record["described"])
+    except storage.DamagedFileError:
+        return None
+    described: dict[str, Any] = record["described"]
+    return described
 
 
 # -- the whole -------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -102,9 +101,8 @@ def is_export(folder: Path) -> bool:
     if not file.is_file():
         return False
     try:
-        with storage.read_errors_explained(file):
-            content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
+        content = storage.read_json(file)
+    except DamagedFileError:
         return False
     return isinstance(content, dict) and str(content.get("format")).startswith(_FAMILY + ".")
 

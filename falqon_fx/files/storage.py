@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from falqon_fx.errors import FalqonError
 from falqon_fx.files.atomic import atomic_file
 from falqon_fx.files.disk import flush_to_disk
-from falqon_fx.kernels.cpu import native as cpu
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -62,11 +61,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     with ThreadPoolExecutor(1) as pool:
         on_disk = pool.submit(flush_to_disk, path)
         parts = [_bytes(tensors[name]) for name in names]
-        sums = _spread(_checksum, parts, lambda part: part.nbytes)
+        sums = _spread(checksum, parts, lambda part: part.nbytes)
         on_disk.result()
     return {
         "bytes": path.stat().st_size,
-        "header": _header_checksum(path),
+        "header": checksum(_header(path)),
         "tensors": {
             name: {
                 "dtype": str(tensors[name].dtype).removeprefix("torch."),
@@ -101,7 +100,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def write_manifest(final: Path, content: Mapping[str, Any]) -> None:
     """Write JSON with its own checksum, aside and renamed: the moment from which it counts."""
-    whole = {**content, "checksum": _json_checksum(content)}
+    whole = {**content, "checksum": json_checksum(content)}
     with atomic_file(final) as aside:
         aside.write_text(json.dumps(whole, indent=1), encoding="utf-8")
 
@@ -122,10 +121,7 @@ def read_manifest(path: Path, kind: str, form: str, remedy: str) -> dict[str, An
     content = read_json(path)
     if not isinstance(content, dict):
         raise DamagedFileError(path, f"its format is not {kind!r}")
-    try:
-        whole = content.pop("checksum", None) == _json_checksum(content)
-    except RecursionError as error:  # reading goes deeper than writing
-        raise DamagedFileError(path, "its JSON is nested too deep") from error
+    whole = has_own_checksum(path, content)
     found, family = str(content.get("format")), kind.rpartition(".")[0]
     if found != kind and whole and found.rpartition(".")[0] == family:
         problem = f"its format is {found!r}, and this falqon-fx reads {kind!r}"
@@ -139,14 +135,21 @@ def read_manifest(path: Path, kind: str, form: str, remedy: str) -> dict[str, An
     return content
 
 
+def has_own_checksum(path: Path, content: dict[str, Any]) -> bool:
+    """Whether JSON has the checksum of itself, which is taken out of it."""
+    try:
+        return bool(content.pop("checksum", None) == json_checksum(content))
+    except RecursionError as error:  # reading goes deeper than writing
+        raise DamagedFileError(path, "its JSON is nested too deep") from error
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file.
 
     Raises:
         DamagedFileError: it isn't one, or can't be read.
     """
-    if not path.is_file():  # a pipe would wait for ever
-        raise DamagedFileError(path, "it is missing")
+    _check_regular(path)
     with read_errors_explained(path):
         size = path.stat().st_size
         if size > _LARGEST_JSON:
@@ -199,21 +202,21 @@ def open_tensors(
     Raises:
         DamagedFileError: names the file, the tensor and what is wrong.
     """
-    if not path.is_file():
-        raise DamagedFileError(path, "it is missing")
+    _check_regular(path)
     size = path.stat().st_size
     if size != expected["bytes"]:
         raise DamagedFileError(path, f"it has {size} bytes instead of {expected['bytes']}")
-    if _header_checksum(path) != expected["header"]:
+    whole_header = _header(path)
+    if checksum(whole_header) != expected["header"]:
         raise DamagedFileError(path, "the checksum of its header is wrong")
-    header, start = read_header(path), len(_header(path))
+    header, start = _entries(path, whole_header), len(whole_header)
     places = {}
     for name, entry in expected["tensors"].items():
         if name not in header:
             raise DamagedFileError(path, f"it has no tensor {name!r}")
-        dtype = getattr(torch, entry["dtype"], None)
+        dtype = getattr(torch, entry["dtype"])
         first, end = header[name]["data_offsets"]
-        if not isinstance(dtype, torch.dtype) or first % dtype.itemsize:
+        if (start + first) % dtype.itemsize:
             raise DamagedFileError(path, f"tensor {name!r} is of no dtype that can lie there")
         if end - first != math.prod(entry["shape"]) * dtype.itemsize:
             shape = f"{entry['dtype']} {entry['shape']}"
@@ -224,7 +227,7 @@ def open_tensors(
         whole = _contents(path, size)
     parts = {name: whole[first:end] for name, (first, end, _) in places.items()}
     names = list(parts) if verify else []
-    sums = _spread(_checksum, [parts[name] for name in names], lambda part: part.nbytes)
+    sums = _spread(checksum, [parts[name] for name in names], lambda part: part.nbytes)
     for name, digest in zip(names, sums, strict=True):
         if digest != expected["tensors"][name]["xxh3"]:
             raise DamagedFileError(path, f"the checksum of tensor {name!r} is wrong")
@@ -248,10 +251,10 @@ def _contents(path: Path, size: int) -> Any:
 
 def digest(tensor: Tensor) -> str:
     """A checksum of a tensor's contents."""
-    return _checksum(_bytes(tensor.cpu().contiguous()))
+    return checksum(_bytes(tensor.cpu().contiguous()))
 
 
-def _checksum(part: Any) -> str:
+def checksum(part: Any) -> str:
     """XXH3 (128 bits) of a buffer."""
     return str(require("xxhash", "checkpoint").xxh3_128_hexdigest(part))
 
@@ -260,34 +263,6 @@ def _bytes(tensor: Tensor) -> Any:
     """The memory of a contiguous tensor on CPU, as a NumPy array."""
     require("numpy", "checkpoint")
     return tensor.detach().reshape(-1).view(torch.uint8).numpy()
-
-
-def copy_tensors(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Write the second of each pair into the first, which is of the same shape and dtype.
-
-    Raises:
-        ValueError: it is not. Nothing has been written then.
-    """
-    plain, once = [], {id(pair[0]): pair for pair in pairs}.values()  # tied ones
-    for target, tensor in once:
-        if (target.shape, target.dtype) != (tensor.shape, tensor.dtype):
-            raise ValueError(f"{tensor.dtype} {list(tensor.shape)} into {list(target.shape)}")
-    with torch.no_grad():
-        for target, tensor in once:
-            if _is_plain(target) and _is_plain(tensor):
-                plain.append((target, tensor))
-            else:
-                target.copy_(tensor)
-        if cpu.copy(plain):
-            torch.autograd.graph.increment_version([target for target, _ in plain])
-        else:
-            for target, tensor in plain:
-                target.copy_(tensor)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference()
-    return plain and tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
 @contextmanager
@@ -327,7 +302,11 @@ def read_header(path: Path) -> dict[str, Any]:
     Raises:
         DamagedFileError: it isn't one.
     """
-    whole = _header(path)
+    return _entries(path, _header(path))
+
+
+def _entries(path: Path, whole: bytes) -> dict[str, Any]:
+    """The entries of a `_header`. As the format has it, their tensors lie one after the other."""
     try:
         header = json.loads(whole[8:])
     except (ValueError, RecursionError) as error:
@@ -342,11 +321,19 @@ def read_header(path: Path) -> dict[str, Any]:
         if not first <= end <= size:
             problem = f"tensor {name!r} would lie at {first}:{end} of {size} bytes"
             raise DamagedFileError(path, f"it is not a whole safetensors file: {problem}")
+    place = 0
+    for name in sorted(entries, key=lambda name: entries[name]["data_offsets"]):
+        first, end = entries[name]["data_offsets"]
+        if first != place:
+            problem = f"tensor {name!r} lies at {first}, and the one before ends at {place}"
+            raise DamagedFileError(path, f"it is not a whole safetensors file: {problem}")
+        place = end
     return entries
 
 
 def _header(path: Path) -> bytes:
     """The length of a safetensors file's header, and the header."""
+    _check_regular(path)
     with read_errors_explained(path), path.open("rb") as file:
         size = path.stat().st_size
         start = file.read(8)
@@ -357,12 +344,16 @@ def _header(path: Path) -> bytes:
         return start + file.read(length)
 
 
-def _header_checksum(path: Path) -> str:
-    return _checksum(_header(path))
+def _check_regular(path: Path) -> None:
+    """Refuse what is no file to be read at once: a pipe would wait for ever."""
+    with read_errors_explained(path):
+        if not path.is_file():
+            raise DamagedFileError(path, "it is missing")
 
 
-def _json_checksum(content: Mapping[str, Any]) -> str:
-    return _checksum(json.dumps(content, sort_keys=True).encode())
+def json_checksum(content: Mapping[str, Any]) -> str:
+    """The checksum of plain data, whatever order its keys are in."""
+    return checksum(json.dumps(content, sort_keys=True).encode())
 
 
 def _spread(work: Callable[[T], R], items: Sequence[T], size: Callable[[T], int]) -> list[R]:

@@ -9,10 +9,12 @@ import random
 from collections.abc import Iterable, Mapping
 from inspect import isfunction
 from itertools import chain
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import ChainedScheduler, SequentialLR
 
 from falqon_fx.errors import FalqonError
 
@@ -23,6 +25,8 @@ _FUSED: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
     torch.optim.Adagrad: ("step", "sum"),
     torch.optim.SGD: (),
 }
+_OPTIONAL = ("max_exp_avg_sq", "momentum_buffer")  # which they read where there is one
+_OF_SEVERAL, _INNER = (ChainedScheduler, SequentialLR), "_schedulers"
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, saved: Any, where: str) -> None:
@@ -72,13 +76,16 @@ def _alike(ours: Any, theirs: Any) -> bool:
     """Whether an option may take the place of another."""
     if isinstance(ours, bool | None):
         return isinstance(theirs, bool | None) or ours is None
-    if isinstance(ours, int | float | Tensor):
+    if isinstance(ours, Real | Tensor):  # NumPy's numbers are real ones
         one = not isinstance(theirs, Tensor) or theirs.numel() == 1
-        return isinstance(theirs, int | float | Tensor) and one
+        return isinstance(theirs, Real | Tensor) and one
     if isinstance(ours, tuple | list):
         same = isinstance(theirs, tuple | list) and len(ours) == len(theirs)
         return same and all(_alike(*pair) for pair in zip(ours, theirs))
-    return True
+    if isinstance(ours, dict):
+        both = ours.keys() & theirs.keys() if isinstance(theirs, dict) else ()
+        return isinstance(theirs, dict) and all(_alike(ours[k], theirs[k]) for k in both)
+    return isinstance(theirs, str) or not isinstance(ours, str)
 
 
 def _check_slots(
@@ -90,6 +97,8 @@ def _check_slots(
     if not isinstance(slots, dict) or (slots and not {*needed} <= slots.keys()):
         raise FalqonError(where, f"parameter {number} lacks some of {needed}", _MAKE)
     for name, slot in slots.items():
+        if name not in (*needed, *_OPTIONAL):
+            continue  # a subclass's own
         shape = torch.Size() if name == "step" else parameter.shape
         if isinstance(slot, Tensor) and (slot.shape != shape or not slot.is_floating_point()):
             problem = (
@@ -104,26 +113,36 @@ def check_scheduler(scheduler: Any, saved: Any, where: str) -> None:
     """Raise a `FalqonError` where there is no saved state of a scheduler, or one of another."""
     if saved is None:
         raise FalqonError(where, "it holds no scheduler", "Leave out scheduler=")
-    _check_scheduler(scheduler.state_dict(), saved, where, type(scheduler))
+    _check_scheduler(scheduler, saved, where)
 
 
-def _check_scheduler(ours: Any, saved: Any, where: str, kind: type) -> None:
+def _check_scheduler(scheduler: Any, saved: Any, where: str) -> None:
     if not isinstance(saved, dict):
         raise FalqonError(where, "its scheduler is damaged", "Load another checkpoint")
-    lacking, unknown = without_functions(ours).keys() - saved.keys(), saved.keys() - ours.keys()
+    ours = without_functions(scheduler.state_dict())
+    lacking, unknown = ours.keys() - saved.keys(), saved.keys() - ours.keys()
     # A newer torch may only add, or only take away. A state becomes attributes: one that is named
-    # as a method would take its place.
-    if (lacking and unknown) or any(hasattr(kind, str(name)) for name in unknown):
+    # as a method, a function or the optimizer would take its place.
+    if (lacking and unknown) or any(hasattr(scheduler, str(name)) for name in unknown):
         raise FalqonError(
             "scheduler",
-            f"{where} has {sorted(map(str, unknown))} instead of {sorted(lacking)}",
+            f"it has {sorted(lacking)}, the one in {where} {sorted(map(str, unknown))}",
             _MAKE,
         )
-    own, other = (state.get("_schedulers", []) for state in (ours, saved))
-    if not isinstance(other, list) or len(own) != len(other):
-        raise FalqonError("scheduler", f"it is made of {len(own)}, the one in {where} not", _MAKE)
-    for one, two in zip(own, other, strict=True):
-        _check_scheduler(one, two, where, kind)
+    inner = getattr(scheduler, _INNER) if isinstance(scheduler, _OF_SEVERAL) else None
+    for name in (ours.keys() & saved.keys()) - ({_INNER} if inner is not None else set()):
+        if not _alike(ours[name], saved[name]):
+            problem = f"its {name} is {ours[name]!r}, that in {where} {saved[name]!r}"
+            raise FalqonError("scheduler", problem, _MAKE)
+    if inner is None:
+        return
+    parts = saved.get(_INNER)
+    if not isinstance(parts, list) or len(inner) != len(parts):
+        count = f"of {len(parts)}" if isinstance(parts, list) else "of none"
+        problem = f"it is made of {len(inner)}, the one in {where} {count}"
+        raise FalqonError("scheduler", problem, _MAKE)
+    for one, two in zip(inner, parts, strict=True):
+        _check_scheduler(one, two, where)
 
 
 def without_functions(state: Any) -> Any:
@@ -143,6 +162,10 @@ def check_rng(state: Any, where: str) -> None:
         for of_card in state["cuda"]:
             if of_card.dtype != torch.uint8:
                 raise TypeError(f"a state of {of_card.dtype}")
+        if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+            for of_card, ours in zip(state["cuda"], torch.cuda.get_rng_state_all(), strict=True):
+                if of_card.shape != ours.shape:
+                    raise ValueError(f"a card's has {of_card.numel()} bytes, not {ours.numel()}")
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         problem = f"its state of the random generators is damaged ({error})"
         raise FalqonError(where, problem, "Give rng=False, or load another checkpoint") from error

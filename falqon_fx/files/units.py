@@ -10,8 +10,7 @@ from typing import Any
 
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
-from falqon_fx.files import storage
-from falqon_fx.files.hf import INDEX
+from falqon_fx.files.hf import read_entries
 from falqon_fx.model.lora_layers import LinearLayer, linear_layers
 from falqon_fx.model.prepare import skip_reason
 from falqon_fx.rows import model as rows_model
@@ -62,7 +61,10 @@ def units_of(
     layers: Mapping[str, LinearLayer], source: Path, index: Mapping[str, str]
 ) -> list[Unit]:
     """The files to write, the largest first."""
-    sizes = _sizes(source, index)
+    sizes = {}
+    for name, entry in read_entries(source, index).items():
+        first, end = entry["data_offsets"]
+        sizes[name] = (end - first, entry["dtype"])
     cast: list[Unit] = []
     for path, layer in layers.items():
         size, dtype = sizes[tensor_of(layer)]
@@ -77,7 +79,7 @@ def units_of(
     taken = {unit.tensors[0] for unit in cast}
     rest = [name for name in index if name not in taken]
     small = tuple(name for name in rest if sizes[name][0] < _SMALL)
-    alone = [(name,) for name in rest if name not in small]
+    alone = [(name,) for name in rest if sizes[name][0] >= _SMALL]
     units = list(cast)
     for names in [*alone, small] if small else alone:
         file = _file_of(len(units), "small" if names is small else names[0])
@@ -89,18 +91,3 @@ def units_of(
 def _file_of(number: int, name: str) -> str:
     """A file for what a checkpoint calls ``name``: anything, a path out of the folder as well."""
     return f"weights/{number:05}.{re.sub(r'[^A-Za-z0-9_.-]', '_', name)[-100:]}.safetensors"
-
-
-def _sizes(source: Path, index: Mapping[str, str]) -> dict[str, tuple[int, str]]:
-    """Bytes and dtype of each tensor, from the headers alone."""
-    sizes = {}
-    for file in sorted(set(index.values())):
-        if not (source / file).is_file():
-            raise FalqonError(str(source), f"{INDEX} names {file}, which is missing", "Fetch it")
-        for name, entry in storage.read_header(source / file).items():
-            if index.get(name) == file:
-                start, end = entry["data_offsets"]
-                sizes[name] = (end - start, entry["dtype"])
-    for name in index.keys() - sizes.keys():
-        raise FalqonError(name, f"{INDEX} says that {index[name]} holds it", "Fetch both again")
-    return sizes

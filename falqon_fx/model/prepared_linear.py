@@ -58,6 +58,13 @@ class PreparedLinear(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         """Take bytes of this layer's own dtypes and shapes alone, all or none of them."""
+        lacking = [name for name in self.STATE if prefix + name not in state_dict]
+        if lacking and len(lacking) < len(self.STATE):
+            raise FalqonError(
+                self.path,
+                f"the state dict has a part of its FP8 weight, and lacks {', '.join(lacking)}",
+                "Load all of it or nothing of it: one means nothing without the others",
+            )
         for name in self.STATE:
             given, own = state_dict.get(prefix + name), getattr(self, name)
             if not isinstance(given, Tensor):

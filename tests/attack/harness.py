@@ -116,7 +116,7 @@ def contents(model: nn.Module, *others: Any) -> str:
     add("", {**model.state_dict()})
     for i, other in enumerate(others):
         add(str(i), other)
-    return storage._checksum(json.dumps(sorted(found)).encode())
+    return storage.checksum(json.dumps(sorted(found)).encode())
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -124,7 +124,7 @@ def tree(folder: Path) -> dict[str, str]:
     return {
         str(path.relative_to(folder)): os.readlink(path)
         if path.is_symlink()
-        else storage._checksum(path.read_bytes())
+        else storage.checksum(path.read_bytes())
         for path in sorted(folder.rglob("*"))
         if path.is_symlink() or path.is_file()
     }
@@ -176,7 +176,7 @@ def swapped(files: Sequence[Path]) -> Iterator[tuple[Path, bytes]]:
 def resealed(path: Path, content: Any) -> None:
     """A manifest with a right checksum, as whoever wrote the checkpoint could have written it."""
     content = {key: value for key, value in content.items() if key != "checksum"}
-    text = json.dumps({**content, "checksum": storage._json_checksum(content)})
+    text = json.dumps({**content, "checksum": storage.json_checksum(content)})
     path.write_text(text, encoding="utf-8")
 
 

@@ -135,6 +135,31 @@ def test_a_state_outside_of_modules_is_of_the_sizes_of_its_weight(tmp_path, upda
             assert harness.contents(model) == before
 
 
+@pytest.mark.parametrize("key", ["lora_a", "lora_b", "weight"])
+def test_a_state_outside_of_modules_is_of_parameters(tmp_path, key):
+    """A buffer of the right size is none of the three."""
+    torch.manual_seed(0)
+    model = tiny_mlp()
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_B" in name)
+    compiled = torch.compile(model, backend="falqon", options={"update": "rows", "inner": "eager"})
+    compiled(torch.randn(4, 32)).sum().backward()
+    falqon_fx.save_checkpoint(model, tmp_path)
+    with rewritten(tmp_path) as (tensors, manifest):
+        site = next(site for site in manifest["sites"] if "state" in site)
+        path, _, last = site[key].rpartition(".")
+        given = model.get_parameter(site[key]).detach().clone()
+        site[key] = f"{path}.twin"
+        tensors[site[key]] = given
+        if key == "weight":
+            tensors[f"{path}.{last}"] = given.clone()
+    model.get_submodule(path).register_buffer("twin", given.clone())
+    before = harness.contents(model)
+    with pytest.raises(FalqonError, match=r"twin: .* a matrix there, the model none"):
+        falqon_fx.load_checkpoint(model, tmp_path)
+    assert harness.contents(model) == before
+
+
 VALUES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "bytes .* NaN": lambda code, scale: code[3].fill_(0x7F),
     "1 of its FP8 bytes .* NaN": lambda code, scale: code[0, :1].fill_(0xFF),
@@ -211,6 +236,20 @@ def test_a_tensor_of_others_of_another_size_is_refused(tmp_path, name, how):
         falqon_fx.load(folder)
 
 
+@pytest.mark.parametrize("name", ["code", "base_layer.digest"])
+def test_a_tensor_beside_an_fp8_weight_does_not_take_its_place(tmp_path, name):
+    """It would come after the weight was compared with its scale and looked at for NaN."""
+    folder = fp8_of_others(tmp_path)
+    layer = "model.layers.0.mlp.up_proj"
+    own = falqon_fx.load(folder).get_submodule(f"base_model.model.{layer}.base_layer").state_dict()
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors[f"{layer}.{name}"] = own[name.rpartition(".")[2]].clone()
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(FalqonError, match="has it twice, as FP8 weight and beside it"):
+        falqon_fx.load(folder)
+
+
 @UPDATES
 def test_a_state_dict_of_other_sizes_leaves_a_prepared_layer_as_it_was(update):
     """torch itself would write the tensors that fit before it raises for the others."""
@@ -224,6 +263,19 @@ def test_a_state_dict_of_other_sizes_leaves_a_prepared_layer_as_it_was(update):
             with pytest.raises(FalqonError, match="its scale are"):
                 layer.load_state_dict(state, assign=assign)
             assert harness.contents(layer) == before, how
+
+
+@UPDATES
+def test_a_part_of_an_fp8_weight_is_no_state(update):
+    model, _ = model_and_optimizer(update)
+    layer = model.base_model.model[0].base_layer
+    before = harness.contents(layer)
+    for name in layer.STATE:
+        state = {name: layer.state_dict()[name] + 1}
+        with pytest.raises(FalqonError, match="a part of its FP8 weight"):
+            layer.load_state_dict(state, strict=False)
+        assert harness.contents(layer) == before
+    layer.load_state_dict({}, strict=False)
 
 
 # -- names that become paths -----------------------------------------------------------------------
