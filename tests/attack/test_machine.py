@@ -69,7 +69,7 @@ class Folder(RuleBasedStateMachine):
 
     @rule(moment=st.sampled_from(MOMENTS), after=st.booleans(), count=st.integers(1, 4))
     def kill_a_save(self, moment: str, after: bool, count: int) -> None:
-        """What was there is there, or the new is; which, a load says."""
+        """What was there is there, or the new is: a load says which."""
         self.generation += 1
         child = os.fork()
         if child == 0:
@@ -89,6 +89,7 @@ class Folder(RuleBasedStateMachine):
             self.whole.setdefault("run", {None}).add(self.generation)
         else:  # a whole new one may be over the damaged one
             self.whole["run"].add(self.generation)
+        self.load("run")
 
     @rule(update=st.sampled_from(["adapter", "rows"]))
     def prequantize(self, update: Any) -> None:
