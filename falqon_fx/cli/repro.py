@@ -60,7 +60,7 @@ def run_kernels(arguments: argparse.Namespace) -> int:
     chosen: dict[tuple[str, str], list[Site]] = {}
     for site in sites:
         chosen.setdefault((site.kernel, site.kernel_reason), []).append(site)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "kernel": name,
             "why": why,
