@@ -125,8 +125,17 @@ class OwnFolder:
             os.close(handle)
 
     def find(self, stem: str) -> bytes | None:
-        """The content of a file whose name begins with ``stem``, if there is a whole one."""
-        for name in os.listdir(self._handle):
+        """The content of a file whose name begins with ``stem``, if there is a whole one.
+
+        Raises:
+            FalqonError: the folder can't be read.
+        """
+        try:
+            names = os.listdir(self._handle)
+        except OSError as error:
+            problem = f"it can't be read ({error.strerror})"
+            raise FalqonError(str(self._path), problem, _REMEDY) from error
+        for name in names:
             if name.startswith(stem):
                 content = self._content(name)
                 if content is not None and name == stem + _checksum(content):
@@ -162,7 +171,7 @@ class OwnFolder:
             return None
 
     def _remove(self, name: str) -> None:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # what is left has a name that nobody looks for
             os.unlink(name, dir_fd=self._handle)
 
 

@@ -279,6 +279,13 @@ def test_a_program_that_dies_says_where():
     subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
 
 
+def test_a_program_without_stderr_runs():
+    code = "import sys; from falqon_fx_cli.main import main; sys.exit(main())"
+    command = f"{sys.executable} -c '{code}' --help 2>&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout[:6]) == (0, "usage:")
+
+
 def test_the_module_runs_as_a_program():
     done = subprocess.run(
         [sys.executable, "-m", "falqon_fx", "cost", "--cards", "--json"],

@@ -6,8 +6,10 @@ import dataclasses
 import io
 import json
 import logging
+import os
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,6 +142,36 @@ def test_the_commands_print_no_such_name(tmp_path, capsys):
         said = capsys.readouterr()
         assert not obeyed(said.out + said.err)
         assert SHOWN in said.out + said.err
+
+
+@pytest.mark.parametrize("planted", ["file", "folder", "pipe", "nothing to read"])
+def test_a_source_that_someone_planted_is_shown_printable(tmp_path, capsys, monkeypatch, planted):
+    monkeypatch.setenv("FALQON_CACHE", str(tmp_path))
+    path = tmp_path / "mine-0123456789abcdef.py"
+    if planted == "folder":
+        path.mkdir()
+    elif planted == "pipe":
+        os.mkfifo(path)
+    else:
+        path.write_bytes(f"x = 1\n{ESCAPE}\n".encode() + b"\xff\n")
+    if planted == "nothing to read":
+        monkeypatch.setattr(Path, "read_text", _only(Path.read_text, "report.json"))
+    site = Site("a", 64, 32, 4, 2.0, 0.0, "float32", SPEC, kernel="triton:mine")
+    file = tmp_path / "report.json"
+    file.write_text(RewriteReport((GraphReport((site,), (), 9, 3),)).to_json())
+    assert main(["kernels", str(file), "--source"]) == 0
+    said = capsys.readouterr().out
+    assert not obeyed(said)
+    assert f"x = 1\n{SHOWN}\n" in said if planted == "file" else "is not on this machine" in said
+
+
+def _only(read: Callable[..., str], name: str) -> Callable[..., str]:
+    def reading(path: Path, *args: object, **named: object) -> str:
+        if path.name != name:
+            raise PermissionError(13, "Permission denied")
+        return read(path, *args, **named)
+
+    return reading
 
 
 def test_a_check_that_falls_back_to_the_cpu_names_the_kernel(tmp_path, capsys, monkeypatch):

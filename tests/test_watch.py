@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import falqon_fx
+from falqon_fx import FalqonError
 from falqon_fx.rows import audit
 from falqon_fx.rows.drift import signed_sums
 from falqon_fx.rows.prepared import layer_of
@@ -196,6 +197,13 @@ def test_a_full_disk_ends_the_file_and_not_the_training():
         train(compiled, optimizer(model), x, 4)
     assert len(caught) == 1
     assert len(seen.history) == 12
+
+
+def test_a_file_that_cannot_be_opened_is_an_error_with_a_remedy(tmp_path):
+    watch = falqon_fx.watch(tiny_mlp(), jsonl=tmp_path / "none" / "audit.jsonl")
+    with pytest.raises(FalqonError, match=r"audit.jsonl: it can't be written .No such") as caught:
+        watch.__enter__()
+    assert "jsonl=" in caught.value.remedy
 
 
 def test_watching_changes_no_result():

@@ -403,6 +403,18 @@ def test_without_locks_saves_and_loads_succeed_with_a_warning(tmp_path, monkeypa
             pass
 
 
+@pytest.mark.parametrize("call", ["open", "flock"])
+def test_a_folder_that_may_not_be_read_is_not_to_be_named_anew(tmp_path, monkeypatch, call):
+    """A remedy for who saves is none for who loads."""
+    save(tmp_path, 1)
+    failed = failing(errno.EACCES, lambda first, *_: call == "flock" or first == tmp_path)
+    owner: Any = fcntl if call == "flock" else os
+    monkeypatch.setattr(owner, call, failed(getattr(owner, call)))
+    with pytest.raises(FalqonError, match="See that it is there and yours to read") as caught:
+        falqon_fx.load_checkpoint(Layers(0), tmp_path)
+    assert caught.value.site == str(tmp_path)
+
+
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP])
 def test_without_fsync_of_folders_a_save_succeeds_with_a_warning(tmp_path, monkeypatch, number):
     monkeypatch.setattr(os, "fsync", failing(number, is_folder)(os.fsync))
@@ -530,6 +542,30 @@ def test_of_writers_of_one_folder_none_loses_its_work(tmp_path, monkeypatch, loc
         assert found == ["0", "1", "2", "3"]
         kept = [path for path in out.parent.iterdir() if path != out]
         assert all(any(str(path) in str(error) for error in raised) for path in kept)
+
+
+def test_a_folder_that_another_made_meanwhile_is_not_removed(tmp_path, monkeypatch):
+    made = Path.mkdir
+
+    def later(path: Path, *arguments: Any, **options: Any) -> None:
+        if path == tmp_path / "deep":
+            made(path)  # by another process
+        made(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", later)
+    with pytest.raises(KeyError), atomic.made_folder(tmp_path / "deep" / "out"):
+        raise KeyError
+    assert [path.name for path in tmp_path.rglob("*")] == ["deep"]
+
+
+def test_machines_of_one_name_are_told_apart(monkeypatch):
+    def boot(number: str) -> str:
+        monkeypatch.setattr(Path, "read_text", lambda path, **_: number)
+        return atomic._machine()
+
+    assert boot("a\n") == boot("a\n") != boot("b\n")
+    monkeypatch.setattr(Path, "read_text", failing(errno.ENOENT)(Path.read_text))
+    assert len(atomic._machine()) == 6
 
 
 @pytest.mark.filterwarnings("ignore:falqon")

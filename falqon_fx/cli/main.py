@@ -8,6 +8,7 @@ command line; 3 ``explain --check`` found rejected or no sites, or ``repro`` a d
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import faulthandler
 import json
@@ -50,7 +51,8 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     if argv is None:  # a program: a mapped file that is cut off kills it with a message
-        faulthandler.enable()
+        with contextlib.suppress(RuntimeError, ValueError, OSError):  # stderr is closed
+            faulthandler.enable()
     words = list(sys.argv[1:] if argv is None else argv)
     parser, known = make_parser()
     if not words:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from falqon_fx.errors import FalqonError, one_line
+from falqon_fx.errors import FalqonError, one_line, printable
 from falqon_fx.report.data import Site
 from falqon_fx.report.kernels import source
 from falqon_fx.report.report import ReportError, RewriteReport
@@ -60,7 +60,7 @@ def run_kernels(arguments: argparse.Namespace) -> int:
     chosen: dict[tuple[str, str], list[Site]] = {}
     for site in sites:
         chosen.setdefault((site.kernel, site.kernel_reason), []).append(site)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "kernel": name,
             "why": why,
@@ -75,5 +75,5 @@ def run_kernels(arguments: argparse.Namespace) -> int:
     for row in rows:
         first = f"{len(row['sites'])} sites, first {row['sites'][0]}. {row['why']}"
         print(one_line(f"{row['kernel']}: {first}"))
-        print(row.get("source", ""), end="")
+        print(printable(row.get("source", "")), end="")  # whatever the cache folder holds
     return DONE

@@ -16,7 +16,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from falqon_fx.errors import FalqonError
@@ -30,7 +30,18 @@ from falqon_fx.files.disk import (
     warn,
 )
 
-_HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
+
+def _machine() -> str:
+    """A hash of this machine's name and boot, since others may have the same name: containers,
+    clones. Where the boot has no number, of the name alone.
+    """
+    boot = ""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+    return hashlib.sha256((platform.node() + boot).encode()).hexdigest()[:6]
+
+
+_HOST = _machine()
 _ASIDE = re.compile(r"\.falqon-([0-9a-f]{6})-([0-9a-f]{12})\.partial")
 _LONG = 24 * 3600.0  # seconds
 
@@ -242,8 +253,7 @@ def made_folder(path: Path) -> Iterator[None]:
     try:
         with disk_errors_explained(path):
             for folder in reversed([path, *path.parents]):
-                if not folder.is_dir():
-                    folder.mkdir(exist_ok=True)
+                if not folder.is_dir() and _made(folder):
                     made.append(folder)
                     flush_to_disk(folder.parent)
         yield
@@ -254,6 +264,17 @@ def made_folder(path: Path) -> Iterator[None]:
             except OSError:  # there is something in it, or it is gone
                 break
         raise
+
+
+def _made(folder: Path) -> bool:
+    """Make a folder; whether it was this process that did."""
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        if folder.is_dir():  # another process was faster
+            return False
+        raise
+    return True
 
 
 def working_folder(final: Path) -> Path:

@@ -9,7 +9,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from falqon_fx.errors import FalqonError
@@ -35,12 +35,14 @@ def lock(folder: Path, *, shared: bool = False, wait: bool = True) -> Iterator[N
 
     Raises:
         FalqonError: another has it, and ``wait`` is False; or another moved the folder meanwhile.
+        OSError: a folder that is to be read can't be.
     """
     kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
-    with disk_errors_explained(folder, "read" if shared else "written"):
+    # Who reads has other remedies than who writes, and says them (`storage.read_errors_explained`).
+    with nullcontext() if shared else disk_errors_explained(folder):
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with disk_errors_explained(folder, "locked"):
+        with nullcontext() if shared else disk_errors_explained(folder, "locked"):
             _lock_or_refuse(folder, handle, kind)
             there = is_same(Path(os.path.realpath(folder)), os.fstat(handle))
         if not there:

@@ -98,5 +98,9 @@ def _generated(site: Site, name: str) -> str:
             return render(spec)
     if not name.isidentifier():  # a report names it: no pattern, no path
         return ""
-    kept = sorted(cache_folder().glob(f"{name}-*.py"), key=lambda file: file.stat().st_mtime)
-    return kept[-1].read_text(encoding="utf-8") if kept else ""
+    try:
+        kept = [file for file in cache_folder().glob(f"{name}-*.py") if file.is_file()]
+        last = max(kept, key=lambda file: file.stat().st_mtime, default=None)
+        return last.read_text(encoding="utf-8", errors="replace") if last else ""
+    except OSError:  # such as of a folder that another user planted
+        return ""

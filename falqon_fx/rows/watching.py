@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from falqon_fx.errors import one_line
+from falqon_fx.errors import FalqonError, one_line
 from falqon_fx.model.lora_layers import unwrap
 from falqon_fx.model.prepare import adapters
 from falqon_fx.report.data import Audit
@@ -95,10 +95,7 @@ class Watch:
 
     def __enter__(self) -> Watch:
         if self._path is not None:
-            cut = _ends_within_a_line(self._path)  # where the last run was killed
-            self._file = self._open.enter_context(open(self._path, "ab", buffering=0))
-            if cut:
-                self._file.write(b"\n")
+            self._file = self._open.enter_context(_continued(self._path))
         if self._live is not None:
             self._open.enter_context(self._live)
         self._open.callback(self.flush)
@@ -177,6 +174,21 @@ class Watch:
                 "Free some space, and start watch again.",
                 stacklevel=2,
             )
+
+
+def _continued(path: str | Path) -> FileIO:
+    """A file of lines to write on, from the beginning of one."""
+    try:
+        cut = _ends_within_a_line(path)  # where the last run was killed
+        with ExitStack() as open_until_it_fails:
+            file = open_until_it_fails.enter_context(open(path, "ab", buffering=0))
+            if cut:
+                file.write(b"\n")
+            open_until_it_fails.pop_all()
+    except OSError as error:
+        problem = f"it can't be written ({error.strerror})"
+        raise FalqonError(str(path), problem, "Name another file in jsonl=") from error
+    return file
 
 
 def _ends_within_a_line(path: str | Path) -> bool:

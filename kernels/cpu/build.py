@@ -32,16 +32,17 @@ _FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", "-march=native", "-fopenmp", "-ffp-co
 
 def compiled(source: Path, functions: Sequence[str], without: str) -> Any | None:
     """The library made from a file, of which ``functions`` are called and return nothing; None
-    where no compiler works, with the reason in the log and ``without``, what that costs.
+    where no compiler works or none of its code may run, with the reason in the log and
+    ``without``, what that costs.
     """
+    remedy = "install a C++ compiler, or name one with CXX=..."
     try:
-        library = _load(source.stem, _kept(source.stem, source.read_text(encoding="utf-8")))
+        content = _kept(source.stem, source.read_text(encoding="utf-8"))
+        remedy = "set TMPDIR to a folder whose files may be run (not mounted with noexec)."
+        library = _load(source.stem, content)
     except (OSError, subprocess.CalledProcessError) as error:
-        log.warning(
-            "falqon: %s. Remedy: install a C++ compiler, or name one with CXX=... Reason: %s",
-            without,
-            getattr(error, "stderr", "") or error,
-        )
+        reason = getattr(error, "stderr", "") or error
+        log.warning("falqon: %s. Remedy: %s Reason: %s", without, remedy, reason)
         return None
     for name in functions:
         getattr(library, f"falqon_{name}").restype = None
@@ -100,13 +101,24 @@ def _load(name: str, content: bytes) -> ctypes.CDLL:
     """A library from memory: what was checked is what runs, whatever becomes of its file, and a
     file that is cut off while it is mapped can't kill the process.
     """
-    if not hasattr(os, "memfd_create"):
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder, f"{name}.so")
-            file.write_bytes(content)
-            return ctypes.CDLL(str(file))
+    if hasattr(os, "memfd_create"):
+        try:
+            return _from_memory(name, content)
+        except OSError as error:  # memory that may not run (vm.memfd_noexec, SELinux), no /proc
+            log.info("falqon: %s is loaded from a temporary file (%s)", name, error)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, f"{name}.so")
+        file.write_bytes(content)
+        return ctypes.CDLL(str(file))
+
+
+def _from_memory(name: str, content: bytes) -> ctypes.CDLL:
     handle = os.memfd_create(f"falqon-{name}")
-    with open(handle, "wb", closefd=False) as memory:
-        memory.write(content)
-    # It stays open: where two libraries had one name, the loader would take them for one.
-    return ctypes.CDLL(f"/proc/self/fd/{handle}")
+    try:
+        with open(handle, "wb", closefd=False) as memory:
+            memory.write(content)
+        # It stays open: where two libraries had one name, the loader would take them for one.
+        return ctypes.CDLL(f"/proc/self/fd/{handle}")
+    except OSError:
+        os.close(handle)
+        raise

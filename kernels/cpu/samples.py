@@ -1,5 +1,5 @@
 """Whether parts of matrices are still what copies of them hold, all in one call of compiled code:
-``samples.cpp``, built by Inductor's compiler at need.
+``samples.cpp``, which `falqon_fx.kernels.cpu.build` compiles at need.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ it, so that it costs what its writer does. `attack` starts that process.
 from __future__ import annotations
 
 import ctypes
-import hashlib
+import itertools
 import json
 import os
 import random
@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.attack.harness import changes, place_victims, surroundings
+
 ROOT = Path(__file__).parents[2]
 SOURCE = Path(__file__).with_name("faults.c")
 _PROCESS = """
@@ -34,11 +36,14 @@ print(faults.run({arguments!r}))
 _RENAME, _FLOCK = 4, 7  # of `enum kind`
 _ENOENT = 6  # of a rename's errors
 _WHOLE_NEW, _OLD = "new", "old"
+TRIES = 4  # attempts for each attack that is wanted, since some come too late or find no such call
+Counts = dict[str, dict[str, int]]
 
 
 def attack(folder: Path, **arguments: Any) -> dict[str, Any]:
     """Run attacks in a new process: ``writers`` says how many on which, ``kind`` whether "kills" or
-    "faults". Returns how often each ended how, and the failures.
+    "faults". An attack that hits nothing (no such call, the process was done) is followed by
+    another. Returns how often each ended how, with the attempts and the hits, and the failures.
     """
     library = folder / "faults.so"
     compiler = shutil.which("gcc") or shutil.which("cc")
@@ -70,16 +75,32 @@ def run(arguments: dict[str, Any]) -> str:
     chance = random.Random(arguments.get("seed", 0))
     library = ctypes.CDLL(arguments["library"])
     library.faults_fired.restype = ctypes.c_char_p
-    counts: Counter[str] = Counter()
+    counts: dict[str, Counter[str]] = {}
     failures: list[str] = []
     for name, number in arguments["writers"].items():
         bench = Bench(WRITERS[name](), Path(arguments["folder"], name), library)
-        for fault in faults_of(arguments["kind"], bench.calls, number, chance):
-            ended, problem = bench.attack(fault)
-            counts[f"{name}: {ended}"] += 1
+        counted = counts[name] = Counter()
+        faults = faults_of(arguments["kind"], bench.calls, number, chance)
+        for fault in itertools.islice(faults, TRIES * number):
+            ended, told, problem = bench.attack(fault)
+            counted["tried"] += 1
+            counted["hit"] += bool(told.get("fault")) or ended == "killed"
+            counted[ended] += 1
             if problem is not None:
                 failures.append(f"{name}, {fault}: {problem}")
+            if counted["hit"] >= number:
+                break
     return json.dumps({"counts": counts, "failures": failures})
+
+
+def table(counts: Counts) -> str:
+    """The counts of each writer, as docs/reliability.md has them."""
+    ends = ("tried", "hit", "killed", "refused", "raw", "done")
+    total = {end: sum(of.get(end, 0) for of in counts.values()) for end in ends}
+    lines = [f"| writer | {' | '.join(ends)} |", "|---" * (len(ends) + 1) + "|"]
+    for name, of in {**counts, "all": total}.items():
+        lines.append(f"| {name} | {' | '.join(str(of.get(end, 0)) for end in ends)} |")
+    return "\n" + "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -98,10 +119,12 @@ class Fault:
 
 
 def faults_of(kind: str, calls: int, number: int, chance: random.Random) -> Iterator[Fault]:
-    """The attacks of a kind: every call in turn where ``number`` allows, else a sample."""
-    places = chance.sample(range(1, calls + 1), min(calls, number))
-    places += [chance.randint(1, calls) for _ in range(number - len(places))]
-    for i, at in enumerate(places):
+    """The attacks of a kind, without an end: ``number`` different calls where there are so many, a
+    sample where there are more, then any.
+    """
+    first = chance.sample(range(1, calls + 1), min(calls, number))
+    later = (chance.randint(1, calls) for _ in itertools.count())
+    for i, at in enumerate(itertools.chain(first, later)):
         if kind == "kills":
             if i % 3 == 2:
                 yield Fault(moment=chance.uniform(0, 1.2))
@@ -121,7 +144,7 @@ class Writer:
     """
 
     own: tuple[str, ...] = ("work/out",)  # what may change
-    raw = False  # whether it is torch that raises
+    raw: tuple[str, ...] = ()  # exceptions of torch's own
 
     def prepare(self, folder: Path) -> None:
         """Make the state before."""
@@ -140,8 +163,9 @@ class Bench:
 
     def __init__(self, writer: Writer, base: Path, library: Any) -> None:
         self.writer, self.library = writer, library
-        self.template, self.folder = base / "template", base / "now"
+        self.base, self.template, self.folder = base, base / "template", base / "now"
         (self.template / "work").mkdir(parents=True)
+        place_victims(base)
         for name in ("work/out.partial.txt", "victim/model.safetensors", "work/tensors-mine.txt"):
             (self.template / name).parent.mkdir(exist_ok=True)
             (self.template / name).write_text(f"mine: {name}")
@@ -164,48 +188,33 @@ class Bench:
         shutil.rmtree(self.folder, ignore_errors=True)
         shutil.copytree(self.template, self.folder, symlinks=True)
 
-    def attack(self, fault: Fault) -> tuple[str, str | None]:
-        """How it ended, and what was wrong with that."""
+    def attack(self, fault: Fault) -> tuple[str, dict[str, Any], str | None]:
+        """How it ended, what it told of that, and what was wrong with it."""
         self._fresh()
         self.attacks += 1
-        around = dict(self._around())
+        around = self._around()
         ended, told = self._child(fault)
         try:
             self._judge(ended, told, around)
             if self.attacks % 4 == 0:  # the next call finishes the work, and tidies up
                 self.writer.act(self.folder)
                 assert self.writer.state(self.folder) == _WHOLE_NEW
-                assert around == dict(self._around())
+                assert not changes(around, self._around())
         except Exception as error:
             text = "".join(traceback.format_exception(error))[-1500:]
-            return ended, f"{ended} {told}: {text}"
-        return ended, None
+            return ended, told, f"{ended} {told}: {text}"
+        return ended, told, None
 
     def _judge(self, ended: str, told: dict[str, Any], around: dict[str, Any]) -> None:
-        changed = {n: (around.get(n), now) for n, now in self._around() if around.get(n) != now}
-        changed |= {n: (was, None) for n, was in around.items() if n not in dict(self._around())}
+        changed = changes(around, self._around())
         assert not changed, f"changed around it: {changed}"
-        assert ended in ("done", "killed", "refused") or (ended == "raw" and self.writer.raw)
+        assert ended in ("done", "killed", "refused") or told.get("raised") in self.writer.raw
         state = self.writer.state(self.folder)
         assert state in (_OLD, _WHOLE_NEW)
         assert ended != "done" or state == _WHOLE_NEW, "it said that it was done"
 
-    def _around(self) -> Iterator[tuple[str, Any]]:
-        """All but the writer's own: inode, size, time and contents of each file."""
-        for path in sorted(self.folder.rglob("*")):
-            name = str(path.relative_to(self.folder))
-            if any(f"{name}/".startswith(f"{own}/") for own in self.writer.own):
-                continue
-            if "work/.falqon-" in name:
-                continue
-            known = path.lstat()
-            if path.is_symlink():
-                yield name, os.readlink(path)
-            elif path.is_dir():
-                yield name, (known.st_ino, known.st_mode)
-            else:
-                content = hashlib.sha256(path.read_bytes()).hexdigest()
-                yield name, (known.st_ino, known.st_size, known.st_mtime_ns, content)
+    def _around(self) -> dict[str, Any]:
+        return surroundings(self.base, [f"{self.folder.name}/{own}" for own in self.writer.own])
 
     def _child(self, fault: Fault) -> tuple[str, dict[str, Any]]:
         ours, theirs = os.pipe()
@@ -246,7 +255,8 @@ class Bench:
                 told = {"ended": "refused", "said": str(error)}
             except BaseException as error:
                 text = "".join(traceback.format_exception(error))
-                told = {"ended": "raw", "said": text[-1500:]}
+                raised = f"{type(error).__module__}.{type(error).__name__}"
+                told = {"ended": "raw", "raised": raised, "said": text[-1500:]}
             told["calls"] = self.library.faults_disarm()
             told["fault"] = self.library.faults_fired().decode(errors="replace")
         told["warned"] = [str(w.message) for w in warned if "falqon" in str(w.message)][:3]

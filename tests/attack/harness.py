@@ -8,6 +8,7 @@ signal, a call without an end.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -128,6 +129,42 @@ def tree(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_symlink() or path.is_file()
     }
+
+
+def surroundings(root: Path, own: Sequence[str] = ()) -> dict[str, Any]:
+    """All in a folder but what is ``own`` there and what killed writers left aside: inode, size,
+    time and contents of each file. What was written and put back would show by its time.
+    """
+    found: dict[str, Any] = {}
+    for path in sorted(root.rglob("*")):
+        name = str(path.relative_to(root))
+        if any(f"{name}/".startswith(f"{one}/") for one in own) or "/.falqon-" in name:
+            continue
+        known = path.lstat()
+        if path.is_symlink():
+            found[name] = (known.st_ino, os.readlink(path))
+        elif path.is_dir():
+            found[name] = (known.st_ino, known.st_mode)
+        else:
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+            found[name] = (known.st_ino, known.st_mode, known.st_size, known.st_mtime_ns, content)
+    return found
+
+
+def changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What was made, removed or written between two looks at `surroundings`."""
+    names = before.keys() | after.keys()
+    both = {name: (before.get(name), after.get(name)) for name in sorted(names)}
+    return {name: pair for name, pair in both.items() if pair[0] != pair[1]}
+
+
+def place_victims(folder: Path) -> None:
+    """What lies around and is nobody's to write: files beside, and what links lead to."""
+    (folder / "victim").mkdir()
+    for name in ("model.safetensors", "checkpoint.json", "x"):
+        (folder / "victim" / name).write_text(f"mine: {name}")
+    (folder / "link").symlink_to("victim")
+    (folder / "out.txt").write_text("mine")
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import math
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,9 @@ from falqon_fx import FalqonConfig, FalqonError
 from falqon_fx.files import storage
 from falqon_fx.files.checkpoint import MANIFEST
 from falqon_fx.files.storage import DamagedFileError
-from falqon_fx.site.numerics import E4M3
 from tests.attack import harness
-from tests.attack.test_flips import _lora, _tiny
+from tests.attack.checkpoints import fp8_of_others, lora, tiny
 from tests.models import fill_b, lora_b, tiny_mlp
-
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
 
 UPDATES = pytest.mark.parametrize("update", ["adapter", "rows"])
 INDEX = "model.safetensors.index.json"
@@ -204,23 +200,6 @@ def test_a_base_of_others_that_is_no_numbers_is_refused(tmp_path, problem, granu
     assert caught.value.site.startswith(f"base_model.model.{name}")
 
 
-def fp8_of_others(folder: Path) -> Path:
-    """A compressed-tensors checkpoint, one scale per row."""
-    model = _tiny()
-    model.save_pretrained(folder / "fp8")
-    (file,) = (folder / "fp8").glob("*.safetensors")
-    tensors = load_file(file)
-    for name in [name for name in tensors if "_proj" in name]:
-        scale = tensors[name].float().abs().amax(1, keepdim=True) / 448
-        tensors[f"{name}_scale"] = scale
-        tensors[name] = (tensors[name].float() / scale).to(E4M3)
-    save_file(tensors, file, metadata={"format": "pt"})
-    config = json.loads((folder / "fp8" / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "compressed-tensors", "config_groups": {}}
-    (folder / "fp8" / "config.json").write_text(json.dumps(config))
-    return folder / "fp8"
-
-
 @pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"])
 @pytest.mark.parametrize("how", [*CHANGES, "integers"])
 def test_a_tensor_of_others_of_another_size_is_refused(tmp_path, name, how):
@@ -294,7 +273,7 @@ OUTSIDE = [
 
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_an_index_that_names_a_file_outside_is_refused(tmp_path, name):
-    _tiny().save_pretrained(tmp_path / "dense", max_shard_size="12KB")
+    tiny().save_pretrained(tmp_path / "dense", max_shard_size="12KB")
     file = tmp_path / "dense" / INDEX
     index = json.loads(file.read_text())
     tensor = next(iter(index["weight_map"]))
@@ -365,10 +344,18 @@ def changed(draw: Any, content: Any) -> Any:
     return content
 
 
-def check(call: Callable[[], Any], state: Callable[[], Any]) -> None:
-    """A crafted file may describe another whole state; all else is a refusal."""
+def check(
+    call: Callable[[], Any], state: Callable[[], Any], folders: Path, own: Sequence[str] = ()
+) -> None:
+    """A crafted file may describe another whole state; all else is a refusal. Either way nothing
+    is written in the folders or around them but what is its ``own``.
+    """
+    root = folders.parent
+    before = harness.surroundings(root, [f"{folders.name}/{name}" for name in own])
     (found,) = harness.verdicts([lambda: harness.verdict(call, state, None)])
     assert not found.startswith("bad") or found.startswith("bad: neither"), found
+    after = harness.surroundings(root, [f"{folders.name}/{name}" for name in own])
+    assert not harness.changes(before, after)
 
 
 def quietly(call: Callable[[], Any]) -> Any:
@@ -381,14 +368,16 @@ def quietly(call: Callable[[], Any]) -> Any:
 def folders() -> Iterator[Path]:
     """One folder of each kind."""
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+        harness.place_victims(Path(temporary))
+        folder = Path(temporary, "folders")
+        folder.mkdir()
         for update in ("adapter", "rows"):
             model, optimizer = model_and_optimizer(update)
             falqon_fx.save_checkpoint(model, folder / update, optimizer=optimizer)
         torch.manual_seed(0)
-        _tiny().save_pretrained(folder / "dense", max_shard_size="12KB")
+        tiny().save_pretrained(folder / "dense", max_shard_size="12KB")
         falqon_fx.prequantize(
-            folder / "dense", folder / "prequantized", _lora(), workers=1, progress=False
+            folder / "dense", folder / "prequantized", lora(), workers=1, progress=False
         )
         fp8_of_others(folder)
         yield folder
@@ -406,6 +395,7 @@ def craft_checkpoint(folders: Path, update: Any, data: Any) -> None:
         check(
             lambda: falqon_fx.load_checkpoint(model, folder, optimizer=optimizer),
             lambda: harness.contents(model, optimizer.state_dict()),
+            folders,
         )
     finally:
         (folder / MANIFEST).write_bytes(whole)
@@ -416,7 +406,7 @@ def craft_file(folder: Path, name: str, call: Callable[[], Any], data: Any) -> N
     made = [""]
 
     def load() -> None:
-        made[0] = harness.contents(quietly(call)) if call is not None else ""
+        made[0] = harness.contents(quietly(call))
 
     content = data.draw(changed(json.loads(whole)))
     try:
@@ -424,7 +414,7 @@ def craft_file(folder: Path, name: str, call: Callable[[], Any], data: Any) -> N
             harness.resealed(folder / name, content)
         else:
             (folder / name).write_text(json.dumps(content))
-        check(load, lambda: made[0])
+        check(load, lambda: made[0], folder.parent)
     finally:
         (folder / name).write_bytes(whole)
 
@@ -459,9 +449,11 @@ def craft_index(folders: Path, data: Any) -> None:
         file.write_text(json.dumps(data.draw(changed(json.loads(whole)))))
         check(
             lambda: falqon_fx.prequantize(
-                folders / "dense", out, _lora(), workers=1, progress=False
+                folders / "dense", out, lora(), workers=1, progress=False
             ),
             lambda: harness.tree(out) if out.exists() else {},
+            folders,
+            ("out", "out.partial"),
         )
     finally:
         file.write_bytes(whole)

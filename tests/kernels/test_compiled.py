@@ -165,6 +165,57 @@ def test_a_cache_folder_that_cannot_be_written_costs_only_time(source, monkeypat
     assert "made anew in each process" in caplog.text
 
 
+def refuse(*args: Any, **named: Any) -> Any:
+    raise PermissionError(13, "Permission denied")
+
+
+def test_a_cache_folder_that_cannot_be_read_costs_only_time(source, monkeypatch, made, caplog):
+    answer(source)
+    monkeypatch.setattr(os, "listdir", refuse)
+    with caplog.at_level(logging.WARNING):
+        assert answer(source) == 42
+    assert len(made) == 2
+    assert "made anew in each process" in caplog.text
+    assert "C++ compiler" not in caplog.text
+
+
+def test_code_is_run_where_a_file_aside_cannot_be_removed(source, monkeypatch, caplog):
+    unlink = os.unlink
+
+    def in_our_folder(path: Any, **options: Any) -> None:
+        if str(path).startswith("."):
+            refuse()
+        unlink(path, **options)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(os, "unlink", in_our_folder)
+    with caplog.at_level(logging.WARNING):
+        assert build.compiled(source, ["fill"], "") is not None
+    assert "C++ compiler" not in caplog.text
+
+
+@pytest.mark.parametrize("fails", ["memfd_create", "CDLL"])
+def test_where_memory_may_not_run_a_file_does(source, monkeypatch, fails):
+    load = ctypes.CDLL
+    if fails == "CDLL":
+        monkeypatch.setattr(
+            ctypes, "CDLL", lambda path: refuse() if path.startswith("/proc/") else load(path)
+        )
+    else:
+        monkeypatch.setattr(os, "memfd_create", refuse)
+    before = len(os.listdir("/proc/self/fd"))
+    assert answer(source) == 42
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_where_no_file_may_run_the_remedy_is_another_folder(source, monkeypatch, caplog):
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    with caplog.at_level(logging.WARNING):
+        assert build.compiled(source, ["fill"], "nothing is filled") is None
+    assert "nothing is filled. Remedy: set TMPDIR" in caplog.text
+    assert "C++ compiler" not in caplog.text
+
+
 def test_a_full_disk_leaves_nothing_behind(source, monkeypatch, caplog):
     def full(*args: Any, **folders: Any) -> None:
         raise OSError(28, "No space left on device")
