@@ -282,7 +282,8 @@ def file_errors_explained(path: Path) -> Iterator[None]:
             raise DamagedFileError(path, f"it is not a whole safetensors file ({error})") from error
         except FalqonError:
             raise
-        except RuntimeError as error:  # torch's, where the system doesn't let it map the file
+        # Torch's and Python's, where the system doesn't let them map the file.
+        except (RuntimeError, MemoryError) as error:
             raise OSError(str(error)) from error
 
 

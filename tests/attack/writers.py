@@ -163,6 +163,13 @@ class Whole(Writer):
     def keep(self, name: str) -> bool:
         return True
 
+    def is_there(self, out: Path) -> bool:
+        """Whether the call is a repeated one. A fault of this look is none of the library's."""
+        try:
+            return out.exists()
+        except OSError:
+            return False
+
 
 class Export(Whole):
     """`save_fp8`."""
@@ -174,7 +181,7 @@ class Export(Whole):
 
     def act(self, folder: Path) -> None:
         out = folder / "work/out"
-        if out.exists():  # when it is called again
+        if self.is_there(out):
             return
         falqon_fx.save_fp8(self.model, out, max_shard_size=20000, progress=False)
 
@@ -189,7 +196,7 @@ class Prequantize(Whole):
 
     def act(self, folder: Path) -> None:
         out = folder / "work/out"
-        if out.exists():
+        if self.is_there(out):
             return
         falqon_fx.prequantize(
             folder / "source", out, lora(), FalqonConfig(init="keep"), progress=False
