@@ -18,6 +18,9 @@ from falqon_fx import config
 
 InputDtype = Literal["float32", "bfloat16", "float16"]
 Fp8Format = Literal["e4m3", "e5m2"]
+POINTER = {"float32": "*fp32:16", "bfloat16": "*bf16:16", "float16": "*fp16:16"}  # aligned
+MAX_RANK = 256  # the most columns of an adapter that an accumulator holds
+MAX_PIECES = 8  # weights, or adapters, in one launch
 # How float32 becomes FP8: by the GPU's own instruction (sm_89 and newer), or by integer steps,
 # which older GPUs and Triton's interpreter need (see interpreter.py).
 CastMode = Literal["hardware", "integer"]
@@ -73,6 +76,11 @@ class KernelSpec:
 
     def __str__(self) -> str:
         return f"{self.template}({', '.join(f'{k}={v}' for k, v in self.fields.items())})"
+
+
+def padded(columns: int) -> int:
+    """The columns of a tile that holds so many: a power of two, of which tensor cores take 16."""
+    return max(16, 1 << (columns - 1).bit_length())
 
 
 def check_literals(spec: KernelSpec) -> None:

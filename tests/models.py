@@ -9,6 +9,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+WIDTH = 64  # what a frozen layer needs to run in FP8
+
+
+class Net(nn.Module):
+    """Two layers that get adapters and a frozen one between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.plain = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH, bias=False)
+        self.down = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.plain(torch.relu(self.up(x)))))
+
 
 class LoraLinear(nn.Module):
     """base(x) + scaling · B(A(x)) with PEFT's parameter names, adapters in float32 like PEFT's."""

@@ -31,22 +31,8 @@ from falqon_fx import FalqonConfig, MergedAdapter, rewrite
 from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.site.record import STEP
 from tests.emulation import E4M3, Layer, Lora, cast, emulate, linear
-from tests.models import LoraLinear, Traceable
+from tests.models import WIDTH, LoraLinear, Net, Traceable
 from tests.sites import randn
-
-WIDTH = 64  # what a frozen layer needs to run in FP8
-
-
-class Net(nn.Module):
-    """Two layers that get adapters and a frozen one between them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.plain = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH, bias=False)
-        self.down = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.relu(self.plain(torch.relu(self.up(x)))))
 
 
 class Training(RuleBasedStateMachine):

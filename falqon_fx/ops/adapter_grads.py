@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from falqon_fx.kernels.spec import MAX_PIECES, MAX_RANK
 from falqon_fx.ops import lowering
 
 
@@ -111,15 +112,11 @@ def adapter_grads_on_gpu(batch: Batch, spec_text: str) -> tuple[Sequence[Tensor]
     return _cast(of_b, batch.b_dtypes), _cast(of_a, batch.a_dtypes)
 
 
-_TOGETHER = 8  # adapters in one launch
-_RANKS = 256  # and the sum of their ranks
-
-
 def _parts(ranks: Sequence[int]) -> Iterator[slice]:
     """The adapters in groups that the kernels take."""
     first = 0
     for end in range(1, len(ranks) + 1):
-        full = end - first == _TOGETHER or sum(ranks[first : end + 1]) > _RANKS
+        full = end - first == MAX_PIECES or sum(ranks[first : end + 1]) > MAX_RANK
         if full or end == len(ranks):
             yield slice(first, end)
             first = end

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from falqon_fx.kernels.hardware import fp8_architecture
+from falqon_fx.kernels.spec import MAX_PIECES
 from falqon_fx.ops import products
 from falqon_fx.ops.arguments import Merged
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.site.casts import cast_fp8
 from falqon_fx.site.numerics import E4M3, as_e4m3, without_autocast
 from falqon_fx.site.spec import parse_spec
-
-_TOGETHER = 8  # adapters in one launch
 
 
 def quantize(x: Tensor, dtype: torch.dtype, spec_text: str) -> tuple[Tensor, Tensor]:
@@ -50,8 +49,8 @@ def proxy_update(
     """See `falqon_fx.ops.lowering.proxy_update`."""
     dtype = torch.float32 if wide else torch.bfloat16
     casts: list[Tensor] = []
-    for first in range(0, len(lora_a), _TOGETHER):
-        part = slice(first, first + _TOGETHER)
+    for first in range(0, len(lora_a), MAX_PIECES):
+        part = slice(first, first + MAX_PIECES)
         given = ([t.detach() for t in lora_a[part]], [t.detach() for t in lora_b[part]])
         casts += products.adapter_casts(*given, scaling[part], dtype, spec_text)
     return casts

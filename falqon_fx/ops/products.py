@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from falqon_fx.kernels.spec import MAX_PIECES
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.site.spec import parse_spec
 
@@ -97,8 +98,8 @@ def merged_product(
         """O of each piece but the last ``a_pieces``, whose O_A stand side by side behind them."""
         of_sites: list[Tensor] = []
         of_adapters: list[Tensor] = []
-        for first in range(0, len(pieces), dispatch.MAX_PIECES):
-            part = pieces[first : first + dispatch.MAX_PIECES]
+        for first in range(0, len(pieces), MAX_PIECES):
+            part = pieces[first : first + MAX_PIECES]
             in_part = len(range(max(first, len(pieces) - a_pieces), first + len(part)))
             made = dispatch.forward(q, q_scale, part, in_part, out_dtype, dtype, options).run()
             of_sites += made[: len(part) - in_part]
@@ -248,16 +249,8 @@ def adapter_grads_product(
     return adapters.adapter_grads(grad, out_a, ranks, scaling, x, d, out_dtype, kernel).run()
 
 
-def _adapter_grads_fake(
-    grad: Sequence[Tensor],
-    out_a: Tensor,
-    ranks: Sequence[int],
-    scaling: Sequence[float],
-    x: Sequence[Tensor],
-    d: Sequence[Tensor],
-    out_dtype: torch.dtype,
-    spec_text: str,
-) -> list[Tensor]:
+def _adapter_grads_fake(grad: Sequence[Tensor], out_a: Tensor, *rest: Any) -> list[Tensor]:
+    ranks, _, x, _, out_dtype, _ = rest
     shapes = [(g.shape[1], rank) for g, rank in zip(grad, ranks)]
     shapes += [(rank, x[0].shape[1]) for rank in ranks] if x else []
     return [out_a.new_empty(shape, dtype=out_dtype) for shape in shapes]

@@ -49,15 +49,11 @@ def lowering_version() -> str:
         spec = importlib.util.find_spec(f"falqon_fx.{name}")
         assert spec is not None
         folders = [Path(folder) for folder in spec.submodule_search_locations or []]
-        for file in [f for folder in folders for f in sorted(folder.rglob("*"))] or [
-            Path(str(spec.origin))
-        ]:
-            if file.suffix in _SOURCES:
+        inside = [file for folder in folders for file in sorted(folder.rglob("*"))]
+        for file in inside if folders else [Path(str(spec.origin))]:
+            if file.suffix in (".py", ".jinja", ".cpp"):
                 digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
-
-
-_SOURCES = (".py", ".jinja", ".cpp")
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from triton import cdiv
 
 from falqon_fx.kernels.activation_cast.spec import ActivationCastSpec
 from falqon_fx.kernels.interpreter import runs_interpreted
 from falqon_fx.kernels.launching import launch
 from falqon_fx.kernels.loader import load
+from falqon_fx.kernels.spec import POINTER
 
 FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
@@ -44,7 +46,7 @@ def activation_cast(x: Tensor, spec: ActivationCastSpec) -> tuple[Tensor, Tensor
 
 def signatures(spec: ActivationCastSpec) -> dict[str, dict[str, str]]:
     """Argument types of each kernel, for `aot.compile_ahead`: x aligned, width % 16 == 0."""
-    x_ptr = {"float32": "*fp32:16", "bfloat16": "*bf16:16", "float16": "*fp16:16"}[spec.input_dtype]
+    x_ptr = POINTER[spec.input_dtype]
     sizes = {"n": "i32", "width": "i32:16", "x_stride": "i32:16"}
     q = {"q_ptr": "*u8:16", "scale_ptr": "*fp32:16"}
     if spec.granularity == "row":
@@ -74,7 +76,7 @@ def _by_rows(x: Tensor, q: Tensor, scale: Tensor, spec: ActivationCastSpec) -> l
     n, width = x.shape
     return launch(
         load(spec, runs_interpreted(x)).cast_rows,
-        (_cdiv(n, spec.block_rows),),
+        (cdiv(n, spec.block_rows),),
         [x, q, scale, n, width, x.stride(0)],
         ["q_ptr", "scale_ptr"],
         num_warps=spec.num_warps,
@@ -84,7 +86,7 @@ def _by_rows(x: Tensor, q: Tensor, scale: Tensor, spec: ActivationCastSpec) -> l
 def _by_tiles(x: Tensor, q: Tensor, scale: Tensor, spec: ActivationCastSpec) -> list[Tensor]:
     n, width = x.shape
     kernels = load(spec, runs_interpreted(x))
-    tiles = _cdiv(n, spec.block_rows) * _cdiv(width, spec.block_width)
+    tiles = cdiv(n, spec.block_rows) * cdiv(width, spec.block_width)
     # The cast reads one partial maximum for each program of the amax pass.
     grid = (min(tiles, spec.programs),)
     partial = torch.empty(grid, dtype=torch.int32, device=x.device)
@@ -93,7 +95,3 @@ def _by_tiles(x: Tensor, q: Tensor, scale: Tensor, spec: ActivationCastSpec) -> 
     (partial,) = launch(kernels.amax_tiles, grid, arguments, ["partial_ptr"], num_warps=warps)
     arguments = [x, partial, q, scale, *sizes]
     return launch(kernels.cast_tiles, grid, arguments, ["q_ptr", "scale_ptr"], num_warps=warps)
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)

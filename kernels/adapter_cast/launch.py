@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton import cdiv
 
 from falqon_fx.kernels.adapter_cast.spec import AdapterCastSpec
 from falqon_fx.kernels.interpreter import runs_interpreted
 from falqon_fx.kernels.launching import launch
 from falqon_fx.kernels.loader import load
+from falqon_fx.kernels.spec import POINTER
 
 E4M3 = torch.float8_e4m3fn
-_TYPE = {"float32": "*fp32:16", "bfloat16": "*bf16:16", "float16": "*fp16:16"}
 
 
 def adapter_cast(
@@ -46,7 +47,7 @@ def adapter_cast(
         scaled = torch.empty(b.shape, dtype=getattr(torch, spec.b_dtype), device=device)
         arguments += [a.contiguous(), code, scale, *a.shape]
         arguments += [b.contiguous(), scaled, b.numel(), factor]
-        programs += len(a) + -(-b.numel() // spec.block)
+        programs += len(a) + cdiv(b.numel(), spec.block)
     written = [f"{name}{j}_ptr" for j in range(spec.adapters) for name in ("code", "scale", "b")]
     made = launch(
         load(spec, interpreted).adapter_cast,
@@ -60,10 +61,10 @@ def adapter_cast(
 
 def signatures(spec: AdapterCastSpec) -> dict[str, dict[str, str]]:
     """Argument types of the kernel, for `aot.compile_ahead`: aligned, sizes divisible by 16."""
-    given, types = _TYPE[spec.input_dtype], dict[str, str]()
+    given, types = POINTER[spec.input_dtype], dict[str, str]()
     code = "*fp8e4nv:16" if spec.cast == "hardware" else "*u8:16"
     for j in range(spec.adapters):
         types |= {f"a{j}_ptr": given, f"code{j}_ptr": code, f"scale{j}_ptr": "*fp32:16"}
         types |= {f"rank{j}": "i32:16", f"width{j}": "i32:16", f"lora_b{j}_ptr": given}
-        types |= {f"b{j}_ptr": _TYPE[spec.b_dtype], f"size{j}": "i32:16", f"scaling{j}": "fp32"}
+        types |= {f"b{j}_ptr": POINTER[spec.b_dtype], f"size{j}": "i32:16", f"scaling{j}": "fp32"}
     return {"adapter_cast": types}

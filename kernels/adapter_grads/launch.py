@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton import cdiv
 
 from falqon_fx.kernels.adapter_grads.spec import AdapterGradsSpec
 from falqon_fx.kernels.interpreter import runs_interpreted
 from falqon_fx.kernels.launching import launch
 from falqon_fx.kernels.loader import load
+from falqon_fx.kernels.spec import POINTER
 
-_TYPE = {"float32": "*fp32:16", "bfloat16": "*bf16:16", "float16": "*fp16:16"}
 _BLOCK = 1024  # elements that a program of add_up adds
 _MOST_SUMS = 2**24  # of partial sums, 64 MiB
 
@@ -45,9 +46,9 @@ def adapter_grads(
     if n == 0:
         return [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
     sizes = [rows * columns for rows, columns in shapes]
-    blocks = [_cdiv(size, _BLOCK) for size in sizes]
-    tiles_b = sum(_cdiv(g.shape[1], spec.block_m) for g in grad)
-    tiles_x = _cdiv(x[0].shape[1], spec.block_x) if x else tiles_b
+    blocks = [cdiv(size, _BLOCK) for size in sizes]
+    tiles_b = sum(cdiv(g.shape[1], spec.block_m) for g in grad)
+    tiles_x = cdiv(x[0].shape[1], spec.block_x) if x else tiles_b
     total = sum(blocks) * _BLOCK
     most = max(1, _MOST_SUMS // total)
     splits, tokens = _splits(n, min(tiles_b, tiles_x), most, spec.block_k, device)
@@ -80,11 +81,11 @@ def adapter_grads(
 
 def signatures(spec: AdapterGradsSpec) -> dict[str, dict[str, str]]:
     """Argument types of each kernel, for `aot.compile_ahead`: aligned, sizes divisible by 16."""
-    a, j = _TYPE[spec.a_dtype], range(spec.adapters)
+    a, j = POINTER[spec.a_dtype], range(spec.adapters)
     sums = {"partial_ptr": "*fp32:16", "total": "i32:16", "n": "i32", "tokens": "i32:16"}
     partial_b: dict[str, str] = {}
     for i in j:
-        partial_b |= {f"grad{i}_ptr": _TYPE[spec.grad_dtype], f"out{i}": "i32:16"}
+        partial_b |= {f"grad{i}_ptr": POINTER[spec.grad_dtype], f"out{i}": "i32:16"}
         partial_b[f"rank{i}"] = "i32:16"
     found = {"partial_b": partial_b | {"a_ptr": a, "a_stride": "i32:16"} | sums}
     if spec.x_rank:
@@ -99,7 +100,7 @@ def signatures(spec: AdapterGradsSpec) -> dict[str, dict[str, str]]:
         found["partial_a"] = x | ranks | first | sums
     add_up = {"partial_ptr": "*fp32:16"}
     for i in range(spec.adapters * (2 if spec.x_rank else 1)):
-        add_up |= {f"result{i}_ptr": _TYPE[spec.out_dtype], f"size{i}": "i32:16"}
+        add_up |= {f"result{i}_ptr": POINTER[spec.out_dtype], f"size{i}": "i32:16"}
         add_up[f"scaling{i}"] = "fp32"
     found["add_up"] = add_up | {"splits": "i32", "total": "i32:16"}
     return found
@@ -137,11 +138,7 @@ def _splits(n: int, columns: int, most: int, block_k: int, device: torch.device)
     processors = 2
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-    blocks = _cdiv(n, block_k)
+    blocks = cdiv(n, block_k)
     splits = max(1, min(blocks, most, 2 * processors // columns))
-    tokens = _cdiv(blocks, splits) * block_k
-    return _cdiv(n, tokens), tokens
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
+    tokens = cdiv(blocks, splits) * block_k
+    return cdiv(n, tokens), tokens

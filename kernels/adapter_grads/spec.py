@@ -6,9 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from falqon_fx.kernels.spec import InputDtype, KernelSpec, check_literals, check_powers_of_two
-
-MAX_RANK = 256  # the most columns that an accumulator holds
+from falqon_fx.kernels.spec import (
+    MAX_RANK,
+    InputDtype,
+    KernelSpec,
+    check_literals,
+    check_powers_of_two,
+    padded,
+)
 
 
 @dataclass(frozen=True)
@@ -64,8 +69,8 @@ class AdapterGradsSpec(KernelSpec):
         operands: Literal["native", "float32"] = "native",
     ) -> AdapterGradsSpec:
         """The spec for adapters of these ranks; float32 products take three times the registers."""
-        rank, wide = _padded(max(ranks)), a_dtype == "float32"
-        x_rank = _padded(sum(ranks)) if train_a else 0
+        rank, wide = padded(max(ranks)), a_dtype == "float32"
+        x_rank = padded(sum(ranks)) if train_a else 0
         return cls(
             grad_dtype=grad_dtype,
             a_dtype=a_dtype,
@@ -91,7 +96,3 @@ class AdapterGradsSpec(KernelSpec):
             f"{operands}_{self.adapters}b_r{self.rank}_x{self.x_rank}_"
             f"{self.block_m}x{self.block_x}x{self.block_k}_w{self.num_warps}_s{self.num_stages}"
         )
-
-
-def _padded(rank: int) -> int:
-    return max(16, 1 << (rank - 1).bit_length())

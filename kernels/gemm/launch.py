@@ -8,15 +8,16 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from triton import cdiv
 
 from falqon_fx import _compat
 from falqon_fx.kernels.gemm.spec import GemmSpec
 from falqon_fx.kernels.interpreter import runs_interpreted
 from falqon_fx.kernels.launching import Described, launch
 from falqon_fx.kernels.loader import load
+from falqon_fx.kernels.spec import POINTER
 
 _FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-_TYPE = {"float32": "*fp32:16", "bfloat16": "*bf16:16", "float16": "*fp16:16"}
 _FP8_TYPE = {"e4m3": "fp8e4nv", "e5m2": "fp8e5"}
 
 
@@ -95,7 +96,7 @@ def gemm(
         arguments += [other_q, other_w, other.q_scale, other_q.shape[1], *strides]
     if spec.memory == "pointer":
         arguments += [q.stride(0), pieces[0].weight.stride(0)]
-    tiles = _cdiv(n, spec.block_m) * sum(_cdiv(m, spec.block_n) for m in rows)
+    tiles = cdiv(n, spec.block_m) * sum(cdiv(m, spec.block_n) for m in rows)
     if spec.persistent:
         tiles = min(tiles, programs(q.device))
     return launch(
@@ -128,15 +129,15 @@ def signatures(spec: GemmSpec) -> dict[str, dict[str, str]]:
     if spec.w_scale != "none":
         types |= {f"w{i}_scale_ptr": "*fp32:16" for i in g}
     for i, dtype in enumerate(spec.dtypes):
-        types[f"y{i}_ptr"] = _TYPE[dtype]
+        types[f"y{i}_ptr"] = POINTER[dtype]
         types[f"y{i}_stride"] = "i32:16"
     if spec.bias != "none":
         for i in g:
-            types |= {f"bias{i}_ptr": _TYPE[spec.bias], f"bias{i}_rows": "i32:16"}
+            types |= {f"bias{i}_ptr": POINTER[spec.bias], f"bias{i}_rows": "i32:16"}
     if spec.extra:
         for i in g:
-            types |= {f"left{i}_ptr": _TYPE[spec.a_dtype], f"left{i}_stride": "i32:16"}
-            types |= {f"right{i}_ptr": _TYPE[spec.a_dtype], f"rank{i}": "i32:16"}
+            types |= {f"left{i}_ptr": POINTER[spec.a_dtype], f"left{i}_stride": "i32:16"}
+            types |= {f"right{i}_ptr": POINTER[spec.a_dtype], f"rank{i}": "i32:16"}
     types |= {f"rows{i}": "i32:16" for i in g}
     types |= {"n": "i32", "k": "i32:16"}
     for i in range(1, spec.k_pieces):
@@ -258,7 +259,3 @@ def follows(before: Tensor, after: Tensor) -> bool:
 def _start(tensor: Tensor) -> int:
     """Where FP8 rows start, up to a multiple of 16: in a graph that is traced memory is aligned."""
     return int(tensor.storage_offset()) if _compat.is_fake(tensor) else tensor.data_ptr()
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)

@@ -18,7 +18,7 @@ from falqon_fx.kernels.gemm.spec import (
     WeightScale,
 )
 from falqon_fx.kernels.hardware import FP8
-from falqon_fx.kernels.spec import Fp8Format, InputDtype
+from falqon_fx.kernels.spec import MAX_RANK, Fp8Format, InputDtype, padded
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,6 @@ _SUMMED = {
     90: (Tile(128, 128, 128, 8, 3), Tile(64, 128, 128, 8, 3)),
     0: (Tile(64, 128, 64, 8, 3), Tile(64, 64, 64, 8, 3)),
 }
-_MAX_RANK = 256
 # O_A alone is at most 256 columns wide, so tiles are low, and there are more of them.
 _SKINNY = {90: (64, 128, 4, 4), 0: (64, 64, 4, 3)}
 
@@ -114,7 +113,7 @@ def gemm_specs(problem: GemmProblem, architecture: int) -> list[GemmSpec]:
     spill, and on sm_100 take more tensor memory than there is.
     """
     wide = architecture and problem.a_dtype == "float32"
-    if problem.rank > _MAX_RANK or (problem.rank and wide):
+    if problem.rank > MAX_RANK or (problem.rank and wide):
         problem = replace(problem, rank=0, bias="none", out_dtype=problem.a_dtype)
     tiles = [tile for tile in _tiles(problem, architecture) if _takes(tile, problem)]
     return [_spec(problem, tile, architecture) for tile in tiles]
@@ -136,7 +135,7 @@ def _tiles(problem: GemmProblem, architecture: int) -> tuple[Tile, ...]:
         return (Tile(32, 32, 32, 4, 2),)
     if problem.a_pieces == len(problem.rows):
         m, k, warps, stages = _SKINNY[90 if architecture in (90, 100) else 0]
-        widest = max(16, min(128, 1 << (max(problem.rows) - 1).bit_length()))
+        widest = min(128, padded(max(problem.rows)))
         return (Tile(m if architecture != 100 else 128, widest, k, warps, stages),)
     table = _SUMMED if problem.more_k else _EXTRA if problem.rank else _PLAIN
     tiles = table[architecture if architecture in table else 0]
@@ -174,7 +173,7 @@ def _spec(problem: GemmProblem, tile: Tile, architecture: int) -> GemmSpec:
         pieces=len(problem.rows),
         a_pieces=problem.a_pieces,
         bias=problem.bias,
-        extra=max(16, 1 << (problem.rank - 1).bit_length()) if problem.rank else 0,
+        extra=padded(problem.rank) if problem.rank else 0,
         layout=problem.layout,
         memory=tile.memory,
         # Flattened into one loop, the extra term serializes sm_90's products.

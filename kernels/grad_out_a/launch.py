@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton import cdiv
 
 from falqon_fx.kernels.grad_out_a.spec import GradOutASpec
 from falqon_fx.kernels.interpreter import runs_interpreted
 from falqon_fx.kernels.launching import launch
 from falqon_fx.kernels.loader import load
-
-_TYPE = {"float32": "*fp32:16", "bfloat16": "*bf16:16", "float16": "*fp16:16"}
+from falqon_fx.kernels.spec import POINTER
 
 
 def grad_out_a(grad: Sequence[Tensor], b: Sequence[Tensor], spec: GradOutASpec) -> Tensor:
@@ -44,7 +44,7 @@ def grad_out_a(grad: Sequence[Tensor], b: Sequence[Tensor], spec: GradOutASpec) 
         arguments += [g.contiguous(), f.contiguous(), len(f), rank]
     (d,) = launch(
         load(spec, interpreted).grad_out_a,
-        (-(-n // spec.block_m), spec.adapters),
+        (cdiv(n, spec.block_m), spec.adapters),
         [*arguments, d, d.stride(0), n],
         ["d_ptr"],
         num_warps=spec.num_warps,
@@ -57,7 +57,7 @@ def signatures(spec: GradOutASpec) -> dict[str, dict[str, str]]:
     """Argument types of the kernel, for `aot.compile_ahead`: aligned, sizes divisible by 16."""
     types: dict[str, str] = {}
     for j in range(spec.adapters):
-        types |= {f"grad{j}_ptr": _TYPE[spec.grad_dtype], f"b{j}_ptr": _TYPE[spec.a_dtype]}
+        types |= {f"grad{j}_ptr": POINTER[spec.grad_dtype], f"b{j}_ptr": POINTER[spec.a_dtype]}
         types |= {f"out{j}": "i32:16", f"rank{j}": "i32:16"}
-    types |= {"d_ptr": _TYPE[spec.a_dtype], "d_stride": "i32:16", "n": "i32"}
+    types |= {"d_ptr": POINTER[spec.a_dtype], "d_stride": "i32:16", "n": "i32"}
     return {"grad_out_a": types}

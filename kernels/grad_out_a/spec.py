@@ -6,9 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from falqon_fx.kernels.spec import InputDtype, KernelSpec, check_literals, check_powers_of_two
-
-MAX_RANK = 256  # the most columns that an accumulator holds
+from falqon_fx.kernels.spec import (
+    MAX_RANK,
+    InputDtype,
+    KernelSpec,
+    check_literals,
+    check_powers_of_two,
+    padded,
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class GradOutASpec(KernelSpec):
             a_dtype=a_dtype,
             operands=operands,
             adapters=len(ranks),
-            rank=max(16, 1 << (max(ranks) - 1).bit_length()),
+            rank=padded(max(ranks)),
             block_m=64 if max(ranks) > 128 else 32,
             block_k=64 if wide or max(ranks) > 64 else 128,
             num_warps=8 if max(ranks) > 128 else 4,

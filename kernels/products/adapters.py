@@ -13,14 +13,14 @@ from falqon_fx.config import Scale
 from falqon_fx.kernels.adapter_cast.launch import adapter_cast
 from falqon_fx.kernels.adapter_cast.spec import AdapterCastSpec
 from falqon_fx.kernels.adapter_grads import launch as adapter_grads_launch
-from falqon_fx.kernels.adapter_grads.spec import MAX_RANK, AdapterGradsSpec
+from falqon_fx.kernels.adapter_grads.spec import AdapterGradsSpec
 from falqon_fx.kernels.grad_out_a import launch as grad_out_a_launch
 from falqon_fx.kernels.grad_out_a.spec import GradOutASpec
 from falqon_fx.kernels.hardware import FP8, cast_mode
 from falqon_fx.kernels.interpreter import runs_interpreted
 from falqon_fx.kernels.products.contest import Contest, against_aten, where_runs
 from falqon_fx.kernels.products.problem import dtype_name
-from falqon_fx.kernels.spec import CastMode, InputDtype
+from falqon_fx.kernels.spec import MAX_RANK, CastMode, InputDtype
 from falqon_fx.site.casts import cast_fp8
 from falqon_fx.site.spec import parse_spec
 

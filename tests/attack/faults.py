@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.attack.harness import changes, place_victims, surroundings
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +40,17 @@ _ENOENT = 6  # of a rename's errors
 _WHOLE_NEW, _OLD = "new", "old"
 TRIES = 4  # attempts for each attack that is wanted, since some come too late or find no such call
 Counts = dict[str, dict[str, int]]
+
+
+def withstood(folder: Path, writers: dict[str, int], kind: str, hit: str) -> Counts:
+    """How attacks of a kind ended, of which so many really ``hit`` each writer and none failed."""
+    found = attack(folder, writers=writers, kind=kind)
+    if "skipped" in found:
+        pytest.skip(found["skipped"])
+    assert found["failures"] == []
+    counts: Counts = found["counts"]
+    assert {writer: of[hit] for writer, of in counts.items()} == writers
+    return counts
 
 
 def attack(folder: Path, **arguments: Any) -> dict[str, Any]:

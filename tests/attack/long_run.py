@@ -25,27 +25,15 @@ from typing import Any
 import peft
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
 from falqon_fx.model.fp8_linear import Fp8Linear
+from tests.models import WIDTH, Net
 from tests.sites import randn
 
-WIDTH = 64  # what a frozen layer needs to run in FP8
 SAMPLED = 10  # steps between two looks at what the process holds
-
-
-class Net(nn.Module):
-    """Two layers that get adapters and a frozen one between them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.plain = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH, bias=False)
-        self.down = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.relu(self.plain(torch.relu(self.up(x)))))
 
 
 class LongRun:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.attack.faults import Counts, attack, table
+from tests.attack.faults import Counts, table, withstood
 
 MANY = {
     "save": 150, "save new": 100, "export": 150, "prequantize": 120, "prequantize resumed": 120,
@@ -18,12 +18,7 @@ MANY = {
 
 def fail(folder: Path, writers: dict[str, int]) -> Counts:
     """So many faults that really came, on each writer."""
-    found = attack(folder, writers=writers, kind="faults")
-    if "skipped" in found:
-        pytest.skip(found["skipped"])
-    assert found["failures"] == []
-    counts: Counts = found["counts"]
-    assert {writer: of["hit"] for writer, of in counts.items()} == writers
+    counts = withstood(folder, writers, "faults", "hit")
     # Some errors are no obstacle (locks, reads of what isn't there), many are.
     assert all(of.get("refused", 0) + of.get("raw", 0) > 0 for of in counts.values())
     return counts

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.attack.faults import Counts, attack, table
+from tests.attack.faults import Counts, table, withstood
 
 MANY = {
     "save": 120, "save new": 80, "load checkpoint": 40, "export": 100, "prequantize": 80,
@@ -16,13 +16,7 @@ MANY = {
 
 def kill(folder: Path, writers: dict[str, int]) -> Counts:
     """So many processes that really died of it, of each writer."""
-    found = attack(folder, writers=writers, kind="kills")
-    if "skipped" in found:
-        pytest.skip(found["skipped"])
-    assert found["failures"] == []
-    counts: Counts = found["counts"]
-    assert {writer: of["killed"] for writer, of in counts.items()} == writers
-    return counts
+    return withstood(folder, writers, "kills", "killed")
 
 
 def test_a_killed_save_leaves_the_old_or_the_new(tmp_path):
