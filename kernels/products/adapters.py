@@ -119,9 +119,8 @@ def adapter_casts(
         dtypes = dtype_name(first.dtype), dtype_name(b_dtype)
         return (_adapter_cast_spec(dtypes, site.scale, cast, len(lora_a)),)
 
-    return against_aten(
-        f"casts of {len(lora_a)} adapters", first, made, generated, plain, site.kernel
-    )
+    what = f"casts of adapters {[tuple(t.shape) for t in (*lora_a, *lora_b)]}"
+    return against_aten(what, first, made, generated, plain, site.kernel)
 
 
 @functools.lru_cache(maxsize=4096)
