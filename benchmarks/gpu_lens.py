@@ -51,14 +51,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, run in wanted.items()
         if name in (args.runs or wanted)
     }
-    lines = page.summary(seen)
-    print("\n".join(lines))
-    for name, run in seen.items():
-        lines += ["", *page.listing(name, run)]
+    summary = page.summary(seen)
+    listings = [line for name, run in seen.items() for line in ("", *page.listing(name, run))]
+    print("\n".join(summary))
     if args.text:
-        args.text.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        args.text.write_text("\n".join([*summary, *listings]) + "\n", encoding="utf-8")
     else:
-        print("\n".join(lines[len(page.summary(seen)) :]))
+        print("\n".join(listings))
     if args.json:
         content = {
             "environment": common.environment(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def one_line(text: str) -> str:
     """``text``, which may come from a file, with the Python escape of all that isn't printable:
@@ -28,6 +30,12 @@ class FalqonError(RuntimeError):
         self.site, self.problem, self.remedy = site, problem, remedy
         text = f"{printable(problem)}. {printable(remedy)}."
         super().__init__(f"{one_line(site)}: {text}" if site else text)
+
+
+def named(sites: Sequence[str]) -> str:
+    """Paths of sites on one line; of many the first."""
+    more = f" and {len(sites) - 3} others" if len(sites) > 3 else ""
+    return one_line(", ".join(sites[:3])) + more
 
 
 class SiteError(FalqonError):

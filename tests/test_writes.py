@@ -24,6 +24,7 @@ from falqon_fx import FalqonError
 from falqon_fx.files import atomic, disk, seals
 from falqon_fx.files.checkpoint import MANIFEST
 from falqon_fx.files.storage import DamagedFileError
+from tests.attack import harness
 from tests.models import fill_b, tiny_llama, tiny_mlp
 from tests.test_prequantize import dense_model, folder_of, lora, prequantize
 from tests.test_storage import Layers, generation_in
@@ -85,14 +86,8 @@ def test_an_export_leaves_what_has_names_near_its_own(tmp_path, kind):
 
 def interrupted(source: Path, out: Path) -> None:
     """`prequantize`, stopped before its folder gets its name."""
-
-    def stop(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(atomic, "rename_into_place", stop)
-        with pytest.raises(KeyboardInterrupt):
-            prequantize(source, out)
+    with harness.interrupted():
+        prequantize(source, out)
 
 
 def test_a_checkpoint_leaves_the_files_of_others_in_its_folder(tmp_path):

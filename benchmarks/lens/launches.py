@@ -16,8 +16,7 @@ from lens.passes import Kind, Passes
 
 # Launches of what is not one. FlashAttention's backward: dO · O, the products, dq to bf16.
 _SEVERAL = {"_scaled_dot_product_flash_attention_backward": 3}
-_ALLOCATE = ("empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view", "_reshape_alias")
-_NOTHING = ("lift_fresh", "set_")
+_NOTHING = ("new_empty", "_unsafe_view", "_reshape_alias", "lift_fresh", "set_")
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,8 @@ class Launches(TorchDispatchMode):
         self.results.setdefault(str(func), []).append(result)
         if func.namespace == "falqon":
             self.python_ops.append(name)
-        allocates = name in _ALLOCATE or name.startswith("empty")
-        if not (allocates or func.namespace == "prim" or func.is_view or name in _NOTHING):
+        nothing = name in _NOTHING or name.startswith("empty")
+        if not (nothing or func.namespace == "prim" or func.is_view):
             self._op(name, func, args, kwargs, list(_tensors(result)))
         return result
 

@@ -11,7 +11,6 @@ import os
 import platform
 import random
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -144,7 +143,7 @@ def _remove_unnamed(directory: Path, names: set[str]) -> None:
     try:
         named, _ = _named(directory)
     except FalqonError as error:
-        warnings.warn(f"falqon: {directory} keeps older files, too ({error}).", stacklevel=2)
+        disk.warn(f"{directory} keeps older files, too ({error})")
         return
     for name in sorted(names - named):
         atomic.remove(directory / name)

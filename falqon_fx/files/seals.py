@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -24,7 +25,6 @@ TOKENIZER = (
 PAPERS = ("LICENSE*", "NOTICE*", "README.md")
 # What makes a model. Other files may be added later.
 _READ = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", *CONFIGS)
-_CHUNK = 1 << 20
 
 
 def known_files(source: Path, patterns: Iterable[str]) -> list[Path]:
@@ -119,8 +119,6 @@ def check_export(folder: Path) -> None:
 
 
 def _checksum(file: Path) -> str:
-    digest = storage.require("xxhash", "checkpoint").xxh3_128()
+    kind = storage.require("xxhash", "checkpoint").xxh3_128
     with file.open("rb") as opened:
-        while chunk := opened.read(_CHUNK):
-            digest.update(chunk)
-    return str(digest.hexdigest())
+        return hashlib.file_digest(opened, kind).hexdigest()

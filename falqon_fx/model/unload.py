@@ -62,13 +62,13 @@ def _check_sum(layer: LoraLayer) -> None:
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16) or weight.dim() != 2:
         return  # quantized by others: PEFT merges it in its own way
     most = torch.finfo(weight.dtype).max
-    parts = [(a.float(), b.float(), abs(s)) for a, b, s in layer.each()]
-    bounds = [s * a.abs().amax() * b.abs().sum(1).amax() for a, b, s in parts]
+    parts = [(a.float(), b.float(), s) for a, b, s in layer.each()]
+    bounds = [abs(s) * a.abs().amax() * b.abs().sum(1).amax() for a, b, s in parts]
     if weight.abs().amax().float() + sum(bounds) < most:
         return
     merged: Tensor = layer.weight.float()
-    for a, b, scaling in layer.each():
-        merged = merged + scaling * (b.float() @ a.float())
+    for a, b, scaling in parts:
+        merged = merged + scaling * (b @ a)
     count = int((~(merged.abs() <= most)).sum())
     if count:
         raise FalqonError(

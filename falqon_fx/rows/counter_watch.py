@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from falqon_fx.errors import FalqonError, one_line
+from falqon_fx.errors import FalqonError, named
 from falqon_fx.site.record import NONFINITE, STALE, TOO_LARGE
 
 _PROBLEMS = {
@@ -77,5 +77,4 @@ class CounterWatch:
     def _named(self, count: Tensor) -> str:
         """The sites whose count is not zero; of many the first."""
         paths = [self._paths[i] for i in count.nonzero().flatten().tolist()]
-        more = f" and {len(paths) - 3} others" if len(paths) > 3 else ""
-        return one_line(", ".join(paths[:3])) + more
+        return named(paths)

@@ -25,7 +25,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from falqon_fx.errors import one_line
+from falqon_fx.errors import named
 from falqon_fx.site.base import row_chunks
 from falqon_fx.site.numerics import decode_fp8
 
@@ -110,9 +110,8 @@ class Meter:
 
 def warn(sites: Sequence[str]) -> None:
     """That the drift at ``sites`` has passed the limit."""
-    more = f" and {len(sites) - 3} others" if len(sites) > 3 else ""
     warnings.warn(
-        f"falqon: the FP8 weight of {one_line(', '.join(sites[:3]))}{more} is by now more than "
+        f"falqon: the FP8 weight of {named(sites)} is by now more than "
         f'{LIMIT:g} times as far from its base weight as its first cast was: with update="rows" '
         "after prepare(), which freed the base weight, every write of a row rounds it once more. "
         'Leave prepare() out, or set update="adapter".',

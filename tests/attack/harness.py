@@ -19,13 +19,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from falqon_fx.errors import FalqonError
-from falqon_fx.files import storage
+from falqon_fx.files import atomic, storage
 
 SECONDS = 60  # of one call, which takes less than one
 _MEMORY = (
@@ -229,3 +230,25 @@ def counted(found: Sequence[Verdict]) -> Counter[str]:
     bad = [one for one in found if one.startswith("bad")]
     assert not bad, f"{len(bad)} of {len(found)}: {Counter(bad).most_common(20)}"
     return Counter(found)
+
+
+@contextmanager
+def interrupted() -> Iterator[None]:
+    """`prequantize`, stopped before its folder gets its name."""
+
+    def stop(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(atomic, "rename_into_place", stop)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
+def places(tree: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to every value in a tree of JSON."""
+    if not isinstance(tree, dict | list):
+        return
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        yield (*above, key)
+        yield from places(value, (*above, key))

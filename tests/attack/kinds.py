@@ -23,7 +23,6 @@ import transformers
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
 from falqon_fx.cost import cards
-from falqon_fx.files import atomic
 from falqon_fx.kernels.cache import store
 from falqon_fx.kernels.products.choice import Choices
 from falqon_fx_cli.main import main
@@ -220,11 +219,7 @@ def of_partial(folder: Path) -> Kind:
     def run() -> None:
         falqon_fx.prequantize(source, out, lora(), workers=1, progress=False)
 
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-        patch.setattr(atomic, "rename_into_place", stop)
+    with harness.interrupted():
         run()
     partial = out.with_name("out.partial")
     partial.rename(left)

@@ -252,9 +252,6 @@ class LongRun:
             with pytest.raises(RuntimeError):
                 self.call(bad)
 
-    def compile_anew(self) -> None:
-        self.compile()
-
     def collect_garbage(self) -> None:
         gc.collect()
 
@@ -280,15 +277,19 @@ EVENTS: tuple[Event, ...] = (
     LongRun.collect_garbage,
     LongRun.prepare_or_restore,
     LongRun.resume,
-    LongRun.compile_anew,
+    LongRun.compile,
 )
+
+
+def _always_compiled() -> Any:
+    """Beyond the limits Dynamo compiles no more, and PEFT's own layers run."""
+    return torch._dynamo.config.patch(recompile_limit=64, accumulated_recompile_limit=100_000)
 
 
 def at_once(run: LongRun, last: int, events: Sequence[Event]) -> None:
     """All steps in this process, an event after each."""
     torch.manual_seed(5)
-    # Beyond the limits Dynamo compiles no more, and PEFT's own layers run.
-    with torch._dynamo.config.patch(recompile_limit=64, accumulated_recompile_limit=100_000):
+    with _always_compiled():
         run.compile()
         run.train(last, events)
 
@@ -318,8 +319,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=0)
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
-    # Beyond the limits Dynamo compiles no more, and PEFT's own layers run.
-    with torch._dynamo.config.patch(recompile_limit=64, accumulated_recompile_limit=100_000):
+    with _always_compiled():
         run = LongRun(given.folder, given.inner, given.prepared)
         run.held.append(held())
         if given.first:

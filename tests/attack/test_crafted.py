@@ -313,21 +313,12 @@ VALUE = st.recursive(
 )
 
 
-def places(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The way to every value in a tree of JSON."""
-    if not isinstance(value, dict | list):
-        return
-    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-        yield (*above, key)
-        yield from places(item, (*above, key))
-
-
 @st.composite
 def changed(draw: Any, content: Any) -> Any:
     """JSON with one to three values replaced, removed or put in twice."""
     content = copy.deepcopy(content)
     for _ in range(draw(st.integers(1, 3))):
-        known = [*places(content)]
+        known = [*harness.places(content)]
         if not known:
             break
         way = draw(st.sampled_from(known))

@@ -107,13 +107,8 @@ class Folder(RuleBasedStateMachine):
         if out.exists():
             return
 
-        def stop(*_: object) -> None:
-            raise KeyboardInterrupt
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(atomic, "rename_into_place", stop)
-            with pytest.raises(KeyboardInterrupt):
-                self._prequantized(out)
+        with harness.interrupted():
+            self._prequantized(out)
         assert not out.exists()
         for file in sorted((partial / "records").iterdir())[::2]:
             file.unlink()

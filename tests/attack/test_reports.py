@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import html
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from falqon_fx import FalqonError, GraphReport, Rejected, RewriteReport, Site
 from falqon_fx.report.data import Cost, GraphBreak, Line, Memory, Note, Source
 from falqon_fx_cli.main import main
+from tests.attack.harness import places
 from tests.hostile import NAMES, TEXTS, obeyed
 
 pytestmark = pytest.mark.slow
@@ -64,15 +65,6 @@ def whole() -> RewriteReport:
 
 
 WHOLE = json.loads(whole().to_json(graphs=True))
-
-
-def places(tree: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The path of keys to each value of a tree."""
-    if not isinstance(tree, dict | list):
-        return
-    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-        yield (*above, key)
-        yield from places(value, (*above, key))
 
 
 PLACES = [*places(WHOLE)]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
 
 import peft
-import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import transformers
@@ -16,7 +14,6 @@ from torch import nn
 
 import falqon_fx
 from falqon_fx import FalqonConfig
-from falqon_fx.files import atomic
 from tests.attack import harness
 from tests.attack.faults import Writer, files_in
 from tests.models import fill_b
@@ -212,11 +209,7 @@ class PrequantizeResumed(Prequantize):
     def prepare(self, folder: Path) -> None:
         super().prepare(folder)
 
-        def stop(*_: object) -> None:
-            raise KeyboardInterrupt
-
-        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-            patch.setattr(atomic, "rename_into_place", stop)
+        with harness.interrupted():
             self.act(folder)
         for file in sorted((folder / "work/out.partial/records").iterdir())[::2]:
             file.unlink()

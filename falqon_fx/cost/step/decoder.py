@@ -46,6 +46,11 @@ class Decoder:
         )
 
     @property
+    def sites(self) -> int:
+        """A layer's linear layers."""
+        return sum(len(group.outs) for group in self.groups)
+
+    @property
     def weights(self) -> int:
         """Elements of a layer's weights."""
         return sum(group.features * sum(group.outs) for group in self.groups)

@@ -44,6 +44,12 @@ class Step:
         """Bytes of [n, features] in FP8."""
         return self.n * features
 
+    @property
+    def adapter_casts(self) -> int:
+        """Bytes of a layer's A and s B as they are cast."""
+        of_a, of_b = self.decoder.adapter(self.rank)
+        return of_a + (of_b if self.adapter_dtype == "fp8" else 2 * of_b)
+
 
 def attention(step: Step, time: Timer) -> list[Launch]:
     """With a causal mask: half of the pairs; backward is five products to forward's two."""
@@ -115,10 +121,8 @@ def falqon(step: Step, time: Timer, train_a: bool) -> list[Launch]:
     def fused(name: str, reads: int, writes: int) -> Launch:
         return time.moving("elementwise", name, reads, writes)
 
-    of_a, of_b = d.adapter(step.rank)
-    of_cast = of_a + (of_b if step.adapter_dtype == "fp8" else 2 * of_b)
     done = [
-        time.moving("casts", "A and s B", 4 * (of_a + of_b), of_cast),
+        time.moving("casts", "A and s B", 4 * sum(d.adapter(step.rank)), step.adapter_casts),
         fused("norm, cast", a(h), q(h) * (1 + again)),
         fused("RoPE", a(query) + a(key), a(query) + a(key)),
         time.moving("casts", "attention's output", a(query), q(query) * (1 + again)),
@@ -224,11 +228,9 @@ def _splits(n: int, group: Group, train_a: bool, processors: int) -> int:
 def kept(step: Step, run: str) -> int:
     """Bytes of a layer that are there for backward alone."""
     d, a, q = step.decoder, step.a, step.q
-    groups = d.groups
     common = 2 * a(d.hidden) + 2 * (a(d.query) + a(d.key)) + 2 * a(d.inner)
-    common += 4 * step.n * d.heads + sum(a(step.rank) * len(g.outs) for g in groups)
+    common += 4 * step.n * d.heads + a(step.rank) * d.sites
     if run in ("peft", "nf4"):  # both norms' results and SwiGLU's
         return common + 2 * a(d.hidden) + a(d.inner)
-    of_a, of_b = d.adapter(step.rank)
-    casts = of_a + (of_b if step.adapter_dtype == "fp8" else 2 * of_b)
-    return common + casts + (sum(q(g.features) for g in groups) if run == "falqon" else 0)
+    of_x = sum(q(group.features) for group in d.groups) if run == "falqon" else 0
+    return common + step.adapter_casts + of_x

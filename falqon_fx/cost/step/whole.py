@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import get_args
@@ -82,7 +81,7 @@ def layer_of(name: str, step: Step, time: Timer) -> list[Launch]:
 def _run(name: str, step: Step, time: Timer, cuda_graphs: bool) -> Run:
     d, layer = step.decoder, layer_of(name, step, time)
     rest = [*_head(step, time), _optimizer(name, step, time)]
-    seconds: dict[str, float] = defaultdict(float, dict.fromkeys(PARTS, 0.0))
+    seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     for launch in layer:
         seconds[launch.part] += d.layers * launch.seconds
     for launch in rest:
@@ -91,13 +90,13 @@ def _run(name: str, step: Step, time: Timer, cuda_graphs: bool) -> Run:
     in_all = d.layers * launches + sum(one.kernels for one in rest)
     host = time.figures.launch.value * in_all
     if name.startswith("falqon"):
-        host += time.figures.site.value * d.layers * sum(len(g.outs) for g in d.groups)
+        host += time.figures.site.value * d.layers * d.sites
     if cuda_graphs:
         host = 0.0
     seconds["host"] = max(0.0, host - sum(seconds.values()))
     element = {"peft": 2.0, "nf4": NF4_BYTES}.get(name, 2.0 if step.transpose == "store" else 1.0)
     return Run(
-        seconds=dict(seconds),
+        seconds=seconds,
         host=host,
         launches=launches,
         kept=d.layers * kept(step, name),
@@ -125,8 +124,7 @@ def _optimizer(name: str, step: Step, time: Timer) -> Launch:
     of_a, of_b = d.adapter(step.rank)
     trained = d.layers * (of_b + (0 if name == "falqon_frozen_a" else of_a))
     width = 4 if name.startswith("falqon") else 2
-    sites = d.layers * sum(len(group.outs) for group in d.groups)
-    tensors = sites * (1 if name == "falqon_frozen_a" else 2)
+    tensors = d.layers * d.sites * (1 if name == "falqon_frozen_a" else 2)
     launch = time.moving("optimizer", "AdamW", 4 * width * trained, 3 * width * trained)
     kernels = ceil(tensors / _FUSED_ADAMW)
     return replace(launch, kernels=kernels)
