@@ -139,7 +139,8 @@ def test_the_trainers_page_has_three_ways():
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_relative_links_lead_to_files(page):
-    links = re.findall(r"\]\(([^)\s]+)\)", prose(page))
+    text = prose(page)
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"^\[[\w-]+\]: (\S+)$", text, re.M)
     paths = [link.partition("#")[0] for link in links if "://" not in link]
     missing = [path for path in paths if path and not (page.parent / path).exists()]
     assert missing == []
@@ -151,6 +152,21 @@ def test_files_that_are_named_exist(page):
     named = [word.partition("::")[0] for word in words if word.startswith(FOLDERS)]
     missing = [path for path in named if "/" in path and not (ROOT / path).exists()]
     assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_tests_that_are_named_exist(page):
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", prose(page))
+    missing = [test for file, test in named if f"def {test}(" not in (ROOT / file).read_text()]
+    assert missing == []
+    assert named or name_of(page) != "docs/compare.md"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_labels_of_links_are_defined_once_and_used(page):
+    text = re.sub(r"`[^`\n]*`", "``", prose(page))
+    defined = re.findall(r"^\[([\w-]+)\]: ", text, re.MULTILINE)
+    assert sorted(defined) == sorted(set(re.findall(r"\]\[([\w-]+)\]", text)))
 
 
 def test_the_readme_is_short():
