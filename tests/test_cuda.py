@@ -35,6 +35,7 @@ from falqon_fx.site.base import cast_base
 from falqon_fx.site.numerics import E4M3, E5M2
 from falqon_fx.site.spec import SiteSpec
 from tests import sites as sites_module
+from tests.parameters import each_pair, each_value
 from tests.sites import make_site, randn, same, snapshot, takes_row_scales
 from tests.strategies import Case, Layer, Lora, cases
 from tests.test_lowering import check, expected, hat, run
@@ -160,9 +161,11 @@ GROUPS: dict[str, Callable[[SiteSpec], Case]] = {
 }
 
 
-@pytest.mark.parametrize("kernel", ["triton", "dequantize", "scaled_mm"])
-@pytest.mark.parametrize("spec", [ROW, TENSOR], ids=["row", "tensor"])
-@pytest.mark.parametrize("name", GROUPS)
+@each_pair(
+    name=list(GROUPS),
+    spec={"row": ROW, "tensor": TENSOR},
+    kernel=["triton", "dequantize", "scaled_mm"],
+)
 def test_every_kind_of_group_by_every_kernel(name, spec, kernel):
     if kernel == "scaled_mm" and spec.per_row and not takes_row_scales():
         pytest.skip("torch's _scaled_mm takes no row scales on CPU")
@@ -402,8 +405,7 @@ def in_a_graph(function: Callable[..., Any], *args: Any) -> tuple[Counter[str], 
     return found, graph(*args)
 
 
-@pytest.mark.parametrize("spec", [ROW, TENSOR], ids=["row", "tensor"])
-@pytest.mark.parametrize("name", GROUPS)
+@each_value(name=list(GROUPS), spec={"row": ROW, "tensor": TENSOR})
 def test_graphs_of_known_sizes_launch_the_kernels_themselves(name, spec):
     """No op of ours is left, forward and backward, and the graph computes what the ops do."""
     case, table = GROUPS[name](replace(spec, kernel="triton")), decompositions()

@@ -20,6 +20,7 @@ from falqon_fx.site.base import Base, cast_base
 from falqon_fx.site.numerics import E4M3
 from falqon_fx.site.spec import SiteSpec
 from tests.models import fill_b, freeze_a, tiny_llama, tiny_mlp
+from tests.parameters import each_pair, each_value
 from tests.sites import randn
 from tests.tolerances import Approx, assert_within, fp8_cast_bound, gamma
 
@@ -142,9 +143,11 @@ def assert_one_cast_off(folder: Path, expected: nn.Module) -> None:
 # -- bytes -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
-@pytest.mark.parametrize("granularity", ["tensor", "row"])
-@pytest.mark.parametrize("scale", ["pow2", "amax"])
+@each_pair(
+    scale=["pow2", "amax"],
+    granularity=["tensor", "row"],
+    prepared={"unprepared": False, "prepared": True},
+)
 def test_without_a_trained_adapter_the_bytes_are_those_trained_on(
     tmp_path, prepared, granularity, scale
 ):
@@ -157,9 +160,11 @@ def test_without_a_trained_adapter_the_bytes_are_those_trained_on(
     check_folder(tmp_path, expected, dict(model.get_base_model().named_parameters()))
 
 
-@pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
-@pytest.mark.parametrize("granularity", ["tensor", "row"])
-@pytest.mark.parametrize("scale", ["pow2", "amax"])
+@each_pair(
+    scale=["pow2", "amax"],
+    granularity=["tensor", "row"],
+    prepared={"unprepared": False, "prepared": True},
+)
 def test_with_rows_the_bytes_are_those_trained_on(tmp_path, prepared, granularity, scale):
     model = by_rows(tiny_llama(), prepared, granularity=granularity, scale=scale)
     expected = {}
@@ -190,9 +195,9 @@ def check_folder(
     assert all(torch.equal(tensor, parameters[name]) for name, tensor in others.items())
 
 
-@pytest.mark.parametrize("at_hand", ["model", "folder", "nothing"])
-@pytest.mark.parametrize("granularity", ["tensor", "row"])
-@pytest.mark.parametrize("scale", ["pow2", "amax"])
+@each_value(
+    scale=["pow2", "amax"], granularity=["tensor", "row"], at_hand=["model", "folder", "nothing"]
+)
 def test_a_trained_adapter_is_cast_with_its_weight_at_once(tmp_path, at_hand, granularity, scale):
     """q(W + s·B·A), bit for bit, of the base weight where the model or a folder has it, else of
     dq(W); and the report says which.
@@ -490,8 +495,7 @@ def test_scales_that_are_not_powers_of_two_lose_bits_in_a_bf16_model(tmp_path):
 # -- logits ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
-@pytest.mark.parametrize("update", ["adapter", "rows"])
+@each_value(update=["adapter", "rows"], prepared={"unprepared": False, "prepared": True})
 def test_logits_are_those_of_training_where_activations_are_cast_alike(tmp_path, update, prepared):
     """The loaded weights, each linear's input through falqon's cast: bit for bit the model that
     trained, since both multiply the same two float32 matrices. With the default an adapter is not

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -19,7 +19,7 @@ from falqon_fx import FalqonConfig, FalqonConfigError, FalqonError
 from falqon_fx.ops.fp8_adapter import balance, clamped
 from falqon_fx.report.repro import arguments, check
 from falqon_fx.site.base import cast_base
-from falqon_fx.site.numerics import E4M3, E5M2, FP8_MAX
+from falqon_fx.site.numerics import E4M3, E5M2
 from falqon_fx.site.spec import SiteSpec
 from tests.models import LoraLinear, fill_b, lora_b, tiny_llama, tiny_mlp
 from tests.sites import randn
@@ -31,6 +31,9 @@ from tests.tolerances import Approx, fp8_cast_bound, side_by_side
 
 F32 = torch.float32
 ROOM = {E5M2: 64.0, E4M3: 4.0}
+# The largest number and half of the gap below it: what is not beyond that
+# is nearest to the largest.
+ROUNDS_TO_MAX = {E4M3: 448.0 + 2.0**8 * 2.0**-4, E5M2: 57344.0 + 2.0**15 * 2.0**-3}
 
 
 def in_fp8(case: Case) -> Case:
@@ -44,9 +47,11 @@ def in_fp8(case: Case) -> Case:
 
 
 def cast_fp8(wanted: Approx, unit: Tensor, fp8: torch.dtype) -> Approx:
-    """After a cast to FP8 in multiples of ``unit``; nothing may be clamped."""
+    """After a cast to FP8 in multiples of ``unit``; nothing may be clamped but what rounds to the
+    largest number anyway.
+    """
     value = wanted.value
-    assert bool((value.abs() <= FP8_MAX[fp8] * unit).all())
+    assert bool((value.abs() <= ROUNDS_TO_MAX[fp8] * unit + wanted.bound).all())
     # A cast is monotonic: of what is off by the bound, the result is off by no more than the bound
     # and the two casts' own errors.
     own = fp8_cast_bound(wanted.largest, unit, fp8)
@@ -161,7 +166,6 @@ def _x_scale(case: Case) -> Tensor:
     return _scale(x.amax() if x.numel() else torch.zeros(()), E4M3, case.spec)
 
 
-@settings(max_examples=2 * settings.default.max_examples)
 @given(cases())
 def test_results_equal_float64_on_the_same_quantized_operands(case):
     case = in_fp8(case)
@@ -259,6 +263,7 @@ def compiled(model: nn.Module, inner: str = "eager", **options: Any) -> Any:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
 def test_a_llama_trains_alike_under_eager_and_aot_eager(prepared):
     """Dropout, siblings, checkpoints and frozen layers among them, bit for bit. (Inductor computes

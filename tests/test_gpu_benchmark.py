@@ -33,6 +33,7 @@ def benchmark():
     sys.path.remove(str(BENCHMARKS))
 
 
+@pytest.mark.slow
 def test_the_whole_flow_at_toy_sizes(benchmark, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FALQON_CACHE", str(tmp_path / "cache"))
     results = set((BENCHMARKS / "results").iterdir())

@@ -21,6 +21,7 @@ from falqon_fx.rows.prepared import MergedBaseLinear
 from tests import tolerances as tol
 from tests.emulation import emulate
 from tests.models import fill_b, freeze_a, tiny_mlp, train
+from tests.parameters import each_pair, each_value
 
 CONFIG = FalqonConfig(inner="eager")
 ROWS = FalqonConfig(inner="eager", update="rows", rounding="nearest", topk=10)
@@ -171,9 +172,9 @@ SCALINGS: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
-@pytest.mark.parametrize("act", SCALINGS)
-@WHEN
-@PREPARED
+@each_pair(
+    act=list(SCALINGS), when=["before", "after"], prepared={"unprepared": False, "prepared": True}
+)
 def test_another_scaling_is_used_on_the_same_base(act, when, prepared):
     """And back: `unscale_layer`."""
     model = made(prepared)
@@ -218,9 +219,11 @@ def replace(model: nn.Module) -> None:
     assert model.active_adapters == ["other"]
 
 
-@pytest.mark.parametrize("act", [activate, activate_of_rank_3, replace])
-@WHEN
-@PREPARED
+@each_value(
+    act=[activate, activate_of_rank_3, replace],
+    when=["before", "after"],
+    prepared={"unprepared": False, "prepared": True},
+)
 def test_another_adapter_is_used_on_the_same_base(act, when, prepared):
     found, model, first = after(act, prepared=prepared, when=when)
     rank = 3 if act is activate_of_rank_3 else 4
@@ -228,9 +231,11 @@ def test_another_adapter_is_used_on_the_same_base(act, when, prepared):
     assert not torch.equal(found, first)
 
 
-@pytest.mark.parametrize("name", ["other", "default"])
-@WHEN
-@PREPARED
+@each_pair(
+    name=["other", "default"],
+    when=["before", "after"],
+    prepared={"unprepared": False, "prepared": True},
+)
 def test_a_loaded_adapter_is_used(saved, name, when, prepared):
     """Under a name of its own, or over the adapter that was active."""
     found, _, first = after(load(saved, name), prepared=prepared, when=when)
@@ -257,8 +262,9 @@ def test_two_active_adapters_are_both_used(when, prepared):
 # -- mixed batches ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
-@PREPARED
+@each_value(
+    inner=["eager", "aot_eager", "inductor"], prepared={"unprepared": False, "prepared": True}
+)
 def test_a_mixed_batch_has_the_adapter_of_each_sample(prepared, inner):
     """PEFT adds each sample's adapter to its rows of the base layer's result: in FP8 that of the
     base, the adapters as they were. So the original on exact operands, with the casts of the base

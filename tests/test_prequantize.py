@@ -30,6 +30,7 @@ from falqon_fx.site.numerics import E4M3
 from falqon_fx.site.spec import SiteSpec
 from falqon_fx_cli.main import main
 from tests.models import fill_b
+from tests.parameters import each_pair
 from tests.test_checkpoint import rewrite_format
 
 peft = pytest.importorskip("peft")
@@ -71,10 +72,12 @@ def prequantize(source: Path, out: Path, config=None, *, workers: int = 1, **opt
 # -- prequantize and load --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("update", ["adapter", "rows"])
-@pytest.mark.parametrize("granularity", ["row", "tensor"])
-@pytest.mark.parametrize("scale", ["pow2", "amax"])
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@each_pair(
+    tied={"untied": False, "tied": True},
+    scale=["pow2", "amax"],
+    granularity=["row", "tensor"],
+    update=["adapter", "rows"],
+)
 def test_it_is_prepare_bit_for_bit(tmp_path, update, granularity, scale, tied):
     """The same bytes, scales, counters and A as `prepare` makes from the whole model in memory."""
     config = FalqonConfig(update=update, init="svd", granularity=granularity, scale=scale)
@@ -227,6 +230,7 @@ prequantize(Path({source!r}), Path({out!r}))
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_ended(tmp_path):
     source = folder_of(dense_model(), tmp_path / "dense")
     out = tmp_path / "out"

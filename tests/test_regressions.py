@@ -22,6 +22,7 @@ import falqon_fx
 from falqon_fx.site.record import STEP
 from tests.emulation import emulate
 from tests.models import LoraLinear, Relu, Stack, fill_b, freeze_a, lora_b, tiny_mlp
+from tests.parameters import slow
 from tests.sites import randn
 from tests.spellings import Passes
 
@@ -306,7 +307,7 @@ def test_a_checkpoint_drops_the_same_values_when_it_recomputes(inner, reentrant)
         assert torch.equal(ours, expected)
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", slow("inductor")])
 def test_selective_checkpoints(inner):
     """``context_fn`` chooses what is saved: with inner="eager" a SyntaxError, since a graph's code
     can't hold a function. The numbers are those without a checkpoint.

@@ -36,6 +36,7 @@ from tests.models import (
     tiny_mlp,
     train,
 )
+from tests.parameters import each_value, slow
 from tests.training import adam, all_equal
 
 INNER = pytest.mark.parametrize("inner", ["eager", "aot_eager"])
@@ -207,8 +208,7 @@ def test_adapters_of_several_models_on_one_base_weight_share_its_fp8_form(create
     assert pointers(first) == pointers(second)
 
 
-@PREPARED
-@INNER
+@each_value(prepared={"unprepared": False, "prepared": True}, inner=["eager", "aot_eager"])
 def test_threads_share_one_base_and_compute_what_one_does(created, prepared, inner):
     """They meet at the first call, too: it makes the base."""
     model = tiny_mlp()
@@ -241,8 +241,9 @@ def test_threads_share_one_base_and_compute_what_one_does(created, prepared, inn
     assert all(at == seen[0] for at in seen)
 
 
-@PREPARED
-@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+@each_value(
+    prepared={"unprepared": False, "prepared": True}, inner=["eager", "aot_eager", "inductor"]
+)
 def test_nothing_outlives_its_model(prepared, inner):
     """Once Dynamo has forgotten it: neither W nor its FP8 form nor an adapter."""
     model, x = tiny_mlp(), torch.randn(2, 5, 32)
@@ -474,8 +475,7 @@ def other_data(weight: nn.Parameter) -> None:
 CHANGES = pytest.mark.parametrize("change", [in_place, through_data, other_data])
 
 
-@CHANGES
-@pytest.mark.parametrize("name", ["base_layer", "lora_A", "lora_B"])
+@each_value(name=["base_layer", "lora_A", "lora_B"], change=[in_place, through_data, other_data])
 def test_a_changed_parameter_is_seen(created, name, change):
     """W makes a new base, of that layer alone, in the place of the old one; A and B none."""
     model, x = Relu(), torch.randn(2, 5, 32)
@@ -553,10 +553,12 @@ CONVERSIONS = {
 }
 
 
-@pytest.mark.parametrize("convert", CONVERSIONS)
-@pytest.mark.parametrize("when", ["before", "after"])
-@PREPARED
-@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@each_value(
+    inner=["eager", "inductor"],
+    prepared={"unprepared": False, "prepared": True},
+    when=["before", "after"],
+    convert=list(CONVERSIONS),
+)
 def test_parameters_that_are_swapped(swapped, convert, when, prepared, inner):
     """torch.__future__.set_swap_module_params_on_conversion asks that nothing holds a weak
     reference to a parameter.
@@ -571,8 +573,8 @@ def test_parameters_that_are_swapped(swapped, convert, when, prepared, inner):
         call(x).sum().backward()
         model.zero_grad()
     before = [code.clone() for code in codes(model)] if prepared else None
-    for each in (model, plain):
-        CONVERSIONS[convert](each)
+    for own in (model, plain):
+        CONVERSIONS[convert](own)
     x = x.to(model.base_model.model[0].lora_A["default"].weight.dtype)
     found = call(x)
     found.float().sum().backward()
@@ -580,7 +582,7 @@ def test_parameters_that_are_swapped(swapped, convert, when, prepared, inner):
     expected = compiled(plain, inner)(x)
     expected.float().sum().backward()
     assert torch.equal(found, expected)
-    grads = [[p.grad for p in each.parameters() if p.requires_grad] for each in (model, plain)]
+    grads = [[p.grad for p in own.parameters() if p.requires_grad] for own in (model, plain)]
     assert all_equal(*grads)
     assert before is None or all_equal(codes(model), before)
 
@@ -607,7 +609,7 @@ def tiny_t5(targets: list[str]) -> nn.Module:
     return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets))
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("inner", ["aot_eager", slow("eager"), slow("inductor")])
 @pytest.mark.parametrize("targets", [["q", "v"], ["q", "v", "wo"]], ids=["wo frozen", "wo adapted"])
 def test_t5_asks_a_prepared_layer_for_the_dtype_of_its_weight(inner, targets, graphs):
     """So do mT5, LongT5, UMT5, Switch, Pix2Struct and UDOP. Prepared and unprepared are the same

@@ -111,6 +111,7 @@ def save_for_ever(folder: Path, generation: int) -> NoReturn:
         falqon_fx.save_checkpoint(Layers(generation), folder, extra={"generation": generation})
 
 
+@pytest.mark.slow
 def test_a_writer_killed_at_any_moment_leaves_a_whole_checkpoint():
     """Kill -9 at 200 random moments of a process that saves without a pause: what is left loads
     with right checksums, is one generation in all its tensors, and never an older one than before.

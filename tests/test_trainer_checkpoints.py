@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import falqon_fx
 from falqon_fx import FalqonConfig
 from tests.models import LoraLinear, freeze_a, tiny_llama
+from tests.parameters import each_value
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -84,8 +85,7 @@ def assert_same(one: nn.Module, other: nn.Module) -> None:
 
 
 @OWN
-@UPDATES
-@pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
+@each_value(update=CONFIGS, prepared={"unprepared": False, "prepared": True})
 def test_the_trainer_resumes_bit_for_bit(tmp_path, prepared, update, own):
     """By its own files; with update="rows" by what the callback adds, and there alone."""
     whole = trainer_of(tmp_path / "whole", prepared, 6, own=own, update=update)

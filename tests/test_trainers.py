@@ -30,6 +30,7 @@ from falqon_fx import FalqonConfig, FalqonError
 from falqon_fx.integrations.transformers import FalqonCallback, FalqonTrainer, FalqonTrainerMixin
 from falqon_fx.model.fp8_linear import Fp8Linear
 from tests.models import Relu, fill_b, tiny_mlp
+from tests.parameters import each_value
 from tests.training import steps
 
 CONFIG = FalqonConfig(inner="eager")
@@ -429,8 +430,9 @@ class WatchReference(transformers.TrainerCallback):
         self.look()
 
 
-@pytest.mark.parametrize("prepare", [False, True], ids=["unprepared", "prepared"])
-@pytest.mark.parametrize("reference", ["disabled adapter", "ref adapter"])
+@each_value(
+    reference=["disabled adapter", "ref adapter"], prepare={"unprepared": False, "prepared": True}
+)
 def test_dpos_reference_model_stays_as_it_is(tmp_path, reference, prepare):
     """Its log-probabilities are equal bit for bit from the first to the last step, whether it is
     the model without its adapter or with a copy of the adapter that training began with. The policy

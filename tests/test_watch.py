@@ -25,6 +25,7 @@ from falqon_fx.rows.watching import summary, tensorboard, trainer_callback
 from falqon_fx.site.base import cast_base
 from falqon_fx.site.numerics import encode_fp8, round_to_fp8
 from tests.models import Stack, lora_b, tiny_mlp, train
+from tests.parameters import each_pair
 from tests.sites import randn
 from tests.strategies import SEEDS
 from tests.tolerances import gamma
@@ -272,9 +273,11 @@ def error_of(state: falqon_fx.MergedAdapter, base: torch.Tensor) -> torch.Tensor
     return merged[:out] - state.scaling * state.applied.double() @ merged[out:] - base
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize("granularity", ["row", "tensor"])
-@pytest.mark.parametrize("pending", ["hold", "drop", "apply"])
+@each_pair(
+    pending=["hold", "drop", "apply"],
+    granularity=["row", "tensor"],
+    rounding=["nearest", "stochastic"],
+)
 def test_the_drift_is_what_the_base_weight_says(granularity, rounding, pending):
     """The estimate of ‖error‖² is Σ_k z_k² with z_k = ⟨e_k, σ_k⟩: of mean ‖e_k‖² and variance at
     most 2 ‖e_k‖⁴ over the signs. So 6 deviations of the sum are 6·√(2 Σ ‖e_k‖⁴), which is relative

@@ -17,6 +17,7 @@ from falqon_fx.kernels.update.spec import UpdateSpec
 from falqon_fx.site.numerics import E4M3, philox_uint16, round_to_fp8, round_to_fp8_stochastic
 from falqon_fx.site.record import STALE
 from tests import sites as sites_module
+from tests.parameters import each_pair
 from tests.sites import dyadic, make_site, randn, same, site_of, snapshot, step_alike, twins
 from tests.strategies import exact_sites
 from tests.tolerances import gamma
@@ -96,9 +97,11 @@ def test_equals_the_cpu_bit_for_bit_without_base_weights(made, loop, data):
             assert same(snapshot(site.state), snapshot(other.state))
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize("granularity", ["tensor", "row"])
-@pytest.mark.parametrize("base", ["plain", "stored [in, out]", "freed"])
+@each_pair(
+    base=["plain", "stored [in, out]", "freed"],
+    granularity=["tensor", "row"],
+    rounding=["nearest", "stochastic"],
+)
 def test_bytes_differ_only_at_ties(granularity, rounding, base):
     site = make_site(
         out=40, features=64, rank=16, scale="amax", granularity=granularity, rounding=rounding
@@ -185,10 +188,12 @@ def test_rows_that_are_not_finite_are_counted_and_left():
     assert other.state.applied.isfinite().all()
 
 
-@pytest.mark.parametrize("freed", [False, True], ids=["base", "freed"])
-@pytest.mark.parametrize("pending", ["hold", "drop"])
-@pytest.mark.parametrize("granularity", ["tensor", "row"])
-@pytest.mark.parametrize("loop", [False, True])
+@each_pair(
+    loop=[False, True],
+    granularity=["tensor", "row"],
+    pending=["hold", "drop"],
+    freed={"base": False, "freed": True},
+)
 def test_rows_that_are_too_large_are_counted_and_left(loop, granularity, pending, freed):
     options = {"granularity": granularity, "pending": pending, "freed": freed}
     site = site_of(dyadic(24, 40, 0), dyadic(4, 40, 1), torch.zeros(24, 4), **options)

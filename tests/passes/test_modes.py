@@ -15,6 +15,7 @@ import falqon_fx
 from falqon_fx import backend
 from falqon_fx.passes.modes import modes, transformed
 from tests.models import LoraLinear, fill_b
+from tests.parameters import each_value
 
 FUSED = torch.ops.falqon.merged_linear.default
 
@@ -240,8 +241,7 @@ def flat(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else [t for part in value for t in flat(part)]
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
-@pytest.mark.parametrize("function", TRANSFORMS.values(), ids=TRANSFORMS)
+@each_value(function=TRANSFORMS, inner=["eager", "aot_eager", "inductor"])
 def test_a_site_in_a_transform_of_torch_func_is_left_alone(function, inner, results):
     """Its numbers are those of the inner compiler alone, and eager's but where Inductor sums."""
     model, x = Sample(), example()

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from falqon_fx import FalqonConfig, FalqonError, RewriteResult, prepare, rewrite
 from tests import tolerances as tol
 from tests.models import LoraLinear, Stack, fill_b
+from tests.parameters import each_value
 from tests.sites import randn
 from tests.spellings import HandWritten, Passes, Spelling, check_site, spellings, targets
 
@@ -285,9 +286,11 @@ def test_values_next_to_a_site_are_bit_equal():
 # -- what is kept for backward ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sites", [1, 3])
+@each_value(
+    sites=[1, 3],
+    dtype={"float32": torch.float32, "bfloat16": torch.bfloat16},
+    inner=["eager", "aot_eager", "inductor"],
+)
 def test_x_is_kept_for_backward_where_a_is_trained_and_once_for_siblings(inner, dtype, sites):
     layers = nn.ModuleList(LoraLinear(72, 80, dtype=dtype) for _ in range(sites))
     fill_b(layers, 0.1)

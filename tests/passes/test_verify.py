@@ -177,6 +177,7 @@ except PassError as error:
 """
 
 
+@pytest.mark.slow
 def test_faults_are_seen_where_assertions_are_left_out():
     done = subprocess.run(
         [sys.executable, "-O", "-W", "ignore", "-c", OPTIMIZED], capture_output=True, text=True
