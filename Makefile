@@ -39,9 +39,13 @@ $(STAMP): pyproject.toml requirements-nodeps.txt
 demo: venv
 	$(BIN)/python examples/finetune.py
 
-# The tests come last, so that their closing line is the last one.
-test: check
-test test-fast: venv
+# Installing the wheel waits for the network, types for a core. The tests come last, so that their
+# closing line is the last one.
+test: venv
+	$(MAKE) --jobs=3 --output-sync check
+	$(MAKE) test-fast
+
+test-fast: venv
 	$(PYTEST) -m "not slow"
 
 test-all: check
