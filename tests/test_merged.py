@@ -211,6 +211,26 @@ def test_flush_leaves_rows_with_nan_and_counts_each_once(monkeypatch, chunk):
     assert site.state.dequantize().isfinite().all()
 
 
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "ATen"])
+@pytest.mark.parametrize("chunk", [None, 40, 7 * 40])
+def test_flush_writes_all_rows_but_those_that_overflow(monkeypatch, chunk, compiled):
+    """These have the largest steps, so each chunk would choose them before all others."""
+    monkeypatch.setattr(falqon_fx.rows.update, "_CHUNK", chunk or 1 << 24)
+    if not compiled:
+        monkeypatch.setattr(falqon_fx.rows.update.cpu, "takes", lambda _: False)
+    site = with_b(make_site(topk=2, scaling=64.0))
+    beyond = [*range(0, 20, 2)]
+    with torch.no_grad():
+        site.lora_b[beyond] = 8e37  # its steps add up to a number, W + s · B · A does not
+    site.step()
+    site.state.flush()
+    rest = [row for row in range(24) if row not in beyond]
+    assert torch.equal(site.state.applied[rest], site.lora_b[rest])
+    assert not site.state.writes[beyond].any()
+    assert site.state.too_large_rows == len(beyond)
+    assert site.state.dequantize().isfinite().all()
+
+
 def test_the_state_says_when_its_b_is_gone():
     site = with_b(make_site())
     assert torch.equal(site.state.lora_b(), site.lora_b)

@@ -41,6 +41,7 @@ from falqon_fx.site.record import (
     FINGERPRINT_W,
     STALE,
     STEP,
+    TOO_LARGE,
 )
 from falqon_fx.site.spec import RowsSpec, parse_rows_spec
 
@@ -118,11 +119,13 @@ def flush_(
     counters[STEP] += 1
     counters[FINGERPRINT_B] = 0 if spec.pending == "drop" else fingerprint(lora_b[None])[0]
     left, before = len(applied), counters.clone()
-    most = max(1, _CHUNK // weight.shape[1])
-    while left:
+    most, refused = max(1, _CHUNK // weight.shape[1]), 0
+    while left > 0:
         counters.copy_(before)  # each chunk looks at all rows and counts them
-        _write_rows([site], min(left, most), spec, None)
-        left -= min(left, most)
+        # What was refused is still pending, and is chosen again beside as many others.
+        _write_rows([site], min(len(applied), most + refused), spec, None)
+        refused = int(counters[TOO_LARGE] - before[TOO_LARGE])
+        left -= most
 
 
 def _find_changed(sites: list[Batched], spec: RowsSpec) -> list[Batched]:
