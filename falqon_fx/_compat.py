@@ -153,6 +153,15 @@ def mark_static_input(node: fx.Node) -> None:
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
 
 
+def graph_module(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    """A graph on the attributes of ``root`` whose Python code is made when it is first asked for:
+    torch never forgets code that was made, for the tracebacks that may name it.
+    """
+    from torch.fx._lazy_graph_module import _LazyGraphModule
+
+    return _LazyGraphModule(root, graph)
+
+
 def copy_dynamo_attributes(old: fx.GraphModule, new: fx.GraphModule) -> None:
     """What Dynamo hangs on a graph module beside its graph and AOTAutograd reads back."""
     for name in ("_param_name_to_source", "compile_subgraph_reason"):

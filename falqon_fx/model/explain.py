@@ -82,35 +82,44 @@ class _Tracer(nn.Module):
     def __init__(self, model: nn.Module, config: FalqonConfig) -> None:
         super().__init__()
         self.model, self.config = model, config
-        self.names = ModulePaths(nn.Module())
         self.graphs: list[GraphReport] = []
-        self.traced: list[fx.GraphModule] = []
 
     def forward(self, *args: Any, **kwargs: Any) -> None:
         model = self.model
-        self.names = ModulePaths(model)  # of the parameters' stand-ins
 
         def call() -> Any:
             return model(*args, **kwargs)
 
-        _compat.trace_alone(call, self._look)
-        self.traced.clear()  # Dynamo keeps what a backend returns
+        look = _Look(ModulePaths(model), self.config, self.graphs)  # names of the stand-ins
+        try:
+            _compat.trace_alone(call, look.backend)
+        finally:
+            vars(look).clear()
 
-    def _look(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        report = _report(rewrite(gm, example_inputs, self.config), gm)
-        traced, index = self.traced, len(self.traced)
-        traced.append(gm)
-        seen: set[tuple[str, ...]] = set()
+
+class _Look:
+    """The backend of one trace. Dynamo keeps it, and what it returns, for longer than that: all
+    that it knows of the model hangs on it alone, and is taken off it in the end.
+    """
+
+    def __init__(self, names: ModulePaths, config: FalqonConfig, graphs: list[GraphReport]) -> None:
+        self.names, self.config, self.graphs = names, config, graphs
+        self.traced: list[tuple[fx.GraphModule, GraphReport, set[tuple[str, ...]]]] = []
+
+    def backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        index = len(self.traced)
+        self.traced.append((gm, _report(rewrite(gm, example_inputs, self.config), gm), set()))
 
         def run(*inputs: Any) -> Any:
             # Dynamo shares a graph between layers that are alike: each gets a report of its own.
+            gm, report, seen = self.traced[index]
             names = self.names.of(inputs)
             if names not in seen:
                 passes = {} if seen else report.pass_seconds
-                own = self.names.report(report, traced[index].graph, inputs)
+                own = self.names.report(report, gm.graph, inputs)
                 self.graphs.append(replace(own, pass_seconds=passes))
                 seen.add(names)
-            return traced[index].forward(*inputs)
+            return gm.forward(*inputs)
 
         return run
 

@@ -10,10 +10,12 @@ import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from falqon_fx.errors import one_line
@@ -56,27 +58,33 @@ class SaveWatch:
     """
 
     def __init__(self) -> None:
-        self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weak references to applied, by B
+        self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # `_Known` by B
 
     def announce(self, sites: Iterable[tuple[Tensor, Tensor]]) -> None:
         """(B, applied) of sites whose model is being called."""
         new = {id(b): (b, applied) for b, applied in sites if not self._knows(b, applied)}
         if not new:
             return
+        for b, applied in new.values():
+            for hook in self._known[b].hooks if b in self._known else ():
+                hook.remove()
+            self._known[b] = _Known(weakref.ref(applied), [])
         group = _Group()
         for path, module in modules_of(model_of_call()):
             for name, parameter in vars(module)["_parameters"].items():
                 if id(parameter) in new:
-                    _, applied = new[id(parameter)]
-                    site = path.partition(".lora_")[0]
-                    hook = _SaveHook(site, name, weakref.ref(applied), group)
-                    module.register_state_dict_pre_hook(hook)
-        for b, applied in new.values():
-            self._known[b] = weakref.ref(applied)
+                    known, site = self._known[parameter], path.partition(".lora_")[0]
+                    hook = _SaveHook(site, name, known.applied, group)
+                    known.hooks.append(module.register_state_dict_pre_hook(hook))
 
     def _knows(self, lora_b: Tensor, applied: Tensor) -> bool:
-        known: weakref.ref[Tensor] | None = self._known.get(lora_b)
-        return known is not None and known() is applied
+        return lora_b in self._known and self._known[lora_b].applied() is applied
+
+
+@dataclass(frozen=True)
+class _Known:
+    applied: weakref.ref[Tensor]
+    hooks: list[RemovableHandle]  # of the modules that hold B
 
 
 class _Group:

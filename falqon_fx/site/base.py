@@ -310,6 +310,8 @@ class Bases:
                 key = (owner.storage_offset(), place(lora_b))
                 noted = (a, b, place(lora_a), place(lora_b), scaling)
                 if known.get(key) != noted:
+                    for gone in [k for k, (a, b, *_) in known.items() if None in (a(), b())]:
+                        del known[gone]
                     known[key] = noted
                     self.changes += 1
             return self.changes

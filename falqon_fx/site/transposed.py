@@ -8,11 +8,12 @@ bytes of a W in another way, as loading a state dict does, calls `forget`.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 
 @dataclass(frozen=True)
@@ -23,33 +24,27 @@ class Kept:
     `MergedAdapter.counters` as they were when the copy was last up to date.
     """
 
-    memory: StorageWeakRef
     turned: Tensor
     seen: Tensor
     stamp: Tensor
 
 
-_kept: dict[int, Kept] = {}
+_kept: weakref.WeakKeyDictionary[Any, dict[int, Kept]] = weakref.WeakKeyDictionary()  # by memory
 
 
 def find(weight: Tensor) -> Kept | None:
     """The copy for a W, or for the W' that begins with it."""
-    kept = _kept.get(weight.data_ptr())
-    if kept is None or kept.memory != StorageWeakRef(weight.untyped_storage()):
-        return None
-    return kept
+    return _kept.get(weight.untyped_storage(), {}).get(weight.data_ptr())
 
 
 def keep(weight: Tensor, turned: Tensor, counters: int) -> Kept:
     """Keeps ``turned``, a copy as of now; the next update of rows can't tell since when, and makes
-    it anew. Copies whose W is gone are dropped.
+    it anew.
     """
-    for place in [place for place, kept in _kept.items() if kept.memory.expired()]:
-        del _kept[place]
     seen = torch.zeros(weight.shape[0], dtype=torch.int32, device=weight.device)
     stamp = torch.full((counters,), -1, dtype=torch.int64, device=weight.device)
-    kept = Kept(StorageWeakRef(weight.untyped_storage()), turned, seen, stamp)
-    _kept[weight.data_ptr()] = kept
+    kept = Kept(turned, seen, stamp)
+    _kept.setdefault(weight.untyped_storage(), {})[weight.data_ptr()] = kept
     return kept
 
 

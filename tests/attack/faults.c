@@ -1,5 +1,6 @@
 /* Preloaded before libc: counts the calls on files below a root, and makes one of them (or all from
-   one on) fail with an errno that such a call knows, or kills the process there. */
+   one on) fail with an errno that such a call knows, or kills the process there. Notes the path of
+   whatever is written, made, renamed or removed, wherever that is. */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <dlfcn.h>
@@ -9,6 +10,7 @@
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
 #include <sys/mman.h>
@@ -40,7 +42,7 @@ static const int ERRORS[KINDS][8] = {
 
 static char root[4096];
 static atomic_int armed, count, fired;
-static int at, variant, sticky, deadly, after, only;
+static int notes = -1, at, variant, sticky, deadly, after, only;
 static char said[256];
 
 /* only: -1 for every kind of call, else one; at: which of these, from 1 on. */
@@ -49,6 +51,8 @@ void faults_arm(const char *path, int kind, int number, int which, int stay, int
   only = kind, at = number, variant = which, sticky = stay, deadly = kill_it, after = later;
   count = 0, fired = 0, said[0] = 0, armed = 1;
 }
+/* From now on notes go into this file, a line each. */
+void faults_note(int file) { notes = file; }
 int faults_disarm(void) { armed = 0; return count; }
 const char *faults_fired(void) { return said; }
 
@@ -67,6 +71,34 @@ static int below(int folder, const char *path) {
   whole[length] = 0;
   return !strncmp(whole, root, strlen(root));
 }
+
+/* The path that a call is about to change, with what links above it (and itself, if FOLLOWED) lead
+   to. */
+static void note(int folder, const char *path, int followed) {
+  if (!armed || notes < 0 || !path) return;
+  int saved = errno;
+  char whole[8192], real[8192], link[64];
+  long length = 0;
+  if (path[0] != '/') {
+    snprintf(link, sizeof link, "/proc/self/fd/%d", folder);
+    length = folder == AT_FDCWD ? syscall(SYS_getcwd, whole, 4096) - 1
+                                : syscall(SYS_readlinkat, AT_FDCWD, link, whole, 4096);
+    if (length < 0) length = 0;
+    whole[length++] = '/';
+  }
+  snprintf(whole + length, sizeof whole - length, "%s", path);
+  if (!followed || !realpath(whole, real)) {
+    char *last = strrchr(whole, '/');
+    *last = 0;
+    if (!realpath(*whole ? whole : "/", real)) strcpy(real, whole);
+    length = strlen(real);
+    snprintf(real + length, sizeof real - length, "/%.4000s", last + 1);
+  }
+  strcat(real, "\n");
+  (void)!syscall(SYS_write, notes, real, strlen(real));
+  errno = saved;
+}
+static int writes(int flags) { return flags & (O_WRONLY | O_RDWR | O_CREAT | O_TRUNC); }
 
 /* The errno of this call, 0 for none. */
 static int due(enum kind kind, int folder, const char *path) {
@@ -105,10 +137,12 @@ static int due(enum kind kind, int folder, const char *path) {
     va_list rest; va_start(rest, flags); mode = va_arg(rest, mode_t); va_end(rest); \
   }
 
-int open(const char *path, int flags, ...) { MODE NEXT(open); CALL(OPEN, AT_FDCWD, path, path, flags, mode); }
-int open64(const char *path, int flags, ...) { MODE NEXT(open64); CALL(OPEN, AT_FDCWD, path, path, flags, mode); }
-int openat(int folder, const char *path, int flags, ...) { MODE NEXT(openat); CALL(OPEN, folder, path, folder, path, flags, mode); }
-int openat64(int folder, const char *path, int flags, ...) { MODE NEXT(openat64); CALL(OPEN, folder, path, folder, path, flags, mode); }
+#define OPENED(folder) if (writes(flags)) note(folder, path, !(flags & O_NOFOLLOW))
+
+int open(const char *path, int flags, ...) { MODE NEXT(open); OPENED(AT_FDCWD); CALL(OPEN, AT_FDCWD, path, path, flags, mode); }
+int open64(const char *path, int flags, ...) { MODE NEXT(open64); OPENED(AT_FDCWD); CALL(OPEN, AT_FDCWD, path, path, flags, mode); }
+int openat(int folder, const char *path, int flags, ...) { MODE NEXT(openat); OPENED(folder); CALL(OPEN, folder, path, folder, path, flags, mode); }
+int openat64(int folder, const char *path, int flags, ...) { MODE NEXT(openat64); OPENED(folder); CALL(OPEN, folder, path, folder, path, flags, mode); }
 ssize_t read(int file, void *to, size_t size) { NEXT(read); CALL(READ, file, 0, file, to, size); }
 ssize_t pread64(int file, void *to, size_t size, off64_t from) { NEXT(pread64); CALL(READ, file, 0, file, to, size, from); }
 ssize_t write(int file, const void *from, size_t size) { NEXT(write); CALL(WRITE, file, 0, file, from, size); }
@@ -123,13 +157,13 @@ int ftruncate64(int file, off64_t size) { NEXT(ftruncate64); CALL(WRITE, file, 0
 int fallocate64(int file, int mode, off64_t start, off64_t size) { NEXT(fallocate64); CALL(WRITE, file, 0, file, mode, start, size); }
 int fsync(int file) { NEXT(fsync); CALL(FSYNC, file, 0, file); }
 int fdatasync(int file) { NEXT(fdatasync); CALL(FSYNC, file, 0, file); }
-int rename(const char *from, const char *to) { NEXT(rename); CALL(RENAME, AT_FDCWD, from, from, to); }
-int renameat(int f, const char *from, int t, const char *to) { NEXT(renameat); CALL(RENAME, f, from, f, from, t, to); }
-int mkdir(const char *path, mode_t mode) { NEXT(mkdir); CALL(MKDIR, AT_FDCWD, path, path, mode); }
-int mkdirat(int folder, const char *path, mode_t mode) { NEXT(mkdirat); CALL(MKDIR, folder, path, folder, path, mode); }
-int unlink(const char *path) { NEXT(unlink); CALL(UNLINK, AT_FDCWD, path, path); }
-int unlinkat(int folder, const char *path, int flags) { NEXT(unlinkat); CALL(UNLINK, folder, path, folder, path, flags); }
-int rmdir(const char *path) { NEXT(rmdir); CALL(UNLINK, AT_FDCWD, path, path); }
+int rename(const char *from, const char *to) { NEXT(rename); note(AT_FDCWD, from, 0), note(AT_FDCWD, to, 0); CALL(RENAME, AT_FDCWD, from, from, to); }
+int renameat(int f, const char *from, int t, const char *to) { NEXT(renameat); note(f, from, 0), note(t, to, 0); CALL(RENAME, f, from, f, from, t, to); }
+int mkdir(const char *path, mode_t mode) { NEXT(mkdir); note(AT_FDCWD, path, 0); CALL(MKDIR, AT_FDCWD, path, path, mode); }
+int mkdirat(int folder, const char *path, mode_t mode) { NEXT(mkdirat); note(folder, path, 0); CALL(MKDIR, folder, path, folder, path, mode); }
+int unlink(const char *path) { NEXT(unlink); note(AT_FDCWD, path, 0); CALL(UNLINK, AT_FDCWD, path, path); }
+int unlinkat(int folder, const char *path, int flags) { NEXT(unlinkat); note(folder, path, 0); CALL(UNLINK, folder, path, folder, path, flags); }
+int rmdir(const char *path) { NEXT(rmdir); note(AT_FDCWD, path, 0); CALL(UNLINK, AT_FDCWD, path, path); }
 int flock(int file, int how) { NEXT(flock); CALL(FLOCK, file, 0, file, how); }
 int stat(const char *path, struct stat *to) { NEXT(stat); CALL(STAT, AT_FDCWD, path, path, to); }
 int stat64(const char *path, struct stat64 *to) { NEXT(stat64); CALL(STAT, AT_FDCWD, path, path, to); }
@@ -142,7 +176,7 @@ int fstatat64(int folder, const char *path, struct stat64 *to, int flags) { NEXT
 int statx(int folder, const char *restrict path, int flags, unsigned mask, struct statx *restrict to) {
   NEXT(statx); CALL(STAT, folder, path, folder, path, flags, mask, to);
 }
-int chmod(const char *path, mode_t mode) { NEXT(chmod); CALL(CHMOD, AT_FDCWD, path, path, mode); }
+int chmod(const char *path, mode_t mode) { NEXT(chmod); note(AT_FDCWD, path, 1); CALL(CHMOD, AT_FDCWD, path, path, mode); }
 int fchmod(int file, mode_t mode) { NEXT(fchmod); CALL(CHMOD, file, 0, file, mode); }
 int close(int file) {
   NEXT(close);
@@ -170,3 +204,25 @@ void *mmap(void *where, size_t size, int rights, int flags, int file, off_t star
   int error = file >= 0 ? due(MAP, file, 0) : 0;
   return error ? (errno = error, MAP_FAILED) : next(where, size, rights, flags, file, start);
 }
+/* Calls that are noted and don't fail. */
+FILE *fopen(const char *path, const char *mode) {
+  NEXT(fopen);
+  if (strpbrk(mode, "wa+")) note(AT_FDCWD, path, 1);
+  return next(path, mode);
+}
+FILE *fopen64(const char *path, const char *mode) {
+  NEXT(fopen64);
+  if (strpbrk(mode, "wa+")) note(AT_FDCWD, path, 1);
+  return next(path, mode);
+}
+int creat(const char *path, mode_t mode) { NEXT(creat); note(AT_FDCWD, path, 1); return next(path, mode); }
+int creat64(const char *path, mode_t mode) { NEXT(creat64); note(AT_FDCWD, path, 1); return next(path, mode); }
+int renameat2(int f, const char *from, int t, const char *to, unsigned flags) {
+  NEXT(renameat2); note(f, from, 0), note(t, to, 0); return next(f, from, t, to, flags);
+}
+int link(const char *from, const char *to) { NEXT(link); note(AT_FDCWD, to, 0); return next(from, to); }
+int linkat(int f, const char *from, int t, const char *to, int flags) { NEXT(linkat); note(t, to, 0); return next(f, from, t, to, flags); }
+int symlink(const char *from, const char *to) { NEXT(symlink); note(AT_FDCWD, to, 0); return next(from, to); }
+int symlinkat(const char *from, int t, const char *to) { NEXT(symlinkat); note(t, to, 0); return next(from, t, to); }
+int truncate64(const char *path, off64_t size) { NEXT(truncate64); note(AT_FDCWD, path, 1); return next(path, size); }
+int remove(const char *path) { NEXT(remove); note(AT_FDCWD, path, 0); return next(path); }

@@ -196,6 +196,7 @@ class Bench:
         assert ended == "done", (ended, told)
         self.calls = int(told["calls"])
         self.attacks = 0
+        self.written: set[str]  # or tried to be, whatever became of it
 
     def _fresh(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -221,15 +222,36 @@ class Bench:
     def _judge(self, ended: str, told: dict[str, Any], around: dict[str, Any]) -> None:
         changed = changes(around, self._around())
         assert not changed, f"changed around it: {changed}"
+        strays = [path for path in self.written if not self._may_write(path)]
+        assert not strays, f"written elsewhere: {strays}"
         assert ended in ("done", "killed", "refused") or told.get("raised") in self.writer.raw
         state = self.writer.state(self.folder)
         assert state in (_OLD, _WHOLE_NEW)
         assert ended != "done" or state == _WHOLE_NEW, "it said that it was done"
 
+    def _may_write(self, path: str) -> bool:
+        """What is the call's own, and what it writes aside."""
+        place = os.path.relpath(path, os.path.realpath(self.folder))
+        return (
+            path in ("/dev/null", os.path.realpath(self.folder))
+            or any(f"{place}/".startswith(f"{own}/") for own in self.writer.own)
+            or "/.falqon-" in f"/{place}"
+        )
+
     def _around(self) -> dict[str, Any]:
         return surroundings(self.base, [f"{self.folder.name}/{own}" for own in self.writer.own])
 
     def _child(self, fault: Fault) -> tuple[str, dict[str, Any]]:
+        notes = os.memfd_create("notes")
+        try:
+            self.library.faults_note(notes)
+            return self._forked(fault)
+        finally:
+            noted = os.pread(notes, os.fstat(notes).st_size, 0).decode(errors="replace")
+            self.written = {*noted.splitlines()}
+            os.close(notes)
+
+    def _forked(self, fault: Fault) -> tuple[str, dict[str, Any]]:
         ours, theirs = os.pipe()
         child = os.fork()
         if child == 0:

@@ -9,12 +9,11 @@ the process held: memory, live tensors, threads and open files.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
-import ctypes
+import functools
 import gc
+import importlib
 import json
-import os
 import pickle
 import threading
 import warnings
@@ -30,10 +29,15 @@ from torch import Tensor
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
 from falqon_fx.model.fp8_linear import Fp8Linear
+from tests.attack.held import Look, always_compiled, compilations, held
 from tests.models import WIDTH, Net
 from tests.sites import randn
 
-SAMPLED = 10  # steps between two looks at what the process holds
+
+@functools.cache
+def _config(inner: str) -> FalqonConfig:
+    """One for all: what was given to `torch.compile` stays with each thread that ran the code."""
+    return FalqonConfig(inner=inner)
 
 
 class LongRun:
@@ -56,18 +60,19 @@ class LongRun:
                 if "lora_B" in name:
                     p.copy_(randn(*p.shape, seed=i) / 16)
         self.model = model
-        self.config = FalqonConfig(inner=inner)
+        self.config = _config(inner)
         if prepared:
             falqon_fx.prepare(model, self.config, progress=False)
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-2)
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, [10, 100, 500])
         self.step, self.losses = 0, list[str]()
-        self.held: list[dict[str, int]] = []
+        self.held: list[Look] = []
         self.compile()
 
     def compile(self) -> None:
         torch._dynamo.reset()
+        compilations.listen()
         self.call = torch.compile(
             self.model,
             backend="falqon",
@@ -95,9 +100,10 @@ class LongRun:
         while self.step < last:
             self._train_step()
             if events and self.step % every == 0:
-                events[self.step // every % len(events)](self)
-            if self.step % SAMPLED == 0:
-                self.held.append(held())
+                place = self.step // every % len(events)
+                getattr(self, events[place].__name__)()
+                if place == len(events) - 1:  # nothing is compiled now
+                    self.held.append(held())
 
     def _train_step(self) -> None:
         parts = 1 + self.step // 10 % 2  # gradient accumulation, which comes and goes
@@ -188,7 +194,7 @@ class LongRun:
     def resume(self) -> None:
         """As another process would: model, optimizer and schedule made anew."""
         self.save(self.folder / "saved")
-        other = LongRun(self.folder, self.inner, self.prepared)
+        other = type(self)(self.folder, self.inner, self.prepared)
         other.load(self.folder / "saved")
         vars(self).update({n: v for n, v in vars(other).items() if n != "held"})
 
@@ -281,32 +287,12 @@ EVENTS: tuple[Event, ...] = (
 )
 
 
-def _always_compiled() -> Any:
-    """Beyond the limits Dynamo compiles no more, and PEFT's own layers run."""
-    return torch._dynamo.config.patch(recompile_limit=64, accumulated_recompile_limit=100_000)
-
-
 def at_once(run: LongRun, last: int, events: Sequence[Event]) -> None:
     """All steps in this process, an event after each."""
     torch.manual_seed(5)
-    with _always_compiled():
+    with always_compiled():
         run.compile()
         run.train(last, events)
-
-
-def held() -> dict[str, int]:
-    """What a process holds once all that is garbage is gone."""
-    for _ in range(2):
-        gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # free memory goes back to the system
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return {
-        "memory": pages * os.sysconf("SC_PAGE_SIZE"),
-        "tensors": sum(issubclass(type(item), Tensor) for item in gc.get_objects()),
-        "threads": len(os.listdir("/proc/self/task")),
-        "files": len(os.listdir("/proc/self/fd")),
-    }
 
 
 def main() -> None:
@@ -317,11 +303,12 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--last", type=int, required=True)
     parser.add_argument("--every", type=int, default=0)
+    parser.add_argument("--torch", action="store_true", help="without falqon-fx")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
-    with _always_compiled():
-        run = LongRun(given.folder, given.inner, given.prepared)
-        run.held.append(held())
+    kind = importlib.import_module("tests.attack.torch_run").TorchRun if given.torch else LongRun
+    with always_compiled():
+        run = kind(given.folder, given.inner, given.prepared)
         if given.first:
             run.load(given.folder / "checkpoint")
             assert run.step == given.first
