@@ -510,6 +510,18 @@ def test_torch_distributed_checkpoint_of_tensors_that_an_optimizer_holds_twice(t
     assert [float(group["lr"]) for group in optimizers[1].param_groups] == [0.5, 0.5]
 
 
+@pytest.mark.parametrize("part", ["text", "packed"])
+@pytest.mark.parametrize("value", [None, 10**12, "", b"", [1], {}])
+def test_a_distributed_checkpoint_that_holds_something_else_is_refused(part, value):
+    """What torch hands over is whatever was pickled there."""
+    model = tiny_mlp()
+    state = falqon_fx.CheckpointState(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(FalqonError, match=r"the checkpoint: .*(not str|not bytes|JSON|whole)"):
+        state.load_state_dict({**state.state_dict(), part: value})
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
 @pytest.mark.parametrize("change", ["lr", "sums", "dtypes", "checksum", "list"])
 def test_a_distributed_checkpoint_whose_text_was_changed_is_refused(change):
     run = Run(True)

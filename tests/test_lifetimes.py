@@ -78,8 +78,8 @@ def test_a_model_goes_when_its_owner_lets_go(use):
 
 
 def test_each_compilation_leaves_what_torchs_own_backend_leaves():
-    """No object of ours, no graph, module or tensor; of code that torch keeps for tracebacks no
-    more than its backend "eager" leaves.
+    """No object of ours, no graph, no module; of tensors (torch's fake ones) and of code that torch
+    keeps for tracebacks no more than its backend "eager" leaves.
     """
 
     def left(once: Callable[[nn.Module], Any]) -> Counter[str]:
@@ -96,7 +96,8 @@ def test_each_compilation_leaves_what_torchs_own_backend_leaves():
     of_torch = left(lambda model: torch.compile(model, backend="eager")(x()).sum().backward())
     for once in (train, lambda model: falqon_fx.explain(model, x())):
         found = left(once)
-        assert [found[k] for k in ("ours", "graphs", "modules", "tensors")] == [0] * 4
+        assert [found[kind] for kind in ("ours", "graphs", "modules")] == [0, 0, 0]
+        assert found["tensors"] <= of_torch["tensors"]
         assert 0 < found["code"] <= of_torch["code"]
 
 

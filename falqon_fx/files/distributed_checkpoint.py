@@ -62,12 +62,16 @@ class CheckpointState:
         from safetensors.torch import load
 
         where, place = "the checkpoint", Path("the checkpoint")
-        text = storage.parse_json(place, str(state["text"]))
+        for part, kind in (("text", str), ("packed", bytes)):  # DCP unpickles whatever is there
+            if type(state[part]) is not kind:
+                problem = f"its {part!r} is {type(state[part]).__name__}, not {kind.__name__}"
+                raise storage.DamagedFileError(place, problem)
+        text = storage.parse_json(place, state["text"])
         if not isinstance(text, dict) or not storage.has_own_checksum(place, text):
             raise storage.DamagedFileError(place, "the checksum of its text is wrong")
         storage.check_form(place, text, "distributed")
         with storage.file_errors_explained(place):
-            packed = load(bytes(state["packed"]))
+            packed = load(state["packed"])
         packed |= trees.shared_again(text["same"], packed, where)
         saved = trees.from_plain(text["optimizer"], packed, where)
         if self.optimizer is not None:
