@@ -21,6 +21,8 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     unset_fake_temporarily,
 )
+from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch.utils._pytree import tree_map as tree_map
 
 from falqon_fx.errors import FalqonError
 
@@ -157,8 +159,6 @@ def graph_module(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
     """A graph on the attributes of ``root`` whose Python code is made when it is first asked for:
     torch never forgets code that was made, for the tracebacks that may name it.
     """
-    from torch.fx._lazy_graph_module import _LazyGraphModule
-
     return _LazyGraphModule(root, graph)
 
 
@@ -284,13 +284,6 @@ def without_fake_mode() -> Any:
 def plain_tensors() -> Any:
     """A context in which tensor subclasses are treated as plain tensors."""
     return torch._C.DisableTorchFunctionSubclass()
-
-
-def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
-    """``function`` applied to every leaf of nested containers."""
-    from torch.utils._pytree import tree_map as apply
-
-    return apply(function, tree)
 
 
 def hint(size: Any) -> int:

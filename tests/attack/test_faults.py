@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.attack.faults import Counts, table, withstood
+from tests.attack.faults import Counts, attack, table, withstood
 
 MANY = {
     "save": 150, "save new": 100, "export": 150, "prequantize": 120, "prequantize resumed": 120,
@@ -25,7 +25,18 @@ def fail(folder: Path, writers: dict[str, int]) -> Counts:
 
 
 def test_a_save_whose_calls_fail_leaves_the_old_or_the_new(tmp_path):
-    fail(tmp_path, {"save": 40})
+    """And one that writes elsewhere is seen to, whatever it takes away again."""
+    found = attack(tmp_path, writers={"save": 40, "stray": 1}, kind="faults")
+    if "skipped" in found:
+        pytest.skip(found["skipped"])
+    assert {writer: of["hit"] for writer, of in found["counts"].items()} == {"save": 40, "stray": 1}
+    assert found["counts"]["save"]["refused"] > 0
+    failures = found["failures"]
+    assert failures
+    for failure in failures:
+        assert failure.startswith("stray,")
+        for way in ("python", "torch", "rust", "renamed", "symlink", "folder"):
+            assert f"/{way}'" in failure.split("written elsewhere")[1]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import peft
 import torch
 import torch.distributed.checkpoint as dcp
 import transformers
+from safetensors.torch import save_file
 from torch import nn
 
 import falqon_fx
@@ -78,6 +80,27 @@ class SaveNew(Save):
 def _counts(name: str) -> bool:
     """What is no file of tensors that a killed save left."""
     return not name.startswith("tensors-")
+
+
+class Stray(Save):
+    """One that also writes where it shouldn't, in each way that there is, and takes it away again:
+    whoever watches must see it.
+    """
+
+    def __init__(self) -> None:
+        self.elsewhere = Path(tempfile.mkdtemp())
+
+    def act(self, folder: Path) -> None:
+        one = torch.ones(1)
+        (self.elsewhere / "python").write_text("")
+        torch.save(one, self.elsewhere / "torch")
+        save_file({"one": one}, self.elsewhere / "rust")
+        (self.elsewhere / "rust").rename(self.elsewhere / "renamed")
+        (self.elsewhere / "symlink").symlink_to("rust")
+        (self.elsewhere / "folder").mkdir()
+        shutil.rmtree(self.elsewhere)
+        self.elsewhere.mkdir()
+        super().act(folder)
 
 
 class Load(Save):
@@ -263,4 +286,5 @@ WRITERS: dict[str, type[Writer]] = {
     "load": LoadPrequantized,
     "load export": LoadExport,
     "DCP": Distributed,
+    "stray": Stray,
 }
