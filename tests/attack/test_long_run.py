@@ -90,7 +90,8 @@ def test_a_thousand_steps_in_three_processes_are_those_of_one(tmp_path, inner, p
         span = ["--first", str(first), "--last", str(last), "--every", str(every)]
         module = [sys.executable, "-W", "ignore", "-m", "tests.attack.long_run"]
         command = [*module, str(tmp_path / folder), *span, *common, *more]
-        subprocess.run(command, check=True, cwd=ROOT, env=environment)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+        assert done.returncode == 0, done.stderr[-5000:]
         found: list[Look] = json.loads((tmp_path / folder / f"held-{first}.json").read_text())
         return found
 
