@@ -11,6 +11,7 @@ import ctypes
 import gc
 import os
 import sys
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ def kinds() -> Counter[str]:
         found["graphs"] += issubclass(kind, _GRAPHS)
         found["modules"] += issubclass(kind, nn.Module)
         found["tensors"] += issubclass(kind, Tensor)
+        found["guards"] += kind is weakref.finalize
     return found
 
 
