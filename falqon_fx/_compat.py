@@ -147,10 +147,13 @@ def any_fake(values: Sequence[object]) -> bool:
     return FakeTensor in set(map(type, values))
 
 
-def mark_static_input(node: fx.Node) -> None:
-    """Tell AOTAutograd that a placeholder is a tensor that stays where it is between calls."""
+def mark_own_input(node: fx.Node, *, static: bool = True) -> None:
+    """Tell AOTAutograd that a placeholder is none of Dynamo's, and whether its tensor stays where
+    it is between calls.
+    """
     node._dynamo_source = None
-    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    if static:
+        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
 
 
 def copy_dynamo_attributes(old: fx.GraphModule, new: fx.GraphModule) -> None:
