@@ -16,8 +16,9 @@ from falqon_fx.site.numerics import as_scale, scale_bits
 class Fp8Linear(PreparedLinear):
     """x · dq(W)ᵀ + bias; in compiled code both are multiplied in FP8.
 
-    Its scales are stored as their bits (`falqon_fx.site.numerics.scale_bits`). ``digest`` is a hash of the bytes and the scales (`base.digest`): what averages all
-    parameters, as an EMA does, would leave bytes that mean nothing.
+    Its scales are stored as their bits (`falqon_fx.site.numerics.scale_bits`). ``digest`` is a hash
+    of the bytes and the scales (`base.digest`): what averages all parameters, as an EMA does, would
+    leave bytes that mean nothing.
 
     Args:
         base: W in FP8, [out, in].
