@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,10 +14,11 @@ from falqon_fx import FalqonConfig
 from tests.distributed import ranks
 from tests.distributed.training import (
     alone,
+    compared,
     compile_blocks,
     compiled,
-    differences,
     make,
+    shard,
     train,
 )
 
@@ -62,20 +62,6 @@ def fsdp2() -> dict[str, Any]:
     run = train(model, model, [[dist.get_rank()]])
     model = compile_blocks(make(CONFIG, prepared=True), CONFIG)
     return compared(run, alone(model, model, 2))
-
-
-def shard(model: Any, **options: Any) -> Any:
-    for block in model.blocks:
-        fully_shard(block, **options)
-    return fully_shard(model, **options)
-
-
-def compared(run: Any, expected: Any) -> dict[str, Any]:
-    return {
-        "differs": differences(run, expected),
-        "graphs": run.graphs[-1] - run.graphs[1],  # after step 2
-        "breaks": run.breaks,
-    }
 
 
 def gathered() -> dict[str, int]:

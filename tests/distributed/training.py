@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import falqon_fx
@@ -142,3 +143,17 @@ def differences(run: Run, expected: Run | None, each: int = 1) -> list[str]:
 def _same(a: Tensor, b: Tensor) -> bool:
     a, b = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
     return torch.equal(a, b)
+
+
+def compared(run: Run, expected: Run | None, each: int = 1) -> dict[str, Any]:
+    return {
+        "differs": differences(run, expected, each),
+        "graphs": run.graphs[-1] - run.graphs[1],  # after step 2
+        "breaks": run.breaks,
+    }
+
+
+def shard(model: Any, **options: Any) -> Any:
+    for block in model.blocks:
+        fully_shard(block, **options)
+    return fully_shard(model, **options)

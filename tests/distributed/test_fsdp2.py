@@ -1,0 +1,116 @@
+"""FSDP2 in all its settings against one process that accumulates what the ranks compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.utils.checkpoint import checkpoint
+
+from falqon_fx import FalqonConfig
+from tests.distributed import ranks
+from tests.distributed.training import (
+    alone,
+    compared,
+    compile_blocks,
+    compiled,
+    make,
+    shard,
+    train,
+)
+
+pytestmark = pytest.mark.slow
+CONFIG = FalqonConfig(inner="aot_eager")
+CONFIGS = {
+    f"{inner}, {granularity}": FalqonConfig(inner=inner, granularity=granularity)
+    for inner in ("aot_eager", "inductor")
+    for granularity in ("row", "tensor")
+}
+BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
+def check(results: list[dict[str, Any]], runs: int) -> None:
+    for result in results:
+        assert len(result) == runs
+        for name, found in result.items():
+            assert found == {"differs": [], "graphs": 0, "breaks": []}, name
+
+
+def test_two_ranks(tmp_path: Path):
+    check(ranks.run(two, 2, tmp_path, 900), 8 + 8)
+
+
+def test_four_ranks(tmp_path: Path):
+    check(ranks.run(four, 4, tmp_path, 900), 3)
+
+
+def two() -> dict[str, Any]:
+    runs = {}
+    for name, config in CONFIGS.items():
+        for train_a in (True, False):
+            runs[f"{name}, train_a={train_a}"] = case(config, train_a=train_a)
+    runs["kept"] = case(CONFIG, reshard_after_forward=False)
+    runs["offloaded"] = case(CONFIG, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    runs["accumulated"] = case(CONFIG, each=2)
+    runs["amax"] = case(replace(CONFIG, scale="amax"))
+    runs["adapters in FP8"] = case(replace(CONFIG, adapter_dtype="fp8"))
+    runs["whole"] = case(CONFIG, whole=True)
+    runs["checkpointed around"] = case(CONFIG, change=around)
+    runs["checkpointed inside"] = case(CONFIG, change=inside)
+    return runs
+
+
+def four() -> dict[str, Any]:
+    """The parts of two ranks count nothing, as sums of four depend on their order."""
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))
+    return {
+        "sharded": case(CONFIG, used=2),
+        "copies of shards": case(CONFIG, used=2, mesh=mesh),
+        "inductor": case(replace(CONFIG, inner="inductor"), used=2),
+    }
+
+
+def around(model: Any) -> None:
+    """As transformers' gradient_checkpointing_enable: outside of what is compiled."""
+    model.call = lambda block, x: checkpoint(block, x, use_reentrant=False)
+
+
+def inside(model: Any) -> None:
+    """As torchtitan: the wrapper is what is compiled and sharded."""
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = checkpoint_wrapper(block)
+
+
+def case(
+    config: FalqonConfig,
+    *,
+    train_a: bool = True,
+    each: int = 1,
+    used: int | None = None,
+    whole: bool = False,
+    change: Callable[[Any], None] = lambda model: None,
+    **options: Any,
+) -> dict[str, Any]:
+    torch._dynamo.reset()
+    size, rank = dist.get_world_size(), dist.get_rank()
+
+    def model() -> Any:
+        made = make(config, prepared=True, train_a=train_a)
+        change(made)
+        return made if whole else compile_blocks(made, config)
+
+    sharded = shard(model(), **options)
+    sync = sharded.set_requires_gradient_sync
+    parts = [range(rank * each, (rank + 1) * each)]
+    call = compiled(sharded, config) if whole else sharded
+    run = train(call, sharded, parts, used=used, before=sync if each > 1 else lambda last: None)
+    one = model()
+    call = compiled(one, config) if whole else one
+    return compared(run, alone(one, call, size, each, used=used), each)
