@@ -219,6 +219,13 @@ def is_dtensor(value: object) -> bool:
     return isinstance(value, DTensor)
 
 
+def default_store() -> Any:
+    """The key-value store of the default process group."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
+
+
 def is_fsdp(node: fx.Node) -> bool:
     """Whether a Dynamo placeholder is a parameter of an FSDP module, gathered for this call."""
     source = getattr(node, "_dynamo_source", None)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from falqon_fx._compat import is_dtensor
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError, printable
+from falqon_fx.model.agreement import check_same_on_all_ranks
 from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.model.lora_layers import (
     LinearLayer,
@@ -67,15 +68,17 @@ def prepare(
     Optional: without it the weights stay beside the FP8 ones. Layers under an adapter are cast, and
     with ``frozen="fp8"`` those without one that compiled code would run in FP8. Adapters stay as
     they are, so that any may be added, activated or loaded afterwards. Call it with the config that
-    ``torch.compile`` will get.
+    ``torch.compile`` will get; in a distributed run on every rank, before the model is wrapped or
+    sharded.
 
     Raises:
         FalqonError: a base weight that another module shares, that is sharded already or that FP8
-            can't hold (NaN, Inf, beyond FP8); an adapter that doesn't fit it. Nothing has been
-            changed then.
+            can't hold (NaN, Inf, beyond FP8); an adapter that doesn't fit it; ranks that ask
+            for different things. Nothing has been changed then.
     """
     config, inner = config or FalqonConfig(), unwrap(model)
     _check_whole(inner)
+    check_same_on_all_ranks("\n".join(f"{k}={v}" for k, v in config.texts().items()))
     if config.update == "rows":
         return _prepare_rows(inner, config, progress)
     layers, skipped = _sort_layers(inner, config)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 ROOT = Path(__file__).parents[2]
 _GRACE = 15  # seconds that the other ranks get to say what they saw of one that failed
 _SCRIPT = "from tests.distributed.ranks import main; main()"
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
     "OMP_NUM_THREADS": "1",
     "TORCHINDUCTOR_COMPILE_THREADS": "1",
@@ -36,20 +36,26 @@ def run(function: Callable[[], Any], ranks: int, folder: Path, timeout: float = 
 
 
 def start(
-    function: Callable[[], Any], ranks: int, folder: Path, timeout: float = 300
+    function: Callable[[], Any],
+    ranks: int,
+    folder: Path,
+    timeout: float = 300,
+    patience: float = 120,
 ) -> tuple[list[int], list[str]]:
-    """The exit code of each rank, and the end of what it wrote to stderr."""
+    """The exit code of each rank, and the end of what it wrote to stderr. A collective waits
+    ``patience`` seconds.
+    """
     folder.mkdir(exist_ok=True)
     logs = [folder / f"{rank}.log" for rank in range(ranks)]
     name = f"{function.__module__}:{function.__name__}"
     processes = []
     for rank, log in enumerate(logs):
-        arguments = [name, str(folder), str(rank), str(ranks)]
+        arguments = [name, str(folder), str(rank), str(ranks), str(patience)]
         with log.open("w") as stderr:
             processes.append(
                 subprocess.Popen(
                     [sys.executable, "-W", "ignore", "-c", _SCRIPT, *arguments],
-                    env={**os.environ, **_ENVIRONMENT},
+                    env={**os.environ, **ENVIRONMENT},
                     cwd=folder,
                     stderr=stderr,
                 )
@@ -76,7 +82,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], deadline: float) -> None:
 
 def main() -> None:
     """What each process runs."""
-    name, folder, rank, ranks = sys.argv[1:]
+    name, folder, rank, ranks, patience = sys.argv[1:]
     module, _, function = name.partition(":")
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -84,7 +90,7 @@ def main() -> None:
         store=dist.FileStore(f"{folder}/store", int(ranks)),
         rank=int(rank),
         world_size=int(ranks),
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=float(patience)),
     )
     result = getattr(importlib.import_module(module), function)()
     torch.save(result, f"{folder}/{rank}.pt")

@@ -1,59 +1,82 @@
-"""Two processes over gloo: DDP and FSDP2 train as one process that accumulates their halves."""
+"""Two processes over gloo: DDP and FSDP2 train as one process that accumulates their halves.
+
+A mean over two ranks is a sum of two halves, which is exact in any order.
+"""
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from falqon_fx import FalqonConfig
+from falqon_fx import FalqonConfig, FalqonError
 from tests.distributed import ranks
-from tests.distributed.training import (
-    alone,
-    compared,
-    compile_blocks,
-    compiled,
-    make,
-    shard,
-    train,
-)
+from tests.distributed.training import alone, compared, compile_blocks, compiled, make, shard, train
 
 CONFIG = FalqonConfig(inner="aot_eager")
-ROWS = FalqonConfig(inner="aot_eager", update="rows", topk=5)
+ROWS = FalqonConfig(inner="eager", update="rows", topk=5)
+# 1.2 MiB of gradients of A and B, the last layer's first: DDP's first bucket holds 1 MiB.
+LARGE = {"blocks": 2, "hidden": 1152, "rank": 64}
 
 
 def test_two_ranks(tmp_path: Path):
-    """A mean over two ranks is a sum of two halves, which is exact in any order."""
-    first, second = ranks.run(work, 2, tmp_path)
-    for result in (first, second):
+    results = ranks.run(work, 2, tmp_path)
+    for result in results:
         for name, found in result["runs"].items():
             assert found["differs"] == [], name
             assert found["graphs"] == 0, name
             assert found["breaks"] == [], name
+        of_ddp, _, of_fsdp = result["runs"].values()
+        assert of_ddp["sites"] == 4
+        assert {reason.split(":")[0] for reason in of_ddp["rejected"]} == {
+            f"blocks.0.down.lora_{name}" for name in "AB"
+        }
+        assert all("cuts through it" in reason for reason in of_ddp["rejected"])
+        assert (of_fsdp["sites"], of_fsdp["rejected"]) == (4, [])  # two graphs: x of the first
+        # block needs no gradient
+        assert (
+            "rank 0 prepares with granularity=row, rank 1 with granularity=tensor"
+            in (result["different"])
+        )
+    first, second = results
     assert first["bytes"] <= 0.53 * first["bytes_bf16"]
     assert first["codes"] + second["codes"] == first["whole"]
+    for result in results:
+        assert result["alive"] < 1.01 * result["codes"]
 
 
 def work() -> dict[str, Any]:
-    runs = {
-        "ddp": ddp(CONFIG, prepared=False),
-        "ddp, update=rows": ddp(ROWS, prepared=False),
-        "fsdp2": fsdp2(),
-    }
-    return {"runs": runs, **gathered()}
+    runs = {"ddp": ddp_cut(), "ddp, rows": ddp_rows(), "fsdp2": fsdp2()}
+    return {"runs": runs, **sharded(), "different": different()}
 
 
-def ddp(config: FalqonConfig, prepared: bool) -> dict[str, Any]:
-    kind = {"prepared": prepared, "train_a": config.update == "adapter"}
-    model = make(config, **kind)
+def ddp_cut() -> dict[str, Any]:
+    """With default buckets; the process alone is in a DDP of its own, which cuts alike."""
+    own = dist.new_group([0])
+    model = make(CONFIG, prepared=False, **LARGE)
     torch._dynamo.reset()
-    run = train(compiled(DistributedDataParallel(model), config), model, [[dist.get_rank()]])
-    model = make(config, **kind)
-    return compared(run, alone(model, compiled(model, config), 2))
+    call = compiled(DistributedDataParallel(model), CONFIG)
+    run = train(call, model, [[dist.get_rank()]], steps=4)
+    if dist.get_rank():
+        return compared(run, None)
+    model = make(CONFIG, prepared=False, **LARGE)
+    call = compiled(DistributedDataParallel(model, process_group=own), CONFIG)
+    return compared(run, alone(model, call, 2, steps=4))
+
+
+def ddp_rows() -> dict[str, Any]:
+    model = make(ROWS, prepared=False, train_a=False)
+    torch._dynamo.reset()
+    call = compiled(DistributedDataParallel(model), ROWS)
+    run = train(call, model, [[dist.get_rank()]], steps=4)
+    model = make(ROWS, prepared=False, train_a=False)
+    return compared(run, alone(model, compiled(model, ROWS), 2, steps=4))
 
 
 def fsdp2() -> dict[str, Any]:
@@ -64,21 +87,40 @@ def fsdp2() -> dict[str, Any]:
     return compared(run, alone(model, model, 2))
 
 
-def gathered() -> dict[str, int]:
-    """The bytes of a forward's gathers, FP8 and bf16, and of the codes that this rank holds."""
+def sharded() -> dict[str, int]:
+    """The bytes of a forward's gathers, in FP8 and in bf16; those of the codes of this rank, and of
+    all codes that there are in memory after a step.
+    """
     size = {"blocks": 1, "width": 512, "hidden": 512, "rank": 4}
-    x, found = torch.randn(2, 512), {}
+    x, found = torch.randn(2, 512).bfloat16(), {"whole": 2 * 512 * 512}
     for name, prepared in (("bytes", True), ("bytes_bf16", False)):
-        model = make(CONFIG, prepared=prepared, dtype=torch.bfloat16, **size)
-        found["whole"] = 2 * 512 * 512
-        shard(model)
+        model = shard(make(CONFIG, prepared=prepared, dtype=torch.bfloat16, **size))
         with _Gathers() as gathers:
-            model(x.bfloat16())
+            y = model(x)
         found[name] = gathers.bytes
         if prepared:
+            y.sum().backward()
             local = [p.to_local() for n, p in model.named_parameters() if n.endswith("code")]
             found["codes"] = sum(code.nbytes for code in local)
+            found["alive"] = _bytes_of_codes()
     return found
+
+
+def _bytes_of_codes() -> int:
+    gc.collect()
+    tensors = [t for t in gc.get_objects() if type(t) in (Tensor, torch.nn.Parameter)]
+    storages = [t.untyped_storage() for t in tensors if t.dtype == torch.uint8]
+    return sum({id(storage): storage.nbytes() for storage in storages}.values())
+
+
+def different() -> str:
+    """The error where ranks ask for different things."""
+    config = FalqonConfig(granularity=("row", "tensor")[dist.get_rank()])
+    try:
+        make(config, prepared=True)
+    except FalqonError as error:
+        return str(error)
+    return ""
 
 
 class _Gathers(TorchDispatchMode):

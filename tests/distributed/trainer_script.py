@@ -1,11 +1,12 @@
 """transformers' `Trainer` on the first layers of SmolLM2, under torchrun or ``accelerate launch``.
 
-    trainer_script.py FOLDER          what each rank trains
-    trainer_script.py FOLDER alone    the loop by hand, of one process
+trainer_script.py FOLDER          what each rank trains
+trainer_script.py FOLDER alone    the loop by hand, of one process
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import peft
 import torch
 import torch.distributed as dist
+from accelerate import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
@@ -75,6 +77,9 @@ def by_trainer(model: nn.Module, folder: Path) -> list[float]:
         use_cpu=True,
         disable_tqdm=True,
     )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        # accelerate shards on accelerators alone: it is told that these processes have one.
+        arguments.distributed_state.distributed_type = DistributedType.MULTI_GPU
     callback = FalqonCallback(CONFIG)
     trainer = InOrder(model, arguments, train_dataset=data(), callbacks=[callback])
     trainer.train()

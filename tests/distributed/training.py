@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -14,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import falqon_fx
-from falqon_fx import FalqonConfig
+from falqon_fx import FalqonConfig, RewriteReport, RewriteResult, backend
 from tests.models import Stack, fill_b, freeze_a
 
 Groups = Sequence[Sequence[int]]
@@ -46,13 +48,16 @@ def compiled(model: nn.Module, config: FalqonConfig) -> Any:
 @dataclass(frozen=True)
 class Run:
     """The loss of each part that this process took, all parameters and the optimizer's tensors,
-    whole; the graphs compiled after each step, and why graphs broke but for DDP's own calls.
+    whole; the graphs compiled after each step, why graphs broke but for DDP's own calls, and the
+    sites and what was rejected in all graphs.
     """
 
     losses: list[float]
     tensors: dict[str, Tensor]
     graphs: list[int]
     breaks: list[str]
+    sites: int
+    rejected: list[str]
 
 
 def train(
@@ -62,6 +67,7 @@ def train(
     *,
     batch: int = 8,
     used: int | None = None,
+    steps: int = STEPS,
     before: Callable[[bool], None] = lambda last: None,
 ) -> Run:
     """Train towards model(x) = x / 2.
@@ -75,27 +81,45 @@ def train(
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
     generator, losses, graphs = torch.Generator().manual_seed(1), [], []
     parts = len(groups[0]) * (len(groups) if len(groups) > 1 else dist.get_world_size())
-    for _ in range(STEPS):
-        xs = torch.randn(batch, 64, generator=generator).chunk(parts)
-        sums: list[Tensor] = []
-        for group in groups:
-            for i in group:
-                before(i == group[-1])
-                loss = (call(xs[i]) - xs[i] / 2).float().square().mean()
-                weight = 1 / (len(group) * len(groups)) if used is None or i < used else 0.0
-                (loss * weight).backward()
-                losses.append(loss.item())
-            if len(groups) > 1:
-                grads = [p.grad for p in trained if p.grad is not None]
-                sums = list(map(torch.add, sums, grads)) if sums else grads
-                optimizer.zero_grad()
-        for p, total in zip(trained, sums):
-            p.grad = total
-        optimizer.step()
-        optimizer.zero_grad()
-        graphs.append(counters["stats"]["unique_graphs"])
+    with rewritten() as reports:
+        for _ in range(steps):
+            xs = torch.randn(batch, 64, generator=generator).chunk(parts)
+            sums: list[Tensor] = []
+            for group in groups:
+                for i in group:
+                    before(i == group[-1])
+                    loss = (call(xs[i]) - xs[i] / 2).float().square().mean()
+                    weight = 1 / (len(group) * len(groups)) if used is None or i < used else 0.0
+                    (loss * weight).backward()
+                    losses.append(loss.item())
+                if len(groups) > 1:
+                    grads = [p.grad for p in trained if p.grad is not None]
+                    sums = list(map(torch.add, sums, grads)) if sums else grads
+                    optimizer.zero_grad()
+            for p, total in zip(trained, sums):
+                p.grad = total
+            optimizer.step()
+            optimizer.zero_grad()
+            graphs.append(counters["stats"]["unique_graphs"])
     breaks = [why for why in counters["graph_break"] if not any(name in why for name in _OF_DDP)]
-    return Run(losses, _tensors(model, optimizer), graphs, breaks)
+    sites = sum(len(report.sites) for report in reports)
+    rejected = [str(item) for report in reports for item in report.rejected]
+    return Run(losses, _tensors(model, optimizer), graphs, breaks, sites, rejected)
+
+
+@contextmanager
+def rewritten() -> Iterator[list[RewriteReport]]:
+    """The report of each graph that the backend rewrites meanwhile."""
+    reports: list[RewriteReport] = []
+    rewrite = backend.rewrite
+
+    def noting(*args: Any, **options: Any) -> RewriteResult:
+        result = rewrite(*args, **options)
+        reports.append(result.report)
+        return result
+
+    with mock.patch.object(backend, "rewrite", noting):
+        yield reports
 
 
 def alone(model: nn.Module, call: Any, ranks: int, each: int = 1, **options: Any) -> Run | None:
@@ -150,6 +174,8 @@ def compared(run: Run, expected: Run | None, each: int = 1) -> dict[str, Any]:
         "differs": differences(run, expected, each),
         "graphs": run.graphs[-1] - run.graphs[1],  # after step 2
         "breaks": run.breaks,
+        "sites": run.sites,
+        "rejected": run.rejected,
     }
 
 
