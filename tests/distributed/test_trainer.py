@@ -73,8 +73,9 @@ def test_it_trains_as_a_loop_by_hand(tmp_path: Path, expected: Any, how: str):
         "accelerate, DDP": launched(tmp_path, DDP),
         "accelerate, FSDP2": launched(tmp_path, FSDP),
     }
-    losses, adapter = run(tmp_path, *launchers[how])
-    of_hand, by_hand = expected
+    losses, adapter, sharded = run(tmp_path, *launchers[how])
+    of_hand, by_hand, _ = expected
+    assert sharded == ("FSDP2" in how)
     assert losses == pytest.approx(of_hand, rel=2 * 2.0**-24, abs=0.0)
     assert adapter.keys() == by_hand.keys()
     assert all(torch.equal(adapter[name], by_hand[name]) for name in by_hand)

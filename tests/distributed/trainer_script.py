@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from accelerate import DistributedType
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 
@@ -36,9 +37,10 @@ def main() -> None:
     torch.set_num_threads(1)
     model = small_model()
     losses = by_hand(model) if sys.argv[2:] == ["alone"] else by_trainer(model, folder)
+    sharded = any(isinstance(p, DTensor) for p in model.parameters())
     adapter = {n: whole(p) for n, p in model.named_parameters() if p.requires_grad}
     if not dist.is_initialized() or dist.get_rank() == 0:
-        torch.save((losses, adapter), folder / "result.pt")
+        torch.save((losses, adapter, sharded), folder / "result.pt")
 
 
 def small_model() -> nn.Module:
