@@ -13,10 +13,10 @@ _KEY = "falqon_fx.prepare"  # the store counts the calls of each rank: the nth m
 
 
 def check_same_on_all_ranks(text: str) -> None:
-    """Wait until each rank of the default process group has come here, as long as a collective
-    would, and compare what they say.
+    """Wait until each rank of the default process group has come here, as long as its store does
+    (with torchrun as long as a collective), and compare what they say.
 
-    Through the group's store, which needs no device. Ranks that differ would shard weights of other
+    The store needs no device. Ranks that differ would shard weights of other
     shapes, or compute with other numbers.
 
     Raises:

@@ -42,8 +42,8 @@ def start(
     timeout: float = 300,
     patience: float = 120,
 ) -> tuple[list[int], list[str]]:
-    """The exit code of each rank, and the end of what it wrote to stderr. A collective waits
-    ``patience`` seconds.
+    """The exit code of each rank, and the end of what it wrote to stderr. A collective and
+    the store wait ``patience`` seconds.
     """
     folder.mkdir(exist_ok=True)
     logs = [folder / f"{rank}.log" for rank in range(ranks)]
@@ -85,13 +85,11 @@ def main() -> None:
     name, folder, rank, ranks, patience = sys.argv[1:]
     module, _, function = name.partition(":")
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(f"{folder}/store", int(ranks)),
-        rank=int(rank),
-        world_size=int(ranks),
-        timeout=timedelta(seconds=float(patience)),
-    )
+    limit = timedelta(seconds=float(patience))
+    store = dist.FileStore(f"{folder}/store", int(ranks))
+    store.set_timeout(limit)
+    place = {"rank": int(rank), "world_size": int(ranks)}
+    dist.init_process_group("gloo", store=store, timeout=limit, **place)
     result = getattr(importlib.import_module(module), function)()
     torch.save(result, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
