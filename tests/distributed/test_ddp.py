@@ -17,9 +17,9 @@ from tests.distributed.training import alone, compared, compile_blocks, compiled
 
 pytestmark = pytest.mark.slow
 CONFIG = FalqonConfig(inner="aot_eager")
-SITES = 6
-# 1.8 MiB of gradients of A and B; with A frozen 1.7 MiB. DDP's first bucket holds 1 MiB.
-LARGE = {"blocks": 3, "hidden": 1152, "rank": 64}
+SITES = 8
+# 2.5 MiB of gradients of A and B; with A frozen 1.2 MiB. DDP's first bucket holds 1 MiB.
+LARGE = {"blocks": 4, "hidden": 1152, "rank": 64}
 CASES = {
     f"{inner}, {granularity}, train_a={train_a}, prepared={prepared}": (
         FalqonConfig(inner=inner, granularity=granularity),
@@ -33,13 +33,16 @@ CASES = {
 
 def test_two_ranks(tmp_path: Path):
     for result in ranks.run(two, 2, tmp_path, 900):
+        found = result.pop("rows, one piece")
+        check("rows", found)
+        assert found["sites"] == 4
         assert len(result) == 3 * len(CASES)
         for name, found in result.items():
             check(name, found)
             cut = "whole" in name
             assert bool(found["rejected"]) == cut, name
-            # All of the model in pieces, or in two graphs that blocks share.
-            assert found["sites"] == (SITES if cut or "one piece" in name else 4), name
+            # All sites, in pieces or not, or one graph that the blocks share.
+            assert found["sites"] == (2 if "blocks" in name else SITES), name
 
 
 def test_four_ranks(tmp_path: Path):
@@ -58,7 +61,7 @@ def check(name: str, found: dict[str, Any]) -> None:
 
 def two() -> dict[str, Any]:
     """The whole model in the pieces that DDP's optimizer makes of it, in one, and by blocks."""
-    own, runs = dist.new_group([0]), {}
+    own, runs = dist.new_group([0]), {"rows, one piece": rows()}
     for name, (config, train_a, prepared) in CASES.items():
         size = {"prepared": prepared, "train_a": train_a, **LARGE}
         runs[f"{name}, whole"] = whole(config, own, **size)
@@ -95,6 +98,17 @@ def blocks(config: FalqonConfig, used: int | None = None, **size: Any) -> dict[s
     run = train(DistributedDataParallel(model), model, [[dist.get_rank()]], used=used)
     model = compile_blocks(make(config, **size), config)
     return compared(run, alone(model, model, dist.get_world_size(), used=used))
+
+
+def rows() -> dict[str, Any]:
+    """Each rank writes the same rows; in one bucket."""
+    config, size = replace(CONFIG, update="rows", topk=5), {"prepared": False, "train_a": False}
+    model = make(config, **size)
+    torch._dynamo.reset()
+    call = compiled(DistributedDataParallel(model), config)
+    run = train(call, model, [[dist.get_rank()]])
+    model = make(config, **size)
+    return compared(run, alone(model, compiled(model, config), 2))
 
 
 def reordered(**size: Any) -> dict[str, float]:

@@ -44,7 +44,7 @@ def check(name: str, found: dict[str, Any]) -> None:
         assert all("function `disable`" in why for why in found["breaks"])
     else:
         assert found["breaks"] == [], name
-        assert found["sites"] == 4, name  # two graphs: the first block's x needs no gradient
+        assert found["sites"] == 2, name  # one graph for both blocks
 
 
 def test_two_ranks(tmp_path: Path):
