@@ -54,13 +54,13 @@ def check(found: Match, path: str, config: FalqonConfig) -> None:
             'Set adapter_dtype="bfloat16"',
         )
     _check_dtypes(found, path)
-    _check_gathered(found, path)
+    _check_gathered(found, path, config)
     base: object = found.base
     if isinstance(base, BaseLinear | RowsBaseLinear):
         _check_prepared(base, path, config, adapted=bool(found.adapters))
 
 
-def _check_gathered(found: Match, path: str) -> None:
+def _check_gathered(found: Match, path: str, config: FalqonConfig) -> None:
     """What FSDP gathers for a call is gone after it: casts and writes would be, too."""
     (weight, *_) = weights_of(found)
     if weight.node is None or not is_fsdp(found.scope.outer(weight.node)):
@@ -76,6 +76,12 @@ def _check_gathered(found: Match, path: str) -> None:
             path,
             "FSDP shards its base weight, which is not in FP8 yet: each call would gather it whole",
             "Call falqon_fx.prepare(model) before fully_shard, with the config of the backend",
+        )
+    if config.transpose == "store":
+        raise FalqonError(
+            path,
+            'transpose="store" would keep its FP8 weight, which FSDP shards, whole beside it',
+            'Set transpose="auto"',
         )
 
 

@@ -28,6 +28,7 @@ REMEDIES = {
     "another config": "Give prepare() and torch.compile() the same config",
     "ranks differ": "Call falqon_fx.prepare with the same config on every rank",
     "rows": 'Use update="adapter"',
+    "transpose kept": 'Set transpose="auto"',
 }
 
 
@@ -84,6 +85,11 @@ def rows() -> None:
     fully_shard(model)(torch.randn(2, 32))
 
 
+def transpose_kept() -> None:
+    config = FalqonConfig(inner="eager", transpose="store")
+    shard(compile_blocks(make(config, prepared=True), config))(torch.randn(2, 64))
+
+
 CALLS = {
     "not prepared": not_prepared,
     "one layer not prepared": one_layer_not_prepared,
@@ -91,6 +97,7 @@ CALLS = {
     "another config": another_config,
     "ranks differ": ranks_differ,
     "rows": rows,
+    "transpose kept": transpose_kept,
 }
 
 
