@@ -36,7 +36,7 @@ def check_same_on_all_ranks(text: str) -> None:
             texts = [str(store.get(f"{said}.{other}"), "utf-8") for other in range(ranks)]
             store.set(verdict, _difference(texts))
         different = str(store.get(verdict), "utf-8")
-    except dist.DistStoreError as error:
+    except RuntimeError as error:  # a store's own, or its subclass DistStoreError
         raise FalqonError(
             f"rank {rank}",
             f"it waited for the other ranks in vain ({str(error).splitlines()[0]})",
