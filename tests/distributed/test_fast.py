@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from falqon_fx import FalqonConfig, FalqonError
+from falqon_fx.site import base
 from tests.distributed import ranks
 from tests.distributed.training import alone, compared, compile_blocks, compiled, make, shard, train
 
@@ -39,6 +41,7 @@ def test_two_ranks(tmp_path: Path):
         }
         assert all("cuts through it" in reason for reason in of_ddp["rejected"])
         assert (of_fsdp["sites"], of_fsdp["rejected"]) == (2, [])  # one graph for both blocks
+        assert of_fsdp["digests"] == 4  # the bytes of a site are looked at once, not at each gather
         differ = "rank 0 prepares with granularity=row, rank 1 with granularity=tensor"
         assert differ in result["different"]
     first, second = results
@@ -70,9 +73,10 @@ def ddp_cut() -> dict[str, Any]:
 def fsdp2() -> dict[str, Any]:
     model = shard(compile_blocks(make(CONFIG, prepared=True), CONFIG))
     torch._dynamo.reset()
-    run = train(model, model, [[dist.get_rank()]], steps=4)
+    with mock.patch.object(base, "digest", wraps=base.digest) as digests:
+        run = train(model, model, [[dist.get_rank()]], steps=4)
     model = compile_blocks(make(CONFIG, prepared=True), CONFIG)
-    return compared(run, alone(model, model, 2, steps=4))
+    return {**compared(run, alone(model, model, 2, steps=4)), "digests": digests.call_count}
 
 
 def sharded() -> dict[str, int]:
