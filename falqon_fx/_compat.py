@@ -148,9 +148,7 @@ def any_fake(values: Sequence[object]) -> bool:
 
 
 def mark_own_input(node: fx.Node, *, static: bool = True) -> None:
-    """Tell AOTAutograd that a placeholder is none of Dynamo's, and whether its tensor stays where
-    it is between calls.
-    """
+    """Tell AOTAutograd that a placeholder is ours, and whether its tensor stays where it is."""
     node._dynamo_source = None
     if static:
         node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
@@ -221,9 +219,7 @@ def is_dtensor(value: object) -> bool:
 
 def default_store() -> Any:
     """The key-value store of the default process group."""
-    from torch.distributed.distributed_c10d import _get_default_store
-
-    return _get_default_store()
+    return torch.distributed.distributed_c10d._get_default_store()
 
 
 def is_fsdp(node: fx.Node) -> bool:
@@ -296,10 +292,7 @@ def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
 
 def hint(size: Any) -> int:
     """The value of a size in the traced call; a symbol is not pinned by reading it."""
-    if isinstance(size, torch.SymInt):
-        value: int = size.node.hint
-        return value
-    return int(size)
+    return int(size.node.hint if isinstance(size, torch.SymInt) else size)
 
 
 def graph_break(gm: fx.GraphModule) -> tuple[str, list[tuple[str, int, str, str]]] | None:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import os
 import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate import DistributedType
+from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import (
     Trainer,
@@ -124,8 +125,8 @@ class FalqonCallback(TrainerCheckpoints):
 
 
 def _fsdp() -> bool:
-    """Whether accelerate will shard the model."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
+    """Whether accelerate shards the model, as it does when training begins."""
+    return bool(AcceleratorState().distributed_type == DistributedType.FSDP)
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

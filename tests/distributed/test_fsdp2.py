@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.utils.checkpoint import checkpoint
@@ -142,7 +143,8 @@ def mixed_precision() -> list[bool]:
     for parameter in one.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.bfloat16()
-    outputs, sums = [], []
+    outputs: list[Tensor] = []
+    sums: list[Tensor] = []
     for x in xs:
         one.zero_grad()
         outputs.append(one(x.bfloat16()))

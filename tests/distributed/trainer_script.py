@@ -26,7 +26,7 @@ from falqon_fx.integrations.transformers import FalqonCallback
 from tests.distributed.training import whole
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
-import smollm  # type: ignore[import-not-found]
+import smollm
 
 STEPS, LAYERS, RANKS = 4, 2, 2
 CONFIG = FalqonConfig(inner="aot_eager")
@@ -50,7 +50,7 @@ def small_model() -> nn.Module:
     base.config.use_cache = False
     torch.manual_seed(0)
     lora = peft.LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    return peft.get_peft_model(base, lora)  # type: ignore[no-any-return]
+    return peft.get_peft_model(base, lora)
 
 
 def data() -> list[dict[str, Tensor]]:
@@ -59,7 +59,7 @@ def data() -> list[dict[str, Tensor]]:
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-class InOrder(Trainer):  # type: ignore[misc]
+class InOrder(Trainer):
     def _get_train_sampler(self, *_: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
 
@@ -91,7 +91,7 @@ def by_trainer(model: nn.Module, folder: Path) -> list[float]:
 def by_hand(model: nn.Module) -> list[float]:
     """One process that accumulates what the ranks compute, compiled block by block."""
     falqon_fx.prepare(model, CONFIG, progress=False)
-    for layer in model.get_base_model().model.layers:  # type: ignore[operator]
+    for layer in model.get_base_model().model.layers:
         layer.compile(backend="falqon", options={"config": CONFIG})
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
