@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from falqon_fx import FalqonConfig, FalqonError
 from falqon_fx.site import base
+from falqon_fx.site.found import FoundByAddress
 from tests.distributed import ranks
 from tests.distributed.training import alone, compared, compile_blocks, compiled, make, shard, train
 
@@ -42,6 +43,7 @@ def test_two_ranks(tmp_path: Path):
         assert all("cuts through it" in reason for reason in of_ddp["rejected"])
         assert (of_fsdp["sites"], of_fsdp["rejected"]) == (2, [])  # one graph for both blocks
         assert of_fsdp["digests"] == 4  # the bytes of a site are looked at once, not at each gather
+        assert of_fsdp["addresses"] == 0  # each gather has others
         differ = "rank 0 prepares with granularity=row, rank 1 with granularity=tensor"
         assert differ in result["different"]
     first, second = results
@@ -73,10 +75,19 @@ def ddp_cut() -> dict[str, Any]:
 def fsdp2() -> dict[str, Any]:
     model = shard(compile_blocks(make(CONFIG, prepared=True), CONFIG))
     torch._dynamo.reset()
+    before = _addresses()
     with mock.patch.object(base, "digest", wraps=base.digest) as digests:
         run = train(model, model, [[dist.get_rank()]], steps=4)
+    kept = _addresses() - before
     model = compile_blocks(make(CONFIG, prepared=True), CONFIG)
-    return {**compared(run, alone(model, model, 2, steps=4)), "digests": digests.call_count}
+    result = compared(run, alone(model, model, 2, steps=4))
+    return {**result, "digests": digests.call_count, "addresses": kept}
+
+
+def _addresses() -> int:
+    """How many calls are known by their addresses."""
+    gc.collect()
+    return sum(len(o._found) for o in gc.get_objects() if type(o) is FoundByAddress)
 
 
 def sharded() -> dict[str, int]:
