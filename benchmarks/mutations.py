@@ -48,7 +48,6 @@ TESTS = {
     "recompute_weights.py": ("passes/test_recompute_weights.py",),
     "rows.py": ("passes/test_writes.py", "passes/test_insert_operands.py"),
     "writes.py": ("passes/test_writes.py",),
-    "ddp_cuts.py": ("test_ddp.py",),
     "modes.py": ("passes/test_modes.py",),
     "autotune.py": ("passes/test_autotune.py",),
     "describe.py": ("passes/test_kernels.py", "test_report.py"),

@@ -149,10 +149,11 @@ def any_fake(values: Sequence[object]) -> bool:
     return FakeTensor in set(map(type, values))
 
 
-def mark_static_input(node: fx.Node) -> None:
-    """Tell AOTAutograd that a placeholder is a tensor that stays where it is between calls."""
+def mark_own_input(node: fx.Node, *, static: bool = True) -> None:
+    """Tell AOTAutograd that a placeholder is ours, and whether its tensor stays where it is."""
     node._dynamo_source = None
-    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    if static:
+        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
 
 
 def graph_module(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
@@ -225,6 +226,11 @@ def is_dtensor(value: object) -> bool:
     return isinstance(value, DTensor)
 
 
+def default_store() -> Any:
+    """The key-value store of the default process group."""
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
 def is_fsdp(node: fx.Node) -> bool:
     """Whether a Dynamo placeholder is a parameter of an FSDP module, gathered for this call."""
     source = getattr(node, "_dynamo_source", None)
@@ -288,10 +294,7 @@ def plain_tensors() -> Any:
 
 def hint(size: Any) -> int:
     """The value of a size in the traced call; a symbol is not pinned by reading it."""
-    if isinstance(size, torch.SymInt):
-        value: int = size.node.hint
-        return value
-    return int(size)
+    return int(size.node.hint if isinstance(size, torch.SymInt) else size)
 
 
 def graph_break(gm: fx.GraphModule) -> tuple[str, list[tuple[str, int, str, str]]] | None:

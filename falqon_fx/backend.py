@@ -115,14 +115,15 @@ class RewriteResult:
         """
         values = self._plan.values(self.gm, args)
         given = self._plan.parameters(values)
-        entries = self._found.get(given)
+        entries = None if self._gathered else self._found.get(given)
         if entries is None:
             entries = self._look_up(values, given)
-        inputs = [*args]
+        inputs, scales = [*args], iter(given.scales)
         for entry, code in zip(entries, given.owners, strict=True):
-            base = entry.base
-            inputs.append(code.view(E4M3) if base is None else base.weight)
-            inputs.append(entry.scale)
+            if entry.base is None:
+                inputs += (code.view(E4M3), as_scale(next(scales)))
+            else:
+                inputs += (entry.base.weight, entry.base.scale)
         return self.rows.bind(inputs, functools.partial(self._plan.value, values=values))
 
     def fake_inputs(self, example_inputs: Sequence[Any]) -> list[Any]:
@@ -152,7 +153,8 @@ class RewriteResult:
         wanted = [self._wanted(nodes, values) for nodes in unprepared]
         made = dict(zip(map(id, unprepared), bases.get(wanted, self._spec), strict=True))
         entries = [made.get(id(n)) or self._verified(n, values) for n in self.operands.bases]
-        self._found.put(given, looks, entries, self._note_adapters(values))
+        if not self._gathered:
+            self._found.put(given, looks, entries, self._note_adapters(values))
         return entries
 
     def _wanted(self, nodes: BaseNodes, values: Sequence[Any]) -> BaseParameter:
@@ -186,6 +188,11 @@ class RewriteResult:
     @functools.cached_property
     def _plan(self) -> CallPlan:
         return CallPlan.of(self.gm, self.operands, len(self.original.find_nodes(op="placeholder")))
+
+    @functools.cached_property
+    def _gathered(self) -> bool:
+        """Whether FSDP gathers the parameters for each call, wherever there is memory then."""
+        return any(_compat.is_fsdp(nodes.given[0]) for nodes in self.operands.bases)
 
     @functools.cached_property
     def _found(self) -> FoundByAddress:

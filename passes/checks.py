@@ -35,12 +35,11 @@ def check(found: Match, path: str, config: FalqonConfig) -> None:
     """
     x = value_of(found.x)
     for param in params_of(found):
-        node = None if param.node is None else found.scope.outer(param.node)
-        if is_dtensor(param.value) or (node is not None and is_fsdp(node)):
+        if is_dtensor(param.value):
             raise FalqonError(
                 path,
-                "its parameters are sharded (FSDP or tensor parallel), which is not built yet",
-                "Use DDP or one GPU",
+                "its parameters are sharded (tensor parallel), which is not built yet",
+                "Use FSDP2, DDP or one GPU",
             )
         if x is not None and param.value.device != x.device:
             raise FalqonError(
@@ -55,9 +54,35 @@ def check(found: Match, path: str, config: FalqonConfig) -> None:
             'Set adapter_dtype="bfloat16"',
         )
     _check_dtypes(found, path)
+    _check_gathered(found, path, config)
     base: object = found.base
     if isinstance(base, BaseLinear | RowsBaseLinear):
         _check_prepared(base, path, config, adapted=bool(found.adapters))
+
+
+def _check_gathered(found: Match, path: str, config: FalqonConfig) -> None:
+    """What FSDP gathers for a call is gone after it: casts and writes would be, too."""
+    (weight, *_) = weights_of(found)
+    if weight.node is None or not is_fsdp(found.scope.outer(weight.node)):
+        return
+    if isinstance(found.base, RowsBaseLinear):
+        raise FalqonError(
+            path,
+            'update="rows" writes into its FP8 weight, which FSDP shards: the writes would be lost',
+            'Use update="adapter", or DDP',
+        )
+    if not isinstance(found.base, BaseLinear):
+        raise FalqonError(
+            path,
+            "FSDP shards its base weight, which is not in FP8 yet: each call would gather it whole",
+            "Call falqon_fx.prepare(model) before fully_shard, with the config of the backend",
+        )
+    if config.transpose == "store":
+        raise FalqonError(
+            path,
+            'transpose="store" would keep its FP8 weight, which FSDP shards, whole beside it',
+            'Set transpose="auto"',
+        )
 
 
 def _check_dtypes(found: Match, path: str) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from falqon_fx._compat import mark_static_input, value_of
+from falqon_fx._compat import is_fsdp, mark_own_input, value_of
 from falqon_fx.ops import merged_linear
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.passes.plan import Plan, SitePlan
@@ -143,7 +143,7 @@ def _enter_base(plan: Plan, index: int, slot: BaseSlot) -> BaseNodes:
         node = root.add_input(f"falqon_base_{index}_{name}")
         node.meta["falqon_shape"] = (shape, dtype, device)
         node.meta["val"] = torch.empty(shape, dtype=dtype, device="meta")
-        mark_static_input(node)
+        mark_own_input(node, static=not is_fsdp(given[0]))
         entered.append(node)
     return BaseNodes(slot, given, *entered)
 

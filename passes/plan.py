@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -18,10 +18,8 @@ from falqon_fx._compat import (
 )
 from falqon_fx.config import FalqonConfig
 from falqon_fx.cost.model import losing
-from falqon_fx.errors import FalqonError
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.passes.checks import check, params_of, weights_of
-from falqon_fx.passes.ddp_cuts import cut_sites
 from falqon_fx.passes.describe import describe, source_of
 from falqon_fx.passes.match.dataflow import LEAVE, AdapterMatch, Match, RejectedMatch
 from falqon_fx.passes.match.frozen import (
@@ -103,11 +101,8 @@ def plan(
     """Choose sites, and give equal W, and equal (A, B, scaling), one slot.
 
     Raises:
-        FalqonError: a site that can't be trained rightly as asked (device, topk, sharding, a cut
-            through it).
+        FalqonError: a site that can't be trained rightly as asked (device, topk, sharding).
     """
-    if is_ddp_piece(root.gm):
-        _check_whole(root, matches)
     chooser = _Chooser(root, config)
     for found in matches:
         chooser.take(found)
@@ -115,8 +110,13 @@ def plan(
         # Of a prepared layer nothing is left but its FP8 form.
         if config.frozen == "fp8" or isinstance(found.base, BaseLinear):
             chooser.take_frozen(found)
+    cut_by_ddp = is_ddp_piece(root.gm)
     refused = [
-        Rejected(_path(root, (r.lora_a, r.lora_b), r.scope), r.reason, r.remedy, _source(r.lora_b))
+        Rejected(
+            _path(root, (r.lora_a, r.lora_b), r.scope),
+            *(_CUT if r.torn and cut_by_ddp else (r.reason, r.remedy)),
+            _source(r.lora_b),
+        )
         for r in rejected
     ]
     groups = _groups(chooser.sites, config)
@@ -129,6 +129,13 @@ def plan(
         tuple(chooser.left),
         (*chooser.wide, *slow_attention(root)),
     )
+
+
+_CUT = (
+    "DDP's optimizer compiles the model in pieces, one a bucket of gradients, and cuts through it",
+    "Its adapter runs beside the base layer, as it was. torch._dynamo.config.optimize_ddp = False "
+    "before compiling makes no pieces",
+)
 
 
 class _Chooser:
@@ -296,18 +303,6 @@ def _named_by(found: Match) -> tuple[Param, ...]:
         return (base, *adapter)
     tied = len(found.scope.outer(node).users) > 1 or not found.nodes.issuperset(node.users)
     return tuple(adapter) if tied else (base, *adapter)
-
-
-def _check_whole(root: Scope, matches: Sequence[Match]) -> None:
-    """No site may lie half in this piece of a graph."""
-    whole = {node for found in matches for node in found.nodes}
-    cut = [_path(root, (param,), scope) for scope, param in cut_sites(root, whole)]
-    if cut:
-        raise FalqonError(
-            ", ".join(cut),
-            "DDP's optimizer compiles the model in pieces and cuts through these sites",
-            "Set torch._dynamo.config.optimize_ddp = False, or a larger bucket_cap_mb",
-        )
 
 
 def _identity(scope: Scope, param: Param) -> object:

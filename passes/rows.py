@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from falqon_fx._compat import mark_static_input, value_of
+from falqon_fx._compat import mark_own_input, value_of
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
 from falqon_fx.passes.match.dataflow import LEAVE, Match
@@ -162,7 +162,7 @@ def enter_state(
         node = root.add_input(f"falqon_{slot.index}_{name}")
         node.meta["falqon_shape"] = (tuple(tensor.shape), tensor.dtype, value.device)
         node.meta["val"] = tensor
-        mark_static_input(node)
+        mark_own_input(node)
         state.append(node)
     return RowsNodes(slot, tuple(state), at_head(slot.base), lora_a, lora_b)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import warnings
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonConfigError, FalqonError
-from tests.models import Relu, Stack, fill_b, freeze_a, tiny_mlp, train
+from tests.models import LoraLinear, Relu, Stack, fill_b, freeze_a, tiny_mlp, train
 
 
 def compiled(model: nn.Module, **options: Any) -> Any:
@@ -380,7 +381,7 @@ def group():
 
 
 @pytest.mark.parametrize("regional", [False, True])
-def test_fsdp2_is_refused(group, regional):
+def test_fsdp2_of_a_model_that_is_not_prepared_is_refused(group, regional):
     from torch.distributed.fsdp import fully_shard
 
     model = Stack()
@@ -393,8 +394,8 @@ def test_fsdp2_is_refused(group, regional):
     with pytest.raises(BackendCompilerFailed) as caught:
         model(torch.randn(2, 32))
     assert isinstance(caught.value.inner_exception, FalqonError)
-    assert "up: its parameters are sharded (FSDP or tensor parallel)" in str(caught.value)
-    assert "Use DDP or one GPU" in str(caught.value)
+    assert "up: FSDP shards its base weight, which is not in FP8 yet" in str(caught.value)
+    assert "Call falqon_fx.prepare(model) before fully_shard" in str(caught.value)
 
 
 def test_dtensor_parameters_are_refused(group):
@@ -430,13 +431,33 @@ def test_ddp_with_one_bucket_trains_as_without_ddp(group, monkeypatch):
 BLOCK = 4 * 2 * (48 * 4 + 32 * 4)  # bytes of the gradients of a block: two A and two B
 
 
-@pytest.mark.parametrize("bucket", [4, BLOCK // 2 + 4])
-def test_ddp_buckets_that_cut_a_site_are_refused(group, monkeypatch, bucket):
-    model = Stack()
-    error = refusal(model, compiled(ddp(model, bucket, monkeypatch)), torch.randn(2, 32))
-    assert "blocks." in error.site
-    assert "lora_B" in error.site
-    assert "torch._dynamo.config.optimize_ddp = False" in str(error)
+def as_peft_does(layer: Any, x: Tensor) -> Tensor:
+    """The forward of `LoraLinear` with the base layer first."""
+    base = layer.base_layer(x)
+    return base + layer.lora_B(layer.lora_A(x)) * layer.scaling
+
+
+@pytest.mark.parametrize("base_first", [False, True])
+def test_sites_that_ddp_buckets_cut_train_as_they_were(group, graphs, monkeypatch, base_first):
+    """A bucket for each parameter, and FP8 nowhere: as the model that is not compiled, bit for
+    bit.
+    """
+    model, x = Stack(), torch.randn(2, 5, 32)
+    if base_first:
+        for module in filter(lambda m: isinstance(m, LoraLinear), model.modules()):
+            monkeypatch.setattr(module, "forward", functools.partial(as_peft_does, module))
+    alone = copy.deepcopy(model)
+    expected = train(alone, adam(alone), x, steps=3)
+    call = compiled(ddp(model, 4, monkeypatch), frozen="leave")
+    assert train(call, adam(model), x, steps=3) == expected
+    assert all(map(torch.equal, model.parameters(), alone.parameters()))
+    rejected = [item for piece in graphs for item in piece.rejected]
+    assert {item.site.split(".lora_")[0] for item in rejected} == {
+        f"blocks.{i}.{name}" for i in range(2) for name in ("up", "down")
+    }
+    for item in rejected:
+        assert "DDP's optimizer compiles the model in pieces" in item.reason
+        assert "torch._dynamo.config.optimize_ddp = False" in item.remedy
 
 
 def test_ddp_buckets_that_cut_no_site_train_as_without_ddp(group, graphs, monkeypatch):

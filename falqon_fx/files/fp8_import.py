@@ -20,7 +20,7 @@ from falqon_fx.files.model_state import Site
 from falqon_fx.files.site_checks import described
 from falqon_fx.model.lora_layers import lora_layers
 from falqon_fx.site.base import digest
-from falqon_fx.site.numerics import E4M3
+from falqon_fx.site.numerics import E4M3, scale_bits
 from falqon_fx.site.spec import SiteSpec
 
 _SCALES = (".weight_scale", ".weight_scale_inv")
@@ -63,7 +63,7 @@ def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = No
         path = f"base_model.model.{name}"
         path = f"{path}.base_layer" if path in adapted else path
         code, scale = weight.view(torch.uint8), scales[name]
-        found = {"code": code, "scale": scale.view(torch.int32), "digest": digest(code, scale)}
+        found = {"code": code, "scale": scale_bits(scale), "digest": digest(code, scale)}
         layers[path] = ({"dtype": dtype, "transposed": False, "spec": spec}, found)
     skip = {f"{name}{end}" for name in weights for end in (".weight", ".input_scale", *_SCALES)}
     of_cache = {name for name in tensors if name.endswith(_OF_CACHE)}

@@ -30,6 +30,7 @@ from falqon_fx.files.workers import Admission, Clock, shared_threads
 from falqon_fx.model.lora_layers import LinearLayer
 from falqon_fx.rows.state import create
 from falqon_fx.site.base import cast_base, check_weight, digest
+from falqon_fx.site.numerics import scale_bits
 from falqon_fx.site.spec import RowsSpec, SiteSpec
 from falqon_fx.site.svd import init_lora_a_
 
@@ -252,7 +253,7 @@ def _cast(layer: LinearLayer, weight: Tensor, config: FalqonConfig) -> dict[str,
         if config.init == "svd":
             init_lora_a_(weight, lora_a, spec, config.seed)
     base = cast_base(weight, spec)
-    own = {"code": base.code, "scale": base.scale.view(torch.int32)}
+    own = {"code": base.code, "scale": scale_bits(base.scale)}
     return {**own, "digest": digest(base.code, base.scale), **adapter}
 
 

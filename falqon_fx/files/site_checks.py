@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from falqon_fx.errors import FalqonError
 from falqon_fx.rows.state import allocate
 from falqon_fx.site.base import Base, check_base, scale_shape
-from falqon_fx.site.numerics import as_scale
+from falqon_fx.site.numerics import as_scale, scale_bits
 from falqon_fx.site.spec import RowsSpec, SiteSpec, parse_spec
 
 Site = Mapping[str, Any]
@@ -68,7 +68,7 @@ def check_site(
     else:
         expected = {
             "code": torch.empty(size, dtype=torch.uint8, device="meta"),
-            "scale": torch.empty(scale_shape(out, spec), dtype=torch.int32, device="meta"),
+            "scale": scale_bits(torch.empty(scale_shape(out, spec), device="meta")),
             "digest": torch.empty(8, dtype=torch.uint8, device="meta"),
         }
     for name, like in expected.items():

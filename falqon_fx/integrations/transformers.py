@@ -7,11 +7,16 @@ Both use nothing but public calls: `TrainerCallback`, ``nn.Module.compile``.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
+import torch
+from accelerate import DistributedType
+from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import (
     Trainer,
@@ -35,6 +40,11 @@ class FalqonCallback(TrainerCheckpoints):
     the optimizer, resume bit for bit and bring the best model back as it was, and trl's reference
     model (the adapter disabled, or a copy of it) gives the same numbers from first to last. The
     base is made from the model that the trainer gets, in a resumed run, too.
+
+    With several processes it compiles block by block, so that gradients are exchanged while the
+    backward pass goes on. Under DDP it sets ``torch._dynamo.config.optimize_ddp`` to False while
+    the trainer trains: DDP's optimizer would cut through sites. Under FSDP2 it prepares the model
+    before it is sharded, whatever ``prepare`` says.
 
     Args:
         config: options of the backend.
@@ -60,6 +70,7 @@ class FalqonCallback(TrainerCheckpoints):
         self.checkpoints = checkpoints
         self.compile_arguments = compile_arguments
         self._compiled: weakref.ref[nn.Module] | None = None
+        self._training = contextlib.ExitStack()
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -75,10 +86,18 @@ class FalqonCallback(TrainerCheckpoints):
         """
         model = kwargs["model"]
         self._compile(args, model)
-        if self.prepare:
+        if self.prepare and not _fsdp():
             prepare(model, self.config)
+        if args.world_size > 1:
+            self._training.enter_context(torch._dynamo.config.patch(optimize_ddp=False))
         if self.checkpoints:
             super().on_train_begin(args, state, control, **kwargs)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give Dynamo's setting back."""
+        self._training.close()
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -97,8 +116,27 @@ class FalqonCallback(TrainerCheckpoints):
             )
         if model is None or (self._compiled is not None and self._compiled() is model):
             return
-        model.compile(backend="falqon", options={"config": self.config}, **self.compile_arguments)
+        if _fsdp():
+            prepare(model, self.config)
+        for part in _blocks(model) if args.world_size > 1 else [model]:
+            options = {"config": self.config}
+            part.compile(backend="falqon", options=options, **self.compile_arguments)
         self._compiled = weakref.ref(model)
+
+
+def _fsdp() -> bool:
+    """Whether accelerate shards the model, as it does when training begins."""
+    return bool(AcceleratorState().distributed_type == DistributedType.FSDP)
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The layers of the outermost lists of layers; the model itself where it has none."""
+    return [*_in_lists(model)] or [model]
+
+
+def _in_lists(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        yield from [child] if isinstance(module, nn.ModuleList) else _in_lists(child)
 
 
 class FalqonTrainerMixin:

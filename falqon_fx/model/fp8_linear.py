@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from falqon_fx.model.prepared_linear import PreparedLinear, autocast
 from falqon_fx.ops.base_linear import base_linear, dequantize
 from falqon_fx.site.base import Base, bases, digest
-from falqon_fx.site.numerics import as_scale
+from falqon_fx.site.numerics import as_scale, scale_bits
 
 
 class Fp8Linear(PreparedLinear):
     """x · dq(W)ᵀ + bias; in compiled code both are multiplied in FP8.
 
-    Its float32 scales are an int32 parameter, which holds their bits: FSDP's mixed precision would
-    round them. ``digest`` is a hash of the bytes and the scales (`base.digest`): what averages all
-    parameters, as an EMA does, would leave bytes that mean nothing.
+    Its scales are stored as their bits (`falqon_fx.site.numerics.scale_bits`). ``digest`` is a hash
+    of the bytes and the scales (`base.digest`): what averages all parameters, as an EMA does, would
+    leave bytes that mean nothing.
 
     Args:
         base: W in FP8, [out, in].
@@ -43,7 +43,7 @@ class Fp8Linear(PreparedLinear):
         super().__init__()
         self.path, self.spec_text = path, spec_text
         self.code = nn.Parameter(base.code, requires_grad=False)
-        self.scale = nn.Parameter(base.scale.view(torch.int32), requires_grad=False)
+        self.scale = nn.Parameter(scale_bits(base.scale), requires_grad=False)
         self.digest = nn.Parameter(digest(base.code, base.scale), requires_grad=False)
         self.bias = bias
         self.dtype, self.transposed = dtype, transposed

@@ -10,8 +10,10 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from falqon_fx._compat import is_dtensor
 from falqon_fx.config import FalqonConfig
-from falqon_fx.errors import printable
+from falqon_fx.errors import FalqonError, printable
+from falqon_fx.model.agreement import check_same_on_all_ranks
 from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.model.lora_layers import (
     LinearLayer,
@@ -66,13 +68,17 @@ def prepare(
     Optional: without it the weights stay beside the FP8 ones. Layers under an adapter are cast, and
     with ``frozen="fp8"`` those without one that compiled code would run in FP8. Adapters stay as
     they are, so that any may be added, activated or loaded afterwards. Call it with the config that
-    ``torch.compile`` will get.
+    ``torch.compile`` will get; in a distributed run on every rank, before the model is wrapped or
+    sharded.
 
     Raises:
-        FalqonError: a base weight that another module shares, or one that FP8 can't hold (NaN, Inf,
-            beyond FP8); an adapter that doesn't fit it. Nothing has been changed then.
+        FalqonError: a base weight that another module shares, that is sharded already or that FP8
+            can't hold (NaN, Inf, beyond FP8); an adapter that doesn't fit it; ranks that ask
+            for different things. Nothing has been changed then.
     """
     config, inner = config or FalqonConfig(), unwrap(model)
+    _check_whole(inner)
+    check_same_on_all_ranks("\n".join(f"{k}={v}" for k, v in config.texts().items()))
     if config.update == "rows":
         return _prepare_rows(inner, config, progress)
     layers, skipped = _sort_layers(inner, config)
@@ -81,6 +87,16 @@ def prepare(
     before, after = _convert(inner, layers, config, progress)
     frozen = tuple(layer.path for layer in layers if layer.lora is None)
     return PrepareReport(tuple(layer.site for layer in layers), frozen, skipped, before, after)
+
+
+def _check_whole(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if is_dtensor(parameter):
+            raise FalqonError(
+                name,
+                "it is sharded already (FSDP or tensor parallel)",
+                "Call falqon_fx.prepare(model) before fully_shard or parallelize_module",
+            )
 
 
 def _prepare_rows(model: nn.Module, config: FalqonConfig, progress: bool) -> PrepareReport:

@@ -18,7 +18,7 @@ def base_linear(
 ) -> Tensor:
     """The layer that `prepare` makes: x · dq(W)ᵀ + bias, in x's dtype.
 
-    ``code`` uint8 [out, in], the bytes of W in E4M3; ``scale`` int32 [out, 1] or [], the bits of
+    ``code`` uint8 [out, in], the bytes of W in E4M3; ``scale`` int32 [out, 1] or [1], the bits of
     its float32 scales; ``digest`` uint8 [8] their hash. ``spec`` says what they were made with, for
     the passes, which find all of it in the graph.
     """

@@ -199,7 +199,6 @@ class Entry:
     """
 
     base: Base | None
-    scale: Tensor
     stamp: tuple[Any, ...]
     seen: Tensor
 
@@ -256,7 +255,7 @@ class Bases:
 
     def _make(self, site: BaseParameter, spec: SiteSpec) -> Entry:
         base = cast_base(site.weight, spec)
-        entry = Entry(base, base.scale, _stamp(site.param), _look(site.param))
+        entry = Entry(base, _stamp(site.param), _look(site.param))
         entries = self._bases.setdefault(site.param.untyped_storage(), {})
         entries[_key(site, spec)] = entry
         return entry
@@ -274,17 +273,18 @@ class Bases:
 
     def verify(self, path: str, base: Base, expected: Tensor) -> Entry:
         """Look whether the bytes of a prepared base are those that were made; all of them only
-        where they were written or moved, which is seen as a write into W is (`get`).
+        where they were written, which is seen as a write into W is (`get`). FSDP frees the memory
+        of a gathered parameter and fills it anew, elsewhere: its address tells nothing.
 
         Raises:
             FalqonError: they are not.
         """
         if base.code.is_meta or is_fake(base.code):
-            return Entry(None, base.scale, (), base.scale)  # no bytes to look at
+            return Entry(None, (), base.code)  # no bytes to look at
         verified = self._verified.setdefault(base.code.untyped_storage(), {})
         offset = int(base.code.storage_offset())
         known = verified.get(offset)
-        stamp = (_stamp(base.code), _stamp(base.scale))
+        stamp = (_written(base.code), _written(base.scale))
         if known is not None and known.is_of(base.code, stamp):
             return known
         if not torch.equal(digest(base.code, base.scale), expected.detach()):
@@ -295,7 +295,7 @@ class Bases:
                 "Average the trained parameters alone (those with requires_grad): the base is "
                 "constant",
             )
-        verified[offset] = entry = Entry(None, _copy(base.scale), stamp, _look(base.code))
+        verified[offset] = entry = Entry(None, stamp, _look(base.code))
         return entry
 
     def remember_adapters(self, given: Iterable[tuple[Tensor, Tensor, Tensor, float]]) -> int:
@@ -327,12 +327,8 @@ class Bases:
 
 def _look(weight: Tensor) -> Tensor:
     """What `looks_like` compares a weight with later."""
-    return _copy(sample(weight.detach()))
-
-
-def _copy(tensor: Tensor) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
-        return tensor.clone(memory_format=torch.contiguous_format)
+        return sample(weight.detach()).clone(memory_format=torch.contiguous_format)
 
 
 def looks_like(weight: Tensor, seen: Tensor) -> bool:
@@ -347,7 +343,11 @@ def _key(site: BaseParameter, spec: SiteSpec) -> tuple[Any, ...]:
 
 
 def _stamp(weight: Tensor) -> tuple[Any, ...]:
-    return (weight.data_ptr(), version(weight), weight.dtype, weight.device, weight.shape)
+    return (weight.data_ptr(), *_written(weight))
+
+
+def _written(weight: Tensor) -> tuple[Any, ...]:
+    return (version(weight), weight.dtype, weight.device, weight.shape)
 
 
 bases = Bases()

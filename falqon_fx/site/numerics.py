@@ -130,8 +130,18 @@ def as_e4m3(code: Tensor) -> Tensor:
 
 
 def as_scale(scale: Tensor) -> Tensor:
-    """A float32 scale as it is; its bits (int32) as the scale that they are."""
-    return scale if scale.dtype == torch.float32 else scale.view(torch.float32)
+    """A float32 scale as it is; its bits (`scale_bits`) as the scale that they are."""
+    if scale.dtype == torch.float32:
+        return scale
+    value = scale.view(torch.float32)
+    return value if value.dim() == 2 else value.reshape(())
+
+
+def scale_bits(scale: Tensor) -> Tensor:
+    """The bits of a float32 scale [rows, 1] or [], int32 [rows, 1] or [1]: how a layer stores it.
+    FSDP's mixed precision would round floats, and it takes no parameter without a dimension.
+    """
+    return scale.view(torch.int32).reshape(scale.shape or (1,))
 
 
 def round_to_fp8_stochastic(x: Tensor, random: Tensor, dtype: torch.dtype) -> Tensor:

@@ -43,13 +43,14 @@ class Match:
 
 @dataclass(frozen=True)
 class RejectedMatch:
-    """A LoRA-like pair B(A(·)) that stays as it is."""
+    """A LoRA-like pair B(A(·)) that stays as it is. ``torn``: a part of it is in another graph."""
 
     scope: Scope
     lora_a: Param
     lora_b: Param
     reason: str
     remedy: str
+    torn: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ class Chain:
 class MatchRejected(Exception):
     """Why something is not a site, and what the user can do about it."""
 
-    def __init__(self, reason: str, remedy: str) -> None:
-        self.reason, self.remedy = reason, remedy
+    def __init__(self, reason: str, remedy: str, torn: bool = False) -> None:
+        self.reason, self.remedy, self.torn = reason, remedy, torn
 
 
 LEAVE = "The layer runs unmerged, as it was"

@@ -96,9 +96,8 @@ def match(root: Scope, keep_dropout: bool = True) -> tuple[list[Match], list[Rej
                 site = _complete(pair, found, taken, keep_dropout)
             except MatchRejected as no:
                 if (pair.low_rank and pair.trained) or pair.named:  # else any two linears
-                    rejected.append(
-                        RejectedMatch(scope, pair.a.weight, pair.b.weight, no.reason, no.remedy)
-                    )
+                    params = pair.a.weight, pair.b.weight
+                    rejected.append(RejectedMatch(scope, *params, no.reason, no.remedy, no.torn))
                 continue
             taken |= site.nodes
             found = {anchor: old for anchor, old in found.items() if anchor not in site.nodes}
@@ -188,6 +187,7 @@ def _complete(
         raise MatchRejected(
             "a graph break, or a variant of LoRA, stands between its base layer and its adapter",
             "Find the break with TORCH_LOGS=graph_breaks; the layer runs unmerged, as it was",
+            torn=True,
         )
     elif not isinstance(base, BaseLinear | RowsBaseLinear):
         raise MatchRejected(

@@ -47,7 +47,7 @@ def named_as_lora(
         why = f"{names} {'stand' if len(params) > 1 else 'stands'} in this graph, but not as"
         why += " base(x) + s·B(A(x))"
         first, *_, last = [*params.values()] * 2
-        yield RejectedMatch(root, first, last, why, _REMEDY_BY_NAME)
+        yield RejectedMatch(root, first, last, why, _REMEDY_BY_NAME, torn=first is last)
 
 
 def _known(matches: Sequence[Match], rejected: Sequence[RejectedMatch]) -> set[int]:
