@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from falqon_fx.errors import FalqonError
 from falqon_fx.model.prepared_linear import PreparedLinear
 from falqon_fx.passes.match.frozen import part_of_adapter
+from falqon_fx.site.shards import added_up, local
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -83,7 +84,7 @@ def check_adapters(model: nn.Module) -> None:
     bad: dict[str, list[str]] = defaultdict(list)
     for path, module in model.named_modules():
         for name, tensor in _adapter_tensors(module):
-            count = int((~tensor.isfinite()).sum())
+            count = int(added_up((~local(tensor).isfinite()).sum(), tensor))
             if count:
                 bad[path].append(f"{count} of {tensor.numel()} elements of its {name}")
     if bad:
