@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from falqon_fx.errors import FalqonError
 from falqon_fx.files import atomic, disk, model_state, ranks, storage, training, trees
 from falqon_fx.model.lora_layers import unwrap
-from falqon_fx.site.shards import gathered, is_sharded
+from falqon_fx.site.sharded import gathered, is_sharded
 
 FORMAT = "falqon_fx.checkpoint.3"
 MANIFEST = "checkpoint.json"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from falqon_fx.kernels.cpu import native as cpu
-from falqon_fx.site.shards import local, part_of
+from falqon_fx.site.sharded import local, part_of
 
 
 def copy_tensors(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from falqon_fx.errors import FalqonError
 from falqon_fx.files import model_state, storage, training, trees
 from falqon_fx.model.lora_layers import unwrap
-from falqon_fx.site.shards import copied, gathered, hashes, settle
+from falqon_fx.site.sharded import copied, gathered, hashes, settle
 
 _MAKE = "Make the model as for the run that was saved"
 

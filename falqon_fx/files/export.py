@@ -29,7 +29,7 @@ from falqon_fx.rows.state import MergedAdapter
 from falqon_fx.rows.unload import check_pending, fp8_layers
 from falqon_fx.site.base import Base
 from falqon_fx.site.numerics import E4M3
-from falqon_fx.site.shards import is_sharded, whole, whole_copy
+from falqon_fx.site.sharded import is_sharded, whole, whole_copy
 
 Form = Literal["compressed-tensors", "fp8"]
 _SAID: dict[Source, str] = {

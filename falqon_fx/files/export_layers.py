@@ -24,7 +24,7 @@ from falqon_fx.rows.prepared import MergedBaseLinear
 from falqon_fx.rows.state import MergedAdapter
 from falqon_fx.rows.unload import ACTIVATE, merged_weight, not_written
 from falqon_fx.site.base import Base, bases, cast_base, check_weight
-from falqon_fx.site.shards import whole_copy
+from falqon_fx.site.sharded import whole_copy
 from falqon_fx.site.spec import SiteSpec, parse_spec
 
 Source = Literal["unchanged", "base weight", "FP8 weight"]

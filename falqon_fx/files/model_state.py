@@ -31,7 +31,7 @@ from falqon_fx.rows.state import STATE, MergedAdapter, registry
 from falqon_fx.site import transposed as stored
 from falqon_fx.site.base import Base, bases, digest, sample
 from falqon_fx.site.numerics import as_scale
-from falqon_fx.site.shards import whole
+from falqon_fx.site.sharded import whole
 from falqon_fx.site.spec import RowsSpec, SiteSpec, parse_spec
 
 SITES = ".sites."  # before the names of states outside modules; no path begins with a dot

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ChainedScheduler, SequentialLR
 
 from falqon_fx.errors import FalqonError
-from falqon_fx.site.shards import part_of
+from falqon_fx.site.sharded import part_of
 
 _MAKE = "Make it as for the run that was saved"
 # Those whose fused steps read a parameter's count of elements from each state.

@@ -13,7 +13,7 @@ from falqon_fx.config import FalqonConfig
 from falqon_fx.files.checkpoint import MANIFEST, load_checkpoint, read_extra, save_checkpoint
 from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.rows import model as rows_model
-from falqon_fx.site.shards import is_sharded
+from falqon_fx.site.sharded import is_sharded
 
 FOLDER = "falqon"
 

@@ -23,7 +23,7 @@ from falqon_fx.report.data import Cost, GraphBreak, GraphReport, Site
 from falqon_fx.report.listing import listing
 from falqon_fx.report.paths import ModulePaths, modules_of, tensors_of
 from falqon_fx.report.report import RewriteReport
-from falqon_fx.site.shards import refuse_sharded
+from falqon_fx.site.sharded import refuse_sharded
 
 
 def explain(

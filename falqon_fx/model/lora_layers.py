@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from falqon_fx.errors import FalqonError
 from falqon_fx.model.prepared_linear import PreparedLinear
 from falqon_fx.passes.match.frozen import part_of_adapter
-from falqon_fx.site.shards import added_up, local
+from falqon_fx.site.sharded import added_up, local
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 

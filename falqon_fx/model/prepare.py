@@ -32,7 +32,7 @@ from falqon_fx.rows.state import MergedAdapter
 from falqon_fx.site.base import Base, Place, bases, cast_base, check_weight, place
 from falqon_fx.site.numerics import as_scale
 from falqon_fx.site.paths import deepest_path
-from falqon_fx.site.shards import refuse_sharded, settle, whole
+from falqon_fx.site.sharded import refuse_sharded, settle, whole
 from falqon_fx.site.spec import SiteSpec
 from falqon_fx.site.svd import init_where_new
 

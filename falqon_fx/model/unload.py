@@ -12,7 +12,7 @@ from falqon_fx.model.fp8_linear import IN_ONE_PROCESS
 from falqon_fx.model.lora_layers import LoraLayer, check_adapters, lora_layers, unwrap
 from falqon_fx.model.prepare import restore
 from falqon_fx.rows import unload as rows_unload
-from falqon_fx.site.shards import refuse_sharded
+from falqon_fx.site.sharded import refuse_sharded
 
 
 def merge_and_unload(model: nn.Module) -> nn.Module:

@@ -26,7 +26,7 @@ from falqon_fx.site.numerics import (
     odd_factors,
     round_to_fp8,
 )
-from falqon_fx.site.shards import added_up, local
+from falqon_fx.site.sharded import added_up, local
 from falqon_fx.site.spec import SiteSpec
 
 T = TypeVar("T")

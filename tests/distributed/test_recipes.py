@@ -84,10 +84,16 @@ def main() -> Any:
     """The recipe that the command line names. accelerate shards on accelerators alone: it is told
     that these processes have one.
     """
-    from accelerate import DistributedType, PartialState
+    from accelerate import DistributedType
+    from transformers import TrainingArguments
 
+    def told(arguments: TrainingArguments) -> None:
+        made(arguments)
+        arguments.distributed_state.distributed_type = DistributedType.MULTI_GPU
+
+    made = TrainingArguments.__post_init__
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
+        TrainingArguments.__post_init__ = told
     del sys.argv[0]
     sys.path.insert(0, str(RECIPES))
     return runpy.run_path(sys.argv[0], run_name="__main__")

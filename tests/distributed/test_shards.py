@@ -24,8 +24,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 import falqon_fx
 from falqon_fx import CheckpointState, FalqonConfig, FalqonError
 from falqon_fx.files import checkpoint, export
-from falqon_fx.site import shards
-from falqon_fx.site.shards import hashes, part_of
+from falqon_fx.site import sharded as parts
+from falqon_fx.site.sharded import hashes, part_of
 from tests.distributed import ranks
 from tests.distributed.training import whole
 from tests.models import fill_b, tiny_llama
@@ -146,8 +146,8 @@ class Gathered:
 
     def __enter__(self) -> Self:
         self.patches = [
-            mock.patch.object(place, "whole", functools.partial(self.whole, shards.whole))
-            for place in (shards, export)
+            mock.patch.object(place, "whole", functools.partial(self.whole, parts.whole))
+            for place in (parts, export)
         ]
         for patch in self.patches:
             patch.start()
