@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from falqon_fx.files.export_layers import (
     export_layer,
     is_adapted,
 )
+from falqon_fx.model.fp8_linear import IN_ONE_PROCESS
 from falqon_fx.model.lora_layers import check_adapters, unwrap
 from falqon_fx.passes.match.frozen import why_left
 from falqon_fx.rows.state import MergedAdapter
@@ -159,6 +160,7 @@ def save_fp8(
     flushed = _flush(states.values())
 
     tensors = files.renamed(inner, found.tensors())
+    found.check_made(tensors)
     plan = files.shards(tensors, max_shard_size)
     quantization = found.quantization()
 
@@ -260,6 +262,13 @@ class _Export:
         stand_in = empty(*tensor.shape, dtype=tensor.dtype)
         self._waiting[id(stand_in)] = stand_in, tensor, lambda gathered: gathered
         return stand_in
+
+    def check_made(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise where transformers made a tensor of others, of which there are only stand-ins."""
+        for name, tensor in tensors.items():
+            if tensor.is_meta and id(tensor) not in self._waiting:
+                problem = "it is sharded, and in public checkpoints it is made of several or cut up"
+                raise FalqonError(name, problem, IN_ONE_PROCESS)
 
     def gathered(self, tensor: Tensor) -> Callable[[], Tensor]:
         """What makes a tensor of `tensors`, whose parts are gathered now."""
