@@ -30,6 +30,7 @@ from falqon_fx.rows.state import MergedAdapter
 from falqon_fx.rows.unload import check_pending, fp8_layers
 from falqon_fx.site.base import Base
 from falqon_fx.site.numerics import E4M3
+from falqon_fx.site.paths import without_wrappers
 from falqon_fx.site.sharded import is_sharded, whole, whole_copy
 
 Form = Literal["compressed-tensors", "fp8"]
@@ -329,7 +330,7 @@ class _Export:
             if "." not in name:
                 yield prefix + name, tensor
         for name, child in module.named_children():
-            yield from self._walk(child, prefix + name)
+            yield from self._walk(child, without_wrappers(prefix + name))
 
     def quantization(self) -> dict[str, Any]:
         """The config's ``quantization_config``."""

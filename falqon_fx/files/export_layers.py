@@ -24,6 +24,7 @@ from falqon_fx.rows.prepared import MergedBaseLinear
 from falqon_fx.rows.state import MergedAdapter
 from falqon_fx.rows.unload import ACTIVATE, merged_weight, not_written
 from falqon_fx.site.base import Base, bases, cast_base, check_weight
+from falqon_fx.site.paths import without_wrappers
 from falqon_fx.site.sharded import whole_copy
 from falqon_fx.site.spec import SiteSpec, parse_spec
 
@@ -223,14 +224,14 @@ class Originals:
     @functools.cached_property
     def _names(self) -> dict[str, str]:
         """The name of each weight in public checkpoints, by the path of its layer."""
-        empty = {
-            path.removesuffix(".base_layer"): empty(*module.code.shape, dtype=module.dtype)
-            for path, module in self._model.named_modules()
-            if isinstance(module, Fp8Linear)
+        weights = {
+            without_wrappers(path).removesuffix(".base_layer"): empty(*m.code.shape, dtype=m.dtype)
+            for path, m in self._model.named_modules()
+            if isinstance(m, Fp8Linear)
         }
-        named = files.renamed(self._model, {f"{path}.weight": t for path, t in empty.items()})
+        named = files.renamed(self._model, {f"{path}.weight": t for path, t in weights.items()})
         names = {id(tensor): name for name, tensor in named.items()}
-        return {path: names.get(id(t), f"{path}.weight") for path, t in empty.items()}
+        return {path: names.get(id(t), f"{path}.weight") for path, t in weights.items()}
 
     def read(self, layer: ExportLayer) -> Tensor:
         """The base weight [out, in] that a prepared layer was made from.

@@ -31,6 +31,7 @@ from falqon_fx.rows.state import STATE, MergedAdapter, registry
 from falqon_fx.site import transposed as stored
 from falqon_fx.site.base import Base, bases, digest, sample
 from falqon_fx.site.numerics import as_scale
+from falqon_fx.site.paths import without_wrappers
 from falqon_fx.site.sharded import whole
 from falqon_fx.site.spec import RowsSpec, SiteSpec, parse_spec
 
@@ -54,14 +55,15 @@ def snapshot(model: nn.Module) -> tuple[list[Site], list[tuple[str, Tensor]]]:
         if isinstance(module, Fp8Linear):
             module.base()  # looks at the bytes
         if isinstance(module, PreparedLinear):
-            sites.append({"prepared": path, **describe(module)})
+            sites.append({"prepared": without_wrappers(path), **describe(module)})
     states: list[tuple[str, Tensor]] = []
     for site, state in _rows_states(model):
         prefix = f"{SITES}{len(sites)}."
         sites.append({"state": prefix, **site})
         states += [(prefix + name, tensor) for name, tensor in state.stored.items()]
     left_out = {site["weight"] for site in sites if "weight" in site}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        name = without_wrappers(path)
         made = [] if parameter.requires_grad else bases.of(parameter)
         if made and name not in left_out:
             of_bytes = [digest(base.code, base.scale).tolist() for base in made]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from falqon_fx.errors import FalqonError
 from falqon_fx.model.prepared_linear import PreparedLinear
 from falqon_fx.passes.match.frozen import part_of_adapter
+from falqon_fx.site.paths import without_wrappers
 from falqon_fx.site.sharded import added_up, local
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -151,7 +152,7 @@ def lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
         active = list(getattr(module, "active_adapters", None) or module.lora_A)
         names = tuple(n for n in active if n in module.lora_A and n in module.lora_B)
         if names:
-            yield LoraLayer(path, module, names)
+            yield LoraLayer(without_wrappers(path), module, names)
 
 
 def check_fit(layer: LoraLayer) -> None:
@@ -185,7 +186,7 @@ def linear_layers(model: nn.Module) -> Iterator[LinearLayer]:
         own = is_linear(module) and not part_of_adapter(path)
         weight = getattr(module, "weight", None) if own else None
         if isinstance(weight, Tensor) and weight.dtype in _FLOATS and not weight.requires_grad:
-            yield LinearLayer(path, module, around.get(id(module)))
+            yield LinearLayer(without_wrappers(path), module, around.get(id(module)))
 
 
 def is_linear(module: nn.Module) -> bool:

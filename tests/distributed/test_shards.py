@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -45,7 +46,9 @@ def llama(prepared: bool = True) -> Any:
 
 def sharded(prepared: bool = True) -> Any:
     model = llama(prepared)
-    for layer in model.get_base_model().model.layers:
+    layers = model.get_base_model().model.layers
+    layers[0] = checkpoint_wrapper(layers[0])
+    for layer in layers:
         fully_shard(layer)
     return fully_shard(model)
 
