@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -38,12 +40,17 @@ def torchrun(recipe: str, out: Path, steps: int = STEPS) -> list[float]:
     return [float(line) for line in lines]
 
 
+def llama() -> Any:
+    """The model of the recipes."""
+    sys.path.append(str(RECIPES))
+    import work
+
+    return work.lora_model(None)
+
+
 def check_adapter(folder: Path) -> None:
     """It loads in plain PEFT, and B was trained."""
-    sys.path.append(str(RECIPES))
-    import work  # type: ignore[import-not-found]
-
-    base = work.lora_model(None).unload()
+    base = llama().unload()
     model = PeftModel.from_pretrained(base, folder)
     saved = load_file(folder / "adapter_model.safetensors")
     assert len(saved) == len([n for n, _ in model.named_parameters() if "lora_" in n])
@@ -67,7 +74,12 @@ def test_fsdp2(tmp_path: Path):
 
 def test_titan(tmp_path: Path):
     assert len(torchrun("titan.py", tmp_path)) == STEPS
-    assert (tmp_path / "steps" / str(STEPS) / ".metadata").exists()
+    model = llama()  # without shards and checkpoint wrappers
+    falqon_fx.prepare(model, progress=False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    state = {"falqon": falqon_fx.CheckpointState(model, torch.optim.AdamW(trained))}
+    dcp.load(state, checkpoint_id=tmp_path / "steps" / str(STEPS))
+    assert all(p.any() for p in trained)
 
 
 @pytest.mark.parametrize("config", ["ddp", "fsdp2"])
