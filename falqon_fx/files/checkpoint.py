@@ -11,18 +11,20 @@ import os
 import platform
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from falqon_fx.errors import FalqonError
-from falqon_fx.files import atomic, disk, model_state, storage, training, trees
+from falqon_fx.files import atomic, disk, model_state, ranks, storage, training, trees
 from falqon_fx.model.lora_layers import unwrap
+from falqon_fx.site.sharded import gathered, is_sharded
 
 FORMAT = "falqon_fx.checkpoint.3"
 MANIFEST = "checkpoint.json"
@@ -30,7 +32,9 @@ _OTHER_FORMAT = (
     "Load it with the falqon-fx that wrote it, keep the adapter with model.save_pretrained(...), "
     "and go on from that"
 )
-_TENSORS = re.compile(r"tensors-[0-9a-f]{12}\.safetensors")
+_TENSORS = re.compile(r"tensors-[0-9a-f]{12}(-\d+)?\.safetensors")
+_GATHERED = 2 << 30  # bytes of a sharded model that are gathered for a file
+Unshared = tuple[dict[str, Tensor], dict[str, str]]  # what `trees.unshared` gives
 _TRAINING = ".training"  # what isn't the model's; no module's path begins with a dot
 
 
@@ -72,6 +76,10 @@ def save_checkpoint(
     and the optimizer's step loses them.
     Processes that save into one folder, or load from it, take turns.
 
+    Every process of a sharded model (FSDP2, tensor parallelism) has to call this. The first one
+    writes, and holds at most 2 GiB of what is gathered, tensor by tensor; the files are those of
+    one process, and any number of processes load them.
+
     Args:
         model: the module or its compiled wrapper.
         directory: a new folder, or one with an earlier checkpoint, which this one replaces at the
@@ -86,48 +94,85 @@ def save_checkpoint(
         FalqonError: something that can't be saved, a full disk, or a folder that can't be written
             to. An earlier checkpoint stays.
     """
-    directory = Path(directory)
-    sites, named = model_state.snapshot(unwrap(model))
+    directory, model = Path(directory), unwrap(model)
+    sharded = is_sharded(model)
+    sites, named = model_state.snapshot(model)
     of_training: dict[str, Tensor] = {}
     objects = {
         "optimizer": None if optimizer is None else optimizer.state_dict(),
         "scheduler": None
         if scheduler is None
         else training.without_functions(scheduler.state_dict()),
-        "rng": _rng_state() if rng else None,
+        "rng": _rng_state(sharded) if rng else None,
         "extra": dict(extra or {}),
     }
     tree = trees.to_plain(objects, _TRAINING, of_training)
-    tensors, same = trees.unshared([*named, *of_training.items()])
+    items = [*named, *of_training.items()]
 
-    with atomic.made_folder(directory), disk.lock(directory):
-        described = _write(directory, tensors, same, sites, tree)
-    size = sum(file["bytes"] for file in described.values())
-    return CheckpointReport(directory, tuple(described), len(tensors), size, len(sites))
+    def work(parts: Iterator[Unshared]) -> CheckpointReport:
+        with atomic.made_folder(directory), disk.lock(directory):
+            described = _write(directory, parts, sites, tree)
+        size = sum(file["bytes"] for file in described.values())
+        count = sum(len(file["tensors"]) for file in described.values())
+        return CheckpointReport(directory, tuple(described), count, size, len(sites))
+
+    if not sharded:
+        return work(iter([trees.unshared(items)]))
+    return ranks.lead(sharded, [functools.partial(_gather, part) for part in _parts(items)], work)
+
+
+def _parts(items: Iterable[tuple[str, Tensor]]) -> list[list[tuple[str, Tensor]]]:
+    """Tensors in groups of bounded bytes, as long as none alone has more."""
+    parts: list[list[tuple[str, Tensor]]] = []
+    room = 0
+    for name, tensor in items:
+        room -= tensor.nbytes
+        if room < 0 or not parts:
+            parts.append([])
+            room = _GATHERED - tensor.nbytes
+        parts[-1].append((name, tensor))
+    return parts
+
+
+def _gather(part: Iterable[tuple[str, Tensor]]) -> Unshared:
+    """Whole tensors in the memory of the first process."""
+    kept: dict[str, Tensor] = {}
+    for name, tensor in part:
+        of_all = gathered(tensor)
+        if dist.get_rank() == 0:
+            kept[name] = of_all
+    return trees.unshared(kept.items())
 
 
 def _write(
     directory: Path,
-    tensors: Mapping[str, Tensor],
-    same: Mapping[str, str],
+    parts: Iterable[Unshared],
     sites: list[dict[str, Any]],
     tree: Any,
 ) -> dict[str, Any]:
-    """Write the tensors, then the manifest that names their file, which it returns described.
+    """Write each part into a file, then the manifest that names them, which it returns described.
 
     Of the folder's other files those are removed that the earlier manifest names, or that a save
     which was killed has left.
     """
     named, replaced = _named(directory)
     for number in atomic.leftovers(directory):
-        if (left := f"tensors-{number}.safetensors") not in named:
-            atomic.remove(directory / left)
+        for left in directory.glob(f"tensors-{number}*.safetensors"):
+            if left.name not in named:
+                atomic.remove(left)
     with atomic.aside(directory) as folder:
-        file = f"tensors-{atomic.number_of(folder)}.safetensors"
+        described: dict[str, Any] = {}
+        same: dict[str, str] = {}
         try:
+            for tensors, twice in parts:
+                count = f"-{len(described)}" if described else ""
+                file = f"tensors-{atomic.number_of(folder)}{count}.safetensors"
+                with disk.disk_errors_explained(directory):
+                    described[file] = storage.write_tensors(folder / file, tensors)
+                    atomic.rename(folder / file, directory / file)
+                same |= twice
+                del tensors  # before the next are gathered
             with disk.disk_errors_explained(directory):
-                described = {file: storage.write_tensors(folder / file, tensors)}
-                atomic.rename(folder / file, directory / file)
                 disk.flush_to_disk(directory)
             content = {"format": FORMAT, "versions": versions(), "sites": sites}
             content |= {"files": described, "same": same, "objects": tree}
@@ -135,7 +180,7 @@ def _write(
             content["replaces"] = sorted(old)  # a kill may leave them for the next save
             storage.write_manifest(directory / MANIFEST, content)
         finally:  # Ctrl-C too, which may come when the manifest has its name already
-            _remove_unnamed(directory, {file} | named | replaced)
+            _remove_unnamed(directory, {*described} | named | replaced)
     return described
 
 
@@ -174,9 +219,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _rng_state() -> dict[str, Any]:
+def _rng_state(sharded: bool) -> dict[str, Any]:
+    """The state of this process, with those of the others beside that of the first."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}
+    own = {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}
+    if not sharded:
+        return own
+    first, *others = ranks.of_each(own)
+    return {**first, "others": others}
 
 
 # -- loading ---------------------------------------------------------------------------------------
@@ -195,6 +245,9 @@ def load_checkpoint(
     parameters keep their identity, so optimizers and compiled graphs stay valid.
 
     A model that is not yet prepared becomes prepared where the saved one was; that costs no cast.
+    Every process of a sharded model calls this and takes its parts; as many as have saved, or
+    others. Of their random generators those of the first so many go on.
+
     The file is mapped and each byte read twice, to check and to copy, FP8 bytes a third time, to
     see that they are numbers: beside the model only the optimizer's state and ``extra`` take memory
     of their own. Returns ``extra`` as given to `save_checkpoint`.
@@ -205,8 +258,9 @@ def load_checkpoint(
             for. Nothing has been changed then.
     """
     directory, model = Path(directory), unwrap(model)
+    sharded = is_sharded(model)
     tensors: dict[str, Tensor] = {}
-    with storage.read_errors_explained(directory):
+    with ranks.together(sharded), storage.read_errors_explained(directory):
         if not directory.is_dir():
             raise FalqonError(str(directory), "there is no such folder", "Name another")
         # Or a save would remove files that are being opened.
@@ -214,13 +268,18 @@ def load_checkpoint(
             manifest = _manifest(directory)
             for name, expected in manifest["files"].items():
                 tensors |= storage.open_tensors(directory / name, expected)
+    if sharded:
+        ranks.check_alike(str(directory), storage.json_checksum(manifest))
     tensors |= trees.shared_again(manifest["same"], tensors, str(directory / MANIFEST))
     objects = _objects(manifest, tensors, directory)
     where, state = str(directory), objects["rng"] if rng else None
+    if sharded and state is not None:
+        state = training.rng_of(state, dist.get_rank())
     if scheduler is not None:
         training.check_scheduler(scheduler, objects["scheduler"], where)
     if optimizer is not None:
         training.check_optimizer(optimizer, objects["optimizer"], where)
+        objects["optimizer"] = training.cut_as(optimizer, objects["optimizer"])
     if state is not None:
         training.check_rng(state, where)
 

@@ -8,19 +8,22 @@ import torch
 from torch import Tensor, nn
 
 from falqon_fx.kernels.cpu import native as cpu
+from falqon_fx.site.sharded import local, part_of
 
 
 def copy_tensors(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Write the second of each pair into the first, which is of the same shape and dtype.
+    """Write the second of each pair into the first, which is of the same shape and dtype; of a
+    sharded one the part that is held here.
 
     Raises:
         ValueError: it is not. Nothing has been written then.
     """
-    plain, once = [], {id(pair[0]): pair for pair in pairs}.values()  # tied ones
+    plain, once = [], [*{id(pair[0]): pair for pair in pairs}.values()]  # tied ones
     for target, tensor in once:
         if (target.shape, target.dtype) != (tensor.shape, tensor.dtype):
             raise ValueError(f"{tensor.dtype} {list(tensor.shape)} into {list(target.shape)}")
     with torch.no_grad():
+        once = [(local(target), local(part_of(tensor, target))) for target, tensor in once]
         for target, tensor in once:
             if _is_plain(target) and _is_plain(tensor):
                 plain.append((target, tensor))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from falqon_fx.errors import FalqonError
 from falqon_fx.files import model_state, storage, training, trees
 from falqon_fx.model.lora_layers import unwrap
+from falqon_fx.site.sharded import copied, gathered, hashes, settle
 
 _MAKE = "Make the model as for the run that was saved"
 
@@ -22,12 +23,16 @@ class CheckpointState:
     ``dcp.save({"falqon": CheckpointState(model, optimizer)}, checkpoint_id=...)``, and ``dcp.load``
     likewise into a model made as for the run that was saved.
 
+    Sharded models (FSDP2, tensor parallelism) are saved by as many processes as there are, each its
+    own parts, and loaded by as many, or others; ``dcp.async_save`` works too. The optimizer's
+    states, those of A and B alone, are gathered.
+
     Unlike in `save_checkpoint`, all base weights are in it. ``dcp.load`` reads into the tensors it
     is given before anything can be compared, so it is given copies, on the CPU: each save and load
-    holds the model's bytes there once more. It writes over the files of an earlier save in place:
-    give each save a folder of its own; what an interrupted one mixed is refused by its checksums.
-    DCP pickles its own metadata: where files come from people whom you don't trust, use
-    `load_checkpoint`.
+    holds there once more what its process has of the model. It writes over the files of an earlier
+    save in place: give each save a folder of its own; what an interrupted one mixed is refused by
+    its checksums. DCP pickles its own metadata: where files come from people whom you don't trust,
+    use `load_checkpoint`.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -39,12 +44,13 @@ class CheckpointState:
         """
         from safetensors.torch import save
 
+        settle(self.model)
         sites, named = model_state.snapshot(self.model)
         packed = {name: t for name, t in named if name.startswith(model_state.SITES)}
         optimizer = None if self.optimizer is None else self.optimizer.state_dict()
         tree = trees.to_plain(optimizer, ".training", packed)
-        model = {n: t.detach().to("cpu", copy=True) for n, t in self.model.state_dict().items()}
-        kept, same = trees.unshared(packed.items())
+        model = {name: copied(t) for name, t in self.model.state_dict().items()}
+        kept, same = trees.unshared((name, gathered(t)) for name, t in packed.items())
         packed_bytes = save(kept)
         text = {"sites": sites, "optimizer": tree, "dtypes": _dtypes(model), "same": same}
         text["sums"] = _sums(model, packed_bytes)
@@ -76,6 +82,7 @@ class CheckpointState:
         saved = trees.from_plain(text["optimizer"], packed, where)
         if self.optimizer is not None:
             training.check_optimizer(self.optimizer, saved, where)
+            saved = training.cut_as(self.optimizer, saved)
         _compare(state["model"], state["packed"], text, where)
         states = {n: t for n, t in packed.items() if n.startswith(model_state.SITES)}
         tensors = {**state["model"], **states}
@@ -108,8 +115,8 @@ def _compare(model: Mapping[str, Tensor], packed: Any, text: Mapping[str, Any], 
 
 
 def _sums(tensors: Mapping[str, Tensor], packed: Any) -> dict[str, str]:
-    """The checksum of each tensor, and of what is packed beside them."""
-    sums = {name: storage.digest(tensor) for name, tensor in tensors.items()}
+    """The checksum of each tensor, whoever holds parts of it, and of what is packed beside them."""
+    sums = {name: f"{number % 2**64:016x}" for name, number in hashes(tensors).items()}
     return {**sums, "optimizer and states": storage.checksum(packed)}
 
 

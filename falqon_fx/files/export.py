@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,18 +11,27 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from falqon_fx._compat import is_dtensor
 from falqon_fx.errors import FalqonError, printable
-from falqon_fx.files import atomic
+from falqon_fx.files import atomic, ranks
 from falqon_fx.files import export_files as files
-from falqon_fx.files.export_layers import ExportLayer, Source, export_layer, is_adapted
-from falqon_fx.files.hf import read_index, read_tensor
-from falqon_fx.model.fp8_linear import Fp8Linear
+from falqon_fx.files.export_layers import (
+    ExportLayer,
+    Originals,
+    Source,
+    empty,
+    export_layer,
+    is_adapted,
+)
+from falqon_fx.model.fp8_linear import IN_ONE_PROCESS
 from falqon_fx.model.lora_layers import check_adapters, unwrap
 from falqon_fx.passes.match.frozen import why_left
 from falqon_fx.rows.state import MergedAdapter
 from falqon_fx.rows.unload import check_pending, fp8_layers
-from falqon_fx.site.base import Base, cast_base
+from falqon_fx.site.base import Base
 from falqon_fx.site.numerics import E4M3
+from falqon_fx.site.paths import without_wrappers
+from falqon_fx.site.sharded import is_sharded, whole, whole_copy
 
 Form = Literal["compressed-tensors", "fp8"]
 _SAID: dict[Source, str] = {
@@ -113,6 +121,9 @@ def save_fp8(
     which. Where the adapters add nothing, the bytes are those that were trained on. With
     update="rows" they always are: pending rows are written first, and nothing is cast anew.
 
+    Every process of a sharded model calls this. The first one writes, and alone keeps what is
+    gathered, a layer at a time, until its file is written.
+
     The folder appears under its name once it is whole and on the disk. Its ``falqon.json`` holds
     the checksum of every other file, which `load` compares.
 
@@ -138,8 +149,10 @@ def save_fp8(
             then.
     """
     directory = Path(directory)
-    atomic.refuse_existing(directory)
     inner = _transformers_model(unwrap(model))
+    sharded = is_sharded(inner)
+    with ranks.together(sharded):
+        atomic.refuse_existing(directory)
     check_adapters(inner)
     found = _Export(inner, form, None if base is None else Path(base))
     states = {layer.path: layer.state for layer in found.all_layers if layer.state is not None}
@@ -148,18 +161,26 @@ def save_fp8(
     flushed = _flush(states.values())
 
     tensors = files.renamed(inner, found.tensors())
+    found.check_made(tensors)
     plan = files.shards(tensors, max_shard_size)
-    with atomic.new_folder(directory) as folder:
-        files.write_shards(folder, plan, tensors, found.made, progress)
-        files.write_config(folder, inner, lambda name: name not in tensors, found.quantization())
-        notes = files.write_tokenizer(folder, inner, tokenizer)
-        files.write_seal(folder)
-        written = tuple(sorted(path.name for path in folder.iterdir()))
-        size = sum(path.stat().st_size for path in folder.iterdir())
-    notes = (*notes, *_mixed(found.layers, found.dense))
-    return ExportReport(
-        directory, form, found.cast_from, found.dense, flushed, written, size, notes
-    )
+    quantization = found.quantization()
+
+    def write(parts: Iterator[Callable[[], Tensor]]) -> ExportReport:
+        with atomic.new_folder(directory) as folder:
+            files.write_shards(folder, plan, tensors, lambda _: next(parts)(), progress)
+            files.write_config(folder, inner, lambda name: name not in tensors, quantization)
+            notes = files.write_tokenizer(folder, inner, tokenizer)
+            files.write_seal(folder)
+            written = tuple(sorted(path.name for path in folder.iterdir()))
+            size = sum(path.stat().st_size for path in folder.iterdir())
+        notes = (*notes, *_mixed(found.layers, found.dense))
+        return ExportReport(
+            directory, form, found.cast_from, found.dense, flushed, written, size, notes
+        )
+
+    names = [name for of_file in plan.filename_to_tensors.values() for name in of_file]
+    steps = [functools.partial(found.gathered, tensors[name]) for name in names]
+    return ranks.lead(sharded, steps, write)
 
 
 # -- what is exported ------------------------------------------------------------------------------
@@ -180,7 +201,8 @@ def _transformers_model(model: nn.Module) -> Any:
 class _Export:
     """Walks a model and gives its tensors under the names they have without PEFT.
 
-    Those of FP8 layers are on the meta device, until `made` makes them as they are written.
+    Those of FP8 layers and sharded ones are on the meta device; `gathered` makes them as they are
+    written.
     """
 
     def __init__(self, model: Any, form: Form, folder: Path | None) -> None:
@@ -188,15 +210,16 @@ class _Export:
             raise FalqonError("form", f"{form!r} is unknown", "Give 'compressed-tensors' or 'fp8'")
         self.model, self.form = model, form
         self._rows = fp8_layers(model)
-        self._original = None if folder is None else _Originals(model, folder).read
+        self._original = None if folder is None else Originals(model, folder).read
         self.all_layers: list[ExportLayer] = []
         self.dense: dict[str, str] = {}  # linear layers that stay dense, and why
         self.cast_from: dict[str, Source] = {}
         self._parts = list(self._walk(model, ""))
         self.layers = {found.path: found for found in self.all_layers if not found.transposed}
         self._check()
-        self._waiting: dict[int, tuple[Tensor, Callable[[], Tensor]]] = {}
+        self._waiting: dict[int, tuple[Tensor, Any, Callable[[Any], Tensor]]] = {}
         self._last: tuple[str, Base] | None = None
+        self._last_whole: ExportLayer | None = None
 
     def _check(self) -> None:
         if not self.layers:
@@ -215,38 +238,64 @@ class _Export:
                 )
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors to write by name; those of FP8 layers have shape and dtype alone."""
+        """The tensors to write by name; what `gathered` makes has shape and dtype alone."""
         found: dict[str, Tensor] = {}
+        seen: set[int] = set()
         for part in self._parts:
             if not isinstance(part, ExportLayer):
-                found[part[0]] = part[1]
+                name, tensor = part
+                if id(tensor) not in seen:  # sharded and tied
+                    found[name] = self._stand_in(tensor)
+                if is_dtensor(tensor):
+                    seen.add(id(tensor))
                 continue
-            for last, (tensor, make) in self._of_layer(part):
+            for last, tensor, make in self._of_layer(part):
                 found[f"{part.path}.{last}"] = tensor
-                self._waiting[id(tensor)] = tensor, make
+                self._waiting[id(tensor)] = tensor, part, make
             if (bias := part.bias()) is not None:
-                found[f"{part.path}.bias"] = bias
+                found[f"{part.path}.bias"] = self._stand_in(bias)
         return found
 
-    def made(self, tensor: Tensor) -> Tensor:
-        """A tensor of `tensors` with its contents."""
-        return self._waiting[id(tensor)][1]() if id(tensor) in self._waiting else tensor
+    def _stand_in(self, tensor: Tensor) -> Tensor:
+        """What stands for a sharded tensor; another itself."""
+        if not is_dtensor(tensor):
+            return tensor.detach()
+        stand_in = empty(*tensor.shape, dtype=tensor.dtype)
+        self._waiting[id(stand_in)] = stand_in, tensor, lambda gathered: gathered
+        return stand_in
+
+    def check_made(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise where transformers made a tensor of others, of which there are only stand-ins."""
+        for name, tensor in tensors.items():
+            if tensor.is_meta and id(tensor) not in self._waiting:
+                problem = "it is sharded, and in public checkpoints it is made of several or cut up"
+                raise FalqonError(name, problem, IN_ONE_PROCESS)
+
+    def gathered(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """What makes a tensor of `tensors`, whose parts are gathered now."""
+        _, owner, make = self._waiting.get(id(tensor), (tensor, tensor, lambda itself: itself))
+        if isinstance(owner, Tensor):
+            return functools.partial(make, whole(owner))
+        if self._last_whole is None or self._last_whole.path != owner.path:
+            self._last_whole = None  # not two layers at a time
+            self._last_whole = owner.whole()
+        return functools.partial(make, self._last_whole)
 
     def _of_layer(
         self, layer: ExportLayer
-    ) -> Iterator[tuple[str, tuple[Tensor, Callable[[], Tensor]]]]:
+    ) -> Iterator[tuple[str, Tensor, Callable[[ExportLayer], Tensor]]]:
         """The weight of a layer, and its scale: what stands for them, and what makes them."""
         out, features = layer.shape
         if layer.transposed:
-            yield "weight", (_empty(features, out, dtype=layer.dtype), layer.dense)
+            yield "weight", empty(features, out, dtype=layer.dtype), ExportLayer.dense
             return
-        yield "weight", (_empty(out, features, dtype=E4M3), lambda: self._cast(layer).weight)
+        yield "weight", empty(out, features, dtype=E4M3), lambda layer: self._cast(layer).weight
         last, shape = "weight_scale", (out, 1)
         if self.form == "fp8":
             size = self.block_size
             last, shape = "weight_scale_inv", (-(-out // size), -(-features // size))
-        scale = _empty(*shape, dtype=torch.float32)
-        yield last, (scale, lambda: self._cast(layer).scale.expand(shape).contiguous())
+        scale = empty(*shape, dtype=torch.float32)
+        yield last, scale, lambda layer: self._cast(layer).scale.expand(shape).contiguous()
 
     def _cast(self, layer: ExportLayer) -> Base:
         if self._last is None or self._last[0] != layer.path:  # its weight and scale come in turn
@@ -265,23 +314,23 @@ class _Export:
             return
         reason = None
         if hasattr(module, "unload_and_optionally_merge_module"):  # PEFT's modules_to_save
-            module = copy.deepcopy(module).unload_and_optionally_merge_module(
+            module = whole_copy(module).unload_and_optionally_merge_module(
                 merge=True, safe_merge=True, adapter_names=None
             )
         elif is_adapted(module):
             reason = "it has no FP8 weight, so its adapter was merged into the dense one"
-            module = copy.deepcopy(module)
+            module = whole_copy(module)
             module.merge(safe_merge=True)
             module = module.get_base_layer()
         if isinstance(module, nn.Linear):
             left = why_left(path, module.out_features, module.in_features, tied=False)
             self.dense[path] = reason or left or "it has no FP8 weight"
         prefix = f"{path}." if path else ""
-        for name, tensor in module.state_dict().items():
+        for name, tensor in module.state_dict(keep_vars=True).items():
             if "." not in name:
                 yield prefix + name, tensor
         for name, child in module.named_children():
-            yield from self._walk(child, prefix + name)
+            yield from self._walk(child, without_wrappers(prefix + name))
 
     def quantization(self) -> dict[str, Any]:
         """The config's ``quantization_config``."""
@@ -298,50 +347,6 @@ class _Export:
             while any(side % size for side in layer.shape):
                 size //= 2
         return size
-
-
-class _Originals:
-    """The base weights in a model's folder, one at a time."""
-
-    def __init__(self, model: Any, folder: Path) -> None:
-        self._model, self._folder, self._index = model, folder, read_index(folder)
-
-    @functools.cached_property
-    def _names(self) -> dict[str, str]:
-        """The name of each weight in public checkpoints, by the path of its layer."""
-        empty = {
-            path.removesuffix(".base_layer"): _empty(*module.code.shape, dtype=module.dtype)
-            for path, module in self._model.named_modules()
-            if isinstance(module, Fp8Linear)
-        }
-        named = files.renamed(self._model, {f"{path}.weight": t for path, t in empty.items()})
-        names = {id(tensor): name for name, tensor in named.items()}
-        return {path: names.get(id(t), f"{path}.weight") for path, t in empty.items()}
-
-    def read(self, layer: ExportLayer) -> Tensor:
-        """The base weight [out, in] that a prepared layer was made from.
-
-        Raises:
-            FalqonError: the folder has none, or another.
-        """
-        name = self._names[layer.path]
-        remedy = "Name the folder of the model that was prepared, or leave out base="
-        if name not in self._index:
-            raise FalqonError(layer.path, f"{self._folder} has no tensor {name!r}", remedy)
-        ours: Base = layer.linear.base()
-        weight = read_tensor(self._folder / self._index[name], name)
-        weight = weight.to(ours.code.device, layer.dtype)
-        weight = weight.t().contiguous() if layer.transposed else weight
-        if weight.shape == ours.code.shape:
-            theirs = cast_base(weight, layer.spec)
-            if torch.equal(theirs.code, ours.code) and torch.equal(theirs.scale, ours.scale):
-                return weight
-        problem = f"its FP8 weight was not made from the weight in {self._folder}"
-        raise FalqonError(layer.path, problem, remedy)
-
-
-def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _mixed(fp8: Collection[str], dense: Collection[str]) -> tuple[str, ...]:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from falqon_fx._compat import is_dtensor
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
+from falqon_fx.files import export_files as files
+from falqon_fx.files.hf import read_index, read_tensor
 from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.model.lora_layers import LoraLayer, is_linear
 from falqon_fx.model.prepared_linear import PreparedLinear, plain_layer
@@ -19,6 +24,8 @@ from falqon_fx.rows.prepared import MergedBaseLinear
 from falqon_fx.rows.state import MergedAdapter
 from falqon_fx.rows.unload import ACTIVATE, merged_weight, not_written
 from falqon_fx.site.base import Base, bases, cast_base, check_weight
+from falqon_fx.site.paths import without_wrappers
+from falqon_fx.site.sharded import whole_copy
 from falqon_fx.site.spec import SiteSpec, parse_spec
 
 Source = Literal["unchanged", "base weight", "FP8 weight"]
@@ -60,6 +67,14 @@ class ExportLayer:
             return self.linear.out_features, self.linear.in_features
         first, second = self.linear.weight.shape
         return (second, first) if self.transposed else (first, second)
+
+    def whole(self) -> ExportLayer:
+        """The layer with what other processes hold of it."""
+        if not any(map(is_dtensor, self.module.parameters())):
+            return self
+        module = whole_copy(self.module)
+        linear = module if self.module is self.linear else module.get_base_layer()
+        return replace(self, module=module, linear=linear)
 
     def cast(self) -> tuple[Base, Source]:
         """W + Σ scaling · B · A in FP8, cast once, and what from. Where the adapters add nothing,
@@ -198,3 +213,48 @@ def _plan_of(base: Base) -> SiteSpec:
     powers = bool((torch.frexp(base.scale).mantissa == 0.5).all())
     spec = SiteSpec.from_config(FalqonConfig(granularity="row" if base.scale.dim() else "tensor"))
     return replace(spec, scale="pow2" if powers else "amax")
+
+
+class Originals:
+    """The base weights in a model's folder, one at a time."""
+
+    def __init__(self, model: Any, folder: Path) -> None:
+        self._model, self._folder, self._index = model, folder, read_index(folder)
+
+    @functools.cached_property
+    def _names(self) -> dict[str, str]:
+        """The name of each weight in public checkpoints, by the path of its layer."""
+        weights = {
+            without_wrappers(path).removesuffix(".base_layer"): empty(*m.code.shape, dtype=m.dtype)
+            for path, m in self._model.named_modules()
+            if isinstance(m, Fp8Linear)
+        }
+        named = files.renamed(self._model, {f"{path}.weight": t for path, t in weights.items()})
+        names = {id(tensor): name for name, tensor in named.items()}
+        return {path: names.get(id(t), f"{path}.weight") for path, t in weights.items()}
+
+    def read(self, layer: ExportLayer) -> Tensor:
+        """The base weight [out, in] that a prepared layer was made from.
+
+        Raises:
+            FalqonError: the folder has none, or another.
+        """
+        name = self._names[layer.path]
+        remedy = "Name the folder of the model that was prepared, or leave out base="
+        if name not in self._index:
+            raise FalqonError(layer.path, f"{self._folder} has no tensor {name!r}", remedy)
+        ours: Base = layer.linear.base()
+        weight = read_tensor(self._folder / self._index[name], name)
+        weight = weight.to(ours.code.device, layer.dtype)
+        weight = weight.t().contiguous() if layer.transposed else weight
+        if weight.shape == ours.code.shape:
+            theirs = cast_base(weight, layer.spec)
+            if torch.equal(theirs.code, ours.code) and torch.equal(theirs.scale, ours.scale):
+                return weight
+        problem = f"its FP8 weight was not made from the weight in {self._folder}"
+        raise FalqonError(layer.path, problem, remedy)
+
+
+def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    """What has a shape and a dtype alone."""
+    return torch.empty(shape, dtype=dtype, device="meta")

@@ -17,18 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from falqon_fx._compat import is_dtensor
 from falqon_fx.errors import FalqonError
 from falqon_fx.files import storage
 from falqon_fx.files.copies import copy_tensors
 from falqon_fx.files.site_checks import check_site, check_values, described, ranks_around
 from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.model.lora_layers import is_linear
+from falqon_fx.model.prepare import BEFORE
 from falqon_fx.model.prepared_linear import PreparedLinear
 from falqon_fx.rows.prepared import MergedBaseLinear
 from falqon_fx.rows.state import STATE, MergedAdapter, registry
 from falqon_fx.site import transposed as stored
 from falqon_fx.site.base import Base, bases, digest, sample
 from falqon_fx.site.numerics import as_scale
+from falqon_fx.site.paths import without_wrappers
+from falqon_fx.site.sharded import whole
 from falqon_fx.site.spec import RowsSpec, SiteSpec, parse_spec
 
 SITES = ".sites."  # before the names of states outside modules; no path begins with a dot
@@ -51,14 +55,15 @@ def snapshot(model: nn.Module) -> tuple[list[Site], list[tuple[str, Tensor]]]:
         if isinstance(module, Fp8Linear):
             module.base()  # looks at the bytes
         if isinstance(module, PreparedLinear):
-            sites.append({"prepared": path, **describe(module)})
+            sites.append({"prepared": without_wrappers(path), **describe(module)})
     states: list[tuple[str, Tensor]] = []
     for site, state in _rows_states(model):
         prefix = f"{SITES}{len(sites)}."
         sites.append({"state": prefix, **site})
         states += [(prefix + name, tensor) for name, tensor in state.stored.items()]
     left_out = {site["weight"] for site in sites if "weight" in site}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        name = without_wrappers(path)
         made = [] if parameter.requires_grad else bases.of(parameter)
         if made and name not in left_out:
             of_bytes = [digest(base.code, base.scale).tolist() for base in made]
@@ -118,7 +123,7 @@ def _known_by(name: str, weight: Tensor) -> Site:
     return {
         "weight": name,
         "is": described(weight),
-        "contents": storage.digest(sample(weight.detach())),
+        "contents": storage.digest(sample(whole(weight).detach())),
     }
 
 
@@ -173,6 +178,9 @@ def _check_layer(model: nn.Module, site: Site, tensors: Mapping[str, Tensor], wh
             kind = type(module).__name__
             raise FalqonError(path, f"{where} has an FP8 layer there, the model a {kind}", _REMEDY)
         first, second = weight.shape
+        if is_dtensor(weight):
+            problem = f"{where} has an FP8 layer there, the model a sharded one that is none"
+            raise FalqonError(path, problem, BEFORE)
         size, dtype = (second, first) if transposed else (first, second), weight.dtype
         ranks = ranks_around(model, path)
     own = {n: tensors[f"{path}.{n}"] for n in names_of(site) if f"{path}.{n}" in tensors}
@@ -241,7 +249,7 @@ def _check_weight(model: nn.Module, site: Site, where: str) -> None:
     if isinstance(module, MergedBaseLinear):
         return  # the saved state takes its place
     if isinstance(module, Fp8Linear):
-        same = module.digest.tolist() in site["bases"]
+        same = whole(module.digest).tolist() in site["bases"]
         remedy = "Prepare the same base model, with the config of the run that was saved"
     else:
         weight = getattr(module, last, None)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ChainedScheduler, SequentialLR
 
 from falqon_fx.errors import FalqonError
+from falqon_fx.site.sharded import part_of
 
 _MAKE = "Make it as for the run that was saved"
 # Those whose fused steps read a parameter's count of elements from each state.
@@ -109,6 +110,23 @@ def _check_slots(
             raise FalqonError(f"optimizer, parameter {number}", f"its {name} is {slot!r}", _MAKE)
 
 
+def cut_as(optimizer: torch.optim.Optimizer, saved: Any) -> Any:
+    """A saved state with each tensor cut as the parameter that it belongs to is."""
+    groups = zip(optimizer.param_groups, saved["param_groups"], strict=True)
+    pairs = [pair for one, two in groups for pair in zip(one["params"], two["params"])]
+    state = {
+        number: {
+            name: part_of(slot, parameter)
+            if isinstance(slot, Tensor) and slot.shape == parameter.shape
+            else slot
+            for name, slot in saved["state"][number].items()
+        }
+        for parameter, number in pairs
+        if number in saved["state"]
+    }
+    return {**saved, "state": state}
+
+
 def check_scheduler(scheduler: Any, saved: Any, where: str) -> None:
     """Raise a `FalqonError` where there is no saved state of a scheduler, or one of another."""
     if saved is None:
@@ -169,6 +187,14 @@ def check_rng(state: Any, where: str) -> None:
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         problem = f"its state of the random generators is damaged ({error})"
         raise FalqonError(where, problem, "Give rng=False, or load another checkpoint") from error
+
+
+def rng_of(state: Any, rank: int) -> Any:
+    """That of a process; None where fewer have saved, or one alone that was not sharded."""
+    others = state.get("others", []) if isinstance(state, dict) else []
+    if rank == 0 or not isinstance(others, list):
+        return state
+    return others[rank - 1] if rank <= len(others) else None
 
 
 def set_rng(state: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from falqon_fx.config import FalqonConfig
 from falqon_fx.files.checkpoint import MANIFEST, load_checkpoint, read_extra, save_checkpoint
 from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.rows import model as rows_model
+from falqon_fx.site.sharded import is_sharded
 
 FOLDER = "falqon"
 
@@ -38,7 +39,8 @@ class TrainerCheckpoints(TrainerCallback):  # type: ignore[misc]
         """Called after the trainer wrote its own files."""
         model = kwargs["model"]
         folder = Path(str(args.output_dir), f"checkpoint-{state.global_step}", FOLDER)
-        if state.is_world_process_zero and folder.parent.is_dir() and _trainer_lacks(model):
+        mine = state.is_world_process_zero and folder.parent.is_dir()
+        if (mine or is_sharded(model)) and _trainer_lacks(model):
             save_checkpoint(model, folder, extra={"step": state.global_step}, rng=False)
 
     def on_train_begin(

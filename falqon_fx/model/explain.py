@@ -23,6 +23,7 @@ from falqon_fx.report.data import Cost, GraphBreak, GraphReport, Site
 from falqon_fx.report.listing import listing
 from falqon_fx.report.paths import ModulePaths, modules_of, tensors_of
 from falqon_fx.report.report import RewriteReport
+from falqon_fx.site.sharded import refuse_sharded
 
 
 def explain(
@@ -40,9 +41,10 @@ def explain(
 
     Raises:
         FalqonError: what compiling would raise; or the model's path through its own code depends on
-            the values of its inputs, as with PEFT's aLoRA.
+            the values of its inputs, as with PEFT's aLoRA; or other processes hold parts of it.
     """
     inner, config = unwrap(model), config or FalqonConfig()
+    refuse_sharded(inner, "explain", "Call it before fully_shard or parallelize_module")
     kwargs, notes = _without_cache(inner, kwargs)
     with _compat.fake_mode() as mode:
 

@@ -7,10 +7,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from falqon_fx._compat import is_dtensor
+from falqon_fx.errors import FalqonError
 from falqon_fx.model.prepared_linear import PreparedLinear, autocast
 from falqon_fx.ops.base_linear import base_linear, dequantize
 from falqon_fx.site.base import Base, bases, digest
 from falqon_fx.site.numerics import as_scale, scale_bits
+
+IN_ONE_PROCESS = (
+    "Call falqon_fx.save_checkpoint(model, folder) on all processes, and load_checkpoint(model, "
+    "folder) in one with a model that isn't sharded; save_fp8(model, folder) merges as it writes"
+)
 
 
 class Fp8Linear(PreparedLinear):
@@ -68,14 +75,19 @@ class Fp8Linear(PreparedLinear):
         """dq(W) [out, in], in the original dtype.
 
         Raises:
-            FalqonError: its bytes are no longer those that `prepare` made.
+            FalqonError: its bytes are no longer those that `prepare` made, or other processes hold
+                parts of them.
         """
+        if is_dtensor(self.code):
+            problem = "it is sharded, and its dense base weight was asked for, as by PEFT's merge"
+            raise FalqonError(self.path, problem, IN_ONE_PROCESS)
         self._verify()
         weight: Tensor = dequantize(self.code, self.scale, self.dtype)
         return weight
 
     def _verify(self) -> None:
-        if not torch.compiler.is_compiling():  # compiled code looks before each call
+        # Compiled code looks before each call; of a sharded layer nobody here has all bytes.
+        if not torch.compiler.is_compiling() and not is_dtensor(self.code):
             base = Base(self.code.detach(), as_scale(self.scale.detach()))
             bases.verify(self.path, base, self.digest)
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from falqon_fx.errors import FalqonError
 from falqon_fx.model.prepared_linear import PreparedLinear
 from falqon_fx.passes.match.frozen import part_of_adapter
+from falqon_fx.site.paths import without_wrappers
+from falqon_fx.site.sharded import added_up, local
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -83,7 +85,7 @@ def check_adapters(model: nn.Module) -> None:
     bad: dict[str, list[str]] = defaultdict(list)
     for path, module in model.named_modules():
         for name, tensor in _adapter_tensors(module):
-            count = int((~tensor.isfinite()).sum())
+            count = int(added_up((~local(tensor).isfinite()).sum(), tensor))
             if count:
                 bad[path].append(f"{count} of {tensor.numel()} elements of its {name}")
     if bad:
@@ -150,7 +152,7 @@ def lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
         active = list(getattr(module, "active_adapters", None) or module.lora_A)
         names = tuple(n for n in active if n in module.lora_A and n in module.lora_B)
         if names:
-            yield LoraLayer(path, module, names)
+            yield LoraLayer(without_wrappers(path), module, names)
 
 
 def check_fit(layer: LoraLayer) -> None:
@@ -184,7 +186,7 @@ def linear_layers(model: nn.Module) -> Iterator[LinearLayer]:
         own = is_linear(module) and not part_of_adapter(path)
         weight = getattr(module, "weight", None) if own else None
         if isinstance(weight, Tensor) and weight.dtype in _FLOATS and not weight.requires_grad:
-            yield LinearLayer(path, module, around.get(id(module)))
+            yield LinearLayer(without_wrappers(path), module, around.get(id(module)))
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -10,11 +10,10 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from falqon_fx._compat import is_dtensor
 from falqon_fx.config import FalqonConfig
-from falqon_fx.errors import FalqonError, printable
+from falqon_fx.errors import printable
 from falqon_fx.model.agreement import check_same_on_all_ranks
-from falqon_fx.model.fp8_linear import Fp8Linear
+from falqon_fx.model.fp8_linear import IN_ONE_PROCESS, Fp8Linear
 from falqon_fx.model.lora_layers import (
     LinearLayer,
     LoraLayer,
@@ -31,9 +30,13 @@ from falqon_fx.passes.match.frozen import why_left
 from falqon_fx.rows import model as rows_model
 from falqon_fx.rows.state import MergedAdapter
 from falqon_fx.site.base import Base, Place, bases, cast_base, check_weight, place
+from falqon_fx.site.numerics import as_scale
 from falqon_fx.site.paths import deepest_path
+from falqon_fx.site.sharded import refuse_sharded, settle, whole
 from falqon_fx.site.spec import SiteSpec
 from falqon_fx.site.svd import init_where_new
+
+BEFORE = "Call falqon_fx.prepare(model) before fully_shard or parallelize_module"
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def prepare(
             for different things. Nothing has been changed then.
     """
     config, inner = config or FalqonConfig(), unwrap(model)
-    _check_whole(inner)
+    refuse_sharded(inner, "prepare", BEFORE)
     check_same_on_all_ranks("\n".join(f"{k}={v}" for k, v in config.texts().items()))
     if config.update == "rows":
         return _prepare_rows(inner, config, progress)
@@ -87,16 +90,6 @@ def prepare(
     before, after = _convert(inner, layers, config, progress)
     frozen = tuple(layer.path for layer in layers if layer.lora is None)
     return PrepareReport(tuple(layer.site for layer in layers), frozen, skipped, before, after)
-
-
-def _check_whole(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if is_dtensor(parameter):
-            raise FalqonError(
-                name,
-                "it is sharded already (FSDP or tensor parallel)",
-                "Call falqon_fx.prepare(model) before fully_shard or parallelize_module",
-            )
 
 
 def _prepare_rows(model: nn.Module, config: FalqonConfig, progress: bool) -> PrepareReport:
@@ -156,8 +149,12 @@ def restore(model: nn.Module) -> nn.Module:
     Exact to the rounding of that dtype on top of the FP8 cast. Layers that were not prepared have
     their base weight still. Works after PEFT's ``unload()`` too, which leaves prepared base layers
     in the model.
+
+    Raises:
+        FalqonError: other processes hold parts of the model.
     """
     inner = unwrap(model)
+    refuse_sharded(inner, "restore", IN_ONE_PROCESS)
     rows_model.restore(inner)
     for parent in list(inner.modules()):
         for name, child in list(parent.named_children()):
@@ -168,7 +165,8 @@ def restore(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Adapter:
-    """The live state of one site: its FP8 base, and the adapters that are added to it.
+    """The live state of one site: its FP8 base, and the adapters that are added to it. Where
+    processes hold parts of it, all of them call `base` and `merged`, which gather this site.
 
     Attributes:
         weight: W, float8_e4m3fn [out, in]. scale: float32 [out, 1] or []; multiplies on dequantize.
@@ -182,7 +180,8 @@ class Adapter:
 
     def base(self) -> Tensor:
         """dq(W), float32 [out, in]: constant."""
-        return Base(self.weight.view(torch.uint8), self.scale).dequantize()
+        code = whole(self.weight.view(torch.uint8))
+        return Base(code, as_scale(whole(self.scale.view(torch.int32)))).dequantize()
 
     @property
     def saturated(self) -> int:
@@ -194,16 +193,17 @@ class Adapter:
         """base() + Σ scaling · B · A, float32 [out, in]."""
         merged = self.base()
         for a, b, scaling in self.adapters:
-            merged += scaling * (b.to(torch.float32) @ a.to(torch.float32))
+            merged += scaling * (whole(b).to(torch.float32) @ whole(a).to(torch.float32))
         return merged
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter | MergedAdapter]:
     """The live state of each site by the path of its LoRA layer, for a module or its compiled
     wrapper; with update="rows" a `MergedAdapter`. Unprepared sites appear after the first compiled
-    call.
+    call. Of a sharded model PEFT's layers appear, and their tensors are DTensors.
     """
     inner = unwrap(model)
+    settle(inner)
     found: dict[str, Any] = dict(rows_model.adapters(inner))
     seen = {id(layer.base): layer for layer in lora_layers(inner)}
     for layer in seen.values():

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from falqon_fx.errors import FalqonError
+from falqon_fx.model.fp8_linear import IN_ONE_PROCESS
 from falqon_fx.model.lora_layers import LoraLayer, check_adapters, lora_layers, unwrap
 from falqon_fx.model.prepare import restore
 from falqon_fx.rows import unload as rows_unload
+from falqon_fx.site.sharded import refuse_sharded
 
 
 def merge_and_unload(model: nn.Module) -> nn.Module:
@@ -22,15 +24,17 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     own does.
 
     Raises:
-        FalqonError: no PEFT model, NaN or Inf in an active adapter or in what it makes of a weight,
-            or a bias of lora_B that has no place in the base layer; with pending="drop", another
-            adapter than the one that was trained. Nothing has been changed then.
+        FalqonError: no PEFT model, or one of which other processes hold parts; NaN or Inf in an
+            active adapter or in what it makes of a weight, or a bias of lora_B that has no place in
+            the base layer; with pending="drop", another adapter than the one that was trained.
+            Nothing has been changed then.
     """
     model = unwrap(model)
     if not (hasattr(model, "get_base_model") and hasattr(model, "merge_and_unload")):
         raise FalqonError(
             type(model).__name__, "it is not a PEFT model", "Merge what get_peft_model returned"
         )
+    refuse_sharded(model, "merge_and_unload", IN_ONE_PROCESS)
     base: Any = model.get_base_model()  # type: ignore[operator]
     check_adapters(base)
     _check_biases(base)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from falqon_fx._compat import is_dtensor
+from falqon_fx.errors import FalqonError
 from falqon_fx.model.prepared_linear import PreparedLinear, autocast
 from falqon_fx.rows import drift, ops
 from falqon_fx.rows.state import STATE, MergedAdapter
@@ -74,7 +76,14 @@ class MergedBaseLinear(PreparedLinear):
         return self.merged().base().to(self.dtype)
 
     def merged(self) -> MergedAdapter:
-        """The state as a `MergedAdapter` (without its B)."""
+        """The state as a `MergedAdapter` (without its B).
+
+        Raises:
+            FalqonError: other processes hold parts of it.
+        """
+        if is_dtensor(self.code):
+            problem = 'it is sharded, and update="rows" writes into whole FP8 weights'
+            raise FalqonError(self.path, problem, 'Train with update="adapter"')
         code, scale, applied, counters, writes, origin = (getattr(self, n).detach() for n in STATE)
         spec = parse_rows_spec(self.spec_text)
         return MergedAdapter(code, scale, applied, counters, writes, origin, self.scaling, spec)

@@ -23,8 +23,10 @@ from falqon_fx.site.numerics import (
     amax_to_scale,
     decode_fp8,
     encode_fp8,
+    odd_factors,
     round_to_fp8,
 )
+from falqon_fx.site.sharded import added_up, local
 from falqon_fx.site.spec import SiteSpec
 
 T = TypeVar("T")
@@ -126,22 +128,19 @@ def check_base(path: str, base: Base, where: str) -> None:
     Raises:
         FalqonError: a byte that is NaN, or a scale that is NaN, Inf, zero or negative.
     """
-    scale = base.scale
-    for is_bad, kind in (
-        (scale.isnan(), "NaN"),
-        (scale.isinf(), "Inf"),
-        (scale == 0, "zero"),
-        (scale < 0, "negative"),
-    ):
-        count = int(is_bad.sum())
+    code, scale = local(base.code), local(base.scale)
+    bad = torch.stack([scale.isnan(), scale.isinf(), scale == 0, scale < 0]).flatten(1).sum(1)
+    counts = added_up(bad, base.scale).tolist()
+    for count, kind in zip(counts, ("NaN", "Inf", "zero", "negative"), strict=True):
         if count:
-            problem = f"{count} of its {scale.numel()} scales in {where} are {kind}"
+            problem = f"{count} of its {base.scale.numel()} scales in {where} are {kind}"
             raise FalqonError(path, problem, _REMEDY)
-    magnitude, nan = torch.tensor(0x7F, dtype=torch.uint8, device=base.code.device), 0
-    for rows in row_chunks(base.code):
-        nan += int(((base.code[rows] & magnitude) == magnitude).sum())
-    if nan:
-        raise FalqonError(path, f"{nan} of its FP8 bytes in {where} are NaN", _REMEDY)
+    magnitude = torch.tensor(0x7F, dtype=torch.uint8, device=code.device)
+    nan = torch.zeros((), dtype=torch.int64, device=code.device)
+    for rows in row_chunks(code):
+        nan += ((code[rows] & magnitude) == magnitude).sum()
+    if count := int(added_up(nan, base.code)):
+        raise FalqonError(path, f"{count} of its FP8 bytes in {where} are NaN", _REMEDY)
 
 
 def sample(weight: Tensor) -> Tensor:
@@ -176,20 +175,15 @@ def digest(code: Tensor, scale: Tensor) -> Tensor:
     64.
     """
     bits = scale.detach().contiguous().view(torch.int32).reshape(-1).to(torch.int64)
-    total = (bits * _odd(len(bits), 0x3F58476D1CE4E5B9, code.device)).sum()
+    total = (bits * odd_factors(len(bits), 0x3F58476D1CE4E5B9, code.device)).sum()
     whole = code.shape[1] % 8 == 0 and code.is_contiguous() and code.storage_offset() % 8 == 0
-    of_rows = _odd(code.shape[0], 0x1E3779B97F4A7C15, code.device)
+    of_rows = odd_factors(code.shape[0], 0x1E3779B97F4A7C15, code.device)
     for rows in row_chunks(code):
         part = code.detach()[rows]
         words = part.view(torch.int64) if whole else part.to(torch.int64)
-        columns = _odd(words.shape[1], 0x2545F4914F6CDD1D, code.device)
+        columns = odd_factors(words.shape[1], 0x2545F4914F6CDD1D, code.device)
         total = total + ((words * columns).sum(1) * of_rows[rows]).sum()
     return total.reshape(1).view(torch.uint8)
-
-
-def _odd(count: int, multiplier: int, device: torch.device) -> Tensor:
-    mixed = torch.arange(1, count + 1, device=device, dtype=torch.int64) * multiplier
-    return (mixed ^ (mixed >> 29)) * multiplier | 1
 
 
 @dataclass(frozen=True, eq=False)

@@ -144,6 +144,13 @@ def scale_bits(scale: Tensor) -> Tensor:
     return scale.view(torch.int32).reshape(scale.shape or (1,))
 
 
+def odd_factors(count: int, multiplier: int, device: torch.device, first: int = 0) -> Tensor:
+    """Odd 64-bit numbers of ``count`` places from ``first`` on, for hashes that are sums."""
+    places = torch.arange(first + 1, first + count + 1, device=device, dtype=torch.int64)
+    mixed = places * multiplier
+    return (mixed ^ (mixed >> 29)) * multiplier | 1
+
+
 def round_to_fp8_stochastic(x: Tensor, random: Tensor, dtype: torch.dtype) -> Tensor:
     """Round float32 ``x`` to one of its two FP8 neighbours, the upper with probability
     ``frac`` = its distance from the lower in units of their gap (to 2**-16), as float32.

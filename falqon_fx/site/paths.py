@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+WRAPPED = "_checkpoint_wrapped_module"  # torch's checkpoint_wrapper calls its one child so
+
+
+def without_wrappers(path: str) -> str:
+    """The path of a module as state dicts have it, which leave torch's checkpoint wrappers out."""
+    return ".".join(part for part in path.split(".") if part != WRAPPED)
+
 
 def common_path(names: list[str]) -> str:
     """The deepest module that holds all of a site's parameters."""
