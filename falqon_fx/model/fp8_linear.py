@@ -7,10 +7,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from falqon_fx._compat import is_dtensor
+from falqon_fx.model.parts import on_parts
 from falqon_fx.model.prepared_linear import PreparedLinear, autocast
 from falqon_fx.ops.base_linear import base_linear, dequantize
 from falqon_fx.site.base import Base, bases, digest
 from falqon_fx.site.numerics import as_scale, scale_bits
+from falqon_fx.site.shards import Cut, local
 
 
 class Fp8Linear(PreparedLinear):
@@ -51,18 +54,24 @@ class Fp8Linear(PreparedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         self._verify()
+        if is_dtensor(self.code):
+            y: Tensor = on_parts(self, x)
+            return y
         given = (self.code, self.scale, self.digest, self.bias, self.spec_text)
         result: Tensor = base_linear(autocast(x), *given)
         return result
 
     def base(self) -> Base:
-        """W as it lies in memory.
+        """W as it lies in memory; of one that is cut over processes this one's part.
 
         Raises:
             FalqonError: its bytes are no longer those that `prepare` made.
         """
         self._verify()
-        return Base(self.code.detach(), as_scale(self.scale.detach()))
+        return self._part()
+
+    def _part(self) -> Base:
+        return Base(local(self.code).detach(), as_scale(local(self.scale).detach()))
 
     def dequantized(self) -> Tensor:
         """dq(W) [out, in], in the original dtype.
@@ -71,13 +80,13 @@ class Fp8Linear(PreparedLinear):
             FalqonError: its bytes are no longer those that `prepare` made.
         """
         self._verify()
-        weight: Tensor = dequantize(self.code, self.scale, self.dtype)
-        return weight
+        weight: Tensor = dequantize(local(self.code), local(self.scale), self.dtype)
+        cut = Cut.of(self.code)
+        return weight if cut is None else cut.wrap(weight)
 
     def _verify(self) -> None:
         if not torch.compiler.is_compiling():  # compiled code looks before each call
-            base = Base(self.code.detach(), as_scale(self.scale.detach()))
-            bases.verify(self.path, base, self.digest)
+            bases.verify(self.path, self._part(), local(self.digest))
 
     def extra_repr(self) -> str:
         return (

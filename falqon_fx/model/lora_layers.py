@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from falqon_fx.errors import FalqonError
 from falqon_fx.model.prepared_linear import PreparedLinear
 from falqon_fx.passes.match.frozen import part_of_adapter
+from falqon_fx.site.shards import local
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -200,13 +201,13 @@ def tied_weights(model: nn.Module) -> defaultdict[int, list[str]]:
     holders = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if not parameter.is_meta:
-            holders[parameter.data_ptr()].append(name)
+            holders[local(parameter).data_ptr()].append(name)
     return holders
 
 
 def check_untied(path: str, weight: Tensor, holders: Mapping[int, list[str]]) -> None:
     """Refuse to free a base weight that another module shares (``holders``: `tied_weights`)."""
-    shared = holders[weight.data_ptr()]
+    shared = holders[local(weight).data_ptr()]
     if len(shared) > 1:
         raise FalqonError(
             path,
