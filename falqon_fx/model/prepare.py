@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from falqon_fx._compat import is_dtensor
 from falqon_fx.config import FalqonConfig
@@ -94,6 +93,10 @@ def prepare(
 
 def _check_whole(model: nn.Module) -> None:
     """Tensor parallelism comes before `prepare`, FSDP behind it."""
+    if not any(map(is_dtensor, model.parameters())):
+        return
+    from torch.distributed.fsdp import FSDPModule
+
     for path, module in model.named_modules():
         cut = [name for name, p in module.named_parameters() if is_dtensor(p)]
         if isinstance(module, FSDPModule) and cut:
