@@ -86,13 +86,11 @@ class _Move:
 def _moves(scope: Scope) -> Iterator[_Move]:
     ends = {c.end: c for node in scope.gm.graph.nodes if (c := crossing(node)) is not None}
     for found in ends.values():
-        move = _into(scope, found, ends)
-        if move is not None:
-            yield move
+        if (into := _into(scope, found, ends)) is not None:
+            yield into
     for node in scope.gm.graph.nodes:
-        move = _out_of(scope, node, ends)
-        if move is not None:
-            yield move
+        if (out := _out_of(scope, node, ends)) is not None:
+            yield out
 
 
 def _closed(moves: list[_Move], root: Scope) -> list[_Move]:

@@ -14,9 +14,9 @@ adapter's products get on the same side of the communication as its base layer: 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import fx, nn
 
@@ -226,12 +226,12 @@ class _Edit:
     def run(self) -> dict[fx.Node, fx.Node]:
         """Put the local layer in its place; what then gets a part of its gradient here."""
         layer, node = self.layer, self.layer.node
-        whole = value_of(node)
+        whole, linear = value_of(node), cast(Callable[..., Any], node.target)
         rows = layer.way == "rows"
         with self.graph.inserting_before(node):
             x = self._enter() if layer.way == "columns" else self._local_x()
             bias = None if rows else layer.bias
-            local = self.graph.call_function(node.target, (x, layer.weight, bias))
+            local = self.graph.call_function(linear, (x, layer.weight, bias))
             self._describe(local, whole.to_local())
             cut = self._cut(local, whole)
         node.replace_all_uses_with(cut)
@@ -256,7 +256,8 @@ class _Edit:
                 x.append(user)
                 return user
         with self.graph.inserting_after(x):
-            node = self.graph.call_method("to_local", (x,), {"grad_placements": (Partial(),)})
+            summed: Any = {"grad_placements": (Partial(),)}
+            node = self.graph.call_method("to_local", (x,), summed)
         self._describe(node, value_of(x).to_local())
         return node
 
@@ -289,7 +290,9 @@ class _Edit:
             with self.graph.inserting_after(user):
                 total = self.graph.call_function(operator.add, (user, bias))
             self._describe(total, value_of(user))
-            user.replace_all_uses_with(total, lambda n, own=total: n is not own)
+            readers_of = [n for n in user.users if n is not total]
+            for reader in readers_of:
+                reader.replace_input_with(user, total)
 
     def _describe(self, new: fx.Node, value: Any) -> None:
         for key in _KEPT & self.layer.node.meta.keys():
@@ -327,5 +330,5 @@ def _replace(graph: fx.Graph, node: fx.Node, by: fx.Node) -> None:
 
 def _keeps(node: fx.Node) -> bool:
     """Whether a DTensor's part is the very value it was made of."""
-    given, made = value_of(node.args[0]), value_of(node)
+    given, made = value_of(cast(fx.Node, node.args[0])), value_of(node)
     return cut_of(node) is not None and same_sizes(given.shape, made.to_local().shape)

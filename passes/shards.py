@@ -27,7 +27,7 @@ CUT_OTHERWISE = (
 
 def cut_of(node: object) -> Any:
     """The placement of a DTensor on a mesh of one dimension; None for anything else."""
-    value = value_of(node) if isinstance(node, fx.Node) else None
+    value: Any = value_of(node) if isinstance(node, fx.Node) else None
     if not is_dtensor(value) or value.device_mesh.ndim != 1:
         return None
     return value.placements[0]

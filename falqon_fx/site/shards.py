@@ -24,12 +24,10 @@ class LocalParameter:
     mesh: int | None
 
 
-def local(tensor: Tensor) -> Tensor:
+def local(tensor: Any) -> Tensor:
     """This process's part of a DTensor; other tensors as they are."""
-    if not is_dtensor(tensor):
-        return tensor
     with torch.no_grad():
-        part: Tensor = tensor.to_local()  # type: ignore[operator]
+        part: Tensor = tensor.to_local() if is_dtensor(tensor) else tensor
     return part
 
 
@@ -86,7 +84,7 @@ class _Parts(torch.autograd.Function):
         return tuple(local(p).detach() for p in parameters)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         found = [*grads]
         for group in {id(g): g for g in ctx.groups if g is not None}.values():

@@ -84,7 +84,7 @@ def _model(tp_size: int) -> nn.Module:
         if isinstance(layer, peft.tuners.lora.Linear):
             layer.lora_A["default"].in_features = layer.base_layer.in_features
             layer.lora_B["default"].out_features = layer.base_layer.out_features
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _fill(p: Any, of: Tensor) -> None:
