@@ -76,7 +76,9 @@ _HOMES = {
     "falqon_fx.rows.watching": ("watch",),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-_OPS = ("base_linear", "fp8_adapter", "merged_linear", "products", "wide_linear")
+_OPS = (
+    "base_linear", "fp8_adapter", "gather_tokens", "merged_linear", "products", "wide_linear",
+)  # fmt: skip
 
 for _module in (*(f"falqon_fx.ops.{name}" for name in _OPS), "falqon_fx.rows.ops"):
     import_module(_module)

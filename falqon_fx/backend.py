@@ -23,6 +23,7 @@ from falqon_fx import _compat
 from falqon_fx._compat import value_of
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError, SiteError, printable
+from falqon_fx.ops.base_linear import OP as BASE_LINEAR
 from falqon_fx.ops.decompositions import decompositions
 from falqon_fx.passes import pipeline
 from falqon_fx.passes.insert_operands import BaseNodes, Operands
@@ -35,9 +36,12 @@ from falqon_fx.report.passlog import PassLog
 from falqon_fx.report.paths import ModulePaths
 from falqon_fx.report.report import RewriteReport
 from falqon_fx.rows.binding import RowsBinding
+from falqon_fx.site.agreement import agree_once, check_options, groups_of
+from falqon_fx.site.agreement import reset as forget_agreements
 from falqon_fx.site.base import Base, BaseParameter, Entry, bases
 from falqon_fx.site.found import FoundByAddress, Parameters
 from falqon_fx.site.numerics import E4M3, as_scale
+from falqon_fx.site.shards import LocalParameter, with_local
 from falqon_fx.site.spec import SiteSpec, lowering_version
 from falqon_fx.site.svd import init_where_new
 
@@ -56,6 +60,7 @@ def falqon(
             site and the remedy.
     """
     config = FalqonConfig.from_options({"mode": mode, **(options or {})} if mode else options)
+    _check_processes(gm, config)
     result = rewrite(gm, example_inputs, config, tune=True)
     _warn(result.report.graphs[0], gm, example_inputs)
     compiled = _compile(result, example_inputs, config)
@@ -73,6 +78,23 @@ def falqon(
     return run
 
 
+def _check_processes(gm: fx.GraphModule, config: FalqonConfig) -> None:
+    """The processes that hold parts of one model are asked for the same.
+
+    Raises:
+        FalqonError: they are not; on each of them.
+    """
+    values = [value_of(node) for node in gm.graph.find_nodes(op="placeholder")]
+    parameters = [v for v in values if isinstance(v, torch.nn.Parameter)]
+    groups = groups_of(parameters)
+    if groups:
+        check_options("the model", config)
+    prepared = any(node.target in (BASE_LINEAR, BASE_LINEAR.default) for node in gm.graph.nodes)
+    said = {**config.texts(), "prepared": str(prepared), "lowering": lowering_version()}
+    for group in groups:
+        agree_once(group, said)
+
+
 @dataclass(frozen=True)
 class RewriteResult:
     """A rewritten graph.
@@ -87,6 +109,7 @@ class RewriteResult:
     operands: Operands
     config: FalqonConfig
     original: fx.Graph
+    local: tuple[LocalParameter, ...] = ()
 
     def __call__(self, *args: Any) -> Any:
         flat = self.original.process_inputs(*args)
@@ -113,6 +136,8 @@ class RewriteResult:
         Raises:
             FalqonError: a base weight can't be cast (NaN, Inf, beyond FP8).
         """
+        if self.local:
+            args = with_local(args, self.local)
         values = self._plan.values(self.gm, args)
         given = self._plan.parameters(values)
         entries = None if self._gathered else self._found.get(given)
@@ -130,6 +155,9 @@ class RewriteResult:
         """What to compile ``gm`` for: the example inputs with stand-ins for the bases."""
         placeholders = self.gm.graph.find_nodes(op="placeholder")
         mode = _compat.fake_mode_of([value_of(node) for node in placeholders])
+        example_inputs = list(example_inputs)
+        for parameter in self.local:
+            example_inputs[parameter.place] = value_of(placeholders[parameter.place])
         shapes = [node.meta["falqon_shape"] for node in placeholders if "falqon_shape" in node.meta]
         with mode:
             inputs = [*example_inputs, *(torch.empty(s, dtype=d, device=v) for s, d, v in shapes)]
@@ -274,7 +302,7 @@ def rewrite(
     )
     report = RewriteReport((graph,), config.texts())
     log.finish(report)
-    return RewriteResult(work.gm, report, work.operands, config, gm.graph)
+    return RewriteResult(work.gm, report, work.operands, config, gm.graph, work.local)
 
 
 def _compile(
@@ -332,7 +360,12 @@ def _warn_once(text: str) -> None:
     warnings.warn(printable(text), stacklevel=4)
 
 
-falqon.reset = _warn_once.cache_clear  # type: ignore[attr-defined] # torch._dynamo.reset() calls it
+def _reset() -> None:
+    _warn_once.cache_clear()
+    forget_agreements()
+
+
+falqon.reset = _reset  # type: ignore[attr-defined] # torch._dynamo.reset() calls it
 
 
 __all__ = ["FalqonError", "RewriteResult", "falqon", "rewrite"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from falqon_fx._compat import is_dtensor, is_fsdp, value_of
+from falqon_fx._compat import is_fsdp, value_of
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
 from falqon_fx.passes.match.dataflow import Match
@@ -35,12 +35,6 @@ def check(found: Match, path: str, config: FalqonConfig) -> None:
     """
     x = value_of(found.x)
     for param in params_of(found):
-        if is_dtensor(param.value):
-            raise FalqonError(
-                path,
-                "its parameters are sharded (tensor parallel), which is not built yet",
-                "Use FSDP2, DDP or one GPU",
-            )
         if x is not None and param.value.device != x.device:
             raise FalqonError(
                 path,

@@ -11,18 +11,26 @@ from collections.abc import Callable, Mapping
 
 from falqon_fx.passes.autotune import autotune
 from falqon_fx.passes.copy_graph import copy_graph
+from falqon_fx.passes.gather_tokens import gather_tokens
 from falqon_fx.passes.insert_operands import insert_operands
+from falqon_fx.passes.localize import localize
 from falqon_fx.passes.match.pair import match
 from falqon_fx.passes.normalize import normalize
 from falqon_fx.passes.plan import plan
 from falqon_fx.passes.rewrite import rewrite
 from falqon_fx.passes.verify import verify, wiring
 from falqon_fx.passes.work import Work
+from falqon_fx.report.data import Note
 from falqon_fx.report.passlog import PassLog
 
 
 def _copy(work: Work) -> None:
     work.gm = copy_graph(work.given)
+
+
+def _localize(work: Work) -> None:
+    if work.config.update == "adapter":
+        work.local = localize(work.gm)
 
 
 def _normalize(work: Work) -> None:
@@ -55,8 +63,17 @@ def _verify(work: Work) -> None:
     work.after = verify(work.plan, work.operands, work.before)
 
 
+def _gather_tokens(work: Work) -> None:
+    count = gather_tokens(work.plan)
+    if count:
+        work.notes.append(Note(work.plan.sites[0].report.path, _GATHERED.format(count)))
+
+
+_GATHERED = "x is gathered in FP8, here and wherever sites alone read it ({} in this graph)"
+
 PASSES: Mapping[str, Callable[[Work], None]] = {
     "copy": _copy,
+    "localize": _localize,
     "normalize": _normalize,
     "match": _match,
     "plan": _plan,
@@ -64,6 +81,7 @@ PASSES: Mapping[str, Callable[[Work], None]] = {
     "insert_operands": _insert_operands,
     "rewrite": _rewrite,
     "verify": _verify,
+    "gather_tokens": _gather_tokens,
 }
 
 

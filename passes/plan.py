@@ -12,6 +12,7 @@ from torch import fx
 from falqon_fx._compat import (
     hint,
     is_ddp_piece,
+    is_dtensor,
     module_path,
     source_path,
     value_of,
@@ -33,6 +34,7 @@ from falqon_fx.passes.match.frozen import (
 from falqon_fx.passes.modes import transformed
 from falqon_fx.passes.rows import RowsSlot, check_rows, rows_slot
 from falqon_fx.passes.scope import Scope
+from falqon_fx.passes.shards import CUT_OTHERWISE
 from falqon_fx.passes.siblings import group_siblings
 from falqon_fx.passes.slots import AdapterSlot, BaseSlot
 from falqon_fx.passes.terms import (
@@ -224,6 +226,8 @@ class _Chooser:
             )
         if transformed(found.scope.mode(found.anchor)):
             return refuse("it runs inside a torch.func transform", LEAVE)
+        if any(is_dtensor(param.value) for param in params_of(found)):
+            return refuse(*CUT_OTHERWISE)
         for param in params_of(found):
             if param.node is not None and found.scope.outer(param.node) in self._written:
                 return refuse(

@@ -15,6 +15,7 @@ from falqon_fx.passes.plan import Plan
 from falqon_fx.passes.scope import Scope
 from falqon_fx.passes.verify import Wiring
 from falqon_fx.report.data import Note
+from falqon_fx.site.shards import LocalParameter
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Work:
     config: FalqonConfig
     tune: bool = False
     notes: list[Note] = field(default_factory=list)  # for the report, by whichever pass
+    local: tuple[LocalParameter, ...] = ()  # parameters that the graph reads as local tensors
     gm: fx.GraphModule = field(init=False)  # the copy that is edited
     root: Scope = field(init=False)
     before: Wiring = field(init=False)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from falqon_fx.errors import FalqonError
 from falqon_fx.files import atomic, disk, model_state, ranks, storage, training, trees
+from falqon_fx.model.fp8_linear import refuse_parts
 from falqon_fx.model.lora_layers import unwrap
 from falqon_fx.site.sharded import gathered, is_sharded
 
@@ -95,6 +96,7 @@ def save_checkpoint(
             to. An earlier checkpoint stays.
     """
     directory, model = Path(directory), unwrap(model)
+    refuse_parts(model, "save_checkpoint")
     sharded = is_sharded(model)
     sites, named = model_state.snapshot(model)
     of_training: dict[str, Tensor] = {}
@@ -258,6 +260,7 @@ def load_checkpoint(
             for. Nothing has been changed then.
     """
     directory, model = Path(directory), unwrap(model)
+    refuse_parts(model, "load_checkpoint")
     sharded = is_sharded(model)
     tensors: dict[str, Tensor] = {}
     with ranks.together(sharded), storage.read_errors_explained(directory):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from falqon_fx.errors import FalqonError
 from falqon_fx.files import model_state, storage, training, trees
+from falqon_fx.model.fp8_linear import refuse_parts
 from falqon_fx.model.lora_layers import unwrap
 from falqon_fx.site.sharded import copied, gathered, hashes, settle
 
@@ -23,8 +24,9 @@ class CheckpointState:
     ``dcp.save({"falqon": CheckpointState(model, optimizer)}, checkpoint_id=...)``, and ``dcp.load``
     likewise into a model made as for the run that was saved.
 
-    Sharded models (FSDP2, tensor parallelism) are saved by as many processes as there are, each its
-    own parts, and loaded by as many, or others; ``dcp.async_save`` works too. The optimizer's
+    Sharded models are saved by as many processes as there are, each its own parts, and loaded by as
+    many, or others; ``dcp.async_save`` works too. What is prepared and cut by tensor parallelism is
+    refused. The optimizer's
     states, those of A and B alone, are gathered.
 
     Unlike in `save_checkpoint`, all base weights are in it. ``dcp.load`` reads into the tensors it
@@ -37,6 +39,7 @@ class CheckpointState:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         self.model, self.optimizer = unwrap(model), optimizer
+        refuse_parts(self.model, "CheckpointState")
 
     def state_dict(self) -> dict[str, Any]:
         """The model's tensors by name; all else, whose shapes DCP can't know before it loads, as

@@ -23,7 +23,7 @@ from falqon_fx.files.export_layers import (
     export_layer,
     is_adapted,
 )
-from falqon_fx.model.fp8_linear import IN_ONE_PROCESS
+from falqon_fx.model.fp8_linear import IN_ONE_PROCESS, refuse_parts
 from falqon_fx.model.lora_layers import check_adapters, unwrap
 from falqon_fx.passes.match.frozen import why_left
 from falqon_fx.rows.state import MergedAdapter
@@ -150,6 +150,7 @@ def save_fp8(
     """
     directory = Path(directory)
     inner = _transformers_model(unwrap(model))
+    refuse_parts(inner, "save_fp8")
     sharded = is_sharded(inner)
     with ranks.together(sharded):
         atomic.refuse_existing(directory)

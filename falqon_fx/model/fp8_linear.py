@@ -9,10 +9,13 @@ from torch import Tensor, nn
 
 from falqon_fx._compat import is_dtensor
 from falqon_fx.errors import FalqonError
+from falqon_fx.model.parts import on_parts
 from falqon_fx.model.prepared_linear import PreparedLinear, autocast
 from falqon_fx.ops.base_linear import base_linear, dequantize
-from falqon_fx.site.base import Base, bases, digest
+from falqon_fx.site.base import DIGEST_BYTES, Base, bases, digest
 from falqon_fx.site.numerics import as_scale, scale_bits
+from falqon_fx.site.sharded import local
+from falqon_fx.site.shards import Cut
 
 IN_ONE_PROCESS = (
     "Call falqon_fx.save_checkpoint(model, folder) on all processes, and load_checkpoint(model, "
@@ -58,41 +61,64 @@ class Fp8Linear(PreparedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         self._verify()
+        if is_dtensor(self.code):
+            y: Tensor = on_parts(self, x)
+            return y
         given = (self.code, self.scale, self.digest, self.bias, self.spec_text)
         result: Tensor = base_linear(autocast(x), *given)
         return result
 
     def base(self) -> Base:
-        """W as it lies in memory.
+        """W as it lies in memory; of one that is cut over processes this one's part.
 
         Raises:
             FalqonError: its bytes are no longer those that `prepare` made.
         """
         self._verify()
-        return Base(self.code.detach(), as_scale(self.scale.detach()))
+        return self._part()
+
+    def _part(self) -> Base:
+        return Base(local(self.code).detach(), as_scale(local(self.scale).detach()))
 
     def dequantized(self) -> Tensor:
         """dq(W) [out, in], in the original dtype.
 
         Raises:
-            FalqonError: its bytes are no longer those that `prepare` made, or other processes hold
-                parts of them.
+            FalqonError: its bytes are no longer those that `prepare` made, or FSDP has spread them
+                over processes.
         """
-        if is_dtensor(self.code):
+        if is_dtensor(self.code) and not self._has_own_digest():
             problem = "it is sharded, and its dense base weight was asked for, as by PEFT's merge"
             raise FalqonError(self.path, problem, IN_ONE_PROCESS)
         self._verify()
-        weight: Tensor = dequantize(self.code, self.scale, self.dtype)
-        return weight
+        weight: Tensor = dequantize(local(self.code), local(self.scale), self.dtype)
+        cut = Cut.of(self.code)
+        return weight if cut is None else cut.wrap(weight)
+
+    def _has_own_digest(self) -> bool:
+        """Whether the digest here is that of the bytes here: FSDP cuts it as it cuts the bytes, and
+        tensor parallelism has one a process.
+        """
+        return local(self.digest).numel() == DIGEST_BYTES
 
     def _verify(self) -> None:
-        # Compiled code looks before each call; of a sharded layer nobody here has all bytes.
-        if not torch.compiler.is_compiling() and not is_dtensor(self.code):
-            base = Base(self.code.detach(), as_scale(self.scale.detach()))
-            bases.verify(self.path, base, self.digest)
+        # Compiled code looks before each call.
+        if not torch.compiler.is_compiling() and self._has_own_digest():
+            bases.verify(self.path, self._part(), local(self.digest))
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, {self.spec_text}"
         )
+
+
+def refuse_parts(model: nn.Module, call: str) -> None:
+    """Raise where a ``call`` would have to put together what tensor parallelism has cut."""
+    for path, module in model.named_modules():
+        if isinstance(module, Fp8Linear) and module.digest.numel() > DIGEST_BYTES:
+            raise FalqonError(
+                path,
+                f"tensor parallelism has cut its FP8 weight, which {call} can't put together yet",
+                "Save the adapters with model.save_pretrained(folder)",
+            )

@@ -202,13 +202,13 @@ def tied_weights(model: nn.Module) -> defaultdict[int, list[str]]:
     holders = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if not parameter.is_meta:
-            holders[parameter.data_ptr()].append(name)
+            holders[local(parameter).data_ptr()].append(name)
     return holders
 
 
 def check_untied(path: str, weight: Tensor, holders: Mapping[int, list[str]]) -> None:
     """Refuse to free a base weight that another module shares (``holders``: `tied_weights`)."""
-    shared = holders[weight.data_ptr()]
+    shared = holders[local(weight).data_ptr()]
     if len(shared) > 1:
         raise FalqonError(
             path,

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from falqon_fx.config import FalqonConfig
-from falqon_fx.errors import printable
+from falqon_fx.errors import FalqonError, printable
 from falqon_fx.model.agreement import check_same_on_all_ranks
 from falqon_fx.model.fp8_linear import IN_ONE_PROCESS, Fp8Linear
 from falqon_fx.model.lora_layers import (
@@ -24,19 +24,20 @@ from falqon_fx.model.lora_layers import (
     tied_weights,
     unwrap,
 )
+from falqon_fx.model.parts import cast_part, check_part, check_together, cut_like, move_hooks
 from falqon_fx.model.prepared_linear import PreparedLinear
 from falqon_fx.ops.fp8_adapter import clamped
 from falqon_fx.passes.match.frozen import why_left
 from falqon_fx.rows import model as rows_model
 from falqon_fx.rows.state import MergedAdapter
-from falqon_fx.site.base import Base, Place, bases, cast_base, check_weight, place
+from falqon_fx.site.base import Base, Place, bases, check_weight, place
 from falqon_fx.site.numerics import as_scale
 from falqon_fx.site.paths import deepest_path
-from falqon_fx.site.sharded import refuse_sharded, settle, whole
+from falqon_fx.site.sharded import local, refuse_fsdp, settle, whole
 from falqon_fx.site.spec import SiteSpec
 from falqon_fx.site.svd import init_where_new
 
-BEFORE = "Call falqon_fx.prepare(model) before fully_shard or parallelize_module"
+BEFORE = "Call falqon_fx.prepare(model) before fully_shard, and after parallelize_module"
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,13 @@ def prepare(
             for different things. Nothing has been changed then.
     """
     config, inner = config or FalqonConfig(), unwrap(model)
-    refuse_sharded(inner, "prepare", BEFORE)
+    refuse_fsdp(inner, "prepare", BEFORE)
     check_same_on_all_ranks("\n".join(f"{k}={v}" for k, v in config.texts().items()))
     if config.update == "rows":
         return _prepare_rows(inner, config, progress)
     layers, skipped = _sort_layers(inner, config)
     skipped |= _skipped_adapters(inner, layers, skipped)
-    _check_before(inner, layers)
+    _check_before(inner, layers, config)
     before, after = _convert(inner, layers, config, progress)
     frozen = tuple(layer.path for layer in layers if layer.lora is None)
     return PrepareReport(tuple(layer.site for layer in layers), frozen, skipped, before, after)
@@ -99,7 +100,7 @@ def _prepare_rows(model: nn.Module, config: FalqonConfig, progress: bool) -> Pre
     )
     layers, others = _sort_layers(model, config)
     layers = [layer for layer in layers if layer.lora is None]
-    _check_before(model, layers)
+    _check_before(model, layers, config)
     more_before, more_after = _convert(model, layers, config, progress)
     frozen = tuple(layer.path for layer in layers)
     before, after = before + more_before, after + more_after
@@ -113,7 +114,7 @@ def _convert(
     before = after = 0
     for layer in _track(layers, progress):
         base = _cast(layer, config)
-        before += layer.module.weight.nbytes
+        before += local(layer.module.weight).nbytes
         after += base.nbytes
         _replace(model, layer, base, config)
     return before, after
@@ -123,7 +124,7 @@ def _cast(layer: LinearLayer, config: FalqonConfig) -> Base:
     if config.init == "svd" and layer.lora is not None:
         for a, b, _ in layer.lora.each():
             init_where_new(layer.weight, a, b, config)
-    return cast_base(layer.weight, SiteSpec.from_config(config))
+    return cast_part(layer.weight, SiteSpec.from_config(config))
 
 
 def _replace(model: nn.Module, layer: LinearLayer, base: Base, config: FalqonConfig) -> None:
@@ -136,7 +137,9 @@ def _replace(model: nn.Module, layer: LinearLayer, base: Base, config: FalqonCon
         str(SiteSpec.from_config(config)),
         layer.site,
     )
-    bases.forget(old.weight)
+    cut_like(new, old.weight)
+    move_hooks(old, new)
+    bases.forget(local(old.weight))
     for parent in list(model.modules()):  # a module may be shared by several
         for name, child in list(parent._modules.items()):
             if child is not None and child is old:
@@ -151,15 +154,17 @@ def restore(model: nn.Module) -> nn.Module:
     in the model.
 
     Raises:
-        FalqonError: other processes hold parts of the model.
+        FalqonError: FSDP has spread the model over processes.
     """
     inner = unwrap(model)
-    refuse_sharded(inner, "restore", IN_ONE_PROCESS)
+    refuse_fsdp(inner, "restore", IN_ONE_PROCESS)
     rows_model.restore(inner)
     for parent in list(inner.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, Fp8Linear):
-                setattr(parent, name, child.plain())
+                plain = child.plain()
+                move_hooks(child, plain)
+                setattr(parent, name, plain)
     return model
 
 
@@ -260,7 +265,7 @@ def _sort_layers(
     layers, skipped = [], {}
     tied = tied_weights(model)
     for layer in linear_layers(model):
-        shared = tied[layer.module.weight.data_ptr()]
+        shared = tied[local(layer.module.weight).data_ptr()]
         reason = skip_reason(layer, config, len(shared) > 1)
         if reason is None:
             layers.append(layer)
@@ -304,13 +309,25 @@ def _why_not(layer: LoraLayer) -> str:
     return f"its base weight is already quantized ({weight.dtype})"
 
 
-def _check_before(model: nn.Module, layers: Sequence[LinearLayer]) -> None:
-    """All that could fail is looked at before the first layer is changed."""
+def _check_before(model: nn.Module, layers: Sequence[LinearLayer], config: FalqonConfig) -> None:
+    """All that could fail is looked at before the first layer is changed; where processes hold
+    parts of one model, on all of them.
+    """
+    problem = None
+    try:
+        _check_each(model, layers, config)
+    except FalqonError as error:
+        problem = error
+    check_together([layer.module.weight for layer in layers], problem)
+
+
+def _check_each(model: nn.Module, layers: Sequence[LinearLayer], config: FalqonConfig) -> None:
     holders = tied_weights(model)
     for layer in layers:
         weight = layer.module.weight
+        check_part(layer.site, weight, config)
         check_untied(layer.site, weight, holders)
-        check_weight(layer.site, weight)
+        check_weight(layer.site, local(weight))
         if layer.lora is not None:
             check_fit(layer.lora)
 

@@ -48,7 +48,8 @@ class PreparedLinear(nn.Module):
         weight = self.dequantized()
         if self.transposed:
             weight = weight.t().contiguous()
-        return weight if torch.compiler.is_compiling() else ReadOnly.of(weight, self.path)
+        plain = torch.compiler.is_compiling() or _compat.is_dtensor(weight)
+        return weight if plain else ReadOnly.of(weight, self.path)
 
     def plain(self) -> nn.Module:
         """The layer as it was before `prepare`, within the casts."""

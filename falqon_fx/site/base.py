@@ -62,8 +62,10 @@ def scale_shape(out: int, spec: SiteSpec) -> tuple[int, ...]:
     return (out, 1) if spec.per_row else ()
 
 
-def cast_base(weight: Tensor, spec: SiteSpec) -> Base:
-    """W [out, in] cast to nearest, with one scale per row or one for all of it."""
+def cast_base(weight: Tensor, spec: SiteSpec, amax: Tensor | None = None) -> Base:
+    """W [out, in] cast to nearest, with one scale per row or one for all of it. ``amax`` [out, 1]
+    or [], what the scales are made for where W is a part of something larger.
+    """
     # A base outlives the call: no inference tensors, no autocast, no graph.
     with (
         torch.inference_mode(False),
@@ -74,12 +76,13 @@ def cast_base(weight: Tensor, spec: SiteSpec) -> Base:
         out, device = weight.shape[0], weight.device
         code = torch.empty(weight.shape, dtype=torch.uint8, device=device)
         scale = torch.empty(scale_shape(out, spec), dtype=torch.float32, device=device)
-        if not spec.per_row:
-            scale.copy_(amax_to_scale(weight.abs().amax(), E4M3, spec.scale))
+        if amax is not None or not spec.per_row:
+            amax = weight.abs().amax() if amax is None else amax
+            scale.copy_(amax_to_scale(amax, E4M3, spec.scale))
         for rows in row_chunks(weight):
             value = weight[rows].to(torch.float32)
-            of_rows = scale
-            if spec.per_row:
+            of_rows = scale[rows] if spec.per_row else scale
+            if spec.per_row and amax is None:
                 of_rows = amax_to_scale(value.abs().amax(1, keepdim=True), E4M3, spec.scale)
                 scale[rows] = of_rows
             code[rows] = encode_fp8(round_to_fp8(value * of_rows.reciprocal(), E4M3), E4M3)
@@ -165,6 +168,9 @@ class BaseParameter:
     def weight(self) -> Tensor:
         """[out, in]."""
         return self.param.t() if self.transposed else self.param
+
+
+DIGEST_BYTES = 8
 
 
 def digest(code: Tensor, scale: Tensor) -> Tensor:

@@ -137,3 +137,15 @@ def refuse_sharded(model: nn.Module, call: str, remedy: str) -> None:
         if is_dtensor(parameter):
             problem = f"it is sharded (FSDP or tensor parallel), and {call} needs all of the model"
             raise FalqonError(name, problem, remedy)
+
+
+def refuse_fsdp(model: nn.Module, call: str, remedy: str) -> None:
+    """Raise where a ``call`` would need a layer's part of a model and FSDP has cut that again."""
+    settle(model)
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for path, module in model.named_modules() if fsdp is not None else ():
+        if isinstance(module, fsdp.FSDPModule):  # type: ignore[union-attr]
+            for name, parameter in module.named_parameters(path):
+                if is_dtensor(parameter):
+                    problem = f"it is sharded already (FSDP), and {call} works on whole layers"
+                    raise FalqonError(name, problem, remedy)

@@ -11,10 +11,11 @@ from collections.abc import Iterator, Sequence
 
 from torch import fx
 
-from falqon_fx._compat import OpOverload, source_path
+from falqon_fx._compat import OpOverload, is_dtensor, source_path
 from falqon_fx.passes.dialects import PRODUCTS
 from falqon_fx.passes.match.dataflow import Match, RejectedMatch
 from falqon_fx.passes.scope import Scope, is_transpose, is_view, param_of
+from falqon_fx.passes.shards import CUT_OTHERWISE
 from falqon_fx.passes.terms import Cast, Dropout, Linear, Param, Scale
 from falqon_fx.passes.vocabulary import BATCHED, MOVE_METHODS, MOVES, PRODUCT_METHODS
 
@@ -47,6 +48,9 @@ def named_as_lora(
         why = f"{names} {'stand' if len(params) > 1 else 'stands'} in this graph, but not as"
         why += " base(x) + s·B(A(x))"
         first, *_, last = [*params.values()] * 2
+        if is_dtensor(first.value) or is_dtensor(last.value):
+            yield RejectedMatch(root, first, last, *CUT_OTHERWISE)
+            continue
         yield RejectedMatch(root, first, last, why, _REMEDY_BY_NAME, torn=first is last)
 
 

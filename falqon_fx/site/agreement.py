@@ -1,0 +1,90 @@
+"""Processes that compute one model together say the same, or all of them stop."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch.distributed as dist
+
+from falqon_fx._compat import is_dtensor
+from falqon_fx.config import FalqonConfig
+from falqon_fx.errors import FalqonError
+
+
+def agree(group: Any, said: Mapping[str, str], problem: FalqonError | None = None) -> None:
+    """Compare what the processes of a group have said, and the problem that any of them has.
+
+    Raises:
+        FalqonError: on every process of the group, with what differs where.
+    """
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    text = None if problem is None else (problem.site, problem.problem, problem.remedy)
+    dist.all_gather_object(everyone, (dict(said), text), group=group)
+    if problem is not None:
+        raise problem
+    first, _ = everyone[0]
+    for rank, (theirs, failed) in enumerate(everyone):
+        if failed is not None:
+            site, why, remedy = failed
+            raise FalqonError(site, f"on process {rank} of the mesh, {why}", remedy)
+        for name in {**first, **theirs}:
+            if first.get(name) != theirs.get(name):
+                raise FalqonError(
+                    "",
+                    f"the processes differ in {name}: {first.get(name)} on the first of the mesh, "
+                    f"{theirs.get(name)} on process {rank}",
+                    "Let all of them make the same calls, with the same config and versions",
+                )
+
+
+def groups_of(values: Iterable[Any]) -> list[Any]:
+    """The process groups of the meshes of one dimension that DTensors lie on, in a fixed order."""
+    groups: dict[str, Any] = {}
+    for value in values:
+        if is_dtensor(value) and value.device_mesh.ndim == 1:
+            group = value.device_mesh.get_group()
+            groups[group.group_name] = group
+    return [groups[name] for name in sorted(groups)]
+
+
+def check_options(path: str, config: FalqonConfig) -> None:
+    """Refuse options that need all of a base weight in one place.
+
+    Raises:
+        FalqonError: names the option.
+    """
+    if config.init == "svd" or config.update == "rows":
+        option = 'init="svd"' if config.init == "svd" else 'update="rows"'
+        raise FalqonError(
+            path,
+            f"{option} needs whole base weights, and these are cut over processes",
+            'Use init="keep" and update="adapter", the defaults',
+        )
+
+
+def agree_once(group: Any, said: Mapping[str, str]) -> None:
+    """`agree`, once for a group and what is said."""
+    _agree_once(group.group_name, tuple(said.items()), _Held(group))
+
+
+class _Held:
+    """A value that is no part of a cache's key."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Held)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+@functools.cache
+def _agree_once(name: str, said: tuple[tuple[str, str], ...], held: _Held) -> None:
+    agree(held.value, dict(said))
+
+
+reset = _agree_once.cache_clear

@@ -1,0 +1,188 @@
+"""Tensor and sequence parallelism over two processes, against one."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+import falqon_fx
+from falqon_fx import FalqonConfig, FalqonError
+from tests.distributed import context, pipeline, ranks
+from tests.distributed.tensor_parallel import (
+    WIDTH,
+    Checkpointed,
+    alone,
+    compiled,
+    cut,
+    integers,
+    make,
+    mesh,
+    together,
+)
+from tests.models import LoraLinear
+
+CONFIG = FalqonConfig(inner="aot_eager")
+ALL = ["down", "gate", "plain", "up"]
+ERRORS = {
+    "configs": ("differ in grad_dtype", "e5m2", "e4m3", "same config and versions"),
+    "mixed": ("differ in prepared", "True", "False", "same calls"),
+    "nan": ("down.base_layer", "NaN"),
+    "svd": ('init="svd"', "keep"),
+}
+
+
+def test_two_ranks(tmp_path: Path):
+    """No sum depends on its order here (`tests.distributed.tensor_parallel`): bit for bit."""
+    for result in ranks.run(fast, 2, tmp_path):
+        _check(result["run"], sequence=True)
+        for problem, texts in ERRORS.items():
+            assert all(text in result["said"][problem] for text in texts), result["said"]
+
+
+def fast() -> dict[str, Any]:
+    """One way of all, and what is refused."""
+    problems = {"configs": _other_config, "mixed": _mixed, "nan": _nan, "svd": _svd}
+    said = {name: _error(problem) for name, problem in problems.items()}
+    return {"run": _compared(CONFIG, sequence=True, prepared=True), "said": said}
+
+
+@pytest.mark.slow
+def test_every_way(tmp_path: Path):
+    """The same for all of prepared or not, with sequence parallelism or not, Inductor, checkpoints,
+    one scale for all of W, and A frozen.
+    """
+    for result in ranks.run(slow, 2, tmp_path, timeout=900):
+        for name, run in result.items():
+            _check(run, sequence="sequence" in name)
+
+
+def slow() -> dict[str, Any]:
+    found = {}
+    for sequence, prepared in itertools.product((False, True), (False, True)):
+        name = f"{'sequence, ' if sequence else ''}{'prepared' if prepared else 'as it is'}"
+        ways: dict[str, tuple[FalqonConfig, dict[str, Any]]] = {
+            "aot_eager": (CONFIG, {}),
+            "inductor": (FalqonConfig(), {}),
+            "checkpoint": (CONFIG, {"kind": Checkpointed}),
+            "tensor scale": (FalqonConfig(inner="aot_eager", granularity="tensor"), {}),
+            "frozen A": (CONFIG, {"train_a": False}),
+        }
+        for way, (config, options) in ways.items():
+            run = _compared(config, sequence=sequence, prepared=prepared, **options)
+            found[f"{name}, {way}"] = run
+    return found
+
+
+def _compared(config: FalqonConfig, *, sequence: bool, prepared: bool, **options: Any) -> Any:
+    graphs: list[Any] = []
+    step = together(config, sequence, prepared, graphs, **options)
+    differs = step.differs(alone(config, prepared, **options))
+    return differs, config.granularity, *_described(graphs)
+
+
+def _check(run: Any, *, sequence: bool) -> None:
+    differs, granularity, sites, rejected, counts = run
+    assert differs == []
+    assert (sites, rejected) == (ALL, [])
+    # x enters once for the three that read it, and the output leaves once
+    in_fp8 = sequence and granularity == "row"
+    assert counts["gather_tokens"] == in_fp8
+    assert counts["from_local"] == (1 if in_fp8 else 2)
+
+
+@pytest.mark.slow
+def test_context_and_pipeline_parallelism(tmp_path: Path):
+    for result in ranks.run(others, 2, tmp_path):
+        (why,) = result.pop("uneven")
+        assert "even columns" in why
+        assert result.pop("mixed dtypes") == ALL
+        assert result == {"context": [], "pipeline": []}
+
+
+def others() -> dict[str, list[str]]:
+    return {
+        "context": context.differs(CONFIG),
+        "pipeline": pipeline.differs(CONFIG),
+        "uneven": _uneven(),
+        "mixed dtypes": _mixed_dtypes(),
+    }
+
+
+def _mixed_dtypes() -> list[str]:
+    """The sites where the base is in bfloat16, the adapters are in float32, with dropout, and with
+    sequence parallelism.
+    """
+    torch._dynamo.reset()
+    graphs: list[Any] = []
+    model = cut(make(dtype=torch.bfloat16, dropout=0.5), sequence=True)
+    x = integers((2, 4, WIDTH), 2, 0).bfloat16().requires_grad_()
+    compiled(model, CONFIG, graphs)(x).sum().backward()
+    sites, rejected, counts = _described(graphs)
+    assert rejected == []
+    assert counts["gather_tokens"] == 0  # what is dropped is the gathered x, not its cast
+    return sites
+
+
+def _uneven() -> list[str]:
+    """Why a layer is left whose columns two processes can't share evenly."""
+    torch._dynamo.reset()
+    layer, graphs = LoraLinear(WIDTH, 129), list[Any]()
+    styles = {"base_layer": ColwiseParallel(), "lora_B": ColwiseParallel()}
+    compiled(parallelize_module(layer, mesh(), styles), CONFIG, graphs)(integers((4, WIDTH), 2, 0))
+    (report,) = graphs[0].report.graphs
+    assert report.sites == ()
+    return [rejected.reason for rejected in report.rejected]
+
+
+def _described(graphs: list[Any]) -> tuple[list[str], list[str], Counter[str]]:
+    (graph,) = graphs
+    (report,) = graph.report.graphs
+    graphs = [m.graph for m in graph.gm.modules() if isinstance(m, torch.fx.GraphModule)]
+    nodes = [node for of in graphs for node in of.nodes]
+    names = (getattr(node.target, "__name__", str(node.target)) for node in nodes)
+    counts = Counter(name.partition(".")[0] for name in names)
+    paths = sorted(site.path.removesuffix(".base_layer") for site in report.sites)
+    return paths, [str(r) for r in report.rejected], counts
+
+
+def _error(run: Any) -> str:
+    torch._dynamo.reset()
+    with pytest.raises((FalqonError, torch._dynamo.exc.BackendCompilerFailed)) as caught:
+        run()
+    dist.barrier()  # no process is left behind in a call of its own
+    return str(caught.value)
+
+
+def _other_config() -> None:
+    kind: Any = "e5m2" if dist.get_rank() == 0 else "e4m3"
+    config = FalqonConfig(inner="aot_eager", grad_dtype=kind)
+    compiled(cut(make(), False), config)(integers((2, 8, WIDTH), 2, 0))
+
+
+def _mixed() -> None:
+    """Only the second process has its weights back. (They ask one another once a config.)"""
+    model, config = cut(make(), False), FalqonConfig(inner="aot_eager", siblings=False)
+    falqon_fx.prepare(model, config, progress=False)
+    if dist.get_rank() == 1:
+        falqon_fx.restore(model)
+    compiled(model, config)(integers((2, 8, WIDTH), 2, 0))
+
+
+def _nan() -> None:
+    """Only the second process has it."""
+    model = cut(make(), False)
+    if dist.get_rank() == 1:
+        weight: Any = model.down.base_layer.weight
+        weight.detach().to_local()[0, 0] = float("nan")
+    falqon_fx.prepare(model, CONFIG, progress=False)
+
+
+def _svd() -> None:
+    falqon_fx.prepare(cut(make(), False), FalqonConfig(init="svd"), progress=False)
