@@ -128,7 +128,7 @@ def find(name: str) -> Card:
     near = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.0)[0]
     raise FalqonError(
         f"card {name!r}",
-        "is unknown",
+        f"is unknown: there are {', '.join(known)}",
         f"The nearest is {folded[near]!r}; `falqon-fx cost --calibrate cuda` adds the card at hand",
     )
 
