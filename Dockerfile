@@ -7,7 +7,9 @@
 ARG BASE=ubuntu:24.04
 FROM ${BASE}
 
-# g++ and Python's headers: Inductor and Triton compile at run time.
+# g++ and Python's headers: Inductor and Triton compile at run time. Which versions there are is the
+# base's to say.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
@@ -19,9 +21,8 @@ RUN python3 -m venv /opt/falqon \
     && pip install --no-cache-dir --index-url ${TORCH_INDEX} 'torch>=2.11'
 
 COPY . /src
-RUN pip install --no-cache-dir '/src[export]'
-
-RUN useradd --create-home trainer
-USER trainer
+RUN pip install --no-cache-dir '/src[export]' \
+    && useradd --create-home --uid 1500 trainer
+USER 1500
 WORKDIR /home/trainer
 CMD ["python3"]
