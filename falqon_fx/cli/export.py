@@ -38,7 +38,11 @@ class Prequantize:
 
     def run(self) -> int:
         """``falqon-fx prequantize MODEL OUT``."""
-        options = {"init": self.init, "granularity": self.granularity, "scale": self.scale}
+        options: dict[str, Any] = {
+            "init": self.init,
+            "granularity": self.granularity,
+            "scale": self.scale,
+        }
         given = {name: value for name, value in options.items() if value is not None}
         report = prequantize(
             self.model,
