@@ -111,11 +111,12 @@ format: venv
 types: venv
 	$(BIN)/mypy
 
-# Source archive, wheel from it, and a new environment that holds nothing but the wheel and what it
+# Source archive, wheel from it, both as a package index would check them, and a new environment that holds nothing but the wheel and what it
 # requires. The imports run in another folder and isolated (-I), so they cannot find the sources.
 wheel-check: venv
 	rm -rf $(WHEEL)
 	$(BIN)/python -m build --outdir $(WHEEL) .
+	$(BIN)/python -m twine check --strict $(WHEEL)/*
 	$(BIN)/python -m zipfile --list $(WHEEL)/*.whl > $(WHEEL)/files.txt
 	for file in $(patsubst falqon_fx/cli/%,falqon_fx_cli/%,$(patsubst passes/%,falqon_fx/passes/%,$(patsubst kernels/%,falqon_fx/kernels/%,$(PACKAGE)))); do \
 		grep -q "^$$file " $(WHEEL)/files.txt || { echo "$$file is not in the wheel"; exit 1; }; \
@@ -128,7 +129,7 @@ wheel-check: venv
 		import falqon_fx, falqon_fx.passes, falqon_fx.kernels; \
 		[print(m.__name__, m.__file__) for m in (falqon_fx, falqon_fx.passes, falqon_fx.kernels)]; \
 		torch._dynamo.lookup_backend("falqon")'
-	cd $(WHEEL)/env && bin/falqon-fx explain --help > help.txt
+	cd $(WHEEL)/env && bin/falqon-fx --version && bin/falqon-fx explain --help > help.txt
 	rm -rf $(WHEEL)/env
 
 clean:

@@ -5,6 +5,7 @@ takes longer to import is imported when its name is first read.
 """
 
 from importlib import import_module
+from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
 from falqon_fx.config import FalqonConfig
@@ -25,7 +26,7 @@ if TYPE_CHECKING:  # `_HOMES` says the same at run time
     from falqon_fx.rows.state import MergedAdapter
     from falqon_fx.rows.watching import watch
 
-__version__ = "0.1.0"
+__version__ = _version("falqon-fx")  # pyproject.toml's
 
 __all__ = [
     "Adapter",

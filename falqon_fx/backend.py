@@ -9,7 +9,6 @@ torch.compile(model, backend="falqon")  ──▶  falqon(gm, example_inputs)
 from __future__ import annotations
 
 import functools
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from falqon_fx import _compat
+from falqon_fx import _compat, compile_warnings
 from falqon_fx._compat import value_of
 from falqon_fx.config import FalqonConfig
-from falqon_fx.errors import FalqonError, SiteError, printable
+from falqon_fx.errors import FalqonError, SiteError
 from falqon_fx.ops.base_linear import OP as BASE_LINEAR
 from falqon_fx.ops.decompositions import decompositions
 from falqon_fx.passes import pipeline
@@ -62,10 +61,10 @@ def falqon(
     config = FalqonConfig.from_options({"mode": mode, **(options or {})} if mode else options)
     _check_processes(gm, config)
     result = rewrite(gm, example_inputs, config, tune=True)
-    _warn(result.report.graphs[0], gm, example_inputs)
+    compile_warnings.warn(result.report.graphs[0], gm, example_inputs)
     compiled = _compile(result, example_inputs, config)
     if not result.report.sites:
-        return compiled
+        return compile_warnings.looking_for_lora(compiled, gm, example_inputs)
 
     def run(*args: Any) -> Any:
         if _compat.any_fake(args):  # DDP's optimizer asks for shapes
@@ -75,7 +74,7 @@ def falqon(
             output = compiled(*inputs)
         return output
 
-    return run
+    return compile_warnings.looking_for_lora(run, gm, example_inputs)
 
 
 def _check_processes(gm: fx.GraphModule, config: FalqonConfig) -> None:
@@ -331,37 +330,8 @@ def _on_gpu(result: RewriteResult) -> bool:
     )
 
 
-def _warn(graph: GraphReport, gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
-    if graph.rejected:
-        graph = ModulePaths.from_call_stack().report(graph, gm.graph, inputs)
-    for item in graph.rejected:
-        _warn_once(f"falqon: left as it was: {item}")
-    if graph.sites and _compat.is_last_compile():
-        limit = torch._dynamo.config.recompile_limit
-        _warn_once(
-            f"falqon: this is graph {limit} of the code around {graph.sites[0].path}, and the last "
-            "one: from the next change on (of a shape, a scaling, the active adapters, "
-            "requires_grad, grad mode) Dynamo runs that code uncompiled, on the base weights as "
-            "they are and not in FP8, with other numbers. Raise "
-            f"torch._dynamo.config.recompile_limit ({limit}) before compiling."
-        )
-    if not graph.sites and not graph.rejected and len(gm.graph.nodes) > 0:
-        _warn_once(
-            "falqon: no LoRA layer in a compiled graph; it runs as with the inner compiler alone. "
-            "See falqon_fx.explain."
-        )
-
-
-@functools.cache
-def _warn_once(text: str) -> None:
-    """Python's own "once" forgets whenever someone uses `warnings.catch_warnings`, as torch does in
-    each compilation.
-    """
-    warnings.warn(printable(text), stacklevel=4)
-
-
 def _reset() -> None:
-    _warn_once.cache_clear()
+    compile_warnings.forget()
     forget_agreements()
 
 

@@ -134,7 +134,11 @@ class FalqonConfig:
         for name in options:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-                raise FalqonConfigError(name, "is unknown", f"The nearest option is {near[0]!r}")
+                raise FalqonConfigError(
+                    name,
+                    f"is unknown: the options are {', '.join(known)}, and Inductor's, with a dot",
+                    f"The nearest option is {near[0]!r}",
+                )
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

@@ -1,7 +1,11 @@
-"""Errors that name the site, what is wrong, and the remedy; text that a terminal can't obey."""
+"""Errors and warnings that name the site, what is wrong, and the remedy; text that a terminal
+can't obey.
+"""
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Sequence
 
 
@@ -36,6 +40,14 @@ def named(sites: Sequence[str]) -> str:
     """Paths of sites on one line; of many the first."""
     more = f" and {len(sites) - 3} others" if len(sites) > 3 else ""
     return one_line(", ".join(sites[:3])) + more
+
+
+@functools.cache
+def warn_once(text: str, stacklevel: int = 3, kind: type[Warning] = UserWarning) -> None:
+    """Warn of something once, until ``torch._dynamo.reset()``. Python's own "once" forgets whenever
+    someone uses `warnings.catch_warnings`, as torch does in each compilation.
+    """
+    warnings.warn(printable(text), kind, stacklevel=stacklevel)
 
 
 class SiteError(FalqonError):

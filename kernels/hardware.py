@@ -53,6 +53,6 @@ def _warn_below_fp8(card: str, number: int) -> None:
     warnings.warn(
         f"falqon: {card} (sm_{number}) has no FP8 tensor cores (sm_89 and newer have): weights "
         "stay FP8 in memory, and are decoded to bfloat16 in every product. Memory is saved, time "
-        "is not.",
+        "is not: where memory is no concern, leave falqon out.",
         stacklevel=5,
     )

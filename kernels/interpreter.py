@@ -23,7 +23,6 @@ fails on ``range`` over runtime values       gets the ``range`` below (not ``tl.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,6 +30,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+
+from falqon_fx.errors import warn_once
 
 # The versions that the tests have compared with the CPU reference, bit for bit.
 _CHECKED = ((3, 6), (3, 7))
@@ -58,11 +59,10 @@ def decorating(interpret: bool) -> Iterator[None]:
     """
     major, minor = (int(part) for part in triton.__version__.split(".")[:2])
     if interpret and (major, minor) not in _CHECKED:
-        warnings.warn(
+        warn_once(
             f"Triton {triton.__version__}: its interpreter has not been checked against the CPU "
             "reference; run tests/kernels",
-            RuntimeWarning,
-            stacklevel=3,
+            kind=RuntimeWarning,
         )
     with triton.knobs.runtime.scope():
         triton.knobs.runtime.interpret = interpret

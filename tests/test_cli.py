@@ -1,19 +1,30 @@
 from __future__ import annotations
 
+import inspect
 import json
+import os
 import pkgutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any, Literal, get_type_hints
 
 import jsonschema
 import pytest
 import sympy
 import torch
+from pydantic import TypeAdapter
 
-from falqon_fx import RewriteReport
+from falqon_fx import FalqonConfig, RewriteReport
+from falqon_fx.config import literals
+from falqon_fx.cost.cards import Card
+from falqon_fx.files import prequantize
+from falqon_fx.files.hf import lora_config
 from falqon_fx.report.report import json_schema
-from falqon_fx_cli.main import main, make_parser
+from falqon_fx_cli import commands, export
+from falqon_fx_cli.main import main
+from falqon_fx_cli.output import print_json
 from tests.hostile import obeyed
 
 transformers = pytest.importorskip("transformers")
@@ -39,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_explain_prints_the_report_of_a_folder_without_weights(folder, capsys):
-    assert main(["explain", folder, *FLAGS, "--check"]) == 0
+    assert main(["explain", folder, *FLAGS, "--check", "--card", "H100"]) == 0
     text = capsys.readouterr().out
     assert "7 sites rewritten (7 with an adapter), 0 rejected, 1 left" in text
     assert "trains: A and B of 7 sites" in text
@@ -86,7 +97,7 @@ def test_frozen_layers_beside_the_targets_run_in_fp8_or_are_left(tmp_path, capsy
         num_attention_heads=1,
     )
     config.save_pretrained(tmp_path)
-    words = ["explain", str(tmp_path), *FLAGS, "--target-modules", "q_proj", "v_proj"]
+    words = ["explain", str(tmp_path), *FLAGS, "--target-modules", "q_proj,v_proj"]
     assert main([*words, "--check"]) == 0
     text = capsys.readouterr().out
     assert "7 sites rewritten (2 with an adapter), 0 rejected, 1 left" in text
@@ -116,16 +127,47 @@ def test_update_rows_wants_a_frozen_a_and_shows_its_options(folder, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["explian", "x"], "the nearest is 'explain'"),
-        (["explain", "x", "--rnak", "4"], "the nearest is '--rank'"),
-        (["cost", "--cards", "--jsn"], "the nearest is '--json'"),
+        (["explian", "x"], "Did you mean 'explain'?"),
+        (["explain", "x", "--rnak", "4"], "--rank"),
+        (["cost", "--cards", "--jsn"], "--json"),
+        (["explain"], "Missing argument 'MODEL'"),
+        (["explain", "x", "y"], "unexpected extra argument"),
+        (["explain", "x", "--dtype", "float"], "'bfloat16', 'float16', 'float32'"),
+        (["explain", "x", "--batch", "0"], "'--batch'"),
+        (["explain", "x", "--length", "many"], "'--length'"),
+        (["explain", "x", "--rank", "-1"], "'--rank'"),
+        (["explain", "x", "--adapter", "/nowhere"], "'/nowhere' does not exist"),
+        (["explain", "x", "--html", "/nowhere/page.html"], "there is no folder '/nowhere'"),
+        (["explain", "x", "--svg", "site", "/nowhere/s.svg"], "there is no folder '/nowhere'"),
+        (["cost", "--calibrate", "tpu"], "'cpu', 'cuda'"),
+        (["cost", "--in", "0"], "'--in'"),
+        (["cost", "--tokens", "-5"], "'--tokens'"),
+        (["cost", "--step", "--tokens", "0"], "'--tokens'"),
+        (["cost", "--step", "--batch", "-1"], "'--batch'"),
+        (["export", "/nowhere", "out"], "'/nowhere' does not exist"),
+        (["export", ".", "out", "--adapter", "/nowhere"], "'/nowhere' does not exist"),
+        (["export", ".", "out", "--checkpoint", "/nowhere"], "'/nowhere' does not exist"),
+        (["export", ".", "out", "--base", "/nowhere"], "'/nowhere' does not exist"),
+        (["export", ".", "out", "--form", "fp16"], "'compressed-tensors', 'fp8'"),
+        (["prequantize", "/nowhere", "out"], "'/nowhere' does not exist"),
+        (["prequantize", ".", "out", "--workers", "0"], "'--workers'"),
+        (["prequantize", ".", "out", "--init", "pissa"], "'svd', 'keep'"),
+        (["repro", "/nowhere"], "'/nowhere' does not exist"),
+        (["repro", ".", "--device", "tpu"], "'cpu', 'cuda'"),
+        (["kernels", "/nowhere"], "'/nowhere' does not exist"),
+        (["ex\x1b[31mplain"], "explain"),
+        (["explain", "x", "--\x1b]0;x\x07"], "No such option"),
+        (["explain", "x", "\x1b[2J"], "unexpected extra argument"),
+        (["explain", "x", "--adapter", "\x1b[2J\udcff"], "does not exist"),
+        (["explain", "x", "--html", "\x1b[2J/page"], "there is no folder"),
     ],
 )
-def test_a_wrong_word_exits_with_2_and_names_the_nearest(words, said, capsys):
-    with pytest.raises(SystemExit) as left:
-        main(words)
-    assert left.value.code == 2
-    assert said in capsys.readouterr().err
+def test_a_wrong_command_line_exits_with_2_and_says_what_is_right(words, said, capsys):
+    assert main(words) == 2
+    found = capsys.readouterr()
+    assert said in " ".join(found.err.split())
+    assert found.out == ""
+    assert obeyed(found.err) == []
 
 
 @pytest.mark.parametrize(
@@ -192,39 +234,106 @@ def test_a_folder_without_a_model_is_an_error_with_a_remedy(tmp_path, capsys):
 
 def test_no_words_print_the_help(capsys):
     assert main([]) == 2
-    assert "Exit codes" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "Exit codes" in said.out + said.err
 
 
-def test_all_commands_take_json():
-    _, commands = make_parser()
-    assert len(commands) == 6
-    for name, parser in commands.items():
-        assert "--json" in parser.format_help(), name
-
-
-@pytest.mark.parametrize(
-    "words", [["--help"], *([name, "--help"] for name in make_parser()[1])], ids=" ".join
-)
-def test_help_imports_neither_the_library_nor_torch(words):
-    code = f"""
+_LEAVE = """
 import sys
 from falqon_fx_cli.main import main
-try:
-    main({words})
-except SystemExit as left:
-    assert left.code == 0
+for words in {lines}:
+    main(words)
 print(*sorted(sys.modules), sep="\\n", file=sys.stderr)
 """
+
+
+def test_help_imports_neither_the_library_nor_torch():
+    """Nor do the version and a wrong word: the program answers in a tenth of a second."""
+    names = [command.__name__ for command in commands.ALL]
+    lines = [["--help"], ["--version"], *([name, "--help"] for name in names)]
+    code = _LEAVE.format(lines=lines)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("usage: falqon-fx")
+    assert done.stdout.count("Usage: falqon-fx") == 1 + len(names)
+    assert f"falqon-fx {version('falqon-fx')}" in done.stdout.splitlines()
     loaded = {name.partition(".")[0] for name in done.stderr.split()}
-    assert loaded & {"argparse", "torch", "falqon_fx", "rich", "transformers"} == {"argparse"}
+    slow = {"torch", "falqon_fx", "rich", "transformers", "numpy"}
+    assert loaded & {"typer", *slow} == {"typer"}
+    code = _LEAVE.format(lines=[["explian"], ["cost", "--tokens", "x"]])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Did you mean 'explain'?" in done.stderr
+    assert {"torch", "falqon_fx"} & set(done.stderr.split()) == set()
 
 
-def test_every_command_names_a_function_that_exists():
-    _, commands = make_parser()
-    for parser in commands.values():
-        assert callable(pkgutil.resolve_name(parser.get_default("run")))
+def test_a_shell_completes_commands_options_and_values():
+    """As bash asks; nothing slow is imported for it (the test above)."""
+
+    def completed(line: str) -> list[str]:
+        env = {"_FALQON_FX_COMPLETE": "complete_bash", "COMP_WORDS": line}
+        env["COMP_CWORD"] = str(len(line.split(" ")) - 1)
+        program = [Path(sys.executable).with_name("falqon-fx")]
+        done = subprocess.run(
+            program, env={**os.environ, **env}, capture_output=True, text=True, check=False
+        )
+        return done.stdout.split()
+
+    assert completed("falqon-fx ex") == ["explain", "export"]
+    assert completed("falqon-fx prequantize --gran") == ["--granularity"]
+    assert completed("falqon-fx explain x --dtype b") == ["bfloat16"]
+
+
+@pytest.mark.parametrize("command", commands.ALL, ids=lambda command: command.__name__)
+def test_every_command_hands_on_all_options_and_takes_json(command, monkeypatch):
+    """Under the names, and with the types, that its object has."""
+    seen: list[str] = []
+    monkeypatch.setattr(commands, "_run", lambda name, given: seen.append(name))
+    parameters = inspect.signature(command).parameters
+    command(**dict.fromkeys(parameters))
+    given = get_type_hints(command)
+    del given["return"]
+    assert get_type_hints(pkgutil.resolve_name(seen[0])) == given
+    assert list(given)[-1] == "as_json"
+
+
+def test_what_is_not_given_is_the_librarys_default(folder, monkeypatch, capsys):
+    """And the help says which that is."""
+    monkeypatch.setattr(export, "prequantize", lambda *given, **named: given)
+    seen: list[Any] = []
+    monkeypatch.setattr(export, "_print", lambda report, as_json: seen.append(report))
+    assert main(["prequantize", folder, "out"]) == 0
+    (_, _, lora, config) = seen[0]
+    assert config == prequantize.DEFAULT
+    assert (lora.r, lora.lora_alpha) == (lora_config(None).r, peft.LoraConfig().lora_alpha)
+    words = ["--rank", "4", "--alpha", "6", "--target-modules", "q_proj,v_proj", "--init", "keep"]
+    words += ["--target-modules", "o_proj", "--scale", "amax", "--granularity", "tensor"]
+    assert main(["prequantize", folder, "out", *words]) == 0
+    (_, _, lora, config) = seen[1]
+    assert (lora.r, lora.lora_alpha) == (4, 6)
+    assert lora.target_modules == {"q_proj", "v_proj", "o_proj"}
+    assert config == FalqonConfig(init="keep", scale="amax", granularity="tensor")
+    assert main(["prequantize", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    config = prequantize.DEFAULT
+    for value in (
+        f"default: {lora_config(None).r})",
+        f"PEFT's default: {peft.LoraConfig().lora_alpha})",
+    ):
+        assert value in shown
+    assert f"prequantize's default: {config.init})" in shown
+    assert f"FalqonConfig's default: {config.granularity})" in shown
+    assert f"FalqonConfig's default: {config.scale})" in shown
+
+
+def test_json_is_what_any_parser_takes(capsys):
+    print_json({"a": [float("nan"), 1.5, None], "b": {"c": (float("-inf"), Path("x"))}, 3: True})
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert found == {"a": [None, 1.5, None], "b": {"c": [None, "x"]}, "3": True}
+
+
+def test_choices_are_those_of_the_library():
+    given = get_type_hints(commands.prequantize)
+    for name, values in literals(FalqonConfig).items():
+        if name in given:
+            assert given[name] == Literal[values] | None
 
 
 def test_cost_shows_the_papers_finding(capsys):
@@ -253,7 +362,8 @@ def test_cost_of_a_trained_a_and_of_siblings(capsys):
 
 def test_cost_lists_cards_and_formulas(capsys):
     assert main(["cost", "--cards", "--json"]) == 0
-    assert {"H100", "MI300X"} <= {card["name"] for card in json.loads(capsys.readouterr().out)}
+    listed = TypeAdapter(list[Card]).validate_json(capsys.readouterr().out)
+    assert {"H100", "MI300X"} <= {card.name for card in listed}
     assert main(["cost", "--symbolic", "--json"]) == 0
     formulas = json.loads(capsys.readouterr().out)
     forward = sympy.sympify(formulas["merged forward"]["flops"].replace("in", "i"))
@@ -283,7 +393,7 @@ def test_a_program_without_stderr_runs():
     code = "import sys; from falqon_fx_cli.main import main; sys.exit(main())"
     command = f"{sys.executable} -c '{code}' --help 2>&-"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
-    assert (done.returncode, done.stdout[:6]) == (0, "usage:")
+    assert (done.returncode, done.stdout[:6]) == (0, "Usage:")
 
 
 def test_the_module_runs_as_a_program():

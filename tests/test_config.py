@@ -50,13 +50,14 @@ def test_an_unknown_option_names_the_nearest_one(call, given_name, nearest):
     with pytest.raises(FalqonConfigError) as error:
         call({given_name: 1})
     assert str(error.value) == (
-        f"option {given_name!r}: is unknown. The nearest option is {nearest!r}."
+        f"option {given_name!r}: is unknown: the options are {', '.join(OPTIONS)}, and Inductor's, "
+        f"with a dot. The nearest option is {nearest!r}."
     )
 
 
 @given(st.text(min_size=1).filter(lambda t: "." not in t and t not in OPTIONS and t != "config"))
 def test_any_unknown_option_names_one_that_exists(name):
-    with pytest.raises(FalqonConfigError, match=r"is unknown\. The nearest option is") as error:
+    with pytest.raises(FalqonConfigError, match=r"with a dot\. The nearest option is") as error:
         FalqonConfig.from_options({name: 1})
     assert error.value.remedy.split("'")[1] in OPTIONS
 

@@ -14,7 +14,7 @@ from falqon_fx import FalqonError
 from falqon_fx.passes.pipeline import PASSES
 from falqon_fx.passes.work import Work
 from falqon_fx.report.data import Note
-from falqon_fx.report.paths import modules_of, tensors_of
+from falqon_fx.site.names import modules_of, tensors_of
 from tests.models import LoraLinear, Stack, tiny_llama
 
 pytest.importorskip("peft")

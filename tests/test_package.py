@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import entry_points, version
 from pathlib import Path
@@ -12,6 +14,10 @@ import pytest
 import torch
 
 import falqon_fx
+from tests.scripts import load
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 PUBLIC = {
     "Adapter",
@@ -203,17 +209,68 @@ print("imported")
 
 
 def test_the_oldest_versions_that_are_tested_are_those_promised():
-    root = Path(__file__).parents[1]
-    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     for name in ("torch", "triton"):
-        (wanted,) = (d for d in project["dependencies"] if d.startswith(f"{name}>="))
+        (wanted,) = (d for d in PROJECT["dependencies"] if d.startswith(f"{name}>="))
         oldest = wanted.partition(">=")[2].partition(";")[0]
-        assert f"'{name}=={oldest}.*'" in (root / "Makefile").read_text()
+        assert f"'{name}=={oldest}.*'" in (ROOT / "Makefile").read_text()
 
 
 def test_package_is_typed():
     assert (Path(falqon_fx.__file__).parent / "py.typed").exists()
 
 
-def test_version_is_the_installed_one():
-    assert falqon_fx.__version__ == version("falqon-fx")
+def test_version_is_that_of_pyproject_everywhere():
+    """The command line prints it, too (test_cli.py)."""
+    assert falqon_fx.__version__ == version("falqon-fx") == PROJECT["version"]
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {PROJECT['version']}\n" in citation
+
+
+LINK = re.compile(r"\]\((?!https?:|#)([^)]+)\)")
+
+
+def test_the_page_of_the_package_leads_to_no_file_beside_it():
+    """A package index has none. With an address of the repository each link has its file there."""
+    readme = (ROOT / "README.md").read_text()
+    files = LINK.findall(readme)
+    assert files
+    assert all((ROOT / file.partition("#")[0]).exists() for file in files)
+    page = load(ROOT / "setup.py").page
+    assert LINK.findall(page(readme, None, "1.0")) == []
+    linked = page(readme, "https://example.org/falqon-fx", "1.0")
+    assert LINK.findall(linked) == []
+    for file in files:
+        kind = "raw" if file.endswith(".png") else "blob"
+        assert f"](https://example.org/falqon-fx/{kind}/v1.0/{file})" in linked
+    render = pytest.importorskip("readme_renderer.markdown").render
+    shown = render(page(readme, None, "1.0"))
+    assert "<table>" in shown
+    assert shown.count("<pre") >= 4
+
+
+def texts_with_advice() -> Iterator[tuple[Path, str]]:
+    """What a user reads: documents, and the sources with their messages."""
+    for folder in ("", "docs", "docs/guides", "examples", "benchmarks", ".github/ISSUE_TEMPLATE"):
+        yield from ((f, f.read_text()) for f in (ROOT / folder).glob("*.md"))
+    for folder in ("falqon_fx", "passes", "kernels", "examples", "benchmarks"):
+        yield from ((f, f.read_text()) for f in (ROOT / folder).rglob("*.py"))
+    yield from ((f, f.read_text()) for f in (ROOT / "Makefile", ROOT / "Dockerfile"))
+
+
+def test_what_is_said_to_install_is_there():
+    """The package is on no index: it installs from a clone. Every extra that is named exists."""
+    extras = set(PROJECT["optional-dependencies"])
+    for file, text in texts_with_advice():
+        assert not re.search(r"pip install[^\n]*[\s'\"]falqon-fx\b(?! @ git)", text), file
+        assert not re.search(r"[\s'\"`]falqon-fx\[", text), file
+        for names in re.findall(r"pip install [^\n]*?(?:\.|/src)\[([a-z,]+)\]", text):
+            assert set(names.split(",")) <= extras, file
+    for requirement in (r for extra in PROJECT["optional-dependencies"].values() for r in extra):
+        if requirement.startswith("falqon-fx["):
+            assert set(re.findall(r"[a-z]+", requirement.partition("[")[2])) <= extras
+
+
+def test_the_extras_that_messages_name_exist():
+    for file in ROOT.glob("falqon_fx/**/*.py"):
+        for extra in re.findall(r'require\("[\w.]+", "(\w+)"\)', file.read_text()):
+            assert extra in PROJECT["optional-dependencies"], file

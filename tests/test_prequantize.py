@@ -15,10 +15,17 @@ from typing import Any
 import pytest
 import rich
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 
 import falqon_fx
-from falqon_fx import FalqonConfig, FalqonConfigError, FalqonError
+from falqon_fx import (
+    ExportReport,
+    FalqonConfig,
+    FalqonConfigError,
+    FalqonError,
+    PrequantizeReport,
+)
 from falqon_fx.files import atomic
 from falqon_fx.files.disk import lock
 from falqon_fx.files.loading import MANIFEST
@@ -696,6 +703,9 @@ def run(*arguments: str) -> int:
 
 def test_prequantize_and_export_on_the_command_line(tmp_path, capsys):
     source = folder_of(dense_model(), tmp_path / "dense")
+    assert run("prequantize", str(source), str(tmp_path / "json"), "--json") == 0
+    made = TypeAdapter(PrequantizeReport).validate_json(capsys.readouterr().out)
+    assert (made.directory, made.layers) == (tmp_path / "json", 14)
     out, serving = tmp_path / "out", tmp_path / "serving"
     assert (
         run("prequantize", str(source), str(out), "--rank", "4", "--workers", "2", "--quiet") == 0
@@ -713,8 +723,8 @@ def test_prequantize_and_export_on_the_command_line(tmp_path, capsys):
     assert read(serving) == read(tmp_path / "expected")
     arguments = ["--base", str(source), *arguments]
     assert run("export", str(out), str(tmp_path / "once"), *arguments, "--json") == 0
-    report = json.loads(capsys.readouterr().out)
-    assert list(report["cast_from"].values()) == ["base weight"] * 14
+    report = TypeAdapter(ExportReport).validate_json(capsys.readouterr().out)
+    assert list(report.cast_from.values()) == ["base weight"] * 14
     assert read(tmp_path / "once") != read(serving)
 
 
@@ -759,6 +769,91 @@ def test_export_of_a_peft_adapter_on_the_command_line(tmp_path, capsys, form):
     assert "14 were cast from their base weights" in printed
     assert run("export", str(source), str(tmp_path / "other")) == 1
     assert "--adapter: is missing" in capsys.readouterr().err
+
+
+def trained_folders(tmp_path: Path) -> tuple[Path, Path]:
+    """A prequantized model, and the adapter that was trained on it, with a tokenizer of its own."""
+    source = folder_of(dense_model(), tmp_path / "dense")
+    (source / "tokenizer.json").write_text("{}")
+    prequantize(source, tmp_path / "fp8")
+    model = falqon_fx.load(tmp_path / "fp8")
+    fill_b(model, 0.05)
+    model.save_pretrained(tmp_path / "adapter")
+    falqon_fx.save_fp8(model, tmp_path / "expected", progress=False)
+    return tmp_path / "fp8", tmp_path / "adapter"
+
+
+def test_export_of_an_adapter_that_was_trained_on_a_prequantized_model(tmp_path, capsys):
+    """It is used, and the tokenizer is written: the adapter's, where it has one."""
+    fp8, adapter = trained_folders(tmp_path)
+    words = ["--adapter", str(adapter), "--quiet"]
+    assert run("export", str(fp8), str(tmp_path / "out"), *words) == 0
+    assert "without training" not in capsys.readouterr().out
+    assert read(tmp_path / "out") == read(tmp_path / "expected")
+    assert (tmp_path / "out/tokenizer.json").read_text() == "{}"
+    (adapter / "tokenizer.json").write_text('{"added_tokens": []}')
+    assert run("export", str(fp8), str(tmp_path / "again"), *words, "--json") == 0
+    report = TypeAdapter(ExportReport).validate_json(capsys.readouterr().out)
+    assert "tokenizer.json" in report.files
+    assert "added_tokens" in (tmp_path / "again/tokenizer.json").read_text()
+    assert run("export", str(fp8), str(tmp_path / "untrained"), "--quiet") == 0
+    assert "this is the model without training" in capsys.readouterr().out
+
+
+def test_export_refuses_an_adapter_that_it_would_ignore(tmp_path, capsys):
+    """Wholly, or some of its tensors. PEFT says nothing, or warns."""
+    fp8, adapter = trained_folders(tmp_path)
+    file = adapter / "adapter_model.safetensors"
+    whole = safetensors.load_file(file)
+    dense, out = tmp_path / "dense", tmp_path / "out"
+
+    def refused(model: Path, *words: str) -> str:
+        assert run("export", str(model), str(out), *words, "--quiet") in (1, 2)
+        assert not out.exists()
+        return " ".join(capsys.readouterr().err.split())
+
+    assert "'does-not-exist' does not exist" in refused(fp8, "--adapter", "does-not-exist")
+    assert "its config can't be read" in refused(fp8, "--adapter", str(dense))
+    first = next(iter(whole))
+    for model in (fp8, dense):
+        safetensors.save_file({n: t for n, t in whole.items() if n != first}, file)
+        said = refused(model, "--adapter", str(adapter))
+        assert f"1 LoRA tensors are in it or in the model alone, first {first}" in said
+        safetensors.save_file(
+            {n.replace("layers.1.", "layers.7."): t for n, t in whole.items()}, file
+        )
+        assert "LoRA tensors are in it or in the model alone" in refused(
+            model, "--adapter", str(adapter)
+        )
+        safetensors.save_file({n: t[:, :5].contiguous() for n, t in whole.items()}, file)
+        assert "it doesn't fit" in refused(model, "--adapter", str(adapter))
+        file.unlink()
+        assert "it has neither adapter_model.safetensors" in refused(
+            model, "--adapter", str(adapter)
+        )
+
+
+def test_export_checks_its_words_before_it_loads_a_model(tmp_path, capsys, monkeypatch):
+    fp8, adapter = trained_folders(tmp_path)
+    monkeypatch.setattr("falqon_fx_cli.export.Export._trained_model", None)
+    (tmp_path / "empty").mkdir()
+    for words, said in (
+        ([str(fp8), str(tmp_path / "dense")], "exists already"),
+        ([str(fp8), "out", "--max-shard-size", "large"], "is no size of a file"),
+        ([str(tmp_path / "empty"), "out"], "it has no config.json"),
+        ([str(fp8), "out", "--base", str(tmp_path / "empty")], "it has no config.json"),
+        ([str(fp8), "out", "--checkpoint", str(tmp_path / "empty")], "there is no checkpoint.json"),
+        ([str(tmp_path / "dense"), "out"], "--adapter: is missing"),
+    ):
+        assert run("export", *words, "--json") == 1
+        found = capsys.readouterr()
+        assert said in found.err
+        assert said in json.loads(found.out)["error"]
+    model = falqon_fx.load(fp8)
+    falqon_fx.save_checkpoint(model, tmp_path / "trained")
+    words = ["--adapter", str(adapter), "--checkpoint", str(tmp_path / "trained")]
+    assert run("export", str(fp8), "out", *words) == 1
+    assert "brings its own adapter" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("where", ["terminal", "pipe", "quiet"])

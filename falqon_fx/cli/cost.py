@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -12,31 +11,126 @@ from rich.table import Table
 
 from falqon_fx.cost import cards, variants
 from falqon_fx.cost import model as cost
+from falqon_fx.cost.cards import Card
 from falqon_fx.errors import FalqonError
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.report.text import pays_from
-from falqon_fx_cli import step
 from falqon_fx_cli.exit_codes import DONE
+from falqon_fx_cli.output import print_json
+from falqon_fx_cli.step import WholeStep
 
 _TOKENS = [2**i for i in range(6, 15)]
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Print a table of cards, formulas or times."""
-    if arguments.step:
-        return step.run(arguments, _card(arguments.card).name)
-    step.refuse_without_step(arguments)
-    if arguments.calibrate is not None:
-        device = arguments.calibrate or ("cuda" if torch.cuda.is_available() else "cpu")
-        return _show_cards([cards.calibrate(torch.device(device))], arguments.json)
-    if arguments.cards:
-        return _show_cards([*cards.CARDS, *cards.calibrated().values()], arguments.json)
-    if arguments.symbolic:
-        return _show_formulas(arguments.json)
-    return _show_times(arguments, _card(arguments.card))
+@dataclass(frozen=True)
+class Cost:
+    """What was given on the command line (`falqon_fx_cli.commands.cost`)."""
+
+    card: str | None
+    cards: bool
+    calibrate: Literal["cpu", "cuda"] | None
+    features: int
+    out: int
+    rank: int
+    frozen_a: bool
+    siblings: int
+    tokens: list[int] | None
+    adapter_dtype: Literal["float32", "bfloat16", "fp8"] | None
+    symbolic: bool
+    step: bool
+    model: str | None
+    batch: int | None
+    transpose: Literal["transient", "store"] | None
+    attention: Literal["flash2", "cudnn"] | None
+    cuda_graphs: bool
+    figure: list[str] | None
+    as_json: bool
+
+    def run(self) -> int:
+        """Print a table of cards, formulas or times."""
+        if self.step:
+            return self._whole_step().run()
+        self._refuse_without_step()
+        if self.calibrate is not None:
+            return _show_cards([cards.calibrate(torch.device(self.calibrate))], self.as_json)
+        if self.cards:
+            return _show_cards([*cards.CARDS, *cards.calibrated().values()], self.as_json)
+        if self.symbolic:
+            return _show_formulas(self.as_json)
+        return self._show_times(_card(self.card))
+
+    def _whole_step(self) -> WholeStep:
+        if self.adapter_dtype == "float32":
+            problem = "with --step it is how falqon adds the adapter"
+            raise FalqonError("--adapter-dtype float32", problem, "Give bfloat16 or fp8")
+        if self.rank < 1:
+            raise FalqonError("--rank 0", "the step is of a model with adapters", "Give more")
+        return WholeStep(
+            card=_card(self.card).name,
+            model=self.model or "llama-7b",
+            batch=self.batch or 1,
+            tokens=self.tokens or [4096],
+            rank=self.rank,
+            adapter_dtype=self.adapter_dtype or "bfloat16",
+            transpose=self.transpose or "transient",
+            attention=self.attention or "flash2",
+            cuda_graphs=self.cuda_graphs,
+            given=self.figure or [],
+            as_json=self.as_json,
+        )
+
+    def _refuse_without_step(self) -> None:
+        for name in ("model", "batch", "transpose", "attention", "cuda_graphs", "figure"):
+            if getattr(self, name):
+                word = f"--{name.replace('_', '-')}"
+                raise FalqonError(word, "it is of a whole step", "Add --step")
+        if self.adapter_dtype == "fp8":
+            problem = "it is of a whole step"
+            remedy = "Add --step, or give a dtype of A and B"
+            raise FalqonError("--adapter-dtype fp8", problem, remedy)
+
+    def _show_times(self, card: Card) -> int:
+        shape = variants.Shape(
+            n=1,
+            features=self.features,
+            out=self.out,
+            rank=self.rank,
+            adapter_dtype=self.adapter_dtype or "float32",
+            train_a=not self.frozen_a,
+            siblings=self.siblings,
+            adapted=self.siblings,
+            wide=_wide(card),
+        )
+        names = [n for n in variants.VARIANTS if card.has_fp8 or n not in ("fp8_lora", "merged")]
+        rows = [
+            {
+                "tokens": n,
+                **{
+                    name: float(cost.seconds(variants.VARIANTS[name](replace(shape, n=n)), card))
+                    for name in names
+                },
+            }
+            for n in self.tokens or _TOKENS
+        ]
+        pays = {
+            n: cost.break_even(variants.lora, variants.VARIANTS[n], shape, card) for n in names[1:]
+        }
+        if self.as_json:
+            print_json({"card": card.name, "seconds": rows, "break_even": pays})
+            return DONE
+        title = (
+            f"{card.name}, {shape.out} x {shape.features}, rank {shape.rank}: us a step (vs lora)"
+        )
+        table = Table("tokens", *names, title=title, title_justify="left")
+        for row in rows:
+            cells = [f"{row[n] * 1e6:.1f} ({row['lora'] / row[n]:.2f})" for n in names]
+            table.add_row(str(row["tokens"]), *cells)
+        table.add_row("pays from", "", *(pays_from(n) for n in pays.values()))
+        Console(width=100).print(table)
+        return DONE
 
 
-def _card(name: str | None) -> cards.Card:
+def _card(name: str | None) -> Card:
     if name is not None:
         return cards.find(name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -47,9 +141,9 @@ def _card(name: str | None) -> cards.Card:
     return card
 
 
-def _show_cards(known: list[cards.Card], as_json: bool) -> int:
+def _show_cards(known: list[Card], as_json: bool) -> int:
     if as_json:
-        print(json.dumps([asdict(card) for card in known], indent=1))
+        print_json([asdict(card) for card in known])
         return DONE
     table = Table("card", "bf16, TF/s", "fp8, TF/s", "f32, TF/s", "GB/s", "launch, us", "source")
     for card in known:
@@ -72,7 +166,7 @@ def _show_formulas(as_json: bool) -> int:
         for phase in ("forward", "backward", "update")
     }
     if as_json:
-        print(json.dumps(rows, indent=1))
+        print_json(rows)
         return DONE
     table = Table("variant and phase", "FLOPs", "bytes")
     for name, row in rows.items():
@@ -81,44 +175,7 @@ def _show_formulas(as_json: bool) -> int:
     return DONE
 
 
-def _show_times(arguments: argparse.Namespace, card: cards.Card) -> int:
-    shape = variants.Shape(
-        n=1,
-        features=arguments.features,
-        out=arguments.out,
-        rank=arguments.rank,
-        adapter_dtype=arguments.adapter_dtype or "float32",
-        train_a=not arguments.frozen_a,
-        siblings=arguments.siblings,
-        adapted=arguments.siblings,
-        wide=_wide(card),
-    )
-    names = [n for n in variants.VARIANTS if card.has_fp8 or n not in ("fp8_lora", "merged")]
-    rows = [
-        {
-            "tokens": n,
-            **{
-                name: float(cost.seconds(variants.VARIANTS[name](replace(shape, n=n)), card))
-                for name in names
-            },
-        }
-        for n in arguments.tokens or _TOKENS
-    ]
-    pays = {n: cost.break_even(variants.lora, variants.VARIANTS[n], shape, card) for n in names[1:]}
-    if arguments.json:
-        print(json.dumps({"card": card.name, "seconds": rows, "break_even": pays}, indent=1))
-        return DONE
-    title = f"{card.name}, {shape.out} x {shape.features}, rank {shape.rank}: us a step (vs lora)"
-    table = Table("tokens", *names, title=title, title_justify="left")
-    for row in rows:
-        cells = [f"{row[n] * 1e6:.1f} ({row['lora'] / row[n]:.2f})" for n in names]
-        table.add_row(str(row["tokens"]), *cells)
-    table.add_row("pays from", "", *(pays_from(n) for n in pays.values()))
-    Console(width=100).print(table)
-    return DONE
-
-
-def _wide(card: cards.Card) -> str:
+def _wide(card: Card) -> str:
     """The dtype of the plain products: what this CPU multiplies where it is the card, else bf16."""
     cpu = torch.device("cpu")
     own = card.name == cards.device_name(cpu)

@@ -2,48 +2,126 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from falqon_fx.config import FalqonConfig
+from falqon_fx.cost import cards
 from falqon_fx.errors import FalqonError
+from falqon_fx.files import storage
 from falqon_fx.model.explain import explain
+from falqon_fx_cli import lora
 from falqon_fx_cli.exit_codes import DONE, FOUND
 from falqon_fx_cli.output import write_text
 
+_UNREAD = "Give a folder with config.json, or an id that this machine can reach"
 
-def run(arguments: argparse.Namespace) -> int:
-    """Build the model, explain it, print the report."""
-    config = FalqonConfig.from_options(
-        {"card": arguments.card, **dict(_option(text) for text in arguments.option)}
-    )
-    model = build(arguments)
-    batch = max(arguments.batch, 2 if arguments.dynamic else 1)  # a size of 1 is always fixed
-    with torch.device("meta"):
-        ids = torch.zeros(batch, arguments.length, dtype=torch.int64)
-    if arguments.dynamic:
-        for dimension in (0, 1):
-            torch._dynamo.mark_dynamic(ids, dimension)
-    report = explain(model, input_ids=ids, config=config)
-    print(
-        report.to_json(graphs=arguments.diff, indent=1) if arguments.json else report,
-        end="\n" if arguments.json else "",
-    )
-    if arguments.diff and not arguments.json:
-        print(report.to_diff())
-    if arguments.html:
-        write_text(arguments.html, report.to_html())
-    if arguments.svg:
-        write_text(Path(arguments.svg[1]), report.to_svg(arguments.svg[0]))
-    failed = bool(report.rejected) or not report.sites
-    return FOUND if arguments.check and failed else DONE
+
+@dataclass(frozen=True)
+class Explain:
+    """What was given on the command line (`falqon_fx_cli.commands.explain`)."""
+
+    model: str
+    adapter: Path | None
+    rank: int | None
+    alpha: int | None
+    target_modules: list[str] | None
+    frozen_a: bool
+    batch: int
+    length: int
+    dtype: Literal["bfloat16", "float16", "float32"]
+    dynamic: bool
+    card: str | None
+    option: list[str] | None
+    diff: bool
+    html: Path | None
+    svg: tuple[str, Path] | None
+    check: bool
+    as_json: bool
+
+    def run(self) -> int:
+        """Build the model, explain it, print the report."""
+        config = self._config()
+        model = self._model()
+        batch = max(self.batch, 2 if self.dynamic else 1)  # a size of 1 is always fixed
+        with torch.device("meta"):
+            ids = torch.zeros(batch, self.length, dtype=torch.int64)
+        if self.dynamic:
+            for dimension in (0, 1):
+                torch._dynamo.mark_dynamic(ids, dimension)
+        report = explain(model, input_ids=ids, config=config)
+        if self.as_json:
+            print(report.to_json(graphs=self.diff, indent=1))
+        else:
+            print(report, end="")
+        if self.diff and not self.as_json:
+            print(report.to_diff())
+        if self.html:
+            write_text(self.html, report.to_html())
+        if self.svg:
+            write_text(self.svg[1], report.to_svg(self.svg[0]))
+        failed = bool(report.rejected) or not report.sites
+        return FOUND if self.check and failed else DONE
+
+    def _config(self) -> FalqonConfig:
+        options = dict(map(_option, self.option or ()))
+        if self.card is not None:
+            options.setdefault("card", self.card)
+        config = FalqonConfig.from_options(options)
+        if config.card is not None:
+            cards.find(config.card)
+        return config
+
+    def _lora(self) -> Any:
+        """The adapter's config.
+
+        Raises:
+            FalqonError: PEFT is missing, or an adapter's folder is named beside words of a new one.
+        """
+        if self.adapter is None:
+            return lora.new_config(self.rank, self.alpha, self.target_modules, task_type=None)
+        beside = {"rank": self.rank, "alpha": self.alpha, "target-modules": self.target_modules}
+        for name, value in beside.items():
+            if value is not None:
+                problem = f"an adapter has its own, and {self.adapter} is named"
+                raise FalqonError(f"--{name}", problem, f"Leave out --{name} or --adapter")
+        config = lora.config_of(self.adapter)
+        config.inference_mode = False
+        return config
+
+    def _model(self) -> nn.Module:
+        """The model of the command line, with LoRA, on the meta device.
+
+        Raises:
+            FalqonError: transformers or PEFT is missing or can't use what is asked.
+        """
+        peft = storage.require("peft", "peft")
+        transformers = storage.require("transformers", "peft")
+        adapter = self._lora()
+        with lora.errors_explained(self.model, "its config can't be read", _UNREAD):
+            config = transformers.AutoConfig.from_pretrained(self.model)
+        with torch.device("meta"):
+            with lora.errors_explained(self.model, "no model can be made from its config", _UNREAD):
+                model = _model_class(transformers, config)(config)
+            if model.main_input_name != "input_ids":
+                raise FalqonError(
+                    self.model,
+                    f"takes {model.main_input_name}, and this command can only make tokens",
+                    "Call falqon_fx.explain(model, ...) with your inputs",
+                )
+            model = model.to(getattr(torch, self.dtype))
+            fitting = "Give the names of linear layers of this model"
+            with lora.errors_explained(self.model, "it can't have such an adapter", fitting):
+                model = peft.get_peft_model(model, adapter).train()
+        for name, parameter in model.named_parameters():
+            if self.frozen_a and ".lora_A." in name:
+                parameter.requires_grad_(False)
+        return model  # type: ignore[no-any-return]
 
 
 def _option(text: str) -> tuple[str, Any]:
@@ -54,59 +132,6 @@ def _option(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except json.JSONDecodeError:  # a bare word
         return name, value
-
-
-def build(arguments: argparse.Namespace) -> nn.Module:
-    """The model of the command line, with LoRA, on the meta device.
-
-    Raises:
-        FalqonError: transformers or PEFT is missing or can't use what is asked.
-    """
-    try:
-        import peft
-        import transformers
-    except ImportError as error:
-        raise FalqonError("explain", f"{error}", "pip install 'falqon-fx[peft]'") from error
-    with _errors_explained(arguments.model, "its config can't be read"):
-        config = transformers.AutoConfig.from_pretrained(arguments.model)
-    if arguments.adapter is not None:
-        with _errors_explained(str(arguments.adapter), "its config can't be read"):
-            lora = peft.PeftConfig.from_pretrained(str(arguments.adapter))
-        lora.inference_mode = False
-    else:
-        targets = arguments.target_modules
-        lora = peft.LoraConfig(
-            r=arguments.rank,
-            lora_alpha=arguments.alpha or 2 * arguments.rank,
-            target_modules=targets[0] if targets == ["all-linear"] else targets,
-        )
-    with torch.device("meta"):
-        with _errors_explained(arguments.model, "no model can be made from its config"):
-            model = _model_class(transformers, config)(config)
-        if model.main_input_name != "input_ids":
-            raise FalqonError(
-                arguments.model,
-                f"takes {model.main_input_name}, and this command can only make tokens",
-                "Call falqon_fx.explain(model, ...) with your inputs",
-            )
-        model = model.to(getattr(torch, arguments.dtype))
-        with _errors_explained(arguments.model, "it can't have such an adapter"):
-            model = peft.get_peft_model(model, lora).train()
-    for name, parameter in model.named_parameters():
-        if arguments.frozen_a and ".lora_A." in name:
-            parameter.requires_grad_(False)
-    return model  # type: ignore[no-any-return]
-
-
-@contextmanager
-def _errors_explained(name: str, problem: str) -> Iterator[None]:
-    """Of a config transformers and PEFT take any value, and fail at it anywhere."""
-    try:
-        yield
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        remedy = "Give a folder with config.json, or an id that this machine can reach"
-        raise FalqonError(name, f"{problem} ({reason})", remedy) from error
 
 
 def _model_class(transformers: Any, config: Any) -> Any:

@@ -2,87 +2,143 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
-from falqon_fx.files import storage
-from falqon_fx.files.checkpoint import load_checkpoint
+from falqon_fx.files import atomic, checkpoint, storage
 from falqon_fx.files.export import ExportReport, save_fp8
+from falqon_fx.files.export_files import check_shard_size
 from falqon_fx.files.loading import MANIFEST, load
-from falqon_fx.files.prequantize import PrequantizeReport, prequantize
-from falqon_fx.files.seals import is_export
+from falqon_fx.files.prequantize import DEFAULT, PrequantizeReport, prequantize
+from falqon_fx.files.seals import is_export, tokenizer_files
 from falqon_fx.model.prepare import adapters, prepare
+from falqon_fx_cli import lora
 from falqon_fx_cli.exit_codes import DONE
+from falqon_fx_cli.output import print_json
 
 
-def run_prequantize(arguments: argparse.Namespace) -> int:
-    """``falqon-fx prequantize MODEL OUT``."""
-    peft = storage.require("peft", "export")
-    targets = arguments.target_modules
-    lora = peft.LoraConfig(
-        r=arguments.rank,
-        lora_alpha=arguments.alpha or arguments.rank,
-        target_modules=targets[0] if len(targets) == 1 else targets,
-        task_type="CAUSAL_LM",
-    )
-    config = FalqonConfig(
-        init=arguments.init, granularity=arguments.granularity, scale=arguments.scale
-    )
-    report = prequantize(
-        arguments.model,
-        arguments.out,
-        lora,
-        config,
-        workers=arguments.workers,
-        progress=not (arguments.quiet or arguments.json),
-    )
-    _print(report, arguments.json)
-    return DONE
+@dataclass(frozen=True)
+class Prequantize:
+    """What was given on the command line (`falqon_fx_cli.commands.prequantize`)."""
+
+    model: Path
+    out: Path
+    rank: int | None
+    alpha: int | None
+    target_modules: list[str] | None
+    init: Literal["svd", "keep"] | None
+    granularity: Literal["tensor", "row"] | None
+    scale: Literal["amax", "pow2"] | None
+    workers: int
+    quiet: bool
+    as_json: bool
+
+    def run(self) -> int:
+        """``falqon-fx prequantize MODEL OUT``."""
+        options: dict[str, Any] = {
+            "init": self.init,
+            "granularity": self.granularity,
+            "scale": self.scale,
+        }
+        given = {name: value for name, value in options.items() if value is not None}
+        report = prequantize(
+            self.model,
+            self.out,
+            lora.new_config(self.rank, self.alpha, self.target_modules),
+            replace(DEFAULT, **given),
+            workers=self.workers,
+            progress=not (self.quiet or self.as_json),
+        )
+        _print(report, self.as_json)
+        return DONE
 
 
-def run_export(arguments: argparse.Namespace) -> int:
-    """``falqon-fx export MODEL OUT``."""
-    model = _trained_model(arguments)
-    report = save_fp8(
-        model,
-        arguments.out,
-        form=arguments.form,
-        base=arguments.base or (None if _is_prequantized(arguments) else arguments.model),
-        max_shard_size=arguments.max_shard_size,
-        progress=not (arguments.quiet or arguments.json),
-    )
-    _print(report, arguments.json)
-    return DONE
+@dataclass(frozen=True)
+class Export:
+    """What was given on the command line (`falqon_fx_cli.commands.export`)."""
+
+    model: Path
+    out: Path
+    adapter: Path | None
+    checkpoint: Path | None
+    base: Path | None
+    form: Literal["compressed-tensors", "fp8"]
+    max_shard_size: str
+    quiet: bool
+    as_json: bool
+
+    def run(self) -> int:
+        """``falqon-fx export MODEL OUT``."""
+        self._check()
+        prequantized = self._is_prequantized()
+        report = save_fp8(
+            self._trained_model(),
+            self.out,
+            form=self.form,
+            base=self.base or (None if prequantized else self.model),
+            tokenizer=self._tokenizer(),
+            max_shard_size=self.max_shard_size,
+            progress=self._progress,
+        )
+        if self.adapter is None and self.checkpoint is None:
+            said = "this is the model without training: no --adapter or --checkpoint was named"
+            report = replace(report, notes=(*report.notes, said))
+        _print(report, self.as_json)
+        return DONE
+
+    def _check(self) -> None:
+        """Raise for what can be seen before anything is loaded."""
+        atomic.refuse_existing(self.out)
+        check_shard_size(self.max_shard_size)
+        for name in ("peft", "transformers"):
+            storage.require(name, "export")
+        for folder in (self.model, self.base):
+            if folder is not None and not (folder / "config.json").is_file():
+                raise FalqonError(str(folder), "it has no config.json", "Name a model's folder")
+        if self.adapter is not None:
+            lora.check_folder(self.adapter)
+        elif not self._is_prequantized():
+            raise FalqonError("--adapter", "is missing", "Name the PEFT adapter that was trained")
+        if self.checkpoint is not None:
+            checkpoint.read_extra(self.checkpoint)
+            if self.adapter is not None and self._is_prequantized():
+                problem = "the checkpoint of a prequantized model brings its own adapter"
+                raise FalqonError("--adapter", problem, "Leave out --adapter or --checkpoint")
+
+    @property
+    def _progress(self) -> bool:
+        return not (self.quiet or self.as_json)
+
+    def _is_prequantized(self) -> bool:
+        """Whether the model's folder is one of ``prequantize``, without its original weights."""
+        return (self.model / MANIFEST).is_file() and not is_export(self.model)
+
+    def _tokenizer(self) -> Path | None:
+        """The folder with the tokenizer: a trainer puts one with more tokens beside its adapter."""
+        folders = [folder for folder in (self.adapter, self.model) if folder is not None]
+        return next((folder for folder in folders if tokenizer_files(folder)), None)
+
+    def _trained_model(self) -> Any:
+        if self._is_prequantized():
+            model: Any = load(self.model)
+            if self.adapter is not None:
+                lora.put_in_place(model, self.adapter)
+        else:
+            assert self.adapter is not None  # `_check` saw it
+            model = lora.with_adapter(self.model, self.adapter)
+        if self.checkpoint is not None:
+            checkpoint.load_checkpoint(model, self.checkpoint, rng=False)
+        if not adapters(model):  # no FP8 weights came with it
+            config = FalqonConfig(granularity="tensor" if self.form == "fp8" else "row")
+            prepare(model, config, progress=self._progress)
+        return model
 
 
 def _print(report: ExportReport | PrequantizeReport, as_json: bool) -> None:
-    print(json.dumps(asdict(report), default=str, indent=1) if as_json else report)
-
-
-def _trained_model(arguments: argparse.Namespace) -> Any:
-    peft = storage.require("peft", "export")
-    transformers = storage.require("transformers", "export")
-    if _is_prequantized(arguments):
-        model: Any = load(arguments.model)
-    elif arguments.adapter is None:
-        raise FalqonError("--adapter", "is missing", "Name the PEFT adapter that was trained")
+    if as_json:
+        print_json(asdict(report))
     else:
-        base = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto")
-        model = peft.PeftModel.from_pretrained(base, arguments.adapter)
-    if arguments.checkpoint is not None:
-        load_checkpoint(model, arguments.checkpoint, rng=False)
-    if not adapters(model):  # no FP8 weights came with it
-        config = FalqonConfig(granularity="tensor" if arguments.form == "fp8" else "row")
-        prepare(model, config, progress=not (arguments.quiet or arguments.json))
-    return model
-
-
-def _is_prequantized(arguments: argparse.Namespace) -> bool:
-    """Whether the model's folder is one of ``prequantize``, without its original weights."""
-    folder = Path(arguments.model)
-    return (folder / MANIFEST).is_file() and not is_export(folder)
+        print(report)

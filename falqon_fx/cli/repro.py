@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from falqon_fx.errors import FalqonError, one_line, printable
 from falqon_fx.report.data import Site
@@ -16,7 +14,7 @@ from falqon_fx.report.repro import arguments as repro_arguments
 from falqon_fx.report.repro import check, script
 from falqon_fx.report.views import find_site
 from falqon_fx_cli.exit_codes import DONE, FOUND
-from falqon_fx_cli.output import write_text
+from falqon_fx_cli.output import print_json, write_text
 
 
 def _read(path: Path) -> RewriteReport:
@@ -27,53 +25,72 @@ def _read(path: Path) -> RewriteReport:
     return RewriteReport.from_json(text, str(path))
 
 
-def _site(arguments: argparse.Namespace) -> Site:
-    report = _read(arguments.report)
+def _find(path: Path, name: str | None) -> Site:
+    report = _read(path)
     if not report.sites:
-        raise FalqonError(str(arguments.report), "holds no rewritten site", "See its rejections")
-    return find_site(report, arguments.site or report.sites[0].path)[1]
+        raise FalqonError(str(path), "holds no rewritten site", "See its rejections")
+    return find_site(report, name or report.sites[0].path)[1]
 
 
-def run_repro(arguments: argparse.Namespace) -> int:
-    """Check one site, or write the program that does."""
-    site = _site(arguments)
-    if arguments.write:
-        write_text(arguments.write, script(site))
-        if arguments.json:
-            print(json.dumps({"site": site.path, "written": str(arguments.write)}))
+@dataclass(frozen=True)
+class Repro:
+    """What was given on the command line (`falqon_fx_cli.commands.repro`)."""
+
+    report: Path
+    site: str | None
+    tokens: int | None
+    device: Literal["cpu", "cuda"] | None
+    write: Path | None
+    as_json: bool
+
+    def run(self) -> int:
+        """Check one site, or write the program that does."""
+        site = _find(self.report, self.site)
+        if self.write:
+            write_text(self.write, script(site))
+            if self.as_json:
+                print_json({"site": site.path, "written": self.write})
+            return DONE
+        chosen: dict[str, Any] = repro_arguments(site, self.tokens)
+        if self.device:
+            chosen["device"] = self.device
+        result = check(**chosen)
+        if self.as_json:
+            print_json({"site": site.path, "right": result.right, **asdict(result)})
+        else:
+            print(f"{one_line(site.path)}: {result}")
+        return DONE if result.right else FOUND
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What was given on the command line (`falqon_fx_cli.commands.kernels`)."""
+
+    report: Path
+    site: str | None
+    source: bool
+    as_json: bool
+
+    def run(self) -> int:
+        """List the kernels of a report's sites."""
+        sites = [_find(self.report, self.site)] if self.site else list(_read(self.report).sites)
+        chosen: dict[tuple[str, str], list[Site]] = {}
+        for site in sites:
+            chosen.setdefault((site.kernel, site.kernel_reason), []).append(site)
+        rows: list[dict[str, Any]] = [
+            {
+                "kernel": name,
+                "why": why,
+                "sites": [site.path for site in members],
+                **({"source": source(members[0])} if self.source else {}),
+            }
+            for (name, why), members in chosen.items()
+        ]
+        if self.as_json:
+            print_json(rows)
+            return DONE
+        for row in rows:
+            first = f"{len(row['sites'])} sites, first {row['sites'][0]}. {row['why']}"
+            print(one_line(f"{row['kernel']}: {first}"))
+            print(printable(row.get("source", "")), end="")  # whatever the cache folder holds
         return DONE
-    chosen: dict[str, Any] = repro_arguments(site, arguments.tokens)
-    if arguments.device:
-        chosen["device"] = arguments.device
-    result = check(**chosen)
-    if arguments.json:
-        print(json.dumps({"site": site.path, **asdict(result)}))
-    else:
-        print(f"{one_line(site.path)}: {result}")
-    return DONE if result.right else FOUND
-
-
-def run_kernels(arguments: argparse.Namespace) -> int:
-    """List the kernels of a report's sites."""
-    report = _read(arguments.report)
-    sites = [_site(arguments)] if arguments.site else list(report.sites)
-    chosen: dict[tuple[str, str], list[Site]] = {}
-    for site in sites:
-        chosen.setdefault((site.kernel, site.kernel_reason), []).append(site)
-    rows: list[dict[str, Any]] = [
-        {
-            "kernel": name,
-            "why": why,
-            "sites": [site.path for site in members],
-            **({"source": source(members[0])} if arguments.source else {}),
-        }
-        for (name, why), members in chosen.items()
-    ]
-    if arguments.json:
-        print(json.dumps(rows, indent=1))
-        return DONE
-    for row in rows:
-        first = f"{len(row['sites'])} sites, first {row['sites'][0]}. {row['why']}"
-        print(one_line(f"{row['kernel']}: {first}"))
-        print(printable(row.get("source", "")), end="")  # whatever the cache folder holds
-    return DONE

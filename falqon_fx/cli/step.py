@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
@@ -15,76 +13,59 @@ from falqon_fx.cost.step.decoder import decoder_of
 from falqon_fx.cost.step.figures import Attention, Figure, Figures, figures_for
 from falqon_fx.cost.step.layer import AdapterDtype, Step, Transpose
 from falqon_fx.cost.step.whole import BASELINE, NOTES, PARTS, RUNS, Run, arithmetic
-from falqon_fx.errors import FalqonError
 from falqon_fx_cli.exit_codes import DONE
+from falqon_fx_cli.output import print_json
 
 ARITHMETIC = (
     "Arithmetic from published and assumed rates, not a measurement: nothing here ran on a GPU."
 )
-_OWN = ("model", "batch", "transpose", "attention", "cuda_graphs", "figure")
 
 
-def refuse_without_step(arguments: argparse.Namespace) -> None:
-    """Words that only ``--step`` understands are an error without it.
+@dataclass(frozen=True)
+class WholeStep:
+    """What ``falqon-fx cost --step`` was given, and the defaults of the rest."""
 
-    Raises:
-        FalqonError: there is such a word.
-    """
-    given = [name for name in _OWN if getattr(arguments, name) is not None]
-    if given:
-        word = f"--{given[0].replace('_', '-')}"
-        raise FalqonError(word, "it is of a whole step", "Add --step")
-    if arguments.adapter_dtype == "fp8":
-        problem = "it is of a whole step"
-        raise FalqonError("--adapter-dtype fp8", problem, "Add --step, or give a dtype of A and B")
+    card: str
+    model: str
+    batch: int
+    tokens: list[int]
+    rank: int
+    adapter_dtype: AdapterDtype
+    transpose: Transpose
+    attention: Attention
+    cuda_graphs: bool
+    given: list[str]
+    as_json: bool
 
-
-def run(arguments: argparse.Namespace, card: str) -> int:
-    """Print a table for each number of tokens, and every figure with its source."""
-    steps = _steps(arguments)
-    attention: Attention = "flash2" if arguments.attention is None else arguments.attention
-    figures = figures_for(card, attention).given(arguments.figure or [])
-    graphs = bool(arguments.cuda_graphs)
-    seen = [(step, arithmetic(step, figures, graphs)) for step in steps]
-    if arguments.json:
-        head = {
-            "note": ARITHMETIC,
-            "card": card,
-            "attention": attention,
-            "cuda_graphs": graphs,
-            "baseline": BASELINE,
-        }
-        print(json.dumps({**head, **_as_data(seen, figures)}, indent=1))
+    def run(self) -> int:
+        """Print a table for each number of tokens, and every figure with its source."""
+        decoder = decoder_of(self.model)
+        how = self.rank, self.adapter_dtype, self.transpose
+        steps = [Step(decoder, self.batch, tokens, *how) for tokens in self.tokens]
+        figures = figures_for(self.card, self.attention).given(self.given)
+        seen = [(step, arithmetic(step, figures, self.cuda_graphs)) for step in steps]
+        if self.as_json:
+            head = {
+                "note": ARITHMETIC,
+                "card": self.card,
+                "attention": self.attention,
+                "cuda_graphs": self.cuda_graphs,
+                "baseline": BASELINE,
+            }
+            print_json({**head, **_as_data(seen, figures)})
+            return DONE
+        console = Console(width=120)
+        console.print(ARITHMETIC)
+        for step, runs in seen:
+            console.print(_table(runs, escape(self._title(step))))
+        console.print(_sources(figures, steps[0]))
         return DONE
-    console = Console(width=120)
-    console.print(ARITHMETIC)
-    for step, runs in seen:
-        how = f"adapter {step.adapter_dtype}, transpose {step.transpose}, attention {attention}"
-        title = f"{step.decoder.name} on {card}, {step.batch} x {step.tokens} tokens, rank "
-        title += f"{step.rank}; {how}{', CUDA graphs' if graphs else ''}: ms a step"
-        console.print(_table(runs, escape(title)))
-    console.print(_sources(figures, steps[0]))
-    return DONE
 
-
-def _steps(arguments: argparse.Namespace) -> list[Step]:
-    given = arguments.adapter_dtype, arguments.transpose
-    dtype: AdapterDtype = "bfloat16" if given[0] is None else given[0]
-    transpose: Transpose = "transient" if given[1] is None else given[1]
-    if given[0] == "float32":
-        problem = "with --step it is how falqon adds the adapter"
-        raise FalqonError("--adapter-dtype float32", problem, "Give bfloat16 or fp8")
-    batch = 1 if arguments.batch is None else arguments.batch
-    tokens = [4096] if arguments.tokens is None else arguments.tokens
-    for name, value in (
-        ("batch", batch),
-        ("rank", arguments.rank),
-        *(("tokens", n) for n in tokens),
-    ):
-        if value < 1:
-            raise FalqonError(f"--{name} {value}", "there must be one at least", "Give more")
-    decoder = decoder_of(arguments.model or "llama-7b")
-    return [Step(decoder, batch, n, arguments.rank, dtype, transpose) for n in tokens]
+    def _title(self, step: Step) -> str:
+        how = f"adapter {step.adapter_dtype}, transpose {step.transpose}"
+        how += f", attention {self.attention}{', CUDA graphs' if self.cuda_graphs else ''}"
+        what = f"{step.decoder.name} on {self.card}, {step.batch} x {step.tokens} tokens"
+        return f"{what}, rank {step.rank}; {how}: ms a step"
 
 
 def _as_data(seen: list[tuple[Step, dict[str, Run]]], figures: Figures) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def calibrated() -> dict[str, Card]:
         found = json.loads(path.read_text(encoding="utf-8"))
         cards: dict[str, Card] = build(dict[str, Card], found, "it")
     except (OSError, ValueError, RecursionError) as error:
-        remedy = "Remove it, and measure again with `falqon-fx cost --calibrate`"
+        remedy = "Remove it, and measure again with `falqon-fx cost --calibrate cuda` (or cpu)"
         raise FalqonError(str(path), f"it holds no cards ({error})", remedy) from error
     return cards
 
@@ -128,8 +128,8 @@ def find(name: str) -> Card:
     near = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.0)[0]
     raise FalqonError(
         f"card {name!r}",
-        "is unknown",
-        f"The nearest is {folded[near]!r}; `falqon-fx cost --calibrate` adds the card at hand",
+        f"is unknown: there are {', '.join(known)}",
+        f"The nearest is {folded[near]!r}; `falqon-fx cost --calibrate cuda` adds the card at hand",
     )
 
 

@@ -230,7 +230,10 @@ def _confirm(final: Path) -> None:
         flush_to_disk(final.parent)
     except OSError as error:
         if error.errno == errno.EACCES:  # a folder that may be written to and not read
-            warn(f"{final} is whole, but its name can't be flushed to the disk ({error})")
+            warn(
+                f"{final} is whole, but its name can't be flushed to the disk ({error}), and "
+                f"may be lost when the power fails. Let this user read {final.parent}"
+            )
             return
         raise FalqonError(
             str(final),

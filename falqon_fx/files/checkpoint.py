@@ -190,7 +190,7 @@ def _remove_unnamed(directory: Path, names: set[str]) -> None:
     try:
         named, _ = _named(directory)
     except FalqonError as error:
-        disk.warn(f"{directory} keeps older files, too ({error})")
+        disk.warn(f"{directory} keeps older files, too ({error}). Save into a new folder")
         return
     for name in sorted(names - named):
         atomic.remove(directory / name)

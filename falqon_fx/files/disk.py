@@ -7,12 +7,11 @@ import fcntl
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from falqon_fx.errors import FalqonError
+from falqon_fx.errors import FalqonError, warn_once
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (
@@ -93,7 +92,7 @@ def give_back(handle: int) -> None:
             os.close(handle)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
-            warn(f"a lock can't be given back ({error})")
+            warn(f"a lock can't be given back ({error}): until this process ends, others may wait")
 
 
 # -- the disk --------------------------------------------------------------------------------------
@@ -158,14 +157,14 @@ def flush_to_disk(path: Path) -> None:
         if error.errno not in _NO_FSYNC:
             raise
         warn(f"the file system of {path.parent} can't flush to the disk, so what is saved there "
-              "may be lost when the power fails")  # fmt: skip
+              "may be lost when the power fails. Save to a local disk, and copy")  # fmt: skip
     finally:
         os.close(handle)
 
 
 def warn(text: str) -> None:
-    """Say what doesn't keep a save or a load from being done; once, as Python's filters have it."""
-    warnings.warn(f"falqon: {text}.", stacklevel=3)
+    """Say once what doesn't keep a save or a load from being done."""
+    warn_once(f"falqon: {text}.", stacklevel=4)
 
 
 def is_same(path: Path, known: os.stat_result) -> bool:

@@ -137,8 +137,8 @@ def save_fp8(
             per token as they come. "fp8" has one scale per block, ``weight_scale_inv``, for which
             the model must have been trained with granularity="tensor".
         base: the folder with the safetensors that the model was prepared from.
-        tokenizer: what has ``save_pretrained``. Without it, the tokenizer's files are copied from
-            the folder that the model was loaded from, where there is one.
+        tokenizer: what has ``save_pretrained``, or a folder with the files. Without it, they
+            are copied from the folder that the model was loaded from, where there is one.
         max_shard_size: of a safetensors file, such as "5GB"; as much memory is needed.
         progress: show a bar while writing.
 
@@ -149,6 +149,7 @@ def save_fp8(
             then.
     """
     directory = Path(directory)
+    files.check_shard_size(max_shard_size)
     inner = _transformers_model(unwrap(model))
     refuse_parts(inner, "save_fp8")
     sharded = is_sharded(inner)

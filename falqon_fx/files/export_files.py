@@ -11,6 +11,7 @@ from typing import Any
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from torch import Tensor
 
+from falqon_fx.errors import FalqonError
 from falqon_fx.files import seals, storage, trees
 from falqon_fx.files.checkpoint import versions
 from falqon_fx.files.disk import everything_below
@@ -24,6 +25,16 @@ def renamed(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return tensors
     found: dict[str, Tensor] = revert_weight_conversion(model, tensors)
     return found
+
+
+def check_shard_size(size: int | str) -> None:
+    """Raise a `FalqonError` where this is no size of a file."""
+    hub = storage.require("huggingface_hub", "export")
+    try:
+        hub.split_torch_state_dict_into_shards({}, max_shard_size=size)
+    except (ValueError, TypeError) as error:
+        problem = f"{size!r} is no size of a file ({error})"
+        raise FalqonError("max_shard_size", problem, "Give bytes, or text such as '5GB'") from error
 
 
 def shards(tensors: dict[str, Tensor], max_shard_size: int | str) -> Any:
@@ -111,16 +122,13 @@ def fp8_config(ignore: list[str], block_size: int) -> dict[str, Any]:
 
 def write_tokenizer(folder: Path, model: Any, tokenizer: Any) -> tuple[str, ...]:
     """Write it, or copy it from where the model came from; what there is to say if neither."""
-    if tokenizer is not None:
+    if hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(folder)
         return ()
-    source = Path(str(getattr(model.config, "_name_or_path", "") or ""))
-    if str(source) not in ("", ".") and source.is_dir():
-        copied = seals.known_files(source, seals.TOKENIZER)
-        seals.copy_files(copied, folder)
-        if copied:
-            return ()
-    return ("no tokenizer was written: give tokenizer=",)
+    source = str(tokenizer or getattr(model.config, "_name_or_path", "") or "")
+    found = seals.tokenizer_files(Path(source)) if source not in ("", ".") else []
+    seals.copy_files(found, folder)
+    return () if found else ("no tokenizer was written: give tokenizer=",)
 
 
 def write_seal(folder: Path) -> None:

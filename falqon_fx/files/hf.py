@@ -196,10 +196,13 @@ def read_tensor(file: Path, name: str) -> Tensor:
     return tensor
 
 
-def lora_config(lora: Any) -> Any:
-    """The given adapter config, or rank 16 on all linear layers."""
-    peft = storage.require("peft", "export")
-    return lora or peft.LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+def lora_config(lora: Any, **given: Any) -> Any:
+    """The given adapter config, or a new one: rank 16 on all linear layers, where nothing else is
+    ``given``.
+    """
+    peft = storage.require("peft", "peft")
+    defaults = {"r": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    return lora or peft.LoraConfig(**{**defaults, **given})
 
 
 def adapter_config(source: Path) -> Any:

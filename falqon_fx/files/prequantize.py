@@ -34,6 +34,7 @@ from falqon_fx.site.numerics import scale_bits
 from falqon_fx.site.spec import RowsSpec, SiteSpec
 from falqon_fx.site.svd import init_lora_a_
 
+DEFAULT = FalqonConfig(init="svd")
 _PLAN = "plan.json"
 _COPIED = (*seals.CONFIGS, *seals.TOKENIZER, *seals.PAPERS)
 
@@ -88,7 +89,7 @@ def prequantize(
             full disk (what is done until then is kept in ``out.partial``).
     """
     source, out = Path(model), Path(out)
-    config = config or FalqonConfig(init="svd")
+    config = config or DEFAULT
     atomic.refuse_existing(out)
     with storage.read_errors_explained(source):
         index = read_index(source)

@@ -52,6 +52,11 @@ def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
     return [folder / n for n in names if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a folder that make a tokenizer or a processor; of none an empty list."""
+    return known_files(folder, TOKENIZER) if folder.is_dir() else []
+
+
 def copy_files(files: Iterable[Path], folder: Path) -> None:
     """Copy files, not links, into a new folder."""
     for file in files:

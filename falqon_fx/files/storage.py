@@ -47,9 +47,9 @@ def require(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise FalqonError(
-            "", f"{module.partition('.')[0]} is not installed", f"pip install 'falqon-fx[{extra}]'"
-        ) from error
+        problem = f"{module.partition('.')[0]} is not installed"
+        remedy = f"In a clone of falqon-fx: pip install '.[{extra}]'"
+        raise FalqonError("", problem, remedy) from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

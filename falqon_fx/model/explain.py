@@ -21,8 +21,9 @@ from falqon_fx.model.lora_layers import unwrap
 from falqon_fx.passes.describe import innermost
 from falqon_fx.report.data import Cost, GraphBreak, GraphReport, Site
 from falqon_fx.report.listing import listing
-from falqon_fx.report.paths import ModulePaths, modules_of, tensors_of
+from falqon_fx.report.paths import ModulePaths
 from falqon_fx.report.report import RewriteReport
+from falqon_fx.site.names import modules_of, tensors_of
 from falqon_fx.site.sharded import refuse_sharded
 
 

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from falqon_fx.errors import one_line
 from falqon_fx.ops.arguments import Merged
 from falqon_fx.ops.lowering import (
     adapter_outputs,
@@ -36,6 +37,7 @@ from falqon_fx.ops.lowering import (
     rescale,
 )
 from falqon_fx.site.casts import scale_of
+from falqon_fx.site.names import name_in_call
 from falqon_fx.site.numerics import E4M3, E5M2, FP8_MAX, decode_fp8, round_to_fp8, without_autocast
 from falqon_fx.site.spec import parse_spec
 
@@ -69,8 +71,9 @@ class Clamped:
             begins = place not in counts
             counts[place] = counts.get(place, 0) + count
         if begins:
+            name = name_in_call(lora_b) or f"an adapter with B {list(lora_b.shape)}"
             warnings.warn(
-                f"falqon: the part of an adapter with B {list(lora_b.shape)} is so large beside "
+                f"falqon: the part of {one_line(name)} is so large beside "
                 f'that of its base weight that adapter_dtype="fp8" clamps some of it ({count} of '
                 f"{scaled.numel()} elements). falqon_fx.adapters(model) counts them, by site, as "
                 '.saturated. Set adapter_dtype="bfloat16" if the number grows.',

@@ -2,68 +2,19 @@
 
 Behind a graph break Dynamo knows paths only from the module whose ``forward`` it then traces, and
 shares that graph between layers that are alike. The parameters of a call tell which layer it is.
-
-A model is read through the dictionaries of its modules alone. A method of its own may be overridden
-and change it: ``named_modules`` of PEFT's ``MultiheadAttention`` unmerges the layer, which breaks
-the guards of the call that is under way.
 """
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from falqon_fx import _compat
 from falqon_fx.report.data import GraphReport, Rejected
-
-
-def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """What ``named_modules`` yields, without running code of the model's."""
-    seen: set[int] = set()
-    for path, module in _walk(model, "", frozenset()):
-        if id(module) not in seen:
-            seen.add(id(module))
-            yield path, module
-
-
-def tensors_of(model: nn.Module) -> dict[int, tuple[Tensor, list[str]]]:
-    """The parameters and buffers of a model by their ids, each with all of its names: a tied one
-    has several.
-    """
-    found: dict[int, tuple[Tensor, list[str]]] = {}
-    for path, module in _walk(model, "", frozenset()):
-        for kind in ("_parameters", "_buffers"):
-            for name, tensor in vars(module)[kind].items():
-                if tensor is not None:
-                    found.setdefault(id(tensor), (tensor, []))[1].append(_join(path, name))
-    return found
-
-
-def _walk(module: nn.Module, path: str, above: frozenset[int]) -> Iterator[tuple[str, nn.Module]]:
-    """Every path to every module; one that lies inside of itself is entered once."""
-    yield path, module
-    for name, child in vars(module)["_modules"].items():
-        if child is not None and id(child) not in above:
-            yield from _walk(child, _join(path, name), above | {id(module)})
-
-
-def _join(*parts: str) -> str:
-    return ".".join(part for part in parts if part)
-
-
-def model_of_call() -> nn.Module:
-    """The outermost module whose call runs right now; an empty one where a function runs."""
-    found: nn.Module = nn.Module()
-    for frame, _ in traceback.walk_stack(None):
-        module = frame.f_locals.get("self")
-        found = module if isinstance(module, nn.Module) else found
-    # What torch.compile returns wraps the model.
-    inside: nn.Module = vars(found)["_modules"].get("_orig_mod", found)
-    return inside
+from falqon_fx.site.names import join, model_of_call, modules_of, tensors_of
 
 
 class ModulePaths:
@@ -145,7 +96,7 @@ class _Place:
         else:
             for i in range(1, len(inner)):
                 path = ".".join(inner[:i])
-                yield path, _join(self.outer, path)
+                yield path, join(self.outer, path)
         whole = ".".join(inner)
         yield whole, _without_lora(self.outer) or whole
 

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from falqon_fx.errors import one_line
-from falqon_fx.report.paths import model_of_call, modules_of
+from falqon_fx.site.names import model_of_call, modules_of
 
 CHANGED = (
     'with pending="drop" what was trained lies in its FP8 weight alone (lora_B was zeroed), which '
