@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # `_HOMES` says the same at run time
     from falqon_fx.files.export import ExportReport, save_fp8
     from falqon_fx.files.loading import load
     from falqon_fx.files.prequantize import PrequantizeReport, prequantize
+    from falqon_fx.model.blocks import BlocksReport, compile_blocks
     from falqon_fx.model.explain import explain
     from falqon_fx.model.prepare import Adapter, PrepareReport, adapters, flush, prepare, restore
     from falqon_fx.model.unload import merge_and_unload
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "Audit",
+    "BlocksReport",
     "CheckpointReport",
     "CheckpointState",
     "ExportReport",
@@ -45,6 +47,7 @@ __all__ = [
     "RewriteResult",
     "Site",
     "adapters",
+    "compile_blocks",
     "explain",
     "falqon",
     "flush",
@@ -67,6 +70,7 @@ _HOMES = {
     "falqon_fx.files.export": ("ExportReport", "save_fp8"),
     "falqon_fx.files.loading": ("load",),
     "falqon_fx.files.prequantize": ("PrequantizeReport", "prequantize"),
+    "falqon_fx.model.blocks": ("BlocksReport", "compile_blocks"),
     "falqon_fx.model.explain": ("explain",),
     "falqon_fx.model.prepare": (
         "Adapter", "PrepareReport", "adapters", "flush", "prepare", "restore",

@@ -316,6 +316,14 @@ def is_last_compile() -> bool:
     return done is not None and int(done) + 1 == limit
 
 
+def with_own_code(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """A copy of a function whose graphs Dynamo counts apart: it knows functions by their code, and
+    the sizes that one has seen by its name.
+    """
+    code = function.__code__.replace(co_name=name)
+    return types.FunctionType(code, function.__globals__, name, None, function.__closure__)
+
+
 def trace_alone(function: Callable[[], Any], backend: Callable[..., Any]) -> Any:
     """Run ``function`` under Dynamo with ``backend``, apart from all other compilations: sizes seen
     and entries made by either don't count for the other. An error of ``backend`` comes as it is.
@@ -325,11 +333,7 @@ def trace_alone(function: Callable[[], Any], backend: Callable[..., Any]) -> Any
     options: dict[str, Any] = {}
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         options["isolate_recompiles"] = True
-    # Dynamo knows functions by their code: a fresh one has no entries yet.
-    code = function.__code__
-    fresh = types.FunctionType(
-        code.replace(), function.__globals__, function.__name__, None, function.__closure__
-    )
+    fresh = with_own_code(function, function.__name__)
     sizes = get_code_state()  # the sizes seen by each function, from which Dynamo guesses symbols
     mine = copy.deepcopy(dict(sizes))
     sizes.clear()
