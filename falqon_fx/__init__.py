@@ -15,6 +15,7 @@ from falqon_fx.report.report import RewriteReport
 if TYPE_CHECKING:  # `_HOMES` says the same at run time
     from falqon_fx.backend import RewriteResult, falqon, rewrite
     from falqon_fx.files.checkpoint import CheckpointReport, load_checkpoint, save_checkpoint
+    from falqon_fx.files.compiled import CompiledReport, load_compiled, save_compiled
     from falqon_fx.files.distributed_checkpoint import CheckpointState
     from falqon_fx.files.export import ExportReport, save_fp8
     from falqon_fx.files.loading import load
@@ -34,6 +35,7 @@ __all__ = [
     "BlocksReport",
     "CheckpointReport",
     "CheckpointState",
+    "CompiledReport",
     "ExportReport",
     "FalqonConfig",
     "FalqonConfigError",
@@ -53,12 +55,14 @@ __all__ = [
     "flush",
     "load",
     "load_checkpoint",
+    "load_compiled",
     "merge_and_unload",
     "prepare",
     "prequantize",
     "restore",
     "rewrite",
     "save_checkpoint",
+    "save_compiled",
     "save_fp8",
     "watch",
 ]
@@ -66,6 +70,7 @@ __all__ = [
 _HOMES = {
     "falqon_fx.backend": ("RewriteResult", "falqon", "rewrite"),
     "falqon_fx.files.checkpoint": ("CheckpointReport", "load_checkpoint", "save_checkpoint"),
+    "falqon_fx.files.compiled": ("CompiledReport", "load_compiled", "save_compiled"),
     "falqon_fx.files.distributed_checkpoint": ("CheckpointState",),
     "falqon_fx.files.export": ("ExportReport", "save_fp8"),
     "falqon_fx.files.loading": ("load",),

@@ -308,12 +308,17 @@ def copy_dynamic_marks(old: Tensor, new: Tensor) -> None:
             setattr(new, name, value)
 
 
-def is_last_compile() -> bool:
-    """Whether Dynamo makes no further graph of this code: what needs another runs uncompiled."""
+def compile_number() -> int:
+    """How many graphs Dynamo made of the code at hand before; 0 where it compiles none."""
     context = torch._guards.CompileContext.try_get()
     done = getattr(context and context.compile_id, "frame_compile_id", None)
+    return int(done or 0)
+
+
+def is_last_compile() -> bool:
+    """Whether Dynamo makes no further graph of this code: what needs another runs uncompiled."""
     limit: int = torch._dynamo.config.recompile_limit
-    return done is not None and int(done) + 1 == limit
+    return compile_number() + 1 == limit
 
 
 def with_own_code(function: Callable[..., Any], name: str) -> Callable[..., Any]:

@@ -24,6 +24,7 @@ from transformers import (
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
 from falqon_fx.integrations.trainer_checkpoints import TrainerCheckpoints
+from falqon_fx.model.blocks import compile_blocks
 from falqon_fx.model.prepare import prepare
 
 
@@ -40,12 +41,15 @@ class FalqonCallback(TrainerCheckpoints):
         config: options of the backend.
         prepare: call `falqon_fx.prepare`, which casts the base weights to FP8 and frees them, when
             training begins.
+        regional: compile the repeated blocks and not the whole (`falqon_fx.compile_blocks`): the
+            first step takes a fraction of the time.
         checkpoints: add what the trainer's own checkpoints lack with update="rows", and of
             prepared models that are not PEFT's (see `TrainerCheckpoints`).
-        compile_arguments: handed to ``nn.Module.compile`` (``dynamic``, ``fullgraph``).
+        compile_arguments: handed to ``torch.compile`` (``dynamic``, ``fullgraph``).
 
     Raises:
-        FalqonError: ``TrainingArguments`` compile the model, too.
+        FalqonError: ``TrainingArguments`` compile the model, too; or with ``regional`` there are no
+            repeated blocks.
     """
 
     def __init__(
@@ -53,11 +57,12 @@ class FalqonCallback(TrainerCheckpoints):
         config: FalqonConfig | None = None,
         *,
         prepare: bool = False,
+        regional: bool = False,
         checkpoints: bool = True,
         **compile_arguments: Any,
     ) -> None:
         self.config, self.prepare = config or FalqonConfig(), prepare
-        self.checkpoints = checkpoints
+        self.regional, self.checkpoints = regional, checkpoints
         self.compile_arguments = compile_arguments
         self._compiled: weakref.ref[nn.Module] | None = None
 
@@ -77,6 +82,8 @@ class FalqonCallback(TrainerCheckpoints):
         self._compile(args, model)
         if self.prepare:
             prepare(model, self.config)
+            if self.regional:  # layers outside of the blocks are others now
+                compile_blocks(model, self.config, **self.compile_arguments)
         if self.checkpoints:
             super().on_train_begin(args, state, control, **kwargs)
 
@@ -97,7 +104,11 @@ class FalqonCallback(TrainerCheckpoints):
             )
         if model is None or (self._compiled is not None and self._compiled() is model):
             return
-        model.compile(backend="falqon", options={"config": self.config}, **self.compile_arguments)
+        if self.regional:
+            compile_blocks(model, self.config, **self.compile_arguments)
+        else:
+            options = {"config": self.config}
+            model.compile(backend="falqon", options=options, **self.compile_arguments)
         self._compiled = weakref.ref(model)
 
 
