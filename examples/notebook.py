@@ -16,7 +16,7 @@ import nbformat
 
 SCRIPT = Path(__file__).with_name("quickstart.py")
 NOTEBOOK = SCRIPT.with_suffix(".ipynb")
-INSTALL = """In a clone of the repository, before the notebook is opened (in Colab: in its terminal):
+INSTALL = """In a clone of the repository, before this is opened (in Colab: in its terminal):
 
     pip install '.[examples]' && pip install --no-deps -r requirements-nodeps.txt"""
 KEPT = {"text/plain", "text/html", "image/png"}
