@@ -25,6 +25,7 @@ from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
 from falqon_fx.integrations.trainer_checkpoints import TrainerCheckpoints
 from falqon_fx.model.blocks import compile_blocks
+from falqon_fx.model.lora_layers import unwrap
 from falqon_fx.model.prepare import prepare
 
 
@@ -48,8 +49,8 @@ class FalqonCallback(TrainerCheckpoints):
         compile_arguments: handed to ``torch.compile`` (``dynamic``, ``fullgraph``).
 
     Raises:
-        FalqonError: ``TrainingArguments`` compile the model, too; or with ``regional`` there are no
-            repeated blocks.
+        FalqonError: the model, or ``TrainingArguments``, is compiled already; or with ``regional``
+            there are no repeated blocks.
     """
 
     def __init__(
@@ -101,6 +102,13 @@ class FalqonCallback(TrainerCheckpoints):
                 f"torch_compile compiles the model with {args.torch_compile_backend!r}, around "
                 "what FalqonCallback compiles",
                 "Leave torch_compile, torch_compile_backend and torch_compile_mode unset",
+            )
+        if model is not None and unwrap(model) is not model:
+            raise FalqonError(
+                "the trainer's model",
+                "it is what torch.compile returned, of which transformers reads neither the "
+                "arguments nor the class",
+                "Give the trainer the model itself, which FalqonCallback compiles",
             )
         if model is None or (self._compiled is not None and self._compiled() is model):
             return
