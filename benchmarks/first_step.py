@@ -1,11 +1,10 @@
-"""The first step with the whole model compiled, block by block, and with saved compiled code.
+"""The first step with the whole model compiled, and block by block.
 
     python benchmarks/first_step.py
 
 SmolLM2-135M, A and B trained, each first step in a new process with empty caches; the runs take
 turns, and a ratio is taken within its round. Then the two of the last round take steps in turns, as
-in `cpu_step.py`: what compiling block by block costs a step. ``--saved`` also measures the first
-step of a process that has nothing but what `falqon_fx.save_compiled` wrote.
+in `cpu_step.py`: what compiling block by block costs a step.
 """
 
 from __future__ import annotations
@@ -40,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             with cpu_step.processes(tuple(first), args.batch_size, progress) as running:
                 for name, (_, measured) in running.items():
                     first[name].append(measured.first_step_seconds)
+                    console.print(f"{name}: first step {measured.first_step_seconds:.1f} s")
                 if start == args.starts - 1:
                     seconds = cpu_step.take_rounds(running, args.rounds, args.steps, progress)
     report(first, seconds, console)

@@ -46,7 +46,7 @@ say(model)
 # %% Training with trl: one line is falqon's
 trainer = SFTTrainer(
     model,
-    SFTConfig("out", max_steps=30, learning_rate=1e-3, logging_steps=1, report_to="none"),
+    SFTConfig("out", bf16=False, max_steps=30, learning_rate=1e-3, logging_steps=1),
     train_dataset=data,
     processing_class=tokenizer,
     peft_config=LoraConfig(r=16, target_modules="all-linear"),
