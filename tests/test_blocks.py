@@ -100,6 +100,21 @@ def test_lengths_modes_and_generation_add_few_graphs(graphs):
     assert len(graphs) == 3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("regional", [False, True])
+def test_two_hundred_lengths_are_two_graphs_of_inductor(graphs, regional):
+    """Its guards on symbols add none."""
+    model = llama(layers=2)
+    if regional:
+        falqon_fx.compile_blocks(model)
+    else:
+        model.config.use_cache = False
+        model.compile(backend="falqon")
+    for length in torch.randperm(200).tolist():
+        step(model, tokens(2, length + 4))
+    assert len(graphs) == 2
+
+
 def test_the_first_of_trained_blocks_behind_frozen_ones_gets_no_useless_gradient(graphs):
     model = llama(layers=4, target_modules=["q_proj", "v_proj"], layers_to_transform=[2, 3])
     falqon_fx.compile_blocks(model, CONFIG)

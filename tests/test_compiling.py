@@ -18,7 +18,7 @@ def report(*paths: str) -> GraphReport:
     return GraphReport(sites=sites)
 
 
-LAYERS = [f"model.layers.{i}.mlp.{name}" for i in range(3) for name in ("up", "down")]
+LAYERS = [f"model.layers.{i}.mlp.{name}" for i in range(3) for name in ("experts.0", "experts.1")]
 
 
 @pytest.fixture

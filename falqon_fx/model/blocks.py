@@ -15,8 +15,15 @@ from falqon_fx import _compat
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError, printable
 from falqon_fx.model.fp8_linear import Fp8Linear
-from falqon_fx.model.lora_layers import linear_layers, lora_layers, tied_weights, unwrap
+from falqon_fx.model.lora_layers import (
+    is_linear,
+    linear_layers,
+    lora_layers,
+    tied_weights,
+    unwrap,
+)
 from falqon_fx.model.prepare import skip_reason
+from falqon_fx.model.prepared_linear import PreparedLinear
 
 
 @dataclass(frozen=True)
@@ -44,8 +51,9 @@ def compile_blocks(
     """Compile the repeated blocks of a model in place, instead of the whole: blocks that are alike
     share one graph, so that the first step takes a fraction of the time.
 
-    Blocks are the modules of each outermost ``nn.ModuleList`` whose modules are all of one class
-    (what accelerate's ``compile_regions`` compiles), or those that a diffusers model names. Of what
+    Blocks are the modules of each outermost ``nn.ModuleList`` whose modules are all of one class and
+    hold linear layers (accelerate's ``compile_regions`` does the same), or those that a diffusers
+    model names. Of what
     lies outside of them, the layers that run in FP8 are compiled one by one; the rest runs
     uncompiled. The numbers are those of the whole model up to how the rest is rounded.
 
@@ -103,6 +111,7 @@ def _is_repeated(module: nn.Module) -> bool:
         isinstance(module, nn.ModuleList)
         and len(module) > 1
         and len({type(block) for block in module}) == 1
+        and any(is_linear(m) or isinstance(m, PreparedLinear) for m in module[0].modules())
     )
 
 
@@ -124,12 +133,12 @@ def _outside(
 
 
 def _turn_cache_off(model: nn.Module) -> bool:
-    """Whether ``use_cache`` of the model's config was on."""
-    config = getattr(model, "config", None)
-    on = bool(getattr(config, "use_cache", False))
-    if on:
-        config.use_cache = False  # type: ignore[union-attr]
-    return on
+    """Whether ``use_cache`` of the model's config, or of a part's, was on."""
+    configs = [config for m in model.modules() if (config := vars(m).get("config")) is not None]
+    on = [config for config in configs if getattr(config, "use_cache", False)]
+    for config in on:
+        config.use_cache = False
+    return bool(on)
 
 
 def _compile(modules: Mapping[str, nn.Module], arguments: Mapping[str, Any]) -> None:

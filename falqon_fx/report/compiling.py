@@ -49,7 +49,7 @@ def told(graph: GraphReport, number: int) -> Iterator[None]:
 
 def _title(graph: GraphReport, number: int) -> str:
     count = len(graph.sites)
-    layers = {m[0] for site in graph.sites if (m := re.match(r".*\.\d+(?=\.)", site.path))}
+    layers = {m[0] for site in graph.sites if (m := re.match(r"(?:.*?\.)?\d+(?=\.)", site.path))}
     what = f"{len(layers)} layers as one graph" if len(layers) > 1 else "a graph"
     text = f"compiling {what}, {count} site{'s' * (count != 1)}; "
     if number == 0:
