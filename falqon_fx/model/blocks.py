@@ -51,11 +51,10 @@ def compile_blocks(
     """Compile the repeated blocks of a model in place, instead of the whole: blocks that are alike
     share one graph, so that the first step takes a fraction of the time.
 
-    Blocks are the modules of each outermost ``nn.ModuleList`` whose modules are all of one class and
-    hold linear layers (accelerate's ``compile_regions`` does the same), or those that a diffusers
-    model names. Of what
-    lies outside of them, the layers that run in FP8 are compiled one by one; the rest runs
-    uncompiled. The numbers are those of the whole model up to how the rest is rounded.
+    Blocks are the modules of each outermost ``nn.ModuleList`` whose modules are of one class and
+    hold linear layers (as in accelerate's ``compile_regions``), or those that a diffusers model
+    names. Of what lies outside of them, the layers that run in FP8 are compiled one by one; the
+    rest runs uncompiled. The numbers are those of the whole model up to how the rest is rounded.
 
     Two things would make graphs of their own, and are dealt with. A cache of keys and values holds
     something of each layer: ``use_cache`` of the model's config, of no use in training, is turned
