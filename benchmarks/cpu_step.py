@@ -46,6 +46,7 @@ CONTENDERS = {
     "falqon, bf16 adapter": Variant(
         "falqon_bf16", "falqon, bf16 adapter", 1e-3, "falqon", bf16_adapter=True
     ),
+    "falqon, by blocks": Variant("falqon_blocks", "falqon", 1e-3, "falqon", by_blocks=True),
     "eager": Variant("eager", "eager", 1e-3, "eager"),
     "inductor": Variant("inductor", "inductor", 1e-3, "inductor"),
     "eager, bf16 adapter": Variant("eager_bf16", "eager", 1e-3, "eager", bf16_adapter=True),
@@ -155,7 +156,8 @@ class Process:
     def __init__(self, name: str, batch_size: int, cache: Path, log: Path) -> None:
         self.name = name
         self.log = log
-        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
+        own = {"TORCHINDUCTOR_CACHE_DIR": str(cache), "FALQON_CACHE": str(cache / "falqon")}
+        environment = os.environ | own
         with log.open("w") as stream:
             self._process = subprocess.Popen(
                 [sys.executable, __file__, "--contender", name, "--batch-size", str(batch_size)],

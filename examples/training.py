@@ -57,6 +57,7 @@ class Variant:
     options: Mapping[str, Any] = field(default_factory=dict)  # of FalqonConfig
     train_a: bool = True
     bf16_adapter: bool = False  # PEFT's default keeps A and B in float32
+    by_blocks: bool = False  # falqon_fx.compile_blocks
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,9 @@ def compiled(variant: Variant, model: PeftModel) -> Trainee:
 
     Evaluation runs op by op: compiling one more graph costs more than it saves here.
     """
+    if variant.by_blocks:
+        falqon_fx.compile_blocks(model, falqon_fx.FalqonConfig(**variant.options))
+        return Trainee(model, model, model)
     if variant.backend == "falqon":
         options = dict(variant.options)
         call = torch.compile(model, backend="falqon", options=options)

@@ -16,10 +16,12 @@ from falqon_fx.report.report import RewriteReport
 if TYPE_CHECKING:  # `_HOMES` says the same at run time
     from falqon_fx.backend import RewriteResult, falqon, rewrite
     from falqon_fx.files.checkpoint import CheckpointReport, load_checkpoint, save_checkpoint
+    from falqon_fx.files.compiled import CompiledReport, load_compiled, save_compiled
     from falqon_fx.files.distributed_checkpoint import CheckpointState
     from falqon_fx.files.export import ExportReport, save_fp8
     from falqon_fx.files.loading import load
     from falqon_fx.files.prequantize import PrequantizeReport, prequantize
+    from falqon_fx.model.blocks import BlocksReport, compile_blocks
     from falqon_fx.model.explain import explain
     from falqon_fx.model.prepare import Adapter, PrepareReport, adapters, flush, prepare, restore
     from falqon_fx.model.unload import merge_and_unload
@@ -31,8 +33,10 @@ __version__ = _version("falqon-fx")  # pyproject.toml's
 __all__ = [
     "Adapter",
     "Audit",
+    "BlocksReport",
     "CheckpointReport",
     "CheckpointState",
+    "CompiledReport",
     "ExportReport",
     "FalqonConfig",
     "FalqonConfigError",
@@ -46,17 +50,20 @@ __all__ = [
     "RewriteResult",
     "Site",
     "adapters",
+    "compile_blocks",
     "explain",
     "falqon",
     "flush",
     "load",
     "load_checkpoint",
+    "load_compiled",
     "merge_and_unload",
     "prepare",
     "prequantize",
     "restore",
     "rewrite",
     "save_checkpoint",
+    "save_compiled",
     "save_fp8",
     "watch",
 ]
@@ -64,10 +71,12 @@ __all__ = [
 _HOMES = {
     "falqon_fx.backend": ("RewriteResult", "falqon", "rewrite"),
     "falqon_fx.files.checkpoint": ("CheckpointReport", "load_checkpoint", "save_checkpoint"),
+    "falqon_fx.files.compiled": ("CompiledReport", "load_compiled", "save_compiled"),
     "falqon_fx.files.distributed_checkpoint": ("CheckpointState",),
     "falqon_fx.files.export": ("ExportReport", "save_fp8"),
     "falqon_fx.files.loading": ("load",),
     "falqon_fx.files.prequantize": ("PrequantizeReport", "prequantize"),
+    "falqon_fx.model.blocks": ("BlocksReport", "compile_blocks"),
     "falqon_fx.model.explain": ("explain",),
     "falqon_fx.model.prepare": (
         "Adapter", "PrepareReport", "adapters", "flush", "prepare", "restore",

@@ -313,12 +313,25 @@ def copy_dynamic_marks(old: Tensor, new: Tensor) -> None:
             setattr(new, name, value)
 
 
-def is_last_compile() -> bool:
-    """Whether Dynamo makes no further graph of this code: what needs another runs uncompiled."""
+def compile_number() -> int:
+    """How many graphs Dynamo made of the code at hand before; 0 where it compiles none."""
     context = torch._guards.CompileContext.try_get()
     done = getattr(context and context.compile_id, "frame_compile_id", None)
+    return int(done or 0)
+
+
+def is_last_compile() -> bool:
+    """Whether Dynamo makes no further graph of this code: what needs another runs uncompiled."""
     limit: int = torch._dynamo.config.recompile_limit
-    return done is not None and int(done) + 1 == limit
+    return compile_number() + 1 == limit
+
+
+def with_own_code(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """A copy of a function whose graphs Dynamo counts apart: it knows functions by their code, and
+    the sizes that one has seen by its name.
+    """
+    code = function.__code__.replace(co_name=name)
+    return types.FunctionType(code, function.__globals__, name, None, function.__closure__)
 
 
 def trace_alone(function: Callable[[], Any], backend: Callable[..., Any]) -> Any:
@@ -330,11 +343,7 @@ def trace_alone(function: Callable[[], Any], backend: Callable[..., Any]) -> Any
     options: dict[str, Any] = {}
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         options["isolate_recompiles"] = True
-    # Dynamo knows functions by their code: a fresh one has no entries yet.
-    code = function.__code__
-    fresh = types.FunctionType(
-        code.replace(), function.__globals__, function.__name__, None, function.__closure__
-    )
+    fresh = with_own_code(function, function.__name__)
     sizes = get_code_state()  # the sizes seen by each function, from which Dynamo guesses symbols
     mine = copy.deepcopy(dict(sizes))
     sizes.clear()

@@ -30,6 +30,7 @@ from falqon_fx.passes.recompute_weights import recompute_weights
 from falqon_fx.passes.scope import attribute
 from falqon_fx.passes.verify import operations
 from falqon_fx.passes.work import Work
+from falqon_fx.report import compiling
 from falqon_fx.report.data import GraphReport
 from falqon_fx.report.passlog import PassLog
 from falqon_fx.report.paths import ModulePaths
@@ -62,7 +63,8 @@ def falqon(
     _check_processes(gm, config)
     result = rewrite(gm, example_inputs, config, tune=True)
     compile_warnings.warn(result.report.graphs[0], gm, example_inputs)
-    compiled = _compile(result, example_inputs, config)
+    with compiling.told(result.report.graphs[0], _compat.compile_number()):
+        compiled = _compile(result, example_inputs, config)
     if not result.report.sites:
         return compile_warnings.looking_for_lora(compiled, gm, example_inputs)
 

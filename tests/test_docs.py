@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -49,15 +50,31 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_the_readmes_blocks_run_from_nothing_to_a_saved_adapter(tmp_path, capsys):
+def test_the_readmes_first_block_is_the_quickstart():
+    """Which `tests/test_quickstart.py` runs."""
+    source = (ROOT / "examples" / "quickstart.py").read_text().split('"""\n\n', 1)[1]
+    first = blocks(ROOT / "README.md")[0]
+    written = [line for line in first.splitlines() if line]
+    assert written == [line.replace("# %% ", "# ") for line in source.splitlines() if line]
+
+
+def test_the_readmes_other_block_runs(capsys):
+    names = given()
+    (_, code) = blocks(ROOT / "README.md")
+    exec(code, names)
+    was_explained(names)
+    assert "predicted" in capsys.readouterr().out
+
+
+def test_the_loop_runs_from_nothing_to_a_saved_adapter(tmp_path, capsys):
+    (code,) = (code for code in blocks(DOCS / "trainers.md") if "for step in" in code)
     names: dict[str, Any] = {}
-    for code in blocks(ROOT / "README.md"):
-        exec(code, names)
+    exec(code, names)
     printed = re.findall(r"^(\d+) (\d+\.\d+)$", capsys.readouterr().out, re.MULTILINE)
     losses = [float(loss) for _, loss in printed]
     assert [int(step) for step, _ in printed] == list(range(20))
     assert losses == sorted(losses, reverse=True)
-    assert len(falqon_fx.adapters(names["model"])) == len(names["report"].sites) == SITES
+    assert len(falqon_fx.adapters(names["model"])) == SITES
 
     base = transformers.LlamaForCausalLM(names["base"].config)
     loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
@@ -73,6 +90,7 @@ def given() -> dict[str, Any]:
         "torch": torch,
         "falqon_fx": falqon_fx,
         "model": tiny_llama(),
+        "tokenizer": lambda text, return_tensors: types.SimpleNamespace(input_ids=ids),
         "batch": {"input_ids": ids, "labels": ids},
         "data": [{"input_ids": row, "labels": row} for row in ids],
         "config": FalqonConfig(inner="eager"),
@@ -107,7 +125,7 @@ def was_explained(names: dict[str, Any]) -> None:
 CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "docs/checkpoints.md": was_saved,
     "docs/inspecting.md": was_explained,
-    "docs/limits.md": runs_in_fp8,
+    "docs/first-step.md": runs_in_fp8,
     "docs/matching.md": runs_in_fp8,
     "docs/method.md": was_watched,
     "docs/options.md": runs_in_fp8,
@@ -118,6 +136,7 @@ BLOCKS = [
     for page in PAGES
     if page.is_relative_to(DOCS) and not page.is_relative_to(GUIDES)
     for number, code in enumerate(blocks(page))
+    if "for step in" not in code  # the loop, above
 ]
 
 
@@ -130,8 +149,8 @@ def test_a_block_of_the_docs_runs(page, code):
     CHECKS[page](names)
 
 
-def test_the_trainers_page_has_three_ways():
-    assert len(blocks(DOCS / "trainers.md")) == 3
+def test_the_trainers_page_has_four_ways():
+    assert len(blocks(DOCS / "trainers.md")) == 4
 
 
 # -- links and names -------------------------------------------------------------------------------
@@ -170,7 +189,7 @@ def test_labels_of_links_are_defined_once_and_used(page):
 
 
 def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 140
 
 
 def test_the_readme_links_to_every_page():

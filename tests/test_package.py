@@ -22,6 +22,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PUBLIC = {
     "Adapter",
     "Audit",
+    "BlocksReport",
+    "CompiledReport",
+    "compile_blocks",
+    "load_compiled",
+    "save_compiled",
     "FalqonConfigError",
     "FalqonError",
     "GraphReport",

@@ -312,6 +312,27 @@ def test_compiling_twice_is_refused(tmp_path):
     assert "Leave torch_compile" in str(no.value)
 
 
+def test_what_torch_compile_returned_is_refused_at_once(tmp_path):
+    """transformers says that no column of the data fits, once training begins."""
+    for model in (torch.compile(tiny_lm()), torch.compile(tiny_lm(), backend="falqon")):
+        with pytest.raises(FalqonError, match=r"what torch\.compile returned"):
+            trainer(tmp_path, FalqonCallback(CONFIG), model=model)
+
+
+def test_generation_of_a_prepared_model_is_on_its_fp8_weights(tmp_path, graphs):
+    """Rollouts are of the model that is trained, and no token makes a graph."""
+    model = tiny_lm()
+    own = trainer(tmp_path, FalqonCallback(CONFIG, prepare=True), model=model)
+    own.train()
+    made = len(graphs)
+    dense = falqon_fx.restore(copy.deepcopy(model))
+    ids = token_data(1)[0]["input_ids"][None]
+    options = {"max_new_tokens": 6, "do_sample": False, "use_cache": True}
+    said = model.eval().generate(input_ids=ids, **options)
+    assert torch.equal(said, dense.eval().generate(input_ids=ids, **options))
+    assert len(graphs) == made
+
+
 @pytest.mark.parametrize("prepare", [False, True], ids=["unprepared", "prepared"])
 def test_the_best_model_loaded_at_the_end_evaluates_as_it_did(tmp_path, prepare):
     """Bit for bit: nothing of the steps behind it is left. The highest loss is taken for the best,

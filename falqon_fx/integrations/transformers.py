@@ -29,6 +29,8 @@ from transformers import (
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
 from falqon_fx.integrations.trainer_checkpoints import TrainerCheckpoints
+from falqon_fx.model.blocks import compile_blocks
+from falqon_fx.model.lora_layers import unwrap
 from falqon_fx.model.prepare import prepare
 
 
@@ -50,12 +52,15 @@ class FalqonCallback(TrainerCheckpoints):
         config: options of the backend.
         prepare: call `falqon_fx.prepare`, which casts the base weights to FP8 and frees them, when
             training begins.
+        regional: compile the repeated blocks and not the whole in one process, too
+            (`falqon_fx.compile_blocks`): the first step takes a fraction of the time.
         checkpoints: add what the trainer's own checkpoints lack with update="rows", and of
             prepared models that are not PEFT's (see `TrainerCheckpoints`).
-        compile_arguments: handed to ``nn.Module.compile`` (``dynamic``, ``fullgraph``).
+        compile_arguments: handed to ``torch.compile`` (``dynamic``, ``fullgraph``).
 
     Raises:
-        FalqonError: ``TrainingArguments`` compile the model, too.
+        FalqonError: the model, or ``TrainingArguments``, is compiled already; or with ``regional``
+            there are no repeated blocks.
     """
 
     def __init__(
@@ -63,11 +68,12 @@ class FalqonCallback(TrainerCheckpoints):
         config: FalqonConfig | None = None,
         *,
         prepare: bool = False,
+        regional: bool = False,
         checkpoints: bool = True,
         **compile_arguments: Any,
     ) -> None:
         self.config, self.prepare = config or FalqonConfig(), prepare
-        self.checkpoints = checkpoints
+        self.regional, self.checkpoints = regional, checkpoints
         self.compile_arguments = compile_arguments
         self._compiled: weakref.ref[nn.Module] | None = None
         self._training = contextlib.ExitStack()
@@ -88,6 +94,10 @@ class FalqonCallback(TrainerCheckpoints):
         self._compile(args, model)
         if self.prepare and not _fsdp():
             prepare(model, self.config)
+            if (
+                self.regional and args.world_size == 1
+            ):  # layers outside of the blocks are others now
+                compile_blocks(model, self.config, **self.compile_arguments)
         if args.world_size > 1:
             self._training.enter_context(torch._dynamo.config.patch(optimize_ddp=False))
         if self.checkpoints:
@@ -114,13 +124,23 @@ class FalqonCallback(TrainerCheckpoints):
                 "what FalqonCallback compiles",
                 "Leave torch_compile, torch_compile_backend and torch_compile_mode unset",
             )
+        if model is not None and unwrap(model) is not model:
+            raise FalqonError(
+                "the trainer's model",
+                "it is what torch.compile returned, of which transformers reads neither the "
+                "arguments nor the class",
+                "Give the trainer the model itself, which FalqonCallback compiles",
+            )
         if model is None or (self._compiled is not None and self._compiled() is model):
             return
         if _fsdp():
             prepare(model, self.config)
-        for part in _blocks(model) if args.world_size > 1 else [model]:
-            options = {"config": self.config}
-            part.compile(backend="falqon", options=options, **self.compile_arguments)
+        if self.regional and args.world_size == 1:
+            compile_blocks(model, self.config, **self.compile_arguments)
+        else:
+            for part in _blocks(model) if args.world_size > 1 else [model]:
+                options = {"config": self.config}
+                part.compile(backend="falqon", options=options, **self.compile_arguments)
         self._compiled = weakref.ref(model)
 
 
