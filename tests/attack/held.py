@@ -23,7 +23,7 @@ from torch._dynamo import callback
 Look = dict[str, int]
 # Of what is compared with what it was: nothing may be added.
 FLAT = ("ours", "graphs", "modules", "tensors", "threads", "files")
-# What torch adds to with each compilation.
+# What torch adds to with each compilation, in proportion to the guards that it keeps.
 GROWING = ("objects", "blocks", "memory")
 _OURS = "falqon_fx"
 _GRAPHS = (fx.Graph, fx.Node, fx.GraphModule)

@@ -36,7 +36,7 @@ def test_a_save_whose_calls_fail_leaves_the_old_or_the_new(tmp_path):
     for failure in failures:
         assert failure.startswith("stray,")
         for way in ("python", "torch", "rust", "renamed", "symlink", "folder"):
-            assert f"/{way}'" in failure.split("written elsewhere")[1]
+            assert f"/{way}'" in failure.rpartition("written elsewhere: ")[2]
 
 
 @pytest.mark.slow

@@ -63,10 +63,9 @@ STEPS = (0, 334, 667, 1000)  # where a process ends and the next goes on
 # An event after every so many: each is met eight times in each process, or four times, since to
 # compile with Inductor takes a second.
 EVERY = {"eager": 2, "inductor": 4}
-# What a compilation leaves, by what it leaves with torch's own backend: where layers are prepared
-# torch keeps 47 finalizers of guards for the 42 of plain ones, an eighth more; the rest is noise of
-# memory that comes in pages.
-ROOM = 1.25
+# Of what grows with each of torch's guards, by what that is with torch's own backend. Runs differed
+# by 6% at most, in memory, which comes in pages.
+ROOM = 1.1
 
 
 @pytest.mark.slow
@@ -75,8 +74,8 @@ ROOM = 1.25
 def test_a_thousand_steps_in_three_processes_are_those_of_one(tmp_path, inner, prepared, capsys):
     """What a process holds is looked at behind each round of events, when nothing is compiled.
     Objects of ours, graphs, modules, tensors, threads and files: no more in the later rounds than
-    in the earlier ones. Memory grows, since torch keeps a part of each compilation for ever: by no
-    more for each than with torch's own backend alone, in a process of its own here.
+    in the earlier ones. Memory grows, since torch keeps the guards of each compilation for ever,
+    with a stack each: by no more for a guard than with torch's own backend, in another process.
     """
     common = ["--inner", inner, *(["--prepared"] if prepared else [])]
     environment = {
@@ -111,17 +110,14 @@ def test_a_thousand_steps_in_three_processes_are_those_of_one(tmp_path, inner, p
                 max(look[name] for look in part) for part in (looks[:half], looks[half:])
             )
             assert late <= early, (name, [look[name] for look in looks])
-    ours, theirs = left_by_a_compilation(seen), left_by_a_compilation([of_torch])
+    ours, theirs = growth(seen), growth([of_torch])
     with capsys.disabled():
-        print(f"\n{inner}, prepared={prepared}: a compilation leaves {ours}, torch's own {theirs}")
+        print(f"\n{inner}, prepared={prepared}: grew by {ours}, with torch alone by {theirs}")
     for name in GROWING:
-        assert ours[name] <= ROOM * theirs[name], name
+        assert ours[name] / ours["guards"] <= ROOM * theirs[name] / theirs["guards"], name
 
 
-def left_by_a_compilation(processes: Sequence[list[Look]]) -> dict[str, int]:
+def growth(processes: Sequence[list[Look]]) -> dict[str, int]:
     """From the second round on, when all that is made once has been."""
-
-    def growth(name: str) -> int:
-        return sum(looks[-1][name] - looks[1][name] for looks in processes)
-
-    return {name: round(growth(name) / growth("compilations")) for name in GROWING}
+    names = ("compilations", "guards", *GROWING)
+    return {name: sum(looks[-1][name] - looks[1][name] for looks in processes) for name in names}
