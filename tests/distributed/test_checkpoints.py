@@ -194,7 +194,7 @@ def test_a_rank_that_dies_is_started_again(tmp_path: Path):
             text=True,
             timeout=300,
         )
-        assert done.returncode == 0, done.stderr[-6000:]
+        assert done.returncode == 0, done.stderr[-20000:]
         results.append(torch.load(folder / "result.pt"))
     print(f"{time.monotonic() - start:.0f} s")
     (_, straight), (first, interrupted) = results
