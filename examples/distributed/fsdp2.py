@@ -3,8 +3,8 @@
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 torchrun --nproc-per-node 2 --max-restarts 3 examples/distributed/fsdp2.py
 
-It goes on from its last checkpoint, on as many GPUs as there are then. (Without the variable torchrun
-2.13 keeps its store over restarts, and ranks may find the addresses of those before.)
+It goes on from its last checkpoint, on as many GPUs as there are then. (Without the variable
+torchrun 2.13 keeps its store over restarts, and ranks may find the addresses of those before.)
 """
 
 from __future__ import annotations
