@@ -1,8 +1,10 @@
 """LoRA on several GPUs that share the model: FSDP2 gathers a layer at a time, in FP8.
 
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 torchrun --nproc-per-node 2 --max-restarts 3 examples/distributed/fsdp2.py
 
-It goes on from its last checkpoint, on as many GPUs as there are then.
+It goes on from its last checkpoint, on as many GPUs as there are then. (Without the variable
+torchrun 2.13 keeps its store over restarts, and ranks may find the addresses of those before.)
 """
 
 from __future__ import annotations

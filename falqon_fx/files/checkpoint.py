@@ -140,9 +140,9 @@ def _gather(part: Iterable[tuple[str, Tensor]]) -> Unshared:
     """Whole tensors in the memory of the first process."""
     kept: dict[str, Tensor] = {}
     for name, tensor in part:
-        of_all = gathered(tensor)
-        if dist.get_rank() == 0:
-            kept[name] = of_all
+        kept[name] = gathered(tensor)
+        if dist.get_rank() != 0:
+            kept.clear()  # it gave its part
     return trees.unshared(kept.items())
 
 

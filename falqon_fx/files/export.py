@@ -276,11 +276,11 @@ class _Export:
     def gathered(self, tensor: Tensor) -> Callable[[], Tensor]:
         """What makes a tensor of `tensors`, whose parts are gathered now."""
         _, owner, make = self._waiting.get(id(tensor), (tensor, tensor, lambda itself: itself))
+        if self._last_whole is not None and self._last_whole.path != getattr(owner, "path", None):
+            self._last_whole = None  # one at a time
         if isinstance(owner, Tensor):
             return functools.partial(make, whole(owner))
-        if self._last_whole is None or self._last_whole.path != owner.path:
-            self._last_whole = None  # not two layers at a time
-            self._last_whole = owner.whole()
+        self._last_whole = self._last_whole or owner.whole()
         return functools.partial(make, self._last_whole)
 
     def _of_layer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import zip_longest
 
 from torch import distributed as dist
@@ -28,8 +29,10 @@ def check_same_on_all_ranks(text: str) -> None:
     if ranks == 1:
         return
     store = _compat.default_store()
-    turn = store.add(f"{_KEY}.calls.{rank}", 1)
-    said, verdict = f"{_KEY}.{turn}.said", f"{_KEY}.{turn}.verdict"
+    # torchrun keeps its store when it starts the ranks anew.
+    key = f"{_KEY}.{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    turn = store.add(f"{key}.calls.{rank}", 1)
+    said, verdict = f"{key}.{turn}.said", f"{key}.{turn}.verdict"
     store.set(f"{said}.{rank}", text)
     try:
         if rank == 0:

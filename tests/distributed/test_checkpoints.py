@@ -179,7 +179,9 @@ def loaded() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def test_a_rank_that_dies_is_started_again(tmp_path: Path):
-    """torchrun starts all ranks anew, which go on from the last checkpoint, bit for bit."""
+    """torchrun starts all ranks anew, which go on from the last checkpoint, bit for bit. They need
+    a store of their own: in that of the launcher they find the addresses of those before.
+    """
     start = time.monotonic()
     results = []
     for dies in (False, True):
@@ -189,12 +191,12 @@ def test_a_rank_that_dies_is_started_again(tmp_path: Path):
         command += ["--max-restarts", "1", str(Path(elastic_script.__file__)), str(folder)]
         done = subprocess.run(
             [sys.executable, "-W", "ignore", *command, *(["dies"] if dies else [])],
-            env={**os.environ, **ranks.ENVIRONMENT},
+            env={**os.environ, **ranks.ENVIRONMENT, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
             capture_output=True,
             text=True,
             timeout=300,
         )
-        assert done.returncode == 0, done.stderr[-6000:]
+        assert done.returncode == 0, done.stderr[-20000:]
         results.append(torch.load(folder / "result.pt"))
     print(f"{time.monotonic() - start:.0f} s")
     (_, straight), (first, interrupted) = results

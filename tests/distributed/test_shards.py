@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import falqon_fx
 from falqon_fx import CheckpointState, FalqonConfig, FalqonError
@@ -44,10 +44,16 @@ def llama(prepared: bool = True) -> Any:
     return model
 
 
-def sharded(prepared: bool = True) -> Any:
+def wrapped() -> Any:
+    """With a checkpoint wrapper, which PEFT's save_pretrained can't see through."""
+    return sharded(wrap=True)
+
+
+def sharded(prepared: bool = True, wrap: bool = False) -> Any:
     model = llama(prepared)
     layers = model.get_base_model().model.layers
-    layers[0] = checkpoint_wrapper(layers[0])
+    if wrap:
+        layers[0] = checkpoint_wrapper(layers[0])
     for layer in layers:
         fully_shard(layer)
     return fully_shard(model)
@@ -125,8 +131,8 @@ def check(folder: Path, run: Callable[[], Any]) -> None:
             assert same(same_as, expected), name
     for file in ("model.safetensors", "config.json", "falqon.json"):
         content = (folder / "fp8_alone" / file).read_bytes()
-        assert (folder / "fp8" / file).read_bytes() == content
-        assert (folder / "fp8_columns" / file).read_bytes() == content
+        for kind in ("fp8", "fp8_sharded", "fp8_by_columns", "fp8_wrapped"):
+            assert (folder / kind / file).read_bytes() == content, kind
     for name, call in {"saved": falqon_fx.load_checkpoint, "dcp": load_dcp}.items():
         other = llama()
         again = trained(other, 1)
@@ -134,6 +140,12 @@ def check(folder: Path, run: Callable[[], Any]) -> None:
         assert same(tensors(other, again), expected), name
     adapter = get_peft_model_state_dict(plain)
     assert same(load_file(folder / "adapter/adapter_model.safetensors"), adapter)
+
+
+def load_into(model: Any, folder: Path) -> dict[str, Tensor]:
+    optimizer = trained(model, 1)
+    falqon_fx.load_checkpoint(model, folder, optimizer=optimizer)
+    return tensors(model, optimizer)
 
 
 def load_dcp(model: Any, folder: Path, optimizer: torch.optim.Optimizer) -> None:
@@ -162,6 +174,8 @@ class Gathered:
 
     def whole(self, real: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
         result = real(tensor)
+        if not isinstance(tensor, DTensor):
+            return result
         self.live = [(ref, size) for ref, size in self.live if ref() is not None]
         self.live.append((weakref.ref(result.untyped_storage()), result.nbytes))
         self.most = max(self.most, sum(size for _, size in self.live))
@@ -215,6 +229,8 @@ def work() -> dict[str, Any]:
         ("dcp", load_dcp, sharded),
         ("saved", falqon_fx.load_checkpoint, by_columns),
         ("dcp", load_dcp, by_columns),
+        ("dcp", load_dcp, wrapped),
+        ("saved", falqon_fx.load_checkpoint, wrapped),
     ):
         other = make()
         again = trained(other, 1)
@@ -222,7 +238,11 @@ def work() -> dict[str, Any]:
         if name == "saved":
             assert (random.random(), torch.rand(1)) == numbers
         found[f"{name}, {make.__name__}"] = tensors(other, again)
-    falqon_fx.save_fp8(other, folder / "fp8_columns", progress=False)
+        if name == "dcp":
+            falqon_fx.save_fp8(other, folder / f"fp8_{make.__name__}", progress=False)
+    again_saved = falqon_fx.save_checkpoint(other, folder / "wrapped", optimizer=again)
+    found["wrapped"] = load_into(sharded(), folder / "wrapped")
+    assert again_saved.sites == report.sites
     found["problems"] = list(problems(model, optimizer, folder))
     return found
 
