@@ -58,12 +58,11 @@ def test_the_readmes_first_block_is_the_quickstart():
     assert written == [line.replace("# %% ", "# ") for line in source.splitlines() if line]
 
 
-def test_the_readmes_other_block_runs(capsys):
+def test_the_readmes_other_block_runs():
     names = given()
     (_, code) = blocks(ROOT / "README.md")
     exec(code, names)
     was_explained(names)
-    assert "predicted" in capsys.readouterr().out
 
 
 def test_the_loop_runs_from_nothing_to_a_saved_adapter(tmp_path, capsys):
