@@ -135,7 +135,8 @@ def test_copies_and_pickles_are_those_of_a_model(tmp_path):
     falqon_fx.compile_blocks(model, CONFIG)
     loss, _ = step(model, ids)
     twin = copy.deepcopy(model)
-    assert all(m.forward.__self__ is m for m in twin.modules())
+    methods: list[Any] = [(m, m.forward) for m in twin.modules()]
+    assert all(forward.__self__ is m for m, forward in methods)
     assert torch.equal(step(twin, ids)[0], loss)
     with torch.no_grad():
         for parameter in twin.parameters():

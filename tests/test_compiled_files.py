@@ -60,12 +60,12 @@ def saved(tmp_path, monkeypatch):
     """A folder as it is saved, with content that torch never gets to see."""
     monkeypatch.setenv("FALQON_CACHE", str(tmp_path / "cache"))
     info = type("Info", (), {"artifacts": {"inductor": ["key"]}})()
-    monkeypatch.setattr(compiled.torch.compiler, "save_cache_artifacts", lambda: (b"code", info))
+    monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (b"code", info))
 
     def never(content: bytes) -> None:
         raise AssertionError("it was handed to torch")
 
-    monkeypatch.setattr(compiled.torch.compiler, "load_cache_artifacts", never)
+    monkeypatch.setattr(torch.compiler, "load_cache_artifacts", never)
     report = falqon_fx.save_compiled(tmp_path / "saved")
     assert str(report) == f"{tmp_path / 'saved'}: 0.0 MiB, 1 of inductor"
     return tmp_path / "saved"
@@ -98,7 +98,7 @@ def test_a_folder_that_is_not_there_or_not_empty_is_named(saved, tmp_path):
 
 
 def test_where_nothing_was_compiled_nothing_is_saved(tmp_path, monkeypatch):
-    monkeypatch.setattr(compiled.torch.compiler, "save_cache_artifacts", lambda: None)
+    monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: None)
     with pytest.raises(FalqonError, match="Inductor has compiled nothing"):
         falqon_fx.save_compiled(tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []

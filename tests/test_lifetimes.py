@@ -115,6 +115,8 @@ def test_what_is_known_of_an_adapter_goes_with_it():
 
 def test_a_module_has_one_hook_for_what_lies_in_its_fp8_weight():
     class Layer(nn.Module):
+        lora_B: nn.Parameter
+
         def forward(self, applied: torch.Tensor) -> None:
             save_watch.announce([(self.lora_B, applied)])
 

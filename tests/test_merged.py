@@ -217,7 +217,7 @@ def test_flush_writes_all_rows_but_those_that_overflow(monkeypatch, chunk, compi
     """These have the largest steps, so each chunk would choose them before all others."""
     monkeypatch.setattr(falqon_fx.rows.update, "_CHUNK", chunk or 1 << 24)
     if not compiled:
-        monkeypatch.setattr(falqon_fx.rows.update.cpu, "takes", lambda _: False)
+        monkeypatch.setattr("falqon_fx.rows.update.cpu.takes", lambda _: False)
     site = with_b(make_site(topk=2, scaling=64.0))
     beyond = [*range(0, 20, 2)]
     with torch.no_grad():

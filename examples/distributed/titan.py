@@ -49,7 +49,8 @@ def main() -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
     schedule = LinearLR(optimizer, start_factor=0.1, total_iters=10)
-    saving, apart = None, dist.new_group(backend="gloo")  # for saves, beside training
+    saving: Any = None
+    apart = dist.new_group(backend="gloo")  # for saves, beside training
     data = work.batches(model.config.vocab_size, range(args.steps * ACCUMULATED), device)
     for step in range(args.steps):
         for part in range(ACCUMULATED):

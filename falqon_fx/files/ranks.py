@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from falqon_fx.errors import FalqonError
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def lead(sharded: bool, steps: Sequence[Callable[[], T]], work: Callable[[Iterator[T]], R]) -> R:

@@ -43,7 +43,7 @@ def whole_copy(module: nn.Module) -> Any:
     """A copy of a module that has all of its parameters."""
     held = [p for p in module.parameters() if is_dtensor(p)]
     given = {id(p): nn.Parameter(whole(p), requires_grad=p.requires_grad) for p in held}
-    return copy.deepcopy(module, given)  # type: ignore[arg-type]
+    return copy.deepcopy(module, given)
 
 
 def part_of(tensor: Tensor, like: Any) -> Tensor:

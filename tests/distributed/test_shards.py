@@ -259,12 +259,13 @@ def problems(model: Any, optimizer: torch.optim.Optimizer, folder: Path) -> Any:
         if "sharded" not in text or remedy not in text:
             yield text
     # On one rank alone something is wrong, and both hear of it.
-    for call in (
+    calls: list[Callable[[], object]] = [
         lambda: falqon_fx.save_fp8(model, mine(folder / "fp8"), progress=False),
         lambda: falqon_fx.save_checkpoint(model, mine(folder / "adapter/adapter_config.json")),
         lambda: falqon_fx.load_checkpoint(model, mine(folder / "nowhere", folder / "saved")),
-    ):
-        text = refused(call)
+    ]
+    for each in calls:
+        text = refused(each)
         if "Name a" not in text or ("(on rank 0)" in text) is (dist.get_rank() == 0):
             yield text
     text = refused(lambda: falqon_fx.load_checkpoint(sharded(prepared=False), folder / "saved"))
