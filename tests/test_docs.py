@@ -152,6 +152,29 @@ def test_the_trainers_page_has_four_ways():
     assert len(blocks(DOCS / "trainers.md")) == 4
 
 
+def test_the_arithmetic_of_distributed_training_is_right():
+    """The table of docs/distributed.md, as the text above it says how."""
+    page = (DOCS / "distributed.md").read_text()
+    table = page.split("## Which to choose")[1].split("\n| model |")[1].split("\n\n")[0]
+    rows = [row.split(" | ")[1:] for row in table.splitlines()[2:]]
+    assert len(rows) == 4
+    for row in rows:
+        numbers = [float(cell.rstrip(" |")) for cell in row]
+        layers, hidden, wide, keys, vocabulary = numbers[:5]
+        weights = layers * (2 * hidden * hidden + 2 * hidden * keys + 3 * hidden * wide)
+        scales = 4 * layers * (3 * hidden + 2 * keys + 2 * wide)
+        dense = 2 * 2 * vocabulary * hidden
+        adapters = 64 * layers * (4 * hidden + 2 * (hidden + keys) + 3 * (hidden + wide))
+        inputs = 2 * 4096 * hidden * layers
+        held = weights + scales + dense + 16 * adapters
+        wanted = [
+            weights + scales + dense, 2 * weights + dense, 16 * adapters, inputs, held + inputs,
+            held / 8 + inputs, held / 64 + inputs,
+        ]  # fmt: skip
+        assert numbers[5:12] == [round(value / 1e9, 1) for value in wanted]
+        assert numbers[12] == round(2 * (weights + scales) / 1e9)
+
+
 # -- links and names -------------------------------------------------------------------------------
 
 
