@@ -21,7 +21,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     unset_fake_temporarily,
 )
-from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils._pytree import tree_map as tree_map
 
 from falqon_fx.errors import FalqonError
@@ -154,13 +153,6 @@ def mark_own_input(node: fx.Node, *, static: bool = True) -> None:
     node._dynamo_source = None
     if static:
         node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-
-
-def graph_module(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
-    """A graph on the attributes of ``root`` whose Python code is made when it is first asked for:
-    torch never forgets code that was made, for the tracebacks that may name it.
-    """
-    return _LazyGraphModule(root, graph)
 
 
 def copy_dynamo_attributes(old: fx.GraphModule, new: fx.GraphModule) -> None:
@@ -318,12 +310,6 @@ def compile_number() -> int:
     context = torch._guards.CompileContext.try_get()
     done = getattr(context and context.compile_id, "frame_compile_id", None)
     return int(done or 0)
-
-
-def is_last_compile() -> bool:
-    """Whether Dynamo makes no further graph of this code: what needs another runs uncompiled."""
-    limit: int = torch._dynamo.config.recompile_limit
-    return compile_number() + 1 == limit
 
 
 def with_own_code(function: Callable[..., Any], name: str) -> Callable[..., Any]:

@@ -33,8 +33,8 @@ def warn(graph: GraphReport, gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
         graph = ModulePaths.from_call_stack().report(graph, gm.graph, inputs)
     for item in graph.rejected:
         warn_once(f"falqon: left as it was: {item}")
-    if graph.sites and _compat.is_last_compile():
-        limit = torch._dynamo.config.recompile_limit
+    limit = torch._dynamo.config.recompile_limit
+    if graph.sites and _compat.compile_number() + 1 == limit:
         warn_once(
             f"falqon: this is graph {limit} of the code around {graph.sites[0].path}, and the last "
             "one: from the next change on (of a shape, a scaling, the active adapters, "

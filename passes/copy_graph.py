@@ -18,7 +18,9 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     value, old_output = cast(tuple[Any, fx.Node], output)
     node = graph.output(value, getattr(old_output, "type", None))
     node.meta.update(old_output.meta)
-    copy = _compat.graph_module(gm, graph)
+    # Code that was made for a graph is never forgotten, for the tracebacks that may name it: a lazy
+    # one makes it when it is first asked for.
+    copy = _compat.LazyGraphModule(gm, graph)
     copy.meta.update(gm.meta)
     _compat.copy_dynamo_attributes(gm, copy)
     for _, name, body in list(_compat.checkpoint_bodies(copy)):

@@ -15,7 +15,7 @@ from tests.models import LoraLinear
 
 def report(*paths: str) -> GraphReport:
     sites = tuple(Site(path, 8, 8, 4, 1.0, 0.0, "torch.float32", "") for path in paths)
-    return GraphReport(sites=sites, rejected=(), nodes_before=0, nodes_after=0)
+    return GraphReport(sites, (), 0, 0)
 
 
 LAYERS = [f"model.layers.{i}.mlp.{name}" for i in range(3) for name in ("experts.0", "experts.1")]
