@@ -21,10 +21,12 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     unset_fake_temporarily,
 )
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils._pytree import tree_map as tree_map
 
 from falqon_fx.errors import FalqonError
 
+LazyGraphModule = _LazyGraphModule
 # How Dynamo writes `torch.no_grad()`, `torch.inference_mode()` and `torch.autocast()` in a graph.
 SET_GRAD = torch._C._set_grad_enabled
 _autocast, _grad_mode = torch.amp.autocast_mode, torch.autograd.grad_mode

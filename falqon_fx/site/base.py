@@ -132,7 +132,7 @@ def check_base(path: str, base: Base, where: str) -> None:
         FalqonError: a byte that is NaN, or a scale that is NaN, Inf, zero or negative.
     """
     code, scale = local(base.code), local(base.scale)
-    bad = torch.stack([scale.isnan(), scale.isinf(), scale == 0, scale < 0]).flatten(1).sum(1)
+    bad = torch.stack([scale.isnan(), scale.isinf(), scale == 0, scale < 0]).reshape(4, -1).sum(1)
     counts = added_up(bad, base.scale).tolist()
     for count, kind in zip(counts, ("NaN", "Inf", "zero", "negative"), strict=True):
         if count:

@@ -52,8 +52,11 @@ def model_of_call() -> nn.Module:
     """The outermost module whose call runs right now; an empty one where a function runs."""
     found: nn.Module = nn.Module()
     for frame, _ in traceback.walk_stack(None):
-        module = frame.f_locals.get("self")
-        found = module if isinstance(module, nn.Module) else found
+        # Before Python 3.13 a frame keeps what it was asked for until it ends: a model that its
+        # function has deleted would live on. So functions that are no methods are not asked.
+        if frame.f_code.co_varnames[:1] == ("self",):
+            module = frame.f_locals.get("self")
+            found = module if isinstance(module, nn.Module) else found
     # What torch.compile returns wraps the model.
     inside: nn.Module = vars(found)["_modules"].get("_orig_mod", found)
     return inside
