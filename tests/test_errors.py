@@ -455,17 +455,6 @@ def test_fsdp2_of_a_model_that_is_not_prepared_is_refused(group, regional):
     assert "Call falqon_fx.prepare(model) before fully_shard" in str(caught.value)
 
 
-def test_dtensor_parameters_are_refused(group):
-    from torch.distributed.tensor import Replicate, distribute_module, distribute_tensor
-
-    mesh = dist.init_device_mesh("cpu", (1,))
-    model = distribute_module(Relu(), mesh)
-    x = distribute_tensor(torch.randn(2, 32), mesh, [Replicate()])
-    with pytest.raises(BackendCompilerFailed) as caught:
-        compiled(model)(x)
-    assert "up: its parameters are sharded" in str(caught.value)
-
-
 def ddp(model: nn.Module, bucket: int | None, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     """``bucket``: bytes of gradients a bucket. Torch has no option for the first one."""
     if bucket is None:

@@ -85,7 +85,7 @@ def assert_same(one: nn.Module, other: nn.Module) -> None:
 
 
 @OWN
-@each_value(update=CONFIGS, prepared={"unprepared": False, "prepared": True})
+@each_value(update=list(CONFIGS), prepared={"unprepared": False, "prepared": True})
 def test_the_trainer_resumes_bit_for_bit(tmp_path, prepared, update, own):
     """By its own files; with update="rows" by what the callback adds, and there alone."""
     whole = trainer_of(tmp_path / "whole", prepared, 6, own=own, update=update)

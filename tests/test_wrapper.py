@@ -120,9 +120,9 @@ def test_a_call_like_the_one_before_does_a_few_things_a_site(prepared, monkeypat
     few, many = counts
     assert many["call"] == few["call"] <= 50
     # Of six more sites: the addresses of W, A, B and W's strides, two inputs appended; of a
-    # prepared one the address of the scale, too, and its bytes viewed as E4M3.
-    assert many["c_call"] - few["c_call"] <= 6 * (8 if prepared else 6)
-    assert operations == [["aten.view.dtype"] * (n if prepared else 0) for n in (2, 8)]
+    # prepared one the address of the scale, too, and bytes and scale viewed as what they are.
+    assert many["c_call"] - few["c_call"] <= 6 * (9 if prepared else 6)
+    assert operations == [["aten.view.dtype"] * (2 * n if prepared else 0) for n in (2, 8)]
 
 
 # -- what tells that a call is another -------------------------------------------------------------

@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 import falqon_fx
 from falqon_fx import FalqonConfig
+from falqon_fx.backend import falqon as falqon_backend
 from tests.models import LoraLinear, freeze_a
 
 WIDTH, HIDDEN = 64, 128  # of which a process has 64: what a frozen layer needs to run in FP8
@@ -172,7 +173,7 @@ def compiled(model: nn.Module, config: FalqonConfig, graphs: list[Any] | None = 
     def backend(gm: Any, inputs: Any) -> Any:
         if graphs is not None:
             graphs.append(falqon_fx.rewrite(gm, inputs, config))
-        return falqon_fx.backend.falqon(gm, inputs, options={"config": config})
+        return falqon_backend(gm, inputs, options={"config": config})
 
     return torch.compile(model, backend=backend)
 
