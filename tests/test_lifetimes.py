@@ -115,13 +115,14 @@ def test_what_is_known_of_an_adapter_goes_with_it():
 
 def test_a_module_has_one_hook_for_what_lies_in_its_fp8_weight():
     class Layer(nn.Module):
-        lora_B: nn.Parameter
+        def __init__(self) -> None:
+            super().__init__()
+            self.lora_B = nn.Parameter(torch.zeros(2, 2))
 
         def forward(self, applied: torch.Tensor) -> None:
             save_watch.announce([(self.lora_B, applied)])
 
     layer = Layer()
-    layer.lora_B = nn.Parameter(torch.zeros(2, 2))
     for _ in range(3):
         applied = torch.ones(2, 2)
         for _ in range(2):

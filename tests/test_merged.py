@@ -11,6 +11,7 @@ from torch import Tensor
 
 import falqon_fx
 from falqon_fx import FalqonError
+from falqon_fx.kernels.cpu import native
 from falqon_fx.site.numerics import E4M3, amax_to_scale
 from tests.sites import Site, dequantized, make_site, randn, same, site_of, snapshot, update
 from tests.tolerances import fp8_cast_bound, fp8_stochastic_bound, gamma
@@ -217,7 +218,7 @@ def test_flush_writes_all_rows_but_those_that_overflow(monkeypatch, chunk, compi
     """These have the largest steps, so each chunk would choose them before all others."""
     monkeypatch.setattr(falqon_fx.rows.update, "_CHUNK", chunk or 1 << 24)
     if not compiled:
-        monkeypatch.setattr("falqon_fx.rows.update.cpu.takes", lambda _: False)
+        monkeypatch.setattr(native, "takes", lambda _: False)
     site = with_b(make_site(topk=2, scaling=64.0))
     beyond = [*range(0, 20, 2)]
     with torch.no_grad():

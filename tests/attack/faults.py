@@ -47,7 +47,8 @@ def withstood(folder: Path, writers: dict[str, int], kind: str, hit: str) -> Cou
     found = attack(folder, writers=writers, kind=kind)
     if "skipped" in found:
         pytest.skip(found["skipped"])
-    assert found["failures"] == []
+    failures = found["failures"]
+    assert not failures, f"{len(failures)}, of them\n" + "\n\n".join(failures[:5])
     counts: Counts = found["counts"]
     assert {writer: of[hit] for writer, of in counts.items()} == writers
     return counts
