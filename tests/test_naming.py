@@ -113,6 +113,7 @@ def test_parts_that_a_function_gets_as_arguments_name_their_layer():
     assert item.site == "layer"
 
 
+@pytest.mark.slow  # a dozen graphs
 def test_dora_is_refused_by_the_names_of_its_layers():
     """PEFT's variant computes in functions that get lora_A and lora_B, behind graph breaks."""
     report = falqon_fx.explain(tiny_llama(use_dora=True), input_ids=IDS)
@@ -136,6 +137,7 @@ def test_a_model_that_reads_values_is_refused_with_a_remedy():
     assert "Compile the model" in str(error.value)
 
 
+@pytest.mark.slow  # a dozen graphs
 def test_alora_is_refused_by_the_names_of_its_layers():
     model, ids = alora()
     with warnings.catch_warnings(record=True) as seen:

@@ -23,6 +23,7 @@ from falqon_fx.site.base import cast_base
 from falqon_fx.site.record import STEP
 from falqon_fx.site.spec import SiteSpec
 from tests.models import tiny_mlp
+from tests.parameters import slow
 from tests.sites import Site, make_site, randn, takes_row_scales
 
 # numpy, which the interpreter computes with, announces what hashing does on purpose.
@@ -184,18 +185,13 @@ def grad_x(weight, scale, lora_a, transpose: str, kernel: str) -> torch.Tensor:
     return gpu.merged_linear_grad_x(*columns, torch.bfloat16, spec_text)
 
 
-KERNELS = pytest.mark.parametrize(
-    "kernel",
-    [
-        "triton",
-        pytest.param(
-            "scaled_mm",
-            marks=pytest.mark.skipif(
-                not takes_row_scales(), reason="torch's _scaled_mm takes no row scales on CPU"
-            ),
-        ),
-    ],
+SCALED_MM = pytest.param(
+    "scaled_mm",
+    marks=pytest.mark.skipif(
+        not takes_row_scales(), reason="torch's _scaled_mm takes no row scales on CPU"
+    ),
 )
+KERNELS = pytest.mark.parametrize("kernel", ["triton", SCALED_MM])
 
 
 @KERNELS
@@ -212,7 +208,7 @@ def test_grad_x_of_a_constant_base_is_that_of_a_transient_transpose(kernel):
     assert [stored.find(base.weight) for base in bases] == copies
 
 
-@KERNELS
+@pytest.mark.parametrize("kernel", [SCALED_MM, slow("triton")])
 def test_grad_x_follows_the_updates_of_rows(kernel):
     made = [make_site(48, 64, 16), make_site(32, 64, 8, seed=1)]
     for step in range(2):
