@@ -69,16 +69,13 @@ class Fp8Linear(PreparedLinear):
         return result
 
     def base(self) -> Base:
-        """W as it lies in memory; of one that is cut over processes this one's part.
+        """W as it lies in memory; of one that is cut over processes as DTensors.
 
         Raises:
             FalqonError: its bytes are no longer those that `prepare` made.
         """
         self._verify()
-        return self._part()
-
-    def _part(self) -> Base:
-        return Base(local(self.code).detach(), as_scale(local(self.scale).detach()))
+        return Base(self.code.detach(), as_scale(self.scale.detach()))
 
     def dequantized(self) -> Tensor:
         """dq(W) [out, in], in the original dtype.
@@ -87,7 +84,7 @@ class Fp8Linear(PreparedLinear):
             FalqonError: its bytes are no longer those that `prepare` made, or FSDP has spread them
                 over processes.
         """
-        if is_dtensor(self.code) and not self._has_own_digest():
+        if is_dtensor(self.code) and not self._is_part():
             problem = "it is sharded, and its dense base weight was asked for, as by PEFT's merge"
             raise FalqonError(self.path, problem, IN_ONE_PROCESS)
         self._verify()
@@ -95,16 +92,17 @@ class Fp8Linear(PreparedLinear):
         cut = Cut.of(self.code)
         return weight if cut is None else cut.wrap(weight)
 
-    def _has_own_digest(self) -> bool:
-        """Whether the digest here is that of the bytes here: FSDP cuts it as it cuts the bytes, and
-        tensor parallelism has one a process.
+    def _is_part(self) -> bool:
+        """Whether tensor parallelism has cut W: then each process has a digest of its own bytes.
+        FSDP cuts the digest of the whole as it cuts the bytes.
         """
-        return local(self.digest).numel() == DIGEST_BYTES
+        return is_dtensor(self.code) and self.digest.numel() > DIGEST_BYTES
 
     def _verify(self) -> None:
-        # Compiled code looks before each call.
-        if not torch.compiler.is_compiling() and self._has_own_digest():
-            bases.verify(self.path, self._part(), local(self.digest))
+        # Compiled code looks before each call; of what FSDP has cut nobody here has all bytes.
+        if not torch.compiler.is_compiling() and (self._is_part() or not is_dtensor(self.code)):
+            base = Base(local(self.code).detach(), as_scale(local(self.scale).detach()))
+            bases.verify(self.path, base, local(self.digest))
 
     def extra_repr(self) -> str:
         return (
@@ -116,7 +114,7 @@ class Fp8Linear(PreparedLinear):
 def refuse_parts(model: nn.Module, call: str) -> None:
     """Raise where a ``call`` would have to put together what tensor parallelism has cut."""
     for path, module in model.named_modules():
-        if isinstance(module, Fp8Linear) and module.digest.numel() > DIGEST_BYTES:
+        if isinstance(module, Fp8Linear) and module._is_part():
             raise FalqonError(
                 path,
                 f"tensor parallelism has cut its FP8 weight, which {call} can't put together yet",
