@@ -67,7 +67,12 @@ def attack(folder: Path, **arguments: Any) -> dict[str, Any]:
     subprocess.run(command, check=True)
     arguments = {"folder": str(folder / "attacked"), "library": str(library), **arguments}
     code = _PROCESS.format(root=str(ROOT), arguments=arguments)
-    environment = {**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": str(library),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",  # of what is imported late: Python's, and seen, too
+    }
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         capture_output=True,
@@ -231,8 +236,8 @@ class Bench:
         assert ended != "done" or state == _WHOLE_NEW, "it said that it was done"
 
     def _may_write(self, path: str) -> bool:
-        """What is the call's own, and what it writes aside."""
-        place = os.path.relpath(path, os.path.realpath(self.folder))
+        """What is the call's own, what it writes aside, and what is in a folder that is gone."""
+        place = os.path.relpath(path, os.path.realpath(self.folder)).replace(" (deleted)", "")
         return (
             path in ("/dev/null", os.path.realpath(self.folder))
             or any(f"{place}/".startswith(f"{own}/") for own in self.writer.own)
