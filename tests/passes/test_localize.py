@@ -1,0 +1,82 @@
+"""What the passes make of a graph on DTensors; no process but this one, and nothing is sent."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import falqon_fx
+from falqon_fx import FalqonConfig
+from tests.distributed.tensor_parallel import WIDTH, Checkpointed, cut, integers, make, mesh
+from tests.models import LoraLinear
+
+ALL = ["down", "gate", "plain", "up"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_processes() -> Iterator[None]:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    dist.destroy_process_group()
+
+
+def rewritten(model: nn.Module, x: Tensor) -> Any:
+    found: list[Any] = []
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        found.append(falqon_fx.rewrite(gm, inputs, FalqonConfig(inner="eager")))
+        return gm
+
+    torch._dynamo.reset()
+    torch.compile(model, backend=backend)(x)
+    (result,) = found
+    return result
+
+
+def counts(result: Any) -> Counter[str]:
+    """The operations by name, those of checkpoints' bodies too."""
+    graphs = [m.graph for m in result.gm.modules() if isinstance(m, torch.fx.GraphModule)]
+    targets = [node.target for graph in graphs for node in graph.nodes]
+    names = (getattr(target, "__name__", str(target)) for target in targets)
+    return Counter(name.partition(".")[0] for name in names)
+
+
+@pytest.mark.parametrize(
+    ("sequence", "options", "gathers"),
+    [
+        (False, {}, 0),
+        (True, {}, 1),
+        (True, {"kind": Checkpointed}, 1),
+        # What is dropped is the gathered x, not its cast.
+        (True, {"dtype": torch.bfloat16, "dropout": 0.5}, 0),
+    ],
+)
+def test_sites_are_those_of_one_process(sequence: bool, options: dict[str, Any], gathers: int):
+    """And x enters once for all that read it, the output leaves once, with its adapter's part."""
+    tokens = 4 if sequence else 8
+    x = integers((2, tokens, WIDTH), 2, 0).to(options.get("dtype", torch.float32))
+    result = rewritten(cut(make(**options), sequence), x)
+    (report,) = result.report.graphs
+    assert sorted(site.path.removesuffix(".base_layer") for site in report.sites) == ALL
+    assert report.rejected == ()
+    found = counts(result)
+    assert (found["gather_tokens"], found["from_local"]) == (gathers, 2 - gathers)
+    # A of two layers cut by columns and B of one cut by rows: whole, with a part of the gradient.
+    assert sum(parameter.mesh is not None for parameter in result.local) == 3
+
+
+def test_what_two_processes_cannot_share_evenly_is_left():
+    styles = {"base_layer": ColwiseParallel(), "lora_B": ColwiseParallel()}
+    layer = parallelize_module(LoraLinear(WIDTH, 129), mesh(), styles)
+    (report,) = rewritten(layer, integers((4, WIDTH), 2, 0)).report.graphs
+    assert report.sites == ()
+    (why,) = report.rejected
+    assert "even columns" in why.reason
