@@ -111,7 +111,12 @@ def mesh() -> Any:
 
 
 def cut(model: nn.Module, sequence: bool) -> nn.Module:
-    return parallelize_module(model, mesh(), plan(sequence))
+    """torch's SequenceParallel makes frozen parameters trainable, which is taken back."""
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    model = parallelize_module(model, mesh(), plan(sequence))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    return model
 
 
 @dataclass(frozen=True)
