@@ -236,11 +236,14 @@ class Bench:
         assert ended != "done" or state == _WHOLE_NEW, "it said that it was done"
 
     def _may_write(self, path: str) -> bool:
-        """What is the call's own, what it writes aside, and what is in a folder that is gone."""
+        """What is the call's own, what it writes aside, and what is in a folder that is gone.
+        To make the folders above its own, which are there, does nothing.
+        """
         place = os.path.relpath(path, os.path.realpath(self.folder)).replace(" (deleted)", "")
         return (
             path in ("/dev/null", os.path.realpath(self.folder))
             or any(f"{place}/".startswith(f"{own}/") for own in self.writer.own)
+            or any(own.startswith(f"{place}/") for own in self.writer.own)
             or "/.falqon-" in f"/{place}"
         )
 
