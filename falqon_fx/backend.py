@@ -88,8 +88,9 @@ def _check_processes(gm: fx.GraphModule, config: FalqonConfig) -> None:
     values = [value_of(node) for node in gm.graph.find_nodes(op="placeholder")]
     parameters = [v for v in values if isinstance(v, torch.nn.Parameter)]
     groups = groups_of(parameters)
-    if groups:
-        check_options("the model", config)
+    if not groups:
+        return
+    check_options("the model", config)
     prepared = any(node.target in (BASE_LINEAR, BASE_LINEAR.default) for node in gm.graph.nodes)
     said = {**config.texts(), "prepared": str(prepared), "lowering": lowering_version()}
     for group in groups:

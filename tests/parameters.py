@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 Axis = Mapping[str, Any] | Sequence[Any]
+PREPARED_OR_NOT = {"unprepared": False, "prepared": True}
 
 
 def slow(*values: Any, id: str | None = None) -> Any:

@@ -15,7 +15,7 @@ from falqon_fx.rows.prepared import MergedBaseLinear
 from falqon_fx.site.base import cast_base
 from falqon_fx.site.spec import SiteSpec
 from tests.models import fill_b, freeze_a
-from tests.parameters import each_value
+from tests.parameters import PREPARED_OR_NOT, each_value
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -53,7 +53,7 @@ def assert_same(one: nn.Module, other: nn.Module) -> None:
         assert torch.equal(parameter.nan_to_num(), named[name].nan_to_num()), name
 
 
-@each_value(update=["adapter", "rows"], prepared={"unprepared": False, "prepared": True})
+@each_value(update=["adapter", "rows"], prepared=PREPARED_OR_NOT)
 def test_training_resumes(tmp_path, update, prepared):
     rows = {"topk": 5} if update == "rows" else {}
     config = FalqonConfig(update=update, inner="eager", **rows)

@@ -20,7 +20,7 @@ from falqon_fx.site.base import Base, cast_base
 from falqon_fx.site.numerics import E4M3
 from falqon_fx.site.spec import SiteSpec
 from tests.models import fill_b, freeze_a, tiny_llama, tiny_mlp
-from tests.parameters import each_pair, each_value
+from tests.parameters import PREPARED_OR_NOT, each_pair, each_value
 from tests.sites import randn
 from tests.tolerances import Approx, assert_within, fp8_cast_bound, gamma
 
@@ -146,7 +146,7 @@ def assert_one_cast_off(folder: Path, expected: nn.Module) -> None:
 @each_pair(
     scale=["pow2", "amax"],
     granularity=["tensor", "row"],
-    prepared={"unprepared": False, "prepared": True},
+    prepared=PREPARED_OR_NOT,
 )
 def test_without_a_trained_adapter_the_bytes_are_those_trained_on(
     tmp_path, prepared, granularity, scale
@@ -163,7 +163,7 @@ def test_without_a_trained_adapter_the_bytes_are_those_trained_on(
 @each_pair(
     scale=["pow2", "amax"],
     granularity=["tensor", "row"],
-    prepared={"unprepared": False, "prepared": True},
+    prepared=PREPARED_OR_NOT,
 )
 def test_with_rows_the_bytes_are_those_trained_on(tmp_path, prepared, granularity, scale):
     model = by_rows(tiny_llama(), prepared, granularity=granularity, scale=scale)
@@ -495,7 +495,7 @@ def test_scales_that_are_not_powers_of_two_lose_bits_in_a_bf16_model(tmp_path):
 # -- logits ----------------------------------------------------------------------------------------
 
 
-@each_value(update=["adapter", "rows"], prepared={"unprepared": False, "prepared": True})
+@each_value(update=["adapter", "rows"], prepared=PREPARED_OR_NOT)
 def test_logits_are_those_of_training_where_activations_are_cast_alike(tmp_path, update, prepared):
     """The loaded weights, each linear's input through falqon's cast: bit for bit the model that
     trained, since both multiply the same two float32 matrices. With the default an adapter is not

@@ -21,7 +21,7 @@ from falqon_fx.rows.prepared import MergedBaseLinear
 from tests import tolerances as tol
 from tests.emulation import emulate
 from tests.models import fill_b, freeze_a, tiny_mlp, train
-from tests.parameters import each_pair, each_value
+from tests.parameters import PREPARED_OR_NOT, each_pair, each_value
 
 CONFIG = FalqonConfig(inner="eager")
 ROWS = FalqonConfig(inner="eager", update="rows", rounding="nearest", topk=10)
@@ -172,9 +172,7 @@ SCALINGS: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
-@each_pair(
-    act=list(SCALINGS), when=["before", "after"], prepared={"unprepared": False, "prepared": True}
-)
+@each_pair(act=list(SCALINGS), when=["before", "after"], prepared=PREPARED_OR_NOT)
 def test_another_scaling_is_used_on_the_same_base(act, when, prepared):
     """And back: `unscale_layer`."""
     model = made(prepared)
@@ -222,7 +220,7 @@ def replace(model: nn.Module) -> None:
 @each_value(
     act=[activate, activate_of_rank_3, replace],
     when=["before", "after"],
-    prepared={"unprepared": False, "prepared": True},
+    prepared=PREPARED_OR_NOT,
 )
 def test_another_adapter_is_used_on_the_same_base(act, when, prepared):
     found, model, first = after(act, prepared=prepared, when=when)
@@ -234,7 +232,7 @@ def test_another_adapter_is_used_on_the_same_base(act, when, prepared):
 @each_pair(
     name=["other", "default"],
     when=["before", "after"],
-    prepared={"unprepared": False, "prepared": True},
+    prepared=PREPARED_OR_NOT,
 )
 def test_a_loaded_adapter_is_used(saved, name, when, prepared):
     """Under a name of its own, or over the adapter that was active."""
@@ -262,9 +260,7 @@ def test_two_active_adapters_are_both_used(when, prepared):
 # -- mixed batches ---------------------------------------------------------------------------------
 
 
-@each_value(
-    inner=["eager", "aot_eager", "inductor"], prepared={"unprepared": False, "prepared": True}
-)
+@each_value(inner=["eager", "aot_eager", "inductor"], prepared=PREPARED_OR_NOT)
 def test_a_mixed_batch_has_the_adapter_of_each_sample(prepared, inner):
     """PEFT adds each sample's adapter to its rows of the base layer's result: in FP8 that of the
     base, the adapters as they were. So the original on exact operands, with the casts of the base

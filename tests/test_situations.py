@@ -36,7 +36,7 @@ from tests.models import (
     tiny_mlp,
     train,
 )
-from tests.parameters import each_value, slow
+from tests.parameters import PREPARED_OR_NOT, each_value, slow
 from tests.training import adam, all_equal
 
 INNER = pytest.mark.parametrize("inner", ["eager", "aot_eager"])
@@ -208,7 +208,7 @@ def test_adapters_of_several_models_on_one_base_weight_share_its_fp8_form(create
     assert pointers(first) == pointers(second)
 
 
-@each_value(prepared={"unprepared": False, "prepared": True}, inner=["eager", "aot_eager"])
+@each_value(prepared=PREPARED_OR_NOT, inner=["eager", "aot_eager"])
 def test_threads_share_one_base_and_compute_what_one_does(created, prepared, inner):
     """They meet at the first call, too: it makes the base."""
     model = tiny_mlp()
@@ -241,9 +241,7 @@ def test_threads_share_one_base_and_compute_what_one_does(created, prepared, inn
     assert all(at == seen[0] for at in seen)
 
 
-@each_value(
-    prepared={"unprepared": False, "prepared": True}, inner=["eager", "aot_eager", "inductor"]
-)
+@each_value(prepared=PREPARED_OR_NOT, inner=["eager", "aot_eager", "inductor"])
 def test_nothing_outlives_its_model(prepared, inner):
     """Once Dynamo has forgotten it: neither W nor its FP8 form nor an adapter."""
     model, x = tiny_mlp(), torch.randn(2, 5, 32)
@@ -555,7 +553,7 @@ CONVERSIONS = {
 
 @each_value(
     inner=["eager", "inductor"],
-    prepared={"unprepared": False, "prepared": True},
+    prepared=PREPARED_OR_NOT,
     when=["before", "after"],
     convert=list(CONVERSIONS),
 )

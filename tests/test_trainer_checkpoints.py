@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import falqon_fx
 from falqon_fx import FalqonConfig
 from tests.models import LoraLinear, freeze_a, tiny_llama
-from tests.parameters import each_value
+from tests.parameters import PREPARED_OR_NOT, each_value
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -30,7 +30,6 @@ CONFIGS = {
 OWN = pytest.mark.parametrize(
     "own", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["FalqonCallback", "own"]
 )
-UPDATES = pytest.mark.parametrize("update", CONFIGS)
 
 
 def trainer_of(
@@ -85,7 +84,7 @@ def assert_same(one: nn.Module, other: nn.Module) -> None:
 
 
 @OWN
-@each_value(update=list(CONFIGS), prepared={"unprepared": False, "prepared": True})
+@each_value(update=list(CONFIGS), prepared=PREPARED_OR_NOT)
 def test_the_trainer_resumes_bit_for_bit(tmp_path, prepared, update, own):
     """By its own files; with update="rows" by what the callback adds, and there alone."""
     whole = trainer_of(tmp_path / "whole", prepared, 6, own=own, update=update)

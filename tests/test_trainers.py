@@ -30,7 +30,7 @@ from falqon_fx import FalqonConfig, FalqonError
 from falqon_fx.integrations.transformers import FalqonCallback, FalqonTrainer, FalqonTrainerMixin
 from falqon_fx.model.fp8_linear import Fp8Linear
 from tests.models import Relu, fill_b, tiny_mlp
-from tests.parameters import each_value
+from tests.parameters import PREPARED_OR_NOT, each_value
 from tests.training import steps
 
 CONFIG = FalqonConfig(inner="eager")
@@ -451,9 +451,7 @@ class WatchReference(transformers.TrainerCallback):
         self.look()
 
 
-@each_value(
-    reference=["disabled adapter", "ref adapter"], prepare={"unprepared": False, "prepared": True}
-)
+@each_value(reference=["disabled adapter", "ref adapter"], prepare=PREPARED_OR_NOT)
 def test_dpos_reference_model_stays_as_it_is(tmp_path, reference, prepare):
     """Its log-probabilities are equal bit for bit from the first to the last step, whether it is
     the model without its adapter or with a copy of the adapter that training began with. The policy

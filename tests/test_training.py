@@ -24,7 +24,7 @@ from falqon_fx.model.prepare import Adapter
 from tests import tolerances as tol
 from tests.emulation import cast, emulate
 from tests.models import Relu, fill_b, tiny_mlp
-from tests.parameters import each_pair, each_value
+from tests.parameters import PREPARED_OR_NOT, each_pair, each_value
 from tests.training import all_equal
 
 Call = Callable[[Tensor], Tensor]
@@ -263,7 +263,6 @@ LOOPS = {
         frozen_a,
     )
 }
-each_loop = pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
 
 
 NOISE = 0.5
@@ -308,9 +307,7 @@ def teacher_of(model: nn.Module, same_a: bool) -> nn.Module:
 # -- bit for bit -----------------------------------------------------------------------------------
 
 
-@each_value(
-    loop=LOOPS, inner=["eager", "aot_eager"], prepared={"unprepared": False, "prepared": True}
-)
+@each_value(loop=LOOPS, inner=["eager", "aot_eager"], prepared=PREPARED_OR_NOT)
 def test_a_loop_gives_the_numbers_of_the_emulated_ops(loop, inner, prepared):
     """Losses and parameters, bit for bit; the base stays where and what it is."""
     model = tiny_mlp()
@@ -715,7 +712,7 @@ each_compiler = pytest.mark.parametrize(
 @each_pair(
     reentrant={"": False, "reentrant": True},
     dropout={"": 0.0, "dropout": 0.3},
-    prepared={"unprepared": False, "prepared": True},
+    prepared=PREPARED_OR_NOT,
 )
 def test_checkpoints_inside_a_graph_change_no_number(graphs, reentrant, dropout, prepared, inner):
     """Losses, all gradients and two steps of A and B, bit for bit: what backward computes anew has

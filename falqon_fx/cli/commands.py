@@ -29,6 +29,11 @@ def _folder(help: str) -> Any:
     return Option(exists=True, file_okay=False, help=help)
 
 
+def _model_folder(help: str) -> Any:
+    return Argument(metavar="MODEL", exists=True, file_okay=False, help=help)
+
+
+Out = Annotated[Path, Argument(metavar="OUT", help="a new folder")]
 Json = Annotated[bool, Option("--json", help="print JSON (no table, no progress bar)")]
 Quiet = Annotated[bool, Option("--quiet", help="no progress bar")]
 Rank = Annotated[int | None, Option(min=1, help="of a new adapter (the library's default: 16)")]
@@ -164,15 +169,9 @@ def cost(
 
 def export(
     model: Annotated[
-        Path,
-        Argument(
-            metavar="MODEL",
-            exists=True,
-            file_okay=False,
-            help="the base model's folder, or one of falqon-fx prequantize",
-        ),
+        Path, _model_folder("the base model's folder, or one of falqon-fx prequantize")
     ],
-    out: Annotated[Path, Argument(metavar="OUT", help="a new folder")],
+    out: Out,
     adapter: Annotated[
         Path | None, _folder("a trained PEFT adapter's folder (also one of a Trainer)")
     ] = None,
@@ -197,16 +196,8 @@ def export(
 
 
 def prequantize(
-    model: Annotated[
-        Path,
-        Argument(
-            metavar="MODEL",
-            exists=True,
-            file_okay=False,
-            help="a folder with config.json and safetensors",
-        ),
-    ],
-    out: Annotated[Path, Argument(metavar="OUT", help="a new folder")],
+    model: Annotated[Path, _model_folder("a folder with config.json and safetensors")],
+    out: Out,
     rank: Rank = None,
     alpha: Alpha = None,
     target_modules: Targets = None,

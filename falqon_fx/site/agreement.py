@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -64,27 +63,15 @@ def check_options(path: str, config: FalqonConfig) -> None:
         )
 
 
+_agreed: set[tuple[str, tuple[tuple[str, str], ...]]] = set()  # groups, and what they said
+
+
 def agree_once(group: Any, said: Mapping[str, str]) -> None:
     """`agree`, once for a group and what is said."""
-    _agree_once(group.group_name, tuple(said.items()), _Held(group))
+    key = (group.group_name, tuple(said.items()))
+    if key not in _agreed:
+        agree(group, said)
+        _agreed.add(key)
 
 
-class _Held:
-    """A value that is no part of a cache's key."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Held)
-
-    def __hash__(self) -> int:
-        return 0
-
-
-@functools.cache
-def _agree_once(name: str, said: tuple[tuple[str, str], ...], held: _Held) -> None:
-    agree(held.value, dict(said))
-
-
-reset = _agree_once.cache_clear
+reset = _agreed.clear
