@@ -8,7 +8,9 @@
    the base weight at hand and, as after ``prepare``, without it; A is frozen there.
 2. Regression: one layer learns y = x · (W + ΔW)ᵀ, ΔW of low rank, with LoRA on W, with LoRA on
    dq(W) without the library, with falqon, and with rows. The error on other x than those trained
-   on. What casting x costs is in "its A and B, run in FP8".
+   on, with a constant learning rate and with one that falls linearly to 0, as trainers have it. The
+   cast of x is noise that any FP8 product has, so the adapters of LoRA on dq(W) are also run in
+   FP8, and falqon's on dq(W) without the library: like is compared with like.
 """
 
 from __future__ import annotations
@@ -110,69 +112,105 @@ class Regression:
     """Mean squared error of a run on held-out x, relative to the variance of what is learned."""
 
     run: str
+    rate: str  # "constant" or "falling"
     before: float
     after: float
+    to_lora: float  # after, to LoRA on dq(W) that is run in the same way
+
+
+Call = Callable[..., Tensor]
+PLAIN, FALQON = "LoRA on dq(W), without the library", "falqon"
+PLAIN_IN_FP8, FALQON_ON_DQ = "its A and B, run in FP8", "its A and B, run on dq(W) without it"
+PEERS = {FALQON: PLAIN_IN_FP8}  # what is run in FP8 too; everything else has PLAIN
+
+
+class Task:
+    """y = x · (W + ΔW)ᵀ with ΔW of rank 4, and the base of FP8's values."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(2)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        self.features, out, rank = 256, 256, 4
+        self.layer = nn.Linear(self.features, out, bias=False).requires_grad_(False)
+        self.layer.weight.data.copy_(draw(out, self.features) / self.features**0.5)
+        delta = draw(out, rank) @ draw(rank, self.features) * (0.5 / (self.features * rank) ** 0.5)
+        self.target = self.layer.weight + delta
+        self.held_out = draw(512, self.features)
+        base = cast_base(self.layer.weight, SiteSpec.from_config(FalqonConfig())).dequantize()
+        self.on_fp8 = copy.deepcopy(self.layer)
+        self.on_fp8.weight.data.copy_(base)
+
+    def error(self, call: Call) -> float:
+        with torch.no_grad():
+            wanted = self.held_out @ self.target.t()
+            return float((call(self.held_out) - wanted).square().mean() / wanted.square().mean())
+
+    def train(self, model: nn.Module, call: Call, steps: int, falling: bool) -> None:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
+        batches = torch.Generator().manual_seed(3)
+        for step in range(steps):
+            if falling:
+                optimizer.param_groups[0]["lr"] = RATE * (1 - step / steps)
+            x = torch.randn(64, self.features, generator=batches)
+            (call(x) - x @ self.target.t()).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def through_falqon(model: nn.Module, **options: Any) -> Call:
+    call: Call = torch.compile(model, backend="falqon", options={"inner": "eager", **options})
+    return call
 
 
 def regression(steps: int, progress: Progress) -> list[Regression]:
     """All runs, from the same A, on the same batches."""
-    generator = torch.Generator().manual_seed(2)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    features, out, rank = 256, 256, 4
-    layer = nn.Linear(features, out, bias=False).requires_grad_(False)
-    layer.weight.data.copy_(draw(out, features) / features**0.5)
-    delta = draw(out, rank) @ draw(rank, features) * (0.5 / (features * rank) ** 0.5)
-    target = layer.weight + delta
-    held_out = draw(512, features)
-    base = cast_base(layer.weight, SiteSpec.from_config(FalqonConfig())).dequantize()
-    on_fp8 = copy.deepcopy(layer)
-    on_fp8.weight.data.copy_(base)
-
-    def compiled(**options: Any) -> Callable[[nn.Module], Callable[..., Tensor]]:
-        return lambda model: torch.compile(
-            model, backend="falqon", options={"inner": "eager", **options}
-        )
-
-    rows = compiled(update="rows")
-    runs: dict[str, tuple[nn.Linear, bool, Callable[[nn.Module], Callable[..., Tensor]]]] = {
-        "LoRA on W": (layer, True, lambda model: model),
-        "LoRA on dq(W), without the library": (on_fp8, True, lambda model: model),
-        "falqon": (layer, True, compiled()),
-        "LoRA on dq(W), A frozen": (on_fp8, False, lambda model: model),
-        "falqon, A frozen": (layer, False, compiled()),
-        'falqon, update="rows"': (layer, False, rows),
+    task = Task()
+    runs: dict[str, tuple[nn.Linear, bool, Callable[[nn.Module], Call]]] = {
+        "LoRA on W": (task.layer, True, lambda model: model),
+        PLAIN: (task.on_fp8, True, lambda model: model),
+        FALQON: (task.layer, True, through_falqon),
+        "LoRA on dq(W), A frozen": (task.on_fp8, False, lambda model: model),
+        "falqon, A frozen": (task.layer, False, through_falqon),
+        'falqon, update="rows"': (
+            task.layer,
+            False,
+            lambda model: through_falqon(model, update="rows"),
+        ),
     }
     results = []
-    for name, (start, train_a, make) in runs.items():
-        model = lora(start, train_a)
-        call = make(model)
-        optimizer = torch.optim.AdamW(
-            [p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0
-        )
-        batches = torch.Generator().manual_seed(3)
-
-        def error(call: Callable[..., Tensor] = call) -> float:
-            with torch.no_grad():
-                wanted = held_out @ target.t()
-                return float((call(held_out) - wanted).square().mean() / wanted.square().mean())
-
-        before = error()
-        task = progress.add_task(f"regression: {name}", total=steps, note="")
-        for _ in range(steps):
-            x = torch.randn(64, features, generator=batches)
-            (call(x) - x @ target.t()).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            progress.update(task, advance=1)
-        results.append(Regression(name, before, error()))
-        if start is on_fp8 and train_a:
-            # What the casts of x and A cost any adapter, however it was trained.
-            results.append(Regression("its A and B, run in FP8", before, error(compiled()(model))))
-        torch._dynamo.reset()
+    bar = progress.add_task("regression", total=2 * len(runs), note="")
+    for rate in ("constant", "falling"):
+        errors: dict[str, tuple[float, float]] = {}
+        for name, (start, train_a, make) in runs.items():
+            progress.update(bar, note=f"{name}, {rate} rate")
+            model = lora(start, train_a)
+            call = make(model)
+            before = task.error(call)
+            task.train(model, call, steps, rate == "falling")
+            errors[name] = (before, task.error(call))
+            if name == PLAIN:
+                errors[PLAIN_IN_FP8] = (before, task.error(through_falqon(model)))
+            if name == FALQON:
+                errors[FALQON_ON_DQ] = (before, task.error(on_dequantized(task, model)))
+            torch._dynamo.reset()
+            progress.update(bar, advance=1)
+        for name, (before, after) in errors.items():
+            peer = errors[PEERS.get(name, PLAIN)][1]
+            results.append(Regression(name, rate, before, after, after / peer))
     return results
+
+
+def on_dequantized(task: Task, trained: nn.Module) -> nn.Module:
+    """LoRA on dq(W) with the A and B of ``trained``."""
+    model = lora(task.on_fp8, True)
+    adapter = {name: value for name, value in trained.state_dict().items() if ".lora_" in name}
+    assert len(adapter) == 2, sorted(adapter)
+    model.load_state_dict(adapter, strict=False)
+    return model
 
 
 def report(drifts: Sequence[Drift], runs: Sequence[Regression], console: Console) -> None:
@@ -189,12 +227,8 @@ def report(drifts: Sequence[Drift], runs: Sequence[Regression], console: Console
         ]
         for d in drifts
     ]
-    by_name = {run.run: run for run in runs}
-    reference = by_name["LoRA on dq(W), without the library"].after
-    lines = [
-        [r.run, f"{r.before:.5f}", f"{r.after:.5f}", f"{r.after / reference:.3f}"] for r in runs
-    ]
-    columns = ("run", "before", "after", "to LoRA on dq(W)")
+    columns = ("run", "learning rate", "before", "after", "to LoRA on dq(W) run alike")
+    lines = [[r.run, r.rate, f"{r.before:.5f}", f"{r.after:.5f}", f"{r.to_lora:.3f}"] for r in runs]
     for title, names, body in (("drift", header, rows), ("regression", columns, lines)):
         table = Table(*names, title=title)
         for row in body:
