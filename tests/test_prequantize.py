@@ -667,17 +667,6 @@ def test_rows_of_others_are_not_written(tmp_path):
         falqon_fx.load(tmp_path / "fp8", lora(), FalqonConfig(update="rows"))
 
 
-def test_block_scales_are_refused(tmp_path):
-    exported(tmp_path / "fp8", "fp8")
-    file = tmp_path / "fp8/model.safetensors"
-    tensors = safetensors.load_file(file)
-    name = "model.layers.0.mlp.up_proj.weight_scale_inv"
-    tensors[name][0, 0] *= 2
-    safetensors.save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(FalqonError, match=r"mlp\.up_proj: it has one scale per block"):
-        falqon_fx.load(tmp_path / "fp8", lora())
-
-
 def test_a_dense_checkpoint_is_not_loaded_as_fp8(tmp_path):
     folder_of(dense_model(), tmp_path / "dense")
     with pytest.raises(FalqonError, match=r"Call falqon_fx\.prequantize on it"):

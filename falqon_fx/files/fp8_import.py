@@ -1,4 +1,6 @@
-"""FP8 checkpoints of others as base weights: their bytes and scales, as they are."""
+"""FP8 checkpoints of others as base weights: their bytes and scales as they are. Scales per block
+are made scales per row.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +12,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor, nn
 
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonConfigError, FalqonError, one_line
-from falqon_fx.files import storage
-from falqon_fx.files.hf import empty_model, fill, lora_config, read_entries, read_index
+from falqon_fx.files import blocks, storage
+from falqon_fx.files.hf import (
+    empty_model,
+    fill,
+    lora_config,
+    quantization_config,
+    read_entries,
+    read_index,
+)
 from falqon_fx.files.model_state import Site
 from falqon_fx.files.site_checks import described
+from falqon_fx.files.units import SCALES
 from falqon_fx.model.lora_layers import lora_layers
-from falqon_fx.site.base import digest
+from falqon_fx.site.base import Base, digest
 from falqon_fx.site.numerics import E4M3, scale_bits
 from falqon_fx.site.spec import SiteSpec
 
-_SCALES = (".weight_scale", ".weight_scale_inv")
+_EXACT = 1e-3  # what becomes subnormal moves weights by less
 # Of an FP8 cache of keys and values, by the names of AutoFP8, compressed-tensors and vLLM.
 _OF_CACHE = (".k_scale", ".v_scale", ".kv_scale", "k_proj.output_scale", "v_proj.output_scale")
 
@@ -32,12 +43,13 @@ def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = No
     """A prepared PEFT model on the FP8 weights of a compressed-tensors or fp8 checkpoint.
 
     Its scales, one per tensor or per row, stay what they are: granularity="row", and scale="amax"
-    unless all are powers of two. FP8 layers without an adapter stay FP8 too. Left out are static
-    scales of activations, which are cast by their own largest value here, and with a warning those
-    of a cache.
+    unless all are powers of two. Weights with one scale per block are cast again to one per row
+    (`falqon_fx.files.blocks`), with a warning where that moves them. FP8 layers without an adapter
+    stay FP8 too. Left out are static scales of activations, which are cast by their own largest
+    value here, and with a warning those of a cache.
 
     Raises:
-        FalqonError: no FP8 checkpoint, scales per block of columns, or update="rows".
+        FalqonError: no FP8 checkpoint, scales that fit no block, or update="rows".
     """
     if config is not None and config.update == "rows":
         raise FalqonConfigError(
@@ -46,26 +58,35 @@ def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = No
             "Set update='adapter'; or load the dense model, and call falqon_fx.prepare(model)",
         )
     tensors = _read(directory)
-    _check_format(directory)
+    size = blocks.block_size(_fp8_settings(directory), directory)
     model = empty_model(directory, lora_config(lora), len(tensors))
     weights = {n.removesuffix(".weight"): t for n, t in tensors.items() if t.dtype == E4M3}
     if not weights:
         raise FalqonError(str(directory), "it holds no float8_e4m3fn weight", "Use transformers")
-    scales = {path: _row_scale(path, w, tensors, directory) for path, w in weights.items()}
+    found = {path: _scale(path, w, tensors, directory) for path, w in weights.items()}
+    in_blocks = {path for path, w in weights.items() if blocks.has_blocks(w, found[path])}
+    sizes = {
+        path: blocks.check_blocks(path, weights[path], found[path], size, str(directory))
+        for path in in_blocks
+    }
+    of_rows = {p: _row_scale(weights[p], s) for p, s in found.items() if p not in in_blocks}
     config = replace(config or FalqonConfig(), granularity="row")
-    if not all(_powers_of_two(scale) for scale in scales.values()):
+    if not all(_powers_of_two(scale) for scale in of_rows.values()):
         config = replace(config, scale="amax")
+    spec = SiteSpec.from_config(config)
+    bases = {path: Base(weights[path].view(torch.uint8), scale) for path, scale in of_rows.items()}
+    given = {path: (weights[path], found[path], of_block) for path, of_block in sizes.items()}
+    bases |= _cast_again(given, spec, directory)
     dtype = str(model.get_base_model().dtype).removeprefix("torch.")
-    spec = asdict(SiteSpec.from_config(config))
     adapted = {layer.path for layer in lora_layers(model)}
     layers: dict[str, tuple[Site, Mapping[str, Tensor]]] = {}
-    for name, weight in weights.items():
+    for name, base in bases.items():
         path = f"base_model.model.{name}"
         path = f"{path}.base_layer" if path in adapted else path
-        code, scale = weight.view(torch.uint8), scales[name]
-        found = {"code": code, "scale": scale_bits(scale), "digest": digest(code, scale)}
-        layers[path] = ({"dtype": dtype, "transposed": False, "spec": spec}, found)
-    skip = {f"{name}{end}" for name in weights for end in (".weight", ".input_scale", *_SCALES)}
+        own = {"code": base.code, "scale": scale_bits(base.scale)}
+        own["digest"] = digest(base.code, base.scale)
+        layers[path] = ({"dtype": dtype, "transposed": False, "spec": asdict(spec)}, own)
+    skip = {f"{name}{end}" for name in weights for end in (".weight", ".input_scale", *SCALES)}
     of_cache = {name for name in tensors if name.endswith(_OF_CACHE)}
     if of_cache:
         warnings.warn(
@@ -97,11 +118,9 @@ def _read(directory: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_format(directory: Path) -> None:
-    file = directory / "config.json"
-    content = storage.read_json(file)
-    storage.check_form(file, content, "config")
-    settings = content.get("quantization_config") or {}
+def _fp8_settings(directory: Path) -> Mapping[str, Any]:
+    """The ``quantization_config`` of an FP8 checkpoint."""
+    settings = quantization_config(directory)
     method = settings.get("quant_method")
     if method not in ("compressed-tensors", "fp8"):
         raise FalqonError(
@@ -118,27 +137,47 @@ def _check_format(directory: Path) -> None:
                 f"its weights have {weights.get('num_bits')} bits of type {weights.get('type')!r}",
                 "Only 8-bit floats can be trained on as they are",
             )
+    return settings
 
 
-def _row_scale(path: str, weight: Tensor, tensors: Mapping[str, Tensor], directory: Path) -> Tensor:
-    """The scale of each row, float32 [out, 1]."""
-    found = [tensors[path + end] for end in _SCALES if path + end in tensors]
+def _scale(path: str, weight: Tensor, tensors: Mapping[str, Tensor], directory: Path) -> Tensor:
+    """The scales of a weight, as the checkpoint has them."""
+    found = [tensors[path + end] for end in SCALES if path + end in tensors]
     if not found:
         raise FalqonError(path, f"{directory} holds no scale for it", "Check the checkpoint")
     if not found[0].is_floating_point() or not found[0].numel() or weight.dim() != 2:
         problem = f"{directory} has {described(weight)} with scales {described(found[0])}"
         raise FalqonError(path, problem, "Check the checkpoint")
-    scale, out = found[0].to(torch.float32), weight.shape[0]
-    if scale.numel() == 1 or bool((scale == scale.flatten()[0]).all()):
-        return scale.flatten()[0].expand(out, 1).clone()
-    if scale.shape in ((out, 1), (out,)):
-        return scale.reshape(out, 1)
-    raise FalqonError(
-        path,
-        f"it has one scale per block, {list(scale.shape)} of them, and W has one per row",
-        "Dequantize it with transformers (dequantize=True), then call falqon_fx.prepare",
-    )
+    scale = found[0].to(torch.float32)
+    return scale.flatten()[:1] if bool((scale == scale.flatten()[0]).all()) else scale
+
+
+def _row_scale(weight: Tensor, scale: Tensor) -> Tensor:
+    """The scale of each row, float32 [out, 1]; there is one for all or one for each."""
+    return scale.reshape(-1, 1).expand(weight.shape[0], 1).clone()
 
 
 def _powers_of_two(scale: Tensor) -> bool:
     return bool((torch.frexp(scale).mantissa == 0.5).all())
+
+
+def _cast_again(
+    given: Mapping[str, tuple[Tensor, Tensor, tuple[int, int]]], spec: SiteSpec, directory: Path
+) -> dict[str, Base]:
+    """The bases of weights with one scale per block; each given as codes, scales, block."""
+    bases, moved = {}, []
+    columns = (TextColumn("one scale per row"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, disable=not given, transient=True) as bar:
+        for path, (weight, scale, size) in bar.track(given.items(), len(given)):
+            bases[path], part = blocks.cast_again(path, weight, scale, size, spec)
+            moved.append(part)
+    change = blocks.Moved.total(moved).relative
+    if change > _EXACT:
+        warnings.warn(
+            f"falqon: {one_line(str(directory))} has one FP8 scale per block in {len(given)} "
+            "weights. W needs one per row here, so they were cast again, which moved them by "
+            f"{change:.2%} (Frobenius norm; the cast that was published moved them by some 2.6%). "
+            "Where a dense checkpoint is published too, falqon_fx.prequantize casts that once.",
+            stacklevel=4,
+        )
+    return bases

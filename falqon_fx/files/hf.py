@@ -133,6 +133,14 @@ def _exists(model: nn.Module, name: str) -> bool:
         return False
 
 
+def quantization_config(source: Path) -> Mapping[str, Any]:
+    """What config.json says of how the weights were quantized; empty for dense ones."""
+    file = source / "config.json"
+    content = storage.read_json(file)
+    storage.check_form(file, content, "config")
+    return content.get("quantization_config") or {}
+
+
 def read_index(source: Path) -> dict[str, str]:
     """The file that holds each tensor of a checkpoint, inside its folder.
 

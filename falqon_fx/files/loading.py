@@ -27,8 +27,9 @@ def load(
     """A prepared PEFT model from a folder of `prequantize`, or from an FP8 checkpoint.
 
     The model is built without weights and the FP8 bytes are mapped in: dense copies of them never
-    exist. Of an FP8 checkpoint (compressed-tensors ``float-quantized``, or the fp8 form with one
-    scale per tensor) the bytes are base weights as they are, beside a new A and B = 0.
+    exist. Of an FP8 checkpoint (compressed-tensors ``float-quantized``, or the fp8 form) the bytes
+    are base weights as they are, beside a new A and B = 0; with one scale per block they are cast
+    again to one per row (`falqon_fx.files.blocks`).
 
     Args:
         directory: the folder.

@@ -174,6 +174,9 @@ class Weights(TypedDict):
 
     num_bits: NotRequired[int | None]
     type: NotRequired[str | None]
+    strategy: NotRequired[str | None]
+    group_size: NotRequired[int | None]
+    block_structure: NotRequired[list[int] | None]
 
 
 class Group(TypedDict):
@@ -186,6 +189,7 @@ class Quantization(TypedDict):
     """The ``quantization_config`` of an FP8 checkpoint."""
 
     quant_method: NotRequired[str | None]
+    weight_block_size: NotRequired[list[int] | None]
     config_groups: NotRequired[dict[str, Group] | None]
 
 

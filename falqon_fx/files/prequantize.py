@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,9 +20,16 @@ from torch import Tensor
 
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
-from falqon_fx.files import atomic, disk, seals, storage
+from falqon_fx.files import atomic, blocks, disk, seals, storage
 from falqon_fx.files.checkpoint import versions
-from falqon_fx.files.hf import empty_model, lora_config, new_lora_a, read_index, read_tensor
+from falqon_fx.files.hf import (
+    empty_model,
+    lora_config,
+    new_lora_a,
+    quantization_config,
+    read_index,
+    read_tensor,
+)
 from falqon_fx.files.loading import FORMAT, MANIFEST
 from falqon_fx.files.model_state import Site
 from falqon_fx.files.units import Unit, layers_to_cast, units_of
@@ -75,7 +82,8 @@ def prequantize(
     `prepare` would cast.
 
     Args:
-        model: a folder with config.json and safetensors.
+        model: a folder with config.json and safetensors; dense, or FP8 with one scale per block
+            (DeepSeek, Qwen3-FP8), which is decoded and cast again (`falqon_fx.files.blocks`).
         out: a new folder; `load` makes the model from it. Until it is whole it is called
             ``out.partial``; the same call goes on with that after it was interrupted.
         lora: a PEFT ``LoraConfig``; by default rank 16 on all linear layers.
@@ -96,7 +104,9 @@ def prequantize(
         others = seals.known_files(source, _COPIED)
         skeleton = empty_model(source, lora_config(lora), len(index))
         layers = layers_to_cast(skeleton, index, config)
-        units = units_of(layers, source, index)
+        block = blocks.block_size(quantization_config(source), source)
+        units = units_of(layers, source, index, block, skeleton.get_base_model().dtype)
+        blocks.warn_unless_exact(_scales(units, source, index), source)
     partial = atomic.working_folder(out)
     atomic.refuse_link(partial)
     clock = Clock()
@@ -212,7 +222,7 @@ def _convert(
     """Write the file of a unit, then its record; it described, and whether an earlier run wrote it
     from the same weights. They are compared by contents, since copying and touching change times.
     """
-    with admit(unit.bytes if unit.layer is None else 4 * unit.bytes):
+    with admit(unit.bytes * (1 if unit.layer is None else 4 if unit.block is None else 12)):
         with clock("read"):
             tensors = {name: read_tensor(source / index[name], name) for name in unit.tensors}
             known = {name: storage.digest(tensor) for name, tensor in tensors.items()}
@@ -221,7 +231,8 @@ def _convert(
             return written, True
         if unit.layer is not None:
             with clock("cast"):
-                tensors = _cast(layers[unit.layer], tensors[unit.tensors[0]], config)
+                layer = layers[unit.layer]
+                tensors = _cast(layer, _dense(unit, layer.site, tensors, source), config)
         with clock("write"), atomic.aside(partial) as folder:
             described = storage.write_tensors(folder / "tensors", tensors)
             atomic.rename(folder / "tensors", partial / unit.file)
@@ -229,6 +240,22 @@ def _convert(
             disk.flush_to_disk(folder / "record")
             atomic.rename(folder / "record", _record(partial, unit))
     return described, False
+
+
+def _dense(unit: Unit, site: str, tensors: Mapping[str, Tensor], source: Path) -> Tensor:
+    """The weight of a unit, decoded where it is FP8."""
+    weight = tensors[unit.tensors[0]]
+    if unit.block is None:
+        return weight
+    scale = tensors[unit.tensors[1]]
+    blocks.check_blocks(site, weight, scale, unit.block, str(source))
+    return blocks.dequantize(weight, scale, unit.block)
+
+
+def _scales(units: list[Unit], source: Path, index: Mapping[str, str]) -> Iterator[Tensor]:
+    """The scales of the weights that are FP8 already."""
+    names = (unit.tensors[1] for unit in units if unit.block is not None)
+    return (read_tensor(source / index[name], name) for name in names)
 
 
 def _cast(layer: LinearLayer, weight: Tensor, config: FalqonConfig) -> dict[str, Tensor]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
 from falqon_fx.files.hf import read_entries
@@ -16,6 +18,7 @@ from falqon_fx.model.prepare import skip_reason
 from falqon_fx.rows import model as rows_model
 
 _SMALL = 1 << 20  # bytes; tensors below go into one file together
+SCALES = (".weight_scale", ".weight_scale_inv")  # what FP8 checkpoints call the scales of a weight
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
@@ -24,10 +27,11 @@ class Unit:
     """What one file holds: a weight in FP8, or tensors as they are."""
 
     file: str  # in the folder, with a number of its own
-    tensors: tuple[str, ...]
+    tensors: tuple[str, ...]  # a weight that is FP8 already, and its scales
     layer: str | None  # path of the linear layer in the PEFT model
     bytes: int
     dtype: str = ""  # of the weight that is cast
+    block: tuple[int, int] | None = None  # rows and columns per scale, of one that is FP8 already
 
 
 def layers_to_cast(
@@ -58,34 +62,62 @@ def tensor_of(layer: LinearLayer) -> str:
 
 
 def units_of(
-    layers: Mapping[str, LinearLayer], source: Path, index: Mapping[str, str]
+    layers: Mapping[str, LinearLayer],
+    source: Path,
+    index: Mapping[str, str],
+    block: tuple[int, int] | None,
+    dtype: torch.dtype,
 ) -> list[Unit]:
-    """The files to write, the largest first."""
-    sizes = {}
-    for name, entry in read_entries(source, index).items():
-        first, end = entry["data_offsets"]
-        sizes[name] = (end - first, entry["dtype"])
+    """The files to write, the largest first. FP8 weights with one scale per ``block`` count as
+    dense ones of ``dtype``.
+    """
+    entries = read_entries(source, index)
+    sizes = {name: _bytes(entry) for name, entry in entries.items()}
     cast: list[Unit] = []
     for path, layer in layers.items():
-        size, dtype = sizes[tensor_of(layer)]
-        if dtype not in _DTYPES:
+        names: tuple[str, ...] = (tensor_of(layer),)
+        found = entries[names[0]]["dtype"]
+        scale = _scale_of(names[0], entries)
+        if block and scale and entries[scale]["shape"] != [entries[names[0]]["shape"][0], 1]:
+            names, found = (*names, scale), str(dtype).removeprefix("torch.")
+        elif found in _DTYPES:
+            found = _DTYPES[found]
+        else:
             raise FalqonError(
-                layer.site, f"its weight is {dtype} already", "falqon_fx.load takes FP8 as it is"
+                layer.site, f"its weight is {found} already", "falqon_fx.load takes FP8 as it is"
             )
         file = _file_of(len(cast), layer.site)
-        cast.append(Unit(file, (tensor_of(layer),), path, size, _DTYPES[dtype]))
+        size, of_block = sum(sizes[name] for name in names), block if len(names) == 2 else None
+        cast.append(Unit(file, names, path, size, found, of_block))
     if not cast:
         raise FalqonError(str(source), "none of its layers is to be cast", "Check the LoraConfig")
-    taken = {unit.tensors[0] for unit in cast}
+    taken = {name for unit in cast for name in unit.tensors}
     rest = [name for name in index if name not in taken]
-    small = tuple(name for name in rest if sizes[name][0] < _SMALL)
-    alone = [(name,) for name in rest if sizes[name][0] >= _SMALL]
+    for name in rest:
+        if entries[name]["dtype"] == "F8_E4M3":
+            problem = "it is FP8 in the checkpoint, and its layer is none that is cast"
+            raise FalqonError(name, problem, "Don't exclude it, or give the dense checkpoint")
+    small = tuple(name for name in rest if sizes[name] < _SMALL)
+    alone = [(name,) for name in rest if sizes[name] >= _SMALL]
     units = list(cast)
     for names in [*alone, small] if small else alone:
         file = _file_of(len(units), "small" if names is small else names[0])
-        units.append(Unit(file, names, None, sum(sizes[name][0] for name in names)))
+        units.append(Unit(file, names, None, sum(sizes[name] for name in names)))
     # The largest first, so that workers end together.
     return sorted(units, key=lambda unit: -unit.bytes)
+
+
+def _bytes(entry: Mapping[str, Any]) -> int:
+    first, end = entry["data_offsets"]
+    return int(end - first)
+
+
+def _scale_of(weight: str, entries: Mapping[str, Any]) -> str | None:
+    """The name of the scales of an FP8 weight."""
+    if entries[weight]["dtype"] != "F8_E4M3":
+        return None
+    names = (weight.removesuffix(".weight") + end for end in SCALES)
+    return next((name for name in names if name in entries), None)
 
 
 def _file_of(number: int, name: str) -> str:

@@ -1,0 +1,157 @@
+"""FP8 weights with one scale per block, as DeepSeek, Qwen and GLM are published: read, and cast
+again to one scale per row.
+
+The weights of such a checkpoint are W ≈ code · scale[block of the row, block of the column]. A sum
+over the columns can't take such scales out of the product, one per row it can. Where the blocks'
+scales are powers of two ("ue8m0") and those of the rows too, a value changes only if it becomes
+subnormal under the largest scale of its row, by half of 2⁻⁹ of that scale at most; other scales
+cost a second cast (docs/checkpoints.md).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from falqon_fx.errors import FalqonError, one_line
+from falqon_fx.files.site_checks import described
+from falqon_fx.site.base import Base, cast_base, check_base, check_weight
+from falqon_fx.site.numerics import E4M3
+from falqon_fx.site.spec import SiteSpec
+
+_STRIP = 1 << 24  # elements that are decoded at a time
+_CHECK = "Check weight_block_size in config.json, and the checkpoint"
+
+
+@dataclass(frozen=True)
+class Moved:
+    """By how much casting again moved weights: ‖cast again − as published‖² and ‖as published‖²."""
+
+    error: float
+    norm: float
+
+    @classmethod
+    def of(cls, before: Tensor, after: Tensor) -> Moved:
+        return cls(float((after - before).square().sum()), float(before.square().sum()))
+
+    @classmethod
+    def total(cls, parts: Iterable[Moved]) -> Moved:
+        pairs = [(part.error, part.norm) for part in parts]
+        return cls(math.fsum(error for error, _ in pairs), math.fsum(norm for _, norm in pairs))
+
+    @property
+    def relative(self) -> float:
+        return math.sqrt(self.error / self.norm) if self.norm else 0.0
+
+
+def block_size(settings: Mapping[str, Any], directory: Path) -> tuple[int, int] | None:
+    """Rows and columns of a block by a ``quantization_config``; None where it names none.
+
+    Raises:
+        FalqonError: groups of layers with different blocks, or something else than two sizes.
+    """
+    sizes = {_size(settings.get("weight_block_size"), directory)}
+    for group in (settings.get("config_groups") or {}).values():
+        weights = group.get("weights") or {}
+        sizes.add(_size(weights.get("block_structure"), directory))
+        if weights.get("strategy") == "group":
+            sizes.add(_size([1, weights.get("group_size")], directory))
+    sizes.discard(None)
+    if len(sizes) > 1:
+        problem = f"its config.json names blocks of several sizes, {sorted(filter(None, sizes))}"
+        raise FalqonError(str(directory), problem, "Dequantize it with transformers first")
+    return sizes.pop() if sizes else None
+
+
+def _size(given: Any, directory: Path) -> tuple[int, int] | None:
+    if given is None:
+        return None
+    whole = [n for n in given if type(n) is int and n > 0]
+    if len(given) != 2 or whole != [*given]:
+        problem = f"its config.json names blocks of {given}, and a block has rows and columns"
+        raise FalqonError(str(directory), problem, _CHECK)
+    return (given[0], given[1])
+
+
+def check_blocks(
+    path: str, code: Tensor, scale: Tensor, size: tuple[int, int] | None, where: str
+) -> tuple[int, int]:
+    """The size of the blocks whose scales are ``scale`` [⌈out / rows⌉, ⌈in / columns⌉].
+
+    Raises:
+        FalqonError: another number of scales than blocks, a code that is NaN, or a scale that is
+            no positive number.
+    """
+    if size is None:
+        problem = f"it has {described(scale)} as its scales, and config.json names no blocks"
+        raise FalqonError(path, problem, _CHECK)
+    expected = tuple(-(-n // of_block) for n, of_block in zip(code.shape, size, strict=True))
+    if scale.shape != expected:
+        problem = (
+            f"{where} has {described(scale)} as its scales, and blocks of {size[0]} x {size[1]} "
+            f"of {list(code.shape)} need {list(expected)}"
+        )
+        raise FalqonError(path, problem, _CHECK)
+    check_base(path, Base(code.view(torch.uint8), scale.to(torch.float32)), where)
+    return size
+
+
+def dequantize(code: Tensor, scale: Tensor, size: tuple[int, int]) -> Tensor:
+    """W, float32 [out, in], for codes E4M3 [out, in] and one scale per block of ``size``."""
+    out, features = code.shape
+    factors = scale.to(torch.float32).repeat_interleave(size[0], 0)[:out]
+    return code.to(torch.float32) * factors.repeat_interleave(size[1], 1)[:, :features]
+
+
+def cast_again(
+    path: str, code: Tensor, scale: Tensor, size: tuple[int, int], spec: SiteSpec
+) -> tuple[Base, Moved]:
+    """W with one scale per row, and by how much it moved. Decoded a strip of rows at a time.
+
+    Raises:
+        FalqonError: a weight that lies beyond the scales in use.
+    """
+    assert spec.per_row, spec
+    parts, moved = [], []
+    for rows, blocks in _strips(code, size):
+        dense = dequantize(code[rows], scale[blocks], size)
+        check_weight(path, dense)
+        parts.append(cast_base(dense, spec))
+        moved.append(Moved.of(dense, parts[-1].dequantize()))
+    base = Base(torch.cat([p.code for p in parts]), torch.cat([p.scale for p in parts]))
+    return base, Moved.total(moved)
+
+
+def warn_unless_exact(scales: Iterable[Tensor], directory: Path) -> None:
+    """Say once what casting again costs where scales are no powers of two."""
+    if all(bool((torch.frexp(s.to(torch.float32)).mantissa == 0.5).all()) for s in scales):
+        return
+    warnings.warn(
+        f"falqon: {one_line(str(directory))} has one FP8 scale per block, which are no powers of "
+        "two. W needs one scale per row here, and casting it again costs about what the cast that "
+        "was published had cost (2.6% of W each, 3.7% together). Start from a dense checkpoint "
+        "where there is one.",
+        stacklevel=3,
+    )
+
+
+def _strips(code: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
+    """Rows of codes, and the rows of scales that belong to them."""
+    out, features = code.shape
+    blocks = max(1, _STRIP // max(1, size[0] * features))
+    for first in range(0, -(-out // size[0]), blocks):
+        end = first + blocks
+        yield slice(first * size[0], end * size[0]), slice(first, end)
+
+
+def has_blocks(code: Tensor, scale: Tensor) -> bool:
+    """Whether FP8 codes [out, in] have scales per block: neither one for all nor one per row."""
+    per_row = scale.shape in ((len(code), 1), (len(code),))
+    return code.dtype == E4M3 and scale.numel() > 1 and not per_row

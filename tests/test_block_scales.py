@@ -1,0 +1,320 @@
+"""FP8 checkpoints with one scale per block: loaded, prequantized, trained, or refused."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import falqon_fx
+from falqon_fx import FalqonConfig, FalqonError
+from falqon_fx.files import blocks
+from falqon_fx.site.base import cast_base
+from falqon_fx.site.numerics import E4M3
+from falqon_fx.site.spec import SiteSpec
+from tests.test_prequantize import BF16, IDS, WIDE, dense_model, folder_of, lora
+
+transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors.torch")
+
+SIZE = (16, 32)
+UP = "model.layers.0.mlp.up_proj"
+SPEC = SiteSpec.from_config(FalqonConfig())
+
+
+def in_blocks(weight: Tensor, size: tuple[int, int], power_of_two: bool) -> tuple[Tensor, Tensor]:
+    """E4M3 codes and a scale per block, block by block."""
+    out, features = weight.shape
+    scale = torch.empty(-(-out // size[0]), -(-features // size[1]))
+    code = torch.empty(weight.shape, dtype=E4M3)
+    for i in range(scale.shape[0]):
+        for j in range(scale.shape[1]):
+            rows = slice(i * size[0], (i + 1) * size[0])
+            columns = slice(j * size[1], (j + 1) * size[1])
+            block = weight[rows, columns].float()
+            of_block = block.abs().amax() / 448
+            scale[i, j] = 2 ** of_block.log2().ceil() if power_of_two else of_block
+            code[rows, columns] = (block / scale[i, j]).to(E4M3)
+    return code, scale
+
+
+def decoded(code: Tensor, scale: Tensor, size: tuple[int, int]) -> Tensor:
+    """W element by element."""
+    rows = torch.arange(code.shape[0]) // size[0]
+    columns = torch.arange(code.shape[1]) // size[1]
+    return code.float() * scale.float()[rows][:, columns]
+
+
+def published(folder: Path, power_of_two: bool, of_scale: torch.dtype = torch.float32) -> Path:
+    """A Llama as DeepSeek's and Qwen's files are: sharded, one scale per block."""
+    model = dense_model(**WIDE)
+    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [*SIZE]}
+    model.config.quantization_config = settings
+    model.config.save_pretrained(folder)
+    tensors = dict(model.state_dict())
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and path != "lm_head":
+            code, scale = in_blocks(module.weight, SIZE, power_of_two)
+            tensors |= {f"{path}.weight": code, f"{path}.weight_scale_inv": scale.to(of_scale)}
+    index = {}
+    for number, part in enumerate((".self_attn.", "")):
+        own = {n: t for n, t in tensors.items() if part in n and n not in index}
+        safetensors.save_file(own, folder / f"{number}.safetensors", metadata={"format": "pt"})
+        index |= dict.fromkeys(own, f"{number}.safetensors")
+    text = json.dumps({"metadata": {}, "weight_map": index})
+    (folder / "model.safetensors.index.json").write_text(text)
+    return folder
+
+
+def by_transformers(folder: Path) -> nn.Module:
+    """The model as transformers decodes it."""
+    config = transformers.FineGrainedFP8Config(dequantize=True, weight_block_size=SIZE)
+    model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=config
+    )
+    return model
+
+
+def loaded(folder: Path, exact: bool) -> nn.Module:
+    """Through `load`, which warns of a second cast and of nothing else."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = falqon_fx.load(folder, lora())
+    ours = [str(warning.message) for warning in caught if "falqon" in str(warning.message)]
+    assert len(ours) == (0 if exact else 1), ours
+    assert exact or "14 weights" in ours[0]
+    return model
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["ue8m0", "float32"])
+def test_it_is_what_prepare_makes_of_what_transformers_decodes(tmp_path, exact):
+    model = loaded(published(tmp_path / "fp8", exact), exact)
+    dense = by_transformers(tmp_path / "fp8")
+    states = falqon_fx.adapters(model)
+    assert len(states) == 14
+    for path, state in states.items():
+        weight = dense.get_submodule(path.removeprefix("base_model.model.")).weight
+        # Values, since a weight whose blocks have the same scale keeps it, and its bytes.
+        assert torch.equal(state.base(), cast_base(weight, SPEC).dequantize())
+
+
+def test_scales_in_e8m0_are_read(tmp_path):
+    """The dtype in which powers of two are published since DeepSeek V3.1."""
+    torch.manual_seed(0)
+    published(tmp_path / "float32", True)
+    torch.manual_seed(0)
+    published(tmp_path / "e8m0", True, torch.float8_e8m0fnu)
+    first, second = (falqon_fx.load(tmp_path / n, lora()) for n in ("float32", "e8m0"))
+    for path, state in falqon_fx.adapters(first).items():
+        other = falqon_fx.adapters(second)[path]
+        assert torch.equal(state.weight.view(torch.uint8), other.weight.view(torch.uint8))
+        assert torch.equal(state.scale, other.scale)
+
+
+@given(
+    out=st.integers(1, 40),
+    features=st.integers(1, 40),
+    rows=st.integers(1, 20),
+    columns=st.integers(1, 20),
+    power_of_two=st.booleans(),
+    spread=st.integers(0, 12),
+    strip=st.sampled_from([1, 64, 1 << 24]),
+    seed=st.integers(0, 9),
+)
+def test_what_casting_again_changes_is_bounded(
+    out, features, rows, columns, power_of_two, spread, strip, seed
+):
+    """Any size of block, edges included, blocks that differ by up to 2**spread. A value changes by
+    half of E4M3's spacing at most: of 2**-9 of the row's scale below its smallest normal number,
+    2**-6, and of 2**-3 relative above. Where both scales are powers of two, not at all above.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out, features, generator=generator)
+    exponents = torch.randint(0, spread + 1, (out, features), generator=generator)
+    size = (rows, columns)
+    code, scale = in_blocks(weight * 2.0**-exponents, size, power_of_two)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "_STRIP", strip)
+        base, moved = blocks.cast_again("site", code, scale, size, SPEC)
+    before, after = decoded(code, scale, size), base.dequantize()
+    normal = before.abs() >= 2.0**-6 * base.scale
+    bound = torch.where(normal, before.abs() * 2.0**-4, 2.0**-10 * base.scale)
+    if power_of_two:
+        bound = torch.where(normal, 0.0, bound)
+    assert bool(((after - before).abs() <= bound).all())
+    change = float((after - before).double().norm() / before.double().norm().clamp_min(1e-30))
+    assert moved.relative == pytest.approx(change, rel=1e-4)  # summed in float32
+    assert torch.equal(blocks.dequantize(code, scale, size), before)
+
+
+def test_powers_of_two_move_what_is_published_by_next_to_nothing(tmp_path):
+    """Weights of a normal distribution, whose rows and columns differ in size by 2 to 4."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(256, 512, generator=generator)
+    weight *= torch.randn(256, 1, generator=generator).exp2()
+    weight *= torch.randn(1, 512, generator=generator).exp2()
+    for power_of_two, most in ((True, 1e-3), (False, 0.03)):
+        code, scale = in_blocks(weight, (128, 128), power_of_two)
+        _, moved = blocks.cast_again("site", code, scale, (128, 128), SPEC)
+        # Nothing but subnormals; a cast to nearest, whose error lies between 0 and 2**-4 and is
+        # 2.6% in the mean of squares.
+        assert moved.relative < most
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["ue8m0", "float32"])
+def test_prequantize_takes_them_too(tmp_path, exact):
+    published(tmp_path / "fp8", exact)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report = falqon_fx.prequantize(tmp_path / "fp8", tmp_path / "out", lora(), progress=False)
+    assert any("casting it again costs" in str(w.message) for w in caught) is not exact
+    assert report.layers == 14
+    whole, parts = loaded(tmp_path / "fp8", exact), falqon_fx.load(tmp_path / "out")
+    for path, state in falqon_fx.adapters(whole).items():
+        assert torch.equal(state.base(), falqon_fx.adapters(parts)[path].base())
+    left = dict(parts.named_parameters())
+    assert not [name for name in left if "scale_inv" in name]
+    for name, tensor in whole.named_parameters():
+        if ".lora_" not in name and tensor.dtype == BF16:
+            assert torch.equal(left[name], tensor)
+
+
+def test_a_layer_that_is_to_stay_dense_can_not(tmp_path):
+    published(tmp_path / "fp8", True)
+    config = FalqonConfig(exclude=["*.up_proj"])
+    with pytest.raises(FalqonError, match="its layer is none that is cast"):
+        falqon_fx.prequantize(tmp_path / "fp8", tmp_path / "out", lora(), config, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_it_trains_and_is_exported(tmp_path):
+    """The base stays, the loss falls, and what is written loads again."""
+    model = falqon_fx.load(published(tmp_path / "fp8", True), lora(r=8)).train()
+    before = {
+        path: s.weight.view(torch.uint8).clone() for path, s in falqon_fx.adapters(model).items()
+    }
+    call = torch.compile(model, backend="falqon", options={"inner": "eager"})
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.01)
+    losses = []
+    for _ in range(20):
+        loss = call(IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.8 * losses[0]  # from the log of 64 tokens
+    states = falqon_fx.adapters(model)
+    assert all(torch.equal(states[path].weight.view(torch.uint8), b) for path, b in before.items())
+    falqon_fx.save_fp8(model, tmp_path / "served", progress=False)
+    assert len(falqon_fx.adapters(falqon_fx.load(tmp_path / "served", lora()))) == 14
+
+
+def test_what_compressed_tensors_wrote_in_blocks(tmp_path):
+    """Its preset FP8_BLOCK, by the real package."""
+    compressed_tensors = pytest.importorskip("compressed_tensors")
+    from compressed_tensors import quantization
+
+    model = dense_model(hidden_size=256, intermediate_size=384, num_hidden_layers=1)
+    group = quantization.preset_name_to_scheme("FP8_BLOCK", ["Linear"])
+    config = quantization.QuantizationConfig(
+        config_groups={"group_0": group}, ignore=["lm_head"], quantization_status="frozen"
+    )
+    quantization.apply_quantization_config(model, config)
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            _, scale = in_blocks(module.weight.detach(), (128, 128), False)
+            module.weight_scale.data.copy_(scale)
+    compressor = compressed_tensors.ModelCompressor.from_pretrained_model(
+        model, quantization_format="float-quantized"
+    )
+    compressor.compress_model(model)
+    folder_of(model, tmp_path)
+    compressor.update_config(tmp_path)
+    tensors = safetensors.load_file(tmp_path / "model.safetensors")
+    with pytest.warns(UserWarning, match="one FP8 scale per block"):
+        states = falqon_fx.adapters(falqon_fx.load(tmp_path, lora()))
+    assert len(states) == 7
+    for path, state in states.items():
+        name = path.removeprefix("base_model.model.")
+        code, scale = tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"]
+        assert scale.shape == tuple(-(-n // 128) for n in code.shape)
+        assert torch.equal(
+            state.weight.view(torch.uint8), cast_base(decoded(code, scale, (128, 128)), SPEC).code
+        )
+
+
+# -- damaged ---------------------------------------------------------------------------------------
+
+
+def edited(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    file = folder / "1.safetensors"
+    tensors = safetensors.load_file(file)
+    change(tensors)
+    safetensors.save_file(tensors, file, metadata={"format": "pt"})
+
+
+def set_scale(value: float) -> Callable[[dict[str, Tensor]], None]:
+    return lambda tensors: tensors[f"{UP}.weight_scale_inv"][1, 1].fill_(value)
+
+
+def cut_scales(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{UP}.weight_scale_inv"] = tensors[f"{UP}.weight_scale_inv"][:-1].clone()
+
+
+def break_code(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{UP}.weight"].view(torch.uint8)[3, 3] = 0x7F
+
+
+DAMAGES = {
+    "NaN": (set_scale(float("nan")), "1 of its 12 scales in .* are NaN"),
+    "Inf": (set_scale(float("inf")), "1 of its 12 scales in .* are Inf"),
+    "zero": (set_scale(0.0), "1 of its 12 scales in .* are zero"),
+    "negative": (set_scale(-1.0), "1 of its 12 scales in .* are negative"),
+    "huge": (set_scale(2.0**16), "exceeds 65536"),
+    "cut": (cut_scales, r"has float32 \[5, 2\] as its scales, .* need \[6, 2\]"),
+    "code": (break_code, "NaN"),
+}
+
+
+WAYS: dict[str, Callable[[Path], object]] = {
+    "load": lambda folder: falqon_fx.load(folder / "fp8", lora()),
+    "prequantize": lambda folder: falqon_fx.prequantize(
+        folder / "fp8", folder / "out", lora(), progress=False
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("way", WAYS)
+def test_damaged_blocks_are_refused(tmp_path, damage, way):
+    change, message = DAMAGES[damage]
+    edited(published(tmp_path / "fp8", True), change)
+    with pytest.raises(FalqonError, match=rf"{UP}.*{message}"):
+        WAYS[way](tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, "config.json names no blocks"),
+        ([16], "a block has rows and columns"),
+        ([16, 0], "a block has rows and columns"),
+        ([64, 64], "blocks of 64 x 64 of .* need"),
+        ([16, "32"], "weight_block_size"),
+    ],
+)
+def test_a_wrong_size_of_block_is_refused(tmp_path, given, message):
+    file = published(tmp_path / "fp8", True) / "config.json"
+    content = json.loads(file.read_text())
+    content["quantization_config"]["weight_block_size"] = given
+    file.write_text(json.dumps(content))
+    with pytest.raises(FalqonError, match=message):
+        falqon_fx.load(tmp_path / "fp8", lora())
