@@ -63,7 +63,7 @@ def published(folder: Path, power_of_two: bool, of_scale: torch.dtype = torch.fl
         if isinstance(module, nn.Linear) and path != "lm_head":
             code, scale = in_blocks(module.weight, SIZE, power_of_two)
             tensors |= {f"{path}.weight": code, f"{path}.weight_scale_inv": scale.to(of_scale)}
-    index = {}
+    index: dict[str, str] = {}
     for number, part in enumerate((".self_attn.", "")):
         own = {n: t for n, t in tensors.items() if part in n and n not in index}
         safetensors.save_file(own, folder / f"{number}.safetensors", metadata={"format": "pt"})
@@ -261,7 +261,10 @@ def edited(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
 
 
 def set_scale(value: float) -> Callable[[dict[str, Tensor]], None]:
-    return lambda tensors: tensors[f"{UP}.weight_scale_inv"][1, 1].fill_(value)
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{UP}.weight_scale_inv"][1, 1] = value
+
+    return change
 
 
 def cut_scales(tensors: dict[str, Tensor]) -> None:
