@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # `_HOMES` says the same at run time
     from falqon_fx.files.prequantize import PrequantizeReport, prequantize
     from falqon_fx.model.blocks import BlocksReport, compile_blocks
     from falqon_fx.model.explain import explain
+    from falqon_fx.model.mesh import MeshPlan
     from falqon_fx.model.prepare import Adapter, PrepareReport, adapters, flush, prepare, restore
     from falqon_fx.model.unload import merge_and_unload
     from falqon_fx.rows.state import MergedAdapter
@@ -43,6 +44,7 @@ __all__ = [
     "FalqonError",
     "GraphReport",
     "MergedAdapter",
+    "MeshPlan",
     "PrepareReport",
     "PrequantizeReport",
     "Rejected",
@@ -78,6 +80,7 @@ _HOMES = {
     "falqon_fx.files.prequantize": ("PrequantizeReport", "prequantize"),
     "falqon_fx.model.blocks": ("BlocksReport", "compile_blocks"),
     "falqon_fx.model.explain": ("explain",),
+    "falqon_fx.model.mesh": ("MeshPlan",),
     "falqon_fx.model.prepare": (
         "Adapter", "PrepareReport", "adapters", "flush", "prepare", "restore",
     ),

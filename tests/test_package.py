@@ -44,6 +44,7 @@ PUBLIC = {
     "CheckpointReport",
     "FalqonConfig",
     "MergedAdapter",
+    "MeshPlan",
     "PrepareReport",
     "Rejected",
     "RewriteReport",
