@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -83,7 +82,7 @@ def test_it_is_what_fsdp2_holds_and_gathers(plan, dtype, granularity, prepared):
         with processes(plan.ranks):
             options: dict[str, Any] = {"mp_policy": MixedPrecisionPolicy(param_dtype=dtype)}
             if plan.ddp > 1:
-                options["mesh"] = init_device_mesh("cpu", (plan.ddp, plan.fsdp))
+                options["mesh"] = hybrid(plan.ddp, plan.fsdp)
             for block in model.blocks:
                 fully_shard(block, **options)
             fully_shard(model, **options)
@@ -95,6 +94,11 @@ def test_it_is_what_fsdp2_holds_and_gathers(plan, dtype, granularity, prepared):
                 with Counted() as counted:
                     unit.unshard()
                 assert counted.gathered == size
+
+
+def hybrid(copies: int, shards: int) -> DeviceMesh:
+    names = ("dp_replicate", "dp_shard")
+    return init_device_mesh("cpu", (copies, shards), mesh_dim_names=names)
 
 
 def _in_units(module: nn.Module, model: nn.Module) -> bool:
@@ -205,7 +209,7 @@ def test_what_is_not_cut_says_why():
         ({"shards": 2}, CONFIG, "Known are ddp"),
         ({"fsdp": 2, "dp_shard": 4}, CONFIG, "another of that kind"),
         ({"fsdp": 0}, CONFIG, "no number of processes"),
-        (3, CONFIG, "is no mesh"),
+        (3, CONFIG, "is no mesh with names"),
         ({"tp": 2}, CONFIG, "tp_plan="),
         ({"tp": 2}, FalqonConfig(init="svd"), 'init="svd"'),
         (MeshPlan(fsdp=2, units=["layer.*"]), CONFIG, "no module has such a path"),
@@ -222,7 +226,6 @@ def test_a_device_mesh_says_the_same_as_its_sizes():
     model = stack()
     expected = planned(model, MeshPlan(ddp=2, fsdp=4))
     with processes(8):
-        named = init_device_mesh("cpu", (2, 4), mesh_dim_names=("dp_replicate", "dp_shard"))
-        unnamed = init_device_mesh("cpu", (2, 4))
-        found = [planned(model, mesh) for mesh in (named, unnamed)]
-    assert [asdict(mesh) for mesh in found] == [asdict(expected)] * 2
+        assert planned(model, hybrid(2, 4)) == expected
+        one = init_device_mesh("cpu", (8,))
+        assert planned(model, one).axes == {"ddp": 1, "fsdp": 8, "tp": 1}

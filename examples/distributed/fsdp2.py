@@ -49,4 +49,4 @@ adapter = get_model_state_dict(model, options=options)
 if dist.get_rank() == 0:
     model.save_pretrained(args.out / "adapter", state_dict=adapter)
 falqon_fx.save_fp8(model, args.out / "fp8", progress=False)
-dist.destroy_process_group()
+work.stop()

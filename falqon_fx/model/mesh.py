@@ -176,12 +176,10 @@ def _fits(path: str, pattern: str) -> bool:
 
 
 def _sizes(mesh: Any) -> dict[str, int]:
-    """Those of a DeviceMesh, as ``fully_shard`` reads one without names."""
+    """Those of a DeviceMesh; one dimension needs no name."""
     shape = tuple(getattr(mesh, "shape", ()))
-    names = getattr(mesh, "mesh_dim_names", None) or {1: ("fsdp",), 2: ("ddp", "fsdp")}.get(
-        len(shape)
-    )
-    if not shape or names is None:
+    names = getattr(mesh, "mesh_dim_names", None) or (("fsdp",) if len(shape) == 1 else ())
+    if not names:
         remedy = 'Give falqon_fx.MeshPlan(fsdp=8), {"fsdp": 8} or a DeviceMesh with names'
-        raise FalqonError("mesh", f"{mesh!r} is no mesh", remedy)
+        raise FalqonError("mesh", f"{mesh!r} is no mesh with names", remedy)
     return dict(zip(names, map(int, shape), strict=True))

@@ -8,11 +8,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Counted(TorchDispatchMode):
-    """The bytes that all-gathers give, and that reduce-scatters take."""
+    """The bytes that all-gathers give, and that reduce-scatters and all-reduces take."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.gathered = self.scattered = 0
+        self.gathered = self.scattered = self.summed = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -21,4 +21,7 @@ class Counted(TorchDispatchMode):
             self.gathered += args[0].nbytes
         if "reduce_scatter" in str(func):
             self.scattered += args[1].nbytes
+        if "allreduce" in str(func) or "all_reduce" in str(func):
+            given = args[0] if isinstance(args[0], list) else [args[0]]
+            self.summed += sum(tensor.nbytes for tensor in given)
         return func(*args, **(kwargs or {}))
