@@ -15,6 +15,7 @@ from falqon_fx.report.report import RewriteReport
 
 if TYPE_CHECKING:  # `_HOMES` says the same at run time
     from falqon_fx.backend import RewriteResult, falqon, rewrite
+    from falqon_fx.files.adapter import save_adapter
     from falqon_fx.files.checkpoint import CheckpointReport, load_checkpoint, save_checkpoint
     from falqon_fx.files.compiled import CompiledReport, load_compiled, save_compiled
     from falqon_fx.files.distributed_checkpoint import CheckpointState
@@ -64,6 +65,7 @@ __all__ = [
     "prequantize",
     "restore",
     "rewrite",
+    "save_adapter",
     "save_checkpoint",
     "save_compiled",
     "save_fp8",
@@ -72,6 +74,7 @@ __all__ = [
 
 _HOMES = {
     "falqon_fx.backend": ("RewriteResult", "falqon", "rewrite"),
+    "falqon_fx.files.adapter": ("save_adapter",),
     "falqon_fx.files.checkpoint": ("CheckpointReport", "load_checkpoint", "save_checkpoint"),
     "falqon_fx.files.compiled": ("CompiledReport", "load_compiled", "save_compiled"),
     "falqon_fx.files.distributed_checkpoint": ("CheckpointState",),

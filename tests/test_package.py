@@ -33,6 +33,7 @@ PUBLIC = {
     "falqon",
     "watch",
     "save_fp8",
+    "save_adapter",
     "save_checkpoint",
     "prequantize",
     "merge_and_unload",
