@@ -32,7 +32,8 @@ def save_adapter(model: nn.Module, directory: str | Path, **arguments: Any) -> N
         arguments: of PEFT's ``save_pretrained``.
 
     Raises:
-        FalqonError: the model is not PEFT's, or a checkpoint_wrapper hides adapters from it; what the first process ran into, on every process.
+        FalqonError: the model is not PEFT's, or a checkpoint_wrapper hides adapters from it; what
+            the first process ran into, on every process.
     """
     inner: Any = unwrap(model)
     if not hasattr(inner, "peft_config") or not hasattr(inner, "save_pretrained"):
