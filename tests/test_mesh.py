@@ -37,7 +37,8 @@ def stack(**options: Any) -> Stack:
 
 
 def planned(model: Stack, mesh: Any, config: FalqonConfig = CONFIG) -> Mesh:
-    x = torch.randn(3, len(model.blocks[0].norm.weight)).bfloat16()
+    block: Any = model.blocks[0]
+    x = torch.randn(3, len(block.norm.weight)).bfloat16()
     spread = falqon_fx.explain(model, x, config=config, mesh=mesh).mesh
     assert spread is not None
     return spread
@@ -88,9 +89,8 @@ def test_it_is_what_fsdp2_holds_and_gathers(plan, dtype, granularity, prepared):
             fully_shard(model, **options)
             parameters: list[Any] = [*model.parameters()]
             assert held == sum(p.to_local().untyped_storage().nbytes() for p in parameters)
-            for unit, size in zip(
-                (m for m in model.modules() if _in_units(m, model)), gathered, strict=True
-            ):
+            units = [m for m in model.blocks if isinstance(m, FSDPModule)]
+            for unit, size in zip(units, gathered, strict=True):
                 with Counted() as counted:
                     unit.unshard()
                 assert counted.gathered == size
@@ -99,10 +99,6 @@ def test_it_is_what_fsdp2_holds_and_gathers(plan, dtype, granularity, prepared):
 def hybrid(copies: int, shards: int) -> DeviceMesh:
     names = ("dp_replicate", "dp_shard")
     return init_device_mesh("cpu", (copies, shards), mesh_dim_names=names)
-
-
-def _in_units(module: nn.Module, model: nn.Module) -> bool:
-    return isinstance(module, FSDPModule) and module is not model
 
 
 @pytest.fixture(scope="module")

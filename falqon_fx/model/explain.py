@@ -86,7 +86,9 @@ def explain(
                 "Compile the model: the backend warns of each layer that it leaves as it was",
             ) from error
     predict = _Predictor(config, _device(inner))
-    spread = plan and on_mesh(inner, plan, config, tracer.graphs, predict.card, predict)
+    spread = None
+    if plan is not None:
+        spread = on_mesh(inner, plan, config, tracer.graphs, predict.card, predict)
     return RewriteReport(
         tuple(predict(graph) for graph in tracer.graphs),
         config.texts(),

@@ -109,10 +109,7 @@ def _way(
         return "", "all of it: no layer in FP8"
     word = way(path, ways)
     if word not in _WAYS:
-        return (
-            "",
-            f"all of it: {f'the plan says {word!r}' if word else 'the plan does not name it'}",
-        )
+        return "", f"all of it: the plan {f'says {word!r}' if word else 'does not name it'}"
     cut = _WAYS[word]
     size = base.shape[_CUT[cut]["base"]]
     if size % plan.tp:
