@@ -15,6 +15,7 @@ from falqon_fx.report.report import RewriteReport
 
 if TYPE_CHECKING:  # `_HOMES` says the same at run time
     from falqon_fx.backend import RewriteResult, falqon, rewrite
+    from falqon_fx.files.adapter import save_adapter
     from falqon_fx.files.checkpoint import CheckpointReport, load_checkpoint, save_checkpoint
     from falqon_fx.files.compiled import CompiledReport, load_compiled, save_compiled
     from falqon_fx.files.distributed_checkpoint import CheckpointState
@@ -23,6 +24,7 @@ if TYPE_CHECKING:  # `_HOMES` says the same at run time
     from falqon_fx.files.prequantize import PrequantizeReport, prequantize
     from falqon_fx.model.blocks import BlocksReport, compile_blocks
     from falqon_fx.model.explain import explain
+    from falqon_fx.model.mesh import MeshPlan
     from falqon_fx.model.prepare import Adapter, PrepareReport, adapters, flush, prepare, restore
     from falqon_fx.model.unload import merge_and_unload
     from falqon_fx.rows.state import MergedAdapter
@@ -43,6 +45,7 @@ __all__ = [
     "FalqonError",
     "GraphReport",
     "MergedAdapter",
+    "MeshPlan",
     "PrepareReport",
     "PrequantizeReport",
     "Rejected",
@@ -62,6 +65,7 @@ __all__ = [
     "prequantize",
     "restore",
     "rewrite",
+    "save_adapter",
     "save_checkpoint",
     "save_compiled",
     "save_fp8",
@@ -70,6 +74,7 @@ __all__ = [
 
 _HOMES = {
     "falqon_fx.backend": ("RewriteResult", "falqon", "rewrite"),
+    "falqon_fx.files.adapter": ("save_adapter",),
     "falqon_fx.files.checkpoint": ("CheckpointReport", "load_checkpoint", "save_checkpoint"),
     "falqon_fx.files.compiled": ("CompiledReport", "load_compiled", "save_compiled"),
     "falqon_fx.files.distributed_checkpoint": ("CheckpointState",),
@@ -78,6 +83,7 @@ _HOMES = {
     "falqon_fx.files.prequantize": ("PrequantizeReport", "prequantize"),
     "falqon_fx.model.blocks": ("BlocksReport", "compile_blocks"),
     "falqon_fx.model.explain": ("explain",),
+    "falqon_fx.model.mesh": ("MeshPlan",),
     "falqon_fx.model.prepare": (
         "Adapter", "PrepareReport", "adapters", "flush", "prepare", "restore",
     ),

@@ -58,6 +58,11 @@ def test_explain_prints_the_report_of_a_folder_without_weights(folder, capsys):
     assert max(map(len, text.splitlines())) <= 100
 
 
+def test_explain_takes_a_mesh(folder, capsys):
+    assert main(["explain", folder, *FLAGS, "--mesh", "ddp=2,fsdp=4", "--card", "H100"]) == 0
+    assert "mesh: ddp 2 x fsdp 4" in capsys.readouterr().out
+
+
 def test_explain_writes_the_page_an_image_and_the_diff(folder, tmp_path, capsys):
     site, page, image = "base_model.model.model.layers.0.mlp.up_proj", "r.html", "s.svg"
     files = ["--html", str(tmp_path / page), "--svg", site, str(tmp_path / image), "--diff"]
@@ -178,6 +183,8 @@ def test_a_wrong_command_line_exits_with_2_and_says_what_is_right(words, said, c
         (["--option", "topk=3"], 'belongs to update="rows"'),
         (["--option", "topk"], "name=value"),
         (["--card", "H1000"], "The nearest is 'H100'"),
+        (["--mesh", "fsdp"], "Write --mesh fsdp=8,tp=2"),
+        (["--mesh", "shards=2"], "Known are ddp"),
     ],
 )
 def test_a_wrong_value_exits_with_1_and_names_the_nearest(folder, words, said, capsys):

@@ -31,4 +31,4 @@ for batch in work.batches(model.config.vocab_size, range(args.steps), device):
 
 if dist.get_rank() == 0:  # all have the same
     model.save_pretrained(args.out / "adapter")
-dist.destroy_process_group()
+work.stop()

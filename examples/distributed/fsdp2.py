@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import work
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
 import falqon_fx
@@ -44,9 +43,6 @@ for step, batch in zip(steps, work.batches(model.config.vocab_size, steps, devic
         dcp.save(state, checkpoint_id=args.out / "steps" / str(step + 1))
 
 # PEFT's adapter, gathered without the base; then FP8 for serving, layer by layer. On every rank.
-options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-adapter = get_model_state_dict(model, options=options)
-if dist.get_rank() == 0:
-    model.save_pretrained(args.out / "adapter", state_dict=adapter)
+falqon_fx.save_adapter(model, args.out / "adapter")
 falqon_fx.save_fp8(model, args.out / "fp8", progress=False)
-dist.destroy_process_group()
+work.stop()

@@ -71,7 +71,7 @@ def main() -> None:
             saving = dcp.async_save(state, checkpoint_id=folder, process_group=apart)
     if saving is not None:
         saving.result()
-    dist.destroy_process_group()
+    work.stop()
 
 
 if __name__ == "__main__":

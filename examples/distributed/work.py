@@ -37,6 +37,17 @@ def start() -> torch.device:
     return device
 
 
+def stop() -> None:
+    """Leave the processes.
+
+    A thread of gloo may still hold the tensors of the last exchange, and one that it lets go while
+    the interpreter ends aborts the process (pytorch/pytorch#190489; ``destroy_process_group`` does
+    not end these threads). A barrier has no tensors, and gives them the time.
+    """
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def lora_model(name: str | None) -> Any:
     """A causal language model with LoRA on all linear layers, the same on every rank."""
     torch.manual_seed(0)

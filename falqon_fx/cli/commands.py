@@ -79,6 +79,13 @@ def explain(
     card: Annotated[
         str | None, Option(help="that times are predicted for (default: the one at hand)")
     ] = None,
+    mesh: Annotated[
+        list[str] | None,
+        Option(
+            metavar="AXIS=N",
+            help="several processes: fsdp=8,tp=2 and ddp=4 (copies), by comma or one by one",
+        ),
+    ] = None,
     option: Annotated[
         list[str] | None, Option(metavar="NAME=VALUE", help="of FalqonConfig; may be repeated")
     ] = None,

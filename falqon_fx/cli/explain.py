@@ -15,6 +15,7 @@ from falqon_fx.cost import cards
 from falqon_fx.errors import FalqonError
 from falqon_fx.files import storage
 from falqon_fx.model.explain import explain
+from falqon_fx.model.mesh import MeshPlan
 from falqon_fx_cli import lora
 from falqon_fx_cli.exit_codes import DONE, FOUND
 from falqon_fx_cli.output import write_text
@@ -37,6 +38,7 @@ class Explain:
     dtype: Literal["bfloat16", "float16", "float32"]
     dynamic: bool
     card: str | None
+    mesh: list[str] | None
     option: list[str] | None
     diff: bool
     html: Path | None
@@ -46,7 +48,7 @@ class Explain:
 
     def run(self) -> int:
         """Build the model, explain it, print the report."""
-        config = self._config()
+        config, mesh = self._config(), _mesh(self.mesh)
         model = self._model()
         batch = max(self.batch, 2 if self.dynamic else 1)  # a size of 1 is always fixed
         with torch.device("meta"):
@@ -54,7 +56,7 @@ class Explain:
         if self.dynamic:
             for dimension in (0, 1):
                 torch._dynamo.mark_dynamic(ids, dimension)
-        report = explain(model, input_ids=ids, config=config)
+        report = explain(model, input_ids=ids, config=config, mesh=mesh)
         if self.as_json:
             print(report.to_json(graphs=self.diff, indent=1))
         else:
@@ -132,6 +134,19 @@ def _option(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except json.JSONDecodeError:  # a bare word
         return name, value
+
+
+def _mesh(words: list[str] | None) -> MeshPlan | None:
+    """The processes that the command line names."""
+    if words is None:
+        return None
+    sizes: dict[str, int] = {}
+    for word in (part for text in words for part in text.split(",")):
+        name, _, size = word.partition("=")
+        if not (size.isascii() and size.isdigit() and len(size) < 10) or name in sizes:
+            raise FalqonError(f"--mesh {word}", "names no processes", "Write --mesh fsdp=8,tp=2")
+        sizes[name] = int(size)
+    return MeshPlan.of(sizes)
 
 
 def _model_class(transformers: Any, config: Any) -> Any:

@@ -70,7 +70,7 @@ def compile_blocks(
         FalqonError: there are no repeated blocks, or one has another ``forward`` than its class.
     """
     config, inner = config or FalqonConfig(), unwrap(model)
-    blocks = dict(_blocks(inner))
+    blocks = dict(repeated_blocks(inner))
     if not blocks:
         raise FalqonError(
             type(inner).__name__,
@@ -84,7 +84,7 @@ def compile_blocks(
     return BlocksReport(tuple(blocks), tuple(layers), _turn_cache_off(inner))
 
 
-def _blocks(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+def repeated_blocks(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The repeated blocks below a module, by path."""
     names = getattr(module, "_repeated_blocks", None)  # of a diffusers model
     for name, child in module.named_children():
@@ -94,7 +94,7 @@ def _blocks(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]
         elif _is_repeated(child):
             yield from ((f"{below}.{key}", block) for key, block in child.named_children())
         else:
-            yield from _blocks(child, below)
+            yield from repeated_blocks(child, below)
 
 
 def _named(module: nn.Module, path: str, names: list[str]) -> Iterator[tuple[str, nn.Module]]:

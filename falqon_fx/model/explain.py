@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from falqon_fx import _compat
 from falqon_fx.backend import RewriteResult, rewrite
@@ -18,6 +19,8 @@ from falqon_fx.cost import cards
 from falqon_fx.cost import model as cost
 from falqon_fx.errors import FalqonError
 from falqon_fx.model.lora_layers import unwrap
+from falqon_fx.model.mesh import MeshPlan
+from falqon_fx.model.mesh_bytes import on_mesh
 from falqon_fx.passes.describe import innermost
 from falqon_fx.report.data import Cost, GraphBreak, GraphReport, Site
 from falqon_fx.report.listing import listing
@@ -28,7 +31,11 @@ from falqon_fx.site.sharded import refuse_sharded
 
 
 def explain(
-    model: nn.Module, *args: Any, config: FalqonConfig | None = None, **kwargs: Any
+    model: nn.Module,
+    *args: Any,
+    config: FalqonConfig | None = None,
+    mesh: MeshPlan | Mapping[str, Any] | DeviceMesh | None = None,
+    **kwargs: Any,
 ) -> RewriteReport:
     """What ``torch.compile(model, backend="falqon")`` would do with this call; compiles nothing.
 
@@ -40,11 +47,19 @@ def explain(
     Where the config of a Hugging Face model asks for a cache, this call gets ``use_cache=False``
     on the meta device, where a cache can't be made; the report says so.
 
+    With ``mesh``, processes as a `MeshPlan`, as sizes (``{"fsdp": 8, "tp": 2}``) or a DeviceMesh,
+    the report also has what FSDP2, tensor parallelism or DDP would hold and move there. It is
+    arithmetic: no process is started, no GPU needed.
+
     Raises:
-        FalqonError: what compiling would raise; or the model's path through its own code depends on
-            the values of its inputs, as with PEFT's aLoRA; or other processes hold parts of it.
+        FalqonError: what compiling would raise; a mesh that says nothing; or the model's path
+            through its own code depends on the values of its inputs, as with PEFT's aLoRA; or other
+            processes hold parts of it.
     """
     inner, config = unwrap(model), config or FalqonConfig()
+    plan = None if mesh is None else MeshPlan.of(mesh)
+    if plan is not None:
+        plan.check(config)
     refuse_sharded(inner, "explain", "Call it before fully_shard or parallelize_module")
     kwargs, notes = _without_cache(inner, kwargs)
     with _compat.fake_mode() as mode:
@@ -71,11 +86,15 @@ def explain(
                 "Compile the model: the backend warns of each layer that it leaves as it was",
             ) from error
     predict = _Predictor(config, _device(inner))
+    spread = None
+    if plan is not None:
+        spread = on_mesh(inner, plan, config, tracer.graphs, predict.card, predict)
     return RewriteReport(
         tuple(predict(graph) for graph in tracer.graphs),
         config.texts(),
         tuple(_modules(inner)),
         (*notes, *predict.notes),
+        spread,
     )
 
 

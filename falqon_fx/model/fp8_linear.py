@@ -118,5 +118,5 @@ def refuse_parts(model: nn.Module, call: str) -> None:
             raise FalqonError(
                 path,
                 f"tensor parallelism has cut its FP8 weight, which {call} can't put together yet",
-                "Save the adapters with model.save_pretrained(folder)",
+                "Save the adapters with falqon_fx.save_adapter(model, folder)",
             )

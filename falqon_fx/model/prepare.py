@@ -85,7 +85,7 @@ def prepare(
     check_same_on_all_ranks("\n".join(f"{k}={v}" for k, v in config.texts().items()))
     if config.update == "rows":
         return _prepare_rows(inner, config, progress)
-    layers, skipped = _sort_layers(inner, config)
+    layers, skipped = sort_layers(inner, config)
     skipped |= _skipped_adapters(inner, layers, skipped)
     _check_before(inner, layers, config)
     before, after = _convert(inner, layers, config, progress)
@@ -98,7 +98,7 @@ def _prepare_rows(model: nn.Module, config: FalqonConfig, progress: bool) -> Pre
     done, skipped, before, after = rows_model.prepare(
         model, config, lambda layers: _track(layers, progress)
     )
-    layers, others = _sort_layers(model, config)
+    layers, others = sort_layers(model, config)
     layers = [layer for layer in layers if layer.lora is None]
     _check_before(model, layers, config)
     more_before, more_after = _convert(model, layers, config, progress)
@@ -259,9 +259,8 @@ def flush(model: nn.Module) -> None:
     rows_model.flush(unwrap(model))
 
 
-def _sort_layers(
-    model: nn.Module, config: FalqonConfig
-) -> tuple[list[LinearLayer], dict[str, str]]:
+def sort_layers(model: nn.Module, config: FalqonConfig) -> tuple[list[LinearLayer], dict[str, str]]:
+    """The layers that `prepare` casts, and why it leaves others."""
     layers, skipped = [], {}
     tied = tied_weights(model)
     for layer in linear_layers(model):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
 from falqon_fx.errors import printable
+from falqon_fx.report.mesh import Mesh
 from falqon_fx.site.spec import parse_spec
 
 
@@ -245,12 +246,14 @@ class Graphs:
         options: the config in force.
         modules: paths of all modules that hold parameters of their own, the map of the model.
         notes: what `explain` did or assumed on its own account.
+        mesh: what training on several processes would hold and move, where `explain` was asked.
     """
 
     graphs: tuple[GraphReport, ...]
     options: dict[str, str] = field(default_factory=dict)
     modules: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    mesh: Mesh | None = None
 
     @property
     def sites(self) -> tuple[Site, ...]:

@@ -31,6 +31,7 @@ class RewriteReport(Graphs):
         options: the config in force.
         modules: paths of all modules that hold parameters of their own, the map of the model.
         notes: what `explain` did or assumed on its own account.
+        mesh: what training on several processes would hold and move, where `explain` was asked.
     """
 
     def __str__(self) -> str:

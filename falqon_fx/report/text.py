@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import io
-import itertools
-import math
-import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
-from falqon_fx.errors import one_line, printable
+from falqon_fx.errors import printable
 from falqon_fx.report.data import GraphReport, Graphs, Rejected, Site, Source, sites_text
+from falqon_fx.report.mesh_text import mesh_text
+from falqon_fx.report.tables import (
+    add_columns,
+    add_row,
+    alike,
+    common_prefix,
+    path_of,
+    ranges,
+    table,
+)
 
 WIDTH = 100
-_Item = TypeVar("_Item", Site, Rejected)
 
 
 def to_text(report: Graphs) -> str:
@@ -40,23 +45,26 @@ def to_text(report: Graphs) -> str:
     notes = dict.fromkeys(str(note) for graph in report.graphs for note in graph.notes)
     for line in [*_totals(report), *report.notes, *notes]:
         console.print(printable(line))
+    if report.mesh is not None:
+        for part in mesh_text(report.mesh):
+            console.print(part)
     return console.export_text()
 
 
 def _sites(sites: Sequence[Site]) -> Table:
     """A column where every site has the same is left out: tokens and what trains are below."""
-    prefix = common_prefix([*map(_path, sites)])
+    prefix = common_prefix([*map(path_of, sites)])
     title = f"paths below {prefix[:-1]}" if prefix else None
     tokens, trains = len({s.tokens for s in sites}) > 1, len(_trained(sites)) > 1
     known = any(site.cost for site in sites)
     size = "kB" if all(s.memory is None or s.memory.before < 1e6 for s in sites) else "MB"
     time = "us" if all(s.cost is None or s.cost.seconds_before < 1e-3 for s in sites) else "ms"
-    table = _table(title, "module", "W", "adapter")
+    made = table(title, "module", "W", "adapter")
     for name, shown in (("trains", trains), ("tokens", tokens)):
-        _add_columns(table, name, shown=shown)
-    _add_columns(table, size)
-    _add_columns(table, time, "gain", "pays from", shown=known)
-    for paths, site in _alike(sites):
+        add_columns(made, name, shown=shown)
+    add_columns(made, size)
+    add_columns(made, time, "gain", "pays from", shown=known)
+    for paths, site in alike(sites):
         memory, cost = site.memory, site.cost
         row = [paths[len(prefix) :], f"{site.out_features}x{site.in_features}", adapter_text(site)]
         row += [site.trains or "-"] * trains + [site.tokens] * tokens
@@ -64,8 +72,8 @@ def _sites(sites: Sequence[Site]) -> Table:
         if cost:
             row.append(_change(cost.seconds_before, cost.seconds_after, _UNITS[time]))
             row += [f"{cost.gain:.2f}", pays_from(cost.break_even)]
-        _add_row(table, *row)
-    return table
+        add_row(made, *row)
+    return made
 
 
 _UNITS = {"kB": 1e3, "MB": 1e6, "us": 1e-6, "ms": 1e-3}
@@ -73,11 +81,6 @@ _UNITS = {"kB": 1e3, "MB": 1e6, "us": 1e-6, "ms": 1e-3}
 
 def _change(before: float, after: float, unit: float) -> str:
     return f"{before / unit:.3g} > {after / unit:.3g}"
-
-
-def _add_columns(table: Table, *names: str, shown: bool = True) -> None:
-    for name in names if shown else ():
-        table.add_column(name, overflow="fold")
 
 
 def adapter_text(site: Site) -> str:
@@ -97,22 +100,22 @@ def pays_from(break_even: int | None) -> str:
 def _unchanged(items: Sequence[Rejected], title: str) -> Table:
     """Layers of one reason share a row."""
     once = [*{(item.site, item.reason): item for item in items}.values()]
-    prefix = common_prefix([*map(_path, once)])
+    prefix = common_prefix([*map(path_of, once)])
     title += f" (paths below {prefix[:-1]})" if prefix else ""
     lines = any(item.source for item in once)
-    table = _table(title, "module", "why", "remedy", *["line"] * lines)
+    made = table(title, "module", "why", "remedy", *["line"] * lines)
     rows: dict[Rejected, list[str]] = {}
-    for paths, item in _alike(once):
+    for paths, item in alike(once):
         rows.setdefault(replace(item, site=""), []).append(paths[len(prefix) :])
     for item, modules in rows.items():
         row = [", ".join(modules), item.reason, item.remedy]
-        _add_row(table, *row, *[place(item.source)] * lines)
-    return table
+        add_row(made, *row, *[place(item.source)] * lines)
+    return made
 
 
 def _graphs(graphs: Sequence[GraphReport]) -> Table:
     """Graphs that end at one line and hold as many sites share a row."""
-    table = _table("graphs", "graph", "sites each", "ops", "passes, s", "ended by", "line")
+    made = table("graphs", "graph", "sites each", "ops", "passes, s", "ended by", "line")
     alike: dict[tuple[str, ...], list[int]] = {}
     for i, graph in enumerate(graphs):
         why = graph.ended_by
@@ -124,8 +127,8 @@ def _graphs(graphs: Sequence[GraphReport]) -> Table:
         ops = (sum(getattr(graph, side) for graph in members) for side in _NODES)
         seconds = sum(sum(graph.pass_seconds.values()) for graph in members)
         ops_text = " > ".join(map(str, ops))
-        _add_row(table, _ranges(numbers), count, ops_text, f"{seconds:.2f}", reason, line)
-    return table
+        add_row(made, ranges(numbers), count, ops_text, f"{seconds:.2f}", reason, line)
+    return made
 
 
 _NODES = ("nodes_before", "nodes_after")
@@ -215,79 +218,3 @@ def place(source: Source | None) -> str:
     if source is None:
         return ""
     return f"{'/'.join(source.file.split('/')[-2:])}:{source.line}"
-
-
-def _table(title: str | None, *columns: str) -> Table:
-    table = Table(title=title and one_line(title), title_justify="left")
-    _add_columns(table, *columns)
-    return table
-
-
-def _add_row(table: Table, *cells: str) -> None:
-    """What a report of a file holds may hold what terminals obey."""
-    table.add_row(*map(printable, cells))
-
-
-def _path(item: Site | Rejected) -> str:
-    return item.path if isinstance(item, Site) else item.site
-
-
-def common_prefix(paths: Sequence[str]) -> str:
-    """The modules above all sites, with the last dot; none where it is short anyway."""
-    parts = [path.split(".")[:-1] for path in paths]
-    same = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*parts))
-    prefix = "".join(f"{column[0]}." for column in same)
-    return prefix if len(set(paths)) > 1 and len(prefix) > 12 else ""
-
-
-def _alike(items: Sequence[_Item]) -> list[tuple[str, _Item]]:
-    """Items that differ in the numbers of their paths alone, as one: ``layers.{0..79}.q_proj``."""
-    groups: dict[object, list[_Item]] = {}
-    seen: dict[str, int] = {}
-    for item in items:
-        path = _path(item)
-        seen[path] = seen.get(path, 0) + 1
-        groups.setdefault((_facts(item), seen[path]), []).append(item)  # each use has its row
-    return [
-        (paths, group[0])
-        for group in groups.values()
-        for paths in _merged([_path(item) for item in group])
-    ]
-
-
-def _facts(item: Site | Rejected) -> object:
-    pattern = _NUMBER.sub("#", _path(item))
-    if isinstance(item, Site):
-        cost = item.cost and tuple(sorted(item.cost.speedup.items()))
-        bare = replace(item, path=pattern, nodes=(), group=0, cost=None)
-        return bare, cost
-    return replace(item, site=pattern)
-
-
-def _merged(paths: Sequence[str]) -> list[str]:
-    """Different paths of one pattern as one text, if they are all that it stands for."""
-    columns = [*zip(*(map(int, _NUMBER.findall(path)) for path in paths))]
-    choices = [sorted(set(column)) for column in columns]
-    if math.prod(map(len, choices)) != len(paths):
-        return [*paths]
-    texts = iter(choices)
-
-    def text(found: re.Match[str]) -> str:
-        numbers = next(texts)
-        return found[0] if len(numbers) == 1 else f"{{{_ranges(numbers)}}}"
-
-    return [_NUMBER.sub(text, paths[0])]
-
-
-_NUMBER = re.compile(r"\d{1,18}")  # Python refuses to read very long ones
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 5] → "0..2,5"."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ",".join(f"{p[0]}..{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)

@@ -14,12 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from falqon_fx import FalqonConfig, FalqonError
+import falqon_fx
+from falqon_fx import FalqonConfig, FalqonError, MeshPlan
 from falqon_fx.site import base
 from falqon_fx.site.found import FoundByAddress
 from tests.distributed import ranks
+from tests.distributed.traffic import Counted
 from tests.distributed.training import alone, compared, compile_blocks, compiled, make, shard, train
 
 CONFIG = FalqonConfig(inner="aot_eager")
@@ -50,6 +51,7 @@ def test_two_ranks(tmp_path: Path):
     assert first["bytes"] <= 0.53 * first["bytes_bf16"]
     assert first["codes"] + second["codes"] == first["whole"]
     for result in results:
+        assert result["real"] == result["planned"]
         assert result["alive"] < 1.01 * result["codes"]
 
 
@@ -90,23 +92,39 @@ def _addresses() -> int:
     return sum(len(o._found) for o in gc.get_objects() if type(o) is FoundByAddress)
 
 
-def sharded() -> dict[str, int]:
+def sharded() -> dict[str, Any]:
     """The bytes of a forward's gathers, in FP8 and in bf16; those of the codes of this rank, and of
-    all codes that there are in memory after a step.
+    all codes that there are in memory after a step. What a plan says of all this beforehand, and
+    what is so.
     """
-    size = {"blocks": 1, "width": 512, "hidden": 512, "rank": 4}
-    x, found = torch.randn(2, 512).bfloat16(), {"whole": 2 * 512 * 512}
+    size: dict[str, Any] = {"blocks": 1, "width": 512, "hidden": 512, "rank": 4}
+    x, found = torch.randn(2, 512).bfloat16(), dict[str, Any](whole=2 * 512 * 512)
+    size["dtype"] = torch.bfloat16
+    found["planned"] = planned(make(CONFIG, prepared=False, **size), x)
     for name, prepared in (("bytes", True), ("bytes_bf16", False)):
-        model = shard(make(CONFIG, prepared=prepared, dtype=torch.bfloat16, **size))
-        with _Gathers() as gathers:
+        model = shard(make(CONFIG, prepared=prepared, **size))
+        with Counted() as forward:
             y = model(x)
-        found[name] = gathers.bytes
+        found[name] = forward.gathered
         if prepared:
-            y.sum().backward()
+            with Counted() as backward:
+                y.sum().backward()
+            held = sum(p.to_local().nbytes for p in model.parameters())
+            step = forward.gathered + backward.gathered
+            found["real"] = [forward.gathered, step, backward.scattered, held]
             local = [p.to_local() for n, p in model.named_parameters() if n.endswith("code")]
             found["codes"] = sum(code.nbytes for code in local)
             found["alive"] = _bytes_of_codes()
     return found
+
+
+def planned(model: Any, x: Tensor) -> list[int]:
+    """A gather, those of a step, the gradients that are scattered, and what a process holds."""
+    plan = MeshPlan(fsdp=dist.get_world_size(), units=["blocks.*"])
+    mesh = falqon_fx.explain(model, x, config=CONFIG, mesh=plan).mesh
+    assert mesh is not None
+    gathers, gradients = mesh.traffic
+    return [mesh.units[0].gathered, gathers.bytes, gradients.bytes, mesh.held]
 
 
 def _bytes_of_codes() -> int:
@@ -124,18 +142,3 @@ def different() -> str:
     except FalqonError as error:
         return str(error)
     return ""
-
-
-class _Gathers(TorchDispatchMode):
-    """Counts the bytes that all-gathers of a process group give."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if "allgather" in str(func):
-            self.bytes += args[0].nbytes
-        return func(*args, **(kwargs or {}))

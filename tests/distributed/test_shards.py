@@ -18,7 +18,6 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -139,7 +138,8 @@ def check(folder: Path, run: Callable[[], Any]) -> None:
         call(other, folder / name, optimizer=again)
         assert same(tensors(other, again), expected), name
     adapter = get_peft_model_state_dict(plain)
-    assert same(load_file(folder / "adapter/adapter_model.safetensors"), adapter)
+    for name in ("adapter", "adapter_by_columns"):
+        assert same(load_file(folder / name / "adapter_model.safetensors"), adapter), name
 
 
 def load_into(model: Any, folder: Path) -> dict[str, Tensor]:
@@ -218,10 +218,14 @@ def work() -> dict[str, Any]:
     numbers = random.random(), torch.rand(1)
     dcp.save({"falqon": CheckpointState(model, optimizer)}, checkpoint_id=folder / "dcp")
 
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    state = get_model_state_dict(model, options=options)
-    if rank == 0:
-        model.save_pretrained(folder / "adapter", state_dict=state)
+    halves = [p for name, p in model.named_parameters() if "lora_A" in name]
+    for half in halves:  # as of LoRA-FA: it is saved, too
+        half.requires_grad_(False)
+    falqon_fx.save_adapter(model, folder / "adapter")
+    for half in halves:
+        half.requires_grad_()
+    trained(columns := by_columns(), 0)
+    falqon_fx.save_adapter(columns, folder / "adapter_by_columns")
 
     for name, load, make in (
         ("saved", falqon_fx.load_checkpoint, sharded),
@@ -258,6 +262,9 @@ def problems(model: Any, optimizer: torch.optim.Optimizer, folder: Path) -> Any:
         text = refused(functools.partial(call, model))
         if "sharded" not in text or remedy not in text:
             yield text
+    text = refused(lambda: falqon_fx.save_adapter(wrapped(), folder / "none"))
+    if "gradient_checkpointing_enable" not in text:
+        yield text
     # On one rank alone something is wrong, and both hear of it.
     calls: list[Callable[[], object]] = [
         lambda: falqon_fx.save_fp8(model, mine(folder / "fp8"), progress=False),

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import falqon_fx
-from falqon_fx import FalqonConfig, FalqonError
+from falqon_fx import FalqonConfig, FalqonError, MeshPlan
+from falqon_fx.site.sharded import local
 from tests.distributed import context, pipeline, ranks
 from tests.distributed.tensor_parallel import (
     WIDTH,
@@ -26,6 +27,7 @@ from tests.distributed.tensor_parallel import (
     mesh,
     together,
 )
+from tests.distributed.traffic import Counted
 from tests.models import LoraLinear
 
 CONFIG = FalqonConfig(inner="aot_eager")
@@ -42,6 +44,8 @@ def test_two_ranks(tmp_path: Path):
     """No sum depends on its order here (`tests.distributed.tensor_parallel`): bit for bit."""
     for result in ranks.run(fast, 2, tmp_path):
         _check(result["run"], sequence=True)
+        planned, real = result["bytes"]
+        assert planned == real
         for problem, texts in ERRORS.items():
             assert all(text in result["said"][problem] for text in texts), result["said"]
 
@@ -50,7 +54,26 @@ def fast() -> dict[str, Any]:
     """One way of all, and what is refused."""
     problems = {"configs": _other_config, "mixed": _mixed, "nan": _nan, "svd": _svd}
     said = {name: _error(problem) for name, problem in problems.items()}
-    return {"run": _compared(CONFIG, sequence=True, prepared=True), "said": said}
+    run = _compared(CONFIG, sequence=True, prepared=True)
+    return {"run": run, "said": said, "bytes": _bytes()}
+
+
+def _bytes() -> tuple[dict[str, int], dict[str, int]]:
+    """What a process holds, and what is added up in a step: as `explain` says, and as it is."""
+    torch._dynamo.reset()
+    x = integers((2, 8, WIDTH), 2, 0).requires_grad_()
+    plan = dict.fromkeys(["up", "gate", "plain"], "colwise") | {"down": "rowwise"}
+    planned = falqon_fx.explain(make(), x, config=CONFIG, mesh=MeshPlan(tp=2, tp_plan=plan)).mesh
+    assert planned is not None
+    model = cut(make(), False)
+    falqon_fx.prepare(model, CONFIG, progress=False)
+    call = compiled(model, CONFIG)
+    call(x).sum().backward()  # compiles
+    with Counted() as counted:
+        call(x).sum().backward()
+    held = sum(local(p).nbytes for p in model.parameters())
+    said = {"held": planned.held, "summed": sum(t.bytes for t in planned.traffic)}
+    return said, {"held": held, "summed": counted.summed}
 
 
 @pytest.mark.slow

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 import torch.distributed as dist
-from accelerate import DistributedType
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import compile_regions_fsdp2
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler
@@ -35,12 +37,22 @@ CONFIG = FalqonConfig(inner="aot_eager")
 def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
-    model = small_model()
-    losses = by_hand(model) if sys.argv[2:] == ["alone"] else by_trainer(model, folder)
+    runs = {}
+    if sys.argv[2:] == ["alone"]:
+        runs["by hand"] = described(model := small_model(), by_hand(model))
+    else:
+        runs["trainer"] = described(model := small_model(), by_trainer(model, folder))
+        if runs["trainer"][2]:
+            runs["accelerate"] = described(model := small_model(), by_accelerate(model))
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        torch.save(runs, folder / "result.pt")
+
+
+def described(model: nn.Module, losses: list[float]) -> tuple[Any, ...]:
+    """Its losses, its adapter, and whether it is sharded."""
     sharded = any(isinstance(p, DTensor) for p in model.parameters())
     adapter = {n: whole(p) for n, p in model.named_parameters() if p.requires_grad}
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        torch.save((losses, adapter, sharded), folder / "result.pt")
+    return losses, adapter, sharded
 
 
 def small_model() -> nn.Module:
@@ -88,6 +100,26 @@ def by_trainer(model: nn.Module, folder: Path) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+def by_accelerate(model: nn.Module) -> list[float]:
+    """A loop of one's own under accelerate: its regional compilation, then its FSDP2."""
+    torch._dynamo.reset()
+    falqon_fx.prepare(model, CONFIG, progress=False)
+    compile_regions_fsdp2(model, backend="falqon", options={"config": CONFIG})
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
+    accelerator = Accelerator()
+    model, optimizer = accelerator.prepare(model, optimizer)
+    losses = []
+    for of_step, count in steps():
+        batch = of_step[accelerator.process_index]
+        loss = model(**batch, num_items_in_batch=count).loss
+        accelerator.backward(loss * RANKS)  # FSDP takes the mean of the ranks' gradients
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(accelerator.gather(loss.detach().double()).sum()))
+    return losses
+
+
 def by_hand(model: nn.Module) -> list[float]:
     """One process that accumulates what the ranks compute, compiled block by block."""
     falqon_fx.prepare(model, CONFIG, progress=False)
@@ -95,20 +127,29 @@ def by_hand(model: nn.Module) -> list[float]:
         layer.compile(backend="falqon", options={"config": CONFIG})
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
-    rows, losses = data(), []
-    for step in range(STEPS):
-        of_step = rows[step * RANKS : (step + 1) * RANKS]
-        count = sum(len(row["labels"]) - 1 for row in of_step)
+    losses = []
+    for of_step, count in steps():
         total = 0.0
-        for row in of_step:
-            batch = {name: ids[None] for name, ids in row.items()}
-            loss = model(**batch, num_items_in_batch=torch.tensor(count)).loss
+        for batch in of_step:
+            loss = model(**batch, num_items_in_batch=count).loss
             loss.backward()
             total += loss.item()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total)
     return losses
+
+
+def steps() -> Iterator[tuple[list[dict[str, Tensor]], Tensor]]:
+    """The batch of each rank, and how many tokens they have to predict together."""
+    rows = data()
+    for step in range(STEPS):
+        of_step = rows[step * RANKS : (step + 1) * RANKS]
+        count = sum(len(row["labels"]) - 1 for row in of_step)
+        yield (
+            [{name: ids[None] for name, ids in row.items()} for row in of_step],
+            torch.tensor(count),
+        )
 
 
 if __name__ == "__main__":

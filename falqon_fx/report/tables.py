@@ -1,0 +1,104 @@
+"""Tables of a report: layers that differ in the numbers of their paths alone share a row."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from rich.table import Table
+
+from falqon_fx.errors import one_line, printable
+from falqon_fx.report.data import Rejected, Site
+from falqon_fx.report.mesh import LayerShards
+
+Item = TypeVar("Item", Site, Rejected, LayerShards)
+
+
+def add_columns(into: Table, *names: str, shown: bool = True) -> None:
+    """Columns that break long words; none unless ``shown``."""
+    for name in names if shown else ():
+        into.add_column(name, overflow="fold")
+
+
+def table(title: str | None, *columns: str) -> Table:
+    """An empty table."""
+    made = Table(title=title and one_line(title), title_justify="left")
+    add_columns(made, *columns)
+    return made
+
+
+def add_row(into: Table, *cells: str) -> None:
+    """What a report of a file holds may hold what terminals obey."""
+    into.add_row(*map(printable, cells))
+
+
+def path_of(item: Site | Rejected | LayerShards) -> str:
+    """The module that a row is about."""
+    return item.site if isinstance(item, Rejected) else item.path
+
+
+def common_prefix(paths: Sequence[str]) -> str:
+    """The modules above all sites, with the last dot; none where it is short anyway."""
+    parts = [path.split(".")[:-1] for path in paths]
+    same = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*parts))
+    prefix = "".join(f"{column[0]}." for column in same)
+    return prefix if len(set(paths)) > 1 and len(prefix) > 12 else ""
+
+
+def alike(items: Sequence[Item]) -> list[tuple[str, Item]]:
+    """Items that differ in the numbers of their paths alone, as one: ``layers.{0..79}.q_proj``."""
+    groups: dict[object, list[Item]] = {}
+    seen: dict[str, int] = {}
+    for item in items:
+        path = path_of(item)
+        seen[path] = seen.get(path, 0) + 1
+        groups.setdefault((_facts(item), seen[path]), []).append(item)  # each use has its row
+    return [
+        (paths, group[0])
+        for group in groups.values()
+        for paths in _merged([path_of(item) for item in group])
+    ]
+
+
+def _facts(item: Site | Rejected | LayerShards) -> object:
+    pattern = _NUMBER.sub("#", path_of(item))
+    if isinstance(item, Site):
+        cost = item.cost and tuple(sorted(item.cost.speedup.items()))
+        bare = replace(item, path=pattern, nodes=(), group=0, cost=None)
+        return bare, cost
+    if isinstance(item, LayerShards):
+        return replace(item, path=pattern, unit=_NUMBER.sub("#", item.unit))
+    return replace(item, site=pattern)
+
+
+def _merged(paths: Sequence[str]) -> list[str]:
+    """Different paths of one pattern as one text, if they are all that it stands for."""
+    columns = [*zip(*(map(int, _NUMBER.findall(path)) for path in paths))]
+    choices = [sorted(set(column)) for column in columns]
+    if math.prod(map(len, choices)) != len(paths):
+        return [*paths]
+    texts = iter(choices)
+
+    def text(found: re.Match[str]) -> str:
+        numbers = next(texts)
+        return found[0] if len(numbers) == 1 else f"{{{ranges(numbers)}}}"
+
+    return [_NUMBER.sub(text, paths[0])]
+
+
+_NUMBER = re.compile(r"\d{1,18}")  # Python refuses to read very long ones
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] → "0..2,5"."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ",".join(f"{p[0]}..{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
