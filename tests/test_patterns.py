@@ -61,7 +61,7 @@ DIALECTS: dict[str, tuple[str, str]] = {
         "test_dialects.py::test_experts_are_refused "
         "test_dialects.py::test_a_param_wrapper_is_refused "
         "test_experts.py::test_what_is_refused_goes_by_its_whole_path_and_a_remedy "
-        "test_experts.py::test_experts_as_peft_makes_them_train_like_those_run_eagerly",
+        "test_experts.py::test_one_graph_gives_what_peft_gives",
     ),
     "PEFT DoRA, aLoRA, BD-LoRA, VeLoRA, KaSA, MonteCLoRA": (
         f"{REFUSED}; the base layer in FP8 where it is in the graph",

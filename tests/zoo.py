@@ -19,7 +19,7 @@ import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
-from falqon_fx.integrations.peft import run_param_wrappers_eagerly
+from falqon_fx.integrations.peft import trace_param_wrappers
 
 TOKENS = (2, 8)  # batch, length
 
@@ -305,7 +305,7 @@ def adapt(model: nn.Module, **lora: Any) -> nn.Module:
     """LoRA of rank 4 on all linear layers."""
     options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **lora}
     adapted = peft.get_peft_model(model, peft.LoraConfig(**options)).train()
-    run_param_wrappers_eagerly(adapted)
+    trace_param_wrappers(adapted)
     return adapted
 
 

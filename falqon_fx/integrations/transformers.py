@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import sys
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -41,7 +42,9 @@ class FalqonCallback(TrainerCheckpoints):
     FP8 base is constant: the trainer's own checkpoints of a PEFT model, which hold the adapter and
     the optimizer, resume bit for bit and bring the best model back as it was, and trl's reference
     model (the adapter disabled, or a copy of it) gives the same numbers from first to last. The
-    base is made from the model that the trainer gets, in a resumed run, too.
+    base is made from the model that the trainer gets, in a resumed run, too. PEFT's adapters of
+    stacked experts compile into the model's graph
+    (`falqon_fx.integrations.peft.trace_param_wrappers`).
 
     With several processes it compiles block by block, so that gradients are exchanged while the
     backward pass goes on. Under DDP it sets ``torch._dynamo.config.optimize_ddp`` to False while
@@ -133,6 +136,7 @@ class FalqonCallback(TrainerCheckpoints):
             )
         if model is None or (self._compiled is not None and self._compiled() is model):
             return
+        _trace_param_wrappers(model)
         if _fsdp():
             prepare(model, self.config)
         if self.regional and args.world_size == 1:
@@ -142,6 +146,14 @@ class FalqonCallback(TrainerCheckpoints):
                 options = {"config": self.config}
                 part.compile(backend="falqon", options=options, **self.compile_arguments)
         self._compiled = weakref.ref(model)
+
+
+def _trace_param_wrappers(model: nn.Module) -> None:
+    """Let PEFT's adapters of stacked experts compile; where there are any, PEFT is imported."""
+    if "peft" in sys.modules:
+        from falqon_fx.integrations.peft import trace_param_wrappers
+
+        trace_param_wrappers(model)
 
 
 def _fsdp() -> bool:

@@ -77,7 +77,9 @@ class ModulePaths:
         if not parameter:
             return item
         site = f"{item.site}.{parameter}".replace(".base_layer.", ".")
-        return replace(item, site=site, reason=_PARAMETER, remedy=_LEAVE_OR_RUN_EAGERLY)
+        if getattr(module, "traced", False):
+            return replace(item, site=site)
+        return replace(item, site=site, reason=_PARAMETER, remedy=_TRACE_OR_LEAVE)
 
 
 @dataclass(frozen=True)
@@ -139,8 +141,8 @@ _PARAMETER = (
     "PEFT adapts this parameter by a parametrization that each forward pass registers and takes "
     "off again, so Dynamo compiles its code anew in each step, up to its limit"
 )
-_LEAVE_OR_RUN_EAGERLY = (
-    "It runs unmerged, as it was. falqon_fx.integrations.peft.run_param_wrappers_eagerly(model) "
-    "before the first step spares the compilations; so does leaving it out: name the linear "
-    'layers in target_modules instead of "all-linear"'
+_TRACE_OR_LEAVE = (
+    "It runs unmerged, as it was. falqon_fx.integrations.peft.trace_param_wrappers(model) before "
+    "the first step makes one graph of it; or leave it out: name the linear layers in "
+    'target_modules instead of "all-linear"'
 )
