@@ -362,6 +362,7 @@ def value_of(node: fx.Node) -> Any:
 
 
 nn_linear = torch._C._nn.linear  # what F.linear is in a graph of Dynamo
+grouped_mm = torch._grouped_mm
 OpOverload = torch._ops.OpOverload
 
 

@@ -233,7 +233,7 @@ def _site_operands(site: SitePlan) -> SiteOperands:
 
 def _has_choices(group: Group, spec: SiteSpec) -> bool:
     on_gpu = value_of(group[0].match.x).device.type == "cuda" and torch.cuda.is_available()
-    return on_gpu and spec.kernel != "dequantize"
+    return on_gpu and spec.kernel != "dequantize" and not group[0].report.experts
 
 
 def _reported(group: Group, operands: Operands, spec: SiteSpec) -> Group:

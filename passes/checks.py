@@ -7,7 +7,14 @@ from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
 from falqon_fx.passes.match.dataflow import Match
 from falqon_fx.passes.modes import may_autocast
-from falqon_fx.passes.terms import AddLinear, BaseLinear, Linear, Param, Prepared, RowsBaseLinear
+from falqon_fx.passes.terms import (
+    AddLinear,
+    BaseLinear,
+    Linear,
+    Param,
+    Prepared,
+    RowsBaseLinear,
+)
 from falqon_fx.site.spec import SiteSpec, parse_spec
 
 
@@ -52,6 +59,29 @@ def check(found: Match, path: str, config: FalqonConfig) -> None:
     base: object = found.base
     if isinstance(base, BaseLinear | RowsBaseLinear):
         _check_prepared(base, path, config, adapted=bool(found.adapters))
+
+
+def why_not_experts(found: Match, config: FalqonConfig) -> tuple[str, str] | None:
+    """The reason and the remedy where options ask for what a stack of experts can't do."""
+    asked = {
+        'granularity="tensor"': config.granularity != "row",
+        'update="rows"': config.update == "rows" and bool(found.adapters),
+        'adapter_dtype="fp8"': config.adapter_dtype == "fp8" and bool(found.adapters),
+        'init="svd"': config.init == "svd" and bool(found.adapters),
+    }
+    for option, is_asked in asked.items():
+        if is_asked:
+            return (
+                f"{option} is not built for stacked experts",
+                "It runs as it was; leave the option out, or the experts with exclude=",
+            )
+    (weight,) = weights_of(found)
+    if weight.node is not None and is_fsdp(found.scope.outer(weight.node)):
+        return (
+            "FSDP shards its stacked weights, which are not in FP8",
+            "It runs as it was, gathered for each call",
+        )
+    return None
 
 
 def _check_gathered(found: Match, path: str, config: FalqonConfig) -> None:

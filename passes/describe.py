@@ -16,9 +16,9 @@ from falqon_fx._compat import hint, value_of
 from falqon_fx.passes.match.dataflow import Match
 from falqon_fx.passes.rows import RowsSlot
 from falqon_fx.passes.slots import BaseSlot
-from falqon_fx.passes.terms import Prepared
+from falqon_fx.passes.terms import Experts, Prepared
 from falqon_fx.report.data import Memory, Site, Source
-from falqon_fx.report.kernels import choose
+from falqon_fx.report.kernels import choose, choose_for_experts
 from falqon_fx.site.base import scale_shape
 from falqon_fx.site.spec import SiteSpec
 
@@ -30,13 +30,14 @@ def describe(
     x, result = value_of(found.x), value_of(found.anchor)
     tokens = math.prod(x.shape[:-1])
     adapters = found.adapters
+    experts = found.base.experts if isinstance(found.base, Experts) else 0
     prepared = isinstance(found.base, Prepared)
     dtype = result.dtype if isinstance(found.base, Prepared) else found.base.weight.value.dtype
     site = Site(
         path=path,
-        out_features=slot.out,
+        out_features=slot.out // max(experts, 1),
         in_features=slot.features,
-        rank=sum(a.lora_b.value.shape[1] for a in adapters),
+        rank=sum(a.lora_b.value.shape[1] for a in adapters) // max(experts, 1),
         scaling=adapters[0].scaling if adapters else 0.0,
         dropout=max((a.dropout for a in adapters), default=0.0),
         out_dtype=_name(result.dtype),
@@ -49,6 +50,7 @@ def describe(
         base_dtype=_name(dtype),
         adapter_dtype=_name(adapters[0].lora_b.value.dtype) if adapters else "",
         adapters=len(adapters),
+        experts=experts,
         prepared=prepared,
         train_a=any(a.lora_a.value.requires_grad for a in adapters),
         train_b=any(a.lora_b.value.requires_grad for a in adapters),
@@ -57,7 +59,7 @@ def describe(
         memory=_memory(found, slot, spec, dtype),
         nodes=tuple(sorted(node.name for node in found.nodes)),
     )
-    kernel, reason = choose(site)
+    kernel, reason = choose_for_experts(site) if experts else choose(site)
     return replace(site, kernel=kernel, kernel_reason=reason)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -20,9 +21,10 @@ from falqon_fx._compat import (
 from falqon_fx.config import FalqonConfig
 from falqon_fx.cost.model import losing
 from falqon_fx.ops.lowering import gemm_dtype
-from falqon_fx.passes.checks import check, params_of, weights_of
+from falqon_fx.passes.checks import check, params_of, weights_of, why_not_experts
 from falqon_fx.passes.describe import describe, source_of
 from falqon_fx.passes.match.dataflow import LEAVE, AdapterMatch, Match, RejectedMatch
+from falqon_fx.passes.match.experts import match_frozen_experts
 from falqon_fx.passes.match.frozen import (
     embeddings,
     match_frozen,
@@ -37,10 +39,7 @@ from falqon_fx.passes.scope import Scope
 from falqon_fx.passes.shards import CUT_OTHERWISE
 from falqon_fx.passes.siblings import group_siblings
 from falqon_fx.passes.slots import AdapterSlot, BaseSlot
-from falqon_fx.passes.terms import (
-    BaseLinear,
-    Param,
-)
+from falqon_fx.passes.terms import BaseLinear, Experts, Param
 from falqon_fx.passes.writes import written_parameters
 from falqon_fx.report.data import Rejected, Site, Source
 from falqon_fx.report.kernels import architecture_of
@@ -108,7 +107,7 @@ def plan(
     chooser = _Chooser(root, config)
     for found in matches:
         chooser.take(found)
-    for found in match_frozen(root, matches):
+    for found in (*match_frozen(root, matches), *match_frozen_experts(root, matches)):
         # Of a prepared layer nothing is left but its FP8 form.
         if config.frozen == "fp8" or isinstance(found.base, BaseLinear):
             chooser.take_frozen(found)
@@ -164,7 +163,7 @@ class _Chooser:
             self.rejected.append(why)
             return
         check(found, path, self.config)
-        if self.config.update == "rows":
+        if self.config.update == "rows" and not isinstance(found.base, Experts):
             why_rows = check_rows(found, path, self.config)
             if why_rows is not None:
                 self.rejected.append(Rejected(path, *why_rows, source_of(found.anchor)))
@@ -183,10 +182,11 @@ class _Chooser:
         if not self.config.selects(site_of(path)):
             return
         out, features = _size(found)
-        why = why_left(path, hint(out), hint(features), tied)
+        each = found.base.experts if isinstance(found.base, Experts) else 1
+        why = why_left(path, hint(out) // each, hint(features), tied)
         refused = self._refusal(found, path)
         if why is not None and not isinstance(found.base, BaseLinear):
-            wide = wide_product(found)
+            wide = None if each > 1 else wide_product(found)
             how = "It runs as it was" if wide is None else "It is multiplied in float32"
             remedy = f"{how}; an adapter on it would make it a site"
             self.left.append(Rejected(path, why, remedy, source_of(found.anchor)))
@@ -228,6 +228,8 @@ class _Chooser:
             return refuse("it runs inside a torch.func transform", LEAVE)
         if any(is_dtensor(param.value) for param in params_of(found)):
             return refuse(*CUT_OTHERWISE)
+        if isinstance(found.base, Experts) and (why := why_not_experts(found, self.config)):
+            return refuse(*why)
         for param in params_of(found):
             if param.node is not None and found.scope.outer(param.node) in self._written:
                 return refuse(
@@ -291,10 +293,11 @@ def _groups(sites: list[SitePlan], config: FalqonConfig) -> tuple[tuple[SitePlan
 
 
 def _size(found: Match) -> tuple[int, int]:
-    """[out, in] of the base."""
+    """[out, in] of the base; of a stack, all rows of all experts."""
     (weight,) = weights_of(found)
-    first, second = weight.value.shape
-    return (second, first) if weight.transposed else (first, second)
+    *stack, first, second = weight.value.shape
+    out, features = (second, first) if weight.transposed else (first, second)
+    return math.prod(stack) * out, features
 
 
 def _named_by(found: Match) -> tuple[Param, ...]:
@@ -329,8 +332,13 @@ def _source(param: Param) -> Source | None:
 
 
 def _path(root: Scope, params: Iterable[Param], scope: Scope) -> str:
-    """The deepest module path that holds all of the site's parameters."""
+    """The deepest module path that holds all of the site's parameters; of a stack of weights its
+    own, as PEFT names what it targets.
+    """
+    params = [*params]
     names = [name for p in params if (name := _name(scope, p))]
+    if params and params[0].value.dim() == 3 and names:
+        return ".".join(part for part in names[0].split(".") if part != "base_layer")
     return common_path(names) if names else "?"
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import fx
 
 from falqon_fx._compat import value_of
-from falqon_fx.ops import merged_linear, wide_linear
+from falqon_fx.ops import experts, merged_linear, wide_linear
 from falqon_fx.passes.insert_operands import AdapterNodes, Operands, SiteNodes
 from falqon_fx.passes.plan import Plan, SitePlan
 from falqon_fx.passes.scope import Scope
-from falqon_fx.passes.terms import Param
+from falqon_fx.passes.terms import Experts, Param
 from falqon_fx.passes.vocabulary import LINEAR, linear_arguments
 
 
@@ -26,7 +26,10 @@ def rewrite(plan: Plan, operands: Operands) -> None:
     """
     replaced: dict[fx.Node, fx.Node] = {}  # a site may read the result of another
     for group in plan.groups:
-        _replace(plan, group, operands, replaced)
+        if isinstance(group[0].match.base, Experts):
+            _replace_experts(plan, group[0], operands, replaced)
+        else:
+            _replace(plan, group, operands, replaced)
     for node in plan.wide:
         node.target, node.args, node.kwargs = widened(node.target, node.args, node.kwargs)
     for scope in plan.root.walk():
@@ -126,6 +129,50 @@ def _replace(
         replaced[anchor] = result
     for site in group:
         _erase(graph, site.match.nodes)
+
+
+def experts_arguments(site: SitePlan, operands: Operands) -> tuple[list[list[fx.Node]], Arguments]:
+    """The lists of operands of a stack's op that are nodes of the root, in its order, and all that
+    a linear layer's op would get.
+    """
+    given = arguments((site,), operands)
+    lists = [given.weight, given.scale, given.a, given.a_scale, given.b]
+    return [*lists, given.lora_a, given.lora_b], given
+
+
+def _replace_experts(
+    plan: Plan, site: SitePlan, operands: Operands, replaced: dict[fx.Node, fx.Node]
+) -> None:
+    found, base = site.match, site.match.base
+    assert isinstance(base, Experts)
+    scope, graph, anchor = found.scope, found.scope.gm.graph, found.anchor
+    lists, given = experts_arguments(site, operands)
+    columns = [[_bring(scope, node) for node in column] for column in lists]
+    with graph.inserting_before(anchor):
+        weight, scale, *adapters = [[_at_hand(graph, node) for node in c] for c in columns]
+        fused = graph.call_function(
+            experts.OP,
+            (
+                replaced.get(found.x, found.x),
+                [] if base.rows is None else [base.rows],
+                base.groups,
+                base.by_id,
+                base.experts,
+                *weight,
+                *scale,
+                *adapters,
+                given.scaling,
+                given.keep_x,
+                value_of(anchor).dtype,
+                str(plan.spec),
+            ),
+        )
+        output = graph.call_function(operator.getitem, (fused, 0))
+    _describe(fused, anchor, (value_of(anchor),))
+    _describe(output, anchor, value_of(anchor))
+    anchor.replace_all_uses_with(output)
+    replaced[anchor] = output
+    _erase(graph, found.nodes)
 
 
 def adapter_inputs(group: Sequence[SitePlan]) -> list[fx.Node]:

@@ -8,7 +8,7 @@ from torch import fx
 
 from falqon_fx._compat import value_of
 from falqon_fx.passes.match.dataflow import Match
-from falqon_fx.passes.terms import Prepared
+from falqon_fx.passes.terms import Experts, Prepared
 from falqon_fx.passes.writes import written
 
 
@@ -38,6 +38,8 @@ def group_siblings(matches: Sequence[Match], rows: bool = False) -> list[list[Ma
 def _key(found: Match) -> object:
     if any(adapter.x is not None for adapter in found.adapters):
         return id(found)  # its dropout comes after the first sibling
+    if isinstance(found.base, Experts):
+        return id(found)
     bias = found.base.bias
     if isinstance(found.base, Prepared) and bias is not None and not _is_leaf(bias):
         return id(found)  # a computed bias may not exist yet where the first sibling stands

@@ -67,6 +67,27 @@ Prepared = BaseLinear | RowsBaseLinear
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Rows of x times the weights of their experts, W [E, out, in] (``transposed``: [E, in, out]).
+
+    Attributes:
+        rows: the row of x that each row of the product reads; None where that is its own.
+        groups: the offsets of rows that are sorted by expert, or with ``by_id`` the expert of each.
+    """
+
+    x: fx.Node
+    weight: Param
+    rows: fx.Node | None
+    groups: fx.Node
+    by_id: bool
+    bias: None = None
+
+    @property
+    def experts(self) -> int:
+        return int(self.weight.value.shape[0])
+
+
+@dataclass(frozen=True)
 class Add:
     """left + factor · right."""
 

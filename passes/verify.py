@@ -16,14 +16,14 @@ from torch import fx
 
 from falqon_fx._compat import value_of
 from falqon_fx.errors import PassError
-from falqon_fx.ops import merged_linear
+from falqon_fx.ops import experts, merged_linear
 from falqon_fx.passes.insert_operands import AdapterNodes, Operands, casts_per_adapter
 from falqon_fx.passes.match.dataflow import shape
 from falqon_fx.passes.plan import Plan, SitePlan
-from falqon_fx.passes.rewrite import adapter_inputs, arguments, widened
+from falqon_fx.passes.rewrite import adapter_inputs, arguments, experts_arguments, widened
 from falqon_fx.passes.rows import RowsNodes
 from falqon_fx.passes.scope import Scope, attribute
-from falqon_fx.passes.terms import BaseLinear, Linear, Param
+from falqon_fx.passes.terms import BaseLinear, Experts, Linear, Param
 from falqon_fx.site.spec import RowsSpec
 
 _WRITES = torch.ops.falqon.proxy_update_.default
@@ -62,7 +62,10 @@ def verify(plan: Plan, operands: Operands, before: Wiring) -> Wiring:
     anchors = {site.match.anchor for site in plan.sites}
     results = _results(plan, anchors, before, after)
     for group in reversed(plan.groups):  # what reads a site's result comes before that site
-        _check_group(plan, group, operands, anchors, results)
+        if isinstance(group[0].match.base, Experts):
+            _check_experts(plan, group, operands, anchors, results)
+        else:
+            _check_group(plan, group, operands, anchors, results)
     _check_inputs(plan, operands, before)
     _check_bases(plan, operands)
     _check_casts(plan, operands, new)
@@ -103,8 +106,10 @@ def _check_counts(plan: Plan, operands: Operands, new: list[fx.Node]) -> None:
     flipped = [s for s in plan.rows if s.base is not None and s.base.transposed]
     zeroed = len(plan.rows) if plan.config.pending == "drop" else 0
     parts = len(plan.rows) * (4 if plan.spec.per_row else 2)
+    stacks = sum(isinstance(site.match.base, Experts) for site in plan.sites)
     expected: dict[Any, int] = {
-        merged_linear.OP: len(plan.groups),
+        merged_linear.OP: len(plan.groups) - stacks,
+        experts.OP: stacks,
         operator.getitem: len(plan.sites)
         + casts_per_adapter(plan.spec) * len(plan.adapters)
         + parts,
@@ -202,6 +207,37 @@ def _check_group(
             raise PassError(path, f"{fused.name} computes with {rest[10:]}, not {said}")
 
 
+def _check_experts(
+    plan: Plan,
+    group: tuple[SitePlan, ...],
+    operands: Operands,
+    anchors: set[fx.Node],
+    results: dict[fx.Node, fx.Node],
+) -> None:
+    """The same for the op of a stack of experts, which stands for one site."""
+    (site,) = group
+    found, base, path = site.match, cast(Experts, site.match.base), site.report.path
+    if found.anchor not in results:
+        return
+    fused, index = _origin(site, results[found.anchor])
+    if (fused.target, index) != (experts.OP, 0):
+        raise PassError(path, f"its result comes from {fused.name}")
+    x, rows, *way = fused.args[:5]
+    if found.x in anchors and isinstance(x, fx.Node):
+        results.setdefault(found.x, x)
+    read = (results.get(found.x, found.x), [] if base.rows is None else [base.rows])
+    if (x, rows) != read or tuple(way) != (base.groups, base.by_id, base.experts):
+        raise PassError(path, f"{fused.name} reads {fused.args[:5]}, not its rows")
+    lists, given = experts_arguments(site, operands)
+    columns = [[node] for node in fused.args[5:7]] + [*fused.args[7:12]]
+    for column, wanted in zip(columns, lists, strict=True):
+        _check_column(path, found.scope, cast(list[fx.Node], column), wanted)
+    dtype = value_of(found.anchor).dtype
+    said = (given.scaling, given.keep_x, dtype, str(plan.spec))
+    if fused.args[12:] != said:
+        raise PassError(path, f"{fused.name} computes with {fused.args[12:]}, not {said}")
+
+
 def _check_column(
     path: str, scope: Scope, column: Sequence[fx.Node], wanted: Sequence[fx.Node]
 ) -> None:
@@ -256,7 +292,7 @@ def _check_bases(plan: Plan, operands: Operands) -> None:
             read = [scope.outer(node) for node in (base.code, base.scale, base.digest)]
             same = list(nodes.given) == read
         else:
-            same = _is_of_weight(plan, scope, nodes.given, cast(Linear, base).weight)
+            same = _is_of_weight(plan, scope, nodes.given, cast(Linear | Experts, base).weight)
         if not same:
             made_of = [node.name for node in nodes.given]
             raise PassError(site.report.path, f"its base is made of {made_of}")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from falqon_fx._compat import nn_linear
+from falqon_fx._compat import grouped_mm, nn_linear
 
 aten = torch.ops.aten
 
@@ -35,6 +35,11 @@ OTHER_MODULES: dict[Any, str] = {
 }
 EINSUM = {torch.einsum, aten.einsum.default}
 BATCHED = {torch.bmm, torch.baddbmm, aten.bmm.default, aten.baddbmm.default}
+BMM: set[Any] = {torch.bmm, aten.bmm.default}
+BADDBMM: set[Any] = {torch.baddbmm, aten.baddbmm.default}
+GROUPED_MM: set[Any] = {F.grouped_mm, grouped_mm, aten._grouped_mm.default}
+# transformers defines it when it is imported.
+GROUPED_MM_NAMES = {f"transformers.grouped_mm_fallback{end}" for end in ("", ".default")}
 PRODUCT_METHODS = {"matmul", "mm", "bmm", "addmm", "baddbmm", "__matmul__"}
 MOVES: set[Any] = {torch.unsqueeze, torch.squeeze, torch.permute, torch.split, torch.chunk}
 MOVES |= {torch.movedim, torch.cat, operator.getitem, aten.unsqueeze.default, aten.permute.default}

@@ -186,7 +186,7 @@ def losing(site: Site, config: FalqonConfig, device: torch.device) -> Rejected |
     Raises:
         FalqonError: ``min_gain`` is set and nothing is known of the card.
     """
-    if config.min_gain is None:
+    if config.min_gain is None or site.experts:  # the model knows no experts
         return None
     card = cards.find(config.card) if config.card else cards.at_hand(device)
     if card is None:

@@ -182,8 +182,9 @@ class _Predictor:
             ),
         )
 
-    def _cost(self, site: Site, siblings: int, adapted: int) -> Cost:
-        assert self.card is not None
+    def _cost(self, site: Site, siblings: int, adapted: int) -> Cost | None:
+        if self.card is None or site.experts:  # the model knows no experts
+            return None
         shape = cost.shape_of(site, siblings, adapted)
         key = (shape, site.kernel, site.tokens_hint)
         if key not in self.known:

@@ -83,6 +83,8 @@ class Site:
     Attributes:
         adapters: how many are active on it, 0 for a frozen layer alone. ``rank`` is the sum of
             theirs, ``scaling`` the first's and ``dropout`` the largest.
+        experts: how many stacked weights [out_features, in_features] it has, each with adapters
+            of ``rank``; 0 for a linear layer.
         train_a, train_b: whether any A, any B gets a gradient. W never does.
         spec: the options in force, as the op in the graph carries them.
         x_shape: of the input, symbols by Dynamo's names; ``tokens`` is the product of all but the
@@ -109,6 +111,7 @@ class Site:
     base_dtype: str = ""
     adapter_dtype: str = ""
     adapters: int = 1
+    experts: int = 0
     prepared: bool = False
     train_a: bool = False
     train_b: bool = False
@@ -304,7 +307,7 @@ def check_values(report: Graphs) -> None:
 def _values(site: Site) -> Iterator[tuple[str, bool]]:
     """What is relied on, and whether it holds."""
     yield "sizes", min(site.out_features, site.in_features) > 0
-    yield "adapters", min(site.rank, site.adapters, site.tokens_hint) >= 0
+    yield "adapters", min(site.rank, site.adapters, site.tokens_hint, site.experts) >= 0
     if site.memory:
         yield "memory", min(site.memory.base, site.memory.state, site.memory.adapter) >= 0
     if site.cost:

@@ -43,6 +43,11 @@ def choose(site: Site) -> tuple[str, str]:
     )
 
 
+def choose_for_experts(site: Site) -> tuple[str, str]:
+    """The same for a stack of experts."""
+    return "aten", "grouped products of decoded FP8 values, whatever the number of experts"
+
+
 def candidates(site: Site) -> list[GemmSpec]:
     """The generated kernels for the forward product of a site alone, the likeliest first."""
     from falqon_fx.kernels.gemm.tiles import GemmProblem, gemm_specs

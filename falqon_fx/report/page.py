@@ -92,7 +92,7 @@ def _facts(site: Site, siblings: Sequence[str], config: dict[str, str]) -> list[
     others = [path.rpartition(".")[2] for path in siblings if path != site.path]
     shared = f", also read by {' and '.join(others)} in the same op" if others else ""
     facts = [
-        ["W", f"{site.out_features} x {site.in_features}, {site.base_dtype} cast to FP8, {fixed}"],
+        ["W", f"{_size(site)}, {site.base_dtype} cast to FP8, {fixed}"],
         ["adapter", _adapter(site)],
         ["input", f"{site.x_dtype}[{', '.join(site.x_shape)}]{shared}"],
         ["output", site.out_dtype],
@@ -114,6 +114,11 @@ def _facts(site: Site, siblings: Sequence[str], config: dict[str, str]) -> list[
             ["pays from", pays_from(cost.break_even)],
         ]
     return facts
+
+
+def _size(site: Site) -> str:
+    each = f"{site.out_features} x {site.in_features}"
+    return f"{site.experts} experts of {each}" if site.experts else each
 
 
 def _adapter(site: Site) -> str:

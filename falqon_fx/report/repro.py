@@ -313,7 +313,16 @@ def _leaf(value: Tensor) -> Tensor:
 def arguments(site: Site, tokens: int | None = None) -> dict[str, object]:
     """The arguments of `check` that rebuild a site. One of update="rows" is rebuilt with its
     adapter apart from W, as it is before the first write.
+
+    Raises:
+        FalqonError: a stack of experts.
     """
+    if site.experts:
+        raise FalqonError(
+            site.path,
+            "it is a stack of experts, which is not rebuilt alone",
+            "Name a linear layer; experts are checked by tests/test_merged_experts.py",
+        )
     return {
         "out": site.out_features,
         "features": site.in_features,

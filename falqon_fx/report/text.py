@@ -66,7 +66,7 @@ def _sites(sites: Sequence[Site]) -> Table:
     add_columns(made, time, "gain", "pays from", shown=known)
     for paths, site in alike(sites):
         memory, cost = site.memory, site.cost
-        row = [paths[len(prefix) :], f"{site.out_features}x{site.in_features}", adapter_text(site)]
+        row = [paths[len(prefix) :], _size_text(site), adapter_text(site)]
         row += [site.trains or "-"] * trains + [site.tokens] * tokens
         row.append(_change(memory.before, memory.after, _UNITS[size]) if memory else "")
         if cost:
@@ -74,6 +74,11 @@ def _sites(sites: Sequence[Site]) -> Table:
             row += [f"{cost.gain:.2f}", pays_from(cost.break_even)]
         add_row(made, *row)
     return made
+
+
+def _size_text(site: Site) -> str:
+    each = f"{site.out_features}x{site.in_features}"
+    return f"{site.experts} x {each}" if site.experts else each
 
 
 _UNITS = {"kB": 1e3, "MB": 1e6, "us": 1e-6, "ms": 1e-3}

@@ -152,13 +152,17 @@ def sample(weight: Tensor) -> Tensor:
     Reading all of W in each step would cost as much as the step's own GEMMs; in-place edits that
     autograd counts are seen exactly, through the version counter.
     """
+    if weight.dim() == 3:  # a stack: a view of it where it has one
+        weight = weight.flatten(0, 1) if weight.is_contiguous() else weight[0]
     rows, columns = weight.shape
     return weight[:: max(1, rows // 16), :: max(1, columns // 64)][:16, :64]
 
 
 @dataclass(frozen=True)
 class BaseParameter:
-    """A base weight ``param`` as a graph reads it; ``transposed`` where it is stored [in, out]."""
+    """A base weight ``param`` as a graph reads it, or a stack of them; ``transposed`` where these
+    are stored [in, out].
+    """
 
     path: str
     param: Tensor
@@ -166,8 +170,9 @@ class BaseParameter:
 
     @property
     def weight(self) -> Tensor:
-        """[out, in]."""
-        return self.param.t() if self.transposed else self.param
+        """[out, in], of a stack all rows of all experts."""
+        weight = self.param.transpose(-2, -1) if self.transposed else self.param
+        return weight.flatten(0, -2)
 
 
 DIGEST_BYTES = 8

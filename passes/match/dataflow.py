@@ -10,7 +10,7 @@ from torch import fx
 
 from falqon_fx._compat import is_dtensor, is_plain, value_of
 from falqon_fx.passes.scope import Scope
-from falqon_fx.passes.terms import Cast, Dropout, Linear, Param, Prepared, Scale
+from falqon_fx.passes.terms import Cast, Dropout, Experts, Linear, Param, Prepared, Scale
 from falqon_fx.passes.writes import memory_of, written
 
 
@@ -30,14 +30,14 @@ class AdapterMatch:
 @dataclass(frozen=True)
 class Match:
     """One site: ``anchor`` is the node whose value the fused op will replace. A frozen linear layer
-    alone has no ``adapters``.
+    or stack alone has no ``adapters``.
     """
 
     scope: Scope
     anchor: fx.Node
     nodes: frozenset[fx.Node]  # computed inside the site; gone after the rewrite
     x: fx.Node
-    base: Linear | Prepared
+    base: Linear | Prepared | Experts
     adapters: tuple[AdapterMatch, ...] = ()
 
 

@@ -29,6 +29,7 @@ from falqon_fx.passes.match.dataflow import (
     trailing_cast,
 )
 from falqon_fx.passes.match.delta import match_delta
+from falqon_fx.passes.match.experts import match_experts
 from falqon_fx.passes.match.unmatched import named_as_lora, named_lora, unmatched
 from falqon_fx.passes.scope import Scope, param_of
 from falqon_fx.passes.terms import (
@@ -109,6 +110,12 @@ def match(root: Scope, keep_dropout: bool = True) -> tuple[list[Match], list[Rej
                 found[delta.anchor] = delta
             elif delta is not None:
                 rejected.append(delta)
+        for stack in match_experts(scope, taken, adapted=True):
+            if isinstance(stack, Match):
+                taken |= stack.nodes
+                found[stack.anchor] = stack
+            else:
+                rejected.append(stack)
         matches.extend(sorted(found.values(), key=lambda site: site.anchor))
         rejected.extend(_on_others(scope))
         rejected.extend(unmatched(scope, matches, rejected))

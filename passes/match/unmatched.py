@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import fx
 
-from falqon_fx._compat import OpOverload, is_dtensor, source_path
+from falqon_fx._compat import OpOverload, is_dtensor, source_path, value_of
 from falqon_fx.passes.dialects import PRODUCTS
 from falqon_fx.passes.match.dataflow import Match, RejectedMatch
 from falqon_fx.passes.scope import Scope, is_transpose, is_view, param_of
@@ -34,7 +34,7 @@ def unmatched(
             if {id(first.value), id(second.value)} & known or not _low_rank(first, second):
                 continue
             known |= {id(first.value), id(second.value)}
-            yield RejectedMatch(scope, first, second, _reason(node, first, second), _REMEDY)
+            yield RejectedMatch(scope, first, second, *_reason(node, first, second))
 
 
 def named_as_lora(
@@ -100,11 +100,24 @@ _REMEDY_BY_NAME = (
 _REMEDY = "Write it as base(x) + s * B(A(x)) with nn.Linear or F.linear; as it is it runs unmerged"
 
 
-def _reason(node: fx.Node, first: Param, second: Param) -> str:
-    if first.value.dim() == 3 or second.value.dim() == 3:
-        return "it adapts stacked weights, such as those of experts, which is not built yet"
+_REMEDY_OF_STACKS = (
+    'Use model.set_experts_implementation("grouped_mm") where transformers has it; as it is it '
+    "runs unmerged"
+)
+
+
+def _reason(node: fx.Node, first: Param, second: Param) -> tuple[str, str]:
+    if 3 in (first.value.dim(), second.value.dim()) or _makes_a_stack(node):
+        why = "it adapts stacked weights, such as those of experts, outside of a grouped product"
+        return why, _REMEDY_OF_STACKS
     name = getattr(node.target, "__name__", node.target)
-    return f"its low-rank product is computed by {name} in a way that is not base(x) + s·B(A(x))"
+    why = f"its low-rank product is computed by {name} in a way that is not base(x) + s·B(A(x))"
+    return why, _REMEDY
+
+
+def _makes_a_stack(node: fx.Node) -> bool:
+    value = value_of(node)
+    return node.target in BATCHED and value is not None and value.dim() == 3
 
 
 def _pairs(scope: Scope, node: fx.Node) -> Iterator[tuple[Param, Param]]:

@@ -1,0 +1,140 @@
+"""Products of rows that are sorted by expert with the stacked weights of all experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from falqon_fx.ops.lowering import decode
+
+# Bytes of decoded weights that live at a time on a CPU: decoding a whole stack would take twice or
+# four times the memory that FP8 has saved.
+_DECODED = 1 << 25
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which expert each row of a product belongs to.
+
+    Attributes:
+        offs: int32 [E], the number of rows of the experts up to each one, itself included.
+        rows: int64 [S], the row of x that each row of the product reads; None for its own.
+        order: int64 [S], where each sorted row stands in the result; None where it is sorted.
+    """
+
+    offs: Tensor
+    rows: Tensor | None
+    order: Tensor | None
+
+    def taken(self, x: Tensor) -> Tensor:
+        """The rows of x [n, k] that are multiplied, [S, k]."""
+        return x if self.rows is None else x.index_select(0, self.rows)
+
+    def sorted(self, y: Tensor) -> Tensor:
+        """What belongs to the result [S, m], sorted by expert."""
+        return y if self.order is None else y.index_select(0, self.order)
+
+    def restored(self, y: Tensor) -> Tensor:
+        """The inverse of `sorted`."""
+        return y if self.order is None else torch.empty_like(y).index_copy_(0, self.order, y)
+
+    def added_up(self, y: Tensor, n: int) -> Tensor:
+        """The inverse of `taken`: float32 [n, k], the sum of all that read the same row."""
+        wide = y.to(torch.float32)
+        if self.rows is None:
+            return wide
+        return wide.new_zeros((n, y.shape[1])).index_add_(0, self.rows, wide)
+
+    def experts(self, count: int) -> Tensor:
+        """The expert of each of ``count`` sorted rows, int64; rows behind all get the last."""
+        places = torch.arange(count, device=self.offs.device, dtype=self.offs.dtype)
+        found = torch.bucketize(places, self.offs, right=True)
+        return found.clamp(max=self.offs.shape[0] - 1)
+
+
+def routing(groups: Tensor, by_id: bool, rows: Sequence[Tensor], experts: int) -> Routing:
+    """What `falqon_fx.ops.experts.merged_experts` is given, sorted by expert: ``groups`` are the
+    offsets of sorted rows, or with ``by_id`` the expert of each row, in any order.
+    """
+    taken = rows[0] if rows else None
+    if not by_id:
+        return Routing(groups.to(torch.int32), taken, None)
+    ids = groups.reshape(-1).remainder(experts)  # indexing takes -1 for the last
+    order = torch.argsort(ids, stable=True)
+    counts = torch.zeros(experts, dtype=torch.int32, device=ids.device)
+    counts.index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
+    offs = counts.cumsum(0, dtype=torch.int32)
+    return Routing(offs, order if taken is None else taken.index_select(0, order), order)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The weights of all experts, E4M3 (or bytes) [E, m, k], with the scales [E, m, 1] that belong
+    into their values; 1 where those are put elsewhere.
+    """
+
+    code: Tensor
+    scale: Tensor | float
+
+    @classmethod
+    def of(cls, code: Tensor, scale: Tensor | float, experts: int) -> Stack:
+        """From matrices [E * m, k] and [E * m, 1]."""
+        stacked = code.view(experts, -1, code.shape[1])
+        return cls(stacked, scale.view(*stacked.shape[:2], 1) if isinstance(scale, Tensor) else 1.0)
+
+    def decoded(self, experts: slice, dtype: torch.dtype) -> Tensor:
+        """The values of some experts, [e, m, k]."""
+        code = self.code[experts]
+        scale = self.scale[experts] if isinstance(self.scale, Tensor) else self.scale
+        flat = scale.reshape(-1, 1) if isinstance(scale, Tensor) else scale
+        return decode(code.reshape(-1, code.shape[2]), flat, dtype).view(code.shape)
+
+
+def times(x: Tensor, stack: Stack, offs: Tensor, *, turned: bool) -> Tensor:
+    """x_e · W_eᵀ [S, m] of each expert's rows of x [S, k], or x_e · W_e with ``turned``, in x's
+    dtype. Rows behind the last expert's are zeros on a CPU, and as torch leaves them elsewhere.
+
+    A CPU decodes some experts at a time, of those that have rows.
+    """
+
+    def product(rows: Tensor, experts: slice, ends: Tensor) -> Tensor:
+        weight = stack.decoded(experts, x.dtype)
+        return padded_mm(rows, weight if turned else weight.transpose(1, 2), ends)
+
+    count, m, k = stack.code.shape
+    if x.device.type != "cpu":
+        return product(x, slice(None), offs)
+    y = x.new_zeros((x.shape[0], k if turned else m))
+    step = max(1, _DECODED // (m * k * x.dtype.itemsize))
+    ends = [0, *offs.tolist()]
+    for first in range(0, count, step):
+        last = min(first + step, count)
+        start, end = ends[first], ends[last]
+        if start < end:
+            of_part = offs[first:last] - start
+            y[start:end] = product(x[start:end], slice(first, last), of_part)
+    return y
+
+
+def padded_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    """`F.grouped_mm` of x [S, k] and weight [E, k, m] of any sizes: it takes rows of multiples
+    of 16 bytes alone.
+    """
+    m, k = weight.shape[2], x.shape[1]
+    unit = 16 // x.dtype.itemsize
+    by_k, by_m = -k % unit, -m % unit
+    if by_k or by_m:
+        x, weight = F.pad(x, (0, by_k)), F.pad(weight, (0, by_m, 0, by_k))
+    return F.grouped_mm(x, weight, offs=offs)[:, :m]
+
+
+def grouped_outer(left: Tensor, right: Tensor, offs: Tensor) -> Tensor:
+    """left_eᵀ · right_e [E, m, k] over the rows of each expert, of left [S, m], right [S, k]."""
+    m, k = left.shape[1], right.shape[1]
+    unit = 16 // left.dtype.itemsize
+    left, right = F.pad(left, (0, -m % unit)), F.pad(right, (0, -k % unit))
+    return F.grouped_mm(left.t(), right, offs=offs)[:, :m, :k]
