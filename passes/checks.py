@@ -10,9 +10,11 @@ from falqon_fx.passes.modes import may_autocast
 from falqon_fx.passes.terms import (
     AddLinear,
     BaseLinear,
+    Experts,
     Linear,
     Param,
     Prepared,
+    PreparedStack,
     RowsBaseLinear,
 )
 from falqon_fx.site.spec import SiteSpec, parse_spec
@@ -21,9 +23,13 @@ from falqon_fx.site.spec import SiteSpec, parse_spec
 def weights_of(found: Match) -> tuple[Param, ...]:
     """The base weight, or what stands for a prepared one."""
     base = found.base
+    if isinstance(base, Experts) and isinstance(base.weight, PreparedStack):
+        code = base.weight.code
+        return (Param(value_of(found.scope.outer(code)), code),)
     if isinstance(base, BaseLinear | RowsBaseLinear):
         code = base.code if isinstance(base, BaseLinear) else base.state[0]
         return (Param(value_of(found.scope.outer(code)), code),)
+    assert isinstance(base.weight, Param)
     return (base.weight,)
 
 
@@ -57,7 +63,9 @@ def check(found: Match, path: str, config: FalqonConfig) -> None:
     _check_dtypes(found, path)
     _check_gathered(found, path, config)
     base: object = found.base
-    if isinstance(base, BaseLinear | RowsBaseLinear):
+    if isinstance(base, Experts):
+        base = base.prepared
+    if isinstance(base, BaseLinear | RowsBaseLinear | PreparedStack):
         _check_prepared(base, path, config, adapted=bool(found.adapters))
 
 
@@ -126,7 +134,9 @@ def _check_dtypes(found: Match, path: str) -> None:
                 )
 
 
-def _check_prepared(base: Prepared, path: str, config: FalqonConfig, adapted: bool) -> None:
+def _check_prepared(
+    base: Prepared | PreparedStack, path: str, config: FalqonConfig, adapted: bool
+) -> None:
     done, asked = parse_spec(base.spec_text), SiteSpec.from_config(config)
     if (done.granularity, done.scale) != (asked.granularity, asked.scale):
         raise FalqonError(

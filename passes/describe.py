@@ -33,6 +33,8 @@ def describe(
     experts = found.base.experts if isinstance(found.base, Experts) else 0
     prepared = isinstance(found.base, Prepared)
     dtype = result.dtype if isinstance(found.base, Prepared) else found.base.weight.value.dtype
+    if isinstance(found.base, Experts):
+        prepared = found.base.prepared is not None
     site = Site(
         path=path,
         out_features=slot.out // max(experts, 1),

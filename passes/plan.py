@@ -39,11 +39,11 @@ from falqon_fx.passes.scope import Scope
 from falqon_fx.passes.shards import CUT_OTHERWISE
 from falqon_fx.passes.siblings import group_siblings
 from falqon_fx.passes.slots import AdapterSlot, BaseSlot
-from falqon_fx.passes.terms import BaseLinear, Experts, Param
+from falqon_fx.passes.terms import BaseLinear, Experts, Param, PreparedStack
 from falqon_fx.passes.writes import written_parameters
 from falqon_fx.report.data import Rejected, Site, Source
 from falqon_fx.report.kernels import architecture_of
-from falqon_fx.site.paths import common_path
+from falqon_fx.site.paths import common_path, stack_path
 from falqon_fx.site.spec import SiteSpec
 
 T = TypeVar("T")
@@ -109,7 +109,7 @@ def plan(
         chooser.take(found)
     for found in (*match_frozen(root, matches), *match_frozen_experts(root, matches)):
         # Of a prepared layer nothing is left but its FP8 form.
-        if config.frozen == "fp8" or isinstance(found.base, BaseLinear):
+        if config.frozen == "fp8" or _is_prepared(found):
             chooser.take_frozen(found)
     cut_by_ddp = is_ddp_piece(root.gm)
     refused = [
@@ -157,7 +157,7 @@ class _Chooser:
 
     def take(self, found: Match) -> None:
         """A linear layer with adapters."""
-        path = _path(self.root, _named_by(found), found.scope)
+        path = _path_of(self.root, found)
         why = self._refusal(found, path)
         if why is not None:
             self.rejected.append(why)
@@ -177,7 +177,7 @@ class _Chooser:
     def take_frozen(self, found: Match) -> None:
         """A frozen linear layer alone."""
         tied = any(id(param.value) in self._tied for param in weights_of(found))
-        path = _path(self.root, weights_of(found), found.scope)
+        path = _path_of(self.root, found, weights_of(found))
         path = (module_path(found.anchor) if tied else "") or path  # not the embedding's
         if not self.config.selects(site_of(path)):
             return
@@ -185,7 +185,7 @@ class _Chooser:
         each = found.base.experts if isinstance(found.base, Experts) else 1
         why = why_left(path, hint(out) // each, hint(features), tied)
         refused = self._refusal(found, path)
-        if why is not None and not isinstance(found.base, BaseLinear):
+        if why is not None and not _is_prepared(found):
             wide = None if each > 1 else wide_product(found)
             how = "It runs as it was" if wide is None else "It is multiplied in float32"
             remedy = f"{how}; an adapter on it would make it a site"
@@ -244,7 +244,9 @@ class _Chooser:
         if key not in self._bases:
             out, features = _size(found)
             base, scope = found.base, found.scope
-            if isinstance(base, BaseLinear):
+            if isinstance(base, Experts) and base.prepared is not None:
+                base = base.prepared
+            if isinstance(base, BaseLinear | PreparedStack):
                 nodes = tuple(map(scope.outer, (base.code, base.scale, base.digest)))
                 self._bases[key] = BaseSlot(path, out, features, None, nodes)
             else:
@@ -292,6 +294,11 @@ def _groups(sites: list[SitePlan], config: FalqonConfig) -> tuple[tuple[SitePlan
     )
 
 
+def _is_prepared(found: Match) -> bool:
+    base = found.base
+    return isinstance(base, BaseLinear) or (isinstance(base, Experts) and base.prepared is not None)
+
+
 def _size(found: Match) -> tuple[int, int]:
     """[out, in] of the base; of a stack, all rows of all experts."""
     (weight,) = weights_of(found)
@@ -331,14 +338,18 @@ def _source(param: Param) -> Source | None:
     return source_of(next(iter(param.node.users))) if param.node is not None else None
 
 
+def _path_of(root: Scope, found: Match, named_by: Iterable[Param] | None = None) -> str:
+    """The path of a site. Of a stack its own, as PEFT names what it targets."""
+    base = found.base
+    if not isinstance(base, Experts):
+        return _path(root, _named_by(found) if named_by is None else named_by, found.scope)
+    (weight,) = weights_of(found)
+    return stack_path(_name(found.scope, weight), base.prepared is not None) or "?"
+
+
 def _path(root: Scope, params: Iterable[Param], scope: Scope) -> str:
-    """The deepest module path that holds all of the site's parameters; of a stack of weights its
-    own, as PEFT names what it targets.
-    """
-    params = [*params]
+    """The deepest module path that holds all of the site's parameters."""
     names = [name for p in params if (name := _name(scope, p))]
-    if params and params[0].value.dim() == 3 and names:
-        return ".".join(part for part in names[0].split(".") if part != "base_layer")
     return common_path(names) if names else "?"
 
 

@@ -67,16 +67,31 @@ Prepared = BaseLinear | RowsBaseLinear
 
 
 @dataclass(frozen=True)
+class PreparedStack:
+    """Stacked weights that `prepare` has put in FP8 (``falqon::stacked_weight``): ``value`` as they
+    are read, and the nodes of bytes, scale and digest.
+    """
+
+    value: Tensor
+    code: fx.Node
+    scale: fx.Node
+    digest: fx.Node
+    transposed: bool
+    spec_text: str
+
+
+@dataclass(frozen=True)
 class Experts:
     """Rows of x times the weights of their experts, W [E, out, in] (``transposed``: [E, in, out]).
 
     Attributes:
+        weight: a parameter, or a prepared stack.
         rows: the row of x that each row of the product reads; None where that is its own.
         groups: the offsets of rows that are sorted by expert, or with ``by_id`` the expert of each.
     """
 
     x: fx.Node
-    weight: Param
+    weight: Param | PreparedStack
     rows: fx.Node | None
     groups: fx.Node
     by_id: bool
@@ -85,6 +100,10 @@ class Experts:
     @property
     def experts(self) -> int:
         return int(self.weight.value.shape[0])
+
+    @property
+    def prepared(self) -> PreparedStack | None:
+        return self.weight if isinstance(self.weight, PreparedStack) else None
 
 
 @dataclass(frozen=True)

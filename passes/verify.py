@@ -20,10 +20,12 @@ from falqon_fx.ops import experts, merged_linear
 from falqon_fx.passes.insert_operands import AdapterNodes, Operands, casts_per_adapter
 from falqon_fx.passes.match.dataflow import shape
 from falqon_fx.passes.plan import Plan, SitePlan
-from falqon_fx.passes.rewrite import adapter_inputs, arguments, experts_arguments, widened
+from falqon_fx.passes.rewrite import adapter_inputs, arguments, widened
 from falqon_fx.passes.rows import RowsNodes
 from falqon_fx.passes.scope import Scope, attribute
-from falqon_fx.passes.terms import BaseLinear, Experts, Linear, Param
+from falqon_fx.passes.terms import BaseLinear, Experts, Linear, Param, PreparedStack
+from falqon_fx.passes.verify_experts import check_experts
+from falqon_fx.passes.verify_nodes import check_column, is_same, origin
 from falqon_fx.site.spec import RowsSpec
 
 _WRITES = torch.ops.falqon.proxy_update_.default
@@ -63,7 +65,7 @@ def verify(plan: Plan, operands: Operands, before: Wiring) -> Wiring:
     results = _results(plan, anchors, before, after)
     for group in reversed(plan.groups):  # what reads a site's result comes before that site
         if isinstance(group[0].match.base, Experts):
-            _check_experts(plan, group, operands, anchors, results)
+            check_experts(plan, group, operands, anchors, results)
         else:
             _check_group(plan, group, operands, anchors, results)
     _check_inputs(plan, operands, before)
@@ -176,7 +178,7 @@ def _check_group(
         found, path = site.match, site.report.path
         if found.anchor not in results:
             continue  # nothing reads this site's result
-        fused, index = _origin(site, results[found.anchor])
+        fused, index = origin(site, results[found.anchor])
         if (fused.target, index) != (merged_linear.OP, i):
             raise PassError(path, f"its result comes from {fused.name}")
         x, *rest = fused.args
@@ -186,7 +188,7 @@ def _check_group(
             raise PassError(path, f"{fused.name} reads {x}, not its input")
         for column, wanted in zip(rest, columns, strict=False):
             if wanted is not None:
-                _check_column(path, found.scope, cast(list[fx.Node], column), wanted)
+                check_column(path, found.scope, cast(list[fx.Node], column), wanted)
         bias, biases = found.base.bias, cast(list[fx.Node], rest[2])
         if len(biases) != (len(group) if bias is not None else 0):
             raise PassError(path, f"{biases} as bias")
@@ -196,7 +198,7 @@ def _check_group(
                 raise PassError(path, f"{biases[i]} is not {name}")
         elif bias is not None:
             wanted_bias = results.get(bias, bias)
-            if not _is_same(found.scope, biases[i], found.scope.outer(wanted_bias)):
+            if not is_same(found.scope, biases[i], found.scope.outer(wanted_bias)):
                 raise PassError(path, f"{biases[i]} is not {wanted_bias}")
         own = [results.get(node, node) for node in adapter_inputs(group)]
         if rest[9] != own:
@@ -205,67 +207,6 @@ def _check_group(
         said = (given.owner, given.scaling, given.keep_x, dtype, str(plan.spec))
         if tuple(rest[10:]) != said:
             raise PassError(path, f"{fused.name} computes with {rest[10:]}, not {said}")
-
-
-def _check_experts(
-    plan: Plan,
-    group: tuple[SitePlan, ...],
-    operands: Operands,
-    anchors: set[fx.Node],
-    results: dict[fx.Node, fx.Node],
-) -> None:
-    """The same for the op of a stack of experts, which stands for one site."""
-    (site,) = group
-    found, base, path = site.match, cast(Experts, site.match.base), site.report.path
-    if found.anchor not in results:
-        return
-    fused, index = _origin(site, results[found.anchor])
-    if (fused.target, index) != (experts.OP, 0):
-        raise PassError(path, f"its result comes from {fused.name}")
-    x, rows, *way = fused.args[:5]
-    if found.x in anchors and isinstance(x, fx.Node):
-        results.setdefault(found.x, x)
-    read = (results.get(found.x, found.x), [] if base.rows is None else [base.rows])
-    if (x, rows) != read or tuple(way) != (base.groups, base.by_id, base.experts):
-        raise PassError(path, f"{fused.name} reads {fused.args[:5]}, not its rows")
-    lists, given = experts_arguments(site, operands)
-    columns = [[node] for node in fused.args[5:7]] + [*fused.args[7:12]]
-    for column, wanted in zip(columns, lists, strict=True):
-        _check_column(path, found.scope, cast(list[fx.Node], column), wanted)
-    dtype = value_of(found.anchor).dtype
-    said = (given.scaling, given.keep_x, dtype, str(plan.spec))
-    if fused.args[12:] != said:
-        raise PassError(path, f"{fused.name} computes with {fused.args[12:]}, not {said}")
-
-
-def _check_column(
-    path: str, scope: Scope, column: Sequence[fx.Node], wanted: Sequence[fx.Node]
-) -> None:
-    if len(column) != len(wanted):
-        raise PassError(path, f"{len(column)} operands for {len(wanted)}")
-    for node, of in zip(column, wanted, strict=True):
-        if not _is_same(scope, node, of):
-            raise PassError(path, f"{node} is not its {of}")
-
-
-def _origin(site: SitePlan, result: Any) -> tuple[fx.Node, int]:
-    """The op that a site's result comes from, and which of its outputs it is."""
-    biased = sum(a.lora_bias is not None for a in site.match.adapters)
-    if biased:  # to(add(output, bias))
-        result = result.args[0]
-        for _ in range(biased):
-            result = result.args[0]
-    if result.target is not operator.getitem:
-        raise PassError(site.report.path, f"its result is {result}")
-    return cast(tuple[fx.Node, int], tuple(result.args))
-
-
-def _is_same(scope: Scope, node: fx.Node, wanted: fx.Node) -> bool:
-    """Whether a node in a scope is the root's ``wanted``, or reads the same attribute."""
-    outer = scope.outer(node)
-    return outer is wanted or (
-        outer.op == wanted.op == "get_attr" and outer.target == wanted.target
-    )
 
 
 def _check_inputs(plan: Plan, operands: Operands, before: Wiring) -> None:
@@ -288,11 +229,14 @@ def _check_bases(plan: Plan, operands: Operands) -> None:
         nodes, base, scope = nodes_of.get(id(site.base)), site.match.base, site.match.scope
         if nodes is None:
             continue  # written by update="rows"
-        if isinstance(base, BaseLinear):
+        if isinstance(base, Experts) and base.prepared is not None:
+            base = base.prepared
+        if isinstance(base, BaseLinear | PreparedStack):
             read = [scope.outer(node) for node in (base.code, base.scale, base.digest)]
             same = list(nodes.given) == read
         else:
-            same = _is_of_weight(plan, scope, nodes.given, cast(Linear | Experts, base).weight)
+            weight = cast(Param, cast(Linear | Experts, base).weight)
+            same = _is_of_weight(plan, scope, nodes.given, weight)
         if not same:
             made_of = [node.name for node in nodes.given]
             raise PassError(site.report.path, f"its base is made of {made_of}")
@@ -336,7 +280,7 @@ def _check_adapter(
     path: str, plan: Plan, nodes: AdapterNodes, lora_a: fx.Node, lora_b: fx.Node
 ) -> None:
     for node, wanted in ((lora_a, nodes.lora_a), (lora_b, nodes.lora_b)):
-        if not _is_same(plan.root, node, wanted):
+        if not is_same(plan.root, node, wanted):
             raise PassError(path, f"the cast reads {node}, not {wanted}")
 
 
@@ -362,7 +306,7 @@ def _check_write_back(plan: Plan, slots: Sequence[RowsNodes], new: list[fx.Node]
         path = nodes.slot.path
         given = [column[i] for column in columns[:7]]
         for node, wanted in zip(given, (*nodes.state, nodes.lora_b, nodes.lora_a), strict=True):
-            if not _is_same(plan.root, node, wanted):
+            if not is_same(plan.root, node, wanted):
                 raise PassError(path, f"the update has {node}, not {wanted}")
         base = columns[7][i]
         if nodes.base is None:
@@ -371,7 +315,7 @@ def _check_write_back(plan: Plan, slots: Sequence[RowsNodes], new: list[fx.Node]
             continue
         flipped = nodes.slot.base is not None and nodes.slot.base.transposed
         base = base.args[0] if flipped else base
-        if not _is_same(plan.root, base, nodes.base):
+        if not is_same(plan.root, base, nodes.base):
             raise PassError(path, f"the update reads {base} as its base")
 
 
@@ -389,7 +333,7 @@ def _check_parts(plan: Plan, operands: Operands, nodes: RowsNodes) -> None:
     if own.b is not None:
         lora_b, held, scaling, _ = own.b.args
         same = (held, scaling) == (applied, nodes.slot.scaling)
-        if not same or not _is_same(plan.root, cast(fx.Node, lora_b), nodes.lora_b):
+        if not same or not is_same(plan.root, cast(fx.Node, lora_b), nodes.lora_b):
             raise PassError(path, f"its pending part is made of {own.b.args}")
 
 

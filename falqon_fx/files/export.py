@@ -25,6 +25,7 @@ from falqon_fx.files.export_layers import (
 )
 from falqon_fx.model.fp8_linear import IN_ONE_PROCESS, refuse_parts
 from falqon_fx.model.lora_layers import check_adapters, unwrap
+from falqon_fx.model.stacks import is_experts, with_dense_stacks
 from falqon_fx.passes.match.frozen import why_left
 from falqon_fx.rows.state import MergedAdapter
 from falqon_fx.rows.unload import check_pending, fp8_layers
@@ -316,7 +317,7 @@ class _Export:
             return
         reason = None
         if hasattr(module, "unload_and_optionally_merge_module"):  # PEFT's modules_to_save
-            module = whole_copy(module).unload_and_optionally_merge_module(
+            module = with_dense_stacks(whole_copy(module)).unload_and_optionally_merge_module(
                 merge=True, safe_merge=True, adapter_names=None
             )
         elif is_adapted(module):
@@ -324,6 +325,9 @@ class _Export:
             module = whole_copy(module)
             module.merge(safe_merge=True)
             module = module.get_base_layer()
+        if is_experts(module):
+            module = with_dense_stacks(module)
+            self.dense[path] = "stacked experts are written dense, with their adapters"
         if isinstance(module, nn.Linear):
             left = why_left(path, module.out_features, module.in_features, tied=False)
             self.dense[path] = reason or left or "it has no FP8 weight"

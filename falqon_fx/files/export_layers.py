@@ -20,6 +20,7 @@ from falqon_fx.files.hf import read_index, read_tensor
 from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.model.lora_layers import LoraLayer, is_linear
 from falqon_fx.model.prepared_linear import PreparedLinear, plain_layer
+from falqon_fx.model.stacks import Fp8Stack
 from falqon_fx.rows.prepared import MergedBaseLinear
 from falqon_fx.rows.state import MergedAdapter
 from falqon_fx.rows.unload import ACTIVATE, merged_weight, not_written
@@ -194,7 +195,7 @@ def export_layer(
             "its FP8 weight holds an adapter that is not active",
             "Activate the adapter, or call falqon_fx.restore(model)",
         )
-    if isinstance(linear, Fp8Linear):
+    if isinstance(linear, Fp8Linear) and not isinstance(linear, Fp8Stack):
         return ExportLayer(path, module, linear, parse_spec(linear.spec_text), original=original)
     made = bases.of(linear.weight) if is_linear(linear) else []
     if not made:
@@ -227,7 +228,7 @@ class Originals:
         weights = {
             without_wrappers(path).removesuffix(".base_layer"): empty(*m.code.shape, dtype=m.dtype)
             for path, m in self._model.named_modules()
-            if isinstance(m, Fp8Linear)
+            if isinstance(m, Fp8Linear) and not isinstance(m, Fp8Stack)
         }
         named = files.renamed(self._model, {f"{path}.weight": t for path, t in weights.items()})
         names = {id(tensor): name for name, tensor in named.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +10,8 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+from falqon_fx.model.stacks import Fp8Stack, forget_properties, properties, read_as_property, slot
 
 _FP8 = {torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz}
 
@@ -37,24 +38,26 @@ def trace_param_wrappers(model: nn.Module) -> list[str]:
         if not isinstance(module, ParamWrapper) or not _can_trace(module):
             continue
         base, name = module.get_base_layer(), module.parameter_name
-        known = _names(base)
-        if name not in known:
-            base.__class__ = _with_properties(_plain_class(base), (*known, name))
-            setattr(base, _slot(name), None)
+        read_as_property(base, name)
+        setattr(base, slot(name), None)
         module.__class__ = TracedParamWrapper
         found.append(path)
     return found
 
 
 def untrace_param_wrappers(model: nn.Module) -> None:
-    """Give all that `trace_param_wrappers` changed its own class again."""
+    """Give all that `trace_param_wrappers` changed its own class again.
+
+    PEFT's own code can't run a stack that `falqon_fx.prepare` has put in FP8: call
+    `falqon_fx.restore` before.
+    """
     for module in model.modules():
         if isinstance(module, TracedParamWrapper):
             module.__class__ = ParamWrapper
-        elif names := _names(module):
-            module.__class__ = _plain_class(module)
+        elif names := properties(module):
             for name in names:
-                vars(module).pop(_slot(name), None)
+                vars(module).pop(slot(name), None)
+            forget_properties(module)
 
 
 class TracedParamWrapper(ParamWrapper):  # type: ignore[misc]
@@ -72,12 +75,14 @@ class TracedParamWrapper(ParamWrapper):  # type: ignore[misc]
         if not adapters:
             yield
             return
-        base, slot = self.get_base_layer(), _slot(self.parameter_name)
-        setattr(base, slot, self._adapted(base._parameters[self.parameter_name], adapters))
+        base, place = self.get_base_layer(), slot(self.parameter_name)
         try:
+            # PEFT asks for W again and again, which a prepared stack would dequantize each time.
+            setattr(base, place, self.get_param())
+            setattr(base, place, self._adapted(getattr(base, place), adapters))
             yield
         finally:
-            setattr(base, slot, None)
+            setattr(base, place, None)
 
     def _adapted(self, weight: Tensor, adapters: list[str]) -> Tensor:
         """As PEFT computes it: at once where the weights are stacked and the adapter is one."""
@@ -100,49 +105,6 @@ def _can_trace(wrapper: Any) -> bool:
     if parametrize.is_parametrized(base, name):
         return False
     weight = base._parameters.get(name)
-    return weight is not None and weight.dtype not in _FP8
-
-
-def _slot(name: str) -> str:
-    """Where a module holds what a parameter is while its wrapper runs."""
-    return f"_adapted_{name}"
-
-
-def _names(module: nn.Module) -> tuple[str, ...]:
-    """The parameters of a module that are properties."""
-    names: tuple[str, ...] = vars(type(module)).get("_traced_parameters", ())
-    return names
-
-
-def _plain_class(module: nn.Module) -> type[nn.Module]:
-    """The class that a module had at first."""
-    return type(module).__bases__[0] if _names(module) else type(module)
-
-
-@functools.cache
-def _with_properties(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    """A subclass whose parameters ``names`` are properties."""
-    members: dict[str, Any] = {name: _parameter(name) for name in names}
-    members |= {"_traced_parameters": names, "__module__": cls.__module__, "__doc__": cls.__doc__}
-    members |= {"__qualname__": cls.__qualname__, "__reduce_ex__": _reduce}
-    return type(cls.__name__, (cls,), members)
-
-
-def _parameter(name: str) -> property:
-    slot = _slot(name)
-
-    def parameter(self: nn.Module) -> Any:
-        adapted = getattr(self, slot)
-        return self._parameters[name] if adapted is None else adapted
-
-    return property(parameter)
-
-
-def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-    """For copies and pickles, which find no class that is made while a program runs."""
-    return _new, (_plain_class(self), _names(self)), vars(self)
-
-
-def _new(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
-    traced = _with_properties(cls, names)
-    return traced.__new__(traced)
+    if weight is None:
+        return isinstance(base._modules.get(name), Fp8Stack)
+    return weight.dtype not in _FP8

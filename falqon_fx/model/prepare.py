@@ -26,13 +26,24 @@ from falqon_fx.model.lora_layers import (
 )
 from falqon_fx.model.parts import cast_part, check_part, check_together, cut_like, move_hooks
 from falqon_fx.model.prepared_linear import PreparedLinear
+from falqon_fx.model.stacks import (
+    Fp8Stack,
+    StackedWeight,
+    cast_stack,
+    experts_in,
+    put_stack,
+    restore_stacks,
+    sort_stacks,
+    stacked_product,
+    stacked_weights,
+)
 from falqon_fx.ops.fp8_adapter import clamped
 from falqon_fx.passes.match.frozen import why_left
 from falqon_fx.rows import model as rows_model
 from falqon_fx.rows.state import MergedAdapter
 from falqon_fx.site.base import Base, Place, bases, check_weight, place
 from falqon_fx.site.numerics import as_scale
-from falqon_fx.site.paths import deepest_path
+from falqon_fx.site.paths import deepest_path, stack_path
 from falqon_fx.site.sharded import local, refuse_fsdp, settle, whole
 from falqon_fx.site.spec import SiteSpec
 from falqon_fx.site.svd import init_where_new
@@ -87,10 +98,15 @@ def prepare(
         return _prepare_rows(inner, config, progress)
     layers, skipped = sort_layers(inner, config)
     skipped |= _skipped_adapters(inner, layers, skipped)
-    _check_before(inner, layers, config)
+    stacks, left = sort_stacks(inner, config)
+    _check_before(inner, layers, config, stacks)
     before, after = _convert(inner, layers, config, progress)
+    of_stacks = _convert_stacks(stacks, config, progress)
+    before, after = before + of_stacks[0], after + of_stacks[1]
     frozen = tuple(layer.path for layer in layers if layer.lora is None)
-    return PrepareReport(tuple(layer.site for layer in layers), frozen, skipped, before, after)
+    frozen += tuple(stack.site for stack in stacks if stack.wrapper is None)
+    prepared = tuple(layer.site for layer in (*layers, *stacks))
+    return PrepareReport(prepared, frozen, skipped | left, before, after)
 
 
 def _prepare_rows(model: nn.Module, config: FalqonConfig, progress: bool) -> PrepareReport:
@@ -117,6 +133,18 @@ def _convert(
         before += local(layer.module.weight).nbytes
         after += base.nbytes
         _replace(model, layer, base, config)
+    return before, after
+
+
+def _convert_stacks(
+    stacks: Sequence[StackedWeight], config: FalqonConfig, progress: bool
+) -> tuple[int, int]:
+    """The same for stacked experts."""
+    before = after = 0
+    for stack in _track(stacks, progress):
+        base = cast_stack(stack, config)
+        before, after = before + stack.weight.nbytes, after + base.nbytes
+        put_stack(stack, base, config)
     return before, after
 
 
@@ -159,6 +187,7 @@ def restore(model: nn.Module) -> nn.Module:
     inner = unwrap(model)
     refuse_fsdp(inner, "restore", IN_ONE_PROCESS)
     rows_model.restore(inner)
+    restore_stacks(inner)
     for parent in list(inner.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, Fp8Linear):
@@ -174,6 +203,7 @@ class Adapter:
     processes hold parts of it, all of them call `base` and `merged`, which gather this site.
 
     Attributes:
+        experts: how many weights are stacked, 0 for a linear layer; ``out`` counts the rows of all.
         weight: W, float8_e4m3fn [out, in]. scale: float32 [out, 1] or []; multiplies on dequantize.
         adapters: (A [r, in], B [out, r], scaling) of each active adapter, the parameters
             themselves.
@@ -182,6 +212,7 @@ class Adapter:
     weight: Tensor
     scale: Tensor
     adapters: tuple[tuple[Tensor, Tensor, float], ...]
+    experts: int = 0
 
     def base(self) -> Tensor:
         """dq(W), float32 [out, in]: constant."""
@@ -198,7 +229,7 @@ class Adapter:
         """base() + Σ scaling · B · A, float32 [out, in]."""
         merged = self.base()
         for a, b, scaling in self.adapters:
-            merged += scaling * (whole(b).to(torch.float32) @ whole(a).to(torch.float32))
+            merged += scaling * stacked_product(whole(b).float(), whole(a).float(), self.experts)
         return merged
 
 
@@ -217,7 +248,10 @@ def adapters(model: nn.Module) -> dict[str, Adapter | MergedAdapter]:
             found[layer.path] = Adapter(base.weight, base.scale, tuple(layer.each()))
     held = _by_place(inner)
     for module in inner.modules():
-        for owner in () if id(module) in seen else module.parameters(recurse=False):
+        for owner in module.parameters(recurse=False):
+            experts = module.experts if isinstance(module, Fp8Stack) else experts_in(owner)
+            if id(module) in seen and not experts:
+                continue
             base = module.base() if isinstance(module, Fp8Linear) else _first(bases.of(owner))
             known = [k for k in bases.adapters_of(owner) if k[0] in held and k[1] in held]
             if base is None or not known:
@@ -227,9 +261,12 @@ def adapters(model: nn.Module) -> dict[str, Adapter | MergedAdapter]:
             for a, b, scaling in known:  # a tied W has several sites
                 (names_a, lora_a), (names_b, lora_b) = held[a], held[b]
                 site = deepest_path([names, names_a, names_b])
+                if experts:
+                    site = stack_path(names[0], prepared=isinstance(module, Fp8Stack))
                 sites.setdefault(site, []).append((lora_a, lora_b, scaling))
             for site, each in sites.items():
-                found.setdefault(site, Adapter(base.weight, base.scale, tuple(each)))
+                adapter = Adapter(base.weight, base.scale, tuple(each), experts)
+                found.setdefault(site, adapter)
     return found
 
 
@@ -279,6 +316,8 @@ def _skipped_adapters(
     """Why the base layers of the other LoRA layers can't be cast."""
     found = {id(layer.lora.base) for layer in layers if layer.lora is not None}
     others = [lora for lora in lora_layers(model) if id(lora.base) not in found]
+    stacked = {id(stack.wrapper) for stack in stacked_weights(model)}
+    others = [lora for lora in others if id(lora.module) not in stacked]
     return {lora.path: _why_not(lora) for lora in others if lora.path not in skipped}
 
 
@@ -308,13 +347,20 @@ def _why_not(layer: LoraLayer) -> str:
     return f"its base weight is already quantized ({weight.dtype})"
 
 
-def _check_before(model: nn.Module, layers: Sequence[LinearLayer], config: FalqonConfig) -> None:
+def _check_before(
+    model: nn.Module,
+    layers: Sequence[LinearLayer],
+    config: FalqonConfig,
+    stacks: Sequence[StackedWeight] = (),
+) -> None:
     """All that could fail is looked at before the first layer is changed; where processes hold
     parts of one model, on all of them.
     """
     problem = None
     try:
         _check_each(model, layers, config)
+        for stack in stacks:
+            check_weight(stack.site, stack.weight)
     except FalqonError as error:
         problem = error
     check_together([layer.module.weight for layer in layers], problem)

@@ -62,6 +62,8 @@ def _check_sum(layer: LoraLayer) -> None:
     """W + Σ scaling · B · A has to be finite in W's dtype. It is computed only where it might not
     be: beyond max|W| + Σ scaling · max|A| · max_k Σ_r|B_kr|, which no element exceeds.
     """
+    if hasattr(layer.module, "parameter_name"):
+        return  # PEFT adapts a parameter, which it merges in its own way
     weight = layer.base.weight
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16) or weight.dim() != 2:
         return  # quantized by others: PEFT merges it in its own way

@@ -1,4 +1,6 @@
-"""``falqon::base_linear`` and ``falqon::dequantize``: the layer that `falqon_fx.prepare` makes."""
+"""``falqon::base_linear``, ``falqon::dequantize``, ``falqon::stacked_weight``: the layers and the
+stacks of weights that `falqon_fx.prepare` makes.
+"""
 
 from __future__ import annotations
 
@@ -65,4 +67,38 @@ def _(code: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return code.new_empty(code.shape, dtype=dtype)
 
 
+@torch.library.custom_op("falqon::stacked_weight", mutates_args=())
+def stacked_weight(
+    code: Tensor,
+    scale: Tensor,
+    digest: Tensor,
+    experts: int,
+    transposed: bool,
+    dtype: torch.dtype,
+    spec_text: str,
+) -> Tensor:
+    """dq(W) [experts, out, in], or [experts, in, out] where ``transposed``, of a prepared stack
+    [experts * out, in]; see `base_linear`. Grouped products with it are multiplied in FP8.
+    """
+    bases.verify("a prepared stack of experts", Base(code, as_scale(scale)), digest)
+    weight = lowering.dequantize(code, scale, dtype).view(experts, -1, code.shape[1])
+    return weight.transpose(1, 2).contiguous() if transposed else weight
+
+
+@stacked_weight.register_fake
+def _(
+    code: Tensor,
+    scale: Tensor,
+    digest: Tensor,
+    experts: int,
+    transposed: bool,
+    dtype: torch.dtype,
+    spec_text: str,
+) -> Tensor:
+    out, features = code.shape[0] // experts, code.shape[1]
+    shape = (experts, features, out) if transposed else (experts, out, features)
+    return code.new_empty(shape, dtype=dtype)
+
+
+STACK = torch.ops.falqon.stacked_weight
 OP = torch.ops.falqon.base_linear

@@ -31,6 +31,15 @@ def deepest_path(names: Sequence[Sequence[str]]) -> str:
     return max(shared, key=lambda path: path.count("."), default="") or names[0][0]
 
 
+def stack_path(name: str, prepared: bool) -> str:
+    """The path of stacked weights as a site, from the name of their parameter, or of one of those
+    that a ``prepared`` stack consists of: as PEFT names what it targets.
+    """
+    parts = name.split(".")
+    parts = parts[:-1] if prepared else parts
+    return ".".join(part for part in parts if part not in ("base_layer", WRAPPED))
+
+
 def _modules(name: str) -> list[str]:
     """The paths of the modules around a parameter."""
     parts = name.split(".")[:-1]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from falqon_fx._compat import value_of, without_fake_mode
+from falqon_fx.ops.base_linear import STACK
 from falqon_fx.passes.match.dataflow import (
     LEAVE,
     AdapterMatch,
@@ -36,7 +37,7 @@ from falqon_fx.passes.match.dataflow import (
 from falqon_fx.passes.match.unmatched import only_moves
 from falqon_fx.passes.modes import transformed
 from falqon_fx.passes.scope import Scope, is_number, is_transpose, param_of
-from falqon_fx.passes.terms import Add, Cast, Experts, Linear, Param
+from falqon_fx.passes.terms import Add, Cast, Experts, Linear, Param, PreparedStack
 from falqon_fx.passes.vocabulary import BADDBMM, BMM, GROUPED_MM, GROUPED_MM_NAMES
 
 
@@ -60,7 +61,7 @@ class _Product:
 class _Sum:
     """W + s · B_e · A_e, or W alone, with the nodes that compute it."""
 
-    weight: Param
+    weight: Param | PreparedStack
     adapter: AdapterMatch | None
     nodes: tuple[fx.Node, ...]
 
@@ -205,7 +206,8 @@ def _sum(scope: Scope, product: _Product) -> _Sum | None:
     node = chain.end
     plain = _stack(scope, node)
     if plain is not None:
-        return _Sum(plain, None, chain.nodes)
+        own = (node,) if isinstance(plain, PreparedStack) else ()
+        return _Sum(plain, None, (*chain.nodes, *own))
     found = _added(scope, node)
     if found is None:
         return None
@@ -221,11 +223,15 @@ def _sum(scope: Scope, product: _Product) -> _Sum | None:
     experts = weight.value.shape[0]
     if not a.reads(_of_a(experts, product.turned)) or not b.reads(_of_b(experts, product.turned)):
         raise _Refused(a.param, b.param, why)
-    nodes = (*chain.nodes, node, *inner, *a.nodes, *b.nodes)
+    own = (base,) if isinstance(weight, PreparedStack) else ()
+    nodes = (*chain.nodes, node, *inner, *a.nodes, *b.nodes, *own)
     return _Sum(weight, AdapterMatch(a.param, b.param, float(factor)), nodes)
 
 
-def _stack(scope: Scope, node: fx.Node) -> Param | None:
+def _stack(scope: Scope, node: fx.Node) -> Param | PreparedStack | None:
+    if node.target in (STACK, STACK.default):
+        code, scale, digest, _, transposed, _, spec_text = node.args
+        return PreparedStack(value_of(node), code, scale, digest, transposed, spec_text)  # type: ignore[arg-type]
     param = param_of(node, scope)
     return param if param is not None and param.value.dim() == 3 else None
 
@@ -341,7 +347,11 @@ def _complete(scope: Scope, product: _Product, total: _Sum, taken: set[fx.Node])
 
 def _match(scope: Scope, product: _Product, total: _Sum, taken: set[fx.Node]) -> Match:
     node, weight = product.anchor, total.weight
-    check_base(Linear(product.x, weight, None))
+    if isinstance(weight, Param):
+        check_base(Linear(product.x, weight, None))
+        weight = Param(weight.value, weight.node, weight.name, product.turned)
+    elif weight.transposed != product.turned:
+        raise MatchRejected("its prepared weights are multiplied as their transposes", LEAVE)
     if adapter := total.adapter:
         _check_shapes(weight, adapter, product.turned)
     reads = casts(scope, node, product.x, taken)
@@ -357,10 +367,7 @@ def _match(scope: Scope, product: _Product, total: _Sum, taken: set[fx.Node]) ->
     _check_modes(scope, inside)
     check_unwritten((x, product.groups, *([rows] if rows else [])), above, inside)
     check_private(inside - {anchor}, inside, taken)
-    base = Experts(
-        x, Param(weight.value, weight.node, weight.name, product.turned), rows, product.groups,
-        product.by_id,
-    )  # fmt: skip
+    base = Experts(x, weight, rows, product.groups, product.by_id)
     return Match(scope, anchor, frozenset(inside), x, base, (adapter,) if adapter else ())
 
 
@@ -377,7 +384,7 @@ def _check_modes(scope: Scope, nodes: set[fx.Node]) -> None:
         raise MatchRejected("torch.no_grad() or torch.func covers a part of it alone", LEAVE)
 
 
-def _check_shapes(weight: Param, adapter: AdapterMatch, turned: bool) -> None:
+def _check_shapes(weight: Param | PreparedStack, adapter: AdapterMatch, turned: bool) -> None:
     experts, *sizes = weight.value.shape
     out, features = reversed(sizes) if turned else sizes
     a, b = adapter.lora_a.value.shape, adapter.lora_b.value.shape
