@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,7 @@ _SAID: dict[Source, str] = {
     "FP8 weight": "{} were cast a second time, from FP8 weights with the adapters (base= names the "
     "folder of the original ones)",
 }
+_STACKED = "stacked experts are written dense, with their adapters"
 _BLOCK = 128  # the block size that engines have kernels for
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # by vLLM, into one layer
 
@@ -327,7 +329,7 @@ class _Export:
             module = module.get_base_layer()
         if is_experts(module):
             module = with_dense_stacks(module)
-            self.dense[path] = "stacked experts are written dense, with their adapters"
+            self.dense[path] = _STACKED
         if isinstance(module, nn.Linear):
             left = why_left(path, module.out_features, module.in_features, tied=False)
             self.dense[path] = reason or left or "it has no FP8 weight"
@@ -340,7 +342,9 @@ class _Export:
 
     def quantization(self) -> dict[str, Any]:
         """The config's ``quantization_config``."""
-        ignore = list(self.dense)
+        # Engines name the experts of a stack one by one.
+        stacks = [path for path, why in self.dense.items() if why == _STACKED]
+        ignore = [*self.dense, *(f"re:{re.escape(path)}\\..*" for path in stacks)]
         if self.form == "fp8":
             return files.fp8_config(ignore, self.block_size)
         return files.compressed_tensors_config(ignore)

@@ -127,6 +127,8 @@ def why_not_stacked(stack: StackedWeight, config: FalqonConfig, tied: bool) -> s
     used = getattr(stack.module.config, "_experts_implementation", None)
     if used not in _GROUPED:
         return f'experts run as {used!r} (call model.set_experts_implementation("grouped_mm"))'
+    if stack.wrapper is not None:
+        return None
     _, first, second = stack.weight.shape
     out, features = (second, first) if stack.transposed else (first, second)
     return why_left(stack.site, out, features, tied)
