@@ -77,9 +77,11 @@ class TracedParamWrapper(ParamWrapper):  # type: ignore[misc]
             return
         base, place = self.get_base_layer(), slot(self.parameter_name)
         try:
-            # PEFT asks for W again and again, which a prepared stack would dequantize each time.
-            setattr(base, place, self.get_param())
-            setattr(base, place, self._adapted(getattr(base, place), adapters))
+            weight = self.get_param()
+            if not isinstance(weight, nn.Parameter):
+                # Prepared: PEFT asks for it again and again, and it is dequantized each time.
+                setattr(base, place, weight)
+            setattr(base, place, self._adapted(weight, adapters))
             yield
         finally:
             setattr(base, place, None)
