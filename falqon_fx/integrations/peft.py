@@ -11,7 +11,13 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from falqon_fx.model.stacks import Fp8Stack, forget_properties, properties, read_as_property, slot
+from falqon_fx.model.stacks import (
+    forget_properties,
+    prepared_stack,
+    properties,
+    read_as_property,
+    slot,
+)
 
 _FP8 = {torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz}
 
@@ -108,5 +114,5 @@ def _can_trace(wrapper: Any) -> bool:
         return False
     weight = base._parameters.get(name)
     if weight is None:
-        return isinstance(base._modules.get(name), Fp8Stack)
+        return prepared_stack(base, name) is not None
     return weight.dtype not in _FP8

@@ -22,7 +22,7 @@ from falqon_fx.model.prepared_linear import ReadOnly
 from falqon_fx.ops.base_linear import stacked_weight
 from falqon_fx.passes.match.frozen import why_left
 from falqon_fx.site.base import Base, BaseParameter, bases, cast_base
-from falqon_fx.site.paths import stack_path
+from falqon_fx.site.paths import IN_FP8, stack_path
 from falqon_fx.site.sharded import local
 from falqon_fx.site.spec import SiteSpec
 
@@ -32,8 +32,8 @@ _GROUPED = ("grouped_mm", "batched_mm")
 
 
 class Fp8Stack(Fp8Linear):
-    """Stacked weights [E, out, in] in FP8, as the matrix [E * out, in] of their rows: the child of
-    the module that had them as a parameter, under that parameter's name.
+    """Stacked weights [E, out, in] in FP8, as the matrix [E * out, in] of their rows: a child of
+    the module that had them as a parameter, whose name it has with `IN_FP8` behind it.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ def put_stack(stack: StackedWeight, base: Base, config: FalqonConfig) -> None:
     new = Fp8Stack(base, len(weight), weight.dtype, stack.transposed, spec, stack.site)
     bases.forget(weight)
     del module._parameters[name]
-    module._modules[name] = new.train(module.training)
+    module._modules[name + IN_FP8] = new.train(module.training)
     read_as_property(module, name)
 
 
@@ -187,7 +187,7 @@ def restore_stacks(model: nn.Module) -> None:
             if isinstance(child, Fp8Stack):
                 weight = nn.Parameter(child.dequantized(), requires_grad=False)
                 del module._modules[name]
-                module._parameters[name] = weight
+                module._parameters[name.removesuffix(IN_FP8)] = weight
                 forget_properties(module)
 
 
@@ -207,6 +207,12 @@ def experts_in(parameter: Tensor) -> int:
 # -- parameters as properties ----------------------------------------------------------------------
 
 
+def prepared_stack(module: nn.Module, name: str) -> Fp8Stack | None:
+    """What stands for the parameter ``name`` of a module that is prepared."""
+    child = module._modules.get(name + IN_FP8)
+    return child if isinstance(child, Fp8Stack) else None
+
+
 def slot(name: str) -> str:
     """Where a module holds what a parameter is while its wrapper runs; None at any other time."""
     return f"_adapted_{name}"
@@ -223,9 +229,8 @@ def read_as_property(module: nn.Module, name: str) -> None:
 
 def forget_properties(module: nn.Module) -> None:
     """Give a module its own class again, as far as nothing needs another."""
-    prepared = {n for n, child in module._modules.items() if isinstance(child, Fp8Stack)}
     names = properties(module)
-    kept = tuple(n for n in names if n in prepared or slot(n) in vars(module))
+    kept = tuple(n for n in names if prepared_stack(module, n) or slot(n) in vars(module))
     if kept != names:
         plain = _plain_class(module)
         module.__class__ = _with_properties(plain, kept) if kept else plain
@@ -261,7 +266,7 @@ def _parameter(name: str) -> property:
             return adapted
         if name in self._parameters:
             return self._parameters[name]
-        return self._modules[name].weight  # type: ignore[union-attr]
+        return self._modules[name + IN_FP8].weight  # type: ignore[union-attr]
 
     return property(parameter)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+IN_FP8 = "_fp8"  # the end of the name of a prepared stack, behind that of its parameter
 WRAPPED = "_checkpoint_wrapped_module"  # torch's checkpoint_wrapper calls its one child so
 
 
@@ -35,9 +36,9 @@ def stack_path(name: str, prepared: bool) -> str:
     """The path of stacked weights as a site, from the name of their parameter, or of one of those
     that a ``prepared`` stack consists of: as PEFT names what it targets.
     """
-    parts = name.split(".")
-    parts = parts[:-1] if prepared else parts
-    return ".".join(part for part in parts if part not in ("base_layer", WRAPPED))
+    if prepared:
+        name = name.rpartition(".")[0].removesuffix(IN_FP8)
+    return ".".join(part for part in name.split(".") if part not in ("base_layer", WRAPPED))
 
 
 def _modules(name: str) -> list[str]:
