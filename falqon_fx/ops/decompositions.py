@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from falqon_fx._compat import OpOverload, inductor_decompositions
-from falqon_fx.ops import gpu, merged_linear, products
+from falqon_fx.ops import experts, experts_lowering, gpu, merged_linear, products
 from falqon_fx.ops.arguments import Merged
 from falqon_fx.rows import ops as rows_ops
 from falqon_fx.site.spec import lowering_version
@@ -27,6 +27,10 @@ class Decompositions(dict[OpOverload, Callable[..., Any]]):
         return decompositions, (torch.__version__, lowering_version())
 
 
+def _merged_experts(*args: Any) -> list[Tensor]:
+    return experts_lowering.lower_merged_experts(experts_lowering.Experts(*args))
+
+
 def _merged_linear(*args: Any) -> list[Tensor]:
     return gpu.merged_linear(Merged(*args))
 
@@ -39,6 +43,10 @@ def decompositions(_torch: str = "", _lowering: str = "") -> Decompositions:
     table[merged_linear.CASTS] = gpu.proxy_update
     table[torch.ops.falqon.pending.default] = rows_ops.pending_part
     table[merged_linear.OP] = _merged_linear
+    table[experts.OP] = _merged_experts
+    table[torch.ops.falqon.merged_experts_grad_x.default] = experts_lowering.lower_grad_x
+    table[torch.ops.falqon.merged_experts_grads.default] = experts_lowering.lower_grads
+    table[torch.ops.falqon.merged_experts_grad_out_a.default] = experts_lowering.lower_grad_out_a
     table[torch.ops.falqon.merged_linear_grad_x.default] = gpu.merged_linear_grad_x
     table[torch.ops.falqon.grad_a.default] = gpu.grad_a
     table[torch.ops.falqon.adapter_grads.default] = partial(

@@ -8,43 +8,23 @@ lora_B [out, r * E] has them **fastest**.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from falqon_fx.errors import FalqonError
-from falqon_fx.ops.grouped import Routing, Stack, grouped_outer, padded_mm, routing, times
-from falqon_fx.ops.lowering import cast_fp8, decode, gemm_dtype
+from falqon_fx.ops.experts_lowering import (
+    Experts,
+    as_read,
+    lower_grad_out_a,
+    lower_grad_x,
+    lower_grads,
+    lower_merged_experts,
+)
+from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.ops.once import once
 from falqon_fx.site.numerics import E4M3, without_autocast
-from falqon_fx.site.spec import parse_spec
-
-
-class Experts(NamedTuple):
-    """The arguments of `merged_experts`, in order."""
-
-    x: Tensor
-    rows: Sequence[Tensor]
-    groups: Tensor
-    by_id: bool
-    experts: int
-    weight: Tensor
-    scale: Tensor
-    a: Sequence[Tensor]
-    a_scale: Sequence[Tensor]
-    b: Sequence[Tensor]
-    lora_a: Sequence[Tensor]
-    lora_b: Sequence[Tensor]
-    scaling: Sequence[float]
-    keep_x: bool
-    out_dtype: torch.dtype
-    spec_text: str
-
-    @property
-    def products(self) -> int:
-        """The number of rows that are multiplied."""
-        return self.groups.numel() if self.by_id else (*self.rows, self.x)[0].shape[0]
 
 
 @torch.library.custom_op("falqon::merged_experts", mutates_args=())
@@ -87,9 +67,9 @@ def merged_experts(
             groups,
             by_id,
             experts,
-            _as_read(weight),
+            as_read(weight),
             scale,
-            [_as_read(code) for code in a],
+            [as_read(code) for code in a],
             a_scale,
             b,
             lora_a,
@@ -100,49 +80,6 @@ def merged_experts(
             spec_text,
         )
     )
-
-
-def _as_read(weight: Tensor) -> Tensor:
-    """FP8 as `decode_fp8` reads it fastest where nothing is compiled."""
-    return weight.view(torch.uint8) if weight.device.type == "cpu" else weight
-
-
-@without_autocast
-def lower_merged_experts(given: Experts) -> list[Tensor]:
-    """What `merged_experts` computes."""
-    spec, dtype = parse_spec(given.spec_text), gemm_dtype(given.out_dtype, given.x.device)
-    exact = spec.scale == "pow2"
-    way = routing(given.groups, given.by_id, given.rows, given.experts)
-    cast = cast_fp8(given.x, E4M3, spec, dtype, keep=given.keep_x)
-    value = way.taken(cast.value)
-    of_x = None if exact else way.taken(cast.scale)
-
-    def product(code: Tensor, scale: Tensor) -> Tensor:
-        """value · dq(code)ᵀ of each expert."""
-        stack = Stack.of(code, scale if exact else 1.0, given.experts)
-        y = times(value, stack, way.offs, turned=False)
-        if of_x is None:
-            return y
-        return (y.to(torch.float32) * of_x * by_row(scale, way, len(y))).to(dtype)
-
-    y = product(given.weight, given.scale)
-    out_a = y.new_empty((len(y), 0))
-    for code, scale, b in zip(given.a, given.a_scale, given.b, strict=True):
-        out_a = product(code, scale)
-        y = y + padded_mm(out_a, stacked_b(b.to(dtype), given.experts).transpose(1, 2), way.offs)
-    kept = [cast.code, cast.scale] if given.keep_x and cast.code is not None else []
-    return [way.restored(y.to(given.out_dtype)), out_a, *kept]
-
-
-def stacked_b(b: Tensor, experts: int) -> Tensor:
-    """B_e [E, out, r] of lora_B [out, r * E], whose columns have the experts fastest."""
-    return b.reshape(b.shape[0], -1, experts).permute(2, 0, 1).contiguous()
-
-
-def by_row(scale: Tensor, way: Routing, count: int) -> Tensor:
-    """The scales [E * m, 1] of the expert of each row, float32 [count, m]."""
-    experts = way.offs.shape[0]
-    return scale.view(experts, -1).index_select(0, way.experts(count))
 
 
 @merged_experts.register_fake
@@ -182,16 +119,9 @@ def merged_experts_grad_x(
     The row scales of W belong to the dimension that is summed over, so they go into dL/dO before
     its cast, which is in FP8 with one scale a row.
     """
-    way = routing(groups, by_id, rows, experts)
-    spec, dtype = parse_spec(spec_text), gemm_dtype(grad.dtype, grad.device)
-    folded = way.sorted(grad).to(torch.float32) * by_row(scale, way, grad.shape[0])
-    cast = cast_fp8(folded, spec.grad_dtype, spec, dtype)
-    y = times(cast.value, Stack.of(_as_read(weight), 1.0, experts), way.offs, turned=True)
-    total = y.to(torch.float32) * cast.rest
-    for d_j, code, a_scale_j in zip(d, a, a_scale, strict=True):
-        scaled = (d_j.to(torch.float32) * by_row(a_scale_j, way, d_j.shape[0])).to(dtype)
-        total += times(scaled, Stack.of(_as_read(code), 1.0, experts), way.offs, turned=True)
-    return way.added_up(total, n).to(x_dtype)
+    return lower_grad_x(
+        grad, n, rows, groups, by_id, experts, weight, scale, d, a, a_scale, x_dtype, spec_text
+    )
 
 
 @merged_experts_grad_x.register_fake
@@ -217,16 +147,9 @@ def merged_experts_grads(
     """dL/dB [out, r * E] = s · (dL/dO_e)ᵀ · O_A,e, and where ``kept`` = [x̂, its scale] is given
     dL/dA [E * r, in] = D_eᵀ · x̂_e, as PEFT lays them out.
     """
-    way = routing(groups, by_id, rows, experts)
-    of_b = grouped_outer(way.sorted(grad).to(out_a.dtype), out_a, way.offs).to(torch.float32)
-    flat = (of_b * scaling).permute(1, 2, 0).reshape(grad.shape[1], -1)
-    grads = [flat.to(b_dtype, memory_format=torch.contiguous_format)]
-    for d_j, code, scale in [(*d, *kept)] if kept else []:
-        value = decode(_as_read(code), 1.0, d_j.dtype)
-        scaled = (d_j.to(torch.float32) * way.taken(scale)).to(d_j.dtype)
-        of_a = grouped_outer(scaled, way.taken(value), way.offs)
-        grads.append(of_a.reshape(-1, code.shape[1]).to(a_dtype).contiguous())
-    return grads
+    return lower_grads(
+        grad, rows, groups, by_id, experts, out_a, d, kept, scaling, b_dtype, a_dtype
+    )
 
 
 @merged_experts_grads.register_fake
@@ -255,9 +178,7 @@ def merged_experts_grad_out_a(
     grad: Tensor, groups: Tensor, by_id: bool, experts: int, b: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """D_e = dL/dO_e · b_e [S, r], in the order of the experts."""
-    way = routing(groups, by_id, (), experts)
-    factor = stacked_b(b.to(dtype), experts)
-    return padded_mm(way.sorted(grad).to(dtype), factor, way.offs).contiguous()
+    return lower_grad_out_a(grad, groups, by_id, experts, b, dtype)
 
 
 @merged_experts_grad_out_a.register_fake

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from falqon_fx.kernels.hardware import fp8_architecture
 from falqon_fx.ops.lowering import decode
+from falqon_fx.site.numerics import E4M3, as_e4m3
 
 # Bytes of decoded weights that live at a time on a CPU: decoding a whole stack would take twice or
 # four times the memory that FP8 has saved.
@@ -32,7 +34,11 @@ class Routing:
 
     def taken(self, x: Tensor) -> Tensor:
         """The rows of x [n, k] that are multiplied, [S, k]."""
-        return x if self.rows is None else x.index_select(0, self.rows)
+        if self.rows is None:
+            return x
+        if x.dtype == E4M3:  # as bytes, which any device takes
+            return x.view(torch.uint8).index_select(0, self.rows).view(E4M3)
+        return x.index_select(0, self.rows)
 
     def sorted(self, y: Tensor) -> Tensor:
         """What belongs to the result [S, m], sorted by expert."""
@@ -118,6 +124,32 @@ def times(x: Tensor, stack: Stack, offs: Tensor, *, turned: bool) -> Tensor:
             of_part = offs[first:last] - start
             y[start:end] = product(x[start:end], slice(first, last), of_part)
     return y
+
+
+def takes_fp8(x: Tensor, stack: Stack, dtype: torch.dtype) -> bool:
+    """Whether torch multiplies a stack in FP8 as it is: on sm_90 and sm_100, in sizes of 16."""
+    _, m, k = stack.code.shape
+    known = fp8_architecture(x.device) in (90, 100)
+    return known and dtype == torch.bfloat16 and m % 16 == 0 and k % 16 == 0
+
+
+def fp8_times(
+    q: Tensor, q_scale: Tensor, stack: Stack, scale: Tensor, offs: Tensor, fast: bool
+) -> Tensor:
+    """dq(q)_e · dq(W_e)ᵀ [S, m] in bfloat16, for q [S, k] E4M3 with a scale a row and W with the
+    ``scale`` [E * m, 1]; ``fast`` lets tensor cores add up with fewer bits.
+    """
+    experts, m, _ = stack.code.shape
+    product: Tensor = torch.ops.aten._scaled_grouped_mm(
+        q,
+        as_e4m3(stack.code).transpose(1, 2),
+        q_scale.reshape(-1),
+        scale.view(experts, m),
+        offs,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=fast,
+    )
+    return product
 
 
 def padded_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:

@@ -1,0 +1,169 @@
+"""What the ops of `falqon_fx.ops.experts` compute, on a CPU and on a GPU: ATen alone, so that a
+compiler may open them.
+
+A GPU multiplies x with W in FP8 where torch does (`falqon_fx.ops.grouped.takes_fp8`); everything
+else are grouped products of decoded values. Whatever the number of experts, it is as many calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from falqon_fx.ops.grouped import (
+    Routing,
+    Stack,
+    fp8_times,
+    grouped_outer,
+    padded_mm,
+    routing,
+    takes_fp8,
+    times,
+)
+from falqon_fx.ops.lowering import cast_fp8, decode, gemm_dtype
+from falqon_fx.site.numerics import E4M3, without_autocast
+from falqon_fx.site.spec import parse_spec
+
+
+class Experts(NamedTuple):
+    """The arguments of `falqon_fx.ops.experts.merged_experts`, in order."""
+
+    x: Tensor
+    rows: Sequence[Tensor]
+    groups: Tensor
+    by_id: bool
+    experts: int
+    weight: Tensor
+    scale: Tensor
+    a: Sequence[Tensor]
+    a_scale: Sequence[Tensor]
+    b: Sequence[Tensor]
+    lora_a: Sequence[Tensor]
+    lora_b: Sequence[Tensor]
+    scaling: Sequence[float]
+    keep_x: bool
+    out_dtype: torch.dtype
+    spec_text: str
+
+    @property
+    def products(self) -> int:
+        """The number of rows that are multiplied."""
+        return self.groups.numel() if self.by_id else (*self.rows, self.x)[0].shape[0]
+
+
+def as_read(weight: Tensor) -> Tensor:
+    """FP8 as `decode_fp8` reads it fastest where nothing is compiled."""
+    return weight.view(torch.uint8) if weight.device.type == "cpu" else weight
+
+
+@without_autocast
+def lower_merged_experts(given: Experts) -> list[Tensor]:
+    """What `merged_experts` computes."""
+    spec, dtype = parse_spec(given.spec_text), gemm_dtype(given.out_dtype, given.x.device)
+    exact = spec.scale == "pow2"
+    way = routing(given.groups, given.by_id, given.rows, given.experts)
+    stack = Stack.of(given.weight, 1.0, given.experts)
+    in_fp8 = takes_fp8(given.x, stack, given.out_dtype)
+    cast = cast_fp8(given.x, E4M3, spec, dtype, keep=given.keep_x or in_fp8)
+    value = way.taken(cast.value)
+    of_x = None if exact else way.taken(cast.scale)
+
+    def product(code: Tensor, scale: Tensor) -> Tensor:
+        """value · dq(code)ᵀ of each expert."""
+        stack = Stack.of(code, scale if exact else 1.0, given.experts)
+        y = times(value, stack, way.offs, turned=False)
+        if of_x is None:
+            return y
+        return (y.to(torch.float32) * of_x * by_row(scale, way, len(y))).to(dtype)
+
+    if in_fp8 and cast.code is not None:
+        operands = way.taken(cast.code), way.taken(cast.scale), stack, given.scale
+        y = fp8_times(*operands, way.offs, spec.accumulation == "fast")
+    else:
+        y = product(given.weight, given.scale)
+    out_a = y.new_empty((len(y), 0))
+    for code, scale, b in zip(given.a, given.a_scale, given.b, strict=True):
+        out_a = product(code, scale)
+        y = y + padded_mm(out_a, stacked_b(b.to(dtype), given.experts).transpose(1, 2), way.offs)
+    kept = [cast.code, cast.scale] if given.keep_x and cast.code is not None else []
+    return [way.restored(y.to(given.out_dtype)), out_a, *kept]
+
+
+def stacked_b(b: Tensor, experts: int) -> Tensor:
+    """B_e [E, out, r] of lora_B [out, r * E], whose columns have the experts fastest."""
+    return b.reshape(b.shape[0], -1, experts).permute(2, 0, 1).contiguous()
+
+
+def by_row(scale: Tensor, way: Routing, count: int) -> Tensor:
+    """The scales [E * m, 1] of the expert of each row, float32 [count, m]."""
+    experts = way.offs.shape[0]
+    return scale.view(experts, -1).index_select(0, way.experts(count))
+
+
+@without_autocast
+def lower_grad_x(
+    grad: Tensor,
+    n: int,
+    rows: Sequence[Tensor],
+    groups: Tensor,
+    by_id: bool,
+    experts: int,
+    weight: Tensor,
+    scale: Tensor,
+    d: Sequence[Tensor],
+    a: Sequence[Tensor],
+    a_scale: Sequence[Tensor],
+    x_dtype: torch.dtype,
+    spec_text: str,
+) -> Tensor:
+    """See `falqon_fx.ops.experts.merged_experts_grad_x`."""
+    way = routing(groups, by_id, rows, experts)
+    spec, dtype = parse_spec(spec_text), gemm_dtype(grad.dtype, grad.device)
+    folded = way.sorted(grad).to(torch.float32) * by_row(scale, way, grad.shape[0])
+    cast = cast_fp8(folded, spec.grad_dtype, spec, dtype)
+    y = times(cast.value, Stack.of(as_read(weight), 1.0, experts), way.offs, turned=True)
+    total = y.to(torch.float32) * cast.rest
+    for d_j, code, a_scale_j in zip(d, a, a_scale, strict=True):
+        scaled = (d_j.to(torch.float32) * by_row(a_scale_j, way, d_j.shape[0])).to(dtype)
+        total += times(scaled, Stack.of(as_read(code), 1.0, experts), way.offs, turned=True)
+    return way.added_up(total, n).to(x_dtype)
+
+
+@without_autocast
+def lower_grads(
+    grad: Tensor,
+    rows: Sequence[Tensor],
+    groups: Tensor,
+    by_id: bool,
+    experts: int,
+    out_a: Tensor,
+    d: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    scaling: float,
+    b_dtype: torch.dtype,
+    a_dtype: torch.dtype,
+) -> list[Tensor]:
+    """See `falqon_fx.ops.experts.merged_experts_grads`."""
+    way = routing(groups, by_id, rows, experts)
+    of_b = grouped_outer(way.sorted(grad).to(out_a.dtype), out_a, way.offs).to(torch.float32)
+    flat = (of_b * scaling).permute(1, 2, 0).reshape(grad.shape[1], -1)
+    grads = [flat.to(b_dtype, memory_format=torch.contiguous_format)]
+    for d_j, code, scale in [(*d, *kept)] if kept else []:
+        value = decode(as_read(code), 1.0, d_j.dtype)
+        scaled = (d_j.to(torch.float32) * way.taken(scale)).to(d_j.dtype)
+        of_a = grouped_outer(scaled, way.taken(value), way.offs)
+        grads.append(of_a.reshape(-1, code.shape[1]).to(a_dtype).contiguous())
+    return grads
+
+
+@without_autocast
+def lower_grad_out_a(
+    grad: Tensor, groups: Tensor, by_id: bool, experts: int, b: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """See `falqon_fx.ops.experts.merged_experts_grad_out_a`."""
+    way = routing(groups, by_id, (), experts)
+    factor = stacked_b(b.to(dtype), experts)
+    return padded_mm(way.sorted(grad).to(dtype), factor, way.offs).contiguous()

@@ -1,0 +1,74 @@
+"""Every family of stacked experts in transformers: which stacks PEFT adapts, which are merged, and
+why not. Slow: each compiles a model.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft.tuners.lora.layer import ParamWrapper
+from torch import Tensor
+from torch.nn import functional as F
+
+from falqon_fx.integrations.peft import trace_param_wrappers
+from falqon_fx.model.stacks import is_experts
+from tests import zoo
+from tests.models import fill_b
+
+pytestmark = pytest.mark.slow
+
+FAMILIES = [n for n in zoo.families() if n not in zoo.LEFT_OUT and n not in zoo.PEFT_CANNOT]
+SIMILAR = 0.99  # of the gradients of A and B, beside PEFT's: FP8 moves them by 3 to 6%
+
+
+def adapted(name: str) -> Any:
+    """A tiny model whose stacks PEFT adapts, in float32; skips what has none."""
+    model: Any = zoo.build(name)
+    if not any(is_experts(module) for module in model.modules()):
+        pytest.skip("no stacked experts that transformers' interface runs")
+    model.set_experts_implementation("grouped_mm")
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+    model = peft.get_peft_model(model, config)
+    if not stacks_of(model):
+        pytest.skip("PEFT adapts no stack of it")
+    fill_b(model, 0.05)
+    return model
+
+
+def stacks_of(model: Any) -> list[Any]:
+    """PEFT's wrappers of stacked weights."""
+    wrappers = [m for m in model.modules() if isinstance(m, ParamWrapper)]
+    return [m for m in wrappers if m.get_param().dim() == 3]
+
+
+def gradients(model: Any, call: Any, batch: dict[str, Tensor]) -> list[Tensor]:
+    """Those of A and B of each stack."""
+    model.zero_grad()
+    call(**batch).loss.backward()
+    layers = [part["default"] for m in stacks_of(model) for part in (m.lora_A, m.lora_B)]
+    return [layer.weight.grad.flatten() for layer in layers]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family(name, graphs, record_property):
+    model, batch = adapted(name), zoo.batch(name)
+    twin = copy.deepcopy(model)
+    theirs = gradients(twin, twin, batch)
+    trace_param_wrappers(model)
+    call = torch.compile(model, backend="falqon", options={"inner": "eager"})
+    ours = gradients(model, call, batch)
+    merged = {site.path for report in graphs for site in report.sites if site.experts}
+    reasons = {item.reason for report in graphs for item in (*report.rejected, *report.left)}
+    similar = [float(F.cosine_similarity(a, b, 0)) for a, b in zip(ours, theirs, strict=True)]
+    wanted = len(stacks_of(model))
+    print(
+        f"\nzoo of experts: {name}: {len(merged)} of {wanted} stacks merged, {len(graphs)} graphs, "
+        f"least similar gradient {min(similar):.4f}; {sorted(reasons)}"
+    )
+    record_property("merged", len(merged))
+    assert len(merged) == wanted, reasons
+    assert min(similar) > SIMILAR
