@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import falqon_fx
 from falqon_fx import FalqonConfig
+from falqon_fx.ops import grouped
+from falqon_fx.ops.experts_lowering import (
+    Experts,
+    lower_grad_out_a,
+    lower_grad_x,
+    lower_grads,
+    lower_merged_experts,
+)
 from falqon_fx.ops.lowering import gemm_dtype
+from falqon_fx.site.spec import SiteSpec
 from tests.emulation import E4M3, E5M2, cast
 from tests.tolerances import assert_within
 
@@ -368,3 +379,53 @@ def test_the_registry_sees_a_write_into_a_stack():
     with torch.no_grad():
         model.weight.mul_(-3.0)
     check(model, x, ids, "pow2", call)
+
+
+def test_on_a_gpu_the_calls_are_as_many_for_any_number_of_experts(monkeypatch):
+    """What a compiler of sm_90 would see, without one: torch's FP8 product once, and no loop."""
+    monkeypatch.setattr(grouped, "fp8_architecture", lambda device: 90)
+    counts = [operations(experts) for experts in (2, 128)]
+    assert counts[0] == counts[1]
+    assert counts[0]["aten._scaled_grouped_mm.default"] == 1
+    assert counts[0]["aten._grouped_mm.default"] == 7  # O_A, O_A·b, D, q·W, D·Â, dL/dB, dL/dA
+
+
+def operations(experts: int, out: int = 64, features: int = 32, rank: int = 8) -> Counter[str]:
+    """The operations of a forward and a backward pass where there is no memory to look into."""
+    seen: Counter[str] = Counter()
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen[str(func)] += 1
+            return func(*args, **kwargs or {})
+
+    spec, way = str(SiteSpec.from_config(FalqonConfig())), (False, experts)
+    with torch.device("meta"), Counting():
+
+        def fp8(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=E4M3)
+
+        def ones(rows: int) -> Tensor:
+            return torch.ones(rows, 1)
+
+        x, offs = torch.empty(48, features, dtype=torch.bfloat16), torch.empty(experts).int()
+        rows, grad = [torch.empty(96).long()], torch.empty(96, out, dtype=torch.bfloat16)
+        weight, scale = fp8(experts * out, features), ones(experts * out)
+        a, a_scale = [fp8(experts * rank, features)], [ones(experts * rank)]
+        b = [torch.empty(out, rank * experts, dtype=torch.bfloat16)]
+        own = (weight, scale, a, a_scale)
+        given = Experts(x, rows, offs, *way, *own, b, a, b, [1.0], True, torch.bfloat16, spec)
+        y, out_a, *kept = lower_merged_experts(given)
+        assert (y.shape, out_a.shape) == ((96, out), (96, rank))
+        d = lower_grad_out_a(grad, offs, *way, b[0], torch.bfloat16)
+        grad_x = lower_grad_x(
+            grad, 48, rows, offs, *way, weight, scale, [d], a, a_scale, torch.bfloat16, spec
+        )
+        grads = lower_grads(
+            grad, rows, offs, *way, out_a, [d], kept, 1.0, torch.float32, torch.float32
+        )
+        assert grad_x.shape == x.shape
+        assert [g.shape for g in grads] == [b[0].shape, a[0].shape]
+    return seen

@@ -92,12 +92,15 @@ class Stack:
         stacked = code.view(experts, -1, code.shape[1])
         return cls(stacked, scale.view(*stacked.shape[:2], 1) if isinstance(scale, Tensor) else 1.0)
 
-    def decoded(self, experts: slice, dtype: torch.dtype) -> Tensor:
-        """The values of some experts, [e, m, k]."""
-        code = self.code[experts]
-        scale = self.scale[experts] if isinstance(self.scale, Tensor) else self.scale
-        flat = scale.reshape(-1, 1) if isinstance(scale, Tensor) else scale
-        return decode(code.reshape(-1, code.shape[2]), flat, dtype).view(code.shape)
+    def part(self, first: int, last: int) -> Stack:
+        """Some of the experts."""
+        scale = self.scale[first:last] if isinstance(self.scale, Tensor) else self.scale
+        return Stack(self.code[first:last], scale)
+
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        """The values, [E, m, k]."""
+        flat = self.scale.reshape(-1, 1) if isinstance(self.scale, Tensor) else self.scale
+        return decode(self.code.flatten(0, 1), flat, dtype).view(self.code.shape)
 
 
 def times(x: Tensor, stack: Stack, offs: Tensor, *, turned: bool) -> Tensor:
@@ -107,13 +110,13 @@ def times(x: Tensor, stack: Stack, offs: Tensor, *, turned: bool) -> Tensor:
     A CPU decodes some experts at a time, of those that have rows.
     """
 
-    def product(rows: Tensor, experts: slice, ends: Tensor) -> Tensor:
-        weight = stack.decoded(experts, x.dtype)
+    def product(rows: Tensor, part: Stack, ends: Tensor) -> Tensor:
+        weight = part.decoded(x.dtype)
         return padded_mm(rows, weight if turned else weight.transpose(1, 2), ends)
 
     count, m, k = stack.code.shape
     if x.device.type != "cpu":
-        return product(x, slice(None), offs)
+        return product(x, stack, offs)
     y = x.new_zeros((x.shape[0], k if turned else m))
     step = max(1, _DECODED // (m * k * x.dtype.itemsize))
     ends = [0, *offs.tolist()]
@@ -122,7 +125,7 @@ def times(x: Tensor, stack: Stack, offs: Tensor, *, turned: bool) -> Tensor:
         start, end = ends[first], ends[last]
         if start < end:
             of_part = offs[first:last] - start
-            y[start:end] = product(x[start:end], slice(first, last), of_part)
+            y[start:end] = product(x[start:end], stack.part(first, last), of_part)
     return y
 
 
@@ -161,7 +164,7 @@ def padded_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     by_k, by_m = -k % unit, -m % unit
     if by_k or by_m:
         x, weight = F.pad(x, (0, by_k)), F.pad(weight, (0, by_m, 0, by_k))
-    return F.grouped_mm(x, weight, offs=offs)[:, :m]
+    return F.grouped_mm(x, weight, offs=offs).narrow(1, 0, m)
 
 
 def grouped_outer(left: Tensor, right: Tensor, offs: Tensor) -> Tensor:
@@ -169,4 +172,4 @@ def grouped_outer(left: Tensor, right: Tensor, offs: Tensor) -> Tensor:
     m, k = left.shape[1], right.shape[1]
     unit = 16 // left.dtype.itemsize
     left, right = F.pad(left, (0, -m % unit)), F.pad(right, (0, -k % unit))
-    return F.grouped_mm(left.t(), right, offs=offs)[:, :m, :k]
+    return F.grouped_mm(left.t(), right, offs=offs).narrow(1, 0, m).narrow(2, 0, k)
