@@ -1,9 +1,9 @@
-"""A layer of stacked experts with LoRA on a CPU: seconds a step of falqon and of what else there is.
+"""A layer of stacked experts with LoRA on a CPU: seconds a step of falqon and of others.
 
-    python benchmarks/experts.py                       # E = 32 and 128, top 8; ten minutes on 2 cores
+    python benchmarks/experts.py               # E = 32 and 128, top 8; ten minutes on 2 cores
 
-The shapes are half of Qwen3-30B-A3B's (hidden 2048, experts of 768) in bfloat16, rank 16 on gate_up
-and down. The four ways take turns in each round and route each step anew; the fastest counts.
+The shapes are half of Qwen3-30B-A3B's (hidden 2048, experts of 768) in bfloat16, rank 16 on
+gate_up and down. The ways take turns in each round and route each step anew; the fastest counts.
 
     PEFT          as it is: W + s·B·A of all experts in each pass, uncompiled
     PEFT, traced  `trace_param_wrappers`, compiled by Inductor
@@ -94,11 +94,10 @@ def main(argv: list[str] | None = None) -> int:
     path = given.result or result_path("experts", ".json")
     write_json(path, {**about, "tokens": given.tokens, "rank": RANK, "top": TOP, "rows": rows})
     names = list(rows[0]["seconds"])
-    table = [
-        [row["experts"], *(f"{row['seconds'][n]:.3f}" for n in names), f"{row['ratio']:.2f}"]
-        + [f"{row['memory']:.3f}"]
-        for row in rows
-    ]
+    table = []
+    for row in rows:
+        seconds = [f"{row['seconds'][name]:.3f}" for name in names]
+        table.append([row["experts"], *seconds, f"{row['ratio']:.2f}", f"{row['memory']:.3f}"])
     header = ["E", *(f"{name}, s" for name in names), "falqon / fastest other", "weights"]
     text = markdown("Stacked experts, seconds a step", about, header, table)
     path.with_suffix(".md").write_text(text, encoding="utf-8")

@@ -57,11 +57,12 @@ DIALECTS: dict[str, tuple[str, str]] = {
         "test_dialects.py::test_adapted_convolution_is_refused",
     ),
     "PEFT ParamWrapper, experts": (
-        REFUSED,
+        f"{MATCHED}, as transformers groups them; {REFUSED} elsewhere",
+        "test_merged_experts.py::test_programs_compute_what_float64_does_on_the_same_operands "
+        "test_experts.py::test_one_graph_gives_what_peft_gives "
         "test_dialects.py::test_experts_are_refused "
         "test_dialects.py::test_a_param_wrapper_is_refused "
-        "test_experts.py::test_what_is_refused_goes_by_its_whole_path_and_a_remedy "
-        "test_experts.py::test_one_graph_gives_what_peft_gives",
+        "test_experts.py::test_what_is_refused_goes_by_its_whole_path_and_a_remedy",
     ),
     "PEFT DoRA, aLoRA, BD-LoRA, VeLoRA, KaSA, MonteCLoRA": (
         f"{REFUSED}; the base layer in FP8 where it is in the graph",
