@@ -156,20 +156,24 @@ def fp8_times(
 
 
 def padded_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
-    """`F.grouped_mm` of x [S, k] and weight [E, k, m] of any sizes: it takes rows of multiples
-    of 16 bytes alone.
+    """`F.grouped_mm` of x [S, k] and weight [E, k, m] of any sizes: it takes rows of multiples of
+    16 bytes alone.
     """
-    m, k = weight.shape[2], x.shape[1]
-    unit = 16 // x.dtype.itemsize
-    by_k, by_m = -k % unit, -m % unit
-    if by_k or by_m:
-        x, weight = F.pad(x, (0, by_k)), F.pad(weight, (0, by_m, 0, by_k))
+    m, unit = weight.shape[2], 16 // x.dtype.itemsize
+    by_k, by_m = -x.shape[1] % unit, -m % unit
+    if not by_k and not by_m:
+        return F.grouped_mm(x, weight, offs=offs)
+    x, weight = F.pad(x, (0, by_k)), F.pad(weight, (0, by_m, 0, by_k))
     return F.grouped_mm(x, weight, offs=offs).narrow(1, 0, m)
 
 
 def grouped_outer(left: Tensor, right: Tensor, offs: Tensor) -> Tensor:
     """left_eᵀ · right_e [E, m, k] over the rows of each expert, of left [S, m], right [S, k]."""
-    m, k = left.shape[1], right.shape[1]
-    unit = 16 // left.dtype.itemsize
-    left, right = F.pad(left, (0, -m % unit)), F.pad(right, (0, -k % unit))
+    (m, k), unit = (left.shape[1], right.shape[1]), 16 // left.dtype.itemsize
+    left, right = _padded(left, -m % unit), _padded(right, -k % unit)
     return F.grouped_mm(left.t(), right, offs=offs).narrow(1, 0, m).narrow(2, 0, k)
+
+
+def _padded(x: Tensor, by: int) -> Tensor:
+    """x [S, k] with ``by`` columns of zeros; itself without any."""
+    return F.pad(x, (0, by)) if by else x
