@@ -6,8 +6,10 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -15,7 +17,12 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, fx, nn
 
 import falqon_fx
-from falqon_fx.integrations.peft import trace_param_wrappers, untrace_param_wrappers
+from falqon_fx.integrations.peft import (
+    TracedParamWrapper,
+    trace_param_wrappers,
+    untrace_param_wrappers,
+)
+from falqon_fx.integrations.transformers import FalqonCallback
 from tests import zoo
 from tests.models import fill_b
 
@@ -188,6 +195,16 @@ def test_it_can_be_taken_back():
     assert {path: type(module) for path, module in model.named_modules()} == before
     assert {path: set(vars(module)) for path, module in model.named_modules()} == fields
     assert torch.equal(model(x), expected)
+
+
+def test_the_callback_of_a_trainer_makes_the_call():
+    model: Any = adapted()
+    accelerate.Accelerator(cpu=True)  # as a trainer does first
+    args: Any = SimpleNamespace(torch_compile=False, world_size=1)
+    state: Any = None
+    FalqonCallback().on_init_end(args, state, state, model=model)
+    wrappers = [m for m in model.modules() if isinstance(m, ParamWrapper)]
+    assert {type(m) for m in wrappers} == {TracedParamWrapper}
 
 
 def test_an_error_inside_leaves_the_parameters_as_they_were():
