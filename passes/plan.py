@@ -39,7 +39,7 @@ from falqon_fx.passes.scope import Scope
 from falqon_fx.passes.shards import CUT_OTHERWISE
 from falqon_fx.passes.siblings import group_siblings
 from falqon_fx.passes.slots import AdapterSlot, BaseSlot
-from falqon_fx.passes.terms import BaseLinear, Experts, Param, PreparedStack
+from falqon_fx.passes.terms import Experts, Param, in_fp8
 from falqon_fx.passes.writes import written_parameters
 from falqon_fx.report.data import Rejected, Site, Source
 from falqon_fx.report.kernels import architecture_of
@@ -182,11 +182,12 @@ class _Chooser:
         if not self.config.selects(site_of(path)):
             return
         out, features = _size(found)
+        stacked = isinstance(found.base, Experts)
         each = found.base.experts if isinstance(found.base, Experts) else 1
         why = why_left(path, hint(out) // each, hint(features), tied)
         refused = self._refusal(found, path)
         if why is not None and not _is_prepared(found):
-            wide = None if each > 1 else wide_product(found)
+            wide = None if stacked else wide_product(found)
             how = "It runs as it was" if wide is None else "It is multiplied in float32"
             remedy = f"{how}; an adapter on it would make it a site"
             self.left.append(Rejected(path, why, remedy, source_of(found.anchor)))
@@ -243,10 +244,8 @@ class _Chooser:
         key = _identity(found.scope, weight)
         if key not in self._bases:
             out, features = _size(found)
-            base, scope = found.base, found.scope
-            if isinstance(base, Experts) and base.prepared is not None:
-                base = base.prepared
-            if isinstance(base, BaseLinear | PreparedStack):
+            base, scope = in_fp8(found.base), found.scope
+            if base is not None:
                 nodes = tuple(map(scope.outer, (base.code, base.scale, base.digest)))
                 self._bases[key] = BaseSlot(path, out, features, None, nodes)
             else:
@@ -295,8 +294,7 @@ def _groups(sites: list[SitePlan], config: FalqonConfig) -> tuple[tuple[SitePlan
 
 
 def _is_prepared(found: Match) -> bool:
-    base = found.base
-    return isinstance(base, BaseLinear) or (isinstance(base, Experts) and base.prepared is not None)
+    return in_fp8(found.base) is not None
 
 
 def _size(found: Match) -> tuple[int, int]:

@@ -98,7 +98,7 @@ def rows_slot(
     if isinstance(base, RowsBaseLinear):
         prepared = tuple(scope.outer(node) for node in base.state)
     else:
-        weight = at_root(scope, base.weight)  # type: ignore[union-attr]
+        weight = at_root(scope, base.weight)  # type: ignore[union-attr,arg-type]
     return RowsSlot(
         index,
         path,

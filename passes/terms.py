@@ -106,6 +106,13 @@ class Experts:
         return self.weight if isinstance(self.weight, PreparedStack) else None
 
 
+def in_fp8(base: object) -> BaseLinear | PreparedStack | None:
+    """The bytes that a base of a match already is, as `prepare` makes them."""
+    if isinstance(base, Experts):
+        return base.prepared
+    return base if isinstance(base, BaseLinear) else None
+
+
 @dataclass(frozen=True)
 class Add:
     """left + factor · right."""

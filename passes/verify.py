@@ -23,7 +23,7 @@ from falqon_fx.passes.plan import Plan, SitePlan
 from falqon_fx.passes.rewrite import adapter_inputs, arguments, widened
 from falqon_fx.passes.rows import RowsNodes
 from falqon_fx.passes.scope import Scope, attribute
-from falqon_fx.passes.terms import BaseLinear, Experts, Linear, Param, PreparedStack
+from falqon_fx.passes.terms import Experts, Linear, Param, in_fp8
 from falqon_fx.passes.verify_experts import check_experts
 from falqon_fx.passes.verify_nodes import check_column, is_same, origin
 from falqon_fx.site.spec import RowsSpec
@@ -229,10 +229,10 @@ def _check_bases(plan: Plan, operands: Operands) -> None:
         nodes, base, scope = nodes_of.get(id(site.base)), site.match.base, site.match.scope
         if nodes is None:
             continue  # written by update="rows"
-        if isinstance(base, Experts) and base.prepared is not None:
-            base = base.prepared
-        if isinstance(base, BaseLinear | PreparedStack):
-            read = [scope.outer(node) for node in (base.code, base.scale, base.digest)]
+        prepared = in_fp8(base)
+        if prepared is not None:
+            given = (prepared.code, prepared.scale, prepared.digest)
+            read = [scope.outer(node) for node in given]
             same = list(nodes.given) == read
         else:
             weight = cast(Param, cast(Linear | Experts, base).weight)

@@ -105,7 +105,7 @@ def prepare(
     before, after = before + of_stacks[0], after + of_stacks[1]
     frozen = tuple(layer.path for layer in layers if layer.lora is None)
     frozen += tuple(stack.site for stack in stacks if stack.wrapper is None)
-    prepared = tuple(layer.site for layer in (*layers, *stacks))
+    prepared = tuple(layer.site for layer in layers) + tuple(stack.site for stack in stacks)
     return PrepareReport(prepared, frozen, skipped | left, before, after)
 
 

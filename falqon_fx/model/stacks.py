@@ -8,7 +8,7 @@ import copy
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -172,7 +172,7 @@ def is_experts(module: nn.Module) -> bool:
     return {"is_transposed", "has_gate", "_is_expert_parallel"} <= vars(module).keys()
 
 
-def with_dense_stacks(module: nn.Module) -> nn.Module:
+def with_dense_stacks(module: Any) -> Any:
     """A module without prepared stacks: itself, or a copy of it."""
     if any(isinstance(child, Fp8Stack) for child in module.modules()):
         module = copy.deepcopy(module)
@@ -254,7 +254,7 @@ def _with_properties(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mo
     members |= dict.fromkeys((slot(name) for name in names), None)
     members |= {"_stacked_parameters": names, "__module__": cls.__module__, "__doc__": cls.__doc__}
     members |= {"__qualname__": cls.__qualname__, "__reduce_ex__": _reduce}
-    return type(cls.__name__, (cls,), members)
+    return cast(type[nn.Module], type(cls.__name__, (cls,), members))
 
 
 def _parameter(name: str) -> property:

@@ -238,7 +238,7 @@ def _gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
             raise FalqonError(
                 "", "lora_A trains now, but did not when this graph was compiled", _RECOMPILE
             )
-        d = []
+        d: list[Tensor] = []
         if a and (needs_x or trains_a):
             d = [torch.ops.falqon.merged_experts_grad_out_a(grad, *way, b[0], out_a.dtype)]
         if needs_x:

@@ -213,10 +213,10 @@ def _sum(scope: Scope, product: _Product) -> _Sum | None:
         return None
     base, left, right, factor, inner = found
     weight = _stack(scope, base)
-    low = _factors(scope, left), _factors(scope, right)
-    if weight is None or low[0] is None or low[1] is None:
+    first, second = _factors(scope, left), _factors(scope, right)
+    if weight is None or first is None or second is None:
         return None
-    b, a = low[::-1] if product.turned else low
+    b, a = (second, first) if product.turned else (first, second)
     why = MatchRejected("the layouts of lora_A and lora_B are not PEFT's", LEAVE)
     if a.param.value.dim() != 2 or b.param.value.dim() != 2:
         raise _Refused(a.param, b.param, why)
