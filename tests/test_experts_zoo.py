@@ -59,7 +59,11 @@ def test_a_family(name, graphs, record_property):
     twin = copy.deepcopy(model)
     theirs = gradients(twin, twin, batch)
     trace_param_wrappers(model)
-    call = torch.compile(model, backend="falqon", options={"inner": "eager"})
+    # Stacks alone: what FP8 in other layers moves may route a token of a tiny model elsewhere.
+    paths = [path for path, module in model.named_modules() if module in stacks_of(model)]
+    include = tuple(f"{path.replace('.base_layer', '')}.*" for path in paths)
+    options = {"inner": "eager", "include": include}
+    call = torch.compile(model, backend="falqon", options=options)
     ours = gradients(model, call, batch)
     merged = {site.path for report in graphs for site in report.sites if site.experts}
     reasons = {item.reason for report in graphs for item in (*report.rejected, *report.left)}

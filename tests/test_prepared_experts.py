@@ -221,6 +221,10 @@ def test_what_cant_be_prepared_is_named():
         config = FalqonConfig(granularity="tensor" if text == "granularity" else "row")
         skipped = falqon_fx.prepare(model, config, progress=False).skipped
         assert all(text in skipped[path] for path in STACKS)
+    model = build()
+    model.get_submodule(EXPERTS).get_base_layer()._is_expert_parallel = True
+    skipped = falqon_fx.prepare(model, progress=False).skipped
+    assert all("processes" in skipped[path] for path in STACKS)
     report = falqon_fx.prepare(build(), FalqonConfig(exclude=("*experts*",)), progress=False)
     assert set(STACKS) <= report.skipped.keys()
     report = falqon_fx.prepare(build(False), FalqonConfig(frozen="leave"), progress=False)
