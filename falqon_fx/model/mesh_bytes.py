@@ -209,6 +209,7 @@ def _activations(graphs: Sequence[GraphReport], cuts: Mapping[str, str]) -> Iter
     """dL/dx of layers cut by columns, once for all that read one x, and O of those by rows."""
     sums: dict[object, int] = {}
     for number, graph in enumerate(graphs):
+        places = {line.node: i for i, line in enumerate(graph.before)}
         for site in graph.sites:
             cut = cuts.get(_layer_of(site, cuts), "")
             features = site.in_features if cut == "columns" else site.out_features
@@ -216,10 +217,20 @@ def _activations(graphs: Sequence[GraphReport], cuts: Mapping[str, str]) -> Iter
                 torch, site.x_dtype if cut == "columns" else site.out_dtype
             )
             if cut:
-                sums[number, site.group, cut] = site.tokens_hint * features * dtype.itemsize
+                summed = _x_of(site, graph, places) if cut == "columns" else site.path
+                sums[number, summed, cut] = site.tokens_hint * features * dtype.itemsize
     if sums:
         total = sum(sums.values())
         yield Traffic("activations", "all-reduce", "tp", total, total)
+
+
+def _x_of(site: Site, graph: GraphReport, places: Mapping[str, int]) -> object:
+    """The node whose value a site reads: what its first node takes from outside of it."""
+    for place in sorted(places[node] for node in site.nodes if node in places):
+        first = graph.before[place].inputs[:1]
+        if first and first[0] not in site.nodes:
+            return first
+    return site.group
 
 
 def _layer_of(site: Site, known: Mapping[str, str]) -> str:

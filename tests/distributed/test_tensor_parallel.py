@@ -14,6 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError, MeshPlan
+from falqon_fx.backend import falqon as falqon_backend
 from falqon_fx.site.sharded import local
 from tests.distributed import context, pipeline, ranks
 from tests.distributed.tensor_parallel import (
@@ -67,10 +68,20 @@ def _bytes() -> tuple[dict[str, int], dict[str, int]]:
     assert planned is not None
     model = cut(make(), False)
     falqon_fx.prepare(model, CONFIG, progress=False)
-    call = compiled(model, CONFIG)
-    call(x).sum().backward()  # compiles
-    with Counted() as counted:
-        call(x).sum().backward()
+    counted = Counted()
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        run = falqon_backend(gm, inputs, options={"config": CONFIG})
+
+        def counting(*given: Any) -> Any:
+            with counted:  # Dynamo runs nothing compiled where it is on before
+                return run(*given)
+
+        return counting
+
+    loss = torch.compile(model, backend=backend)(x).sum()
+    with counted:
+        loss.backward()
     held = sum(local(p).nbytes for p in model.parameters())
     said = {"held": planned.held, "summed": sum(t.bytes for t in planned.traffic)}
     return said, {"held": held, "summed": counted.summed}
