@@ -38,7 +38,8 @@ class MeshPlan:
             `falqon_fx.compile_blocks` finds them.
         reshard_after_forward: as ``fully_shard`` of the units has it; the model itself keeps what
             it has gathered until backward, as is torch's default.
-        param_dtype, reduce_dtype: of ``MixedPrecisionPolicy``.
+        param_dtype: of ``MixedPrecisionPolicy``.
+        reduce_dtype: of ``MixedPrecisionPolicy``.
         tp_plan: "colwise" or "rowwise" by the pattern of a layer's path, whose end is enough. By
             default that of the model's own config (``base_model_tp_plan`` of transformers).
         per_machine: GPUs that a machine's own links connect.
