@@ -25,9 +25,13 @@ _many = int(os.environ.get("FUZZ_EXAMPLES", "5000"))
 settings.register_profile("fuzz", settings.get_profile("ci"), max_examples=_many)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-# Workers of pytest-xdist share the cores.
+# Workers of pytest-xdist share the cores, and so do the processes that tests start. A process that
+# compiles starts no pool of others for Triton, which would import torch before it does anything.
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _workers))
+_threads = max(1, len(os.sched_getaffinity(0)) // _workers)
+torch.set_num_threads(_threads)
+os.environ.setdefault("OMP_NUM_THREADS", str(_threads))
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
