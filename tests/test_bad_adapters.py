@@ -21,7 +21,6 @@ from tests.parameters import PREPARED_OR_NOT, each_pair
 IDS = torch.arange(12).view(2, 6)
 PATH = "model.layers.1.self_attn.q_proj"
 PREPARED = pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
-UPDATES = pytest.mark.parametrize("update", ["adapter", "rows"])
 
 
 def made(update: str, prepared: bool, dtype: torch.dtype = torch.float32) -> nn.Module:
