@@ -18,6 +18,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP ?= $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := .ci/install
 # One worker a core: most of a test's time is compiling, which one thread does.
 PYTEST ?= $(BIN)/pytest -n logical --maxprocesses 8
 
@@ -32,8 +33,9 @@ venv: $(STAMP)
 $(STAMP): pyproject.toml requirements-nodeps.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --editable '.[peft,examples,dev]'
-	$(PIP) install --no-deps --requirement requirements-nodeps.txt
+	$(PIP) install uv
+	UV_COMPILE_BYTECODE=1 $(INSTALL) $(BIN)/python --editable '.[peft,examples,dev]'
+	$(INSTALL) $(BIN)/python --no-deps --requirement requirements-nodeps.txt
 	touch $@
 
 demo: venv
@@ -49,7 +51,7 @@ test-fast: venv
 	$(PYTEST) -m "not slow"
 
 test-all: check
-	$(PYTEST) -m ""
+	HYPOTHESIS_PROFILE=all $(PYTEST) -m ""
 
 # With another torch, in an environment beside the usual one. It is installed from the usual index,
 # where torch may be a CUDA build: 6 GB on disk.
@@ -57,19 +59,19 @@ test-oldest test-newest: test-%: build/%/.installed
 	build/$*/bin/python -m pip list | grep -E '^(torch|triton) '
 	$(PYTEST:$(BIN)/%=build/$*/bin/%) -m "not slow"
 
-build/oldest/.installed: pyproject.toml requirements-nodeps.txt
+build/oldest/.installed: $(STAMP)
 	$(PYTHON) -m venv build/oldest
-	build/oldest/bin/python -m pip install --editable '.[peft,examples,dev]' 'torch==2.11.*' 'triton==3.6.*'
-	build/oldest/bin/python -m pip install --no-deps --requirement requirements-nodeps.txt
+	UV_COMPILE_BYTECODE=1 $(INSTALL) build/oldest/bin/python --editable '.[peft,examples,dev]' 'torch==2.11.*' 'triton==3.6.*'
+	$(INSTALL) build/oldest/bin/python --no-deps --requirement requirements-nodeps.txt
 	touch $@
 
 # torch is upgraded last: `dev` bounds triton for the CPU build of one torch, and a newer torch needs
 # a newer triton.
-build/newest/.installed: pyproject.toml requirements-nodeps.txt
+build/newest/.installed: $(STAMP)
 	$(PYTHON) -m venv build/newest
-	build/newest/bin/python -m pip install --editable '.[peft,examples,dev]'
-	build/newest/bin/python -m pip install --no-deps --requirement requirements-nodeps.txt
-	build/newest/bin/python -m pip install --upgrade torch
+	UV_COMPILE_BYTECODE=1 $(INSTALL) build/newest/bin/python --editable '.[peft,examples,dev]'
+	$(INSTALL) build/newest/bin/python --no-deps --requirement requirements-nodeps.txt
+	UV_COMPILE_BYTECODE=1 $(INSTALL) build/newest/bin/python --upgrade torch
 	touch $@
 
 # New seeds each time; ends with how many examples there were and that none was different.
@@ -123,7 +125,7 @@ wheel-check: venv
 	done
 	grep jinja $(WHEEL)/files.txt
 	$(PYTHON) -m venv $(WHEEL)/env
-	$(WHEEL)/env/bin/python -m pip --disable-pip-version-check install --quiet $(WHEEL)/*.whl
+	$(INSTALL) $(WHEEL)/env/bin/python --quiet $(WHEEL)/*.whl
 	cd $(WHEEL)/env && bin/python -I -W ignore -c 'import torch; \
 		assert "falqon" in torch._dynamo.list_backends(); \
 		import falqon_fx, falqon_fx.passes, falqon_fx.kernels; \

@@ -29,6 +29,10 @@ import pytest
 
 # The tests of a file first, then those that all passes share.
 TESTS = {
+    "localize.py": ("passes/test_localize.py",),
+    "hoist.py": ("passes/test_localize.py",),
+    "shards.py": ("passes/test_localize.py",),
+    "gather_tokens.py": ("passes/test_localize.py", "test_gather_tokens.py"),
     "normalize.py": ("passes/test_normalize.py", "passes/test_match.py"),
     "dialects.py": ("passes/test_normalize.py", "test_dialects.py"),
     "scope.py": ("passes/test_normalize.py", "passes/test_match.py"),

@@ -21,7 +21,7 @@ from falqon_fx.passes.rewrite import adapter_inputs
 from falqon_fx.passes.rows import RowsSlot, adds_pending
 from falqon_fx.passes.terms import Param
 from falqon_fx.site.base import scale_shape
-from falqon_fx.site.numerics import E4M3
+from falqon_fx.site.numerics import E4M3, dtype_name
 from falqon_fx.site.spec import SiteSpec
 
 if TYPE_CHECKING:
@@ -132,12 +132,12 @@ class Operands:
         from falqon_fx.kernels.gemm.tiles import GemmProblem
 
         biases = {site.bias_dtype for site in sites if site.bias_dtype is not None}
-        bias = "none" if not biases else _name(biases.pop()) if len(biases) == 1 else "float32"
+        bias = "none" if not biases else dtype_name(biases.pop()) if len(biases) == 1 else "float32"
         fields: dict[str, Any] = {
             "x_scale": spec.granularity,
             "w_scale": spec.granularity,
-            "out_dtype": _name(self.out_dtype),
-            "a_dtype": _name(self.gemm_dtype),
+            "out_dtype": dtype_name(self.out_dtype),
+            "a_dtype": dtype_name(self.gemm_dtype),
             "bias": bias,
             "accumulation": spec.accumulation,
         }
@@ -248,10 +248,6 @@ def _reported(group: Group, operands: Operands, spec: SiteSpec) -> Group:
             report = replace(report, kernel=choice.winner, kernel_reason=str(choice))
         sites.append(replace(site, report=report))
     return tuple(sites)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _track(groups: Sequence[int]) -> Iterator[int]:

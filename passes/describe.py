@@ -20,6 +20,7 @@ from falqon_fx.passes.terms import Experts, Prepared
 from falqon_fx.report.data import Memory, Site, Source
 from falqon_fx.report.kernels import choose, choose_for_experts
 from falqon_fx.site.base import scale_shape
+from falqon_fx.site.numerics import dtype_name
 from falqon_fx.site.spec import SiteSpec
 
 
@@ -42,15 +43,15 @@ def describe(
         rank=sum(a.lora_b.value.shape[1] for a in adapters) // max(experts, 1),
         scaling=adapters[0].scaling if adapters else 0.0,
         dropout=max((a.dropout for a in adapters), default=0.0),
-        out_dtype=_name(result.dtype),
+        out_dtype=dtype_name(result.dtype),
         spec=str(spec),
         source=source_of(found.anchor),
         x_shape=tuple(str(size) for size in x.shape),
         tokens=str(tokens),
         tokens_hint=hint(tokens),
-        x_dtype=_name(x.dtype),
-        base_dtype=_name(dtype),
-        adapter_dtype=_name(adapters[0].lora_b.value.dtype) if adapters else "",
+        x_dtype=dtype_name(x.dtype),
+        base_dtype=dtype_name(dtype),
+        adapter_dtype=dtype_name(adapters[0].lora_b.value.dtype) if adapters else "",
         adapters=len(adapters),
         experts=experts,
         prepared=prepared,
@@ -99,10 +100,6 @@ def _memory(
 
 def _nbytes(value: Any) -> int:
     return hint(value.numel()) * int(value.element_size())
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def frames_of(node: fx.Node) -> list[tuple[str, int, str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import Any
 
@@ -11,23 +12,34 @@ from hypothesis import HealthCheck, settings
 
 from falqon_fx import RewriteReport, RewriteResult, backend
 
-# A compiled example takes seconds and its time varies: no deadline.
+# A compiled example takes seconds and its time varies: no deadline. `make test-all` takes "all".
 settings.register_profile(
     "ci",
     deadline=None,
     derandomize=False,
     print_blob=True,
-    max_examples=50,
+    max_examples=20,
     suppress_health_check=[HealthCheck.too_slow],
 )
+settings.register_profile("all", settings.get_profile("ci"), max_examples=400)
 # FUZZ_EXAMPLES cuts the run into slices: a tenth of it for what compiles, and for sequences.
 _many = int(os.environ.get("FUZZ_EXAMPLES", "5000"))
 settings.register_profile("fuzz", settings.get_profile("ci"), max_examples=_many)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-# Workers of pytest-xdist share the cores.
+# Workers of pytest-xdist share the cores, and so do the processes that tests start. A process that
+# compiles starts no pool of others for Triton, which would import torch before it does anything.
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _workers))
+_threads = max(1, len(os.sched_getaffinity(0)) // _workers)
+torch.set_num_threads(_threads)
+os.environ.setdefault("OMP_NUM_THREADS", str(_threads))
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+
+def pytest_collection_finish() -> None:
+    """Tests that collect garbage do not go through all that was imported, each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

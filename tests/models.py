@@ -111,8 +111,8 @@ def freeze_a(model: nn.Module) -> nn.Module:
     return model
 
 
-def tiny_llama(dtype: torch.dtype = torch.float32, **lora: Any) -> nn.Module:
-    """Two layers of Llama with PEFT on every projection: 14 sites. Seed it before."""
+def tiny_llama(dtype: torch.dtype = torch.float32, layers: int = 2, **lora: Any) -> nn.Module:
+    """Layers of Llama with PEFT on every projection: 7 sites each. Seed it before."""
     import peft
     import transformers
 
@@ -120,7 +120,7 @@ def tiny_llama(dtype: torch.dtype = torch.float32, **lora: Any) -> nn.Module:
         vocab_size=64,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
 from tests.models import fill_b, freeze_a, tiny_llama
+from tests.parameters import PREPARED_OR_NOT, each_pair
 
 IDS = torch.arange(12).view(2, 6)
 PATH = "model.layers.1.self_attn.q_proj"
 PREPARED = pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
-UPDATES = pytest.mark.parametrize("update", ["adapter", "rows"])
 
 
 def made(update: str, prepared: bool, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -69,10 +69,12 @@ def spoil(tensor: Tensor, *values: float) -> None:
             tensor.view(-1)[7 * i] = value
 
 
-@MERGES
-@UPDATES
-@PREPARED
-@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+@each_pair(
+    merge=[merged, saved],
+    update=["adapter", "rows"],
+    prepared=PREPARED_OR_NOT,
+    part=["lora_A", "lora_B"],
+)
 def test_nan_and_inf_in_an_adapter_are_refused_and_counted(tmp_path, merge, update, prepared, part):
     model = made(update, prepared)
     weight = getattr(model.base_model.model.get_submodule(PATH), part)["default"].weight

@@ -1,6 +1,6 @@
 """Inductor's and AOTAutograd's disk caches: hit by an unchanged library, never stale.
 
-The caches are looked up in a process that has compiled nothing yet, so each run is one.
+Two processes look them up, of which the first has nothing to find.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-# One site, forward and backward. With CHANGED set, the lowering adds 1 to each output and the hash
-# of its sources is another, as after an edit of lowering.py.
+# One site, forward and backward. At last the lowering adds 1 to each output and the hash of its
+# sources is another, as after an edit of lowering.py.
 SCRIPT = """
 import json
-import os
+import sys
 
 import torch
 from torch._dynamo.utils import counters
@@ -27,7 +27,25 @@ from falqon_fx.ops import decompositions, lowering
 from falqon_fx.site import spec
 from tests.models import LoraLinear, fill_b
 
-if os.environ["CHANGED"]:
+
+def run():
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    model = LoraLinear(16, 24)
+    fill_b(model)
+    x = torch.randn(8, 16).requires_grad_()
+    y = torch.compile(model, backend="falqon")(x)
+    y.sum().backward()
+    hits = (
+        counters["inductor"]["fxgraph_cache_hit"],
+        counters["aot_autograd"]["autograd_cache_hit"],
+    )
+    return y.double().sum().item(), hits
+
+
+found = {"as it is": run()}
+if "change" in sys.argv:
     original = lowering.merged_linear
 
     def changed(*args):
@@ -37,37 +55,21 @@ if os.environ["CHANGED"]:
     lowering.merged_linear = changed
     for module in (spec, decompositions, backend):
         module.lowering_version = lambda: "0123456789ab"
-
-torch.manual_seed(0)
-model = LoraLinear(16, 24)
-fill_b(model)
-x = torch.randn(8, 16).requires_grad_()
-y = torch.compile(model, backend="falqon")(x)
-y.sum().backward()
-hits = {
-    "fxgraph_cache_hit": counters["inductor"]["fxgraph_cache_hit"],
-    "autograd_cache_hit": counters["aot_autograd"]["autograd_cache_hit"],
-}
-print(json.dumps({"sum": y.double().sum().item(), "hits": hits}))
+    found["changed"] = run()
+print(json.dumps(found))
 """
 
 
-@dataclass
-class Run:
-    total: float
-    hits: dict[str, int]
-
-
-def run(folder: Path, changed: str = "") -> Run:
+def process(folder: Path, *arguments: str) -> dict[str, Any]:
     environment = {
         **os.environ,
         "TORCHINDUCTOR_CACHE_DIR": str(folder),
         "TORCHINDUCTOR_COMPILE_THREADS": "1",  # no pool of workers to start
-        "CHANGED": changed,
+        "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",  # for so few files
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT],
+        [sys.executable, "-W", "ignore", "-c", SCRIPT, *arguments],
         env=environment,
         cwd=folder,
         capture_output=True,
@@ -75,27 +77,15 @@ def run(folder: Path, changed: str = "") -> Run:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
-    return Run(result["sum"], result["hits"])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.fixture(scope="module")
-def cold(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inductor")
-    return folder, run(folder)
-
-
-def test_an_unchanged_library_hits_the_caches(cold):
-    folder, first = cold
-    again = run(folder)
-    assert first.hits == {"fxgraph_cache_hit": 0, "autograd_cache_hit": 0}
-    assert again.hits == {"fxgraph_cache_hit": 2, "autograd_cache_hit": 1}  # forward, backward
-    assert again.total == first.total
-
-
-def test_a_changed_lowering_is_not_served_from_the_caches(cold):
-    """Of 8 x 24 outputs each is 1 more; sums of about 200 float32 values in float64."""
-    folder, first = cold
-    changed = run(folder, changed="yes")
-    assert changed.hits == {"fxgraph_cache_hit": 0, "autograd_cache_hit": 0}
-    assert changed.total == pytest.approx(first.total + 8 * 24, abs=1e-3)
+def test_an_unchanged_library_hits_the_caches_and_a_changed_lowering_does_not(tmp_path):
+    """Of 8 x 24 outputs each is 1 more: sums of about 200 float32 values in float64."""
+    total, hits = process(tmp_path)["as it is"]
+    assert hits == [0, 0]
+    found = process(tmp_path, "change")
+    assert found["as it is"] == [total, [2, 1]]  # forward and backward; both of them
+    again, hits = found["changed"]
+    assert hits == [0, 0]
+    assert again == pytest.approx(total + 8 * 24, abs=1e-3)

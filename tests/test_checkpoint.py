@@ -28,6 +28,7 @@ from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.model.prepare import Adapter
 from falqon_fx.rows.prepared import MergedBaseLinear
 from tests.models import Stack, fill_b, freeze_a, lora_b, tiny_llama, tiny_mlp
+from tests.parameters import PREPARED_OR_NOT, each_pair, each_value
 from tests.sites import randn, same, snapshot
 
 STEPS = 6
@@ -119,9 +120,7 @@ def test_what_was_loaded_in_inference_mode_can_be_trained(tmp_path, update):
     assert_same_run(whole, resumed)
 
 
-@UPDATES
-@PREPARED
-@pytest.mark.parametrize("interrupted", [0, 3, 5])
+@each_pair(interrupted=[0, 3, 5], prepared=PREPARED_OR_NOT, update=["adapter", "rows"])
 def test_interrupted_training_is_bit_equal(tmp_path, update, prepared, interrupted):
     """Weights, states, optimizer; with random numbers drawn in training from both generators."""
     whole, first = Run(prepared, update=update), Run(prepared, update=update)
@@ -150,14 +149,16 @@ def _same_base(model: nn.Module, other: nn.Module) -> None:
         base.load_state_dict(other.base_model.model.get_submodule(name).base_layer.state_dict())
 
 
-@pytest.mark.parametrize("options", [
+OPTIONS: list[dict[str, Any]] = [
     {"granularity": "tensor"}, {"scale": "amax"}, {"init": "svd"}, {"frozen": "leave"},
     *({**ROWS, **options} for options in (
         {"pending": "hold"}, {"pending": "drop"}, {"rounding": "nearest"}, {"topk": "all"},
         {"granularity": "tensor"}, {"scale": "amax"}, {"init": "svd"}, {"seed": 3},
     )),
-], ids=str)  # fmt: skip
-@PREPARED
+]  # fmt: skip
+
+
+@each_value(options={str(options): options for options in OPTIONS}, prepared=PREPARED_OR_NOT)
 def test_every_option_resumes_bit_equal(tmp_path, prepared, options):
     whole, first, resumed = (Run(prepared, **options) for _ in range(3))
     torch.manual_seed(5)
@@ -569,9 +570,7 @@ def _base_in_half(model: nn.Module) -> nn.Module:
     return model
 
 
-@UPDATES
-@PREPARED
-@pytest.mark.parametrize("what", OTHERS)
+@each_pair(what=list(OTHERS), update=["adapter", "rows"], prepared=PREPARED_OR_NOT)
 def test_torch_distributed_checkpoint_of_another_model_changes_nothing(
     tmp_path, update, prepared, what
 ):

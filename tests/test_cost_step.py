@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import validate
 
@@ -56,7 +56,6 @@ def test_a_layer_is_what_the_lens_sees(name):
 
 
 @given(STEPS, st.sampled_from(CARDS), st.sampled_from(["flash2", "cudnn"]), st.booleans())
-@settings(max_examples=50, deadline=None)
 def test_the_parts_are_the_launches(step, card, attention, graphs):
     figures = figures_for(card, attention)
     for name, run in arithmetic(step, figures, graphs).items():
@@ -74,7 +73,6 @@ def test_the_parts_are_the_launches(step, card, attention, graphs):
 
 
 @given(STEPS, st.sampled_from(CARDS), st.integers(1, 4096))
-@settings(max_examples=50, deadline=None)
 def test_more_tokens_are_never_faster(step, card, more):
     """Of the GPU's time: where the host is what is waited for, the tuner may choose at more tokens
     a faster kernel that is fewer launches.
@@ -89,7 +87,6 @@ def test_more_tokens_are_never_faster(step, card, more):
 
 
 @given(STEPS, st.sampled_from(CARDS))
-@settings(max_examples=50, deadline=None)
 def test_what_must_order(step, card):
     figures = figures_for(card)
     runs = arithmetic(step, figures, True)

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonConfigError, FalqonError
 from tests.models import LoraLinear, Relu, Stack, fill_b, freeze_a, tiny_mlp, train
+from tests.parameters import each_value
 
 
 def compiled(model: nn.Module, **options: Any) -> Any:
@@ -225,8 +226,7 @@ APART = {
 }
 
 
-@pytest.mark.parametrize("what", APART)
-@pytest.mark.parametrize("when", ["before", "after"])
+@each_value(what=list(APART), when=["before", "after"])
 def test_parameters_that_came_apart_are_an_error(what, when, dynamo_stays_silent):
     """As in the original; with the parameters as they were all goes on."""
     model, x = Relu(), torch.randn(2, 32)

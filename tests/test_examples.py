@@ -31,7 +31,7 @@ RUN_KEYS = {
     "learning_rate",
 }
 RUNS = ("lora", "falqon", "lora_frozen_a", "falqon_frozen_a", "falqon_public_code")
-SITES = 2 * 7  # two layers of q, k, v, o, gate, up, down
+SITES = 7  # one layer of q, k, v, o, gate, up, down
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def model_folder(tmp_path_factory):
         vocab_size=len(fast),
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
         eos_token_id=fast.eos_token_id,

@@ -281,12 +281,11 @@ def both(model: nn.Module) -> None:
 CHANGES = {"scaled": scaled, "loaded": loaded_in_place, "another": another, "both": both}
 
 
-@pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
-@pytest.mark.parametrize("change", CHANGES)
+@each_value(change=CHANGES, prepared=PREPARED_OR_NOT)
 def test_what_is_active_is_merged_as_peft_merges_it(tmp_path, prepared, change):
     model = in_fp8(tiny_llama(), prepared)
     before = merged_by_peft(model)
-    CHANGES[change](model)
+    change(model)
     expected = merged_by_peft(model)
     report = export(model, tmp_path)
     assert set(report.cast_from.values()) == {"FP8 weight" if prepared else "base weight"}
@@ -298,22 +297,21 @@ def test_what_is_active_is_merged_as_peft_merges_it(tmp_path, prepared, change):
 
 @pytest.mark.parametrize("change", ["scaled", "loaded", "both"])
 def test_with_rows_another_adapter_is_cast_with_a_weight_that_is_at_hand(tmp_path, change):
-    model = by_rows(tiny_llama(), prepared=False)
+    model = by_rows(tiny_llama(layers=1), prepared=False)
     CHANGES[change](model)
     expected = merged_by_peft(model)
     assert set(export(model, tmp_path).cast_from.values()) == {"base weight"}
     assert_one_cast_off(tmp_path, expected)
 
 
-@pytest.mark.parametrize("pending", ["apply", "drop"])
-@pytest.mark.parametrize("change", CHANGES)
+@each_value(change=CHANGES, pending=["apply", "drop"])
 def test_with_rows_another_adapter_than_the_trained_one_is_refused(tmp_path, pending, change):
     """Where the FP8 weight alone holds what was trained."""
     model = by_rows(tiny_llama(), prepared=pending == "apply", pending=pending)
-    CHANGES[change](model)
+    change(model)
     before = {n: t.clone() for n, t in model.state_dict().items()}
     match = r"layers\.0\.self_attn\.q_proj: .* Activate the adapter that was trained"
-    if (pending, change) == ("drop", "another"):  # nothing is known of it
+    if (pending, change) == ("drop", another):  # nothing is known of it
         match = "no layer of the model has an FP8 weight"
     with pytest.raises(FalqonError, match=match):
         export(model, tmp_path)
@@ -502,9 +500,9 @@ def test_logits_are_those_of_training_where_activations_are_cast_alike(tmp_path,
     part of the weight while it trains, so this one has B = 0.
     """
     if update == "rows":
-        model = by_rows(tiny_llama(), prepared)
+        model = by_rows(tiny_llama(layers=1), prepared)
     else:
-        model = in_fp8(tiny_llama(), prepared, b_size=0)
+        model = in_fp8(tiny_llama(layers=1), prepared, b_size=0)
     export(model, tmp_path)
     config = FalqonConfig(update=update, inner="eager")
     loaded, compiled, spec = dense(tmp_path), call(model, config), SiteSpec.from_config(config)
@@ -629,7 +627,7 @@ def test_a_missing_tokenizer_is_reported(tmp_path):
 
 @pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
 def test_the_model_goes_on_training_as_before(tmp_path, prepared):
-    model = in_fp8(tiny_llama(), prepared)
+    model = in_fp8(tiny_llama(layers=1), prepared)
     before = {n: t.clone() for n, t in model.state_dict().items()}
     config = copy.deepcopy(model.get_base_model().config.to_dict())
     compiled = call(model, FalqonConfig(inner="eager"))
@@ -764,10 +762,10 @@ def test_the_fp8_form_refuses_row_scales(tmp_path):
 
 @pytest.mark.parametrize("form", ["compressed-tensors", "fp8"])
 def test_of_two_ways_in_which_a_model_ran_the_one_that_the_form_holds_is_taken(tmp_path, form):
-    model = in_fp8(tiny_llama(), prepared=False, granularity="tensor")
+    model = in_fp8(tiny_llama(layers=1), prepared=False, granularity="tensor")
     call(model, FalqonConfig(inner="eager", granularity="row"))
     report = export(model, tmp_path, form=form)
-    assert len(report.layers) == 14
+    assert len(report.layers) == 7
     if form == "compressed-tensors":
         assert all(len(base.scale.unique()) > 1 for base in layers_in(tmp_path).values())
 

@@ -25,7 +25,7 @@ from tests.programs import WIDTH, Program, adapters_of, emulated, programs
 from tests.sites import randn
 
 _default = settings.get_profile(settings.get_current_profile_name()).max_examples
-MANY, SOME = max(75, _default), max(20, _default // 10)
+MANY, SOME = max(40, _default), max(20, _default // 10)
 
 CONFIGS = st.builds(
     FalqonConfig,

@@ -19,6 +19,7 @@ from falqon_fx import FalqonConfig, FalqonError
 from tests import tolerances as tol
 from tests.emulation import emulate
 from tests.models import LoraLinear, Relu, fill_b, lora_b, tiny_llama, tiny_mlp, train
+from tests.parameters import each_value
 from tests.sites import randn
 from tests.training import adam, all_equal, pickled, steps, trained, weights
 
@@ -269,8 +270,7 @@ def test_no_tokens_at_all_give_zero_gradients_and_write_nothing(inner, granulari
         assert steps(model) == [0, 0]
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
-@each_update
+@each_value(dynamic=[None, True], update=["adapter", "rows"])
 def test_batches_and_lengths_that_change_train_as_in_eager(dynamic, update):
     model = of_update(Relu(), update)
     xs = [torch.randn(*shape, 32) for shape in ((4, 9), (3, 7), (1, 1), (2, 5), (4, 9))]

@@ -20,6 +20,7 @@ from falqon_fx.ops import lowering
 from falqon_fx.site.base import Base, cast_base, digest
 from falqon_fx.site.numerics import E4M3
 from falqon_fx.site.spec import SiteSpec
+from tests.parameters import each_pair, each_value
 from tests.sites import Site, dequantized, make_site, randn
 from tests.strategies import Case, Layer, Lora
 from tests.tolerances import Approx, gamma
@@ -129,18 +130,17 @@ def without_fp8(*args: Any) -> list[Tensor]:
     return [t for t in falqon.merged_linear(*args) if t.dtype != E4M3]
 
 
-@pytest.mark.parametrize(("spec", "dtype"), SPECS, ids=str)
-@pytest.mark.parametrize("name", SITUATIONS)
-def test_opcheck(name, spec, dtype):
+@each_value(name=list(SITUATIONS), kind={f"{spec}-{dtype}": (spec, dtype) for spec, dtype in SPECS})
+def test_opcheck(name, kind):
     """torch.library's own checks: the schema's mutations and aliases, autograd's registration, the
     fake implementation's shapes, dtypes and strides, and AOT dispatch with dynamic shapes.
     """
-    given = situation(name, spec, dtype)
+    given = situation(name, *kind)
     given.leaves()
     args = as_bytes(given.arguments())
     torch.library.opcheck(falqon.merged_linear, args, test_utils=CHECKS[:3])
     aot_autograd_check(without_fp8, args, {}, dynamic=True, check_gradients="auto")
-    torch.library.opcheck(falqon.merged_linear_grad_x, grad_args(given, dtype))
+    torch.library.opcheck(falqon.merged_linear_grad_x, grad_args(given, kind[1]))
 
 
 @pytest.mark.parametrize(("spec", "dtype"), SPECS, ids=str)
@@ -162,9 +162,11 @@ def test_opcheck_of_the_adapters_casts(spec, dtype, wide):
     torch.library.opcheck(falqon.proxy_update, args, test_utils=CHECKS[:3])
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize("pending", ["hold", "drop", "apply"])
-@pytest.mark.parametrize("granularity", ["tensor", "row"])
+@each_pair(
+    granularity=["tensor", "row"],
+    pending=["hold", "drop", "apply"],
+    rounding=["nearest", "stochastic"],
+)
 def test_opcheck_of_the_update_of_rows(granularity, pending, rounding):
     """Two sites, one of them prepared (no base weight), both with something to write."""
     options = {"granularity": granularity, "pending": pending, "rounding": rounding, "topk": 2}
@@ -192,8 +194,7 @@ def rows_args(site: Site, x: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
     return (x, state.code, *state.tensors[1:], bias, state.scaling, str(state.spec))
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16])
-@pytest.mark.parametrize("granularity", ["tensor", "row"])
+@each_value(granularity=["tensor", "row"], dtype=[F32, BF16, F16])
 def test_opcheck_of_the_prepared_layer_of_rows(granularity, dtype):
     site = make_site(6, 9, 3, granularity=granularity, dtype=dtype)
     x = randn(2, 4, 9).to(dtype).requires_grad_()

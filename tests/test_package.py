@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import fx
 
 import falqon_fx
+from tests.models import LoraLinear, Traceable
 from tests.scripts import load
 
 ROOT = Path(__file__).parents[1]
@@ -107,50 +109,43 @@ def test_importing_loads_no_slow_library(name, tmp_path):
         assert rooms & {"backend", "passes", "model", "files", "cost"} == set()
 
 
-def test_importing_registers_all_ops(tmp_path):
+def test_importing_registers_all_ops_and_the_backend_once(tmp_path):
     """Modules that are imported later add none, so a saved graph loads after the import alone."""
     code = """
 import torch, falqon_fx, importlib, pkgutil
 def ops():
     return {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("falqon::")}
 first = ops()
+import falqon_fx.backend
+from torch._dynamo.backends.registry import lookup_backend
+same = lookup_backend("falqon") is falqon_fx.backend.falqon
+print(same, torch._dynamo.list_backends().count("falqon"))
 for module in pkgutil.walk_packages(falqon_fx.__path__, "falqon_fx."):
     if not module.name.endswith("__main__"):
         importlib.import_module(module.name)
 print(len(first), sorted(ops() - first))
 """
-    count, later = run(code, tmp_path).split(maxsplit=1)
+    same, times, count, later = run(code, tmp_path).split(maxsplit=3)
+    assert (same, times) == ("True", "1")
     assert int(count) >= 16
     assert later == "[]"
 
 
 def test_a_saved_graph_loads_after_the_import_alone(tmp_path):
-    save = """
-import torch, falqon_fx
-from torch import fx, nn
-class Layer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.base = nn.Linear(64, 64).requires_grad_(False)
-        self.a, self.b = nn.Linear(64, 8, bias=False), nn.Linear(8, 64, bias=False)
-    def forward(self, x):
-        return self.base(x) + self.b(self.a(x))
-x = torch.randn(4, 64)
-result = falqon_fx.rewrite(fx.symbolic_trace(Layer()), [x])
-assert len(result.report.sites) == 1
-inputs = tuple(result.bind([x]))
-torch.save(result.gm, "graph.pt")
-torch.export.save(torch.export.export(result.gm, inputs), "graph.pt2")
-torch.save((inputs, result.gm(*inputs)), "expected.pt")
-"""
-    load = """
+    x = torch.randn(4, 32)
+    result = falqon_fx.rewrite(fx.symbolic_trace(Traceable(LoraLinear(32, 48))), [x])
+    assert len(result.report.sites) == 1
+    inputs = tuple(result.bind([x]))
+    torch.save(result.gm, tmp_path / "graph.pt")
+    torch.export.save(torch.export.export(result.gm, inputs), tmp_path / "graph.pt2")
+    torch.save((inputs, result.gm(*inputs)), tmp_path / "expected.pt")
+    code = """
 import falqon_fx, torch
 inputs, expected = torch.load("expected.pt")
 for graph in (torch.load("graph.pt", weights_only=False), torch.export.load("graph.pt2").module()):
     print(torch.equal(graph(*inputs)[0], expected[0]))
 """
-    run(save, tmp_path)
-    assert run(load, tmp_path).split() == ["True", "True"]
+    assert run(code, tmp_path).split() == ["True", "True"]
 
 
 def test_entry_points_are_what_is_installed():
@@ -180,22 +175,12 @@ print(lookup_backend("falqon").__module__)
     assert run(code, tmp_path) == "falqon_fx.backend"
 
 
-def test_importing_before_the_lookup_registers_nothing_twice(tmp_path):
-    code = """
-import torch, falqon_fx, falqon_fx.backend
-from torch._dynamo.backends.registry import lookup_backend
-same = lookup_backend("falqon") is falqon_fx.backend.falqon
-print(same, torch._dynamo.list_backends().count("falqon"))
-"""
-    assert run(code, tmp_path) == "True 1"
-
-
-@pytest.mark.parametrize("name", ["falqon_fx.passes", "falqon_fx.kernels"])
-def test_mapped_packages_import_from_anywhere(name, tmp_path):
-    folder = name.rpartition(".")[2]
-    printed = run(f"import {name} as m; print(m.__file__)", tmp_path)
-    assert Path(printed).samefile(import_module(name).__file__)
-    assert Path(printed).parent.name == folder
+def test_mapped_packages_import_from_anywhere(tmp_path):
+    code = "from falqon_fx import kernels, passes; print(kernels.__file__); print(passes.__file__)"
+    printed = map(Path, run(code, tmp_path).splitlines())
+    for file, folder in zip(printed, ("kernels", "passes"), strict=True):
+        assert file.samefile(import_module(f"falqon_fx.{folder}").__file__)
+        assert file.parent.name == folder
 
 
 def test_templates_ship_beside_the_code():

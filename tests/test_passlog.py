@@ -19,6 +19,7 @@ from falqon_fx.report.repro import arguments, check
 from falqon_fx.site.spec import SiteSpec
 from falqon_fx_cli.main import main
 from tests.models import Stack
+from tests.parameters import slow
 
 PASSES = list(pipeline.PASSES)
 LAST = f"{len(PASSES) - 1}_{PASSES[-1]}.txt"
@@ -82,7 +83,7 @@ log.listing = lambda *given: (print("rendered"), listing(*given))[1]
 """
 
 
-@pytest.mark.parametrize(("setting", "graphs"), [("falqon_fx", 0), ("+falqon_fx", len(PASSES))])
+@pytest.mark.parametrize(("setting", "graphs"), [slow("falqon_fx", 0), ("+falqon_fx", len(PASSES))])
 def test_torch_logs_shows_the_passes_and_renders_nothing_else(setting, graphs):
     done = run(SAYS_WHAT_IT_RENDERS + TRAIN, TORCH_LOGS=setting)
     text = done.stderr

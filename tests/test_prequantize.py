@@ -37,7 +37,7 @@ from falqon_fx.site.numerics import E4M3
 from falqon_fx.site.spec import SiteSpec
 from falqon_fx_cli.main import main
 from tests.models import fill_b
-from tests.parameters import each_pair
+from tests.parameters import each_pair, slow
 from tests.test_checkpoint import rewrite_format
 
 peft = pytest.importorskip("peft")
@@ -627,7 +627,7 @@ def test_an_fp8_model_computes_what_transformers_does(tmp_path):
         assert torch.equal(model(IDS).logits, dense(IDS).logits)
 
 
-@pytest.mark.parametrize("scale", ["pow2", "amax"])
+@pytest.mark.parametrize("scale", ["pow2", slow("amax")])
 def test_an_fp8_model_trains_and_is_exported_again(tmp_path, scale):
     """The base stays what it was; a layer's bytes change where its adapter was trained."""
     exported(tmp_path / "fp8", scale=scale)
@@ -721,7 +721,7 @@ def read(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
+@pytest.mark.parametrize("prepared", [slow(False, id="unprepared"), True])
 def test_export_of_a_checkpoint_over_the_dense_model_on_the_command_line(
     tmp_path, capsys, prepared
 ):

@@ -21,6 +21,7 @@ from falqon_fx.rows.state import create, registry
 from falqon_fx.site.numerics import E4M3
 from falqon_fx.site.record import STEP
 from tests.models import LoraLinear, Stack, fill_b, freeze_a, lora_b, tiny_mlp, train
+from tests.parameters import PREPARED_OR_NOT, each_value
 from tests.sites import cast, dequantized, randn, same, snapshot
 from tests.tolerances import assert_within, gamma
 
@@ -249,9 +250,9 @@ def test_what_drop_trained_is_merged(prepared):
         assert torch.equal(layer.weight.double(), wanted[path].float().double())
 
 
-@PREPARED
-@pytest.mark.parametrize("pending", ["hold", "drop", "apply"])
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@each_value(
+    prepared=PREPARED_OR_NOT, pending=["hold", "drop", "apply"], inner=["eager", "aot_eager"]
+)
 def test_two_forward_passes_before_one_backward_pass(prepared, pending, inner):
     """B rests, so W' does: both backward passes are right. That "drop" zeroes B is no step."""
     model, run = mlp(prepared, pending=pending, inner=inner)
@@ -543,11 +544,13 @@ def test_weight_decay_on_b_is_a_change_like_any_other():
 # -- torch's defaults, and states of other dtypes --------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("dtype", "device"), [(torch.bfloat16, "cpu"), (torch.float64, "cpu"), (torch.float32, "meta")]
+@each_value(
+    default=[(torch.bfloat16, "cpu"), (torch.float64, "cpu"), (torch.float32, "meta")],
+    prepared=PREPARED_OR_NOT,
 )
-@PREPARED
-def test_defaults_of_torch_change_no_training(dtype, device, prepared):
+def test_defaults_of_torch_change_no_training(default, prepared):
+    dtype, device = default
+
     def trained() -> list[Any]:
         torch._dynamo.reset()
         torch.manual_seed(0)

@@ -459,5 +459,5 @@ class Rows(RuleBasedStateMachine):
 
 _default = settings.get_profile(settings.get_current_profile_name()).max_examples
 TestTraining, TestRows = Training.TestCase, Rows.TestCase
-TestTraining.settings = settings(max_examples=max(15, _default // 10), stateful_step_count=20)
-TestRows.settings = settings(max_examples=max(40, _default // 10), stateful_step_count=25)
+TestTraining.settings = settings(max_examples=max(8, _default // 10), stateful_step_count=20)
+TestRows.settings = settings(max_examples=max(20, _default // 10), stateful_step_count=25)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import falqon_fx
 from falqon_fx import FalqonConfig
 from tests.models import LoraLinear, freeze_a, tiny_llama
-from tests.parameters import PREPARED_OR_NOT, each_value
+from tests.parameters import PREPARED_OR_NOT, each_value, slow
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -115,7 +115,7 @@ class HandWritten(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())}
 
 
-@pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
+@pytest.mark.parametrize("prepared", [slow(False, id="unprepared"), True])
 def test_a_model_that_is_not_pefts_resumes_bit_for_bit(tmp_path, prepared):
     def run(folder: str, last: int, seed: int) -> Any:
         torch.manual_seed(0)

@@ -30,7 +30,7 @@ from falqon_fx import FalqonConfig, FalqonError
 from falqon_fx.integrations.transformers import FalqonCallback, FalqonTrainer, FalqonTrainerMixin
 from falqon_fx.model.fp8_linear import Fp8Linear
 from tests.models import Relu, fill_b, tiny_mlp
-from tests.parameters import PREPARED_OR_NOT, each_value
+from tests.parameters import PREPARED_OR_NOT, each_value, slow
 from tests.training import steps
 
 CONFIG = FalqonConfig(inner="eager")
@@ -188,7 +188,7 @@ def test_trainer_gives_the_losses_of_a_loop_written_by_hand(trained, tmp_path):
     assert moved(model, adapter(tiny_lm()))
 
 
-@pytest.mark.parametrize("prepare", [False, True])
+@pytest.mark.parametrize("prepare", [slow(False), True])
 def test_trainer_resumes_bit_for_bit_from_its_own_checkpoint(trained, tmp_path, prepare):
     """A, B and the optimizer are all that training changes; the base comes from the model."""
     checkpoint = Path(trained.args.output_dir) / f"checkpoint-{SAVED}"
@@ -286,7 +286,9 @@ def added_later(folder: Path) -> Trainer:
     return run
 
 
-@pytest.mark.parametrize("make", [compile_before, as_argument, from_model_init, added_later])
+@pytest.mark.parametrize(
+    "make", [as_argument, added_later, slow(compile_before), slow(from_model_init)]
+)
 def test_every_way_into_the_trainer_trains_alike(trained, tmp_path, make):
     run = make(tmp_path)
     run.train()
@@ -333,7 +335,7 @@ def test_generation_of_a_prepared_model_is_on_its_fp8_weights(tmp_path, graphs):
     assert len(graphs) == made
 
 
-@pytest.mark.parametrize("prepare", [False, True], ids=["unprepared", "prepared"])
+@pytest.mark.parametrize("prepare", [slow(False, id="unprepared"), True])
 def test_the_best_model_loaded_at_the_end_evaluates_as_it_did(tmp_path, prepare):
     """Bit for bit: nothing of the steps behind it is left. The highest loss is taken for the best,
     so that it is not the last one.

@@ -24,7 +24,7 @@ from falqon_fx.model.prepare import Adapter
 from tests import tolerances as tol
 from tests.emulation import cast, emulate
 from tests.models import Relu, fill_b, tiny_mlp
-from tests.parameters import PREPARED_OR_NOT, each_pair, each_value
+from tests.parameters import PREPARED_OR_NOT, each_pair, each_value, slow
 from tests.training import all_equal
 
 Call = Callable[[Tensor], Tensor]
@@ -365,8 +365,9 @@ LONG = {
 
 
 def _long(name: str) -> Any:
-    slow = [pytest.mark.slow] if name == "accumulated" else []
-    return pytest.param(LONG[name], id=name, marks=slow)
+    """In the fast tests one, one without A, and one in mixed precision."""
+    fast = name in ("plainly", "frozen_a", "bfloat16")
+    return pytest.param(LONG[name], id=name, marks=() if fast else pytest.mark.slow)
 
 
 @pytest.mark.parametrize("loop", [_long(name) for name in LONG])
@@ -701,14 +702,7 @@ def recorded(call: Call, model: nn.Module) -> list[Tensor]:
     return found + values(parameters(model))
 
 
-each_dropout = pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["", "dropout"])
-each_kind = pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
-each_compiler = pytest.mark.parametrize(
-    "inner", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
-)
-
-
-@each_compiler
+@pytest.mark.parametrize("inner", [slow("eager"), "aot_eager", slow("inductor")])
 @each_pair(
     reentrant={"": False, "reentrant": True},
     dropout={"": 0.0, "dropout": 0.3},
@@ -729,9 +723,11 @@ def test_checkpoints_inside_a_graph_change_no_number(graphs, reentrant, dropout,
     assert len(graph.sites) == 6  # the frozen ones among them
 
 
-@each_inner
-@each_dropout
-@each_kind
+@each_pair(
+    inner=["eager", "aot_eager"],
+    dropout={"": 0.0, "dropout": 0.3},
+    reentrant={"": False, "reentrant": True},
+)
 def test_checkpoints_around_compiled_blocks_change_no_number(reentrant, dropout, inner):
     """Each block is a graph of its own, called again in backward."""
     found = []

@@ -325,8 +325,7 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
         model.save_pretrained(folder)
 
 
-@pytest.mark.parametrize("init", ["keep", "svd"])
-@PREPARED
+@each_value(init=["keep", "svd"], prepared=PREPARED_OR_NOT)
 def test_an_adapter_trained_under_falqon_loads_in_plain_peft(tmp_path, prepared, init):
     """On the original base, with the same A and B; logits differ by the casts of the one layer that
     runs in FP8, the head.

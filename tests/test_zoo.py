@@ -31,7 +31,6 @@ FAST = {
     "falcon",  # writes the result of a linear in place
     "gemma2",
     "gpt2",  # Conv1D
-    "exaone",  # of the same class as llama
     "phi3",  # fused QKV and gate
     "qwen2_moe",  # a gate with one row
     "rwkv",  # no attention

@@ -17,7 +17,8 @@ import peft
 import torch
 import transformers
 from torch import nn
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from falqon_fx.integrations.peft import trace_param_wrappers
 
@@ -218,12 +219,15 @@ LEFT_OUT = {
 }
 
 
-def families() -> dict[str, type[nn.Module]]:
-    """Transformers' causal language models: the first name of each model class."""
-    found: dict[type[nn.Module], str] = {}
-    for config, model in MODEL_FOR_CAUSAL_LM_MAPPING.items():
+def families() -> dict[str, str]:
+    """Transformers' causal language models: the first name of each model class. Nothing of them is
+    imported.
+    """
+    found: dict[str, str] = {}
+    for name, model in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        if name == "gpt-sw3":  # another name of gpt2
+            continue
         model = model[0] if isinstance(model, tuple | list) else model
-        name = config.model_type
         # Of a text model and the multimodal one around it, the text model has all options at hand.
         if model not in found or name.endswith("_text"):
             found[model] = name
@@ -239,7 +243,7 @@ def build(name: str) -> nn.Module:
     config._experts_implementation = "batched_mm"  # others have shapes that depend on the data
     if hasattr(config, "is_decoder") and not config.is_encoder_decoder:
         config.is_decoder = True
-    family: Any = families()[name]
+    family: Any = getattr(transformers, families()[name])
     make = family._from_config if name in _CONFIGS else _from_config
     with torch.device("meta"):
         parameters = sum(p.numel() for p in make(config).parameters())

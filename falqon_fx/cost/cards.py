@@ -20,6 +20,7 @@ from falqon_fx.errors import FalqonError
 from falqon_fx.kernels.cache import cache_folder, write_file
 from falqon_fx.kernels.hardware import fp8_architecture
 from falqon_fx.report.tree import build
+from falqon_fx.site.numerics import dtype_name
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ def _measure(device: torch.device, size: int, repeats: int) -> Card:
 
     flops, thin = {}, {}
     for dtype in (torch.bfloat16, torch.float32):
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         seconds = median(lambda a=a, b=b: a @ b.t())  # type: ignore[misc]
         flops[name] = 2 * size**3 / seconds

@@ -25,6 +25,7 @@ from falqon_fx.cost.variants import VARIANTS, Kernel, Shape, Variant, lora
 from falqon_fx.errors import FalqonError
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.report.data import Cost, Rejected, Site
+from falqon_fx.site.numerics import dtype_name
 
 
 def flops(kernels: list[Kernel], phase: str | None = None) -> Any:
@@ -142,7 +143,7 @@ def shape_of(site: Site, siblings: int = 1, adapted: int = 1) -> Shape:
         train_b=site.train_b,
         siblings=siblings,
         adapted=max(adapted, 1),
-        wide=str(gemm_dtype(out, device)).removeprefix("torch."),
+        wide=dtype_name(gemm_dtype(out, device)),
     )
 
 

@@ -14,6 +14,7 @@ from falqon_fx.errors import FalqonError
 from falqon_fx.files import model_state, storage, training, trees
 from falqon_fx.model.fp8_linear import refuse_parts
 from falqon_fx.model.lora_layers import unwrap
+from falqon_fx.site.numerics import dtype_name
 from falqon_fx.site.sharded import copied, gathered, hashes, settle
 
 _MAKE = "Make the model as for the run that was saved"
@@ -124,4 +125,4 @@ def _sums(tensors: Mapping[str, Tensor], packed: Any) -> dict[str, str]:
 
 
 def _dtypes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    return {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
+    return {name: dtype_name(tensor.dtype) for name, tensor in tensors.items()}

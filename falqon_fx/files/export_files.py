@@ -15,6 +15,7 @@ from falqon_fx.errors import FalqonError
 from falqon_fx.files import seals, storage, trees
 from falqon_fx.files.checkpoint import versions
 from falqon_fx.files.disk import everything_below
+from falqon_fx.site.numerics import dtype_name
 
 
 def renamed(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -75,7 +76,7 @@ def write_config(
     """
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.dtype = dtype_name(model.dtype)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is not None and getattr(config, "tie_word_embeddings", False):
         path = next(name for name, module in model.named_modules() if module is head)

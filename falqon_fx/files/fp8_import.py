@@ -31,7 +31,7 @@ from falqon_fx.files.site_checks import described
 from falqon_fx.files.units import SCALES
 from falqon_fx.model.lora_layers import lora_layers
 from falqon_fx.site.base import Base, digest
-from falqon_fx.site.numerics import E4M3, scale_bits
+from falqon_fx.site.numerics import E4M3, dtype_name, scale_bits
 from falqon_fx.site.spec import SiteSpec
 
 _EXACT = 1e-3  # what becomes subnormal moves weights by less
@@ -77,7 +77,7 @@ def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = No
     bases = {path: Base(weights[path].view(torch.uint8), scale) for path, scale in of_rows.items()}
     given = {path: (weights[path], found[path], of_block) for path, of_block in sizes.items()}
     bases |= _cast_again(given, spec, directory)
-    dtype = str(model.get_base_model().dtype).removeprefix("torch.")
+    dtype = dtype_name(model.get_base_model().dtype)
     adapted = {layer.path for layer in lora_layers(model)}
     layers: dict[str, tuple[Site, Mapping[str, Tensor]]] = {}
     for name, base in bases.items():

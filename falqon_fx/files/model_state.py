@@ -30,7 +30,7 @@ from falqon_fx.rows.prepared import MergedBaseLinear
 from falqon_fx.rows.state import STATE, MergedAdapter, registry
 from falqon_fx.site import transposed as stored
 from falqon_fx.site.base import Base, bases, digest, sample
-from falqon_fx.site.numerics import as_scale
+from falqon_fx.site.numerics import as_scale, dtype_name
 from falqon_fx.site.paths import without_wrappers
 from falqon_fx.site.sharded import whole
 from falqon_fx.site.spec import RowsSpec, SiteSpec, parse_spec
@@ -76,7 +76,7 @@ def snapshot(model: nn.Module) -> tuple[list[Site], list[tuple[str, Tensor]]]:
 def describe(layer: PreparedLinear) -> Site:
     """What `make_layer` needs to know of a layer beside its tensors."""
     spec = asdict(parse_spec(layer.spec_text))
-    site = {"dtype": _name(layer.dtype), "transposed": layer.transposed, "spec": spec}
+    site = {"dtype": dtype_name(layer.dtype), "transposed": layer.transposed, "spec": spec}
     return {**site, "scaling": layer.scaling} if isinstance(layer, MergedBaseLinear) else site
 
 
@@ -184,7 +184,7 @@ def _check_layer(model: nn.Module, site: Site, tensors: Mapping[str, Tensor], wh
         size, dtype = (second, first) if transposed else (first, second), weight.dtype
         ranks = ranks_around(model, path)
     own = {n: tensors[f"{path}.{n}"] for n in names_of(site) if f"{path}.{n}" in tensors}
-    wanted, found = (site["dtype"], _size_of(own)), (_name(dtype), [*size])
+    wanted, found = (site["dtype"], _size_of(own)), (dtype_name(dtype), [*size])
     if wanted != found:
         problem = f"{where} has {' '.join(map(str, wanted))}, the model {' '.join(map(str, found))}"
         raise FalqonError(path, problem, _REMEDY)
@@ -329,7 +329,3 @@ def _adopt(model: nn.Module, site: Site, tensors: Mapping[str, Tensor]) -> None:
     if not isinstance(module, MergedBaseLinear):
         a, b = model.get_parameter(site["lora_a"]), model.get_parameter(site["lora_b"])
         registry.adopt(state, getattr(module, name), a, b)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

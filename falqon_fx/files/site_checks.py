@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from falqon_fx.errors import FalqonError
 from falqon_fx.rows.state import allocate
 from falqon_fx.site.base import Base, check_base, scale_shape
-from falqon_fx.site.numerics import as_scale, scale_bits
+from falqon_fx.site.numerics import as_scale, dtype_name, scale_bits
 from falqon_fx.site.spec import RowsSpec, SiteSpec, parse_spec
 
 Site = Mapping[str, Any]
@@ -111,4 +111,4 @@ def ranks_around(model: nn.Module, path: str) -> set[int]:
 
 def described(tensor: Tensor) -> str:
     """Dtype and shape."""
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    return f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"

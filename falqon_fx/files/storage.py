@@ -21,6 +21,7 @@ from torch import Tensor
 from falqon_fx.errors import FalqonError
 from falqon_fx.files.atomic import atomic_file
 from falqon_fx.files.disk import flush_to_disk
+from falqon_fx.site.numerics import dtype_name
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -68,7 +69,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "header": checksum(_header(path)),
         "tensors": {
             name: {
-                "dtype": str(tensors[name].dtype).removeprefix("torch."),
+                "dtype": dtype_name(tensors[name].dtype),
                 "shape": list(tensors[name].shape),
                 "xxh3": digest,
             }
@@ -93,7 +94,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         save_file(dict(tensors), path, metadata={"format": "pt"})
     except KeyError as error:  # the dtype
         name = next(name for name, tensor in tensors.items() if tensor.dtype in error.args)
-        kind = str(tensors[name].dtype).removeprefix("torch.")
+        kind = dtype_name(tensors[name].dtype)
         raise FalqonError(name, f"safetensors have no {kind}", "Convert it first") from error
     path.chmod(rights)  # safetensors lets nobody else read
 

@@ -16,6 +16,7 @@ from falqon_fx.files.hf import read_entries
 from falqon_fx.model.lora_layers import LinearLayer, linear_layers
 from falqon_fx.model.prepare import skip_reason
 from falqon_fx.rows import model as rows_model
+from falqon_fx.site.numerics import dtype_name
 
 _SMALL = 1 << 20  # bytes; tensors below go into one file together
 SCALES = (".weight_scale", ".weight_scale_inv")  # what FP8 checkpoints call the scales of a weight
@@ -79,7 +80,7 @@ def units_of(
         found = entries[names[0]]["dtype"]
         scale = _scale_of(names[0], entries)
         if block and scale and entries[scale]["shape"] != [entries[names[0]]["shape"][0], 1]:
-            names, found = (*names, scale), str(dtype).removeprefix("torch.")
+            names, found = (*names, scale), dtype_name(dtype)
         elif found in _DTYPES:
             found = _DTYPES[found]
         else:

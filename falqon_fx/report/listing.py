@@ -13,6 +13,7 @@ from falqon_fx import _compat
 from falqon_fx._compat import OpOverload, value_of
 from falqon_fx.errors import one_line
 from falqon_fx.report.data import Line
+from falqon_fx.site.numerics import dtype_name
 
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int64": "i64", "int32": "i32"}
 
@@ -81,12 +82,12 @@ def _argument(value: Any, names: dict[fx.Node, str]) -> str:
         inner = ", ".join(_argument(item, names) for item in value)
         return f"[{inner}]" if isinstance(value, list) else f"({inner})"
     if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
+        return dtype_name(value)
     return names.get(value, value.name) if isinstance(value, fx.Node) else repr(value)
 
 
 def _type(value: Any) -> str:
     if not isinstance(value, torch.Tensor):
         return ""
-    dtype = str(value.dtype).removeprefix("torch.")
+    dtype = dtype_name(value.dtype)
     return f"{_SHORT.get(dtype, dtype)}[{', '.join(str(s) for s in value.shape)}]"

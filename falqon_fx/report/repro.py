@@ -36,7 +36,7 @@ from falqon_fx.ops import lowering
 from falqon_fx.ops import merged_linear as ops
 from falqon_fx.report.data import Site
 from falqon_fx.site.base import cast_base
-from falqon_fx.site.numerics import E4M3
+from falqon_fx.site.numerics import E4M3, dtype_name
 from falqon_fx.site.spec import parse_spec
 
 
@@ -142,7 +142,7 @@ def _check_sizes(
 
 
 def _dtype(name: str) -> torch.dtype:
-    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in _UNIT}
+    dtypes = {dtype_name(dtype): dtype for dtype in _UNIT}
     if name not in dtypes:
         problem = f"a site of dtype {name!r} can't be rebuilt"
         raise FalqonError("repro", problem, f"It can be of {', '.join(dtypes)}")

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from falqon_fx.rows import update
 from falqon_fx.rows.audit import observers
@@ -18,39 +17,27 @@ if TYPE_CHECKING:
     from falqon_fx.kernels.update.launch import Launch
 
 
-def proxy_update_(
-    weight: Sequence[Tensor],
-    scale: Sequence[Tensor],
-    applied: Sequence[Tensor],
-    counters: Sequence[Tensor],
-    writes: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    lora_a: Sequence[Tensor],
-    base: Sequence[Tensor | None],
-    scaling: Sequence[float],
-    spec_text: str,
-) -> None:
-    """See `falqon_fx.rows.update.proxy_update_`: four launches for all sites whose tensors have the
-    same dtypes, whatever their shapes. Sites that the kernels don't take are updated by ATen.
+def proxy_update_(columns: Sequence[Sequence[Any]], spec_text: str) -> None:
+    """See `falqon_fx.rows.update.proxy_update_`, whose other arguments are the ``columns``: four
+    launches for all sites whose tensors have the same dtypes, whatever their shapes. Sites that the
+    kernels don't take are updated by ATen.
     """
     spec = parse_rows_spec(spec_text)
-    columns: list[Sequence[Any]] = [weight, scale, applied, counters, writes]
-    columns += [lora_b, lora_a, base, scaling]
     # The kernels say nothing of what they write: whoever watches gets ATen's update; and on AMD's
     # GPUs none has been tried.
     if observers or spec.kernel == "dequantize" or torch.version.hip is not None:
-        arguments: list[Any] = [*columns, spec_text]
-        update.proxy_update_(*arguments)
+        update.proxy_update_(*columns, spec_text)
     else:
         launches = _launches_of(columns, spec_text)
         for launch in launches.kernels:
             launch.run()
         if launches.rest:
-            arguments = [*([column[i] for i in launches.rest] for column in columns), spec_text]
-            update.proxy_update_(*arguments)
+            rest = [[column[i] for i in launches.rest] for column in columns]
+            update.proxy_update_(*rest, spec_text)
     if spec.transpose == "store":
         from falqon_fx.kernels.transpose import kept as stored
 
+        weight, _, _, counters, writes, *_ = columns
         stored.refresh(weight, writes, counters)
 
 

@@ -35,25 +35,16 @@ def proxy_update_(
     See `falqon_fx.rows.update.proxy_update_`. ``base`` holds the base weights, None where prepare()
     freed them.
     """
-    on_gpu = bool(weight) and weight[0].device.type == "cuda"
-    run = cuda.proxy_update_ if on_gpu else update.proxy_update_
+    columns = weight, scale, applied, counters, writes, lora_b, lora_a, base, scaling
     with update.lock:  # or another thread would find fingerprints whose rows are not written yet
-        run(weight, scale, applied, counters, writes, lora_b, lora_a, base, scaling, spec_text)
+        if weight and weight[0].device.type == "cuda":
+            cuda.proxy_update_(columns, spec_text)
+        else:
+            update.proxy_update_(*columns, spec_text)
 
 
 @proxy_update_.register_fake
-def _(
-    weight: Sequence[Tensor],
-    scale: Sequence[Tensor],
-    applied: Sequence[Tensor],
-    counters: Sequence[Tensor],
-    writes: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    lora_a: Sequence[Tensor],
-    base: Sequence[Tensor | None],
-    scaling: Sequence[float],
-    spec_text: str,
-) -> None:
+def _(*_: Any) -> None:
     return None
 
 
@@ -116,17 +107,7 @@ def rows_base_linear(
 
 
 @rows_base_linear.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    applied: Tensor,
-    counters: Tensor,
-    writes: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    spec_text: str,
-) -> Tensor:
+def _(x: Tensor, weight: Tensor, scale: Tensor, applied: Tensor, *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], applied.shape[0]))
 
 

@@ -19,6 +19,7 @@ from falqon_fx.kernels.cpu import native as cpu
 
 E4M3 = torch.float8_e4m3fn
 E5M2 = torch.float8_e5m2
+FP8_DTYPES = {"e4m3": E4M3, "e5m2": E5M2}  # by their names in options and specs
 FP8_MAX = {E4M3: 448.0, E5M2: 57344.0}
 # (mantissa bits kept, smallest normal, spacing of the subnormals)
 _LAYOUT = {E4M3: (3, 2.0**-6, 2.0**-9), E5M2: (2, 2.0**-14, 2.0**-16)}
@@ -27,6 +28,12 @@ _TINY = 2.0**-126  # smallest normal float32: 1 / scale stays finite
 AUTOCAST_DEVICES = frozenset(
     device for device in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(device)
 )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As in files, reports and specs: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -30,7 +30,7 @@ from falqon_fx.config import (
     check_literals,
     literals,
 )
-from falqon_fx.site.numerics import E4M3, E5M2
+from falqon_fx.site.numerics import FP8_DTYPES
 
 Choosing = Literal[Kernel, "max-autotune"]  # what chooses the kernel of a product
 
@@ -84,7 +84,7 @@ class SiteSpec:
 
     @property
     def grad_dtype(self) -> torch.dtype:
-        return {"e5m2": E5M2, "e4m3": E4M3}[self.grad]
+        return FP8_DTYPES[self.grad]
 
     @property
     def per_row(self) -> bool:

@@ -11,8 +11,7 @@ from falqon_fx.kernels.interpreter import runs_interpreted
 from falqon_fx.kernels.launching import launch
 from falqon_fx.kernels.loader import load
 from falqon_fx.kernels.spec import POINTER
-
-FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+from falqon_fx.site.numerics import FP8_DTYPES
 
 
 def activation_cast(x: Tensor, spec: ActivationCastSpec) -> tuple[Tensor, Tensor]:
@@ -36,12 +35,12 @@ def activation_cast(x: Tensor, spec: ActivationCastSpec) -> tuple[Tensor, Tensor
     q = torch.empty((n, width), dtype=torch.uint8, device=x.device)
     scale_shape = (n, 1) if spec.granularity == "row" else ()
     if x.numel() == 0:
-        return q.view(FP8[spec.fp8]), torch.ones(scale_shape, device=x.device)
+        return q.view(FP8_DTYPES[spec.fp8]), torch.ones(scale_shape, device=x.device)
     scale = torch.empty(scale_shape, dtype=torch.float32, device=x.device)
     x = x if x.stride(1) == 1 else x.contiguous()
     by = _by_rows if spec.granularity == "row" else _by_tiles
     q, scale = by(x, q, scale, spec)
-    return q.view(FP8[spec.fp8]), scale
+    return q.view(FP8_DTYPES[spec.fp8]), scale
 
 
 def signatures(spec: ActivationCastSpec) -> dict[str, dict[str, str]]:

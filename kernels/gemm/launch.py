@@ -16,8 +16,8 @@ from falqon_fx.kernels.interpreter import runs_interpreted
 from falqon_fx.kernels.launching import Described, launch
 from falqon_fx.kernels.loader import load
 from falqon_fx.kernels.spec import POINTER
+from falqon_fx.site.numerics import FP8_DTYPES
 
-_FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 _FP8_TYPE = {"e4m3": "fp8e4nv", "e5m2": "fp8e5"}
 
 
@@ -205,14 +205,14 @@ def _check(
 
 
 def _check_product(q: Tensor, q_scale: Tensor, weight: Tensor, spec: GemmSpec) -> None:
-    if q.dim() != 2 or q.shape[1] == 0 or _has_gaps(q) or q.dtype != _FP8[spec.x]:
+    if q.dim() != 2 or q.shape[1] == 0 or _has_gaps(q) or q.dtype != FP8_DTYPES[spec.x]:
         raise ValueError(f"gemm: q is {q.dtype} {tuple(q.shape)}, {spec} takes [n, K] {spec.x}")
     n, k = q.shape
     if q_scale.numel() != (n if spec.x_scale == "row" else 1):
         raise ValueError(f"gemm: q_scale {tuple(q_scale.shape)} is not x_scale={spec.x_scale!r}")
     if spec.even_k and k % spec.block_k:
         raise ValueError(f"gemm: K = {k} is not a multiple of {spec.block_k}, as even_k says")
-    if weight.dtype != _FP8["e4m3"] or weight.dim() != 2 or _has_gaps(weight):
+    if weight.dtype != FP8_DTYPES["e4m3"] or weight.dim() != 2 or _has_gaps(weight):
         raise ValueError(f"gemm: a weight is {weight.dtype} with strides {weight.stride()}")
     if weight.shape[_k_axis(spec)] != k:
         raise ValueError(f"gemm: a weight is {tuple(weight.shape)}, K is {k}")

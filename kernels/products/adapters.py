@@ -22,9 +22,8 @@ from falqon_fx.kernels.products.contest import Contest, against_aten, where_runs
 from falqon_fx.kernels.products.problem import dtype_name
 from falqon_fx.kernels.spec import MAX_RANK, CastMode, InputDtype
 from falqon_fx.site.casts import cast_fp8
+from falqon_fx.site.numerics import E4M3
 from falqon_fx.site.spec import parse_spec
-
-E4M3 = torch.float8_e4m3fn
 
 
 def adapter_grads(

@@ -51,7 +51,6 @@ from falqon_fx.kernels.products.problem import (
 from falqon_fx.kernels.spec import MAX_PIECES
 from falqon_fx.kernels.transpose import kept as stored
 
-E4M3 = torch.float8_e4m3fn
 Turn = Callable[[Sequence[Tensor]], list[Tensor]]  # each W [out, in] -> Wᵀ
 _TIMED = 3  # generated kernels that are tried for one problem
 

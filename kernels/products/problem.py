@@ -15,8 +15,7 @@ from falqon_fx.config import Accumulation
 from falqon_fx.kernels.gemm.launch import Piece, follows
 from falqon_fx.kernels.gemm.tiles import GemmProblem
 from falqon_fx.kernels.spec import Fp8Format, InputDtype
-
-E4M3 = torch.float8_e4m3fn
+from falqon_fx.site.numerics import E4M3
 
 
 def problem_of(

@@ -14,10 +14,10 @@ from falqon_fx.kernels.loader import load
 from falqon_fx.kernels.transpose import launch
 from falqon_fx.kernels.transpose.spec import StoredSpec, TransposeSpec
 from falqon_fx.site import transposed as stored
+from falqon_fx.site.numerics import E4M3
 from falqon_fx.site.record import COUNTERS
 from falqon_fx.site.transposed import Kept
 
-E4M3 = torch.float8_e4m3fn
 _SPEC = StoredSpec(rows=16, width=256)
 
 

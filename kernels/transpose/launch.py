@@ -12,8 +12,7 @@ from falqon_fx.kernels.interpreter import runs_interpreted
 from falqon_fx.kernels.launching import launch
 from falqon_fx.kernels.loader import load
 from falqon_fx.kernels.transpose.spec import TransposeSpec
-
-E4M3 = torch.float8_e4m3fn
+from falqon_fx.site.numerics import E4M3
 
 
 def transpose(matrices: Sequence[Tensor], spec: TransposeSpec) -> list[Tensor]:

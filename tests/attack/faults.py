@@ -44,9 +44,7 @@ Counts = dict[str, dict[str, int]]
 
 def withstood(folder: Path, writers: dict[str, int], kind: str, hit: str) -> Counts:
     """How attacks of a kind ended, of which so many really ``hit`` each writer and none failed."""
-    found = attack(folder, writers=writers, kind=kind)
-    if "skipped" in found:
-        pytest.skip(found["skipped"])
+    found = attack(folder, {kind: writers})[kind]
     failures = found["failures"]
     assert not failures, f"{len(failures)}, of them\n" + "\n\n".join(failures[:5])
     counts: Counts = found["counts"]
@@ -54,18 +52,18 @@ def withstood(folder: Path, writers: dict[str, int], kind: str, hit: str) -> Cou
     return counts
 
 
-def attack(folder: Path, **arguments: Any) -> dict[str, Any]:
-    """Run attacks in a new process: ``writers`` says how many on which, ``kind`` whether "kills" or
-    "faults". An attack that hits nothing (no such call, the process was done) is followed by
-    another. Returns how often each ended how, with the attempts and the hits, and the failures.
+def attack(folder: Path, attacks: dict[str, dict[str, int]]) -> dict[str, Any]:
+    """Run attacks in a new process: of each kind, "kills" or "faults", so many on each writer. One
+    that hits nothing (no such call, the process was done) is followed by another. Returns for each
+    kind how often attacks ended how, with the attempts and the hits, and the failures.
     """
     library = folder / "faults.so"
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
-        return {"skipped": "no C compiler"}
+        pytest.skip("no C compiler")
     command = [compiler, "-O1", "-w", "-shared", "-fPIC", "-o", str(library), str(SOURCE), "-ldl"]
     subprocess.run(command, check=True)
-    arguments = {"folder": str(folder / "attacked"), "library": str(library), **arguments}
+    arguments = {"folder": str(folder), "library": str(library), "attacks": attacks}
     code = _PROCESS.format(root=str(ROOT), arguments=arguments)
     environment = {
         **os.environ,
@@ -94,22 +92,25 @@ def run(arguments: dict[str, Any]) -> str:
     chance = random.Random(arguments.get("seed", 0))
     library = ctypes.CDLL(arguments["library"])
     library.faults_fired.restype = ctypes.c_char_p
-    counts: dict[str, Counter[str]] = {}
-    failures: list[str] = []
-    for name, number in arguments["writers"].items():
-        bench = Bench(WRITERS[name](), Path(arguments["folder"], name), library)
-        counted = counts[name] = Counter()
-        faults = faults_of(arguments["kind"], bench.calls, number, chance)
-        for fault in itertools.islice(faults, TRIES * number):
-            ended, told, problem = bench.attack(fault)
-            counted["tried"] += 1
-            counted["hit"] += bool(told.get("fault")) or ended == "killed"
-            counted[ended] += 1
-            if problem is not None:
-                failures.append(f"{name}, {fault}: {problem}")
-            if counted["hit"] >= number:
-                break
-    return json.dumps({"counts": counts, "failures": failures})
+    found: dict[str, Any] = {}
+    for kind, writers in arguments["attacks"].items():
+        counts: dict[str, Counter[str]] = {}
+        failures: list[str] = []
+        for name, number in writers.items():
+            bench = Bench(WRITERS[name](), Path(arguments["folder"], kind, name), library)
+            counted = counts[name] = Counter()
+            faults = faults_of(kind, bench.calls, number, chance)
+            for fault in itertools.islice(faults, TRIES * number):
+                ended, told, problem = bench.attack(fault)
+                counted["tried"] += 1
+                counted["hit"] += bool(told.get("fault")) or ended == "killed"
+                counted[ended] += 1
+                if problem is not None:
+                    failures.append(f"{name}, {fault}: {problem}")
+                if counted["hit"] >= number:
+                    break
+        found[kind] = {"counts": counts, "failures": failures}
+    return json.dumps(found)
 
 
 def table(counts: Counts) -> str:

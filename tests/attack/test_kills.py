@@ -1,4 +1,6 @@
-"""Writers and readers killed at any call or moment: what is there is the old or the new, whole."""
+"""Writers and readers killed at any call or moment: what is there is the old or the new, whole.
+(A few of them run in `test_faults.py`, in the process that it has.)
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,6 @@ MANY = {
 def kill(folder: Path, writers: dict[str, int]) -> Counts:
     """So many processes that really died of it, of each writer."""
     return withstood(folder, writers, "kills", "killed")
-
-
-def test_a_killed_save_leaves_the_old_or_the_new(tmp_path):
-    """And takes nothing with it that is around its folder; the next save finishes the work."""
-    kill(tmp_path, {"save": 30})
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
-"""Two processes over gloo: DDP and FSDP2 train as one process that accumulates their halves.
+"""Two processes over gloo, one pair for all that is fast: DDP, FSDP2 and tensor parallelism train
+as one process that accumulates their halves.
 
 A mean over two ranks is a sum of two halves, which is exact in any order.
 """
@@ -19,7 +20,7 @@ import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError, MeshPlan
 from falqon_fx.site import base
 from falqon_fx.site.found import FoundByAddress
-from tests.distributed import ranks
+from tests.distributed import ranks, test_tensor_parallel
 from tests.distributed.traffic import Counted
 from tests.distributed.training import alone, compared, compile_blocks, compiled, make, shard, train
 
@@ -32,6 +33,7 @@ LARGE = {"blocks": 2, "hidden": 1152, "rank": 64}
 def test_two_ranks(tmp_path: Path):
     results = ranks.run(work, 2, tmp_path)
     for result in results:
+        test_tensor_parallel.check(result["tensor parallel"])
         for name, found in result["runs"].items():
             assert found["differs"] == [], name
             assert found["graphs"] == 0, name
@@ -57,7 +59,8 @@ def test_two_ranks(tmp_path: Path):
 
 def work() -> dict[str, Any]:
     runs = {"ddp": ddp_cut(), "fsdp2": fsdp2()}
-    return {"runs": runs, **sharded(), "different": different()}
+    found = {"runs": runs, **sharded(), "different": different()}
+    return {**found, "tensor parallel": test_tensor_parallel.fast()}
 
 
 def ddp_cut() -> dict[str, Any]:

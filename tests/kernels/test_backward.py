@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from falqon_fx.kernels.adapter_cast.launch import adapter_cast
@@ -64,7 +64,6 @@ def test_transpose_refuses_what_it_is_not_for():
         transpose([x], TransposeSpec())
 
 
-@settings(max_examples=30)
 @given(
     n=st.sampled_from([0, 1, 15, 16, 17, 100]),
     outs=st.lists(st.integers(1, 40), min_size=1, max_size=3),
@@ -152,7 +151,6 @@ def test_bad_input_is_explained(change, message):
         replace(SMALL, x_rank=512)
 
 
-@settings(max_examples=30)
 @given(
     ranks=st.lists(st.integers(1, 9), min_size=1, max_size=3),
     width=st.integers(1, 300),

@@ -9,12 +9,11 @@ from hypothesis import strategies as st
 
 from falqon_fx.kernels.gemm.examples import SITE
 from falqon_fx.kernels.gemm.launch import Piece, Product, gemm
-from falqon_fx.site.numerics import E4M3, E5M2
+from falqon_fx.site.numerics import E4M3, E5M2, FP8_DTYPES
 from tests.sites import randn
 from tests.tolerances import Approx, assert_within
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FP8 = {"e4m3": E4M3, "e5m2": E5M2}
 
 SMALL = replace(
     SITE,
@@ -109,9 +108,9 @@ def problems(draw):
         group_m=draw(st.sampled_from([1, 2, 8])),
     )
     seed = draw(st.integers(0, 2**32 - 50))
-    q = codes(n, k, FP8[spec.x], seed)
+    q = codes(n, k, FP8_DTYPES[spec.x], seed)
     if draw(st.booleans()):
-        q = codes(n, k + 5, FP8[spec.x], seed)[:, :k]  # a row stride
+        q = codes(n, k + 5, FP8_DTYPES[spec.x], seed)[:, :k]  # a row stride
     pieces = []
     for g in range(spec.pieces):
         is_a = g >= y_pieces
@@ -197,9 +196,9 @@ def test_products_with_their_own_scales_are_added_up(x_scale, layout):
 
 
 def test_every_code_is_decoded_exactly():
-    for x in FP8:
+    for x in FP8_DTYPES:
         bytes_ = torch.arange(256, dtype=torch.uint8)
-        q = bytes_.view(FP8[x])[:, None].expand(256, 1).contiguous()
+        q = bytes_.view(FP8_DTYPES[x])[:, None].expand(256, 1).contiguous()
         one = Piece(torch.ones(1, 1).to(E4M3), None)
         spec = replace(
             SMALL, x=x, w_scale="none", x_scale="tensor", out_dtype="float32", pieces=1, a_pieces=0

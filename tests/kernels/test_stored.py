@@ -7,6 +7,7 @@ from __future__ import annotations
 import gc
 import weakref
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -45,14 +46,14 @@ def w_of(site: Site) -> torch.Tensor:
 
 def update(*sites: Site, transpose: str = "store") -> None:
     states = [site.state for site in sites]
-    rows_cuda.proxy_update_(  # type: ignore[call-arg] # the star stands for five
+    columns: list[list[Any]] = [
         *([s.tensors[i] for s in states] for i in range(5)),
         [site.lora_b for site in sites],
         [site.lora_a for site in sites],
         [site.base for site in sites],
         [s.scaling for s in states],
-        str(replace(states[0].spec, transpose=transpose)),
-    )
+    ]
+    rows_cuda.proxy_update_(columns, str(replace(states[0].spec, transpose=transpose)))
 
 
 def is_up_to_date(site: Site) -> bool:

@@ -72,7 +72,7 @@ def by_kernel(*sites, **changes):
     update_(given, sites[0].state.spec.seed, spec_of(sites, **changes))
 
 
-@settings(max_examples=12)
+@settings(max_examples=settings.default.max_examples // 3)
 @given(made=exact_sites(), loop=st.booleans(), rows=st.sampled_from([1, 4]), data=st.data())
 def test_equals_the_cpu_bit_for_bit(made, loop, rows, data):
     others = twins(made)
@@ -84,7 +84,7 @@ def test_equals_the_cpu_bit_for_bit(made, loop, rows, data):
             assert same(snapshot(site.state), snapshot(other.state))
 
 
-@settings(max_examples=12)
+@settings(max_examples=settings.default.max_examples // 3)
 @given(made=exact_sites(), loop=st.booleans(), data=st.data())
 def test_equals_the_cpu_bit_for_bit_without_base_weights(made, loop, data):
     made = [replace(site, base=None) for site in made]

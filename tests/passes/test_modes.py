@@ -15,7 +15,6 @@ import falqon_fx
 from falqon_fx import backend
 from falqon_fx.passes.modes import modes, transformed
 from tests.models import LoraLinear, fill_b
-from tests.parameters import each_value
 
 FUSED = torch.ops.falqon.merged_linear.default
 
@@ -232,6 +231,8 @@ TRANSFORMS: dict[str, Callable[[Sample, Tensor], object]] = {
     ),
 }
 
+BY = {"grad": "inductor", "jvp": "aot_eager", "hessian": "aot_eager", "vmap": "aot_eager"}
+
 
 def example() -> Tensor:
     return torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
@@ -241,7 +242,20 @@ def flat(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else [t for part in value for t in flat(part)]
 
 
-@each_value(function=TRANSFORMS, inner=["eager", "aot_eager", "inductor"])
+# The fast tests compile once by Inductor: what is left alone is its own business.
+@pytest.mark.parametrize(
+    ("function", "inner"),
+    [
+        pytest.param(
+            function,
+            inner,
+            id=f"{name}-{inner}",
+            marks=[] if inner == BY.get(name, "eager") else pytest.mark.slow,
+        )
+        for name, function in TRANSFORMS.items()
+        for inner in ("eager", "aot_eager", "inductor")
+    ],
+)
 def test_a_site_in_a_transform_of_torch_func_is_left_alone(function, inner, results):
     """Its numbers are those of the inner compiler alone, and eager's but where Inductor sums."""
     model, x = Sample(), example()

@@ -45,7 +45,7 @@ def exported(model: nn.Module, x: Tensor) -> Any:
 
 
 @given(spellings())
-@settings(max_examples=100)
+@settings(max_examples=2 * settings.default.max_examples)
 def test_any_spelling_from_symbolic_trace_is_one_site_within_the_fp8_bound(spelling):
     """Modules are still called as such."""
     model, x = HandWritten(spelling), example(spelling)
@@ -55,7 +55,7 @@ def test_any_spelling_from_symbolic_trace_is_one_site_within_the_fp8_bound(spell
 
 
 @given(spellings())
-@settings(max_examples=30)
+@settings(max_examples=settings.default.max_examples // 2)
 def test_any_spelling_from_dynamo_is_one_site_within_the_fp8_bound(spelling):
     model, x = HandWritten(spelling), example(spelling)
     torch._dynamo.reset()
@@ -65,7 +65,7 @@ def test_any_spelling_from_dynamo_is_one_site_within_the_fp8_bound(spelling):
 
 
 @given(spellings())
-@settings(max_examples=20)
+@settings(max_examples=settings.default.max_examples // 2)
 def test_any_spelling_from_export_is_one_site_within_the_fp8_bound(spelling):
     model, x = HandWritten(spelling), example(spelling)
     result = exported(model, x)
