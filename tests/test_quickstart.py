@@ -24,6 +24,20 @@ def test_the_notebook_is_the_script():
     assert [cell.source for cell in found.cells] == [cell.source for cell in wanted.cells]
 
 
+def test_the_notebook_shows_what_it_printed():
+    """Each cell was run, in order, without an error; those that say or plot something show it."""
+    notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    shown = [str(cell.outputs) for cell in cells]
+    assert not [output for output in shown if "'output_type': 'error'" in output]
+    assert not [output for output in shown if "Warning" in output or "/site-packages/" in output]
+    for cell, output in zip(cells, shown, strict=True):
+        assert ("->" in output) == ("\nsay(" in f"\n{cell.source}"), cell.source
+        assert ("image/png" in output) == ("pyplot.plot" in cell.source), cell.source
+        assert ("Training Loss" in output) == ("trainer.train()" in cell.source), cell.source
+
+
 def run(command: list[str], folder: Path) -> str:
     environment = os.environ | {"MPLBACKEND": "Agg", "FALQON_CACHE": str(folder / "cache")}
     environment["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
