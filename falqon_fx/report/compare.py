@@ -99,6 +99,7 @@ def _of_site(site: Site) -> dict[str, str]:
     facts = {
         "state": "FP8 with an adapter" if site.adapters else "FP8, frozen",
         "W": f"{site.out_features} x {site.in_features} {site.base_dtype}",
+        "experts": str(site.experts),
         "adapter": adapter_text(site),
         "trains": site.trains or "nothing",
         "kernel": site.kernel,

@@ -87,8 +87,7 @@ def _row(site: Site) -> list[float | str | None]:
     kilobytes: list[float | None] = [None, None]
     if memory:
         kilobytes = [round(count / 1e3, 1) for count in (memory.before, memory.after)]
-    size = f"{site.out_features} x {site.in_features}"
-    return [size, site.rank, *kilobytes, round(cost.gain, 2) if cost else None]
+    return [_size(site), site.rank, *kilobytes, round(cost.gain, 2) if cost else None]
 
 
 def _side(site: Site, line: Line | None) -> str:
