@@ -59,6 +59,8 @@ def _clean(output: Any) -> Any:
     data = output.get("data", {})
     if any("widget" in kind for kind in data):
         return None
+    if not (said := data.get("text/plain", "").strip()) or "Warning: " in said:
+        return None
     output.data = {kind: value for kind, value in data.items() if kind in KEPT}
     return output if output.data else None
 

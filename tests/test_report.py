@@ -13,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from falqon_fx import FalqonConfig, GraphReport, Rejected, RewriteReport, Site
+from falqon_fx.report.compare import Change, compare
 from falqon_fx.report.data import Cost, GraphBreak, Memory, Note, Source
 from falqon_fx.report.report import ReportError
 from falqon_fx.report.text import CAST_ERROR
+from falqon_fx.report.totals import sentence
 from falqon_fx.site.numerics import E4M3, E5M2, amax_to_scale, round_to_fp8
 
 COST = Cost("H100", "merged", 512, 2e-3, 1e-3, 10, 9, 8, 7, 300, {512: 2.0})
@@ -328,3 +330,46 @@ def test_printing_writes_nothing_by_itself(capsys: pytest.CaptureFixture[str]):
     text = str(report(([SITE], [LEFT])))
     assert capsys.readouterr() == ("", "")
     assert "\x1b" not in text
+
+
+# -- two reports -----------------------------------------------------------------------------------
+
+
+def test_equal_reports_have_no_difference():
+    one = report(([SITE], [LEFT]))
+    assert compare(one, report(([SITE], [LEFT]))).changes == ()
+    assert str(compare(one, one)) == "No difference.\n"
+
+
+def test_a_comparison_says_what_became_of_each_layer():
+    layers = [replace(SITE, path=f"model.layers.{i}.q_proj", group=i) for i in range(3)]
+    faster = [replace(s, spec=SITE.spec.replace("e5m2", "e4m3")) for s in layers]
+    gone = Rejected(FROZEN.path, "it is too small", "Leave it")
+    found = compare(report(([*layers, FROZEN], [])), report((faster, [gone]), extra="1"))
+    (state,) = (change for change in found.changes if change.what == "state")
+    assert (state.path, state.before) == (FROZEN.path, "FP8, frozen")
+    assert state.after == "rejected: it is too small"
+    others = [change for change in found.changes if change is not state]
+    wanted = ("option grad_dtype", "e5m2", "e4m3")
+    assert others == [Change(site.path, *wanted) for site in layers]
+    assert {total.what for total in found.totals} == {
+        "layers", "weights once prepared", "predicted for a step", "option extra",
+    }  # fmt: skip
+    text = str(found)
+    assert text.count("q_proj") == 1
+    assert "{0..2}" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_a_layer_that_one_report_has_not_is_not_there():
+    (change,) = compare(report(([SITE], [])), report(([], []))).changes
+    assert (change.what, change.after) == ("state", "not there")
+
+
+def test_the_sentence_says_what_happens_to_the_model():
+    said = sentence(report(([SITE, FROZEN], [LEFT])))
+    assert said == (
+        "2 layers run in FP8, 1 with an adapter and 1 frozen; 1 rejected, 0 left as it was; "
+        "their weights take 0.9475 MB instead of 1.475 MB once prepared; a step in them is "
+        "predicted to take 2 ms instead of 4 ms on H100."
+    )

@@ -17,6 +17,7 @@ from torch import nn
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError, RewriteReport
 from falqon_fx.report.data import Audit
+from falqon_fx.report.totals import sentence
 from falqon_fx.report.views import around, near, replacing, rows, stretch
 from tests.models import LoraLinear, Stack
 
@@ -177,7 +178,7 @@ def opened(
         timeout=120,
         check=True,
     )
-    return done.stdout
+    return done.stdout.replace("<wbr>", "")  # where a line may end
 
 
 @needs_chromium
@@ -234,10 +235,72 @@ def test_a_link_opens_a_site_with_graph_kernel_costs_and_live_state(report, tmp_
         "Kernel: triton:",
         '<span class="k">def</span>',
         "50, 10 in the last step",
+        'aria-label="times as fast by tokens"',
+        'aria-label="norm of ΔW by optimizer step"',
+        'aria-label="% of elements written by optimizer step"',
         "25.00 %",
         "<canvas",
     ):
         assert text in dom, text
+
+
+@needs_chromium
+def test_the_page_begins_with_one_sentence_and_a_table_that_sorts(mixed, tmp_path):
+    def column(dom: str) -> list[str]:
+        return re.findall(r'<tr><td><button title="([\w.]+)">', dom)
+
+    dom = opened(mixed.to_html(), tmp_path)
+    assert sentence(mixed) in dom
+    listed = {*(s.path for s in mixed.sites), *(r.site for r in (*mixed.rejected, *mixed.left))}
+    assert sorted(column(dom)) == sorted(listed)
+    sort = 'document.querySelectorAll(".layers th button")[3].click();'
+    rising = opened(mixed.to_html(), tmp_path, sort)
+    ranks = re.findall(r'<td class="number">(\d+)</td>', rising)
+    assert 'aria-sort="ascending"' in rising
+    assert column(rising)[0] == "between"  # the frozen one has rank 0
+    falling = opened(mixed.to_html(), tmp_path, sort + sort)
+    assert column(falling)[0].startswith("stack.blocks.")
+    assert ranks
+    escape = 'document.dispatchEvent(new KeyboardEvent("keydown", {key: "Escape"}));'
+    assert column(opened(mixed.to_html(), tmp_path, escape, "between")) == column(dom)
+
+
+BROKEN = r"""
+const broken = [], walk = document.createTreeWalker(document.querySelector("main"), 4);  // text
+while (walk.nextNode()) {
+    const node = walk.currentNode, holder = node.parentElement;
+    const upright = getComputedStyle(holder).writingMode !== "horizontal-tb";
+    if (upright || !holder.checkVisibility()) continue;
+    for (const word of node.data.matchAll(/[A-Za-z0-9]+/g)) {
+        const range = document.createRange();
+        range.setStart(node, word.index);
+        range.setEnd(node, word.index + word[0].length);
+        const lines = new Set([...range.getClientRects()].map((box) => box.top));
+        if (lines.size > 1) broken.push(word[0]);
+    }
+}
+parent.postMessage(`${innerWidth} ${document.documentElement.scrollWidth} [${broken}]`, "*");
+"""
+
+
+@needs_chromium
+@pytest.mark.parametrize("fragment", ["", "stack.blocks.0.up"])
+def test_it_fits_420_pixels_and_breaks_no_word(mixed, tmp_path, fragment):
+    """A word has no dot, slash or underscore in it. No window is that narrow, but a frame is."""
+    page = mixed.to_html(audits("stack.blocks.0.up"))
+    (tmp_path / "framed.html").write_text(
+        page.replace("</body>", f"<script>{BROKEN}</script></body>")
+    )
+    listen = "onmessage = (event) => { document.title = event.data; };"
+    frame = f'<iframe width="420" height="900" src="framed.html#{fragment}"></iframe>'
+    outer = f"<body><script>{listen}</script>{frame}</body>"
+    dom = opened(outer, tmp_path, flags=["--virtual-time-budget=5000"])
+    title = re.search(r"<title>(.*?)</title>", dom)
+    assert title is not None
+    inner, wide, *broken = title[1].split(" ")
+    assert int(inner) <= 420
+    assert int(wide) <= int(inner)
+    assert broken == ["[]"]
 
 
 @needs_chromium

@@ -268,7 +268,16 @@ def kernels(
     _run("falqon_fx_cli.repro:Kernels", locals())
 
 
-ALL = (explain, cost, export, prequantize, repro, kernels)
+def diff(
+    before: Report,
+    after: Annotated[Path, Argument(metavar="OTHER", exists=True, dir_okay=False)],
+    as_json: Json = False,
+) -> None:
+    """What differs between two reports, layer by layer and in all."""
+    _run("falqon_fx_cli.repro:Diff", locals())
+
+
+ALL = (explain, cost, export, prequantize, repro, kernels, diff)
 
 
 def _run(name: str, given: dict[str, Any]) -> None:

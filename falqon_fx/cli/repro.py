@@ -1,4 +1,6 @@
-"""``falqon-fx repro`` and ``falqon-fx kernels``: one site rebuilt and checked; what runs it."""
+"""``falqon-fx repro``, ``kernels`` and ``diff``: a site of a report, rebuilt and checked; what runs
+it; what another report says.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from falqon_fx.errors import FalqonError, one_line, printable
+from falqon_fx.report.compare import compare
 from falqon_fx.report.data import Site
 from falqon_fx.report.kernels import source
 from falqon_fx.report.report import ReportError, RewriteReport
@@ -93,4 +96,22 @@ class Kernels:
             first = f"{len(row['sites'])} sites, first {row['sites'][0]}. {row['why']}"
             print(one_line(f"{row['kernel']}: {first}"))
             print(printable(row.get("source", "")), end="")  # whatever the cache folder holds
+        return DONE
+
+
+@dataclass(frozen=True)
+class Diff:
+    """What was given on the command line (`falqon_fx_cli.commands.diff`)."""
+
+    before: Path
+    after: Path
+    as_json: bool
+
+    def run(self) -> int:
+        """Compare two reports."""
+        found = compare(_read(self.before), _read(self.after))
+        if self.as_json:
+            print_json(asdict(found))
+        else:
+            print(found, end="")
         return DONE

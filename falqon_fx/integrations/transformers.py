@@ -57,6 +57,11 @@ class FalqonCallback(TrainerCheckpoints):
             training begins.
         regional: compile the repeated blocks and not the whole in one process, too
             (`falqon_fx.compile_blocks`): the first step takes a fraction of the time.
+        generate: compile, in one process, what ``model.generate`` calls, too, so that what a
+            trainer samples is of the policy that it trains: at most six graphs more, none of them
+            for a single token. By default where the trainer's arguments say that it samples
+            (``num_generations``: trl's GRPO and RLOO). Without it a model that is not prepared
+            generates from its own weights.
         checkpoints: add what the trainer's own checkpoints lack with update="rows", and of
             prepared models that are not PEFT's (see `TrainerCheckpoints`).
         compile_arguments: handed to ``torch.compile`` (``dynamic``, ``fullgraph``).
@@ -72,11 +77,12 @@ class FalqonCallback(TrainerCheckpoints):
         *,
         prepare: bool = False,
         regional: bool = False,
+        generate: bool | None = None,
         checkpoints: bool = True,
         **compile_arguments: Any,
     ) -> None:
         self.config, self.prepare = config or FalqonConfig(), prepare
-        self.regional, self.checkpoints = regional, checkpoints
+        self.regional, self.generate, self.checkpoints = regional, generate, checkpoints
         self.compile_arguments = compile_arguments
         self._compiled: weakref.ref[nn.Module] | None = None
         self._training = contextlib.ExitStack()
@@ -139,13 +145,22 @@ class FalqonCallback(TrainerCheckpoints):
         _trace_param_wrappers(model)
         if _fsdp():
             prepare(model, self.config)
+        options = {"config": self.config}
         if self.regional and args.world_size == 1:
             compile_blocks(model, self.config, **self.compile_arguments)
         else:
             for part in _blocks(model) if args.world_size > 1 else [model]:
-                options = {"config": self.config}
                 part.compile(backend="falqon", options=options, **self.compile_arguments)
+        if args.world_size == 1 and self._generates(args) and hasattr(model, "get_base_model"):
+            # PEFT trains by the forward of the model inside, and generates by calling it.
+            inner: Any = model.get_base_model()
+            inner.compile(backend="falqon", options=options, **self.compile_arguments)
         self._compiled = weakref.ref(model)
+
+    def _generates(self, args: TrainingArguments) -> bool:
+        if self.generate is None:
+            return getattr(args, "num_generations", None) is not None
+        return self.generate
 
 
 def _trace_param_wrappers(model: nn.Module) -> None:

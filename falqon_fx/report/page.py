@@ -15,7 +15,9 @@ from pygments.lexers import PythonLexer
 
 from falqon_fx.report.data import Audit, Graphs, Line, Rejected, Site
 from falqon_fx.report.kernels import source
+from falqon_fx.report.tables import common_prefix
 from falqon_fx.report.text import options_text, pays_from, to_text
+from falqon_fx.report.totals import sentence
 from falqon_fx.report.views import near, rows, stretch
 
 
@@ -27,6 +29,7 @@ def to_html(report: Graphs, audits: Sequence[Audit] = ()) -> str:
     light, dark = (HtmlFormatter(style=s) for s in ("default", "github-dark"))
     return environment.get_template("report.html.jinja").render(
         title=report.title,
+        sentence=sentence(report),
         text=to_text(report),
         # "<" could end the script element that holds the data.
         data=json.dumps(_data(report, audits), separators=(",", ":")).replace("<", "\\u003c"),
@@ -44,6 +47,7 @@ def _data(report: Graphs, audits: Sequence[Audit]) -> dict[str, Any]:
     kernels = {site.kernel: site for site in reversed(report.sites)}
     return {
         "items": items,
+        "prefix": common_prefix([item["path"] for item in items]),
         "blocks": _blocks(report.modules, items),
         "kernels": {name: _source(site) for name, site in kernels.items()},
         "live": live,
@@ -60,6 +64,7 @@ def _sites(report: Graphs) -> Iterator[dict[str, Any]]:
             yield {
                 "path": site.path,
                 "state": "adapter" if site.adapters else "frozen",
+                "row": _row(site),
                 "facts": _facts(site, siblings[site.group], report.options),
                 "speedup": [*site.cost.speedup.items()] if site.cost else [],
                 "diff": [
@@ -73,7 +78,16 @@ def _sites(report: Graphs) -> Iterator[dict[str, Any]]:
 def _unchanged(state: str, items: Sequence[Rejected]) -> Iterator[dict[str, Any]]:
     for item in items:
         facts = [["why", item.reason], ["remedy", item.remedy], ["line", str(item.source or "")]]
-        yield {"path": item.site, "state": state, "facts": facts}
+        yield {"path": item.site, "state": state, "row": [], "facts": facts}
+
+
+def _row(site: Site) -> list[float | str | None]:
+    """A line of the page's table: W, rank, kB before and after, how many times as fast."""
+    memory, cost = site.memory, site.cost
+    kilobytes: list[float | None] = [None, None]
+    if memory:
+        kilobytes = [round(count / 1e3, 1) for count in (memory.before, memory.after)]
+    return [_size(site), site.rank, *kilobytes, round(cost.gain, 2) if cost else None]
 
 
 def _side(site: Site, line: Line | None) -> str:

@@ -75,6 +75,14 @@ def _facts(item: Site | Rejected | LayerShards) -> object:
     return replace(item, site=pattern)
 
 
+def merged_paths(paths: Sequence[str]) -> list[str]:
+    """Different paths as few texts: those of one pattern as one, if they are all it stands for."""
+    patterns: dict[str, list[str]] = {}
+    for path in paths:
+        patterns.setdefault(_NUMBER.sub("#", path), []).append(path)
+    return [text for same in patterns.values() for text in _merged(same)]
+
+
 def _merged(paths: Sequence[str]) -> list[str]:
     """Different paths of one pattern as one text, if they are all that it stands for."""
     columns = [*zip(*(map(int, _NUMBER.findall(path)) for path in paths))]

@@ -21,6 +21,7 @@ from falqon_fx.report.tables import (
     ranges,
     table,
 )
+from falqon_fx.report.totals import predicted_seconds, weight_bytes
 
 WIDTH = 100
 
@@ -144,28 +145,22 @@ def _totals(report: Graphs) -> list[str]:
     lines = [*_what_trains(sites, report.options.get("update", "adapter")), *_casts(sites)]
     if len({site.tokens for site in sites if site.tokens}) == 1:
         lines.append(f"tokens in this call: {sites[0].tokens}")
-    # A weight used twice in one model is kept once.
-    kept = {site.path: site.memory for site in sites if site.memory}
-    if kept:
-        before, after = (sum(getattr(m, side) for m in kept.values()) for side in _SIDES)
+    if size := weight_bytes(report):
+        before, after = size
         lines.append(
             f"weights: {before / 1e6:.6g} MB before, {after / 1e6:.6g} MB after "
             f"({after / max(before, 1):.3f}) once prepare() has freed the base weights"
         )
-    costs = [site.cost for site in sites if site.cost]
-    if costs:
-        old, new = (sum(c.seconds_before for c in costs), sum(c.seconds_after for c in costs))
+    if time := predicted_seconds(report):
+        (old, new), cost = time, next(site.cost for site in sites if site.cost)
         lines.append(
-            f"predicted for {costs[0].card} ({costs[0].variant}): {old * 1e3:.4g} ms of a step in "
+            f"predicted for {cost.card} ({cost.variant}): {old * 1e3:.4g} ms of a step in "
             f"these sites before, {new * 1e3:.4g} ms after ({old / new:.2f} times as fast)"
         )
     kernels = {(site.kernel, site.kernel_reason) for site in sites if site.kernel}
     lines.extend(f"kernel {name}: {why}" for name, why in sorted(kernels))
     lines.extend(sorted({f"options: {options_text(site, report.options)}" for site in sites}))
     return lines
-
-
-_SIDES = ("before", "after")
 
 
 def _what_trains(sites: Sequence[Site], update: str) -> list[str]:

@@ -1,0 +1,149 @@
+"""What goes into other programs. Where one is not installed, a stand-in has the part of its
+interface that its version on PyPI has: Axolotl 0.19.0, LLaMA-Factory 0.9.5, ms-swift 4.6.0.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import torch
+import torchtune
+import transformers
+from torchtune.models.llama2 import lora_llama2
+
+import falqon_fx
+from falqon_fx.integrations.transformers import FalqonCallback
+from tests.models import Net, tiny_llama
+from tests.scripts import load
+
+SCRIPTS = Path(__file__).parents[2] / "examples" / "integrations"
+SITES = 14
+
+StandIn = Callable[..., types.ModuleType]
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    def make(name: str, **attributes: Any) -> types.ModuleType:
+        parts = name.split(".")
+        for i in range(len(parts)):
+            path = ".".join(parts[: i + 1])
+            monkeypatch.setitem(sys.modules, path, types.ModuleType(path))
+        vars(sys.modules[name]).update(attributes)
+        return sys.modules[name]
+
+    return make
+
+
+def trains(callbacks: list[Any], folder: Path) -> None:
+    """A trainer with these callbacks trains the adapters of a model, and no more than them."""
+    model = tiny_llama()
+    ids = torch.randint(0, 64, (4, 10))
+    args = transformers.TrainingArguments(
+        str(folder), max_steps=2, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True
+    )
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    transformers.Trainer(model, args, train_dataset=data, callbacks=callbacks).train()
+    assert len(falqon_fx.adapters(model)) == SITES
+
+
+def test_axolotl_gets_the_callback_from_its_yaml(stand_in, monkeypatch, tmp_path):
+    stand_in("axolotl.integrations.base", BasePlugin=object)
+    monkeypatch.delitem(sys.modules, "falqon_fx.integrations.axolotl", raising=False)
+    module = importlib.import_module("falqon_fx.integrations.axolotl")
+    plugin = module.FalqonPlugin()
+    path, _, name = plugin.get_input_args().rpartition(".")
+    known = getattr(importlib.import_module(path), name)
+    wanted = {"prepare": True, "config": {"inner": "eager", "granularity": "tensor"}}
+    cfg = types.SimpleNamespace(falqon=known(falqon=wanted).falqon)
+    (callback,) = plugin.add_callbacks_pre_trainer(cfg, None)
+    assert callback.prepare
+    assert callback.config.granularity == "tensor"
+    assert cfg.falqon == wanted
+    trains([callback], tmp_path)
+    (bare,) = plugin.add_callbacks_pre_trainer(types.SimpleNamespace(falqon=known().falqon), None)
+    assert bare.config == falqon_fx.FalqonConfig()
+
+
+def test_ms_swift_gets_the_callback_by_name(stand_in):
+    known: dict[str, Any] = {"lisa": object}
+    stand_in("swift.callbacks", callbacks_map=known)
+    load(SCRIPTS / "swift_plugin.py")
+    assert isinstance(known["falqon"](None, None), FalqonCallback)
+
+
+def test_llama_factory_gets_the_callback(stand_in):
+    calls: list[Any] = []
+
+    def run_exp(args: Any = None, callbacks: Any = None) -> None:
+        calls.extend(callbacks)
+
+    stand_in("llamafactory.train.tuner", run_exp=run_exp)
+    source = (SCRIPTS / "llamafactory_train.py").read_text()
+    exec(compile(source, "llamafactory_train.py", "exec"), {"__name__": "__main__"})
+    (callback,) = calls
+    assert isinstance(callback, FalqonCallback)
+
+
+def test_torchtune_takes_the_backend_from_its_variable(monkeypatch, graphs):
+    """Layer by layer, as its recipes do with ``compile=True``. The package around this file wants a
+    torchao older than the one at hand.
+    """
+    compile_model = load(Path(torchtune.__file__).parent / "training" / "_compile.py").compile_model
+    monkeypatch.setenv("TORCH_COMPILE_BACKEND", "falqon")
+    model = lora_llama2(
+        ["q_proj", "v_proj"], apply_lora_to_mlp=True, vocab_size=64, num_layers=2, num_heads=4,
+        num_kv_heads=2, embed_dim=32, intermediate_dim=48, max_seq_len=16, lora_rank=4,
+        lora_alpha=8.0,
+    )  # fmt: skip
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    compile_model(model, verbose=False)
+    model(torch.randint(0, 64, (2, 8))).sum().backward()
+    assert [len(graph.sites) for graph in graphs][-1] == 5
+    assert len(falqon_fx.adapters(model)) == 10
+
+
+@pytest.mark.slow
+def test_diffusers_trains_and_saves_a_lora(monkeypatch, tmp_path):
+    script = load(SCRIPTS / "image_lora.py")
+    monkeypatch.setattr(sys, "argv", ["image_lora.py", "--out", str(tmp_path)])
+    losses = script.main()
+    assert sum(losses[-5:]) < sum(losses[:5])
+    (file,) = tmp_path.glob("*.safetensors")
+    with safetensors.safe_open(file, "pt") as saved:
+        names = set(saved.keys())
+    assert names
+    assert all(name.startswith("unet.") and ".lora" in name for name in names)
+
+
+def test_comfyuis_form_has_a_scale_a_layer(tmp_path):
+    """Its QUANTIZATION.md: codes · scale, with |error| of at most half of E4M3's step, 2^-4."""
+    model = Net()
+    with torch.no_grad():
+        model.up.weight[0, 0] = 3.0  # its scale is none of the others'
+    layers = load(SCRIPTS / "comfyui.py").write_comfyui(model, tmp_path / "net.safetensors")
+    assert layers == ["up", "plain", "down"]
+    with safetensors.safe_open(tmp_path / "net.safetensors", "pt") as saved:
+        about = json.loads(saved.metadata()["_quantization_metadata"])
+        assert about == {
+            "format_version": "1.0",
+            "layers": {path: {"format": "float8_e4m3fn"} for path in layers},
+        }
+        for path in layers:
+            codes, scale = (saved.get_tensor(f"{path}.{n}") for n in ("weight", "weight_scale"))
+            assert codes.dtype == torch.float8_e4m3fn
+            assert scale.dtype == torch.float32
+            assert scale.dim() == 0
+            weight = model.get_submodule(path).weight
+            error = (codes.float() * scale - weight).abs()
+            assert (error <= (weight.abs() * 2**-4).clamp(min=float(scale) * 2**-10)).all()
+        assert torch.equal(saved.get_tensor("up.bias"), model.up.bias)
