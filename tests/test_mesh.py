@@ -23,6 +23,7 @@ from falqon_fx.model.mesh_bytes import on_mesh
 from falqon_fx.report.mesh import Mesh
 from tests.distributed.traffic import Counted
 from tests.models import Stack, tiny_llama
+from tests.test_prepared_experts import build as experts
 
 CONFIG = FalqonConfig(card="H100")
 IDS = torch.zeros(2, 5, dtype=torch.int64)
@@ -100,9 +101,35 @@ def hybrid(copies: int, shards: int) -> DeviceMesh:
     return init_device_mesh("cpu", (copies, shards), mesh_dim_names=names)
 
 
+def conv1d() -> Any:
+    from transformers.pytorch_utils import Conv1D
+
+    return torch.nn.Sequential(Conv1D(96, 64)).requires_grad_(False)
+
+
 @pytest.fixture(scope="module")
 def llama() -> Any:
     return tiny_llama(torch.bfloat16)
+
+
+@pytest.mark.parametrize("build", [lambda: tiny_llama(torch.bfloat16), experts, conv1d])
+def test_one_process_holds_what_there_is(build):
+    """Before `prepare` as after it; linear layers, experts, and GPT-2's."""
+    model = build()
+    before = sum(p.nbytes for p in model.parameters())
+    planned = [whole_of(model)]
+    falqon_fx.prepare(model, CONFIG, progress=False)
+    planned.append(whole_of(model))
+    after = sum(p.nbytes for p in model.parameters())
+    assert after < before
+    assert [(mesh.held_before, mesh.held) for mesh in planned] == [(before, after)] * 2
+    assert {layer.path for layer in planned[0].layers} == {
+        layer.path for layer in planned[1].layers
+    }
+
+
+def whole_of(model: Any) -> Mesh:
+    return on_mesh(model, MeshPlan(), CONFIG, [], None, lambda graph: graph)
 
 
 def test_the_bytes_of_layers_are_those_of_the_sites(llama):

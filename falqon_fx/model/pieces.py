@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from falqon_fx.config import FalqonConfig
 from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.model.prepare import sort_layers
+from falqon_fx.model.stacks import Fp8Stack, sort_stacks
 from falqon_fx.passes.match.frozen import site_of
 from falqon_fx.site.base import DIGEST_BYTES
-from falqon_fx.site.paths import without_wrappers
+from falqon_fx.site.paths import stack_path, without_wrappers
 from falqon_fx.site.spec import SiteSpec
 
 Kind = Literal["base", "scales", "digest", "a", "b", "bias", "rest"]
@@ -52,26 +53,29 @@ class Piece:
 def pieces(model: nn.Module, config: FalqonConfig) -> Iterator[Piece]:
     """Every parameter once."""
     casts = {id(layer.module): layer for layer in sort_layers(model, config)[0]}
+    stacks = {id(stack.weight): stack for stack in sort_stacks(model, config)[0]}
     seen: set[int] = set()
     for name, module in model.named_modules():
         path, kind = _owner(without_wrappers(name))
-        prepared = module if isinstance(module, Fp8Linear) else None
+        if isinstance(module, Fp8Stack):
+            path = stack_path(f"{name}.code", prepared=True)
         for part, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            if prepared is not None and part in _STATE:
-                yield Piece(
-                    path, _STATE[part], tuple(parameter.shape), parameter.dtype, when="after"
-                )
+            if isinstance(module, Fp8Linear) and part in _STATE:
+                shape = tuple(parameter.shape)
+                yield Piece(path, _STATE[part], shape, parameter.dtype, when="after")
                 if part == "code":
-                    shape = (prepared.out_features, prepared.in_features)
-                    yield _as_it_was(path, shape, prepared.dtype, prepared.transposed)
+                    yield Piece(path, "base", _shape_before(module), module.dtype, when="before")
             elif id(module) in casts and part == "weight":
                 yield from _as_cast(path, parameter, casts[id(module)].transposed, config)
+            elif id(parameter) in stacks:
+                stack = stacks[id(parameter)]
+                yield from _as_cast(stack.site, parameter, stack.transposed, config)
             else:
-                of_layer = part == "bias" and (prepared is not None or id(module) in casts)
-                what: Kind = "bias" if of_layer else kind
+                of_layer = isinstance(module, Fp8Linear) or id(module) in casts
+                what: Kind = "bias" if of_layer and part == "bias" else kind
                 shape = tuple(parameter.shape)
                 yield Piece(path, what, shape, parameter.dtype, parameter.requires_grad)
 
@@ -87,14 +91,18 @@ def _owner(path: str) -> tuple[str, Kind]:
 
 
 def _as_cast(path: str, weight: Tensor, transposed: bool, config: FalqonConfig) -> Iterator[Piece]:
-    """What `prepare` makes of a weight, and the weight."""
-    shape = tuple(weight.shape[::-1] if transposed else weight.shape)
-    scales = (shape[0], 1) if SiteSpec.from_config(config).per_row else (1,)
-    yield Piece(path, "base", shape, torch.uint8, when="after")
+    """What `prepare` makes of a weight [..., out, in], and the weight."""
+    *experts, out, features = weight.shape
+    rows = math.prod(experts) * (features if transposed else out)
+    scales = (rows, 1) if SiteSpec.from_config(config).per_row else (1,)
+    yield Piece(path, "base", (rows, out if transposed else features), torch.uint8, when="after")
     yield Piece(path, "scales", scales, torch.int32, when="after")
     yield Piece(path, "digest", (DIGEST_BYTES,), torch.uint8, when="after")
-    yield _as_it_was(path, shape, weight.dtype, transposed)
+    yield Piece(path, "base", tuple(weight.shape), weight.dtype, when="before")
 
 
-def _as_it_was(path: str, shape: tuple[int, ...], dtype: torch.dtype, transposed: bool) -> Piece:
-    return Piece(path, "base", shape[::-1] if transposed else shape, dtype, when="before")
+def _shape_before(layer: Fp8Linear) -> tuple[int, ...]:
+    """That of the weight that a prepared layer, or stack of experts, was made of."""
+    experts = (layer.experts,) if isinstance(layer, Fp8Stack) else ()
+    out, features = layer.out_features // math.prod(experts), layer.in_features
+    return (*experts, features, out) if layer.transposed else (*experts, out, features)

@@ -57,9 +57,9 @@ def _whole(layers: Sequence[LayerShards]) -> Iterator[str]:
     prefix = common_prefix([*map(path_of, layers)])
     for paths, layer in alike(layers):
         reasons.setdefault(layer.whole, []).append(paths[len(prefix) :])
-    for reason, paths in reasons.items():
+    for reason, modules in reasons.items():
         if reason:
-            where = "every layer" if len(reasons) == 1 else ", ".join(paths)
+            where = "every layer" if len(reasons) == 1 else ", ".join(modules)
             yield f"whole on every process: {reason} ({where})"
 
 

@@ -110,10 +110,10 @@ def mesh() -> Any:
     return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
 
 
-def cut(model: nn.Module, sequence: bool) -> nn.Module:
+def cut(model: nn.Module, sequence: bool, over: Any = None) -> nn.Module:
     """torch's SequenceParallel makes frozen parameters trainable, which is taken back."""
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    model = parallelize_module(model, mesh(), plan(sequence))
+    model = parallelize_module(model, over or mesh(), plan(sequence))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
     return model

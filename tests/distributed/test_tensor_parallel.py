@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError, MeshPlan
 from falqon_fx.backend import falqon as falqon_backend
+from falqon_fx.model.mesh_bytes import on_mesh
 from falqon_fx.site.sharded import local
 from tests.distributed import context, pipeline, ranks
 from tests.distributed.tensor_parallel import (
@@ -27,6 +29,8 @@ from tests.distributed.tensor_parallel import (
     make,
     mesh,
     together,
+    trained,
+    whole,
 )
 from tests.distributed.traffic import Counted
 from tests.models import LoraLinear
@@ -38,6 +42,10 @@ ERRORS = {
     "mixed": ("differ in prepared", "True", "False", "same calls"),
     "nan": ("down.base_layer", "NaN"),
     "svd": ('init="svd"', "keep"),
+    **dict.fromkeys(
+        ["CheckpointState", "save_checkpoint", "load_checkpoint"],
+        ("tensor parallelism has cut its FP8 weight", "falqon_fx.save_adapter"),
+    ),
 }
 
 
@@ -54,7 +62,12 @@ def check(result: dict[str, Any]) -> None:
 
 def fast() -> dict[str, Any]:
     """One way of all, and what is refused."""
-    problems = {"configs": _other_config, "mixed": _mixed, "nan": _nan, "svd": _svd}
+    problems: dict[str, Any] = {"configs": _other_config, "mixed": _mixed, "nan": _nan, "svd": _svd}
+    model = cut(make(), False)
+    falqon_fx.prepare(model, CONFIG, progress=False)
+    problems["CheckpointState"] = lambda: falqon_fx.CheckpointState(model)
+    problems["save_checkpoint"] = lambda: falqon_fx.save_checkpoint(model, "none")
+    problems["load_checkpoint"] = lambda: falqon_fx.load_checkpoint(model, "none")
     said = {name: _error(problem) for name, problem in problems.items()}
     run = _compared(CONFIG, sequence=True, prepared=True)
     return {"run": run, "said": said, "bytes": _bytes()}
@@ -163,6 +176,57 @@ def _mixed_dtypes() -> list[str]:
     assert rejected == []
     assert counts["gather_tokens"] == 0  # what is dropped is the gathered x, not its cast
     return sites
+
+
+@pytest.mark.slow
+def test_fsdp_over_tensor_parallel(tmp_path: Path):
+    """Four processes, two and two: FSDP2 shards what tensor parallelism has cut. A gradient is that
+    of one process that accumulates what both halves of the batch give, bit for bit, and the bytes
+    are those that `explain` says.
+    """
+    for result in ranks.run(two_dimensions, 4, tmp_path, timeout=600):
+        for sequence, (differs, sites, rejected, planned, held) in result.items():
+            assert differs == [], sequence
+            assert (sites, rejected) == (ALL, []), sequence
+            assert planned == held, sequence
+
+
+def two_dimensions() -> dict[bool, Any]:
+    names = ("dp", "tp")
+    over = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
+    return {sequence: _two_dimensions(over, sequence) for sequence in (False, True)}
+
+
+def _two_dimensions(over: Any, sequence: bool) -> Any:
+    torch._dynamo.reset()
+    plan = dict.fromkeys(["up", "gate", "plain"], "colwise") | {"down": "rowwise"}
+    planned = on_mesh(make(), MeshPlan(fsdp=2, tp=2, tp_plan=plan), CONFIG, [], None, lambda g: g)
+    model, graphs = cut(make(), sequence, over["tp"]), list[Any]()
+    falqon_fx.prepare(model, CONFIG, progress=False)
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        graphs.append(falqon_fx.rewrite(gm, inputs, CONFIG))
+        return falqon_backend(gm, inputs, options={"config": CONFIG})
+
+    model.compile(backend=backend)
+    fully_shard(model, mesh=over["dp"])
+    held = sum(local(p).untyped_storage().nbytes() for p in model.parameters())
+    xs, weights = integers((2, 8, WIDTH), 2, 100), integers((2, 8, WIDTH), 1, 101)
+    half = over.get_local_rank("dp")
+    given = [t[half : half + 1] for t in (xs, weights)]
+    if sequence:
+        given = [t.chunk(2, 1)[over.get_local_rank("tp")].clone() for t in given]
+    (model(given[0].requires_grad_()) * given[1]).sum().backward()
+    found = {name: whole(p.grad) for name, p in trained(model)}
+    torch._dynamo.reset()
+    falqon_fx.prepare(one := make(), CONFIG, progress=False)
+    call = compiled(one, CONFIG)
+    for x, weight in zip(xs.split(1), weights.split(1)):
+        (call(x.clone().requires_grad_()) * weight).sum().backward()
+    of_one = {name: p.grad / 2 for name, p in trained(one)}  # FSDP takes the mean
+    differs = [name for name in of_one if not torch.equal(of_one[name], found[name])]
+    sites, rejected, _ = _described(graphs)
+    return differs, sites, rejected, planned.held, held
 
 
 def _uneven() -> list[str]:
