@@ -54,6 +54,7 @@ class Split(nn.Module):
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
         super().__init__()
+        self.experts = len(weights[STACKS[0]])
         for name, weight in weights.items():
             experts, out, features = weight.shape
             self.register_parameter(name, nn.Parameter(weight, requires_grad=False))
@@ -69,8 +70,8 @@ class Split(nn.Module):
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         in_order, perm = torch.sort(ids.reshape(-1))
-        experts = self.gate_up_proj.shape[0]  # type: ignore[union-attr]
-        counts = torch.histc(in_order.float(), bins=experts, min=0, max=experts - 1)
+        last = self.experts - 1
+        counts = torch.histc(in_order.float(), bins=self.experts, min=0, max=last)
         offs = torch.cumsum(counts, dim=0, dtype=torch.int32)
         gate, up = self.product("gate_up_proj", x[perm // TOP], offs).chunk(2, dim=-1)
         y = self.product("down_proj", F.silu(gate) * up, offs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from falqon_fx._compat import is_fsdp, value_of
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
@@ -83,6 +85,12 @@ def why_not_experts(found: Match, config: FalqonConfig) -> tuple[str, str] | Non
                 f"{option} is not built for stacked experts",
                 "It runs as it was; leave the option out, or the experts with exclude=",
             )
+    result = value_of(found.anchor)
+    if result.device.type == "cuda" and result.dtype != torch.bfloat16:
+        return (
+            f"its result is {result.dtype}: a GPU multiplies groups in bfloat16",
+            "It runs as it was; load the model in bfloat16",
+        )
     (weight,) = weights_of(found)
     if weight.node is not None and is_fsdp(found.scope.outer(weight.node)):
         return (

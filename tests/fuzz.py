@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 FUZZERS = (
     "tests/test_fuzz.py",
     "tests/test_sequences.py",
+    "tests/test_merged_experts.py::test_programs_compute_what_float64_does_on_the_same_operands",
     "tests/attack/test_long_run.py::test_events_in_any_order_change_nothing",
 )
 PYTEST = (

@@ -116,7 +116,7 @@ class Stack(nn.Module):
         multiply: Any = F.grouped_mm
         if self.spelling == "fallback":
             multiply = torch.ops.transformers.grouped_mm_fallback
-        return multiply(rows.to(self.dtype), weight, offs=offs)[torch.argsort(perm)]  # type: ignore[no-any-return]
+        return multiply(rows.to(self.dtype), weight, offs=offs)[torch.argsort(perm)]
 
 
 @dataclass
@@ -239,8 +239,8 @@ def programs(draw: Any) -> tuple[Stack, Tensor, Tensor, str]:
 
 
 def compiled(model: Stack, **options: Any) -> Any:
-    config = FalqonConfig(inner="eager", **options)
-    return torch.compile(model, backend="falqon", options={"config": config})
+    given: Any = {"config": FalqonConfig(inner="eager", **options)}
+    return torch.compile(model, backend="falqon", options=given)
 
 
 def check(model: Stack, x: Tensor, ids: Tensor, scale: Any, call: Any) -> None:
@@ -378,10 +378,8 @@ def test_activation_checkpoints_route_as_the_forward_pass():
     for function in (model, saved):
         torch._dynamo.reset()
         model.zero_grad()
-        config = FalqonConfig(inner="aot_eager")
-        torch.compile(function, backend="falqon", options={"config": config})(
-            x, ids
-        ).sum().backward()
+        given: Any = {"config": FalqonConfig(inner="aot_eager")}
+        torch.compile(function, backend="falqon", options=given)(x, ids).sum().backward()
         grads.append(copy.deepcopy(model.lora_b.grad))
     assert torch.equal(*grads)
 

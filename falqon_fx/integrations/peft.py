@@ -57,8 +57,9 @@ def untrace_param_wrappers(model: nn.Module) -> None:
     PEFT's own code can't run a stack that `falqon_fx.prepare` has put in FP8: call
     `falqon_fx.restore` before.
     """
-    for module in model.modules():
-        if isinstance(module, TracedParamWrapper):
+    every: list[Any] = [*model.modules()]
+    for module in every:
+        if type(module) is TracedParamWrapper:
             module.__class__ = ParamWrapper
         elif names := properties(module):
             for name in names:
@@ -66,7 +67,7 @@ def untrace_param_wrappers(model: nn.Module) -> None:
             forget_properties(module)
 
 
-class TracedParamWrapper(ParamWrapper):  # type: ignore[misc]
+class TracedParamWrapper(ParamWrapper):
     """A ``ParamWrapper`` that registers nothing."""
 
     traced = True  # for reports
@@ -75,7 +76,7 @@ class TracedParamWrapper(ParamWrapper):  # type: ignore[misc]
         return ParamWrapper.__name__
 
     @contextmanager
-    def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
+    def _activate_lora(self: Any, active_adapters: list[str]) -> Iterator[None]:
         """What its parameter is while the module inside runs: W + s·B·A, made once."""
         adapters = [name for name in active_adapters if name in self.lora_A]
         if not adapters:
@@ -92,7 +93,7 @@ class TracedParamWrapper(ParamWrapper):  # type: ignore[misc]
         finally:
             setattr(base, place, None)
 
-    def _adapted(self, weight: Tensor, adapters: list[str]) -> Tensor:
+    def _adapted(self: Any, weight: Tensor, adapters: list[str]) -> Tensor:
         """As PEFT computes it: at once where the weights are stacked and the adapter is one."""
         if len(adapters) == 1 and self.num_experts > 1:
             left, right, scaling = self.get_delta_factors(adapters[0])
@@ -104,7 +105,8 @@ class TracedParamWrapper(ParamWrapper):  # type: ignore[misc]
         delta = self.get_delta_weight(adapters[0])
         for name in adapters[1:]:
             delta = delta + self.get_delta_weight(name)
-        return weight + delta
+        adapted: Tensor = weight + delta
+        return adapted
 
 
 def _can_trace(wrapper: Any) -> bool:

@@ -94,9 +94,10 @@ class StackedWeight:
 
 def stacked_weights(model: nn.Module) -> Iterator[StackedWeight]:
     """The frozen stacked weights of experts that transformers' interface runs."""
+    every: list[Any] = [*model.modules()]
     wrappers = {
         (id(module.get_base_layer()), module.parameter_name): module
-        for module in model.modules()
+        for module in every
         if isinstance(getattr(module, "parameter_name", None), str)
         and hasattr(module, "get_base_layer")
     }
@@ -242,13 +243,13 @@ def properties(module: nn.Module) -> tuple[str, ...]:
     return names
 
 
-def _plain_class(module: nn.Module) -> type[nn.Module]:
+def _plain_class(module: nn.Module) -> Any:
     """The class that a module had at first."""
     return type(module).__bases__[0] if properties(module) else type(module)
 
 
 @functools.cache
-def _with_properties(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+def _with_properties(cls: Any, names: tuple[str, ...]) -> type[nn.Module]:
     """A subclass whose parameters ``names`` are properties."""
     members: dict[str, Any] = {name: _parameter(name) for name in names}
     members |= dict.fromkeys((slot(name) for name in names), None)
@@ -276,5 +277,5 @@ def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     return _new, (_plain_class(self), properties(self)), vars(self)
 
 
-def _new(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+def _new(cls: Any, names: tuple[str, ...]) -> nn.Module:
     return object.__new__(_with_properties(cls, names))
