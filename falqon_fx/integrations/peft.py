@@ -60,7 +60,7 @@ def untrace_param_wrappers(model: nn.Module) -> None:
     every: list[Any] = [*model.modules()]
     for module in every:
         if type(module) is TracedParamWrapper:
-            module.__class__ = ParamWrapper
+            module.__class__ = ParamWrapper  # type: ignore[assignment]
         elif names := properties(module):
             for name in names:
                 vars(module).pop(slot(name), None)

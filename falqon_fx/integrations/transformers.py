@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -149,12 +149,13 @@ class FalqonCallback(TrainerCheckpoints):
         if self.regional and args.world_size == 1:
             compile_blocks(model, self.config, **self.compile_arguments)
         else:
-            for part in _blocks(model) if args.world_size > 1 else [model]:
+            parts: list[Any] = _blocks(model) if args.world_size > 1 else [model]
+            for part in parts:
                 part.compile(backend="falqon", options=options, **self.compile_arguments)
-        if args.world_size == 1 and self._generates(args) and hasattr(model, "get_base_model"):
+        inside: Callable[[], Any] | None = getattr(model, "get_base_model", None)
+        if args.world_size == 1 and self._generates(args) and inside is not None:
             # PEFT trains by the forward of the model inside, and generates by calling it.
-            inner: Any = model.get_base_model()
-            inner.compile(backend="falqon", options=options, **self.compile_arguments)
+            inside().compile(backend="falqon", options=options, **self.compile_arguments)
         self._compiled = weakref.ref(model)
 
     def _generates(self, args: TrainingArguments) -> bool:

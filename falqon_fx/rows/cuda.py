@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,17 +23,18 @@ def proxy_update_(columns: Sequence[Sequence[Any]], spec_text: str) -> None:
     kernels don't take are updated by ATen.
     """
     spec = parse_rows_spec(spec_text)
+    by_aten: Callable[..., None] = update.proxy_update_
     # The kernels say nothing of what they write: whoever watches gets ATen's update; and on AMD's
     # GPUs none has been tried.
     if observers or spec.kernel == "dequantize" or torch.version.hip is not None:
-        update.proxy_update_(*columns, spec_text)
+        by_aten(*columns, spec_text)
     else:
         launches = _launches_of(columns, spec_text)
         for launch in launches.kernels:
             launch.run()
         if launches.rest:
             rest = [[column[i] for i in launches.rest] for column in columns]
-            update.proxy_update_(*rest, spec_text)
+            by_aten(*rest, spec_text)
     if spec.transpose == "store":
         from falqon_fx.kernels.transpose import kept as stored
 
