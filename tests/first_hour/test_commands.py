@@ -34,6 +34,7 @@ OF_OTHERS = {
 NOT_HERE = {
     "falqon-fx --install-completion": "changes the shell of the user",
     "falqon-fx cost --calibrate cuda": "wants a GPU",
+    "falqon-fx cost --step": "without --card it is of the card at hand, if that is a known one",
     "python llama.cpp/convert_hf_to_gguf.py merged --outfile merged.gguf": "of llama.cpp",
 }
 SITE = "base_model.model.model.layers.0.mlp.up_proj"

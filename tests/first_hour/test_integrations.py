@@ -93,6 +93,7 @@ def test_llama_factory_gets_the_callback(stand_in):
     assert isinstance(callback, FalqonCallback)
 
 
+@pytest.mark.slow  # its variable has no place for options, so Inductor compiles
 def test_torchtune_takes_the_backend_from_its_variable(monkeypatch, graphs):
     """Layer by layer, as its recipes do with ``compile=True``. The package around this file wants a
     torchao older than the one at hand.
