@@ -41,7 +41,12 @@ TESTS = {
     "vocabulary.py": ("passes/test_normalize.py", "passes/test_match.py"),
     "propagate.py": ("passes/test_normalize.py", "passes/test_rewrite.py"),
     "match/frozen.py": ("passes/test_frozen.py",),
-    "match": ("passes/test_match.py", "passes/test_frozen.py"),
+    "match": (
+        "passes/test_match.py",
+        "passes/test_match_peft.py",
+        "passes/test_match_refused.py",
+        "passes/test_frozen.py",
+    ),
     "plan.py": ("passes/test_plan.py", "passes/test_siblings.py"),
     "slots.py": ("passes/test_plan.py", "passes/test_insert_operands.py"),
     "checks.py": ("passes/test_plan.py", "passes/test_match.py"),

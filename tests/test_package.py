@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 
 import falqon_fx
-from tests.models import LoraLinear, Traceable
 from tests.scripts import load
 
 ROOT = Path(__file__).parents[1]
@@ -121,8 +120,12 @@ from torch._dynamo.backends.registry import lookup_backend
 same = lookup_backend("falqon") is falqon_fx.backend.falqon
 print(same, torch._dynamo.list_backends().count("falqon"))
 for module in pkgutil.walk_packages(falqon_fx.__path__, "falqon_fx."):
-    if not module.name.endswith("__main__"):
-        importlib.import_module(module.name)
+    try:
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    except ModuleNotFoundError as missing:  # the trainer that a plugin is for
+        if missing.name.startswith("falqon"):
+            raise
 print(len(first), sorted(ops() - first))
 """
     same, times, count, later = run(code, tmp_path).split(maxsplit=3)
@@ -132,8 +135,17 @@ print(len(first), sorted(ops() - first))
 
 
 def test_a_saved_graph_loads_after_the_import_alone(tmp_path):
-    x = torch.randn(4, 32)
-    result = falqon_fx.rewrite(fx.symbolic_trace(Traceable(LoraLinear(32, 48))), [x])
+    class Layer(nn.Module):  # without annotations, which fx would save
+        def __init__(self):
+            super().__init__()
+            self.base = nn.Linear(64, 64).requires_grad_(False)
+            self.a, self.b = nn.Linear(64, 8, bias=False), nn.Linear(8, 64, bias=False)
+
+        def forward(self, x):
+            return self.base(x) + self.b(self.a(x))
+
+    x = torch.randn(4, 64)
+    result = falqon_fx.rewrite(fx.symbolic_trace(Layer()), [x])
     assert len(result.report.sites) == 1
     inputs = tuple(result.bind([x]))
     torch.save(result.gm, tmp_path / "graph.pt")
