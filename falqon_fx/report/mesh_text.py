@@ -78,4 +78,4 @@ def _traffic(traffic: Sequence[Traffic]) -> Table:
 
 
 def _size(count: int) -> str:
-    return f"{count / 1e6:.4g}"
+    return f"{count / 1e6:.6g}"
