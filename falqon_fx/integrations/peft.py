@@ -57,10 +57,10 @@ def untrace_param_wrappers(model: nn.Module) -> None:
     PEFT's own code can't run a stack that `falqon_fx.prepare` has put in FP8: call
     `falqon_fx.restore` before.
     """
-    every: list[Any] = [*model.modules()]
-    for module in every:
-        if type(module) is TracedParamWrapper:
-            module.__class__ = ParamWrapper  # type: ignore[assignment]
+    plain: Any = ParamWrapper
+    for module in model.modules():
+        if isinstance(module, TracedParamWrapper):
+            module.__class__ = plain
         elif names := properties(module):
             for name in names:
                 vars(module).pop(slot(name), None)
