@@ -29,9 +29,10 @@ import pytest
 
 # The tests of a file first, then those that all passes share.
 TESTS = {
-    "localize.py": ("passes/test_localize.py",),
-    "hoist.py": ("passes/test_localize.py",),
-    "shards.py": ("passes/test_localize.py",),
+    # Their numbers are compared by two processes.
+    "localize.py": ("passes/test_localize.py", "distributed/test_fast.py"),
+    "hoist.py": ("passes/test_localize.py", "distributed/test_fast.py"),
+    "shards.py": ("passes/test_localize.py", "distributed/test_fast.py"),
     "gather_tokens.py": ("passes/test_localize.py", "test_gather_tokens.py"),
     "normalize.py": ("passes/test_normalize.py", "passes/test_match.py"),
     "dialects.py": ("passes/test_normalize.py", "test_dialects.py"),
