@@ -53,7 +53,8 @@ DIV: set[Any] = {torch.div, torch.divide, torch.true_divide, operator.truediv, o
 DIV |= {aten.divide.Tensor, aten.divide.Scalar, aten.true_divide.Tensor, aten.true_divide.Scalar}
 DIV |= {aten.div.Tensor, aten.div.Scalar, aten.div_.Tensor, aten.div_.Scalar}
 DROPOUT = {F.dropout, torch.dropout, aten.dropout.default}
-TRANSPOSE = {torch.t, aten.t.default, aten.numpy_T.default, aten.mT.default}
+TRANSPOSE: set[Any] = {torch.t, aten.t.default, aten.numpy_T.default, aten.mT.default}
+TRANSPOSE |= {aten.numpy_T, aten.mT}  # what Dynamo of torch 2.15 makes of W.T
 TRANSPOSE_DIMS = {torch.transpose, aten.transpose.int}
 CASTS = {
     aten.to.dtype,

@@ -58,6 +58,8 @@ BOTH = pytest.mark.parametrize("how", ["trace", "export"])
         (lambda m, x: F.linear(x, weight=m.weight, bias=m.bias), "weight", "bias"),
         (lambda m, x: x @ m.weight.T, "weight", None),
         (lambda m, x: x @ m.weight.mT, "weight", None),
+        (lambda m, x: x @ torch.ops.aten.numpy_T(m.weight), "weight", None),
+        (lambda m, x: x @ torch.ops.aten.mT(m.weight), "weight", None),
         (lambda m, x: x @ m.weight.t(), "weight", None),
         (lambda m, x: x @ torch.t(m.weight), "weight", None),
         (lambda m, x: torch.mm(x, m.weight.transpose(0, 1)), "weight", None),
