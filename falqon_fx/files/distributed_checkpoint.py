@@ -26,9 +26,8 @@ class CheckpointState:
     likewise into a model made as for the run that was saved.
 
     Sharded models are saved by as many processes as there are, each its own parts, and loaded by as
-    many, or others; ``dcp.async_save`` works too. What is prepared and cut by tensor parallelism is
-    refused. The optimizer's
-    states, those of A and B alone, are gathered.
+    many, or others; ``dcp.async_save`` works too. The optimizer's states, those of A and B alone,
+    are gathered.
 
     Unlike in `save_checkpoint`, all base weights are in it. ``dcp.load`` reads into the tensors it
     is given before anything can be compared, so it is given copies, on the CPU: each save and load
@@ -53,7 +52,7 @@ class CheckpointState:
         packed = {name: t for name, t in named if name.startswith(model_state.SITES)}
         optimizer = None if self.optimizer is None else self.optimizer.state_dict()
         tree = trees.to_plain(optimizer, ".training", packed)
-        model = {name: copied(t) for name, t in self.model.state_dict().items()}
+        model = {name: copied(t) for name, t in model_state.tensors_of(self.model).items()}
         kept, same = trees.unshared((name, gathered(t)) for name, t in packed.items())
         packed_bytes = save(kept)
         text = {"sites": sites, "optimizer": tree, "dtypes": _dtypes(model), "same": same}

@@ -75,6 +75,9 @@ class ExportLayer:
             return self
         module = whole_copy(self.module)
         linear = module if self.module is self.linear else module.get_base_layer()
+        if isinstance(self.linear, Fp8Linear) and self.linear.is_part():
+            self.linear.base()  # looks at the bytes that this process holds
+            linear.digest = nn.Parameter(self.linear.whole_digest(), requires_grad=False)
         return replace(self, module=module, linear=linear)
 
     def cast(self) -> tuple[Base, Source]:

@@ -69,8 +69,25 @@ def snapshot(model: nn.Module) -> tuple[list[Site], list[tuple[str, Tensor]]]:
             of_bytes = [digest(base.code, base.scale).tolist() for base in made]
             sites.append({**_known_by(name, parameter), "bases": of_bytes})
             left_out.add(name)
-    named = [(name, t) for name, t in model.state_dict().items() if name not in left_out]
+    named = [(name, t) for name, t in tensors_of(model).items() if name not in left_out]
     return sites, named + states
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """A model's tensors by name. Where tensor parallelism has cut W, its digest is that of all of
+    W, as any number of processes can compare it.
+    """
+    whole_digests = {name: layer.whole_digest() for name, layer in _cut(model).items()}
+    return {**model.state_dict(), **whole_digests}
+
+
+def _cut(model: nn.Module) -> dict[str, Fp8Linear]:
+    """The layers of which tensor parallelism has cut W, by the names of their digests."""
+    return {
+        f"{without_wrappers(path)}.digest": module
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, Fp8Linear) and module.is_part()
+    }
 
 
 def describe(layer: PreparedLinear) -> Site:
@@ -190,6 +207,11 @@ def _check_layer(model: nn.Module, site: Site, tensors: Mapping[str, Tensor], wh
         raise FalqonError(path, problem, _REMEDY)
     check_site(path, site, own, size, where, ranks)
     check_values(path, own, where)
+    if isinstance(module, Fp8Linear) and module.is_part():  # it will get a digest of its part
+        code, scale, known = (whole(own[name]) for name in Fp8Linear.STATE)
+        if not torch.equal(digest(code, scale), known):
+            problem = f"its bytes in {where} are not those that were saved"
+            raise FalqonError(path, problem, "Load another checkpoint, or write this one again")
 
 
 def _size_of(own: Mapping[str, Tensor]) -> list[int]:
@@ -249,7 +271,7 @@ def _check_weight(model: nn.Module, site: Site, where: str) -> None:
     if isinstance(module, MergedBaseLinear):
         return  # the saved state takes its place
     if isinstance(module, Fp8Linear):
-        same = whole(module.digest).tolist() in site["bases"]
+        same = module.whole_digest().tolist() in site["bases"]
         remedy = "Prepare the same base model, with the config of the run that was saved"
     else:
         weight = getattr(module, last, None)
@@ -278,8 +300,10 @@ def write(model: nn.Module, sites: list[Site], tensors: Mapping[str, Tensor]) ->
     for site in sites:
         if "prepared" in site:
             _prepare_layer(model, site, tensors)
-    named = dict(model.state_dict(keep_vars=True))
-    copy_tensors((named[name], t) for name, t in tensors.items() if name in named)
+    named, cut = dict(model.state_dict(keep_vars=True)), _cut(model)
+    copy_tensors((named[n], t) for n, t in tensors.items() if n in named and n not in cut)
+    for layer in cut.values():
+        layer.digest_anew()
     for parameter in model.parameters():
         registry.forget(parameter)
     for site in sites:
@@ -294,7 +318,9 @@ def _prepare_layer(model: nn.Module, site: Site, tensors: Mapping[str, Tensor]) 
     module: Any = model.get_submodule(path)
     given = {name: tensors[f"{path}.{name}"] for name in names_of(site)}
     if isinstance(module, PreparedLinear) and all(
-        described(getattr(module, name)) == described(tensor) for name, tensor in given.items()
+        described(getattr(module, name)) == described(tensor)
+        for name, tensor in given.items()
+        if name != "digest"  # of which each process has one, where tensor parallelism has cut W
     ):
         _take_options(module, site)
         return

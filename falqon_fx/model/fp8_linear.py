@@ -14,7 +14,7 @@ from falqon_fx.model.prepared_linear import PreparedLinear, autocast
 from falqon_fx.ops.base_linear import base_linear, dequantize
 from falqon_fx.site.base import DIGEST_BYTES, Base, bases, digest
 from falqon_fx.site.numerics import as_scale, scale_bits
-from falqon_fx.site.sharded import local
+from falqon_fx.site.sharded import local, whole
 from falqon_fx.site.shards import Cut
 
 IN_ONE_PROCESS = (
@@ -84,7 +84,7 @@ class Fp8Linear(PreparedLinear):
             FalqonError: its bytes are no longer those that `prepare` made, or FSDP has spread them
                 over processes.
         """
-        if is_dtensor(self.code) and not self._is_part():
+        if is_dtensor(self.code) and not self.is_part():
             problem = "it is sharded, and its dense base weight was asked for, as by PEFT's merge"
             raise FalqonError(self.path, problem, IN_ONE_PROCESS)
         self._verify()
@@ -92,15 +92,29 @@ class Fp8Linear(PreparedLinear):
         cut = Cut.of(self.code)
         return weight if cut is None else cut.wrap(weight)
 
-    def _is_part(self) -> bool:
+    def is_part(self) -> bool:
         """Whether tensor parallelism has cut W: then each process has a digest of its own bytes.
         FSDP cuts the digest of the whole as it cuts the bytes.
         """
         return is_dtensor(self.code) and self.digest.numel() > DIGEST_BYTES
 
+    def whole_digest(self) -> Tensor:
+        """The digest of all of W, uint8 [8]. All processes that hold a part of it call this."""
+        if not self.is_part():
+            return whole(self.digest.detach())
+        return digest(whole(self.code.detach()), whole(self.scale.detach()))
+
+    def digest_anew(self) -> None:
+        """Make the digest that of the bytes which this process holds."""
+        of_part = digest(local(self.code), local(self.scale))
+        with torch.no_grad():
+            local(self.digest).copy_(of_part)
+
     def _verify(self) -> None:
         # Compiled code looks before each call; of what FSDP has cut nobody here has all bytes.
-        if not torch.compiler.is_compiling() and (self._is_part() or not is_dtensor(self.code)):
+        if torch.compiler.is_compiling():
+            return
+        if not is_dtensor(self.code) or (self.is_part() and not _in_two_ways(self)):
             base = Base(local(self.code).detach(), as_scale(local(self.scale).detach()))
             bases.verify(self.path, base, local(self.digest))
 
@@ -111,12 +125,19 @@ class Fp8Linear(PreparedLinear):
         )
 
 
+def _in_two_ways(layer: Fp8Linear) -> bool:
+    """Whether FSDP shards what tensor parallelism has cut."""
+    mesh = getattr(layer.code, "device_mesh", None)
+    return layer.is_part() and mesh is not None and mesh.ndim > 1
+
+
 def refuse_parts(model: nn.Module, call: str) -> None:
-    """Raise where a ``call`` would have to put together what tensor parallelism has cut."""
+    """Raise where a ``call`` would have to put together what was cut in two ways."""
     for path, module in model.named_modules():
-        if isinstance(module, Fp8Linear) and module._is_part():
+        if isinstance(module, Fp8Linear) and _in_two_ways(module):
             raise FalqonError(
                 path,
-                f"tensor parallelism has cut its FP8 weight, which {call} can't put together yet",
+                f"FSDP shards what tensor parallelism has cut of its FP8 weight, which {call} "
+                "can't put together yet",
                 "Save the adapters with falqon_fx.save_adapter(model, folder)",
             )

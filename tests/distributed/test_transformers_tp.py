@@ -26,15 +26,37 @@ ONE_TIE = 2.0**-9
 @pytest.mark.slow
 def test_two_ranks(tmp_path: Path):
     for result in ranks.run(work, 2, tmp_path, timeout=600):
+        assert result.pop("exported") == []
         for prepared, (sites, off) in result.items():
             assert sites == 7, prepared
             assert len(off) == 14
             assert max(off.values()) <= ONE_TIE, off
 
 
-def work() -> dict[bool, Any]:
+def work() -> dict[bool | str, Any]:
     os.environ |= {"WORLD_SIZE": "2", "RANK": f"{dist.get_rank()}", "LOCAL_RANK": "0"}
-    return {prepared: _off(prepared) for prepared in (False, True)}
+    return {**{prepared: _off(prepared) for prepared in (False, True)}, "exported": _exported()}
+
+
+def _exported() -> list[str]:
+    """The tensors that two processes write otherwise than one, adapters merged."""
+    for folder, size in (("of one", 1), ("of two", 2)):
+        model = _model(size)
+        of_one = dict(_model(1).named_parameters())
+        with torch.no_grad():
+            for name, p in trained(model):
+                of_one[name].normal_(std=0.05, generator=torch.Generator().manual_seed(len(name)))
+                _fill(p, of_one[name])
+        falqon_fx.prepare(model, CONFIG, progress=False)
+        if size == 2 or dist.get_rank() == 0:
+            falqon_fx.save_fp8(model, folder, progress=False)
+        dist.barrier()
+    from safetensors.torch import load_file
+
+    one, two = (load_file(f"{folder}/model.safetensors") for folder in ("of one", "of two"))
+    assert {t.dtype for t in one.values()} >= {torch.float8_e4m3fn}
+    alike = [n for n in one.keys() & two.keys() if torch.equal(one[n].float(), two[n].float())]
+    return sorted({*one, *two} - {*alike})
 
 
 def _off(prepared: bool) -> tuple[int, dict[str, float]]:
