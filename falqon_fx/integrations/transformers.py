@@ -57,11 +57,11 @@ class FalqonCallback(TrainerCheckpoints):
             training begins.
         regional: compile the repeated blocks and not the whole in one process, too
             (`falqon_fx.compile_blocks`): the first step takes a fraction of the time.
-        generate: compile, in one process, what ``model.generate`` calls, too, so that what a
-            trainer samples is of the policy that it trains: at most six graphs more, none of them
-            for a single token. By default where the trainer's arguments say that it samples
-            (``num_generations``: trl's GRPO and RLOO). Without it a model that is not prepared
-            generates from its own weights.
+        generate: compile, in one process and without ``regional``, what ``model.generate`` calls,
+            too, so that what a trainer samples is of the policy that it trains: at most six graphs
+            more, none of them for a single token. By default where the trainer's arguments say that
+            it samples (``num_generations``: trl's GRPO and RLOO). Without it a model that is not
+            prepared generates from its own weights.
         checkpoints: add what the trainer's own checkpoints lack with update="rows", and of
             prepared models that are not PEFT's (see `TrainerCheckpoints`).
         compile_arguments: handed to ``torch.compile`` (``dynamic``, ``fullgraph``).
@@ -153,7 +153,8 @@ class FalqonCallback(TrainerCheckpoints):
             for part in parts:
                 part.compile(backend="falqon", options=options, **self.compile_arguments)
         inside: Callable[[], Any] | None = getattr(model, "get_base_model", None)
-        if args.world_size == 1 and self._generates(args) and inside is not None:
+        whole = args.world_size == 1 and not self.regional
+        if whole and self._generates(args) and inside is not None:
             # PEFT trains by the forward of the model inside, and generates by calling it.
             inside().compile(backend="falqon", options=options, **self.compile_arguments)
         self._compiled = weakref.ref(model)
