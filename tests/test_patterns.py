@@ -18,24 +18,24 @@ FROZEN = "a frozen linear layer"
 DIALECTS: dict[str, tuple[str, str]] = {
     "PEFT lora.Linear": (
         MATCHED,
-        "passes/test_match.py::test_peft_linear_is_one_site_within_the_fp8_bound "
-        "passes/test_match.py::test_peft_linear_takes_any_number_of_dimensions",
+        "passes/test_match_peft.py::test_peft_linear_is_one_site_within_the_fp8_bound "
+        "passes/test_match_peft.py::test_peft_linear_takes_any_number_of_dimensions",
     ),
     "PEFT, lora_dropout > 0": (
         f'{MATCHED}; {REFUSED} with dropout="reject"',
-        "passes/test_match.py::test_an_adapter_reads_the_dropped_x_its_base_layer_x_itself "
-        "passes/test_match.py::test_dropout_draws_the_numbers_that_eager_draws "
-        "passes/test_match.py::test_adapter_dropout_is_ignored_where_asked "
-        "passes/test_match.py::test_adapter_dropout_is_rejected_where_asked "
-        "passes/test_match.py::test_no_dropout_is_left_in_evaluation",
+        "passes/test_match_peft.py::test_an_adapter_reads_the_dropped_x_its_base_layer_x_itself "
+        "passes/test_match_peft.py::test_dropout_draws_the_numbers_that_eager_draws "
+        "passes/test_match_peft.py::test_adapter_dropout_is_ignored_where_asked "
+        "passes/test_match_peft.py::test_adapter_dropout_is_rejected_where_asked "
+        "passes/test_match_peft.py::test_no_dropout_is_left_in_evaluation",
     ),
     "PEFT use_rslora": (
         MATCHED,
-        "passes/test_match.py::test_rslora_scales_by_the_root_of_the_rank",
+        "passes/test_match_peft.py::test_rslora_scales_by_the_root_of_the_rank",
     ),
     "PEFT lora_bias, PiSSA, OLoRA": (
         MATCHED,
-        "passes/test_match.py::test_peft_linear_is_one_site_within_the_fp8_bound",
+        "passes/test_match_peft.py::test_peft_linear_is_one_site_within_the_fp8_bound",
     ),
     "LoftQ, CorDA, EVA, LoRA-GA, orthogonal, QA-LoRA on an unquantized layer": (
         MATCHED,
@@ -43,7 +43,7 @@ DIALECTS: dict[str, tuple[str, str]] = {
     ),
     "PEFT rank_pattern, alpha_pattern": (
         MATCHED,
-        "passes/test_match.py::test_rank_and_alpha_patterns_give_each_site_its_own",
+        "passes/test_match_peft.py::test_rank_and_alpha_patterns_give_each_site_its_own",
     ),
     "PEFT on Conv1D (fan_in_fan_out)": (
         MATCHED,
@@ -52,8 +52,8 @@ DIALECTS: dict[str, tuple[str, str]] = {
     ),
     "PEFT on Embedding, Conv2d": (
         REFUSED,
-        "passes/test_match.py::test_lora_on_an_embedding_is_refused "
-        "passes/test_match.py::test_lora_on_a_convolution_is_refused "
+        "passes/test_match_refused.py::test_lora_on_an_embedding_is_refused "
+        "passes/test_match_refused.py::test_lora_on_a_convolution_is_refused "
         "test_dialects.py::test_adapted_convolution_is_refused",
     ),
     "PEFT ParamWrapper, experts": (
@@ -77,8 +77,8 @@ DIALECTS: dict[str, tuple[str, str]] = {
     ),
     "PEFT, several active adapters": (
         MATCHED,
-        "passes/test_match.py::test_several_active_adapters_of_one_layer_are_one_site "
-        "passes/test_match.py::test_of_several_adapters_each_has_the_dropout_that_eager_draws",
+        "passes/test_match_peft.py::test_several_active_adapters_of_one_layer_are_one_site "
+        "passes/test_match_peft.py::test_of_several_adapters_each_has_the_dropout_that_eager_draws",
     ),
     "PEFT, layers that no adapter is put on": (
         "in FP8, but for heads, tied weights, routers and small layers",
@@ -90,14 +90,14 @@ DIALECTS: dict[str, tuple[str, str]] = {
         FROZEN,
         "test_dialects.py::test_no_adapter_in_the_graph_a_frozen_layer_and_nothing_to_report "
         "passes/test_frozen.py::test_a_disabled_adapter_leaves_the_numbers_of_b_at_zero "
-        "passes/test_match.py::test_a_peft_layer_without_its_adapter_is_a_plain_linear",
+        "passes/test_match_refused.py::test_a_peft_layer_without_its_adapter_is_a_plain_linear",
     ),
     "LoRA-FA": (MATCHED, "test_dialects.py::test_lora_fa"),
     "LoRA+": (MATCHED, "test_dialects.py::test_lora_plus_is_the_learning_rate_of_b"),
     "loralib Linear": (
         f"{MATCHED}; merged, {FROZEN}",
         "passes/test_match.py::test_loralib_linear "
-        "passes/test_match.py::test_a_merged_loralib_layer_is_a_plain_linear",
+        "passes/test_match_refused.py::test_a_merged_loralib_layer_is_a_plain_linear",
     ),
     "torchtune LoRALinear": (MATCHED, "passes/test_match.py::test_torchtune_linear"),
     "torchtitan, litgpt, einsum, x · (W + s · B · A)ᵀ": (
@@ -121,8 +121,8 @@ DIALECTS: dict[str, tuple[str, str]] = {
     "a base of bitsandbytes, of torchao, in FP8": (
         REFUSED,
         "test_dialects.py::test_a_bitsandbytes_base_is_refused "
-        "passes/test_match.py::test_a_quantized_base_is_refused "
-        "passes/test_match.py::test_an_fp8_base_is_refused "
+        "passes/test_match_refused.py::test_a_quantized_base_is_refused "
+        "passes/test_match_refused.py::test_an_fp8_base_is_refused "
         "test_errors.py::test_a_quantized_base_is_rejected_and_left_alone",
     ),
 }
@@ -157,7 +157,7 @@ SITUATIONS: dict[str, str] = {
     ),
     "weight tying": "test_loops.py::test_two_adapters_on_one_tied_base_weight_train_as_on_two "
     "test_regressions.py::test_sites_on_a_tied_base_weight_have_the_paths_of_their_adapters "
-    "test_prepare.py::test_a_tied_weight_is_refused",
+    "test_prepare_errors.py::test_a_tied_weight_is_refused",
     "two models in one process": "test_situations.py::test_two_models_in_one_process_do_not_mix",
     "one model compiled twice": (
         "test_situations.py::test_a_model_compiled_twice_has_one_fp8_weight"
