@@ -177,7 +177,9 @@ def test_a_kind_of_model_trains_as_plain_peft(name, graphs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
-def test_so_it_does_with_inductor(name):
+def test_so_it_does_with_inductor(name, monkeypatch):
+    """With the dropout that eager draws: T5 and BERT have one."""
+    monkeypatch.setattr(torch._inductor.config, "fallback_random", True)
     assert_trains_as_plain_peft(job_of(name), compiled(inner="inductor"))
 
 
@@ -220,11 +222,14 @@ def partly_full(touch: Touch) -> list[float]:
 
 
 def float16(touch: Touch) -> list[float]:
-    """The first scale overflows: that step is skipped."""
+    """The first scale overflows: that step is skipped. The next is one at which nothing does: in
+    between FP8's sums overflow later than float16's, and fewer steps are skipped.
+    """
     model = llama()
     touch(model)
     optimizer, data = torch.optim.AdamW(trained(model), lr=1e-2), tokens()
-    scaler, losses = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=1000), []
+    options = {"init_scale": 2.0**24, "backoff_factor": 2.0**-8, "growth_interval": 1000}
+    scaler, losses = torch.amp.GradScaler("cpu", **options), list[float]()
     for _ in range(STEPS + 8):
         with torch.autocast("cpu", torch.float16):
             loss = own_loss(model, next(data))
@@ -253,7 +258,7 @@ def checkpointed(reentrant: bool) -> Callable[[Touch], list[float]]:
 LOOPS: dict[str, tuple[Callable[[Touch], list[float]], int]] = {
     "partly full": (partly_full, 1),
     "float16 with GradScaler": (float16, 1),
-    "checkpointing": (checkpointed(False), 2),
+    "checkpointing": (checkpointed(False), 3),  # one of them is a single node
     "reentrant checkpointing": (checkpointed(True), 8),
 }
 
