@@ -176,11 +176,13 @@ def test_a_kind_of_model_trains_as_plain_peft(name, graphs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KINDS)
-def test_so_it_does_with_inductor(name, monkeypatch):
-    """With the dropout that eager draws: T5 and BERT have one."""
-    monkeypatch.setattr(torch._inductor.config, "fallback_random", True)
-    assert_trains_as_plain_peft(job_of(name), compiled(inner="inductor"))
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "unet"])
+def test_so_it_does_with_inductor(name):
+    """With the dropout that eager draws: T5 and BERT have one. Inductor by itself, without falqon,
+    trains this UNet otherwise than eager does.
+    """
+    with torch._inductor.config.patch(fallback_random=True):
+        assert_trains_as_plain_peft(job_of(name), compiled(inner="inductor"))
 
 
 # -- kinds of loops --------------------------------------------------------------------------------
