@@ -23,7 +23,7 @@ from torch import Tensor
 from falqon_fx.errors import FalqonError, one_line
 from falqon_fx.files.site_checks import described
 from falqon_fx.site.base import Base, cast_base, check_base, check_weight
-from falqon_fx.site.numerics import E4M3
+from falqon_fx.site.numerics import E4M3, powers_of_two
 from falqon_fx.site.spec import SiteSpec
 
 _STRIP = 1 << 24  # elements that are decoded at a time
@@ -131,7 +131,7 @@ def cast_again(
 
 def warn_unless_exact(scales: Iterable[Tensor], directory: Path) -> None:
     """Say once what casting again costs where scales are no powers of two."""
-    if all(bool((torch.frexp(s.to(torch.float32)).mantissa == 0.5).all()) for s in scales):
+    if all(map(powers_of_two, scales)):
         return
     warnings.warn(
         f"falqon: {one_line(str(directory))} has one FP8 scale per block, which are no powers of "

@@ -52,7 +52,8 @@ class CheckpointState:
         packed = {name: t for name, t in named if name.startswith(model_state.SITES)}
         optimizer = None if self.optimizer is None else self.optimizer.state_dict()
         tree = trees.to_plain(optimizer, ".training", packed)
-        model = {name: copied(t) for name, t in model_state.tensors_of(self.model).items()}
+        known = dict(named)  # where tensor parallelism has cut W, the digest of all of it
+        model = {name: copied(known.get(name, t)) for name, t in self.model.state_dict().items()}
         kept, same = trees.unshared((name, gathered(t)) for name, t in packed.items())
         packed_bytes = save(kept)
         text = {"sites": sites, "optimizer": tree, "dtypes": _dtypes(model), "same": same}

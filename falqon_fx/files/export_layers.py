@@ -24,7 +24,8 @@ from falqon_fx.model.stacks import Fp8Stack
 from falqon_fx.rows.prepared import MergedBaseLinear
 from falqon_fx.rows.state import MergedAdapter
 from falqon_fx.rows.unload import ACTIVATE, merged_weight, not_written
-from falqon_fx.site.base import Base, bases, cast_base, check_weight
+from falqon_fx.site.base import Base, bases, cast_base, check_weight, digest
+from falqon_fx.site.numerics import powers_of_two
 from falqon_fx.site.paths import without_wrappers
 from falqon_fx.site.sharded import whole_copy
 from falqon_fx.site.spec import SiteSpec, parse_spec
@@ -77,7 +78,7 @@ class ExportLayer:
         linear = module if self.module is self.linear else module.get_base_layer()
         if isinstance(self.linear, Fp8Linear) and self.linear.is_part():
             self.linear.base()  # looks at the bytes that this process holds
-            linear.digest = nn.Parameter(self.linear.whole_digest(), requires_grad=False)
+            linear.digest = nn.Parameter(digest(linear.code, linear.scale), requires_grad=False)
         return replace(self, module=module, linear=linear)
 
     def cast(self) -> tuple[Base, Source]:
@@ -214,9 +215,8 @@ def is_adapted(module: nn.Module) -> bool:
 
 def _plan_of(base: Base) -> SiteSpec:
     """How a base was cast: scales of "amax" are all powers of two by chance alone."""
-    powers = bool((torch.frexp(base.scale).mantissa == 0.5).all())
     spec = SiteSpec.from_config(FalqonConfig(granularity="row" if base.scale.dim() else "tensor"))
-    return replace(spec, scale="pow2" if powers else "amax")
+    return replace(spec, scale="pow2" if powers_of_two(base.scale) else "amax")
 
 
 class Originals:

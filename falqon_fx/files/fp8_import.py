@@ -31,7 +31,7 @@ from falqon_fx.files.site_checks import described
 from falqon_fx.files.units import SCALES
 from falqon_fx.model.lora_layers import lora_layers
 from falqon_fx.site.base import Base, digest
-from falqon_fx.site.numerics import E4M3, dtype_name, scale_bits
+from falqon_fx.site.numerics import E4M3, dtype_name, powers_of_two, scale_bits
 from falqon_fx.site.spec import SiteSpec
 
 _EXACT = 1e-3  # what becomes subnormal moves weights by less
@@ -64,19 +64,18 @@ def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = No
     if not weights:
         raise FalqonError(str(directory), "it holds no float8_e4m3fn weight", "Use transformers")
     found = {path: _scale(path, w, tensors, directory) for path, w in weights.items()}
-    in_blocks = {path for path, w in weights.items() if blocks.has_blocks(w, found[path])}
-    sizes = {
-        path: blocks.check_blocks(path, weights[path], found[path], size, str(directory))
-        for path in in_blocks
+    in_blocks = {
+        path: (w, found[path], blocks.check_blocks(path, w, found[path], size, str(directory)))
+        for path, w in weights.items()
+        if blocks.has_blocks(w, found[path])
     }
     of_rows = {p: _row_scale(weights[p], s) for p, s in found.items() if p not in in_blocks}
     config = replace(config or FalqonConfig(), granularity="row")
-    if not all(_powers_of_two(scale) for scale in of_rows.values()):
+    if not all(map(powers_of_two, of_rows.values())):
         config = replace(config, scale="amax")
     spec = SiteSpec.from_config(config)
     bases = {path: Base(weights[path].view(torch.uint8), scale) for path, scale in of_rows.items()}
-    given = {path: (weights[path], found[path], of_block) for path, of_block in sizes.items()}
-    bases |= _cast_again(given, spec, directory)
+    bases |= _cast_again(in_blocks, spec, directory)
     dtype = dtype_name(model.get_base_model().dtype)
     adapted = {layer.path for layer in lora_layers(model)}
     layers: dict[str, tuple[Site, Mapping[str, Tensor]]] = {}
@@ -155,10 +154,6 @@ def _scale(path: str, weight: Tensor, tensors: Mapping[str, Tensor], directory: 
 def _row_scale(weight: Tensor, scale: Tensor) -> Tensor:
     """The scale of each row, float32 [out, 1]; there is one for all or one for each."""
     return scale.reshape(-1, 1).expand(weight.shape[0], 1).clone()
-
-
-def _powers_of_two(scale: Tensor) -> bool:
-    return bool((torch.frexp(scale).mantissa == 0.5).all())
 
 
 def _cast_again(

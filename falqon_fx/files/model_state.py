@@ -69,11 +69,11 @@ def snapshot(model: nn.Module) -> tuple[list[Site], list[tuple[str, Tensor]]]:
             of_bytes = [digest(base.code, base.scale).tolist() for base in made]
             sites.append({**_known_by(name, parameter), "bases": of_bytes})
             left_out.add(name)
-    named = [(name, t) for name, t in tensors_of(model).items() if name not in left_out]
+    named = [(name, t) for name, t in _tensors_of(model).items() if name not in left_out]
     return sites, named + states
 
 
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """A model's tensors by name. Where tensor parallelism has cut W, its digest is that of all of
     W, as any number of processes can compare it.
     """

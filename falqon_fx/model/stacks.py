@@ -20,6 +20,7 @@ from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.model.lora_layers import tied_weights
 from falqon_fx.model.prepared_linear import ReadOnly
 from falqon_fx.ops.base_linear import stacked_weight
+from falqon_fx.ops.experts_lowering import stacked_b
 from falqon_fx.passes.match.frozen import why_left
 from falqon_fx.site.base import Base, BaseParameter, bases, cast_base
 from falqon_fx.site.paths import IN_FP8, stack_path
@@ -196,8 +197,7 @@ def stacked_product(b: Tensor, a: Tensor, experts: int) -> Tensor:
     """B · A, of stacked experts that of each, [experts * out, in]."""
     if not experts:
         return b @ a
-    left = b.reshape(len(b), -1, experts).permute(2, 0, 1)  # PEFT has the experts fastest here
-    return torch.bmm(left, a.reshape(experts, -1, a.shape[1])).flatten(0, 1)
+    return torch.bmm(stacked_b(b, experts), a.reshape(experts, -1, a.shape[1])).flatten(0, 1)
 
 
 def experts_in(parameter: Tensor) -> int:

@@ -30,6 +30,11 @@ AUTOCAST_DEVICES = frozenset(
 )
 
 
+def powers_of_two(scale: Tensor) -> bool:
+    """Whether all scales are positive powers of two."""
+    return bool((torch.frexp(scale.to(torch.float32)).mantissa == 0.5).all())
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """As in files, reports and specs: "bfloat16"."""
     return str(dtype).removeprefix("torch.")
