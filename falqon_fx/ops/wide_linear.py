@@ -17,6 +17,9 @@ from torch.nn import functional as F
 from falqon_fx.site.numerics import without_autocast
 
 WIDE = torch.float32
+# Rows of W that are float32 at once. An output head has 50,000 and more: widened whole, W and its
+# logits take hundreds of megabytes, and a third of the time goes into getting their memory.
+ROWS = 1024
 
 
 @torch.library.custom_op("falqon::wide_linear", mutates_args=())
@@ -25,8 +28,12 @@ def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., in] · Wᵀ + bias [..., out] in x's dtype, computed and added up in float32: as a
     product in bfloat16 is, but for the order of the sum. W [out, in] and bias are frozen.
     """
-    of_bias = None if bias is None else bias.to(WIDE)
-    return F.linear(x.to(WIDE), weight.to(WIDE), of_bias).to(x.dtype)
+    wide, result = x.to(WIDE), x.new_empty((*x.shape[:-1], weight.shape[0]))
+    for first in range(0, weight.shape[0], ROWS):
+        rows = slice(first, first + ROWS)
+        of_rows = None if bias is None else bias[rows].to(WIDE)
+        result[..., rows] = F.linear(wide, weight[rows].to(WIDE), of_rows)
+    return result
 
 
 @wide_linear.register_fake
@@ -43,9 +50,34 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
     (weight,) = ctx.saved_tensors
     if not ctx.needs_input_grad[0]:
         return None, None, None
-    return (grad.to(WIDE) @ weight.to(WIDE)).to(grad.dtype), None, None
+    return wide_linear_grad_x(grad, weight), None, None
 
 
+@torch.library.custom_op("falqon::wide_linear_grad_x", mutates_args=())
+@without_autocast
+def wide_linear_grad_x(grad: Tensor, weight: Tensor) -> Tensor:
+    """dL/dx [..., in] = dL/dO · W in dL/dO's dtype, computed and added up in float32."""
+    flat = grad.reshape(-1, grad.shape[-1])
+    total = flat.new_zeros((flat.shape[0], weight.shape[1]), dtype=WIDE)
+    for first in range(0, weight.shape[0], ROWS):
+        rows = slice(first, first + ROWS)
+        total.addmm_(flat[:, rows].to(WIDE), weight[rows].to(WIDE))
+    return total.to(grad.dtype).reshape(*grad.shape[:-1], weight.shape[1])
+
+
+@wide_linear_grad_x.register_fake
+def _(grad: Tensor, weight: Tensor) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], weight.shape[1]))
+
+
+def _backward_again(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    (weight,) = ctx.saved_tensors
+    return wide_linear(grad, weight, None), None  # dL/dx is linear in dL/dO
+
+
+wide_linear_grad_x.register_autograd(
+    _backward_again, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[1])
+)
 wide_linear.register_autograd(_backward, setup_context=_save)
 OP = torch.ops.falqon.wide_linear.default
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from falqon_fx import rewrite
-from falqon_fx.ops import lowering
+from falqon_fx.ops import lowering, wide_linear
 from falqon_fx.passes.match.frozen import why_left
 from tests import tolerances as tol
 from tests.models import LoraLinear, fill_b
@@ -515,16 +515,26 @@ def test_a_head_in_bfloat16_is_multiplied_in_float32(spelling, bias, monkeypatch
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_gradients_of_a_product_in_float32(bias):
+@pytest.mark.parametrize("rows", [96, 40])  # at once: all, and with fewer in the last part
+def test_gradients_of_a_product_in_float32(bias, rows, monkeypatch):
+    monkeypatch.setattr(wide_linear, "ROWS", rows)
     x, weight = randn(2, 3, 64).bfloat16().requires_grad_(), randn(96, 64, seed=1).bfloat16()
-    y = torch.ops.falqon.wide_linear(x, weight, randn(96).bfloat16() if bias else None)
-    assert y.shape == (2, 3, 96)
+    added = randn(96, seed=3).bfloat16() if bias else None
+    y = torch.ops.falqon.wide_linear(x, weight, added)
+    wanted, sizes = x.double() @ weight.double().t(), x.double().abs() @ weight.double().abs().t()
+    if added is not None:
+        wanted, sizes = wanted + added.double(), sizes + added.double().abs()
+    # A sum of 65 terms in float32, then one rounding to bfloat16.
+    tol.assert_within(y, wanted, tol.rounded_bound(wanted, tol.gamma(65) * sizes, torch.bfloat16))
     grad = randn(2, 3, 96, seed=2).bfloat16()
     (found,) = torch.autograd.grad(y, x, grad)
     wanted = grad.double() @ weight.double()
     bound = tol.gamma(96) * (grad.double().abs() @ weight.double().abs())
     tol.assert_within(found, wanted, tol.rounded_bound(wanted, bound, torch.bfloat16))
     given = (x, weight, None)
+    torch.library.opcheck(
+        torch.ops.falqon.wide_linear_grad_x.default, (grad.requires_grad_(), weight)
+    )
     torch.library.opcheck(torch.ops.falqon.wide_linear.default, given)
 
 
