@@ -8,7 +8,8 @@ is taken within its round. The baseline is whichever bf16 PEFT run (A and B trai
 float32 or bf16, eager or Inductor) has the lowest median; the peer of a run is the fastest of those
 whose adapter has its dtype (PEFT itself makes a bf16 model's adapter float32). All models are in
 bf16, but for "float32 model", which is what a CPU without bf16 products is fast at. Such a CPU is
-emulated by ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2. Also measured: the first step, the
+emulated by ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2; with
+--runs falqon "eager, float32 model" that model is the baseline. Also measured: the first step, the
 memory of the process around ``prepare``, the bytes of the merged weights.
 """
 
@@ -245,6 +246,7 @@ class Comparison:
     def baseline(self) -> str:
         """The fastest of the runs that count."""
         there = [name for name in BASELINES if name in self.seconds]
+        there = there or [name for name in self.seconds if name in FLOAT32]
         return min(there, key=lambda name: statistics.median(self.seconds[name]))
 
     def peer(self, name: str) -> str | None:
@@ -312,18 +314,17 @@ def report(comparison: Comparison, console: Console) -> None:
         "seconds": comparison.seconds,
         "ratios": {name: comparison.ratios(name) for name in comparison.seconds},
     }
-    common.write_json(common.result_path(f"cpu_step_{tokens}", ".json"), content)
+    name = f"cpu_step_{tokens}" + ("_float32" if comparison.baseline in FLOAT32 else "")
+    common.write_json(common.result_path(name, ".json"), content)
     rows = [
-        {"run": name, "round": index, "seconds": value}
-        for name, values in comparison.seconds.items()
+        {"run": run, "round": index, "seconds": value}
+        for run, values in comparison.seconds.items()
         for index, value in enumerate(values)
     ]
-    common.write_csv(common.result_path(f"cpu_step_{tokens}", ".csv"), rows)
+    common.write_csv(common.result_path(name, ".csv"), rows)
     page = common.markdown(title, about, HEADER, comparison.rows())
-    common.result_path(f"cpu_step_{tokens}", ".md").write_text(page, encoding="utf-8")
-    console.print(
-        f"Written: {common.result_path(f'cpu_step_{tokens}', '')}.json, .csv, .md", highlight=False
-    )
+    common.result_path(name, ".md").write_text(page, encoding="utf-8")
+    console.print(f"Written: {common.result_path(name, '')}.json, .csv, .md", highlight=False)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -338,8 +339,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--runs", nargs="+", choices=CONTENDERS, default=default)
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if not set(args.runs) & set(BASELINES):
-        parser.error(f"--runs needs one of {', '.join(BASELINES)}")
+    if not set(args.runs) & {*BASELINES, *FLOAT32}:
+        parser.error(f"--runs needs one of {', '.join([*BASELINES, *FLOAT32])}")
     return args
 
 

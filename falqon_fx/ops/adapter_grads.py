@@ -81,11 +81,20 @@ def adapter_grads(batch: Batch, spec_text: str) -> tuple[Sequence[Tensor], Seque
         lowering.grad_b(g, parts[j], factor, dtype)
         for g, j, factor, dtype in zip(batch.grad, batch.adapters, batch.scaling, batch.b_dtypes)
     ]
-    of_a = [
-        torch.ops.falqon.grad_a(batch.d.parts[j], *batch.x, dtype)
-        for j, dtype in zip(batch.adapters, batch.a_dtypes)
-    ]
-    return of_b, of_a
+    return of_b, _grads_of_a(batch)
+
+
+def _grads_of_a(batch: Batch) -> list[Tensor]:
+    """dL/dA_j of each, as one product with those that share a dtype: x̂ is decoded once."""
+    if len({*batch.a_dtypes}) != 1:
+        return [
+            torch.ops.falqon.grad_a(batch.d.parts[j], *batch.x, dtype)
+            for j, dtype in zip(batch.adapters, batch.a_dtypes)
+        ]
+    whole = torch.cat([batch.d.parts[j] for j in batch.adapters], dim=1)
+    made = torch.ops.falqon.grad_a(whole, *batch.x, batch.a_dtypes[0])
+    # Each as memory of its own: a gradient outlives the others.
+    return [part.clone() for part in made.split([batch.ranks[j] for j in batch.adapters])]
 
 
 def adapter_grads_on_gpu(batch: Batch, spec_text: str) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
