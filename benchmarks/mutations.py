@@ -35,46 +35,49 @@ _NORMALIZE, _MATCH = "passes/test_normalize.py", "passes/test_match.py"
 _MATCHED = (_MATCH, "passes/test_match_peft.py", "passes/test_match_refused.py")
 # Their numbers are compared by two processes.
 _TWO_PROCESSES = ("passes/test_localize.py", "distributed/test_fast.py")
+_DIALECTS = ("test_dialects.py", "test_dialects_refused.py")
+_FROZEN = ("passes/test_frozen.py", "passes/test_frozen_left.py")
 _EXPERTS = ("test_merged_experts.py", "test_prepared_experts.py")
+_VERIFY = tuple(f"passes/test_verify{n}.py" for n in ("", "_operands", "_frontends"))
 # What tests a file, the most telling first. `--shared` adds the tests of all passes.
 TESTS: Mapping[str, tuple[str, ...]] = {
     "autotune.py": ("passes/test_autotune.py",),
     "checks.py": ("passes/test_plan.py", "passes/test_match_refused.py", "test_errors.py"),
-    "copy_graph.py": ("passes/test_verify.py", "passes/test_rewrite.py"),
+    "copy_graph.py": ("passes/test_verify_frontends.py", "passes/test_rewrite.py"),
     "describe.py": ("passes/test_kernels.py", "test_report.py", "test_explain.py"),
-    "dialects.py": (_NORMALIZE, "test_dialects.py", _MATCH),
+    "dialects.py": (_NORMALIZE, *_DIALECTS, _MATCH),
     "gather_tokens.py": ("test_gather_tokens.py", *_TWO_PROCESSES),
     "hoist.py": _TWO_PROCESSES,
-    "insert_operands.py": ("passes/test_insert_operands.py", "passes/test_verify.py"),
+    "insert_operands.py": ("passes/test_insert_operands.py", *_VERIFY),
     "localize.py": _TWO_PROCESSES,
-    "match/computed.py": (_MATCH, "passes/test_match_refused.py", "test_dialects.py"),
-    "match/dataflow.py": (*_MATCHED, "test_dialects.py"),
-    "match/delta.py": ("test_dialects.py", *_MATCHED),
+    "match/computed.py": (_MATCH, "passes/test_match_refused.py", *_DIALECTS),
+    "match/dataflow.py": (*_MATCHED, *_DIALECTS),
+    "match/delta.py": (*_DIALECTS, *_MATCHED),
     "match/experts.py": _EXPERTS,
-    "match/frozen.py": ("passes/test_frozen.py",),
-    "match/pair.py": (*_MATCHED, "test_dialects.py"),
-    "match/unmatched.py": ("passes/test_match_refused.py", "test_dialects.py", *_MATCHED[:2]),
+    "match/frozen.py": _FROZEN,
+    "match/pair.py": (*_MATCHED, *_DIALECTS),
+    "match/unmatched.py": ("passes/test_match_refused.py", *_DIALECTS, *_MATCHED[:2]),
     "modes.py": ("passes/test_modes.py", *_MATCHED[1:2]),
     "normalize.py": (_NORMALIZE, _MATCH),
-    "pipeline.py": ("passes/test_verify.py", "test_passlog.py"),
+    "pipeline.py": (*_VERIFY, "test_passlog.py"),
     "plan.py": ("passes/test_plan.py", "passes/test_siblings.py", "passes/test_insert_operands.py"),
     "propagate.py": (_NORMALIZE, "passes/test_rewrite.py"),
     "recompute_weights.py": ("passes/test_recompute_weights.py",),
-    "rewrite.py": ("passes/test_rewrite.py", "passes/test_siblings.py", "passes/test_frozen.py"),
-    "rows.py": ("passes/test_insert_operands.py", "passes/test_verify.py", "passes/test_plan.py"),
+    "rewrite.py": ("passes/test_rewrite.py", "passes/test_siblings.py", *_FROZEN),
+    "rows.py": ("passes/test_insert_operands.py", *_VERIFY, "passes/test_plan.py"),
     "scope.py": (_NORMALIZE, *_MATCHED),
     "shards.py": _TWO_PROCESSES,
     "siblings.py": ("passes/test_siblings.py", "passes/test_frozen.py"),
     "slots.py": ("passes/test_plan.py", "passes/test_insert_operands.py"),
     "terms.py": (_NORMALIZE, *_MATCHED),
-    "verify.py": ("passes/test_verify.py", "test_merged_experts.py"),
-    "verify_experts.py": ("test_merged_experts.py",),
-    "verify_nodes.py": ("passes/test_verify.py",),
-    "vocabulary.py": (_NORMALIZE, _MATCH, "test_dialects.py"),
-    "work.py": ("passes/test_verify.py", "passes/test_autotune.py"),
+    "verify.py": (*_VERIFY, "passes/test_verify_experts.py"),
+    "verify_experts.py": ("passes/test_verify_experts.py", "test_merged_experts.py"),
+    "verify_nodes.py": _VERIFY,
+    "vocabulary.py": (_NORMALIZE, _MATCH, *_DIALECTS),
+    "work.py": (*_VERIFY, "passes/test_autotune.py"),
     "writes.py": ("passes/test_writes.py",),
 }
-SHARED = ("passes", "test_patterns.py", "test_dialects.py")
+SHARED = ("passes", "test_patterns.py", *_DIALECTS)
 KINDS = ("negate", "constant", "drop", "swap", "condition")
 _OPPOSITE: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Eq: ast.NotEq,

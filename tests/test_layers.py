@@ -59,7 +59,7 @@ def test_private_names_of_torch_are_imported_in_one_file(name):
 
 def test_addresses_are_given_to_compiled_code_in_one_folder():
     """Beside that code stands what compares dtypes, shapes and layouts first
-    (`tests/kernels/test_cpu.py`); nothing else can call it.
+    (`tests/kernels/test_cpu_operands.py`); nothing else can call it.
     """
     users = {n for n, p in house.MODULES.items() if "ctypes" in p.read_text()}
     assert users == {f"falqon_fx.kernels.cpu.{n}" for n in ("build", "casts", "native", "samples")}

@@ -10,97 +10,42 @@ import copy
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
-import peft
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import falqon_fx
-from falqon_fx.rows import state as rows_state
 from falqon_fx.site import base as base_module
 from falqon_fx.site import record
-from tests import tolerances as tol
 from tests.emulation import emulate
 from tests.models import (
-    LoraLinear,
     Relu,
     Stack,
     fill_b,
     freeze_a,
-    tiny_llama,
     tiny_mlp,
     train,
 )
-from tests.parameters import PREPARED_OR_NOT, each_value, slow
+from tests.parameters import PREPARED_OR_NOT, each_value
+from tests.situations import (
+    INNER,
+    PREPARED,
+    UPDATES,
+    adapter,
+    alone,
+    codes,
+    compiled,
+    made,
+    options,
+)
 from tests.training import adam, all_equal
-
-INNER = pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-PREPARED = pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
-UPDATES = pytest.mark.parametrize("update", ["adapter", "rows"])
-
-
-@pytest.fixture
-def created(monkeypatch):
-    """The path of each site whose weight is cast to FP8, as it happens."""
-    paths: list[str] = []
-    make, create = base_module.Bases._make, rows_state.create
-
-    def making(self: Any, site: base_module.BaseParameter, spec: Any) -> Any:
-        paths.append(site.path)
-        return make(self, site, spec)
-
-    def creating(path: str, *args: Any) -> rows_state.MergedAdapter:
-        paths.append(path)
-        return create(path, *args)
-
-    monkeypatch.setattr(base_module.Bases, "_make", making)
-    monkeypatch.setattr(rows_state, "create", creating)
-    return paths
-
-
-def options(inner: str = "eager", **others: Any) -> dict[str, Any]:
-    """Rows of nearest rounding are the same whatever the site is called."""
-    rows = {"rounding": "nearest"} if others.get("update") == "rows" else {}
-    return {"inner": inner, **rows, **others}
-
-
-def compiled(model: nn.Module, inner: str = "eager", **others: Any) -> Any:
-    return torch.compile(model, backend="falqon", options=options(inner, **others))
-
-
-def made(kind: type[nn.Module], update: str, **sizes: int) -> nn.Module:
-    """A model, with A frozen where rows are written."""
-    model = kind(**sizes)
-    return freeze_a(model) if update == "rows" else model
-
-
-def adapter(model: nn.Module) -> list[Tensor]:
-    """A and B of every site."""
-    return [p.detach() for name, p in model.named_parameters() if "lora_" in name]
-
-
-def codes(model: nn.Module) -> list[Tensor]:
-    """The FP8 bytes of every site."""
-    return [state.weight.view(torch.uint8) for state in falqon_fx.adapters(model).values()]
 
 
 def pointers(model: nn.Module) -> list[int]:
     """Where they lie."""
     return [code.data_ptr() for code in codes(model)]
-
-
-def alone(model: nn.Module, x: Tensor, steps: int, **others: object) -> list[Tensor]:
-    """A and B after training a copy of a model with nothing else around it."""
-    torch._dynamo.reset()
-    own = copy.deepcopy(model)
-    train(compiled(own, **others), adam(own), x, steps)
-    torch._dynamo.reset()
-    return adapter(own)
 
 
 # -- graphs shared ---------------------------------------------------------------------------------
@@ -451,335 +396,3 @@ def compiled_once(model: nn.Module, x: Tensor) -> nn.Module:
     """The model after a call with its adapters, so that `falqon_fx.adapters` knows them."""
     compiled(model)(x)
     return model
-
-
-# -- parameters that change ------------------------------------------------------------------------
-
-
-def in_place(weight: nn.Parameter) -> None:
-    with torch.no_grad():
-        weight.mul_(2.0)
-
-
-def through_data(weight: nn.Parameter) -> None:
-    """No version counter sees it; on a CPU the contents are looked at."""
-    weight.data.mul_(2.0)
-
-
-def other_data(weight: nn.Parameter) -> None:
-    weight.data = weight.data * 2.0
-
-
-CHANGES = pytest.mark.parametrize("change", [in_place, through_data, other_data])
-
-
-@each_value(name=["base_layer", "lora_A", "lora_B"], change=[in_place, through_data, other_data])
-def test_a_changed_parameter_is_seen(created, name, change):
-    """W makes a new base, of that layer alone, in the place of the old one; A and B none."""
-    model, x = Relu(), torch.randn(2, 5, 32)
-    fill_b(model)
-    call = compiled(model)
-    first = call(x).detach()
-    old = weakref.ref(falqon_fx.adapters(model)["up"].weight.untyped_storage())
-    change(getattr(model.up, name).weight)
-    changed = call(x).detach()
-    assert created == ["up", "down", *(["up"] if name == "base_layer" else [])]
-    gc.collect()
-    assert (old() is None) == (name == "base_layer")
-    torch._dynamo.reset()
-    assert torch.equal(changed, compiled(copy.deepcopy(model))(x))
-    assert not torch.equal(changed, first)
-
-
-@CHANGES
-@pytest.mark.parametrize("name", ["base_layer", "lora_A"])
-def test_a_changed_w_or_a_rebuilds_the_weight_of_update_rows(name, change):
-    """Both are in it."""
-    model, x = made(Relu, "rows"), torch.randn(2, 5, 32)
-    fill_b(model)
-    call = compiled(model, update="rows")
-    call(x)
-    change(getattr(model.up, name).weight)
-    changed = call(x)
-    torch._dynamo.reset()
-    assert torch.equal(changed, compiled(copy.deepcopy(model), update="rows")(x))
-
-
-@PREPARED
-def test_load_state_dict_gives_the_loaded_models_results(prepared):
-    def one(seed: int) -> nn.Module:
-        torch.manual_seed(seed)
-        model = tiny_mlp()
-        fill_b(model, 0.1, seed)
-        if prepared:
-            falqon_fx.prepare(model, progress=False)
-        return model
-
-    model, other, x = one(0), one(1), torch.randn(2, 5, 32)
-    call = compiled(model)
-    train(call, adam(model), x, steps=2)
-    model.load_state_dict(other.state_dict())
-    loaded = call(x)
-    torch._dynamo.reset()
-    assert torch.equal(loaded, compiled(other)(x))
-
-
-def test_a_dtype_cast_after_compile_casts_the_base_anew(created):
-    model, x = Relu(), torch.randn(2, 5, 32)
-    fill_b(model)
-    call = compiled(model)
-    call(x)
-    model.to(torch.bfloat16)
-    half = call(x.bfloat16())
-    assert created == ["up", "down"] * 2
-    torch._dynamo.reset()
-    assert torch.equal(half, compiled(copy.deepcopy(model))(x.bfloat16()))
-
-
-@pytest.fixture
-def swapped() -> Iterator[None]:
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    yield
-    torch.__future__.set_swap_module_params_on_conversion(False)
-
-
-CONVERSIONS = {
-    "to": lambda model: model.to(torch.bfloat16),
-    "load_state_dict": lambda model: model.load_state_dict(
-        {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    ),
-}
-
-
-@each_value(
-    inner=["eager", "inductor"],
-    prepared=PREPARED_OR_NOT,
-    when=["before", "after"],
-    convert=list(CONVERSIONS),
-)
-def test_parameters_that_are_swapped(swapped, convert, when, prepared, inner):
-    """torch.__future__.set_swap_module_params_on_conversion asks that nothing holds a weak
-    reference to a parameter.
-    """
-    model = tiny_mlp()
-    fill_b(model, 0.1)
-    if prepared:
-        falqon_fx.prepare(model, progress=False)
-    plain, x = copy.deepcopy(model), torch.randn(2, 5, 32)
-    call = compiled(model, inner)
-    if when == "after":
-        call(x).sum().backward()
-        model.zero_grad()
-    before = [code.clone() for code in codes(model)] if prepared else None
-    for own in (model, plain):
-        CONVERSIONS[convert](own)
-    x = x.to(model.base_model.model[0].lora_A["default"].weight.dtype)
-    found = call(x)
-    found.float().sum().backward()
-    torch._dynamo.reset()
-    expected = compiled(plain, inner)(x)
-    expected.float().sum().backward()
-    assert torch.equal(found, expected)
-    grads = [[p.grad for p in own.parameters() if p.requires_grad] for own in (model, plain)]
-    assert all_equal(*grads)
-    assert before is None or all_equal(codes(model), before)
-
-
-# -- code that reads the weight of a prepared layer ------------------------------------------------
-
-
-def tiny_t5(targets: list[str]) -> nn.Module:
-    """One layer each; width 64, so that FP8 takes all its linear layers but the tied head."""
-    config = transformers.T5Config(
-        vocab_size=64,
-        d_model=64,
-        d_kv=16,
-        d_ff=96,
-        num_layers=1,
-        num_decoder_layers=1,
-        num_heads=4,
-        dropout_rate=0.0,
-        decoder_start_token_id=0,
-        feed_forward_proj="gated-gelu",
-        use_cache=False,
-    )
-    model = transformers.T5ForConditionalGeneration(config).to(torch.bfloat16)
-    return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets))
-
-
-@pytest.mark.parametrize("inner", ["aot_eager", slow("eager"), slow("inductor")])
-@pytest.mark.parametrize("targets", [["q", "v"], slow(["q", "v", "wo"], id="wo adapted")])
-def test_t5_asks_a_prepared_layer_for_the_dtype_of_its_weight(inner, targets, graphs):
-    """So do mT5, LongT5, UMT5, Switch, Pix2Struct and UDOP. Prepared and unprepared are the same
-    bit for bit: the same FP8 bytes, and the dtype that the weight had.
-    """
-    model, ids = tiny_t5(targets), torch.arange(12).view(2, 6)
-    fill_b(model, 0.1)
-    losses, grads = [], []
-    for prepared in (False, True):
-        own = copy.deepcopy(model)
-        if prepared:
-            report = falqon_fx.prepare(own, progress=False)
-            assert sum(path.endswith(".wo") for path in report.prepared) == 2
-            assert sum(path.endswith(".wo") for path in report.frozen) == 2 * (len(targets) == 2)
-        torch._dynamo.reset()
-        graphs.clear()
-        loss = compiled(own, inner)(input_ids=ids, labels=ids).loss
-        loss.backward()
-        assert sum(len(graph.sites) for graph in graphs) == 18
-        losses.append(loss.detach())
-        grads.append([p.grad for p in own.parameters() if p.requires_grad])
-    assert torch.equal(*losses)
-    assert all_equal(*grads)
-    assert all(g.abs().max() > 0 for g in grads[0])
-
-
-class Reads(nn.Module):
-    """A forward that multiplies with the values of its layers' weights, beside calling them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.call, self.direct = nn.Linear(64, 80), nn.Linear(64, 80, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        norm = self.call.weight.float().norm(dim=1) * (self.call.weight.dtype == torch.float32)
-        return self.call(x) + F.linear(x, self.direct.weight) + norm
-
-
-@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
-def test_values_of_a_prepared_weight_are_those_of_dq_w(inner):
-    """What is called is multiplied in FP8; what reads ``weight`` gets dq(W)."""
-    model = peft.get_peft_model(Reads(), peft.LoraConfig(r=4, target_modules=["call"]))
-    fill_b(model, 0.1)
-    report = falqon_fx.prepare(model, progress=False)
-    assert len(report.prepared) == 2
-    x = torch.randn(5, 64)
-    plain = falqon_fx.restore(copy.deepcopy(model))
-    inside = plain.get_base_model()
-    exact, site = tol.Approx.exact, inside.call
-    bound = tol.site_bounds(
-        x,
-        torch.randn(5, 80),
-        tol.Parameters(
-            site.base_layer.weight.detach(),
-            site.lora_A["default"].weight.detach(),
-            site.lora_B["default"].weight.detach(),
-            site.scaling["default"],
-            site.base_layer.bias.detach(),
-        ),
-    ).y
-    called = tol.Approx(site.double()(x.double()).detach(), bound)
-    direct = (exact(x) @ exact(inside.direct.weight.detach()).t()).rounded(torch.float32)
-    norm = site.base_layer.weight.detach().double().norm(dim=1)
-    norm = tol.Approx(norm, tol.gamma(64 + 2) * norm)
-    wanted = ((called + direct).rounded(torch.float32) + norm).rounded(torch.float32)
-    wanted.assert_holds(compiled(model, inner)(x).detach())
-
-
-@INNER
-def test_an_exported_prepared_model_goes_through_rewrite(inner):
-    """`torch.export` lifts the bytes of prepared layers as it lifts parameters."""
-    model, x = tiny_mlp(), torch.randn(5, 32)
-    fill_b(model, 0.1)
-    falqon_fx.prepare(model, progress=False)
-    expected = compiled(copy.deepcopy(model), inner)(x)
-    exported = torch.export.export(model.get_base_model(), (x,))
-    result = falqon_fx.rewrite(exported.module(), [x])
-    assert [site.path for site in result.report.sites] == ["0", "2"]
-    assert torch.equal(result(x), expected)
-
-
-# -- modules used twice, special inputs ------------------------------------------------------------
-
-
-@INNER
-def test_a_module_used_twice_in_one_forward_is_one_site_with_the_sum_of_both_gradients(
-    created, graphs, inner
-):
-    """The sum in autograd's own order, by which a second module of equal weights would differ."""
-
-    class Twice(nn.Module):
-        def __init__(self, first: LoraLinear, second: LoraLinear) -> None:
-            super().__init__()
-            self.first, self.second = first, second
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.second(torch.relu(self.first(x)))
-
-    layer, x = LoraLinear(32, 32), torch.randn(2, 5, 32)
-    nn.init.normal_(layer.lora_B.weight, std=0.02)
-    apart = Twice(layer, copy.deepcopy(layer))
-    expected = compiled(apart, inner)(x)
-    expected.sum().backward()
-    parts = [[p.grad for p in part.parameters() if p.requires_grad] for part in apart.children()]
-    layer.zero_grad()
-    torch._dynamo.reset()
-    created.clear()
-    graphs.clear()
-
-    result = compiled(Twice(layer, layer), inner)(x)
-    result.sum().backward()
-    assert torch.equal(result, expected)
-    found = [p.grad for p in layer.parameters() if p.requires_grad]
-    assert len(found) == 2
-    assert all_equal(found, [a + b for a, b in zip(*parts)])
-    assert len(graphs[0].sites) == 2
-    assert created == []  # found again: the same W as before
-
-
-def test_zero_tokens_and_strided_inputs():
-    model = Relu()
-    fill_b(model)
-    call, x = compiled(model), torch.randn(32, 6)
-    assert call(torch.empty(0, 32)).shape == (0, 32)
-    assert call(torch.empty(2, 0, 32)).shape == (2, 0, 32)
-    assert torch.equal(call(x.t()), call(x.t().contiguous()))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype):
-    """The merged op takes its dtype from the layer that it replaces."""
-    model, x = Relu(), torch.randn(2, 5, 32)
-    with torch.autocast("cpu", dtype):
-        eager = model(x)
-    call = compiled(model, "aot_eager")
-    with torch.autocast("cpu", dtype):
-        losses = train(call, adam(model), x, steps=5)
-        result = call(x)
-    assert result.dtype == eager.dtype
-    assert losses[-1] < losses[0]
-    assert all(p.grad is None or p.grad.dtype == p.dtype for p in model.parameters())
-
-
-def test_compiled_autograd():
-    model, x = Relu(), torch.randn(2, 5, 32)
-    expected = alone(model, x, steps=3, inner="aot_eager")
-    call, optimizer = compiled(model, "aot_eager"), adam(model)
-    with torch._dynamo.config.patch(compiled_autograd=True):
-        for _ in range(3):
-            loss = (call(x) - x / 2).float().square().mean()
-            torch.compile(lambda loss=loss: loss.backward(), backend="eager")()
-            optimizer.step()
-            optimizer.zero_grad()
-    assert all_equal(adapter(model), expected)
-
-
-@UPDATES
-def test_generate_with_a_kv_cache_gives_the_tokens_of_the_emulation(graphs, update):
-    model = tiny_llama(target_modules=["q_proj", "v_proj", "down_proj"]).eval()
-    fill_b(model, size=1.0)
-    if update == "rows":
-        freeze_a(model)
-    ids = torch.randint(0, 64, (1, 6))
-    settings = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "use_cache": True}
-    for layer in model.base_model.model.model.layers:
-        layer.compile(backend="falqon", options=options(update=update))
-    tokens = model.generate(input_ids=ids, **settings)
-    assert all(len(report.sites) == 3 for report in graphs)
-    states = falqon_fx.adapters(model)
-    assert len(states) == 6
-    twin = emulate(copy.deepcopy(model), states)
-    torch._dynamo.reset()
-    for layer in twin.base_model.model.model.layers:
-        layer._compiled_call_impl = None
-    assert torch.equal(tokens, twin.generate(input_ids=ids, **settings))
