@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-import torch
 from torch import nn
-
-
-def compiled(model: nn.Module, inner: str = "eager", **options: Any) -> Any:
-    return torch.compile(model, backend="falqon", options={"inner": inner, **options})
-
 
 # What a test says of training, for both ways in which steps reach W'.
 UPDATES = {"adapter": {}, "rows": {"update": "rows", "rounding": "nearest"}}

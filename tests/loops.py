@@ -18,10 +18,6 @@ each_inner = pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 each_way = pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
 
 
-def compiled(model: nn.Module, inner: str = "eager", **options: Any) -> Any:
-    return torch.compile(model, backend="falqon", options={"inner": inner, **options})
-
-
 def parameters(model: nn.Module, kind: str = "") -> list[nn.Parameter]:
     """Those that are trained; ``kind``: "lora_A" or "lora_B" alone."""
     return [p for name, p in model.named_parameters() if p.requires_grad and kind in name]

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import falqon_fx
 from tests.models import (
-    freeze_a,
     train,
 )
 from tests.training import adam
@@ -29,12 +28,6 @@ def options(inner: str = "eager", **others: Any) -> dict[str, Any]:
 
 def compiled(model: nn.Module, inner: str = "eager", **others: Any) -> Any:
     return torch.compile(model, backend="falqon", options=options(inner, **others))
-
-
-def made(kind: type[nn.Module], update: str, **sizes: int) -> nn.Module:
-    """A model, with A frozen where rows are written."""
-    model = kind(**sizes)
-    return freeze_a(model) if update == "rows" else model
 
 
 def adapter(model: nn.Module) -> list[Tensor]:

@@ -15,13 +15,14 @@ from falqon_fx.rows.state import allocate
 from falqon_fx.rows.update import proxy_update_
 from falqon_fx.site.record import NONFINITE
 from falqon_fx.site.spec import RowsSpec
-from tests.backends import ROWS, compiled, made
 from tests.emulation import emulate
 from tests.models import (
     Stack,
+    compiled,
     fill_b,
     freeze_a,
     lora_b,
+    made,
     tiny_llama,
     tiny_mlp,
     train,
@@ -31,10 +32,13 @@ from tests.training import adam, all_equal, steps, weights
 
 PAPER = {"granularity": "tensor", "scale": "amax"}
 
+ROWS = {"update": "rows"}
 PUBLIC_CODE = {**ROWS, **PAPER, "pending": "drop", "rounding": "nearest", "topk": 10}
 OPTIONS = pytest.mark.parametrize(
     "options", [{}, PAPER, ROWS, PUBLIC_CODE], ids=["default", "paper", "rows", "public code"]
 )
+
+ROWS = {"update": "rows"}
 
 
 def writes(model: nn.Module) -> list[int]:

@@ -19,11 +19,12 @@ from tests import tolerances as tol
 from tests.models import (
     Relu,
     fill_b,
+    made,
     tiny_mlp,
     train,
 )
 from tests.parameters import PREPARED_OR_NOT, each_value, slow
-from tests.situations import INNER, PREPARED, codes, compiled, made
+from tests.situations import INNER, PREPARED, codes, compiled
 from tests.training import adam, all_equal
 
 # -- parameters that change ------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -14,12 +13,8 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonConfigError, FalqonError
-from tests.models import Relu, fill_b, freeze_a, tiny_mlp
+from tests.models import Relu, compiled, fill_b, freeze_a, tiny_mlp
 from tests.parameters import each_value
-
-
-def compiled(model: nn.Module, **options: Any) -> Any:
-    return torch.compile(model, backend="falqon", options={"inner": "eager", **options})
 
 
 def refusal(model: nn.Module, call: nn.Module, *args: Tensor) -> FalqonError:

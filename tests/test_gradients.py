@@ -8,16 +8,19 @@ from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
 import falqon_fx
-from tests.backends import ROWS, compiled, made
 from tests.models import (
     LoraLinear,
     Relu,
+    compiled,
     fill_b,
     freeze_a,
     lora_b,
+    made,
     tiny_mlp,
 )
 from tests.training import all_equal
+
+ROWS = {"update": "rows"}
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])

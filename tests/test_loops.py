@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
-from tests.either_update import UPDATES, compiled, each_update, of_update
+from tests.either_update import UPDATES, each_update, of_update
 from tests.emulation import emulate
-from tests.models import LoraLinear, Relu, fill_b, tiny_llama, tiny_mlp, train
+from tests.models import LoraLinear, Relu, compiled, fill_b, tiny_llama, tiny_mlp, train
 from tests.parameters import each_value
 from tests.sites import randn
 from tests.training import adam, all_equal, pickled, steps, trained, weights

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
 from tests import tolerances as tol
-from tests.either_update import UPDATES, compiled, each_update, of_update
-from tests.models import LoraLinear, Relu, fill_b, lora_b, tiny_mlp, train
+from tests.either_update import UPDATES, each_update, of_update
+from tests.models import LoraLinear, Relu, compiled, fill_b, lora_b, tiny_mlp, train
 from tests.sites import randn
 from tests.training import adam, all_equal, steps, trained, weights
 

@@ -25,21 +25,12 @@ from tests.models import (
     Stack,
     fill_b,
     freeze_a,
+    made,
     tiny_mlp,
     train,
 )
 from tests.parameters import PREPARED_OR_NOT, each_value
-from tests.situations import (
-    INNER,
-    PREPARED,
-    UPDATES,
-    adapter,
-    alone,
-    codes,
-    compiled,
-    made,
-    options,
-)
+from tests.situations import INNER, PREPARED, UPDATES, adapter, alone, codes, compiled, options
 from tests.training import adam, all_equal
 
 

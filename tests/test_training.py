@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import falqon_fx
 from tests.emulation import emulate
-from tests.loops import Bases, compiled, on_grid, parameters, values
-from tests.models import Relu, fill_b, tiny_mlp
+from tests.loops import Bases, on_grid, parameters, values
+from tests.models import Relu, compiled, fill_b, tiny_mlp
 from tests.parameters import PREPARED_OR_NOT, each_value
 from tests.training import all_equal
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import falqon_fx
 from tests import tolerances as tol
 from tests.emulation import emulate
-from tests.loops import Bases, compiled, each_inner, each_way, on_grid, parameters, values
-from tests.models import Relu, fill_b, tiny_mlp
+from tests.loops import Bases, each_inner, each_way, on_grid, parameters, values
+from tests.models import Relu, compiled, fill_b, tiny_mlp
 from tests.training import all_equal
 
 

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import falqon_fx
-from tests.models import Relu, Stack, fill_b
-
-
-def compiled(model: nn.Module, **options: Any) -> Any:
-    return torch.compile(model, backend="falqon", options={"inner": "eager", **options})
+from tests.models import Relu, Stack, compiled, fill_b
 
 
 def warnings_of(call: nn.Module, *inputs: Tensor) -> tuple[list[Tensor], list[str]]:

@@ -15,11 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import falqon_fx
 from falqon_fx import FalqonError
-from tests.models import LoraLinear, Stack, train
-
-
-def compiled(model: nn.Module, **options: Any) -> Any:
-    return torch.compile(model, backend="falqon", options={"inner": "eager", **options})
+from tests.models import LoraLinear, Stack, compiled, train
 
 
 def adam(model: nn.Module) -> torch.optim.Optimizer:
