@@ -45,7 +45,7 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "autotune.py": ("passes/test_autotune.py",),
     "checks.py": ("passes/test_plan.py", "passes/test_match_refused.py", "test_errors.py"),
     "copy_graph.py": ("passes/test_verify_frontends.py", "passes/test_rewrite.py"),
-    "describe.py": ("passes/test_kernels.py", "test_report.py", "test_explain.py"),
+    "describe.py": ("passes/test_kernels.py", "test_explain.py", "test_report.py"),
     "dialects.py": (_NORMALIZE, *_DIALECTS, _MATCH),
     "gather_tokens.py": ("test_gather_tokens.py", *_TWO_PROCESSES),
     "hoist.py": _TWO_PROCESSES,

@@ -70,6 +70,12 @@ def test_files_are_short(name):
     assert len(house.MODULES[name].read_text().splitlines()) <= LIMIT
 
 
+def test_files_of_tests_are_short():
+    """By what they test they are found; what several share is a plain module."""
+    files = Path(__file__).parent.rglob("*.py")
+    assert [f.name for f in files if len(f.read_text().splitlines()) > LIMIT] == []
+
+
 def test_the_picture_is_that_of_the_code():
     """`python docs/imports.py --write` draws it anew."""
     assert house.mermaid() in house.PAGE.read_text()
