@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import gc
 import importlib
 import operator
 import os
@@ -202,20 +203,29 @@ class _First:
             os.write(self.pipe, b"its import")
 
 
-def failure(copy: Path, tests: Sequence[str], limit: int) -> str | None:
-    """What fails first of the tests in the copy; in a fork, so that torch is imported once."""
+def warm_up(copy: Path) -> None:
+    """Import once what no fault changes: torch, and of the copy what lies below the passes."""
+    sys.dont_write_bytecode = True  # a changed file may keep its size and time
+    sys.path.insert(0, str(copy))
+    os.environ["PYTHONPATH"] = str(copy)  # for the processes that tests start
+    for name in ("torch._inductor.compile_fx", "transformers", "peft", "hypothesis", "falqon_fx"):
+        importlib.import_module(name)
+    assert not any(name.startswith("falqon_fx.passes") for name in sys.modules)
+    gc.freeze()
+
+
+def failure(copy: Path, tests: Sequence[str], limit: int, among: str = "") -> str | None:
+    """What fails first of the tests in the copy, or of those ``among`` them; in a fork."""
     read, write = os.pipe()
     child = os.fork()
     if not child:
         resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))  # ends what loops: a failure
         signal.alarm(20 * limit)  # and what waits, on a machine however busy
         os.chdir(copy)
-        sys.path.insert(0, str(copy))
-        os.environ["PYTHONPATH"] = str(copy)  # for the processes that tests start
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1)
         os.dup2(silent, 2)
-        told = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        told = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", among]
         os._exit(pytest.main([*told, *(f"tests/{t}" for t in tests)], [_First(write)]))
     os.close(write)
     with os.fdopen(read) as pipe:
@@ -298,20 +308,13 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace, result: Path) -> None:
     """Try the faults of each file that is asked for."""
-    sys.dont_write_bytecode = True  # a changed file may keep its size and time
-    for name in ("torch._dynamo", "torch._inductor.compile_fx", "transformers", "peft"):
-        importlib.import_module(name)
     folder, commit = common.ROOT / "passes", common.versions()["commit"]
-    sound: set[str] = set()
     with tempfile.TemporaryDirectory() as place:
         copy = Path(place)
         make_copy(copy)
+        warm_up(copy)
         for file in arguments.files or TESTS:
             tests = [*TESTS[file], *(SHARED if arguments.shared else ())]
-            for test in sorted({*tests} - sound):
-                if failed := failure(copy, [test], arguments.limit):
-                    raise SystemExit(f"{test} fails without a fault: {failed}")
-                sound.add(test)
             text = (folder / file).read_text(encoding="utf-8")
             verdicts = []
             for mutant in choose(file, text, arguments.each, random.Random(arguments.seed)):
@@ -319,6 +322,9 @@ def run(arguments: argparse.Namespace, result: Path) -> None:
                 verdicts.append({**asdict(mutant), "by": by, "commit": commit})
                 fault = f"{file}:{mutant.line} {mutant.kind}: {mutant.old!r} -> {mutant.new!r}"
                 print(f"noticed by {by}:" if by else "SURVIVED", fault, flush=True)
+            noticing = " or ".join({v["by"] for v in verdicts if (v["by"] or "").isidentifier()})
+            if noticing and (failed := failure(copy, tests, arguments.limit, noticing)):
+                raise SystemExit(f"{failed} of {file} fails without a fault")
             record(result, file, verdicts)
 
 
