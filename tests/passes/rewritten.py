@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, fx, nn
 
 from falqon_fx import FalqonConfig
+from falqon_fx.errors import PassError
 from falqon_fx.passes.insert_operands import Operands
 from falqon_fx.passes.pipeline import PASSES
 from falqon_fx.passes.plan import Plan
@@ -125,3 +129,11 @@ def passes(gm: fx.GraphModule, inputs: list[Any], **options: Any) -> Rewritten:
 
 def change(node: fx.Node, place: int, value: Any) -> None:
     node.args = (*node.args[:place], value, *node.args[place + 1 :])
+
+
+@contextmanager
+def seen(said: str) -> Iterator[None]:
+    """A fault is an error that says so, and where."""
+    with pytest.raises(PassError, match=said) as error:
+        yield
+    assert error.value.site == "the graph" or " " not in error.value.site

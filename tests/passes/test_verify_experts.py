@@ -6,7 +6,7 @@ from itertools import takewhile
 
 import pytest
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
 
 from falqon_fx import FalqonConfig
 from falqon_fx.errors import PassError
@@ -36,17 +36,53 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_in_the_op_is_found(name):
-    model, (x, ids) = Stack(), rows()
-    work = Work(fx.symbolic_trace(model), [x, ids], FalqonConfig())
+def rewritten(model: nn.Module) -> Work:
+    """A graph on the inputs of `rows`, up to `verify`."""
+    work = Work(fx.symbolic_trace(model), list(rows()), FalqonConfig())
     for step in takewhile(lambda step: step is not PASSES["verify"], PASSES.values()):
         step(work)
-    (op,) = work.gm.graph.find_nodes(op="call_function", target=OP)
+    return work
+
+
+def ops(work: Work) -> list[fx.Node]:
+    return [*work.gm.graph.find_nodes(op="call_function", target=OP)]
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_in_the_op_is_found(name):
+    work = rewritten(Stack())
+    (op,) = ops(work)
     place, wrong = FAULTS[name]
     args = list(op.args)
     args[place] = wrong(args)
     verify(work.plan, work.operands, work.before)
     op.args = tuple(args)
-    with pytest.raises(PassError):
+    with pytest.raises(PassError) as error:
+        verify(work.plan, work.operands, work.before)
+    assert error.value.site == work.plan.sites[0].report.path
+    if place < 5:
+        assert f"reads {op.args[:5]}" in str(error.value)
+    elif place >= 12:
+        assert f"computes with {op.args[12:]}" in str(error.value)
+
+
+class Two(nn.Module):
+    """A stack that reads what another gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Stack(out=64), Stack()
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        ids = ids[:, :1]
+        return self.second(self.first(x, ids), ids)
+
+
+def test_a_stack_may_read_the_result_of_another():
+    work = rewritten(Two())
+    first, second = ops(work)
+    verify(work.plan, work.operands, work.before)
+    assert second.args[0].args == (first, 0)
+    first.update_arg(4, 5)
+    with pytest.raises(PassError, match="not its rows"):
         verify(work.plan, work.operands, work.before)

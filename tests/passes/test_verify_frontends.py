@@ -10,8 +10,16 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from falqon_fx import FalqonConfig, RewriteResult, rewrite
-from falqon_fx.errors import PassError
-from tests.passes.rewritten import FRONTENDS, Model, Rewritten, captured, frozen_a, passes, values
+from tests.passes.rewritten import (
+    FRONTENDS,
+    Model,
+    Rewritten,
+    captured,
+    frozen_a,
+    passes,
+    seen,
+    values,
+)
 from tests.sites import randn
 from tests.spellings import Passes, targets
 
@@ -37,7 +45,7 @@ def test_a_lost_operand_of_a_checkpoint_is_seen(checkpointed):
     checkpointed.verify()
     (body,) = checkpointed.plan.root.children
     body.call.args = body.call.args[:-1]
-    with pytest.raises(PassError, match=r"gives \d+ operands to \d+ inputs"):
+    with seen(r"gives \d+ operands to \d+ inputs"):
         checkpointed.verify()
 
 
@@ -45,7 +53,7 @@ def test_swapped_operands_of_a_checkpoint_are_seen(checkpointed):
     (body,) = checkpointed.plan.root.children
     *rest, last, end = body.call.args
     body.call.args = (*rest, end, last)
-    with pytest.raises(PassError, match="is not the operand it stands for"):
+    with seen("is not the operand it stands for"):
         checkpointed.verify()
 
 
@@ -54,7 +62,7 @@ def test_an_operation_lost_in_the_body_of_a_checkpoint_is_seen(checkpointed):
     sigmoid = next(n for n in body.gm.graph.nodes if n.target == "sigmoid")
     sigmoid.replace_all_uses_with(sigmoid.args[0])
     body.gm.graph.erase_node(sigmoid)
-    with pytest.raises(PassError, match=r"outside the sites disappeared: \['sigmoid"):
+    with seen(r"outside the sites disappeared: \['sigmoid"):
         checkpointed.verify()
 
 
