@@ -71,7 +71,7 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "shards.py": _TWO_PROCESSES,
     "siblings.py": ("passes/test_siblings.py", "passes/test_frozen.py"),
     "slots.py": ("passes/test_plan.py", "passes/test_insert_operands.py"),
-    "terms.py": (_NORMALIZE, *_MATCHED),
+    "terms.py": (_NORMALIZE, *_EXPERTS, _MATCH),
     "verify.py": (*_VERIFY, "passes/test_verify_experts.py"),
     "verify_experts.py": ("passes/test_verify_experts.py", "test_merged_experts.py"),
     "verify_nodes.py": _VERIFY,
