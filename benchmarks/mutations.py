@@ -1,25 +1,31 @@
 """Whether the tests notice a broken pass: small faults are put into each file of passes/, one at a
 time and in a copy, and the tests of that file run until the first failure.
 
-    python benchmarks/mutations.py                       # all files, hours
-    python benchmarks/mutations.py plan.py --each 3
+    python benchmarks/mutations.py                       # all files, an hour of one core
+    python benchmarks/mutations.py plan.py match/pair.py --seed 1
+    python benchmarks/mutations.py --page                # the page again, from the JSON file
 
-A fault that no test notices "survives". It may be harmless (another order, a branch for speed);
-all others are gaps. `--seed` picks other faults.
+Torch is imported once: each run is a fork of this process. A fault that no test notices "survives".
+It may be harmless (another order, a branch for speed): say so in the JSON file, as its "why", which
+stays there when the fault is tried again. All others are gaps. Files that are run replace their own
+verdicts in the newest JSON file of this machine, so a run can be cut into slices.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import gc
 import importlib
+import operator
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -27,42 +33,53 @@ from typing import Any, cast
 import common
 import pytest
 
-# The tests of a file first, then those that all passes share.
-TESTS = {
-    # Their numbers are compared by two processes.
-    "localize.py": ("passes/test_localize.py", "distributed/test_fast.py"),
-    "hoist.py": ("passes/test_localize.py", "distributed/test_fast.py"),
-    "shards.py": ("passes/test_localize.py", "distributed/test_fast.py"),
-    "gather_tokens.py": ("passes/test_localize.py", "test_gather_tokens.py"),
-    "normalize.py": ("passes/test_normalize.py", "passes/test_match.py"),
-    "dialects.py": ("passes/test_normalize.py", "test_dialects.py"),
-    "scope.py": ("passes/test_normalize.py", "passes/test_match.py"),
-    "pipeline.py": ("passes/test_verify.py", "test_passlog.py"),
-    "copy_graph.py": ("passes/test_verify.py",),
-    "vocabulary.py": ("passes/test_normalize.py", "passes/test_match.py"),
-    "propagate.py": ("passes/test_normalize.py", "passes/test_rewrite.py"),
-    "match/frozen.py": ("passes/test_frozen.py",),
-    "match": (
-        "passes/test_match.py",
-        "passes/test_match_peft.py",
-        "passes/test_match_refused.py",
-        "passes/test_frozen.py",
-    ),
-    "plan.py": ("passes/test_plan.py", "passes/test_siblings.py"),
-    "slots.py": ("passes/test_plan.py", "passes/test_insert_operands.py"),
-    "checks.py": ("passes/test_plan.py", "passes/test_match.py"),
-    "siblings.py": ("passes/test_siblings.py",),
-    "insert_operands.py": ("passes/test_insert_operands.py",),
-    "rewrite.py": ("passes/test_rewrite.py", "passes/test_siblings.py"),
-    "verify.py": ("passes/test_verify.py",),
-    "recompute_weights.py": ("passes/test_recompute_weights.py",),
-    "rows.py": ("passes/test_writes.py", "passes/test_insert_operands.py"),
-    "writes.py": ("passes/test_writes.py",),
-    "modes.py": ("passes/test_modes.py",),
+_NORMALIZE, _MATCH = "passes/test_normalize.py", "passes/test_match.py"
+_MATCHED = (_MATCH, "passes/test_match_peft.py", "passes/test_match_refused.py")
+# Their numbers are compared by two processes.
+_TWO_PROCESSES = ("passes/test_localize.py", "distributed/test_fast.py")
+_DIALECTS = ("test_dialects.py", "test_dialects_refused.py")
+_FROZEN = ("passes/test_frozen.py", "passes/test_frozen_left.py")
+_EXPERTS = ("test_merged_experts.py", "test_prepared_experts.py")
+_VERIFY = tuple(f"passes/test_verify{n}.py" for n in ("", "_operands", "_frontends"))
+# What tests a file, the most telling first. `--shared` adds the tests of all passes.
+TESTS: Mapping[str, tuple[str, ...]] = {
     "autotune.py": ("passes/test_autotune.py",),
-    "describe.py": ("passes/test_kernels.py", "test_report.py"),
+    "checks.py": ("passes/test_plan.py", "passes/test_match_refused.py", "test_errors.py"),
+    "copy_graph.py": ("passes/test_verify_frontends.py", "passes/test_rewrite.py"),
+    "describe.py": ("passes/test_kernels.py", "test_explain.py", "test_report.py"),
+    "dialects.py": (_NORMALIZE, *_DIALECTS, _MATCH),
+    "gather_tokens.py": ("test_gather_tokens.py", *_TWO_PROCESSES),
+    "hoist.py": _TWO_PROCESSES,
+    "insert_operands.py": ("passes/test_insert_operands.py", *_VERIFY),
+    "localize.py": _TWO_PROCESSES,
+    "match/computed.py": (_MATCH, "passes/test_match_refused.py", *_DIALECTS),
+    "match/dataflow.py": (*_MATCHED, *_DIALECTS),
+    "match/delta.py": (*_DIALECTS, *_MATCHED),
+    "match/experts.py": _EXPERTS,
+    "match/frozen.py": _FROZEN,
+    "match/pair.py": (*_MATCHED, *_DIALECTS),
+    "match/unmatched.py": ("passes/test_match_refused.py", *_DIALECTS, *_MATCHED[:2]),
+    "modes.py": ("passes/test_modes.py", *_MATCHED[1:2]),
+    "normalize.py": (_NORMALIZE, _MATCH),
+    "pipeline.py": (*_VERIFY, "test_passlog.py"),
+    "plan.py": ("passes/test_plan.py", "passes/test_siblings.py", "passes/test_insert_operands.py"),
+    "propagate.py": (_NORMALIZE, "passes/test_rewrite.py", "test_errors.py"),
+    "recompute_weights.py": ("passes/test_recompute_weights.py",),
+    "rewrite.py": ("passes/test_rewrite.py", "passes/test_siblings.py", *_FROZEN),
+    "rows.py": ("passes/test_insert_operands.py", *_VERIFY, "passes/test_plan.py"),
+    "scope.py": (_NORMALIZE, *_MATCHED),
+    "shards.py": _TWO_PROCESSES,
+    "siblings.py": ("passes/test_siblings.py", "passes/test_frozen.py"),
+    "slots.py": ("passes/test_plan.py", "passes/test_insert_operands.py"),
+    "terms.py": (_NORMALIZE, *_EXPERTS, _MATCH),
+    "verify.py": (*_VERIFY, "passes/test_verify_experts.py"),
+    "verify_experts.py": ("passes/test_verify_experts.py", "test_merged_experts.py"),
+    "verify_nodes.py": _VERIFY,
+    "vocabulary.py": (_NORMALIZE, _MATCH, *_DIALECTS),
+    "work.py": (*_VERIFY, "passes/test_autotune.py"),
+    "writes.py": ("passes/test_writes.py",),
 }
-SHARED = ("passes", "test_patterns.py", "test_dialects.py")
+SHARED = ("passes", "test_patterns.py", *_DIALECTS)
 KINDS = ("negate", "constant", "drop", "swap", "condition")
 _OPPOSITE: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Eq: ast.NotEq,
@@ -171,34 +188,106 @@ def make_copy(folder: Path) -> None:
     shutil.copy(common.ROOT / "pyproject.toml", folder)
 
 
-def tests_of(file: str, own: bool) -> list[str]:
-    """What runs for a file, its ``own`` tests alone or those of all passes behind them."""
-    first = TESTS.get(file) or TESTS[file.partition("/")[0]]
-    return [f"tests/{name}" for name in (*first, *(() if own else SHARED))]
+class _First:
+    """The first test that fails, for the process that forked this one."""
+
+    def __init__(self, pipe: int) -> None:
+        self.pipe = pipe
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            os.write(self.pipe, report.nodeid.partition("::")[2].partition("[")[0].encode())
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            os.write(self.pipe, b"its import")
 
 
-def fails(copy: Path, tests: list[str], limit: int) -> bool:
-    """Whether the tests fail in the copy; in a fork, so that torch is imported once for all."""
+def warm_up(copy: Path) -> None:
+    """Import once what no fault changes: torch, and of the copy what lies below the passes."""
+    sys.dont_write_bytecode = True  # a changed file may keep its size and time
+    sys.path.insert(0, str(copy))
+    os.environ["PYTHONPATH"] = str(copy)  # for the processes that tests start
+    for name in ("torch._inductor.compile_fx", "transformers", "peft", "hypothesis", "falqon_fx"):
+        importlib.import_module(name)
+    assert not any(name.startswith("falqon_fx.passes") for name in sys.modules)
+    gc.freeze()
+
+
+def failure(copy: Path, tests: Sequence[str], limit: int, among: str = "") -> str | None:
+    """What fails first of the tests in the copy, or of those ``among`` them; in a fork."""
+    read, write = os.pipe()
     child = os.fork()
     if not child:
-        signal.alarm(limit)  # ends what loops: a failure
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))  # ends what loops: a failure
+        signal.alarm(20 * limit)  # and what waits, on a machine however busy
         os.chdir(copy)
-        sys.path.insert(0, str(copy))
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1)
         os.dup2(silent, 2)
-        os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
+        told = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", among]
+        os._exit(pytest.main([*told, *(f"tests/{t}" for t in tests)], [_First(write)]))
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        name = pipe.read()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code in (-signal.SIGALRM, -signal.SIGXCPU, -signal.SIGKILL):
+        return f"no end within {limit} s"
+    return (name or f"exit code {code}") if code else None
 
 
-def noticed(copy: Path, mutant: Mutant, tests: list[str], limit: int) -> bool:
-    """Whether the tests fail with the fault."""
+def tried(copy: Path, mutant: Mutant, tests: Sequence[str], limit: int) -> str | None:
+    """What fails first with the fault."""
     target = copy / "falqon_fx" / "passes" / mutant.file
     text = target.read_text(encoding="utf-8")
     target.write_text(text[: mutant.start] + mutant.new + text[mutant.end :], encoding="utf-8")
-    found = fails(copy, tests, limit)
+    found = failure(copy, tests, limit)
     target.write_text(text, encoding="utf-8")
     return found
+
+
+def record(result: Path, file: str, verdicts: Sequence[dict[str, Any]]) -> None:
+    """Put the verdicts of a file in the place of its earlier ones; a reason why a fault is harmless
+    stays.
+    """
+    kept = common.read_json(result)["verdicts"] if result.exists() else []
+    key = operator.itemgetter("file", "kind", "old", "new", "line")
+    why = {key(v): v["why"] for v in kept if "why" in v}
+    new = [v | ({"why": why[key(v)]} if key(v) in why and not v["by"] else {}) for v in verdicts]
+    rest = [v for v in kept if v["file"] != file]
+    verdicts = sorted([*rest, *new], key=operator.itemgetter("file"))
+    environment = common.environment() | {"command": "python benchmarks/mutations.py"}
+    common.write_json(result, {"environment": environment, "verdicts": verdicts})
+
+
+def write_page(result: Path) -> None:
+    """The page beside a JSON file: how many of each file are noticed, and each that is not."""
+    content = common.read_json(result)
+    verdicts = content["verdicts"]
+    rows = []
+    for file in TESTS:
+        own = [v for v in verdicts if v["file"] == file]
+        harmless = sum("why" in v for v in own)
+        rows.append((f"`{file}`", len(own), sum(v["by"] is not None for v in own), harmless))
+    noticed, harmless = (sum(row[column] for row in rows) for column in (2, 3))
+    title = f"Faults in passes/: {noticed} of {len(verdicts)} noticed, {harmless} harmless"
+    page = common.markdown(
+        title, content["environment"], ("file", "faults", "noticed", "harmless"), rows
+    )
+    header = ("where", "is", "as a fault", "why nothing notices")
+    table = common.markdown_table(
+        header,
+        [
+            (f"`{v['file']}:{v['line']}`", *map(_cell, (v["old"], v["new"])), v.get("why", "gap"))
+            for v in verdicts
+            if v["by"] is None
+        ],
+    )
+    result.with_suffix(".md").write_text("\n".join([page, *table, ""]), encoding="utf-8")
+
+
+def _cell(code: str) -> str:
+    return f"`{' '.join(code.split())}`".replace("|", r"\|")
 
 
 def main() -> None:
@@ -207,32 +296,36 @@ def main() -> None:
     parser.add_argument("files", nargs="*", help="below passes/ (default: all)")
     parser.add_argument("--each", type=int, default=5, help="faults in a file")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, default=1800, help="seconds for one fault")
-    parser.add_argument("--own", action="store_true", help="only the tests of the file")
+    parser.add_argument("--limit", type=int, default=300, help="seconds of CPU for one fault")
+    parser.add_argument("--shared", action="store_true", help="the tests of all passes, too")
+    parser.add_argument("--page", action="store_true", help="only write the page again")
     arguments = parser.parse_args()
-    sys.dont_write_bytecode = True  # a changed file may keep its size and time
-    for name in ("torch._dynamo", "transformers", "peft"):
-        importlib.import_module(name)
+    result = common.latest_or_new("mutations")
+    if not arguments.page:
+        run(arguments, result)
+    write_page(result)
 
-    folder = common.ROOT / "passes"
-    known = sorted(str(f.relative_to(folder)) for f in folder.rglob("*.py"))
-    files = arguments.files or [f for f in known if f in TESTS or f.startswith("match/")]
-    verdicts: list[dict[str, Any]] = []
+
+def run(arguments: argparse.Namespace, result: Path) -> None:
+    """Try the faults of each file that is asked for."""
+    folder, commit = common.ROOT / "passes", common.versions()["commit"]
     with tempfile.TemporaryDirectory() as place:
-        make_copy(Path(place))
-        for file in files:
-            tests = tests_of(file, arguments.own)
-            if fails(Path(place), tests, arguments.limit):
-                raise SystemExit(f"{file}: its tests fail, or take too long, without a fault")
+        copy = Path(place)
+        make_copy(copy)
+        warm_up(copy)
+        for file in arguments.files or TESTS:
+            tests = [*TESTS[file], *(SHARED if arguments.shared else ())]
             text = (folder / file).read_text(encoding="utf-8")
+            verdicts = []
             for mutant in choose(file, text, arguments.each, random.Random(arguments.seed)):
-                seen = noticed(Path(place), mutant, tests, arguments.limit)
-                verdicts.append({**asdict(mutant), "noticed": seen})
+                by = tried(copy, mutant, tests, arguments.limit)
+                verdicts.append({**asdict(mutant), "by": by, "commit": commit})
                 fault = f"{file}:{mutant.line} {mutant.kind}: {mutant.old!r} -> {mutant.new!r}"
-                print("noticed " if seen else "SURVIVED", fault, flush=True)
-    print(f"{sum(v['noticed'] for v in verdicts)} of {len(verdicts)} noticed")
-    content = {"environment": common.environment(), "verdicts": verdicts}
-    common.write_json(common.result_path("mutations", ".json"), content)
+                print(f"noticed by {by}:" if by else "SURVIVED", fault, flush=True)
+            noticing = " or ".join({v["by"] for v in verdicts if (v["by"] or "").isidentifier()})
+            if noticing and (failed := failure(copy, tests, arguments.limit, noticing)):
+                raise SystemExit(f"{failed} of {file} fails without a fault")
+            record(result, file, verdicts)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from falqon_fx import RewriteReport, RewriteResult, backend
+from falqon_fx.rows import state as rows_state
+from falqon_fx.site import base as base_module
 
 # A compiled example takes seconds and its time varies: no deadline. `make test-all` takes "all".
 settings.register_profile(
@@ -78,3 +80,22 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         share = len(passed & able) / len(able)
         text = f"zoo: {len(passed & able)} of {len(able)} families that PEFT can adapt passed"
         terminalreporter.write_line(f"{text} ({share:.1%})")
+
+
+@pytest.fixture
+def created(monkeypatch):
+    """The path of each site whose weight is cast to FP8, as it happens."""
+    paths: list[str] = []
+    make, create = base_module.Bases._make, rows_state.create
+
+    def making(self: Any, site: base_module.BaseParameter, spec: Any) -> Any:
+        paths.append(site.path)
+        return make(self, site, spec)
+
+    def creating(path: str, *args: Any) -> rows_state.MergedAdapter:
+        paths.append(path)
+        return create(path, *args)
+
+    monkeypatch.setattr(base_module.Bases, "_make", making)
+    monkeypatch.setattr(rows_state, "create", creating)
+    return paths

@@ -111,6 +111,10 @@ def freeze_a(model: nn.Module) -> nn.Module:
     return model
 
 
+def compiled(model: nn.Module, inner: str = "eager", **options: Any) -> Any:
+    return torch.compile(model, backend="falqon", options={"inner": inner, **options})
+
+
 def tiny_llama(dtype: torch.dtype = torch.float32, layers: int = 2, **lora: Any) -> nn.Module:
     """Layers of Llama with PEFT on every projection: 7 sites each. Seed it before."""
     import peft
@@ -145,6 +149,12 @@ class Relu(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(torch.relu(self.up(x)))
+
+
+def made(kind: type[nn.Module] = Relu, update: str = "adapter", **options: Any) -> nn.Module:
+    """A model, with A frozen where rows are written."""
+    model = kind(**options)
+    return freeze_a(model) if update == "rows" else model
 
 
 def train(

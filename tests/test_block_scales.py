@@ -19,7 +19,7 @@ from falqon_fx.files import blocks
 from falqon_fx.site.base import cast_base
 from falqon_fx.site.numerics import E4M3
 from falqon_fx.site.spec import SiteSpec
-from tests.test_prequantize import BF16, IDS, WIDE, dense_model, folder_of, lora
+from tests.folders import BF16, IDS, WIDE, dense_model, folder_of, lora
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")

@@ -2,108 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import random
-import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
-from torch.distributed.checkpoint.stateful import Stateful
+from torch import nn
 
 import falqon_fx
-from falqon_fx import FalqonConfig, FalqonError
-from falqon_fx.files import storage, training
-from falqon_fx.files.checkpoint import MANIFEST
-from falqon_fx.files.storage import DamagedFileError
-from falqon_fx.files.trees import from_plain, to_plain
+from falqon_fx import FalqonError
 from falqon_fx.model.fp8_linear import Fp8Linear
-from falqon_fx.model.prepare import Adapter
 from falqon_fx.rows.prepared import MergedBaseLinear
-from tests.models import Stack, freeze_a, lora_b, tiny_llama, tiny_mlp
+from tests.models import Stack, freeze_a, lora_b, tiny_mlp
 from tests.parameters import PREPARED_OR_NOT, each_pair, each_value
-from tests.sites import randn, same, snapshot
-
-STEPS = 6
-ROWS = {"update": "rows", "topk": 5}
-UPDATES = pytest.mark.parametrize("update", ["adapter", "rows"])
-PREPARED = pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
-
-
-class Run:
-    """A training run: model, optimizer, scheduler, and what has to be equal at its end.
-
-    A and B are trained, with update="rows" B alone.
-    """
-
-    def __init__(self, prepared: bool, seed: int = 0, model: nn.Module | None = None, **options):
-        torch.manual_seed(seed)
-        self.model = tiny_mlp(lora_dropout=0.0) if model is None else model
-        rows = options.get("update") == "rows"
-        if rows:
-            freeze_a(self.model)
-        self.config = FalqonConfig(**{"inner": "eager", **(ROWS if rows else {}), **options})
-        if prepared:
-            falqon_fx.prepare(self.model, self.config, progress=False)
-        self.compiled = torch.compile(
-            self.model, backend="falqon", options=dict[str, Any](config=self.config)
-        )
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=0.05, weight_decay=0.1)
-        self.scheduler: torch.optim.lr_scheduler.LRScheduler = (
-            torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, STEPS)
-        )
-
-    def steps(self, first: int, last: int) -> None:
-        for step in range(first, last):
-            x = randn(4, 32, seed=100 + step)
-            loss = (self.compiled(x) - torch.rand(4, 32) - random.random()).square().mean()
-            loss.backward()
-            self.optimizer.step()
-            self.scheduler.step()
-            self.optimizer.zero_grad()
-
-    def save(self, folder: Path) -> None:
-        falqon_fx.save_checkpoint(
-            self.model, folder, optimizer=self.optimizer, scheduler=self.scheduler
-        )
-
-    def load(self, folder: Path) -> None:
-        falqon_fx.load_checkpoint(
-            self.model, folder, optimizer=self.optimizer, scheduler=self.scheduler
-        )
-
-    def states(self) -> dict[str, list[Tensor]]:
-        return {path: tensors_of(s) for path, s in falqon_fx.adapters(self.model).items()}
-
-
-def tensors_of(site: falqon_fx.MergedAdapter | Adapter) -> list[Tensor]:
-    """The FP8 tensors of a site, copied."""
-    if isinstance(site, falqon_fx.MergedAdapter):
-        return snapshot(site)
-    return [site.weight.view(torch.uint8).clone(), site.scale.clone()]
-
-
-def assert_same_run(a: Run, b: Run) -> None:
-    named = dict(b.model.named_parameters())
-    assert named.keys() == dict(a.model.named_parameters()).keys()
-    for name, parameter in a.model.named_parameters():
-        assert torch.equal(parameter, named[name]), name
-    assert a.states().keys() == b.states().keys()
-    assert len(a.states()) == 2
-    for path, tensors in a.states().items():
-        assert same(tensors, b.states()[path]), path
-    slots = [r.optimizer.state_dict()["state"].values() for r in (a, b)]
-    for one, other in zip(*slots, strict=True):
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[key], other[key]) for key in one)
+from tests.runs import PREPARED, ROWS, STEPS, UPDATES, Run, assert_same_run
+from tests.sites import randn, same
 
 
 @UPDATES
@@ -250,7 +167,7 @@ def test_a_new_process_resumes_bit_equal(tmp_path, update):
     code = """
 import sys; sys.path.insert(0, {root!r})
 import pathlib, random, torch
-from tests.test_checkpoint import Run
+from tests.runs import Run
 run = Run(True, update={update!r})
 folder = pathlib.Path({folder!r})
 random.seed(5); torch.manual_seed(5)
@@ -344,63 +261,6 @@ def test_two_adapters_resume_bit_equal(tmp_path, update):
     assert all(same(states, resumed.states()[path]) for path, states in whole.states().items())
 
 
-def test_extra_comes_back_as_it_was(tmp_path):
-    model, tensor = tiny_mlp(), randn(3, 2)
-    extra = {"step": 7, "loss": float("inf"), "name": "a", "ids": [1, (2, None)], "t": tensor,
-             "nested": {3: {"x": True}}}  # fmt: skip
-    falqon_fx.save_checkpoint(model, tmp_path, extra=extra)
-    back = falqon_fx.load_checkpoint(model, tmp_path)
-    assert torch.equal(back.pop("t"), tensor)
-    assert back == {k: v for k, v in extra.items() if k != "t"}
-
-
-def test_what_is_not_plain_data_is_refused_by_its_path(tmp_path):
-    with pytest.raises(FalqonError, match=r"training\.extra\.counts: a set can't be saved"):
-        falqon_fx.save_checkpoint(tiny_mlp(), tmp_path, extra={"counts": {1}})
-    assert not list(tmp_path.iterdir())
-
-
-def test_trees_round_trip_their_types():
-    tensors: dict[str, Tensor] = {}
-    value = {"a": [1, 2.5, (True, None)], 4: {"t": torch.ones(2)}}
-    text = json.dumps(to_plain(value, "p", tensors))
-    back = from_plain(json.loads(text), tensors)
-    assert torch.equal(back[4].pop("t"), torch.ones(2))
-    assert back == {"a": [1, 2.5, (True, None)], 4: {}}
-
-
-def test_tensors_of_the_same_path_stay_apart(tmp_path):
-    model, (a, b, c) = tiny_mlp(), torch.arange(6.0).view(3, 2).unbind()
-    extra = {"x.y": a, "x": {"y": b}, 1: c, "1": a, "x.y'": c}
-    falqon_fx.save_checkpoint(model, tmp_path, extra=extra)
-    back = falqon_fx.load_checkpoint(model, tmp_path)
-    assert torch.equal(back["x"].pop("y"), b)
-    assert back.pop("x") == {}
-    assert [torch.equal(back[key], extra[key]) for key in ("x.y", 1, "1", "x.y'")] == [True] * 4
-
-
-@pytest.mark.filterwarnings("ignore:.*quantize")
-@pytest.mark.parametrize("kind", ["sparse_coo", "meta", "quantized"])
-def test_a_tensor_without_plain_memory_is_refused_by_its_path(tmp_path, kind):
-    ones = torch.ones(3)
-    made = {
-        "sparse_coo": lambda: ones.to_sparse(),
-        "meta": lambda: ones.to("meta"),
-        "quantized": lambda: torch.quantize_per_tensor(ones, 0.1, 0, torch.qint8),
-    }
-    with pytest.raises(FalqonError, match=rf"training\.extra\.t: a {kind} tensor can't be saved"):
-        falqon_fx.save_checkpoint(tiny_mlp(), tmp_path, extra={"t": made[kind]()})
-    assert not list(tmp_path.iterdir())
-
-
-def test_conjugates_are_saved_as_what_they_are(tmp_path):
-    value = torch.arange(3) * torch.tensor(1 + 2j)
-    extra = {"t": value.conj(), "imaginary": value.conj().imag, "real": value.real}
-    falqon_fx.save_checkpoint(tiny_mlp(), tmp_path, extra=extra)
-    back = falqon_fx.load_checkpoint(tiny_mlp(), tmp_path)
-    assert all(torch.equal(back[name], tensor) for name, tensor in extra.items())
-
-
 def test_a_save_between_backward_and_step_keeps_the_gradients_of_the_run(tmp_path):
     run = Run(True)
     run.steps(0, 1)
@@ -408,36 +268,6 @@ def test_a_save_between_backward_and_step_keeps_the_gradients_of_the_run(tmp_pat
     before = [b.grad.clone() for b in lora_b(run.model)]
     run.save(tmp_path)
     assert all(torch.equal(b.grad, old) for b, old in zip(lora_b(run.model), before, strict=True))
-
-
-def test_tied_weights_are_written_once(tmp_path):
-    model = tiny_llama(target_modules=["q_proj"])
-    inner = model.get_base_model()
-    inner.lm_head.weight = inner.model.embed_tokens.weight
-    falqon_fx.save_checkpoint(model, tmp_path)
-    manifest = json.loads((tmp_path / MANIFEST).read_text())
-    assert [*manifest["same"]] == ["base_model.model.lm_head.weight"]
-    with torch.no_grad():
-        inner.lm_head.weight.zero_()
-    falqon_fx.load_checkpoint(model, tmp_path)
-    assert inner.lm_head.weight.any()
-    assert inner.lm_head.weight is inner.model.embed_tokens.weight
-
-
-@pytest.mark.parametrize("size", [0, 15, 17, 5000])
-def test_the_state_of_a_cards_random_generator_has_its_size(size, monkeypatch):
-    """Refused before anything is written, and not in the midst of it by the card."""
-    of_card = torch.zeros(16, dtype=torch.uint8)  # seed and offset, 8 bytes each
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [of_card])
-    state = {"torch": torch.get_rng_state(), "python": random.getstate(), "cuda": [of_card]}
-    training.check_rng(state, "a checkpoint")
-    state["cuda"] = [torch.zeros(size, dtype=torch.uint8)]
-    with pytest.raises(FalqonError, match=f"a card's has {size} bytes, not 16"):
-        training.check_rng(state, "a checkpoint")
-    state["cuda"] *= 2  # of another machine: left out
-    training.check_rng(state, "a checkpoint")
 
 
 class Counting(torch.optim.Adam):
@@ -463,140 +293,3 @@ def test_an_optimizer_with_states_of_its_own_goes_on(tmp_path):
     assert state["sizes"].tolist() == [1, 2]
     assert state["seen"] == 1
     assert torch.equal(state["exp_avg"], first.state_dict()["state"][0]["exp_avg"])
-
-
-@UPDATES
-@PREPARED
-def test_torch_distributed_checkpoint_resumes_bit_equal(tmp_path, update, prepared):
-    """Through its public save and load, in one process."""
-    whole, first, resumed = (Run(prepared, update=update) for _ in range(3))
-    for run in (whole, first):
-        random.seed(5)
-        torch.manual_seed(5)
-        run.steps(0, 3)
-    assert isinstance(falqon_fx.CheckpointState(first.model), Stateful)
-    state = falqon_fx.CheckpointState(first.compiled, first.optimizer)
-    dcp.save({"falqon": state}, checkpoint_id=tmp_path)
-    state = falqon_fx.CheckpointState(resumed.model, resumed.optimizer)
-    dcp.load({"falqon": state}, checkpoint_id=tmp_path)
-    resumed.scheduler.load_state_dict(first.scheduler.state_dict())
-    for run in (whole, resumed):
-        random.seed(6)
-        torch.manual_seed(6)
-        run.steps(3, STEPS)
-    assert_same_run(whole, resumed)
-
-
-@UPDATES
-def test_torch_distributed_checkpoint_brings_the_base_weights(tmp_path, update):
-    first, other = Run(False, update=update), Run(False, seed=1, update=update)
-    first.steps(0, 2)
-    other.steps(0, 1)
-    dcp.save({"falqon": falqon_fx.CheckpointState(first.model)}, checkpoint_id=tmp_path)
-    dcp.load({"falqon": falqon_fx.CheckpointState(other.model)}, checkpoint_id=tmp_path)
-    for one, two in zip(first.model.parameters(), other.model.parameters(), strict=True):
-        assert torch.equal(one, two)
-    for run in (first, other):  # the default's base is made anew from the weights
-        run.compiled(randn(4, 32))
-    assert all(same(*pair) for pair in zip(first.states().values(), other.states().values()))
-
-
-def test_torch_distributed_checkpoint_of_tensors_that_an_optimizer_holds_twice(tmp_path):
-    model, rate = tiny_mlp(), torch.tensor(0.5)
-    groups = [{"params": [b]} for b in lora_b(model)]
-    optimizers = [torch.optim.AdamW(groups, lr=rate), torch.optim.AdamW(groups, lr=1.0)]
-    for action, optimizer in zip((dcp.save, dcp.load), optimizers, strict=True):
-        state = falqon_fx.CheckpointState(model, optimizer)
-        action({"falqon": state}, checkpoint_id=tmp_path)
-    assert [float(group["lr"]) for group in optimizers[1].param_groups] == [0.5, 0.5]
-
-
-@pytest.mark.parametrize("part", ["text", "packed"])
-@pytest.mark.parametrize("value", [None, 10**12, "", b"", [1], {}])
-def test_a_distributed_checkpoint_that_holds_something_else_is_refused(part, value):
-    """What torch hands over is whatever was pickled there."""
-    model = tiny_mlp()
-    state = falqon_fx.CheckpointState(model)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(FalqonError, match=r"the checkpoint: .*(not str|not bytes|JSON|whole)"):
-        state.load_state_dict({**state.state_dict(), part: value})
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-
-
-@pytest.mark.parametrize("change", ["lr", "sums", "dtypes", "checksum", "list"])
-def test_a_distributed_checkpoint_whose_text_was_changed_is_refused(change):
-    run = Run(True)
-    run.steps(0, 2)
-    saved = falqon_fx.CheckpointState(run.model, run.optimizer).state_dict()
-    text = json.loads(saved["text"])
-    if change == "lr":
-        saved["text"] = re.sub(r'("lr", )[^]]+', r"\g<1>7.5", saved["text"])
-    else:
-        del text[change if change in text else "sites"]
-        if change in ("sums", "dtypes"):  # by someone who knows how
-            del text["checksum"]
-            text["checksum"] = storage.json_checksum(text)
-        saved["text"] = json.dumps([text] if change == "list" else text)
-    before = snapshot_of(run)
-    with pytest.raises(DamagedFileError, match=r"checksum of its text is wrong|Field required"):
-        falqon_fx.CheckpointState(run.model, run.optimizer).load_state_dict(saved)
-    after = snapshot_of(run)
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert run.optimizer.param_groups[0]["lr"] != 7.5
-
-
-def test_a_distributed_checkpoint_of_more_tensors_than_the_model_is_refused(tmp_path):
-    """DCP itself leaves out what it isn't asked for."""
-    larger, model = tiny_mlp(), tiny_mlp()
-    larger.register_buffer("more", torch.ones(2))
-    dcp.save({"falqon": falqon_fx.CheckpointState(larger)}, checkpoint_id=tmp_path)
-    with pytest.raises((FalqonError, dcp.api.CheckpointException), match="not in the model"):
-        dcp.load({"falqon": falqon_fx.CheckpointState(model)}, checkpoint_id=tmp_path)
-
-
-OTHERS: dict[str, Callable[[], nn.Module]] = {
-    "rank": lambda: tiny_mlp(lora_dropout=0.0, r=8),
-    "fewer adapters": lambda: tiny_mlp(lora_dropout=0.0, target_modules=["0"]),
-    "dtype": lambda: tiny_mlp(lora_dropout=0.0).bfloat16(),
-    "base dtype": lambda: _base_in_half(tiny_mlp(lora_dropout=0.0)),
-    "no optimizer": lambda: tiny_mlp(lora_dropout=0.0),
-    "other groups": lambda: tiny_mlp(lora_dropout=0.0),
-}
-
-
-def _base_in_half(model: nn.Module) -> nn.Module:
-    for name in ("0", "2"):
-        model.base_model.model.get_submodule(name).base_layer.half()
-    return model
-
-
-@each_pair(what=list(OTHERS), update=["adapter", "rows"], prepared=PREPARED_OR_NOT)
-def test_torch_distributed_checkpoint_of_another_model_changes_nothing(
-    tmp_path, update, prepared, what
-):
-    """DCP itself refuses what is missing or of another shape, and we the rest."""
-    first = Run(prepared, update=update)
-    first.steps(0, 2)
-    kept = None if what == "no optimizer" else first.optimizer
-    dcp.save({"falqon": falqon_fx.CheckpointState(first.model, kept)}, checkpoint_id=tmp_path)
-    other = Run(prepared, seed=3, model=OTHERS[what](), update=update)
-    if what not in ("dtype", "base dtype"):
-        other.steps(0, 1)
-    if what == "other groups":
-        b = lora_b(other.model)
-        other.optimizer = torch.optim.AdamW([{"params": b[:1]}, {"params": b[1:]}])
-    before = snapshot_of(other)
-    state = falqon_fx.CheckpointState(other.model, other.optimizer)
-    with pytest.raises((FalqonError, dcp.api.CheckpointException)):
-        dcp.load({"falqon": state}, checkpoint_id=tmp_path)
-    after = snapshot_of(other)
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def snapshot_of(run: Run) -> dict[str, Tensor]:
-    """Every tensor of a run, under a name."""
-    tensors: dict[str, Tensor] = {}
-    objects = {"model": dict(run.model.state_dict()), "optimizer": run.optimizer.state_dict()}
-    to_plain({**objects, "states": run.states()}, "", tensors)
-    return {name: tensor.clone() for name, tensor in tensors.items()}

@@ -15,7 +15,7 @@ from falqon_fx.files import storage
 from falqon_fx.files.checkpoint import MANIFEST
 from falqon_fx.files.storage import DamagedFileError
 from tests.models import fill_b, lora_b, tiny_llama, tiny_mlp
-from tests.test_checkpoint import PREPARED, ROWS, UPDATES, Run, _base_in_half
+from tests.runs import PREPARED, ROWS, UPDATES, Run, base_in_half
 
 
 def refused(model: nn.Module, folder: Path, **arguments: object) -> str:
@@ -115,7 +115,7 @@ def test_another_shape_is_refused(tmp_path, update, prepared):
 def test_another_dtype_of_a_base_weight_is_refused(tmp_path, update, prepared):
     """`applied` would be rounded, or the layer become one of another dtype."""
     Run(True, update=update).save(tmp_path)
-    model = _base_in_half(tiny_mlp(lora_dropout=0.0))
+    model = base_in_half(tiny_mlp(lora_dropout=0.0))
     text = refused(Run(prepared, model=model, update=update).model, tmp_path)
     assert "has float32 [48, 32], the model float16 [48, 32]" in text
 
@@ -124,7 +124,7 @@ def test_another_dtype_of_a_base_weight_that_is_not_freed_is_refused(tmp_path):
     first = Run(False)
     first.steps(0, 1)
     first.save(tmp_path)
-    model = _base_in_half(tiny_mlp(lora_dropout=0.0))
+    model = base_in_half(tiny_mlp(lora_dropout=0.0))
     text = refused(Run(False, model=model).model, tmp_path)
     assert "has float32 [48, 32], the model float16 [48, 32]" in text
 

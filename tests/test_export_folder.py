@@ -11,9 +11,7 @@ from torch import nn
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
-from tests.models import tiny_llama, tiny_mlp
-from tests.sites import randn
-from tests.test_export import (
+from tests.exports import (
     BF16,
     F32,
     IDS,
@@ -27,6 +25,8 @@ from tests.test_export import (
     read,
     wide_llama,
 )
+from tests.models import tiny_llama, tiny_mlp
+from tests.sites import randn
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

@@ -13,9 +13,7 @@ from falqon_fx import FalqonConfig
 from falqon_fx.ops.lowering import cast_fp8
 from falqon_fx.site.numerics import E4M3
 from falqon_fx.site.spec import SiteSpec
-from tests.models import tiny_llama
-from tests.parameters import PREPARED_OR_NOT, each_value
-from tests.test_export import (
+from tests.exports import (
     BF16,
     F32,
     IDS,
@@ -28,6 +26,8 @@ from tests.test_export import (
     load,
     sites,
 )
+from tests.models import tiny_llama
+from tests.parameters import PREPARED_OR_NOT, each_value
 from tests.tolerances import Approx, fp8_cast_bound, gamma
 
 transformers = pytest.importorskip("transformers")

@@ -21,11 +21,11 @@ from falqon_fx.report.repro import arguments, check
 from falqon_fx.site.base import cast_base
 from falqon_fx.site.numerics import E4M3, E5M2
 from falqon_fx.site.spec import SiteSpec
+from tests.lowered import behind, decoded, gemm_dtype, hat, number, run
 from tests.models import LoraLinear, fill_b, lora_b, tiny_llama, tiny_mlp
 from tests.sites import randn
 from tests.spellings import Passes
 from tests.strategies import Case, Layer, Lora, cases
-from tests.test_lowering import behind, decoded, gemm_dtype, hat, number, run
 from tests.test_training import STEPS, Loop, plainly, regression, student, teacher_of
 from tests.tolerances import Approx, fp8_cast_bound, side_by_side
 

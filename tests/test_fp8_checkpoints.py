@@ -19,8 +19,8 @@ from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.site.base import cast_base
 from falqon_fx.site.numerics import E4M3
 from falqon_fx.site.spec import SiteSpec
+from tests.folders import BF16, IDS, dense_model, exported, folder_of, lora
 from tests.parameters import slow
-from tests.test_prequantize import BF16, IDS, dense_model, exported, folder_of, lora
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")

@@ -24,7 +24,7 @@ from tests.parameters import slow
 
 ROOT = Path(__file__).parents[1]
 GUIDES = sorted((ROOT / "docs" / "guides").glob("add-*.md"))
-SOURCES = ("falqon_fx", "passes", "kernels", "tests", "docs")
+SOURCES = ("falqon_fx", "passes", "kernels", "tests", "benchmarks", "docs")
 _BLOCK = re.compile(r"^(?P<lead>[^\n]*)\n\n```(?P<kind>\w+)\n(?P<body>.*?)^```$", re.M | re.S)
 _FILE = re.compile(r"In `([\w/.]+)`(, a new file)?:$")
 
@@ -161,6 +161,6 @@ def test_files_that_a_guide_speaks_of_exist():
     made = {m[1] for guide in GUIDES for b in blocks(guide) if (m := _FILE.search(b.lead))}
     for guide in GUIDES:
         for name in re.findall(
-            r"`((?:falqon_fx|passes|kernels|tests)/[\w/.]+)`", guide.read_text()
+            r"`((?:falqon_fx|passes|kernels|tests|benchmarks)/[\w/.]+)`", guide.read_text()
         ):
             assert name in made or (ROOT / name).exists(), f"{guide.name}: {name}"

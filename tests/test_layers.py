@@ -59,7 +59,7 @@ def test_private_names_of_torch_are_imported_in_one_file(name):
 
 def test_addresses_are_given_to_compiled_code_in_one_folder():
     """Beside that code stands what compares dtypes, shapes and layouts first
-    (`tests/kernels/test_cpu.py`); nothing else can call it.
+    (`tests/kernels/test_cpu_operands.py`); nothing else can call it.
     """
     users = {n for n, p in house.MODULES.items() if "ctypes" in p.read_text()}
     assert users == {f"falqon_fx.kernels.cpu.{n}" for n in ("build", "casts", "native", "samples")}
@@ -68,6 +68,12 @@ def test_addresses_are_given_to_compiled_code_in_one_folder():
 @pytest.mark.parametrize("name", house.MODULES)
 def test_files_are_short(name):
     assert len(house.MODULES[name].read_text().splitlines()) <= LIMIT
+
+
+def test_files_of_tests_are_short():
+    """By what they test they are found; what several share is a plain module."""
+    files = Path(__file__).parent.rglob("*.py")
+    assert [f.name for f in files if len(f.read_text().splitlines()) > LIMIT] == []
 
 
 def test_the_picture_is_that_of_the_code():

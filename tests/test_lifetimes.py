@@ -18,7 +18,7 @@ import falqon_fx
 from falqon_fx.rows.dropped import save_watch
 from falqon_fx.site.base import bases
 from tests.attack.held import kinds
-from tests.models import WIDTH, Net
+from tests.models import WIDTH, Net, compiled
 
 
 @pytest.fixture(autouse=True)
@@ -33,10 +33,6 @@ CONFIG = peft.LoraConfig(r=4, target_modules=["up", "down"])
 
 def lora() -> Any:
     return peft.get_peft_model(Net(), CONFIG)
-
-
-def compiled(model: nn.Module) -> Any:
-    return torch.compile(model, backend="falqon", options={"inner": "eager"})
 
 
 def x() -> torch.Tensor:

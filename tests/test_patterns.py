@@ -54,26 +54,26 @@ DIALECTS: dict[str, tuple[str, str]] = {
         REFUSED,
         "passes/test_match_refused.py::test_lora_on_an_embedding_is_refused "
         "passes/test_match_refused.py::test_lora_on_a_convolution_is_refused "
-        "test_dialects.py::test_adapted_convolution_is_refused",
+        "test_dialects_refused.py::test_adapted_convolution_is_refused",
     ),
     "PEFT ParamWrapper, experts": (
         f"{MATCHED}, as transformers groups them; {REFUSED} elsewhere",
         "test_merged_experts.py::test_programs_compute_what_float64_does_on_the_same_operands "
         "test_experts.py::test_one_graph_gives_what_peft_gives "
-        "test_dialects.py::test_experts_are_refused "
-        "test_dialects.py::test_a_param_wrapper_is_refused "
+        "test_dialects_refused.py::test_experts_are_refused "
+        "test_dialects_refused.py::test_a_param_wrapper_is_refused "
         "test_experts.py::test_what_is_refused_goes_by_its_whole_path_and_a_remedy",
     ),
     "PEFT DoRA, aLoRA, BD-LoRA, VeLoRA, KaSA, MonteCLoRA": (
         f"{REFUSED}; the base layer in FP8 where it is in the graph",
-        "test_dialects.py::test_peft_variants_are_refused "
-        "test_dialects.py::test_the_base_layer_of_a_variant_runs_in_fp8",
+        "test_dialects_refused.py::test_peft_variants_are_refused "
+        "test_dialects_refused.py::test_the_base_layer_of_a_variant_runs_in_fp8",
     ),
     "PEFT MiCA": (MATCHED, "test_dialects.py::test_mica_trains_a_on_a_frozen_b"),
-    "PEFT Arrow": (REFUSED, "test_dialects.py::test_arrow_is_refused"),
+    "PEFT Arrow": (REFUSED, "test_dialects_refused.py::test_arrow_is_refused"),
     "PEFT, mixed batches (adapter_names)": (
         REFUSED,
-        "test_dialects.py::test_mixed_batches_of_adapters_are_refused",
+        "test_dialects_refused.py::test_mixed_batches_of_adapters_are_refused",
     ),
     "PEFT, several active adapters": (
         MATCHED,
@@ -83,12 +83,13 @@ DIALECTS: dict[str, tuple[str, str]] = {
     "PEFT, layers that no adapter is put on": (
         "in FP8, but for heads, tied weights, routers and small layers",
         "passes/test_frozen.py::test_frozen_layers_are_siblings_of_adapted_ones "
-        "passes/test_frozen.py::"
+        "passes/test_frozen_left.py::"
         "test_heads_tied_weights_routers_and_small_layers_are_left_with_the_reason",
     ),
     "PEFT disable_adapter, merge_adapter": (
         FROZEN,
-        "test_dialects.py::test_no_adapter_in_the_graph_a_frozen_layer_and_nothing_to_report "
+        "test_dialects_refused.py::"
+        "test_no_adapter_in_the_graph_a_frozen_layer_and_nothing_to_report "
         "passes/test_frozen.py::test_a_disabled_adapter_leaves_the_numbers_of_b_at_zero "
         "passes/test_match_refused.py::test_a_peft_layer_without_its_adapter_is_a_plain_linear",
     ),
@@ -107,7 +108,7 @@ DIALECTS: dict[str, tuple[str, str]] = {
     ),
     "litgpt, merged QKV; other algebra": (
         REFUSED,
-        "test_dialects.py::test_what_can_not_be_read_is_reported",
+        "test_dialects_refused.py::test_what_can_not_be_read_is_reported",
     ),
     "diffusers' attention": (MATCHED, "test_dialects.py::test_diffusers_attention"),
     "by hand": (
@@ -120,23 +121,23 @@ DIALECTS: dict[str, tuple[str, str]] = {
     ),
     "a base of bitsandbytes, of torchao, in FP8": (
         REFUSED,
-        "test_dialects.py::test_a_bitsandbytes_base_is_refused "
+        "test_dialects_refused.py::test_a_bitsandbytes_base_is_refused "
         "passes/test_match_refused.py::test_a_quantized_base_is_refused "
         "passes/test_match_refused.py::test_an_fp8_base_is_refused "
-        "test_errors.py::test_a_quantized_base_is_rejected_and_left_alone",
+        "test_warnings.py::test_a_quantized_base_is_rejected_and_left_alone",
     ),
 }
 
 SITUATIONS: dict[str, str] = {
-    "autocast": "test_loops.py::test_autocast_trains_bit_for_bit_as_eager "
-    "test_loops.py::test_autocast_is_exact_arithmetic_within_the_casts",
+    "autocast": "test_precision.py::test_autocast_trains_bit_for_bit_as_eager "
+    "test_precision.py::test_autocast_is_exact_arithmetic_within_the_casts",
     "float16 with GradScaler": (
-        "test_loops.py::test_float16_with_a_grad_scaler_trains_by_the_steps_that_were_taken "
+        "test_precision.py::test_float16_with_a_grad_scaler_trains_by_the_steps_that_were_taken "
         "test_backend.py::test_a_step_that_gradscaler_skips_writes_nothing"
     ),
     "gradient accumulation": (
         "test_backend.py::test_gradient_accumulation_and_evaluation_write_once "
-        "test_training.py::test_accumulated_gradients_are_the_sum_of_those_of_the_parts"
+        "test_training_steps.py::test_accumulated_gradients_are_the_sum_of_those_of_the_parts"
     ),
     "activation checkpointing, reentrant and not": (
         "test_backend.py::test_checkpoint_recomputation_writes_nothing_and_changes_nothing "
@@ -151,7 +152,7 @@ SITUATIONS: dict[str, str] = {
         "test_sequences.py::TestTraining test_sequences.py::TestRows"
     ),
     "generate with a KV cache": (
-        "test_situations.py::test_generate_with_a_kv_cache_gives_the_tokens_of_the_emulation "
+        "test_special_inputs.py::test_generate_with_a_kv_cache_gives_the_tokens_of_the_emulation "
         "test_loops.py::"
         "test_generate_with_the_whole_model_compiled_gives_the_tokens_of_the_emulation"
     ),
@@ -166,9 +167,10 @@ SITUATIONS: dict[str, str] = {
     "test_loops.py::test_a_pickled_wrapper_compiles_again "
     "test_situations.py::"
     "test_a_deepcopy_of_a_compiled_model_has_fp8_weights_of_its_own",
-    ".to(device), .half()": "test_loops.py::test_a_cast_after_compile_goes_on_as_a_cast_before_it "
-    "test_loops.py::test_a_cast_of_a_prepared_model_rounds_its_adapter_and_nothing_else "
-    "test_loops.py::"
+    ".to(device), .half()": "test_precision.py::"
+    "test_a_cast_after_compile_goes_on_as_a_cast_before_it "
+    "test_precision.py::test_a_cast_of_a_prepared_model_rounds_its_adapter_and_nothing_else "
+    "test_precision.py::"
     "test_with_rows_a_cast_of_a_prepared_models_adapter_is_an_error_whose_remedy_works "
     "test_loops.py::test_a_model_moved_to_meta_after_compile_is_an_error_that_names_the_site",
     "a frozen or missing gradient of B": (
@@ -180,7 +182,7 @@ SITUATIONS: dict[str, str] = {
     "test_backend.py::test_a_write_through_data_is_seen",
     "weight decay on B": "test_rows.py::test_weight_decay_on_b_is_a_change_like_any_other",
     "a module used twice": (
-        "test_situations.py::"
+        "test_special_inputs.py::"
         "test_a_module_used_twice_in_one_forward_is_one_site_with_the_sum_of_both_gradients "
         "passes/test_rewrite.py::test_a_layer_called_twice_is_two_sites_on_one_base_and_one_cast"
     ),
@@ -189,13 +191,13 @@ SITUATIONS: dict[str, str] = {
     ),
     "no tokens": (
         "test_loops.py::test_no_tokens_at_all_give_zero_gradients_and_write_nothing "
-        "test_situations.py::test_zero_tokens_and_strided_inputs"
+        "test_special_inputs.py::test_zero_tokens_and_strided_inputs"
     ),
     "sizes that are no multiples of 16": (
         "test_loops.py::test_inductor_trains_as_eager_where_no_size_is_a_multiple_of_16"
     ),
     "CUDA graphs": "test_loops.py::test_cuda_graphs_asked_for_on_cpu_change_nothing",
-    "compiled autograd": "test_situations.py::test_compiled_autograd",
+    "compiled autograd": "test_special_inputs.py::test_compiled_autograd",
     "fullgraph=True": "test_loops.py::test_fullgraph_trains_a_llama "
     "test_situations.py::test_fullgraph",
 }

@@ -19,9 +19,9 @@ from falqon_fx import (
     PrequantizeReport,
 )
 from falqon_fx_cli.main import main
+from tests.folders import BF16, IDS, dense_model, folder_of, lora, prequantize
 from tests.models import fill_b
 from tests.parameters import slow
-from tests.test_prequantize import BF16, IDS, dense_model, folder_of, lora, prequantize
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

@@ -21,14 +21,10 @@ from torch.utils.checkpoint import (
 import falqon_fx
 from falqon_fx.site.record import STEP
 from tests.emulation import emulate
-from tests.models import LoraLinear, Relu, Stack, fill_b, freeze_a, lora_b, tiny_mlp
+from tests.models import LoraLinear, Relu, Stack, compiled, fill_b, freeze_a, lora_b, tiny_mlp
 from tests.parameters import slow
 from tests.sites import randn
 from tests.spellings import Passes
-
-
-def compiled(model: nn.Module, **options: Any) -> Any:
-    return torch.compile(model, backend="falqon", options={"inner": "eager", **options})
 
 
 def test_a_result_that_is_written_in_place():

@@ -15,9 +15,10 @@ from torch.utils.checkpoint import checkpoint
 import falqon_fx
 from tests import tolerances as tol
 from tests.emulation import emulate
-from tests.models import fill_b, tiny_mlp
+from tests.loops import Bases, each_inner, each_way, parameters, values
+from tests.models import compiled, fill_b, tiny_mlp
 from tests.parameters import PREPARED_OR_NOT, each_pair, slow
-from tests.test_training import Bases, Call, compiled, each_inner, each_way, parameters, values
+from tests.test_training import Call
 from tests.training import all_equal
 
 # -- adapters changed between steps ----------------------------------------------------------------

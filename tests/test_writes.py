@@ -15,8 +15,8 @@ from falqon_fx import FalqonError
 from falqon_fx.files import atomic
 from falqon_fx.files.checkpoint import MANIFEST
 from tests.attack import harness
+from tests.folders import dense_model, folder_of, prequantize
 from tests.models import tiny_llama
-from tests.test_prequantize import dense_model, folder_of, prequantize
 from tests.test_storage import Layers, generation_in
 
 safetensors = pytest.importorskip("safetensors.torch")

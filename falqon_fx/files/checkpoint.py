@@ -25,6 +25,7 @@ from falqon_fx.errors import FalqonError
 from falqon_fx.files import atomic, disk, model_state, ranks, storage, training, trees
 from falqon_fx.model.fp8_linear import refuse_parts
 from falqon_fx.model.lora_layers import unwrap
+from falqon_fx.site.agreement import of_each
 from falqon_fx.site.sharded import gathered, is_sharded
 
 FORMAT = "falqon_fx.checkpoint.3"
@@ -227,7 +228,7 @@ def _rng_state(sharded: bool) -> dict[str, Any]:
     own = {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}
     if not sharded:
         return own
-    first, *others = ranks.of_each(own)
+    first, *others = of_each(own)
     return {**first, "others": others}
 
 

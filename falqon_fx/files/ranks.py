@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from falqon_fx.errors import FalqonError
+from falqon_fx.site.agreement import agree, from_rank, of_each, plain
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -34,7 +35,7 @@ def lead(sharded: bool, steps: Sequence[Callable[[], T]], work: Callable[[Iterat
         step()
         kind, said = _heard()
     if kind == "error":
-        raise _made(0, said)
+        raise from_rank(0, said)
     result: R = said
     return result
 
@@ -48,7 +49,7 @@ def _lead(steps: Sequence[Callable[[], T]], work: Callable[[Iterator[T]], R]) ->
     try:
         result = work(each())
     except BaseException as error:  # Ctrl-C too: the others wait
-        _say("error", _plain(error))
+        _say("error", plain(error))
         raise
     _say("done", result)
     return result
@@ -76,13 +77,7 @@ def together(sharded: bool) -> Iterator[None]:
         yield
     except BaseException as error:
         own = error
-    said: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(said, _plain(own))
-    if own is not None:
-        raise own
-    for rank, other in enumerate(said):
-        if other is not None:
-            raise _made(rank, other)
+    agree(None, {}, own)
 
 
 def check_alike(where: str, checksum: str) -> None:
@@ -90,24 +85,3 @@ def check_alike(where: str, checksum: str) -> None:
     if len({*of_each(checksum)}) > 1:
         problem = "the processes find different checkpoints there"
         raise FalqonError(where, problem, "Name a folder that all of them share")
-
-
-def of_each(value: T) -> list[T]:
-    """A value of each process."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
-
-
-def _plain(error: BaseException | None) -> tuple[str, str, str] | None:
-    """An error as what can be sent."""
-    if isinstance(error, FalqonError):
-        return error.site, error.problem, error.remedy
-    if error is None:
-        return None
-    return "", f"{type(error).__name__}: {error}", "Look at what that process says"
-
-
-def _made(rank: int, said: tuple[str, str, str]) -> FalqonError:
-    site, problem, remedy = said
-    return FalqonError(site, f"{problem} (on rank {rank})", remedy)

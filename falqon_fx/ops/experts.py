@@ -153,19 +153,8 @@ def merged_experts_grads(
 
 
 @merged_experts_grads.register_fake
-def _(
-    grad: Tensor,
-    rows: Sequence[Tensor],
-    groups: Tensor,
-    by_id: bool,
-    experts: int,
-    out_a: Tensor,
-    d: Sequence[Tensor],
-    kept: Sequence[Tensor],
-    scaling: float,
-    b_dtype: torch.dtype,
-    a_dtype: torch.dtype,
-) -> list[Tensor]:
+def _(grad: Tensor, *rest: Any) -> list[Tensor]:
+    _, _, _, experts, out_a, _, kept, _, b_dtype, a_dtype = rest
     columns = out_a.shape[1] * experts
     grads = [grad.new_empty((grad.shape[1], columns), dtype=b_dtype)]
     if kept:

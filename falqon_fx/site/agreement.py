@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -11,31 +11,52 @@ from falqon_fx._compat import is_dtensor
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
 
+T = TypeVar("T")
 
-def agree(group: Any, said: Mapping[str, str], problem: FalqonError | None = None) -> None:
-    """Compare what the processes of a group have said, and the problem that any of them has.
+
+def of_each(value: T, group: Any = None) -> list[T]:
+    """A value of each process."""
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, value, group=group)
+    return found
+
+
+def agree(group: Any, said: Mapping[str, str], problem: BaseException | None = None) -> None:
+    """Compare what the processes of a group have said; the problem that one has is all of theirs.
 
     Raises:
         FalqonError: on every process of the group, with what differs where.
     """
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    text = None if problem is None else (problem.site, problem.problem, problem.remedy)
-    dist.all_gather_object(everyone, (dict(said), text), group=group)
+    everyone = of_each((dict(said), plain(problem)), group)
     if problem is not None:
         raise problem
     first, _ = everyone[0]
-    for rank, (theirs, failed) in enumerate(everyone):
+    for rank, (theirs, failed) in zip(dist.get_process_group_ranks(group), everyone, strict=True):
         if failed is not None:
-            site, why, remedy = failed
-            raise FalqonError(site, f"on process {rank} of the mesh, {why}", remedy)
+            raise from_rank(rank, failed)
         for name in {**first, **theirs}:
             if first.get(name) != theirs.get(name):
                 raise FalqonError(
                     "",
                     f"the processes differ in {name}: {first.get(name)} on the first of the mesh, "
-                    f"{theirs.get(name)} on process {rank}",
+                    f"{theirs.get(name)} on rank {rank}",
                     "Let all of them make the same calls, with the same config and versions",
                 )
+
+
+def plain(error: BaseException | None) -> tuple[str, str, str] | None:
+    """An error as what can be sent."""
+    if isinstance(error, FalqonError):
+        return error.site, error.problem, error.remedy
+    if error is None:
+        return None
+    return "", f"{type(error).__name__}: {error}", "Look at what that process says"
+
+
+def from_rank(rank: int, said: tuple[str, str, str]) -> FalqonError:
+    """The error that another process has sent."""
+    site, problem, remedy = said
+    return FalqonError(site, f"{problem} (on rank {rank})", remedy)
 
 
 def groups_of(values: Iterable[Any]) -> list[Any]:

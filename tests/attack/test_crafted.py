@@ -2,52 +2,32 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import math
-import shutil
-import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import falqon_fx
-from falqon_fx import FalqonConfig, FalqonError
+from falqon_fx import FalqonError
 from falqon_fx.files import storage
 from falqon_fx.files.checkpoint import MANIFEST
-from falqon_fx.files.storage import DamagedFileError
 from tests.attack import harness
-from tests.attack.checkpoints import fp8_of_others, lora, tiny
-from tests.models import fill_b, lora_b, tiny_mlp
+from tests.attack.checkpoints import fp8_of_others
+from tests.attack.crafted import FILES, INDEX, model_and_optimizer, quietly
+from tests.models import tiny_mlp
 
 UPDATES = pytest.mark.parametrize("update", ["adapter", "rows"])
-INDEX = "model.safetensors.index.json"
 
 
 # -- sizes, dtypes and values of tensors, checksums right ------------------------------------------
-
-
-def model_and_optimizer(update: Any = "adapter", seed: int = 0, prepared: bool = True) -> Any:
-    torch.manual_seed(seed)
-    model = tiny_mlp()
-    fill_b(model, 0.1, seed)
-    if prepared:
-        falqon_fx.prepare(model, FalqonConfig(update=update), progress=False)
-    optimizer = torch.optim.AdamW(lora_b(model), fused=True)
-    for p in lora_b(model):
-        p.grad = torch.ones_like(p)
-    optimizer.step()
-    return model, optimizer
 
 
 @contextmanager
@@ -257,231 +237,8 @@ def test_a_part_of_an_fp8_weight_is_no_state(update):
     layer.load_state_dict({}, strict=False)
 
 
-# -- names that become paths -----------------------------------------------------------------------
-
-OUTSIDE = [
-    "../victim.safetensors",
-    "/etc/passwd",
-    "a/../../victim",
-    "..",
-    ".",
-    "",
-    "a\0b",
-    "\ud800",
-]
-
-
-@pytest.mark.parametrize("name", OUTSIDE)
-def test_an_index_that_names_a_file_outside_is_refused(tmp_path, name):
-    tiny().save_pretrained(tmp_path / "dense", max_shard_size="12KB")
-    file = tmp_path / "dense" / INDEX
-    index = json.loads(file.read_text())
-    tensor = next(iter(index["weight_map"]))
-    index["weight_map"][tensor] = name
-    file.write_text(json.dumps(index))
-    (tmp_path / "victim.safetensors").write_bytes(b"victim")
-    calls: list[Callable[[], Any]] = [
-        lambda: falqon_fx.load(tmp_path / "dense"),
-        lambda: falqon_fx.prequantize(tmp_path / "dense", tmp_path / "out", progress=False),
-    ]
-    for call in calls:
-        with pytest.raises(DamagedFileError, match="which is no file in its folder"):
-            call()
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("name", OUTSIDE)
-def test_a_manifest_that_names_a_file_outside_is_refused(tmp_path, name):
-    saved, _ = model_and_optimizer()
-    falqon_fx.save_checkpoint(saved, tmp_path / "run")
-    manifest = json.loads((tmp_path / "run" / MANIFEST).read_text())
-    (entry,) = manifest["files"].values()
-    harness.resealed(tmp_path / "run" / MANIFEST, {**manifest, "files": {name: entry}})
-    with pytest.raises(DamagedFileError, match="which is no file in its folder"):
-        falqon_fx.load_checkpoint(saved, tmp_path / "run")
-
-
-# -- crafted manifests, indexes and configs --------------------------------------------------------
-
-_NUMBERS = st.sampled_from([0, 1, -1, 2, 2**31, 2**63, 2**64, 10**30, 1e308, math.nan, math.inf])
-_TEXTS = st.sampled_from(
-    ["", "..", "../x", "/etc/passwd", "float32", "uint8", "__class__", "\x1b[31m", "a b", "\ud800"]
-)
-_LEAVES = st.none() | st.booleans() | _NUMBERS | st.integers() | _TEXTS | st.text(max_size=5)
-VALUE = st.recursive(
-    _LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_TEXTS, inner, max_size=3)
-)
-
-
-@st.composite
-def changed(draw: Any, content: Any) -> Any:
-    """JSON with one to three values replaced, removed or put in twice."""
-    content = copy.deepcopy(content)
-    for _ in range(draw(st.integers(1, 3))):
-        known = [*harness.places(content)]
-        if not known:
-            break
-        way = draw(st.sampled_from(known))
-        owner = functools.reduce(lambda node, key: node[key], way[:-1], content)
-        how = draw(st.sampled_from(["replace", "replace", "remove", "repeat", "wrap"]))
-        if how == "remove":
-            del owner[way[-1]]
-        elif how == "repeat" and isinstance(owner, list):
-            owner.append(owner[way[-1]])
-        elif how == "wrap":
-            owner[way[-1]] = [owner[way[-1]]]
-        else:
-            owner[way[-1]] = draw(VALUE)
-    return content
-
-
-def check(
-    call: Callable[[], Any], state: Callable[[], Any], folders: Path, own: Sequence[str] = ()
-) -> None:
-    """A crafted file may describe another whole state; all else is a refusal. Either way nothing
-    is written in the folders or around them but what is its ``own``.
-    """
-    root = folders.parent
-    before = harness.surroundings(root, [f"{folders.name}/{name}" for name in own])
-    (found,) = harness.verdicts([lambda: harness.verdict(call, state, None)])
-    assert not found.startswith("bad") or found.startswith("bad: neither"), found
-    after = harness.surroundings(root, [f"{folders.name}/{name}" for name in own])
-    assert not harness.changes(before, after)
-
-
-def quietly(call: Callable[[], Any]) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return call()
-
-
-@pytest.fixture(scope="module")
-def folders() -> Iterator[Path]:
-    """One folder of each kind."""
-    with tempfile.TemporaryDirectory() as temporary:
-        harness.place_victims(Path(temporary))
-        folder = Path(temporary, "folders")
-        folder.mkdir()
-        for update in ("adapter", "rows"):
-            model, optimizer = model_and_optimizer(update)
-            falqon_fx.save_checkpoint(model, folder / update, optimizer=optimizer)
-        torch.manual_seed(0)
-        tiny().save_pretrained(folder / "dense", max_shard_size="12KB")
-        falqon_fx.prequantize(
-            folder / "dense", folder / "prequantized", lora(), workers=1, progress=False
-        )
-        fp8_of_others(folder)
-        yield folder
-
-
-FEW, MANY = settings(max_examples=8), settings(max_examples=120)
-
-
-def craft_checkpoint(folders: Path, update: Any, data: Any) -> None:
-    folder = folders / update
-    whole = (folder / MANIFEST).read_bytes()
-    model, optimizer = model_and_optimizer(update, 1)
-    try:
-        harness.resealed(folder / MANIFEST, data.draw(changed(json.loads(whole))))
-        check(
-            lambda: falqon_fx.load_checkpoint(model, folder, optimizer=optimizer),
-            lambda: harness.contents(model, optimizer.state_dict()),
-            folders,
-        )
-    finally:
-        (folder / MANIFEST).write_bytes(whole)
-
-
-def craft_file(folder: Path, name: str, call: Callable[[], Any], data: Any) -> None:
-    whole = (folder / name).read_bytes()
-    made = [""]
-
-    def load() -> None:
-        made[0] = harness.contents(quietly(call))
-
-    content = data.draw(changed(json.loads(whole)))
-    try:
-        if name == "falqon.json" and isinstance(content, dict):
-            harness.resealed(folder / name, content)
-        else:
-            (folder / name).write_text(json.dumps(content))
-        check(load, lambda: made[0], folder.parent)
-    finally:
-        (folder / name).write_bytes(whole)
-
-
-FILES = [
-    ("prequantized", "falqon.json"),
-    ("prequantized", "config.json"),
-    ("prequantized", "adapter_config.json"),
-    ("fp8", "config.json"),
-]
-
-
-@pytest.mark.parametrize("update", ["adapter", "rows"])
-@FEW
-@given(data=st.data())
-def test_a_few_crafted_checkpoints(folders, update, data):
-    craft_checkpoint(folders, update, data)
-
-
-@pytest.mark.parametrize(("kind", "name"), FILES)
-@FEW
-@given(data=st.data())
-def test_a_few_crafted_files(folders, kind, name, data):
-    craft_file(folders / kind, name, lambda: falqon_fx.load(folders / kind), data)
-
-
-def craft_index(folders: Path, data: Any) -> None:
-    """Of the source of `prequantize`, which leaves a whole folder or none."""
-    file, out = folders / "dense" / INDEX, folders / "out"
-    whole = file.read_bytes()
-    try:
-        file.write_text(json.dumps(data.draw(changed(json.loads(whole)))))
-        check(
-            lambda: falqon_fx.prequantize(
-                folders / "dense", out, lora(), workers=1, progress=False
-            ),
-            lambda: harness.tree(out) if out.exists() else {},
-            folders,
-            ("out", "out.partial"),
-        )
-    finally:
-        file.write_bytes(whole)
-        for left in (out, out.with_name("out.partial")):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-@FEW
-@given(data=st.data())
-def test_a_few_crafted_indexes(folders, data):
-    craft_index(folders, data)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("update", ["adapter", "rows"])
-@MANY
-@given(data=st.data())
-def test_many_crafted_checkpoints(folders, update, data):
-    craft_checkpoint(folders, update, data)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "name"), FILES)
-@MANY
-@given(data=st.data())
-def test_many_crafted_files(folders, kind, name, data):
-    craft_file(folders / kind, name, lambda: falqon_fx.load(folders / kind), data)
-
-
-@pytest.mark.slow
-@MANY
-@given(data=st.data())
-def test_many_crafted_indexes(folders, data):
-    craft_index(folders, data)
-
-
 # -- what a parser chokes on -----------------------------------------------------------------------
+
 
 DEEP = "[" * 100_000 + "]" * 100_000
 RAW = {

@@ -1,0 +1,62 @@
+"""A CPU that takes the path of a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from falqon_fx.site.base import cast_base
+from falqon_fx.site.spec import SiteSpec
+from tests.sites import randn
+from tests.strategies import Case, Layer, Lora
+
+F32, BF16 = torch.float32, torch.bfloat16
+ROW, TENSOR = (SiteSpec(granularity, "pow2", "e5m2") for granularity in ("row", "tensor"))
+
+
+def layer(out: int, ranks: tuple[int, ...], spec: SiteSpec, seed: int, **change: Any) -> Layer:
+    """A layer of 64 features whose adapters have the given ranks, for 32 tokens in bfloat16."""
+    loras = [
+        Lora(
+            randn(rank, 64, seed=seed + 10 * j) / 4,
+            randn(out, rank, seed=seed + 10 * j + 1) / 4,
+            scaling=(2.0, 0.3)[j % 2],
+        )
+        for j, rank in enumerate(ranks)
+    ]
+    weight = randn(out, 64, seed=seed + 7).bfloat16()
+    grad = randn(32, out, seed=seed + 8).bfloat16()
+    return replace(Layer(weight, cast_base(weight, spec), None, loras, grad), **change)
+
+
+def group(spec: SiteSpec, *of: tuple[int, tuple[int, ...]], **change: Any) -> Case:
+    """Layers (out, ranks) that share x [32, 64]."""
+    layers = [layer(out, ranks, spec, 100 * i) for i, (out, ranks) in enumerate(of)]
+    return replace(Case(randn(32, 64).bfloat16(), layers, BF16, spec), **change)
+
+
+def with_dropout(spec: SiteSpec) -> Case:
+    """Two adapters that read x behind masks of their own, and one that reads x itself."""
+    case = group(spec, (48, (16, 8, 16)))
+    for i, lora in enumerate(case.adapters[:2]):
+        lora.x = case.x * ((randn(32, 64, seed=20 + i) > 0) * 2).bfloat16()
+    return case
+
+
+GROUPS: dict[str, Callable[[SiteSpec], Case]] = {
+    "one adapter": lambda spec: group(spec, (48, (16,))),
+    "a frozen layer": lambda spec: group(spec, (48, ())),
+    "siblings, some frozen": lambda spec: group(spec, (48, (16,)), (32, ()), (16, (8,)), (64, ())),
+    "frozen siblings": lambda spec: group(spec, (48, ()), (32, ())),
+    "several adapters": lambda spec: group(spec, (48, (16, 8)), (32, (5,)), (16, (16, 16, 3))),
+    "ranks beyond the kernels'": lambda spec: group(spec, (48, (300,)), (32, (8,))),
+    "dropout": with_dropout,
+    "A frozen": lambda spec: group(spec, (48, (16,)), (32, (8,)), keep_x=False),
+    "9 sites": lambda spec: group(spec, *[(16, (4,))] * 9),
+    "10 pieces, b absent": lambda spec: group(spec, *[(16, (4,))] * 5, adds_b=False),
+    "b absent": lambda spec: group(spec, (48, (16,)), (32, (8,)), adds_b=False),
+    "b absent, dropout": lambda spec: replace(with_dropout(spec), adds_b=False),
+}

@@ -1,0 +1,202 @@
+"""What the ops should compute, in float64 on the same quantized operands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from falqon_fx.site.numerics import E4M3, E5M2
+from falqon_fx.site.spec import SiteSpec
+from tests.emulation import cast
+from tests.strategies import Case, Lora
+from tests.tolerances import Approx, rounded_bound, side_by_side
+
+F32, BF16 = torch.float32, torch.bfloat16
+falqon = torch.ops.falqon
+
+
+def run(case: Case) -> dict[str, Tensor]:
+    """The op's results and the gradients of all that it differentiates, by name."""
+    leaves = case.leaves()
+    *ys, out_a = falqon.merged_linear(*case.arguments())[: len(case.layers) + 1]
+    for layer, y in zip(case.layers, ys, strict=True):
+        assert (y.shape, y.dtype) == (layer.grad.shape, case.out_dtype)
+    pairs = [(y, layer.grad) for y, layer in zip(ys, case.layers) if layer.reached]
+    grads = torch.autograd.grad(
+        [y for y, _ in pairs], [*leaves.values()], [g for _, g in pairs], allow_unused=True
+    )
+    results = {f"y {i}": y.detach() for i, y in enumerate(ys)} | {"out_a": out_a}
+    for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
+        if grad is not None:
+            assert (grad.shape, grad.dtype) == (leaf.shape, leaf.dtype)
+            results[name] = grad
+    return results
+
+
+def gemm_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What products return; on a CPU that multiplies bfloat16."""
+    return BF16 if dtype == BF16 else F32
+
+
+def hat(x: Tensor, dtype: torch.dtype, spec: SiteSpec) -> Approx:
+    """x [n, k] as it is multiplied: after its cast to FP8, exactly."""
+    codes, scale = cast(x.float(), dtype, spec.per_row, spec.scale == "pow2")
+    return Approx.exact(codes.double() * scale.double())
+
+
+def decoded(code: Tensor, scale: Tensor) -> Approx:
+    """What FP8 numbers stand for, exactly."""
+    return Approx.exact(code.view(E4M3).float().double() * scale.double())
+
+
+@dataclass
+class Operands:
+    """What the op multiplies on behalf of an adapter, exactly, and its O_A as computed."""
+
+    lora: Lora
+    read: Approx  # x, or the dropped x, after its cast
+    a: Approx
+    b: Approx  # scaling · B in the dtype of the products
+    out_a: Approx
+
+
+def operands(case: Case, dtype: torch.dtype) -> list[list[Operands]]:
+    """Of the adapters of each layer; ``dtype``: what products return."""
+    casts = iter(case.casts)
+    found: list[list[Operands]] = []
+    for layer in case.layers:
+        found.append([])
+        for lora in layer.adapters:
+            code, scale, b = next(casts)
+            x = case.x if lora.x is None else lora.x
+            read, a = (
+                hat(x.detach().reshape(-1, x.shape[-1]), E4M3, case.spec),
+                decoded(code, scale),
+            )
+            out_a = (read @ a.t()).rounded(dtype, *behind(case.spec, dtype))
+            factor = Approx.exact(b.to(dtype))
+            if not case.adds_b:  # then dL/dA is made from B itself
+                factor = (Approx.exact(lora.lora_b) * number(lora.scaling)).rounded(F32, dtype)
+            found[-1].append(Operands(lora, read, a, factor, out_a))
+    return found
+
+
+def number(value: float) -> Approx:
+    """A Python number that multiplies a float32 tensor."""
+    return Approx.exact(torch.tensor(value, dtype=torch.float64)).rounded(F32)
+
+
+def behind(spec: SiteSpec, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """The roundings of a product with its scales. Those that are powers of two go into the operands
+    exactly.
+    """
+    return () if spec.scale == "pow2" else (F32, F32, dtype)
+
+
+def expected(
+    case: Case, *, dtype: torch.dtype | None = None, steps: bool = False
+) -> dict[str, Approx]:
+    """Each result on the operands that the op really multiplies, and its roundings one by one.
+
+    ``dtype``: what products return. ``steps``: dL/dx may be a buffer in it, which is rounded after
+    each product that is added, instead of one product over all.
+    """
+    dtype = dtype or gemm_dtype(case.out_dtype)
+    loras = operands(case, dtype)
+    x_hat = hat(case.x.detach().reshape(-1, case.x.shape[-1]), E4M3, case.spec)
+    wanted: dict[str, Approx] = {}
+    for i, (layer, adapters) in enumerate(zip(case.layers, loras)):
+        y = x_hat @ decoded(layer.base.code, layer.base.scale).t()
+        y = y.rounded(dtype, *behind(case.spec, dtype))
+        for lora in adapters if case.adds_b else []:
+            y = y.addmm(lora.out_a, lora.b.t(), dtype)
+        if layer.bias is not None:
+            y = (y + Approx.exact(layer.bias).rounded(dtype)).rounded(dtype)
+        wanted[f"y {i}"] = y.rounded(case.out_dtype)
+    every = [lora.out_a for adapters in loras for lora in adapters]
+    none = Approx.exact(torch.zeros(len(x_hat.value), 0))
+    wanted["out_a"] = side_by_side(every, 1) if every else none
+    return wanted | gradients(case, loras, dtype, steps)
+
+
+def gradients(
+    case: Case, loras: list[list[Operands]], dtype: torch.dtype, steps: bool
+) -> dict[str, Approx]:
+    """Those of the layers that are reached, by the names of `Case.leaves`."""
+    spec, wanted = case.spec, {}
+    pow2 = spec.scale == "pow2"
+    products: list[tuple[Approx, Approx]] = []  # of W, each with scales of its own behind it
+    joined: list[tuple[Approx, Approx]] = []  # added up in one product
+    others: list[Approx] = []  # the parts of adapters that autograd adds to dL/dx
+    j = -1
+    for i, (layer, adapters) in enumerate(zip(case.layers, loras)):
+        grad = layer.grad.reshape(-1, len(layer.base.code))
+        exact, scale = Approx.exact(grad), layer.base.scale
+        for lora in adapters:
+            j += 1
+            if not layer.reached:
+                continue
+            product = (exact.t() @ lora.out_a).rounded(dtype) * number(lora.lora.scaling)
+            wanted[f"b {j}"] = product.rounded(F32, lora.lora.lora_b.dtype)
+            d = (exact @ lora.b).rounded(dtype)
+            # The scale of x goes into D, unless it is in x̂ exactly.
+            of_a = d if pow2 else d.rounded(F32, dtype)
+            wanted[f"a {j}"] = (of_a.t() @ lora.read).rounded(dtype, lora.lora.lora_a.dtype)
+            code, a_scale, _ = case.casts[j]
+            if case.apart and case.adds_b:
+                x = case.x if lora.lora.x is None else lora.lora.x
+                part = d @ (lora.a if pow2 else lora.a.rounded(F32, dtype))
+                part = part.rounded(dtype, x.dtype)
+                if lora.lora.x is None:
+                    others.append(part)
+                else:
+                    wanted[f"x {j}"] = part
+            elif case.adds_b:  # the scales of A go into D
+                turned = Approx.exact(a_scale.t() if spec.per_row else a_scale)
+                joined.append(((d * turned).rounded(F32, dtype), decoded(code, torch.ones(()))))
+        if not layer.reached:
+            continue
+        if layer.bias is not None:
+            total = Approx.exact(torch.ones(1, len(grad))) @ exact
+            wanted[f"bias {i}"] = Approx(total.value[0], total.bound[0]).rounded(layer.bias.dtype)
+        # The scales of W's rows go into dL/dO before its cast.
+        wide = grad.float() * scale.t() if spec.per_row else grad.float()
+        grad_hat = hat(wide, E5M2 if spec.grad == "e5m2" else E4M3, spec)
+        w = decoded(layer.base.code, torch.ones(()) if spec.per_row else scale)
+        (joined if pow2 else products).append((grad_hat, w))
+
+    parts = [(left @ right).rounded(dtype, F32, F32) for left, right in products]
+    if joined:
+        lefts, rights = zip(*joined)
+        parts.append((side_by_side(lefts, 1) @ side_by_side(rights, 0)).rounded(dtype))
+    total = added(parts, F32)
+    if steps:
+        sizes = [left.largest @ right.largest for left, right in (*products, *joined)]
+        size = torch.stack(sizes).sum(0)
+        off = len(sizes) * rounded_bound(size, torch.zeros_like(size), dtype)
+        total = Approx(total.value, total.bound + off)
+    wanted["x"] = added([total.rounded(case.x.dtype), *others], case.x.dtype)
+    return wanted
+
+
+def added(parts: list[Approx], dtype: torch.dtype) -> Approx:
+    """The sum, rounded after each step, in any order: no partial sum exceeds that of all sizes."""
+    value = torch.stack([part.value for part in parts]).sum(0)
+    bound = torch.stack([part.bound for part in parts]).sum(0)
+    size = torch.stack([part.largest for part in parts]).sum(0)
+    for _ in parts[1:]:
+        bound = bound + (rounded_bound(size, bound, dtype) - bound)
+    return Approx(value, bound)
+
+
+def check(case: Case, wanted: dict[str, Approx]) -> dict[str, Tensor]:
+    """All results of the op, among them the gradient of everything that it should reach."""
+    actual = run(case)
+    assert actual.keys() == wanted.keys() & {*case.leaves(), *actual}
+    for name, result in actual.items():
+        shape = result.shape
+        of = wanted[name]
+        Approx(of.value.reshape(shape), of.bound.reshape(shape)).assert_holds(result)
+    return actual

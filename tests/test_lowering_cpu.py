@@ -1,0 +1,125 @@
+"""The casts of a CPU, compiled and by ATen, and CPUs without bfloat16."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx
+
+from falqon_fx import rewrite
+from falqon_fx.kernels.cpu import casts as cpu_casts
+from falqon_fx.kernels.cpu import native as cpu
+from falqon_fx.ops import lowering
+from falqon_fx.site import spec as site_spec
+from falqon_fx.site.numerics import E4M3, E5M2
+from falqon_fx.site.spec import SiteSpec
+from tests.lowered import BF16, F32, falqon, gemm_dtype
+from tests.models import LoraLinear, Traceable
+from tests.sites import randn
+
+T = TypeVar("T")
+
+
+# -- compiled casts --------------------------------------------------------------------------------
+
+
+def by_aten(run: Callable[[], T]) -> T:
+    """As where there is no compiler."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (cpu, cpu_casts):
+            patch.setattr(module, "library", lambda: None)
+        return run()
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """NaN is NaN, whatever its payload; zeros have a sign."""
+    nan = a.isnan()
+    wide = [t.float().masked_fill(nan, 0.0).view(torch.int32) for t in (a, b)]
+    return torch.equal(nan, b.isnan()) and torch.equal(*wide)
+
+
+@st.composite
+def matrices(draw: st.DrawFn) -> Tensor:
+    """[n, k] in float32 or bfloat16, rows from tiny to huge, some with NaN, Inf or nothing but
+    zeros, some with gaps between rows.
+    """
+    n, k = draw(st.integers(0, 5)), draw(st.integers(1, 70))
+    x = randn(n, k + 3, seed=draw(st.integers(0, 1000)))
+    for row in range(n):
+        x[row] *= 2.0 ** draw(st.sampled_from([0, 0, -130, -100, 60, 100]))
+        special = draw(st.sampled_from([None, None, None, 0.0, float("nan"), float("-inf")]))
+        if special == 0.0:
+            x[row] = -0.0
+        elif special is not None:
+            x[row, draw(st.integers(0, k - 1))] = special
+    x = x[:, :k] if draw(st.booleans()) else x[:, :k].contiguous()
+    return x.to(draw(st.sampled_from([F32, BF16])))
+
+
+@settings(max_examples=4 * settings.default.max_examples)
+@given(matrices(), st.sampled_from([E4M3, E5M2]), st.booleans(), st.sampled_from([F32, BF16]))
+def test_compiled_casts_equal_those_of_aten(x, fp8, turned, dtype):
+    """Bit for bit: scales, values in the dtype of the products, and the codes that are kept."""
+    keep = fp8 == E4M3
+    columns = randn(1, x.shape[1], seed=3).abs() if turned else None
+    spec = SiteSpec("row", "pow2", "e5m2")
+
+    def run() -> lowering.Cast:
+        wide = torch.zeros(len(x), x.shape[1] + 5, dtype=dtype)
+        return lowering.cast_fp8(x, fp8, spec, dtype, columns=columns, keep=keep, to=wide[:, 5:])
+
+    compiled, aten = run(), by_aten(run)
+    assert same_bits(compiled.scale, aten.scale)
+    assert same_bits(compiled.value, aten.value)
+    if keep:  # beside an Inf the codes may differ, what they stand for is NaN
+        whole, other = (cast.code.float() * cast.scale for cast in (compiled, aten))
+        assert same_bits(whole, other)
+        for scale in (compiled.scale, torch.tensor(0.3), 1.0):
+            decode = functools.partial(lowering.decode, compiled.code, scale, dtype)
+            assert same_bits(decode(), by_aten(decode))
+
+
+# -- other CPUs ------------------------------------------------------------------------------------
+
+
+def test_the_version_of_the_lowering_tells_cpus_apart(monkeypatch):
+    """It keys disk caches, which may be shared by machines."""
+    versions = []
+    for native in (True, False):
+        monkeypatch.setattr(site_spec, "native_bf16", lambda native=native: native)
+        site_spec.lowering_version.cache_clear()
+        versions.append(site_spec.lowering_version())
+    site_spec.lowering_version.cache_clear()
+    assert versions[0] != versions[1]
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("dtype", [F32, BF16, torch.float16])
+def test_the_adapters_of_a_graph_are_cast_to_what_the_cpu_multiplies(dtype, native, monkeypatch):
+    """The plan decides, from the dtype of the layer's result."""
+    monkeypatch.setattr(lowering, "native_bf16", lambda: native)
+    model = LoraLinear(64, 32, dtype=dtype).to(dtype)
+    graph = fx.symbolic_trace(Traceable(model))
+    x = randn(3, 64).to(dtype)
+    result = rewrite(graph, [x])
+    (update,) = result.gm.graph.find_nodes(op="call_function", target=falqon.proxy_update.default)
+    assert update.args[4] == (dtype != BF16 or not native)
+    y = result(x)
+    assert y.dtype == dtype
+    y.float().sum().backward()
+    assert model.lora_A.weight.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("dtype", [F32, BF16, torch.float16])
+def test_products_are_in_what_the_cpu_multiplies(dtype, native, monkeypatch):
+    monkeypatch.setattr(lowering, "native_bf16", lambda: native)
+    cpu, gpu = (lowering.gemm_dtype(dtype, torch.device(name)) for name in ("cpu", "cuda"))
+    assert gpu == gemm_dtype(dtype)
+    assert cpu == (F32 if not native else gpu)
