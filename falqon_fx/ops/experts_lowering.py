@@ -25,7 +25,7 @@ from falqon_fx.ops.grouped import (
 )
 from falqon_fx.ops.lowering import cast_fp8, decode, gemm_dtype
 from falqon_fx.site.numerics import E4M3, without_autocast
-from falqon_fx.site.spec import parse_spec
+from falqon_fx.site.spec import SiteSpec, parse_spec
 
 
 class Experts(NamedTuple):
@@ -87,14 +87,15 @@ def lower_merged_experts(given: Experts) -> list[Tensor]:
     out_a = y.new_empty((len(y), 0))
     for code, scale, b in zip(given.a, given.a_scale, given.b, strict=True):
         out_a = product(code, scale)
-        y = y + padded_mm(out_a, stacked_b(b.to(dtype), given.experts).transpose(1, 2), way.offs)
+        y += padded_mm(out_a, stacked_b(b.to(dtype), given.experts).transpose(1, 2), way.offs)
     kept = [cast.code, cast.scale] if given.keep_x and cast.code is not None else []
     return [way.restored(y.to(given.out_dtype)), out_a, *kept]
 
 
 def stacked_b(b: Tensor, experts: int) -> Tensor:
     """B_e [E, out, r] of lora_B [out, r * E], whose columns have the experts fastest."""
-    return b.reshape(b.shape[0], -1, experts).permute(2, 0, 1).contiguous()
+    # As the transpose of a matrix, which ATen copies in blocks.
+    return b.reshape(-1, experts).t().contiguous().view(experts, b.shape[0], -1)
 
 
 def by_row(scale: Tensor, way: Routing, count: int) -> Tensor:
@@ -122,14 +123,41 @@ def lower_grad_x(
     """See `falqon_fx.ops.experts.merged_experts_grad_x`."""
     way = routing(groups, by_id, rows, experts)
     spec, dtype = parse_spec(spec_text), gemm_dtype(grad.dtype, grad.device)
-    folded = way.sorted(grad).to(torch.float32) * by_row(scale, way, grad.shape[0])
-    cast = cast_fp8(folded, spec.grad_dtype, spec, dtype)
-    y = times(cast.value, Stack.of(as_read(weight), 1.0, experts), way.offs, turned=True)
-    total = y.to(torch.float32) * cast.rest
+    value, rest = cast_by_expert(way.sorted(grad), scale, way, spec, dtype)
+    y = times(value, Stack.of(as_read(weight), 1.0, experts), way.offs, turned=True)
+    total = y.to(torch.float32)
+    if rest is not None:
+        total *= rest
     for d_j, code, a_scale_j in zip(d, a, a_scale, strict=True):
         scaled = (d_j.to(torch.float32) * by_row(a_scale_j, way, d_j.shape[0])).to(dtype)
         total += times(scaled, Stack.of(as_read(code), 1.0, experts), way.offs, turned=True)
     return way.added_up(total, n).to(x_dtype)
+
+
+def cast_by_expert(
+    grad: Tensor, scale: Tensor, way: Routing, spec: SiteSpec, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """dL/dO ⊙ s_W,e of sorted rows [S, m], cast to FP8: its values in ``dtype``, and the scales
+    [S, 1] that they lack, if any. Rows behind the last expert's are anything.
+    """
+    exact = spec.scale == "pow2"
+    if grad.device.type != "cpu":
+        folded = grad.to(torch.float32) * by_row(scale, way, len(grad))
+        cast = cast_fp8(folded, spec.grad_dtype, spec, dtype)
+        return cast.value, None if exact else cast.scale
+    value = grad.new_zeros(grad.shape, dtype=dtype)
+    rest = None if exact else grad.new_ones((len(grad), 1), dtype=torch.float32)
+    ends = [0, *way.offs.tolist()]
+    # An expert at a time, since a row's factors are its expert's: [S, m] of them would be read.
+    for columns, *place in zip(scale.view(len(way.offs), 1, -1), ends, ends[1:], strict=False):
+        rows = slice(*place)
+        if place[0] < place[1]:
+            cast = cast_fp8(
+                grad[rows], spec.grad_dtype, spec, dtype, columns=columns, to=value[rows]
+            )
+            if rest is not None:
+                rest[rows] = cast.scale
+    return value, rest
 
 
 @without_autocast
@@ -149,8 +177,8 @@ def lower_grads(
     """See `falqon_fx.ops.experts.merged_experts_grads`."""
     way = routing(groups, by_id, rows, experts)
     of_b = grouped_outer(way.sorted(grad).to(out_a.dtype), out_a, way.offs).to(torch.float32)
-    flat = (of_b * scaling).permute(1, 2, 0).reshape(grad.shape[1], -1)
-    grads = [flat.to(b_dtype, memory_format=torch.contiguous_format)]
+    flat = of_b.mul_(scaling).reshape(experts, -1).t().contiguous()  # as in `stacked_b`
+    grads = [flat.view(grad.shape[1], -1).to(b_dtype)]
     for d_j, code, scale in [(*d, *kept)] if kept else []:
         value = decode(as_read(code), 1.0, d_j.dtype)
         scaled = (d_j.to(torch.float32) * way.taken(scale)).to(d_j.dtype)
