@@ -44,7 +44,12 @@ _VERIFY = tuple(f"passes/test_verify{n}.py" for n in ("", "_operands", "_fronten
 # What tests a file, the most telling first. `--shared` adds the tests of all passes.
 TESTS: Mapping[str, tuple[str, ...]] = {
     "autotune.py": ("passes/test_autotune.py",),
-    "checks.py": ("passes/test_plan.py", "passes/test_match_refused.py", "test_errors.py"),
+    "checks.py": (
+        "passes/test_plan.py",
+        "passes/test_match_refused.py",
+        "test_errors.py",
+        "distributed/test_one_process.py",
+    ),
     "copy_graph.py": ("passes/test_verify_frontends.py", "passes/test_rewrite.py"),
     "describe.py": ("passes/test_kernels.py", "test_explain.py", "test_report.py"),
     "dialects.py": (_NORMALIZE, *_DIALECTS, _MATCH),
@@ -70,7 +75,6 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "scope.py": (_NORMALIZE, *_MATCHED),
     "shards.py": _TWO_PROCESSES,
     "siblings.py": ("passes/test_siblings.py", "passes/test_frozen.py"),
-    "slots.py": ("passes/test_plan.py", "passes/test_insert_operands.py"),
     "terms.py": (_NORMALIZE, *_EXPERTS, _MATCH),
     "verify.py": (*_VERIFY, "passes/test_verify_experts.py"),
     "verify_experts.py": ("passes/test_verify_experts.py", "test_merged_experts.py"),
@@ -122,15 +126,15 @@ def mutants(file: str, text: str) -> Iterator[Mutant]:
         return ends[0], ends[1]
 
     tree = ast.parse(text)
-    defaults = {
-        id(value)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.arguments)
-        for value in (*node.defaults, *node.kw_defaults)
-    }
+    passed_over: set[int] = set()
     for node in ast.walk(tree):
-        if id(node) in defaults:
-            continue  # most are given by every caller
+        if isinstance(node, ast.arguments):  # most are given by every caller
+            passed_over |= {id(value) for value in (*node.defaults, *node.kw_defaults)}
+        elif isinstance(node, ast.ClassDef):  # a frozen data class is a promise to readers
+            passed_over |= {id(n) for d in node.decorator_list for n in ast.walk(d)}
+    for node in ast.walk(tree):
+        if id(node) in passed_over:
+            continue
         for kind, part, new in _faults(node, text):
             start, end = place(part)
             yield Mutant(file, part.lineno, kind, text[start:end], new, start, end)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers.integrations.moe  # noqa: F401 - defines grouped_mm_fallback
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers.integrations.moe  # defines transformers::grouped_mm_fallback
 from hypothesis import given, settings
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
@@ -29,8 +28,6 @@ from falqon_fx.site.spec import SiteSpec
 from tests.emulation import E4M3
 from tests.stacks import RANK, Stack, bound, exact, programs, rows
 from tests.tolerances import assert_within
-
-_ = transformers.integrations.moe
 
 _default = settings.get_profile(settings.get_current_profile_name()).max_examples
 

@@ -36,9 +36,9 @@ FAULTS = {
 }
 
 
-def rewritten(model: nn.Module) -> Work:
-    """A graph on the inputs of `rows`, up to `verify`."""
-    work = Work(fx.symbolic_trace(model), list(rows()), FalqonConfig())
+def rewritten(model: nn.Module, inputs: list[Tensor]) -> Work:
+    """A graph up to `verify`."""
+    work = Work(fx.symbolic_trace(model), inputs, FalqonConfig())
     for step in takewhile(lambda step: step is not PASSES["verify"], PASSES.values()):
         step(work)
     return work
@@ -50,7 +50,7 @@ def ops(work: Work) -> list[fx.Node]:
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_in_the_op_is_found(name):
-    work = rewritten(Stack())
+    work = rewritten(Stack(), [*rows()])
     (op,) = ops(work)
     place, wrong = FAULTS[name]
     args = list(op.args)
@@ -67,19 +67,22 @@ def test_a_fault_in_the_op_is_found(name):
 
 
 class Two(nn.Module):
-    """A stack that reads what another gives."""
+    """A stack that reads what another gives, row by row."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = Stack(out=64), Stack()
 
-    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        ids = ids[:, :1]
-        return self.second(self.first(x, ids), ids)
+    def forward(self, x: Tensor, offs: Tensor) -> Tensor:
+        for stack in (self.first, self.second):
+            weight = stack.adapted().transpose(-2, -1)
+            x = torch.ops.transformers.grouped_mm_fallback(x, weight, offs=offs)
+        return x
 
 
 def test_a_stack_may_read_the_result_of_another():
-    work = rewritten(Two())
+    offs = torch.tensor([2, 3, 3, 9], dtype=torch.int32)
+    work = rewritten(Two(), [torch.randn(9, 64), offs])
     first, second = ops(work)
     verify(work.plan, work.operands, work.before)
     assert second.args[0].args == (first, 0)
