@@ -3,9 +3,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -80,11 +82,16 @@ def squeeze(text: str) -> str:
 
 def column(text: str, title: str, index: int) -> str:
     """What a column of the table under ``title`` holds, its folds undone."""
+    return "".join(column_lines(text, title, index)).replace(" ", "")
+
+
+def column_lines(text: str, title: str, index: int) -> list[str]:
+    """A column of the table under ``title``, line by line."""
     lines = text[text.index(title) :].splitlines()
     table = itertools.dropwhile(lambda line: not line.startswith("┡"), lines)
     rows = itertools.takewhile(lambda line: not line.startswith("└"), table)
     body = [line for line in rows if line.startswith("│")]
-    return "".join(line.split("│")[index + 1] for line in body).replace(" ", "")
+    return [line.split("│")[index + 1].strip() for line in body]
 
 
 def test_a_rejected_site_reads_as_site_reason_remedy():
@@ -244,6 +251,27 @@ def test_brackets_in_a_reason_are_kept():
 @given(SITES)
 def test_long_paths_fold_and_lose_nothing(site):
     assert column(str(report(([site], []))), "rewritten (", 0) == site.path
+
+
+NAMES = st.text(st.sampled_from("abc019"), min_size=1, max_size=16)
+WHOLE_PATHS = st.lists(st.tuples(NAMES, st.sampled_from("._/")), min_size=1, max_size=12).map(
+    lambda parts: "".join(map("".join, parts))[:-1]
+)
+
+
+@given(WHOLE_PATHS)
+def test_no_path_breaks_in_mid_word_in_80_columns(path):
+    """Names of models have at most sixteen letters between dots and underscores."""
+    left = Rejected(path, f"{path} is no linear layer", f"Leave out {path}")
+    with mock.patch.dict(os.environ, COLUMNS="80"):
+        text = str(report(([replace(SITE, path=path)], [left])))
+    assert max(map(len, text.splitlines())) <= 80
+    for title, index in (("rewritten (", 0), *(("left exactly", i) for i in range(3))):
+        lines = list(filter(None, column_lines(text, title, index)))
+        for line, following in itertools.pairwise(lines):
+            at_a_space = f"{line} {following}" in f"{left.reason} | {left.remedy}"
+            assert at_a_space or line.endswith((".", "_", "/"))
+    assert column(text, "rewritten (", 0) == column(text, "left exactly", 0) == path
 
 
 def test_graph_breaks_name_the_users_line():
