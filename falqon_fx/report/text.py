@@ -1,5 +1,5 @@
-"""A report as tables that fit the terminal, in at most 100 columns; equal sites of many layers share
-a row.
+"""A report as tables that fit the terminal, at most 100 columns; equal sites of many layers share a
+row.
 """
 
 from __future__ import annotations
