@@ -206,10 +206,11 @@ TRAINERS: dict[str, Made] = {
 }
 
 
-# trl's fused head breaks the graph in two: the model, and what sums log-probabilities up. Of each
-# there is one of the policy and one of the reference, for the first length and for any other; and
-# of the head's own compiled function one for the first length and one for any other. KTO has a
-# third pass, the policy without gradients, and meets the first length in one pass alone.
+# What any backend gets of trl's code. Its fused head breaks the graph in two: the model, and what
+# sums log-probabilities up. Of each there is one of the policy and one of the reference, for the
+# first length and for any other; and of the head's own compiled function one for the first length
+# and one for any other. KTO meets the first length in one pass alone, but has a third pass, the
+# policy without gradients, and its first switch of adapters compiles the policy anew.
 GRAPHS = 2 * 2 * 2 + 2
 
 
