@@ -81,7 +81,8 @@ def fit(made: Table, width: int) -> None:
 
     def size(column: Column, field: str) -> int:
         folded = (cell if isinstance(cell, Folded) else Folded(str(cell)) for cell in column.cells)
-        return max(getattr(cell, field) for cell in (Folded(str(column.header)), *folded))
+        sizes: list[int] = [getattr(c, field) for c in (Folded(str(column.header)), *folded)]
+        return max(sizes)
 
     paths, *others = made.columns
     room = width - 3 * len(made.columns) - 1  # a border and two spaces each
