@@ -16,20 +16,22 @@ from torch import Tensor, nn
 
 sys.path[:0] = ["scripts", "."]
 
-from modules.module.LoRAModule import LoRAModule  # noqa: E402
+from modules.module import LoRAModule as lora  # noqa: E402
 from modules.util.checkpointing_util import CheckpointLayer  # noqa: E402
 
 
-class NumberedLoRA(LoRAModule):  # type: ignore[misc]
+class NumberedLoRA(lora.LoRAModule):  # type: ignore[misc]
     """With alpha / rank as a number in the graph; the buffer that is saved stays."""
+
+    scaling: float
 
     def hook_to_module(self) -> None:
         self.scaling = float(self.alpha) / self.rank
         super().hook_to_module()
 
     def delta_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        delta: Tensor = self.lora_up(self.dropout(self.lora_down(x)))
-        return delta * self.scaling
+        delta: Tensor = self.lora_up(self.dropout(self.lora_down(x))) * self.scaling
+        return delta
 
 
 def compile_with_falqon(layer: nn.Module, **arguments: Any) -> None:
@@ -38,6 +40,6 @@ def compile_with_falqon(layer: nn.Module, **arguments: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.modules[LoRAModule.__module__].LoRAModule = NumberedLoRA
+    lora.LoRAModule = NumberedLoRA
     CheckpointLayer.compile = compile_with_falqon
     runpy.run_path("scripts/train.py", run_name="__main__")
