@@ -279,6 +279,7 @@ def answers(trainee: Trainee, tokenizer: Any, questions: list[str], tokens: int 
     prompts = [prompt_ids(tokenizer, (("user", question),)) for question in questions]
     given = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     settings = {"max_new_tokens": tokens, "do_sample": False, "use_cache": True}
-    said = trainee.model.eval().generate(**given, **settings, pad_token_id=tokenizer.pad_token_id)
+    model: Any = trainee.model.eval()  # PEFT's generate has no types
+    said = model.generate(**given, **settings, pad_token_id=tokenizer.pad_token_id)
     new = said[:, given["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]

@@ -130,7 +130,7 @@ class OneTrainersLoRA(nn.Module):
 
     def hook_to_module(self) -> None:
         self.orig_forward = self._orig_module[0].forward
-        self._orig_module[0].forward = self.forward  # type: ignore[method-assign]
+        self._orig_module[0].forward = self.forward  # type: ignore[assignment,method-assign]
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self.orig_forward(x) + self.delta_forward(x, *args, **kwargs)
