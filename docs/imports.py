@@ -28,7 +28,7 @@ LAYERS = (
     ("site",),
     ("kernels",),
     ("ops",),
-    ("report.data", "report.mesh", "report.tree"),
+    ("report.data", "report.mesh", "report.checked"),
     ("cost",),
     ("report",),
     ("rows",),

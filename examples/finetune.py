@@ -27,14 +27,12 @@ from rich.console import Console
 from rich.table import Table
 from smollm import (
     Batch,
-    Chat,
     DataError,
     Split,
     batches,
     chatterbot_pairs,
     fixed_length,
     load_model,
-    prompt_ids,
     read_jsonl,
     split,
     training_batches,
@@ -76,10 +74,6 @@ class Work:
     train: list[Batch]
     held_out: list[Batch]
     questions: list[str]  # two held-out ones
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.train[0].input_ids.shape
 
 
 @dataclass(frozen=True)
@@ -182,20 +176,12 @@ def prepare_work(args: argparse.Namespace, console: Console) -> Work:
         f"{args.steps} steps of {args.batch_size} x {length} tokens, "
         f"{torch.get_num_threads()} threads"
     )
-    return Work(base, tokenizer, train, held_out, pick_questions(tokenizer, parts, args, length))
+    return Work(base, tokenizer, train, held_out, pick_questions(parts))
 
 
-def pick_questions(
-    tokenizer: Any, parts: Split, args: argparse.Namespace, length: int, room: int = 24
-) -> list[str]:
-    """The first two held-out questions that leave room for an answer."""
-
-    def fits(chat: Chat) -> bool:
-        prompt = (("user", chat.question),)
-        return len(chat.messages) == 1 and len(prompt_ids(tokenizer, prompt)) + room <= length
-
-    questions = dict.fromkeys(chat.question for chat in parts.held_out if fits(chat))
-    return list(questions)[: min(2, args.batch_size)]
+def pick_questions(parts: Split) -> list[str]:
+    """The first two held-out questions that begin a conversation."""
+    return [*dict.fromkeys(c.question for c in parts.held_out if len(c.messages) == 1)][:2]
 
 
 def execute(
@@ -206,12 +192,10 @@ def execute(
     console: Console,
 ) -> Outcome:
     """Build, train and question one variant; the default falqon run saves its adapter."""
-    # A compiled model is asked in the shape that it knows; the others need no empty rows.
-    rows = work.shape[0] if variant.backend == "falqon" else len(work.questions)
     with progress_bar(console) as progress:
         trainee = build(variant, work.base, args.seed)
         trained = run(trainee, variant, work.train, work.held_out, progress, nll_before)
-        said = answers(trainee, work.tokenizer, work.questions, (rows, work.shape[1]))
+        said = answers(trainee, work.tokenizer, work.questions)
     outcome = Outcome(
         variant, trained, site_count(trainee, variant), site_weight_bytes(trainee), said
     )

@@ -5,7 +5,8 @@
 1. `falqon_fx.explain` on the model as it is: nothing is compiled, nothing changes.
 2. The same with an option changed: what is left out, and why.
 3. A few training steps: A and B move, the FP8 base does not.
-4. One page with all of it, and one site rebuilt alone and checked against exact arithmetic.
+4. One page with all of it and the history of these steps; one site rebuilt alone and checked
+   against exact arithmetic.
 """
 
 from __future__ import annotations
@@ -56,18 +57,19 @@ def main(argv: Sequence[str] | None = None) -> falqon_fx.RewriteReport:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     first = next(iter(falqon_fx.adapters(model).values()))
     base_before, merged_before = first.base(), first.merged()
-    for step in range(1, args.steps + 1):
-        loss = compiled(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        moved = float((first.merged() - merged_before).norm())
-        same = torch.equal(first.base(), base_before)
-        print(
-            f"step {step}: loss {loss.item():.3f}; {report.sites[0].path}: |s·B·A| {moved:.4f}, "
-            f"base {'unchanged' if same else 'CHANGED'}"
-        )
-    args.out.write_text(report.to_html(), encoding="utf-8")
+    with falqon_fx.watch(model) as seen:
+        for step in range(1, args.steps + 1):
+            loss = compiled(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            moved = float((first.merged() - merged_before).norm())
+            same = torch.equal(first.base(), base_before)
+            print(
+                f"step {step}: loss {loss.item():.3f}; {report.sites[0].path}: |s·B·A| "
+                f"{moved:.4f}, base {'unchanged' if same else 'CHANGED'}"
+            )
+    args.out.write_text(report.to_html(seen.history), encoding="utf-8")
     print(f"\n{args.out}: {len(report.sites)} sites, open it in a browser")
 
     site = report.sites[0]

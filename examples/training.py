@@ -26,8 +26,8 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
-from smollm import IGNORED, Batch, prompt_ids
-from torch import Tensor, nn
+from smollm import Batch, prompt_ids
+from torch import nn
 
 import falqon_fx
 
@@ -272,37 +272,14 @@ def mean_nll(trainee: Trainee, batches: list[Batch], progress: Progress, title: 
     return total / sum(batch.targets for batch in batches)
 
 
-@torch.no_grad()
-def answers(
-    trainee: Trainee, tokenizer: Any, questions: list[str], shape: tuple[int, int], tokens: int = 24
-) -> list[str]:
-    """A short greedy answer to each question, from batches of ``shape``."""
+def answers(trainee: Trainee, tokenizer: Any, questions: list[str], tokens: int = 24) -> list[str]:
+    """A short greedy answer to each question."""
     if not questions:
         return []
-    trainee.model.eval()
     prompts = [prompt_ids(tokenizer, (("user", question),)) for question in questions]
-    ids = torch.full(shape, tokenizer.pad_token_id)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = torch.tensor(prompt)
-    ends = [len(prompt) for prompt in prompts]
-    unlabelled = torch.full_like(ids, IGNORED)
-    for _ in range(tokens):
-        logits = trainee.evaluate(input_ids=ids, labels=unlabelled).logits
-        if not _append_best(ids, ends, logits, tokenizer.eos_token_id):
-            break
-    return [
-        tokenizer.decode(ids[row, len(prompt) : ends[row]], skip_special_tokens=True).strip()
-        for row, prompt in enumerate(prompts)
-    ]
-
-
-def _append_best(ids: Tensor, ends: list[int], logits: Tensor, eos: int) -> bool:
-    """Append the likeliest token to every row that goes on; whether any does."""
-    running = False
-    for row, end in enumerate(ends):
-        if end >= ids.shape[1] or ids[row, end - 1] == eos:
-            continue
-        ids[row, end] = logits[row, end - 1].argmax()
-        ends[row] += 1
-        running = True
-    return running
+    given = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    settings = {"max_new_tokens": tokens, "do_sample": False, "use_cache": True}
+    model: Any = trainee.model.eval()  # PEFT's generate has no types
+    said = model.generate(**given, **settings, pad_token_id=tokenizer.pad_token_id)
+    new = said[:, given["input_ids"].shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonConfigError, FalqonError
-from falqon_fx.report.data import Audit, GraphReport, Rejected, Site
+from falqon_fx.report.data import Audit, CastAudit, GraphReport, Rejected, Site
 from falqon_fx.report.report import RewriteReport
 
 if TYPE_CHECKING:  # `_HOMES` says the same at run time
@@ -36,6 +36,7 @@ __all__ = [
     "Adapter",
     "Audit",
     "BlocksReport",
+    "CastAudit",
     "CheckpointReport",
     "CheckpointState",
     "CompiledReport",

@@ -38,7 +38,7 @@ from falqon_fx.report.report import RewriteReport
 from falqon_fx.rows.binding import RowsBinding
 from falqon_fx.site.agreement import agree_once, check_options, groups_of
 from falqon_fx.site.agreement import reset as forget_agreements
-from falqon_fx.site.base import Base, BaseParameter, Entry, bases
+from falqon_fx.site.base import Base, BaseParameter, CastOfAdapter, Entry, bases
 from falqon_fx.site.found import FoundByAddress, Parameters
 from falqon_fx.site.numerics import E4M3, as_scale
 from falqon_fx.site.shards import LocalParameter, with_local
@@ -208,6 +208,8 @@ class RewriteResult:
             nodes = (base.given[0], adapter.lora_a, adapter.lora_b)
             owner, lora_a, lora_b = (self._plan.value(node, values) for node in nodes)
             noted.append((owner, lora_a, lora_b, adapter.scaling))
+            wide = adapter.b is not None and adapter.b.meta["val"].dtype == torch.float32
+            bases.remember_cast(lora_b, CastOfAdapter(str(self._spec), wide))
             seen = self._seen.setdefault(lora_b.untyped_storage(), set())
             offset = int(lora_b.storage_offset())
             if offset not in seen:

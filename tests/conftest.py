@@ -36,6 +36,7 @@ _threads = max(1, len(os.sched_getaffinity(0)) // _workers)
 torch.set_num_threads(_threads)
 os.environ.setdefault("OMP_NUM_THREADS", str(_threads))
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+os.environ["COLUMNS"] = "100"  # reports are as wide as the terminal
 
 
 def pytest_collection_finish() -> None:

@@ -230,3 +230,4 @@ def test_inspect_rewrite_writes_a_page_with_every_site(example, model_folder, tm
     assert "CHANGED" not in text
     assert "alone: right" in text
     assert all(site.path in page.read_text() for site in report.sites)
+    assert page.read_text().count('"lost_a":') == 3 * SITES

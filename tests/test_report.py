@@ -3,9 +3,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -80,11 +82,16 @@ def squeeze(text: str) -> str:
 
 def column(text: str, title: str, index: int) -> str:
     """What a column of the table under ``title`` holds, its folds undone."""
+    return "".join(column_lines(text, title, index)).replace(" ", "")
+
+
+def column_lines(text: str, title: str, index: int) -> list[str]:
+    """A column of the table under ``title``, line by line."""
     lines = text[text.index(title) :].splitlines()
     table = itertools.dropwhile(lambda line: not line.startswith("┡"), lines)
     rows = itertools.takewhile(lambda line: not line.startswith("└"), table)
     body = [line for line in rows if line.startswith("│")]
-    return "".join(line.split("│")[index + 1] for line in body).replace(" ", "")
+    return [line.split("│")[index + 1].strip() for line in body]
 
 
 def test_a_rejected_site_reads_as_site_reason_remedy():
@@ -246,6 +253,21 @@ def test_long_paths_fold_and_lose_nothing(site):
     assert column(str(report(([site], []))), "rewritten (", 0) == site.path
 
 
+@given(st.from_regex(r"([abc019]{1,16}[._/]){0,11}[abc019]{1,16}", fullmatch=True))
+def test_no_path_breaks_in_mid_word_in_80_columns(path):
+    """Names of models have at most sixteen letters between dots and underscores."""
+    left = Rejected(path, f"{path} is no linear layer", f"Leave out {path}")
+    with mock.patch.dict(os.environ, COLUMNS="80"):
+        text = str(report(([replace(SITE, path=path)], [left])))
+    assert max(map(len, text.splitlines())) <= 80
+    for title, index in (("rewritten (", 0), *(("left exactly", i) for i in range(3))):
+        lines = list(filter(None, column_lines(text, title, index)))
+        for line, following in itertools.pairwise(lines):
+            at_a_space = f"{line} {following}" in f"{left.reason} | {left.remedy}"
+            assert at_a_space or line.endswith((".", "_", "/"))
+    assert column(text, "rewritten (", 0) == column(text, "left exactly", 0) == path
+
+
 def test_graph_breaks_name_the_users_line():
     why = GraphBreak("a call that Dynamo skips", Source("/home/me/model.py", 7, "forward", "f(x)"))
     graphs = tuple(
@@ -281,19 +303,20 @@ def test_notes_of_passes_are_printed_once_for_each_site_and_survive_json():
 @pytest.mark.parametrize(
     ("place", "value", "said"),
     [
-        (("rank",), "4", "it.graphs[0].sites[0].rank is no integer"),
-        (("rank",), True, "sites[0].rank is no integer"),
-        (("rank",), -1, "can't have such adapters"),
-        (("out_features",), 0, "can't have such sizes"),
-        (("scaling",), float("nan"), "sites[0].scaling is out of range"),
-        (("scaling",), 10**400, "sites[0].scaling is out of range"),
-        (("path",), None, "sites[0].path is no string"),
-        (("nodes",), "abc", "sites[0].nodes is no array"),
-        (("nodes",), [1], "sites[0].nodes[0] is no string"),
-        (("cost",), 3, "sites[0].cost is no object"),
-        (("cost", "speedup"), {"x": 2.0}, "which is no number"),
-        (("cost", "seconds_after"), 0.0, "can't have such cost"),
-        (("memory", "base"), -5, "can't have such memory"),
+        (("rank",), "4", "graphs.0.sites.0.rank: Input should be a valid integer"),
+        (("rank",), True, "sites.0.rank: Input should be a valid integer"),
+        (("rank",), -1, "sites.0.rank: Input should be greater than or equal to 0"),
+        (("rank",), 2**63, "sites.0.rank: Input should be less than"),
+        (("out_features",), 0, "sites.0.out_features: Input should be greater than 0"),
+        (("scaling",), float("nan"), "sites.0.scaling: Input should be a finite number"),
+        (("scaling",), 10**400, "sites.0.scaling: Input should be a finite number"),
+        (("path",), None, "sites.0.path: Input should be a valid string"),
+        (("nodes",), "abc", "sites.0.nodes: Input should be a valid array"),
+        (("nodes",), [1], "sites.0.nodes.0: Input should be a valid string"),
+        (("cost",), 3, "sites.0.cost: Input should be an object"),
+        (("cost", "speedup"), {"x": 2.0}, "sites.0.cost.speedup.x.[key]: Input should be a valid"),
+        (("cost", "seconds_after"), 0.0, "cost.seconds_after: Input should be greater than 0"),
+        (("memory", "base"), -5, "memory.base: Input should be greater than or equal to 0"),
         (("spec",), "row", "the spec of site"),
     ],
 )

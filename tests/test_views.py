@@ -16,7 +16,7 @@ from torch import nn
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError, RewriteReport
-from falqon_fx.report.data import Audit
+from falqon_fx.report.data import Audit, CastAudit
 from falqon_fx.report.totals import sentence
 from falqon_fx.report.views import around, near, replacing, rows, stretch
 from tests.models import LoraLinear, Stack
@@ -231,6 +231,9 @@ def test_a_link_opens_a_site_with_graph_kernel_costs_and_live_state(report, tmp_
         "<h2>blocks.0.up</h2>",
         "Predicted speed-up by tokens",
         "Graph, before and after",
+        'aria-label="the graph before: ',
+        '<g class="gone">',
+        '<g class="new">',
         "falqon.merged_linear(",
         "Kernel: triton:",
         '<span class="k">def</span>',
@@ -242,6 +245,25 @@ def test_a_link_opens_a_site_with_graph_kernel_costs_and_live_state(report, tmp_
         "<canvas",
     ):
         assert text in dom, text
+
+
+@needs_chromium
+def test_the_history_of_the_default_is_drawn_for_a_layer_and_for_all(report, tmp_path):
+    """By step, with names and units on the axes."""
+    paths = "blocks.0.up", "blocks.0.down"
+    history = [
+        CastAudit(path, i, 0.02, 0.001 * i, 0.01 * i, i) for i in range(1, 6) for path in paths
+    ]
+    page = report.to_html(history)
+    of_one, of_all = opened(page, tmp_path, fragment=paths[0]), opened(page, tmp_path)
+    for dom in (of_one, of_all):
+        for label in ("% that the cast takes", "s·B·A in % of W", "elements clamped"):
+            assert f'aria-label="{label} by optimizer step"' in dom
+    assert "5 elements" in of_one
+    assert "0.500 % off" in of_one
+    assert "Casts of all adapters" in of_all
+    largest = re.findall(r'aria-label="elements clamped by.*?</svg>', of_all, re.DOTALL)[0]
+    assert ">10.0</text>" in largest  # five of each of two layers
 
 
 @needs_chromium

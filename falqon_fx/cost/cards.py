@@ -19,7 +19,7 @@ from falqon_fx._compat import scaled_mm
 from falqon_fx.errors import FalqonError
 from falqon_fx.kernels.cache import cache_folder, write_file
 from falqon_fx.kernels.hardware import fp8_architecture
-from falqon_fx.report.tree import build
+from falqon_fx.report.checked import STRICT, read
 from falqon_fx.site.numerics import dtype_name
 
 
@@ -40,6 +40,8 @@ class Card:
         fresh: bytes/s at which the system hands out memory that is touched for the first time, on
             top of writing it; 0 where the allocator keeps what is freed.
     """
+
+    __pydantic_config__ = STRICT
 
     name: str
     flops: dict[str, float]
@@ -108,9 +110,8 @@ def calibrated() -> dict[str, Card]:
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        cards: dict[str, Card] = build(dict[str, Card], found, "it")
-    except (OSError, ValueError, RecursionError) as error:
+        cards: dict[str, Card] = read(dict[str, Card], path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         remedy = "Remove it, and measure again with `falqon-fx cost --calibrate cuda` (or cpu)"
         raise FalqonError(str(path), f"it holds no cards ({error})", remedy) from error
     return cards

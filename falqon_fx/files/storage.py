@@ -176,7 +176,6 @@ def check_form(path: Path, content: Any, form: str) -> None:
     """Raise a `DamagedFileError` where the content of a file lacks a field that is read, or has
     something else in it (`falqon_fx.files.manifests`).
     """
-    require("pydantic", "checkpoint")
     from falqon_fx.files import manifests
 
     problem = manifests.problem(content, form)
@@ -186,7 +185,6 @@ def check_form(path: Path, content: Any, form: str) -> None:
 
 def check_names(path: Path, names: Iterable[str]) -> None:
     """Raise a `DamagedFileError` where a file names another that is not in its folder."""
-    require("pydantic", "checkpoint")
     from falqon_fx.files import manifests
 
     for name in names:

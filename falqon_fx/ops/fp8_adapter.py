@@ -105,13 +105,18 @@ def proxy_update(
     for a, b, factor, s in zip(lora_a, lora_b, scaling, base_scale):
         of_a = cast_fp8(a.detach(), E4M3, spec, torch.float32, keep=True)
         assert of_a.code is not None
-        wanted = b.detach().to(torch.float32) * factor / s
         values = decode_fp8(of_a.code, of_a.scale, torch.float32)
-        alpha = balance(_TYPICAL_Q * values.norm(dim=1), wanted.abs().amax(dim=0))
-        scaled = wanted * alpha
+        scaled, alpha = to_range(values, b, factor, s)
         clamped.add(b, scaled, E4M3)
         casts += [of_a.code, of_a.scale, round_to_fp8(scaled, E4M3).to(E4M3), alpha]
     return casts
+
+
+def to_range(a: Tensor, lora_b: Tensor, factor: float, s: Tensor) -> tuple[Tensor, Tensor]:
+    """s · B · α / s_W, float32 [out, r], which is cast to b, and α; ``a`` is dq(Â)."""
+    wanted = lora_b.detach().to(torch.float32) * factor / s
+    alpha = balance(_TYPICAL_Q * a.norm(dim=1), wanted.abs().amax(dim=0))
+    return wanted * alpha, alpha
 
 
 def balance(typical: Tensor, largest: Tensor) -> Tensor:

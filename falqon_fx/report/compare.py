@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rich.console import Console
-from rich.table import Table
-
-from falqon_fx.errors import printable
 from falqon_fx.report.data import Graphs, Site
-from falqon_fx.report.tables import common_prefix, merged_paths
-from falqon_fx.report.text import WIDTH, adapter_text
+from falqon_fx.report.tables import add_row, common_prefix, merged_paths, table
+from falqon_fx.report.text import adapter_text, new_console, print_table
 from falqon_fx.report.totals import predicted_seconds, weight_bytes
 
 ABSENT = "not there"
@@ -38,9 +33,7 @@ class Comparison:
     def __str__(self) -> str:
         if not self.changes and not self.totals:
             return "No difference.\n"
-        console = Console(
-            width=WIDTH, file=io.StringIO(), record=True, markup=False, emoji=False, highlight=False
-        )
+        console = new_console()
         prefix = common_prefix([change.path for change in self.changes])
         alike: dict[tuple[str, str, str], list[str]] = {}
         for change in self.changes:
@@ -51,13 +44,10 @@ class Comparison:
         totals = [(t.what, t.before, t.after) for t in self.totals]
         for titles, cells in (((layers, "what"), rows), (("in all",), totals)):
             if cells:
-                table = Table(*titles, "before", "after")
-                for column in table.columns:
-                    column.overflow = "fold"
-                table.columns[0].min_width = min(48, max(len(row[0]) for row in cells))
+                made = table(None, *titles, "before", "after")
                 for row in cells:
-                    table.add_row(*map(printable, row))
-                console.print(table)
+                    add_row(made, *row)
+                print_table(made, console)
         return console.export_text()
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
 from falqon_fx.errors import printable
+from falqon_fx.report.checked import Count, Seconds, Size
 from falqon_fx.report.mesh import Mesh
 from falqon_fx.site.spec import parse_spec
 
@@ -15,7 +15,7 @@ class Source:
     """A line of the user's code: the innermost frame outside torch and PEFT."""
 
     file: str
-    line: int
+    line: Count
     function: str
     code: str
 
@@ -33,9 +33,9 @@ class Memory:
         adapter: A and B.
     """
 
-    base: int
-    state: int
-    adapter: int
+    base: Count
+    state: Count
+    adapter: Count
 
     @property
     def before(self) -> int:
@@ -60,14 +60,14 @@ class Cost:
 
     card: str
     variant: str
-    tokens: int
-    seconds_before: float
-    seconds_after: float
-    flops_before: int
-    flops_after: int
-    moved_before: int
-    moved_after: int
-    break_even: int | None
+    tokens: Count
+    seconds_before: Seconds
+    seconds_after: Seconds
+    flops_before: Count
+    flops_after: Count
+    moved_before: Count
+    moved_after: Count
+    break_even: Count | None
     speedup: dict[int, float]
 
     @property
@@ -96,9 +96,9 @@ class Site:
     """
 
     path: str
-    out_features: int
-    in_features: int
-    rank: int
+    out_features: Size
+    in_features: Size
+    rank: Count
     scaling: float
     dropout: float
     out_dtype: str
@@ -106,18 +106,18 @@ class Site:
     source: Source | None = None
     x_shape: tuple[str, ...] = ()
     tokens: str = ""
-    tokens_hint: int = 0
+    tokens_hint: Count = 0
     x_dtype: str = ""
     base_dtype: str = ""
     adapter_dtype: str = ""
-    adapters: int = 1
-    experts: int = 0
+    adapters: Count = 1
+    experts: Count = 0
     prepared: bool = False
     train_a: bool = False
     train_b: bool = False
-    group: int = 0
+    group: Count = 0
     device: str = ""
-    architecture: int = 0
+    architecture: Count = 0
     kernel: str = ""
     kernel_reason: str = ""
     memory: Memory | None = None
@@ -206,6 +206,28 @@ class Audit:
 
 
 @dataclass(frozen=True)
+class CastAudit:
+    """What the casts of one site's adapters took after one optimizer step (see `falqon_fx.watch`).
+
+    Attributes:
+        step: optimizer steps since watching began.
+        lost_a: |dq(Â) - A| / |A| in Frobenius norms, the error of A in FP8.
+        lost_b: the same of s·B, in bfloat16, float32 or, with adapter_dtype="fp8", FP8.
+        share: |s·B·A| / |W|, how large what was learned is beside the base weight; None for
+            stacked experts.
+        saturated: elements that adapter_dtype="fp8" has clamped since the start; 0 with
+            "bfloat16".
+    """
+
+    site: str
+    step: int
+    lost_a: float
+    lost_b: float
+    share: float | None
+    saturated: int
+
+
+@dataclass(frozen=True)
 class Note:
     """What a pass has to say of one site."""
 
@@ -229,8 +251,8 @@ class GraphReport:
 
     sites: tuple[Site, ...]
     rejected: tuple[Rejected, ...]
-    nodes_before: int
-    nodes_after: int
+    nodes_before: Count
+    nodes_after: Count
     left: tuple[Rejected, ...] = ()
     notes: tuple[Note, ...] = ()
     pass_seconds: dict[str, float] = field(default_factory=dict)
@@ -286,29 +308,3 @@ class Graphs:
 def sites_text(count: int) -> str:
     """A number of sites in words."""
     return "1 site" if count == 1 else f"{count} sites"
-
-
-def check_values(report: Graphs) -> None:
-    """Look at what else than their types the values of a report are relied on for.
-
-    Raises:
-        ValueError: names the site and what is wrong with it.
-    """
-    for site in report.sites:
-        try:
-            parse_spec(site.spec)
-        except ValueError as error:
-            raise ValueError(f"the spec of site {site.path!r} is {site.spec!r}") from error
-        wrong = [name for name, right in _values(site) if not right]
-        if wrong:
-            raise ValueError(f"site {site.path!r} can't have such {' and '.join(wrong)}")
-
-
-def _values(site: Site) -> Iterator[tuple[str, bool]]:
-    """What is relied on, and whether it holds."""
-    yield "sizes", min(site.out_features, site.in_features) > 0
-    yield "adapters", min(site.rank, site.adapters, site.tokens_hint, site.experts) >= 0
-    if site.memory:
-        yield "memory", min(site.memory.base, site.memory.state, site.memory.adapter) >= 0
-    if site.cost:
-        yield "cost", min(site.cost.seconds_before, site.cost.seconds_after) > 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from falqon_fx.report.checked import Count
+
 
 @dataclass(frozen=True)
 class LayerShards:
@@ -21,13 +23,13 @@ class LayerShards:
 
     path: str
     unit: str
-    base: int = 0
-    scales: int = 0
-    a: int = 0
-    b: int = 0
-    rest: int = 0
-    held: int = 0
-    gathered: int = 0
+    base: Count = 0
+    scales: Count = 0
+    a: Count = 0
+    b: Count = 0
+    rest: Count = 0
+    held: Count = 0
+    gathered: Count = 0
     cut: str = ""
     whole: str = ""
 
@@ -44,10 +46,10 @@ class Unit:
     """
 
     path: str
-    gathered: int
-    gathered_before: int
-    gathers: int
-    reduced: int
+    gathered: Count
+    gathered_before: Count
+    gathers: Count
+    reduced: Count
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,8 @@ class Traffic:
     what: str
     collective: str
     axis: str
-    bytes: int
-    bytes_before: int
+    bytes: Count
+    bytes_before: Count
     link: str = ""
     source: str = ""
     seconds: float | None = None
@@ -87,12 +89,12 @@ class Mesh:
         notes: what the plan assumes and what it doesn't know.
     """
 
-    axes: dict[str, int]
+    axes: dict[str, Count]
     layers: tuple[LayerShards, ...]
     units: tuple[Unit, ...]
     traffic: tuple[Traffic, ...]
-    held: int
-    held_before: int
-    trained: int
+    held: Count
+    held_before: Count
+    trained: Count
     seconds: float | None = None
     notes: tuple[str, ...] = ()

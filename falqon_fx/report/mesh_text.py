@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from rich.table import Table
 
-from falqon_fx.errors import printable
 from falqon_fx.report.mesh import LayerShards, Mesh, Traffic
-from falqon_fx.report.tables import add_row, alike, common_prefix, path_of, table
+from falqon_fx.report.tables import add_columns, add_row, alike, common_prefix, path_of, table
 
 _SIZES = {"base": "W", "scales": "scales", "a": "A", "b": "B", "rest": "rest", "held": "process"}
 
@@ -19,7 +18,7 @@ def mesh_text(mesh: Mesh) -> Iterator[Table | str]:
     yield f"mesh: {axes or 'one process'}"
     yield _layers(mesh.layers)
     for line in _whole(mesh.layers):
-        yield printable(line)
+        yield line
     yield (
         f"parameters of a process: {mesh.held / 1e6:.6g} MB, {mesh.held_before / 1e6:.6g} MB as it "
         f"was; {mesh.trained / 1e6:.6g} MB train (gradients as many, AdamW's states twice as many)"
@@ -33,7 +32,7 @@ def mesh_text(mesh: Mesh) -> Iterator[Table | str]:
         yield f"products of the sites of a process: {mesh.seconds * 1e3:.4g} ms a step, predicted"
     rates = {f"{t.link}: {t.source}; no transfer reaches it" for t in mesh.traffic if t.link}
     for line in [*sorted(rates), *mesh.notes]:
-        yield printable(line)
+        yield line
 
 
 def _layers(layers: Sequence[LayerShards]) -> Table:
@@ -67,8 +66,7 @@ def _traffic(traffic: Sequence[Traffic]) -> Table:
     """A step's exchanges; times where a card is known."""
     known = any(one.seconds is not None for one in traffic)
     made = table("a step of a process", "exchange", "by", "along", "MB", "as it was")
-    for name in ("ms at least", "as it was", "over") if known else ():
-        made.add_column(name, overflow="fold")
+    add_columns(made, "ms at least", "as it was", "over", shown=known)
     for one in traffic:
         row = [one.what, one.collective, one.axis, _size(one.bytes), _size(one.bytes_before)]
         if one.seconds is not None and one.seconds_before is not None:

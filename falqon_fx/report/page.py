@@ -13,15 +13,15 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-from falqon_fx.report.data import Audit, Graphs, Line, Rejected, Site
+from falqon_fx.report.data import Audit, CastAudit, Graphs, Line, Rejected, Site
 from falqon_fx.report.kernels import source
 from falqon_fx.report.tables import common_prefix
 from falqon_fx.report.text import options_text, pays_from, to_text
 from falqon_fx.report.totals import sentence
-from falqon_fx.report.views import near, rows, stretch
+from falqon_fx.report.views import Box, drawing, near, rows, stretch
 
 
-def to_html(report: Graphs, audits: Sequence[Audit] = ()) -> str:
+def to_html(report: Graphs, audits: Sequence[Audit | CastAudit] = ()) -> str:
     """The page: the model's map, and on a click a layer's graph, kernel, costs and live state."""
     environment = Environment(
         loader=PackageLoader("falqon_fx.report", "."), autoescape=True, undefined=StrictUndefined
@@ -38,7 +38,7 @@ def to_html(report: Graphs, audits: Sequence[Audit] = ()) -> str:
     )
 
 
-def _data(report: Graphs, audits: Sequence[Audit]) -> dict[str, Any]:
+def _data(report: Graphs, audits: Sequence[Audit | CastAudit]) -> dict[str, Any]:
     items = [*_sites(report), *_unchanged("rejected", report.rejected)]
     items += _unchanged("left", report.left)
     live: dict[str, list[dict[str, Any]]] = {}
@@ -71,8 +71,13 @@ def _sites(report: Graphs) -> Iterator[dict[str, Any]]:
                     [row.kind, _side(site, row.before), _side(site, row.after)]
                     for row in stretch(graph, all_rows, site)
                 ],
+                "graph": [_boxes(boxes) for boxes in drawing(graph, all_rows, site)],
                 "kernel": site.kernel,
             }
+
+
+def _boxes(boxes: Sequence[Box]) -> list[list[Any]]:
+    return [[b.row, b.column, int(b.marked), b.line.text.strip(), b.reads] for b in boxes]
 
 
 def _unchanged(state: str, items: Sequence[Rejected]) -> Iterator[dict[str, Any]]:

@@ -1,8 +1,8 @@
 """What the passes did and why: data first (`falqon_fx.report.data`), text second.
 
-The JSON of a report (`RewriteReport.to_json`) is its tree, field by field, plus "schema"; its
-schema is `json_schema`. Sizes that are symbols of Dynamo are strings such as "s77", all else is
-plain JSON.
+The JSON of a report (`RewriteReport.to_json`) is its tree, field by field, which pydantic reads
+strictly; its schema is `json_schema`. Sizes that are symbols of Dynamo are strings such as "s77",
+all else is plain JSON.
 
 What makes a table or a page (rich, Jinja, Pygments) is imported where one is made.
 """
@@ -12,13 +12,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from falqon_fx.errors import FalqonError
-from falqon_fx.report.data import Audit, Graphs, check_values
-from falqon_fx.report.tree import build, schema
-
-SCHEMA = 2  # counts up when a field changes its meaning or goes
+from falqon_fx.report.checked import STRICT, read, schema
+from falqon_fx.report.data import Audit, CastAudit, Graphs
+from falqon_fx.site.spec import parse_spec
 
 
 @dataclass(frozen=True)
@@ -32,14 +31,19 @@ class RewriteReport(Graphs):
         modules: paths of all modules that hold parameters of their own, the map of the model.
         notes: what `explain` did or assumed on its own account.
         mesh: what training on several processes would hold and move, where `explain` was asked.
+        schema: counts up when a field changes its meaning or goes.
     """
+
+    __pydantic_config__ = STRICT
+
+    schema: Literal[2] = 2
 
     def __str__(self) -> str:
         from falqon_fx.report.text import to_text
 
         return to_text(self)
 
-    def to_html(self, audits: Sequence[Audit] = ()) -> str:
+    def to_html(self, audits: Sequence[Audit | CastAudit] = ()) -> str:
         """One self-contained page: the model's map, each site's graph, kernel, costs, live state.
 
         ``audits`` is the history of a `falqon_fx.watch`.
@@ -66,7 +70,7 @@ class RewriteReport(Graphs):
 
     def to_json(self, *, graphs: bool = False, indent: int | None = None) -> str:
         """The report as JSON (`json_schema`); the text of the graphs only if asked for."""
-        tree = {"schema": SCHEMA, **asdict(self)}
+        tree = asdict(self)
         for site, plain in zip(self.sites, (s for g in tree["graphs"] for s in g["sites"])):
             plain["options"] = site.options
         for graph in tree["graphs"] if not graphs else ():
@@ -81,16 +85,16 @@ class RewriteReport(Graphs):
             ReportError: it is none, or one of another schema.
         """
         try:
-            tree = json.loads(text)
-            if not isinstance(tree, dict) or tree.pop("schema", None) != SCHEMA:
-                raise ValueError(f"it is not of schema {SCHEMA}")
-            report = build(cls, tree)
-            check_values(report)
-        except RecursionError as error:
-            raise ReportError(name, "it is nested too deeply") from error
+            report = read(cls, text)
         except ValueError as error:
             raise ReportError(name, str(error)) from error
         assert isinstance(report, cls)
+        for site in report.sites:
+            try:
+                parse_spec(site.spec)
+            except ValueError as error:
+                problem = f"the spec of site {site.path!r} is {site.spec!r}"
+                raise ReportError(name, problem) from error
         return report
 
 
@@ -104,16 +108,7 @@ class ReportError(FalqonError, ValueError):
 
 def json_schema() -> dict[str, Any]:
     """The JSON Schema (2020-12) of `RewriteReport.to_json`."""
-    definitions: dict[str, Any] = {}
-    root = schema(RewriteReport, definitions)
-    definitions["Site"]["properties"]["options"] = {
-        "type": "object",
-        "additionalProperties": {"type": "string"},
-    }
-    definitions["RewriteReport"]["properties"]["schema"] = {"const": SCHEMA}
-    definitions["RewriteReport"]["required"].append("schema")
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **root,
-        "$defs": definitions,
-    }
+    known = schema(RewriteReport)
+    options = {"type": "object", "additionalProperties": {"type": "string"}}
+    known["$defs"]["Site"]["properties"]["options"] = options  # for who reads it without the spec
+    return known

@@ -9,7 +9,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from rich.table import Table
+from rich.cells import cell_len, chop_cells
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
+from rich.table import Column, Table
+from rich.text import Text
 
 from falqon_fx.errors import one_line, printable
 from falqon_fx.report.data import Rejected, Site
@@ -18,8 +22,47 @@ from falqon_fx.report.mesh import LayerShards
 Item = TypeVar("Item", Site, Rejected, LayerShards)
 
 
+class Folded:
+    """The text of a cell. A line ends at a space; in a word that is longer than a line, as paths
+    are, behind a dot, a slash, an underscore, a comma or an opening bracket.
+    """
+
+    def __init__(self, text: str) -> None:
+        # What a report of a file holds may hold what terminals obey.
+        self._lines = printable(text).splitlines() or [""]
+        pieces = (piece.strip() for line in self._lines for piece in _PIECE.findall(line))
+        self.least, self.most = max(map(cell_len, pieces)), max(map(cell_len, self._lines))
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(self.least, self.most)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for line in self._lines:
+            for part in _fold(line, max(1, options.max_width)):
+                yield Text(part)
+
+
+_WORD = re.compile(r"\s*\S+")
+_PIECE = re.compile(r"\s*[^\s._/,\[(]*[._/,\[(]*")
+
+
+def _fold(text: str, width: int) -> list[str]:
+    """The lines of at most ``width`` cells that a line becomes."""
+    lines = [""]
+    for word in _WORD.findall(text):
+        fits = cell_len(word.strip()) <= width
+        for piece in [word] if fits else filter(None, _PIECE.findall(word)):
+            if lines[-1] and cell_len(lines[-1] + piece) > width:
+                lines.append("")
+                piece = piece.lstrip()
+            first, *rest = chop_cells(piece, width)
+            lines[-1] += first
+            lines += rest
+    return lines
+
+
 def add_columns(into: Table, *names: str, shown: bool = True) -> None:
-    """Columns that break long words; none unless ``shown``."""
+    """Empty columns; none unless ``shown``."""
     for name in names if shown else ():
         into.add_column(name, overflow="fold")
 
@@ -31,9 +74,26 @@ def table(title: str | None, *columns: str) -> Table:
     return made
 
 
+def fit(made: Table, width: int) -> None:
+    """Give the first column, the paths, the room that the others leave of ``width``: at least that
+    of the longest name, and not more than half.
+    """
+
+    def size(column: Column, field: str) -> int:
+        folded = (cell if isinstance(cell, Folded) else Folded(str(cell)) for cell in column.cells)
+        sizes: list[int] = [getattr(c, field) for c in (Folded(str(column.header)), *folded)]
+        return max(sizes)
+
+    paths, *others = made.columns
+    room = width - 3 * len(made.columns) - 1  # a border and two spaces each
+    least = max(size(paths, "least"), room // len(made.columns))
+    left = room - sum(size(column, "most") for column in others)
+    paths.width = min(size(paths, "most"), max(left, min(least, room // 2)))
+
+
 def add_row(into: Table, *cells: str) -> None:
-    """What a report of a file holds may hold what terminals obey."""
-    into.add_row(*map(printable, cells))
+    """A line of a table."""
+    into.add_row(*map(Folded, cells))
 
 
 def path_of(item: Site | Rejected | LayerShards) -> str:

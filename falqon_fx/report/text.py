@@ -1,55 +1,83 @@
-"""A report as tables that fit 100 columns; equal sites of many layers share a row."""
+"""A report as tables that fit the terminal, at most 100 columns; equal sites of many layers share a
+row.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from rich.console import Console
 from rich.table import Table
 
-from falqon_fx.errors import printable
 from falqon_fx.report.data import GraphReport, Graphs, Rejected, Site, Source, sites_text
 from falqon_fx.report.mesh_text import mesh_text
 from falqon_fx.report.tables import (
+    Folded,
     add_columns,
     add_row,
     alike,
     common_prefix,
+    fit,
     path_of,
     ranges,
     table,
 )
 from falqon_fx.report.totals import predicted_seconds, weight_bytes
 
-WIDTH = 100
+_LEAST, _MOST = 60, 100
+
+
+def new_console() -> Console:
+    """What a text is printed on: as wide as the terminal, within reason; 100 columns where there is
+    none. Reasons hold brackets such as [in, out]: no markup, no emoji codes.
+    """
+    width = min(_MOST, max(_LEAST, shutil.get_terminal_size((_MOST, 0)).columns))
+    return Console(
+        width=width, file=io.StringIO(), record=True, markup=False, emoji=False, highlight=False
+    )
 
 
 def to_text(report: Graphs) -> str:
     """Sites, what stays as it was, graphs, and what the numbers rest on."""
-    # Reasons hold brackets such as [in, out]: no markup, no emoji codes.
-    console = Console(
-        width=WIDTH, file=io.StringIO(), record=True, markup=False, emoji=False, highlight=False
-    )
-    console.print(report.title)
+    console = new_console()
+    for part in _parts(report):
+        if isinstance(part, Table):
+            print_table(part, console)
+        else:
+            console.print(Folded(part))
+    return console.export_text()
+
+
+def print_table(made: Table, console: Console) -> None:
+    """A table with its title, of which rich would break paths in mid-word."""
+    if made.title:
+        console.print(Folded(str(made.title)))
+        made.title = None
+    fit(made, console.width)
+    console.print(made)
+
+
+def _parts(report: Graphs) -> Iterator[Table | str]:
+    """Tables and lines, from first to last."""
+    yield report.title
     if report.sites:
-        console.print(_sites(report.sites))
+        yield _sites(report.sites)
     for title, items in (
         ("rejected: left exactly as they were", report.rejected),
         ("frozen layers that stay as they are", report.left),
     ):
         if items:
-            console.print(_unchanged(items, title))
+            yield _unchanged(items, title)
     if any(graph.before or graph.ended_by for graph in report.graphs):
-        console.print(_graphs(report.graphs))
-    notes = dict.fromkeys(str(note) for graph in report.graphs for note in graph.notes)
-    for line in [*_totals(report), *report.notes, *notes]:
-        console.print(printable(line))
+        yield _graphs(report.graphs)
+    yield from _totals(report)
+    yield from report.notes
+    yield from dict.fromkeys(str(note) for graph in report.graphs for note in graph.notes)
     if report.mesh is not None:
-        for part in mesh_text(report.mesh):
-            console.print(part)
-    return console.export_text()
+        yield from mesh_text(report.mesh)
 
 
 def _sites(sites: Sequence[Site]) -> Table:

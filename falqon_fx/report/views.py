@@ -176,10 +176,9 @@ def to_svg(report: Graphs, path: str) -> str:
         FalqonError: no such site.
     """
     graph, site = find_site(report, path)
-    new = {row.node for row in replacing(graph, rows(graph), site)}
-    before, after = (near(site, lines) for lines in (graph.before, graph.after))
-    left = _draw(before, set(site.nodes), "gone", 20)
-    right = _draw(after, new, "new", left.width + 60)
+    before, after = drawing(graph, rows(graph), site)
+    left = _draw(before, "gone", 20)
+    right = _draw(after, "new", left.width + 60)
     width, height = left.width + right.width + 80, max(left.height, right.height) + 60
     title = _escape(path)
     return (
@@ -202,7 +201,25 @@ class _Drawing:
     height: int
 
 
-def _draw(lines: Sequence[Line], marked: set[str], kind: str, x0: int) -> _Drawing:
+@dataclass(frozen=True)
+class Box:
+    """A node of a drawing: where it stands, and the places among the boxes of what it reads."""
+
+    line: Line
+    row: int
+    column: int
+    marked: bool
+    reads: tuple[int, ...]
+
+
+def drawing(graph: GraphReport, all_rows: Sequence[Row], site: Site) -> tuple[list[Box], list[Box]]:
+    """The nodes of a site with their inputs, and what replaces it."""
+    new = {row.node for row in replacing(graph, all_rows, site)}
+    before, after = (near(site, lines) for lines in (graph.before, graph.after))
+    return layout(before, set(site.nodes)), layout(after, new)
+
+
+def layout(lines: Sequence[Line], marked: set[str]) -> list[Box]:
     """Marked nodes and their inputs in layers: a node lies below all that it reads."""
     inputs = {line.node: line.inputs for line in lines}
     level: dict[str, int] = {}
@@ -213,19 +230,25 @@ def _draw(lines: Sequence[Line], marked: set[str], kind: str, x0: int) -> _Drawi
         for source in inputs[node]:
             if source not in marked:  # beside what reads it first
                 level[source] = min(level.get(source, level[node] - 1), level[node] - 1)
+    drawn = sorted((x for x in lines if x.node in level), key=lambda x: x.node not in marked)
+    number = {line.node: i for i, line in enumerate(drawn)}
     layers: dict[int, int] = {}
-    places: dict[str, tuple[int, int]] = {}
-    boxes, edges = [], []
-    for line in sorted((x for x in lines if x.node in level), key=lambda x: x.node not in marked):
-        depth = level[line.node]
-        x = x0 + layers.get(depth, 0) * (_BOX + _GAP)
-        places[line.node] = (x, 40 + depth * (_HIGH + _GAP))
+    boxes = []
+    for line in drawn:
+        depth, own = level[line.node], line.node in marked
+        reads = tuple(number[s] for s in line.inputs if s in number) if own else ()
+        boxes.append(Box(line, depth, layers.get(depth, 0), own, reads))
         layers[depth] = layers.get(depth, 0) + 1
-        boxes.append(_box(line, *places[line.node], kind if line.node in marked else ""))
-    for node in marked & level.keys():
-        edges += [_edge(places[s], places[node]) for s in inputs[node] if s in places]
-    width = max(layers.values(), default=1) * (_BOX + _GAP)
-    return _Drawing("".join(edges + boxes), width, (1 + max(layers, default=0)) * (_HIGH + _GAP))
+    return boxes
+
+
+def _draw(boxes: Sequence[Box], kind: str, x0: int) -> _Drawing:
+    places = [(x0 + b.column * (_BOX + _GAP), 40 + b.row * (_HIGH + _GAP)) for b in boxes]
+    edges = [_edge(places[i], place) for b, place in zip(boxes, places) for i in b.reads]
+    drawn = [_box(b.line, *place, kind if b.marked else "") for b, place in zip(boxes, places)]
+    width = (1 + max((b.column for b in boxes), default=0)) * (_BOX + _GAP)
+    height = (1 + max((b.row for b in boxes), default=0)) * (_HIGH + _GAP)
+    return _Drawing("".join(edges + drawn), width, height)
 
 
 def _edge(start: tuple[int, int], end: tuple[int, int]) -> str:

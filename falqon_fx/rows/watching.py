@@ -1,6 +1,4 @@
-"""`watch`: the audit of every write-back of update="rows", live in the terminal, as JSONL, and for
-callbacks.
-"""
+"""`watch`: the audit of every optimizer step, live in the terminal, as JSONL, and for callbacks."""
 
 from __future__ import annotations
 
@@ -24,40 +22,45 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from falqon_fx.errors import FalqonError, one_line
+from falqon_fx.model.cast_audit import CastMeter
 from falqon_fx.model.lora_layers import unwrap
-from falqon_fx.model.prepare import adapters
-from falqon_fx.report.data import Audit
+from falqon_fx.report.data import Audit, CastAudit
 from falqon_fx.rows import audit, drift
 from falqon_fx.rows.audit import COLUMNS, WriteBackBatch
 from falqon_fx.rows.model import adapters as rows_adapters
 from falqon_fx.rows.state import MergedAdapter
 
-Callback = Callable[[Sequence[Audit]], None]
+Audits = Sequence[Audit] | Sequence[CastAudit]  # of one step
+Callback = Callable[[Any], None]  # with the audits of a step
 _Piece = tuple[list[Tensor], Tensor]  # `WriteBackBatch.applied` and `.table`
 _SHOWN = 12  # sites in the live view: those that lose the largest share
 
 
 class Watch:
-    """Context manager: with update="rows", what each optimizer step's write-back did at each site
-    of ``model``. With update="adapter" nothing is written, and nothing is seen.
+    """Context manager: what each optimizer step did at each site of ``model``. With
+    update="adapter", the default, what the casts of the adapters take (`CastAudit`); with
+    update="rows" what the write-back did (`Audit`).
 
         with falqon_fx.watch(model, jsonl="audit.jsonl", live=True) as seen:
             train()
         report.to_html(seen.history)
 
-    A step is complete when the next one begins, since a graph writes it in pieces: callbacks, lines
-    and the view come then, and for the last step on leaving (or at `flush`). On an accelerator
-    nothing waits for the device before that.
+    Callbacks, lines and the view come when the next step begins, since a graph writes it in pieces,
+    and for the last step on leaving (or at `flush`). On an accelerator nothing waits for the device
+    before that. Casts are measured behind each ``step()`` of an optimizer of torch's that has
+    adapters of the model.
 
-    After `falqon_fx.prepare` a row is rounded anew whenever it is written, and drifts from the base
-    weight: `Audit.drift` tells how far, and a warning names the sites where it passes 2.
+    With update="rows", after `falqon_fx.prepare`, a row is rounded anew whenever it is written, and
+    drifts from the base weight: `Audit.drift` tells how far, and a warning names the sites where it
+    passes 2.
 
     Args:
         model: the module or its compiled wrapper.
-        jsonl: a file that gets one line per site and step (`falqon_fx.report.Audit`), behind what
-            it holds already, so that a resumed run continues it. Where it can't be written any
+        jsonl: a file that gets one line per site and step, its audit, behind what it holds
+            already, so that a resumed run continues it. Where it can't be written any
             more, a warning says so and training goes on.
         live: a table in the terminal (nothing where stderr is none).
         callbacks: called with the audits of each step (see `tensorboard`, `trainer_callback`).
@@ -77,7 +80,8 @@ class Watch:
         callbacks: Sequence[Callback] = (),
         keep: int = 1_000_000,
     ) -> None:
-        self.history: list[Audit] = []
+        self.history: list[Any] = []
+        self._meter = CastMeter(unwrap(model))
         self._model, self._callbacks = model, tuple(callbacks)
         self._kept = deque[tuple[int, int]]()  # audits and size of each step in `history`
         self._size, self._keep = 0, keep
@@ -87,7 +91,7 @@ class Watch:
         self._sites: dict[int, _Watched] = {}  # by the address of their `applied`
         self._open = ExitStack()  # while it is, write-backs are looked at; then the last step comes
         self._file: FileIO | None = None
-        self._step: Sequence[Audit] = ()  # the last one
+        self._step: Audits = ()  # the last one
         # Drawn four times a second by a thread of its own, however short a step is.
         terminal = Console(file=sys.stderr)
         view = Live(console=terminal, get_renderable=lambda: _view(self._step))
@@ -100,6 +104,7 @@ class Watch:
             self._open.enter_context(self._live)
         self._open.callback(self.flush)
         self._open.enter_context(audit.observers.subscribed(self._look))
+        self._open.callback(register_optimizer_step_post_hook(self._stepped).remove)
         return self
 
     def __exit__(
@@ -109,12 +114,12 @@ class Watch:
         trace: TracebackType | None,
     ) -> None:
         self._open.close()
-        if kind is None and not self.history and _is_constant(self._model):
-            warnings.warn(
-                'falqon: watch saw no write-back: with update="adapter", the default, FP8 weights '
-                'are constant. Set update="rows" for the method that writes them.',
-                stacklevel=2,
-            )
+
+    def _stepped(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self._close(self._meter.read())
+        self._meter.look(optimizer)
 
     def _look(self, written: WriteBackBatch) -> None:
         places = {tensor.data_ptr() for tensor in written.applied}
@@ -123,28 +128,35 @@ class Watch:
         self._seen |= places
         self._pieces.append((written.applied, written.table()))
 
-    def flush(self) -> list[Audit]:
+    def flush(self) -> list[Any]:
         """Close the step that is under way, hand its audits on, and return them."""
-        if not self._pieces:
-            return []
-        if not self._seen <= self._sites.keys():  # state is made at the first compiled call
-            for path, state in rows_adapters(unwrap(self._model)).items():
-                self._sites.setdefault(state.applied.data_ptr(), _Watched(path, state))
-        step = list(_audits(self._pieces, self._sites))
-        self._pieces.clear()
-        self._seen.clear()
-        self._remember(step)
-        passed = [site.path for site in self._sites.values() if site.has_passed()]
-        if passed:
-            drift.warn(passed)
+        return [*self._close(self._written()), *self._close(self._meter.read())]
+
+    def _close(self, audits: Iterator[Audit] | Iterator[CastAudit]) -> list[Any]:
+        step: list[Any] = list(audits)
         if step:
+            self._remember(step)
             self._hand_on(step)
         return step
 
-    def _remember(self, step: Sequence[Audit]) -> None:
+    def _written(self) -> Iterator[Audit]:
+        """The audits of the write-backs since the last step."""
+        if not self._pieces:
+            return
+        if not self._seen <= self._sites.keys():  # state is made at the first compiled call
+            for path, state in rows_adapters(unwrap(self._model)).items():
+                self._sites.setdefault(state.applied.data_ptr(), _Watched(path, state))
+        yield from _audits(self._pieces, self._sites)
+        self._pieces.clear()
+        self._seen.clear()
+        passed = [site.path for site in self._sites.values() if site.has_passed()]
+        if passed:
+            drift.warn(passed)
+
+    def _remember(self, step: Sequence[Any]) -> None:
         """Add a step to the history, and take off the oldest until what is left may be kept."""
         self.history.extend(step)
-        size = sum(1 + len(item.rows) for item in step)
+        size = sum(1 + len(getattr(item, "rows", ())) for item in step)
         self._kept.append((len(step), size))
         self._size += size
         old = 0
@@ -154,14 +166,14 @@ class Watch:
             self._size -= size
         del self.history[:old]
 
-    def _hand_on(self, step: Sequence[Audit]) -> None:
+    def _hand_on(self, step: Sequence[Any]) -> None:
         self._step = step
         if self._file is not None:
             self._write(self._file, step)
         for callback in self._callbacks:
             callback(step)
 
-    def _write(self, file: FileIO, step: Sequence[Audit]) -> None:
+    def _write(self, file: FileIO, step: Sequence[Any]) -> None:
         text = "".join(json.dumps(vars(item)) + "\n" for item in step).encode()
         try:
             if file.write(text) != len(text):
@@ -202,12 +214,6 @@ def _ends_within_a_line(path: str | Path) -> bool:
 watch = Watch  # `with falqon_fx.watch(model) as seen`
 
 
-def _is_constant(model: nn.Module) -> bool:
-    """Whether a model has adapters, and none that is written."""
-    found = adapters(model)
-    return bool(found) and not any(isinstance(a, MergedAdapter) for a in found.values())
-
-
 class _Watched:
     """A site of the model, and how far it has drifted: not asked before its first write-back."""
 
@@ -246,15 +252,22 @@ def _audits(pieces: Sequence[_Piece], sites: dict[int, _Watched]) -> Iterator[Au
             yield Audit(site=known.path, out=site.shape[0], rows=tuple(rows), **own)
 
 
-def summary(step: Sequence[Audit]) -> dict[str, float]:
-    """One step over all sites: norms as of one long vector, counts and masses as sums, the largest
+def summary(step: Audits) -> dict[str, float]:
+    """One step over all sites. Of casts the largest losses and share, and the sum of what is
+    clamped; of write-backs norms as of one long vector, counts and masses as sums, and the largest
     drift where any is known.
     """
+    if casts := [item for item in step if isinstance(item, CastAudit)]:
+        found = {n: max(getattr(item, n) for item in casts) for n in ("lost_a", "lost_b")}
+        shares = [item.share for item in casts if item.share is not None]
+        largest = {"share": max(shares)} if shares else {}
+        return {**found, **largest, "saturated": float(sum(item.saturated for item in casts))}
+    written = [item for item in step if isinstance(item, Audit)]
     names = ("asked", "kept", "lost")
-    norms = {n: sum(getattr(item, n) ** 2 for item in step) ** 0.5 for n in names}
-    rows = sum(len(item.rows) for item in step)
-    sums = {n: float(sum(getattr(item, n) for item in step)) for n in ("clamped", "pending")}
-    drifts = [item.drift for item in step if item.drift is not None]
+    norms = {n: sum(getattr(item, n) ** 2 for item in written) ** 0.5 for n in names}
+    rows = sum(len(item.rows) for item in written)
+    sums = {n: float(sum(getattr(item, n) for item in written)) for n in ("clamped", "pending")}
+    drifts = [item.drift for item in written if item.drift is not None]
     largest = {"drift": max(drifts)} if drifts else {}
     return {**norms, **sums, "rows": float(rows), **largest}
 
@@ -262,7 +275,7 @@ def summary(step: Sequence[Audit]) -> dict[str, float]:
 def tensorboard(writer: Any, tag: str = "falqon") -> Callback:
     """A callback that writes each step's `summary` to a ``SummaryWriter``."""
 
-    def write(step: Sequence[Audit]) -> None:
+    def write(step: Audits) -> None:
         for name, value in summary(step).items():
             writer.add_scalar(f"{tag}/{name}", value, step[0].step)
 
@@ -286,9 +299,26 @@ def trainer_callback(seen: Watch) -> Any:
     return AuditLog()
 
 
-def _view(step: Sequence[Audit]) -> Table:
+def _view(step: Audits) -> Table:
     if not step:
-        return Table(title="no write-back yet")
+        return Table(title="no step yet")
+    if casts := [item for item in step if isinstance(item, CastAudit)]:
+        return _view_of_casts(casts)
+    return _view_of_writes([item for item in step if isinstance(item, Audit)])
+
+
+def _view_of_casts(step: Sequence[CastAudit]) -> Table:
+    """The sites whose casts lose the largest share."""
+    names = ("site", "A off", "s·B off", "s·B·A beside W", "clamped")
+    table = Table(*names, title=f"step {step[0].step}: casts of {len(step)} adapters")
+    for item in sorted(step, key=lambda item: -max(item.lost_a, item.lost_b))[:_SHOWN]:
+        share = "" if item.share is None else f"{item.share:.2%}"
+        losses = f"{item.lost_a:.2%}", f"{item.lost_b:.2%}"
+        table.add_row(Text(one_line(item.site)), *losses, share, str(item.saturated))
+    return table
+
+
+def _view_of_writes(step: Sequence[Audit]) -> Table:
     total = summary(step)
     title = (
         f"step {step[0].step}: {total['rows']:.0f} rows, asked {total['asked']:.3g}, kept "

@@ -223,6 +223,14 @@ def place(tensor: Tensor) -> Place:
 _Adapter = tuple[weakref.ref[Any], weakref.ref[Any], Place, Place, float]
 
 
+@dataclass(frozen=True)
+class CastOfAdapter:
+    """How a graph casts an adapter: by which `SiteSpec`, and whether s·B is kept in float32."""
+
+    spec_text: str
+    wide: bool
+
+
 class Bases:
     """The bases of a process by the memory of W, with which they go."""
 
@@ -231,6 +239,7 @@ class Bases:
         # torch.__future__.set_swap_module_params_on_conversion asks for.
         self._bases: _ByStorage[dict[Any, Entry]] = weakref.WeakKeyDictionary()
         self._adapters: _ByStorage[dict[Any, _Adapter]] = weakref.WeakKeyDictionary()
+        self._casts: _ByStorage[dict[int, CastOfAdapter]] = weakref.WeakKeyDictionary()
         self._verified: _ByStorage[dict[int, Entry]] = weakref.WeakKeyDictionary()
         self._lock = threading.RLock()
         self.changes = 0  # of what `remember_adapters` was told
@@ -328,6 +337,14 @@ class Bases:
         known = self._adapters.get(owner.untyped_storage(), {}).items()
         mine = [each for (offset, _), each in known if offset == owner.storage_offset()]
         return [(a, b, s) for of_a, of_b, a, b, s in mine if None not in (of_a(), of_b())]
+
+    def remember_cast(self, lora_b: Tensor, cast: CastOfAdapter) -> None:
+        """Note how the graph that ran last casts an adapter: `falqon_fx.watch` asks."""
+        self._casts.setdefault(lora_b.untyped_storage(), {})[int(lora_b.storage_offset())] = cast
+
+    def cast_of(self, lora_b: Tensor) -> CastOfAdapter | None:
+        """How an adapter is cast; None where no graph has used it yet."""
+        return self._casts.get(lora_b.untyped_storage(), {}).get(int(lora_b.storage_offset()))
 
 
 def _look(weight: Tensor) -> Tensor:

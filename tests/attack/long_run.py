@@ -16,7 +16,6 @@ import importlib
 import json
 import pickle
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -236,10 +235,8 @@ class LongRun:
         assert falqon_fx.explain(self.model, self.x(), config=self.config).sites
 
     def watch(self) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that nothing is written
-            with falqon_fx.watch(self.model):
-                self.evaluate()
+        with falqon_fx.watch(self.model):
+            self.evaluate()
 
     def fail_to_save(self) -> None:
         file = self.folder / "file"

@@ -22,7 +22,8 @@ SPREAD = 2.0  # times the largest distance of the draws
 DRAWS = 2
 
 Touch = Callable[[nn.Module], object]
-Job = Callable[[Touch], list[float]]  # trains a model that Touch has been called with: its losses
+Curves = dict[str, list[float]]  # what was seen at each step: the loss first
+Job = Callable[[Touch], Curves]  # trains a model that Touch has been called with
 
 
 def compiled(**options: Any) -> Touch:
@@ -60,9 +61,12 @@ def _make_noisy(layer: Linear, seed: int) -> None:
     layer.register_forward_hook(written)
 
 
-def off_by(run: list[float], other: list[float]) -> float:
-    """The largest distance of two runs' losses, of which there are as many."""
-    return max(abs(a - b) for a, b in zip(run, other, strict=True))
+def off_by(run: Curves, other: Curves) -> dict[str, float]:
+    """The largest distance of each curve from that of another run, of as many steps."""
+    return {
+        name: max(abs(a - b) for a, b in zip(curve, other[name], strict=True))
+        for name, curve in run.items()
+    }
 
 
 def learned(losses: list[float]) -> float:
@@ -71,22 +75,63 @@ def learned(losses: list[float]) -> float:
     return losses[0] - sum(last) / len(last)
 
 
-def assert_trains_as_plain_peft(job: Job, *touches: Touch) -> None:
-    """Each of ``touches`` (falqon, by default compiled in place) gives the losses of plain PEFT."""
+def limit(job: Job) -> tuple[Curves, dict[str, float]]:
+    """Plain PEFT's curves, and how far others may be off them."""
     plain = job(lambda model: None)
-    allowed = SPREAD * max(off_by(job(noisy(seed)), plain) for seed in range(DRAWS))
-    enough = learned(plain)
-    assert allowed < enough, (
-        f"{enough:.3g} learned, too little to tell wrong from {allowed:.3g} off"
+    draws = [off_by(job(noisy(seed)), plain) for seed in range(DRAWS)]
+    allowed = {name: SPREAD * max(draw[name] for draw in draws) for name in plain}
+    name, losses = next(iter(plain.items()))
+    assert allowed[name] < learned(losses), (
+        f"{learned(losses):.3g} learned, too little to tell wrong from {allowed[name]:.3g} off"
     )
+    return plain, allowed
+
+
+def assert_trains_as_plain_peft(job: Job, *touches: Touch) -> None:
+    """Each of ``touches`` (falqon, by default compiled in place) gives the curves of plain PEFT."""
+    plain, allowed = limit(job)
     for touch in touches or (compiled(),):
         seen: list[nn.Module] = []
         found = job(_keeping(touch, seen))
         assert found != plain  # FP8 it is
-        distance = off_by(found, plain)
-        assert distance < allowed, f"{distance:.3g} off, {allowed:.3g} allowed"
+        distances = off_by(found, plain)
+        for name, distance in distances.items():
+            assert distance < allowed[name], (
+                f"{name}: {distance:.3g} off, {allowed[name]:.3g} allowed"
+            )
         (model,) = seen
         assert_all_sites(model)
+
+
+def assert_wrong_is_outside(job: Job) -> None:
+    """The test of the tests: what is wrong is farther off than what is allowed, in some curve."""
+    plain, allowed = limit(job)
+    for wrong in (wrong_base, no_adapter, wrong_gradient):
+        distances = off_by(job(wrong), plain)
+        assert any(distances[name] > allowed[name] for name in plain), (
+            f"{wrong.__name__}: {distances} off, {allowed} allowed"
+        )
+
+
+def wrong_base(model: nn.Module) -> None:
+    """What a wrong scale of a few rows would do."""
+    for layer in model.modules():
+        if isinstance(layer, Linear):
+            layer.base_layer.weight.data[:8] *= 2
+
+
+def no_adapter(model: nn.Module) -> None:
+    """As if nothing of it came out."""
+    for layer in model.modules():
+        if isinstance(layer, Linear):
+            layer.scaling["default"] = 0.0
+
+
+def wrong_gradient(model: nn.Module) -> None:
+    """Of A and B, with the other sign."""
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.register_hook(lambda grad: -grad)
 
 
 def _keeping(touch: Touch, seen: list[nn.Module]) -> Touch:

@@ -1,11 +1,13 @@
 """What goes into other programs. Where one is not installed, a stand-in has the part of its
-interface that its version on PyPI has: Axolotl 0.19.0, LLaMA-Factory 0.9.5, ms-swift 4.6.0.
+interface that its version on PyPI has: Axolotl 0.19.0, LLaMA-Factory 0.9.5, ms-swift 4.6.0;
+of OneTrainer, which is not there, that of its commit 23df3832e8.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import runpy
 import sys
 import types
 from collections.abc import Callable
@@ -17,6 +19,8 @@ import safetensors
 import torch
 import torchtune
 import transformers
+from torch import nn
+from torch.nn import functional as F
 from torchtune.models.llama2 import lora_llama2
 
 import falqon_fx
@@ -111,6 +115,82 @@ def test_torchtune_takes_the_backend_from_its_variable(monkeypatch, graphs):
     model(torch.randint(0, 64, (2, 8))).sum().backward()
     assert [len(graph.sites) for graph in graphs][-1] == 5
     assert len(falqon_fx.adapters(model)) == 10
+
+
+class OneTrainersLoRA(nn.Module):
+    """Its LoRAModule, as far as a linear layer goes: outside of the model, alpha as a buffer."""
+
+    def __init__(self, prefix: str, orig_module: nn.Linear, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.rank, self._orig_module = rank, [orig_module]  # a list is not registered
+        self.dropout = nn.Dropout(0)
+        self.register_buffer("alpha", torch.tensor(alpha))
+        self.lora_down = nn.Linear(orig_module.in_features, rank, bias=False)
+        self.lora_up = nn.Linear(rank, orig_module.out_features, bias=False)
+
+    def hook_to_module(self) -> None:
+        self.orig_forward = self._orig_module[0].forward
+        self._orig_module[0].forward = self.forward  # type: ignore[assignment,method-assign]
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.orig_forward(x) + self.delta_forward(x, *args, **kwargs)
+
+    def delta_forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.lora_up(self.dropout(self.lora_down(x))) * (self.alpha / self.rank)
+
+
+class OneTrainersCheckpoint(nn.Module):
+    """Its CheckpointLayer around a block."""
+
+    def __init__(self, orig_module: nn.Module) -> None:
+        super().__init__()
+        self.checkpoint, self.dummy = orig_module, torch.zeros(1, requires_grad=True)
+
+    def _run(self, dummy: torch.Tensor, *args: Any) -> Any:
+        return self.checkpoint(*args)
+
+    def forward(self, *args: Any) -> Any:
+        run = torch.utils.checkpoint.checkpoint
+        return run(self._run, self.dummy, *args, use_reentrant=False)
+
+
+@pytest.mark.slow  # it has no place for options, so Inductor compiles
+def test_onetrainer_trains_loras_on_falqon(stand_in, monkeypatch, graphs):
+    """In the order of its GenericTrainer: blocks are compiled, then LoRAs hooked in. The gradients
+    are those of autograd to the errors of FP8: of E4M3 in x, W and A, of E5M2 in dL/dO.
+    """
+    module = stand_in("modules.module.LoRAModule", LoRAModule=OneTrainersLoRA)
+    layers = stand_in("modules.util.checkpointing_util", CheckpointLayer=OneTrainersCheckpoint)
+    monkeypatch.setattr(OneTrainersCheckpoint, "compile", nn.Module.compile)  # put back behind it
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def gradients(lora: Any, compiled: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        blocks = [nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64)) for _ in range(2)]
+        net = nn.Sequential(*map(layers.CheckpointLayer, blocks)).requires_grad_(False)
+        if compiled:
+            for layer in net:
+                layer.compile(fullgraph=True)
+        of = [lora(f"{i}.{j}", blocks[i][j], 4, 8.0) for i in range(2) for j in (0, 2)]
+        for one in of:
+            nn.init.normal_(one.lora_up.weight, std=0.1)
+            one.hook_to_module()
+        net(torch.randn(8, 64)).square().mean().backward()
+        return [p.grad for one in of for p in one.parameters()]
+
+    found: list[torch.Tensor] = []
+
+    def train(path: str, run_name: str) -> None:
+        assert (path, run_name) == ("scripts/train.py", "__main__")
+        found.extend(gradients(module.LoRAModule, compiled=True))
+
+    monkeypatch.setattr(runpy, "run_path", train)
+    source = (SCRIPTS / "onetrainer_train.py").read_text()
+    exec(compile(source, "onetrainer_train.py", "exec"), {"__name__": "__main__"})
+    assert [[site.adapters for site in graph.sites] for graph in graphs] == [[1, 1], [1, 1]]
+    assert not any(graph.rejected for graph in graphs)
+    for grad, wanted in zip(found, gradients(OneTrainersLoRA, compiled=False), strict=True):
+        assert F.cosine_similarity(grad.flatten(), wanted.flatten(), dim=0) > 0.99
 
 
 @pytest.mark.slow

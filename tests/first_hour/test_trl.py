@@ -23,7 +23,13 @@ import falqon_fx
 from falqon_fx import FalqonConfig
 from falqon_fx.integrations.transformers import FalqonCallback
 from tests.emulation import emulate
-from tests.first_hour.jobs import assert_trains_as_plain_peft
+from tests.first_hour.jobs import (
+    Curves,
+    Job,
+    Touch,
+    assert_trains_as_plain_peft,
+    assert_wrong_is_outside,
+)
 from tests.models import fill_b
 
 pytestmark = pytest.mark.slow  # data sets and trainers take longer than the models
@@ -145,8 +151,11 @@ def reward(folder: Path, model: nn.Module, callbacks: list[Any]) -> transformers
     return trl.RewardTrainer(model, args=args, **kinds)
 
 
+EARLY, LATE = range(3, 6), range(30, 33)  # few words, so that they are learned in a few steps
+
+
 def early_words(completion_ids: list[list[int]], **others: Any) -> list[float]:
-    """The share of words among the first ones."""
+    """The share of words in the first third."""
     return [sum(token < 20 for token in ids) / max(1, len(ids)) for ids in completion_ids]
 
 
@@ -169,14 +178,20 @@ def grpo(rollouts: Any = None, **others: Any) -> Made:
 
 
 def written_before(prompts: list[str], trainer: Any) -> dict[str, Any]:
-    """Rollouts that no policy chose: the same for each way of training."""
+    """Rollouts that no policy chose, the same for each way of training: early words and late
+    ones in turn.
+    """
     chosen = random.Random(trainer.state.global_step)
-    completions = [chosen.choices(range(3, 64), k=6) for _ in prompts]
     return {
         "prompt_ids": tokenizer()(list(prompts))["input_ids"],
-        "completion_ids": completions,
+        "completion_ids": [chosen.choices((EARLY, LATE)[i % 2], k=6) for i in range(len(prompts))],
         "logprobs": [[-4.0] * 6 for _ in prompts],
     }
+
+
+# GRPO's loss is zero by construction where it is taken (its gradient is not). With CISPO's, whose
+# gradient is the same there, it is the log-probability of what is rewarded: how far it has learned.
+CISPO = {"loss_type": "cispo", "epsilon_high": 5.0}
 
 
 TRAINERS: dict[str, Made] = {
@@ -187,30 +202,65 @@ TRAINERS: dict[str, Made] = {
     "dpo-precomputed": dpo(precompute_ref_log_probs=True),
     "kto": kto,
     "reward": reward,
-    "grpo": grpo(written_before),
+    "grpo": grpo(written_before, **CISPO),
 }
 
 
-# Policy and reference, or training and evaluation; one length and any length; what is before and
-# behind the place where trl's fused head breaks the graph.
-GRAPHS = 2 * 2 * 2
+# What any backend gets of trl's code. Its fused head breaks the graph in two: the model, and what
+# sums log-probabilities up. Of each there is one of the policy and one of the reference, for the
+# first length and for any other; and of the head's own compiled function one for the first length
+# and one for any other. KTO meets the first length in one pass alone, but has a third pass, the
+# policy without gradients, and its first switch of adapters compiles the policy anew.
+GRAPHS = 2 * 2 * 2 + 2
+
+
+SEEN = ("loss", "logps/chosen", "logps/rejected", "entropy")  # each trainer logs some of them
+
+
+def job_of(name: str, folder: Path, *callbacks: Any) -> Job:
+    def job(touch: Touch) -> Curves:
+        scores = transformers.LlamaForSequenceClassification
+        model = policy(scores, "SEQ_CLS") if name == "reward" else policy()
+        touch(model)
+        trainer = TRAINERS[name](folder, model, [*callbacks])
+        trainer.train()
+        steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+        names = [name for name in SEEN if all(name in entry for entry in steps)]
+        return {name: [entry[name] for entry in steps] for name in names}
+
+    return job
+
+
+class Count(transformers.TrainerCallback):
+    """How many graphs there are after each step."""
+
+    def __init__(self, graphs: list[Any]) -> None:
+        self.made: list[int] = []
+        self._graphs = graphs
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.made.append(len(self._graphs))
 
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_a_trainer_gives_the_losses_of_plain_peft(name, tmp_path, graphs):
-    def job(touch: Callable[[nn.Module], object]) -> list[float]:
-        scores = transformers.LlamaForSequenceClassification
-        model = policy(scores, "SEQ_CLS") if name == "reward" else policy()
-        touch(model)
-        trainer = TRAINERS[name](tmp_path, model, [])
-        trainer.train()
-        history = [entry for entry in trainer.state.log_history if "loss" in entry]
-        if name == "grpo":  # its loss is about zero by construction
-            return [-entry["kl"] for entry in history]
-        return [entry["loss"] for entry in history]
+    count = Count(graphs)
+    assert_trains_as_plain_peft(job_of(name, tmp_path, count))
+    assert count.made[-1] == count.made[-3] == len(graphs) <= GRAPHS
+    others: list[Any] = []
 
-    assert_trains_as_plain_peft(job)
-    assert len(graphs) <= GRAPHS
+    def plain(gm: Any, inputs: Any) -> Any:
+        others.append(gm)
+        return gm
+
+    torch._dynamo.reset()
+    job_of(name, tmp_path)(lambda model: model.compile(backend=plain))
+    assert len(graphs) <= len(others)  # as many as any backend makes
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_what_is_wrong_in_a_trainer_is_outside_of_the_bound(name, tmp_path):
+    assert_wrong_is_outside(job_of(name, tmp_path))
 
 
 # -- the reference and the rollouts ----------------------------------------------------------------
@@ -254,16 +304,10 @@ def test_grpo_samples_from_the_policy_that_it_trains(prepare, tmp_path, graphs):
     callback = FalqonCallback(CONFIG, prepare=prepare)
     trainer = grpo()(tmp_path, policy(layers=2), [callback])
     fill_b(trainer.model, 0.3)
-    made: list[int] = []
-
-    class Count(transformers.TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            made.append(len(graphs))
-
-    trainer.add_callback(Count())
+    count = Count(graphs)
+    trainer.add_callback(count)
     trainer.train()
-    assert made[-1] <= GRAPHS + 6
-    assert made[-1] == made[-3]
+    assert count.made[-1] == count.made[-3] <= GRAPHS + 6
     model = trainer.model.eval()
     states = falqon_fx.adapters(model)
     assert len(states) == 14
