@@ -16,9 +16,9 @@ from torch import nn
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError, RewriteReport
-from falqon_fx.report.data import Audit, CastAudit
+from falqon_fx.report.data import Audit, CastAudit, Line
 from falqon_fx.report.totals import sentence
-from falqon_fx.report.views import around, near, replacing, rows, stretch
+from falqon_fx.report.views import around, layout, near, replacing, rows, stretch
 from tests.models import LoraLinear, Stack
 
 CHROMIUM = shutil.which("chromium")
@@ -139,6 +139,18 @@ def test_svg_shows_the_nodes_of_a_site(report):
     assert any("lora_A.weight" in title for title in titles)
     with pytest.raises(FalqonError, match=r"nearest is 'blocks\.0\.up'"):
         report.to_svg("blocks.0.upp")
+
+
+def test_a_drawing_has_three_boxes_a_row_and_what_is_read_above():
+    inputs = [Line(f"w{i}", f"w{i} = x") for i in range(7)]
+    names = tuple(line.node for line in inputs)
+    lines = [*inputs, Line("op", "op = f(...)", names), Line("out", "out = g(op)", ("op",))]
+    boxes = layout(lines, {"op", "out"})
+    at = {box.line.node: (box.row, box.column) for box in boxes}
+    assert sorted(at[name] for name in names) == [(i // 3, i % 3) for i in range(7)]
+    assert (at["op"], at["out"]) == ((3, 0), (4, 0))
+    reads = {box.line.node: {boxes[i].line.node for i in box.reads} for box in boxes}
+    assert reads == {**{name: set() for name in names}, "op": {*names}, "out": {"op"}}
 
 
 class Links(HTMLParser):

@@ -160,6 +160,7 @@ def find_site(report: Graphs, path: str) -> tuple[GraphReport, Site]:
 
 
 _BOX, _GAP, _HIGH = 300, 24, 46
+_ACROSS = 3  # boxes in a row
 _STYLE = """
 text { font: 12px ui-monospace, monospace; fill: #1f2328 } .h { font-weight: bold }
 rect { fill: #f6f8fa; stroke: #8c959f } .gone rect { fill: #ffebe9; stroke: #cf222e }
@@ -220,7 +221,9 @@ def drawing(graph: GraphReport, all_rows: Sequence[Row], site: Site) -> tuple[li
 
 
 def layout(lines: Sequence[Line], marked: set[str]) -> list[Box]:
-    """Marked nodes and their inputs in layers: a node lies below all that it reads."""
+    """Marked nodes and their inputs in layers, of as many rows as they need: a node lies below all
+    that it reads.
+    """
     inputs = {line.node: line.inputs for line in lines}
     level: dict[str, int] = {}
     for line in lines:
@@ -232,14 +235,23 @@ def layout(lines: Sequence[Line], marked: set[str]) -> list[Box]:
                 level[source] = min(level.get(source, level[node] - 1), level[node] - 1)
     drawn = sorted((x for x in lines if x.node in level), key=lambda x: x.node not in marked)
     number = {line.node: i for i, line in enumerate(drawn)}
-    layers: dict[int, int] = {}
-    boxes = []
+    layers: dict[int, list[str]] = {}
     for line in drawn:
-        depth, own = level[line.node], line.node in marked
-        reads = tuple(number[s] for s in line.inputs if s in number) if own else ()
-        boxes.append(Box(line, depth, layers.get(depth, 0), own, reads))
-        layers[depth] = layers.get(depth, 0) + 1
-    return boxes
+        layers.setdefault(level[line.node], []).append(line.node)
+    places: dict[str, tuple[int, int]] = {}
+    first = 0
+    for _, nodes in sorted(layers.items()):
+        places |= {n: (first + i // _ACROSS, i % _ACROSS) for i, n in enumerate(nodes)}
+        first += -(-len(nodes) // _ACROSS)
+    return [
+        Box(
+            line,
+            *places[line.node],
+            line.node in marked,
+            tuple(number[s] for s in line.inputs if s in number and line.node in marked),
+        )
+        for line in drawn
+    ]
 
 
 def _draw(boxes: Sequence[Box], kind: str, x0: int) -> _Drawing:
