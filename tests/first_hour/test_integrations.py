@@ -157,7 +157,9 @@ class OneTrainersCheckpoint(nn.Module):
 @pytest.mark.slow  # it has no place for options, so Inductor compiles
 def test_onetrainer_trains_loras_on_falqon(stand_in, monkeypatch, graphs):
     """In the order of its GenericTrainer: blocks are compiled, then LoRAs hooked in. The gradients
-    are those of autograd to the errors of FP8: of E4M3 in x, W and A, of E5M2 in dL/dO.
+    are those of autograd to the errors of FP8: of E4M3 in x, W and A (2.6% each, root mean square)
+    and of E5M2 in dL/dO (5.3%), so 7% a layer and 14% through four, a cosine of 0.990; 20% are
+    allowed.
     """
     module = stand_in("modules.module.LoRAModule", LoRAModule=OneTrainersLoRA)
     layers = stand_in("modules.util.checkpointing_util", CheckpointLayer=OneTrainersCheckpoint)
@@ -190,7 +192,7 @@ def test_onetrainer_trains_loras_on_falqon(stand_in, monkeypatch, graphs):
     assert [[site.adapters for site in graph.sites] for graph in graphs] == [[1, 1], [1, 1]]
     assert not any(graph.rejected for graph in graphs)
     for grad, wanted in zip(found, gradients(OneTrainersLoRA, compiled=False), strict=True):
-        assert F.cosine_similarity(grad.flatten(), wanted.flatten(), dim=0) > 0.99
+        assert F.cosine_similarity(grad.flatten(), wanted.flatten(), dim=0) > 0.98
 
 
 @pytest.mark.slow
