@@ -94,8 +94,8 @@ _HOMES = {
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _OPS = (
-    "base_linear", "experts", "fp8_adapter", "gather_tokens", "merged_linear", "products",
-    "wide_linear",
+    "base_linear", "experts", "fp8_adapter", "gather_tokens", "merged_linear", "outliers",
+    "products",    "wide_linear",
 )  # fmt: skip
 
 for _module in (*(f"falqon_fx.ops.{name}" for name in _OPS), "falqon_fx.rows.ops"):

@@ -269,8 +269,13 @@ def _check_min_gain(gain: object) -> None:
 
 
 def _patterns(name: str, value: object) -> tuple[str, ...]:
-    if isinstance(value, str):
-        return (value,)
+    value = (value,) if isinstance(value, str) else value
     if not isinstance(value, list | tuple) or not all(isinstance(p, str) for p in value):
         raise FalqonConfigError(name, f"{value!r} is not a list of patterns", "Give strings")
+    if found := [pattern for pattern in value if pattern.startswith("sensitive:")]:
+        raise FalqonConfigError(
+            name,
+            f"{found[0]!r} needs a model that has run, of which a config knows nothing",
+            "Give explain(model, ..., calibration=batches).most_sensitive(8)",
+        )
     return tuple(value)

@@ -219,7 +219,7 @@ def _site_operands(site: SitePlan) -> SiteOperands:
             a.requires_grad,
             b.requires_grad,
         )
-        for a, b in ((m.lora_a.value, m.lora_b.value) for m in site.match.adapters)
+        for a, b in ((m.lora_a.value, m.lora_b.value) for m in site.match.added)
     )
     bias = site.match.base.bias
     value = bias.value if isinstance(bias, Param) else None if bias is None else value_of(bias)

@@ -54,6 +54,8 @@ def describe(
         adapter_dtype=dtype_name(adapters[0].lora_b.value.dtype) if adapters else "",
         adapters=len(adapters),
         experts=experts,
+        compensate=_width(found, "error_b"),
+        outliers=_width(found, "columns"),
         prepared=prepared,
         train_a=any(a.lora_a.value.requires_grad for a in adapters),
         train_b=any(a.lora_b.value.requires_grad for a in adapters),
@@ -64,6 +66,12 @@ def describe(
     )
     kernel, reason = choose_for_experts(site) if experts else choose(site)
     return replace(site, kernel=kernel, kernel_reason=reason)
+
+
+def _width(found: Match, name: str) -> int:
+    """The columns of a term of a calibration, [out, columns]; 0 without it."""
+    node = getattr(found.base, name, None)
+    return 0 if node is None else int(value_of(found.scope.outer(node)).shape[1])
 
 
 _LIBRARY = re.compile(r"-packages/(torch|peft)/")
@@ -92,6 +100,8 @@ def _memory(
     state = out * features + 4 * math.prod(scale_shape(out, spec))
     if isinstance(slot, RowsSlot):  # A, B's applied part, counts of writes
         state += hint(slot.rank) * (features + 4 * spec.per_row + 2 * out) + 4 * out
+    ranks, channels = _width(found, "error_b"), _width(found, "columns")
+    state += 2 * ranks * (out + features) + channels * (2 * out + 4)  # bfloat16, int32
     adapters = [t for a in found.adapters for t in (a.lora_a.value, a.lora_b.value)]
     return Memory(
         base=out * features * base_dtype.itemsize, state=state, adapter=sum(map(_nbytes, adapters))

@@ -80,7 +80,7 @@ class Operands:
     rows: tuple[RowsNodes, ...]
     adapters: Mapping[int, AdapterNodes]  # by the id of the slot
     written: Mapping[int, RowsOperands]
-    pairs: tuple[tuple[BaseNodes, AdapterNodes], ...]  # which adapters are added to which base
+    pairs: tuple[tuple[BaseNodes, AdapterNodes], ...]  # which of the user's is added to which base
 
     def of(self, site: SitePlan) -> SiteNodes:
         """The operands of a planned site."""
@@ -123,6 +123,7 @@ def insert_operands(plan: Plan) -> Operands:
         (id(site.base), id(slot)): (by_slot[id(site.base)], adapters[id(slot)])
         for site in plan.sites
         for slot in site.adapters
+        if not slot.fixed
     }
     return Operands(bases, rows, adapters, written, tuple(pairs.values()))
 

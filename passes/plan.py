@@ -171,7 +171,7 @@ class _Chooser:
             self._add(found, self._rows_of(found, path), (), path)
         else:
             base = self._base(found, path)
-            adapters = tuple(self._adapter(found, a, base, path) for a in found.adapters)
+            adapters = tuple(self._adapter(found, a, base, path) for a in found.added)
             self._add(found, base, adapters, path)
 
     def take_frozen(self, found: Match) -> None:
@@ -196,7 +196,9 @@ class _Chooser:
             self.left.append(refused)
         else:
             check(found, path, self.config)
-            self._add(found, self._base(found, path), (), path)
+            base = self._base(found, path)
+            fixed = tuple(self._adapter(found, a, base, path) for a in found.added)
+            self._add(found, base, fixed, path)
 
     def _add(
         self,
@@ -262,7 +264,13 @@ class _Chooser:
         key = (_identity(scope, a), _identity(scope, b), adapter.scaling, wide, id(cast_with))
         if key not in self._adapters:
             self._adapters[key] = AdapterSlot(
-                path, _at_root(scope, a), _at_root(scope, b), adapter.scaling, wide, cast_with
+                path,
+                _at_root(scope, a),
+                _at_root(scope, b),
+                adapter.scaling,
+                wide,
+                cast_with,
+                adapter.fixed,
             )
         return self._adapters[key]
 

@@ -11,11 +11,11 @@ import torch
 from torch import fx
 
 from falqon_fx._compat import value_of
-from falqon_fx.ops import experts, merged_linear, wide_linear
+from falqon_fx.ops import experts, merged_linear, outliers, wide_linear
 from falqon_fx.passes.insert_operands import AdapterNodes, Operands, SiteNodes
 from falqon_fx.passes.plan import Plan, SitePlan
 from falqon_fx.passes.scope import Scope
-from falqon_fx.passes.terms import Experts, Param
+from falqon_fx.passes.terms import BaseLinear, Experts, Param
 from falqon_fx.passes.vocabulary import LINEAR, linear_arguments
 
 
@@ -124,6 +124,7 @@ def _replace(
     for site, output in zip(group, outputs, strict=True):
         anchor = site.match.anchor
         _describe(output, anchor, value_of(anchor))
+        output = _add_outliers(plan, site, output, replaced.get(first.x, first.x))
         result = _add_lora_bias(site, output)
         anchor.replace_all_uses_with(result)
         replaced[anchor] = result
@@ -177,7 +178,7 @@ def _replace_experts(
 
 def adapter_inputs(group: Sequence[SitePlan]) -> list[fx.Node]:
     """What each adapter of a group reads; nothing where all read the sites' x."""
-    adapters = [(site.match, a) for site in group for a in site.match.adapters]
+    adapters = [(site.match, a) for site in group for a in site.match.added]
     if all(a.x is None for _, a in adapters):
         return []
     return [found.x if a.x is None else a.x for found, a in adapters]
@@ -204,6 +205,33 @@ def _at_hand(graph: fx.Graph, node: fx.Node) -> fx.Node:
     copy = graph.get_attr(str(node.target))
     copy.meta.update(node.meta)
     return copy
+
+
+def outlier_terms(site: SitePlan) -> list[fx.Node]:
+    """The nodes of the channels and columns that a calibration chose for a site; or nothing."""
+    base = site.match.base
+    if not isinstance(base, BaseLinear) or base.channels is None or base.columns is None:
+        return []
+    return [site.match.scope.outer(node) for node in (base.channels, base.columns)]
+
+
+def _add_outliers(plan: Plan, site: SitePlan, output: fx.Node, x: fx.Node) -> fx.Node:
+    """The cast error of x in some channels is added behind the op."""
+    terms = outlier_terms(site)
+    if not terms:
+        return output
+    found = site.match
+    scope, graph, anchor = found.scope, found.scope.gm.graph, found.anchor
+    value = value_of(anchor)
+    here = [_bring(scope, node) for node in terms]
+    with graph.inserting_before(anchor):
+        given = [_at_hand(graph, node) for node in here]
+        added = (x, *given, value.dtype, str(plan.spec))
+        error = graph.call_function(outliers.OP, added)
+        total = graph.call_function(operator.add, (output, error))
+    for node in (error, total):
+        _describe(node, anchor, value)
+    return total
 
 
 def _add_lora_bias(site: SitePlan, output: fx.Node) -> fx.Node:

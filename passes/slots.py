@@ -27,7 +27,8 @@ class BaseSlot:
 @dataclass(frozen=True)
 class AdapterSlot:
     """(A, B, scaling) of a graph, whose casts all sites share that use it.
-    ``wide``: b is float32. ``base``: in the units of whose scale b is cast to FP8.
+    ``wide``: b is float32. ``base``: in the units of whose scale b is cast to FP8. ``fixed``: it is
+    no adapter of the user's, and stands for the cast error of W.
     """
 
     path: str
@@ -36,3 +37,4 @@ class AdapterSlot:
     scaling: float
     wide: bool
     base: BaseSlot | None
+    fixed: bool = False

@@ -42,7 +42,9 @@ class AddLinear:
 
 @dataclass(frozen=True)
 class BaseLinear:
-    """A prepared base layer (``falqon::base_linear``): the nodes of its bytes, scale and digest."""
+    """A prepared base layer (``falqon::base_linear``): the nodes of its bytes, scale and digest,
+    and of what a calibration has added to it.
+    """
 
     x: fx.Node
     code: fx.Node
@@ -50,6 +52,10 @@ class BaseLinear:
     digest: fx.Node
     bias: fx.Node | None
     spec_text: str
+    error_a: fx.Node | None = None
+    error_b: fx.Node | None = None
+    channels: fx.Node | None = None
+    columns: fx.Node | None = None
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,16 @@ from torch import fx
 
 from falqon_fx._compat import value_of
 from falqon_fx.errors import PassError
-from falqon_fx.ops import experts, merged_linear
+from falqon_fx.ops import experts, merged_linear, outliers
 from falqon_fx.passes.insert_operands import AdapterNodes, Operands, casts_per_adapter
 from falqon_fx.passes.match.dataflow import shape
 from falqon_fx.passes.plan import Plan, SitePlan
-from falqon_fx.passes.rewrite import adapter_inputs, arguments, widened
+from falqon_fx.passes.rewrite import adapter_inputs, arguments, outlier_terms, widened
 from falqon_fx.passes.rows import RowsNodes
 from falqon_fx.passes.scope import Scope, attribute
 from falqon_fx.passes.terms import Experts, Linear, Param, in_fp8
 from falqon_fx.passes.verify_experts import check_experts
-from falqon_fx.passes.verify_nodes import check_column, is_same, origin
+from falqon_fx.passes.verify_nodes import check_column, check_outliers, is_same, origin
 from falqon_fx.site.spec import RowsSpec
 
 _WRITES = torch.ops.falqon.proxy_update_.default
@@ -106,6 +106,7 @@ def _check_counts(plan: Plan, operands: Operands, new: list[fx.Node]) -> None:
     biases = [a for s in plan.sites for a in s.match.adapters if a.lora_bias is not None]
     biased = sum(any(a.lora_bias is not None for a in s.match.adapters) for s in plan.sites)
     flipped = [s for s in plan.rows if s.base is not None and s.base.transposed]
+    corrected = sum(bool(outlier_terms(site)) for site in plan.sites)
     zeroed = len(plan.rows) if plan.config.pending == "drop" else 0
     parts = len(plan.rows) * (4 if plan.spec.per_row else 2)
     stacks = sum(isinstance(site.match.base, Experts) for site in plan.sites)
@@ -119,7 +120,8 @@ def _check_counts(plan: Plan, operands: Operands, new: list[fx.Node]) -> None:
         _WRITES: min(1, len(plan.rows)),
         _PENDING: sum(own.b is not None for own in operands.written.values()),
         operator.mul: sum(a.bias_scaling != 1.0 for a in biases),
-        operator.add: len(biases),
+        outliers.OP: corrected,
+        operator.add: len(biases) + corrected,
         "to": biased,
         "t": len(flipped),
         "detach": zeroed,
@@ -186,6 +188,7 @@ def _check_group(
             results.setdefault(first.x, x)
         if x is not results.get(first.x, first.x):
             raise PassError(path, f"{fused.name} reads {x}, not its input")
+        check_outliers(plan, site, results[found.anchor], x)
         for column, wanted in zip(rest, columns, strict=False):
             if wanted is not None:
                 check_column(path, found.scope, cast(list[fx.Node], column), wanted)

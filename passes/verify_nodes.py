@@ -8,8 +8,11 @@ from typing import Any, cast
 
 from torch import fx
 
+from falqon_fx._compat import value_of
 from falqon_fx.errors import PassError
-from falqon_fx.passes.plan import SitePlan
+from falqon_fx.ops import outliers
+from falqon_fx.passes.plan import Plan, SitePlan
+from falqon_fx.passes.rewrite import outlier_terms
 from falqon_fx.passes.scope import Scope
 
 
@@ -26,14 +29,35 @@ def check_column(
 
 def origin(site: SitePlan, result: Any) -> tuple[fx.Node, int]:
     """The op that a site's result comes from, and which of its outputs it is."""
-    biased = sum(a.lora_bias is not None for a in site.match.adapters)
-    if biased:  # to(add(output, bias))
+    result = _unbiased(site, result)
+    if outlier_terms(site):  # add(output, error)
         result = result.args[0]
-        for _ in range(biased):
-            result = result.args[0]
     if result.target is not operator.getitem:
         raise PassError(site.report.path, f"its result is {result}")
     return cast(tuple[fx.Node, int], tuple(result.args))
+
+
+def _unbiased(site: SitePlan, result: Any) -> Any:
+    """A result without the biases of lora_B: what is under to(add(output, bias))."""
+    biased = sum(a.lora_bias is not None for a in site.match.adapters)
+    for _ in range(biased + bool(biased)):
+        result = result.args[0]
+    return result
+
+
+def check_outliers(plan: Plan, site: SitePlan, result: Any, x: Any) -> None:
+    """What is added to a site's output is the cast error of its x in its own channels."""
+    terms = outlier_terms(site)
+    if not terms:
+        return
+    path, total = site.report.path, _unbiased(site, result)
+    _, error = total.args
+    read, *given, dtype, spec = error.args
+    if (total.target, error.target) != (operator.add, outliers.OP) or read is not x:
+        raise PassError(path, f"{total} adds {error} of {read}")
+    check_column(path, site.match.scope, given, terms)
+    if (dtype, spec) != (value_of(site.match.anchor).dtype, str(plan.spec)):
+        raise PassError(path, f"{error} computes with {dtype}, {spec}")
 
 
 def is_same(scope: Scope, node: fx.Node, wanted: fx.Node) -> bool:

@@ -23,6 +23,7 @@ from falqon_fx.files.export_layers import (
     empty,
     export_layer,
     is_adapted,
+    warn_of_calibration,
 )
 from falqon_fx.model.fp8_linear import IN_ONE_PROCESS, refuse_parts
 from falqon_fx.model.lora_layers import check_adapters, unwrap
@@ -183,6 +184,7 @@ def save_fp8(
             directory, form, found.cast_from, found.dense, flushed, written, size, notes
         )
 
+    warn_of_calibration(found.layers.values())
     names = [name for of_file in plan.filename_to_tensors.values() for name in of_file]
     steps = [functools.partial(found.gathered, tensors[name]) for name in names]
     return ranks.lead(sharded, steps, write)

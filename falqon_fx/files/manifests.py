@@ -64,13 +64,14 @@ class SealedFile(TypedDict):
 
 
 class PreparedSite(TypedDict):
-    """A layer that `prepare` made; ``scaling`` with update="rows"."""
+    """A layer that `prepare` made; ``scaling`` with update="rows", ``terms`` of a calibration."""
 
     prepared: str
     dtype: Dtype
     transposed: bool
     spec: dict[str, str | int]
     scaling: NotRequired[Scaling]
+    terms: NotRequired[list[Literal["error_a", "error_b", "channels", "columns"]]]
 
 
 class LoadedSite(PreparedSite):

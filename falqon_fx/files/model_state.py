@@ -26,6 +26,7 @@ from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.model.lora_layers import is_linear
 from falqon_fx.model.prepare import BEFORE
 from falqon_fx.model.prepared_linear import PreparedLinear
+from falqon_fx.model.terms import check_terms
 from falqon_fx.rows.prepared import MergedBaseLinear
 from falqon_fx.rows.state import STATE, MergedAdapter, registry
 from falqon_fx.site import transposed as stored
@@ -37,7 +38,7 @@ from falqon_fx.site.spec import RowsSpec, SiteSpec, parse_spec
 
 SITES = ".sites."  # before the names of states outside modules; no path begins with a dot
 # What a layer has of its own, prepared in either way or not.
-_OWN = {"weight", *Fp8Linear.STATE, *MergedBaseLinear.STATE}
+_OWN = {"weight", *Fp8Linear.STATE, *Fp8Linear.TERMS, *MergedBaseLinear.STATE}
 _REMEDY = "Make the model as for the run that was saved: same base, same adapter config"
 _RESTORE = "Call falqon_fx.restore(model) first"
 
@@ -94,12 +95,15 @@ def describe(layer: PreparedLinear) -> Site:
     """What `make_layer` needs to know of a layer beside its tensors."""
     spec = asdict(parse_spec(layer.spec_text))
     site = {"dtype": dtype_name(layer.dtype), "transposed": layer.transposed, "spec": spec}
-    return {**site, "scaling": layer.scaling} if isinstance(layer, MergedBaseLinear) else site
+    if isinstance(layer, MergedBaseLinear):
+        return {**site, "scaling": layer.scaling}
+    terms = [*layer.terms] if isinstance(layer, Fp8Linear) else []
+    return {**site, "terms": terms} if terms else site
 
 
 def names_of(site: Site) -> tuple[str, ...]:
     """The names of a prepared layer's tensors."""
-    return STATE if "scaling" in site else Fp8Linear.STATE
+    return STATE if "scaling" in site else (*Fp8Linear.STATE, *site.get("terms", ()))
 
 
 def make_layer(
@@ -114,6 +118,7 @@ def make_layer(
     layer = Fp8Linear(nothing, bias, dtype, transposed, str(SiteSpec(**site["spec"])), path)
     for name in layer.STATE:  # the bytes are not read, as the digest of a given base would have to
         setattr(layer, name, nn.Parameter(tensors[name], requires_grad=False))
+    layer.set_terms({name: tensors[name] for name in site.get("terms", ())})
     return layer
 
 
@@ -207,6 +212,11 @@ def _check_layer(model: nn.Module, site: Site, tensors: Mapping[str, Tensor], wh
         raise FalqonError(path, problem, _REMEDY)
     check_site(path, site, own, size, where, ranks)
     check_values(path, own, where)
+    terms = {name: own[name] for name in Fp8Linear.TERMS if name in own}
+    if [*terms] != [*site.get("terms", ())]:
+        problem = f"{where} has {[*terms]} of a calibration, and says {site.get('terms')}"
+        raise FalqonError(path, problem, "Load another checkpoint, or write this one again")
+    check_terms(path, terms, size, where)
     if isinstance(module, Fp8Linear) and module.is_part():  # it will get a digest of its part
         code, scale, known = (whole(own[name]) for name in Fp8Linear.STATE)
         if not torch.equal(digest(code, scale), known):
@@ -318,11 +328,13 @@ def _prepare_layer(model: nn.Module, site: Site, tensors: Mapping[str, Tensor]) 
     module: Any = model.get_submodule(path)
     given = {name: tensors[f"{path}.{name}"] for name in names_of(site)}
     if isinstance(module, PreparedLinear) and all(
-        described(getattr(module, name)) == described(tensor)
-        for name, tensor in given.items()
+        described(getattr(module, name)) == described(given[name])
+        for name in module.STATE
         if name != "digest"  # of which each process has one, where tensor parallelism has cut W
     ):
         _take_options(module, site)
+        if isinstance(module, Fp8Linear):
+            module.have_terms({name: given[name] for name in site.get("terms", ())})
         return
     device = next(module.parameters()).device
     empty = {name: torch.empty_like(tensor, device=device) for name, tensor in given.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from falqon_fx.errors import FalqonError
 from falqon_fx.model.lora_layers import unwrap
 from falqon_fx.model.mesh import MeshPlan
 from falqon_fx.model.mesh_bytes import on_mesh
+from falqon_fx.model.sensitivity import sensitivity
 from falqon_fx.passes.describe import innermost
 from falqon_fx.report.data import Cost, GraphBreak, GraphReport, Site
 from falqon_fx.report.listing import listing
@@ -35,6 +36,7 @@ def explain(
     *args: Any,
     config: FalqonConfig | None = None,
     mesh: MeshPlan | Mapping[str, Any] | DeviceMesh | None = None,
+    calibration: Iterable[Any] | None = None,
     **kwargs: Any,
 ) -> RewriteReport:
     """What ``torch.compile(model, backend="falqon")`` would do with this call; compiles nothing.
@@ -51,10 +53,15 @@ def explain(
     the report also has what FSDP2, tensor parallelism or DDP would hold and move there. It is
     arithmetic: no process is started, no GPU needed.
 
+    With ``calibration``, batches of inputs as `prepare` takes them, the report also has what the
+    casts of each layer are expected to cost (`falqon_fx.model.sensitivity`): the model itself runs
+    over them, forward and backward, and is as it was afterwards. ``report.most_sensitive(8)`` is
+    what to give to ``exclude``.
+
     Raises:
-        FalqonError: what compiling would raise; a mesh that says nothing; or the model's path
-            through its own code depends on the values of its inputs, as with PEFT's aLoRA; or other
-            processes hold parts of it.
+        FalqonError: what compiling would raise; a mesh or a calibration that says nothing; or the
+            model's path through its own code depends on the values of its inputs, as with PEFT's
+            aLoRA; or other processes hold parts of it.
     """
     inner, config = unwrap(model), config or FalqonConfig()
     plan = None if mesh is None else MeshPlan.of(mesh)
@@ -95,6 +102,7 @@ def explain(
         tuple(_modules(inner)),
         (*notes, *predict.notes),
         spread,
+        {} if calibration is None else sensitivity(inner, calibration, config, config.seed),
     )
 
 

@@ -1,8 +1,11 @@
 """`Fp8Linear`, the layer that `prepare` puts in the place of a frozen linear one: W
-in FP8 alone.
+in FP8 alone, and what a calibration has bought back of it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +14,7 @@ from falqon_fx._compat import is_dtensor
 from falqon_fx.errors import FalqonError
 from falqon_fx.model.parts import on_parts
 from falqon_fx.model.prepared_linear import PreparedLinear, autocast
+from falqon_fx.model.terms import check_terms
 from falqon_fx.ops.base_linear import base_linear, dequantize
 from falqon_fx.site.base import DIGEST_BYTES, Base, bases, digest
 from falqon_fx.site.numerics import as_scale, scale_bits
@@ -26,6 +30,11 @@ IN_ONE_PROCESS = (
 class Fp8Linear(PreparedLinear):
     """x · dq(W)ᵀ + bias; in compiled code both are multiplied in FP8.
 
+    A calibration (`prepare`) adds ``TERMS``, each None without it: ``error_a`` A_c [r, in] and
+    ``error_b`` B_c [out, r], which stand for W's cast error (`falqon_fx.site.compensate`), and
+    ``channels`` int32 [c] of x and ``columns`` W_S [out, c], with which compiled code adds the cast
+    error of these channels. Frozen parameters: a buffer would be broadcast by DDP in each pass.
+
     Its scales are stored as their bits (`falqon_fx.site.numerics.scale_bits`). ``digest`` is a hash
     of the bytes and the scales (`base.digest`): what averages all parameters, as an EMA does, would
     leave bytes that mean nothing.
@@ -40,6 +49,12 @@ class Fp8Linear(PreparedLinear):
     """
 
     STATE = ("code", "scale", "digest")
+    TERMS = ("error_a", "error_b", "channels", "columns")
+
+    error_a: nn.Parameter | None
+    error_b: nn.Parameter | None
+    channels: nn.Parameter | None
+    columns: nn.Parameter | None
 
     def __init__(
         self,
@@ -58,6 +73,34 @@ class Fp8Linear(PreparedLinear):
         self.bias = bias
         self.dtype, self.transposed = dtype, transposed
         self.out_features, self.in_features = base.code.shape
+        for name in self.TERMS:
+            self.register_parameter(name, None)
+
+    @property
+    def terms(self) -> dict[str, nn.Parameter]:
+        """What a calibration has added, by name."""
+        named = ((name, getattr(self, name)) for name in self.TERMS)
+        return {name: term for name, term in named if term is not None}
+
+    def have_terms(self, like: Mapping[str, Tensor]) -> None:
+        """Make place for the terms of a file, where there is none for them.
+
+        Raises:
+            FalqonError: its weight is cut over processes, and would have to be whole.
+        """
+        if {n: t.shape for n, t in like.items()} == {n: t.shape for n, t in self.terms.items()}:
+            return
+        if is_dtensor(self.code):
+            problem = "a calibration was saved with it, and its FP8 weight is cut over processes"
+            raise FalqonError(self.path, problem, IN_ONE_PROCESS)
+        device = self.code.device
+        self.set_terms({name: torch.empty_like(t, device=device) for name, t in like.items()})
+
+    def set_terms(self, terms: Mapping[str, Tensor]) -> None:
+        """Take the terms of a calibration in the place of those that are there."""
+        for name in self.TERMS:
+            term = terms.get(name)
+            setattr(self, name, None if term is None else nn.Parameter(term, requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
         self._verify()
@@ -65,7 +108,8 @@ class Fp8Linear(PreparedLinear):
             y: Tensor = on_parts(self, x)
             return y
         given = (self.code, self.scale, self.digest, self.bias, self.spec_text)
-        result: Tensor = base_linear(autocast(x), *given)
+        terms = [getattr(self, name) for name in self.TERMS] if self.terms else []
+        result: Tensor = base_linear(autocast(x), *given, *terms)
         return result
 
     def base(self) -> Base:
@@ -78,7 +122,7 @@ class Fp8Linear(PreparedLinear):
         return Base(self.code.detach(), as_scale(self.scale.detach()))
 
     def dequantized(self) -> Tensor:
-        """dq(W) [out, in], in the original dtype.
+        """dq(W) + B_c · A_c [out, in], in the original dtype.
 
         Raises:
             FalqonError: its bytes are no longer those that `prepare` made, or FSDP has spread them
@@ -88,6 +132,9 @@ class Fp8Linear(PreparedLinear):
             problem = "it is sharded, and its dense base weight was asked for, as by PEFT's merge"
             raise FalqonError(self.path, problem, IN_ONE_PROCESS)
         self._verify()
+        if self.error_a is not None and self.error_b is not None:
+            wide: Tensor = dequantize(self.code, self.scale, torch.float32)
+            return (wide + self.error_b.float() @ self.error_a.float()).to(self.dtype)
         weight: Tensor = dequantize(local(self.code), local(self.scale), self.dtype)
         cut = Cut.of(self.code)
         return weight if cut is None else cut.wrap(weight)
@@ -117,6 +164,20 @@ class Fp8Linear(PreparedLinear):
         if not is_dtensor(self.code) or (self.is_part() and not _in_two_ways(self)):
             base = Base(local(self.code).detach(), as_scale(local(self.scale).detach()))
             bases.verify(self.path, base, local(self.digest))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Have the terms that the state dict has, which may be of another calibration."""
+        if prefix + "code" in state_dict:
+            given = {name: state_dict.get(prefix + name) for name in self.TERMS}
+            found = {name: term for name, term in given.items() if isinstance(term, Tensor)}
+            check_terms(self.path, found, (self.out_features, self.in_features), "the state dict")
+            if {n: t.shape for n, t in found.items()} != {
+                n: t.shape for n, t in self.terms.items()
+            }:
+                self.have_terms(found)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         return (

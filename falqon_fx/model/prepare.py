@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from falqon_fx.config import FalqonConfig
-from falqon_fx.errors import FalqonError, printable
+from falqon_fx.errors import FalqonError
 from falqon_fx.model.agreement import check_same_on_all_ranks
+from falqon_fx.model.calibration import Calibration
 from falqon_fx.model.fp8_linear import IN_ONE_PROCESS, Fp8Linear
 from falqon_fx.model.lora_layers import (
     LinearLayer,
@@ -25,6 +25,7 @@ from falqon_fx.model.lora_layers import (
     unwrap,
 )
 from falqon_fx.model.parts import cast_part, check_part, check_together, cut_like, move_hooks
+from falqon_fx.model.prepare_report import PrepareReport, track
 from falqon_fx.model.prepared_linear import PreparedLinear
 from falqon_fx.model.stacks import (
     Fp8Stack,
@@ -51,31 +52,14 @@ from falqon_fx.site.svd import init_where_new
 BEFORE = "Call falqon_fx.prepare(model) before fully_shard, and after parallelize_module"
 
 
-@dataclass(frozen=True)
-class PrepareReport:
-    """What `prepare` cast to FP8, what it left and why, and the bytes of the weights it touched.
-
-    ``frozen`` are those of the ``prepared`` layers that have no adapter.
-    """
-
-    prepared: tuple[str, ...]
-    frozen: tuple[str, ...]
-    skipped: dict[str, str]
-    bytes_before: int
-    bytes_after: int
-
-    def __str__(self) -> str:
-        lines = [
-            f"{len(self.prepared)} layers prepared, {len(self.frozen)} of them without an adapter: "
-            f"{self.bytes_before / 2**20:.1f} MiB of weights became "
-            f"{self.bytes_after / 2**20:.1f} MiB"
-        ]
-        lines += [f"skipped {path}: {reason}" for path, reason in self.skipped.items()]
-        return printable("\n".join(lines))
-
-
 def prepare(
-    model: nn.Module, config: FalqonConfig | None = None, *, progress: bool = True
+    model: nn.Module,
+    config: FalqonConfig | None = None,
+    *,
+    calibration: Iterable[Any] | None = None,
+    compensate: int | None = None,
+    outliers: int | None = None,
+    progress: bool = True,
 ) -> PrepareReport:
     """Cast every frozen linear layer of a model to FP8 in place, one at a time, and free its
     weight.
@@ -86,53 +70,84 @@ def prepare(
     ``torch.compile`` will get; in a distributed run on every rank, before the model is wrapped or
     sharded.
 
+    With ``calibration`` the model runs over its batches once, and what the casts cost along these
+    inputs is bought back: most of W's cast error by a fixed product of low rank beside the FP8
+    weight (`falqon_fx.site.compensate` has the equation and its source), and x's in the channels
+    that weigh most. The adapters are not touched: they stay adapters of the plain base. Stacked
+    experts get neither.
+
+    Args:
+        model: with adapters or without, or its compiled wrapper.
+        config: what ``torch.compile`` will get.
+        calibration: batches of the model's inputs, some thousand tokens of what it will be trained
+            on: dicts (keyword arguments), tuples or lists (positional ones), or tensors. While it
+            is read, 4 · in² bytes are held for each tensor that layers read.
+        compensate: the rank r of the product, 2 · r · (in + out) bytes a layer; 16 where a
+            calibration is given. 0: none.
+        outliers: the channels c of x whose cast error is added back, 2 · c · out bytes a layer; 16
+            where a calibration is given. 0: none.
+        progress: show bars.
+
     Raises:
         FalqonError: a base weight that another module shares, that is sharded already or that FP8
             can't hold (NaN, Inf, beyond FP8); an adapter that doesn't fit it; ranks that ask
-            for different things. Nothing has been changed then.
+            for different things; a calibration that is empty, that the model can't run or in which
+            a layer reads NaN or Inf, or more ranks or channels than a layer has. Nothing has been
+            changed then.
     """
     config, inner = config or FalqonConfig(), unwrap(model)
+    wanted = Calibration.asked(calibration, compensate, outliers)
     refuse_fsdp(inner, "prepare", BEFORE)
-    check_same_on_all_ranks("\n".join(f"{k}={v}" for k, v in config.texts().items()))
+    texts = [f"{name}={value}" for name, value in config.texts().items()]
+    texts += [f"compensate={wanted.ranks}", f"outliers={wanted.channels}"]
+    check_same_on_all_ranks("\n".join(texts))
     if config.update == "rows":
+        wanted.refuse('update="rows" writes into its FP8 weights, and has no place beside them')
         return _prepare_rows(inner, config, progress)
     layers, skipped = sort_layers(inner, config)
     skipped |= _skipped_adapters(inner, layers, skipped)
     stacks, left = sort_stacks(inner, config)
     _check_before(inner, layers, config, stacks)
-    before, after = _convert(inner, layers, config, progress)
+    wanted.read(inner, layers, progress)
+    before, after = _convert(inner, layers, config, progress, wanted)
     of_stacks = _convert_stacks(stacks, config, progress)
     before, after = before + of_stacks[0], after + of_stacks[1]
     frozen = tuple(layer.path for layer in layers if layer.lora is None)
     frozen += tuple(stack.site for stack in stacks if stack.wrapper is None)
     prepared = tuple(layer.site for layer in layers) + tuple(stack.site for stack in stacks)
-    return PrepareReport(prepared, frozen, skipped | left, before, after)
+    bought = wanted.tokens, wanted.left
+    return PrepareReport(prepared, frozen, skipped | left, before, after, *bought)
 
 
 def _prepare_rows(model: nn.Module, config: FalqonConfig, progress: bool) -> PrepareReport:
     """Sites become merged layers that can be written; frozen layers beside them as ever."""
     done, skipped, before, after = rows_model.prepare(
-        model, config, lambda layers: _track(layers, progress)
+        model, config, lambda layers: track(layers, progress)
     )
     layers, others = sort_layers(model, config)
     layers = [layer for layer in layers if layer.lora is None]
     _check_before(model, layers, config)
-    more_before, more_after = _convert(model, layers, config, progress)
+    more_before, more_after = _convert(model, layers, config, progress, Calibration())
     frozen = tuple(layer.path for layer in layers)
     before, after = before + more_before, after + more_after
     return PrepareReport((*done, *frozen), frozen, {**others, **skipped}, before, after)
 
 
 def _convert(
-    model: nn.Module, layers: Sequence[LinearLayer], config: FalqonConfig, progress: bool
+    model: nn.Module,
+    layers: Sequence[LinearLayer],
+    config: FalqonConfig,
+    progress: bool,
+    wanted: Calibration,
 ) -> tuple[int, int]:
     """Cast layers and put them in place; the bytes of their weights before and after."""
     before = after = 0
-    for layer in _track(layers, progress):
+    for layer in track(layers, progress):
         base = _cast(layer, config)
+        terms = wanted.buy(layer, base)
         before += local(layer.module.weight).nbytes
-        after += base.nbytes
-        _replace(model, layer, base, config)
+        after += base.nbytes + sum(term.nbytes for term in terms.values())
+        _replace(model, layer, base, config, terms)
     return before, after
 
 
@@ -141,7 +156,7 @@ def _convert_stacks(
 ) -> tuple[int, int]:
     """The same for stacked experts."""
     before = after = 0
-    for stack in _track(stacks, progress):
+    for stack in track(stacks, progress):
         base = cast_stack(stack, config)
         before, after = before + stack.weight.nbytes, after + base.nbytes
         put_stack(stack, base, config)
@@ -155,7 +170,13 @@ def _cast(layer: LinearLayer, config: FalqonConfig) -> Base:
     return cast_part(layer.weight, SiteSpec.from_config(config))
 
 
-def _replace(model: nn.Module, layer: LinearLayer, base: Base, config: FalqonConfig) -> None:
+def _replace(
+    model: nn.Module,
+    layer: LinearLayer,
+    base: Base,
+    config: FalqonConfig,
+    terms: Mapping[str, Tensor],
+) -> None:
     old = layer.module
     new = Fp8Linear(
         base,
@@ -165,6 +186,7 @@ def _replace(model: nn.Module, layer: LinearLayer, base: Base, config: FalqonCon
         str(SiteSpec.from_config(config)),
         layer.site,
     )
+    new.set_terms(terms)
     cut_like(new, old.weight)
     move_hooks(old, new)
     bases.forget(local(old.weight))
@@ -375,9 +397,3 @@ def _check_each(model: nn.Module, layers: Sequence[LinearLayer], config: FalqonC
         check_weight(layer.site, local(weight))
         if layer.lora is not None:
             check_fit(layer.lora)
-
-
-def _track(layers: Sequence[Any], show: bool) -> Iterator[Any]:
-    columns = (TextColumn("casting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not show, transient=True) as bar:
-        yield from bar.track(layers)

@@ -24,6 +24,7 @@ class PreparedLinear(nn.Module):
     """
 
     STATE: ClassVar[tuple[str, ...]]
+    TERMS: ClassVar[tuple[str, ...]] = ()  # parameters beside them, None where there are none
 
     code: nn.Parameter
     scale: nn.Parameter
@@ -88,7 +89,7 @@ class PreparedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow moves between devices, never a cast: the scales are part of the FP8 weight."""
-        state = {id(getattr(self, name)) for name in self.STATE}
+        state = {id(getattr(self, name)) for name in (*self.STATE, *self.TERMS)}
 
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)

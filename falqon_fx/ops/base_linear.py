@@ -16,41 +16,52 @@ from falqon_fx.site.numerics import as_scale, without_autocast
 
 @torch.library.custom_op("falqon::base_linear", mutates_args=())
 def base_linear(
-    x: Tensor, code: Tensor, scale: Tensor, digest: Tensor, bias: Tensor | None, spec_text: str
+    x: Tensor,
+    code: Tensor,
+    scale: Tensor,
+    digest: Tensor,
+    bias: Tensor | None,
+    spec_text: str,
+    error_a: Tensor | None = None,
+    error_b: Tensor | None = None,
+    channels: Tensor | None = None,
+    columns: Tensor | None = None,
 ) -> Tensor:
-    """The layer that `prepare` makes: x · dq(W)ᵀ + bias, in x's dtype.
+    """The layer that `prepare` makes: x · dq(W)ᵀ + (x · A_cᵀ) · B_cᵀ + bias, in x's dtype.
 
     ``code`` uint8 [out, in], the bytes of W in E4M3; ``scale`` int32 [out, 1] or [1], the bits of
     its float32 scales; ``digest`` uint8 [8] their hash. ``spec`` says what they were made with, for
     the passes, which find all of it in the graph.
+
+    ``error_a`` A_c [r, in] and ``error_b`` B_c [out, r], where there are any, stand for the cast
+    error of W. ``channels`` int32 [c] and ``columns`` W_S [out, c] are what compiled code adds the
+    cast error of x with (see `outliers`); x is not cast here, so there is none.
     """
     bases.verify("a prepared layer", Base(code, as_scale(scale)), digest)
-    return lowering.base_linear(x, code, scale, bias)
+    return lowering.base_linear(x, code, scale, bias, error_a, error_b)
 
 
 @base_linear.register_fake
-def _(
-    x: Tensor, code: Tensor, scale: Tensor, digest: Tensor, bias: Tensor | None, spec_text: str
-) -> Tensor:
+def _(x: Tensor, code: Tensor, *rest: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], code.shape[0]))
 
 
 def _save_base(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, code, scale, _, bias, _ = inputs
-    ctx.save_for_backward(code, scale)
+    _, code, scale, _, bias, _, error_a, error_b, *_ = inputs
+    ctx.save_for_backward(code, scale, error_a, error_b)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 @without_autocast
 def _backward_base(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    code, scale = ctx.saved_tensors
+    code, scale, *error = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = lowering.base_linear_grad_x(grad, code, scale)
+        grad_x = lowering.base_linear_grad_x(grad, code, scale, *error)
     if ctx.needs_input_grad[4]:
         flat = grad.reshape(-1, grad.shape[-1])
         grad_bias = flat.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    return grad_x, None, None, None, grad_bias, None
+    return grad_x, None, None, None, grad_bias, None, None, None, None, None
 
 
 base_linear.register_autograd(_backward_base, setup_context=_save_base)

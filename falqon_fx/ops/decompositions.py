@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from falqon_fx._compat import OpOverload, inductor_decompositions
-from falqon_fx.ops import experts, experts_lowering, gpu, merged_linear, products
+from falqon_fx.ops import experts, experts_lowering, gpu, merged_linear, outliers, products
 from falqon_fx.ops.arguments import Merged
 from falqon_fx.rows import ops as rows_ops
 from falqon_fx.site.spec import lowering_version
@@ -43,6 +43,7 @@ def decompositions(_torch: str = "", _lowering: str = "") -> Decompositions:
     table[merged_linear.CASTS] = gpu.proxy_update
     table[torch.ops.falqon.pending.default] = rows_ops.pending_part
     table[merged_linear.OP] = _merged_linear
+    table[outliers.OP] = outliers.lower_outliers
     table[experts.OP] = _merged_experts
     table[torch.ops.falqon.merged_experts_grad_x.default] = experts_lowering.lower_grad_x
     table[torch.ops.falqon.merged_experts_grads.default] = experts_lowering.lower_grads

@@ -281,18 +281,39 @@ def dequantize(code: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @without_autocast
-def base_linear(x: Tensor, code: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """x · dq(W)ᵀ + bias in x's dtype: the layer that `prepare` makes, outside of compiled code."""
+def base_linear(
+    x: Tensor,
+    code: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    error_a: Tensor | None = None,
+    error_b: Tensor | None = None,
+) -> Tensor:
+    """x · dq(W)ᵀ + (x · A_cᵀ) · B_cᵀ + bias in x's dtype: the layer that `prepare` makes, outside
+    of compiled code.
+    """
     wide = plain_dtype(x)
     of_bias = None if bias is None else bias.to(wide)
-    return F.linear(x.to(wide), dequantize(code, scale, wide), of_bias).to(x.dtype)
+    y = F.linear(x.to(wide), dequantize(code, scale, wide), of_bias)
+    if error_a is not None and error_b is not None:
+        y = y + (x.to(wide) @ error_a.to(wide).t()) @ error_b.to(wide).t()
+    return y.to(x.dtype)
 
 
 @without_autocast
-def base_linear_grad_x(grad: Tensor, code: Tensor, scale: Tensor) -> Tensor:
-    """dL/dx = dL/dO · dq(W)."""
+def base_linear_grad_x(
+    grad: Tensor,
+    code: Tensor,
+    scale: Tensor,
+    error_a: Tensor | None = None,
+    error_b: Tensor | None = None,
+) -> Tensor:
+    """dL/dx = dL/dO · dq(W) + (dL/dO · B_c) · A_c."""
     wide = plain_dtype(grad)
-    return (grad.to(wide) @ dequantize(code, scale, wide)).to(grad.dtype)
+    result = grad.to(wide) @ dequantize(code, scale, wide)
+    if error_a is not None and error_b is not None:
+        result = result + (grad.to(wide) @ error_b.to(wide)) @ error_a.to(wide)
+    return result.to(grad.dtype)
 
 
 def plain_dtype(x: Tensor) -> torch.dtype:

@@ -85,6 +85,8 @@ class Site:
             theirs, ``scaling`` the first's and ``dropout`` the largest.
         experts: how many stacked weights [out_features, in_features] it has, each with adapters
             of ``rank``; 0 for a linear layer.
+        compensate, outliers: the rank that stands for W's cast error, and the channels of x whose
+            cast error is added back, where `prepare` had a calibration.
         train_a, train_b: whether any A, any B gets a gradient. W never does.
         spec: the options in force, as the op in the graph carries them.
         x_shape: of the input, symbols by Dynamo's names; ``tokens`` is the product of all but the
@@ -112,6 +114,8 @@ class Site:
     adapter_dtype: str = ""
     adapters: Count = 1
     experts: Count = 0
+    compensate: Count = 0
+    outliers: Count = 0
     prepared: bool = False
     train_a: bool = False
     train_b: bool = False
@@ -272,6 +276,8 @@ class Graphs:
         modules: paths of all modules that hold parameters of their own, the map of the model.
         notes: what `explain` did or assumed on its own account.
         mesh: what training on several processes would hold and move, where `explain` was asked.
+        sensitivity: the rise of the loss per label, in nats, that the casts of each site are
+            expected to cost, the largest first; where `explain` had a calibration.
     """
 
     graphs: tuple[GraphReport, ...]
@@ -279,6 +285,11 @@ class Graphs:
     modules: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     mesh: Mesh | None = None
+    sensitivity: dict[str, float] = field(default_factory=dict)
+
+    def most_sensitive(self, count: int) -> tuple[str, ...]:
+        """The ``count`` sites whose casts cost most, for ``exclude``."""
+        return tuple(sorted(self.sensitivity, key=lambda site: -self.sensitivity[site])[:count])
 
     @property
     def sites(self) -> tuple[Site, ...]:

@@ -65,7 +65,10 @@ def _sites(report: Graphs) -> Iterator[dict[str, Any]]:
                 "path": site.path,
                 "state": "adapter" if site.adapters else "frozen",
                 "row": _row(site),
-                "facts": _facts(site, siblings[site.group], report.options),
+                "facts": [
+                    *_facts(site, siblings[site.group], report.options),
+                    *_casts(site, report.sensitivity),
+                ],
                 "speedup": [*site.cost.speedup.items()] if site.cost else [],
                 "diff": [
                     [row.kind, _side(site, row.before), _side(site, row.after)]
@@ -133,6 +136,17 @@ def _facts(site: Site, siblings: Sequence[str], config: dict[str, str]) -> list[
             ["pays from", pays_from(cost.break_even)],
         ]
     return facts
+
+
+def _casts(site: Site, sensitivity: dict[str, float]) -> Iterator[list[str]]:
+    """What its casts cost, and what a calibration adds against that."""
+    if site.path in sensitivity:
+        value, every = sensitivity[site.path], sum(sensitivity.values())
+        share = value / every if every else 0.0
+        yield ["casts cost", f"{value:.2g} nats per label expected, {share:.1%} of all sites'"]
+    if site.compensate or site.outliers:
+        bought = f"rank {site.compensate} of W's cast error, {site.outliers} channels of x's"
+        yield ["calibration", bought]
 
 
 def _size(site: Site) -> str:

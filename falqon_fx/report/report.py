@@ -31,6 +31,8 @@ class RewriteReport(Graphs):
         modules: paths of all modules that hold parameters of their own, the map of the model.
         notes: what `explain` did or assumed on its own account.
         mesh: what training on several processes would hold and move, where `explain` was asked.
+        sensitivity: the rise of the loss per label, in nats, that the casts of each site are
+            expected to cost, the largest first; where `explain` had a calibration.
         schema: counts up when a field changes its meaning or goes.
     """
 

@@ -71,6 +71,8 @@ def _parts(report: Graphs) -> Iterator[Table | str]:
     ):
         if items:
             yield _unchanged(items, title)
+    if report.sensitivity:
+        yield _sensitive(report)
     if any(graph.before or graph.ended_by for graph in report.graphs):
         yield _graphs(report.graphs)
     yield from _totals(report)
@@ -105,6 +107,25 @@ def _sites(sites: Sequence[Site]) -> Table:
     return made
 
 
+_MOST = 16  # layers whose casts cost most, of which a table tells
+
+
+def _sensitive(report: Graphs) -> Table:
+    """The layers whose casts are expected to cost most."""
+    every, paths = sum(report.sensitivity.values()), report.most_sensitive(_MOST)
+    made = table(
+        f"expected rise of the loss by the casts: {every:.2g} nats per label in all, most in",
+        *("module", "nats", "share", "together"),
+    )
+    together = 0.0
+    for path in paths:
+        value = report.sensitivity[path]
+        together += value
+        shares = (part / every if every else 0.0 for part in (value, together))
+        add_row(made, path, f"{value:.2g}", *(f"{share:.1%}" for share in shares))
+    return made
+
+
 def _size_text(site: Site) -> str:
     each = f"{site.out_features}x{site.in_features}"
     return f"{site.experts} x {each}" if site.experts else each
@@ -118,12 +139,15 @@ def _change(before: float, after: float, unit: float) -> str:
 
 
 def adapter_text(site: Site) -> str:
-    """The adapters of a site: rank and scaling."""
-    if site.adapters == 0:
-        return "none"
+    """The adapters of a site: rank and scaling; and what a calibration adds to it."""
+    text = "none" if site.adapters == 0 else f"r {site.rank}, s {site.scaling:g}"
     if site.adapters > 1:
-        return f"{site.adapters} of r {site.rank} in all"
-    return f"r {site.rank}, s {site.scaling:g}"
+        text = f"{site.adapters} of r {site.rank} in all"
+    if site.compensate:
+        text += f"; r {site.compensate} of W's cast error"
+    if site.outliers:
+        text += f"; {site.outliers} channels of x's"
+    return text
 
 
 def pays_from(break_even: int | None) -> str:

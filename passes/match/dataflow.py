@@ -10,7 +10,16 @@ from torch import fx
 
 from falqon_fx._compat import is_dtensor, is_plain, value_of
 from falqon_fx.passes.scope import Scope
-from falqon_fx.passes.terms import Cast, Dropout, Experts, Linear, Param, Prepared, Scale
+from falqon_fx.passes.terms import (
+    BaseLinear,
+    Cast,
+    Dropout,
+    Experts,
+    Linear,
+    Param,
+    Prepared,
+    Scale,
+)
 from falqon_fx.passes.writes import memory_of, written
 
 
@@ -25,6 +34,7 @@ class AdapterMatch:
     bias_scaling: float = 1.0  # of lora_bias: what is applied behind B
     dropout: float = 0.0
     x: fx.Node | None = None
+    fixed: bool = False  # no adapter of the user's: it stands for the cast error of W
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,15 @@ class Match:
     x: fx.Node
     base: Linear | Prepared | Experts
     adapters: tuple[AdapterMatch, ...] = ()
+
+    @property
+    def added(self) -> tuple[AdapterMatch, ...]:
+        """The adapters, and what stands for the cast error of a prepared W, which is one more."""
+        base = self.base
+        if not isinstance(base, BaseLinear) or base.error_a is None or base.error_b is None:
+            return self.adapters
+        a, b = (Param(value_of(self.scope.outer(n)), n) for n in (base.error_a, base.error_b))
+        return (*self.adapters, AdapterMatch(a, b, 1.0, fixed=True))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,150 @@
+"""How much each layer's casts cost: the expected rise of the loss, by Fisher information.
+
+Of a small change δO_t of a layer's output at the tokens t of a sequence, the KL divergence of what
+the model says to what it said is, to second order,
+
+    ½ · E[(Σ_t ⟨dL/dO_t, δO_t⟩)²]       L = -Σ log p(y), y drawn from the model's own p
+
+and here δO = dq(q(x)) · dq(q(W))ᵀ - x · Wᵀ. One forward and one backward pass tell of all layers;
+their sum neglects that errors of several layers meet.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from falqon_fx._compat import is_dtensor
+from falqon_fx.config import FalqonConfig
+from falqon_fx.errors import FalqonError
+from falqon_fx.model.calibration import batches_of, check_any, quietly, run_batch
+from falqon_fx.model.lora_layers import LinearLayer, unwrap
+from falqon_fx.model.prepare import sort_layers
+from falqon_fx.ops.lowering import cast_fp8
+from falqon_fx.site.base import cast_base, check_weight
+from falqon_fx.site.numerics import E4M3
+from falqon_fx.site.spec import SiteSpec
+
+_LOGITS = "Give a model that returns logits [batch, tokens, classes], or has them as .logits"
+
+
+def sensitivity(
+    model: nn.Module, batches: Iterable[Any], config: FalqonConfig | None = None, seed: int = 0
+) -> dict[str, float]:
+    """The expected rise of the loss per label, in nats, of each layer that would be cast, by site;
+    the largest first. Labels are drawn with ``seed``, at all tokens but those that ``labels`` or
+    ``attention_mask`` of a batch leave out. The model is as it was afterwards.
+
+    Raises:
+        FalqonError: no batch, one that the model can't take, a result without logits, NaN or Inf
+            in a weight or a gradient, layers that are cut over processes.
+    """
+    inner, config = unwrap(model), config or FalqonConfig()
+    layers = sort_layers(inner, config)[0]
+    check_any(layers)
+    for layer in layers:
+        if is_dtensor(layer.module.weight):
+            problem = "its base weight is cut over processes"
+            raise FalqonError(layer.site, problem, "Look at the model in one process")
+        check_weight(layer.site, layer.module.weight)
+    look = _Look(SiteSpec.from_config(config))
+    generators: dict[torch.device, torch.Generator] = {}
+    labels = 0
+    with quietly(inner, grad=True), look.at(layers):
+        for number, batch in enumerate(batches_of(batches)):
+            logits = _logits(run_batch(inner, batch, number))
+            device = logits.device
+            if device not in generators:
+                generators[device] = torch.Generator(device).manual_seed(seed)
+            loss, count = _sampled_loss(logits, batch, generators[device])
+            look.meet(loss)
+            labels += count
+    if not labels:
+        raise FalqonError("calibration", "there is no label in its batches", _LOGITS)
+    found = {site: total / labels for site, total in look.totals.items()}
+    for site, value in found.items():
+        if not value < float("inf"):
+            problem = "the gradient of its output in the calibration holds NaN or Inf"
+            raise FalqonError(site, problem, "Look at the batches")
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+class _Look:
+    """Keeps the output of each layer in a batch with its error, until the gradients come."""
+
+    def __init__(self, spec: SiteSpec) -> None:
+        self.spec = spec
+        self.totals: dict[str, float] = defaultdict(float)
+        self._seen: list[tuple[str, Tensor, Tensor]] = []  # site, O, δO
+
+    @contextmanager
+    def at(self, layers: Sequence[LinearLayer]) -> Iterator[None]:
+        hooks = [layer.module.register_forward_hook(self._hook(layer)) for layer in layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _hook(self, layer: LinearLayer) -> Any:
+        def seen(module: nn.Module, given: tuple[Any, ...], output: Tensor) -> Tensor:
+            error = self._error(layer, given[0].detach()).view_as(output)
+            # Where nothing before it trains, the gradient's way begins here.
+            result = output if output.requires_grad else output.detach().requires_grad_().clone()
+            self._seen.append((layer.site, result, error))
+            return result
+
+        return seen
+
+    def _error(self, layer: LinearLayer, x: Tensor) -> Tensor:
+        """δO [n, out], float32."""
+        flat = x.reshape(-1, x.shape[-1]).to(torch.float32)
+        cast = cast_fp8(flat, E4M3, self.spec, torch.float32)
+        weight = layer.weight.detach()
+        code = cast_base(weight, self.spec).dequantize()
+        return (cast.value * cast.rest) @ code.t() - flat @ weight.to(torch.float32).t()
+
+    def meet(self, loss: Tensor) -> None:
+        """The end of a batch: ½ · (Σ_t ⟨dL/dO_t, δO_t⟩)² of each sequence."""
+        grads = torch.autograd.grad(loss, [out for _, out, _ in self._seen], allow_unused=True)
+        for (site, out, error), grad in zip(self._seen, grads, strict=True):
+            if grad is not None:
+                sequences = len(out) if out.dim() > 2 else 1
+                product = (grad.to(torch.float32) * error).reshape(sequences, -1).sum(1)
+                self.totals[site] += 0.5 * float(product.square().sum())
+        self._seen.clear()
+
+
+def _logits(result: Any) -> Tensor:
+    logits = getattr(result, "logits", result)
+    if not isinstance(logits, Tensor) or logits.dim() < 2 or not logits.is_floating_point():
+        raise FalqonError("calibration", f"the model returns a {type(result).__name__}", _LOGITS)
+    if not logits.requires_grad:
+        raise FalqonError("calibration", "no layer to be cast leads to the model's logits", _LOGITS)
+    return logits
+
+
+def _sampled_loss(logits: Tensor, batch: Any, generator: torch.Generator) -> tuple[Tensor, int]:
+    """-Σ log p(y) of labels drawn from p, and how many there are."""
+    flat = logits.reshape(-1, logits.shape[-1]).float().log_softmax(-1)
+    drawn = torch.multinomial(flat.detach().exp(), 1, generator=generator)
+    kept = _kept(logits, batch).reshape(-1)
+    return -(flat.gather(1, drawn)[:, 0] * kept).sum(), int(kept.sum())
+
+
+def _kept(logits: Tensor, batch: Any) -> Tensor:
+    """Which tokens predict something: those before a label, or all that are no padding."""
+    every = torch.ones(logits.shape[:-1], device=logits.device)
+    given = batch if isinstance(batch, Mapping) else {}
+    labels, mask = given.get("labels"), given.get("attention_mask")
+    if isinstance(labels, Tensor) and labels.shape == every.shape:
+        every[..., :-1] = (labels[..., 1:] != -100).to(every)
+        every[..., -1] = 0
+    elif isinstance(mask, Tensor) and mask.shape == every.shape:
+        every *= mask.to(every)
+    return every

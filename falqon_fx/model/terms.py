@@ -1,0 +1,62 @@
+"""Whether the terms that a calibration has put beside an FP8 weight are such, wherever they come
+from: what multiplies and what picks channels trusts them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from falqon_fx.errors import FalqonError
+from falqon_fx.site.numerics import dtype_name
+from falqon_fx.site.sharded import local
+
+_PAIRS = (("error_a", "error_b"), ("channels", "columns"))
+_REMEDY = "Load another file, or calibrate anew with falqon_fx.prepare(model, calibration=batches)"
+
+
+def check_terms(path: str, terms: Mapping[str, Tensor], size: tuple[int, int], where: str) -> None:
+    """Refuse terms that don't belong to a weight [out, in] of ``size``.
+
+    Raises:
+        FalqonError: one without its other half, a shape or dtype that is another, values that are
+            no numbers, channels that x doesn't have.
+    """
+    for pair in _PAIRS:
+        given = [name for name in pair if name in terms]
+        if len(given) == 1:
+            (lacks,) = (name for name in pair if name not in given)
+            raise FalqonError(path, f"{where} has its {given[0]} and lacks its {lacks}", _REMEDY)
+    for name, shape in _shapes(terms, size).items():
+        term, dtype = terms[name], torch.int32 if name == "channels" else torch.bfloat16
+        if (tuple(term.shape), term.dtype) != (shape, dtype):
+            raise FalqonError(
+                path,
+                f"{where} has {dtype_name(term.dtype)} {list(term.shape)} as its {name}, which is "
+                f"to be {dtype_name(dtype)} {list(shape)}",
+                _REMEDY,
+            )
+        if term.is_meta:
+            continue
+        values = local(term)
+        if name == "channels":
+            if values.numel() and not (0 <= int(values.min()) <= int(values.max()) < size[1]):
+                problem = f"{where} has channels of x that its {size[1]} inputs don't have"
+                raise FalqonError(path, problem, _REMEDY)
+        elif not bool(values.isfinite().all()):
+            raise FalqonError(path, f"its {name} in {where} holds NaN or Inf", _REMEDY)
+
+
+def _shapes(terms: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    """What the shapes are to be, with the rank and the channels of the first of each pair."""
+    out, features = size
+    shapes: dict[str, tuple[int, ...]] = {}
+    if "error_a" in terms:
+        rank = terms["error_a"].shape[0] if terms["error_a"].dim() else 0
+        shapes |= {"error_a": (rank, features), "error_b": (out, rank)}
+    if "channels" in terms:
+        count = terms["channels"].numel()
+        shapes |= {"channels": (count,), "columns": (out, count)}
+    return shapes

@@ -1,0 +1,70 @@
+"""What a calibration buys back: the cast error of W along what x is made of, and the cast error of
+x in the channels that weigh most.
+
+With C = E[x · xᵀ] [in, in] of the inputs x of a layer, E = W - dq(q(W)) [out, in] costs its output
+tr(E · C · Eᵀ) a token. The best E of rank r is known (QERA, arXiv 2410.06040, theorem 1; LQER,
+2402.02446, with C's diagonal alone):
+
+    L · Lᵀ = C + δ · I          δ = 0.1 · mean(diag C), or few tokens would decide alone
+    U · S · Vᵀ = E · L          its top r singular triples
+    A_c = √S · Vᵀ · L⁻¹ [r, in]     B_c = U · √S [out, r]
+
+so that ‖(E - B_c · A_c) · L‖² is the sum of the other S², the least that any rank r leaves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from falqon_fx.site.svd import low_rank_rows
+
+DAMPING = 0.1
+
+
+@dataclass(frozen=True)
+class ErrorFactors:
+    """A_c [r, in] and B_c [out, r], float32; ``left`` is ‖(E - B_c · A_c) · L‖ / ‖E · L‖."""
+
+    a: Tensor
+    b: Tensor
+    left: float
+
+
+def error_factors(error: Tensor, moment: Tensor, rank: int, seed: int = 0) -> ErrorFactors:
+    """The factors of E [out, in] for C = ``moment`` [in, in].
+
+    The singular triples are those of `low_rank_rows`: exact for small matrices, else of a
+    randomized iteration with ``seed``, from a private generator.
+    """
+    root = damped_root(moment)
+    weighted = error.to(torch.float32) @ root
+    rows = low_rank_rows(weighted, rank, seed)  # √S · Vᵀ
+    sizes = rows.square().sum(1)  # S
+    # The best B for these rows; where the error has a lower rank, they are zero.
+    inverse = torch.where(sizes > 0, sizes.reciprocal(), 0.0)
+    b = (weighted @ rows.t()) * inverse
+    a = torch.linalg.solve_triangular(root.t(), rows.t(), upper=True).t()
+    norm = weighted.norm()
+    left = float((weighted - b @ rows).norm() / norm) if norm > 0 else 0.0
+    return ErrorFactors(a.contiguous(), b, left)
+
+
+def damped_root(moment: Tensor) -> Tensor:
+    """L, float32: the lower Cholesky factor of C + δ · I, by way of float64."""
+    wide = moment.to(torch.float64, copy=True)
+    diagonal = wide.diagonal()
+    diagonal += DAMPING * diagonal.mean()
+    return torch.linalg.cholesky(wide).to(torch.float32)
+
+
+def heaviest_channels(moment: Tensor, weight: Tensor, count: int) -> Tensor:
+    """The ``count`` channels c of x with the largest E[x_c²] · |W_c|², int32, in order.
+
+    A token's cast error of x_c is a share of x_c, and reaches the output through column W_c of
+    W [out, in].
+    """
+    size = weight.to(torch.float32).square().sum(0) * moment.diagonal().to(torch.float32)
+    return size.topk(count).indices.sort().values.to(torch.int32)

@@ -1,0 +1,168 @@
+"""Where what a calibration buys back lives, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import falqon_fx
+from falqon_fx import FalqonConfig, FalqonError
+from falqon_fx.model.fp8_linear import Fp8Linear
+from tests.calibrated import CHANNELS, EAGER, IN, OUT, RANK, adapted, calibrated, inputs
+from tests.sites import randn
+
+# -- where it lives --------------------------------------------------------------------------------
+
+
+def test_the_adapter_stays_a_plain_adapter_of_the_plain_base(tmp_path: Path):
+    plain, model = adapted(), calibrated()
+    plain.save_pretrained(tmp_path / "plain")
+    model.save_pretrained(tmp_path / "model")
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert trained == [n for n, p in plain.named_parameters() if p.requires_grad]
+    found = falqon_fx.adapters(model)
+    assert [len(adapter.adapters) for adapter in found.values()] == [1, 1, 1]
+
+
+def terms(model: nn.Module) -> dict[str, Mapping[str, Tensor]]:
+    return {p: m.terms for p, m in model.named_modules() if isinstance(m, Fp8Linear)}
+
+
+def test_restore_and_merge_and_unload_keep_what_was_bought():
+    model = calibrated()
+    model.eval()
+    x = inputs()[0]
+    wanted = model(x).detach()
+    merged = falqon_fx.merge_and_unload(copy.deepcopy(model)).eval()
+    torch.testing.assert_close(merged(x), wanted, rtol=1e-4, atol=1e-4)
+    plain = falqon_fx.restore(model)
+    assert not terms(plain)
+    torch.testing.assert_close(plain(x), wanted, rtol=1e-4, atol=1e-4)
+    names = [*dict(plain.named_parameters()), *dict(plain.named_buffers())]
+    assert not any(name.rpartition(".")[2] in Fp8Linear.TERMS for name in names)
+
+
+@pytest.mark.parametrize("start", ["unprepared", "prepared", "calibrated otherwise"])
+def test_a_checkpoint_brings_it_back_bit_for_bit(tmp_path: Path, start: str):
+    model, other = calibrated(), adapted()
+    falqon_fx.save_checkpoint(model, tmp_path / "checkpoint")
+    if start == "prepared":
+        falqon_fx.prepare(other, EAGER, progress=False)
+    elif start != "unprepared":
+        other = calibrated(compensate=3, outliers=0)
+    falqon_fx.load_checkpoint(other, tmp_path / "checkpoint")
+    ours, theirs = model.state_dict(), other.state_dict()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_checkpoint_without_it_takes_it_away(tmp_path: Path):
+    plain, model = adapted(), calibrated()
+    falqon_fx.prepare(plain, EAGER, progress=False)
+    falqon_fx.save_checkpoint(plain, tmp_path / "checkpoint")
+    falqon_fx.load_checkpoint(model, tmp_path / "checkpoint")
+    assert not any(terms(model).values())
+
+
+def test_a_state_dict_is_taken_whole_or_not_at_all():
+    model, other = calibrated(), adapted()
+    falqon_fx.prepare(other, EAGER, progress=False)
+    other.load_state_dict(model.state_dict())
+    assert all(torch.equal(t, model.state_dict()[n]) for n, t in other.state_dict().items())
+    path = "base_model.model.q.base_layer."
+    for name, change, problem in (
+        ("error_b", None, "lacks its error_b"),
+        ("channels", torch.full((CHANNELS,), IN, dtype=torch.int32), "channels of x"),
+        ("error_a", torch.full((RANK, IN), torch.nan, dtype=torch.bfloat16), "NaN or Inf"),
+        ("columns", torch.zeros(OUT, CHANNELS, dtype=torch.bfloat16), "to be bfloat16"),
+    ):
+        state = model.state_dict()
+        if change is None:
+            del state[path + name]
+        else:
+            state[path + name] = change
+        with pytest.raises(FalqonError, match=problem):
+            other.load_state_dict(state)
+    moved = model.to(torch.float16)
+    assert all(t.dtype != torch.float16 for of in terms(moved).values() for t in of.values())
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+class Broken(Exception):
+    pass
+
+
+def broken() -> Any:
+    yield inputs()[0]
+    raise Broken("half way")
+
+
+NAN = torch.full((4, IN), torch.nan)
+HOSTILE: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "no batch": ({"calibration": []}, FalqonError, "no batch in it"),
+    "not iterable": ({"calibration": 3}, FalqonError, "is not iterable"),
+    "NaN": ({"calibration": [*inputs(), NAN]}, FalqonError, "holds NaN or Inf"),
+    "another model's": ({"calibration": [randn(3, 7)]}, FalqonError, "can't run its batch 0"),
+    "unknown names": ({"calibration": [{"ids": NAN}]}, FalqonError, "can't run its batch 0"),
+    "text": ({"calibration": ["hello"]}, FalqonError, "batch 0 is a str"),
+    "broken half way": ({"calibration": broken()}, Broken, "half way"),
+    "ranks": ({"calibration": inputs(), "compensate": IN + 1}, FalqonError, "more than it has"),
+    "channels": ({"calibration": inputs(), "outliers": 999}, FalqonError, "more than it has"),
+    "negative": ({"calibration": inputs(), "compensate": -1}, FalqonError, "Give 0 or more"),
+    "nothing": ({"calibration": inputs(), "compensate": 0, "outliers": 0}, FalqonError, "nothing"),
+    "no calibration": ({"compensate": 8}, FalqonError, r"calibration=batches, compensate=8"),
+    "no calibration 2": ({"outliers": 8}, FalqonError, r"calibration=batches, outliers=8"),
+    "rows": (
+        {"calibration": inputs(), "config": FalqonConfig(update="rows")}, FalqonError, "rows"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_can_not_be_calibrated_is_refused_and_nothing_changes(name: str):
+    asked, kind, problem = HOSTILE[name]
+    model = adapted().train()
+    model.base_model.model.drop.eval()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    modules = [type(module) for module in model.modules()]
+    arguments: dict[str, Any] = {"config": EAGER, "progress": False, **asked}
+    with pytest.raises(kind, match=problem):
+        falqon_fx.prepare(model, **arguments)
+    assert modules == [type(module) for module in model.modules()]
+    assert modes == [module.training for module in model.modules()]
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[n], t) for n, t in before.items())
+
+
+def test_what_is_prepared_already_has_no_error_left_to_find():
+    model = calibrated()
+    with pytest.raises(FalqonError, match="its base weights are gone"):
+        falqon_fx.prepare(model, EAGER, calibration=inputs(), progress=False)
+    assert all(terms(model).values())
+
+
+def test_layers_that_no_batch_reaches_are_cast_without():
+    model = adapted()
+    model.base_model.model.register_module("spare", nn.Linear(IN, IN).requires_grad_(False))
+    report = falqon_fx.prepare(
+        model, EAGER, calibration=({"x": x} for x in inputs()), compensate=4, progress=False
+    )
+    assert len(report.prepared) == 5
+    assert sorted(path.rpartition(".")[2] for path in report.calibrated) == ["k", "o", "plain", "q"]
+    assert report.tokens == 120
+    assert "1 layers have no calibration" in str(report)
+    assert not model.base_model.model.spare.terms
+    assert all(0 < left < 1 for left in report.calibrated.values())

@@ -1,0 +1,139 @@
+"""What the casts of each layer are expected to cost, by Fisher information."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import falqon_fx
+from falqon_fx import FalqonConfig, FalqonError
+from falqon_fx.config import FalqonConfigError
+from falqon_fx.model.sensitivity import sensitivity
+from falqon_fx.site.base import cast_base
+from falqon_fx.site.numerics import E4M3
+from falqon_fx.site.spec import SiteSpec
+from tests.sites import cast, randn
+from tests.tolerances import SIGMAS, gamma
+
+IN = CLASSES = 64
+SPEC = SiteSpec.from_config(FalqonConfig())
+
+
+class Two(nn.Module):
+    """``out`` makes the logits of x and of what ``up`` adds to it; frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.out = nn.Linear(IN, IN, bias=False), nn.Linear(IN, CLASSES, bias=False)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.out(x + self.up(x))
+
+
+def model() -> Two:
+    torch.manual_seed(0)
+    return Two().requires_grad_(False)
+
+
+def error_of(weight: Tensor, x: Tensor) -> Tensor:
+    """δO, float64."""
+    read = cast(x.reshape(-1, IN), E4M3, SPEC)
+    made = read @ cast_base(weight, SPEC).dequantize().double().t()
+    return (made - x.reshape(-1, IN).double() @ weight.double().t()).view(*x.shape[:-1], -1)
+
+
+def test_it_is_half_the_square_of_each_sequence():
+    """Against the formula in float64, with the labels drawn as it draws them. The head's gradient
+    is p - e_y; that of ``up`` goes through the head. float32 sums over tokens and features.
+    """
+    net, x = model().eval(), randn(3, 7, IN)
+    found = sensitivity(net, [(x,)], seed=5)
+    up, head = net.up.weight, net.out.weight
+    p = net(x).detach().softmax(-1)
+    generator = torch.Generator().manual_seed(5)
+    drawn = torch.multinomial(p.reshape(-1, CLASSES), 1, generator=generator).view(3, 7)
+    grad = p.double() - nn.functional.one_hot(drawn, CLASSES)
+    inner = x + x @ up.t()
+    size = p.double() + nn.functional.one_hot(drawn, CLASSES)  # of what the gradient is made of
+    for site, g, of, weight, read in (
+        ("out", grad, size, head, inner),
+        ("up", grad @ head.double(), size @ head.double().abs(), up, x),
+    ):
+        error = error_of(weight, read)
+        each = (g * error).sum((1, 2))
+        wanted = 0.5 * float(each.square().sum()) / 21
+        # The error is a difference of two sums of IN products, each in float32, of operands that
+        # casts make larger by a sixteenth at most; softmax, the head and the sum over a sequence
+        # are less than 200 roundings.
+        noise = gamma(IN + 4) * 2.2 * (read.double().abs() @ weight.double().abs().t())
+        off = (of * (noise + gamma(200) * error.abs())).sum((1, 2))
+        bound = float((off * (each.abs() + off)).sum()) / 21
+        assert abs(found[site] - wanted) <= bound
+
+
+def test_of_single_tokens_it_is_the_variance_that_makes_the_kl():
+    """½ · Var_p(δO) for each token, within six standard errors of the draw."""
+    net, x = model().eval(), randn(2000, 1, IN)
+    nn.init.zeros_(net.up.weight)
+    found = sensitivity(net, [(x,)])["out"]
+    p = net(x).detach().double().softmax(-1)
+    error = error_of(net.out.weight, x)
+    mean = (p * error).sum(-1, keepdim=True)
+    square = (mean - error).square()  # of ⟨p - e_y, δ⟩ for each y
+    wanted = 0.5 * (p * square).sum(-1)
+    spread = ((p * (0.5 * square).square()).sum(-1) - wanted.square()).mean().sqrt()
+    assert abs(found - float(wanted.mean())) < SIGMAS * float(spread) / 2000**0.5
+    q = (p.log() + error).softmax(-1)
+    kl = (p * (p.log() - q.log())).sum(-1)
+    # The next order: a third of the cube of what the log-probabilities move by.
+    assert abs(float(wanted.mean() - kl.mean())) < float(error.abs().amax(-1).pow(3).mean())
+
+
+def test_labels_and_masks_say_which_tokens_count():
+    net, x = model().eval(), randn(2, 6, IN)
+    labels = torch.full((2, 6), -100)
+    labels[0, 3] = 1
+    one = sensitivity(net, [{"x": x, "labels": labels}])
+    assert all(value > 0 for value in one.values())
+    with pytest.raises(FalqonError, match="no label in its batches"):
+        sensitivity(net, [{"x": x, "labels": torch.full((2, 6), -100)}])
+
+
+def test_nothing_of_the_model_changes_and_explain_tells():
+    net, x = model(), randn(2, 6, IN)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    state = torch.random.get_rng_state()
+    report = falqon_fx.explain(net, x, calibration=[(x,)])
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(module.training and not module._forward_hooks for module in net.modules())
+    assert all(parameter.grad is None for parameter in net.parameters())
+    assert all(torch.equal(before[n], t) for n, t in net.state_dict().items())
+    assert report.most_sensitive(1) == tuple(report.sensitivity)[:1]
+    assert "expected rise of the loss by the casts" in str(report)
+    assert type(report).from_json(report.to_json()).sensitivity == report.sensitivity
+    left = FalqonConfig(exclude=report.most_sensitive(1))
+    done = falqon_fx.prepare(net, left, progress=False)
+    assert len(done.prepared) == 1
+    assert set(done.skipped) == set(report.most_sensitive(1))
+
+
+class NoLogits(Two):
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        return {"loss": super().forward(x).sum()}
+
+
+@pytest.mark.parametrize("batches", [[], [randn(2, 3)], 7, ["text"]])
+def test_bad_batches_are_refused(batches):
+    with pytest.raises(FalqonError, match="calibration"):
+        sensitivity(model(), batches)
+
+
+def test_a_model_without_logits_and_a_config_without_a_model_are_refused():
+    net = NoLogits().requires_grad_(False)
+    with pytest.raises(FalqonError, match="returns a dict"):
+        sensitivity(net, [randn(2, 3, IN)])
+    with pytest.raises(FalqonConfigError, match="most_sensitive"):
+        FalqonConfig(exclude="sensitive:8")
