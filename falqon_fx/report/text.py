@@ -144,9 +144,9 @@ def adapter_text(site: Site) -> str:
     if site.adapters > 1:
         text = f"{site.adapters} of r {site.rank} in all"
     if site.compensate:
-        text += f"; r {site.compensate} of W's cast error"
+        text += f"; W's error r {site.compensate}"
     if site.outliers:
-        text += f"; {site.outliers} channels of x's"
+        text += f"; x's {site.outliers}"
     return text
 
 
