@@ -7,8 +7,9 @@ time and in a copy, and the tests of that file run until the first failure.
 
 Torch is imported once: each run is a fork of this process. A fault that no test notices "survives".
 It may be harmless (another order, a branch for speed): say so in the JSON file, as its "why", which
-stays there when the fault is tried again. All others are gaps. Files that are run replace their own
-verdicts in the newest JSON file of this machine, so a run can be cut into slices.
+stays there when the fault is tried again. All others are gaps ("since": the test that was written
+for one). Files that are run replace their own verdicts in the newest JSON file of this machine, so
+a run can be cut into slices.
 """
 
 from __future__ import annotations
@@ -271,6 +272,8 @@ def write_page(result: Path) -> None:
     rows = []
     for file in TESTS:
         own = [v for v in verdicts if v["file"] == file]
+        if not own:
+            continue
         harmless = sum("why" in v for v in own)
         rows.append((f"`{file}`", len(own), sum(v["by"] is not None for v in own), harmless))
     noticed, harmless = (sum(row[column] for row in rows) for column in (2, 3))
@@ -282,12 +285,21 @@ def write_page(result: Path) -> None:
     table = common.markdown_table(
         header,
         [
-            (f"`{v['file']}:{v['line']}`", *map(_cell, (v["old"], v["new"])), v.get("why", "gap"))
+            (f"`{v['file']}:{v['line']}`", *map(_cell, (v["old"], v["new"])), _why(v))
             for v in verdicts
             if v["by"] is None
         ],
     )
-    result.with_suffix(".md").write_text("\n".join([page, *table, ""]), encoding="utf-8")
+    left = sorted(TESTS.keys() - {v["file"] for v in verdicts})
+    rest = [f"Not tried: {', '.join(f'`{file}`' for file in left)}.", ""] if left else []
+    result.with_suffix(".md").write_text("\n".join([page, *rest, *table, ""]), encoding="utf-8")
+
+
+def _why(verdict: Mapping[str, Any]) -> str:
+    """Why nothing notices a fault; of a gap, which test was written for it and not tried yet."""
+    if "since" in verdict:
+        return f"gap, `{verdict['since']}` was written for it since"
+    return str(verdict.get("why", "gap"))
 
 
 def _cell(code: str) -> str:
