@@ -107,12 +107,12 @@ def _sites(sites: Sequence[Site]) -> Table:
     return made
 
 
-_MOST = 16  # layers whose casts cost most, of which a table tells
+_SENSITIVE = 16  # layers whose casts cost most, of which a table tells
 
 
 def _sensitive(report: Graphs) -> Table:
     """The layers whose casts are expected to cost most."""
-    every, paths = sum(report.sensitivity.values()), report.most_sensitive(_MOST)
+    every, paths = sum(report.sensitivity.values()), report.most_sensitive(_SENSITIVE)
     made = table(
         f"expected rise of the loss by the casts: {every:.2g} nats per label in all, most in",
         *("module", "nats", "share", "together"),
