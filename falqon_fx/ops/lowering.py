@@ -143,7 +143,7 @@ def merged_linear(given: Merged) -> list[Tensor]:
         if not exact:
             y = rescale(y, read.x.rest, s)
         for j in given.adapters_of(i) if given.b else []:
-            y = y.addmm_(parts[j], given.b[j].to(dtype).t())
+            y = torch.addmm(y, parts[j], given.b[j].to(dtype).t())
         ys.append(finished(y, given, i))
     return [*ys, out_a, *read.kept(given.keep_x)]
 
