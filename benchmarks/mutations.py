@@ -68,6 +68,7 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "modes.py": ("passes/test_modes.py", *_MATCHED[1:2]),
     "normalize.py": (_NORMALIZE, _MATCH),
     "pipeline.py": (*_VERIFY, "test_passlog.py"),
+    "slots.py": ("passes/test_plan.py",),
     "plan.py": ("passes/test_plan.py", "passes/test_siblings.py", "passes/test_insert_operands.py"),
     "propagate.py": (_NORMALIZE, "passes/test_rewrite.py", "test_errors.py"),
     "recompute_weights.py": ("passes/test_recompute_weights.py",),
