@@ -154,7 +154,9 @@ class Bench:
         report = falqon_fx.prepare(model, config, progress=False, **asked)
         seconds = time.perf_counter() - start
         torch._dynamo.reset()
-        call = torch.compile(model, backend="falqon", options={"config": config}, dynamic=True)
+        call = torch.compile(
+            model, backend="falqon", options=dict[str, Any](config=config), dynamic=True
+        )
         found = [log_probabilities(call, e) for e in (self.held_out, self.reviews)]
         judged = [divergence(*pair) for pair in zip(self.wanted, found, strict=True)]
         return Run(

@@ -277,7 +277,7 @@ def write_page(result: Path) -> None:
             continue
         harmless = sum("why" in v for v in own)
         rows.append((f"`{file}`", len(own), sum(v["by"] is not None for v in own), harmless))
-    noticed, harmless = (sum(row[column] for row in rows) for column in (2, 3))
+    noticed, harmless = (sum(int(row[column]) for row in rows) for column in (2, 3))
     title = f"Faults in passes/: {noticed} of {len(verdicts)} noticed, {harmless} harmless"
     page = common.markdown(
         title, content["environment"], ("file", "faults", "noticed", "harmless"), rows

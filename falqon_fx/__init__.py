@@ -25,7 +25,8 @@ if TYPE_CHECKING:  # `_HOMES` says the same at run time
     from falqon_fx.model.blocks import BlocksReport, compile_blocks
     from falqon_fx.model.explain import explain
     from falqon_fx.model.mesh import MeshPlan
-    from falqon_fx.model.prepare import Adapter, PrepareReport, adapters, flush, prepare, restore
+    from falqon_fx.model.prepare import Adapter, adapters, flush, prepare, restore
+    from falqon_fx.model.prepare_report import PrepareReport
     from falqon_fx.model.unload import merge_and_unload
     from falqon_fx.rows.state import MergedAdapter
     from falqon_fx.rows.watching import watch
@@ -86,8 +87,9 @@ _HOMES = {
     "falqon_fx.model.explain": ("explain",),
     "falqon_fx.model.mesh": ("MeshPlan",),
     "falqon_fx.model.prepare": (
-        "Adapter", "PrepareReport", "adapters", "flush", "prepare", "restore",
+        "Adapter", "adapters", "flush", "prepare", "restore",
     ),
+    "falqon_fx.model.prepare_report": ("PrepareReport",),
     "falqon_fx.model.unload": ("merge_and_unload",),
     "falqon_fx.rows.state": ("MergedAdapter",),
     "falqon_fx.rows.watching": ("watch",),

@@ -144,7 +144,7 @@ def test_forward_and_gradients_are_those_of_the_quantized_operands(
     )
     (layer,) = (m for m in model.modules() if isinstance(m, Fp8Linear))
     torch._dynamo.reset()
-    y = torch.compile(model, backend="falqon", options={"config": config})(x)
+    y = torch.compile(model, backend="falqon", options=dict[str, Any](config=config))(x)
     grad = randn(*y.shape, seed=seed + 2)
     y.backward(grad)
 
@@ -195,7 +195,7 @@ def test_compiled_code_computes_what_eager_code_stands_for(options):
         torch._dynamo.reset()
         if each.adapter_dtype != config.adapter_dtype:
             continue
-        call = torch.compile(model, backend="falqon", options={"config": each})
+        call = torch.compile(model, backend="falqon", options=dict[str, Any](config=each))
         read = x.clone().requires_grad_()
         y = call(read)
         y.sum().backward()
@@ -217,7 +217,7 @@ def test_a_calibrated_model_is_nearer_to_the_plain_one():
         model = adapted().eval()
         falqon_fx.prepare(model, EAGER, progress=False, **asked)
         torch._dynamo.reset()
-        call = torch.compile(model, backend="falqon", options={"config": EAGER})
+        call = torch.compile(model, backend="falqon", options=dict[str, Any](config=EAGER))
         eager.append(float((model(x).detach() - wanted).norm()))
         compiled.append(float((call(x).detach() - wanted).norm()))
     assert eager[1] < eager[0]
@@ -258,7 +258,7 @@ def test_dropout_of_an_adapter_does_not_reach_it():
         model.base_model.model.drop.p = 0.0
         torch._dynamo.reset()
         x = inputs()[0].requires_grad_()
-        y = torch.compile(model.train(), backend="falqon", options={"config": EAGER})(x)
+        y = torch.compile(model.train(), backend="falqon", options=dict[str, Any](config=EAGER))(x)
         y.square().sum().backward()
         results.append((y.detach(), x.grad))
     for plain, dropped in zip(*results, strict=True):

@@ -67,7 +67,11 @@ def test_a_report_from_a_file_writes_no_code(field, name, tmp_path, capsys):
     report = tmp_path / "evil.json"
     site = dataclasses.replace(SITE, **{field: name})
     report.write_text(RewriteReport((GraphReport((site,), (), 9, 3),)).to_json())
-    assert main(["repro", str(report), "--write", str(tmp_path / "r.py")]) == 0
+    written = main(["repro", str(report), "--write", str(tmp_path / "r.py")]) == 0
+    if any("\ud800" <= letter <= "\udfff" for letter in name):  # no JSON has half a character
+        assert not written
+        return
+    assert written
     assert shape((tmp_path / "r.py").read_text(encoding="utf-8")) == shape(script(SITE))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
-from falqon_fx.config import FalqonConfigError
+from falqon_fx.errors import FalqonConfigError
 from falqon_fx.model.sensitivity import sensitivity
 from falqon_fx.site.base import cast_base
 from falqon_fx.site.numerics import E4M3

@@ -21,7 +21,7 @@ import falqon_fx
 from falqon_fx import Audit, FalqonConfig, FalqonError, GraphReport, Rejected, RewriteReport, Site
 from falqon_fx.errors import one_line, printable
 from falqon_fx.files.export import ExportReport, FlushReport
-from falqon_fx.model.prepare import PrepareReport
+from falqon_fx.model.prepare_report import PrepareReport
 from falqon_fx.report.data import GraphBreak, Line, Note, Source
 from falqon_fx.rows import drift
 from falqon_fx.rows.watching import _view

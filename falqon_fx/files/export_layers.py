@@ -143,7 +143,7 @@ class ExportLayer:
             return weight.t() if self.transposed else weight, "base weight"
         if self.original is not None:
             return self.original(self), "base weight"
-        weight: Tensor = self.linear.base().dequantize()
+        weight = self.linear.base().dequantize()
         terms = getattr(self.linear, "terms", {})
         if "error_a" in terms:
             weight = weight + terms["error_b"].detach().float() @ terms["error_a"].detach().float()

@@ -57,7 +57,8 @@ def damped_root(moment: Tensor) -> Tensor:
     wide = moment.to(torch.float64, copy=True)
     diagonal = wide.diagonal()
     diagonal += DAMPING * diagonal.mean()
-    return torch.linalg.cholesky(wide).to(torch.float32)
+    root: Tensor = torch.linalg.cholesky(wide)
+    return root.to(torch.float32)
 
 
 def heaviest_channels(moment: Tensor, weight: Tensor, count: int) -> Tensor:
