@@ -173,10 +173,7 @@ class Fp8Linear(PreparedLinear):
             given = {name: state_dict.get(prefix + name) for name in self.TERMS}
             found = {name: term for name, term in given.items() if isinstance(term, Tensor)}
             check_terms(self.path, found, (self.out_features, self.in_features), "the state dict")
-            if {n: t.shape for n, t in found.items()} != {
-                n: t.shape for n, t in self.terms.items()
-            }:
-                self.have_terms(found)
+            self.have_terms(found)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:

@@ -26,7 +26,7 @@ from falqon_fx.model.calibration import batches_of, check_any, quietly, run_batc
 from falqon_fx.model.lora_layers import LinearLayer, unwrap
 from falqon_fx.model.prepare import sort_layers
 from falqon_fx.ops.lowering import cast_fp8
-from falqon_fx.site.base import cast_base, check_weight
+from falqon_fx.site.base import Base, cast_base, check_weight
 from falqon_fx.site.numerics import E4M3
 from falqon_fx.site.spec import SiteSpec
 
@@ -81,6 +81,7 @@ class _Look:
         self.spec = spec
         self.totals: dict[str, float] = defaultdict(float)
         self._seen: list[tuple[str, Tensor, Tensor]] = []  # site, O, δO
+        self._bases: dict[str, Base] = {}  # by site
 
     @contextmanager
     def at(self, layers: Sequence[LinearLayer]) -> Iterator[None]:
@@ -106,8 +107,10 @@ class _Look:
         flat = x.reshape(-1, x.shape[-1]).to(torch.float32)
         cast = cast_fp8(flat, E4M3, self.spec, torch.float32)
         weight = layer.weight.detach()
-        code = cast_base(weight, self.spec).dequantize()
-        return (cast.value * cast.rest) @ code.t() - flat @ weight.to(torch.float32).t()
+        if layer.site not in self._bases:  # the same in each batch
+            self._bases[layer.site] = cast_base(weight, self.spec)
+        dequantized = self._bases[layer.site].dequantize()
+        return (cast.value * cast.rest) @ dequantized.t() - flat @ weight.to(torch.float32).t()
 
     def meet(self, loss: Tensor) -> None:
         """The end of a batch: ½ · (Σ_t ⟨dL/dO_t, δO_t⟩)² of each sequence."""
