@@ -144,9 +144,8 @@ class ExportLayer:
         if self.original is not None:
             return self.original(self), "base weight"
         weight = self.linear.base().dequantize()
-        terms = getattr(self.linear, "terms", {})
-        if "error_a" in terms:
-            weight = weight + terms["error_b"].detach().float() @ terms["error_a"].detach().float()
+        if isinstance(self.linear, Fp8Linear):
+            weight = self.linear.corrected(weight)
         return weight, "FP8 weight"
 
     @torch.no_grad()

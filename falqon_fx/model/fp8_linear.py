@@ -132,12 +132,18 @@ class Fp8Linear(PreparedLinear):
             problem = "it is sharded, and its dense base weight was asked for, as by PEFT's merge"
             raise FalqonError(self.path, problem, IN_ONE_PROCESS)
         self._verify()
-        if self.error_a is not None and self.error_b is not None:
-            wide: Tensor = dequantize(self.code, self.scale, torch.float32)
-            return (wide + self.error_b.float() @ self.error_a.float()).to(self.dtype)
+        if self.error_a is not None:
+            wide = dequantize(self.code, self.scale, torch.float32)
+            return self.corrected(wide).to(self.dtype)
         weight: Tensor = dequantize(local(self.code), local(self.scale), self.dtype)
         cut = Cut.of(self.code)
         return weight if cut is None else cut.wrap(weight)
+
+    def corrected(self, wide: Tensor) -> Tensor:
+        """dq(W) + B_c · A_c for float32 dq(W) [out, in]; that itself without a calibration."""
+        if self.error_a is None or self.error_b is None:
+            return wide
+        return wide + self.error_b.detach().float() @ self.error_a.detach().float()
 
     def is_part(self) -> bool:
         """Whether tensor parallelism has cut W: then each process has a digest of its own bytes.
