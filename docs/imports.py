@@ -35,7 +35,7 @@ LAYERS = (
     ("ops.decompositions",),
     ("passes",),
     ("model", "rows.model", "rows.prepared", "rows.unload"),
-    ("rows.binding", "rows.watching", "compile_warnings"),
+    ("rows.binding", "model.watching", "compile_warnings"),
     ("backend",),
     ("model.explain",),
     ("files",),

@@ -28,8 +28,8 @@ if TYPE_CHECKING:  # `_HOMES` says the same at run time
     from falqon_fx.model.prepare import Adapter, adapters, flush, prepare, restore
     from falqon_fx.model.prepare_report import PrepareReport
     from falqon_fx.model.unload import merge_and_unload
+    from falqon_fx.model.watching import watch
     from falqon_fx.rows.state import MergedAdapter
-    from falqon_fx.rows.watching import watch
 
 __version__ = _version("falqon-fx")  # pyproject.toml's
 
@@ -92,7 +92,7 @@ _HOMES = {
     "falqon_fx.model.prepare_report": ("PrepareReport",),
     "falqon_fx.model.unload": ("merge_and_unload",),
     "falqon_fx.rows.state": ("MergedAdapter",),
-    "falqon_fx.rows.watching": ("watch",),
+    "falqon_fx.model.watching": ("watch",),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _OPS = (

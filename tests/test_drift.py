@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import falqon_fx
+from falqon_fx.model.watching import summary, tensorboard, wandb
 from falqon_fx.rows import audit
 from falqon_fx.rows.drift import signed_sums
 from falqon_fx.rows.prepared import layer_of
-from falqon_fx.rows.watching import summary, tensorboard, trainer_callback
 from falqon_fx.site.base import cast_base
 from falqon_fx.site.numerics import encode_fp8, round_to_fp8
 from tests.models import train
@@ -170,6 +170,16 @@ class Writer:
         self.scalars.append((tag, value, step))
 
 
+class Run:
+    """The part of a Weights & Biases run that is used."""
+
+    def __init__(self) -> None:
+        self.logged: list[dict[str, float]] = []
+
+    def log(self, values: dict[str, float]) -> None:
+        self.logged.append(values)
+
+
 def test_callbacks_get_sums_over_the_sites(capsys):
     items = [
         falqon_fx.Audit("a", 3, 3.0, 2.0, 1.0, 1, 5.0, 0.0, 0.0, 8, (1, 2)),
@@ -182,21 +192,9 @@ def test_callbacks_get_sums_over_the_sites(capsys):
     writer = Writer()
     tensorboard(writer)(items)
     assert writer.scalars == [(f"falqon/{name}", value, 3) for name, value in wanted.items()]
-
-
-def test_the_trainers_logs_get_the_summary():
-    pytest.importorskip("transformers")
-    model, x = model_and_input()
-    compiled = torch.compile(model, backend="falqon", options=OPTIONS)
-    with falqon_fx.watch(model) as seen:
-        callback = trainer_callback(seen)
-        logs: dict[str, float] = {"loss": 1.0}
-        callback.on_log(None, None, None, logs=logs)
-        assert logs == {"loss": 1.0}  # nothing was written yet
-        train(compiled, optimizer(model), x, 2)
-        callback.on_log(None, None, None, logs=logs)
-    assert logs["falqon/asked"] > 0
-    assert logs["falqon/rows"] == 40
+    run = Run()
+    wandb(run)(items)
+    assert run.logged == [{"falqon/step": 3} | {f"falqon/{n}": v for n, v in wanted.items()}]
 
 
 def test_the_live_view_names_the_sites(capsys, monkeypatch):

@@ -22,9 +22,9 @@ from falqon_fx import Audit, FalqonConfig, FalqonError, GraphReport, Rejected, R
 from falqon_fx.errors import one_line, printable
 from falqon_fx.files.export import ExportReport, FlushReport
 from falqon_fx.model.prepare_report import PrepareReport
+from falqon_fx.model.watching import _view
 from falqon_fx.report.data import GraphBreak, Line, Note, Source
 from falqon_fx.rows import drift
-from falqon_fx.rows.watching import _view
 from falqon_fx_cli.main import main
 from tests.hostile import NAMES, TEXTS, obeyed
 from tests.models import LoraLinear

@@ -19,7 +19,8 @@ from transformers import Trainer, TrainingArguments
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
-from falqon_fx.integrations.transformers import FalqonCallback, FalqonTrainer
+from falqon_fx.integrations.transformers import FalqonCallback, FalqonTrainer, WatchCallback
+from falqon_fx.model.watching import summary
 from tests.parameters import slow
 from tests.trainers import (
     CONFIG,
@@ -73,13 +74,41 @@ def trainer(
     )
 
 
+class Tracker(transformers.TrainerCallback):
+    """Keeps what a tracker behind the other callbacks is given."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, float]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.logs.append(dict(kwargs["logs"]))
+
+
+WATCH, TRACKER = WatchCallback(), Tracker()
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """One uninterrupted run with the callback."""
+    """One uninterrupted run with the callback, watched."""
     torch._dynamo.reset()
-    run = trainer(tmp_path_factory.mktemp("trainer"), FalqonCallback(CONFIG))
+    folder = tmp_path_factory.mktemp("trainer")
+    run = trainer(folder, FalqonCallback(CONFIG), WATCH, TRACKER)
     run.train()
     return run
+
+
+def test_the_trainers_logs_and_trackers_get_what_watch_sees(trained):
+    assert WATCH.seen is not None
+    audits = {item.step: [] for item in WATCH.seen.history}
+    for item in WATCH.seen.history:
+        audits[item.step].append(item)
+    wanted = [{f"falqon/{k}": v for k, v in summary(step).items()} for step in audits.values()]
+    assert len(wanted) == STEPS
+    assert all(len(step) == SITES for step in audits.values())
+    for logs in (trained.state.log_history, TRACKER.logs):
+        steps = [{k: v for k, v in log.items() if k.startswith("falqon/")} for log in logs]
+        assert [step for step in steps if step] == wanted
+        assert all("loss" in log for log, step in zip(logs, steps) if step)
 
 
 def test_trainer_gives_the_losses_of_a_loop_written_by_hand(trained, tmp_path):

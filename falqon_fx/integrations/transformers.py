@@ -33,6 +33,7 @@ from falqon_fx.integrations.trainer_checkpoints import TrainerCheckpoints
 from falqon_fx.model.blocks import compile_blocks
 from falqon_fx.model.lora_layers import unwrap
 from falqon_fx.model.prepare import prepare
+from falqon_fx.model.watching import Watch, summary
 
 
 class FalqonCallback(TrainerCheckpoints):
@@ -103,9 +104,8 @@ class FalqonCallback(TrainerCheckpoints):
         self._compile(args, model)
         if self.prepare and not _fsdp():
             prepare(model, self.config)
-            if (
-                self.regional and args.world_size == 1
-            ):  # layers outside of the blocks are others now
+            if self.regional and args.world_size == 1:
+                # Layers outside of the blocks are others now.
                 compile_blocks(model, self.config, **self.compile_arguments)
         if args.world_size > 1:
             self._training.enter_context(torch._dynamo.config.patch(optimize_ddp=False))
@@ -188,6 +188,60 @@ def _in_lists(module: nn.Module) -> Iterator[nn.Module]:
         yield from [child] if isinstance(module, nn.ModuleList) else _in_lists(child)
 
 
+class WatchCallback(TrainerCallback):  # type: ignore[misc]
+    """Watches the training, and adds what the last step's casts took to what the trainer logs, as
+    ``falqon/...`` (`falqon_fx.model.watching.summary`): to its ``log_history`` too.
+
+    The trackers that ``report_to`` names have seen a log before any other callback does. Those that
+    shall have these numbers come behind this one:
+
+        args = TrainingArguments(..., report_to="none")
+        Trainer(model, args, callbacks=[FalqonCallback(), WatchCallback(), WandbCallback()])
+
+    Args:
+        arguments: handed to `falqon_fx.watch` (``jsonl``, ``live``, ``callbacks``, ``keep``).
+
+    Attributes:
+        seen: the `falqon_fx.watch` of the last training, with its ``history``.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        self.seen: Watch | None = None
+        self._arguments, self._training = arguments, contextlib.ExitStack()
+        self._logged: int | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Watch from here on."""
+        self._training.close()  # of a training that ended by an error
+        self._logged = None
+        self.seen = self._training.enter_context(Watch(kwargs["model"], **self._arguments))
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Add the last step's numbers."""
+        if self.seen is None:
+            return
+        self.seen.flush()
+        if not self.seen.history:
+            return
+        last = self.seen.history[-1].step
+        if last == self._logged:  # the log of an evaluation
+            return
+        self._logged = last
+        numbers = summary([item for item in self.seen.history if item.step == last])
+        for log in (kwargs["logs"], state.log_history[-1]):
+            log.update({f"falqon/{name}": value for name, value in numbers.items()})
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Watch no longer; ``seen.history`` stays."""
+        self._training.close()
+
+
 class FalqonTrainerMixin:
     """Makes ``TrainingArguments(torch_compile=True, torch_compile_backend="falqon")`` work.
 
@@ -220,4 +274,4 @@ class FalqonTrainer(FalqonTrainerMixin, Trainer):  # type: ignore[misc]
     """transformers' `Trainer` that takes ``torch_compile_backend="falqon"``."""
 
 
-__all__ = ["FalqonCallback", "FalqonTrainer", "FalqonTrainerMixin"]
+__all__ = ["FalqonCallback", "FalqonTrainer", "FalqonTrainerMixin", "WatchCallback"]

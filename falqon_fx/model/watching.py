@@ -63,7 +63,8 @@ class Watch:
             already, so that a resumed run continues it. Where it can't be written any
             more, a warning says so and training goes on.
         live: a table in the terminal (nothing where stderr is none).
-        callbacks: called with the audits of each step (see `tensorboard`, `trainer_callback`).
+        callbacks: called with the audits of each step: `tensorboard`, `wandb`, your own. With
+            transformers' Trainer see `falqon_fx.integrations.transformers.WatchCallback`.
         keep: how many audits and row numbers `history` may hold together; beyond that the oldest
             steps leave it. A million take about 40 MB.
 
@@ -282,21 +283,16 @@ def tensorboard(writer: Any, tag: str = "falqon") -> Callback:
     return write
 
 
-def trainer_callback(seen: Watch) -> Any:
-    """A callback for transformers' Trainer: its logs get the last step's `summary`."""
-    from transformers import TrainerCallback
+def wandb(run: Any, tag: str = "falqon") -> Callback:
+    """A callback that logs each step's `summary` to a Weights & Biases run, beside what else is
+    logged there; ``falqon/step`` counts the optimizer's steps.
+    """
 
-    class AuditLog(TrainerCallback):  # type: ignore[misc]
-        """Adds ``falqon/...`` to what the Trainer logs."""
+    def write(step: Audits) -> None:
+        values = {"step": step[0].step, **summary(step)}
+        run.log({f"{tag}/{name}": value for name, value in values.items()})
 
-        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            seen.flush()
-            if seen.history:
-                last = seen.history[-1].step
-                step = [item for item in seen.history if item.step == last]
-                kwargs["logs"].update({f"falqon/{k}": v for k, v in summary(step).items()})
-
-    return AuditLog()
+    return write
 
 
 def _view(step: Audits) -> Table:
