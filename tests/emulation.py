@@ -170,6 +170,7 @@ class _Linear(torch.autograd.Function):
         besides: list[tuple[Tensor, Tensor]] = []  # of the adapters
         grad_a: list[Tensor | None] = [None] * len(ctx.out_a)
         grad_b, own, bias = [*grad_a], [None] * ctx.apart, []
+        reached: dict[int, tuple[Lora, Tensor]] = {}
         for layer, grad in zip(ctx.layers, grads, strict=True):
             mine = [(next(numbers), lora) for lora in layer.adapters]
             if layer.bias is not None:
@@ -184,20 +185,33 @@ class _Linear(torch.autograd.Function):
             for j, lora in mine:
                 grad_b[j] = grad.t() @ ctx.out_a[j] * lora.scaling
                 d = grad @ (lora.lora_b * lora.scaling if lora.b is None else lora.b)
-                if lora.lora_a.requires_grad:
-                    q, s_x = ctx.read[j]
-                    grad_a[j] = (d * s_x).t() @ q
+                reached[j] = lora, d
                 if lora.b is None:
                     continue
                 if ctx.apart:
                     own[j] = (d @ (lora.codes * lora.scale)).reshape(ctx.shape)
                 else:
                     besides.append((d * (lora.scale.t() if row else lora.scale), lora.codes))
+        for group in _made_together(reached, ctx.apart):
+            q, s_x = ctx.read[group[0]]
+            made = (torch.cat([reached[j][1] for j in group], 1) * s_x).t() @ q
+            for j, part in zip(group, made.split([reached[j][1].shape[1] for j in group])):
+                grad_a[j] = part
         pairs = [*through, *besides]
         if pairs:  # one GEMM: a library may sum two in another order
             products.append(torch.cat([a for a, _ in pairs], 1) @ torch.cat([b for _, b in pairs]))
         grad_x = functools.reduce(torch.add, products).reshape(ctx.shape) if products else None
         return None, None, grad_x, *own, *grad_a, *grad_b, *bias
+
+
+def _made_together(reached: dict[int, tuple[Lora, Tensor]], apart: int) -> list[list[int]]:
+    """The adapters whose dL/dA is one GEMM: all, where they read one x, each trains A and B, and
+    all A have one dtype.
+    """
+    of_a = [j for j, (lora, _) in reached.items() if lora.lora_a.requires_grad]
+    of_b = [j for j, (lora, _) in reached.items() if lora.lora_b.requires_grad]
+    one_dtype = len({reached[j][0].lora_a.dtype for j in of_a}) == 1
+    return [of_a] if not apart and of_a == of_b and one_dtype else [[j] for j in of_a]
 
 
 def emulate(
