@@ -7,8 +7,6 @@ import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,6 +21,7 @@ from falqon_fx.errors import FalqonError
 from falqon_fx.files import manifests, seals, storage
 from falqon_fx.files.checkpoint import MANIFEST
 from falqon_fx.files.storage import DamagedFileError, read_header
+from tests import fresh
 from tests.models import fill_b, tiny_mlp
 
 
@@ -222,7 +221,7 @@ from pathlib import Path
 from falqon_fx.files import manifests, seals, storage
 storage.read_header(Path({str(tmp_path / "model.safetensors")!r}))
 """
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    ran = fresh.run(code)
     assert "it is missing" in ran.stderr
 
 
@@ -247,7 +246,7 @@ resource.setrlimit(resource.RLIMIT_AS, (2**35, 2**35))
 folder = Path({str(tmp_path)!r})
 {call}
 """
-        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+        ran = fresh.run(code)
         assert ran.returncode == 0, ran.stderr
     assert (tmp_path / MANIFEST).stat().st_size < 2**20
 

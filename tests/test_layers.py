@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from tests.scripts import load
 
@@ -22,7 +21,7 @@ def test_no_file_imports_in_a_circle():
     def visit(name: str, above: tuple[str, ...]) -> None:
         assert name not in above, " -> ".join([*above[above.index(name) :], name])
         if name not in done:
-            for other in set(house.imports(name)):
+            for other in house.imports(name):
                 visit(other, (*above, name))
             done.add(name)
 
@@ -30,31 +29,34 @@ def test_no_file_imports_in_a_circle():
         visit(name, ())
 
 
-@pytest.mark.parametrize("name", house.MODULES)
-def test_nothing_is_imported_from_above(name):
-    above = [o for o in set(house.imports(name)) if house.floor(o) > house.floor(name)]
-    assert above == []
+def test_nothing_is_imported_from_above():
+    above = {
+        name: found
+        for name in house.MODULES
+        if (found := [o for o in house.imports(name) if house.floor(o) > house.floor(name)])
+    }
+    assert above == {}
 
 
-@pytest.mark.parametrize("name", house.MODULES)
-def test_private_names_of_torch_are_imported_in_one_file(name):
+def private_names_of_torch(source: str) -> Iterator[str]:
     """`torch._C`, `torch._inductor` and the like; `torch.ops.aten._name` is an operation."""
-    if name == "falqon_fx._compat":
-        return
-    found: list[str] = []
-    for node in ast.walk(ast.parse(house.MODULES[name].read_text())):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch"):
             path = [*str(node.module).split("."), *(alias.name for alias in node.names)]
-            found += [part for part in path if part.startswith("_")]
+            yield from (part for part in path if part.startswith("_"))
         elif isinstance(node, ast.Import):
-            found += [a.name for a in node.names if a.name.startswith("torch.") and "._" in a.name]
+            names = [alias.name for alias in node.names]
+            yield from (name for name in names if name.startswith("torch.") and "._" in name)
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            private = (
-                node.value.id == "torch" and node.attr.startswith("_") and node.attr[:2] != "__"
-            )
+            private = node.attr.startswith("_") and not node.attr.startswith("__")
             # Dynamo's settings and marks are what its documentation tells users to set.
-            found += [f"torch.{node.attr}"] if private and node.attr != "_dynamo" else []
-    assert found == []
+            if node.value.id == "torch" and private and node.attr != "_dynamo":
+                yield f"torch.{node.attr}"
+
+
+def test_private_names_of_torch_are_imported_in_one_file():
+    private = {n: [*private_names_of_torch(p.read_text())] for n, p in house.MODULES.items()}
+    assert {name for name, found in private.items() if found} == {"falqon_fx._compat"}
 
 
 def test_addresses_are_given_to_compiled_code_in_one_folder():
@@ -65,15 +67,11 @@ def test_addresses_are_given_to_compiled_code_in_one_folder():
     assert users == {f"falqon_fx.kernels.cpu.{n}" for n in ("build", "casts", "native", "samples")}
 
 
-@pytest.mark.parametrize("name", house.MODULES)
-def test_files_are_short(name):
-    assert len(house.MODULES[name].read_text().splitlines()) <= LIMIT
-
-
-def test_files_of_tests_and_benchmarks_are_short():
-    """By what they test they are found; what several share is a plain module."""
+def test_files_are_short():
+    """By what they test those of tests are found; what several share is a plain module."""
     root = Path(__file__).parents[1]
-    files = [*(root / "tests").rglob("*.py"), *(root / "benchmarks").glob("*.py")]
+    files = [*house.MODULES.values(), *(root / "tests").rglob("*.py")]
+    files += (root / "benchmarks").glob("*.py")
     assert [f.name for f in files if len(f.read_text().splitlines()) > LIMIT] == []
 
 

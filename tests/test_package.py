@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
 from importlib import import_module
@@ -15,6 +13,7 @@ import torch
 from torch import fx, nn
 
 import falqon_fx
+from tests import fresh
 from tests.scripts import load
 
 ROOT = Path(__file__).parents[1]
@@ -63,9 +62,7 @@ PUBLIC = {
 
 def run(code: str, cwd: Path) -> str:
     """What a fresh process prints that does not stand in the source folder."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], cwd=cwd, capture_output=True, text=True
-    )
+    done = fresh.run(code, cwd=cwd, path=(), warnings="ignore")
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

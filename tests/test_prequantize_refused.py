@@ -21,6 +21,7 @@ from falqon_fx.files import atomic
 from falqon_fx.files.disk import lock
 from falqon_fx.files.loading import MANIFEST
 from falqon_fx.files.storage import DamagedFileError
+from tests import fresh
 from tests.folders import dense_model, exported, folder_of, prequantize
 from tests.test_checkpoint_refusals import rewrite_format
 
@@ -229,8 +230,7 @@ def test_a_full_disk_keeps_what_is_done(tmp_path):
     """A process whose files may not pass 7000 bytes, which is less than the largest."""
     source = folder_of(dense_model(), tmp_path / "dense")
     code = f"""
-import resource, signal, sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-import falqon_fx
+import resource, signal, falqon_fx
 from pathlib import Path
 from tests.folders import prequantize
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -240,8 +240,7 @@ try:
 except falqon_fx.FalqonError as error:
     print(error)
 """
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = fresh.run(code, warnings="ignore")
     assert done.returncode == 0, done.stderr
     assert "the disk is full" in done.stdout
     assert not (tmp_path / "out").exists()

@@ -27,6 +27,7 @@ from falqon_fx.files.disk import lock
 from falqon_fx.files.storage import save_tensors
 from falqon_fx.files.trees import unshared
 from falqon_fx.kernels.cpu import native as cpu
+from tests import fresh
 
 KILLS = 200
 
@@ -132,8 +133,6 @@ print(*kill_writers(Path({folder!r}), {kills}))
 
 
 SAVE = """
-import sys; sys.path.insert(0, {root!r})
-from pathlib import Path
 import falqon_fx
 from tests.test_storage import Layers
 for _ in range(40):
@@ -172,17 +171,11 @@ def test_a_save_interrupted_around_a_rename_leaves_a_whole_checkpoint(
 def test_two_processes_that_save_into_one_folder_take_turns(tmp_path):
     """And who loads meanwhile gets what one of them saved."""
     falqon_fx.save_checkpoint(Layers(1), tmp_path, extra={"generation": 1})
-    root = str(Path(__file__).parents[1])
-    writers = [
-        subprocess.Popen(
-            [sys.executable, "-c", SAVE.format(root=root, folder=str(tmp_path), number=number)]
-        )
-        for number in (1, 2)
-    ]
+    writers = [fresh.start(SAVE.format(folder=str(tmp_path), number=number)) for number in (1, 2)]
     seen = set()
     while any(writer.poll() is None for writer in writers):
         seen.add(generation_in(tmp_path))
-    assert [writer.returncode for writer in writers] == [0, 0]
+    assert [writer.wait().returncode for writer in writers] == [0, 0]
     assert seen == {1, 2}
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -255,8 +248,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_the_old_checkpoint(tmp_path, li
     falqon_fx.save_checkpoint(Layers(1), tmp_path, extra={"generation": 1})
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     code = f"""
-import resource, signal, sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-import falqon_fx
+import resource, signal, falqon_fx
 from tests.test_storage import Layers
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
@@ -265,7 +257,7 @@ try:
 except falqon_fx.FalqonError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = fresh.run(code)
     assert done.returncode == 0, done.stderr
     assert "the disk is full" in done.stdout
     assert "Free some space" in done.stdout

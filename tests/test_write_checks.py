@@ -22,6 +22,7 @@ import falqon_fx
 from falqon_fx import FalqonError
 from falqon_fx.files import atomic, disk
 from falqon_fx.files.checkpoint import MANIFEST
+from tests import fresh
 from tests.folders import dense_model, folder_of, prequantize
 from tests.models import fill_b, tiny_mlp
 from tests.test_storage import Layers, generation_in
@@ -93,7 +94,7 @@ for _ in range(3):
     with lock(Path({str(tmp_path)!r})):
         pass
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = fresh.run(code)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("has no locks") == 1
 

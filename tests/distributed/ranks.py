@@ -6,9 +6,6 @@ None outlives the call: when one fails or the time is up, the others are killed.
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -18,9 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests import fresh
+
 ROOT = Path(__file__).parents[2]
 _GRACE = 15  # seconds that the other ranks get to say what they saw of one that failed
-_SCRIPT = "from tests.distributed.ranks import main; main()"
 ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
     "OMP_NUM_THREADS": "1",
@@ -46,29 +44,23 @@ def start(
     the store wait ``patience`` seconds.
     """
     folder.mkdir(exist_ok=True)
-    logs = [folder / f"{rank}.log" for rank in range(ranks)]
     name = f"{function.__module__}:{function.__name__}"
     processes = []
-    for rank, log in enumerate(logs):
-        arguments = [name, str(folder), str(rank), str(ranks), str(patience)]
-        with log.open("w") as stderr:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-W", "ignore", "-c", _SCRIPT, *arguments],
-                    env={**os.environ, **ENVIRONMENT},
-                    cwd=folder,
-                    stderr=stderr,
-                )
-            )
+    for rank in range(ranks):
+        place = (name, str(folder), rank, ranks, patience)
+        code = f"from tests.distributed.ranks import main; main(*{place})"
+        options: dict[str, Any] = {"cwd": folder, "warnings": "ignore", "timeout": 0}
+        processes.append(fresh.start(code, environment=ENVIRONMENT, **options))
     try:
         _wait(processes, time.monotonic() + timeout)
     finally:
         for process in processes:
             process.kill()
-    return [process.wait() for process in processes], [log.read_text()[-4000:] for log in logs]
+        done = [process.wait() for process in processes]
+    return [d.returncode for d in done], [d.stderr[-4000:] for d in done]
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], deadline: float) -> None:
+def _wait(processes: list[fresh.Process], deadline: float) -> None:
     """Until all have ended, one has failed and the others had their time, or the time is up."""
     failed = False
     while time.monotonic() < deadline:
@@ -80,16 +72,14 @@ def _wait(processes: list[subprocess.Popen[bytes]], deadline: float) -> None:
         time.sleep(0.05)
 
 
-def main() -> None:
+def main(name: str, folder: str, rank: int, ranks: int, patience: float) -> None:
     """What each process runs."""
-    name, folder, rank, ranks, patience = sys.argv[1:]
     module, _, function = name.partition(":")
     torch.set_num_threads(1)
-    limit = timedelta(seconds=float(patience))
-    store = dist.FileStore(f"{folder}/store", int(ranks))
+    limit = timedelta(seconds=patience)
+    store = dist.FileStore(f"{folder}/store", ranks)
     store.set_timeout(limit)
-    place = {"rank": int(rank), "world_size": int(ranks)}
-    dist.init_process_group("gloo", store=store, timeout=limit, **place)
+    dist.init_process_group("gloo", store=store, timeout=limit, rank=rank, world_size=ranks)
     result = getattr(importlib.import_module(module), function)()
     torch.save(result, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

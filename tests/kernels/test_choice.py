@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import torch
 from falqon_fx.kernels import cache
 from falqon_fx.kernels.products.choice import Choices, environment_of
 from falqon_fx.kernels.spec import library_version
+from tests import fresh
 
 
 @pytest.fixture
@@ -187,17 +186,15 @@ def test_choices_of_two_processes_are_both_kept(folder):
 
 def test_processes_that_choose_at_once_never_see_a_partial_file(folder):
     code = """
-import sys
 from falqon_fx.kernels.products.choice import Choices
 for i in range(40):
     choices = Choices("card", lambda run: run())
-    assert choices.get(f"{sys.argv[1]} {i}", {"a": lambda: 1.0}).winner == "a"
+    assert choices.get(f"{name} {i}", {"a": lambda: 1.0}).winner == "a"
 """
-    command = [sys.executable, "-W", "error", "-c", code]
-    processes = [subprocess.Popen([*command, str(i)], stderr=subprocess.PIPE) for i in range(2)]
+    processes = [fresh.start(f"name = {i}\n{code}", warnings="error") for i in range(2)]
     for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()
+        done = process.wait()
+        assert done.returncode == 0, done.stderr
     # A process that reads while another writes may lose a line of it, never the file.
     kept = json.loads(Path(Choices("card", Clock()).path).read_bytes())["choices"]
     assert len(kept) >= 40

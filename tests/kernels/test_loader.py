@@ -1,7 +1,6 @@
 import errno
 import inspect
 import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -16,6 +15,7 @@ from falqon_fx.kernels.activation_cast.spec import ActivationCastSpec
 from falqon_fx.kernels.cache import cache_folder, store
 from falqon_fx.kernels.loader import load
 from falqon_fx.kernels.render import render
+from tests import fresh
 
 SPEC = ActivationCastSpec.for_width(
     32, input_dtype="float32", granularity="row", scale="pow2", cast="integer"
@@ -99,26 +99,24 @@ def test_failed_write_leaves_nothing_behind(folder, monkeypatch):
 
 
 def test_processes_that_store_at_once_never_see_a_partial_file(tmp_path):
-    code = """
-import sys
+    code = f"""
 from pathlib import Path
 from falqon_fx.kernels.cache import store
 
-source = "x = 1\\n" * 20000
+source, folder = "x = 1\\n" * 20000, Path({str(tmp_path)!r})
 for _ in range(300):
-    path = store(source, "kernel", Path(sys.argv[1]))
+    path = store(source, "kernel", folder)
     try:
         assert path.read_text() == source
     except FileNotFoundError:  # the other process has just removed it
         pass
     path.unlink(missing_ok=True)  # so that both keep writing
-store(source, "kernel", Path(sys.argv[1]))
+store(source, "kernel", folder)
 """
-    command = [sys.executable, "-W", "error", "-c", code, str(tmp_path)]
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(2)]
+    processes = [fresh.start(code, warnings="error") for _ in range(2)]
     for process in processes:
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == 0, errors.decode()
+        done = process.wait()
+        assert done.returncode == 0, done.stderr
     assert len(list(tmp_path.iterdir())) == 1
 
 

@@ -1,11 +1,10 @@
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 
 from falqon_fx.kernels import KernelSpec, spec
 from falqon_fx.kernels.activation_cast.spec import ActivationCastSpec
+from tests import fresh
 
 SPEC = ActivationCastSpec.for_width(4096, input_dtype="bfloat16", granularity="row")
 
@@ -15,10 +14,7 @@ def test_key_is_the_same_in_another_process():
         "from falqon_fx.kernels import ActivationCastSpec as S; "
         "print(S.for_width(4096, input_dtype='bfloat16', granularity='row').key)"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
-    )
-    assert run.stdout.strip() == SPEC.key
+    assert fresh.run(code).stdout.strip() == SPEC.key
 
 
 @pytest.mark.parametrize(
