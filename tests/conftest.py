@@ -33,6 +33,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 # compiles starts no pool of others for Triton, which would import torch before it does anything.
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 _threads = max(1, len(os.sched_getaffinity(0)) // _workers)
+_threads = int(os.environ.get("OMP_NUM_THREADS", _threads))  # as asked: threads that wait spin
 torch.set_num_threads(_threads)
 os.environ.setdefault("OMP_NUM_THREADS", str(_threads))
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")

@@ -40,13 +40,26 @@ def wide_llama(**lora: Any) -> nn.Module:
 def in_fp8(model: nn.Module, prepared: bool, b_size: float = 0.05, **options: Any) -> nn.Module:
     """The model with its linear layers in FP8, and a trained B."""
     config = FalqonConfig(inner="eager", **options)
-    if prepared:
-        falqon_fx.prepare(model, config, progress=False)
-    else:
-        call(model, config)
+    _cast(model, prepared, config)
     if b_size:
         fill_b(model, b_size)
     return model.eval()
+
+
+def _cast(model: nn.Module, prepared: bool, config: FalqonConfig) -> None:
+    """By `prepare`, or by a call with the decoder layers, which share one graph, compiled, and with
+    the head where it has an adapter.
+    """
+    if prepared:
+        falqon_fx.prepare(model, config, progress=False)
+        return
+    torch._dynamo.reset()
+    llama = model.get_base_model()
+    heads = [llama.lm_head] if hasattr(llama.lm_head, "lora_A") else []
+    for part in (*llama.model.layers, *heads):
+        part.compile(backend="falqon", options=dict[str, Any](config=config))
+    with torch.no_grad():
+        model(IDS)
 
 
 def call(model: nn.Module, config: FalqonConfig) -> Any:
@@ -62,10 +75,7 @@ def by_rows(model: nn.Module, prepared: bool = True, **options: Any) -> nn.Modul
     """A model with update="rows" whose FP8 weights hold steps of B."""
     freeze_a(model)
     config = FalqonConfig(**{"update": "rows", "inner": "eager", **options})
-    if prepared:
-        falqon_fx.prepare(model, config, progress=False)
-    else:
-        call(model, config)
+    _cast(model, prepared, config)
     fill_b(model, 0.05)
     falqon_fx.flush(model)
     return model.eval()

@@ -151,8 +151,7 @@ def test_a_merged_weight_that_fp8_cannot_hold_is_refused_by_its_layer(tmp_path, 
 # -- frozen layers ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
-@pytest.mark.parametrize("frozen", ["fp8", "leave"])
+@each_value(prepared=PREPARED_OR_NOT, frozen=["fp8", "leave"])
 def test_what_ran_in_fp8_without_an_adapter_is_in_fp8(tmp_path, prepared, frozen):
     model = wide_llama()
     plain = copy.deepcopy(model.get_base_model())

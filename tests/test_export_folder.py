@@ -26,6 +26,7 @@ from tests.exports import (
     wide_llama,
 )
 from tests.models import tiny_llama, tiny_mlp
+from tests.parameters import each_value
 from tests.sites import randn
 
 peft = pytest.importorskip("peft")
@@ -179,8 +180,7 @@ def test_biases_of_lora_b_go_into_the_layers_bias(tmp_path, bias):
 # -- the fp8 form ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("b_size", [0, 0.05])
+@each_value(dtype=[F32, BF16], b_size=[0, 0.05])
 def test_the_fp8_form_holds_the_same_bytes(tmp_path, dtype, b_size):
     """transformers has FP8 kernels for GPUs alone; here it dequantizes while loading."""
     model = in_fp8(tiny_llama(dtype), prepared=True, b_size=b_size, granularity="tensor")
@@ -212,14 +212,14 @@ def test_the_fp8_form_refuses_row_scales(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("form", ["compressed-tensors", "fp8"])
-def test_of_two_ways_in_which_a_model_ran_the_one_that_the_form_holds_is_taken(tmp_path, form):
+def test_of_two_ways_in_which_a_model_ran_the_one_that_the_form_holds_is_taken(tmp_path):
     model = in_fp8(tiny_llama(layers=1), prepared=False, granularity="tensor")
     call(model, FalqonConfig(inner="eager", granularity="row"))
-    report = export(model, tmp_path, form=form)
-    assert len(report.layers) == 7
-    if form == "compressed-tensors":
-        assert all(len(base.scale.unique()) > 1 for base in layers_in(tmp_path).values())
+    for form in ("compressed-tensors", "fp8"):
+        report = export(model, tmp_path / form, form=form)
+        assert len(report.layers) == 7, form
+    rows = layers_in(tmp_path / "compressed-tensors").values()
+    assert all(len(base.scale.unique()) > 1 for base in rows)
 
 
 # -- refusals --------------------------------------------------------------------------------------

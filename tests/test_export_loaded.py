@@ -75,8 +75,7 @@ def test_ignore_names_every_layer_that_is_dense_and_no_other(tmp_path, targets):
     assert ("model.layers.0.self_attn" in noted) is (targets != "all-linear")
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("granularity", ["tensor", "row"])
+@each_value(dtype=[F32, BF16], granularity=["tensor", "row"])
 def test_transformers_loads_the_same_weights(tmp_path, dtype, granularity):
     """Compressed until the first call, dequantized after it: exactly, as scales are powers of 2."""
     export(in_fp8(tiny_llama(dtype), prepared=True, granularity=granularity), tmp_path)

@@ -12,7 +12,6 @@ import threading
 import weakref
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +29,7 @@ from tests.models import (
     train,
 )
 from tests.parameters import PREPARED_OR_NOT, each_value
-from tests.situations import INNER, PREPARED, UPDATES, adapter, alone, codes, compiled, options
+from tests.situations import INNER, UPDATES, adapter, alone, codes, compiled, options
 from tests.training import adam, all_equal
 
 
@@ -42,8 +41,7 @@ def pointers(model: nn.Module) -> list[int]:
 # -- graphs shared ---------------------------------------------------------------------------------
 
 
-@UPDATES
-@INNER
+@each_value(update=["adapter", "rows"], inner=["eager", "aot_eager"])
 def test_blocks_that_share_one_graph_train_as_the_whole_model_does(created, graphs, inner, update):
     model, x = made(Stack, update, blocks=3), torch.randn(2, 5, 32).requires_grad_()
     expected = alone(model, x, steps=4, inner=inner, update=update)
@@ -82,8 +80,7 @@ def test_two_models_in_one_process_do_not_mix(created, graphs, update):
     assert all_equal(adapter(models[1]), expected[1])
 
 
-@UPDATES
-@PREPARED
+@each_value(update=["adapter", "rows"], prepared=PREPARED_OR_NOT)
 def test_a_deepcopy_of_a_compiled_model_has_fp8_weights_of_its_own(update, prepared):
     model, x = tiny_mlp(), torch.randn(2, 5, 32)
     config = falqon_fx.FalqonConfig(**options(update=update))
@@ -260,8 +257,7 @@ def test_dynamic_shapes_need_one_graph(created, graphs, inner):
     assert len(created) == 2
 
 
-@UPDATES
-@pytest.mark.parametrize("dynamic", [None, True])
+@each_value(dynamic=[None, True], update=["adapter", "rows"])
 def test_another_scaling_compiles_anew(created, graphs, dynamic, update):
     """With dynamic=True Dynamo hands a float over as an input: a match pins it. The base stays;
     with update="rows" the scaling is in the FP8 weight, and another makes another.
