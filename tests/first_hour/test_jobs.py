@@ -286,7 +286,8 @@ def test_a_kind_of_loop_trains_as_plain_peft(name, graphs):
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "AdamW, fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
     "SGD": lambda p: torch.optim.SGD(p, lr=0.3, momentum=0.9, nesterov=True),
-    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=3e-2),
+    # By default it steps in proportion to the parameter, and B begins at zero.
+    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2, eps=(None, 1.0)),
     "Adafactor, transformers": lambda p: transformers.Adafactor(
         p, lr=1e-2, relative_step=False, scale_parameter=False
     ),
