@@ -225,7 +225,8 @@ def test_experts_with_a_scale_per_block_are_read(source, tmp_path):
         }
         values.append({name.removesuffix("_fp8"): m.base() for name, m in stacks.items()})
     for name, base in values[0].items():
-        assert torch.equal(base.code, values[1][name].code)
+        # `load` keeps the bytes of what has the same scale in all blocks.
+        assert torch.equal(base.dequantize(), values[1][name].dequantize())
     dense = {name: _stacked(base) for name, base in values[0].items()}
     for path, weight in parts(dense).items():
         scale = found[f"{path}.weight_scale_inv"].repeat_interleave(16, 0).repeat_interleave(16, 1)
