@@ -65,8 +65,8 @@ def page(rows: Sequence[Row], failed: dict[str, str]) -> str:
     text = common.markdown("Families with stacked experts", common.environment(), header, lines)
     total = (
         f"\n{len(rows)} families have stacks that transformers' interface runs and PEFT adapts; of "
-        f"{len(done)} all are merged, with gradients of A and B whose cosine to PEFT's is {SIMILAR} "
-        f"or more. Of the {len(plain)} with the plain layout it is {len(of_plain)}.\n"
+        f"{len(done)} all are merged, with gradients of A and B whose cosine to PEFT's is "
+        f"{SIMILAR} or more. Of the {len(plain)} with the plain layout it is {len(of_plain)}.\n"
     )
     return text + total
 

@@ -126,6 +126,31 @@ def test_stacks_that_fsdp_shards_run_as_they_were(mesh, graphs):
         assert item.remedy
 
 
+def test_prepared_stacks_that_fsdp_shards_train_as_they_do_alone(mesh, graphs):
+    assert all(sharded_beside_alone(mesh))
+    assert [len(graph.sites) for graph in graphs] == [2, 2]
+
+
+def sharded_beside_alone(mesh: Any) -> list[bool]:
+    """Whether the output and each gradient of a step are those of one process, bit for bit."""
+    from torch.distributed.fsdp import fully_shard
+
+    alone, model = build(), build()
+    for each in (alone, model):
+        falqon_fx.prepare(each, progress=False)
+    call = torch.compile(alone, backend="falqon", options=EAGER)
+    expected = call(*batch(0)).detach()
+    backward(call, batch(0))
+    torch._dynamo.reset()
+    fully_shard(model.base_model.model, mesh=mesh)
+    model.base_model.model.compile(backend="falqon", options=EAGER)
+    same = [torch.equal(model(*batch(0)), expected)]
+    backward(model, batch(0))
+    whole: list[Any] = gradients(model)
+    pairs = zip(whole, gradients(alone), strict=True)
+    return same + [torch.equal(ours.full_tensor(), theirs) for ours, theirs in pairs]
+
+
 def test_stacks_that_are_cut_are_left_by_name(mesh):
     """By `prepare`; the experts of a process, as expert parallelism has them, and DTensors."""
     model = build()
