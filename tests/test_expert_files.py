@@ -9,9 +9,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
@@ -96,8 +98,15 @@ def parts(stacks: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("at_hand", ["prepared", "base", "compiled"])
-def test_an_export_has_each_expert_as_engines_read_it(source, tmp_path, at_hand):
+@pytest.fixture
+def mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("at_hand", ["prepared", "base", "compiled", "sharded"])
+def test_an_export_has_each_expert_as_engines_read_it(source, tmp_path, mesh, at_hand):
     model = adapted(source)
     expected = rows_of(model)
     if at_hand == "compiled":
@@ -106,10 +115,12 @@ def test_an_export_has_each_expert_as_engines_read_it(source, tmp_path, at_hand)
     else:
         falqon_fx.prepare(model, progress=False)
         expected = expected if at_hand == "base" else rows_of(model)
+    if at_hand == "sharded":
+        fully_shard(model, mesh=mesh)
     base = source if at_hand == "base" else None
     report = falqon_fx.save_fp8(model, tmp_path / "out", base=base, progress=False)
     kinds = {report.cast_from[f"model.layers.0.{name}"] for name in STACKS}
-    assert kinds == {"FP8 weight" if at_hand == "prepared" else "base weight"}
+    assert kinds == {"base weight" if at_hand in ("base", "compiled") else "FP8 weight"}
     assert f"{BLOCK}.gate" in report.dense
     found = tensors_in(tmp_path / "out")
     for path, weight in parts(expected).items():

@@ -5,7 +5,7 @@ projection, as engines and compressed-tensors have them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from falqon_fx.files.export_layers import Originals, Source, is_adapted, plan_of
 from falqon_fx.model.stacks import Fp8Stack, is_experts, prepared_stack
 from falqon_fx.ops.experts_lowering import stacked_b
 from falqon_fx.site.base import Base, bases, cast_base, check_weight
+from falqon_fx.site.sharded import whole, whole_copy
 from falqon_fx.site.spec import SiteSpec, parse_spec
 
 
@@ -35,8 +36,12 @@ class ExportStack:
     originals: Originals | None
 
     def whole(self) -> ExportStack:
-        """Itself: no process holds a part of it."""
-        return self
+        """The stack with what other processes hold of it."""
+        held = [t for a, b, _ in self.adapters for t in (a, b)]
+        if not any(map(is_dtensor, (*self.module.parameters(), *held))):
+            return self
+        adapters = tuple((whole(a.detach()), whole(b.detach()), s) for a, b, s in self.adapters)
+        return replace(self, module=whole_copy(self.module), adapters=adapters)
 
     @property
     def features(self) -> int:
@@ -102,7 +107,7 @@ def export_stacks(
     form: engines read all of an expert in one form.
     """
     experts = module.get_base_layer() if is_adapted(module) else module
-    if not is_experts(experts) or any(map(is_dtensor, module.parameters())):
+    if not is_experts(experts):
         return []
     found: list[ExportStack] = []
     wrappers = dict(_wrappers(module))
@@ -115,8 +120,8 @@ def export_stacks(
         spec = parse_spec(prepared.spec_text) if prepared is not None else plan_of(made[-1])
         given = (own, experts, name, spec, wrappers.get(name, ()), parts[own], originals)
         found.append(ExportStack(*given))
-    whole = {name.rpartition(".")[2] for name in stacks_of(model) if name.startswith(f"{path}.")}
-    return found if {stack.name for stack in found} == whole else []
+    every = {name.rpartition(".")[2] for name in stacks_of(model) if name.startswith(f"{path}.")}
+    return found if {stack.name for stack in found} == every else []
 
 
 def _wrappers(module: Any) -> Iterator[tuple[str, tuple[tuple[Tensor, Tensor, float], ...]]]:
