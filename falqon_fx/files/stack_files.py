@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
 from falqon_fx.files import blocks
-from falqon_fx.files.expert_parts import Part, own_names, parts_of, stacks_of
+from falqon_fx.files.expert_parts import Part, experts_of, own_names, parts_of, stacks_of
 from falqon_fx.files.model_state import Site, make_layer
 from falqon_fx.files.site_checks import described
 from falqon_fx.model.stacks import (
@@ -154,8 +154,8 @@ class Checkpoint:
 
     def __init__(self, model: Any) -> None:
         base = model.get_base_model()
-        sizes = stacks_of(base)
-        self._names = own_names(base) if sizes else {}
+        sizes, self._mixture = stacks_of(base), any(experts_of(base))
+        self._names = own_names(base) if self._mixture else {}
         self._parts = parts_of(base, sizes)
         self._experts = {name: experts for name, (experts, _) in sizes.items()}
         self._paths = {p.replace(".base_layer", ""): p for p, _ in model.named_modules()}
@@ -168,7 +168,9 @@ class Checkpoint:
                 weight = torch.cat([rest.pop(part.name) for part in parts])
                 stacked = weight.view(self._experts[name], -1, weight.shape[1])
                 found[self._place(name)] = stacked
-        return found | {_BASE + self._names.get(name, name): t for name, t in rest.items()}
+        if not self._mixture:
+            return {_BASE + name: tensor for name, tensor in rest.items()}
+        return found | {self._place(self._names.get(n, n)): t for n, t in rest.items()}
 
     def stacked(self, bases: dict[str, Base]) -> Iterator[tuple[str, int, Base]]:
         """Of the FP8 forms of layers by path, which become less, those of stacks: place, number of
@@ -182,6 +184,6 @@ class Checkpoint:
                 yield self._place(name) + IN_FP8, self._experts[name], whole
 
     def _place(self, name: str) -> str:
-        """Where the parameter of a stack is."""
+        """Where a parameter is, in the innermost of what PEFT has wrapped around its module."""
         above, _, last = (_BASE + name).rpartition(".")
-        return f"{self._paths[above]}.{last}"
+        return f"{self._paths.get(above, above)}.{last}"
