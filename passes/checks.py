@@ -97,7 +97,7 @@ def why_not_experts(found: Match, config: FalqonConfig) -> tuple[str, str] | Non
     if sharded:
         return (
             "FSDP shards its stacked weights, which are not in FP8",
-            "It runs as it was, gathered for each call; call falqon_fx.prepare(model) before",
+            "It runs as it was; call falqon_fx.prepare(model) before fully_shard",
         )
     return None
 

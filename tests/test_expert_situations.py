@@ -46,13 +46,14 @@ def similar(a: Tensor, b: Tensor) -> float:
 
 
 def test_routing_changes_each_step_in_one_graph(graphs):
-    """Twelve steps: no token, one and all of them for an expert among the routings. Gradients are
-    PEFT's, and where an expert has no token they are zero.
+    """Nine steps, beyond Dynamo's limit: no token, one and all of them for an expert among the
+    routings. Gradients are PEFT's, and where an expert has no token they are zero; those of several
+    batches add up.
     """
     model, twin = build(), build()
     falqon_fx.prepare(model, progress=False)
     call = torch.compile(model, backend="falqon", options=EAGER)
-    for seed in range(12):
+    for seed in range(9):
         given = batch(seed, crowd=1 + seed % E)
         if seed == 5:
             given[1].fill_(3)
@@ -64,13 +65,6 @@ def test_routing_changes_each_step_in_one_graph(graphs):
             if ours.shape[1] % E == 0 and ours.shape[0] in (128, HIDDEN):  # lora_B [out, r * E]
                 idle = [e for e in range(E) if not (given[1] == e).any()]
                 assert all(not ours[:, e::E].any() for e in idle)
-    assert len(graphs) == 1
-
-
-def test_gradients_of_several_batches_add_up():
-    model = build()
-    falqon_fx.prepare(model, progress=False)
-    call = torch.compile(model, backend="falqon", options=EAGER)
     apart = []
     for seed in range(2):
         backward(call, batch(seed))
@@ -79,8 +73,10 @@ def test_gradients_of_several_batches_add_up():
         backward(call, batch(seed))
     for both, first, second in zip(gradients(model), *apart, strict=True):
         assert torch.equal(both, first + second)
+    assert len(graphs) == 1
 
 
+@pytest.mark.slow
 def test_under_autocast_a_float32_model_is_merged(graphs):
     model = build().float()
     x, ids, weights = batch(0)
@@ -126,6 +122,7 @@ def test_stacks_that_fsdp_shards_run_as_they_were(mesh, graphs):
         assert item.remedy
 
 
+@pytest.mark.slow
 def test_prepared_stacks_that_fsdp_shards_train_as_they_do_alone(mesh, graphs):
     assert all(sharded_beside_alone(mesh))
     assert [len(graph.sites) for graph in graphs] == [2, 2]
@@ -163,6 +160,7 @@ def test_stacks_that_are_cut_are_left_by_name(mesh):
     assert report.prepared == (f"{EXPERTS}.gate_up_proj",)
 
 
+@pytest.mark.slow
 def test_tokens_of_other_processes_experts_give_nothing(graphs):
     """Expert parallelism marks them by the number of experts: no expert here has them."""
     model = build(False)

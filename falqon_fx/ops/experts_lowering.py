@@ -19,6 +19,7 @@ from falqon_fx.ops import grouped_kernels
 from falqon_fx.ops.grouped import (
     Routing,
     Stack,
+    added,
     fp8_times,
     grouped_outer,
     padded_mm,
@@ -101,7 +102,7 @@ def lower_merged_experts(given: Experts) -> list[Tensor]:
     else:
         y = product(given.weight, given.scale)
     for term in low:
-        y += padded_mm(term.left, term.right.transpose(1, 2), way.offs)
+        y = added(y, padded_mm(term.left, term.right.transpose(1, 2), way.offs))
     return [way.restored(y.to(given.out_dtype)), out_a, *kept]
 
 
@@ -157,9 +158,11 @@ def lower_grad_x(
     y = times(value, Stack.of(as_read(weight), 1.0, experts), way.offs, turned=True)
     total = y.to(torch.float32)
     if rest is not None:
-        total *= rest
+        total = total * rest
     for term in low:
-        total += times(term.left, Stack.of(term.right, 1.0, experts), way.offs, turned=True)
+        total = added(
+            total, times(term.left, Stack.of(term.right, 1.0, experts), way.offs, turned=True)
+        )
     return way.added_up(total, n).to(x_dtype)
 
 
@@ -206,7 +209,7 @@ def lower_grads(
     """See `falqon_fx.ops.experts.merged_experts_grads`."""
     way = routing(groups, by_id, rows, experts)
     of_b = grouped_outer(way.sorted(grad).to(out_a.dtype), out_a, way.offs).to(torch.float32)
-    flat = of_b.mul_(scaling).reshape(experts, -1).t().contiguous()  # as in `stacked_b`
+    flat = (of_b * scaling).reshape(experts, -1).t().contiguous()  # as in `stacked_b`
     grads = [flat.view(grad.shape[1], -1).to(b_dtype)]
     for d_j, code, scale in [(*d, *kept)] if kept else []:
         value = decode(as_read(code), 1.0, d_j.dtype)
