@@ -124,8 +124,8 @@ def stack_size(model: nn.Module, path: str, site: Site, where: str) -> tuple[int
 def put_stacks(
     model: Any, layers: Mapping[str, tuple[Site, Mapping[str, Tensor]]]
 ) -> dict[str, tuple[Site, Mapping[str, Tensor]]]:
-    """Put the stacks among ``layers`` into a model, which runs grouped products then; the other
-    layers.
+    """Put the stacks among ``layers`` into a model, which runs grouped products then, under
+    wrappers that are traced; the other layers.
     """
     others = dict(layers)
     for path, (site, found) in layers.items():
@@ -137,9 +137,13 @@ def put_stacks(
         layer = make_layer(site, found, None, stack_path(f"{path}.code", prepared=True))
         owner._modules[name + IN_FP8] = layer.train(owner.training)
         read_as_property(owner, name)
-    base = model.get_base_model()
-    if len(others) < len(layers) and base.config._experts_implementation not in GROUPED:
-        base.set_experts_implementation("grouped_mm")
+    if len(others) < len(layers):
+        from falqon_fx.model.param_wrappers import trace_param_wrappers
+
+        trace_param_wrappers(model)  # PEFT's own code would look for the parameter
+        base = model.get_base_model()
+        if base.config._experts_implementation not in GROUPED:
+            base.set_experts_implementation("grouped_mm")
     return others
 
 
