@@ -29,7 +29,7 @@ from falqon_fx.ops.grouped import (
 )
 from falqon_fx.ops.grouped_kernels import Low, generated
 from falqon_fx.ops.lowering import cast_fp8, decode, gemm_dtype
-from falqon_fx.site.numerics import E4M3, without_autocast
+from falqon_fx.site.numerics import E4M3, as_e4m3, without_autocast
 from falqon_fx.site.spec import SiteSpec, parse_spec
 
 
@@ -205,9 +205,17 @@ def lower_grads(
     scaling: float,
     b_dtype: torch.dtype,
     a_dtype: torch.dtype,
+    spec_text: str,
 ) -> list[Tensor]:
     """See `falqon_fx.ops.experts.merged_experts_grads`."""
     way = routing(groups, by_id, rows, experts)
+    if generated(grad, parse_spec(spec_text), out_a.shape[1]):
+        of_low = grouped_kernels.adapter_gradient
+        grads = [of_low(out_a, way.sorted(grad), way, scaling, b_dtype, of_a=False)]
+        for d_j, code, scale in [(*d, *kept)] if kept else []:
+            scaled = (d_j.to(torch.float32) * way.taken(scale)).to(d_j.dtype)
+            grads.append(of_low(scaled, as_e4m3(code), way, 1.0, a_dtype, of_a=True))
+        return grads
     of_b = grouped_outer(way.sorted(grad).to(out_a.dtype), out_a, way.offs).to(torch.float32)
     flat = (of_b * scaling).reshape(experts, -1).t().contiguous()  # as in `stacked_b`
     grads = [flat.view(grad.shape[1], -1).to(b_dtype)]

@@ -37,6 +37,34 @@ def generated(x: Tensor, spec: SiteSpec, rank: int) -> bool:
     return wanted and on_gpu and sizes_known((x,))
 
 
+def adapter_gradient(
+    low: Tensor,
+    wide: Tensor,
+    way: Routing,
+    factor: float,
+    out_dtype: torch.dtype,
+    *,
+    of_a: bool,
+) -> Tensor:
+    """dL/dA [E * r, in] of D and x̂, whose rows are gathered, or dL/dB [out, r * E] of O_A and the
+    sorted rows of dL/dO.
+    """
+    from falqon_fx.kernels.grouped_outer.launch import grouped_outer
+    from falqon_fx.kernels.grouped_outer.spec import GroupedOuterSpec
+
+    rows = way.rows if of_a else None
+    given: Any = {
+        "low_dtype": dtype_name(low.dtype),
+        "wide_dtype": "e4m3" if of_a else dtype_name(wide.dtype),
+        "out_dtype": dtype_name(out_dtype),
+        "gather": rows is not None,
+        "store": "slowest" if of_a else "fastest",
+        "interpreted": low.device.type == "cpu",
+    }
+    spec = GroupedOuterSpec.for_rank(low.shape[1], **given)
+    return grouped_outer(low, wide, rows, way.offs, factor, spec)
+
+
 def product(
     q: Tensor,
     q_scale: Tensor,
