@@ -90,7 +90,7 @@ def _delta(wrapper: Any, expert: int) -> Tensor:
 
 def parts(stacks: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same by the names of public checkpoints, written down here once."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for e in range(EXPERTS):
         gate, up = stacks["gate_up_proj"][e].chunk(2)
         own = {"gate_proj": gate, "up_proj": up, "down_proj": stacks["down_proj"][e]}

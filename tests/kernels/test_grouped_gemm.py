@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, fx
@@ -111,13 +113,14 @@ def test_what_does_not_fit_is_refused():
     spec = grouped_spec(0, K)
     q, weight = randn(4, K).to(E4M3), randn(2, WIDTH, K).to(E4M3)
     tiles, ones = tiles_of(offsets((2, 2)), 4, spec.block_m), torch.ones(2 * WIDTH, 1)
-    for given in (
+    every: list[Any] = [
         (q.to(E5M2), powers(4, 1), None, weight, ones, tiles),
         (q, powers(3, 1), None, weight, ones, tiles),
         (q, powers(4, 1), torch.arange(4), weight, ones, tiles),
         (q, powers(4, 1), None, weight, None, tiles),
         (q, powers(4, 1), None, weight.mT, ones, tiles),
         (q, powers(4, 1), None, weight, ones, tiles_of(offsets((2, 2)), 4, 64)),
-    ):
+    ]
+    for given in every:
         with pytest.raises(ValueError, match="grouped_gemm"):
             grouped_gemm(*given, spec)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -45,16 +47,22 @@ def test_it_gives_the_bits_of_a_sum_an_expert(counts, of_a, rank):
 
 
 def test_what_does_not_fit_is_refused():
-    made = {"low_dtype": "bfloat16", "wide_dtype": "e4m3", "out_dtype": "float32", "gather": True}
+    made: Any = {
+        "low_dtype": "bfloat16",
+        "wide_dtype": "e4m3",
+        "out_dtype": "float32",
+        "gather": True,
+    }
     spec = GroupedOuterSpec.for_rank(4, **made, store="slowest", interpreted=True)
     low, wide = whole(4, 4, dtype=torch.bfloat16, seed=1), whole(4, 8, dtype=E4M3, seed=2)
     rows, offs = torch.arange(4), offsets((2, 2))
-    for given in (
+    every: list[Any] = [
         (low.float(), wide, rows, offs),
         (low, wide.float(), rows, offs),
         (low, wide, None, offs),
         (low, wide, rows[:3], offs),
         (whole(4, 40, dtype=torch.bfloat16, seed=1), wide, rows, offs),
-    ):
+    ]
+    for given in every:
         with pytest.raises(ValueError, match="grouped_outer"):
             grouped_outer(*given, 1.0, spec)
