@@ -123,4 +123,4 @@ def test_what_does_not_fit_is_refused():
     ]
     for given in every:
         with pytest.raises(ValueError, match="grouped_gemm"):
-            grouped_gemm(*given, spec)
+            grouped_gemm(*(*given, spec))

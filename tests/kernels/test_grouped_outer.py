@@ -65,4 +65,4 @@ def test_what_does_not_fit_is_refused():
     ]
     for given in every:
         with pytest.raises(ValueError, match="grouped_outer"):
-            grouped_outer(*given, 1.0, spec)
+            grouped_outer(*(*given, 1.0, spec))
