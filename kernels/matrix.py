@@ -32,6 +32,8 @@ from falqon_fx.kernels.aot import ARCHITECTURES, CompiledKernel, compile_ahead
 from falqon_fx.kernels.gemm import examples as gemm
 from falqon_fx.kernels.gemm.spec import GemmSpec
 from falqon_fx.kernels.grad_out_a import examples as grad_out_a
+from falqon_fx.kernels.grouped_gemm import examples as grouped_gemm
+from falqon_fx.kernels.grouped_outer import examples as grouped_outer
 from falqon_fx.kernels.kernel import Kernel
 from falqon_fx.kernels.loader import load
 from falqon_fx.kernels.spec import KernelSpec
@@ -44,6 +46,8 @@ KERNELS: tuple[Kernel[Any], ...] = (
     transpose.STORED,
     adapter_grads.KERNEL,
     grad_out_a.KERNEL,
+    grouped_gemm.KERNEL,
+    grouped_outer.KERNEL,
     adapter_cast.KERNEL,
     update.KERNEL,
     activation_cast.KERNEL,

@@ -91,13 +91,19 @@ def why_not_experts(found: Match, config: FalqonConfig) -> tuple[str, str] | Non
             f"its result is {result.dtype}: a GPU multiplies groups in bfloat16",
             "It runs as it was; load the model in bfloat16",
         )
-    (weight,) = weights_of(found)
-    if weight.node is not None and is_fsdp(found.scope.outer(weight.node)):
+    (weight,), sharded = weights_of(found), False
+    if weight.node is not None and not _is_prepared_stack(found):
+        sharded = is_fsdp(found.scope.outer(weight.node))
+    if sharded:
         return (
             "FSDP shards its stacked weights, which are not in FP8",
-            "It runs as it was, gathered for each call",
+            "It runs as it was; call falqon_fx.prepare(model) before fully_shard",
         )
     return None
+
+
+def _is_prepared_stack(found: Match) -> bool:
+    return isinstance(found.base, Experts) and isinstance(found.base.weight, PreparedStack)
 
 
 def _check_gathered(found: Match, path: str, config: FalqonConfig) -> None:
@@ -111,7 +117,7 @@ def _check_gathered(found: Match, path: str, config: FalqonConfig) -> None:
             'update="rows" writes into its FP8 weight, which FSDP shards: the writes would be lost',
             'Use update="adapter", or DDP',
         )
-    if not isinstance(found.base, BaseLinear):
+    if not isinstance(found.base, BaseLinear) and not _is_prepared_stack(found):
         raise FalqonError(
             path,
             "FSDP shards its base weight, which is not in FP8 yet: each call would gather it whole",

@@ -226,7 +226,7 @@ def operations(experts: int, out: int = 64, features: int = 32, rank: int = 8) -
             grad, 48, rows, offs, *way, weight, scale, [d], a, a_scale, torch.bfloat16, spec
         )
         grads = lower_grads(
-            grad, rows, offs, *way, out_a, [d], kept, 1.0, torch.float32, torch.float32
+            grad, rows, offs, *way, out_a, [d], kept, 1.0, torch.float32, torch.float32, spec
         )
         assert grad_x.shape == x.shape
         assert [g.shape for g in grads] == [b[0].shape, a[0].shape]

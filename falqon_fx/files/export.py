@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from falqon_fx._compat import is_dtensor
 from falqon_fx.errors import FalqonError, printable
 from falqon_fx.files import atomic, ranks
 from falqon_fx.files import export_files as files
+from falqon_fx.files.expert_parts import routers
 from falqon_fx.files.export_layers import (
     ExportLayer,
     Originals,
@@ -25,6 +26,7 @@ from falqon_fx.files.export_layers import (
     is_adapted,
     warn_of_calibration,
 )
+from falqon_fx.files.export_stacks import ExportStack, Stacks
 from falqon_fx.model.fp8_linear import IN_ONE_PROCESS, refuse_parts
 from falqon_fx.model.lora_layers import check_adapters, unwrap
 from falqon_fx.model.stacks import is_experts, with_dense_stacks
@@ -43,9 +45,9 @@ _SAID: dict[Source, str] = {
     "FP8 weight": "{} were cast a second time, from FP8 weights with the adapters (base= names the "
     "folder of the original ones)",
 }
-_STACKED = "stacked experts are written dense, with their adapters"
+_STACKED = "no FP8 form for its stacked experts, which are written dense, with their adapters"
+_ROUTES = "it routes, in the dtype that it has"
 _BLOCK = 128  # the block size that engines have kernels for
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # by vLLM, into one layer
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,7 @@ def save_fp8(
     flushed = _flush(states.values())
 
     tensors = files.renamed(inner, found.tensors())
+    tensors |= found.of_stacks()
     found.check_made(tensors)
     plan = files.shards(tensors, max_shard_size)
     quantization = found.quantization()
@@ -179,10 +182,9 @@ def save_fp8(
             files.write_seal(folder)
             written = tuple(sorted(path.name for path in folder.iterdir()))
             size = sum(path.stat().st_size for path in folder.iterdir())
-        notes = (*notes, *_mixed(found.layers, found.dense))
-        return ExportReport(
-            directory, form, found.cast_from, found.dense, flushed, written, size, notes
-        )
+        notes = (*notes, *files.mixed(found.layers, found.dense))
+        cast_from = found.cast_from | found.stacks.cast_from
+        return ExportReport(directory, form, cast_from, found.dense, flushed, written, size, notes)
 
     warn_of_calibration(found.layers.values())
     names = [name for of_file in plan.filename_to_tensors.values() for name in of_file]
@@ -215,9 +217,11 @@ class _Export:
     def __init__(self, model: Any, form: Form, folder: Path | None) -> None:
         if form not in ("compressed-tensors", "fp8"):
             raise FalqonError("form", f"{form!r} is unknown", "Give 'compressed-tensors' or 'fp8'")
-        self.model, self.form = model, form
+        self.model, self.form, self._routers = model, form, routers(model)
         self._rows = fp8_layers(model)
-        self._original = None if folder is None else Originals(model, folder).read
+        originals = None if folder is None else Originals(model, folder)
+        self._original = None if originals is None else originals.read
+        self.stacks = Stacks(model, originals)
         self.all_layers: list[ExportLayer] = []
         self.dense: dict[str, str] = {}  # linear layers that stay dense, and why
         self.cast_from: dict[str, Source] = {}
@@ -226,10 +230,10 @@ class _Export:
         self._check()
         self._waiting: dict[int, tuple[Tensor, Any, Callable[[Any], Tensor]]] = {}
         self._last: tuple[str, Base] | None = None
-        self._last_whole: ExportLayer | None = None
+        self._last_whole: ExportLayer | ExportStack | None = None
 
     def _check(self) -> None:
-        if not self.layers:
+        if not self.layers and not self.stacks.found:
             raise FalqonError(
                 "",
                 "no layer of the model has an FP8 weight that engines can hold",
@@ -261,6 +265,14 @@ class _Export:
                 self._waiting[id(tensor)] = tensor, part, make
             if (bias := part.bias()) is not None:
                 found[f"{part.path}.bias"] = self._stand_in(bias)
+        return found
+
+    def of_stacks(self) -> dict[str, Tensor]:
+        """The same of stacked experts, under the names of public checkpoints."""
+        found: dict[str, Tensor] = {}
+        for name, shape, is_weight, stack, make in self.stacks.tensors():
+            found[name] = empty(*shape, dtype=E4M3 if is_weight else torch.float32)
+            self._waiting[id(found[name])] = found[name], stack, make
         return found
 
     def _stand_in(self, tensor: Tensor) -> Tensor:
@@ -319,7 +331,13 @@ class _Export:
                 self.dense[path] = "Conv1D has no FP8 form, so its weight was written dense"
             yield layer
             return
-        reason = None
+        reason, in_fp8 = None, self.stacks.take(path, module) if per_row else set()
+        if in_fp8:
+            module = module.get_base_layer() if is_adapted(module) else module
+            for name, tensor in module._parameters.items():
+                if name not in in_fp8 and tensor is not None:
+                    yield f"{path}.{name}", tensor
+            return
         if hasattr(module, "unload_and_optionally_merge_module"):  # PEFT's modules_to_save
             module = with_dense_stacks(whole_copy(module)).unload_and_optionally_merge_module(
                 merge=True, safe_merge=True, adapter_names=None
@@ -332,6 +350,8 @@ class _Export:
         if is_experts(module):
             module = with_dense_stacks(module)
             self.dense[path] = _STACKED
+        if path in self._routers:
+            self.dense[path] = reason or _ROUTES
         if isinstance(module, nn.Linear):
             left = why_left(path, module.out_features, module.in_features, tied=False)
             self.dense[path] = reason or left or "it has no FP8 weight"
@@ -347,6 +367,9 @@ class _Export:
         # Engines name the experts of a stack one by one.
         stacks = [path for path, why in self.dense.items() if why == _STACKED]
         ignore = [*self.dense, *(f"re:{re.escape(path)}\\..*" for path in stacks)]
+        weights = {f"{path}.weight": empty(1, dtype=torch.float32) for path in self._routers}
+        public = (name.removesuffix(".weight") for name in files.renamed(self.model, weights))
+        ignore += [path for path in public if path not in ignore]
         if self.form == "fp8":
             return files.fp8_config(ignore, self.block_size)
         return files.compressed_tensors_config(ignore)
@@ -359,21 +382,6 @@ class _Export:
             while any(side % size for side in layer.shape):
                 size //= 2
         return size
-
-
-def _mixed(fp8: Collection[str], dense: Collection[str]) -> tuple[str, ...]:
-    """What vLLM refuses: layers that it fuses, of which only some are FP8."""
-    for path in fp8:
-        parent, _, name = path.rpartition(".")
-        for group in (group for group in _FUSED if name in group):
-            left = [other for other in group if f"{parent}.{other}" in dense]
-            if left:
-                return (
-                    f"{parent} has {name} in FP8 and {', '.join(left)} dense: vLLM, which fuses "
-                    f"them, refuses that. Remedy: frozen='fp8', or an adapter on all of "
-                    f"{', '.join(group)}",
-                )
-    return ()
 
 
 def _flush(states: Iterable[MergedAdapter]) -> FlushReport:

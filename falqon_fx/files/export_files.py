@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from falqon_fx.files import seals, storage, trees
 from falqon_fx.files.checkpoint import versions
 from falqon_fx.files.disk import everything_below
 from falqon_fx.site.numerics import dtype_name
+
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # by vLLM, into one layer
 
 
 def renamed(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -138,3 +140,18 @@ def write_seal(folder: Path) -> None:
     names = [str(path.relative_to(folder)) for path in paths]
     content = {"format": seals.EXPORT, "versions": versions(), "files": seals.seal(folder, names)}
     storage.write_manifest(folder / seals.MANIFEST, content)
+
+
+def mixed(fp8: Collection[str], dense: Collection[str]) -> tuple[str, ...]:
+    """What vLLM refuses: layers that it fuses, of which only some are FP8."""
+    for path in fp8:
+        parent, _, name = path.rpartition(".")
+        for group in (group for group in FUSED if name in group):
+            left = [other for other in group if f"{parent}.{other}" in dense]
+            if left:
+                return (
+                    f"{parent} has {name} in FP8 and {', '.join(left)} dense: vLLM, which fuses "
+                    f"them, refuses that. Remedy: frozen='fp8', or an adapter on all of "
+                    f"{', '.join(group)}",
+                )
+    return ()

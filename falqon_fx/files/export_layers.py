@@ -209,7 +209,7 @@ def export_layer(
     if not made:
         return None
     fitting = [base for base in made if bool(base.scale.dim()) is per_row]
-    return ExportLayer(path, module, linear, _plan_of((fitting or made)[-1]))
+    return ExportLayer(path, module, linear, plan_of((fitting or made)[-1]))
 
 
 def is_adapted(module: nn.Module) -> bool:
@@ -217,7 +217,7 @@ def is_adapted(module: nn.Module) -> bool:
     return hasattr(module, "get_base_layer") and hasattr(module, "merge")
 
 
-def _plan_of(base: Base) -> SiteSpec:
+def plan_of(base: Base) -> SiteSpec:
     """How a base was cast: scales of "amax" are all powers of two by chance alone."""
     spec = SiteSpec.from_config(FalqonConfig(granularity="row" if base.scale.dim() else "tensor"))
     return replace(spec, scale="pow2" if powers_of_two(base.scale) else "amax")
@@ -247,20 +247,32 @@ class Originals:
         Raises:
             FalqonError: the folder has none, or another.
         """
-        name = self._names[layer.path]
+        name, ours = self._names[layer.path], layer.linear.base()
+        given = (layer.path, name, ours, layer.dtype, layer.spec, layer.transposed)
+        return self.of_part(*given)
+
+    def of_part(
+        self,
+        path: str,
+        name: str,
+        ours: Base,
+        dtype: torch.dtype,
+        spec: SiteSpec,
+        transposed: bool = False,
+    ) -> Tensor:
+        """The tensor ``name`` [out, in], of which ``ours`` was made; see `read`."""
         remedy = "Name the folder of the model that was prepared, or leave out base="
         if name not in self._index:
-            raise FalqonError(layer.path, f"{self._folder} has no tensor {name!r}", remedy)
-        ours: Base = layer.linear.base()
+            raise FalqonError(path, f"{self._folder} has no tensor {name!r}", remedy)
         weight = read_tensor(self._folder / self._index[name], name)
-        weight = weight.to(ours.code.device, layer.dtype)
-        weight = weight.t().contiguous() if layer.transposed else weight
+        weight = weight.to(ours.code.device, dtype)
+        weight = weight.t().contiguous() if transposed else weight
         if weight.shape == ours.code.shape:
-            theirs = cast_base(weight, layer.spec)
+            theirs = cast_base(weight, spec)
             if torch.equal(theirs.code, ours.code) and torch.equal(theirs.scale, ours.scale):
                 return weight
         problem = f"its FP8 weight was not made from the weight in {self._folder}"
-        raise FalqonError(layer.path, problem, remedy)
+        raise FalqonError(path, problem, remedy)
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -28,6 +28,7 @@ from falqon_fx.files.hf import (
 )
 from falqon_fx.files.model_state import Site
 from falqon_fx.files.site_checks import described
+from falqon_fx.files.stack_files import Checkpoint
 from falqon_fx.files.units import SCALES
 from falqon_fx.model.lora_layers import lora_layers
 from falqon_fx.site.base import Base, digest
@@ -76,15 +77,16 @@ def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = No
     spec = SiteSpec.from_config(config)
     bases = {path: Base(weights[path].view(torch.uint8), scale) for path, scale in of_rows.items()}
     bases |= _cast_again(in_blocks, spec, directory)
-    dtype = dtype_name(model.get_base_model().dtype)
+    dtype, known = dtype_name(model.get_base_model().dtype), Checkpoint(model)
     adapted = {layer.path for layer in lora_layers(model)}
     layers: dict[str, tuple[Site, Mapping[str, Tensor]]] = {}
+    site: Site = {"dtype": dtype, "transposed": False, "spec": asdict(spec)}
+    for path, experts, base in known.stacked(bases):
+        layers[path] = ({**site, "experts": experts}, _tensors(base))
     for name, base in bases.items():
         path = f"base_model.model.{name}"
         path = f"{path}.base_layer" if path in adapted else path
-        own = {"code": base.code, "scale": scale_bits(base.scale)}
-        own["digest"] = digest(base.code, base.scale)
-        layers[path] = ({"dtype": dtype, "transposed": False, "spec": asdict(spec)}, own)
+        layers[path] = (site, _tensors(base))
     skip = {f"{name}{end}" for name in weights for end in (".weight", ".input_scale", *SCALES)}
     of_cache = {name for name in tensors if name.endswith(_OF_CACHE)}
     if of_cache:
@@ -95,8 +97,14 @@ def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = No
             stacklevel=3,
         )
     skip |= of_cache
-    rest = {f"base_model.model.{n}": t for n, t in tensors.items() if n not in skip}
+    rest = known.placed({n: t for n, t in tensors.items() if n not in skip})
     return fill(model, layers, rest, str(directory))
+
+
+def _tensors(base: Base) -> dict[str, Tensor]:
+    """Those of a prepared layer."""
+    own = {"code": base.code, "scale": scale_bits(base.scale)}
+    return {**own, "digest": digest(base.code, base.scale)}
 
 
 def _read(directory: Path) -> dict[str, Tensor]:

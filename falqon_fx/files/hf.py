@@ -14,6 +14,7 @@ from falqon_fx.errors import FalqonError
 from falqon_fx.files import storage
 from falqon_fx.files.model_state import Site, make_layer, names_of
 from falqon_fx.files.site_checks import check_site, check_values, described, ranks_around
+from falqon_fx.files.stack_files import put_stacks, stack_size
 from falqon_fx.model.lora_layers import is_linear
 
 INDEX = "model.safetensors.index.json"
@@ -38,13 +39,12 @@ def fill(
             weights that are no numbers.
     """
     for path, (site, found) in layers.items():
-        module = _linear(model, path, where)
-        size = module.weight.t().shape if site["transposed"] else module.weight.shape
-        check_site(path, site, found, tuple(size), where, ranks_around(model, path))
+        size = _size(model, path, site, where)
+        check_site(path, site, found, size, where, ranks_around(model, path))
         if verify:
             check_values(path, found, where)
     own = {f"{path}.{name}" for path, (site, _) in layers.items() for name in names_of(site)}
-    for path, (site, found) in layers.items():
+    for path, (site, found) in put_stacks(model, layers).items():
         bias = model.get_submodule(path).bias
         model.set_submodule(path, make_layer(site, found, bias, path))
     named = {}
@@ -78,10 +78,12 @@ def fill(
     return loaded
 
 
-def _linear(model: nn.Module, path: str, where: str) -> Any:
-    """The linear layer in whose place an FP8 one comes."""
+def _size(model: nn.Module, path: str, site: Site, where: str) -> tuple[int, int]:
+    """[out, in] of the linear layer in whose place an FP8 one comes, or all rows of a stack."""
+    if "experts" in site:
+        return stack_size(model, path, site, where)
     try:
-        module = model.get_submodule(path)
+        module: Any = model.get_submodule(path)
     except AttributeError as error:
         problem = f"{where} has FP8 weights for it, the model no such layer"
         raise FalqonError(path, problem, "Check config.json") from error
@@ -89,7 +91,8 @@ def _linear(model: nn.Module, path: str, where: str) -> Any:
         kind = type(module).__name__
         problem = f"{where} has FP8 weights for it, the model a {kind}"
         raise FalqonError(path, problem, "Leave it dense: call falqon_fx.prequantize on the model")
-    return module
+    first, second = module.weight.shape
+    return (second, first) if site["transposed"] else (first, second)
 
 
 def _check_shapes(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:

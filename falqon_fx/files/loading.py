@@ -11,6 +11,7 @@ from falqon_fx.config import FalqonConfig
 from falqon_fx.files import seals, storage
 from falqon_fx.files.fp8_import import load_fp8
 from falqon_fx.files.hf import adapter_config, empty_model, fill
+from falqon_fx.files.stack_files import Checkpoint
 from falqon_fx.files.storage import DamagedFileError
 
 FORMAT = "falqon_fx.prequantized.3"  # what `falqon_fx.prequantize` writes
@@ -67,18 +68,20 @@ def _load(directory: Path, lora: Any, config: FalqonConfig | None, verify: bool)
     model = empty_model(directory, adapter_config(directory), count)
     by_file = {site["file"]: site for site in manifest["sites"]}
     tensors: dict[str, Tensor] = {}
+    new_a: dict[str, Tensor] = {}
     layers = {}
     for file, expected in manifest["files"].items():
         found = storage.open_tensors(directory / file, expected, verify=verify)
         site = by_file.get(file)
         if site is None:
-            tensors |= {f"base_model.model.{name}": tensor for name, tensor in found.items()}
+            tensors |= found
             continue
         path = site["prepared"]
         if "lora_A" in found:
             name = f"{path.removesuffix('.base_layer')}.lora_A.default.weight"
-            tensors[name] = found.pop("lora_A")
+            new_a[name] = found.pop("lora_A")
         layers[path] = (site, found)
     if len(layers) != len(by_file) or len(by_file) != len(manifest["sites"]):
         raise DamagedFileError(directory / MANIFEST, "its sites and files don't belong together")
-    return fill(model, layers, tensors, str(directory), verify=verify)
+    placed = Checkpoint(model).placed(tensors) | new_a
+    return fill(model, layers, placed, str(directory), verify=verify)

@@ -75,9 +75,10 @@ class PreparedSite(TypedDict):
 
 
 class LoadedSite(PreparedSite):
-    """The same with the ``file`` of its tensors."""
+    """The same with the ``file`` of its tensors; ``experts`` of a stack."""
 
     file: str
+    experts: NotRequired[Annotated[int, Field(ge=1, lt=2**31)]]
 
 
 WeightSite = TypedDict(

@@ -26,6 +26,7 @@ from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.model.lora_layers import is_linear
 from falqon_fx.model.prepare import BEFORE
 from falqon_fx.model.prepared_linear import PreparedLinear
+from falqon_fx.model.stacks import Fp8Stack
 from falqon_fx.model.terms import check_terms
 from falqon_fx.rows.prepared import MergedBaseLinear
 from falqon_fx.rows.state import STATE, MergedAdapter, registry
@@ -115,7 +116,12 @@ def make_layer(
     if "scaling" in site:
         return MergedBaseLinear(_state(site, tensors), bias, dtype, transposed, path)
     nothing = Base(tensors["code"].to("meta"), as_scale(tensors["scale"].to("meta")))
-    layer = Fp8Linear(nothing, bias, dtype, transposed, str(SiteSpec(**site["spec"])), path)
+    given = (dtype, transposed, str(SiteSpec(**site["spec"])), path)
+    layer = (
+        Fp8Stack(nothing, site["experts"], *given)
+        if "experts" in site
+        else Fp8Linear(nothing, bias, *given)
+    )
     for name in layer.STATE:  # the bytes are not read, as the digest of a given base would have to
         setattr(layer, name, nn.Parameter(tensors[name], requires_grad=False))
     layer.set_terms({name: tensors[name] for name in site.get("terms", ())})

@@ -32,6 +32,7 @@ from falqon_fx.files.hf import (
 )
 from falqon_fx.files.loading import FORMAT, MANIFEST
 from falqon_fx.files.model_state import Site
+from falqon_fx.files.stack_files import StackLayer, stacks_to_cast
 from falqon_fx.files.units import Unit, layers_to_cast, units_of
 from falqon_fx.files.workers import Admission, Clock, shared_threads
 from falqon_fx.model.lora_layers import LinearLayer
@@ -41,6 +42,7 @@ from falqon_fx.site.numerics import scale_bits
 from falqon_fx.site.spec import RowsSpec, SiteSpec
 from falqon_fx.site.svd import init_lora_a_
 
+Layers = Mapping[str, LinearLayer | StackLayer]
 DEFAULT = FalqonConfig(init="svd")
 _PLAN = "plan.json"
 _COPIED = (*seals.CONFIGS, *seals.TOKENIZER, *seals.PAPERS)
@@ -103,7 +105,10 @@ def prequantize(
         index = read_index(source)
         others = seals.known_files(source, _COPIED)
         skeleton = empty_model(source, lora_config(lora), len(index))
-        layers = layers_to_cast(skeleton, index, config)
+        layers: Layers = {
+            **layers_to_cast(skeleton, index, config),
+            **stacks_to_cast(skeleton, index, config),
+        }
         block = blocks.block_size(quantization_config(source), source)
         units = units_of(layers, source, index, block, skeleton.get_base_model().dtype)
         blocks.warn_unless_exact(_scales(units, source, index), source)
@@ -135,7 +140,7 @@ def _run(
     partial: Path,
     source: Path,
     index: Mapping[str, str],
-    layers: Mapping[str, LinearLayer],
+    layers: Layers,
     config: FalqonConfig,
     units: list[Unit],
     workers: int,
@@ -214,7 +219,7 @@ def _convert(
     source: Path,
     index: Mapping[str, str],
     partial: Path,
-    layers: Mapping[str, LinearLayer],
+    layers: Layers,
     config: FalqonConfig,
     clock: Clock,
     admit: Admission,
@@ -231,8 +236,7 @@ def _convert(
             return written, True
         if unit.layer is not None:
             with clock("cast"):
-                layer = layers[unit.layer]
-                tensors = _cast(layer, _dense(unit, layer.site, tensors, source), config)
+                tensors = _cast(unit, layers[unit.layer], tensors, source, config)
         with clock("write"), atomic.aside(partial) as folder:
             described = storage.write_tensors(folder / "tensors", tensors)
             atomic.rename(folder / "tensors", partial / unit.file)
@@ -254,14 +258,26 @@ def _dense(unit: Unit, site: str, tensors: Mapping[str, Tensor], source: Path) -
 
 def _scales(units: list[Unit], source: Path, index: Mapping[str, str]) -> Iterator[Tensor]:
     """The scales of the weights that are FP8 already."""
-    names = (unit.tensors[1] for unit in units if unit.block is not None)
+    halves = (unit.tensors[len(unit.tensors) // 2 :] for unit in units if unit.block is not None)
+    names = (name for half in halves for name in half)
     return (read_tensor(source / index[name], name) for name in names)
 
 
-def _cast(layer: LinearLayer, weight: Tensor, config: FalqonConfig) -> dict[str, Tensor]:
+def _cast(
+    unit: Unit,
+    layer: LinearLayer | StackLayer,
+    tensors: Mapping[str, Tensor],
+    source: Path,
+    config: FalqonConfig,
+) -> dict[str, Tensor]:
     """The layer's tensors (`falqon_fx.files.model_state.make_layer`), and A where
-    it has an adapter.
+    it has an adapter; those of stacks start as they are loaded.
     """
+    if isinstance(layer, StackLayer):
+        base = layer.cast(tensors, unit.block, SiteSpec.from_config(config), source)
+        own = {"code": base.code, "scale": scale_bits(base.scale)}
+        return {**own, "digest": digest(base.code, base.scale)}
+    weight = _dense(unit, layer.site, tensors, source)
     if weight.shape != layer.module.weight.shape:
         wanted = list(layer.module.weight.shape)
         problem = f"its weight is {list(weight.shape)}, by config.json {wanted}"
@@ -312,7 +328,7 @@ def _finish(
     out: Path,
     others: list[Path],
     skeleton: Any,
-    layers: Mapping[str, LinearLayer],
+    layers: Layers,
     config: FalqonConfig,
     units: list[Unit],
     described: Mapping[str, Any],
@@ -336,11 +352,13 @@ def _finish(
     atomic.remove(out / _PLAN)
 
 
-def _site(unit: Unit, layer: LinearLayer, config: FalqonConfig) -> Site:
+def _site(unit: Unit, layer: LinearLayer | StackLayer, config: FalqonConfig) -> Site:
     """What `falqon_fx.files.model_state.make_layer` needs to know."""
     known: Site = {"prepared": layer.path, "file": unit.file, "dtype": unit.dtype}
     known["transposed"] = layer.transposed
-    if config.update == "rows" and layer.lora is not None:
+    if isinstance(layer, StackLayer):
+        known["experts"] = layer.experts
+    elif config.update == "rows" and layer.lora is not None:
         spec = asdict(RowsSpec.from_config(config))
         return {**known, "spec": spec, "scaling": layer.lora.scaling}
     return {**known, "spec": asdict(SiteSpec.from_config(config))}

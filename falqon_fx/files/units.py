@@ -13,6 +13,7 @@ import torch
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
 from falqon_fx.files.hf import read_entries
+from falqon_fx.files.stack_files import StackLayer
 from falqon_fx.model.lora_layers import LinearLayer, linear_layers
 from falqon_fx.model.prepare import skip_reason
 from falqon_fx.rows import model as rows_model
@@ -28,8 +29,8 @@ class Unit:
     """What one file holds: a weight in FP8, or tensors as they are."""
 
     file: str  # in the folder, with a number of its own
-    tensors: tuple[str, ...]  # a weight that is FP8 already, and its scales
-    layer: str | None  # path of the linear layer in the PEFT model
+    tensors: tuple[str, ...]  # weights, then the scales of those that are FP8 already
+    layer: str | None  # path of the linear layer, or stack of experts, in the PEFT model
     bytes: int
     dtype: str = ""  # of the weight that is cast
     block: tuple[int, int] | None = None  # rows and columns per scale, of one that is FP8 already
@@ -62,8 +63,15 @@ def tensor_of(layer: LinearLayer) -> str:
     return layer.path.removeprefix("base_model.model.").removesuffix(".base_layer") + ".weight"
 
 
+def tensors_of(layer: LinearLayer | StackLayer) -> tuple[str, ...]:
+    """The names of its weights in the checkpoint; a stack may have many."""
+    if isinstance(layer, StackLayer):
+        return tuple(part.name for part in layer.parts)
+    return (tensor_of(layer),)
+
+
 def units_of(
-    layers: Mapping[str, LinearLayer],
+    layers: Mapping[str, LinearLayer | StackLayer],
     source: Path,
     index: Mapping[str, str],
     block: tuple[int, int] | None,
@@ -76,20 +84,21 @@ def units_of(
     sizes = {name: _bytes(entry) for name, entry in entries.items()}
     cast: list[Unit] = []
     for path, layer in layers.items():
-        names: tuple[str, ...] = (tensor_of(layer),)
-        found = entries[names[0]]["dtype"]
-        scale = _scale_of(names[0], entries)
-        if block and scale and entries[scale]["shape"] != [entries[names[0]]["shape"][0], 1]:
-            names, found = (*names, scale), dtype_name(dtype)
-        elif found in _DTYPES:
-            found = _DTYPES[found]
+        weights = tensors_of(layer)
+        scales = tuple(s for name in weights if (s := _block_scale(name, entries, block)))
+        names, found = weights + scales, {entries[name]["dtype"] for name in weights}
+        if len(scales) == len(weights):
+            known = dtype_name(dtype)
+        elif not scales and len(found) == 1 and found <= _DTYPES.keys():
+            known = _DTYPES[found.pop()]
         else:
+            text = " and ".join(sorted(found))
             raise FalqonError(
-                layer.site, f"its weight is {found} already", "falqon_fx.load takes FP8 as it is"
+                layer.site, f"its weight is {text} already", "falqon_fx.load takes FP8 as it is"
             )
         file = _file_of(len(cast), layer.site)
-        size, of_block = sum(sizes[name] for name in names), block if len(names) == 2 else None
-        cast.append(Unit(file, names, path, size, found, of_block))
+        size, of_block = sum(sizes[name] for name in names), block if scales else None
+        cast.append(Unit(file, names, path, size, known, of_block))
     if not cast:
         raise FalqonError(str(source), "none of its layers is to be cast", "Check the LoraConfig")
     taken = {name for unit in cast for name in unit.tensors}
@@ -111,6 +120,16 @@ def units_of(
 def _bytes(entry: Mapping[str, Any]) -> int:
     first, end = entry["data_offsets"]
     return int(end - first)
+
+
+def _block_scale(
+    weight: str, entries: Mapping[str, Any], block: tuple[int, int] | None
+) -> str | None:
+    """The name of the scales of an FP8 weight that has one per ``block``."""
+    scale = _scale_of(weight, entries)
+    if not block or not scale or entries[scale]["shape"] == [entries[weight]["shape"][0], 1]:
+        return None
+    return scale
 
 
 def _scale_of(weight: str, entries: Mapping[str, Any]) -> str | None:

@@ -29,7 +29,7 @@ from falqon_fx.site.spec import SiteSpec
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # transformers' implementations whose products are found in a graph
-_GROUPED = ("grouped_mm", "batched_mm")
+GROUPED = ("grouped_mm", "batched_mm")
 
 
 class Fp8Stack(Fp8Linear):
@@ -112,8 +112,12 @@ def stacked_weights(model: nn.Module) -> Iterator[StackedWeight]:
                 yield StackedWeight(path, module, name, wrappers.get((id(module), name)))
 
 
-def why_not_stacked(stack: StackedWeight, config: FalqonConfig, tied: bool) -> str | None:
-    """Why a stack is left by `prepare`; "" where that is nothing to report."""
+def why_not_stacked(
+    stack: StackedWeight, config: FalqonConfig, tied: bool, runs: bool = True
+) -> str | None:
+    """Why a stack is left by `prepare`; "" where that is nothing to report. Without ``runs``
+    whatever the model has to be told before it runs is no reason.
+    """
     if not config.selects(stack.site):
         return "include= or exclude= leaves it out"
     if stack.wrapper is None and config.frozen == "leave":
@@ -122,12 +126,12 @@ def why_not_stacked(stack: StackedWeight, config: FalqonConfig, tied: bool) -> s
         return 'stacked experts have granularity="row" and update="adapter" alone'
     if not is_plain(stack.weight) or stack.module._is_expert_parallel:
         return "its experts are spread over processes"
-    if stack.wrapper is not None and not getattr(stack.wrapper, "traced", False):
+    if runs and stack.wrapper is not None and not getattr(stack.wrapper, "traced", False):
         return "call falqon_fx.integrations.peft.trace_param_wrappers(model) before"
     if stack.wrapper is not None and stack.wrapper.merged:
         return "its adapter is merged into the base weight (call unmerge_adapter() first)"
     used = getattr(stack.module.config, "_experts_implementation", None)
-    if used not in _GROUPED:
+    if runs and used not in GROUPED:
         return f'experts run as {used!r} (call model.set_experts_implementation("grouped_mm"))'
     if stack.wrapper is not None:
         return None

@@ -143,18 +143,19 @@ def merged_experts_grads(
     scaling: float,
     b_dtype: torch.dtype,
     a_dtype: torch.dtype,
+    spec_text: str,
 ) -> list[Tensor]:
     """dL/dB [out, r * E] = s · (dL/dO_e)ᵀ · O_A,e, and where ``kept`` = [x̂, its scale] is given
     dL/dA [E * r, in] = D_eᵀ · x̂_e, as PEFT lays them out.
     """
     return lower_grads(
-        grad, rows, groups, by_id, experts, out_a, d, kept, scaling, b_dtype, a_dtype
+        grad, rows, groups, by_id, experts, out_a, d, kept, scaling, b_dtype, a_dtype, spec_text
     )
 
 
 @merged_experts_grads.register_fake
 def _(grad: Tensor, *rest: Any) -> list[Tensor]:
-    _, _, _, experts, out_a, _, kept, _, b_dtype, a_dtype = rest
+    _, _, _, experts, out_a, _, kept, _, b_dtype, a_dtype, _ = rest
     columns = out_a.shape[1] * experts
     grads = [grad.new_empty((grad.shape[1], columns), dtype=b_dtype)]
     if kept:
@@ -247,8 +248,9 @@ def _gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         if a and (needs_b[0] or trains_a):
             of_a, of_b = (column[0] for column in ctx.dtypes)
             own = (d, kept) if trains_a else ([], [])
+            said = (ctx.scaling[0], of_b, of_a, ctx.spec_text)
             made_b, *made_a = torch.ops.falqon.merged_experts_grads(
-                grad, rows, *way, out_a, *own, ctx.scaling[0], of_b, of_a
+                grad, rows, *way, out_a, *own, *said
             )
             grad_b = [made_b if needs_b[0] else None]
             grad_a = [*made_a] or [None]

@@ -1,8 +1,10 @@
 """What the ops of `falqon_fx.ops.experts` compute, on a CPU and on a GPU: ATen alone, so that a
 compiler may open them.
 
-A GPU multiplies x with W in FP8 where torch does (`falqon_fx.ops.grouped.takes_fp8`); everything
-else are grouped products of decoded values. Whatever the number of experts, it is as many calls.
+A GPU multiplies x with W in FP8: by torch where it has such a product
+(`falqon_fx.ops.grouped.takes_fp8`), else by a generated kernel, which computes dL/dx everywhere.
+Everything else are grouped products of decoded values. Whatever the number of experts, it is as
+many calls.
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from falqon_fx.ops import grouped_kernels
 from falqon_fx.ops.grouped import (
     Routing,
     Stack,
+    added,
     fp8_times,
     grouped_outer,
     padded_mm,
@@ -23,8 +27,9 @@ from falqon_fx.ops.grouped import (
     takes_fp8,
     times,
 )
+from falqon_fx.ops.grouped_kernels import Low, generated
 from falqon_fx.ops.lowering import cast_fp8, decode, gemm_dtype
-from falqon_fx.site.numerics import E4M3, without_autocast
+from falqon_fx.site.numerics import E4M3, as_e4m3, without_autocast
 from falqon_fx.site.spec import SiteSpec, parse_spec
 
 
@@ -66,8 +71,10 @@ def lower_merged_experts(given: Experts) -> list[Tensor]:
     exact = spec.scale == "pow2"
     way = routing(given.groups, given.by_id, given.rows, given.experts)
     stack = Stack.of(given.weight, 1.0, given.experts)
-    in_fp8 = takes_fp8(given.x, stack, given.out_dtype)
-    cast = cast_fp8(given.x, E4M3, spec, dtype, keep=given.keep_x or in_fp8)
+    rank = given.a[0].shape[0] // given.experts if given.a else 0
+    in_kernel = generated(given.x, spec, rank)
+    in_fp8 = takes_fp8(given.x, stack, given.out_dtype) and spec.kernel != "triton"
+    cast = cast_fp8(given.x, E4M3, spec, dtype, keep=given.keep_x or in_fp8 or in_kernel)
     value = way.taken(cast.value)
     of_x = None if exact else way.taken(cast.scale)
 
@@ -79,16 +86,23 @@ def lower_merged_experts(given: Experts) -> list[Tensor]:
             return y
         return (y.to(torch.float32) * of_x * by_row(scale, way, len(y))).to(dtype)
 
-    if in_fp8 and cast.code is not None:
-        operands = way.taken(cast.code), way.taken(cast.scale), stack, given.scale
-        y = fp8_times(*operands, way.offs, spec.accumulation == "fast")
-    else:
-        y = product(given.weight, given.scale)
-    out_a = y.new_empty((len(y), 0))
+    out_a = value.new_empty((value.shape[0], 0))
+    low: list[Low] = []
     for code, scale, b in zip(given.a, given.a_scale, given.b, strict=True):
         out_a = product(code, scale)
-        y += padded_mm(out_a, stacked_b(b.to(dtype), given.experts).transpose(1, 2), way.offs)
+        low = [Low(out_a, stacked_b(b.to(dtype), given.experts))]
     kept = [cast.code, cast.scale] if given.keep_x and cast.code is not None else []
+    if in_kernel and not in_fp8 and cast.code is not None:
+        operands = cast.code, cast.scale, way, stack, given.scale, given.out_dtype
+        y = grouped_kernels.product(*operands, low[0] if low else None)
+        return [way.restored(y), out_a, *kept]
+    if in_fp8 and cast.code is not None:
+        rows = way.taken(cast.code), way.taken(cast.scale), stack, given.scale
+        y = fp8_times(*rows, way.offs, spec.accumulation == "fast")
+    else:
+        y = product(given.weight, given.scale)
+    for term in low:
+        y = added(y, padded_mm(term.left, term.right.transpose(1, 2), way.offs))
     return [way.restored(y.to(given.out_dtype)), out_a, *kept]
 
 
@@ -123,14 +137,32 @@ def lower_grad_x(
     """See `falqon_fx.ops.experts.merged_experts_grad_x`."""
     way = routing(groups, by_id, rows, experts)
     spec, dtype = parse_spec(spec_text), gemm_dtype(grad.dtype, grad.device)
+    low: list[Low] = []
+    for d_j, code, a_scale_j in zip(d, a, a_scale, strict=True):
+        scaled = (d_j.to(torch.float32) * by_row(a_scale_j, way, d_j.shape[0])).to(dtype)
+        low.append(Low(scaled, as_read(code)))
+    if generated(grad, spec, d[0].shape[1] if d else 0):
+        folded = way.sorted(grad).to(torch.float32) * by_row(scale, way, grad.shape[0])
+        cast = cast_fp8(folded, spec.grad_dtype, spec, dtype, keep=True)
+        assert cast.code is not None
+        term = low[0] if low else None
+        if term is not None:
+            codes = Stack.of(term.right, 1.0, experts)
+            term = Low(term.left, codes.decoded(dtype))
+        wide = x_dtype if way.rows is None else torch.float32
+        stack = Stack.of(weight, 1.0, experts)
+        q = cast.code.view(spec.grad_dtype)
+        y = grouped_kernels.product(q, cast.scale, way, stack, None, wide, term, backward=True)
+        return way.added_up(y, n).to(x_dtype)
     value, rest = cast_by_expert(way.sorted(grad), scale, way, spec, dtype)
     y = times(value, Stack.of(as_read(weight), 1.0, experts), way.offs, turned=True)
     total = y.to(torch.float32)
     if rest is not None:
-        total *= rest
-    for d_j, code, a_scale_j in zip(d, a, a_scale, strict=True):
-        scaled = (d_j.to(torch.float32) * by_row(a_scale_j, way, d_j.shape[0])).to(dtype)
-        total += times(scaled, Stack.of(as_read(code), 1.0, experts), way.offs, turned=True)
+        total = total * rest
+    for term in low:
+        total = added(
+            total, times(term.left, Stack.of(term.right, 1.0, experts), way.offs, turned=True)
+        )
     return way.added_up(total, n).to(x_dtype)
 
 
@@ -173,11 +205,19 @@ def lower_grads(
     scaling: float,
     b_dtype: torch.dtype,
     a_dtype: torch.dtype,
+    spec_text: str,
 ) -> list[Tensor]:
     """See `falqon_fx.ops.experts.merged_experts_grads`."""
     way = routing(groups, by_id, rows, experts)
+    if generated(grad, parse_spec(spec_text), out_a.shape[1]):
+        of_low = grouped_kernels.adapter_gradient
+        grads = [of_low(out_a, way.sorted(grad), way, scaling, b_dtype, of_a=False)]
+        for d_j, code, scale in [(*d, *kept)] if kept else []:
+            scaled = (d_j.to(torch.float32) * way.taken(scale)).to(d_j.dtype)
+            grads.append(of_low(scaled, as_e4m3(code), way, 1.0, a_dtype, of_a=True))
+        return grads
     of_b = grouped_outer(way.sorted(grad).to(out_a.dtype), out_a, way.offs).to(torch.float32)
-    flat = of_b.mul_(scaling).reshape(experts, -1).t().contiguous()  # as in `stacked_b`
+    flat = (of_b * scaling).reshape(experts, -1).t().contiguous()  # as in `stacked_b`
     grads = [flat.view(grad.shape[1], -1).to(b_dtype)]
     for d_j, code, scale in [(*d, *kept)] if kept else []:
         value = decode(as_read(code), 1.0, d_j.dtype)

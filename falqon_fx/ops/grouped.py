@@ -46,14 +46,22 @@ class Routing:
 
     def restored(self, y: Tensor) -> Tensor:
         """The inverse of `sorted`."""
-        return y if self.order is None else torch.empty_like(y).index_copy_(0, self.order, y)
+        if self.order is None:
+            return y
+        made = torch.empty_like(y)
+        if y.device.type == "cpu":
+            return made.index_copy_(0, self.order, y)
+        return made.index_copy(0, self.order, y)  # graphs are functional
 
     def added_up(self, y: Tensor, n: int) -> Tensor:
         """The inverse of `taken`: float32 [n, k], the sum of all that read the same row."""
         wide = y.to(torch.float32)
         if self.rows is None:
             return wide
-        return wide.new_zeros((n, y.shape[1])).index_add_(0, self.rows, wide)
+        made = wide.new_zeros((n, y.shape[1]))
+        if y.device.type == "cpu":
+            return made.index_add_(0, self.rows, wide)
+        return made.index_add(0, self.rows, wide)
 
     def experts(self, count: int) -> Tensor:
         """The expert of each of ``count`` sorted rows, int64; rows behind all get the last."""
@@ -72,9 +80,14 @@ def routing(groups: Tensor, by_id: bool, rows: Sequence[Tensor], experts: int) -
     ids = groups.reshape(-1).remainder(experts)  # indexing takes -1 for the last
     order = torch.argsort(ids, stable=True)
     counts = torch.zeros(experts, dtype=torch.int32, device=ids.device)
-    counts.index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
+    counts = counts.index_add(0, ids, torch.ones_like(ids, dtype=torch.int32))
     offs = counts.cumsum(0, dtype=torch.int32)
     return Routing(offs, order if taken is None else taken.index_select(0, order), order)
+
+
+def added(total: Tensor, term: Tensor) -> Tensor:
+    """Their sum, in the place of ``total`` where nothing traces it."""
+    return total.add_(term) if total.device.type == "cpu" else total + term
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,8 @@ def choose(site: Site) -> tuple[str, str]:
 
 def choose_for_experts(site: Site) -> tuple[str, str]:
     """The same for a stack of experts."""
-    return "aten", "grouped products of decoded FP8 values, whatever the number of experts"
+    reason = "grouped products, whatever the number of experts: a CPU decodes, a GPU takes FP8"
+    return "aten", reason
 
 
 def candidates(site: Site) -> list[GemmSpec]:

@@ -1,0 +1,126 @@
+"""How stacked experts lie in public checkpoints: most have a matrix for each expert and projection,
+of which transformers makes the stack as it loads them. Its own conversions say which is where.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from falqon_fx.files.export_files import renamed
+from falqon_fx.model.stacks import Fp8Stack, is_experts
+from falqon_fx.site.paths import IN_FP8
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a stack [E * out, in] that are the tensor ``name`` [last - first, in] of a
+    checkpoint.
+    """
+
+    name: str
+    first: int
+    last: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first, self.last)
+
+    @property
+    def layer(self) -> str:
+        """The path of the linear layer that engines see."""
+        return self.name.removesuffix(".weight")
+
+
+def parts_of(model: Any, stacks: Mapping[str, tuple[int, int]]) -> dict[str, tuple[Part, ...]]:
+    """The parts of each stack [E, out, in], given as the name of its parameter and (E, out), in the
+    order of their rows. Left out are stacks that checkpoints keep in one piece, or otherwise.
+    """
+    # The numbers of its rows, which are moved as its weights would be.
+    starts, numbers, first = {}, {}, 0
+    for name, (experts, out) in stacks.items():
+        rows = torch.arange(first, first + experts * out, device="cpu")
+        starts[first], numbers[name] = name, rows.view(experts, out, 1)
+        first += experts * out
+    found: dict[str, list[Part]] = defaultdict(list)
+    for name, rows in renamed(model, numbers).items():
+        begin = int(rows.flatten()[0])
+        start = max(s for s in starts if s <= begin)
+        if _is_matrix(name, rows):
+            found[starts[start]].append(Part(name, begin - start, begin - start + len(rows)))
+    whole = {}
+    for name, (experts, out) in stacks.items():
+        parts = tuple(sorted(found[name], key=lambda part: part.first))
+        ends = [0, *(part.last for part in parts)]
+        if [part.first for part in parts] == ends[:-1] and ends[-1] == experts * out:
+            whole[name] = parts
+    return whole
+
+
+def _is_matrix(name: str, rows: Tensor) -> bool:
+    """Whether a tensor of a checkpoint is the weight of a layer whose rows follow each other."""
+    if not name.endswith(".weight") or rows.dim() != 2 or rows.shape[1] != 1:
+        return False
+    flat = rows.flatten()
+    return torch.equal(flat, torch.arange(int(flat[0]), int(flat[0]) + len(flat)))
+
+
+def stacks_of(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(E, out) of the weights that a model stores [E, out, in], prepared or not, by the names of
+    their parameters without PEFT's wrappers.
+    """
+    found = {}
+    for path, module in experts_of(model):
+        if module.is_transposed:
+            continue
+        for name, weight in module._parameters.items():
+            if weight is not None and weight.dim() == 3:
+                found[f"{path}.{name}".lstrip(".")] = (weight.shape[0], weight.shape[1])
+        for name, child in module._modules.items():
+            if isinstance(child, Fp8Stack):
+                own = name.removesuffix(IN_FP8)
+                rows = child.out_features // child.experts
+                found[f"{path}.{own}".lstrip(".")] = (child.experts, rows)
+    return found
+
+
+def routers(model: nn.Module) -> set[str]:
+    """The paths of modules beside experts that have a weight and are no layers of torch: they
+    route.
+    """
+    found = set()
+    modules = {path.replace(".base_layer", ""): module for path, module in model.named_modules()}
+    for path, _ in experts_of(model):
+        above = path.rpartition(".")[0]
+        for name, child in modules[above].named_children():
+            own: Any = child.get_base_layer() if hasattr(child, "get_base_layer") else child
+            weight = own._parameters.get("weight")
+            if weight is not None and weight.dim() == 2 and not isinstance(own, nn.Linear):
+                found.add(f"{above}.{name}".lstrip("."))
+    return found
+
+
+def experts_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The experts that transformers' interface runs, by their paths without PEFT's wrappers."""
+    for path, module in model.named_modules():
+        if is_experts(module):
+            yield path.replace(".base_layer", ""), module
+
+
+def own_names(model: Any) -> dict[str, str]:
+    """What a transformers model calls the tensors of its public checkpoints, those alone that are
+    one tensor here as there. PEFT's adapters in it are left out.
+    """
+    stacks = stacks_of(model)
+    plain = {
+        own: tensor
+        for name, tensor in model.state_dict().items()
+        if (own := name.replace(".base_layer", "")) not in stacks and ".lora_" not in name
+    }
+    names = {id(tensor): name for name, tensor in plain.items()}
+    return {theirs: names[id(t)] for theirs, t in renamed(model, plain).items() if id(t) in names}

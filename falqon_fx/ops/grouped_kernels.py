@@ -1,0 +1,99 @@
+"""The products of experts by a generated kernel, which reads FP8 as it lies: nothing is decoded
+into memory, and x is gathered as it is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from falqon_fx.kernels.hardware import fp8_architecture
+from falqon_fx.kernels.spec import MAX_RANK
+from falqon_fx.ops.grouped import Routing, Stack
+from falqon_fx.ops.products import sizes_known
+from falqon_fx.site.numerics import as_e4m3, dtype_name
+from falqon_fx.site.spec import SiteSpec
+
+
+@dataclass(frozen=True)
+class Low:
+    """What is added to a product, left_e · right_e [S, r] · [r, N], of each expert's rows; right is
+    [E, N, r] in forward and [E, r, N] in backward.
+    """
+
+    left: Tensor
+    right: Tensor
+
+
+def generated(x: Tensor, spec: SiteSpec, rank: int) -> bool:
+    """Whether the kernel computes the products of rows of x: on a GPU with FP8, where all sizes are
+    known, unless ``kernel`` asks for others.
+    """
+    wanted = spec.kernel in ("auto", "max-autotune", "triton") and rank <= MAX_RANK
+    on_gpu = x.device.type == "cuda" and fp8_architecture(x.device) > 0
+    return wanted and on_gpu and sizes_known((x,))
+
+
+def adapter_gradient(
+    low: Tensor,
+    wide: Tensor,
+    way: Routing,
+    factor: float,
+    out_dtype: torch.dtype,
+    *,
+    of_a: bool,
+) -> Tensor:
+    """dL/dA [E * r, in] of D and x̂, whose rows are gathered, or dL/dB [out, r * E] of O_A and the
+    sorted rows of dL/dO.
+    """
+    from falqon_fx.kernels.grouped_outer.launch import grouped_outer
+    from falqon_fx.kernels.grouped_outer.spec import GroupedOuterSpec
+
+    rows = way.rows if of_a else None
+    given: Any = {
+        "low_dtype": dtype_name(low.dtype),
+        "wide_dtype": "e4m3" if of_a else dtype_name(wide.dtype),
+        "out_dtype": dtype_name(out_dtype),
+        "gather": rows is not None,
+        "store": "slowest" if of_a else "fastest",
+        "interpreted": low.device.type == "cpu",
+    }
+    spec = GroupedOuterSpec.for_rank(low.shape[1], **given)
+    return grouped_outer(low, wide, rows, way.offs, factor, spec)
+
+
+def product(
+    q: Tensor,
+    q_scale: Tensor,
+    way: Routing,
+    stack: Stack,
+    scale: Tensor | None,
+    out_dtype: torch.dtype,
+    low: Low | None,
+    *,
+    backward: bool = False,
+) -> Tensor:
+    """O_e = x_e · dq(W_e)ᵀ + left_e · right_eᵀ [S, m] of sorted rows, or with ``backward``
+    dL/dx_e = g_e · W_e + left_e · right_e, whose rows of ``q`` are sorted already.
+    """
+    from falqon_fx.kernels.grouped_gemm.launch import grouped_gemm, tiles_of
+    from falqon_fx.kernels.grouped_gemm.tiles import grouped_spec
+
+    rows = None if backward else way.rows
+    count = (q if rows is None else rows).shape[0]
+    k = stack.code.shape[1 if backward else 2]
+    given: Any = {
+        "fp8": "e4m3" if q.dtype == torch.float8_e4m3fn else "e5m2",
+        "dtype": dtype_name(out_dtype),
+        "a_dtype": dtype_name(torch.bfloat16 if low is None else low.left.dtype),
+        "rank": 0 if low is None else low.left.shape[1],
+        "gather": rows is not None,
+    }
+    spec = grouped_spec(fp8_architecture(q.device), k, backward=backward, **given)
+    tiles = tiles_of(way.offs, count, spec.block_m)
+    more = (None, None) if low is None else (low.left, low.right)
+    weight = as_e4m3(stack.code)
+    return grouped_gemm(q, q_scale, rows, weight, scale, tiles, spec, *more)

@@ -1,0 +1,1 @@
+"""FP8 products of rows with the stacked weights of their experts."""

@@ -1,0 +1,69 @@
+"""Which tiles a GEMM over experts takes on which architecture. All compile without spills (`make
+kernels`); none has been timed on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from falqon_fx.kernels.grouped_gemm.spec import GroupedGemmSpec
+from falqon_fx.kernels.hardware import FP8, reads_columns
+from falqon_fx.kernels.spec import InputDtype, padded
+
+
+class Tile(NamedTuple):
+    """Block sizes of one program and how it is run."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+# An expert of 128 gets 256 of 4096 tokens at top 8: high tiles would be half empty.
+_FORWARD = {
+    120: Tile(64, 128, 64, 4, 3),
+    100: Tile(128, 128, 128, 8, 3),
+    90: Tile(64, 128, 128, 4, 3),
+    0: Tile(64, 128, 64, 4, 3),
+}
+_BACKWARD = {100: Tile(128, 128, 128, 8, 3), 90: Tile(64, 128, 64, 4, 3), 0: Tile(64, 64, 64, 4, 3)}
+_INTERPRETED = Tile(16, 32, 32, 4, 1)
+
+
+def grouped_spec(
+    architecture: int,
+    k: int,
+    *,
+    rank: int = 0,
+    gather: bool = False,
+    backward: bool = False,
+    fp8: Literal["e4m3", "e5m2"] | None = None,
+    dtype: InputDtype = "bfloat16",
+    a_dtype: InputDtype = "bfloat16",
+    scaled: bool = True,
+) -> GroupedGemmSpec:
+    """O, or dL/dx with ``backward``, on sm_``architecture`` (0: the interpreter) for sums over
+    ``k`` elements. Where tensor cores don't read W by columns, its bytes and those of dL/dO are
+    decoded in the kernel.
+    """
+    table = _BACKWARD if backward else _FORWARD
+    tile = table.get(architecture, table[0]) if architecture else _INTERPRETED
+    native = architecture >= FP8 and (not backward or reads_columns(architecture))
+    return GroupedGemmSpec(
+        x=fp8 or ("e5m2" if backward else "e4m3"),
+        operands="fp8" if native else "bfloat16" if architecture else "float32",
+        w_scale="none" if backward or not scaled else "row",
+        out_dtype=dtype,
+        a_dtype=a_dtype,
+        layout="kn" if backward else "nk",
+        gather=gather,
+        extra=padded(rank) if rank else 0,
+        even_k=k % tile.k == 0,
+        block_m=tile.m,
+        block_n=tile.n,
+        block_k=tile.k,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )

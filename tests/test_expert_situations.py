@@ -1,0 +1,175 @@
+"""Stacked experts where they are used: other routing each step, accumulated gradients, autocast,
+experts that are spread over processes.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.nn import functional as F
+
+import falqon_fx
+from falqon_fx import FalqonConfig, FalqonError
+from tests.test_prepared_experts import EXPERTS, STACKS, build
+
+EAGER: Any = {"config": FalqonConfig(inner="eager")}
+E, TOP, HIDDEN = 4, 2, 64
+
+
+def batch(seed: int, tokens: int = 12, crowd: int = E) -> tuple[Tensor, Tensor, Tensor]:
+    """x, and routing to the first ``crowd`` experts alone."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, HIDDEN, generator=generator).to(torch.bfloat16)
+    ids = torch.randint(0, crowd, (tokens, TOP), generator=generator)
+    weights = torch.rand(tokens, TOP, generator=generator).to(torch.bfloat16)
+    return x, ids, weights
+
+
+def backward(call: Any, given: tuple[Tensor, ...]) -> None:
+    call(*given).float().square().mean().backward()
+
+
+def gradients(model: Any) -> list[Tensor]:
+    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    return found
+
+
+def similar(a: Tensor, b: Tensor) -> float:
+    return float(F.cosine_similarity(a.flatten().float(), b.flatten().float(), 0))
+
+
+def test_routing_changes_each_step_in_one_graph(graphs):
+    """Nine steps, beyond Dynamo's limit: no token, one and all of them for an expert among the
+    routings. Gradients are PEFT's, and where an expert has no token they are zero; those of several
+    batches add up.
+    """
+    model, twin = build(), build()
+    falqon_fx.prepare(model, progress=False)
+    call = torch.compile(model, backend="falqon", options=EAGER)
+    for seed in range(9):
+        given = batch(seed, crowd=1 + seed % E)
+        if seed == 5:
+            given[1].fill_(3)
+            given[1][0, 0] = 1
+        backward(call, given)
+        backward(twin, given)
+        for ours, theirs in zip(gradients(model), gradients(twin), strict=True):
+            assert similar(ours, theirs) > 0.99
+            if ours.shape[1] % E == 0 and ours.shape[0] in (128, HIDDEN):  # lora_B [out, r * E]
+                idle = [e for e in range(E) if not (given[1] == e).any()]
+                assert all(not ours[:, e::E].any() for e in idle)
+    apart = []
+    for seed in range(2):
+        backward(call, batch(seed))
+        apart.append(gradients(model))
+    for seed in range(2):
+        backward(call, batch(seed))
+    for both, first, second in zip(gradients(model), *apart, strict=True):
+        assert torch.equal(both, first + second)
+    assert len(graphs) == 1
+
+
+@pytest.mark.slow
+def test_under_autocast_a_float32_model_is_merged(graphs):
+    model = build().float()
+    x, ids, weights = batch(0)
+    given = (x.float(), ids, weights.float())
+    results = []
+    for call in (model, torch.compile(model, backend="falqon", options=EAGER)):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = call(*given)
+        y.float().square().mean().backward()
+        results.append([y.detach(), *gradients(model)])
+    (graph,) = graphs
+    assert sorted(site.path for site in graph.sites) == STACKS
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert similar(ours, theirs) > 0.99
+
+
+# -- spread over processes -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_stacks_that_fsdp_shards_run_as_they_were(mesh, graphs):
+    from torch.distributed.fsdp import fully_shard
+
+    model: Any = build()
+    expected, given = model(*batch(0)), batch(0)
+    fully_shard(model.base_model.model, mesh=mesh)
+    with pytest.raises(FalqonError, match="before fully_shard"):
+        falqon_fx.prepare(model, progress=False)
+    model.base_model.model.compile(backend="falqon", options=EAGER)
+    assert torch.equal(model(*given), expected)
+    rejected = {item.site: item for graph in graphs for item in graph.rejected}
+    assert len(rejected) == len(STACKS)
+    for item in rejected.values():
+        assert "FSDP shards its stacked weights" in item.reason
+        assert item.remedy
+
+
+@pytest.mark.slow
+def test_prepared_stacks_that_fsdp_shards_train_as_they_do_alone(mesh, graphs):
+    assert all(sharded_beside_alone(mesh))
+    assert [len(graph.sites) for graph in graphs] == [2, 2]
+
+
+def sharded_beside_alone(mesh: Any) -> list[bool]:
+    """Whether the output and each gradient of a step are those of one process, bit for bit."""
+    from torch.distributed.fsdp import fully_shard
+
+    alone, model = build(), build()
+    for each in (alone, model):
+        falqon_fx.prepare(each, progress=False)
+    call = torch.compile(alone, backend="falqon", options=EAGER)
+    expected = call(*batch(0)).detach()
+    backward(call, batch(0))
+    torch._dynamo.reset()
+    fully_shard(model.base_model.model, mesh=mesh)
+    model.base_model.model.compile(backend="falqon", options=EAGER)
+    same = [torch.equal(model(*batch(0)), expected)]
+    backward(model, batch(0))
+    whole: list[Any] = gradients(model)
+    pairs = zip(whole, gradients(alone), strict=True)
+    return same + [torch.equal(ours.full_tensor(), theirs) for ours, theirs in pairs]
+
+
+def test_stacks_that_are_cut_are_left_by_name(mesh):
+    """By `prepare`; the experts of a process, as expert parallelism has them, and DTensors."""
+    model = build()
+    inner: Any = model.get_submodule(EXPERTS).get_base_layer()
+    whole = copy.deepcopy(inner._parameters["down_proj"])
+    cut = distribute_tensor(whole.detach(), mesh, [Shard(0)])
+    inner._parameters["down_proj"] = torch.nn.Parameter(cut, requires_grad=False)
+    report = falqon_fx.prepare(model, progress=False)
+    assert "spread over processes" in report.skipped[f"{EXPERTS}.down_proj"]
+    assert report.prepared == (f"{EXPERTS}.gate_up_proj",)
+
+
+@pytest.mark.slow
+def test_tokens_of_other_processes_experts_give_nothing(graphs):
+    """Expert parallelism marks them by the number of experts: no expert here has them."""
+    model = build(False)
+    model.experts._is_expert_parallel = True
+    x, ids, weights = batch(0)
+    ids[::3] = E
+    weights[ids == E] = 0
+    expected = model(x, ids, weights)
+    call = torch.compile(model, backend="falqon", options=EAGER)
+    y = call(x, ids, weights)
+    assert similar(y, expected) > 0.99
+    assert not y[(ids == E).all(1)].any()

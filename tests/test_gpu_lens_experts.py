@@ -1,0 +1,48 @@
+"""benchmarks/experts_lens.py: what experts launch on a GPU, from Inductor's code for one."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.slow
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def lens():
+    sys.path.insert(0, str(BENCHMARKS))
+    yield importlib.import_module("experts_lens")
+    sys.path.remove(str(BENCHMARKS))
+
+
+def seen(lens, experts, **options) -> list[Counter[str]]:
+    sizes = lens.Sizes(hidden=128, inner=64, top=2, tokens=64, rank=8)
+    return [lens.counts(launches) for launches in lens.look(sizes, experts, **options)]
+
+
+def test_launches_are_as_many_for_any_number_of_experts(lens):
+    """O of both stacks is torch's product on an H100, dL/dx and the adapters' gradients are those
+    of generated kernels.
+    """
+    few, many = seen(lens, 4), seen(lens, 64)
+    assert few == many
+    forward, backward = few
+    assert (forward["_scaled_grouped_mm"], forward["grouped_gemm"]) == (2, 0)
+    assert (backward["grouped_gemm"], backward["grouped_outer"]) == (2, 4)
+    # O_A and O_A · b of each stack; then D.
+    assert (forward["_grouped_mm"], backward["_grouped_mm"]) == (4, 2)
+
+
+def test_generated_kernels_add_the_adapter_as_they_store(lens):
+    forward, backward = seen(lens, 4, kernel="triton")
+    assert (forward["_scaled_grouped_mm"], forward["grouped_gemm"]) == (0, 2)
+    assert (forward["_grouped_mm"], backward["grouped_gemm"]) == (2, 2)
