@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from falqon_fx._compat import native_bf16
 from falqon_fx.kernels.cpu import casts as cpu_casts
+from falqon_fx.kernels.cpu import native as cpu
 from falqon_fx.ops.arguments import Merged
 from falqon_fx.site.casts import scale_of
 from falqon_fx.site.numerics import (
@@ -115,10 +116,9 @@ def decode(
     code: Tensor, scale: Tensor | float, dtype: torch.dtype, to: Tensor | None = None
 ) -> Tensor:
     """`decode_fp8`, into ``to`` where that is given."""
-    if code.device.type == "cpu":
-        result = code.new_empty(code.shape, dtype=dtype) if to is None else to
-        if cpu_casts.decode_rows(code, scale, result):
-            return result
+    compiled = cpu.decode(code, scale, dtype, to)
+    if compiled is not None:
+        return compiled
     value = decode_fp8(code, scale, dtype)
     return value if to is None else to.copy_(value)
 

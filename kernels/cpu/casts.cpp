@@ -1,14 +1,10 @@
-// Casts to FP8 and back around the products on a CPU: a row is read, measured, rounded and written
+// Casts to FP8 before the products on a CPU: a row is read, measured, rounded and written
 // while it lies in the cache. falqon_fx/ops/lowering.py says the same in ATen operations, which pass
 // over memory some eight times. Bound by kernels/cpu/casts.py.
 
 #include <cstdint>
 #include <cstring>
 #include <vector>
-
-#ifdef __AVX512BW__
-#include <immintrin.h>
-#endif
 
 namespace {
 
@@ -121,70 +117,6 @@ void cast_rows(const In* x, int64_t x_stride, const float* columns, int64_t rows
   }
 }
 
-// E4M3: 448 = 1.75 * 2**8 is the largest, 2**-6 the smallest normal, 2**-9 the spacing below it.
-inline float decode(uint8_t code) {
-  const uint32_t bits = code, size = bits & 0x7Fu;
-  const float normal = as_float((size << 20) + (120u << 23));
-  const float subnormal = as_float((size << 20) + (121u << 23)) - 0x1p-6f;
-  const float value = size < 8u ? subnormal : normal;
-  return as_float((size == 0x7Fu ? 0x7FC00000u : as_bits(value)) | (bits & 0x80u) << 24);
-}
-
-// Decodes rows. Of bfloat16 there is a table of the 128 codes without a sign where a register holds
-// it; neighbours mostly have the same scale, and with it the same table.
-template <typename Out>
-struct Decoder {
-  void row(Out* __restrict to, const uint8_t* __restrict code, int64_t count, float scale) {
-    for (int64_t j = 0; j < count; ++j) narrow(decode(code[j]) * scale, to[j]);
-  }
-};
-
-#ifdef __AVX512BW__
-template <>
-struct Decoder<bfloat16> {
-  __m512i part[4];
-  uint32_t scale_bits = 0;
-  bool made = false;
-
-  void make(float scale) {
-    bfloat16 table[128];
-    for (int c = 0; c < 128; ++c) narrow(decode(uint8_t(c)) * scale, table[c]);
-    for (int i = 0; i < 4; ++i) part[i] = _mm512_loadu_si512(table + 32 * i);
-    scale_bits = as_bits(scale);
-    made = true;
-  }
-
-  void row(bfloat16* __restrict to, const uint8_t* __restrict code, int64_t count, float scale) {
-    if (!made || scale_bits != as_bits(scale)) make(scale);
-    int64_t j = 0;
-    for (; j + 32 <= count; j += 32) {
-      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(code + j));
-      const __m512i wide = _mm512_cvtepu8_epi16(bytes);
-      const __m512i small = _mm512_permutex2var_epi16(part[0], wide, part[1]);
-      const __m512i large = _mm512_permutex2var_epi16(part[2], wide, part[3]);
-      const __mmask32 is_large = _mm512_test_epi16_mask(wide, _mm512_set1_epi16(0x40));
-      const __m512i value = _mm512_mask_blend_epi16(is_large, small, large);
-      const __m512i sign = _mm512_and_si512(_mm512_slli_epi16(wide, 8), _mm512_set1_epi16(-0x8000));
-      _mm512_storeu_si512(to + j, _mm512_or_si512(value, sign));
-    }
-    for (; j < count; ++j) narrow(decode(code[j]) * scale, to[j]);
-  }
-};
-#endif
-
-template <typename Out>
-void decode_rows(const uint8_t* code, const float* scale, int64_t scale_stride, int64_t rows,
-                 int64_t count, Out* to, int64_t threads) {
-#pragma omp parallel num_threads(threads)
-  {
-    Decoder<Out> decoder;
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < rows; ++i) {
-      decoder.row(to + i * count, code + i * count, count, scale[i * scale_stride]);
-    }
-  }
-}
-
 }  // namespace
 
 // Rows of x [rows, count], times columns [count] unless that is null, cast to FP8 with one power of
@@ -210,16 +142,5 @@ extern "C" void falqon_cast_rows(const void* x, int64_t x_is_bfloat16, int64_t x
   } else {
     if (to_is_bfloat16) run(wide_x, half_to);
     else run(wide_x, wide_to);
-  }
-}
-
-// value(code) * scale of E4M3 bytes [rows, count], the scale of row i at scale[i * scale_stride].
-extern "C" void falqon_decode_rows(const uint8_t* code, const float* scale, int64_t scale_stride,
-                                   int64_t rows, int64_t count, void* to, int64_t to_is_bfloat16,
-                                   int64_t threads) {
-  if (to_is_bfloat16) {
-    decode_rows(code, scale, scale_stride, rows, count, static_cast<bfloat16*>(to), threads);
-  } else {
-    decode_rows(code, scale, scale_stride, rows, count, static_cast<float*>(to), threads);
   }
 }

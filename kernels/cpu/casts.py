@@ -1,4 +1,4 @@
-"""The casts around the products on a CPU as compiled code: ``casts.cpp``, built at need. Bit for
+"""The casts before the products on a CPU as compiled code: ``casts.cpp``, built at need. Bit for
 bit what `falqon_fx.ops.lowering` computes with ATen's operations.
 """
 
@@ -28,7 +28,7 @@ def library() -> Any | None:
     """The compiled code; None where no compiler works, with the reason in the log."""
     return compiled(
         Path(__file__).with_suffix(".cpp"),
-        ("cast_rows", "decode_rows"),
+        ("cast_rows",),
         "the FP8 casts can't be compiled for this CPU and run as ATen operations, several times "
         "slower",
     )
@@ -77,36 +77,6 @@ def cast_rows(
         _POINTER(None if codes is None else codes.data_ptr()),
     )
     return scale
-
-
-def decode_rows(code: Tensor, scale: Tensor | float, to: Tensor) -> bool:
-    """Write value(code) · scale of E4M3 bytes [m, k] (uint8 or E4M3) into ``to`` [m, k], float32 or
-    bfloat16; ``scale`` is float32 [m, 1], [] or a number. False where there is no compiled code, or
-    it doesn't take these.
-    """
-    scale = torch.as_tensor(scale, dtype=torch.float32, device="cpu")
-    m, k = code.shape
-    rows = scale.numel() == m and scale.dim() == 2
-    if not (_plain(code, scale, to) and to.dtype in _FLOATS and code.dtype.itemsize == 1):
-        return False
-    if to.shape != code.shape or not (code.is_contiguous() and to.is_contiguous()):
-        return False
-    if not (rows or scale.numel() == 1) or not scale.is_contiguous():
-        return False
-    built = library()
-    if built is None:
-        return False
-    built.falqon_decode_rows(
-        _POINTER(code.data_ptr()),
-        _POINTER(scale.data_ptr()),
-        _INT64(1 if rows else 0),
-        _INT64(m),
-        _INT64(k),
-        _POINTER(to.data_ptr()),
-        _INT64(to.dtype == torch.bfloat16),
-        _INT64(torch.get_num_threads()),
-    )
-    return True
 
 
 def _plain(*tensors: Tensor) -> bool:

@@ -55,10 +55,11 @@ float widen(float16 x) {
   return as_float((size < 0x7C00u ? finite : size << 13 | 0x7F800000u) | (x.bits & 0x8000u) << 16);
 }
 void narrow(float x, float& to) { to = x; }
-// To the nearest, ties to even; NaNs are those of `decode`.
+// To the nearest, ties to even; a NaN stays one.
 void narrow(float x, bfloat16& to) {
   const uint32_t bits = as_bits(x);
-  to.bits = uint16_t((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
+  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  to.bits = uint16_t((bits & 0x7FFFFFFFu) > 0x7F800000u ? (bits >> 16) | 0x40u : rounded);
 }
 
 // E4M3: 448 = 1.75 * 2**8 is the largest, 2**-6 the smallest normal, 2**-9 the spacing below it.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,24 +105,29 @@ def _copy_of(to: Tensor, of: Tensor) -> _Copy:
     return _Copy(_address(to, to.dtype), _address(of, of.dtype), of.nbytes)
 
 
-def decode(code: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor | None:
-    """`falqon_fx.site.numerics.decode_fp8` of bytes [..., n], ``scale`` [..., 1], [] or a number.
-    None where there is no compiled code, or it doesn't take these.
+def decode(
+    code: Tensor, scale: Tensor | float, dtype: torch.dtype, to: Tensor | None = None
+) -> Tensor | None:
+    """`falqon_fx.site.numerics.decode_fp8` of E4M3 or its bytes [..., n], ``scale`` [..., 1], []
+    or a number, into ``to`` where that is given. None where there is no compiled code, or it
+    doesn't take these.
     """
     scale = _as_scale(scale)
-    if dtype not in _FLOATS or not _by_rows(code, torch.uint8, scale):
+    if dtype not in _FLOATS or not _by_rows(code, {torch.uint8, torch.float8_e4m3fn}, scale):
         return None
-    result = torch.empty(code.shape, dtype=dtype, device="cpu")
+    result = torch.empty(code.shape, dtype=dtype, device="cpu") if to is None else to
+    if not result.is_contiguous():
+        return None
     sizes = (*_rows_of(code, scale), dtype == torch.bfloat16, torch.get_num_threads())
-    operands = (_address(code, torch.uint8), _address(scale, torch.float32))
-    _call("falqon_decode", *operands, *map(_INT64, sizes), _address(result, dtype))
+    operands = (_address(code, code.dtype), _address(scale, torch.float32))
+    _call("falqon_decode", *operands, *map(_INT64, sizes), _address(result, dtype, code.shape))
     return result
 
 
 def round_scaled(x: Tensor, scale: Tensor | float, mantissa: int, spacing: float) -> Tensor | None:
     """`falqon_fx.site.numerics.round_to_scaled_fp8` of float32 [..., n], likewise."""
     scale = _as_scale(scale)
-    if not _by_rows(x, torch.float32, scale):
+    if not _by_rows(x, {torch.float32}, scale):
         return None
     result = torch.empty(x.shape, dtype=torch.float32, device="cpu")
     sizes = (*_rows_of(x, scale), mantissa, torch.get_num_threads())
@@ -138,12 +143,12 @@ def _as_scale(scale: Tensor | float) -> Tensor:
     return torch.tensor(scale, dtype=torch.float32, device="cpu")
 
 
-def _by_rows(x: Tensor, dtype: torch.dtype, scale: Tensor) -> bool:
+def _by_rows(x: Tensor, dtypes: Set[torch.dtype], scale: Tensor) -> bool:
     """Whether compiled code can read these row by row."""
     return (
-        type(x) is Tensor  # what is traced has no memory
+        type(x) in (Tensor, torch.nn.Parameter)  # what is traced has no memory
         and x.device.type == "cpu"
-        and x.dtype == dtype
+        and x.dtype in dtypes
         and scale.device.type == "cpu"
         and scale.dtype == torch.float32
         and x.dim() > 0
