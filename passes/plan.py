@@ -114,7 +114,7 @@ def plan(
     cut_by_ddp = is_ddp_piece(root.gm)
     refused = [
         Rejected(
-            _path(root, (r.lora_a, r.lora_b), r.scope),
+            _path((r.lora_a, r.lora_b), r.scope),
             *(_CUT if r.torn and cut_by_ddp else (r.reason, r.remedy)),
             _source(r.lora_b),
         )
@@ -157,7 +157,7 @@ class _Chooser:
 
     def take(self, found: Match) -> None:
         """A linear layer with adapters."""
-        path = _path_of(self.root, found)
+        path = _path_of(found)
         why = self._refusal(found, path)
         if why is not None:
             self.rejected.append(why)
@@ -177,7 +177,7 @@ class _Chooser:
     def take_frozen(self, found: Match) -> None:
         """A frozen linear layer alone."""
         tied = any(id(param.value) in self._tied for param in weights_of(found))
-        path = _path_of(self.root, found, weights_of(found))
+        path = _path_of(found, weights_of(found))
         path = (module_path(found.anchor) if tied else "") or path  # not the embedding's
         if not self.config.selects(site_of(path)):
             return
@@ -344,16 +344,16 @@ def _source(param: Param) -> Source | None:
     return source_of(next(iter(param.node.users))) if param.node is not None else None
 
 
-def _path_of(root: Scope, found: Match, named_by: Iterable[Param] | None = None) -> str:
+def _path_of(found: Match, named_by: Iterable[Param] | None = None) -> str:
     """The path of a site. Of a stack its own, as PEFT names what it targets."""
     base = found.base
     if not isinstance(base, Experts):
-        return _path(root, _named_by(found) if named_by is None else named_by, found.scope)
+        return _path(_named_by(found) if named_by is None else named_by, found.scope)
     (weight,) = weights_of(found)
     return stack_path(_name(found.scope, weight), base.prepared is not None) or "?"
 
 
-def _path(root: Scope, params: Iterable[Param], scope: Scope) -> str:
+def _path(params: Iterable[Param], scope: Scope) -> str:
     """The deepest module path that holds all of the site's parameters."""
     names = [name for p in params if (name := _name(scope, p))]
     return common_path(names) if names else "?"

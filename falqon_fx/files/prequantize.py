@@ -121,7 +121,7 @@ def prequantize(
         disk.lock(partial, wait=False),
         disk.disk_errors_explained(out),
     ):
-        _begin(partial, source, index, skeleton, config, units)
+        _begin(partial, skeleton, config, units)
         done = _run(partial, source, index, layers, config, units, workers, progress, clock)
         described = {unit.file: done[unit][0] for unit in units}
         _finish(partial, out, others, skeleton, layers, config, units, described)
@@ -174,14 +174,7 @@ def _run(
 # -- the plan --------------------------------------------------------------------------------------
 
 
-def _begin(
-    partial: Path,
-    source: Path,
-    index: Mapping[str, str],
-    skeleton: Any,
-    config: FalqonConfig,
-    units: list[Unit],
-) -> None:
+def _begin(partial: Path, skeleton: Any, config: FalqonConfig, units: list[Unit]) -> None:
     """Start in an empty folder, or see that it is of an interrupted run with the same plan. That
     the weights are the same is seen as they are read (`_convert`).
     """
