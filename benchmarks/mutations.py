@@ -26,7 +26,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -41,7 +41,7 @@ _TWO_PROCESSES = ("passes/test_localize.py", "distributed/test_fast.py")
 _DIALECTS = ("test_dialects.py", "test_dialects_refused.py")
 _FROZEN = ("passes/test_frozen.py", "passes/test_frozen_left.py")
 _EXPERTS = ("test_merged_experts.py", "test_prepared_experts.py")
-_VERIFY = tuple(f"passes/test_verify{n}.py" for n in ("", "_operands", "_frontends"))
+_VERIFY = tuple(f"passes/test_verify{n}.py" for n in ("", "_operands", "_outliers", "_frontends"))
 # What tests a file, the most telling first. `--shared` adds the tests of all passes.
 TESTS: Mapping[str, tuple[str, ...]] = {
     "autotune.py": ("passes/test_autotune.py",),
@@ -67,7 +67,7 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "match/unmatched.py": ("passes/test_match_refused.py", *_DIALECTS, *_MATCHED[:2]),
     "modes.py": ("passes/test_modes.py", *_MATCHED[1:2]),
     "normalize.py": (_NORMALIZE, _MATCH),
-    "pipeline.py": (*_VERIFY, "test_passlog.py"),
+    "pipeline.py": (*_VERIFY, "passes/test_localize.py", "test_passlog.py"),
     "slots.py": ("passes/test_plan.py",),
     "plan.py": ("passes/test_plan.py", "passes/test_siblings.py", "passes/test_insert_operands.py"),
     "propagate.py": (_NORMALIZE, "passes/test_rewrite.py", "test_errors.py"),
@@ -127,6 +127,10 @@ def mutants(file: str, text: str) -> Iterator[Mutant]:
             ends.append(starts[line - 1] + len(row[:column].decode()))
         return ends[0], ends[1]
 
+    def source(part: ast.AST) -> str:
+        start, end = place(part)
+        return text[start:end]
+
     tree = ast.parse(text)
     passed_over: set[int] = set()
     for node in ast.walk(tree):
@@ -137,15 +141,14 @@ def mutants(file: str, text: str) -> Iterator[Mutant]:
     for node in ast.walk(tree):
         if id(node) in passed_over:
             continue
-        for kind, part, new in _faults(node, text):
+        for kind, part, new in _faults(node, source):
             start, end = place(part)
             yield Mutant(file, part.lineno, kind, text[start:end], new, start, end)
 
 
-def _faults(node: ast.AST, text: str) -> Iterator[tuple[str, ast.expr | ast.stmt, str]]:
-    def source(part: ast.AST) -> str:
-        return ast.get_source_segment(text, part) or ""
-
+def _faults(
+    node: ast.AST, source: Callable[[ast.AST], str]
+) -> Iterator[tuple[str, ast.expr | ast.stmt, str]]:
     if isinstance(node, ast.Compare) and len(node.ops) == 1:
         opposite = _OPPOSITE[type(node.ops[0])]()
         yield (
@@ -178,7 +181,8 @@ def _is_call(node: ast.AST) -> bool:
 
 def choose(file: str, text: str, each: int, dice: random.Random) -> list[Mutant]:
     """``each`` faults of a file, of as many kinds as it has."""
-    by_kind = {kind: [m for m in mutants(file, text) if m.kind == kind] for kind in KINDS}
+    found_here = [*mutants(file, text)]
+    by_kind = {kind: [m for m in found_here if m.kind == kind] for kind in KINDS}
     for found in by_kind.values():
         dice.shuffle(found)
     in_turn = [m for row in range(each) for found in by_kind.values() for m in found[row : row + 1]]
@@ -239,6 +243,8 @@ def failure(copy: Path, tests: Sequence[str], limit: int, among: str = "") -> st
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code in (-signal.SIGALRM, -signal.SIGXCPU, -signal.SIGKILL):
         return f"no end within {limit} s"
+    if code == pytest.ExitCode.USAGE_ERROR:  # what conftest.py imports
+        return "its import"
     return (name or f"exit code {code}") if code else None
 
 

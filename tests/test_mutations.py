@@ -22,7 +22,8 @@ def mutations(monkeypatch):
 
 def test_every_pass_has_tests_that_exist(mutations):
     files = {str(f.relative_to(PASSES)): f.read_text() for f in PASSES.rglob("*.py")}
-    assert {*mutations.TESTS} == {f for f, text in files.items() if [*mutations.mutants(f, text)]}
+    have_some = {f for f, text in files.items() if next(mutations.mutants(f, text), None)}
+    assert {*mutations.TESTS} == have_some
     named = {*chain(*mutations.TESTS.values(), mutations.SHARED)}
     assert [name for name in named if not (ROOT / "tests" / name).exists()] == []
 
