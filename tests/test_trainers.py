@@ -99,7 +99,7 @@ def trained(tmp_path_factory):
 
 def test_the_trainers_logs_and_trackers_get_what_watch_sees(trained):
     assert WATCH.seen is not None
-    audits = {item.step: [] for item in WATCH.seen.history}
+    audits: dict[int, list[Any]] = {item.step: [] for item in WATCH.seen.history}
     for item in WATCH.seen.history:
         audits[item.step].append(item)
     wanted = [{f"falqon/{k}": v for k, v in summary(step).items()} for step in audits.values()]
