@@ -19,7 +19,7 @@ from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.rows.prepared import MergedBaseLinear
 from tests.models import Stack, freeze_a, lora_b, tiny_mlp
 from tests.parameters import PREPARED_OR_NOT, each_pair, each_value
-from tests.runs import PREPARED, ROWS, STEPS, UPDATES, Run, assert_same_run
+from tests.runs import ROWS, STEPS, UPDATES, Run, assert_same_run
 from tests.sites import randn, same
 
 
@@ -195,8 +195,7 @@ def wide_mlp() -> nn.Module:
     return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0"]))
 
 
-@UPDATES
-@PREPARED
+@each_value(update=["adapter", "rows"], prepared=PREPARED_OR_NOT)
 def test_frozen_layers_in_fp8_resume_bit_equal(tmp_path, update, prepared):
     runs = []
     for seed in (0, 0, 9):

@@ -60,8 +60,10 @@ def _h100(monkeypatch):
 
 
 @pytest.mark.usefixtures("_h100")
-@pytest.mark.parametrize("name", [name for name in GROUPS if name != "ranks beyond the kernels'"])
-@pytest.mark.parametrize("spec", [ROW, TENSOR], ids=["row", "tensor"])
+@each_value(
+    name=[n for n in GROUPS if n != "ranks beyond the kernels'"],
+    spec={"row": ROW, "tensor": TENSOR},
+)
 def test_fake_results_look_like_the_real_ones(name, spec):
     """Of the op on a GPU, whose x̂ is in FP8, as of its lowering."""
     case = GROUPS[name](spec)

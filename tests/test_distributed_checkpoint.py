@@ -18,13 +18,12 @@ from falqon_fx import FalqonError
 from falqon_fx.files import storage
 from falqon_fx.files.storage import DamagedFileError
 from tests.models import lora_b, tiny_mlp
-from tests.parameters import PREPARED_OR_NOT, each_pair
-from tests.runs import PREPARED, STEPS, UPDATES, Run, assert_same_run, base_in_half, snapshot_of
+from tests.parameters import PREPARED_OR_NOT, each_pair, each_value
+from tests.runs import STEPS, UPDATES, Run, assert_same_run, base_in_half, snapshot_of
 from tests.sites import randn, same
 
 
-@UPDATES
-@PREPARED
+@each_value(update=["adapter", "rows"], prepared=PREPARED_OR_NOT)
 def test_torch_distributed_checkpoint_resumes_bit_equal(tmp_path, update, prepared):
     """Through its public save and load, in one process."""
     whole, first, resumed = (Run(prepared, update=update) for _ in range(3))

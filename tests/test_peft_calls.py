@@ -18,7 +18,6 @@ from tests.models import train
 from tests.parameters import PREPARED_OR_NOT, each_pair, each_value
 from tests.peft_calls import (
     SITES,
-    WHEN,
     activate,
     afresh,
     after,
@@ -45,8 +44,7 @@ def saved(tmp_path):
 # -- the adapter stays as it is --------------------------------------------------------------------
 
 
-@WHEN
-@PREPARED
+@each_value(when=["before", "after"], prepared=PREPARED_OR_NOT)
 def test_disable_adapter_gives_the_fp8_base_and_comes_back(prepared, when):
     model = made(prepared)
     call = compiled(model)
@@ -73,8 +71,7 @@ def test_the_reference_model_is_the_same_bit_for_bit_from_first_to_last_step(pre
     assert all(torch.equal(seen[0], result) for result in seen)
 
 
-@WHEN
-@PREPARED
+@each_value(when=["before", "after"], prepared=PREPARED_OR_NOT)
 def test_an_added_adapter_changes_nothing_until_it_is_active(prepared, when):
     found, model, first = after(lambda m: m.add_adapter("other", other_config()), prepared, when)
     assert torch.equal(found, first)
@@ -165,8 +162,7 @@ def test_a_loaded_adapter_is_used(saved, name, when, prepared):
     assert not torch.equal(found, first)
 
 
-@WHEN
-@PREPARED
+@each_value(when=["before", "after"], prepared=PREPARED_OR_NOT)
 def test_two_active_adapters_are_both_used(when, prepared):
     def both(model: nn.Module) -> None:
         activate(model, rank=3)

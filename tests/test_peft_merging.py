@@ -15,6 +15,7 @@ from falqon_fx import FalqonError
 from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.rows.prepared import MergedBaseLinear
 from tests.models import freeze_a, train
+from tests.parameters import each_value
 from tests.peft_calls import (
     CONFIG,
     ROWS,
@@ -58,8 +59,7 @@ def plain_weights(model: Any) -> list[Tensor]:
     return [model[0].weight.detach(), model[2].weight.detach()]
 
 
-@pytest.mark.parametrize("safe", [False, True])
-@WHEN
+@each_value(safe=[False, True], when=["before", "after"])
 def test_merge_and_unload_adds_the_trained_adapter_to_the_base_weights(safe, when):
     model = made()
     if when == "after":
@@ -168,8 +168,7 @@ def test_a_merged_adapter_is_not_prepared(config):
 # -- update="rows" ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("act", [activate, load])
-@WHEN
+@each_value(act=[activate, load], when=["before", "after"])
 def test_with_update_rows_another_adapter_gets_a_weight_of_its_own(act, when, saved):
     act = load(saved, "other") if act is load else activate
     model = made(config=ROWS)
@@ -183,8 +182,9 @@ def test_with_update_rows_another_adapter_gets_a_weight_of_its_own(act, when, sa
     assert torch.equal(found, compiled(freeze_a(other()), ROWS)(inputs()))
 
 
-@pytest.mark.parametrize("act", ["set_adapter", "delete_adapter", "load_adapter", "overwritten"])
-@WHEN
+@each_value(
+    act=["set_adapter", "delete_adapter", "load_adapter", "overwritten"], when=["before", "after"]
+)
 def test_with_update_rows_another_adapter_on_a_prepared_model_is_an_error_whose_remedy_works(
     saved, act, when
 ):

@@ -13,6 +13,7 @@ from falqon_fx import FalqonConfig, FalqonError
 from tests import tolerances as tol
 from tests.either_update import UPDATES, each_update, of_update
 from tests.models import LoraLinear, Relu, compiled, fill_b, lora_b, tiny_mlp, train
+from tests.parameters import each_value
 from tests.sites import randn
 from tests.training import adam, all_equal, steps, trained, weights
 
@@ -121,8 +122,7 @@ def test_float16_with_a_grad_scaler_trains_by_the_steps_that_were_taken(update):
     assert all_equal(result[0][1], result[1][1])
 
 
-@each_update
-@pytest.mark.parametrize("cast", ["half", "bfloat16"])
+@each_value(update=["adapter", "rows"], cast=["half", "bfloat16"])
 def test_a_cast_after_compile_goes_on_as_a_cast_before_it(cast, update):
     model, x = of_update(tiny_mlp(), update), torch.randn(5, 32)
     fill_b(model, 0.1)

@@ -22,7 +22,7 @@ import falqon_fx
 from falqon_fx.site.record import STEP
 from tests.emulation import emulate
 from tests.models import LoraLinear, Relu, Stack, compiled, fill_b, freeze_a, lora_b, tiny_mlp
-from tests.parameters import slow
+from tests.parameters import each_value, slow
 from tests.sites import randn
 from tests.spellings import Passes
 
@@ -278,8 +278,7 @@ def test_of_the_recompile_limit_nothing_is_said_before_the_last_graph():
     assert [len(texts) for texts in said] == [0, 0, 1]
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@each_value(reentrant=[False, True], inner=["eager", "aot_eager"])
 def test_a_checkpoint_drops_the_same_values_when_it_recomputes(inner, reentrant):
     """GPT-2 with gradient checkpointing and inner="eager": other gradients, and no error."""
 

@@ -122,8 +122,7 @@ def in_threads(*functions: Any) -> list[Any]:
     return results
 
 
-@PREPARED
-@pytest.mark.parametrize("pending", ["hold", "drop", "apply"])
+@each_value(prepared=PREPARED_OR_NOT, pending=["hold", "drop", "apply"])
 @pytest.mark.usefixtures("_switching")
 def test_two_threads_compute_what_one_does(prepared, pending):
     """The same model in two threads, B moved between: rows are written once, and no thread reads a
