@@ -18,6 +18,7 @@ from falqon_fx_cli import commands, export
 from falqon_fx_cli.main import main
 from falqon_fx_cli.output import print_json
 from tests.hostile import obeyed
+from tests.parameters import slow
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -211,7 +212,9 @@ def test_a_crafted_config_is_an_error_that_names_the_folder(folder, changed, tmp
     assert obeyed(said) == []
 
 
-@pytest.mark.parametrize("name", ["set_seed", "logging", "pipeline", "LlamaConfig", "os"])
+@pytest.mark.parametrize(
+    "name", ["set_seed", "LlamaConfig", "os", slow("logging"), slow("pipeline")]
+)
 def test_a_config_names_no_other_thing_of_transformers(folder, name, tmp_path, capsys):
     """The model is then that of the config's type."""
     tree = json.loads(Path(folder, "config.json").read_text())

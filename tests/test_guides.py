@@ -20,6 +20,7 @@ import pytest
 import triton
 
 from falqon_fx.kernels.matrix import read
+from falqon_fx.passes.pipeline import PASSES
 from tests.parameters import slow
 
 ROOT = Path(__file__).parents[1]
@@ -155,6 +156,11 @@ def test_each_guide_fails_first_and_passes_then():
         commands = [block for block in blocks(guide) if block.kind == "sh"]
         assert commands[0].lead == "It fails:", guide
         assert not commands[-1].lead.endswith("fails:"), guide
+
+
+def test_the_place_of_the_pass_is_the_one_that_its_guide_names():
+    (number,) = re.findall(r"falqon_(\d+)_few_tokens", GUIDES[-1].read_text())
+    assert int(number) == [*PASSES].index("autotune") + 1
 
 
 def test_files_that_a_guide_speaks_of_exist():

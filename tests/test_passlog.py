@@ -18,8 +18,8 @@ from falqon_fx.passes import pipeline
 from falqon_fx.report.repro import arguments, check
 from falqon_fx.site.spec import SiteSpec
 from falqon_fx_cli.main import main
+from tests import fresh
 from tests.models import Stack
-from tests.parameters import slow
 
 PASSES = list(pipeline.PASSES)
 LAST = f"{len(PASSES) - 1}_{PASSES[-1]}.txt"
@@ -62,9 +62,24 @@ def artifacts(folder: Path) -> dict[str, str]:
     return found
 
 
-def test_the_structured_trace_shows_the_graph_behind_each_pass(tmp_path):
-    run(TRAIN, TORCH_TRACE=str(tmp_path))
-    found = artifacts(tmp_path)
+# In a process of its own: pytest itself listens to every log.
+SAYS_WHAT_IT_RENDERS = """
+import falqon_fx.report.passlog as log
+listing = log.listing
+log.listing = lambda *given: (print("rendered"), listing(*given))[1]
+"""
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory):
+    """What a process says, and the folder of its structured trace."""
+    folder = tmp_path_factory.mktemp("trace")
+    code = SAYS_WHAT_IT_RENDERS + TRAIN
+    return run(code, TORCH_TRACE=str(folder), TORCH_LOGS="+falqon_fx"), folder
+
+
+def test_the_structured_trace_shows_the_graph_behind_each_pass(traced):
+    found = artifacts(traced[1])
     names = [name for name in found if name.startswith("falqon_")]
     assert names == [*(f"falqon_{i}_{name}" for i, name in enumerate(PASSES)), "falqon_report"]
     for i, name in enumerate(PASSES):
@@ -75,22 +90,24 @@ def test_the_structured_trace_shows_the_graph_behind_each_pass(tmp_path):
     assert len(RewriteReport.from_json(found["falqon_report"]).sites) == 4
 
 
-# In a process of its own: pytest itself listens to every log.
-SAYS_WHAT_IT_RENDERS = """
-import falqon_fx.report.passlog as log
-listing = log.listing
-log.listing = lambda *given: (print("rendered"), listing(*given))[1]
-"""
+REPORTED = "4 sites rewritten (4 with an adapter), 0 rejected, 0 left"
 
 
-@pytest.mark.parametrize(("setting", "graphs"), [slow("falqon_fx", 0), ("+falqon_fx", len(PASSES))])
-def test_torch_logs_shows_the_passes_and_renders_nothing_else(setting, graphs):
-    done = run(SAYS_WHAT_IT_RENDERS + TRAIN, TORCH_LOGS=setting)
-    text = done.stderr
-    assert done.stdout.count("rendered") == graphs
-    assert len(re.findall(r"graph after \w+:", text)) == graphs
-    assert "4 sites rewritten (4 with an adapter), 0 rejected, 0 left" in text
-    assert ("falqon.merged_linear(" in text) is bool(graphs)
+def test_torch_logs_shows_the_passes_and_renders_nothing_else(traced):
+    """A graph is rendered once for the log and once for the trace."""
+    done, _ = traced
+    assert done.stdout.count("rendered") == 2 * len(PASSES)
+    assert len(re.findall(r"graph after \w+:", done.stderr)) == len(PASSES)
+    assert REPORTED in done.stderr
+    assert "falqon.merged_linear(" in done.stderr
+
+
+@pytest.mark.slow
+def test_without_details_torch_logs_renders_nothing():
+    done = run(SAYS_WHAT_IT_RENDERS + TRAIN, TORCH_LOGS="falqon_fx")
+    assert "rendered" not in done.stdout
+    assert REPORTED in done.stderr
+    assert "graph after" not in done.stderr
 
 
 @pytest.fixture
@@ -125,7 +142,7 @@ def test_a_second_graph_gets_a_folder_of_its_own(dump):
 
 def test_a_repro_runs_alone(dump):
     code = (dump / "blocks.0.up" / "repro.py").read_text()
-    assert run(code).stdout.startswith("right; O: ")
+    assert fresh.run(code).stdout.startswith("right; O: ")
 
 
 def test_the_command_checks_a_site_of_a_report(dump, tmp_path, capsys):

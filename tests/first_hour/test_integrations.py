@@ -29,7 +29,7 @@ from tests.models import Net, tiny_llama
 from tests.scripts import load
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "integrations"
-SITES = 14
+SITES = 7
 
 StandIn = Callable[..., types.ModuleType]
 
@@ -49,7 +49,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
 
 def trains(callbacks: list[Any], folder: Path) -> None:
     """A trainer with these callbacks trains the adapters of a model, and no more than them."""
-    model = tiny_llama()
+    model = tiny_llama(layers=1)
     ids = torch.randint(0, 64, (4, 10))
     args = transformers.TrainingArguments(
         str(folder), max_steps=2, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True

@@ -67,6 +67,8 @@ def test_sites_are_those_of_one_process(sequence: bool, options: dict[str, Any],
     (report,) = result.report.graphs
     assert sorted(site.path.removesuffix(".base_layer") for site in report.sites) == ALL
     assert report.rejected == ()
+    noted = [(note.site, note.text.endswith("(1 in this graph)")) for note in report.notes]
+    assert noted == [(report.sites[0].path, True)] * gathers
     found = counts(result)
     assert (found["gather_tokens"], found["from_local"]) == (gathers, 2 - gathers)
     # A of two layers cut by columns and B of one cut by rows: whole, with a part of the gradient.
