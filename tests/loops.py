@@ -15,7 +15,6 @@ from tests.emulation import cast
 from tests.training import all_equal
 
 each_inner = pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-each_way = pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
 
 
 def parameters(model: nn.Module, kind: str = "") -> list[nn.Parameter]:

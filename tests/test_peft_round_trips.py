@@ -41,7 +41,7 @@ def test_an_adapter_trained_under_falqon_loads_in_plain_peft(tmp_path, prepared,
     """On the original base, with the same A and B; logits differ by the casts of the one layer that
     runs in FP8, the head.
     """
-    model = tiny_llama(target_modules=["lm_head"])
+    model = tiny_llama(layers=1, target_modules=["lm_head"])
     original = plain_base(model)
     call = compiled(model, prepared, init=init, frozen="leave")
     train(call, model, 4, rate=0.3)
@@ -94,7 +94,7 @@ def test_an_adapter_trained_under_falqon_loads_in_plain_peft(tmp_path, prepared,
 )
 def test_an_adapter_trained_elsewhere_goes_on_under_falqon(tmp_path, prepared, options, update):
     """A and B as they were trained; training goes on from there."""
-    elsewhere = tiny_llama(target_modules=["q_proj", "v_proj"], **options)
+    elsewhere = tiny_llama(layers=1, target_modules=["q_proj", "v_proj"], **options)
     original = plain_base(elsewhere)
     before = train(elsewhere, elsewhere, 8)
     save_adapter(elsewhere, tmp_path)

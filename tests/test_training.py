@@ -259,7 +259,7 @@ def test_a_loop_gives_the_numbers_of_the_emulated_ops(loop, inner, prepared):
     if prepared:
         falqon_fx.prepare(model, progress=False)
     call = compiled(model, inner)
-    call(torch.randn(2, 32))
+    call(torch.randn(8, 32))
     bases = Bases.of(model)
     twin = emulate(copy.deepcopy(model), falqon_fx.adapters(model))
     before = values(parameters(model))

@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 import falqon_fx
 from tests import tolerances as tol
 from tests.emulation import emulate
-from tests.loops import Bases, each_inner, each_way, parameters, values
+from tests.loops import Bases, parameters, values
 from tests.models import compiled, fill_b, tiny_mlp
-from tests.parameters import PREPARED_OR_NOT, each_pair, slow
+from tests.parameters import PREPARED_OR_NOT, each_value, slow
 from tests.test_training import Call
 from tests.training import all_equal
 
@@ -66,8 +66,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@each_way
-@each_inner
+@each_value(inner=["eager", "aot_eager"], prepared=PREPARED_OR_NOT)
 @torch._dynamo.config.patch(recompile_limit=32)  # each scaling and choice is a graph
 def test_what_changes_between_steps_is_seen_and_makes_no_new_base(inner, prepared):
     """Scaling and choice of adapters: the numbers of the emulated ops, bit for bit, as is what
@@ -171,11 +170,8 @@ def recorded(call: Call, model: nn.Module) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("inner", [slow("eager"), "aot_eager", slow("inductor")])
-@each_pair(
-    reentrant={"": False, "reentrant": True},
-    dropout={"": 0.0, "dropout": 0.3},
-    prepared=PREPARED_OR_NOT,
-)
+@each_value(reentrant={"": False, "reentrant": True}, prepared=PREPARED_OR_NOT)
+@pytest.mark.parametrize("dropout", [slow(0.0), 0.3])
 def test_checkpoints_inside_a_graph_change_no_number(graphs, reentrant, dropout, prepared, inner):
     """Losses, all gradients and two steps of A and B, bit for bit: what backward computes anew has
     the casts and the dropout's masks of the forward pass.
@@ -191,11 +187,8 @@ def test_checkpoints_inside_a_graph_change_no_number(graphs, reentrant, dropout,
     assert len(graph.sites) == 6  # the frozen ones among them
 
 
-@each_pair(
-    inner=["eager", "aot_eager"],
-    dropout={"": 0.0, "dropout": 0.3},
-    reentrant={"": False, "reentrant": True},
-)
+@each_value(inner=["eager", "aot_eager"], reentrant={"": False, "reentrant": True})
+@pytest.mark.parametrize("dropout", [slow(0.0), 0.3])
 def test_checkpoints_around_compiled_blocks_change_no_number(reentrant, dropout, inner):
     """Each block is a graph of its own, called again in backward."""
     found = []
@@ -210,8 +203,7 @@ def test_checkpoints_around_compiled_blocks_change_no_number(reentrant, dropout,
     assert all_equal(*found)
 
 
-@each_inner
-@each_way
+@each_value(inner=["eager", "aot_eager"], prepared=PREPARED_OR_NOT)
 def test_a_dropout_drops_what_eager_drops(inner, prepared):
     """The same random numbers: the emulated ops behind PEFT's own dropout, bit for bit."""
     model, plain = deep(0.3, prepared), deep(0.3, False)

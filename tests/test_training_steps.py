@@ -14,13 +14,13 @@ from torch import Tensor, nn
 import falqon_fx
 from tests import tolerances as tol
 from tests.emulation import emulate
-from tests.loops import Bases, each_inner, each_way, on_grid, parameters, values
+from tests.loops import Bases, each_inner, on_grid, parameters, values
 from tests.models import Relu, compiled, fill_b, tiny_mlp
+from tests.parameters import PREPARED_OR_NOT, each_value
 from tests.training import all_equal
 
 
-@each_way
-@each_inner
+@each_value(inner=["eager", "aot_eager"], prepared=PREPARED_OR_NOT)
 def test_where_every_cast_is_exact_training_is_that_of_plain_lora_bit_for_bit(inner, prepared):
     """Integers up to 16, times a power of two, are FP8 numbers, and their sums are exact in float32
     in any order. Signs of gradients move A and B by such steps.
@@ -90,8 +90,7 @@ def one_layer() -> nn.Module:
     )
 
 
-@each_inner
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@each_value(inner=["eager", "aot_eager"], dtype=[torch.bfloat16, torch.float16])
 def test_in_mixed_precision_every_step_sees_the_gradients_of_plain_lora(dtype, inner):
     """Within `tol.site_bounds`, at the parameters of each step and for its own dL/dO. In float16
     the first scales of the scaler overflow, so that steps are skipped.
