@@ -34,11 +34,8 @@ PAPER = {"granularity": "tensor", "scale": "amax"}
 
 ROWS = {"update": "rows"}
 PUBLIC_CODE = {**ROWS, **PAPER, "pending": "drop", "rounding": "nearest", "topk": 10}
-OPTIONS = pytest.mark.parametrize(
-    "options", [{}, PAPER, ROWS, PUBLIC_CODE], ids=["default", "paper", "rows", "public code"]
-)
-
-ROWS = {"update": "rows"}
+ALL_OPTIONS = {"default": {}, "paper": PAPER, "rows": ROWS, "public code": PUBLIC_CODE}
+OPTIONS = pytest.mark.parametrize("options", ALL_OPTIONS.values(), ids=ALL_OPTIONS)
 
 
 def writes(model: nn.Module) -> list[int]:
@@ -49,8 +46,7 @@ def writes(model: nn.Module) -> list[int]:
 # -- inner compilers -------------------------------------------------------------------------------
 
 
-@OPTIONS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@each_value(options=ALL_OPTIONS, dtype={"float32": torch.float32, "bfloat16": torch.bfloat16})
 def test_aot_eager_trains_bit_for_bit_as_eager(dtype, options):
     x, result = torch.randn(4, 6, 32).to(dtype), {}
     model = made(update=options.get("update", "adapter"), dtype=dtype)
@@ -256,8 +252,7 @@ def test_gradient_accumulation_and_evaluation_write_once():
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@each_value(inner=["eager", "aot_eager"], reentrant={"non-reentrant": False, "reentrant": True})
 def test_checkpoint_recomputation_writes_nothing_and_changes_nothing(inner, reentrant):
     plain, x = made(Stack, "rows"), torch.randn(4, 6, 32)
     saving: Any = copy.deepcopy(plain)

@@ -18,13 +18,13 @@ from tests.models import (
     made,
     tiny_mlp,
 )
+from tests.parameters import PREPARED_OR_NOT, each_value
 from tests.training import all_equal
 
 ROWS = {"update": "rows"}
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-@pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
+@each_value(inner=["eager", "aot_eager"], prepared=PREPARED_OR_NOT)
 def test_what_requires_grad_gets_a_gradient_and_nothing_else(inner, prepared):
     model = tiny_mlp(lora_bias=True)
     if prepared:
@@ -98,8 +98,7 @@ def saved_by(run: nn.Module, x: Tensor) -> list[tuple[torch.dtype, int]]:
     return [(t.dtype, t.numel()) for t in saved]
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
-@pytest.mark.parametrize("trained", ["A and B", "B"])
+@each_value(inner=["eager", "aot_eager", "inductor"], trained=["A and B", "B"])
 def test_of_x_its_fp8_form_is_kept_where_a_trains_and_else_nothing(inner, trained):
     """And of W its FP8 form alone. x here is what a norm gives, so that nothing else needs it: of
     all that is kept, only the norm's own input and x̂ are as large as x.

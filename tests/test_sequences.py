@@ -387,4 +387,4 @@ class Rows(RuleBasedStateMachine):
 _default = settings.get_profile(settings.get_current_profile_name()).max_examples
 TestTraining, TestRows = Training.TestCase, Rows.TestCase
 TestTraining.settings = settings(max_examples=max(8, _default // 10), stateful_step_count=20)
-TestRows.settings = settings(max_examples=max(20, _default // 10), stateful_step_count=25)
+TestRows.settings = settings(max_examples=max(10, _default // 10), stateful_step_count=25)

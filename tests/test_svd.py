@@ -34,8 +34,8 @@ def captured(error: Tensor, rows: Tensor) -> Tensor:
 
 
 @given(
-    out=st.integers(8, 320),
-    features=st.integers(8, 320),
+    out=st.integers(8, 128),
+    features=st.integers(8, 128),
     rank=st.sampled_from([1, 2, 4, 8, 16, 64]),
     granularity=st.sampled_from(["tensor", "row"]),
     equal_rows=st.booleans(),
@@ -60,12 +60,13 @@ def test_the_randomized_svd_captures_nearly_what_the_full_one_does(
 
 
 @GRANULARITY
-@pytest.mark.parametrize("rank", [4, 16, 64])
-def test_white_noise_needs_the_krylov_blocks(granularity, rank):
+def test_white_noise_needs_the_krylov_blocks(granularity):
     """The first block alone captures 0.28 to 0.46 here, three blocks 0.74 to 0.89."""
     error = fp8_error(randn(640, 640), granularity, "amax")
-    best = torch.linalg.svdvals(error.double())[:rank].square().sum()
-    assert captured(error, low_rank_rows(error, rank, seed=0)) >= 0.95 * best
+    energy = torch.linalg.svdvals(error.double()).square()
+    for rank in (4, 16, 64):
+        best = energy[:rank].sum()
+        assert captured(error, low_rank_rows(error, rank, seed=0)) >= 0.95 * best, rank
 
 
 @pytest.mark.parametrize(("out", "features"), [(96, 64), (64, 96), (300, 400), (1, 9), (9, 1)])

@@ -44,7 +44,7 @@ def trainer_of(
     """With ``own``, compiled by hand; else by `FalqonCallback`, which saves by itself."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model = tiny_llama(target_modules=["q_proj", "down_proj"]) if model is None else model
+    model = tiny_llama(layers=1, target_modules=["q_proj", "down_proj"]) if model is None else model
     config = CONFIGS[update]
     if update == "rows":
         freeze_a(model)
