@@ -21,6 +21,7 @@ from falqon_fx.errors import FalqonError
 from falqon_fx.model.lora_layers import unwrap
 from falqon_fx.model.mesh import MeshPlan
 from falqon_fx.model.mesh_bytes import on_mesh
+from falqon_fx.model.prepare import sort_layers
 from falqon_fx.model.sensitivity import sensitivity
 from falqon_fx.passes.describe import innermost
 from falqon_fx.report.data import Cost, GraphBreak, GraphReport, Site
@@ -64,6 +65,11 @@ def explain(
             aLoRA; or other processes hold parts of it.
     """
     inner, config = unwrap(model), config or FalqonConfig()
+    costly: dict[str, float] = {}
+    if calibration is not None:
+        every = config.leaving(())
+        costly = sensitivity(inner, sort_layers(inner, every)[0], calibration, every)
+        config = config.leaving(tuple(costly)[: config.sensitive])
     plan = None if mesh is None else MeshPlan.of(mesh)
     if plan is not None:
         plan.check(config)
@@ -102,7 +108,7 @@ def explain(
         tuple(_modules(inner)),
         (*notes, *predict.notes),
         spread,
-        {} if calibration is None else sensitivity(inner, calibration, config, config.seed),
+        costly,
     )
 
 
