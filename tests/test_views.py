@@ -207,6 +207,23 @@ def test_the_map_shows_every_module_and_its_state(mixed, tmp_path):
 
 
 @needs_chromium
+def test_the_map_shows_what_the_casts_cost_over_two_powers_of_ten(mixed, tmp_path):
+    costs = {"between": 1e-3, "stack.blocks.0.up": 1e-4, "stack.blocks.0.down": 1e-6}
+    page = replace(mixed, sensitivity=costs).to_html()
+    dom = opened(page, tmp_path)
+    heat = r'title="(\w+): \w+, casts cost (\S+) nats" data-heat="(\d+)"'
+    wanted = {("between", "0.001", "100"), ("up", "0.0001", "50"), ("down", "0.000001", "0")}
+    assert {*re.findall(heat, dom)} == wanted
+    assert 'aria-label="Layers of the model" class="heat"' in dom
+    last = 'document.querySelectorAll(".layers th button")[7].click();'
+    dom = opened(page, tmp_path, f'document.getElementById("heat").click();{last}{last}')
+    assert 'class="heat"' not in dom
+    paths = re.findall(r'<tr><td><button title="([\w.]+)">', dom)
+    assert paths[:3] == list(costs)
+    assert "casts cost" not in mixed.to_html().split("<script>")[0]
+
+
+@needs_chromium
 @pytest.mark.parametrize(
     ("path", "texts"),
     [
