@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,8 +14,10 @@ from torch import Tensor, nn
 
 import falqon_fx
 from falqon_fx import FalqonConfig
+from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.model.lora_layers import linear_layers
 from falqon_fx.model.moments import moments_of
+from falqon_fx.site.allot import STEP, Offer, allot
 from falqon_fx.site.compensate import DAMPING, damped_root, error_factors, heaviest_channels
 from falqon_fx.site.numerics import E4M3
 from tests.calibrated import CHANNELS, EAGER, IN, OUT, RANK, OneLayer, adapted, calibrated, inputs
@@ -124,6 +128,56 @@ def test_little_memory_takes_more_passes_and_the_same_moments():
     for (_, one), (_, other) in zip(all_at_once, by_parts, strict=True):
         assert torch.equal(one.total, other.total)
         assert one.tokens == other.tokens
+
+
+# -- a budget ---------------------------------------------------------------------------------------
+
+
+@given(
+    worth=st.lists(st.floats(0, 10), min_size=3, max_size=3),
+    prices=st.lists(st.integers(1, 5), min_size=3, max_size=3),
+    budget=st.integers(0, 200),
+    seed=st.integers(0, 99),
+)
+def test_a_budget_buys_the_best_up_to_one_step(worth, prices, budget, seed):
+    """Against all choices. With one price for all greedy is the best; else the best of fractions,
+    which no choice passes, has at most the first step that is not paid for more.
+    """
+    shares = randn(3, 20, seed=seed).abs().sort(1, descending=True).values
+    offers = [Offer(i, shares[i], worth[i], prices[i]) for i in range(3)]
+    steps = [0, STEP, 2 * STEP, 20]
+    assert steps[-1] - steps[-2] < STEP  # the last is a part of one
+
+    def value(counts: Sequence[int]) -> tuple[int, float]:
+        bought = zip(counts, prices, worth, shares, strict=True)
+        parts = [(n * price, w * float(row[:n].sum())) for n, price, w, row in bought]
+        return sum(cost for cost, _ in parts), sum(gain for _, gain in parts)
+
+    chosen = allot(offers, budget)
+    assert all(n in steps for n in chosen.values())
+    cost, gain = value([chosen[i] for i in range(3)])
+    assert cost <= budget
+    every = map(value, itertools.product(steps, repeat=3))
+    best = max(other for price, other in every if price <= budget)
+    largest = max(w * float(row[:STEP].sum()) for w, row in zip(worth, shares, strict=True))
+    assert best <= gain + largest + 1e-6 * best
+
+
+def test_auto_spends_what_sixteen_of_each_would_take():
+    uniform, auto = adapted(), adapted()
+    for model, asked in ((uniform, {}), (auto, {"compensate": "auto"})):
+        falqon_fx.prepare(model, EAGER, calibration=inputs(), progress=False, **asked)
+    sizes = [[t.nbytes for m in terms_of(model).values() for t in m] for model in (uniform, auto)]
+    assert sum(sizes[1]) <= sum(sizes[0])
+    widths = {t.shape[-1] for m in terms_of(auto).values() for t in m[1:2]}
+    assert len(widths) > 1  # layers differ
+    # All but what doesn't pay for one more step of any layer.
+    assert sum(sizes[1]) > 0.8 * sum(sizes[0])
+
+
+def terms_of(model: nn.Module) -> dict[str, list[Tensor]]:
+    held = {p: m for p, m in model.named_modules() if isinstance(m, Fp8Linear)}
+    return {p: [t for n, t in m.terms.items() if n != "channels"] for p, m in held.items()}
 
 
 # -- the op ----------------------------------------------------------------------------------------
