@@ -130,7 +130,7 @@ def test_little_memory_takes_more_passes_and_the_same_moments():
         assert one.tokens == other.tokens
 
 
-# -- a budget ---------------------------------------------------------------------------------------
+# -- a budget --------------------------------------------------------------------------------------
 
 
 @given(
