@@ -4,11 +4,12 @@
     python benchmarks/nll.py --variants falqon --extra amax:scale=amax
 
 LoRA and falqon, with A and B trained and with A frozen, falqon after a calibration on 128 of the
-training chats, the paper's rows and its public code. Each variant's rates are tried on seed 0 (for ``--rate-steps``), the best is trained on all seeds. Steps,
-batches and the start of A are the same for all. Beside them stands what the FP8 casts cost before
-any training: the NLL and the mean KL divergence per label of the untrained model. Finished runs are
-kept in ``results/nll-<date>-<machine>.json`` and are not repeated: an interrupted benchmark goes on
-where it stopped.
+training chats, the paper's rows and its public code. Each variant's rates are tried on seed 0 (for
+``--rate-steps``), the best is trained on all seeds. Steps, batches and the start of A are the same
+for all. Beside them stands what the FP8 casts cost before any training: the NLL and the mean KL
+divergence per label of the untrained model. Finished runs are kept in
+``results/nll-<date>-<machine>.json`` and are not repeated: an interrupted benchmark goes on where
+it stopped.
 """
 
 from __future__ import annotations
