@@ -234,7 +234,6 @@ class FalqonConfig:
             )
         return int(self.topk)
 
-    @property
     def sensitive(self) -> int:
         """How many sites ``exclude`` leaves for the cost of their casts."""
         return max((int(n.partition(":")[2]) for n in self.exclude if _is_count(n)), default=0)
@@ -250,12 +249,12 @@ class FalqonConfig:
         Raises:
             FalqonConfigError: "sensitive:8" is in ``exclude``, of which a config knows no paths.
         """
-        if self.sensitive:
+        if count := self.sensitive():
             raise FalqonConfigError(
                 "exclude",
-                f"'sensitive:{self.sensitive}' stands for layers that a calibration names",
+                f"'sensitive:{count}' stands for layers that a calibration names",
                 "Give the config of what prepare(model, config, calibration=batches) returns, or "
-                f"explain(model, ..., calibration=batches).most_sensitive({self.sensitive})",
+                f"explain(model, ..., calibration=batches).most_sensitive({count})",
             )
         included = not self.include or any(fnmatch.fnmatch(path, p) for p in self.include)
         return included and not any(fnmatch.fnmatch(path, p) for p in self.exclude)

@@ -69,7 +69,7 @@ def explain(
     if calibration is not None:
         every = config.leaving(())
         costly = sensitivity(inner, sort_layers(inner, every)[0], calibration, every)
-        config = config.leaving(tuple(costly)[: config.sensitive])
+        config = config.leaving(tuple(costly)[: config.sensitive()])
     plan = None if mesh is None else MeshPlan.of(mesh)
     if plan is not None:
         plan.check(config)

@@ -101,7 +101,7 @@ def prepare(
             changed then.
     """
     config, inner = config or FalqonConfig(), unwrap(model)
-    wanted = Calibration.asked(calibration, compensate, outliers, config.sensitive)
+    wanted = Calibration.asked(calibration, compensate, outliers, config.sensitive())
     refuse_fsdp(inner, "prepare", BEFORE)
     texts = [f"{name}={value}" for name, value in config.texts().items()]
     texts += [f"compensate={wanted.ranks}", f"outliers={wanted.channels}"]
@@ -128,12 +128,12 @@ def prepare(
 
 def _leaving(model: nn.Module, config: FalqonConfig, wanted: Calibration) -> FalqonConfig:
     """The config with the names of the layers that exclude="sensitive:8" stands for."""
-    if not config.sensitive or wanted.batches is None:
+    if not config.sensitive() or wanted.batches is None:
         return config  # which raises where a layer is asked for
     every = config.leaving(())
     layers = sort_layers(model, every)[0]
     found = sensitivity(model, layers, wanted.batches, every, together=True)
-    return config.leaving(tuple(found)[: config.sensitive])
+    return config.leaving(tuple(found)[: config.sensitive()])
 
 
 def _prepare_rows(model: nn.Module, config: FalqonConfig, progress: bool) -> PrepareReport:
