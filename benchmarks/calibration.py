@@ -38,8 +38,8 @@ from torch import Tensor
 import falqon_fx
 from falqon_fx import FalqonConfig
 from falqon_fx.model.fp8_linear import Fp8Linear
-from falqon_fx.model.prepare import sort_layers
 from falqon_fx.model.sensitivity import sensitivity
+from falqon_fx.model.sorting import sort_layers
 
 LONGEST = 48  # tokens of a chat or a review
 CHATS, REVIEWS = 64, 40  # to judge by

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
 from falqon_fx.errors import FalqonConfigError
-from falqon_fx.model.prepare import sort_layers
 from falqon_fx.model.sensitivity import CastCost, cast_costs
+from falqon_fx.model.sorting import sort_layers
 from falqon_fx.site.base import cast_base
 from falqon_fx.site.numerics import E4M3
 from falqon_fx.site.spec import SiteSpec

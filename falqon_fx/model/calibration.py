@@ -128,7 +128,7 @@ class Calibration:
         check_any(layers)
         self._check_sizes(layers)
         auto = "auto" in (self.ranks, self.channels)
-        costs = cast_costs(model, layers, self.batches, config) if auto else {}
+        costs = cast_costs(model, layers, self.batches, config, together=True) if auto else {}
         spec, found = SiteSpec.from_config(config), dict[str, _Terms]()
         with shown(progress) as show:
             for number, (layer, moment) in enumerate(

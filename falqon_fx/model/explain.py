@@ -21,8 +21,8 @@ from falqon_fx.errors import FalqonError
 from falqon_fx.model.lora_layers import unwrap
 from falqon_fx.model.mesh import MeshPlan
 from falqon_fx.model.mesh_bytes import on_mesh
-from falqon_fx.model.prepare import sort_layers
 from falqon_fx.model.sensitivity import sensitivity
+from falqon_fx.model.sorting import sort_layers
 from falqon_fx.passes.describe import innermost
 from falqon_fx.report.data import Cost, GraphBreak, GraphReport, Site
 from falqon_fx.report.listing import listing

@@ -16,18 +16,16 @@ from falqon_fx.model.calibration import Asked, Calibration
 from falqon_fx.model.fp8_linear import IN_ONE_PROCESS, Fp8Linear
 from falqon_fx.model.lora_layers import (
     LinearLayer,
-    LoraLayer,
     check_fit,
     check_untied,
-    linear_layers,
     lora_layers,
     tied_weights,
     unwrap,
 )
 from falqon_fx.model.parts import cast_part, check_part, check_together, cut_like, move_hooks
 from falqon_fx.model.prepare_report import PrepareReport, track
-from falqon_fx.model.prepared_linear import PreparedLinear
 from falqon_fx.model.sensitivity import sensitivity
+from falqon_fx.model.sorting import skipped_adapters, sort_layers
 from falqon_fx.model.stacks import (
     Fp8Stack,
     StackedWeight,
@@ -37,10 +35,8 @@ from falqon_fx.model.stacks import (
     restore_stacks,
     sort_stacks,
     stacked_product,
-    stacked_weights,
 )
 from falqon_fx.ops.fp8_adapter import clamped
-from falqon_fx.passes.match.frozen import why_left
 from falqon_fx.rows import model as rows_model
 from falqon_fx.rows.state import MergedAdapter
 from falqon_fx.site.base import Base, Place, bases, check_weight, place
@@ -111,7 +107,7 @@ def prepare(
         return _prepare_rows(inner, config, progress)
     config = _leaving(inner, config, wanted)
     layers, skipped = sort_layers(inner, config)
-    skipped |= _skipped_adapters(inner, layers, skipped)
+    skipped |= skipped_adapters(inner, layers, skipped)
     stacks, left = sort_stacks(inner, config)
     _check_before(inner, layers, config, stacks)
     wanted.read(inner, layers, config, progress)
@@ -335,57 +331,6 @@ def flush(model: nn.Module) -> None:
     update="adapter" nothing is ever pending.
     """
     rows_model.flush(unwrap(model))
-
-
-def sort_layers(model: nn.Module, config: FalqonConfig) -> tuple[list[LinearLayer], dict[str, str]]:
-    """The layers that `prepare` casts, and why it leaves others."""
-    layers, skipped = [], {}
-    tied = tied_weights(model)
-    for layer in linear_layers(model):
-        shared = tied[local(layer.module.weight).data_ptr()]
-        reason = skip_reason(layer, config, len(shared) > 1)
-        if reason is None:
-            layers.append(layer)
-        elif reason:
-            skipped[layer.site] = reason
-    return layers, skipped
-
-
-def _skipped_adapters(
-    model: nn.Module, layers: Sequence[LinearLayer], skipped: Mapping[str, str]
-) -> dict[str, str]:
-    """Why the base layers of the other LoRA layers can't be cast."""
-    found = {id(layer.lora.base) for layer in layers if layer.lora is not None}
-    others = [lora for lora in lora_layers(model) if id(lora.base) not in found]
-    stacked = {id(stack.wrapper) for stack in stacked_weights(model)}
-    others = [lora for lora in others if id(lora.module) not in stacked]
-    return {lora.path: _why_not(lora) for lora in others if lora.path not in skipped}
-
-
-def skip_reason(layer: LinearLayer, config: FalqonConfig, tied: bool) -> str | None:
-    """Why a frozen layer is left; "" where that is nothing to report."""
-    if not (config.selects(layer.site) and config.selects(layer.path)):
-        return "include= or exclude= leaves it out"
-    if layer.lora is not None:
-        if getattr(layer.lora.module, "merged", False):
-            return "its adapter is merged into the base weight (call unmerge_adapter() first)"
-        return None
-    if config.frozen == "leave":
-        return ""
-    out, features = layer.weight.shape
-    return why_left(layer.path, out, features, tied)
-
-
-def _why_not(layer: LoraLayer) -> str:
-    base: Any = layer.base
-    if isinstance(base, PreparedLinear):
-        return "it is prepared already"
-    weight = getattr(base, "weight", None)
-    if not isinstance(weight, Tensor) or type(base) is not nn.Linear:
-        return f"its base layer is a {type(base).__name__}, not an nn.Linear"
-    if weight.requires_grad:
-        return "its base weight is trained too"
-    return f"its base weight is already quantized ({weight.dtype})"
 
 
 def _check_before(
