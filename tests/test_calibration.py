@@ -130,6 +130,28 @@ def test_little_memory_takes_more_passes_and_the_same_moments():
         assert one.tokens == other.tokens
 
 
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(IN, OUT).requires_grad_(False)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.up(x)
+
+
+def test_padding_is_not_read_where_a_mask_tells():
+    model, x = Masked(), randn(2, 5, IN)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    batches = [{"x": x, "attention_mask": mask}]
+    ((_, moment),) = moments_of(model, list(linear_layers(model)), batches, lambda text: None)
+    read = torch.cat([x[0, :3], x[1]])
+    assert moment.tokens == len(read) == 8
+    sizes = read.abs().double()
+    assert_within(
+        moment.total.double(), read.double().t() @ read.double(), gamma(9) * sizes.t() @ sizes
+    )
+
+
 # -- a budget --------------------------------------------------------------------------------------
 
 

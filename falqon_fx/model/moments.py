@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,10 +35,14 @@ class Moment:
     seen: weakref.ref[Tensor] | None = None  # what was added last, and its version
     at: int = 0
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Add what a layer reads; of what ``mask`` [...] says is padding nothing."""
         if self.seen is not None and self.seen() is x and self.at == version(x):
             return  # by a layer beside this one
-        flat = x.detach().reshape(-1, x.shape[-1]).to(torch.float32)
+        read = x.detach()
+        if mask is not None and mask.shape == x.shape[:-1]:
+            read = read[mask.to(x.device) != 0]
+        flat = read.reshape(-1, x.shape[-1]).to(torch.float32)
         self.total.addmm_(flat.t(), flat)
         self.tokens += flat.shape[0]
         self.seen, self.at = weakref.ref(x), version(x)
@@ -69,6 +73,7 @@ class _Reader:
     """
 
     room: int
+    mask: Tensor | None = None  # the attention_mask of the batch at hand
     moments: dict[int, Moment] = field(default_factory=dict)  # by the layer's module
     waiting: set[int] = field(default_factory=set)
     _first: list[Moment] = field(default_factory=list)
@@ -82,7 +87,7 @@ class _Reader:
             self.waiting.add(id(module))
             return
         self.moments[id(module)] = moment
-        moment.add(x)
+        moment.add(x, self.mask)
 
     def _moment(self, x: Tensor) -> Moment | None:
         """That of a layer beside this one, a new one, or none."""
@@ -151,6 +156,8 @@ def _pass(
     count = 0
     with quietly(model), _reading(layers, reader):
         for batch in batches_of(batches):
+            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            reader.mask = mask if isinstance(mask, Tensor) else None
             run_batch(model, batch, count)
             count += 1
             tokens = max((m.tokens for m in reader.moments.values()), default=0)
