@@ -1,13 +1,9 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -19,10 +15,8 @@ from falqon_fx import FalqonConfig, FalqonError, RewriteReport
 from falqon_fx.report.data import Audit, CastAudit, Line
 from falqon_fx.report.totals import sentence
 from falqon_fx.report.views import around, layout, near, replacing, rows, stretch
+from tests.browser import needs_chromium, opened
 from tests.models import LoraLinear, Stack
-
-CHROMIUM = shutil.which("chromium")
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 
 
 class Mixed(nn.Module):
@@ -173,24 +167,6 @@ def test_the_page_loads_nothing_and_its_data_cannot_end_the_script(report):
     assert "@import" not in page
     assert "url(" not in page
     assert "<script>alert" not in page
-
-
-def opened(
-    page: str, tmp_path: Path, script: str = "", fragment: str = "", flags: Sequence[str] = ()
-) -> str:
-    """The page's DOM after it has loaded and ``script`` has run in it."""
-    file = tmp_path / "page.html"
-    file.write_text(page.replace("</body>", f"<script>{script}</script></body>"))
-    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
-    profile = f"--user-data-dir={tmp_path / 'profile'}"
-    done = subprocess.run(
-        [*command, *flags, profile, f"{file.as_uri()}#{fragment}"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    return done.stdout.replace("<wbr>", "")  # where a line may end
 
 
 @needs_chromium

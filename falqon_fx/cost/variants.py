@@ -324,8 +324,8 @@ def _bought(s: Shape, operands: str, x: int) -> list[Kernel]:
     n, i, o, c, e = s.n, s.features, s.out, s.outliers, _WIDTH[s.dtype]
     kernels: list[Kernel] = []
     if s.compensate != 0:
-        frozen = {"train_a": False, "train_b": False, "adapter_dtype": "bfloat16"}
-        own = replace(s, rank=s.compensate, adapted=s.siblings, **frozen)
+        own = replace(s, rank=s.compensate, adapted=s.siblings, adapter_dtype="bfloat16")
+        own = replace(own, train_a=False, train_b=False)
         kernels += [replace(k, name=f"{k.name}, W's error") for k in _adapter(own, operands, x)]
     if c != 0:
         wide, g = s.operands, _WIDTH[s.operands]

@@ -93,7 +93,7 @@ class Calibration:
                 )
         if batches is None:
             return cls()
-        other = "auto" if "auto" in (compensate, outliers) else DEFAULT
+        other: Asked = "auto" if "auto" in (compensate, outliers) else DEFAULT
         ranks, channels = (other if n is None else n for n in (compensate, outliers))
         if not (ranks or channels or sensitive):
             raise FalqonError(

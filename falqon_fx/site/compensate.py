@@ -69,7 +69,8 @@ def damped_root(moment: Tensor) -> Tensor:
     wide = moment.to(torch.float64, copy=True)
     diagonal = wide.diagonal()
     diagonal += DAMPING * diagonal.mean()
-    return torch.linalg.cholesky(wide, out=wide).to(torch.float32)
+    root: Tensor = torch.linalg.cholesky(wide, out=wide)
+    return root.to(torch.float32)
 
 
 def heaviest_channels(squares: Tensor, weight: Tensor, count: int) -> tuple[Tensor, Tensor]:

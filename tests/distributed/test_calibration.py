@@ -88,4 +88,4 @@ def cut() -> str:
 
 def test_layers_that_are_cut_are_refused_by_name(tmp_path: Path):
     for said in ranks.run(cut, 2, tmp_path, 300):
-        assert said.startswith("blocks.0.up: its base weight is cut over processes")
+        assert said.startswith("blocks.0.up.base_layer: its base weight is cut over processes")
