@@ -86,6 +86,7 @@ class Run:
     """One prepared model."""
 
     variant: str
+    chats: int  # that the calibration read
     seed: int
     tokens: int
     kl: float
@@ -161,9 +162,9 @@ class Bench:
         self.reviews = together(reviews(tokenizer, REVIEWS))
         self.wanted = [log_probabilities(self.base, e) for e in (self.held_out, self.reviews)]
 
-    def sample(self, seed: int) -> list[dict[str, Tensor]]:
+    def sample(self, seed: int, count: int) -> list[dict[str, Tensor]]:
         """The chats of a calibration."""
-        picked = random.Random(seed).sample(chats(self.tokenizer, self.train), self.chats)
+        picked = random.Random(seed).sample(chats(self.tokenizer, self.train), count)
         return [{"input_ids": example.ids} for example in together(picked)]
 
     @functools.cached_property
@@ -171,7 +172,7 @@ class Bench:
         """What exclude="sensitive:8" would leave, by sample 0."""
         config = FalqonConfig()
         layers, _ = sort_layers(self.base, config)
-        return tuple(sensitivity(self.base, layers, self.sample(0), config))[:SENSITIVE]
+        return tuple(sensitivity(self.base, layers, self.sample(0, 128), config))[:SENSITIVE]
 
     def prepared(self, seed: int, auto: bool) -> Prepared:
         """The model with all that a sample of calibration gives."""
@@ -179,13 +180,13 @@ class Bench:
         asked: dict[str, Any] = {"compensate": "auto"} if auto else {}
         start = time.perf_counter()
         report = falqon_fx.prepare(
-            model, config, progress=False, calibration=self.sample(seed), **asked
+            model, config, progress=False, calibration=self.sample(seed, self.chats), **asked
         )
         return Prepared(model, report, time.perf_counter() - start)
 
     def run(self, name: str, seed: int, prepared: Prepared) -> Run:
         variant, model, report = VARIANTS[name], prepared.model, prepared.report
-        kept: tuple[str, ...] = ("error_a", "error_b") if variant.compensate else ()
+        kept = ("error_a", "error_b") if variant.compensate else ()
         kept += ("channels", "columns") if variant.outliers else ()
         leave = self.sensitive if variant.leave else ()
         held = {p: m for p, m in model.named_modules() if isinstance(m, Fp8Linear)}
@@ -194,7 +195,7 @@ class Bench:
             layer.set_terms({n: t for n, t in terms[path].items() if n in kept})
             if path in leave:
                 put(model, path, self.base.get_submodule(path))
-        config = FalqonConfig(inner="eager", exclude=leave)
+        config = FalqonConfig(inner="eager", exclude=tuple(f"*{path}" for path in leave))
         torch._dynamo.reset()
         call = torch.compile(
             model, backend="falqon", options=dict[str, Any](config=config), dynamic=True
@@ -209,6 +210,7 @@ class Bench:
             layer.set_terms(terms[path])
         return Run(
             name,
+            self.chats if kept else 0,
             seed,
             report.tokens if kept else 0,
             *judged[0],
@@ -240,12 +242,12 @@ HEADER = ("variant", "tokens read", "KL", "each sample", "KL of reviews", "each 
 def summary(runs: Sequence[Run]) -> list[list[str]]:
     """A row a variant: means over the samples."""
     rows = []
-    for name in dict.fromkeys(run.variant for run in runs):
-        own = [run for run in runs if run.variant == name]
+    for key in dict.fromkeys((run.variant, run.chats) for run in runs):
+        own = [run for run in runs if (run.variant, run.chats) == key]
         first = own[0]
         rows.append(
             [
-                name,
+                first.variant,
                 " ".join(str(run.tokens) for run in own),
                 f"{statistics.fmean(r.kl for r in own):.4f} ± {first.kl_error:.4f}",
                 " ".join(f"{run.kl:.4f}" for run in own),
@@ -270,7 +272,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     known = common.read_json(file)["runs"] if file.exists() else []
     runs = [Run(**run) for run in known]
     bench = Bench(args.chats)
-    done = {(run.variant, run.seed) for run in runs}  # an interrupted benchmark goes on
+    own = [run for run in runs if run.chats in (0, args.chats)]
+    done = {(run.variant, run.seed) for run in own}  # an interrupted benchmark goes on
     for auto, seed in itertools.product((False, True), args.seeds):
         wanted = [n for n in args.variants if VARIANTS[n].auto == auto and (n, seed) not in done]
         wanted = [n for n in wanted if n not in ONCE or seed == args.seeds[0]]
@@ -279,16 +282,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             assert prepared is not None
             runs.append(bench.run(name, seed, prepared))
             console.print(runs[-1], soft_wrap=True, highlight=False)
-            about = {"environment": common.environment(), "chats": args.chats}
+            about: dict[str, Any] = {"environment": common.environment()}
             if any(VARIANTS[run.variant].leave for run in runs):
                 about["sensitive"] = bench.sensitive
             common.write_json(file, {**about, "runs": [asdict(run) for run in runs]})
-    runs.sort(key=lambda run: ([*VARIANTS].index(run.variant), run.seed))
+    runs.sort(key=lambda run: ([*VARIANTS].index(run.variant), run.chats, run.seed))
     table = Table(*HEADER)
     for row in summary(runs):
         table.add_row(*row)
     console.print(table)
-    title = f"KL per label of the untrained model, {args.chats} chats read by each calibration"
+    title = "KL per label of the untrained model, by what a calibration has added"
     page = common.markdown(title, common.environment(), HEADER, summary(runs))
     first = runs[0]
     page += f"\n{first.labels} labels of chats, {first.labels_reviews} of reviews; ± is a standard "
