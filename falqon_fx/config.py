@@ -243,8 +243,8 @@ class FalqonConfig:
         others = tuple(pattern for pattern in self.exclude if not _is_count(pattern))
         return replace(self, exclude=(*others, *map(glob.escape, paths)))
 
-    def selects(self, path: str) -> bool:
-        """Whether ``include`` and ``exclude`` admit the site at ``path``.
+    def selects(self, *paths: str) -> bool:
+        """Whether ``include`` and ``exclude`` admit the site that goes by ``paths``.
 
         Raises:
             FalqonConfigError: "sensitive:8" is in ``exclude``, of which a config knows no paths.
@@ -256,8 +256,11 @@ class FalqonConfig:
                 "Give the config of what prepare(model, config, calibration=batches) returns, or "
                 f"explain(model, ..., calibration=batches).most_sensitive({count})",
             )
-        included = not self.include or any(fnmatch.fnmatch(path, p) for p in self.include)
-        return included and not any(fnmatch.fnmatch(path, p) for p in self.exclude)
+        included, excluded = (
+            any(fnmatch.fnmatch(path, pattern) for path in paths for pattern in patterns)
+            for patterns in (self.include, self.exclude)
+        )
+        return (included or not self.include) and not excluded
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

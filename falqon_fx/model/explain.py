@@ -144,7 +144,8 @@ class _Look:
 
     def backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         index = len(self.traced)
-        self.traced.append((gm, _report(rewrite(gm, example_inputs, self.config), gm), set()))
+        result = rewrite(gm, example_inputs, self.config, paths=self.names)
+        self.traced.append((gm, _report(result, gm), set()))
 
         def run(*inputs: Any) -> Any:
             # Dynamo shares a graph between layers that are alike: each gets a report of its own.
