@@ -186,7 +186,7 @@ class Bench:
 
     def run(self, name: str, seed: int, prepared: Prepared) -> Run:
         variant, model, report = VARIANTS[name], prepared.model, prepared.report
-        kept = ("error_a", "error_b") if variant.compensate else ()
+        kept: tuple[str, ...] = ("error_a", "error_b") if variant.compensate else ()
         kept += ("channels", "columns") if variant.outliers else ()
         leave = self.sensitive if variant.leave else ()
         held = {p: m for p, m in model.named_modules() if isinstance(m, Fp8Linear)}
