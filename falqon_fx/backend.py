@@ -61,7 +61,8 @@ def falqon(
     """
     config = FalqonConfig.from_options({"mode": mode, **(options or {})} if mode else options)
     _check_processes(gm, config)
-    result = rewrite(gm, example_inputs, config, tune=True)
+    paths = ModulePaths.from_call_stack() if config.include or config.exclude else None
+    result = rewrite(gm, example_inputs, config, tune=True, paths=paths)
     compile_warnings.warn(result.report.graphs[0], gm, example_inputs)
     with compiling.told(result.report.graphs[0], _compat.compile_number()):
         compiled = _compile(result, example_inputs, config)
@@ -285,17 +286,20 @@ def rewrite(
     config: FalqonConfig | None = None,
     *,
     tune: bool = False,
+    paths: ModulePaths | None = None,
 ) -> RewriteResult:
     """The passes alone, on any torch-level graph: from Dynamo, ``symbolic_trace`` or export.
 
     Leaves ``gm`` as it is. On a GPU ``tune`` times what could compute each group of sites.
+    With ``paths`` of the model that is running, ``include`` and ``exclude`` match these, too.
 
     Raises:
         FalqonError: a site that can't be trained rightly as asked.
     """
     config = config or FalqonConfig()
     inputs, log = gm.graph.process_inputs(*example_inputs), PassLog()
-    work = Work(gm, inputs, config, tune)
+    names = paths.paths(gm.graph, inputs) if paths else {}
+    work = Work(gm, inputs, config, tune, names)
     pipeline.run(work, log)
     graph = GraphReport(
         sites=tuple(site.report for site in work.plan.sites),

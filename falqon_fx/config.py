@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import functools
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+import glob
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from falqon_fx.errors import FalqonConfigError
@@ -83,7 +84,9 @@ class FalqonConfig:
             beside W, which takes as much memory again.
         inner: the compiler that gets the rewritten graph.
         include: shell patterns on the module paths of sites; without any, all are rewritten.
-        exclude: shell patterns on the module paths of sites that stay as they are.
+        exclude: shell patterns on the module paths of sites that stay as they are. "sensitive:8"
+            stands for the eight whose casts cost most; `prepare` finds them where it has a
+            calibration, and names them in its report's ``config``, which compiling then takes.
         card: the card that times are predicted for, a name of ``falqon-fx cost --cards``; by
             default the one at hand.
         min_gain: leave a site alone where the cost model predicts time before / time after below
@@ -231,10 +234,33 @@ class FalqonConfig:
             )
         return int(self.topk)
 
-    def selects(self, path: str) -> bool:
-        """Whether ``include`` and ``exclude`` admit the site at ``path``."""
-        included = not self.include or any(fnmatch.fnmatch(path, p) for p in self.include)
-        return included and not any(fnmatch.fnmatch(path, p) for p in self.exclude)
+    def sensitive(self) -> int:
+        """How many sites ``exclude`` leaves for the cost of their casts."""
+        return max((int(n.partition(":")[2]) for n in self.exclude if _is_count(n)), default=0)
+
+    def leaving(self, paths: Sequence[str]) -> FalqonConfig:
+        """This config with ``paths`` in the place of "sensitive:8" in ``exclude``."""
+        others = tuple(pattern for pattern in self.exclude if not _is_count(pattern))
+        return replace(self, exclude=(*others, *map(glob.escape, paths)))
+
+    def selects(self, *paths: str) -> bool:
+        """Whether ``include`` and ``exclude`` admit the site that goes by ``paths``.
+
+        Raises:
+            FalqonConfigError: "sensitive:8" is in ``exclude``, of which a config knows no paths.
+        """
+        if count := self.sensitive():
+            raise FalqonConfigError(
+                "exclude",
+                f"'sensitive:{count}' stands for layers that a calibration names",
+                "Give the config of what prepare(model, config, calibration=batches) returns, or "
+                f"explain(model, ..., calibration=batches).most_sensitive({count})",
+            )
+        included, excluded = (
+            any(fnmatch.fnmatch(path, pattern) for path in paths for pattern in patterns)
+            for patterns in (self.include, self.exclude)
+        )
+        return (included or not self.include) and not excluded
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -272,10 +298,13 @@ def _patterns(name: str, value: object) -> tuple[str, ...]:
     value = (value,) if isinstance(value, str) else value
     if not isinstance(value, list | tuple) or not all(isinstance(p, str) for p in value):
         raise FalqonConfigError(name, f"{value!r} is not a list of patterns", "Give strings")
-    if found := [pattern for pattern in value if pattern.startswith("sensitive:")]:
-        raise FalqonConfigError(
-            name,
-            f"{found[0]!r} needs a model that has run, of which a config knows nothing",
-            "Give explain(model, ..., calibration=batches).most_sensitive(8)",
-        )
+    for pattern in value:
+        count = pattern.partition(":")[2]
+        if _is_count(pattern) and not (name == "exclude" and count.isdecimal() and int(count)):
+            raise FalqonConfigError(name, f"{pattern!r} is no pattern", 'exclude="sensitive:8" is')
     return tuple(value)
+
+
+def _is_count(pattern: str) -> bool:
+    """Whether it stands for sites by the cost of their casts."""
+    return pattern.startswith("sensitive:")

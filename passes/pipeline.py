@@ -44,7 +44,7 @@ def _match(work: Work) -> None:
 
 
 def _plan(work: Work) -> None:
-    work.plan = plan(work.root, work.matches, work.rejected, work.config)
+    work.plan = plan(work.root, work.matches, work.rejected, work.config, work.names)
 
 
 def _autotune(work: Work) -> None:

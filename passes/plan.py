@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -97,14 +97,19 @@ def _each(slots: Iterable[T]) -> tuple[T, ...]:
 
 
 def plan(
-    root: Scope, matches: list[Match], rejected: list[RejectedMatch], config: FalqonConfig
+    root: Scope,
+    matches: list[Match],
+    rejected: list[RejectedMatch],
+    config: FalqonConfig,
+    names: Mapping[str, str] | None = None,
 ) -> Plan:
-    """Choose sites, and give equal W, and equal (A, B, scaling), one slot.
+    """Choose sites, and give equal W, and equal (A, B, scaling), one slot. ``names`` are the paths
+    in the model by those in the graph, where they are known.
 
     Raises:
         FalqonError: a site that can't be trained rightly as asked (device, topk, sharding).
     """
-    chooser = _Chooser(root, config)
+    chooser = _Chooser(root, config, names or {})
     for found in matches:
         chooser.take(found)
     for found in (*match_frozen(root, matches), *match_frozen_experts(root, matches)):
@@ -142,8 +147,8 @@ _CUT = (
 class _Chooser:
     """Collects what becomes of each match."""
 
-    def __init__(self, root: Scope, config: FalqonConfig) -> None:
-        self.root, self.config = root, config
+    def __init__(self, root: Scope, config: FalqonConfig, names: Mapping[str, str]) -> None:
+        self.root, self.config, self.names = root, config, names
         self.spec = SiteSpec.from_config(config)
         self.sites: list[SitePlan] = []
         self.rejected: list[Rejected] = []
@@ -179,7 +184,7 @@ class _Chooser:
         tied = any(id(param.value) in self._tied for param in weights_of(found))
         path = _path_of(found, weights_of(found))
         path = (module_path(found.anchor) if tied else "") or path  # not the embedding's
-        if not self.config.selects(site_of(path)):
+        if not self._selects(path):
             return
         out, features = _size(found)
         stacked = isinstance(found.base, Experts)
@@ -215,11 +220,15 @@ class _Chooser:
             return
         self.sites.append(SitePlan(found, base, adapters, site))
 
+    def _selects(self, path: str) -> bool:
+        """By what the graph calls a layer and by what the model does."""
+        return self.config.selects(site_of(path), site_of(self.names.get(path, path)))
+
     def _refusal(self, found: Match, path: str) -> Rejected | None:
         def refuse(reason: str, remedy: str) -> Rejected:
             return Rejected(path, reason, remedy, source_of(found.anchor))
 
-        if not self.config.selects(site_of(path)):
+        if not self._selects(path):
             return refuse("include= or exclude= leaves it out", "Change the patterns")
         dropped = [a.dropout for a in found.adapters if a.dropout > 0]
         if dropped and self.config.dropout == "reject":

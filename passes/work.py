@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ class Work:
     inputs: Sequence[Any]
     config: FalqonConfig
     tune: bool = False
+    names: Mapping[str, str] = field(default_factory=dict)  # paths in the model by those in `given`
     notes: list[Note] = field(default_factory=list)  # for the report, by whichever pass
     local: tuple[LocalParameter, ...] = ()  # parameters that the graph reads as local tensors
     gm: fx.GraphModule = field(init=False)  # the copy that is edited

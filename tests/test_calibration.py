@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
-import peft
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,13 +14,13 @@ from torch import Tensor, nn
 
 import falqon_fx
 from falqon_fx import FalqonConfig
-from falqon_fx.model.calibration import Calibration
 from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.model.lora_layers import linear_layers
+from falqon_fx.model.moments import moments_of
+from falqon_fx.site.allot import STEP, Offer, allot
 from falqon_fx.site.compensate import DAMPING, damped_root, error_factors, heaviest_channels
-from falqon_fx.site.numerics import E4M3, E5M2
-from falqon_fx.site.spec import SiteSpec
-from tests.calibrated import CHANNELS, EAGER, IN, OUT, RANK, adapted, calibrated, inputs
+from falqon_fx.site.numerics import E4M3
+from tests.calibrated import CHANNELS, EAGER, IN, OUT, RANK, OneLayer, adapted, calibrated, inputs
 from tests.sites import cast, randn
 from tests.tolerances import UNIT_ROUNDOFF, assert_within, gamma
 
@@ -48,7 +49,7 @@ def test_the_factors_leave_the_tail_of_the_singular_values(out, features, rank, 
     x = randn(3 * features, features, seed=seed) * randn(features, seed=seed + 1).exp()
     error, moment = randn(out, features, seed=seed + 2), x.t() @ x / len(x)
     root = damped_root(moment)
-    factors = error_factors(error, moment, rank)
+    factors = error_factors(error, root, rank)
     e, low, a, b = (t.double() for t in (error, root, factors.a, factors.b))
     left = (e @ low - b @ (a @ low)).norm()
     tail = torch.linalg.svdvals(e @ low)[rank:].norm()
@@ -57,6 +58,10 @@ def test_the_factors_leave_the_tail_of_the_singular_values(out, features, rank, 
     off += gamma(features) * (b.abs() @ a.abs() @ low.abs()).norm()
     assert tail - 1e-12 * size <= left <= (tail.square() + off.square()).sqrt() + off
     assert abs(factors.left - float(left / size)) <= float(off / size) + gamma(4)
+    # What is left by fewer ranks is a difference of squares: of 1, of which each share is off.
+    for fewer in {1, rank}:
+        tail = torch.linalg.svdvals(e @ low)[fewer:].square().sum() / size.square()
+        assert abs(factors.first(fewer).left ** 2 - float(tail)) <= 4 * float(off / size)
 
 
 def test_the_root_is_that_of_the_damped_moment():
@@ -70,36 +75,38 @@ def test_the_root_is_that_of_the_damped_moment():
 
 
 def test_an_error_of_low_rank_and_one_of_none_leave_nothing():
-    error, moment = randn(20, 2) @ randn(2, 12, seed=1), torch.eye(12)
-    factors = error_factors(error, moment, 6)
+    error, root = randn(20, 2) @ randn(2, 12, seed=1), torch.eye(12)
+    factors = error_factors(error, root, 6)
     assert bool(factors.a.isfinite().all() and factors.b.isfinite().all())
     assert factors.left < gamma(12) * 32
-    nothing = error_factors(torch.zeros(20, 12), moment, 6)
+    nothing = error_factors(torch.zeros(20, 12), root, 6)
     assert (float(nothing.a.abs().max()), float(nothing.b.abs().max()), nothing.left) == (0, 0, 0)
 
 
 def test_the_channels_are_those_that_weigh_most():
-    moment, weight = torch.diag(torch.tensor([1.0, 4.0, 9.0, 0.25])), torch.ones(3, 4)
+    squares, weight = torch.tensor([1.0, 4.0, 9.0, 0.25]), torch.ones(3, 4)
     weight[:, 0] = 10
-    assert heaviest_channels(moment, weight, 2).tolist() == [0, 2]
+    channels, shares = heaviest_channels(squares, weight, 2)
+    assert channels.tolist() == [0, 2]
+    assert shares.tolist() == pytest.approx([300 / 339.75, 27 / 339.75])
 
 
 def test_moments_are_of_all_that_a_layer_read_and_siblings_share_them():
     model = adapted()
     layers = list(linear_layers(model))
     before = torch.random.get_rng_state()
-    calibration = Calibration.asked(inputs(), 4, 0)
-    calibration.read(model, layers, False)
+    found = {
+        layer.site.rpartition(".")[2]: moment
+        for layer, moment in moments_of(model, layers, inputs(), lambda text: None)
+    }
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(module.training for module in model.modules())
     assert not any(layer.module._forward_pre_hooks for layer in layers)
-    found = {
-        layer.site.rpartition(".")[2]: calibration._moments[id(layer.module)] for layer in layers
-    }
     assert found["q"] is found["k"]
+    assert found["q"].root is found["k"].root
     assert len({id(moment) for moment in found.values()}) == 3
     x = torch.cat(inputs()).double()
-    assert found["q"].tokens == len(x) == calibration.tokens
+    assert found["q"].tokens == len(x)
     # float32 sums of as many products as there are tokens.
     assert_within(
         found["q"].mean.double(),
@@ -108,7 +115,106 @@ def test_moments_are_of_all_that_a_layer_read_and_siblings_share_them():
     )
 
 
+def test_little_memory_takes_more_passes_and_the_same_moments():
+    """Room for the moment of q and k alone: the first pass takes it, one more each of the others.
+    An iterator comes but once.
+    """
+    model, room = adapted(), 4 * IN * IN
+    layers, told = list(linear_layers(model)), list[str]()
+    all_at_once = list(moments_of(model, layers, inputs(), lambda text: None))
+    by_parts = list(moments_of(model, layers, iter(inputs()), told.append, room))
+    assert told[-1] == "3 batches, 120 tokens, pass 3"
+    assert [layer for layer, _ in by_parts] == [layer for layer, _ in all_at_once]
+    for (_, one), (_, other) in zip(all_at_once, by_parts, strict=True):
+        assert torch.equal(one.total, other.total)
+        assert one.tokens == other.tokens
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(IN, OUT).requires_grad_(False)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.up(x)
+
+
+def test_padding_is_not_read_where_a_mask_tells():
+    model, x = Masked(), randn(2, 5, IN)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    batches = [{"x": x, "attention_mask": mask}]
+    ((_, moment),) = moments_of(model, list(linear_layers(model)), batches, lambda text: None)
+    read = torch.cat([x[0, :3], x[1]])
+    assert moment.tokens == len(read) == 8
+    sizes = read.abs().double()
+    assert_within(
+        moment.total.double(), read.double().t() @ read.double(), gamma(9) * sizes.t() @ sizes
+    )
+
+
+# -- a budget --------------------------------------------------------------------------------------
+
+
+@given(
+    worth=st.lists(st.floats(0, 10), min_size=3, max_size=3),
+    prices=st.lists(st.integers(1, 5), min_size=3, max_size=3),
+    budget=st.integers(0, 200),
+    seed=st.integers(0, 99),
+)
+def test_a_budget_buys_the_best_up_to_one_step(worth, prices, budget, seed):
+    """Against all choices. With one price for all greedy is the best; else the best of fractions,
+    which no choice passes, has at most the first step that is not paid for more.
+    """
+    shares = randn(3, 20, seed=seed).abs().sort(1, descending=True).values
+    offers = [Offer(i, shares[i], worth[i], prices[i]) for i in range(3)]
+    steps = [0, STEP, 2 * STEP, 20]
+    assert steps[-1] - steps[-2] < STEP  # the last is a part of one
+
+    def value(counts: Sequence[int]) -> tuple[int, float]:
+        bought = zip(counts, prices, worth, shares, strict=True)
+        parts = [(n * price, w * float(row[:n].sum())) for n, price, w, row in bought]
+        return sum(cost for cost, _ in parts), sum(gain for _, gain in parts)
+
+    chosen = allot(offers, budget)
+    assert all(n in steps for n in chosen.values())
+    cost, gain = value([chosen[i] for i in range(3)])
+    assert cost <= budget
+    every = map(value, itertools.product(steps, repeat=3))
+    best = max(other for price, other in every if price <= budget)
+    largest = max(w * float(row[:STEP].sum()) for w, row in zip(worth, shares, strict=True))
+    assert best <= gain + largest + 1e-6 * best
+
+
+def test_auto_spends_what_sixteen_of_each_would_take():
+    uniform, auto = adapted(), adapted()
+    for model, asked in ((uniform, {}), (auto, {"compensate": "auto"})):
+        falqon_fx.prepare(model, EAGER, calibration=inputs(), progress=False, **asked)
+    sizes = [[t.nbytes for m in terms_of(model).values() for t in m] for model in (uniform, auto)]
+    assert sum(sizes[1]) <= sum(sizes[0])
+    widths = {t.shape[-1] for m in terms_of(auto).values() for t in m[1:2]}
+    assert len(widths) > 1  # layers differ
+    # All but what doesn't pay for one more step of any layer.
+    assert sum(sizes[1]) > 0.8 * sum(sizes[0])
+
+
+def terms_of(model: nn.Module) -> dict[str, list[Tensor]]:
+    held = {p: m for p, m in model.named_modules() if isinstance(m, Fp8Linear)}
+    return {p: [t for n, t in m.terms.items() if n != "channels"] for p, m in held.items()}
+
+
 # -- the op ----------------------------------------------------------------------------------------
+
+
+def check(one: OneLayer, **options: Any) -> None:
+    """Output and gradient against float64 on the operands as they are cast: float32 sums of as many
+    products as a row has, of operands that decode exactly; scales that are no powers of two follow
+    the product.
+    """
+    for found, (wanted, gauge), products in zip(
+        one.run(**options), (one.expected(), one.expected_gradient()), (IN, OUT), strict=True
+    ):
+        roundings = products + one.rank + one.channels + 16
+        assert_within(found.double(), wanted, gamma(roundings) * gauge)
 
 
 @settings(max_examples=8, deadline=None)
@@ -124,87 +230,28 @@ def test_moments_are_of_all_that_a_layer_read_and_siblings_share_them():
 def test_forward_and_gradients_are_those_of_the_quantized_operands(
     rank, channels, granularity, scale, bias, adapter, seed
 ):
-    """O = x̂·Ŵᵀ + x̂·Â_cᵀ·B_cᵀ + (x - x̂)_S·W_Sᵀ + the adapter, dL/dx = q(dO ⊙ s_W)·Ŵ + (dO·B_c)·Â_c
-    + its own: float64 on the operands as they are cast, float32 sums of as many products as a row
-    has, of operands that decode exactly; scales that are no powers of two follow the product.
-    """
-    if not rank and not channels:
-        rank = 3
     config = FalqonConfig(inner="eager", granularity=granularity, scale=scale)
-    spec = SiteSpec.from_config(config)
-    torch.manual_seed(seed)
-    model: nn.Module = nn.Sequential(nn.Linear(IN, OUT, bias=bias)).requires_grad_(False)
-    if adapter:
-        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0"]))
-        nn.init.normal_(model.base_model.model[0].lora_B.default.weight, std=0.05)
-    x = (randn(30, IN, seed=seed) * randn(IN, seed=seed + 1).exp()).requires_grad_()
-    batches = [x.detach()]
-    falqon_fx.prepare(
-        model, config, calibration=batches, compensate=rank, outliers=channels, progress=False
-    )
-    (layer,) = (m for m in model.modules() if isinstance(m, Fp8Linear))
-    torch._dynamo.reset()
-    y = torch.compile(model, backend="falqon", options=dict[str, Any](config=config))(x)
-    grad = randn(*y.shape, seed=seed + 2)
-    y.backward(grad)
-
-    read, weight = cast(x.detach(), E4M3, spec), layer.base().dequantize().double()
-    low: list[tuple[Tensor, Tensor]] = []  # (Â, b)
-    if rank:
-        low.append((cast(layer.error_a.float(), E4M3, spec), layer.error_b.double()))
-    if adapter:
-        lora = model.base_model.model[0]
-        a, b = lora.lora_A.default.weight.detach(), lora.lora_B.default.weight.detach()
-        low.append((cast(a, E4M3, spec), b.double() * lora.scaling["default"]))
-    wanted, gauge = read @ weight.t(), read.abs() @ weight.abs().t()
-    for a, b in low:
-        wanted, gauge = (
-            wanted + read @ a.t() @ b.t(),
-            gauge + read.abs() @ a.abs().t() @ b.abs().t(),
-        )
-    if channels:
-        picked, columns = layer.channels.long(), layer.columns.double()
-        error = (x.detach().double() - read)[:, picked]
-        wanted, gauge = wanted + error @ columns.t(), gauge + error.abs() @ columns.abs().t()
-    if bias:
-        wanted, gauge = wanted + layer.bias.double(), gauge + layer.bias.double().abs()
-    assert_within(y.detach().double(), wanted, gamma(IN + rank + channels + 12) * gauge)
-
-    rows = layer.base().scale.double()
-    given_ = grad * rows.t().float() if granularity == "row" else grad
-    back = cast(given_, E5M2, spec)
-    back = back / rows.t() if granularity == "row" else back
-    wanted, gauge = back @ weight, back.abs() @ weight.abs()
-    for a, b in low:
-        wanted = wanted + grad.double() @ b @ a
-        gauge = gauge + grad.double().abs() @ b.abs() @ a.abs()
-    assert_within(x.grad.double(), wanted, gamma(OUT + rank + 16) * gauge)
+    check(OneLayer(config, rank or (0 if channels else 3), channels, bias, adapter, seed))
 
 
-@pytest.mark.parametrize(
-    "options", [{"inner": "inductor"}, {"adapter_dtype": "fp8", "inner": "eager"}]
-)
-def test_compiled_code_computes_what_eager_code_stands_for(options):
-    """Against the layer that casts no x: what the cast of x costs is a few percent, and with
-    Inductor the numbers are those of the inner backend "eager" but for the order of sums.
+def test_inductor_computes_the_same():
+    check(OneLayer(EAGER), inner="inductor")
+
+
+def test_with_an_adapter_in_fp8_its_factors_are_cast_too():
+    """Then O_A = x̂·Âᵀ and B are cast to E4M3, each value by a 17th of it at most, or by half of the
+    smallest step of its row or column (`fp8_cast_bound`), which the 2**-9 of the largest covers.
     """
-    config = FalqonConfig(**options)
-    model, (x, *_) = calibrated(config).eval(), inputs()
-    results = []
-    for each in (config, EAGER):
-        torch._dynamo.reset()
-        if each.adapter_dtype != config.adapter_dtype:
-            continue
-        call = torch.compile(model, backend="falqon", options=dict[str, Any](config=each))
-        read = x.clone().requires_grad_()
-        y = call(read)
-        y.sum().backward()
-        results.append((y.detach(), read.grad))
-    plain = model(x).detach()
-    assert float((results[0][0] - plain).norm() / plain.norm()) < 2**-4  # E4M3's unit roundoff
-    for y, g in results[1:]:
-        torch.testing.assert_close(y, results[0][0], rtol=1e-4, atol=1e-4 * float(y.abs().max()))
-        torch.testing.assert_close(g, results[0][1], rtol=1e-2, atol=1e-2 * float(g.abs().max()))
+    config = FalqonConfig(inner="eager", adapter_dtype="fp8")
+    one = OneLayer(config, adapter=False)
+    y, _ = one.run()
+    wanted, gauge = one.expected()
+    ((a, b),) = one.low()
+    inner = cast(one.x, E4M3, one.spec) @ a.t()
+    off = [t.abs() / 17 + t.abs().amax(1, keepdim=True) * 2**-9 for t in (inner, b)]
+    moved = (inner.abs() + off[0]) @ (b.abs() + off[1]).t() - inner.abs() @ b.abs().t()
+    assert_within(y.double(), wanted, moved + gamma(IN + RANK + CHANNELS + 16) * gauge)
+    assert float(moved.mean()) < float((inner @ b.t()).abs().mean())  # or nothing would be seen
 
 
 def test_a_calibrated_model_is_nearer_to_the_plain_one():
@@ -248,23 +295,9 @@ def test_the_graph_has_one_more_adapter_a_site_and_the_error_of_x_behind_it():
 
 def test_dropout_of_an_adapter_does_not_reach_it():
     """Where B is zero, a dropped x changes nothing: the term reads x itself, and its gradient."""
-    results = []
-    for p in (0.0, 0.5):
-        model = adapted(lora_dropout=p)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                nn.init.zeros_(parameter)
-        falqon_fx.prepare(model, EAGER, calibration=inputs(), progress=False)
-        model.base_model.model.drop.p = 0.0
-        torch._dynamo.reset()
-        x = inputs()[0].requires_grad_()
-        y = torch.compile(model.train(), backend="falqon", options=dict[str, Any](config=EAGER))(x)
-        y.square().sum().backward()
-        results.append((y.detach(), x.grad))
-    for plain, dropped in zip(*results, strict=True):
-        # The same products, added up in another order: sums of at most 96 float32 products, four
-        # layers deep, of which none is 100 times its result.
-        torch.testing.assert_close(plain, dropped, rtol=1e-3, atol=1e-3 * float(plain.abs().max()))
+    one = OneLayer(EAGER, dropout=0.5)
+    nn.init.zeros_(one.lora.lora_B.default.weight)
+    check(one)
 
 
 def test_x_is_not_kept_for_what_does_not_train():

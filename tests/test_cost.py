@@ -32,6 +32,8 @@ SHAPES = st.builds(
     train_b=st.booleans(),
     siblings=st.integers(1, 3),
     wide=st.sampled_from(["", "float32"]),
+    compensate=st.integers(0, 64),
+    outliers=st.integers(0, 64),
 )
 NUMERIC = Shape(96, 40, 56, 4)
 
@@ -92,6 +94,30 @@ def test_flops_of_the_op_are_those_that_torch_counts(rank, train_a):
         assert cost.flops(kernels) == cost.flops(
             variants.lora(replace(NUMERIC, rank=rank, train_a=train_a))
         )
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+def test_a_calibration_adds_a_frozen_adapter_and_a_product_of_a_few_columns(rank):
+    """x·A_cᵀ, O_c·B_cᵀ and back D_c = dO·B_c, D_c·A_c; (x - x̂)_S·W_Sᵀ. No optimizer has it."""
+    plain = replace(NUMERIC, rank=rank, siblings=2)
+    for variant in (variants.merged, variants.emulated):
+        before, after = variant(plain), variant(replace(plain, compensate=6, outliers=5))
+        added = {p: cost.flops(after, p) - cost.flops(before, p) for p in ("forward", "backward")}
+        assert added["backward"] == 2 * 96 * 6 * (40 + 56)
+        assert added["forward"] == added["backward"] + 2 * 96 * 5 * 56
+        assert cost.moved(after, "update") == cost.moved(before, "update")
+        assert cost.moved(after, "forward") > cost.moved(before, "forward")
+    site = falqon_fx.explain(_calibrated(), torch.randn(3, 64)).sites[0]
+    assert (site.compensate, site.outliers) == (4, 3)
+    shape = cost.shape_of(site)
+    assert (shape.compensate, shape.outliers) == (4, 3)
+
+
+def _calibrated() -> torch.nn.Module:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64)).requires_grad_(False)
+    asked: dict[str, Any] = {"calibration": [torch.randn(9, 64)], "compensate": 4, "outliers": 3}
+    falqon_fx.prepare(model, progress=False, **asked)
+    return model
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import traceback
 import warnings
 from collections.abc import Callable
@@ -263,3 +264,36 @@ def test_experts_are_refused_by_the_names_that_peft_gives_their_parameters():
         item.site.removeprefix("base_model.model.") for item in rejected
     )
     assert len(rejected) == 4
+
+
+def wrapped(call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    return wrapper
+
+
+class Wrapped(nn.Module):
+    """As those of transformers: Dynamo first meets a function that has the model in args."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    @wrapped
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x))
+
+
+def test_exclude_means_a_layer_by_its_path_in_the_model():
+    torch.manual_seed(0)
+    model, x = Wrapped().requires_grad_(False), torch.randn(5, 64)
+    results = []
+    for exclude in (("up", "down"), ("up",), ()):
+        torch._dynamo.reset()
+        options: dict[str, Any] = {"inner": "eager", "exclude": exclude}
+        results.append(torch.compile(model, backend="falqon", options=options)(x))
+    assert torch.equal(results[0], model(x))  # nothing is cast
+    off = [float((y - results[0]).norm()) for y in results]
+    assert 0 < off[1] < off[2]

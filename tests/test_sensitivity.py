@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
 from falqon_fx.errors import FalqonConfigError
-from falqon_fx.model.sensitivity import sensitivity
+from falqon_fx.model.sensitivity import CastCost, cast_costs
+from falqon_fx.model.sorting import sort_layers
 from falqon_fx.site.base import cast_base
 from falqon_fx.site.numerics import E4M3
 from falqon_fx.site.spec import SiteSpec
@@ -36,6 +37,16 @@ class Two(nn.Module):
 def model() -> Two:
     torch.manual_seed(0)
     return Two().requires_grad_(False)
+
+
+def sensitivity(net: nn.Module, batches: Any, seed: int = 0) -> dict[str, float]:
+    found = {site: cost.both for site, cost in costs(net, batches, seed).items()}
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def costs(net: nn.Module, batches: Any, seed: int = 0) -> dict[str, CastCost]:
+    config = FalqonConfig(seed=seed)
+    return cast_costs(net, sort_layers(net, config)[0], batches, config)
 
 
 def error_of(weight: Tensor, x: Tensor) -> Tensor:
@@ -135,5 +146,26 @@ def test_a_model_without_logits_and_a_config_without_a_model_are_refused():
     net = NoLogits().requires_grad_(False)
     with pytest.raises(FalqonError, match="returns a dict"):
         sensitivity(net, [randn(2, 3, IN)])
-    with pytest.raises(FalqonConfigError, match="most_sensitive"):
-        FalqonConfig(exclude="sensitive:8")
+
+
+def test_a_number_of_sensitive_layers_is_named_by_prepare_and_explain():
+    config, x = FalqonConfig(exclude="sensitive:1"), randn(2, 6, IN)
+    with pytest.raises(FalqonConfigError, match=r"most_sensitive\(1\)"):
+        falqon_fx.prepare(model(), config, progress=False)
+    worst = next(iter(sensitivity(model(), [(x,)])))
+    told = falqon_fx.explain(model(), x, config=config, calibration=[x])
+    assert told.options["exclude"] == str((worst,))
+    asked: dict[str, Any] = {"calibration": [(x,)], "compensate": 0, "outliers": 0}
+    done = falqon_fx.prepare(net := model(), config, progress=False, **asked)
+    assert done.config.exclude == (worst,)
+    assert set(done.skipped) == {worst}
+    torch._dynamo.reset()
+    options: dict[str, Any] = {"exclude": "sensitive:1", "inner": "eager"}
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="a calibration names"):
+        torch.compile(net, backend="falqon", options=options)(x)
+
+
+@pytest.mark.parametrize("pattern", ["sensitive:", "sensitive:0", "sensitive:x", "sensitive:-1"])
+def test_other_numbers_of_sensitive_layers_are_refused(pattern):
+    with pytest.raises(FalqonConfigError, match="is no pattern"):
+        FalqonConfig(exclude=pattern)

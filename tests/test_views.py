@@ -1,13 +1,9 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -19,10 +15,8 @@ from falqon_fx import FalqonConfig, FalqonError, RewriteReport
 from falqon_fx.report.data import Audit, CastAudit, Line
 from falqon_fx.report.totals import sentence
 from falqon_fx.report.views import around, layout, near, replacing, rows, stretch
+from tests.browser import needs_chromium, opened
 from tests.models import LoraLinear, Stack
-
-CHROMIUM = shutil.which("chromium")
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 
 
 class Mixed(nn.Module):
@@ -175,24 +169,6 @@ def test_the_page_loads_nothing_and_its_data_cannot_end_the_script(report):
     assert "<script>alert" not in page
 
 
-def opened(
-    page: str, tmp_path: Path, script: str = "", fragment: str = "", flags: Sequence[str] = ()
-) -> str:
-    """The page's DOM after it has loaded and ``script`` has run in it."""
-    file = tmp_path / "page.html"
-    file.write_text(page.replace("</body>", f"<script>{script}</script></body>"))
-    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
-    profile = f"--user-data-dir={tmp_path / 'profile'}"
-    done = subprocess.run(
-        [*command, *flags, profile, f"{file.as_uri()}#{fragment}"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    return done.stdout.replace("<wbr>", "")  # where a line may end
-
-
 @needs_chromium
 def test_the_map_shows_every_module_and_its_state(mixed, tmp_path):
     dom = opened(mixed.to_html(), tmp_path)
@@ -204,6 +180,23 @@ def test_the_map_shows_every_module_and_its_state(mixed, tmp_path):
     (names,) = re.findall(r'<div class="block names".*?</div>', dom)
     assert re.findall(r"<i>(\w+)</i>", names) == ["norm", "up", "down"]
     assert re.findall(r'<span title="[\w.]+">([\w.]+)</span>', dom) == ["blocks.0", "blocks.1"]
+
+
+@needs_chromium
+def test_the_map_shows_what_the_casts_cost_over_two_powers_of_ten(mixed, tmp_path):
+    costs = {"between": 1e-3, "stack.blocks.0.up": 1e-4, "stack.blocks.0.down": 1e-6}
+    page = replace(mixed, sensitivity=costs).to_html()
+    dom = opened(page, tmp_path)
+    heat = r'title="(\w+): \w+, casts cost (\S+) nats" data-heat="(\d+)"'
+    wanted = {("between", "0.001", "100"), ("up", "0.0001", "50"), ("down", "0.000001", "0")}
+    assert {*re.findall(heat, dom)} == wanted
+    assert 'aria-label="Layers of the model" class="heat"' in dom
+    last = 'document.querySelectorAll(".layers th button")[7].click();'
+    dom = opened(page, tmp_path, f'document.getElementById("heat").click();{last}{last}')
+    assert 'class="heat"' not in dom
+    paths = re.findall(r'<tr><td><button title="([\w.]+)">', dom)
+    assert paths[:3] == list(costs)
+    assert "casts cost" not in mixed.to_html().split("<script>")[0]
 
 
 @needs_chromium

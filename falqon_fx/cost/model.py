@@ -144,6 +144,8 @@ def shape_of(site: Site, siblings: int = 1, adapted: int = 1) -> Shape:
         siblings=siblings,
         adapted=max(adapted, 1),
         wide=dtype_name(gemm_dtype(out, device)),
+        compensate=site.compensate,
+        outliers=site.outliers,
     )
 
 

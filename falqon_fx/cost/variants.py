@@ -11,7 +11,9 @@ or 32 bits:
     emulated   the same arithmetic where there are none: W is decoded and multiplied in g bytes
 
 W is constant: nothing is cast of it in a step. A and s·B are cast in each forward pass. Where A
-trains, the cast of x is kept for dL/dA: n·in bytes on FP8 units, shared by siblings.
+trains, the cast of x is kept for dL/dA: n·in bytes on FP8 units, shared by siblings. What a
+calibration has added (`falqon_fx.prepare`) is a frozen adapter more, and a product of a few columns
+of x behind the others.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ class Shape:
 
     ``siblings`` layers share x, ``adapted`` of them have an adapter: what is done once for all
     counts 1 / siblings times for each. ``wide`` is the dtype of products that are not in FP8;
-    bfloat16 for bfloat16 and else float32 where nothing is given.
+    bfloat16 for bfloat16 and else float32 where nothing is given. ``compensate`` and ``outliers``
+    are the ranks and the channels of a calibration.
     """
 
     n: Any
@@ -69,6 +72,13 @@ class Shape:
     siblings: int = 1
     adapted: int = 1
     wide: str = ""
+    compensate: Any = 0
+    outliers: Any = 0
+
+    @property
+    def low(self) -> Any:
+        """The rank of all that is added to W."""
+        return self.rank + self.compensate
 
     @property
     def operands(self) -> str:
@@ -154,7 +164,7 @@ def merged(s: Shape) -> list[Kernel]:
     """The op on FP8 matrix units (`falqon_fx.ops.gpu`): casts of x and of dL/dO in one pass each,
     row by row, and one launch each way for all siblings.
     """
-    n, i, o, r, e = s.n, s.features, s.out, s.rank, _WIDTH[s.dtype]
+    n, i, o, r, e = s.n, s.features, s.out, s.low, _WIDTH[s.dtype]
     g, share, each = _WIDTH[s.operands], 1 / s.siblings, 1 / s.adapted
     kept = n * i * share if s.train_a and s.rank != 0 else 0
     product = Kernel(
@@ -185,6 +195,7 @@ def merged(s: Shape) -> list[Kernel]:
         product,
         Kernel("backward", "cast dO", "float8", 0, n * o * (e + 1)),
         back,
+        *_bought(s, "float8", 1),
     ]
     if s.rank == 0:
         return kernels
@@ -199,7 +210,7 @@ def emulated(s: Shape) -> list[Kernel]:
     """The op as ATen (`falqon_fx.ops.lowering`): casts that keep g bytes an element, W and A
     decoded before each product; siblings share one dL/dx.
     """
-    n, i, o, r, e = s.n, s.features, s.out, s.rank, _WIDTH[s.dtype]
+    n, i, o, r, e = s.n, s.features, s.out, s.low, _WIDTH[s.dtype]
     wide, g, share = s.operands, _WIDTH[s.operands], 1 / s.siblings
     kept = n * i * g * share if s.train_a and s.rank != 0 else 0
     decode = (wide, 0, i * o * (1 + g), i * o)
@@ -220,22 +231,24 @@ def emulated(s: Shape) -> list[Kernel]:
         Kernel("backward", "cast dO", wide, 0, n * o * (e + g), n * o),
         Kernel("backward", "decode W", *decode),
     ]
-    if s.rank != 0:
+    if r != 0:
         kernels += [
             Kernel("forward", "decode A", wide, 0, r * i * (1 + g), r * i, 0, 1 / s.adapted),
-            *_adapter(s, wide, g),
+            *(_adapter(s, wide, g) if s.rank != 0 else ()),
+            *_bought(replace(s, outliers=0), wide, g),
             _adding("forward", "s·O_A·Bᵀ", wide, n, r, o, g),
         ]
         if e != g:
             kernels.append(Kernel("backward", "widen dO", wide, 0, n * o * (e + g)))
     if e == g:
-        kernels[-1 if s.rank != 0 else 2] = _kept(kernels[-1 if s.rank != 0 else 2], out)
+        kernels[-1 if r != 0 else 2] = _kept(kernels[-1 if r != 0 else 2], out)
         kernels.append(_kept(back, grad_x))
     else:  # the results of the GEMMs, in the model's dtype
         kernels.append(Kernel("forward", "narrow O", wide, 0, n * o * (e + g), kept=out))
         kernels.append(back)
         narrowed = n * i * (e + g) * share
         kernels.append(Kernel("backward", "narrow dx", wide, 0, narrowed, 0, grad_x, share))
+    kernels += _bought(replace(s, compensate=0), wide, g)
     return [*kernels, *(_optimizer(s) if s.rank != 0 else ())]
 
 
@@ -303,6 +316,23 @@ def _adapter(s: Shape, operands: str, x: int) -> list[Kernel]:
     if s.train_a:
         moved = (n * i + n * r) * g + r * i * a
         kernels.append(Kernel("backward", "dA", wide, 2 * n * i * r, moved))
+    return kernels
+
+
+def _bought(s: Shape, operands: str, x: int) -> list[Kernel]:
+    """What a calibration has added, but for the products that come with the adapter's."""
+    n, i, o, c, e = s.n, s.features, s.out, s.outliers, _WIDTH[s.dtype]
+    kernels: list[Kernel] = []
+    if s.compensate != 0:
+        own = replace(s, rank=s.compensate, adapted=s.siblings, adapter_dtype="bfloat16")
+        own = replace(own, train_a=False, train_b=False)
+        kernels += [replace(k, name=f"{k.name}, W's error") for k in _adapter(own, operands, x)]
+    if c != 0:
+        wide, g = s.operands, _WIDTH[s.operands]
+        kernels += [
+            Kernel("forward", "error of x", wide, 0, n * i * e + n * c * g, n * c),
+            _adding("forward", "error of x · W_Sᵀ", wide, n, c, o, g),
+        ]
     return kernels
 
 

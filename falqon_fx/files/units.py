@@ -15,7 +15,7 @@ from falqon_fx.errors import FalqonError
 from falqon_fx.files.hf import read_entries
 from falqon_fx.files.stack_files import StackLayer
 from falqon_fx.model.lora_layers import LinearLayer, linear_layers
-from falqon_fx.model.prepare import skip_reason
+from falqon_fx.model.sorting import skip_reason
 from falqon_fx.rows import model as rows_model
 from falqon_fx.site.numerics import dtype_name
 

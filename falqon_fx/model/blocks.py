@@ -22,8 +22,8 @@ from falqon_fx.model.lora_layers import (
     tied_weights,
     unwrap,
 )
-from falqon_fx.model.prepare import skip_reason
 from falqon_fx.model.prepared_linear import PreparedLinear
+from falqon_fx.model.sorting import skip_reason
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from falqon_fx.model.lora_layers import unwrap
 from falqon_fx.model.mesh import MeshPlan
 from falqon_fx.model.mesh_bytes import on_mesh
 from falqon_fx.model.sensitivity import sensitivity
+from falqon_fx.model.sorting import sort_layers
 from falqon_fx.passes.describe import innermost
 from falqon_fx.report.data import Cost, GraphBreak, GraphReport, Site
 from falqon_fx.report.listing import listing
@@ -64,6 +65,11 @@ def explain(
             aLoRA; or other processes hold parts of it.
     """
     inner, config = unwrap(model), config or FalqonConfig()
+    costly: dict[str, float] = {}
+    if calibration is not None:
+        every = config.leaving(())
+        costly = sensitivity(inner, sort_layers(inner, every)[0], calibration, every)
+        config = config.leaving(tuple(costly)[: config.sensitive()])
     plan = None if mesh is None else MeshPlan.of(mesh)
     if plan is not None:
         plan.check(config)
@@ -102,7 +108,7 @@ def explain(
         tuple(_modules(inner)),
         (*notes, *predict.notes),
         spread,
-        {} if calibration is None else sensitivity(inner, calibration, config, config.seed),
+        costly,
     )
 
 
@@ -138,7 +144,8 @@ class _Look:
 
     def backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         index = len(self.traced)
-        self.traced.append((gm, _report(rewrite(gm, example_inputs, self.config), gm), set()))
+        result = rewrite(gm, example_inputs, self.config, paths=self.names)
+        self.traced.append((gm, _report(result, gm), set()))
 
         def run(*inputs: Any) -> Any:
             # Dynamo shares a graph between layers that are alike: each gets a report of its own.

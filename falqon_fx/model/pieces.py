@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from falqon_fx.config import FalqonConfig
 from falqon_fx.model.fp8_linear import Fp8Linear
-from falqon_fx.model.prepare import sort_layers
+from falqon_fx.model.sorting import sort_layers
 from falqon_fx.model.stacks import Fp8Stack, sort_stacks
 from falqon_fx.passes.match.frozen import site_of
 from falqon_fx.site.base import DIGEST_BYTES

@@ -12,21 +12,20 @@ from torch import Tensor, nn
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
 from falqon_fx.model.agreement import check_same_on_all_ranks
-from falqon_fx.model.calibration import Calibration
+from falqon_fx.model.calibration import Asked, Calibration
 from falqon_fx.model.fp8_linear import IN_ONE_PROCESS, Fp8Linear
 from falqon_fx.model.lora_layers import (
     LinearLayer,
-    LoraLayer,
     check_fit,
     check_untied,
-    linear_layers,
     lora_layers,
     tied_weights,
     unwrap,
 )
 from falqon_fx.model.parts import cast_part, check_part, check_together, cut_like, move_hooks
 from falqon_fx.model.prepare_report import PrepareReport, track
-from falqon_fx.model.prepared_linear import PreparedLinear
+from falqon_fx.model.sensitivity import sensitivity
+from falqon_fx.model.sorting import skipped_adapters, sort_layers
 from falqon_fx.model.stacks import (
     Fp8Stack,
     StackedWeight,
@@ -36,10 +35,8 @@ from falqon_fx.model.stacks import (
     restore_stacks,
     sort_stacks,
     stacked_product,
-    stacked_weights,
 )
 from falqon_fx.ops.fp8_adapter import clamped
-from falqon_fx.passes.match.frozen import why_left
 from falqon_fx.rows import model as rows_model
 from falqon_fx.rows.state import MergedAdapter
 from falqon_fx.site.base import Base, Place, bases, check_weight, place
@@ -57,8 +54,8 @@ def prepare(
     config: FalqonConfig | None = None,
     *,
     calibration: Iterable[Any] | None = None,
-    compensate: int | None = None,
-    outliers: int | None = None,
+    compensate: Asked | None = None,
+    outliers: Asked | None = None,
     progress: bool = True,
 ) -> PrepareReport:
     """Cast every frozen linear layer of a model to FP8 in place, one at a time, and free its
@@ -80,12 +77,16 @@ def prepare(
         model: with adapters or without, or its compiled wrapper.
         config: what ``torch.compile`` will get.
         calibration: batches of the model's inputs, some thousand tokens of what it will be trained
-            on: dicts (keyword arguments), tuples or lists (positional ones), or tensors. While it
-            is read, 4 · in² bytes are held for each tensor that layers read.
+            on: dicts (keyword arguments), tuples or lists (positional ones), or tensors. Of each
+            tensor that layers read 4 · in² bytes are held, at most half the bytes of the weights
+            (or 1 GiB) at a time: with more of them the model runs over the batches several times.
         compensate: the rank r of the product, 2 · r · (in + out) bytes a layer; 16 where a
-            calibration is given. 0: none.
+            calibration is given. 0: none. "auto" spends as many bytes as 16 would take where they
+            are expected to lower the loss most (`falqon_fx.model.sensitivity`), for which the model
+            runs forward and backward over the batches first.
         outliers: the channels c of x whose cast error is added back, 2 · c · out bytes a layer; 16
-            where a calibration is given. 0: none.
+            where a calibration is given. 0: none. "auto" as with ``compensate``; where both are,
+            they share their bytes.
         progress: show bars.
 
     Raises:
@@ -96,7 +97,7 @@ def prepare(
             changed then.
     """
     config, inner = config or FalqonConfig(), unwrap(model)
-    wanted = Calibration.asked(calibration, compensate, outliers)
+    wanted = Calibration.asked(calibration, compensate, outliers, config.sensitive())
     refuse_fsdp(inner, "prepare", BEFORE)
     texts = [f"{name}={value}" for name, value in config.texts().items()]
     texts += [f"compensate={wanted.ranks}", f"outliers={wanted.channels}"]
@@ -104,19 +105,31 @@ def prepare(
     if config.update == "rows":
         wanted.refuse('update="rows" writes into its FP8 weights, and has no place beside them')
         return _prepare_rows(inner, config, progress)
+    config = _leaving(inner, config, wanted)
     layers, skipped = sort_layers(inner, config)
-    skipped |= _skipped_adapters(inner, layers, skipped)
+    skipped |= skipped_adapters(inner, layers, skipped)
     stacks, left = sort_stacks(inner, config)
     _check_before(inner, layers, config, stacks)
-    wanted.read(inner, layers, progress)
+    wanted.read(inner, layers, config, progress)
     before, after = _convert(inner, layers, config, progress, wanted)
     of_stacks = _convert_stacks(stacks, config, progress)
     before, after = before + of_stacks[0], after + of_stacks[1]
     frozen = tuple(layer.path for layer in layers if layer.lora is None)
     frozen += tuple(stack.site for stack in stacks if stack.wrapper is None)
     prepared = tuple(layer.site for layer in layers) + tuple(stack.site for stack in stacks)
-    bought = wanted.tokens, wanted.left
-    return PrepareReport(prepared, frozen, skipped | left, before, after, *bought)
+    return PrepareReport(
+        prepared, frozen, skipped | left, before, after, wanted.tokens, wanted.left, config
+    )
+
+
+def _leaving(model: nn.Module, config: FalqonConfig, wanted: Calibration) -> FalqonConfig:
+    """The config with the names of the layers that exclude="sensitive:8" stands for."""
+    if not config.sensitive() or wanted.batches is None:
+        return config  # which raises where a layer is asked for
+    every = config.leaving(())
+    layers = sort_layers(model, every)[0]
+    found = sensitivity(model, layers, wanted.batches, every, together=True)
+    return config.leaving(tuple(found)[: config.sensitive()])
 
 
 def _prepare_rows(model: nn.Module, config: FalqonConfig, progress: bool) -> PrepareReport:
@@ -130,7 +143,9 @@ def _prepare_rows(model: nn.Module, config: FalqonConfig, progress: bool) -> Pre
     more_before, more_after = _convert(model, layers, config, progress, Calibration())
     frozen = tuple(layer.path for layer in layers)
     before, after = before + more_before, after + more_after
-    return PrepareReport((*done, *frozen), frozen, {**others, **skipped}, before, after)
+    return PrepareReport(
+        (*done, *frozen), frozen, {**others, **skipped}, before, after, config=config
+    )
 
 
 def _convert(
@@ -144,7 +159,7 @@ def _convert(
     before = after = 0
     for layer in track(layers, progress):
         base = _cast(layer, config)
-        terms = wanted.buy(layer, base)
+        terms = wanted.terms(layer)
         before += local(layer.module.weight).nbytes
         after += base.nbytes + sum(term.nbytes for term in terms.values())
         _replace(model, layer, base, config, terms)
@@ -316,57 +331,6 @@ def flush(model: nn.Module) -> None:
     update="adapter" nothing is ever pending.
     """
     rows_model.flush(unwrap(model))
-
-
-def sort_layers(model: nn.Module, config: FalqonConfig) -> tuple[list[LinearLayer], dict[str, str]]:
-    """The layers that `prepare` casts, and why it leaves others."""
-    layers, skipped = [], {}
-    tied = tied_weights(model)
-    for layer in linear_layers(model):
-        shared = tied[local(layer.module.weight).data_ptr()]
-        reason = skip_reason(layer, config, len(shared) > 1)
-        if reason is None:
-            layers.append(layer)
-        elif reason:
-            skipped[layer.site] = reason
-    return layers, skipped
-
-
-def _skipped_adapters(
-    model: nn.Module, layers: Sequence[LinearLayer], skipped: Mapping[str, str]
-) -> dict[str, str]:
-    """Why the base layers of the other LoRA layers can't be cast."""
-    found = {id(layer.lora.base) for layer in layers if layer.lora is not None}
-    others = [lora for lora in lora_layers(model) if id(lora.base) not in found]
-    stacked = {id(stack.wrapper) for stack in stacked_weights(model)}
-    others = [lora for lora in others if id(lora.module) not in stacked]
-    return {lora.path: _why_not(lora) for lora in others if lora.path not in skipped}
-
-
-def skip_reason(layer: LinearLayer, config: FalqonConfig, tied: bool) -> str | None:
-    """Why a frozen layer is left; "" where that is nothing to report."""
-    if not (config.selects(layer.site) and config.selects(layer.path)):
-        return "include= or exclude= leaves it out"
-    if layer.lora is not None:
-        if getattr(layer.lora.module, "merged", False):
-            return "its adapter is merged into the base weight (call unmerge_adapter() first)"
-        return None
-    if config.frozen == "leave":
-        return ""
-    out, features = layer.weight.shape
-    return why_left(layer.path, out, features, tied)
-
-
-def _why_not(layer: LoraLayer) -> str:
-    base: Any = layer.base
-    if isinstance(base, PreparedLinear):
-        return "it is prepared already"
-    weight = getattr(base, "weight", None)
-    if not isinstance(weight, Tensor) or type(base) is not nn.Linear:
-        return f"its base layer is a {type(base).__name__}, not an nn.Linear"
-    if weight.requires_grad:
-        return "its base weight is trained too"
-    return f"its base weight is already quantized ({weight.dtype})"
 
 
 def _check_before(

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import printable
 
 
@@ -21,6 +22,8 @@ class PrepareReport:
         tokens: how many a calibration has read.
         calibrated: by layer, the share of the cast error of W that is left in its output,
             ‖(E - B_c · A_c) · L‖ / ‖E · L‖, 1 where no ranks were asked for.
+        config: what ``torch.compile`` is to get: the one given, where exclude="sensitive:8" named
+            layers with their paths.
     """
 
     prepared: tuple[str, ...]
@@ -30,6 +33,7 @@ class PrepareReport:
     bytes_after: int
     tokens: int = 0
     calibrated: Mapping[str, float] = field(default_factory=dict)
+    config: FalqonConfig = field(default_factory=FalqonConfig)
 
     def __str__(self) -> str:
         lines = [

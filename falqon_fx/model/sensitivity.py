@@ -11,20 +11,21 @@ their sum neglects that errors of several layers meet.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from falqon_fx._compat import is_dtensor
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
-from falqon_fx.model.calibration import batches_of, check_any, quietly, run_batch
-from falqon_fx.model.lora_layers import LinearLayer, unwrap
-from falqon_fx.model.prepare import sort_layers
+from falqon_fx.model.agreement import check_same_on_all_ranks
+from falqon_fx.model.batches import batches_of, quietly, run_batch
+from falqon_fx.model.lora_layers import LinearLayer
 from falqon_fx.ops.lowering import cast_fp8
 from falqon_fx.site.base import Base, cast_base, check_weight
 from falqon_fx.site.numerics import E4M3
@@ -33,19 +34,47 @@ from falqon_fx.site.spec import SiteSpec
 _LOGITS = "Give a model that returns logits [batch, tokens, classes], or has them as .logits"
 
 
+@dataclass(frozen=True)
+class CastCost:
+    """The expected rise of the loss per label, in nats, by the casts of a layer, and what it would
+    be by the cast of W or of x alone.
+    """
+
+    both: float
+    of_weight: float
+    of_x: float
+
+
 def sensitivity(
-    model: nn.Module, batches: Iterable[Any], config: FalqonConfig | None = None, seed: int = 0
+    model: nn.Module,
+    layers: Sequence[LinearLayer],
+    batches: Iterable[Any],
+    config: FalqonConfig,
+    *,
+    together: bool = False,
 ) -> dict[str, float]:
-    """The expected rise of the loss per label, in nats, of each layer that would be cast, by site;
-    the largest first. Labels are drawn with ``seed``, at all tokens but those that ``labels`` or
-    ``attention_mask`` of a batch leave out. The model is as it was afterwards.
+    """`cast_costs` of both casts, by site; the largest first."""
+    found = cast_costs(model, layers, batches, config, together=together)
+    return dict(sorted(((s, c.both) for s, c in found.items()), key=lambda item: -item[1]))
+
+
+def cast_costs(
+    model: nn.Module,
+    layers: Sequence[LinearLayer],
+    batches: Iterable[Any],
+    config: FalqonConfig,
+    *,
+    together: bool = False,
+) -> dict[str, CastCost]:
+    """What the casts of each of ``layers`` cost, by site. Labels are drawn with the config's seed,
+    at all tokens but those that ``labels`` or ``attention_mask`` of a batch leave out. The model is
+    as it was afterwards. With ``together`` all processes call it, each with batches of its own, and
+    get the same.
 
     Raises:
-        FalqonError: no batch, one that the model can't take, a result without logits, NaN or Inf
-            in a weight or a gradient, layers that are cut over processes.
+        FalqonError: no layers, no batch, one that the model can't take, a result without logits,
+            NaN or Inf in a weight or a gradient, layers that are cut over processes.
     """
-    inner, config = unwrap(model), config or FalqonConfig()
-    layers = sort_layers(inner, config)[0]
     check_any(layers)
     for layer in layers:
         if is_dtensor(layer.module.weight):
@@ -55,32 +84,55 @@ def sensitivity(
     look = _Look(SiteSpec.from_config(config))
     generators: dict[torch.device, torch.Generator] = {}
     labels = 0
-    with quietly(inner, grad=True), look.at(layers):
+    with quietly(model, grad=True), look.at(layers):
         for number, batch in enumerate(batches_of(batches)):
-            logits = _logits(run_batch(inner, batch, number))
+            logits = _logits(run_batch(model, batch, number))
             device = logits.device
             if device not in generators:
-                generators[device] = torch.Generator(device).manual_seed(seed)
+                generators[device] = torch.Generator(device).manual_seed(config.seed)
             loss, count = _sampled_loss(logits, batch, generators[device])
             look.meet(loss)
             labels += count
     if not labels:
         raise FalqonError("calibration", "there is no label in its batches", _LOGITS)
-    found = {site: total / labels for site, total in look.totals.items()}
-    for site, value in found.items():
-        if not value < float("inf"):
+    if together:
+        labels = _add_up(look.totals, labels, layers[0].weight.device)
+    for site, total in look.totals.items():
+        if not bool(total.isfinite().all()):
             problem = "the gradient of its output in the calibration holds NaN or Inf"
             raise FalqonError(site, problem, "Look at the batches")
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+    return {site: CastCost(*(total / labels).tolist()) for site, total in look.totals.items()}
+
+
+def check_any(layers: Sequence[LinearLayer]) -> None:
+    """Raise where there is nothing to calibrate."""
+    if not layers:
+        raise FalqonError(
+            "calibration",
+            "the model has no layer that is to be cast: its base weights are gone, or left out",
+            "Calibrate a model that has its base weights, before or with prepare",
+        )
+
+
+def _add_up(totals: dict[str, Tensor], labels: int, device: torch.device) -> int:
+    """The sums over all processes; the labels of all."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return labels
+    check_same_on_all_ranks("\n".join(totals))
+    every = torch.stack([torch.full((3,), labels, dtype=torch.float64), *totals.values()])
+    every = every.to(device)
+    dist.all_reduce(every)
+    totals.update(zip(totals, every[1:].cpu(), strict=True))
+    return int(every[0, 0])
 
 
 class _Look:
-    """Keeps the output of each layer in a batch with its error, until the gradients come."""
+    """Keeps the output of each layer in a batch with its errors, until the gradients come."""
 
     def __init__(self, spec: SiteSpec) -> None:
         self.spec = spec
-        self.totals: dict[str, float] = defaultdict(float)
-        self._seen: list[tuple[str, Tensor, Tensor]] = []  # site, O, δO
+        self.totals: dict[str, Tensor] = {}  # by both casts, W's, x's; float64 [3]
+        self._seen: list[tuple[str, Tensor, tuple[Tensor, Tensor]]] = []  # site, O, δO of W and x
         self._bases: dict[str, Base] = {}  # by site
 
     @contextmanager
@@ -94,32 +146,38 @@ class _Look:
 
     def _hook(self, layer: LinearLayer) -> Any:
         def seen(module: nn.Module, given: tuple[Any, ...], output: Tensor) -> Tensor:
-            error = self._error(layer, given[0].detach()).view_as(output)
+            errors = self._errors(layer, given[0].detach())
             # Where nothing before it trains, the gradient's way begins here.
             result = output if output.requires_grad else output.detach().requires_grad_().clone()
-            self._seen.append((layer.site, result, error))
+            self._seen.append((layer.site, result, errors))
             return result
 
         return seen
 
-    def _error(self, layer: LinearLayer, x: Tensor) -> Tensor:
-        """δO [n, out], float32."""
+    def _errors(self, layer: LinearLayer, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the casts of W and of x do to O, float32 [n, out] each: x · (Ŵ - W)ᵀ and
+        (x̂ - x) · Ŵᵀ.
+        """
         flat = x.reshape(-1, x.shape[-1]).to(torch.float32)
         cast = cast_fp8(flat, E4M3, self.spec, torch.float32)
         weight = layer.weight.detach()
         if layer.site not in self._bases:  # the same in each batch
             self._bases[layer.site] = cast_base(weight, self.spec)
         dequantized = self._bases[layer.site].dequantize()
-        return (cast.value * cast.rest) @ dequantized.t() - flat @ weight.to(torch.float32).t()
+        of_x = (cast.value * cast.rest - flat) @ dequantized.t()
+        return flat @ dequantized.sub_(weight).t(), of_x
 
     def meet(self, loss: Tensor) -> None:
         """The end of a batch: ½ · (Σ_t ⟨dL/dO_t, δO_t⟩)² of each sequence."""
         grads = torch.autograd.grad(loss, [out for _, out, _ in self._seen], allow_unused=True)
-        for (site, out, error), grad in zip(self._seen, grads, strict=True):
+        for (site, out, errors), grad in zip(self._seen, grads, strict=True):
             if grad is not None:
                 sequences = len(out) if out.dim() > 2 else 1
-                product = (grad.to(torch.float32) * error).reshape(sequences, -1).sum(1)
-                self.totals[site] += 0.5 * float(product.square().sum())
+                flat = grad.reshape(errors[0].shape).to(torch.float32)
+                of_w, of_x = ((flat * e).reshape(sequences, -1).sum(1) for e in errors)
+                each = torch.stack([of_w + of_x, of_w, of_x]).double()
+                total = 0.5 * each.square().sum(1).cpu()
+                self.totals[site] = self.totals.get(site, 0.0) + total
         self._seen.clear()
 
 

@@ -30,6 +30,7 @@ def to_html(report: Graphs, audits: Sequence[Audit | CastAudit] = ()) -> str:
     return environment.get_template("report.html.jinja").render(
         title=report.title,
         sentence=sentence(report),
+        costs=bool(report.sensitivity),
         text=to_text(report),
         # "<" could end the script element that holds the data.
         data=json.dumps(_data(report, audits), separators=(",", ":")).replace("<", "\\u003c"),
@@ -41,6 +42,7 @@ def to_html(report: Graphs, audits: Sequence[Audit | CastAudit] = ()) -> str:
 def _data(report: Graphs, audits: Sequence[Audit | CastAudit]) -> dict[str, Any]:
     items = [*_sites(report), *_unchanged("rejected", report.rejected)]
     items += _unchanged("left", report.left)
+    items = [{**item, "cost": report.sensitivity.get(item["path"])} for item in items]
     live: dict[str, list[dict[str, Any]]] = {}
     for audit in audits:
         live.setdefault(audit.site, []).append(asdict(audit))

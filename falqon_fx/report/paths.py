@@ -93,12 +93,8 @@ class _Place:
 
     def paths(self, inner: Sequence[str]) -> Iterator[tuple[str, str]]:
         """The paths in a graph that end with the parameter ``inner``, and those in the model."""
-        if self.variable:
-            yield inner[0], self.outer
-        else:
-            for i in range(1, len(inner)):
-                path = ".".join(inner[:i])
-                yield path, join(self.outer, path)
+        for i in range(1, len(inner)):
+            yield ".".join(inner[:i]), join(self.outer, ".".join(inner[self.variable : i]))
         whole = ".".join(inner)
         yield whole, _without_lora(self.outer) or whole
 

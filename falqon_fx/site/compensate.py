@@ -26,20 +26,30 @@ DAMPING = 0.1
 
 @dataclass(frozen=True)
 class ErrorFactors:
-    """A_c [r, in] and B_c [out, r], float32; ``left`` is ‖(E - B_c · A_c) · L‖ / ‖E · L‖."""
+    """A_c [r, in] and B_c [out, r], float32; ``left`` is ‖(E - B_c · A_c) · L‖ / ‖E · L‖, and
+    ``shares`` [r] what each rank takes off its square, the largest first.
+    """
 
     a: Tensor
     b: Tensor
     left: float
+    shares: Tensor
+
+    def first(self, rank: int) -> ErrorFactors:
+        """Those of a lower rank."""
+        if rank == len(self.shares):
+            return self
+        shares = self.shares[:rank]
+        left = max(0.0, 1 - float(shares.sum())) ** 0.5
+        return ErrorFactors(self.a[:rank], self.b[:, :rank], left, shares)
 
 
-def error_factors(error: Tensor, moment: Tensor, rank: int, seed: int = 0) -> ErrorFactors:
-    """The factors of E [out, in] for C = ``moment`` [in, in].
+def error_factors(error: Tensor, root: Tensor, rank: int, seed: int = 0) -> ErrorFactors:
+    """The factors of E [out, in] for L = ``root`` [in, in], see `damped_root`.
 
     The singular triples are those of `low_rank_rows`: exact for small matrices, else of a
     randomized iteration with ``seed``, from a private generator.
     """
-    root = damped_root(moment)
     weighted = error.to(torch.float32) @ root
     rows = low_rank_rows(weighted, rank, seed)  # √S · Vᵀ
     sizes = rows.square().sum(1)  # S
@@ -48,8 +58,10 @@ def error_factors(error: Tensor, moment: Tensor, rank: int, seed: int = 0) -> Er
     b = (weighted @ rows.t()) * inverse
     a = torch.linalg.solve_triangular(root.t(), rows.t(), upper=True).t()
     norm = weighted.norm()
-    left = float((weighted - b @ rows).norm() / norm) if norm > 0 else 0.0
-    return ErrorFactors(a.contiguous(), b, left)
+    if not norm > 0:
+        return ErrorFactors(a, b, 0.0, torch.zeros_like(sizes))
+    shares = b.square().sum(0) * sizes / norm.square()
+    return ErrorFactors(a, b, float((weighted - b @ rows).norm() / norm), shares)
 
 
 def damped_root(moment: Tensor) -> Tensor:
@@ -57,15 +69,17 @@ def damped_root(moment: Tensor) -> Tensor:
     wide = moment.to(torch.float64, copy=True)
     diagonal = wide.diagonal()
     diagonal += DAMPING * diagonal.mean()
-    root: Tensor = torch.linalg.cholesky(wide)
+    root: Tensor = torch.linalg.cholesky(wide, out=wide)
     return root.to(torch.float32)
 
 
-def heaviest_channels(moment: Tensor, weight: Tensor, count: int) -> Tensor:
-    """The ``count`` channels c of x with the largest E[x_c²] · |W_c|², int32, in order.
+def heaviest_channels(squares: Tensor, weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` channels c of x with the largest E[x_c²] · |W_c|², int32, the largest first,
+    and what share of all channels' sum each has; for ``squares`` E[x_c²] [in].
 
     A token's cast error of x_c is a share of x_c, and reaches the output through column W_c of
     W [out, in].
     """
-    size = weight.to(torch.float32).square().sum(0) * moment.diagonal().to(torch.float32)
-    return size.topk(count).indices.sort().values.to(torch.int32)
+    size = weight.to(torch.float32).square().sum(0) * squares.to(torch.float32)
+    found = size.topk(count)
+    return found.indices.to(torch.int32), found.values / size.sum()

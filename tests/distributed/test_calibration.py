@@ -28,6 +28,15 @@ def calibrated(batches: list[Tensor]) -> Any:
     return model
 
 
+def chosen(batches: list[Tensor]) -> dict[str, Any]:
+    """What is left out and bought where the batches decide."""
+    model, config = make(CONFIG, prepared=False), FalqonConfig(exclude="sensitive:1")
+    report = falqon_fx.prepare(
+        model, config, calibration=batches, compensate="auto", progress=False
+    )
+    return {"left": report.config.exclude, **terms(model)}
+
+
 def terms(model: Any) -> dict[str, Tensor]:
     layers = {p: m for p, m in model.named_modules() if isinstance(m, Fp8Linear)}
     return {f"{p}.{n}": t.detach().clone() for p, m in layers.items() for n, t in m.terms.items()}
@@ -37,6 +46,7 @@ def two() -> dict[str, Any]:
     """Terms of both ranks; the output and gradients of a sharded model and of a whole one."""
     model = calibrated(BATCHES[dist.get_rank() :: 2])
     found: dict[str, Any] = {"terms": terms(model)}
+    found["chosen"] = chosen(BATCHES[dist.get_rank() :: 2])
     whole = compile_blocks(calibrated(BATCHES[dist.get_rank() :: 2]), CONFIG)
     parts = compile_blocks(model, CONFIG)
     shard(parts)
@@ -52,6 +62,10 @@ def test_two_ranks_get_the_same_terms_and_fsdp2_shards_them(tmp_path: Path):
     first, second = ranks.run(two, 2, tmp_path, 300)
     assert first["terms"].keys() == second["terms"].keys() != set()
     assert all(torch.equal(t, second["terms"][name]) for name, t in first["terms"].items())
+    left = first["chosen"].pop("left")
+    assert left == second["chosen"].pop("left") != ()
+    assert first["chosen"].keys() == second["chosen"].keys() != set()
+    assert all(torch.equal(t, second["chosen"][name]) for name, t in first["chosen"].items())
     for result in (first, second):
         for a, b in zip(result["whole"], result["sharded"], strict=True):
             assert torch.equal(a, b)
@@ -74,4 +88,4 @@ def cut() -> str:
 
 def test_layers_that_are_cut_are_refused_by_name(tmp_path: Path):
     for said in ranks.run(cut, 2, tmp_path, 300):
-        assert said.startswith("blocks.0.up: its base weight is cut over processes")
+        assert said.startswith("blocks.0.up.base_layer: its base weight is cut over processes")

@@ -1,0 +1,210 @@
+"""Forms in which a frozen base can be held: bytes, error of the cast, KL per label.
+
+    python benchmarks/forms.py [--forms fp8_row int8]
+
+SmolLM2-135M-Instruct, untrained, in float32: the values of each linear layer's W and x are those
+that a form can hold, the products are exact. So nothing but the casts is told apart, whether this
+library computes in the form or not. Texts and labels are those of ``benchmarks/calibration.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import calibration
+import common
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from falqon_fx.site.numerics import E4M3, amax_to_scale, round_to_fp8
+
+Cast = Callable[[Tensor], Tensor]
+BLOCK = 128  # of DeepSeek, Qwen3-FP8, GLM
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+def fp8(values: Tensor, amax: Tensor, scale: Any = "pow2") -> Tensor:
+    """Values that E4M3 holds with a scale for each ``amax``."""
+    factor = amax_to_scale(amax, E4M3, scale)
+    return round_to_fp8(values * factor.reciprocal(), E4M3) * factor
+
+
+def by_row(values: Tensor, scale: Any = "pow2") -> Tensor:
+    return fp8(values, values.abs().amax(-1, keepdim=True), scale)
+
+
+def by_group(values: Tensor, size: int, cast: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Groups of ``size`` neighbours in a row, each with its own amax; the last may be shorter."""
+    width = values.shape[-1]
+    padded = nn.functional.pad(values, (0, -width % size))
+    groups = padded.unflatten(-1, (-1, size))
+    return cast(groups, groups.abs().amax(-1, keepdim=True)).flatten(-2)[..., :width]
+
+
+def by_block(values: Tensor) -> Tensor:
+    """One float32 scale for each 128 x 128."""
+    out, width = values.shape
+    padded = nn.functional.pad(values, (0, -width % BLOCK, 0, -out % BLOCK))
+    blocks = padded.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK))
+    cast = fp8(blocks, blocks.abs().amax((1, 3), keepdim=True), "amax")
+    return cast.flatten(2, 3).flatten(0, 1)[:out, :width]
+
+
+def int8(values: Tensor) -> Tensor:
+    """One float32 scale for each row, codes from -127 to 127."""
+    scale = (values.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo().tiny)
+    return (values / scale).round() * scale
+
+
+def nvfp4(values: Tensor) -> Tensor:
+    """E2M1 with a scale in E4M3 for each 16 of a row, and one in float32 for all."""
+    whole = values.abs().amax().clamp(min=torch.finfo().tiny) / (448 * 6)
+
+    def cast(groups: Tensor, amax: Tensor) -> Tensor:
+        scale = round_to_fp8(amax / 6 / whole, E4M3) * whole
+        scaled = (groups / scale.clamp(min=torch.finfo().tiny)).clamp(-6, 6)
+        middles = (E2M1[1:] + E2M1[:-1]) / 2
+        return E2M1[torch.bucketize(scaled.abs(), middles)] * scaled.sign() * scale
+
+    return by_group(values, 16, cast)
+
+
+def same(values: Tensor) -> Tensor:
+    return values
+
+
+@dataclass(frozen=True)
+class Form:
+    """How W and x are cast, and the bytes that a value of W takes in a matrix of 4096 x 4096."""
+
+    title: str
+    weight: Cast
+    x: Cast
+    bytes: float
+
+
+def mx(values: Tensor) -> Tensor:
+    return by_group(values, 32, fp8)
+
+
+FORMS = {
+    "fp8_row": Form("FP8, a power of two a row and token", by_row, by_row, 1 + 4 / 4096),
+    "fp8_row_amax": Form(
+        "FP8, amax / 448 a row and token",
+        lambda w: by_row(w, "amax"),
+        lambda x: by_row(x, "amax"),
+        1 + 4 / 4096,
+    ),
+    "fp8_block": Form(
+        "FP8 blocks of 128 x 128, x in groups of 128",
+        by_block,
+        lambda x: by_group(x, BLOCK, lambda g, amax: fp8(g, amax, "amax")),
+        1 + 4 / BLOCK**2,
+    ),
+    "fp8_block_row": Form(
+        "FP8 blocks, cast again by row", lambda w: by_row(by_block(w)), by_row, 1 + 4 / 4096
+    ),
+    "mxfp8": Form("MXFP8, both", mx, mx, 1 + 1 / 32),
+    "int8": Form("INT8, a scale a row and token", int8, int8, 1 + 4 / 4096),
+    "int8_fp8": Form("W in INT8, x in FP8", int8, by_row, 1 + 4 / 4096),
+    "nvfp4": Form("W in NVFP4, x in FP8", nvfp4, by_row, 0.5 + 1 / 16),
+    "nvfp4_exact": Form("W in NVFP4, x exact", nvfp4, same, 0.5 + 1 / 16),
+    "fp8_exact": Form("W in FP8 by row, x exact", by_row, same, 1 + 4 / 4096),
+    "int8_exact": Form("W in INT8, x exact", int8, same, 1 + 4 / 4096),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One form. ``error``: ‖cast - W‖ / ‖W‖ over all layers."""
+
+    form: str
+    bytes: float
+    error: float
+    kl: float
+    kl_error: float
+    labels: int
+    kl_reviews: float
+    kl_reviews_error: float
+    labels_reviews: int
+
+
+def layers(model: nn.Module) -> list[nn.Linear]:
+    """What `falqon_fx.prepare` casts."""
+    named = model.named_modules()
+    return [m for name, m in named if isinstance(m, nn.Linear) and ".layers." in name]
+
+
+@torch.no_grad()
+def measure(bench: calibration.Bench, name: str) -> Run:
+    form, model = FORMS[name], copy.deepcopy(bench.base)
+    off, norm = [], []
+    for layer in layers(model):
+        cast = form.weight(layer.weight)
+        off.append(float((cast - layer.weight).square().sum()))
+        norm.append(float(layer.weight.square().sum()))
+        layer.weight.copy_(cast)
+        layer.register_forward_pre_hook(lambda _, given: (form.x(given[0]),))
+    found = [calibration.log_probabilities(model, e) for e in (bench.held_out, bench.reviews)]
+    judged = [calibration.divergence(*pair) for pair in zip(bench.wanted, found, strict=True)]
+    error = math.sqrt(math.fsum(off) / math.fsum(norm))
+    return Run(name, form.bytes, error, *judged[0], *judged[1])
+
+
+HEADER = ("form", "bytes a weight", "error of W", "KL", "KL of reviews")
+
+
+def summary(runs: Sequence[Run]) -> list[list[str]]:
+    return [
+        [
+            FORMS[run.form].title,
+            f"{run.bytes:.3f}",
+            f"{run.error:.4f}",
+            f"{run.kl:.4f} ± {run.kl_error:.4f}",
+            f"{run.kl_reviews:.4f} ± {run.kl_reviews_error:.4f}",
+        ]
+        for run in runs
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--forms", nargs="*", default=[*FORMS], choices=[*FORMS])
+    args = parser.parse_args(argv)
+    console, file = Console(), common.result_path("forms", ".json")
+    runs = [Run(**run) for run in common.read_json(file)["runs"]] if file.exists() else []
+    bench = calibration.Bench(0)
+    done = {run.form for run in runs}  # an interrupted benchmark goes on
+    for name in args.forms:
+        if name in done:
+            continue
+        runs.append(measure(bench, name))
+        console.print(runs[-1], soft_wrap=True, highlight=False)
+        about = {"environment": common.environment()}
+        common.write_json(file, {**about, "runs": [asdict(run) for run in runs]})
+    table = Table(*HEADER)
+    for row in summary(runs):
+        table.add_row(*row)
+    console.print(table)
+    page = common.markdown(
+        "Forms of a frozen base, untrained, by the casts alone",
+        common.environment(),
+        HEADER,
+        summary(runs),
+    )
+    page += f"\n{runs[0].labels} labels of chats, {runs[0].labels_reviews} of reviews; ± is a "
+    page += "standard error over labels. Bytes: of a matrix of 4096 x 4096.\n"
+    file.with_suffix(".md").write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
