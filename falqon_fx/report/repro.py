@@ -239,7 +239,8 @@ class _Check:
         wide = self.products == torch.float32
         casts = ops.proxy_update(a, b, scaling, [], wide, self.spec_text) if a else []
         alpha: list[Tensor] = []
-        columns = (casts[0::3], casts[1::3], casts[2::3], alpha, a, b, own_x)
+        clamped: list[Tensor] = []
+        columns = (casts[0::3], casts[1::3], casts[2::3], alpha, clamped, a, b, own_x)
         y, out_a, *_ = ops.merged_linear(
             x,
             [self.base.weight],

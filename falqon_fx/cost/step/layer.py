@@ -145,14 +145,22 @@ def falqon(step: Step, time: Timer, train_a: bool) -> list[Launch]:
 
 
 def _forward(step: Step, time: Timer, group: Group) -> list[Launch]:
-    """x·Aᵀ of all siblings by a kernel of ours, then O: the adapter in K by the library, or the
-    faster of ours with it in the epilogue, and the library's with a second pass for each site.
+    """x·Aᵀ of all siblings by a kernel of ours, then O: the faster of ours with the adapter in its
+    epilogue, and the library's with a second pass for each site; or with the adapter in K, the
+    faster of ours, and the library's behind a pass that puts [W | b] together.
     """
     n, r, k, f = step.n, step.rank, group.features, time.figures
+    ranks, out = r * len(group.outs), sum(group.outs)
     skinny = time.skinny("x A'", n, k, len(group.outs), r)
     if step.adapter_dtype == "fp8":
-        more = k + r * len(group.outs)
-        return [skinny, time.product("[x t] [W b]'", n, more, group.outs, 1, f.fp8_gemm.value)]
+        skinny = replace(skinny, writes=skinny.writes + n * ranks)
+        own = f.own_gemm.value
+        in_k = [time.product("[x t] [W b]'", n, k + r, group.outs, 1, own, own=True)]
+        joined = [
+            time.moving("adapter", "[W b] (library)", k * out + r * out, (k + ranks) * out),
+            time.product("[x t] [W b]' (library)", n, k + ranks, [out], 1, f.fp8_gemm.value),
+        ]
+        return [skinny, *_faster(in_k, joined)]
     # bf16 products take twice as long as FP8 ones.
     rate = f.own_gemm.value
     ours = [time.product("x W' + O_A B'", n, k + 2 * r, group.outs, 1, rate, own=True)]
@@ -167,13 +175,14 @@ def _grad_x(step: Step, time: Timer, group: Group) -> list[Launch]:
     n, r, k, f = step.n, step.rank, group.features, time.figures
     sites, out = len(group.outs), sum(group.outs)
     done: list[Launch] = []
+    in_k = out + (r * sites if step.adapter_dtype == "fp8" else 0)
     if step.transpose == "transient":
-        done.append(time.moving("transposes", "W", k * out, k * out))
+        done.append(time.moving("transposes", "W", k * in_k, k * in_k))
     if step.adapter_dtype == "fp8":
-        return [
-            *done,
-            time.product("[g D] [W; A]", n, out + r * sites, [k], 1, f.fp8_gemm.value),
-        ]
+        own, library = f.own_gemm.value, f.fp8_gemm.value
+        by_us = [time.product("[g D] [W; A]", n, in_k, [k], 1, own, own=True)]
+        by_them = [time.product("[g D] [W; A] (library)", n, in_k, [k], 1, library)]
+        return [*done, *_faster(by_us, by_them)]
     rate = (f.summed_gemm if sites > 1 else f.own_gemm).value
     ours = [time.product("dO W + D A", n, out + 2 * r * sites, [k], 1, rate, own=True)]
     theirs = [time.product("dO W (library)", n, o, [k], 1, f.fp8_gemm.value) for o in group.outs]
@@ -204,10 +213,11 @@ def _adapter_grads(step: Step, time: Timer, group: Group, train_a: bool) -> list
     ranks = step.a(r * sites)
     parts = _splits(step.n, group, train_a, int(time.figures.processors.value))
     of_b, of_a = 4 * r * out, 4 * r * k * sites if train_a else 0
-    # With the adapter in K, D comes from dL/dO's cast.
-    grad = step.q(out) if step.adapter_dtype == "fp8" else step.a(out)
+    # With the adapter in K, D comes from dL/dO's cast, and is stored in FP8, too.
+    in_k = step.adapter_dtype == "fp8"
+    grad, width = (step.q(out), 1) if in_k else (step.a(out), 2)
     done = [
-        time.thin("adapter", "D", grad + 2 * r * out, ranks),
+        time.thin("adapter", "D", grad + width * r * out, ranks + in_k * ranks // 2),
         time.thin("adapter", "dL/dB", step.a(out) + ranks, parts * of_b),
     ]
     if train_a:
