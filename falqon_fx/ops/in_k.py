@@ -122,7 +122,21 @@ def _side_by_side(parts: Sequence[Tensor]) -> Tensor | None:
     """b of the adapters of a site, each from a multiple of 16 on."""
     if not parts:
         return None
-    return beside(parts, 0) if len(parts) > 1 or parts[0].shape[1] % 16 else parts[0]
+    columns = [_filled(part) for part in parts]
+    if len(columns) == 1:
+        return columns[0]
+    return torch.cat([part.view(torch.uint8) for part in columns], dim=1).view(parts[0].dtype)
+
+
+def _filled(b: Tensor) -> Tensor:
+    """b [out, r] with columns of zeros up to a multiple of 16, which kernels store beside it."""
+    rows, rank = b.shape
+    width = whole(rank)
+    if rank == width:
+        return b
+    if b.stride() == (width, 1):
+        return b.as_strided((rows, width), (width, 1))
+    return beside([b], 0)
 
 
 def _merged_product_fake(

@@ -25,7 +25,8 @@ def adapter_fp8(
     spec: AdapterFp8Spec,
 ) -> list[Tensor]:
     """[Â_j, its scale, b_j, α_j] of each adapter j in turn: Â_j [r, in] and b_j [out, r] in E4M3,
-    the scale float32 [r, 1], α_j float32 [r]; ``base_scale`` float32 [out, 1] of each.
+    the scale float32 [r, 1], α_j float32 [r]; ``base_scale`` float32 [out, 1] of each. The rows of
+    b_j lie a multiple of 16 apart, with zeros between.
 
     Raises ValueError where the tensors are not what the spec is for.
     """
@@ -33,8 +34,8 @@ def adapter_fp8(
     interpreted, device = runs_interpreted(lora_a[0]), lora_a[0].device
     code_dtype = E4M3 if spec.cast == "hardware" else torch.uint8
 
-    def codes(like: Tensor) -> Tensor:
-        return torch.empty(like.shape, dtype=code_dtype, device=device)
+    def codes(rows: int, columns: int) -> Tensor:
+        return torch.empty((rows, columns), dtype=code_dtype, device=device)
 
     def floats(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
@@ -45,7 +46,13 @@ def adapter_fp8(
     of_b = [(b.contiguous(), s.contiguous()) for b, s in zip(lora_b, base_scale, strict=True)]
     arguments: list[Any] = []
     for j, a in enumerate(lora_a):
-        arguments += [a.contiguous(), codes(a), floats(ranks[j], 1), floats(ranks[j]), *a.shape]
+        arguments += [
+            a.contiguous(),
+            codes(*a.shape),
+            floats(ranks[j], 1),
+            floats(ranks[j]),
+            *a.shape,
+        ]
         largest = torch.empty((blocks[j], spec.rank), dtype=torch.int32, device=device)
         arguments += [*of_b[j], largest, outs[j], scaling[j]]
     names = ("code", "scale", "typical", "largest")
@@ -55,7 +62,8 @@ def adapter_fp8(
     columns = [made[len(names) * j : len(names) * (j + 1)] for j in numbers]
     arguments = []
     for j, (_, _, typical, largest) in enumerate(columns):
-        arguments += [typical, largest, ranks[j], *of_b[j], codes(lora_b[j]), floats(ranks[j])]
+        arguments += [typical, largest, ranks[j], *of_b[j]]
+        arguments += [codes(outs[j], -(-ranks[j] // 16) * 16), floats(ranks[j])]
         arguments += [outs[j], scaling[j]]
     written = [f"{name}{j}_ptr" for j in numbers for name in ("b", "alpha")]
     programs = sum(cdiv(out, spec.rows) for out in outs)
@@ -63,7 +71,7 @@ def adapter_fp8(
     casts: list[Tensor] = []
     for j, (code, scale, _, _) in enumerate(columns):
         b, alpha = second[2 * j : 2 * j + 2]
-        casts += [code.view(E4M3), scale, b.view(E4M3), alpha]
+        casts += [code.view(E4M3), scale, b.view(E4M3).narrow(1, 0, ranks[j]), alpha]
     return casts
 
 

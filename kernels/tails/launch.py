@@ -59,7 +59,7 @@ def tails(
 
     arguments: list[Any] = []
     for j, (a, rank) in enumerate(zip(adapters, ranks, strict=True)):
-        arguments += [bytes_of(a.x), a.x.stride(0), a.x.shape[1], bytes_of(a.w.contiguous())]
+        arguments += [bytes_of(a.x), a.x.stride(0), a.x.shape[1], bytes_of(a.w), a.w.stride(0)]
         arguments += [a.x_scale] if spec.direction == "forward" else []
         arguments += [a.a_scale] if spec.direction == "forward" or spec.stores else []
         arguments += [a.alpha, rank, sum(ranks[:j])]
@@ -84,7 +84,7 @@ def signatures(spec: TailsSpec) -> dict[str, dict[str, str]]:
     forward = spec.direction == "forward"
     for j in range(spec.adapters):
         types |= {f"x{j}_ptr": _FP8_TYPE[spec.x], f"x{j}_stride": "i32:16", f"k{j}": "i32:16"}
-        types[f"w{j}_ptr"] = _FP8_TYPE["e4m3"]
+        types |= {f"w{j}_ptr": _FP8_TYPE["e4m3"], f"w{j}_stride": "i32:16"}
         types |= {f"x{j}_scale_ptr": "*fp32:16"} if forward else {}
         types |= {f"a{j}_scale_ptr": "*fp32:16"} if forward or spec.stores else {}
         types |= {f"alpha{j}_ptr": "*fp32:16", f"rank{j}": "i32:16", f"before{j}": "i32:16"}
@@ -105,7 +105,12 @@ def _check(adapters: Sequence[Tail], unit: Tensor, beside: Tensor | None, spec: 
         k, rank = a.w.shape[1 if forward else 0], a.rank(spec)
         if a.x.dtype != FP8_DTYPES[spec.x] or a.x.shape != (rows, k) or a.x.stride(1) != 1:
             raise ValueError(f"tails: x is {a.x.dtype} {tuple(a.x.shape)}, K is {k}")
-        if a.w.dtype != FP8_DTYPES["e4m3"] or not 0 < rank <= spec.rank or len(a.alpha) != rank:
+        if (
+            a.w.dtype != FP8_DTYPES["e4m3"]
+            or a.w.stride(1) != 1
+            or not 0 < rank <= spec.rank
+            or len(a.alpha) != rank
+        ):
             raise ValueError(f"tails: w is {a.w.dtype} {tuple(a.w.shape)}, {spec} takes others")
         if forward and (a.x_scale is None or a.x_scale.numel() != scales):
             raise ValueError(f"tails: a scale of x does not fit {spec}")

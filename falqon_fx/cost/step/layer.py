@@ -114,6 +114,18 @@ def _peft_linear(step: Step, time: Timer, k: int, out: int) -> list[Launch]:
 
 def falqon(step: Step, time: Timer, train_a: bool) -> list[Launch]:
     """Ours: casts fused into norms and SwiGLU, and into their backward."""
+    in_k = step.adapter_dtype == "fp8"
+    done = _casts_in_k(step, time) if in_k else _casts(step, time, train_a)
+    done += attention(step, time)
+    for group in step.decoder.groups:
+        done += _forward(step, time, group)
+        done += _grad_x(step, time, group)
+        done += _adapter_grads(step, time, group, train_a)
+    return done
+
+
+def _casts(step: Step, time: Timer, train_a: bool) -> list[Launch]:
+    """What is around the products, with adapters in bfloat16."""
     d, a, q = step.decoder, step.a, step.q
     h, i, query, key = d.hidden, d.inner, d.query, d.key
     again = 0 if train_a else 1  # where x̂ isn't kept, the lens sees a cast stored twice
@@ -121,7 +133,7 @@ def falqon(step: Step, time: Timer, train_a: bool) -> list[Launch]:
     def fused(name: str, reads: int, writes: int) -> Launch:
         return time.moving("elementwise", name, reads, writes)
 
-    done = [
+    return [
         time.moving("casts", "A and s B", 4 * sum(d.adapter(step.rank)), step.adapter_casts),
         fused("norm, cast", a(h), q(h) * (1 + again)),
         fused("RoPE", a(query) + a(key), a(query) + a(key)),
@@ -135,13 +147,43 @@ def falqon(step: Step, time: Timer, train_a: bool) -> list[Launch]:
         fused("RoPE backward, casts", a(query) + a(key), a(query) + a(key) + q(query + key)),
         time.moving("casts", "dv", a(key), q(key)),
         fused("sum, norm backward", 3 * a(h), a(h)),
-        *attention(step, time),
     ]
-    for group in d.groups:
-        done += _forward(step, time, group)
-        done += _grad_x(step, time, group)
-        done += _adapter_grads(step, time, group, train_a)
-    return done
+
+
+def _casts_in_k(step: Step, time: Timer) -> list[Launch]:
+    """The same with the adapter in K: casts leave ``r`` columns behind theirs, of each adapter,
+    which are counted with the cast. Those of siblings have one scale a token, so that the last
+    ones wait for it: SwiGLU's stores one in between, k's and v's gradients are read again.
+    """
+    d, a, q, r = step.decoder, step.a, step.q, step.rank
+    h, i, query, key = d.hidden, d.inner, d.query, d.key
+    of_a, of_b = d.adapter(r)
+
+    def fused(name: str, reads: int, writes: int) -> Launch:
+        return time.moving("elementwise", name, reads, writes)
+
+    return [
+        time.moving("casts", "A", 4 * (of_a + of_b), of_a),
+        time.moving("casts", "s B", 4 * of_b, of_b),
+        fused("norm, cast", a(h), q(h + 3 * r)),
+        fused("RoPE", a(query) + a(key), a(query) + a(key)),
+        time.moving("casts", "attention's output", a(query), q(query + r)),
+        fused("sum, norm, cast", 2 * a(h), q(h + 2 * r)),
+        fused("SwiGLU, cast", 2 * a(i), q(i + r)),
+        fused("sum", 3 * a(h), a(h)),
+        time.moving("casts", "dO", a(h), q(h + r)),
+        fused("SwiGLU backward, casts", 3 * a(i), 2 * a(i) + q(3 * i + 2 * r)),
+        fused("cast of up's gradient", q(i), 0),
+        fused("sum, norm backward, cast", 4 * a(h), a(h) + q(h + r)),
+        fused(
+            "RoPE backward, casts",
+            a(query) + 2 * a(key),
+            a(query) + a(key) + q(query + 2 * key + 3 * r),
+        ),
+        fused("cast of dk", a(key), 0),
+        time.moving("casts", "dv", a(key), 0),
+        fused("sum, norm backward", 3 * a(h), a(h)),
+    ]
 
 
 def _forward(step: Step, time: Timer, group: Group) -> list[Launch]:
