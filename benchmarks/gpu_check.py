@@ -303,7 +303,7 @@ def check_adapter_casts(device: str) -> Checked:
     given_a, given_b = ([t.to(device) for t in column] for column in (lora_a, lora_b))
     here, there = (lora_a, lora_b, scaling), (given_a, given_b, scaling)
     for granularity, mode in itertools.product(("row", "tensor"), ("amax", "pow2")):
-        spec = SiteSpec(granularity, mode, "e5m2")  # type: ignore[arg-type]
+        spec = SiteSpec(granularity, mode, "e5m2")
         in_k = str(replace(spec, adapter="fp8"))
         s = [torch.rand(len(b), 1) + 0.1 if spec.per_row else torch.ones(()) for b in lora_b]
         made = gpu.proxy_update(*there, [], False, str(spec))

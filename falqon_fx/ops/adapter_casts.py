@@ -45,10 +45,10 @@ def lower_casts(
     """The same as it is computed on the device at hand."""
     on_gpu = lora_a[0].device.type == "cuda"
     if base_scale:
-        of = fp8_gpu if on_gpu else fp8_adapter
-        return of.proxy_update(lora_a, lora_b, scaling, base_scale, spec_text)
-    of_bfloat16 = gpu if on_gpu else lowering
-    return of_bfloat16.proxy_update(lora_a, lora_b, scaling, base_scale, wide, spec_text)
+        in_fp8 = fp8_gpu.proxy_update if on_gpu else fp8_adapter.proxy_update
+        return in_fp8(lora_a, lora_b, scaling, base_scale, spec_text)
+    run = gpu.proxy_update if on_gpu else lowering.proxy_update
+    return run(lora_a, lora_b, scaling, base_scale, wide, spec_text)
 
 
 @proxy_update.register_fake

@@ -42,7 +42,8 @@ def _merged_experts(*args: Any) -> list[Tensor]:
 
 def _merged_linear(*args: Any) -> list[Tensor]:
     given = Merged(*args)
-    return (fp8_gpu if given.alpha else gpu).merged_linear(given)
+    run = fp8_gpu.merged_linear if given.alpha else gpu.merged_linear
+    return run(given)
 
 
 def _casts(lora_a: Any, lora_b: Any, scaling: Any, base_scale: Any, *rest: Any) -> list[Tensor]:

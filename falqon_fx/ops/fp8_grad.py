@@ -54,8 +54,9 @@ def merged_linear_grad(
 
 def lower_grad(grad: Sequence[Tensor], *rest: Any) -> list[Tensor]:
     """The same as it is computed on the device at hand."""
-    of = fp8_gpu if grad[0].device.type == "cuda" else fp8_adapter
-    return of.merged_linear_grad(grad, *rest)
+    if grad[0].device.type == "cuda":
+        return fp8_gpu.merged_linear_grad(grad, *rest)
+    return fp8_adapter.merged_linear_grad(grad, *rest)
 
 
 @merged_linear_grad.register_fake

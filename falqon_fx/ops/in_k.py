@@ -70,7 +70,8 @@ def merged_product_in_k(
     """
     from falqon_fx.kernels.gemm.launch import Piece
     from falqon_fx.kernels.products import dispatch, in_k
-    from falqon_fx.kernels.products.tails import Tail, tails
+    from falqon_fx.kernels.products.tails import tails
+    from falqon_fx.kernels.tails.launch import Tail
 
     dtype, options = gemm_dtype(out_dtype, q.device), options_of(spec_text)
     k, order = q.shape[1], sorted(range(len(owner)), key=owner.__getitem__)
@@ -95,7 +96,8 @@ def merged_product_in_k(
         ]
         of_a, wide = tails("forward", adapters, q_scale, wide, dtype, options.kernel).run()
         made.append(of_a)
-    x, biases = in_k.Columns(wide, k), bias or [None] * len(weight)
+    x = in_k.Columns(wide, k)
+    biases: Sequence[Tensor | None] = bias or [None] * len(weight)
     sites = [Piece(w, s, of_site) for w, s, of_site in zip(weight, scale, biases, strict=True)]
     own = [[j for j in order if owner[j] == i] for i in range(len(weight))]
     results: dict[int, Tensor] = {}
@@ -175,7 +177,8 @@ def grad_product_in_k(
     added to ``count`` of their site. Without ``b`` there is no D.
     """
     from falqon_fx.kernels.products import in_k
-    from falqon_fx.kernels.products.tails import Tail, tails
+    from falqon_fx.kernels.products.tails import tails
+    from falqon_fx.kernels.tails.launch import Tail
 
     options, stores = options_of(spec_text), through_x and needs_x and bool(b)
     outs, ranks = [part.shape[1] for part in g], [factor.shape[1] for factor in b]

@@ -91,8 +91,10 @@ def lower_merged_linear(given: Merged) -> list[Tensor]:
     """`falqon_fx.ops.lowering.merged_linear`, or its like for GPUs or for adapters in FP8."""
     on_gpu = given.x.device.type == "cuda"
     if given.alpha:
-        return (fp8_gpu if on_gpu else fp8_adapter).merged_linear(given)
-    return (gpu if on_gpu else lowering).merged_linear(given)
+        in_fp8 = fp8_gpu.merged_linear if on_gpu else fp8_adapter.merged_linear
+        return in_fp8(given)
+    run = gpu.merged_linear if on_gpu else lowering.merged_linear
+    return run(given)
 
 
 def lower_grad_x(grad: Sequence[Tensor], *rest: Any) -> Tensor:

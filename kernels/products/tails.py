@@ -114,6 +114,7 @@ def _plain(
         a_scale = None if a.a_scale is None else a.a_scale.reshape(1, -1)
         if direction == "forward":
             assert a.x_scale is not None
+            assert a_scale is not None
             product = (x @ w.t()).to(torch.float32) * a.x_scale * a_scale
             own = unit * a.alpha
             scaled: Tensor | None = product.to(a_dtype).to(torch.float32) / own

@@ -197,7 +197,8 @@ def _forward(step: Step, time: Timer, group: Group) -> list[Launch]:
     if step.adapter_dtype == "fp8":
         skinny = replace(skinny, writes=skinny.writes + n * ranks)
         own = f.own_gemm.value
-        in_k = [time.product("[x t] [W b]'", n, k + r, group.outs, 1, own, own=True)]
+        ours_in_k = time.product("[x t] [W b]'", n, k + r, group.outs, 1, own, own=True)
+        in_k = [replace(ours_in_k, reads=ours_in_k.reads + n * (ranks - r))]  # every t
         joined = [
             time.moving("adapter", "[W b] (library)", k * out + r * out, (k + ranks) * out),
             time.product("[x t] [W b]' (library)", n, k + ranks, [out], 1, f.fp8_gemm.value),
