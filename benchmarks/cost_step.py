@@ -35,10 +35,10 @@ CHOICES: dict[str, Choice] = {
     "today, our products at 1050 TFLOP/s": ("bfloat16", "transient", "flash2", OWN),
     "today, W kept transposed": ("bfloat16", "store", "flash2", ()),
     "adapter in K": ("fp8", "transient", "flash2", ()),
-    "adapter in K, W kept transposed": ("fp8", "store", "flash2", ()),
-    "adapter in K, W kept transposed, cuDNN attention": ("fp8", "store", "cudnn", ()),
+    "planned: adapter in K, W kept transposed": ("fp8", "store", "flash2", ()),
+    "planned: adapter in K, W kept transposed, cuDNN attention": ("fp8", "store", "cudnn", ()),
     "adapter in K, FP8 by the source of bf16": ("fp8", "transient", "flash2", (SAME_SOURCE,)),
-    "adapter in K, W kept transposed, cuDNN, FP8 by the source of bf16": (
+    "planned: adapter in K, W kept transposed, cuDNN, FP8 by the source of bf16": (
         "fp8",
         "store",
         "cudnn",

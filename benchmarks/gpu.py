@@ -3,10 +3,11 @@
     python benchmarks/gpu.py                # on the machine with the card
     python benchmarks/gpu.py --tiny         # the same flow without one: toy sizes, on CPU
 
-First every kernel is held against float64 or the CPU; a failure ends the run. Then the ceilings of
-the card, single products and the casts of the adapters, and full training steps of real
-transformers layers with random weights against the ways that LoRA is trained otherwise, the most
-important first: what does not fit into ``--seconds`` is named. A trains where the name of a run
+First some kernels of each kind are held against the CPU; a failure ends the run. Then the ceilings
+of the card, full training steps of real transformers layers with random weights against the ways
+that LoRA is trained otherwise (up to two thirds of the time), single products and the casts of the
+adapters, and at last every kernel that may run, against float64; the most important of each first:
+what does not fit into ``--seconds`` is named. A trains where the name of a run
 doesn't say otherwise. Writes `gpu-<date>-<card>` .json, .csv (steps), -kernels.csv, .png and .md
 with the targets into ``--out``; with ``--tiny`` only where ``--out`` is given.
 
@@ -60,12 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = common.environment() | card(clock)
 
     options = Options(kernel="triton") if args.tiny else Options()
-    checked = timed("correctness", lambda: gpu_check.all_checks(clock.device, options))
+    checked = timed("smoke", lambda: gpu_check.smoke(clock.device))
     ceiling = timed("ceilings", lambda: ceilings(clock, 64 if args.tiny else 8192))
+    first = budget.share(0.65)
+    steps, failures = timed("steps", lambda: gpu_steps.all_rows(args.tiny, clock, ceiling, first))
     kernels, updates = timed(
-        "kernels", lambda: gpu_kernels.all_rows(args.tiny, clock, ceiling, budget)
+        "kernels", lambda: gpu_kernels.all_rows(args.tiny, clock, ceiling, budget.share(0.85))
     )
-    steps, failures = timed("steps", lambda: gpu_steps.all_rows(args.tiny, clock, ceiling, budget))
+    timed("correctness", lambda: check_the_rest(clock, options, budget, checked, failures))
     kernels += timed(
         "Inductor's templates",
         lambda: gpu_kernels.rows_with_templates(args.tiny, clock, ceiling, budget),
@@ -89,6 +92,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if out is not None:
         write(out, content, steps, kernels, page)
     return 1 if any(text.startswith("falqon") for text in failures) else 0
+
+
+def check_the_rest(
+    clock: Clock, options: Options, budget: Budget, checked: list[Checked], failures: list[str]
+) -> None:
+    """Adds to what is checked, or to the failures, which stand beside what was measured."""
+
+    def check() -> None:
+        try:
+            checked.extend(gpu_check.rest(clock.device, options))
+        except AssertionError as error:
+            failures.append(f"falqon, correctness: {error}")
+
+    budget.run("correctness of every kernel", "correctness", check, 60.0 if clock.gpu else 0.0)
 
 
 def timed(what: str, work: Any) -> Any:

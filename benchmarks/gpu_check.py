@@ -1,20 +1,21 @@
-"""Correctness on the device, before anything is timed: every kernel that may run, against float64
-on the operands that it really multiplies; casts, transposes and updates against the CPU, bit by
-bit.
+"""Correctness on the device: before anything is timed some of each kind (`smoke`), in the end every
+kernel that may run (`rest`), against float64 on the operands that it really multiplies; casts,
+transposes and updates against the CPU, bit by bit.
 
-A failure raises AssertionError and ends the run.
+A failure raises AssertionError.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import gpu_models
 import torch
 from gpu_measure import Clock
-from gpu_models import CONTENDERS, SHAPES, Trainer
+from gpu_models import CONTENDERS, IN_K, SHAPES, Trainer
 from torch import Tensor
 
 from falqon_fx import FalqonConfig, MergedAdapter
@@ -25,7 +26,7 @@ from falqon_fx.kernels.products import adapters, dispatch
 from falqon_fx.kernels.products.choice import Candidate, Refusal
 from falqon_fx.kernels.products.contest import Contest, Options
 from falqon_fx.kernels.transpose import kept as stored
-from falqon_fx.ops import gpu, lowering
+from falqon_fx.ops import fp8_adapter, fp8_gpu, gpu, lowering
 from falqon_fx.rows import cuda as rows_cuda
 from falqon_fx.rows import update as reference
 from falqon_fx.rows.state import create
@@ -293,22 +294,25 @@ def _has_fp8() -> bool:
 
 
 def check_adapter_casts(device: str) -> Checked:
-    """Â, its scale and s·B against the CPU's: equal bytes."""
+    """Â, its scale, s·B, and with adapters in FP8 α against the CPU's: equal bytes."""
     shapes = ((512, 256, 16), (96, 1024, 8)) if device == "cuda" else ((48, 32, 16), (16, 64, 8))
     generator = torch.Generator().manual_seed(0)
     lora_a = [torch.randn(r, features, generator=generator) for _, features, r in shapes]
     lora_b = [torch.randn(out, r, generator=generator) for out, _, r in shapes]
     scaling = [2.0, 0.3]
-    for granularity in ("row", "tensor"):
-        for mode in ("amax", "pow2"):
-            spec = str(SiteSpec(granularity, mode, "e5m2"))
-            expected = lowering.proxy_update(lora_a, lora_b, scaling, [], False, spec)
-            given_a, given_b = ([t.to(device) for t in column] for column in (lora_a, lora_b))
-            for one, other in zip(
-                gpu.proxy_update(given_a, given_b, scaling, [], False, spec), expected, strict=True
-            ):
-                ours, wanted = (t.reshape(-1).view(torch.uint8) for t in (one.cpu(), other))
-                assert torch.equal(ours, wanted), spec
+    given_a, given_b = ([t.to(device) for t in column] for column in (lora_a, lora_b))
+    here, there = (lora_a, lora_b, scaling), (given_a, given_b, scaling)
+    for granularity, mode in itertools.product(("row", "tensor"), ("amax", "pow2")):
+        spec = SiteSpec(granularity, mode, "e5m2")
+        in_k = str(replace(spec, adapter="fp8"))
+        s = [torch.rand(len(b), 1) + 0.1 if spec.per_row else torch.ones(()) for b in lora_b]
+        made = gpu.proxy_update(*there, [], False, str(spec))
+        made += fp8_gpu.proxy_update(*there, [t.to(device) for t in s], in_k)
+        expected = lowering.proxy_update(*here, [], False, str(spec))
+        expected += fp8_adapter.proxy_update(*here, s, in_k)
+        for one, other in zip(made, expected, strict=True):
+            ours, wanted = (t.reshape(-1).view(torch.uint8) for t in (one.cpu(), other))
+            assert torch.equal(ours, wanted), spec
     return Checked("casts of adapters", f"{len(shapes)} adapters", shapes[0], 0.0)
 
 
@@ -358,7 +362,8 @@ def check_training(device: str, name: str) -> Checked:
     each layer.
     """
     losses = []
-    contender = replace(CONTENDERS[name], options=(("inner", "eager"),))
+    contender = CONTENDERS[name]
+    contender = replace(contender, options=(*contender.options, ("inner", "eager")))
     for place in ("cpu", device):
         model = gpu_models.build(contender, SHAPES["tiny"], 2, 8, "cpu").to(place)
         attention = gpu_models.attention_backend(SHAPES["tiny"], place)
@@ -375,15 +380,21 @@ def check_training(device: str, name: str) -> Checked:
     return Checked("three steps", name, (2, 16), worst)
 
 
-def all_checks(device: str, options: Options | None = None) -> list[Checked]:
-    checks: list[Callable[[], Checked]] = [
-        lambda: check_transpose(device),
-        lambda: check_adapter_casts(device),
-        lambda: check_update(device),
-        lambda: check_training(device, "falqon"),
-        lambda: check_training(device, "falqon, A frozen"),
+def smoke(device: str) -> list[Checked]:
+    """Whether kernels of each kind run here and compute what a CPU does: in seconds."""
+    return [
+        check_transpose(device),
+        check_adapter_casts(device),
+        check_training(device, "falqon"),
+        check_training(device, IN_K),
     ]
+
+
+def rest(device: str, options: Options | None = None) -> Iterator[Checked]:
+    """Every kernel that may run."""
     options = options or Options()
-    found = [*check_activation_cast(device), *check_products(device, options)]
-    found += check_inductor(device, options)
-    return found + [check() for check in checks]
+    yield from check_activation_cast(device)
+    yield from check_products(device, options)
+    yield from check_inductor(device, options)
+    yield check_update(device)
+    yield check_training(device, "falqon, A frozen")

@@ -164,6 +164,10 @@ class Budget:
     dropped: list[str] = field(default_factory=list)
     costs: dict[str, float] = field(default_factory=dict)
 
+    def share(self, part: float) -> Budget:
+        """The first part of it, for what is not to take all."""
+        return Budget(part * self.total, self.start, self.dropped, self.costs)
+
     def left(self) -> float:
         return self.total - (time.perf_counter() - self.start)
 

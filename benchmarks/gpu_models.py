@@ -83,8 +83,10 @@ class Contender:
     options: tuple[tuple[str, Any], ...] = ()
 
 
+IN_K = "falqon, adapter in K"
 CONTENDERS = {
     "falqon": Contender("falqon", "falqon", bf16_adapter=False),
+    IN_K: Contender("falqon", "falqon", False, True, (("adapter_dtype", "fp8"),)),
     "falqon, A frozen": Contender("falqon", "falqon", bf16_adapter=False, train_a=False),
     "falqon, bf16 adapter": Contender("falqon", "falqon"),
     "falqon, rows": Contender("falqon", "falqon", False, False, (("update", "rows"),)),

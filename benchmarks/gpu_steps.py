@@ -20,7 +20,7 @@ from gpu_measure import (
     peak_gib,
     repeat,
 )
-from gpu_models import CONTENDERS, SHAPES, Phases, Shape, Trainer, Unavailable
+from gpu_models import CONTENDERS, IN_K, SHAPES, Phases, Shape, Trainer, Unavailable
 
 LAUNCH_BOUND = 1024  # tokens up to which a step is replayed as a CUDA graph too
 
@@ -90,7 +90,7 @@ class StepRow:
 def cases(tiny: bool) -> list[Case]:
     """The most important first: the budget drops from the end."""
     if tiny:
-        names = ["falqon", "falqon, A frozen", "falqon, rows", "peft + inductor", "nf4"]
+        names = ["falqon", IN_K, "falqon, A frozen", "falqon, rows", "peft + inductor", "nf4"]
         names += ["torchao + lora"]
         names += ["fp8 + lora"] * has_row_scales("cpu")
         return [Case("tiny", 2, 16, 8, name, checkpointing=name == "falqon") for name in names]
@@ -102,18 +102,18 @@ def cases(tiny: bool) -> list[Case]:
     ) -> None:
         listed.extend(Case(shape, batch, length, rank, name, ckpt) for name in names)
 
-    add("llama-7b", 1, 4096, 16, "falqon", *faster, "nf4 + inductor", "nf4")
+    add("llama-7b", 1, 4096, 16, "falqon", IN_K, *faster, "nf4 + inductor", "nf4")
+    add("llama-7b", 16, 512, 16, "falqon", IN_K, "peft + inductor")
+    add("llama-7b", 1, 512, 16, "falqon", IN_K, "peft + inductor")
     add("llama-3-8b", 1, 4096, 16, "falqon", "peft + inductor", ckpt=True)
     add("llama-7b", 8, 1024, 16, "falqon", *faster, "nf4 + inductor", "nf4")
     add("llama-7b", 1, 4096, 64, "falqon", "peft + inductor")
     add("qwen-2.5-7b", 1, 4096, 16, "falqon", "peft + inductor")
     add("llama-13b", 1, 4096, 16, "falqon", "peft + inductor")
-    add("llama-7b", 16, 512, 16, "falqon", "peft + inductor")
     add("llama-7b", 1, 4096, 16, "falqon, A frozen", "peft + inductor, A frozen")
     add("llama-7b", 1, 4096, 16, "fp8 + lora", "peft")
     add("llama-7b", 1, 4096, 16, "fp8linear + lora")
     add("llama-7b", 1, 4096, 16, "torchao + lora", "falqon, kernel=scaled_mm", "falqon, tensorwise")
-    add("llama-7b", 1, 512, 16, "falqon", "peft + inductor")
     add("llama-7b", 4, 4096, 16, "falqon", "peft + inductor")
     add("llama-13b", 8, 1024, 64, "falqon", "peft + inductor")
     add("qwen-2.5-7b", 8, 1024, 64, "falqon", "peft + inductor")

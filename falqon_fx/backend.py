@@ -24,6 +24,7 @@ from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError, SiteError
 from falqon_fx.ops.base_linear import OP as BASE_LINEAR
 from falqon_fx.ops.decompositions import decompositions
+from falqon_fx.ops.fp8_adapter import clamped
 from falqon_fx.passes import pipeline
 from falqon_fx.passes.insert_operands import BaseNodes, Operands
 from falqon_fx.passes.recompute_weights import recompute_weights
@@ -39,6 +40,7 @@ from falqon_fx.rows.binding import RowsBinding
 from falqon_fx.site.agreement import agree_once, check_options, groups_of
 from falqon_fx.site.agreement import reset as forget_agreements
 from falqon_fx.site.base import Base, BaseParameter, CastOfAdapter, Entry, bases
+from falqon_fx.site.clamped import Looks
 from falqon_fx.site.found import FoundByAddress, Parameters
 from falqon_fx.site.numerics import E4M3, as_scale
 from falqon_fx.site.shards import LocalParameter, with_local
@@ -154,6 +156,11 @@ class RewriteResult:
                 inputs += (code.view(E4M3), scale if by_row else scale.reshape(()))
             else:
                 inputs += (entry.base.weight, entry.base.scale)
+            if self._counts:
+                inputs.append(entry.clamped.count)
+        if self._counts and self._looks.due(inputs[-1]):
+            for entry, nodes in zip(entries, self.operands.bases, strict=True):
+                entry.clamped.look(nodes.slot.path)
         return self.rows.bind(inputs, functools.partial(self._plan.value, values=values))
 
     def fake_inputs(self, example_inputs: Sequence[Any]) -> list[Any]:
@@ -188,6 +195,8 @@ class RewriteResult:
         entries = [made.get(id(n)) or self._verified(n, values) for n in self.operands.bases]
         if not self._gathered:
             self._found.put(given, looks, entries, self._note_adapters(values))
+        if self._counts:
+            self._note_counts(values, entries)
         return entries
 
     def _wanted(self, nodes: BaseNodes, values: Sequence[Any]) -> BaseParameter:
@@ -199,6 +208,11 @@ class RewriteResult:
         code, scale, digest = (self._plan.value(node, values) for node in nodes.given)
         base = Base(code.detach(), as_scale(scale.detach()))
         return bases.verify(nodes.slot.path, base, digest)
+
+    def _note_counts(self, values: Sequence[Any], entries: Sequence[Entry]) -> None:
+        for base, adapter in self.operands.pairs:
+            place = next(i for i, nodes in enumerate(self.operands.bases) if nodes is base)
+            clamped.on_device(self._plan.value(adapter.lora_b, values), entries[place].clamped)
 
     def _note_adapters(self, values: Sequence[Any]) -> int:
         """Register which A and B are added to which base, for `falqon_fx.adapters`. New ones
@@ -228,6 +242,15 @@ class RewriteResult:
     def _gathered(self) -> bool:
         """Whether FSDP gathers the parameters for each call, wherever there is memory then."""
         return any(_compat.is_fsdp(nodes.given[0]) for nodes in self.operands.bases)
+
+    @functools.cached_property
+    def _counts(self) -> bool:
+        """Whether a GPU counts what it clamps of adapters in FP8."""
+        return any(nodes.clamped is not None for nodes in self.operands.bases)
+
+    @functools.cached_property
+    def _looks(self) -> Looks:
+        return Looks()
 
     @functools.cached_property
     def _found(self) -> FoundByAddress:

@@ -58,9 +58,9 @@ class FalqonConfig:
             "rows" is the paper's method: rows of W' are written in place (options below).
         adapter_dtype: how s·B enters the product. "bfloat16" adds s·O_A·Bᵀ to the FP8 product.
             "fp8" makes O_A and s·B further columns of it (`falqon_fx.ops.fp8_adapter`): O and dL/dx
-            are one plain FP8 product each. On CPUs alone so far, where it is no faster. It clamps
-            where an adapter is about a third of its base weight; ``.saturated`` of `adapters`
-            counts.
+            are one plain FP8 product each, on a GPU of siblings together; on a CPU it is no faster.
+            It clamps where an adapter is about a third of its base weight; ``.saturated`` of
+            `adapters` counts.
         frozen: frozen linear layers without an adapter run in "fp8" too, or "leave" them as they
             are. Output heads, tied weights, routers and small layers are always left.
         init: "keep" leaves lora_A as it is. "svd" overwrites it with the top right singular vectors

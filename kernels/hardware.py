@@ -29,6 +29,13 @@ def fp8_architecture(device: torch.device) -> int:
     return number if number >= FP8 else 0
 
 
+def family(architecture: int) -> int:
+    """The architecture whose tensor cores sm_``architecture`` has: sm_103 (B300) those of sm_100,
+    sm_121 (DGX Spark) those of sm_120.
+    """
+    return {103: 100, 121: 120}.get(architecture, architecture)
+
+
 def reads_columns(architecture: int) -> bool:
     """Whether FP8 products of sm_90 and so on take W as stored for dL/dx: sm_100's tensor cores
     read operands either way; the others would need W byte by byte. 0 is the interpreter.

@@ -27,6 +27,7 @@ from rich.table import Table
 
 from falqon_fx.kernels.activation_cast import examples as activation_cast
 from falqon_fx.kernels.adapter_cast import examples as adapter_cast
+from falqon_fx.kernels.adapter_fp8 import examples as adapter_fp8
 from falqon_fx.kernels.adapter_grads import examples as adapter_grads
 from falqon_fx.kernels.aot import ARCHITECTURES, CompiledKernel, compile_ahead
 from falqon_fx.kernels.gemm import examples as gemm
@@ -37,6 +38,7 @@ from falqon_fx.kernels.grouped_outer import examples as grouped_outer
 from falqon_fx.kernels.kernel import Kernel
 from falqon_fx.kernels.loader import load
 from falqon_fx.kernels.spec import KernelSpec
+from falqon_fx.kernels.tails import examples as tails
 from falqon_fx.kernels.transpose import examples as transpose
 from falqon_fx.kernels.update import examples as update
 
@@ -49,6 +51,8 @@ KERNELS: tuple[Kernel[Any], ...] = (
     grouped_gemm.KERNEL,
     grouped_outer.KERNEL,
     adapter_cast.KERNEL,
+    adapter_fp8.KERNEL,
+    tails.KERNEL,
     update.KERNEL,
     activation_cast.KERNEL,
 )
@@ -61,7 +65,7 @@ _FP8_INSTRUCTION = {
     89: r"mma\.sync\S*e[45]m[23]",
     90: r"wgmma\.mma_async\S*e[45]m[23]",
     100: r"tcgen05\.mma\S*f8f6f4",
-    120: r"mma\.sync\S*e[45]m[23]",
+    120: r"mma\.sync\S*mxf8f6f4\.block_scale\S*e[45]m[23]",
 }
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from falqon_fx._compat import hint, value_of, without_fake_mode
+from falqon_fx.ops import in_k
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.ops.products import launches
 from falqon_fx.passes.plan import Plan, SitePlan
@@ -114,6 +115,8 @@ class Operands:
             alone = len(self.sites) == len(of_a) == 1 and self.sites[0].merged
             return [self._problem(self.sites, spec, of_a, 0, alone)] * len(self.sites)
         found: dict[int, GemmProblem] = {}
+        if spec.adapter == "fp8":
+            ranks = [[in_k.whole(rank) for rank in own] for own in ranks]
         for members in launches([self.adds_b and bool(own) for own in ranks]):
             rank = max(sum(ranks[i]) for i in members) if self.adds_b else 0
             sites = [self.sites[i] for i in members]
@@ -141,6 +144,8 @@ class Operands:
             "bias": bias,
             "accumulation": spec.accumulation,
         }
+        if spec.adapter == "fp8" and rank:
+            fields |= {"a_dtype": dtype_name(self.out_dtype), "tail": True}
         return GemmProblem(
             n=self.tokens,
             k=self.features,
@@ -159,18 +164,21 @@ def time_products(operands: Operands, spec: SiteSpec) -> None:
     # The caller traces with fake tensors, maybe in autocast.
     with without_fake_mode(), torch.autocast(operands.device.type, enabled=False):
         x, arguments = _random_arguments(operands, spec)
-        _time_casts(arguments[7], arguments[8], spec)
+        _time_casts(arguments, spec)
         with torch.set_grad_enabled(trains):
             ys = torch.ops.falqon.merged_linear(x, *arguments)[: len(operands.sites)]
             if trains:
-                lora = [*arguments[7], *arguments[8]]
+                lora = [*arguments[8], *arguments[9]]
                 wanted = [x, *(t for t in lora if t.requires_grad)]
                 torch.autograd.grad(ys, wanted, [torch.ones_like(y) for y in ys])
 
 
-def _time_casts(lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], spec: SiteSpec) -> None:
+def _time_casts(arguments: Sequence[Any], spec: SiteSpec) -> None:
+    scale, lora_a, lora_b, owner = (arguments[i] for i in (1, 8, 9, 11))
     if lora_a and lora_a[0].is_cuda:
-        torch.ops.falqon.proxy_update(lora_a, lora_b, [1.0] * len(lora_a), [], False, str(spec))
+        scales = [scale[i] for i in owner] if spec.adapter == "fp8" else []
+        given = lora_a, lora_b, [1.0] * len(lora_a), scales, False, str(spec)
+        torch.ops.falqon.proxy_update(*given)
 
 
 def _random_arguments(operands: Operands, spec: SiteSpec) -> tuple[Tensor, tuple[Any, ...]]:
@@ -187,7 +195,7 @@ def _random_arguments(operands: Operands, spec: SiteSpec) -> tuple[Tensor, tuple
         return torch.ones(scale_shape(len(part), spec), dtype=torch.float32, device=device)
 
     weight, bias, a, b, lora_a, lora_b = (list[Tensor]() for _ in range(6))
-    owner: list[int] = []
+    owner, alpha = list[int](), list[Tensor]()
     for i, site in enumerate(operands.sites):
         rows = [site.out, *(adapter.rank for adapter in site.adapters)]
         parts = draw(sum(rows), features, dtype=E4M3).split(rows)
@@ -204,7 +212,10 @@ def _random_arguments(operands: Operands, spec: SiteSpec) -> tuple[Tensor, tuple
             owner.append(i)
     x = draw(operands.tokens, features, dtype=operands.x_dtype).requires_grad_()
     own_x = [x] * len(owner) if operands.own_x else []
-    columns = (weight, [ones(w) for w in weight], bias, a, [ones(code) for code in a], b)
+    if spec.adapter == "fp8":
+        b = [factor.to(E4M3) for factor in b]
+        alpha = [torch.ones(len(code), dtype=torch.float32, device=device) for code in a]
+    columns = (weight, [ones(w) for w in weight], bias, a, [ones(code) for code in a], b, alpha)
     keep_x = any(t.requires_grad for t in lora_a)
     numbers_of = (owner, [1.0] * len(owner), keep_x, operands.out_dtype, str(spec))
     return x, (*columns, [], lora_a, lora_b, own_x, *numbers_of)

@@ -7,6 +7,8 @@ import torch
 from falqon_fx._compat import is_fsdp, value_of
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
+from falqon_fx.kernels.hardware import fp8_architecture
+from falqon_fx.kernels.spec import MAX_RANK, MAX_TAIL
 from falqon_fx.passes.match.dataflow import Match
 from falqon_fx.passes.modes import may_autocast
 from falqon_fx.passes.terms import (
@@ -57,11 +59,7 @@ def check(found: Match, path: str, config: FalqonConfig) -> None:
                 "Move the whole model to one device",
             )
     if config.adapter_dtype == "fp8" and x.device.type not in ("cpu", "meta"):
-        raise FalqonError(
-            path,
-            f'adapter_dtype="fp8" computes on CPUs alone so far, and this is on {x.device}',
-            'Set adapter_dtype="bfloat16"',
-        )
+        _check_in_k(found, path, config)
     _check_dtypes(found, path)
     _check_gathered(found, path, config)
     base: object = found.base
@@ -104,6 +102,24 @@ def why_not_experts(found: Match, config: FalqonConfig) -> tuple[str, str] | Non
 
 def _is_prepared_stack(found: Match) -> bool:
     return isinstance(found.base, Experts) and isinstance(found.base.weight, PreparedStack)
+
+
+def _check_in_k(found: Match, path: str, config: FalqonConfig) -> None:
+    """A GPU can add the adapters of a site as columns in FP8."""
+    device, why = value_of(found.x).device, ""
+    ranks = [a.lora_a.value.shape[0] for a in found.adapters]
+    if device.type != "cuda":
+        why = f"computes on CPUs and on NVIDIA's GPUs alone, and this is on {device}"
+    elif torch.version.hip is not None or (
+        torch.cuda.is_available() and not fp8_architecture(device)
+    ):
+        why = f"wants FP8 tensor cores as of sm_89, which {device} has not"
+    elif max(ranks, default=0) > MAX_TAIL or sum(-(-r // 16) * 16 for r in ranks) > MAX_RANK:
+        why = f"takes ranks up to {MAX_TAIL}, and up to {MAX_RANK} in all of a layer"
+    elif config.transpose == "store":
+        why = 'has one transpose of W and A together, which transpose="store" can\'t keep'
+    if why:
+        raise FalqonError(path, f'adapter_dtype="fp8" {why}', 'Set adapter_dtype="bfloat16"')
 
 
 def _check_gathered(found: Match, path: str, config: FalqonConfig) -> None:

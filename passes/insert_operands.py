@@ -39,13 +39,21 @@ from falqon_fx.site.spec import RowsSpec, SiteSpec
 @dataclass(frozen=True)
 class BaseNodes:
     """The root's nodes of a base: what is looked up by (the parameter W, or the bytes and the scale
-    of a prepared layer), and the placeholders of what is found.
+    of a prepared layer), and the placeholders of what is found; on a GPU, with adapter_dtype="fp8",
+    that of a count of what is clamped, too.
     """
 
     slot: BaseSlot
     given: tuple[fx.Node, ...]
     weight: fx.Node
     scale: fx.Node
+    clamped: fx.Node | None = None
+
+    @property
+    def entered(self) -> tuple[fx.Node, ...]:
+        """The placeholders, in their order."""
+        count = () if self.clamped is None else (self.clamped,)
+        return (self.weight, self.scale, *count)
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,7 @@ class SiteNodes:
 
     weight: fx.Node
     scale: fx.Node
+    clamped: fx.Node | None
     adapters: tuple[AdapterNodes, ...]
 
 
@@ -90,10 +99,10 @@ class Operands:
             adapter = AdapterNodes(
                 nodes.lora_a, nodes.lora_b, own.a, own.a_scale, own.b, None, site.base.scaling
             )
-            return SiteNodes(own.weight, own.scale, (adapter,))
+            return SiteNodes(own.weight, own.scale, None, (adapter,))
         (base,) = (n for n in self.bases if n.slot is site.base)
         adapters = tuple(self.adapters[id(slot)] for slot in site.adapters)
-        return SiteNodes(base.weight, base.scale, adapters)
+        return SiteNodes(base.weight, base.scale, base.clamped, adapters)
 
 
 def insert_operands(plan: Plan) -> Operands:
@@ -139,6 +148,8 @@ def _enter_base(plan: Plan, index: int, slot: BaseSlot) -> BaseNodes:
         "weight": ((slot.out, slot.features), E4M3),
         "scale": (scale_shape(slot.out, plan.spec), torch.float32),
     }
+    if plan.spec.adapter == "fp8" and counts_on(device):
+        shapes["clamped"] = ((1,), torch.int32)
     entered = []
     for name, (shape, dtype) in shapes.items():
         node = root.add_input(f"falqon_base_{index}_{name}")
@@ -147,6 +158,11 @@ def _enter_base(plan: Plan, index: int, slot: BaseSlot) -> BaseNodes:
         mark_own_input(node, static=not is_fsdp(given[0]))
         entered.append(node)
     return BaseNodes(slot, given, *entered)
+
+
+def counts_on(device: torch.device) -> bool:
+    """Whether kernels count what they clamp, as an op by itself can't on a GPU without waiting."""
+    return device.type == "cuda"
 
 
 def _cast_adapters(

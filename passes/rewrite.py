@@ -58,6 +58,7 @@ class Arguments:
     a_scale: list[fx.Node]
     b: list[fx.Node]
     alpha: list[fx.Node]
+    clamped: list[fx.Node]
     lora_a: list[fx.Node]
     lora_b: list[fx.Node]
     owner: list[int]
@@ -81,6 +82,7 @@ def arguments(group: Sequence[SitePlan], operands: Operands) -> Arguments:
         [adapter.a_scale for adapter in adapters],
         [adapter.b for adapter in adapters if adapter.b is not None],
         [adapter.alpha for adapter in adapters if adapter.alpha is not None],
+        [site.clamped for site in sites if site.clamped is not None],
         [adapter.lora_a for adapter in adapters],
         [adapter.lora_b for adapter in adapters],
         [i for i, _ in each],
@@ -99,7 +101,8 @@ def _replace(
     def here(nodes: Sequence[fx.Node]) -> list[fx.Node]:
         return [_bring(scope, node) for node in nodes]
 
-    columns = [given.a, given.a_scale, given.b, given.alpha, given.lora_a, given.lora_b]
+    columns = [given.a, given.a_scale, given.b, given.alpha, given.clamped]
+    columns += [given.lora_a, given.lora_b]
     weight, scale, *adapters = (here(column) for column in (given.weight, given.scale, *columns))
     biases = [site.match.base.bias for site in group]
     bias = [_bias(scope, b) for b in biases if b is not None]

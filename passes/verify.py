@@ -175,7 +175,7 @@ def _check_group(
     first = group[0].match
     given = arguments(group, operands)
     columns = [given.weight, given.scale, None, given.a, given.a_scale, given.b, given.alpha]
-    columns += [given.lora_a, given.lora_b]
+    columns += [given.clamped, given.lora_a, given.lora_b]
     for i, site in enumerate(group):
         found, path = site.match, site.report.path
         if found.anchor not in results:
@@ -204,12 +204,12 @@ def _check_group(
             if not is_same(found.scope, biases[i], found.scope.outer(wanted_bias)):
                 raise PassError(path, f"{biases[i]} is not {wanted_bias}")
         own = [results.get(node, node) for node in adapter_inputs(group)]
-        if rest[9] != own:
-            raise PassError(path, f"its adapters read {rest[9]}, not {own}")
+        if rest[10] != own:
+            raise PassError(path, f"its adapters read {rest[10]}, not {own}")
         dtype = value_of(first.anchor).dtype
         said = (given.owner, given.scaling, given.keep_x, dtype, str(plan.spec))
-        if tuple(rest[10:]) != said:
-            raise PassError(path, f"{fused.name} computes with {rest[10:]}, not {said}")
+        if tuple(rest[11:]) != said:
+            raise PassError(path, f"{fused.name} computes with {rest[11:]}, not {said}")
 
 
 def _check_inputs(plan: Plan, operands: Operands, before: Wiring) -> None:
@@ -218,7 +218,7 @@ def _check_inputs(plan: Plan, operands: Operands, before: Wiring) -> None:
     """
     inputs = plan.root.gm.graph.find_nodes(op="placeholder")
     given = [node for node in inputs if node in before]
-    given += [node for base in operands.bases for node in (base.weight, base.scale)]
+    given += [node for base in operands.bases for node in base.entered]
     unprepared = [nodes for nodes in operands.rows if nodes.slot.prepared is None]
     given += [node for nodes in unprepared for node in nodes.state]
     if list(inputs) != given:

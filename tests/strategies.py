@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -58,6 +58,7 @@ class Case:
     spec: SiteSpec
     keep_x: bool = True
     adds_b: bool = True
+    clamped: list[Tensor] = field(default_factory=list)
 
     @property
     def adapters(self) -> list[Lora]:
@@ -102,6 +103,7 @@ class Case:
             [cast[1] for cast in self.casts],
             [cast[2] for cast in self.casts] if self.adds_b else [],
             [cast[3] for cast in self.casts if len(cast) > 3],
+            self.clamped,
             [lora.lora_a for lora in loras],
             [lora.lora_b for lora in loras],
             [self.x if lora.x is None else lora.x for lora in loras] if self.apart else [],

@@ -72,7 +72,7 @@ def test_flops_of_the_op_are_those_that_torch_counts(rank, train_a):
     casts = lowering.proxy_update(a, b, [2.0] * len(a), [], False, str(plan))
     x, grad = torch.randn(96, 40).bfloat16(), torch.randn(96, 56).bfloat16()
     of_a: tuple[Any, ...] = (a, b, [], [0] * len(a), [2.0] * len(a))
-    adapters = (casts[0::3], casts[1::3], casts[2::3], [], *of_a)
+    adapters = (casts[0::3], casts[1::3], casts[2::3], [], [], *of_a)
     rest = (train_a, torch.bfloat16, str(plan))
     given: list[Any] = [x, [base.weight], [base.scale], [], *adapters, True, *rest[1:]]
     with FlopCounterMode(display=False) as forward:

@@ -137,7 +137,18 @@ def test_siblings_share_their_launches(name, wanted, monkeypatch):
 def test_adapters_of_a_layer_need_not_stand_side_by_side():
     """Their order is that of ``owner``."""
     case = group(ROW, (48, (16, 8)), (32, (5,)))
-    names = ("a", "a_scale", "b", "alpha", "lora_a", "lora_b", "adapter_x", "owner", "scaling")
+    names = (
+        "a",
+        "a_scale",
+        "b",
+        "alpha",
+        "clamped",
+        "lora_a",
+        "lora_b",
+        "adapter_x",
+        "owner",
+        "scaling",
+    )
     x, weight, scale, bias, *columns, keep_x, out_dtype, spec_text = case.arguments()
     by_name = dict(zip(names, columns, strict=True))
     turned = [2, 1, 0]

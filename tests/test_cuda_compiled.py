@@ -161,11 +161,11 @@ def test_on_a_gpu_the_ops_are_lowered_to_launches(name, forward):
 
         columns: list[Any] = [
             [empty(*t.shape, dtype=t.dtype) for t in column] if isinstance(column, list) else column
-            for column in arguments[:9]
+            for column in arguments[:10]
         ]
         op = table[falqon.merged_linear.default]
         x = empty(32, 64, dtype=BF16)
-        found = traced(lambda *args: op(*args), x, *columns, *arguments[9:])
+        found = traced(lambda *args: op(*args), x, *columns, *arguments[10:])
         assert found[LAUNCH] == forward
         assert not {
             name for name in found if name.startswith("falqon.") or name == "aten.mm.default"
@@ -217,7 +217,7 @@ def test_graphs_of_known_sizes_launch_the_kernels_themselves(name, spec):
     if a:
         ranks = [len(code) for code in a]
         q, q_scale = gpu.quantize(x.reshape(32, 64), E4M3, str(spec))
-        of = [grads[i] for i in arguments[10]]
+        of = [grads[i] for i in arguments[11]]
         given = (of, randn(32, sum(ranks)).bfloat16(), ranks, [0.5] * len(a), [q, q_scale], d)
         check_graph(falqon.adapter_grads.default, *given, F32, str(case.spec))
         factors = [randn(g.shape[1], rank).bfloat16() for g, rank in zip(of, ranks, strict=True)]

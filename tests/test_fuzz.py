@@ -65,7 +65,7 @@ def ops_of(result: RewriteResult) -> list[list[tuple[int, int]]]:
     for op in result.gm.graph.find_nodes(
         op="call_function", target=torch.ops.falqon.merged_linear.default
     ):
-        weights, lora_b, owner = op.args[1], op.args[9], op.args[11]
+        weights, lora_b, owner = op.args[1], op.args[10], op.args[12]
         adapters = [[b for b, i in zip(lora_b, owner) if i == site] for site in range(len(weights))]
         found.append(
             [

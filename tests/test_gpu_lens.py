@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ COUNTS = {
     # run: launches, python_ops, passes, casts, bytes_written
     "falqon": (53, 0, 0, 3, 2_398_712),
     "falqon_frozen_a": (49, 0, 0, 3, 2_326_008),
+    "falqon_fp8": (52, 0, 0, 3, 2_322_096),
     "inductor": (73, 0, 2, 2, 2_346_520),
 }
 
@@ -47,7 +49,16 @@ def seen(benchmarks, tmp_path_factory):
     file = tmp_path_factory.mktemp("lens") / "lens.json"
     size = ["--model", "tiny", "--tokens", "64", "--rank", "8"]
     importlib.import_module("gpu_lens").main(
-        [*size, "--no-host", "--json", str(file), "--text", str(file.with_suffix(".md"))]
+        [
+            *size,
+            "--runs",
+            *COUNTS,
+            "--no-host",
+            "--json",
+            str(file),
+            "--text",
+            str(file.with_suffix(".md")),
+        ]
     )
     return json.loads(file.read_text())["runs"]
 
@@ -92,6 +103,11 @@ def test_the_arithmetic_of_a_step_counts_what_is_seen_here(seen):
         layer = layer_of(name, step, Timer(ours_win))
         assert sum(one.kernels for one in layer) == seen[run]["launches"]
         assert kept(step, name) == pytest.approx(seen[run]["kept_bytes"], rel=4 / 256)
+    in_k = replace(step, adapter_dtype="fp8")
+    layer = layer_of("falqon", in_k, Timer(ours_win))
+    assert sum(one.kernels for one in layer) == seen["falqon_fp8"]["launches"]
+    # b has its 8 columns in rows of 16.
+    assert kept(in_k, "falqon") == pytest.approx(seen["falqon_fp8"]["kept_bytes"], rel=6 / 256)
 
 
 @pytest.fixture

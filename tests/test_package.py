@@ -194,7 +194,7 @@ def test_mapped_packages_import_from_anywhere(tmp_path):
 
 def test_templates_ship_beside_the_code():
     kernels = Path(import_module("falqon_fx.kernels").__file__).parent
-    assert len(list(kernels.rglob("*.jinja"))) == 11
+    assert len(list(kernels.rglob("*.jinja"))) == 13
     assert (Path(import_module("falqon_fx.report").__file__).parent / "report.html.jinja").exists()
 
 

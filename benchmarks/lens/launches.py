@@ -52,9 +52,14 @@ class Launches(TorchDispatchMode):
     def triton(self, kernel: Kernel, given: Sequence[Any]) -> None:
         """A kernel that Inductor wrote, or one of ours that it was handed in the graph."""
         named = dict(zip(kernel.arguments, given))
+        reads_of, writes_of = kernel.reads, kernel.writes
+        if "tail_ptr" in named:  # columns alone of it are written, as many as y has
+            columns = named["y_ptr"].shape[1]
+            named["tail_ptr"] = named["tail_ptr"].narrow(1, 0, columns)
+            reads_of = reads_of - {"tail_ptr"}
         reads, writes = (
             [*_tensors([value for name, value in named.items() if name in names])]
-            for names in (kernel.reads, kernel.writes)
+            for names in (reads_of, writes_of)
         )
         self._note(kernel.name, kernel.ops, reads, writes)
 

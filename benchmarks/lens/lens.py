@@ -29,12 +29,15 @@ class Run:
 
 def runs(rank: int, kernel: str) -> dict[str, Run]:
     """What is set side by side: PEFT + Inductor with its adapter in bfloat16, the faster form; ours
-    with float32, as PEFT makes adapters.
+    with float32, as PEFT makes adapters, added in bfloat16 and as columns of FP8.
     """
     options = {"kernel": kernel}
+    in_k = {**options, "adapter_dtype": "fp8"}
     return {
         "falqon": Run("falqon", Adapter(rank), options),
         "falqon_frozen_a": Run("falqon", Adapter(rank, train_a=False), options),
+        "falqon_fp8": Run("falqon", Adapter(rank), in_k),
+        "falqon_fp8_frozen_a": Run("falqon", Adapter(rank, train_a=False), in_k),
         "inductor": Run("inductor", Adapter(rank, torch.bfloat16), {}),
     }
 

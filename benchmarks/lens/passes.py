@@ -28,7 +28,8 @@ from lens.fake_gpu import storage_of
 
 Kind = Literal["product", "pass", "cast", ""]
 # The adapters' gradients are sums over tokens: `add_up` adds their parts.
-PRODUCTS = {"mm", "addmm", "bmm", "_scaled_mm", "gemm", "grad_out_a", "partial_a", "partial_b"}
+PRODUCTS = {"mm", "addmm", "bmm", "_scaled_mm", "gemm", "grad_out_a"}
+PRODUCTS |= {"forward_tails", "backward_tails", "partial_a", "partial_b"}
 _SUMS = {"add", "mul", "cat", "clone", "copy", "fill", "zero", "zeros", "full"}
 _CASTS = {"_to_copy", "convert_element_type"}
 _VIEWS = {"view", "_unsafe_view", "reshape", "transpose", "t", "permute", "expand", "slice"}

@@ -259,7 +259,7 @@ class Adapter:
     @property
     def saturated(self) -> int:
         """Elements that adapter_dtype="fp8" has clamped since the start; 0 with "bfloat16"."""
-        return sum(clamped.of(b) for _, b, _ in self.adapters)
+        return clamped.of(*(b for _, b, _ in self.adapters))
 
     @torch.no_grad()
     def merged(self) -> Tensor:

@@ -19,6 +19,7 @@ class Merged(NamedTuple):
     a_scale: list[Tensor]
     b: list[Tensor]
     alpha: list[Tensor]
+    clamped: list[Tensor]
     lora_a: list[Tensor]
     lora_b: list[Tensor]
     adapter_x: list[Tensor]

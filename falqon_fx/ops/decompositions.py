@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from falqon_fx._compat import OpOverload, inductor_decompositions
-from falqon_fx.ops import experts, experts_lowering, gpu, merged_linear, outliers, products
+from falqon_fx.ops import (
+    experts,
+    experts_lowering,
+    fp8_gpu,
+    fp8_grad,
+    gpu,
+    merged_linear,
+    outliers,
+    products,
+)
 from falqon_fx.ops.arguments import Merged
 from falqon_fx.rows import ops as rows_ops
 from falqon_fx.site.spec import lowering_version
@@ -32,7 +41,14 @@ def _merged_experts(*args: Any) -> list[Tensor]:
 
 
 def _merged_linear(*args: Any) -> list[Tensor]:
-    return gpu.merged_linear(Merged(*args))
+    given = Merged(*args)
+    run = fp8_gpu.merged_linear if given.alpha else gpu.merged_linear
+    return run(given)
+
+
+def _casts(lora_a: Any, lora_b: Any, scaling: Any, base_scale: Any, *rest: Any) -> list[Tensor]:
+    given = lora_a, lora_b, scaling, base_scale
+    return fp8_gpu.proxy_update(*given, rest[1]) if base_scale else gpu.proxy_update(*given, *rest)
 
 
 def decompositions(_torch: str = "", _lowering: str = "") -> Decompositions:
@@ -40,7 +56,7 @@ def decompositions(_torch: str = "", _lowering: str = "") -> Decompositions:
     on a GPU.
     """
     table = Decompositions(inductor_decompositions())
-    table[merged_linear.CASTS] = gpu.proxy_update
+    table[merged_linear.CASTS] = _casts
     table[torch.ops.falqon.pending.default] = rows_ops.pending_part
     table[merged_linear.OP] = _merged_linear
     table[outliers.OP] = outliers.lower_outliers
@@ -48,6 +64,7 @@ def decompositions(_torch: str = "", _lowering: str = "") -> Decompositions:
     table[torch.ops.falqon.merged_experts_grad_x.default] = experts_lowering.lower_grad_x
     table[torch.ops.falqon.merged_experts_grads.default] = experts_lowering.lower_grads
     table[torch.ops.falqon.merged_experts_grad_out_a.default] = experts_lowering.lower_grad_out_a
+    table[fp8_grad.OP] = fp8_gpu.merged_linear_grad
     table[torch.ops.falqon.merged_linear_grad_x.default] = gpu.merged_linear_grad_x
     table[torch.ops.falqon.grad_a.default] = gpu.grad_a
     table[torch.ops.falqon.adapter_grads.default] = partial(

@@ -8,6 +8,7 @@ pass over O or dL/dx. α [r] holds a power of two for each dimension of the rank
 range of E4M3 between t and b. What is beyond the range is clamped, and counted (see `Clamped`).
 
 This is the arithmetic on a CPU, in ATen; it is not compiled, and no faster than bfloat16 adapters.
+`falqon_fx.ops.fp8_gpu` has it on a GPU.
 
 Shapes: x [n, in]; W [out, in] and Â [r, in] in E4M3 (or bytes), their scales s_W and s_A float32
 [rows, 1] or []; B and b [out, r]; O_A, t and D [n, r]; dL/dO and g [n, out]. Sites are numbered i,
@@ -37,8 +38,17 @@ from falqon_fx.ops.lowering import (
     rescale,
 )
 from falqon_fx.site.casts import scale_of
+from falqon_fx.site.clamped import ClampedCount
 from falqon_fx.site.names import name_in_call
-from falqon_fx.site.numerics import E4M3, E5M2, FP8_MAX, decode_fp8, round_to_fp8, without_autocast
+from falqon_fx.site.numerics import (
+    E4M3,
+    E5M2,
+    FP8_MAX,
+    ROUNDS_TO_MAX,
+    decode_fp8,
+    round_to_fp8,
+    without_autocast,
+)
 from falqon_fx.site.spec import parse_spec
 
 # A row of q has a root mean square of about 80: its largest element is at 448, and activations have
@@ -48,9 +58,7 @@ _TYPICAL_Q = 80.0
 _ROOM_T = 32.0
 # From the largest g to what FP8 holds: D' has the scale of g and is a sum of many g. E5M2 has range
 # to spare.
-_ROOM_G = {E5M2: 64.0, E4M3: 4.0}
-# What is not beyond this is nearest to the largest FP8 number anyway.
-_ROUNDS_TO_MAX = {E5M2: 61440.0, E4M3: 464.0}
+ROOM_G = {E5M2: 64.0, E4M3: 4.0}
 
 
 class Clamped:
@@ -58,14 +66,17 @@ class Clamped:
 
     def __init__(self) -> None:
         self._counts: weakref.WeakKeyDictionary[Any, dict[int, int]] = weakref.WeakKeyDictionary()
+        self._on_device: weakref.WeakKeyDictionary[Any, dict[int, ClampedCount]] = (
+            weakref.WeakKeyDictionary()
+        )
         self._lock = threading.Lock()
 
     def add(self, lora_b: Tensor, scaled: Tensor, fp8: torch.dtype) -> None:
         """Count the elements of ``scaled`` that FP8 clamps; warns when it begins."""
-        count = int((scaled.abs() > _ROUNDS_TO_MAX[fp8]).sum())
+        count = int((scaled.abs() > ROUNDS_TO_MAX[fp8]).sum())
         if count == 0:
             return
-        place = int(lora_b.storage_offset())
+        place = _place(lora_b)
         with self._lock:
             counts = self._counts.setdefault(lora_b.untyped_storage(), {})
             begins = place not in counts
@@ -80,10 +91,22 @@ class Clamped:
                 stacklevel=2,
             )
 
-    def of(self, lora_b: Tensor) -> int:
-        """The number since the start."""
-        counts = self._counts.get(lora_b.untyped_storage(), {})
-        return counts.get(int(lora_b.storage_offset()), 0)
+    def on_device(self, lora_b: Tensor, count: ClampedCount) -> None:
+        """Note where a GPU counts those of the base weight that an adapter is added to."""
+        self._on_device.setdefault(lora_b.untyped_storage(), {})[_place(lora_b)] = count
+
+    def of(self, *lora_b: Tensor) -> int:
+        """The number since the start, of the adapters of one base weight; waits for the device."""
+        total, counts = 0, set[ClampedCount]()
+        for b in lora_b:
+            storage, place = b.untyped_storage(), _place(b)
+            total += self._counts.get(storage, {}).get(place, 0)
+            counts |= {c for p, c in self._on_device.get(storage, {}).items() if p == place}
+        return total + sum(map(int, counts))
+
+
+def _place(lora_b: Tensor) -> int:
+    return int(lora_b.storage_offset())
 
 
 clamped = Clamped()
@@ -126,12 +149,17 @@ def balance(typical: Tensor, largest: Tensor) -> Tensor:
     geometric mean of the two leaves both the same range to spare. Where there is none the room of t
     shrinks: how large b is is known, of t it is a guess.
     """
-    least = (typical * (_ROOM_T / FP8_MAX[E4M3])).log2()
-    most = (FP8_MAX[E4M3] / largest).log2()
-    power = torch.minimum(((least + most) / 2).round(), most.floor())
+    middle = (_exponent(typical * _ROOM_T / largest) + 1) >> 1
+    most = _exponent(FP8_MAX[E4M3] / largest)
     # B is zero where a training starts.
-    power = torch.where(largest == 0, least.ceil(), power)
-    return power.clamp(-60, 60).exp2()
+    least = -_exponent(FP8_MAX[E4M3] / _ROOM_T / typical)
+    power = torch.where(largest == 0, least, torch.minimum(middle, most)).clamp(-60, 60)
+    return ((power + 127) << 23).view(torch.float32)
+
+
+def _exponent(value: Tensor) -> Tensor:
+    """Of positive float32 the largest power of two that is not above it, int32; of zero -127."""
+    return ((value.view(torch.int32) >> 23) & 0xFF) - 127
 
 
 @without_autocast
@@ -157,16 +185,16 @@ def merged_linear(given: Merged) -> list[Tensor]:
         tails.append(parts[-1] if exact else t.to(dtype))
     ys = []
     for i, (w, s) in enumerate(zip(given.weight, given.scale)):
-        y = read.x.value @ decode(w, s if exact else 1.0, dtype).t()
-        for j in given.adapters_of(i):
-            b = decode_fp8(given.b[j], s / given.alpha[j] if exact else 1.0, dtype)
-            y = torch.addmm(y, tails[j], b.t())
+        own = given.adapters_of(i)
+        right = [decode(w, s if exact else 1.0, dtype)]
+        right += [decode_fp8(given.b[j], s / given.alpha[j] if exact else 1.0, dtype) for j in own]
+        y = torch.cat([read.x.value, *(tails[j] for j in own)], dim=1) @ torch.cat(right, dim=1).t()
         y = y if exact else rescale(y, read.x.rest, s)
         ys.append(finished(y, given, i))
     return [*ys, torch.cat(parts, dim=1), *read.kept(given.keep_x)]
 
 
-@torch.library.custom_op("falqon::merged_linear_grad_fp8", mutates_args=())
+@without_autocast
 def merged_linear_grad(
     grad: Sequence[Tensor],
     weight: Sequence[Tensor],
@@ -182,17 +210,13 @@ def merged_linear_grad(
     x_dtype: torch.dtype,
     spec_text: str,
 ) -> list[Tensor]:
-    """[dL/dx | D_1 | D_2 | ...]: dL/dx [n, in] in ``x_dtype`` ([0, in] unless ``needs_x``), with
-    what comes through the adapters where they read x (``through_x``); D_j = dL/dO · s · B_j [n, r].
-
-    g has one scale a token for all sites together, or one for all of it.
-    """
+    """See `falqon_fx.ops.fp8_grad.merged_linear_grad`."""
     spec = parse_spec(spec_text)
     first, fp8 = grad[0], spec.grad_dtype
     dtype, outs = gemm_dtype(first.dtype, first.device), [len(w) for w in weight]
     of_rows = [s.reshape(1, -1).expand(1, out) for s, out in zip(scale, outs)]
     wide = torch.cat([g.to(torch.float32) * s for g, s in zip(grad, of_rows)], dim=1)
-    s_g = scale_of(wide, fp8, spec) * _ROOM_G[fp8]
+    s_g = scale_of(wide, fp8, spec) * ROOM_G[fp8]
     g = round_to_fp8(wide / s_g, fp8).to(dtype)
     each = g.split(outs, dim=1)
     d, left, right = [], [g], [*weight]
@@ -204,29 +228,8 @@ def merged_linear_grad(
             clamped.add(lora_b[j], tail, fp8)
             left.append(round_to_fp8(tail, fp8).to(dtype))
             right.append(a[j])
+    of_adapters = torch.cat(d, dim=1) if d else first.new_empty((len(first), 0), dtype=dtype)
     if not needs_x:
-        return [first.new_empty((0, weight[0].shape[1]), dtype=x_dtype), *d]
+        return [first.new_empty((0, weight[0].shape[1]), dtype=x_dtype), of_adapters]
     product = torch.cat(left, dim=1) @ torch.cat([decode_fp8(code, 1.0, dtype) for code in right])
-    return [(product.to(torch.float32) * s_g).to(x_dtype), *d]
-
-
-@merged_linear_grad.register_fake
-def _(
-    grad: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    scale: Sequence[Tensor],
-    a: Sequence[Tensor],
-    a_scale: Sequence[Tensor],
-    b: Sequence[Tensor],
-    alpha: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    owner: Sequence[int],
-    through_x: bool,
-    needs_x: bool,
-    x_dtype: torch.dtype,
-    spec_text: str,
-) -> list[Tensor]:
-    first, n = grad[0], grad[0].shape[0]
-    dtype = gemm_dtype(first.dtype, first.device)
-    d = [first.new_empty((n, factor.shape[1]), dtype=dtype) for factor in b]
-    return [first.new_empty((n if needs_x else 0, weight[0].shape[1]), dtype=x_dtype), *d]
+    return [(product.to(torch.float32) * s_g).to(x_dtype), of_adapters]

@@ -15,71 +15,12 @@ import torch
 from torch import Tensor
 
 from falqon_fx.errors import FalqonError
-from falqon_fx.ops import fp8_adapter, gpu, lowering
+from falqon_fx.ops import adapter_casts, fp8_adapter, fp8_gpu, fp8_grad, gpu, lowering
 from falqon_fx.ops.adapter_grads import Batch, OutAGrads, lower_adapter_grads, lower_grad_out_a
 from falqon_fx.ops.arguments import Merged
 from falqon_fx.ops.once import once
 from falqon_fx.site.numerics import E4M3, without_autocast
 from falqon_fx.site.spec import parse_spec
-
-
-@torch.library.custom_op("falqon::proxy_update", mutates_args=())
-def proxy_update(
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scaling: Sequence[float],
-    base_scale: Sequence[Tensor],
-    wide: bool,
-    spec_text: str,
-) -> list[Tensor]:
-    """The casts of all adapters of a graph, from the parameters as they are now: Â_j [r, in] in
-    E4M3, its scale (float32 [r, 1] or []), and b_j = scaling_j · B_j [out, r] in bfloat16, or
-    float32 where ``wide``; three tensors an adapter.
-
-    With adapter_dtype="fp8" four: b_j in E4M3, in the units of the ``base_scale`` of the base that
-    it is added to, and α_j [r]; see `falqon_fx.ops.fp8_adapter`.
-
-    Gradients don't pass: they reach A and B through `merged_linear`, straight through the casts.
-    """
-    if base_scale:
-        return fp8_adapter.proxy_update(lora_a, lora_b, scaling, base_scale, spec_text)
-    run = gpu.proxy_update if lora_a[0].device.type == "cuda" else lowering.proxy_update
-    return run(lora_a, lora_b, scaling, base_scale, wide, spec_text)
-
-
-@proxy_update.register_fake
-def _(
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scaling: Sequence[float],
-    base_scale: Sequence[Tensor],
-    wide: bool,
-    spec_text: str,
-) -> list[Tensor]:
-    dtype, per_row = torch.float32 if wide else torch.bfloat16, parse_spec(spec_text).per_row
-    casts = []
-    for a, b in zip(lora_a, lora_b):
-        scale = (a.shape[0], 1) if per_row else ()
-        casts += [a.new_empty(a.shape, dtype=E4M3), a.new_empty(scale, dtype=torch.float32)]
-        casts.append(b.new_empty(b.shape, dtype=E4M3 if base_scale else dtype))
-        if base_scale:
-            casts.append(a.new_empty(a.shape[:1], dtype=torch.float32))
-    return casts
-
-
-def _constants(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    ctx.mark_non_differentiable(*output)
-    ctx.counts = len(inputs[0]), len(inputs[3])
-
-
-def _no_gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    of_adapters, of_bases = ctx.counts
-    nothing: list[None] = [None] * of_adapters
-    scales: list[None] = [None] * of_bases
-    return nothing, nothing, None, scales, None, None
-
-
-proxy_update.register_autograd(_no_gradients, setup_context=_constants)
 
 
 @torch.library.custom_op("falqon::merged_linear", mutates_args=())
@@ -92,6 +33,7 @@ def merged_linear(
     a_scale: Sequence[Tensor],
     b: Sequence[Tensor],
     alpha: Sequence[Tensor],
+    clamped: Sequence[Tensor],
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
     adapter_x: Sequence[Tensor],
@@ -106,9 +48,10 @@ def merged_linear(
     [n, Σ r_j]; then, where ``keep_x``, the casts of what the adapters read, with their scales.
 
     x, W_i and Â_j are multiplied in FP8. ``weight``, ``scale`` and ``bias`` have one entry per site
-    (bias may have none); ``a``, ``a_scale``, ``b``, ``alpha`` (see `proxy_update`; the last two may
-    have none), ``lora_a``, ``lora_b``, ``owner`` and ``scaling`` one per adapter; ``adapter_x``,
-    what each adapter reads where that is not x (dropout), one per adapter or none.
+    (bias may have none), as ``clamped`` may, to which a GPU adds how much of adapters in FP8 is
+    clamped; ``a``, ``a_scale``, ``b``, ``alpha`` (see `proxy_update`; the last two may have none),
+    ``lora_a``, ``lora_b``, ``owner`` and ``scaling`` one per adapter; ``adapter_x``, what each
+    adapter reads where that is not x (dropout), one per adapter or none.
 
     Gradients reach x, adapter_x, lora_a, lora_b and bias. With D_j = dL/dO · scaling_j · B_j:
 
@@ -126,6 +69,7 @@ def merged_linear(
         [*a_scale],
         [*b],
         [*alpha],
+        [*clamped],
         [*lora_a],
         [*lora_b],
         [*adapter_x],
@@ -145,9 +89,11 @@ def _as_read(weight: Tensor) -> Tensor:
 
 def lower_merged_linear(given: Merged) -> list[Tensor]:
     """`falqon_fx.ops.lowering.merged_linear`, or its like for GPUs or for adapters in FP8."""
+    on_gpu = given.x.device.type == "cuda"
     if given.alpha:
-        return fp8_adapter.merged_linear(given)
-    run = gpu.merged_linear if given.x.device.type == "cuda" else lowering.merged_linear
+        in_fp8 = fp8_gpu.merged_linear if on_gpu else fp8_adapter.merged_linear
+        return in_fp8(given)
+    run = gpu.merged_linear if on_gpu else lowering.merged_linear
     return run(given)
 
 
@@ -219,7 +165,7 @@ class _Saved(NamedTuple):
     a_scale: list[Tensor]
     b: list[Tensor]
     alpha: list[Tensor]
-    lora_b: list[Tensor]
+    counted: list[Tensor]
     kept: list[Tensor]
     out_a: list[Tensor]
 
@@ -237,7 +183,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.set_materialize_grads(False)
     # Without b, D needs B itself.
     of_b = given.b or (given.lora_b if given.keep_x else [])
-    counted = given.lora_b if given.alpha else []  # whose elements that FP8 clamps are counted
+    # By what elements that FP8 clamps are counted.
+    counted = (given.clamped or given.lora_b) if given.alpha else []
     columns = _Saved(
         given.weight,
         given.scale,
@@ -252,6 +199,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.save_for_backward(*(tensor for column in columns for tensor in column))
     ctx.lengths = [len(column) for column in columns]
     ctx.adds_b, ctx.keep_x = bool(given.b), given.keep_x
+    ctx.of_b, ctx.clamped = len(given.b), len(given.clamped)
     ctx.shapes = [(t.shape, t.dtype) for t in (given.x, *given.adapter_x)]
     ctx.ranks = given.ranks
     ctx.dtypes = [[t.dtype for t in c] for c in (given.lora_a, given.lora_b, given.bias)]
@@ -275,7 +223,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 def _gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     saved = _Saved.of(ctx)
     of_a, of_b, of_bias = ctx.dtypes
-    needs_bias, needs_a, needs_b, needs_own = (ctx.needs_input_grad[i] for i in (3, 8, 9, 10))
+    needs_bias, needs_a, needs_b, needs_own = (ctx.needs_input_grad[i] for i in (3, 9, 10, 11))
     flat = {
         i: g.reshape(-1, g.shape[-1])
         for i, g in enumerate(grads[: len(saved.weight)])
@@ -331,11 +279,11 @@ def _gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     for i, g in flat.items():
         if grad_bias and needs_bias[i]:
             grad_bias[i] = g.sum(0, dtype=torch.float32).to(of_bias[i])
-    none_w, none_a, none_b, none_alpha = (
-        [None] * len(column)
-        for column in (saved.weight, saved.a, saved.b if ctx.adds_b else [], saved.alpha)
+    none_w, none_a, none_b, none_alpha, none_clamped = (
+        [None] * count
+        for count in (*map(len, (saved.weight, saved.a)), ctx.of_b, len(saved.alpha), ctx.clamped)
     )
-    results = (none_a, none_a, none_b, none_alpha, grad_a, grad_b, grad_own)
+    results = (none_a, none_a, none_b, none_alpha, none_clamped, grad_a, grad_b, grad_own)
     numbers: list[None] | None = None if ctx.owner else []  # an empty list is one of tensors
     return (grad_x, none_w, none_w, grad_bias, *results, numbers, numbers, None, None, None)
 
@@ -368,14 +316,16 @@ def _through_fp8(
         return None, OutAGrads({})
     places = {i: place for place, i in enumerate(grad)}
     columns = [[*grad.values()], *([c[i] for i in grad] for c in (saved.weight, saved.scale))]
-    of_adapters = (saved.a, saved.a_scale, saved.b, saved.alpha, saved.lora_b)
+    of_adapters = (saved.a, saved.a_scale, saved.b, saved.alpha)
     columns += [[c[j] for j in with_d] for c in of_adapters]
+    columns.append([saved.counted[i] for i in (grad if ctx.clamped else with_d)])
     owner, through_x = [places[ctx.owner[j]] for j in with_d], len(ctx.shapes) == 1
-    grad_x, *d = fp8_adapter.merged_linear_grad(
+    grad_x, d = fp8_grad.merged_linear_grad(
         *columns, owner, through_x, needs_x, dtype, ctx.spec_text
     )
-    parts = OutAGrads(dict(zip(with_d, d, strict=True)))
-    return grad_x.reshape(shape) if needs_x else None, parts
+    parts = d.split([saved.b[j].shape[1] for j in with_d], dim=1)
+    by_adapter = dict(zip(with_d, parts, strict=True))
+    return grad_x.reshape(shape) if needs_x else None, OutAGrads(by_adapter, d if with_d else None)
 
 
 _RECOMPILE = "Call torch._dynamo.reset() after changing requires_grad"
@@ -384,4 +334,4 @@ _RECOMPILE = "Call torch._dynamo.reset() after changing requires_grad"
 merged_linear.register_autograd(_backward, setup_context=_save)
 
 OP = torch.ops.falqon.merged_linear.default
-CASTS = torch.ops.falqon.proxy_update.default
+CASTS = adapter_casts.OP

@@ -92,7 +92,7 @@ def merged_product(
     from falqon_fx.kernels.gemm.launch import Piece
     from falqon_fx.kernels.products import dispatch
 
-    dtype, options = gemm_dtype(out_dtype, q.device), _options(spec_text)
+    dtype, options = gemm_dtype(out_dtype, q.device), options_of(spec_text)
 
     def run(pieces: Sequence[Piece], a_pieces: int) -> list[Tensor]:
         """O of each piece but the last ``a_pieces``, whose O_A stand side by side behind them."""
@@ -169,7 +169,7 @@ def adapter_product(
     from falqon_fx.kernels.gemm.launch import Piece
     from falqon_fx.kernels.products import dispatch
 
-    dtype, options = gemm_dtype(out_dtype, q.device), _options(spec_text)
+    dtype, options = gemm_dtype(out_dtype, q.device), options_of(spec_text)
     (result,) = dispatch.forward(
         q, q_scale, [Piece(a, a_scale)], 1, out_dtype, dtype, options
     ).run()
@@ -206,7 +206,7 @@ def grad_x_product(
             values = [value * s for value, s in zip(values, a_scale, strict=True)]
         right = torch.cat([value.to(left[0].dtype) for value in values]).t()
         factors = left[0], right.clone(memory_format=torch.contiguous_format)
-    (result,) = dispatch.grad_x(products, *factors, x_dtype, _options(spec_text)).run()
+    (result,) = dispatch.grad_x(products, *factors, x_dtype, options_of(spec_text)).run()
     return result
 
 
@@ -256,14 +256,16 @@ def _adapter_grads_fake(grad: Sequence[Tensor], out_a: Tensor, *rest: Any) -> li
     return [out_a.new_empty(shape, dtype=out_dtype) for shape in shapes]
 
 
-def _options(spec_text: str) -> Options:
+def options_of(spec_text: str) -> Options:
+    """How the products of a site are to be computed."""
     from falqon_fx.kernels.products.contest import Options
 
     spec = parse_spec(spec_text)
     return Options(spec.kernel, spec.accumulation, spec.transpose)
 
 
-def _define(name: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def define(name: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Make a function the op of that name, opaque to a compiler."""
     op = f"falqon::{name}"
     torch.library.define(op, torch.library.infer_schema(run, mutates_args=()))
     torch.library.impl(op, "default", run)
@@ -278,7 +280,7 @@ for _run, _fake in (
     (grad_out_a_product, _grad_out_a_fake),
     (adapter_grads_product, _adapter_grads_fake),
 ):
-    _define(_run.__name__, _run, _fake)
+    define(_run.__name__, _run, _fake)
 # What stands in a joint graph, until it is decomposed into the products of these names.
-_define("grad_out_a", grad_out_a_product, _grad_out_a_fake)
-_define("adapter_grads", adapter_grads_product, _adapter_grads_fake)
+define("grad_out_a", grad_out_a_product, _grad_out_a_fake)
+define("adapter_grads", adapter_grads_product, _adapter_grads_fake)

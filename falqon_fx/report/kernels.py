@@ -8,7 +8,7 @@ import torch
 
 from falqon_fx.cost import cards
 from falqon_fx.errors import one_line
-from falqon_fx.kernels.hardware import fp8_architecture
+from falqon_fx.kernels.hardware import family, fp8_architecture
 from falqon_fx.site.spec import parse_spec
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ def candidates(site: Site) -> list[GemmSpec]:
     from falqon_fx.kernels.gemm.tiles import GemmProblem, gemm_specs
 
     spec = parse_spec(site.spec)
+    in_k = spec.adapter == "fp8" and site.rank > 0
+    bf16_or_wide = "bfloat16" if site.out_dtype == "bfloat16" else "float32"
     problem = GemmProblem(
         n=site.tokens_hint,
         k=site.in_features,
@@ -63,13 +65,14 @@ def candidates(site: Site) -> list[GemmSpec]:
         x_scale=spec.granularity,
         w_scale=spec.granularity,
         out_dtype=site.out_dtype,  # type: ignore[arg-type]
-        a_dtype="bfloat16" if site.out_dtype == "bfloat16" else "float32",
+        a_dtype=site.out_dtype if in_k else bf16_or_wide,  # type: ignore[arg-type]
         bias="none",
-        rank=site.rank,
+        rank=-(-site.rank // 16) * 16 if in_k else site.rank,
+        tail=in_k,
         accumulation=spec.accumulation,
         one_tensor=True,
     )
-    return gemm_specs(problem, site.architecture)
+    return gemm_specs(problem, family(site.architecture))
 
 
 def source(site: Site) -> str:

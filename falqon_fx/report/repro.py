@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from falqon_fx.errors import FalqonError, one_line
-from falqon_fx.ops import lowering
+from falqon_fx.ops import adapter_casts, lowering
 from falqon_fx.ops import merged_linear as ops
 from falqon_fx.report.data import Site
 from falqon_fx.site.base import cast_base
@@ -237,9 +237,10 @@ class _Check:
         a = [_leaf(t) if self.train_a else t for t in given.a]
         scaling = [self.scaling] * len(a)
         wide = self.products == torch.float32
-        casts = ops.proxy_update(a, b, scaling, [], wide, self.spec_text) if a else []
+        casts = adapter_casts.proxy_update(a, b, scaling, [], wide, self.spec_text) if a else []
         alpha: list[Tensor] = []
-        columns = (casts[0::3], casts[1::3], casts[2::3], alpha, a, b, own_x)
+        clamped: list[Tensor] = []
+        columns = (casts[0::3], casts[1::3], casts[2::3], alpha, clamped, a, b, own_x)
         y, out_a, *_ = ops.merged_linear(
             x,
             [self.base.weight],

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from falqon_fx._compat import is_fake, version
 from falqon_fx.errors import FalqonError
+from falqon_fx.site.clamped import ClampedCount
 from falqon_fx.site.numerics import (
     E4M3,
     amax_to_scale,
@@ -209,6 +210,11 @@ class Entry:
 
     def is_of(self, tensor: Tensor, stamp: tuple[Any, ...]) -> bool:
         return self.stamp == stamp and looks_like(tensor, self.seen)
+
+    @functools.cached_property
+    def clamped(self) -> ClampedCount:
+        """How much of its adapters in FP8 a GPU has clamped."""
+        return ClampedCount(self.seen.device)
 
 
 Place = tuple[int, int]

@@ -21,6 +21,8 @@ E4M3 = torch.float8_e4m3fn
 E5M2 = torch.float8_e5m2
 FP8_DTYPES = {"e4m3": E4M3, "e5m2": E5M2}  # by their names in options and specs
 FP8_MAX = {E4M3: 448.0, E5M2: 57344.0}
+# What is not beyond this is nearest to the largest FP8 number anyway.
+ROUNDS_TO_MAX = {E5M2: 61440.0, E4M3: 464.0}
 # (mantissa bits kept, smallest normal, spacing of the subnormals)
 _LAYOUT = {E4M3: (3, 2.0**-6, 2.0**-9), E5M2: (2, 2.0**-14, 2.0**-16)}
 _TINY = 2.0**-126  # smallest normal float32: 1 / scale stays finite

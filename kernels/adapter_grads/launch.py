@@ -64,7 +64,7 @@ def adapter_grads(
     if x:
         q, scale = x[0] if spec.fp8 else x[0].view(torch.uint8), x[1]
         start = sum(blocks[: len(grad)]) * _BLOCK
-        arguments = [q, scale, q.shape[1], d[0].contiguous(), *ranks]
+        arguments = [q, q.stride(0), scale, q.shape[1], d[0].contiguous(), *ranks]
         arguments += [partial, start, total, n, tokens]
         (partial,) = launch(
             kernels.partial_a, (tiles_x, splits), arguments, ["partial_ptr"], **options
@@ -91,6 +91,7 @@ def signatures(spec: AdapterGradsSpec) -> dict[str, dict[str, str]]:
     if spec.x_rank:
         x = {
             "x_ptr": "*fp8e4nv:16" if spec.fp8 else "*u8:16",
+            "x_stride": "i32:16",
             "scale_ptr": "*fp32:16",
             "width": "i32:16",
             "d_ptr": a,
@@ -125,7 +126,7 @@ def _check(
         raise ValueError(f"adapter_grads: x is for dL/dA alone, which {spec} does or does not make")
     if x and (d[0].shape != out_a.shape or d[0].dtype != a_dtype or len(x[0]) != n):
         raise ValueError(f"adapter_grads: D is {d[0].dtype} {tuple(d[0].shape)}")
-    if x and not (x[0].is_contiguous() and x[1].is_contiguous()):
+    if x and not (x[0].stride(1) == 1 and x[1].is_contiguous()):
         raise ValueError("adapter_grads: x or its scale has gaps")
     if x and x[1].numel() != (n if spec.x_scale == "row" else 1):
         raise ValueError(f"adapter_grads: a scale {tuple(x[1].shape)} is not {spec.x_scale!r}")

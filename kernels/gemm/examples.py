@@ -73,6 +73,16 @@ def _problems(architecture: int) -> Iterator[GemmProblem]:
     yield replace(site, out_dtype="float32", a_dtype="float32")
     yield replace(grad_x, out_dtype="float32", a_dtype="float32")
     yield replace(grad_x, out_dtype="float32", a_dtype="float32", more_k=(1024, 1024))
+    # Adapters in FP8: of one site, of siblings, with a bias, of all ranks, in other models.
+    in_k = replace(adapted, tail=True)
+    for rank in (16, 64, 128, 256):
+        yield replace(in_k, rank=rank)
+    yield replace(in_k, rows=(4096, 1024, 1024), one_tensor=False)
+    yield replace(in_k, rows=(11008, 11008), one_tensor=False)
+    yield replace(in_k, bias="bfloat16")
+    yield replace(in_k, x_scale="tensor", w_scale="tensor")
+    yield replace(in_k, out_dtype="float16", a_dtype="float16")
+    yield replace(in_k, out_dtype="float32", a_dtype="float32")
     if architecture == 90:
         yield replace(site, accumulation="promoted")
     if architecture == 100:
@@ -108,6 +118,7 @@ GOLDEN = (
     replace(SITE, out_dtype="float16", a_dtype="float32", bias="bfloat16", memory="pointer"),
     SIBLINGS,
     replace(SIBLINGS, pieces=1, a_pieces=0, extra=128),
+    replace(SIBLINGS, pieces=3, a_pieces=0, extra=64, tail=True),
     replace(
         SIBLINGS, pieces=1, a_pieces=0, x="e5m2", w_scale="none", k_pieces=3, operands="bfloat16"
     ),

@@ -87,8 +87,10 @@ def gemm(
         for piece in pieces:
             assert piece.left is not None
             assert piece.right is not None
-            right = piece.right.contiguous()
-            arguments += [piece.left, piece.left.stride(0), right, right.shape[1]]
+            left, right = piece.left, piece.right.contiguous()
+            if spec.tail:
+                left, right = _bytes([left, right], spec)
+            arguments += [left, left.stride(0), right, right.shape[1]]
     arguments += [*rows, n, k]
     for other in more:
         other_q, other_w = _bytes([other.q, other.weight], spec)
@@ -135,9 +137,12 @@ def signatures(spec: GemmSpec) -> dict[str, dict[str, str]]:
         for i in g:
             types |= {f"bias{i}_ptr": POINTER[spec.bias], f"bias{i}_rows": "i32:16"}
     if spec.extra:
+        left, right = [POINTER[spec.a_dtype]] * 2
+        if spec.tail:
+            left, right = f"*{x}:16", f"*{w}:16"
         for i in g:
-            types |= {f"left{i}_ptr": POINTER[spec.a_dtype], f"left{i}_stride": "i32:16"}
-            types |= {f"right{i}_ptr": POINTER[spec.a_dtype], f"rank{i}": "i32:16"}
+            types |= {f"left{i}_ptr": left, f"left{i}_stride": "i32:16"}
+            types |= {f"right{i}_ptr": right, f"rank{i}": "i32:16"}
     types |= {f"rows{i}": "i32:16" for i in g}
     types |= {"n": "i32", "k": "i32:16"}
     for i in range(1, spec.k_pieces):
@@ -223,11 +228,14 @@ def _has_gaps(matrix: Tensor) -> bool:
 
 
 def _check_extra(piece: Piece, n: int, rows: int, spec: GemmSpec) -> None:
-    for side, length in ((piece.left, n), (piece.right, rows)):
+    dtypes = [getattr(torch, spec.a_dtype)] * 2
+    if spec.tail:
+        dtypes = [FP8_DTYPES[spec.x], FP8_DTYPES["e4m3"]]
+    for side, length, dtype in ((piece.left, n, dtypes[0]), (piece.right, rows, dtypes[1])):
         if (side is None) != (spec.extra == 0):
             raise ValueError("gemm: left and right go with extra > 0, and it with them")
         if side is not None and (
-            side.dtype != getattr(torch, spec.a_dtype)
+            side.dtype != dtype
             or side.shape[0] != length
             or _has_gaps(side)
             or not 0 < side.shape[1] <= spec.extra

@@ -37,8 +37,9 @@ class GemmSpec(KernelSpec):
     Σ_s (x_s · W_sᵀ) ⊙ s_x,s, each with its own K.
 
     ``extra`` is 0, or the padded largest rank of the terms left_g · right_gᵀ (O_A · bᵀ in forward,
-    D · Â in backward). ``bias`` is "none" or the dtype of the biases. ``even_k`` says that block_k
-    divides K.
+    D · Â in backward). With ``tail`` they are FP8 like x and W, and more of K: of what the scales
+    multiply. ``block_scaled`` multiplies by the instruction for MXFP8, with scales of 1. ``bias``
+    is "none" or the dtype of the biases. ``even_k`` says that block_k divides K.
 
     Raises ValueError for a value outside its `Literal`, a size that is not a power of two, or a
     combination that the template does not have.
@@ -68,6 +69,8 @@ class GemmSpec(KernelSpec):
     num_warps: int = 8
     num_stages: int = 3
     k_pieces: int = 1
+    tail: bool = False
+    block_scaled: bool = False
 
     def __post_init__(self) -> None:
         check_literals(self)
@@ -78,6 +81,10 @@ class GemmSpec(KernelSpec):
             raise ValueError(f"extra={self.extra}: expected 0 or a power of two from 16")
         if self.extra and self.a_pieces:
             raise ValueError("extra: O_A must be there before the launch that adds to O")
+        if self.block_scaled and self.operands != "fp8":
+            raise ValueError("block_scaled: the instruction takes FP8")
+        if self.tail and (self.extra < 32 or self.k_pieces != 1 or self.layout != "nk"):
+            raise ValueError("tail: one product, of 32 columns and more, row by row")
         if self.layout == "kn" and self.pieces != 1:
             raise ValueError("layout='kn': one piece, whose rows lie one stride apart")
         if self.k_pieces != 1 and (self.memory, self.pieces, self.w_scale) != (
@@ -96,8 +103,9 @@ class GemmSpec(KernelSpec):
             for text, on in (
                 ("promoted", self.accumulation == "promoted"),
                 (f"bias_{self.bias}", self.bias != "none"),
-                (f"r{self.extra}", self.extra > 0),
+                (f"{'t' if self.tail else 'r'}{self.extra}", self.extra > 0),
                 (f"k{self.k_pieces}", self.k_pieces > 1),
+                ("mx", self.block_scaled),
                 ("persistent", self.persistent),
                 ("evenk", self.even_k),
             )

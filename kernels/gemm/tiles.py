@@ -27,7 +27,8 @@ class GemmProblem:
 
     ``rows`` are the columns of each output, those of O_A last (``a_pieces`` of them). ``rank`` is
     the largest rank of the extra term, 0 without one. ``one_tensor``: the weights are consecutive
-    rows of one tensor. ``more_k`` is the K of each further product (see `GemmSpec.k_pieces`).
+    rows of one tensor. ``more_k`` is the K of each further product (see `GemmSpec.k_pieces`), and
+    ``tail`` says that the extra term is FP8.
     """
 
     n: int
@@ -45,6 +46,7 @@ class GemmProblem:
     accumulation: Accumulation = "fast"
     one_tensor: bool = False
     more_k: tuple[int, ...] = ()
+    tail: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,17 @@ _EXTRA = {
     90: (Tile(128, 128, 128, 8, 3, "tma"), Tile(128, 128, 128, 8, 3), Tile(64, 128, 128, 4, 3)),
     0: (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 8, 3)),
 }
+# FP8 columns behind the others take few.
+_TAIL = {
+    90: (
+        Tile(128, 256, 128, 8, 3, "tma"),
+        Tile(256, 128, 128, 8, 3, "tma"),
+        Tile(128, 128, 128, 8, 3, "tma"),
+        Tile(128, 256, 128, 8, 3),
+        Tile(128, 128, 128, 8, 3),
+        Tile(64, 128, 128, 4, 3),
+    ),
+}
 # Several products: a second accumulator.
 _SUMMED = {
     100: (Tile(128, 64, 128, 8, 3), Tile(64, 128, 64, 8, 3)),
@@ -108,11 +121,15 @@ def operands(architecture: int) -> Operands:
 def gemm_specs(problem: GemmProblem, architecture: int) -> list[GemmSpec]:
     """The kernels that can compute ``problem`` on sm_``architecture``, the likeliest first.
 
+    None takes FP8 columns beside sums that are promoted, as sm_90 would serialize its products.
     Where the extra term is of more than 256 columns, or its factors are float32 (beside float16 and
     float32 results), they leave it and the bias out: three products of float32 factors each would
     spill, and on sm_100 take more tensor memory than there is.
     """
-    wide = architecture and problem.a_dtype == "float32"
+    serialized = problem.accumulation == "promoted" and architecture == 90
+    if problem.tail and (problem.rank > MAX_RANK or serialized):
+        return []
+    wide = architecture and problem.a_dtype == "float32" and not problem.tail
     if problem.rank > MAX_RANK or (problem.rank and wide):
         problem = replace(problem, rank=0, bias="none", out_dtype=problem.a_dtype)
     tiles = [tile for tile in _tiles(problem, architecture) if _takes(tile, problem)]
@@ -138,6 +155,8 @@ def _tiles(problem: GemmProblem, architecture: int) -> tuple[Tile, ...]:
         widest = min(128, padded(max(problem.rows)))
         return (Tile(m if architecture != 100 else 128, widest, k, warps, stages),)
     table = _SUMMED if problem.more_k else _EXTRA if problem.rank else _PLAIN
+    if problem.tail:
+        table = {**_EXTRA, **_TAIL}
     tiles = table[architecture if architecture in table else 0]
     if len({problem.out_dtype, problem.a_dtype}) > 1 and problem.a_pieces:
         tiles = tuple(tile for tile in tiles if tile.n <= 128)  # two stores, two layouts
@@ -173,7 +192,9 @@ def _spec(problem: GemmProblem, tile: Tile, architecture: int) -> GemmSpec:
         pieces=len(problem.rows),
         a_pieces=problem.a_pieces,
         bias=problem.bias,
-        extra=padded(problem.rank) if problem.rank else 0,
+        extra=max(padded(problem.rank), 32 if problem.tail else 0) if problem.rank else 0,
+        tail=problem.tail,
+        block_scaled=architecture == 120,
         layout=problem.layout,
         memory=tile.memory,
         # Flattened into one loop, the extra term serializes sm_90's products.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from falqon_fx import _compat
 from falqon_fx.config import Accumulation, Transpose
-from falqon_fx.kernels.hardware import architecture
+from falqon_fx.kernels.hardware import architecture, family
 from falqon_fx.kernels.interpreter import runs_interpreted
 from falqon_fx.kernels.products.choice import Candidate, choices_for, refuse
 from falqon_fx.kernels.products.problem import bucket
@@ -87,8 +87,8 @@ def against_aten(
 
 
 def where_runs(x: Tensor) -> int:
-    """90 for sm_90 and so on, 0 for the interpreter."""
-    return 0 if runs_interpreted(x) else architecture(x.device)
+    """90 for sm_90 and those with its tensor cores, and so on; 0 for the interpreter."""
+    return 0 if runs_interpreted(x) else family(architecture(x.device))
 
 
 def untried(interpreted: bool) -> str:

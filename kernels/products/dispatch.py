@@ -82,13 +82,13 @@ def forward(
     def plain() -> list[Tensor]:
         return joined([by_mm(q, q_scale, p, dtype) for p, dtype in typed], a_pieces)
 
-    candidates: dict[str, Candidate] = dict(_triton(problem, q, q_scale, pieces))
-    candidates |= {name: partial(library, mm) for name, mm in _libraries(options)}
+    candidates: dict[str, Candidate] = dict(generated_candidates(problem, q, q_scale, pieces))
+    candidates |= {name: partial(library, mm) for name, mm in libraries(options)}
     if 0 < a_pieces < len(pieces):
         # O by the library, and all of O_A by one skinny kernel of ours.
         rest = pieces[y_pieces:]
         narrow = replace(problem, rows=problem.rows[y_pieces:], bias="none")
-        for name, skinny in _triton(narrow, q, q_scale, rest):
+        for name, skinny in generated_candidates(narrow, q, q_scale, rest):
 
             def both(skinny: Candidate = skinny) -> list[Tensor]:
                 ys = typed[:y_pieces]
@@ -131,14 +131,13 @@ def grad_x(
     candidates: dict[str, Candidate] = {}
     untransposed = options.transpose == "auto" and reads_columns(where_runs(q))
     if untransposed or options.transpose == "kernel":
-        candidates |= _triton(problem, q, q_scale, [piece], more)
+        candidates |= generated_candidates(problem, q, q_scale, [piece], more)
     if options.transpose != "kernel":
         storing = options.transpose == "store"
         turn, suffix = (stored.kept, "+stored") if storing else (stored.transposed, "+transpose")
         turned = replace(problem, layout="nk")
-        candidates |= {
-            f"{name}{suffix}": run for name, run in _triton(turned, q, q_scale, [piece], more, turn)
-        }
+        made = generated_candidates(turned, q, q_scale, [piece], more, turn)
+        candidates |= {f"{name}{suffix}": run for name, run in made}
 
         def library(mm: MatMul) -> list[Tensor]:
             mode, turned = options.accumulation, turn([p.weight for p in products])
@@ -148,7 +147,7 @@ def grad_x(
             ]
             return [finished(added(parts), piece, x_dtype)]
 
-        candidates |= {f"{name}{suffix}": partial(library, mm) for name, mm in _libraries(options)}
+        candidates |= {f"{name}{suffix}": partial(library, mm) for name, mm in libraries(options)}
 
     def plain() -> list[Tensor]:
         parts = [
@@ -163,10 +162,11 @@ def grad_x(
 
 def forward_choice(device: torch.device, problem: GemmProblem, kernel: str) -> Choice | None:
     """The choice made on ``device`` for a forward product with the option ``kernel``, if any."""
-    return choices_for(device).known(key_of("forward", problem), kernel)
+    what = "forward in K" if problem.tail else "forward"
+    return choices_for(device).known(key_of(what, problem), kernel)
 
 
-def _libraries(options: Options) -> Iterator[tuple[str, MatMul]]:
+def libraries(options: Options) -> Iterator[tuple[str, MatMul]]:
     """What multiplies FP8 matrices beside our kernels. Inductor tries dozens of kernels a shape,
     for which one has to have asked.
     """
@@ -175,7 +175,7 @@ def _libraries(options: Options) -> Iterator[tuple[str, MatMul]]:
         yield "inductor", inductor.scaled_mm
 
 
-def _triton(
+def generated_candidates(
     problem: GemmProblem,
     q: Tensor,
     q_scale: Tensor,

@@ -25,9 +25,11 @@ def by_library(
 ) -> Tensor:
     """One piece by a library: its own GEMM, then the extra term and the bias."""
     n, rows = q.shape[0], piece.weight.shape[0]
-    one = torch.ones((), dtype=torch.float32, device=q.device)
-    w_scale = one if piece.scale is None else piece.scale
-    if q_scale.numel() > 1 or w_scale.numel() > 1:  # the library wants both by row, or neither
+    by_row = q_scale.numel() > 1 or (piece.scale is not None and piece.scale.numel() > 1)
+    w_scale = piece.scale
+    if w_scale is None:
+        w_scale = q_scale.new_ones((1, rows) if by_row else ())
+    if by_row:  # the library wants both by row, or neither
         q_scale = q_scale.reshape(-1, 1).expand(n, 1).contiguous()
         w_scale = w_scale.reshape(1, -1).expand(1, rows).contiguous()
     wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32

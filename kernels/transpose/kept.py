@@ -23,6 +23,12 @@ _SPEC = StoredSpec(rows=16, width=256)
 
 def transposed(weight: Sequence[Tensor]) -> list[Tensor]:
     """Wᵀ [in, out] of each FP8 W [out, in], row by row."""
+    turned, starts = transposed_together(weight), launch.starts(weight)
+    return [turned.narrow(1, start, len(w)) for start, w in zip(starts, weight)]
+
+
+def transposed_together(weight: Sequence[Tensor]) -> Tensor:
+    """The same side by side in one, each from a multiple of 16 on, with zeros between."""
     interpreted = runs_interpreted(weight[0])
     fp8 = not interpreted and fp8_architecture(weight[0].device) > 0
     spec = TransposeSpec(len(weight), fp8, block=32 if interpreted else 128)

@@ -15,9 +15,9 @@ from falqon_fx.kernels.transpose.spec import TransposeSpec
 from falqon_fx.site.numerics import E4M3
 
 
-def transpose(matrices: Sequence[Tensor], spec: TransposeSpec) -> list[Tensor]:
+def transpose(matrices: Sequence[Tensor], spec: TransposeSpec) -> Tensor:
     """x_iᵀ [columns, rows_i] of each E4M3 matrix x_i [rows_i, columns], side by side in one tensor:
-    their rows start at multiples of 16 bytes.
+    each starts at a multiple of 16, with zeros between (see `starts`).
 
     Raises ValueError where a matrix is something else.
     """
@@ -30,9 +30,8 @@ def transpose(matrices: Sequence[Tensor], spec: TransposeSpec) -> list[Tensor]:
     interpreted = runs_interpreted(matrices[0])
     if interpreted and spec.fp8:
         raise ValueError("transpose: the interpreter needs fp8=False")
-    rows = [len(x) for x in matrices]
-    widths = [-(-count // 16) * 16 for count in rows]
-    y = torch.empty((columns, sum(widths)), dtype=E4M3, device=device)
+    rows, (*_, width) = [len(x) for x in matrices], starts(matrices)
+    y = torch.empty((columns, width), dtype=E4M3, device=device)
     if y.numel():
         grid = (sum(-(-count // spec.block) for count in rows), -(-columns // spec.block))
         arguments: list[Any] = []
@@ -41,9 +40,13 @@ def transpose(matrices: Sequence[Tensor], spec: TransposeSpec) -> list[Tensor]:
         arguments += [columns, y if spec.fp8 else y.view(torch.int32), y.shape[1] // 4]
         kernel = load(spec, interpreted).transpose
         (y,) = launch(kernel, grid, arguments, ["y_ptr"], num_warps=spec.num_warps)
-    y = y if spec.fp8 else y.view(E4M3)
-    starts = [sum(widths[:i]) for i in range(len(widths))]
-    return [y.narrow(1, start, count) for start, count in zip(starts, rows, strict=True)]
+    return y if spec.fp8 else y.view(E4M3)
+
+
+def starts(matrices: Sequence[Tensor]) -> list[int]:
+    """Where the columns of each begin, and where the last ones end."""
+    widths = [-(-len(x) // 16) * 16 for x in matrices]
+    return [sum(widths[:i]) for i in range(len(widths) + 1)]
 
 
 def signatures(spec: TransposeSpec) -> dict[str, dict[str, str]]:

@@ -12,7 +12,7 @@ from falqon_fx.kernels.adapter_cast.launch import adapter_cast
 from falqon_fx.kernels.adapter_cast.spec import AdapterCastSpec
 from falqon_fx.kernels.adapter_grads.launch import adapter_grads
 from falqon_fx.kernels.adapter_grads.spec import AdapterGradsSpec
-from falqon_fx.kernels.transpose.launch import transpose
+from falqon_fx.kernels.transpose.launch import starts, transpose
 from falqon_fx.kernels.transpose.spec import TransposeSpec
 from falqon_fx.site.casts import cast_fp8
 from falqon_fx.site.numerics import E4M3
@@ -45,11 +45,14 @@ def test_transpose(rows, columns):
     numbers = torch.Generator().manual_seed(0)
     x = [torch.randint(0, 256, (n, columns), generator=numbers).to(torch.uint8) for n in rows]
     spec = TransposeSpec(len(rows), fp8=False, block=16)
-    for before, turned in zip(x, transpose([m.view(E4M3) for m in x], spec), strict=True):
-        assert turned.dtype == E4M3
-        assert torch.equal(turned.view(torch.uint8), before.t())
-        assert turned.stride(0) % 16 == 0 or not turned.numel()
-        assert turned.storage_offset() % 16 == 0
+    matrices = [m.view(E4M3) for m in x]
+    whole, (*begins, end) = transpose(matrices, spec), starts(matrices)
+    assert (whole.dtype, whole.shape) == (E4M3, (columns, end))
+    bytes_of = whole.view(torch.uint8)
+    for before, start, after in zip(x, begins, [*begins[1:], end], strict=True):
+        assert start % 16 == 0
+        assert torch.equal(bytes_of[:, start : start + len(before)], before.t())
+        assert not bytes_of[:, start + len(before) : after].any()  # zeros, up to the next
 
 
 def test_transpose_refuses_what_it_is_not_for():

@@ -308,6 +308,15 @@ def test_a_card_below_sm_89_is_told_once_what_it_loses(monkeypatch, capability, 
     hardware._warn_below_fp8.cache_clear()
 
 
+def test_cards_with_the_tensor_cores_of_others_get_their_kernels(monkeypatch):
+    monkeypatch.setattr(contests, "runs_interpreted", lambda tensor: False)
+    found = {}
+    for number in (100, 103, 120, 121):
+        monkeypatch.setattr(hardware, "_number", lambda device, number=number: number)
+        found[number] = [name for name in forward().candidates if name.startswith("triton:")]
+    assert found[103] == found[100] != found[121] == found[120]
+
+
 def test_on_amd_only_what_has_been_tried_there(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
     for place in (contests, adapters):

@@ -25,8 +25,8 @@ FUSED = torch.ops.falqon.merged_linear.default
 CASTS = torch.ops.falqon.proxy_update.default
 WRITES = torch.ops.falqon.proxy_update_.default
 # Where merged_linear takes what.
-WEIGHT, SCALE, BIAS, A, A_SCALE, B, ALPHA, LORA_A, LORA_B = range(1, 10)
-OWN_X, OWNER, SCALING, KEEP_X, DTYPE, SPEC = range(10, 16)
+WEIGHT, SCALE, BIAS, A, A_SCALE, B, ALPHA, CLAMPED, LORA_A, LORA_B = range(1, 11)
+OWN_X, OWNER, SCALING, KEEP_X, DTYPE, SPEC = range(11, 17)
 
 
 class Model(nn.Module):

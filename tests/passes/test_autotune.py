@@ -17,7 +17,7 @@ from falqon_fx.kernels.gemm.tiles import GemmProblem
 from falqon_fx.kernels.products import choice, contest, dispatch
 from falqon_fx.kernels.products.choice import Candidate, Choice, Choices, run_once
 from falqon_fx.kernels.products.problem import key_of
-from falqon_fx.ops import gpu, products
+from falqon_fx.ops import fp8_gpu, fp8_grad, gpu, products
 from falqon_fx.ops import merged_linear as ops
 from falqon_fx.ops.adapter_grads import adapter_grads_on_gpu, grad_out_a_on_gpu
 from falqon_fx.passes import autotune as autotuning
@@ -127,8 +127,11 @@ def told(monkeypatch, tmp_path):
     monkeypatch.setenv("FALQON_CACHE", str(tmp_path))
     monkeypatch.setattr(autotuning, "_has_choices", lambda group, spec: True)
     monkeypatch.setattr(backend, "_on_gpu", lambda result: True)
-    monkeypatch.setattr(ops, "lower_merged_linear", gpu.merged_linear)
+    monkeypatch.setattr(
+        ops, "lower_merged_linear", lambda m: (fp8_gpu if m.alpha else gpu).merged_linear(m)
+    )
     monkeypatch.setattr(ops, "lower_grad_x", gpu.merged_linear_grad_x)
+    monkeypatch.setattr(fp8_grad, "lower_grad", fp8_gpu.merged_linear_grad)
     monkeypatch.setattr(ops, "lower_adapter_grads", adapter_grads_on_gpu)
     monkeypatch.setattr(ops, "lower_grad_out_a", grad_out_a_on_gpu)
     # What these CPU tensors are multiplied by is interpreted, which Inductor can't compile.
@@ -187,6 +190,14 @@ def test_which_choices_those_are(told):
     assert [key.split(" ")[0] for key in choices.made] == ["forward", "forward", "dL/dx"] * 2
     rows = [key.split("rows=")[1].split("), ")[0] for key in choices.made]
     assert rows == ["(16, 16", "(96, 96", "(64,", "(16,", "(64,", "(96,"]
+
+
+def test_choices_of_adapters_in_fp8_fall_before_a_step_too(told, graphs):
+    """O and dL/dx of the siblings, and of the site behind them: no O_A is chosen for apart."""
+    choices = told("scaled_mm+joined")
+    step(inner="eager", adapter_dtype="fp8")
+    assert [key.split(" n=")[0] for key in choices.made] == ["forward in K", "dL/dx in K"] * 2
+    assert [site.kernel for site in graphs.pop().sites] == ["scaled_mm+joined"] * 3
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -114,6 +114,18 @@ def _peft_linear(step: Step, time: Timer, k: int, out: int) -> list[Launch]:
 
 def falqon(step: Step, time: Timer, train_a: bool) -> list[Launch]:
     """Ours: casts fused into norms and SwiGLU, and into their backward."""
+    in_k = step.adapter_dtype == "fp8"
+    done = _casts_in_k(step, time) if in_k else _casts(step, time, train_a)
+    done += attention(step, time)
+    for group in step.decoder.groups:
+        done += _forward(step, time, group)
+        done += _grad_x(step, time, group)
+        done += _adapter_grads(step, time, group, train_a)
+    return done
+
+
+def _casts(step: Step, time: Timer, train_a: bool) -> list[Launch]:
+    """What is around the products, with adapters in bfloat16."""
     d, a, q = step.decoder, step.a, step.q
     h, i, query, key = d.hidden, d.inner, d.query, d.key
     again = 0 if train_a else 1  # where x̂ isn't kept, the lens sees a cast stored twice
@@ -121,7 +133,7 @@ def falqon(step: Step, time: Timer, train_a: bool) -> list[Launch]:
     def fused(name: str, reads: int, writes: int) -> Launch:
         return time.moving("elementwise", name, reads, writes)
 
-    done = [
+    return [
         time.moving("casts", "A and s B", 4 * sum(d.adapter(step.rank)), step.adapter_casts),
         fused("norm, cast", a(h), q(h) * (1 + again)),
         fused("RoPE", a(query) + a(key), a(query) + a(key)),
@@ -135,24 +147,63 @@ def falqon(step: Step, time: Timer, train_a: bool) -> list[Launch]:
         fused("RoPE backward, casts", a(query) + a(key), a(query) + a(key) + q(query + key)),
         time.moving("casts", "dv", a(key), q(key)),
         fused("sum, norm backward", 3 * a(h), a(h)),
-        *attention(step, time),
     ]
-    for group in d.groups:
-        done += _forward(step, time, group)
-        done += _grad_x(step, time, group)
-        done += _adapter_grads(step, time, group, train_a)
-    return done
+
+
+def _casts_in_k(step: Step, time: Timer) -> list[Launch]:
+    """The same with the adapter in K: casts leave ``r`` columns behind theirs, of each adapter,
+    which are counted with the cast. Those of siblings have one scale a token, so that the last
+    ones wait for it: SwiGLU's stores one in between, k's and v's gradients are read again.
+    """
+    d, a, q, r = step.decoder, step.a, step.q, step.rank
+    h, i, query, key = d.hidden, d.inner, d.query, d.key
+    of_a, of_b = d.adapter(r)
+
+    def fused(name: str, reads: int, writes: int) -> Launch:
+        return time.moving("elementwise", name, reads, writes)
+
+    return [
+        time.moving("casts", "A", 4 * (of_a + of_b), of_a),
+        time.moving("casts", "s B", 4 * of_b, of_b),
+        fused("norm, cast", a(h), q(h + 3 * r)),
+        fused("RoPE", a(query) + a(key), a(query) + a(key)),
+        time.moving("casts", "attention's output", a(query), q(query + r)),
+        fused("sum, norm, cast", 2 * a(h), q(h + 2 * r)),
+        fused("SwiGLU, cast", 2 * a(i), q(i + r)),
+        fused("sum", 3 * a(h), a(h)),
+        time.moving("casts", "dO", a(h), q(h + r)),
+        fused("SwiGLU backward, casts", 3 * a(i), 2 * a(i) + q(3 * i + 2 * r)),
+        fused("cast of up's gradient", q(i), 0),
+        fused("sum, norm backward, cast", 4 * a(h), a(h) + q(h + r)),
+        fused(
+            "RoPE backward, casts",
+            a(query) + 2 * a(key),
+            a(query) + a(key) + q(query + 2 * key + 3 * r),
+        ),
+        fused("cast of dk", a(key), 0),
+        time.moving("casts", "dv", a(key), 0),
+        fused("sum, norm backward", 3 * a(h), a(h)),
+    ]
 
 
 def _forward(step: Step, time: Timer, group: Group) -> list[Launch]:
-    """x·Aᵀ of all siblings by a kernel of ours, then O: the adapter in K by the library, or the
-    faster of ours with it in the epilogue, and the library's with a second pass for each site.
+    """x·Aᵀ of all siblings by a kernel of ours, then O: the faster of ours with the adapter in its
+    epilogue, and the library's with a second pass for each site; or with the adapter in K, the
+    faster of ours, and the library's behind a pass that puts [W | b] together.
     """
     n, r, k, f = step.n, step.rank, group.features, time.figures
+    ranks, out = r * len(group.outs), sum(group.outs)
     skinny = time.skinny("x A'", n, k, len(group.outs), r)
     if step.adapter_dtype == "fp8":
-        more = k + r * len(group.outs)
-        return [skinny, time.product("[x t] [W b]'", n, more, group.outs, 1, f.fp8_gemm.value)]
+        skinny = replace(skinny, writes=skinny.writes + n * ranks)
+        own = f.own_gemm.value
+        ours_in_k = time.product("[x t] [W b]'", n, k + r, group.outs, 1, own, own=True)
+        in_k = [replace(ours_in_k, reads=ours_in_k.reads + n * (ranks - r))]  # every t
+        joined = [
+            time.moving("adapter", "[W b] (library)", k * out + r * out, (k + ranks) * out),
+            time.product("[x t] [W b]' (library)", n, k + ranks, [out], 1, f.fp8_gemm.value),
+        ]
+        return [skinny, *_faster(in_k, joined)]
     # bf16 products take twice as long as FP8 ones.
     rate = f.own_gemm.value
     ours = [time.product("x W' + O_A B'", n, k + 2 * r, group.outs, 1, rate, own=True)]
@@ -167,13 +218,14 @@ def _grad_x(step: Step, time: Timer, group: Group) -> list[Launch]:
     n, r, k, f = step.n, step.rank, group.features, time.figures
     sites, out = len(group.outs), sum(group.outs)
     done: list[Launch] = []
+    in_k = out + (r * sites if step.adapter_dtype == "fp8" else 0)
     if step.transpose == "transient":
-        done.append(time.moving("transposes", "W", k * out, k * out))
+        done.append(time.moving("transposes", "W", k * in_k, k * in_k))
     if step.adapter_dtype == "fp8":
-        return [
-            *done,
-            time.product("[g D] [W; A]", n, out + r * sites, [k], 1, f.fp8_gemm.value),
-        ]
+        own, library = f.own_gemm.value, f.fp8_gemm.value
+        by_us = [time.product("[g D] [W; A]", n, in_k, [k], 1, own, own=True)]
+        by_them = [time.product("[g D] [W; A] (library)", n, in_k, [k], 1, library)]
+        return [*done, *_faster(by_us, by_them)]
     rate = (f.summed_gemm if sites > 1 else f.own_gemm).value
     ours = [time.product("dO W + D A", n, out + 2 * r * sites, [k], 1, rate, own=True)]
     theirs = [time.product("dO W (library)", n, o, [k], 1, f.fp8_gemm.value) for o in group.outs]
@@ -204,10 +256,11 @@ def _adapter_grads(step: Step, time: Timer, group: Group, train_a: bool) -> list
     ranks = step.a(r * sites)
     parts = _splits(step.n, group, train_a, int(time.figures.processors.value))
     of_b, of_a = 4 * r * out, 4 * r * k * sites if train_a else 0
-    # With the adapter in K, D comes from dL/dO's cast.
-    grad = step.q(out) if step.adapter_dtype == "fp8" else step.a(out)
+    # With the adapter in K, D comes from dL/dO's cast, and is stored in FP8, too.
+    in_k = step.adapter_dtype == "fp8"
+    grad, width = (step.q(out), 1) if in_k else (step.a(out), 2)
     done = [
-        time.thin("adapter", "D", grad + 2 * r * out, ranks),
+        time.thin("adapter", "D", grad + width * r * out, ranks + in_k * ranks // 2),
         time.thin("adapter", "dL/dB", step.a(out) + ranks, parts * of_b),
     ]
     if train_a:

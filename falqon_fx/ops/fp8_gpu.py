@@ -1,0 +1,158 @@
+"""What `falqon_fx.ops.fp8_adapter` computes, on a GPU: one FP8 product for O, and one for dL/dx.
+
+As in `falqon_fx.ops.gpu` casts of x and dL/dO are ATen, which Inductor fuses into what made these;
+the products, and what stands beside q(x) and g, are in `falqon_fx.ops.in_k`. Numbers are those of
+a CPU, but that a product is rounded once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from falqon_fx import _compat
+from falqon_fx.kernels.spec import MAX_PIECES
+from falqon_fx.ops import fp8_adapter, in_k, products
+from falqon_fx.ops.arguments import Merged
+from falqon_fx.ops.gpu import quantize
+from falqon_fx.ops.lowering import gemm_dtype
+from falqon_fx.site.casts import cast_fp8
+from falqon_fx.site.numerics import E4M3, FP8_MAX, amax_to_scale, as_e4m3, without_autocast
+from falqon_fx.site.spec import parse_spec
+
+
+@without_autocast
+def proxy_update(
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scaling: Sequence[float],
+    base_scale: Sequence[Tensor],
+    spec_text: str,
+) -> list[Tensor]:
+    """See `falqon_fx.ops.fp8_adapter.proxy_update`; α leaves room for every b."""
+    casts: list[Tensor] = []
+    for first in range(0, len(lora_a), MAX_PIECES):
+        part = slice(first, first + MAX_PIECES)
+        given = ([t.detach() for t in lora_a[part]], [t.detach() for t in lora_b[part]])
+        columns = *given, scaling[part], base_scale[part]
+        plain = functools.partial(_plain_casts, *columns, spec_text)
+        casts += in_k.adapter_casts(*columns, plain, spec_text)
+    return casts
+
+
+def _plain_casts(
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scaling: Sequence[float],
+    base_scale: Sequence[Tensor],
+    spec_text: str,
+) -> list[Tensor]:
+    casts: list[Tensor] = []
+    for a, b, factor, s in zip(lora_a, lora_b, scaling, base_scale, strict=True):
+        code, scale = cast_fp8(a.to(torch.float32), E4M3, spec_text)
+        values = code.to(torch.float32) * scale
+        scaled, alpha = fp8_adapter.to_range(values, b, factor, s)
+        most = FP8_MAX[E4M3]
+        casts += [code, scale, scaled.clamp(-most, most).to(E4M3), alpha]
+    return casts
+
+
+@without_autocast
+def merged_linear(given: Merged) -> list[Tensor]:
+    """See `falqon_fx.ops.fp8_adapter.merged_linear`. x̂ is kept as it is multiplied: E4M3 and its
+    scale.
+    """
+    x, spec_text = given.x, given.spec_text
+    q, q_scale = quantize(x.reshape(-1, x.shape[-1]), E4M3, spec_text)
+    own = [quantize(x_j.reshape(-1, x_j.shape[-1]), E4M3, spec_text) for x_j in given.adapter_x]
+    *ys, out_a, wide = products.call(
+        in_k.merged_product_in_k,
+        q,
+        q_scale,
+        [code for code, _ in own],
+        [scale for _, scale in own],
+        [as_e4m3(w) for w in given.weight],
+        given.scale,
+        given.bias,
+        [as_e4m3(code) for code in given.a],
+        given.a_scale,
+        given.b,
+        given.alpha,
+        counts(given.clamped, len(given.weight), x),
+        given.owner,
+        given.out_dtype,
+        spec_text,
+    )
+    # Not `reshape`: below autograd that makes a view, which may not be written in place later.
+    ys = [torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1])) for y in ys]
+    if not given.keep_x:
+        return [*ys, out_a]
+    # In a graph q(x) stands where the products read it alone.
+    kept = wide.narrow(1, 0, q.shape[1]) if _compat.is_fake(wide) else q
+    return [*ys, out_a, *(part for cast in own or [(kept, q_scale)] for part in cast)]
+
+
+def counts(given: Sequence[Tensor], sites: int, like: Tensor) -> Sequence[Tensor]:
+    """Where each site counts what is clamped; by itself an op counts for nobody."""
+    if given:
+        return given
+    nobody = like.new_zeros(1, dtype=torch.int32)
+    return [nobody] * sites
+
+
+@without_autocast
+def merged_linear_grad(
+    grad: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    a: Sequence[Tensor],
+    a_scale: Sequence[Tensor],
+    b: Sequence[Tensor],
+    alpha: Sequence[Tensor],
+    counted: Sequence[Tensor],
+    owner: Sequence[int],
+    through_x: bool,
+    needs_x: bool,
+    x_dtype: torch.dtype,
+    spec_text: str,
+) -> list[Tensor]:
+    """See `falqon_fx.ops.fp8_grad.merged_linear_grad`."""
+    spec = parse_spec(spec_text)
+    fp8, first = spec.grad_dtype, grad[0]
+    of_rows = [s.reshape(1, -1) for s in scale]
+    wide = [g.to(torch.float32) * s for g, s in zip(grad, of_rows, strict=True)]
+    each = [g.abs().amax(dim=1, keepdim=True) for g in wide]
+    amax = functools.reduce(torch.maximum, each)
+    if not spec.per_row:
+        amax = torch.nn.functional.pad(amax, (0, 0, 0, 1)).amax()  # zero where there are no tokens
+    s_g = amax_to_scale(amax, fp8, spec.scale) * fp8_adapter.ROOM_G[fp8]
+    if _compat.is_fake(s_g):
+        # Inductor computes at once what has strides of its own. Else it would take each code for
+        # too long an expression of dL/dO, and store g as float32 in between.
+        s_g = s_g.as_strided(s_g.shape, s_g.stride())
+    most = FP8_MAX[fp8]
+    codes = [(g / s_g).clamp(-most, most).to(fp8) for g in wide]
+    of_x, d = products.call(
+        in_k.grad_product_in_k,
+        codes,
+        s_g,
+        [as_e4m3(w) for w in weight],
+        [as_e4m3(code) for code in a],
+        a_scale,
+        b,
+        alpha,
+        counts(counted, len(weight), first),
+        owner,
+        through_x,
+        needs_x,
+        # A product that is rounded to bfloat16 on its way is not for a float32 dL/dO.
+        torch.float32
+        if x_dtype == torch.bfloat16 != gemm_dtype(first.dtype, first.device)
+        else x_dtype,
+        gemm_dtype(first.dtype, first.device),
+        spec_text,
+    )
+    return [of_x.to(x_dtype), d]

@@ -1,0 +1,1 @@
+"""The casts of adapters whose b is in FP8, several in two launches."""

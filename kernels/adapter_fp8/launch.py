@@ -1,0 +1,113 @@
+"""Host side of the casts of adapters whose b is in FP8."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import cdiv
+
+from falqon_fx.kernels.adapter_fp8.spec import AdapterFp8Spec
+from falqon_fx.kernels.interpreter import runs_interpreted
+from falqon_fx.kernels.launching import launch
+from falqon_fx.kernels.loader import load
+from falqon_fx.kernels.spec import POINTER
+from falqon_fx.site.numerics import E4M3
+
+
+def adapter_fp8(
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scaling: Sequence[float],
+    base_scale: Sequence[Tensor],
+    spec: AdapterFp8Spec,
+) -> list[Tensor]:
+    """[Â_j, its scale, b_j, α_j] of each adapter j in turn: Â_j [r, in] and b_j [out, r] in E4M3,
+    the scale float32 [r, 1], α_j float32 [r]; ``base_scale`` float32 [out, 1] of each. The rows of
+    b_j lie a multiple of 16 apart, with zeros between.
+
+    Raises ValueError where the tensors are not what the spec is for.
+    """
+    _check(lora_a, lora_b, scaling, base_scale, spec)
+    interpreted, device = runs_interpreted(lora_a[0]), lora_a[0].device
+    code_dtype = E4M3 if spec.cast == "hardware" else torch.uint8
+
+    def codes(rows: int, columns: int) -> Tensor:
+        return torch.empty((rows, columns), dtype=code_dtype, device=device)
+
+    def floats(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=device)
+
+    kernels, numbers = load(spec, interpreted), range(spec.adapters)
+    ranks, outs = [len(a) for a in lora_a], [len(b) for b in lora_b]
+    blocks = [cdiv(out, spec.chunks * spec.rows) for out in outs]
+    of_b = [(b.contiguous(), s.contiguous()) for b, s in zip(lora_b, base_scale, strict=True)]
+    arguments: list[Any] = []
+    for j, a in enumerate(lora_a):
+        arguments += [
+            a.contiguous(),
+            codes(*a.shape),
+            floats(ranks[j], 1),
+            floats(ranks[j]),
+            *a.shape,
+        ]
+        largest = torch.empty((blocks[j], spec.rank), dtype=torch.int32, device=device)
+        arguments += [*of_b[j], largest, outs[j], scaling[j]]
+    names = ("code", "scale", "typical", "largest")
+    written = [f"{name}{j}_ptr" for j in numbers for name in names]
+    programs = sum(ranks) + sum(blocks)
+    made = launch(kernels.cast_a, (programs,), arguments, written, num_warps=spec.num_warps)
+    columns = [made[len(names) * j : len(names) * (j + 1)] for j in numbers]
+    arguments = []
+    for j, (_, _, typical, largest) in enumerate(columns):
+        arguments += [typical, largest, ranks[j], *of_b[j]]
+        arguments += [codes(outs[j], -(-ranks[j] // 16) * 16), floats(ranks[j])]
+        arguments += [outs[j], scaling[j]]
+    written = [f"{name}{j}_ptr" for j in numbers for name in ("b", "alpha")]
+    programs = sum(cdiv(out, spec.rows) for out in outs)
+    second = launch(kernels.cast_b, (programs,), arguments, written, num_warps=spec.num_warps)
+    casts: list[Tensor] = []
+    for j, (code, scale, _, _) in enumerate(columns):
+        b, alpha = second[2 * j : 2 * j + 2]
+        casts += [code.view(E4M3), scale, b.view(E4M3).narrow(1, 0, ranks[j]), alpha]
+    return casts
+
+
+def signatures(spec: AdapterFp8Spec) -> dict[str, dict[str, str]]:
+    """Argument types of each kernel, for `aot.compile_ahead`: aligned, sizes divisible by 16."""
+    given = POINTER[spec.input_dtype]
+    code = "*fp8e4nv:16" if spec.cast == "hardware" else "*u8:16"
+    of_a: dict[str, str] = {}
+    of_b: dict[str, str] = {}
+    for j in range(spec.adapters):
+        of_a |= {f"a{j}_ptr": given, f"code{j}_ptr": code, f"scale{j}_ptr": "*fp32:16"}
+        of_a |= {f"typical{j}_ptr": "*fp32:16", f"rank{j}": "i32:16", f"width{j}": "i32:16"}
+        of_a |= {f"lora_b{j}_ptr": given, f"s{j}_ptr": "*fp32:16", f"largest{j}_ptr": "*i32:16"}
+        of_a |= {f"out{j}": "i32:16", f"scaling{j}": "fp32"}
+        of_b |= {f"typical{j}_ptr": "*fp32:16", f"largest{j}_ptr": "*i32:16"}
+        of_b |= {f"rank{j}": "i32:16", f"lora_b{j}_ptr": given, f"s{j}_ptr": "*fp32:16"}
+        of_b |= {f"b{j}_ptr": code, f"alpha{j}_ptr": "*fp32:16"}
+        of_b |= {f"out{j}": "i32:16", f"scaling{j}": "fp32"}
+    return {"cast_a": of_a, "cast_b": of_b}
+
+
+def _check(
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scaling: Sequence[float],
+    base_scale: Sequence[Tensor],
+    spec: AdapterFp8Spec,
+) -> None:
+    wanted = getattr(torch, spec.input_dtype)
+    if not len(lora_a) == len(lora_b) == len(scaling) == len(base_scale) == spec.adapters:
+        raise ValueError(f"adapter_fp8: {len(lora_a)} adapters, {spec} takes others")
+    if any(t.dtype != wanted or t.dim() != 2 for t in (*lora_a, *lora_b)):
+        raise ValueError(f"adapter_fp8: {spec} takes matrices of {wanted}")
+    if max(len(a) for a in lora_a) > spec.rank:
+        raise ValueError(f"adapter_fp8: ranks {[len(a) for a in lora_a]}, {spec} takes less")
+    if any(s.numel() != len(b) for b, s in zip(lora_b, base_scale, strict=True)):
+        raise ValueError(f"adapter_fp8: {spec} takes one scale a row of a base weight")
+    if runs_interpreted(lora_a[0]) and spec.cast == "hardware":
+        raise ValueError("adapter_fp8: the interpreter needs cast='integer'")

@@ -1,0 +1,144 @@
+"""Products whose adapters are r more of K, by whichever kernel is best here: adapter_dtype="fp8".
+
+========================  ====================================================================
+triton:<spec>             a generated kernel; in forward the columns of b lie apart from W
+scaled_mm+joined          the library's, on [W | b], which is put together each time
+...+transpose             behind one transpose of [W; Â], which dL/dx needs anyway
+dequantize                ``torch.mm`` on decoded operands
+========================  ====================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from falqon_fx.kernels.gemm.launch import Piece
+from falqon_fx.kernels.products.choice import Candidate
+from falqon_fx.kernels.products.contest import Contest, Options
+from falqon_fx.kernels.products.dispatch import generated_candidates, libraries
+from falqon_fx.kernels.products.pieces import MatMul, alike, by_library, by_mm, finished
+from falqon_fx.kernels.products.problem import key_of, problem_of
+from falqon_fx.kernels.transpose.kept import transposed_together
+
+
+@dataclass(frozen=True)
+class Columns:
+    """FP8 [n, width] whose first ``k`` columns are q(x); behind them stand blocks of t."""
+
+    wide: Tensor
+    k: int
+
+    @property
+    def q(self) -> Tensor:
+        return self.wide.narrow(1, 0, self.k)
+
+    def block(self, place: int, columns: int) -> Tensor:
+        return self.wide.narrow(1, place, columns)
+
+
+def forward(
+    x: Columns,
+    q_scale: Tensor,
+    pieces: Sequence[Piece],
+    places: Sequence[int],
+    out_dtype: torch.dtype,
+    options: Options,
+) -> Contest:
+    """O_g = ([q | t_g] · [W_g | b_g]ᵀ) ⊙ s_q ⊙ s_W,g + bias_g of each piece: ``right`` is b_g
+    [rows, r], r a multiple of 16, and t_g stands from ``places[g]`` on.
+    """
+    pieces = [
+        replace(piece, left=x.block(place, piece.right.shape[1]))  # type: ignore[union-attr]
+        for piece, place in zip(alike(pieces), places, strict=True)
+    ]
+    mode = options.accumulation
+    problem = problem_of(x.q, q_scale, pieces, 0, out_dtype, out_dtype, mode)
+    problem = replace(problem, tail=True)
+    plain = [
+        Piece(_joined(x, p, place), p.scale, p.bias)
+        for p, place in zip(pieces, places, strict=True)
+    ]
+    wide = torch.bfloat16 if out_dtype == torch.bfloat16 else torch.float32
+
+    def library(mm: MatMul) -> list[Tensor]:
+        # One product for all sites, with zeros where b of one would meet t of another.
+        whole = Piece(_cat([p.weight for p in plain]), _scale_of(pieces))
+        y = by_library(mm, x.wide, q_scale, whole, wide, mode)
+        parts = y.split([len(p.weight) for p in pieces], dim=1)
+        return [_biased(part, p, out_dtype) for part, p in zip(parts, pieces, strict=True)]
+
+    def by_aten() -> list[Tensor]:
+        return [by_mm(x.wide, q_scale, p, out_dtype) for p in plain]
+
+    candidates: dict[str, Candidate] = dict(generated_candidates(problem, x.q, q_scale, pieces))
+    candidates |= {f"{name}+joined": partial(library, mm) for name, mm in libraries(options)}
+    candidates["dequantize"] = by_aten
+    return Contest(key_of("forward in K", problem), candidates, x.wide, options.kernel)
+
+
+def grad_x(
+    g: Tensor,
+    s_g: Tensor,
+    weight: Sequence[Tensor],
+    x_dtype: torch.dtype,
+    options: Options,
+) -> Contest:
+    """[dL/dx], dL/dx [n, in] = (g · [W_1; W_2; ...; Â_1; ...]) ⊙ s_g, ``weight`` E4M3 [rows, in]
+    each; those of g's columns that belong to each begin at a multiple of 16.
+    """
+    features, mode = weight[0].shape[1], options.accumulation
+
+    def turned() -> Piece:
+        return Piece(transposed_together(weight), None)
+
+    like = Piece(g.new_empty((features, g.shape[1]), dtype=weight[0].dtype, device="meta"), None)
+    problem = problem_of(g, s_g, [like], 0, x_dtype, x_dtype, mode)
+
+    def library(mm: MatMul) -> list[Tensor]:
+        return [by_library(mm, g, s_g, turned(), x_dtype, mode)]
+
+    candidates: dict[str, Candidate] = {}
+    made = generated_candidates(problem, g, s_g, [like], turn=lambda _: [turned().weight])
+    candidates |= {f"{name}+transpose": run for name, run in made}
+    candidates |= {f"{name}+transpose": partial(library, mm) for name, mm in libraries(options)}
+    candidates["dequantize"] = lambda: [by_mm(g, s_g, turned(), x_dtype)]
+    return Contest(key_of("dL/dx in K", problem), candidates, g, options.kernel)
+
+
+def _joined(x: Columns, piece: Piece, place: int) -> Tensor:
+    """[W | 0 | b | 0], as wide as x."""
+    assert piece.right is not None
+    parts, at = [piece.weight], piece.weight.shape[1]
+    for columns, start in ((piece.right, place), (None, x.wide.shape[1])):
+        if start > at:
+            parts.append(piece.weight.new_zeros((len(piece.weight), start - at)))
+        if columns is not None:
+            parts.append(columns)
+            at = start + columns.shape[1]
+    bytes_of = [part.view(torch.uint8) for part in parts]
+    return torch.cat(bytes_of, dim=1).view(piece.weight.dtype)
+
+
+def _cat(weights: Sequence[Tensor]) -> Tensor:
+    if len(weights) == 1:
+        return weights[0]
+    return torch.cat([w.view(torch.uint8) for w in weights]).view(weights[0].dtype)
+
+
+def _scale_of(pieces: Sequence[Piece]) -> Tensor:
+    """s_W of all rows [Σ rows, 1]; that of one piece as it is."""
+    scales = [piece.scale for piece in pieces]
+    given = [s for s in scales if s is not None]
+    if len(given) == 1:
+        return given[0]
+    rows = [len(piece.weight) for piece in pieces]
+    return torch.cat([s.reshape(-1, 1).expand(r, 1) for s, r in zip(given, rows, strict=True)])
+
+
+def _biased(y: Tensor, piece: Piece, dtype: torch.dtype) -> Tensor:
+    return finished(y, Piece(piece.weight, None, piece.bias), dtype)

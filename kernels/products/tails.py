@@ -1,0 +1,166 @@
+"""What stands beside q(x) and q(dL/dO) with adapter_dtype="fp8", and the casts of such adapters, by
+generated kernels; by ATen on a CPU, and where one scale is that of a whole tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from falqon_fx.config import Granularity, Scale
+from falqon_fx.kernels.adapter_fp8.launch import adapter_fp8
+from falqon_fx.kernels.adapter_fp8.spec import AdapterFp8Spec
+from falqon_fx.kernels.hardware import cast_mode
+from falqon_fx.kernels.interpreter import runs_interpreted
+from falqon_fx.kernels.products.contest import Contest, against_aten, where_runs
+from falqon_fx.kernels.products.problem import dtype_name, fp8_format
+from falqon_fx.kernels.spec import MAX_TAIL, CastMode, Fp8Format, InputDtype, padded
+from falqon_fx.kernels.tails import launch as tails_launch
+from falqon_fx.kernels.tails.launch import Tail
+from falqon_fx.kernels.tails.spec import TailsSpec
+from falqon_fx.site.numerics import FP8_MAX, ROUNDS_TO_MAX
+from falqon_fx.site.spec import parse_spec
+
+Direction = Literal["forward", "backward"]
+
+
+def adapter_casts(
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scaling: Sequence[float],
+    base_scale: Sequence[Tensor],
+    plain: functools.partial[list[Tensor]],
+    spec_text: str,
+) -> Contest:
+    """[Â_j, its scale, b_j, α_j] of each adapter j in turn: see
+    `falqon_fx.kernels.adapter_fp8.launch.adapter_fp8`. ``plain`` makes them by ATen.
+    """
+    site, first = parse_spec(spec_text), lora_a[0]
+    ranks = [len(a) for a in lora_a]
+
+    def generated(made: AdapterFp8Spec) -> list[Tensor]:
+        return adapter_fp8(lora_a, lora_b, scaling, base_scale, made)
+
+    def made() -> tuple[AdapterFp8Spec, ...]:
+        kinds = {t.dtype for t in (*lora_a, *lora_b)}
+        if site.granularity != "row" or len(kinds) > 1 or max(ranks) > MAX_TAIL:
+            return ()
+        cast, rank = cast_mode(where_runs(first)), padded(max(ranks))
+        return (_cast_spec(dtype_name(first.dtype), site.scale, cast, len(lora_a), rank),)
+
+    what = f"casts of adapters to FP8 {[tuple(t.shape) for t in (*lora_a, *lora_b)]}"
+    return against_aten(what, first, made, generated, plain, site.kernel)
+
+
+def tails(
+    direction: Direction,
+    adapters: Sequence[Tail],
+    unit: Tensor,
+    beside: Tensor | None,
+    a_dtype: torch.dtype,
+    kernel: str,
+) -> Contest:
+    """[O_A] or [D] side by side, and ``beside`` with t or D' in its columns: see
+    `falqon_fx.kernels.tails.launch.tails`. What is clamped is counted where it is made; while
+    candidates are timed, that is more often than it is used.
+    """
+    x = adapters[0].x
+
+    def generated(spec: TailsSpec) -> list[Tensor]:
+        return tails_launch.tails(adapters, unit, beside, spec)
+
+    def plain() -> list[Tensor]:
+        return _plain(direction, adapters, unit, beside, a_dtype)
+
+    def made() -> tuple[TailsSpec, ...]:
+        ranks = tuple(a.w.shape[0 if direction == "forward" else 1] for a in adapters)
+        return _specs(
+            direction,
+            ranks,
+            fp8_format(x.dtype),
+            "row" if unit.dim() == 2 else "tensor",
+            dtype_name(a_dtype),
+            beside is not None,
+            runs_interpreted(x),
+        )
+
+    what = f"{direction} columns in FP8 {[tuple(a.w.shape) for a in adapters]}"
+    contest = against_aten(what, x, made, generated, plain, kernel)
+    if not x.is_cuda:
+        return contest
+    # What ATen writes in place is nothing for a graph.
+    own = {name: run for name, run in contest.candidates.items() if name != "dequantize"}
+    if len(x) == 0:  # nothing is launched, nor chosen
+        own["dequantize"] = next(iter(own.values()))
+    return replace(contest, candidates=own, wanted="auto")
+
+
+def _plain(
+    direction: Direction,
+    adapters: Sequence[Tail],
+    unit: Tensor,
+    beside: Tensor | None,
+    a_dtype: torch.dtype,
+) -> list[Tensor]:
+    operand = torch.bfloat16 if a_dtype == torch.bfloat16 else torch.float32
+    parts: list[Tensor] = []
+    for a in adapters:
+        x, w = a.x.to(operand), a.w.to(operand)
+        a_scale = None if a.a_scale is None else a.a_scale.reshape(1, -1)
+        if direction == "forward":
+            assert a.x_scale is not None
+            assert a_scale is not None
+            product = (x @ w.t()).to(torch.float32) * a.x_scale * a_scale
+            own = unit * a.alpha
+            scaled: Tensor | None = product.to(a_dtype).to(torch.float32) / own
+        else:
+            product = (x @ w).to(a_dtype).to(torch.float32)
+            parts.append((product * (unit / a.alpha)).to(a_dtype))
+            scaled = None if beside is None or a_scale is None else product * (a_scale / a.alpha)
+        if scaled is None or beside is None:
+            continue
+        assert a.count is not None
+        most = FP8_MAX[a.x.dtype]
+        a.count.add_((scaled.abs() > ROUNDS_TO_MAX[a.x.dtype]).sum().to(torch.int32))
+        code = scaled.clamp(-most, most).to(a.x.dtype)
+        if direction == "forward":
+            parts.append((code.to(torch.float32) * own).to(a_dtype))
+        rank = code.shape[1]
+        columns = beside.narrow(1, a.place, -(-rank // 16) * 16)
+        columns.view(torch.uint8).zero_()
+        columns.narrow(1, 0, rank).copy_(code)
+    return [torch.cat(parts, dim=1), *([] if beside is None else [beside])]
+
+
+@functools.lru_cache(maxsize=4096)
+def _cast_spec(
+    given: InputDtype, scale: Scale, cast: CastMode, adapters: int, rank: int
+) -> AdapterFp8Spec:
+    return AdapterFp8Spec(input_dtype=given, scale=scale, cast=cast, adapters=adapters, rank=rank)
+
+
+@functools.lru_cache(maxsize=4096)
+def _specs(
+    direction: Direction,
+    ranks: tuple[int, ...],
+    x: Fp8Format,
+    scales: Granularity,
+    a_dtype: InputDtype,
+    stores: bool,
+    interpreted: bool,
+) -> tuple[TailsSpec, ...]:
+    made = TailsSpec.for_ranks(
+        ranks,
+        direction=direction,
+        x=x,
+        scales=scales,
+        a_dtype=a_dtype,
+        stores=stores,
+        interpreted=interpreted,
+    )
+    return (made,)
