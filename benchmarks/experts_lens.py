@@ -41,6 +41,7 @@ class Sizes:
     top: int = 8
     tokens: int = 4096
     rank: int = 16
+    implementation: str = "grouped_mm"  # of transformers
 
 
 class Experts(nn.Module):
@@ -51,7 +52,7 @@ class Experts(nn.Module):
         config = transformers.Qwen3MoeConfig(
             hidden_size=sizes.hidden, moe_intermediate_size=sizes.inner, num_experts=experts
         )
-        config._experts_implementation = "grouped_mm"
+        config._experts_implementation = sizes.implementation
         self.experts = Qwen3MoeExperts(config)
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

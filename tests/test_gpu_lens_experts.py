@@ -24,8 +24,8 @@ def lens():
     sys.path.remove(str(BENCHMARKS))
 
 
-def seen(lens, experts, **options) -> list[Counter[str]]:
-    sizes = lens.Sizes(hidden=128, inner=64, top=2, tokens=64, rank=8)
+def seen(lens, experts, implementation="grouped_mm", **options) -> list[Counter[str]]:
+    sizes = lens.Sizes(128, 64, 2, 64, 8, implementation)
     return [lens.counts(launches) for launches in lens.look(sizes, experts, **options)]
 
 
@@ -40,6 +40,13 @@ def test_launches_are_as_many_for_any_number_of_experts(lens):
     assert (backward["grouped_gemm"], backward["grouped_outer"]) == (2, 4)
     # O_A and O_A · b of each stack; then D.
     assert (forward["_grouped_mm"], backward["_grouped_mm"]) == (4, 2)
+
+
+def test_rows_in_any_order_are_sorted_on_the_card(lens):
+    forward, backward = seen(lens, 4, "batched_mm")
+    assert (forward["_scaled_grouped_mm"], forward["_grouped_mm"]) == (2, 4)
+    assert (backward["grouped_gemm"], backward["grouped_outer"]) == (2, 4)
+    assert not {"bmm", "index"} & {*forward, *backward}
 
 
 def test_generated_kernels_add_the_adapter_as_they_store(lens):
