@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given, settings
 from torch import Tensor, fx
 
 import falqon_fx
@@ -15,12 +17,13 @@ from falqon_fx.kernels.grouped_gemm.tiles import grouped_spec
 from falqon_fx.ops import experts_lowering
 from falqon_fx.site.numerics import E4M3, E5M2
 from tests.sites import randn
-from tests.stacks import Stack, rows
+from tests.stacks import Stack, programs, rows
 from tests.test_merged_experts import check
 
 # Tokens of each of four experts: none at all, all of one, one each, several tiles of 16 rows.
 ROUTINGS = [(0, 0, 0, 0), (0, 37, 0, 0), (1, 1, 1, 1), (16, 0, 33, 5)]
 WIDTH, K, TOKENS = 40, 72, 19
+_default = settings.get_profile(settings.get_current_profile_name()).max_examples
 
 
 def whole(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -109,6 +112,17 @@ def test_the_op_gives_what_float64_does_by_the_kernel(monkeypatch):
     assert len(taken) == 3  # O, dL/dx, the gradients of A and B
 
 
+@pytest.mark.slow
+@settings(max_examples=max(12, _default // 10))
+@given(programs())
+def test_programs_compute_what_float64_does_by_the_kernels(program):
+    """All that the ops of experts launch on a GPU, interpreted, in any layout and routing."""
+    model, x, ids, _ = program
+    with mock.patch.object(experts_lowering, "generated", return_value=True):
+        call = falqon_fx.rewrite(fx.symbolic_trace(model), [x, ids], FalqonConfig(scale="amax"))
+        check(model, x, ids, "amax", call)
+
+
 def test_what_does_not_fit_is_refused():
     spec = grouped_spec(0, K)
     q, weight = randn(4, K).to(E4M3), randn(2, WIDTH, K).to(E4M3)
@@ -121,6 +135,6 @@ def test_what_does_not_fit_is_refused():
         (q, powers(4, 1), None, weight.mT, ones, tiles),
         (q, powers(4, 1), None, weight, ones, tiles_of(offsets((2, 2)), 4, 64)),
     ]
-    for given in every:
+    for each in every:
         with pytest.raises(ValueError, match="grouped_gemm"):
-            grouped_gemm(*(*given, spec))
+            grouped_gemm(*(*each, spec))
