@@ -20,7 +20,7 @@ from falqon_fx.model.stacks import is_experts
 from tests import zoo
 from tests.models import fill_b
 
-# LEFT_OUT as a whole; a family of the experts' interface that none of these reach is a row as well.
+# Causal language models; of multimodal ones their decoders.
 FAMILIES = [name for name in zoo.families() if name not in zoo.LEFT_OUT]
 SIMILAR = 0.99  # of the gradients of A and B, beside PEFT's: FP8 moves them by 3 to 6%
 
