@@ -8,7 +8,7 @@ import pytest
 
 from tests.experts_zoo import FAMILIES, SIMILAR, measure
 
-FAST = ("deepseek_v3", "mixtral")
+FAST = ("mixtral", "qwen3_moe")
 
 
 @pytest.mark.parametrize(
