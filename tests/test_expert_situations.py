@@ -46,8 +46,8 @@ def similar(a: Tensor, b: Tensor) -> float:
 
 
 def test_routing_changes_each_step_in_one_graph(graphs):
-    """Six steps: no token, one and all of them for an expert among the routings. Gradients are PEFT's, and where an expert has no token they are zero; those of several
-    batches add up.
+    """Six steps: no token, one and all of them for an expert among the routings. Gradients are
+    PEFT's, and where an expert has no token they are zero; those of several batches add up.
     """
     model, twin = build(), build()
     falqon_fx.prepare(model, progress=False)
