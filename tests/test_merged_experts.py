@@ -221,7 +221,7 @@ def operations(experts: int, out: int = 64, features: int = 32, rank: int = 8) -
         given = Experts(x, rows, offs, *way, *own, b, a, b, [1.0], True, torch.bfloat16, spec)
         y, out_a, *kept = lower_merged_experts(given)
         assert (y.shape, out_a.shape) == ((96, out), (96, rank))
-        d = lower_grad_out_a(grad, offs, *way, b[0], torch.bfloat16)
+        d = lower_grad_out_a(grad, offs, *way, b[0], torch.bfloat16, spec)
         grad_x = lower_grad_x(
             grad, 48, rows, offs, *way, weight, scale, [d], a, a_scale, torch.bfloat16, spec
         )

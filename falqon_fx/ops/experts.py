@@ -165,15 +165,27 @@ def _(grad: Tensor, *rest: Any) -> list[Tensor]:
 
 @torch.library.custom_op("falqon::merged_experts_grad_out_a", mutates_args=())
 def merged_experts_grad_out_a(
-    grad: Tensor, groups: Tensor, by_id: bool, experts: int, b: Tensor, dtype: torch.dtype
+    grad: Tensor,
+    groups: Tensor,
+    by_id: bool,
+    experts: int,
+    b: Tensor,
+    dtype: torch.dtype,
+    spec_text: str,
 ) -> Tensor:
     """D_e = dL/dO_e · b_e [S, r], in the order of the experts."""
-    return lower_grad_out_a(grad, groups, by_id, experts, b, dtype)
+    return lower_grad_out_a(grad, groups, by_id, experts, b, dtype, spec_text)
 
 
 @merged_experts_grad_out_a.register_fake
 def _(
-    grad: Tensor, groups: Tensor, by_id: bool, experts: int, b: Tensor, dtype: torch.dtype
+    grad: Tensor,
+    groups: Tensor,
+    by_id: bool,
+    experts: int,
+    b: Tensor,
+    dtype: torch.dtype,
+    spec_text: str,
 ) -> Tensor:
     return grad.new_empty((grad.shape[0], b.shape[1] // experts), dtype=dtype)
 
@@ -230,7 +242,8 @@ def _gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
             )
         d: list[Tensor] = []
         if a and (needs_x or trains_a):
-            d = [torch.ops.falqon.merged_experts_grad_out_a(grad, *way, b[0], out_a.dtype)]
+            low = (b[0], out_a.dtype, ctx.spec_text)
+            d = [torch.ops.falqon.merged_experts_grad_out_a(grad, *way, *low)]
         if needs_x:
             grad_x = merged_experts_grad_x(
                 grad,

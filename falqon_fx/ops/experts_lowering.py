@@ -75,25 +75,29 @@ def lower_merged_experts(given: Experts) -> list[Tensor]:
     in_kernel = generated(given.x, spec, rank)
     in_fp8 = takes_fp8(given.x, stack, given.out_dtype) and spec.kernel != "triton"
     cast = cast_fp8(given.x, E4M3, spec, dtype, keep=given.keep_x or in_fp8 or in_kernel)
-    value = way.taken(cast.value)
-    of_x = None if exact else way.taken(cast.scale)
+    code_x = cast.code if in_kernel else None
+    value = cast.value if in_kernel else way.taken(cast.value)
+    of_x = None if exact or in_kernel else way.taken(cast.scale)
 
     def product(code: Tensor, scale: Tensor) -> Tensor:
         """value · dq(code)ᵀ of each expert."""
+        if code_x is not None:
+            parts = code_x, cast.scale, way, Stack.of(code, 1.0, given.experts), scale, dtype, None
+            return grouped_kernels.product(*parts, skinny=True)
         stack = Stack.of(code, scale if exact else 1.0, given.experts)
         y = times(value, stack, way.offs, turned=False)
         if of_x is None:
             return y
         return (y.to(torch.float32) * of_x * by_row(scale, way, len(y))).to(dtype)
 
-    out_a = value.new_empty((value.shape[0], 0))
+    out_a = value.new_empty((given.products, 0))
     low: list[Low] = []
     for code, scale, b in zip(given.a, given.a_scale, given.b, strict=True):
         out_a = product(code, scale)
         low = [Low(out_a, stacked_b(b.to(dtype), given.experts))]
     kept = [cast.code, cast.scale] if given.keep_x and cast.code is not None else []
-    if in_kernel and not in_fp8 and cast.code is not None:
-        operands = cast.code, cast.scale, way, stack, given.scale, given.out_dtype
+    if code_x is not None and not in_fp8:
+        operands = code_x, cast.scale, way, stack, given.scale, given.out_dtype
         y = grouped_kernels.product(*operands, low[0] if low else None)
         return [way.restored(y), out_a, *kept]
     if in_fp8 and cast.code is not None:
@@ -229,9 +233,17 @@ def lower_grads(
 
 @without_autocast
 def lower_grad_out_a(
-    grad: Tensor, groups: Tensor, by_id: bool, experts: int, b: Tensor, dtype: torch.dtype
+    grad: Tensor,
+    groups: Tensor,
+    by_id: bool,
+    experts: int,
+    b: Tensor,
+    dtype: torch.dtype,
+    spec_text: str,
 ) -> Tensor:
     """See `falqon_fx.ops.experts.merged_experts_grad_out_a`."""
     way = routing(groups, by_id, (), experts)
     factor = stacked_b(b.to(dtype), experts)
+    if generated(grad, parse_spec(spec_text), factor.shape[2]):
+        return grouped_kernels.grad_out_a(way.sorted(grad).to(dtype), factor, way)
     return padded_mm(way.sorted(grad).to(dtype), factor, way.offs).contiguous()

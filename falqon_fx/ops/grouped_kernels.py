@@ -14,7 +14,7 @@ from falqon_fx.kernels.hardware import fp8_architecture
 from falqon_fx.kernels.spec import MAX_RANK
 from falqon_fx.ops.grouped import Routing, Stack
 from falqon_fx.ops.products import sizes_known
-from falqon_fx.site.numerics import as_e4m3, dtype_name
+from falqon_fx.site.numerics import E4M3, as_e4m3, dtype_name
 from falqon_fx.site.spec import SiteSpec
 
 
@@ -35,6 +35,19 @@ def generated(x: Tensor, spec: SiteSpec, rank: int) -> bool:
     wanted = spec.kernel in ("auto", "max-autotune", "triton") and rank <= MAX_RANK
     on_gpu = x.device.type == "cuda" and fp8_architecture(x.device) > 0
     return wanted and on_gpu and sizes_known((x,))
+
+
+def grad_out_a(grad: Tensor, b: Tensor, way: Routing) -> Tensor:
+    """D_e = dL/dO_e · b_e [S, r] of sorted rows, for b [E, m, r] of the same dtype."""
+    from falqon_fx.kernels.grouped_gemm.launch import grouped_gemm, tiles_of
+    from falqon_fx.kernels.grouped_gemm.tiles import grouped_spec
+
+    _, k, rank = b.shape
+    dtype: Any = dtype_name(grad.dtype)
+    given: Any = {"x": dtype, "dtype": dtype, "a_dtype": dtype, "columns": rank}
+    spec = grouped_spec(fp8_architecture(grad.device), k, backward=True, **given)
+    tiles = tiles_of(way.offs, grad.shape[0], spec.block_m)
+    return grouped_gemm(grad, None, None, b.contiguous(), None, tiles, spec)
 
 
 def adapter_gradient(
@@ -75,9 +88,11 @@ def product(
     low: Low | None,
     *,
     backward: bool = False,
+    skinny: bool = False,
 ) -> Tensor:
     """O_e = x_e · dq(W_e)ᵀ + left_e · right_eᵀ [S, m] of sorted rows, or with ``backward``
-    dL/dx_e = g_e · W_e + left_e · right_e, whose rows of ``q`` are sorted already.
+    dL/dx_e = g_e · W_e + left_e · right_e, whose rows of ``q`` are sorted already. ``skinny``
+    where W has few rows: O_A.
     """
     from falqon_fx.kernels.grouped_gemm.launch import grouped_gemm, tiles_of
     from falqon_fx.kernels.grouped_gemm.tiles import grouped_spec
@@ -86,11 +101,12 @@ def product(
     count = (q if rows is None else rows).shape[0]
     k = stack.code.shape[1 if backward else 2]
     given: Any = {
-        "fp8": "e4m3" if q.dtype == torch.float8_e4m3fn else "e5m2",
+        "x": "e4m3" if q.dtype == E4M3 else "e5m2",
         "dtype": dtype_name(out_dtype),
         "a_dtype": dtype_name(torch.bfloat16 if low is None else low.left.dtype),
         "rank": 0 if low is None else low.left.shape[1],
         "gather": rows is not None,
+        "columns": stack.code.shape[1] if skinny else None,
     }
     spec = grouped_spec(fp8_architecture(q.device), k, backward=backward, **given)
     tiles = tiles_of(way.offs, count, spec.block_m)

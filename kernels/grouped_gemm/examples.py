@@ -21,6 +21,9 @@ def ahead(architecture: int) -> Iterator[GroupedGemmSpec]:
     for rank in (0, 16, 64):
         yield grouped_spec(architecture, _K, rank=rank, gather=True)
         yield grouped_spec(architecture, _COLUMNS, rank=rank, backward=True)
+        if rank:  # O_A and D
+            yield grouped_spec(architecture, _K, gather=True, columns=rank)
+            yield grouped_spec(architecture, _COLUMNS, backward=True, x="bfloat16", columns=rank)
     yield grouped_spec(architecture, _COLUMNS // 2, rank=16)  # down, whose rows are sorted
 
 
@@ -28,6 +31,7 @@ FORWARD = grouped_spec(90, _K, rank=16, gather=True)
 GOLDEN = (
     FORWARD,
     grouped_spec(90, _COLUMNS, rank=16, backward=True),
+    grouped_spec(90, _COLUMNS, backward=True, x="bfloat16", columns=16),
     replace(FORWARD, extra=128, even_k=False, gather=False, operands="float32"),
 )
 KERNEL = Kernel(GroupedGemmSpec, signatures, ahead, GOLDEN, bytewise=frozenset({"grouped_gemm"}))

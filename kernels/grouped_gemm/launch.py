@@ -52,7 +52,7 @@ def tiles_of(offs: Tensor, rows: int, block_m: int) -> Tiles:
 
 def grouped_gemm(
     q: Tensor,
-    q_scale: Tensor,
+    q_scale: Tensor | None,
     rows: Tensor | None,
     weight: Tensor,
     scale: Tensor | None,
@@ -64,8 +64,9 @@ def grouped_gemm(
     """Y [S, N] as `GroupedGemmSpec` says; what lies behind the last expert's rows is anything.
 
     ``q`` [n, K] is FP8 with ``q_scale`` float32 [n, 1], ``weight`` E4M3 [E, N, K] ("nk") or
-    [E, K, N] ("kn"), ``scale`` float32 [E * N, 1] or None, ``rows`` int64 [S] or None. Sums are
-    float32, and so is all that follows up to the store.
+    [E, K, N] ("kn"), or both are of another dtype and have no scales; ``scale`` float32 [E * N, 1]
+    or None, ``rows`` int64 [S] or None. Sums are float32, and so is all that follows up to the
+    store.
 
     Raises ValueError where the tensors are not what the spec is for.
     """
@@ -76,8 +77,9 @@ def grouped_gemm(
     y = torch.empty((count, columns), dtype=getattr(torch, spec.out_dtype), device=q.device)
     if count == 0:
         return y
-    q, weight = (t if spec.operands == "fp8" else t.view(torch.uint8) for t in (q, weight))
-    arguments: list[Any] = [q.contiguous(), q_scale]
+    if spec.operands in ("bfloat16", "float32") and spec.is_fp8:  # to be decoded
+        q, weight = q.view(torch.uint8), weight.view(torch.uint8)
+    arguments: list[Any] = [q.contiguous(), q_scale] if spec.is_fp8 else [q.contiguous()]
     arguments += [rows] if spec.gather else []
     arguments += [weight] if spec.w_scale == "none" else [weight, scale]
     if spec.extra:
@@ -112,7 +114,7 @@ def _extra(
 
 def _check(
     q: Tensor,
-    q_scale: Tensor,
+    q_scale: Tensor | None,
     rows: Tensor | None,
     weight: Tensor,
     scale: Tensor | None,
@@ -121,12 +123,14 @@ def _check(
 ) -> None:
     experts, *sizes = weight.shape
     columns, k = sizes if spec.layout == "nk" else reversed(sizes)
-    if q.dtype != FP8_DTYPES[spec.x] or q.dim() != 2 or q.shape[1] != k:
+    of_x = FP8_DTYPES[spec.x] if spec.is_fp8 else getattr(torch, spec.x)
+    if q.dtype != of_x or q.dim() != 2 or q.shape[1] != k:
         raise ValueError(f"grouped_gemm: q is {q.dtype} {tuple(q.shape)}, K is {k}")
-    if weight.dtype != FP8_DTYPES["e4m3"] or not weight.is_contiguous():
+    if weight.dtype != (FP8_DTYPES["e4m3"] if spec.is_fp8 else of_x) or not weight.is_contiguous():
         raise ValueError(f"grouped_gemm: a weight is {weight.dtype}, strides {weight.stride()}")
-    if q_scale.numel() != len(q) or (rows is None) is spec.gather:
-        raise ValueError(f"grouped_gemm: scales {tuple(q_scale.shape)}, {spec} takes others")
+    scales = None if q_scale is None else q_scale.numel()
+    if scales != (len(q) if spec.is_fp8 else None) or (rows is None) is spec.gather:
+        raise ValueError(f"grouped_gemm: {scales} scales of {len(q)} rows, {spec} takes others")
     if (None if scale is None else scale.numel()) != (
         experts * columns if spec.w_scale == "row" else None
     ):
@@ -141,11 +145,15 @@ def _check(
 
 def signatures(spec: GroupedGemmSpec) -> dict[str, dict[str, str]]:
     """Argument types of the kernel, for `aot.compile_ahead`: aligned, sizes divisible by 16."""
-    x, w = (_FP8_TYPE[spec.x], "fp8e4nv") if spec.operands == "fp8" else ("u8", "u8")
-    types = {"x_ptr": f"*{x}:16", "x_scale_ptr": "*fp32:16"}
+    x, w = "*u8:16", "*u8:16"
+    if spec.operands == "fp8":
+        x, w = f"*{_FP8_TYPE[spec.x]}:16", "*fp8e4nv:16"
+    elif not spec.is_fp8:
+        x = w = POINTER[spec.x]
+    types = {"x_ptr": x} | ({"x_scale_ptr": "*fp32:16"} if spec.is_fp8 else {})
     if spec.gather:
         types["rows_ptr"] = "*i64:16"
-    types["w_ptr"] = f"*{w}:16"
+    types["w_ptr"] = w
     if spec.w_scale == "row":
         types["w_scale_ptr"] = "*fp32:16"
     if spec.extra:

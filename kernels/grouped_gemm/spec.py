@@ -19,7 +19,8 @@ from falqon_fx.kernels.spec import (
 class GroupedGemmSpec(KernelSpec):
     """Y_e [S_e, N] = (x_e · W_eᵀ) ⊙ s_x ⊙ s_W,e + left_e · right_eᵀ for the rows of each expert e.
 
-    x [n, K] and W_e are FP8. ``layout`` says how a W_e lies: "nk" [N, K] (W in forward) or "kn"
+    x [n, K] and W_e are FP8, or both of a wider dtype ``x`` (D = dL/dO · B) and without scales.
+    ``layout`` says how a W_e lies: "nk" [N, K] (W in forward) or "kn"
     [K, N] (W in backward, as it is stored). With ``gather`` row i of the product reads row
     ``rows[i]`` of x, so that x is cast, and lies in memory, once a token. A tile is of one expert:
     which one, and where its rows begin, stands in a table (`falqon_fx.kernels.grouped_gemm.launch`)
@@ -28,16 +29,18 @@ class GroupedGemmSpec(KernelSpec):
 
     ``extra`` is 0, or the padded rank of left [S, r] and right, which lies as the W_e do: [N, r] or
     [r, N]. ``operands`` are what the multiply instruction gets: "fp8" the bytes themselves,
-    "bfloat16" and "float32" the bytes decoded in the kernel, exactly. ``even_k`` says that block_k
+    "bfloat16" and "float32" the bytes decoded in the kernel, exactly, "native" what is no FP8 as it
+    is. ``even_k`` says that block_k
     divides K.
 
-    Raises ValueError for a value outside its `Literal`, or a size that is not a power of two.
+    Raises ValueError for a value outside its `Literal`, a size that is not a power of two, or
+    operands that are not those of x.
     """
 
     template: ClassVar[str] = "grouped_gemm"
 
-    x: Fp8Format
-    operands: Literal["fp8", "bfloat16", "float32"]
+    x: Fp8Format | InputDtype
+    operands: Literal["fp8", "bfloat16", "float32", "native"]
     w_scale: Literal["row", "none"]
     out_dtype: InputDtype
     a_dtype: InputDtype
@@ -56,6 +59,13 @@ class GroupedGemmSpec(KernelSpec):
         check_powers_of_two(self, "block_m", "block_n", "block_k", "num_warps")
         if self.extra and (not 16 <= self.extra <= MAX_RANK or self.extra & (self.extra - 1)):
             raise ValueError(f"extra={self.extra}: expected 0 or a power of two, 16 to {MAX_RANK}")
+        fitting = ("fp8", "bfloat16", "float32") if self.is_fp8 else ("native", "float32")
+        if self.operands not in fitting or not (self.is_fp8 or self.w_scale == "none"):
+            raise ValueError(f"operands={self.operands!r}, w_scale={self.w_scale!r} of {self.x}")
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.x in ("e4m3", "e5m2")
 
     @property
     def name(self) -> str:
@@ -70,4 +80,6 @@ class GroupedGemmSpec(KernelSpec):
     @property
     def serves(self) -> str:
         """What the kernel is for, in words."""
-        return "O of experts" if self.layout == "nk" else "dL/dx = q(dL/dO) · W of experts"
+        if not self.is_fp8:
+            return "D = dL/dO · B of experts"
+        return "O, O_A of experts" if self.layout == "nk" else "dL/dx = q(dL/dO) · W of experts"

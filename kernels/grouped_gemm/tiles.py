@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from falqon_fx.kernels.grouped_gemm.spec import GroupedGemmSpec
 from falqon_fx.kernels.hardware import FP8, reads_columns
-from falqon_fx.kernels.spec import InputDtype, padded
+from falqon_fx.kernels.spec import Fp8Format, InputDtype, padded
 
 
 class Tile(NamedTuple):
@@ -39,22 +39,26 @@ def grouped_spec(
     rank: int = 0,
     gather: bool = False,
     backward: bool = False,
-    fp8: Literal["e4m3", "e5m2"] | None = None,
+    x: Fp8Format | InputDtype | None = None,
     dtype: InputDtype = "bfloat16",
     a_dtype: InputDtype = "bfloat16",
-    scaled: bool = True,
+    columns: int | None = None,
 ) -> GroupedGemmSpec:
     """O, or dL/dx with ``backward``, on sm_``architecture`` (0: the interpreter) for sums over
-    ``k`` elements. Where tensor cores don't read W by columns, its bytes and those of dL/dO are
-    decoded in the kernel.
+    ``k`` elements; ``columns`` where there are few, as of O_A and D. Where tensor cores don't read
+    W by columns, its bytes and those of dL/dO are decoded in the kernel.
     """
     table = _BACKWARD if backward else _FORWARD
     tile = table.get(architecture, table[0]) if architecture else _INTERPRETED
+    if columns is not None:
+        tile = tile._replace(n=min(tile.n, padded(columns)))
+    of_x = x or ("e5m2" if backward else "e4m3")
+    is_fp8 = of_x in ("e4m3", "e5m2")
     native = architecture >= FP8 and (not backward or reads_columns(architecture))
     return GroupedGemmSpec(
-        x=fp8 or ("e5m2" if backward else "e4m3"),
-        operands="fp8" if native else "bfloat16" if architecture else "float32",
-        w_scale="none" if backward or not scaled else "row",
+        x=of_x,
+        operands="float32" if not architecture else _operands(is_fp8, native),
+        w_scale="none" if backward else "row",
         out_dtype=dtype,
         a_dtype=a_dtype,
         layout="kn" if backward else "nk",
@@ -67,3 +71,9 @@ def grouped_spec(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
+
+
+def _operands(is_fp8: bool, native: bool) -> Literal["fp8", "bfloat16", "native"]:
+    if not is_fp8:
+        return "native"
+    return "fp8" if native else "bfloat16"

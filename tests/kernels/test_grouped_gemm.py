@@ -109,7 +109,7 @@ def test_the_op_gives_what_float64_does_by_the_kernel(monkeypatch):
     model, (x, ids) = Stack(spelling="batched"), rows()
     call = falqon_fx.rewrite(fx.symbolic_trace(model), [x, ids], FalqonConfig(scale="amax"))
     check(model, x, ids, "amax", call)
-    assert len(taken) == 3  # O, dL/dx, the gradients of A and B
+    assert len(taken) == 4  # O, D, dL/dx, the gradients of A and B
 
 
 @pytest.mark.slow
