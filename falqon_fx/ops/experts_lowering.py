@@ -1,10 +1,10 @@
 """What the ops of `falqon_fx.ops.experts` compute, on a CPU and on a GPU: ATen alone, so that a
 compiler may open them.
 
-A GPU multiplies x with W in FP8: by torch where it has such a product
-(`falqon_fx.ops.grouped.takes_fp8`), else by a generated kernel, which computes dL/dx everywhere.
-Everything else are grouped products of decoded values. Whatever the number of experts, it is as
-many calls.
+A GPU with FP8 multiplies x with W by torch where it has such a product
+(`falqon_fx.ops.grouped.takes_fp8`), and all else by generated kernels
+(`falqon_fx.ops.grouped_kernels`). Everything else are grouped products of decoded values. Whatever
+the number of experts, it is as many calls.
 """
 
 from __future__ import annotations
