@@ -112,6 +112,12 @@ def experts_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield path.replace(".base_layer", ""), module
 
 
+def whole_names(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """What public checkpoints call tensors of a model, those alone that are one tensor there."""
+    own = {id(tensor): name for name, tensor in tensors.items()}
+    return {own[id(t)]: name for name, t in renamed(model, dict(tensors)).items() if id(t) in own}
+
+
 def own_names(model: Any) -> dict[str, str]:
     """What a transformers model calls the tensors of its public checkpoints, those alone that are
     one tensor here as there. PEFT's adapters in it are left out.
@@ -122,5 +128,4 @@ def own_names(model: Any) -> dict[str, str]:
         for name, tensor in model.state_dict().items()
         if (own := name.replace(".base_layer", "")) not in stacks and ".lora_" not in name
     }
-    names = {id(tensor): name for name, tensor in plain.items()}
-    return {theirs: names[id(t)] for theirs, t in renamed(model, plain).items() if id(t) in names}
+    return {theirs: ours for ours, theirs in whole_names(model, plain).items()}

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
 from falqon_fx.files import blocks
-from falqon_fx.files.expert_parts import Part, experts_of, own_names, parts_of, stacks_of
+from falqon_fx.files.expert_parts import (
+    Part,
+    experts_of,
+    own_names,
+    parts_of,
+    stacks_of,
+    whole_names,
+)
 from falqon_fx.files.model_state import Site, make_layer
 from falqon_fx.files.site_checks import described
 from falqon_fx.model.stacks import (
@@ -86,15 +93,18 @@ def stacks_to_cast(
     """
     base = skeleton.get_base_model()
     apart, found = parts_of(base, stacks_of(base)), {}
-    for stack in stacked_weights(skeleton):
-        if why_not_stacked(stack, config, tied=False, runs=False) is not None:
-            continue
-        name = stack_path(f"{stack.path}.{stack.name}", prepared=False).removeprefix(_BASE)
+    stacks = {
+        stack_path(f"{stack.path}.{stack.name}", prepared=False).removeprefix(_BASE): stack
+        for stack in stacked_weights(skeleton)
+        if why_not_stacked(stack, config, tied=False, runs=False) is None
+    }
+    whole = whole_names(base, {name: stack.weight for name, stack in stacks.items()})
+    for name, stack in stacks.items():
         experts, first, second = stack.weight.shape
         out, features = (second, first) if stack.transposed else (first, second)
         parts = apart.get(name, ())
         if name in index or not parts:
-            parts = (Part(name, 0, experts * out),)
+            parts = (Part(name if name in index else whole.get(name, name), 0, experts * out),)
         for part in parts:
             if part.name not in index:
                 problem = f"the checkpoint has no tensor {part.name!r}"
