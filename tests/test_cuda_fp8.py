@@ -199,6 +199,18 @@ def test_what_is_clamped_is_counted_by_site(kernel):
     assert min(wanted) > 0
 
 
+@pytest.mark.parametrize("kernel", ["triton", "dequantize"])
+def test_without_counts_nothing_is_written(kernel):
+    """As where kernels are timed before a graph is compiled."""
+    case = group(replace(ROW, adapter="fp8", kernel=kernel), (48, (16,)))
+    (lora,) = case.adapters
+    lora.lora_b[::7] *= 2.0**9
+    before = lora.lora_b.clone()
+    with as_on_a_gpu():
+        run(case)
+    assert torch.equal(lora.lora_b, before)
+
+
 def test_a_model_says_what_it_clamps(monkeypatch):
     """Once, when it is looked at the next time; and by site."""
     monkeypatch.setattr(insert_operands, "counts_on", lambda device: True)

@@ -96,8 +96,10 @@ def merged_linear(given: Merged) -> list[Tensor]:
 
 
 def counts(given: Sequence[Tensor], sites: int, like: Tensor) -> Sequence[Tensor]:
-    """Where each site counts what is clamped; by itself an op counts for nobody."""
-    if given:
+    """Where each site counts what is clamped; an op that was given no counts, but a CPU's B, counts
+    for nobody.
+    """
+    if given and given[0].dtype == torch.int32:
         return given
     nobody = like.new_zeros(1, dtype=torch.int32)
     return [nobody] * sites
