@@ -85,6 +85,15 @@ def test_compiled_casts_equal_those_of_aten(x, fp8, turned, dtype):
             assert same_bits(decode(), by_aten(decode))
 
 
+def test_kept_codes_are_of_the_dtype_that_was_asked_for():
+    x = randn(5, 24, seed=2)
+    for fp8 in (E4M3, E5M2):
+        cast = lowering.cast_fp8(x, fp8, SiteSpec("row", "pow2", "e5m2"), F32, keep=True)
+        assert cast.code is not None
+        assert cast.code.dtype == fp8
+        assert torch.equal(cast.code.float() * cast.scale, cast.value)
+
+
 # -- other CPUs ------------------------------------------------------------------------------------
 
 

@@ -155,8 +155,9 @@ def lower_grad_x(
             term = Low(term.left, codes.decoded(dtype))
         wide = x_dtype if way.rows is None else torch.float32
         stack = Stack.of(weight, 1.0, experts)
-        q = cast.code.view(spec.grad_dtype)
-        y = grouped_kernels.product(q, cast.scale, way, stack, None, wide, term, backward=True)
+        y = grouped_kernels.product(
+            cast.code, cast.scale, way, stack, None, wide, term, backward=True
+        )
         return way.added_up(y, n).to(x_dtype)
     value, rest = cast_by_expert(way.sorted(grad), scale, way, spec, dtype)
     y = times(value, Stack.of(as_read(weight), 1.0, experts), way.offs, turned=True)

@@ -94,8 +94,8 @@ def cast_fp8(
     """Cast x [n, k], times ``columns`` [1, k] where given, with one scale per row or one for all of
     it. The values come in ``dtype``, in ``to`` [n, k] where that is given.
     """
-    pow2 = spec.scale == "pow2"
-    if pow2 and spec.per_row and x.device.type == "cpu":
+    pow2, keeps = spec.scale == "pow2", not keep or fp8 == E4M3  # compiled code writes no E5M2
+    if pow2 and keeps and spec.per_row and x.device.type == "cpu":
         value = x.new_empty(x.shape, dtype=dtype) if to is None else to
         code = x.new_empty(x.shape, dtype=torch.uint8) if keep else None
         scale = cpu_casts.cast_rows(x, fp8, columns, value, code)

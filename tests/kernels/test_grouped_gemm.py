@@ -16,6 +16,7 @@ from falqon_fx.kernels.grouped_gemm.launch import grouped_gemm, tiles_of
 from falqon_fx.kernels.grouped_gemm.tiles import grouped_spec
 from falqon_fx.ops import experts_lowering
 from falqon_fx.site.numerics import E4M3, E5M2
+from tests.parameters import each_value
 from tests.sites import randn
 from tests.stacks import Stack, programs, rows
 from tests.test_merged_experts import check
@@ -100,15 +101,14 @@ def test_rows_behind_the_last_expert_are_not_read():
     assert y[:5].isfinite().all()
 
 
-def test_the_op_gives_what_float64_does_by_the_kernel(monkeypatch):
-    """All of it but that the card is none: forward and dL/dx of a stack, routed in any order. With
-    "amax" a CPU casts as a GPU does; compiled code of its own keeps no E5M2.
-    """
+@each_value(scale=["pow2", "amax"])
+def test_the_op_gives_what_float64_does_by_the_kernel(monkeypatch, scale):
+    """All of it but that the card is none: forward and dL/dx of a stack, routed in any order."""
     taken = []
     monkeypatch.setattr(experts_lowering, "generated", lambda x, *_: taken.append(x.shape) or True)
     model, (x, ids) = Stack(spelling="batched"), rows()
-    call = falqon_fx.rewrite(fx.symbolic_trace(model), [x, ids], FalqonConfig(scale="amax"))
-    check(model, x, ids, "amax", call)
+    call = falqon_fx.rewrite(fx.symbolic_trace(model), [x, ids], FalqonConfig(scale=scale))
+    check(model, x, ids, scale, call)
     assert len(taken) == 4  # O, D, dL/dx, the gradients of A and B
 
 
