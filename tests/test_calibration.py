@@ -310,7 +310,7 @@ def test_x_is_not_kept_for_what_does_not_train():
     def look(gm: torch.fx.GraphModule, example: list[Tensor]) -> Any:
         result = falqon_fx.rewrite(gm, example, EAGER)
         op = torch.ops.falqon.merged_linear.default
-        kept.extend(n.args[13] for n in result.gm.graph.find_nodes(op="call_function", target=op))
+        kept.extend(n.args[14] for n in result.gm.graph.find_nodes(op="call_function", target=op))
         return gm.forward
 
     torch.compile(model, backend=look)(inputs()[0])

@@ -33,10 +33,10 @@ def test_frozen_layers_are_siblings_of_adapted_ones():
     assert len(together.args[1]) == 3
     k, q, v = (node.name for node in together.args[1])
     assert [k, q, v] == [f"falqon_base_{i}_weight" for i in range(3)]
-    assert together.args[11] == [1, 2]  # which site each adapter belongs to
-    assert together.args[12] == [2.0, 0.5]
-    assert [len(column) for column in last.args[4:13]] == [0] * 9
-    assert (together.args[13], last.args[13]) == (True, False)  # whether x is kept
+    assert together.args[12] == [1, 2]  # which site each adapter belongs to
+    assert together.args[13] == [2.0, 0.5]
+    assert [len(column) for column in last.args[4:14]] == [0] * 10
+    assert (together.args[14], last.args[14]) == (True, False)  # whether x is kept
     (given,) = (n for n in result.gm.graph.find_nodes(op="placeholder") if n.name == "l_x_")
     assert list(given.users) == [together]  # one op casts x, once
     sites = {site.path: (site.adapters, site.group) for site in passes.sites}

@@ -197,7 +197,7 @@ def test_with_rows_frozen_layers_run_in_fp8_beside_the_written_ones():
     passes = Passes(update="rows", topk=2)
     passes.run(model, x)
     together, last = fused(passes.results[0].gm)
-    assert (len(together.args[1]), together.args[11]) == (3, [1, 2])
+    assert (len(together.args[1]), together.args[12]) == (3, [1, 2])
     assert len(last.args[1]) == 1
     assert targets(passes.results[0].gm)["linear"] == 0
 

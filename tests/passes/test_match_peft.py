@@ -88,7 +88,7 @@ def test_an_adapter_reads_the_dropped_x_its_base_layer_x_itself(dtype):
     assert passes.sites[0].dropout == 0.5
     assert passes.before[0]["dropout"] == passes.after[0]["dropout"] == 1
     (op,) = passes.results[0].gm.graph.find_nodes(op="call_function", target=FUSED)
-    (reads,) = op.args[10]
+    (reads,) = op.args[11]
     assert reads.target is F.dropout
     assert op.args[0].op == "placeholder"
 
@@ -122,7 +122,7 @@ def test_siblings_behind_a_dropout_each_keep_their_own():
     passes.run(model, randn(5, 24))
     ops = passes.results[0].gm.graph.find_nodes(op="call_function", target=FUSED)
     assert [len(op.args[1]) for op in ops] == [1, 1, 1]
-    assert len({op.args[10][0] for op in ops}) == 3
+    assert len({op.args[11][0] for op in ops}) == 3
     assert len({op.args[0] for op in ops}) == 1
 
 
@@ -155,7 +155,7 @@ def test_what_requires_no_gradient_gets_none_and_the_rest_its_own(frozen):
     (site,) = passes.sites
     assert (site.train_a, site.train_b) == ("lora_A" not in frozen, "lora_B" not in frozen)
     (op,) = passes.results[0].gm.graph.find_nodes(op="call_function", target=FUSED)
-    assert op.args[13] == site.train_a  # keep_x
+    assert op.args[14] == site.train_a  # keep_x
 
 
 def several(dtype: torch.dtype, ranks: Sequence[int], **lora: Any) -> nn.Module:
@@ -198,8 +198,8 @@ def test_several_active_adapters_of_one_layer_are_one_site(ranks, dtype):
     assert after["linear"] == 0
     assert after["proxy_update.default"] == after["merged_linear.default"] == 1
     (op,) = passes.results[0].gm.graph.find_nodes(op="call_function", target=FUSED)
-    assert op.args[11] == [0] * len(ranks)  # owner
-    assert op.args[12] == [float(layer_of(model).scaling[n]) for n in model.active_adapters]
+    assert op.args[12] == [0] * len(ranks)  # owner
+    assert op.args[13] == [float(layer_of(model).scaling[n]) for n in model.active_adapters]
 
 
 def test_of_several_adapters_each_has_the_dropout_that_eager_draws():
@@ -210,7 +210,7 @@ def test_of_several_adapters_each_has_the_dropout_that_eager_draws():
     parameters = replace(several_parameters(model), mask=dropped(x))
     check_site(torch.compile(model, backend=passes), model, x, parameters)
     (op,) = passes.results[0].gm.graph.find_nodes(op="call_function", target=FUSED)
-    first, second = op.args[10]
+    first, second = op.args[11]
     assert first.target is F.dropout
     assert second is op.args[0]
 

@@ -98,8 +98,8 @@ def test_the_fused_op_reads_what_the_site_read():
     model, x = HandWritten(Spelling(bias=True, dtype=torch.bfloat16)), randn(5, 24).bfloat16()
     gm = traced(model, x).gm
     (op,) = gm.graph.find_nodes(op="call_function", target=torch.ops.falqon.merged_linear.default)
-    given, (weight,), (scale,), (bias,), *casts, alpha = op.args[:8]
-    (lora_a,), (lora_b,), own_x, owner = op.args[8:12]
+    given, (weight,), (scale,), (bias,), *casts, alpha, clamped = op.args[:9]
+    (lora_a,), (lora_b,), own_x, owner = op.args[9:13]
     assert given.op == "placeholder"
     assert given.target == "x"
     assert (weight.target, scale.target) == ("falqon_base_0_weight", "falqon_base_0_scale")
@@ -108,8 +108,8 @@ def test_the_fused_op_reads_what_the_site_read():
     assert made.target is torch.ops.falqon.proxy_update.default
     assert (lora_a.target, lora_b.target) == ("lora_a.weight", "lora_b.weight")
     assert bias.target == "base.bias"
-    assert (alpha, own_x, owner) == ([], [], [0])
-    scaling, keep_x, out_dtype, spec = op.args[12:]
+    assert (alpha, clamped, own_x, owner) == ([], [], [], [0])
+    scaling, keep_x, out_dtype, spec = op.args[13:]
     assert (scaling, keep_x, out_dtype) == ([2.0], True, torch.bfloat16)
     assert spec == made.args[-1]
 

@@ -83,7 +83,7 @@ def test_with_rows_a_trained_a_is_none_of_those_with_a_pending_part():
     result = rewrite(torch.fx.symbolic_trace(model), (randn(5, 24),), config)
     ops = result.gm.graph.find_nodes(op="call_function", target=FUSED)
     # Sites, pending parts, whether x is kept.
-    assert [(len(op.args[1]), len(op.args[6]), op.args[13]) for op in ops] == [
+    assert [(len(op.args[1]), len(op.args[6]), op.args[14]) for op in ops] == [
         (2, 2, False),
         (1, 0, True),
         (1, 1, False),
