@@ -103,3 +103,12 @@ def test_the_state_of_a_cards_random_generator_has_its_size(size, monkeypatch):
         training.check_rng(state, "a checkpoint")
     state["cuda"] *= 2  # of another machine: left out
     training.check_rng(state, "a checkpoint")
+
+
+@pytest.mark.parametrize("word", [-1, 2**70, "1", None])
+def test_a_word_that_no_random_generator_has_is_refused(word):
+    version, words, gauss = random.getstate()
+    state = {"torch": torch.get_rng_state(), "cuda": []}
+    state["python"] = version, (word, *words[1:]), gauss
+    with pytest.raises(FalqonError, match="its state of the random generators is damaged"):
+        training.check_rng(state, "a checkpoint")
