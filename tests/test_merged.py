@@ -13,6 +13,7 @@ import falqon_fx
 from falqon_fx import FalqonError
 from falqon_fx.kernels.cpu import native
 from falqon_fx.site.numerics import E4M3, amax_to_scale
+from tests.parameters import each_value
 from tests.sites import Site, dequantized, make_site, randn, same, site_of, snapshot, update
 from tests.tolerances import fp8_cast_bound, fp8_stochastic_bound, gamma
 
@@ -124,8 +125,7 @@ def test_w_is_base_plus_scaled_applied_a_after_many_steps(
     assert (alone.abs() > bound).double().mean() > (0.02 if freed else 0.2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-@GRANULARITY
+@each_value(granularity=["tensor", "row"], dtype=[torch.float32, torch.bfloat16])
 def test_dropped_steps_add_up_however_small(granularity, dtype):
     """With "drop" `applied` is all that remembers the steps: in bfloat16 it would stop growing
     where a step is below its last place, at 1.0 here. Ten thousandths added 2,400 times in float32
