@@ -100,6 +100,7 @@ def test_a_warning_names_each_site_once():
     assert all('set update="adapter"' in text for text in told)
 
 
+@pytest.mark.slow
 def test_the_warning_comes_without_a_watch_too():
     """At call 128, the first of those that look."""
     model, compiled, _ = prepared_mlp(topk="all")

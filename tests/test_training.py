@@ -309,8 +309,8 @@ LONG = {
 
 
 def _long(name: str) -> Any:
-    """In the fast tests one, one without A, and one in mixed precision."""
-    fast = name in ("plainly", "frozen_a", "bfloat16")
+    """In the fast tests one, and one in mixed precision."""
+    fast = name in ("plainly", "bfloat16")
     return pytest.param(LONG[name], id=name, marks=() if fast else pytest.mark.slow)
 
 

@@ -27,9 +27,7 @@ FAMILIES = zoo.families()
 COVERED = [name for name in FAMILIES if name not in zoo.LEFT_OUT and name not in zoo.PEFT_CANNOT]
 # One of each way to write a linear layer, a block or a model.
 FAST = {
-    "bloom",  # fused QKV
     "falcon",  # writes the result of a linear in place
-    "gemma2",
     "gpt2",  # Conv1D
     "phi3",  # fused QKV and gate
     "qwen2_moe",  # a gate with one row
