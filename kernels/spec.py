@@ -84,6 +84,11 @@ def padded(columns: int) -> int:
     return max(16, 1 << (columns - 1).bit_length())
 
 
+def aligned(columns: int) -> int:
+    """Up to a multiple of 16: FP8 products take their sums in steps of so many."""
+    return -(-columns // 16) * 16
+
+
 def check_literals(spec: KernelSpec) -> None:
     """Raises ValueError where a field of ``spec`` is outside its `Literal`."""
     kind: Any = type(spec)  # as a key; mypy thinks that it has no hash

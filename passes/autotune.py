@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from falqon_fx._compat import hint, value_of, without_fake_mode
-from falqon_fx.ops import in_k
+from falqon_fx.kernels.spec import aligned
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.ops.products import launches
 from falqon_fx.passes.plan import Plan, SitePlan
@@ -116,7 +116,7 @@ class Operands:
             return [self._problem(self.sites, spec, of_a, 0, alone)] * len(self.sites)
         found: dict[int, GemmProblem] = {}
         if spec.adapter == "fp8":
-            ranks = [[in_k.whole(rank) for rank in own] for own in ranks]
+            ranks = [[aligned(rank) for rank in own] for own in ranks]
         for members in launches([self.adds_b and bool(own) for own in ranks]):
             rank = max(sum(ranks[i]) for i in members) if self.adds_b else 0
             sites = [self.sites[i] for i in members]

@@ -8,7 +8,7 @@ from falqon_fx._compat import is_fsdp, value_of
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
 from falqon_fx.kernels.hardware import fp8_architecture
-from falqon_fx.kernels.spec import MAX_RANK, MAX_TAIL
+from falqon_fx.kernels.spec import MAX_RANK, MAX_TAIL, aligned
 from falqon_fx.passes.match.dataflow import Match
 from falqon_fx.passes.modes import may_autocast
 from falqon_fx.passes.terms import (
@@ -114,7 +114,7 @@ def _check_in_k(found: Match, path: str, config: FalqonConfig) -> None:
         torch.cuda.is_available() and not fp8_architecture(device)
     ):
         why = f"wants FP8 tensor cores as of sm_89, which {device} has not"
-    elif max(ranks, default=0) > MAX_TAIL or sum(-(-r // 16) * 16 for r in ranks) > MAX_RANK:
+    elif max(ranks, default=0) > MAX_TAIL or sum(map(aligned, ranks)) > MAX_RANK:
         why = f"takes ranks up to {MAX_TAIL}, and up to {MAX_RANK} in all of a layer"
     elif config.transpose == "store":
         why = 'has one transpose of W and A together, which transpose="store" can\'t keep'

@@ -15,25 +15,20 @@ import torch
 from torch import Tensor
 
 from falqon_fx import _compat
-from falqon_fx.kernels.spec import MAX_PIECES
+from falqon_fx.kernels.spec import MAX_PIECES, aligned
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.ops.products import define, launches, options_of
 
 
-def whole(columns: int) -> int:
-    """Up to a multiple of 16."""
-    return -(-columns // 16) * 16
-
-
 def beside(parts: Sequence[Tensor], more: int) -> Tensor:
     """FP8 [n, ...] with the columns of each part from a multiple of 16 on, and ``more`` behind."""
-    n, total = len(parts[0]), sum(whole(part.shape[1]) for part in parts) + more
+    n, total = len(parts[0]), sum(aligned(part.shape[1]) for part in parts) + more
     result, at = parts[0].new_empty((n, total)), 0
     for part in parts:
         width = part.shape[1]
         blocks = [part]
         if width % 16:
-            blocks.append(part.new_zeros((n, whole(width) - width)))
+            blocks.append(part.new_zeros((n, aligned(width) - width)))
         for block in blocks:
             if _compat.is_fake(result):  # Inductor writes it in place, by what makes the block
                 result = torch.as_strided_scatter(result, block, block.shape, (total, 1), at)
@@ -75,7 +70,7 @@ def merged_product_in_k(
 
     dtype, options = gemm_dtype(out_dtype, q.device), options_of(spec_text)
     k, order = q.shape[1], sorted(range(len(owner)), key=owner.__getitem__)
-    widths, place, at = [whole(code.shape[0]) for code in a], {}, whole(k)
+    widths, place, at = [aligned(code.shape[0]) for code in a], {}, aligned(k)
     for j in order:
         place[j], at = at, at + widths[j]
     wide = beside([q], sum(widths))
@@ -133,7 +128,7 @@ def _side_by_side(parts: Sequence[Tensor]) -> Tensor | None:
 def _filled(b: Tensor) -> Tensor:
     """b [out, r] with columns of zeros up to a multiple of 16, which kernels store beside it."""
     rows, rank = b.shape
-    width = whole(rank)
+    width = aligned(rank)
     if rank == width:
         return b
     if b.stride() == (width, 1):
@@ -147,7 +142,7 @@ def _merged_product_fake(
     weight, _, _, a, *_, out_dtype, _ = rest
     n, dtype = q.shape[0], gemm_dtype(out_dtype, q.device)
     ys = [q.new_empty((n, w.shape[0]), dtype=out_dtype) for w in weight]
-    wide = whole(q.shape[1]) + sum(whole(code.shape[0]) for code in a)
+    wide = aligned(q.shape[1]) + sum(aligned(code.shape[0]) for code in a)
     out_a = q.new_empty((n, sum(code.shape[0] for code in a)), dtype=dtype)
     return [*ys, out_a, q.new_empty((n, wide))]
 
@@ -182,8 +177,8 @@ def grad_product_in_k(
 
     options, stores = options_of(spec_text), through_x and needs_x and bool(b)
     outs, ranks = [part.shape[1] for part in g], [factor.shape[1] for factor in b]
-    starts = [sum(map(whole, outs[:i])) for i in range(len(outs) + 1)]
-    wide = beside(g, sum(map(whole, ranks)) if stores else 0)
+    starts = [sum(map(aligned, outs[:i])) for i in range(len(outs) + 1)]
+    wide = beside(g, sum(map(aligned, ranks)) if stores else 0)
     made = [wide.new_empty((len(wide), 0), dtype=d_dtype)]
     for first in range(0, len(b), MAX_PIECES):
         adapters = [
@@ -193,7 +188,7 @@ def grad_product_in_k(
                 alpha[j],
                 None,
                 a_scale[j],
-                starts[-1] + sum(map(whole, ranks[:j])),
+                starts[-1] + sum(map(aligned, ranks[:j])),
                 count[owner[j]],
             )
             for j in range(first, min(first + MAX_PIECES, len(b)))

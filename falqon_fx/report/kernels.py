@@ -9,6 +9,7 @@ import torch
 from falqon_fx.cost import cards
 from falqon_fx.errors import one_line
 from falqon_fx.kernels.hardware import family, fp8_architecture
+from falqon_fx.kernels.spec import aligned
 from falqon_fx.site.spec import parse_spec
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def candidates(site: Site) -> list[GemmSpec]:
         out_dtype=site.out_dtype,  # type: ignore[arg-type]
         a_dtype=site.out_dtype if in_k else bf16_or_wide,  # type: ignore[arg-type]
         bias="none",
-        rank=-(-site.rank // 16) * 16 if in_k else site.rank,
+        rank=aligned(site.rank) if in_k else site.rank,
         tail=in_k,
         accumulation=spec.accumulation,
         one_tensor=True,

@@ -13,7 +13,7 @@ from falqon_fx.kernels.adapter_fp8.spec import AdapterFp8Spec
 from falqon_fx.kernels.interpreter import runs_interpreted
 from falqon_fx.kernels.launching import launch
 from falqon_fx.kernels.loader import load
-from falqon_fx.kernels.spec import POINTER
+from falqon_fx.kernels.spec import POINTER, aligned
 from falqon_fx.site.numerics import E4M3
 
 
@@ -63,7 +63,7 @@ def adapter_fp8(
     arguments = []
     for j, (_, _, typical, largest) in enumerate(columns):
         arguments += [typical, largest, ranks[j], *of_b[j]]
-        arguments += [codes(outs[j], -(-ranks[j] // 16) * 16), floats(ranks[j])]
+        arguments += [codes(outs[j], aligned(ranks[j])), floats(ranks[j])]
         arguments += [outs[j], scaling[j]]
     written = [f"{name}{j}_ptr" for j in numbers for name in ("b", "alpha")]
     programs = sum(cdiv(out, spec.rows) for out in outs)

@@ -19,7 +19,7 @@ from falqon_fx.kernels.hardware import cast_mode
 from falqon_fx.kernels.interpreter import runs_interpreted
 from falqon_fx.kernels.products.contest import Contest, against_aten, where_runs
 from falqon_fx.kernels.products.problem import dtype_name, fp8_format
-from falqon_fx.kernels.spec import MAX_TAIL, CastMode, Fp8Format, InputDtype, padded
+from falqon_fx.kernels.spec import MAX_TAIL, CastMode, Fp8Format, InputDtype, aligned, padded
 from falqon_fx.kernels.tails import launch as tails_launch
 from falqon_fx.kernels.tails.launch import Tail
 from falqon_fx.kernels.tails.spec import TailsSpec
@@ -131,7 +131,7 @@ def _plain(
         if direction == "forward":
             parts.append((code.to(torch.float32) * own).to(a_dtype))
         rank = code.shape[1]
-        columns = beside.narrow(1, a.place, -(-rank // 16) * 16)
+        columns = beside.narrow(1, a.place, aligned(rank))
         columns.view(torch.uint8).zero_()
         columns.narrow(1, 0, rank).copy_(code)
     return [torch.cat(parts, dim=1), *([] if beside is None else [beside])]

@@ -13,7 +13,7 @@ from triton import cdiv
 from falqon_fx.kernels.interpreter import runs_interpreted
 from falqon_fx.kernels.launching import launch
 from falqon_fx.kernels.loader import load
-from falqon_fx.kernels.spec import POINTER
+from falqon_fx.kernels.spec import POINTER, aligned
 from falqon_fx.kernels.tails.spec import TailsSpec
 from falqon_fx.site.numerics import FP8_DTYPES
 
@@ -117,7 +117,7 @@ def _check(adapters: Sequence[Tail], unit: Tensor, beside: Tensor | None, spec: 
         if (forward or spec.stores) and a.a_scale is None:
             raise ValueError(f"tails: the scale of A is missing for {spec}")
         if beside is not None:
-            last = a.place + -(-rank // 16) * 16
+            last = a.place + aligned(rank)
             fits = len(beside) == rows and last <= beside.shape[1] and a.count is not None
             if not fits or beside.dtype != a.x.dtype or beside.stride(1) != 1:
                 raise ValueError(f"tails: columns up to {last} of {tuple(beside.shape)}")

@@ -11,6 +11,7 @@ from torch import Tensor
 from falqon_fx.kernels.interpreter import runs_interpreted
 from falqon_fx.kernels.launching import launch
 from falqon_fx.kernels.loader import load
+from falqon_fx.kernels.spec import aligned
 from falqon_fx.kernels.transpose.spec import TransposeSpec
 from falqon_fx.site.numerics import E4M3
 
@@ -45,7 +46,7 @@ def transpose(matrices: Sequence[Tensor], spec: TransposeSpec) -> Tensor:
 
 def starts(matrices: Sequence[Tensor]) -> list[int]:
     """Where the columns of each begin, and where the last ones end."""
-    widths = [-(-len(x) // 16) * 16 for x in matrices]
+    widths = [aligned(len(x)) for x in matrices]
     return [sum(widths[:i]) for i in range(len(widths) + 1)]
 
 
