@@ -31,18 +31,6 @@ def proxy_update(
 
     Gradients don't pass: they reach A and B through `merged_linear`, straight through the casts.
     """
-    return lower_casts(lora_a, lora_b, scaling, base_scale, wide, spec_text)
-
-
-def lower_casts(
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    scaling: Sequence[float],
-    base_scale: Sequence[Tensor],
-    wide: bool,
-    spec_text: str,
-) -> list[Tensor]:
-    """The same as it is computed on the device at hand."""
     on_gpu = lora_a[0].device.type == "cuda"
     if base_scale:
         in_fp8 = fp8_gpu.proxy_update if on_gpu else fp8_adapter.proxy_update

@@ -1,7 +1,8 @@
-"""The arguments of ``falqon::merged_linear`` by name."""
+"""The arguments of ``falqon::merged_linear`` and of its gradient by name."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,3 +38,21 @@ class Merged(NamedTuple):
     def ranks(self) -> list[int]:
         """The rank of each adapter."""
         return [code.shape[0] for code in self.a]
+
+
+class MergedGrad(NamedTuple):
+    """The arguments of `falqon_fx.ops.fp8_grad.merged_linear_grad`, described there, in order."""
+
+    grad: Sequence[Tensor]
+    weight: Sequence[Tensor]
+    scale: Sequence[Tensor]
+    a: Sequence[Tensor]
+    a_scale: Sequence[Tensor]
+    b: Sequence[Tensor]
+    alpha: Sequence[Tensor]
+    counted: Sequence[Tensor]
+    owner: Sequence[int]
+    through_x: bool
+    needs_x: bool
+    x_dtype: torch.dtype
+    spec_text: str

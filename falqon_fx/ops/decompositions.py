@@ -20,7 +20,7 @@ from falqon_fx.ops import (
     outliers,
     products,
 )
-from falqon_fx.ops.arguments import Merged
+from falqon_fx.ops.arguments import Merged, MergedGrad
 from falqon_fx.rows import ops as rows_ops
 from falqon_fx.site.spec import lowering_version
 
@@ -46,6 +46,10 @@ def _merged_linear(*args: Any) -> list[Tensor]:
     return run(given)
 
 
+def _merged_linear_grad(*args: Any) -> list[Tensor]:
+    return fp8_gpu.merged_linear_grad(MergedGrad(*args))
+
+
 def _casts(lora_a: Any, lora_b: Any, scaling: Any, base_scale: Any, *rest: Any) -> list[Tensor]:
     given = lora_a, lora_b, scaling, base_scale
     return fp8_gpu.proxy_update(*given, rest[1]) if base_scale else gpu.proxy_update(*given, *rest)
@@ -64,7 +68,7 @@ def decompositions(_torch: str = "", _lowering: str = "") -> Decompositions:
     table[torch.ops.falqon.merged_experts_grad_x.default] = experts_lowering.lower_grad_x
     table[torch.ops.falqon.merged_experts_grads.default] = experts_lowering.lower_grads
     table[torch.ops.falqon.merged_experts_grad_out_a.default] = experts_lowering.lower_grad_out_a
-    table[fp8_grad.OP] = fp8_gpu.merged_linear_grad
+    table[fp8_grad.OP] = _merged_linear_grad
     table[torch.ops.falqon.merged_linear_grad_x.default] = gpu.merged_linear_grad_x
     table[torch.ops.falqon.grad_a.default] = gpu.grad_a
     table[torch.ops.falqon.adapter_grads.default] = partial(

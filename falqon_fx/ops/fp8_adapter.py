@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from falqon_fx.errors import one_line
-from falqon_fx.ops.arguments import Merged
+from falqon_fx.ops.arguments import Merged, MergedGrad
 from falqon_fx.ops.lowering import (
     adapter_outputs,
     cast_fp8,
@@ -195,41 +195,28 @@ def merged_linear(given: Merged) -> list[Tensor]:
 
 
 @without_autocast
-def merged_linear_grad(
-    grad: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    scale: Sequence[Tensor],
-    a: Sequence[Tensor],
-    a_scale: Sequence[Tensor],
-    b: Sequence[Tensor],
-    alpha: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    owner: Sequence[int],
-    through_x: bool,
-    needs_x: bool,
-    x_dtype: torch.dtype,
-    spec_text: str,
-) -> list[Tensor]:
+def merged_linear_grad(given: MergedGrad) -> list[Tensor]:
     """See `falqon_fx.ops.fp8_grad.merged_linear_grad`."""
-    spec = parse_spec(spec_text)
+    spec, grad, alpha = parse_spec(given.spec_text), given.grad, given.alpha
     first, fp8 = grad[0], spec.grad_dtype
-    dtype, outs = gemm_dtype(first.dtype, first.device), [len(w) for w in weight]
-    of_rows = [s.reshape(1, -1).expand(1, out) for s, out in zip(scale, outs)]
+    dtype, outs = gemm_dtype(first.dtype, first.device), [len(w) for w in given.weight]
+    of_rows = [s.reshape(1, -1).expand(1, out) for s, out in zip(given.scale, outs)]
     wide = torch.cat([g.to(torch.float32) * s for g, s in zip(grad, of_rows)], dim=1)
     s_g = scale_of(wide, fp8, spec) * ROOM_G[fp8]
     g = round_to_fp8(wide / s_g, fp8).to(dtype)
     each = g.split(outs, dim=1)
-    d, left, right = [], [g], [*weight]
-    for j, i in enumerate(owner):
-        product = (each[i] @ decode_fp8(b[j], 1.0, dtype)).to(torch.float32)
+    d, left, right = [], [g], [*given.weight]
+    for j, i in enumerate(given.owner):
+        product = (each[i] @ decode_fp8(given.b[j], 1.0, dtype)).to(torch.float32)
         d.append((product * (s_g / alpha[j])).to(dtype))
-        if through_x:
-            tail = product * (a_scale[j].reshape(1, -1) / alpha[j])
-            clamped.add(lora_b[j], tail, fp8)
+        if given.through_x:
+            tail = product * (given.a_scale[j].reshape(1, -1) / alpha[j])
+            clamped.add(given.counted[j], tail, fp8)
             left.append(round_to_fp8(tail, fp8).to(dtype))
-            right.append(a[j])
+            right.append(given.a[j])
     of_adapters = torch.cat(d, dim=1) if d else first.new_empty((len(first), 0), dtype=dtype)
-    if not needs_x:
-        return [first.new_empty((0, weight[0].shape[1]), dtype=x_dtype), of_adapters]
+    if not given.needs_x:
+        nothing = first.new_empty((0, given.weight[0].shape[1]), dtype=given.x_dtype)
+        return [nothing, of_adapters]
     product = torch.cat(left, dim=1) @ torch.cat([decode_fp8(code, 1.0, dtype) for code in right])
-    return [(product.to(torch.float32) * s_g).to(x_dtype), of_adapters]
+    return [(product.to(torch.float32) * s_g).to(given.x_dtype), of_adapters]

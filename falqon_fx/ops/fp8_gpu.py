@@ -16,7 +16,7 @@ from torch import Tensor
 from falqon_fx import _compat
 from falqon_fx.kernels.spec import MAX_PIECES
 from falqon_fx.ops import fp8_adapter, in_k, products
-from falqon_fx.ops.arguments import Merged
+from falqon_fx.ops.arguments import Merged, MergedGrad
 from falqon_fx.ops.gpu import quantize
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.site.casts import cast_fp8
@@ -106,26 +106,12 @@ def counts(given: Sequence[Tensor], sites: int, like: Tensor) -> Sequence[Tensor
 
 
 @without_autocast
-def merged_linear_grad(
-    grad: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    scale: Sequence[Tensor],
-    a: Sequence[Tensor],
-    a_scale: Sequence[Tensor],
-    b: Sequence[Tensor],
-    alpha: Sequence[Tensor],
-    counted: Sequence[Tensor],
-    owner: Sequence[int],
-    through_x: bool,
-    needs_x: bool,
-    x_dtype: torch.dtype,
-    spec_text: str,
-) -> list[Tensor]:
+def merged_linear_grad(given: MergedGrad) -> list[Tensor]:
     """See `falqon_fx.ops.fp8_grad.merged_linear_grad`."""
-    spec = parse_spec(spec_text)
-    fp8, first = spec.grad_dtype, grad[0]
-    of_rows = [s.reshape(1, -1) for s in scale]
-    wide = [g.to(torch.float32) * s for g, s in zip(grad, of_rows, strict=True)]
+    spec, first, x_dtype = parse_spec(given.spec_text), given.grad[0], given.x_dtype
+    fp8, dtype = spec.grad_dtype, gemm_dtype(first.dtype, first.device)
+    of_rows = [s.reshape(1, -1) for s in given.scale]
+    wide = [g.to(torch.float32) * s for g, s in zip(given.grad, of_rows, strict=True)]
     each = [g.abs().amax(dim=1, keepdim=True) for g in wide]
     amax = functools.reduce(torch.maximum, each)
     if not spec.per_row:
@@ -137,24 +123,23 @@ def merged_linear_grad(
         s_g = s_g.as_strided(s_g.shape, s_g.stride())
     most = FP8_MAX[fp8]
     codes = [(g / s_g).clamp(-most, most).to(fp8) for g in wide]
+    # A product that is rounded to bfloat16 on its way is not for a float32 dL/dO.
+    rounds_twice = x_dtype == torch.bfloat16 and dtype != torch.bfloat16
     of_x, d = products.call(
         in_k.grad_product_in_k,
         codes,
         s_g,
-        [as_e4m3(w) for w in weight],
-        [as_e4m3(code) for code in a],
-        a_scale,
-        b,
-        alpha,
-        counts(counted, len(weight), first),
-        owner,
-        through_x,
-        needs_x,
-        # A product that is rounded to bfloat16 on its way is not for a float32 dL/dO.
-        torch.float32
-        if x_dtype == torch.bfloat16 != gemm_dtype(first.dtype, first.device)
-        else x_dtype,
-        gemm_dtype(first.dtype, first.device),
-        spec_text,
+        [as_e4m3(w) for w in given.weight],
+        [as_e4m3(code) for code in given.a],
+        given.a_scale,
+        given.b,
+        given.alpha,
+        counts(given.counted, len(given.weight), first),
+        given.owner,
+        given.through_x,
+        given.needs_x,
+        torch.float32 if rounds_twice else x_dtype,
+        dtype,
+        given.spec_text,
     )
     return [of_x.to(x_dtype), d]

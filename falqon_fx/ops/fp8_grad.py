@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from falqon_fx.ops import fp8_adapter, fp8_gpu
+from falqon_fx.ops.arguments import MergedGrad
 from falqon_fx.ops.lowering import gemm_dtype
 
 
@@ -35,44 +36,24 @@ def merged_linear_grad(
     g has one scale a token for all sites together, or one for all of it. ``counted`` says where
     clamped elements are counted: on a CPU B of each adapter, on a GPU the count of each site.
     """
-    return lower_grad(
-        grad,
-        weight,
-        scale,
-        a,
-        a_scale,
-        b,
-        alpha,
-        counted,
-        owner,
-        through_x,
-        needs_x,
-        x_dtype,
-        spec_text,
-    )
+    columns = grad, weight, scale, a, a_scale, b, alpha, counted
+    return lower_grad(MergedGrad(*columns, owner, through_x, needs_x, x_dtype, spec_text))
 
 
-def lower_grad(grad: Sequence[Tensor], *rest: Any) -> list[Tensor]:
+def lower_grad(given: MergedGrad) -> list[Tensor]:
     """The same as it is computed on the device at hand."""
-    if grad[0].device.type == "cuda":
-        return fp8_gpu.merged_linear_grad(grad, *rest)
-    return fp8_adapter.merged_linear_grad(grad, *rest)
+    if given.grad[0].device.type == "cuda":
+        return fp8_gpu.merged_linear_grad(given)
+    return fp8_adapter.merged_linear_grad(given)
 
 
 @merged_linear_grad.register_fake
-def _(
-    grad: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    scale: Sequence[Tensor],
-    a: Sequence[Tensor],
-    a_scale: Sequence[Tensor],
-    b: Sequence[Tensor],
-    *rest: Any,
-) -> list[Tensor]:
-    *_, needs_x, x_dtype, _ = rest
-    first, n = grad[0], grad[0].shape[0]
-    ranks = sum(factor.shape[1] for factor in b)
-    of_x = first.new_empty((n if needs_x else 0, weight[0].shape[1]), dtype=x_dtype)
+def _(*args: Any) -> list[Tensor]:
+    given = MergedGrad(*args)
+    first, n = given.grad[0], given.grad[0].shape[0]
+    ranks = sum(factor.shape[1] for factor in given.b)
+    size = (n if given.needs_x else 0, given.weight[0].shape[1])
+    of_x = first.new_empty(size, dtype=given.x_dtype)
     return [of_x, first.new_empty((n, ranks), dtype=gemm_dtype(first.dtype, first.device))]
 
 
