@@ -38,7 +38,7 @@ from torch import Tensor
 import falqon_fx
 from falqon_fx import FalqonConfig
 from falqon_fx.model.fp8_linear import Fp8Linear
-from falqon_fx.model.sensitivity import sensitivity
+from falqon_fx.model.sensitivity import cast_costs, sensitivity
 from falqon_fx.model.sorting import sort_layers
 
 LONGEST = 48  # tokens of a chat or a review
@@ -172,7 +172,8 @@ class Bench:
         """What exclude="sensitive:8" would leave, by sample 0."""
         config = FalqonConfig()
         layers, _ = sort_layers(self.base, config)
-        return tuple(sensitivity(self.base, layers, self.sample(0, 128), config))[:SENSITIVE]
+        costs = cast_costs(self.base, layers, self.sample(0, 128), config)
+        return tuple(sensitivity(costs))[:SENSITIVE]
 
     def prepared(self, seed: int, auto: bool) -> Prepared:
         """The model with all that a sample of calibration gives."""

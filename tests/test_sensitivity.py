@@ -12,6 +12,7 @@ import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
 from falqon_fx.errors import FalqonConfigError
 from falqon_fx.model.sensitivity import CastCost, cast_costs
+from falqon_fx.model.sensitivity import sensitivity as ranked
 from falqon_fx.model.sorting import sort_layers
 from falqon_fx.site.base import cast_base
 from falqon_fx.site.numerics import E4M3
@@ -40,8 +41,7 @@ def model() -> Two:
 
 
 def sensitivity(net: nn.Module, batches: Any, seed: int = 0) -> dict[str, float]:
-    found = {site: cost.both for site, cost in costs(net, batches, seed).items()}
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+    return ranked(costs(net, batches, seed))
 
 
 def costs(net: nn.Module, batches: Any, seed: int = 0) -> dict[str, CastCost]:
@@ -163,6 +163,17 @@ def test_a_number_of_sensitive_layers_is_named_by_prepare_and_explain():
     options: dict[str, Any] = {"exclude": "sensitive:1", "inner": "eager"}
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="a calibration names"):
         torch.compile(net, backend="falqon", options=options)(x)
+
+
+def test_what_casts_cost_is_measured_once_for_all_that_ask():
+    """The layers that are left and the budget of the others: one pass, and one for the moments."""
+    net, calls = model(), list[Any]()
+    net.register_forward_hook(lambda *_: calls.append(1))
+    config = FalqonConfig(exclude="sensitive:1", inner="eager")
+    falqon_fx.prepare(
+        net, config, calibration=[(randn(2, 6, IN),)], compensate="auto", progress=False
+    )
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("pattern", ["sensitive:", "sensitive:0", "sensitive:x", "sensitive:-1"])

@@ -13,6 +13,11 @@ from falqon_fx.errors import FalqonError
 _KEY = "falqon_fx.prepare"  # the store counts the calls of each rank: the nth meet
 
 
+def has_others() -> bool:
+    """Whether the default process group has other processes than this one."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def check_same_on_all_ranks(text: str) -> None:
     """Wait until each rank of the default process group has come here, as long as its store does
     (with torchrun as long as a collective), and compare what they say.
@@ -23,11 +28,9 @@ def check_same_on_all_ranks(text: str) -> None:
     Raises:
         FalqonError: on every rank, where one says something else; where one doesn't come.
     """
-    if not dist.is_available() or not dist.is_initialized() or dist.get_backend() == "fake":
+    if not has_others() or dist.get_backend() == "fake":
         return
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    if ranks == 1:
-        return
     store = _compat.default_store()
     # torchrun keeps its store when it starts the ranks anew.
     key = f"{_KEY}.{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"

@@ -63,6 +63,7 @@ class Calibration:
     tokens: int = 0
     left: dict[str, float] = field(default_factory=dict)
     _terms: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    _costs: dict[str, CastCost] | None = None
 
     @classmethod
     def asked(
@@ -110,6 +111,17 @@ class Calibration:
         if self.batches is not None:
             raise FalqonError("calibration", problem, "Leave it out")
 
+    def costs(
+        self, model: nn.Module, layers: Sequence[LinearLayer], config: FalqonConfig
+    ) -> dict[str, CastCost]:
+        """What the casts of ``layers`` cost, see `cast_costs`; those of some of them, asked for
+        later, are among these.
+        """
+        if self._costs is None:
+            assert self.batches is not None
+            self._costs = cast_costs(model, layers, self.batches, config, together=True)
+        return self._costs
+
     @torch.no_grad()
     def read(
         self,
@@ -128,7 +140,7 @@ class Calibration:
         check_any(layers)
         self._check_sizes(layers)
         auto = "auto" in (self.ranks, self.channels)
-        costs = cast_costs(model, layers, self.batches, config, together=True) if auto else {}
+        costs = self.costs(model, layers, config) if auto else {}
         spec, found = SiteSpec.from_config(config), dict[str, _Terms]()
         with shown(progress) as show:
             for number, (layer, moment) in enumerate(
@@ -182,13 +194,11 @@ class Calibration:
                 budget += DEFAULT * out
                 offers.append(Offer((site, 1), channels, cost.of_x, out))
         bought = allot(offers, budget)
-        return {
-            site: tuple(  # type: ignore[misc]
-                bought[site, i] if n == "auto" else n
-                for i, n in enumerate((self.ranks, self.channels))
-            )
-            for site in sizes
-        }
+
+        def taken(asked: Asked, site: str, of: int) -> int:
+            return bought[site, of] if asked == "auto" else asked
+
+        return {s: (taken(self.ranks, s, 0), taken(self.channels, s, 1)) for s in sizes}
 
     def _check_sizes(self, layers: Sequence[LinearLayer]) -> None:
         for layer in layers:

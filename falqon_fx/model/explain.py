@@ -21,7 +21,7 @@ from falqon_fx.errors import FalqonError
 from falqon_fx.model.lora_layers import unwrap
 from falqon_fx.model.mesh import MeshPlan
 from falqon_fx.model.mesh_bytes import on_mesh
-from falqon_fx.model.sensitivity import sensitivity
+from falqon_fx.model.sensitivity import cast_costs, sensitivity
 from falqon_fx.model.sorting import sort_layers
 from falqon_fx.passes.describe import innermost
 from falqon_fx.report.data import Cost, GraphBreak, GraphReport, Site
@@ -68,7 +68,7 @@ def explain(
     costly: dict[str, float] = {}
     if calibration is not None:
         every = config.leaving(())
-        costly = sensitivity(inner, sort_layers(inner, every)[0], calibration, every)
+        costly = sensitivity(cast_costs(inner, sort_layers(inner, every)[0], calibration, every))
         config = config.leaving(tuple(costly)[: config.sensitive()])
     plan = None if mesh is None else MeshPlan.of(mesh)
     if plan is not None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from falqon_fx._compat import is_dtensor, version
 from falqon_fx.errors import FalqonError
-from falqon_fx.model.agreement import check_same_on_all_ranks
+from falqon_fx.model.agreement import check_same_on_all_ranks, has_others
 from falqon_fx.model.batches import FORM, batches_of, quietly, run_batch
 from falqon_fx.model.lora_layers import LinearLayer
 from falqon_fx.site.compensate import damped_root
@@ -187,7 +187,7 @@ def _add_up(
     Raises:
         FalqonError: other layers were reached in another process, or it has raised.
     """
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    if not has_others():
         return
     each = {id(moments[id(layer.module)]): moments[id(layer.module)] for layer in reached}
     order = {key: i for i, key in enumerate(each)}

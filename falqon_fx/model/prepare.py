@@ -127,8 +127,7 @@ def _leaving(model: nn.Module, config: FalqonConfig, wanted: Calibration) -> Fal
     if not config.sensitive() or wanted.batches is None:
         return config  # which raises where a layer is asked for
     every = config.leaving(())
-    layers = sort_layers(model, every)[0]
-    found = sensitivity(model, layers, wanted.batches, every, together=True)
+    found = sensitivity(wanted.costs(model, sort_layers(model, every)[0], every))
     return config.leaving(tuple(found)[: config.sensitive()])
 
 

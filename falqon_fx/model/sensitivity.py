@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from falqon_fx._compat import is_dtensor
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
-from falqon_fx.model.agreement import check_same_on_all_ranks
+from falqon_fx.model.agreement import check_same_on_all_ranks, has_others
 from falqon_fx.model.batches import batches_of, quietly, run_batch
 from falqon_fx.model.lora_layers import LinearLayer
 from falqon_fx.ops.lowering import cast_fp8
@@ -45,17 +45,9 @@ class CastCost:
     of_x: float
 
 
-def sensitivity(
-    model: nn.Module,
-    layers: Sequence[LinearLayer],
-    batches: Iterable[Any],
-    config: FalqonConfig,
-    *,
-    together: bool = False,
-) -> dict[str, float]:
-    """`cast_costs` of both casts, by site; the largest first."""
-    found = cast_costs(model, layers, batches, config, together=together)
-    return dict(sorted(((s, c.both) for s, c in found.items()), key=lambda item: -item[1]))
+def sensitivity(costs: Mapping[str, CastCost]) -> dict[str, float]:
+    """What both casts cost, by site; the largest first."""
+    return dict(sorted(((s, c.both) for s, c in costs.items()), key=lambda item: -item[1]))
 
 
 def cast_costs(
@@ -116,7 +108,7 @@ def check_any(layers: Sequence[LinearLayer]) -> None:
 
 def _add_up(totals: dict[str, Tensor], labels: int, device: torch.device) -> int:
     """The sums over all processes; the labels of all."""
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    if not has_others():
         return labels
     check_same_on_all_ranks("\n".join(totals))
     every = torch.stack([torch.full((3,), labels, dtype=torch.float64), *totals.values()])
