@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,6 +53,22 @@ def _fresh() -> None:
     """No graph of another test, and the same random numbers in each."""
     torch._dynamo.reset()
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Generated sources go to a folder of the tests, not to the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FALQON_CACHE", str(tmp_path_factory.mktemp("falqon-cache")))
+        yield
+
+
+@pytest.fixture
+def _h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake tensors on "cuda" are those of an H100."""
+    about = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
 
 
 @pytest.fixture

@@ -2,19 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
 
+from falqon_fx.ops import fp8_gpu, fp8_grad, gpu, lowering
+from falqon_fx.ops import merged_linear as ops
+from falqon_fx.ops.adapter_grads import adapter_grads_on_gpu, grad_out_a_on_gpu
+from falqon_fx.ops.arguments import Merged
 from falqon_fx.site.base import cast_base
 from falqon_fx.site.spec import SiteSpec
 from tests.sites import randn
 from tests.strategies import Case, Layer, Lora
 
 F32, BF16 = torch.float32, torch.bfloat16
+# numpy, which the interpreter computes with, announces what hashing does on purpose.
+INTERPRETED = [
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
+    pytest.mark.usefixtures("kernel_cache"),
+]
 ROW, TENSOR = (SiteSpec(granularity, "pow2", "e5m2") for granularity in ("row", "tensor"))
+
+
+def lower(given: Merged) -> list[Tensor]:
+    """`merged_linear` as on a GPU."""
+    return (fp8_gpu if given.alpha else gpu).merged_linear(given)
+
+
+@contextlib.contextmanager
+def as_on_a_gpu(*, grad_x: bool = True) -> Iterator[None]:
+    """The ops are lowered for CPU tensors as for those of a GPU; without ``grad_x`` not that of
+    dL/dx without adapters in FP8, which a GPU adds up in another order.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "lower_merged_linear", lower)
+        if grad_x:
+            patch.setattr(ops, "lower_grad_x", gpu.merged_linear_grad_x)
+        patch.setattr(fp8_grad, "lower_grad", fp8_gpu.merged_linear_grad)
+        patch.setattr(ops, "lower_adapter_grads", adapter_grads_on_gpu)
+        patch.setattr(ops, "lower_grad_out_a", grad_out_a_on_gpu)
+        patch.setattr(lowering, "grad_a", gpu.grad_a)
+        yield
 
 
 def layer(out: int, ranks: tuple[int, ...], spec: SiteSpec, seed: int, **change: Any) -> Layer:

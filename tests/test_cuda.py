@@ -4,9 +4,7 @@ the library or plain; against float64 on the same quantized operands.
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,40 +15,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from falqon_fx.kernels.products import dispatch
-from falqon_fx.ops import gpu, lowering
-from falqon_fx.ops import merged_linear as ops
-from falqon_fx.ops.adapter_grads import adapter_grads_on_gpu, grad_out_a_on_gpu
+from falqon_fx.ops import gpu
 from falqon_fx.ops.arguments import Merged
 from falqon_fx.site.numerics import E4M3
-from tests.cuda import BF16, F32, GROUPS, ROW, TENSOR, group
+from tests.cuda import BF16, F32, GROUPS, INTERPRETED, ROW, TENSOR, as_on_a_gpu, group
 from tests.lowered import check, expected, hat, run
 from tests.parameters import each_pair
 from tests.sites import takes_row_scales
 from tests.strategies import Case, cases
 
-# numpy, which the interpreter computes with, announces what hashing does on purpose.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:(overflow|invalid value) encountered:RuntimeWarning"
-)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def kernel_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FALQON_CACHE", str(tmp_path_factory.mktemp("falqon-cache")))
-        yield
-
-
-@contextlib.contextmanager
-def as_on_a_gpu() -> Iterator[None]:
-    """The ops are lowered for CPU tensors as for those of a GPU."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "lower_merged_linear", gpu.merged_linear)
-        patch.setattr(ops, "lower_grad_x", gpu.merged_linear_grad_x)
-        patch.setattr(ops, "lower_adapter_grads", adapter_grads_on_gpu)
-        patch.setattr(ops, "lower_grad_out_a", grad_out_a_on_gpu)
-        patch.setattr(lowering, "grad_a", gpu.grad_a)
-        yield
+pytestmark = INTERPRETED
 
 
 def check_on_gpu(case: Case) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,34 +25,16 @@ from falqon_fx.site import casts
 from falqon_fx.site.numerics import E4M3, E5M2
 from falqon_fx.site.spec import SiteSpec
 from tests import sites as sites_module
-from tests.cuda import BF16, F32, GROUPS, ROW, TENSOR, group
+from tests.cuda import BF16, F32, GROUPS, INTERPRETED, ROW, TENSOR, group
 from tests.lowered import expected
 from tests.parameters import each_value
 from tests.sites import make_site, randn, same, snapshot
 
-# numpy, which the interpreter computes with, announces what hashing does on purpose.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:(overflow|invalid value) encountered:RuntimeWarning"
-)
+pytestmark = INTERPRETED
 
 
 falqon = torch.ops.falqon
 LAUNCH = "triton_kernel_wrapper_functional"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def kernel_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FALQON_CACHE", str(tmp_path_factory.mktemp("falqon-cache")))
-        yield
-
-
-@pytest.fixture
-def _h100(monkeypatch):
-    """Fake tensors on "cuda" are those of an H100."""
-    about = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, multi_processor_count=132)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
 
 
 # -- the ops as the compiler sees them -------------------------------------------------------------

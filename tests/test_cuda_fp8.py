@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,15 +18,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import falqon_fx
-from falqon_fx.ops import fp8_gpu, fp8_grad, gpu, lowering
-from falqon_fx.ops import merged_linear as ops
-from falqon_fx.ops.adapter_grads import adapter_grads_on_gpu, grad_out_a_on_gpu
+from falqon_fx.ops import fp8_gpu
 from falqon_fx.ops.arguments import Merged
 from falqon_fx.ops.decompositions import decompositions
 from falqon_fx.ops.fp8_adapter import clamped
 from falqon_fx.passes import insert_operands
 from falqon_fx.site.base import cast_base
-from tests.cuda import BF16, GROUPS, ROW, TENSOR, group
+from tests.cuda import BF16, GROUPS, INTERPRETED, ROW, TENSOR, as_on_a_gpu, group, lower
 from tests.lowered import run
 from tests.models import fill_b, tiny_mlp
 from tests.parameters import each_pair, each_value
@@ -39,33 +35,7 @@ from tests.tolerances import Approx
 
 LAUNCH = "triton_kernel_wrapper_functional"
 
-# numpy, which the interpreter computes with, announces what hashing does on purpose.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:(overflow|invalid value) encountered:RuntimeWarning"
-)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def kernel_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FALQON_CACHE", str(tmp_path_factory.mktemp("falqon-cache")))
-        yield
-
-
-def lower(given: Merged) -> list[Tensor]:
-    return (fp8_gpu if given.alpha else gpu).merged_linear(given)
-
-
-@contextlib.contextmanager
-def as_on_a_gpu() -> Iterator[None]:
-    """The ops are lowered for CPU tensors as for those of a GPU."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "lower_merged_linear", lower)
-        patch.setattr(fp8_grad, "lower_grad", fp8_gpu.merged_linear_grad)
-        patch.setattr(ops, "lower_adapter_grads", adapter_grads_on_gpu)
-        patch.setattr(ops, "lower_grad_out_a", grad_out_a_on_gpu)
-        patch.setattr(lowering, "grad_a", gpu.grad_a)
-        yield
+pytestmark = INTERPRETED
 
 
 def counted(case: Case) -> list[int]:
@@ -87,7 +57,7 @@ def test_results_equal_float64_on_the_same_quantized_operands(case: Case, kernel
     case = counting(in_fp8(case))
     case.spec = replace(case.spec, kernel=kernel)
     assume(case.adapters and case.x.numel())
-    with as_on_a_gpu():
+    with as_on_a_gpu(grad_x=False):
         actual = run(case)
     assume(not any(counted(case)))
     wanted = expected(case, actual["out_a"])
@@ -156,7 +126,7 @@ def test_every_kind_of_group_is_computed_as_on_a_cpu(name, spec, kernel):
     """
     case = exact(GROUPS[name](replace(spec, kernel=kernel)))
     wanted = run(case)
-    with as_on_a_gpu():
+    with as_on_a_gpu(grad_x=False):
         actual = run(counting(case))
     assert actual.keys() == wanted.keys()
     for result in actual:
@@ -170,7 +140,7 @@ def test_every_kind_of_group_is_computed_as_on_a_cpu(name, spec, kernel):
 def test_by_the_library(name):
     """One product for all siblings, which rounds in another place than a CPU."""
     case = counting(in_fp8(GROUPS[name](replace(ROW, kernel="scaled_mm"))))
-    with as_on_a_gpu():
+    with as_on_a_gpu(grad_x=False):
         actual = run(case)
     for result, of in expected(case, actual["out_a"]).items():
         if result in actual:
@@ -193,7 +163,7 @@ def test_what_is_clamped_is_counted_by_site(kernel):
     for site, one, two in zip(case.owner, before, after, strict=True):
         wanted[site] += two - one
     case.clamped = counts
-    with as_on_a_gpu():
+    with as_on_a_gpu(grad_x=False):
         run(case)
     assert counted(case) == wanted
     assert min(wanted) > 0
@@ -206,7 +176,7 @@ def test_without_counts_nothing_is_written(kernel):
     (lora,) = case.adapters
     lora.lora_b[::7] *= 2.0**9
     before = lora.lora_b.clone()
-    with as_on_a_gpu():
+    with as_on_a_gpu(grad_x=False):
         run(case)
     assert torch.equal(lora.lora_b, before)
 
@@ -219,7 +189,7 @@ def test_a_model_says_what_it_clamps(monkeypatch):
     fill_b(model, 2.0**9)
     options = {"inner": "eager", "adapter_dtype": "fp8", "kernel": "dequantize"}
     call = torch.compile(model, backend="falqon", options=options)
-    with as_on_a_gpu(), warnings.catch_warnings(record=True) as caught:
+    with as_on_a_gpu(grad_x=False), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(4):
             call(x).sum().backward()
@@ -246,14 +216,6 @@ def traced(function: Callable[..., Any], *args: Any) -> Counter[str]:
     """Names of the ops that a function runs on fake tensors."""
     graph = make_fx(function)(*args).graph
     return Counter(str(node.target) for node in graph.nodes if node.op == "call_function")
-
-
-@pytest.fixture
-def _h100(monkeypatch):
-    """Fake tensors on "cuda" are those of an H100."""
-    about = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, multi_processor_count=132)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
 
 
 @pytest.mark.usefixtures("_h100")
@@ -286,7 +248,7 @@ def test_siblings_are_one_product_each_way(kernel):
 def test_graphs_of_known_sizes_compute_what_the_ops_do(name):
     case = counting(exact(GROUPS[name](replace(ROW, kernel="triton"))))
     x, *arguments = case.arguments()
-    with as_on_a_gpu():
+    with as_on_a_gpu(grad_x=False):
         op = lower_args
         graph = make_fx(op, tracing_mode="fake")(x, *arguments)
         wanted = op(x, *arguments)
