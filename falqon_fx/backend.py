@@ -210,9 +210,9 @@ class RewriteResult:
         return bases.verify(nodes.slot.path, base, digest)
 
     def _note_counts(self, values: Sequence[Any], entries: Sequence[Entry]) -> None:
+        of = {id(n): entry for n, entry in zip(self.operands.bases, entries, strict=True)}
         for base, adapter in self.operands.pairs:
-            place = next(i for i, nodes in enumerate(self.operands.bases) if nodes is base)
-            clamped.on_device(self._plan.value(adapter.lora_b, values), entries[place].clamped)
+            clamped.on_device(self._plan.value(adapter.lora_b, values), of[id(base)].clamped)
 
     def _note_adapters(self, values: Sequence[Any]) -> int:
         """Register which A and B are added to which base, for `falqon_fx.adapters`. New ones

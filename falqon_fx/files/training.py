@@ -184,12 +184,9 @@ def check_rng(state: Any, where: str) -> None:
             for of_card, ours in zip(state["cuda"], torch.cuda.get_rng_state_all(), strict=True):
                 if of_card.shape != ours.shape:
                     raise ValueError(f"a card's has {of_card.numel()} bytes, not {ours.numel()}")
-    except (
-        *(LookupError, TypeError, ValueError, RuntimeError, AttributeError),
-        OverflowError,  # of Python's generator, for a word below zero
-    ) as error:
-        problem = f"its state of the random generators is damaged ({error})"
-        raise FalqonError(where, problem, "Give rng=False, or load another checkpoint") from error
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        problem = f"its state of the random generators is damaged ({e})"
+        raise FalqonError(where, problem, "Give rng=False, or load another checkpoint") from e
 
 
 def rng_of(state: Any, rank: int) -> Any:
