@@ -80,6 +80,7 @@ def process(folder: Path, *arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow  # processes that share no header
 def test_an_unchanged_library_hits_the_caches_and_a_changed_lowering_does_not(tmp_path):
     """Of 8 x 24 outputs each is 1 more: sums of about 200 float32 values in float64."""
     total, hits = process(tmp_path)["as it is"]

@@ -181,8 +181,9 @@ def tiny_t5(targets: list[str]) -> nn.Module:
     return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets))
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", slow("eager"), slow("inductor")])
-@pytest.mark.parametrize("targets", [["q", "v"], slow(["q", "v", "wo"], id="wo adapted")])
+@pytest.mark.slow
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("targets", [["q", "v"], ["q", "v", "wo"]], ids=["", "wo adapted"])
 def test_t5_asks_a_prepared_layer_for_the_dtype_of_its_weight(inner, targets, graphs):
     """So do mT5, LongT5, UMT5, Switch, Pix2Struct and UDOP. Prepared and unprepared are the same
     bit for bit: the same FP8 bytes, and the dtype that the weight had.
@@ -220,7 +221,7 @@ class Reads(nn.Module):
         return self.call(x) + F.linear(x, self.direct.weight) + norm
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", slow("inductor")])
 def test_values_of_a_prepared_weight_are_those_of_dq_w(inner):
     """What is called is multiplied in FP8; what reads ``weight`` gets dq(W)."""
     model = peft.get_peft_model(Reads(), peft.LoraConfig(r=4, target_modules=["call"]))

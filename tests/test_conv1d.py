@@ -19,6 +19,7 @@ from falqon_fx.rows.prepared import MergedBaseLinear
 from falqon_fx.site.base import bases
 from tests import tolerances as tol
 from tests.models import fill_b, freeze_a, lora_b
+from tests.parameters import each_value
 from tests.sites import randn
 from tests.spellings import Passes, check_site
 
@@ -55,11 +56,11 @@ def parameters(model: nn.Module) -> tol.Parameters:
     return tol.Parameters(base.weight.t(), a.weight, b.weight, 2.0, base.bias, b.bias)
 
 
-@pytest.mark.parametrize(
-    "lora", [{}, {"lora_bias": True}, {"use_rslora": True, "lora_alpha": 4}], ids=str
+@each_value(
+    lora={"": {}, "bias": {"lora_bias": True}, "rslora": {"use_rslora": True, "lora_alpha": 4}},
+    dtype=[torch.float32, BF16],
+    shape=[(24,), (5, 24), (2, 3, 24), (2, 1, 3, 24)],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, BF16])
-@pytest.mark.parametrize("shape", [(24,), (5, 24), (2, 3, 24), (2, 1, 3, 24)])
 def test_a_conv1d_is_one_site_within_the_fp8_bound(shape, dtype, lora):
     model, passes = one(dtype, **lora), Passes()
     run = torch.compile(model, backend=passes)

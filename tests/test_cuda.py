@@ -20,7 +20,7 @@ from falqon_fx.ops.arguments import Merged
 from falqon_fx.site.numerics import E4M3
 from tests.cuda import BF16, F32, GROUPS, INTERPRETED, ROW, TENSOR, as_on_a_gpu, group
 from tests.lowered import check, expected, hat, run
-from tests.parameters import each_pair
+from tests.parameters import each_value
 from tests.sites import takes_row_scales
 from tests.strategies import Case, cases
 
@@ -61,7 +61,7 @@ def test_adapters_are_cast_as_on_a_cpu(case: Case):
         assert torch.equal(*bits)
 
 
-@each_pair(
+@each_value(
     name=list(GROUPS),
     spec={"row": ROW, "tensor": TENSOR},
     kernel=["triton", "dequantize", "scaled_mm"],

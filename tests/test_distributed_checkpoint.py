@@ -18,7 +18,7 @@ from falqon_fx import FalqonError
 from falqon_fx.files import storage
 from falqon_fx.files.storage import DamagedFileError
 from tests.models import lora_b, tiny_mlp
-from tests.parameters import PREPARED_OR_NOT, each_pair, each_value
+from tests.parameters import PREPARED_OR_NOT, each_value
 from tests.runs import STEPS, UPDATES, Run, assert_same_run, base_in_half, snapshot_of
 from tests.sites import randn, same
 
@@ -121,7 +121,7 @@ OTHERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@each_pair(what=list(OTHERS), update=["adapter", "rows"], prepared=PREPARED_OR_NOT)
+@each_value(what=list(OTHERS), update=["adapter", "rows"], prepared=PREPARED_OR_NOT)
 def test_torch_distributed_checkpoint_of_another_model_changes_nothing(
     tmp_path, update, prepared, what
 ):

@@ -12,6 +12,7 @@ from torch import nn
 import falqon_fx
 from tests import tolerances as tol
 from tests.models import fill_b, train
+from tests.parameters import slow
 from tests.peft_calls import CONFIG, SITES, cast, compiled, inputs, made, trained
 
 
@@ -41,7 +42,7 @@ def dora(layer: nn.Module, x: tol.Approx) -> tol.Approx:
     return (y + added).rounded(f32)
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("inner", [slow("eager"), "aot_eager", slow("inductor")])
 def test_the_base_of_dora_runs_in_fp8_behind_its_norm(inner):
     """DoRA reads the base layer's weight for its norm, and rescales the layer's result: against the
     original on the restored weights, with a cast of x before the base.

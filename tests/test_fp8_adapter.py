@@ -296,6 +296,7 @@ def test_a_llama_trains_alike_under_eager_and_aot_eager(prepared):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_hundreds_of_steps_end_where_bfloat16_adapters_do():
     """Both on the same FP8 base. The adapter to be learned is a tenth of the base, and its casts
     are off by as large a part of it as those of the base. So they add a hundredth of what the base

@@ -21,7 +21,6 @@ import triton
 
 from falqon_fx.kernels.matrix import read
 from falqon_fx.passes.pipeline import PASSES
-from tests.parameters import slow
 
 ROOT = Path(__file__).parents[1]
 GUIDES = sorted((ROOT / "docs" / "guides").glob("add-*.md"))
@@ -128,11 +127,8 @@ def follow(guide: Path, folder: Path, take: Callable[[Block], bool]) -> None:
     assert style.returncode == 0, style.stdout
 
 
-@pytest.mark.parametrize(
-    "guide",
-    [guide if guide.stem == "add-a-pass" else slow(guide, id=guide.stem) for guide in GUIDES],
-    ids=lambda guide: guide.stem,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
 def test_what_a_guide_says_works(guide, tmp_path):
     follow(guide, tmp_path, lambda block: not block.slow)
 

@@ -13,7 +13,7 @@ from falqon_fx import FalqonConfig, FalqonError
 from tests import tolerances as tol
 from tests.either_update import UPDATES, each_update, of_update
 from tests.models import LoraLinear, Relu, compiled, fill_b, lora_b, tiny_mlp, train
-from tests.parameters import each_value
+from tests.parameters import each_value, slow
 from tests.sites import randn
 from tests.training import adam, all_equal, steps, trained, weights
 
@@ -72,7 +72,7 @@ def test_a_wider_cast_behind_a_site_sees_the_rounded_sum():
     [
         (torch.bfloat16, "aot_eager"),
         (torch.float16, "aot_eager"),
-        (torch.bfloat16, "inductor"),
+        slow(torch.bfloat16, "inductor"),
     ],
 )
 def test_autocast_trains_bit_for_bit_as_eager(dtype, compiler):

@@ -18,7 +18,7 @@ from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.rows.prepared import MergedBaseLinear
 from tests.folders import BF16, IDS, WIDE, dense_model, folder_of, lora, prequantize
 from tests.models import fill_b
-from tests.parameters import each_pair
+from tests.parameters import each_pair, slow
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -90,7 +90,7 @@ def test_a_write_into_a_loaded_weight_names_its_layer(tmp_path):
     assert refused.value.site == next(iter(falqon_fx.adapters(model)))
 
 
-@pytest.mark.parametrize("update", ["adapter", "rows"])
+@pytest.mark.parametrize("update", ["adapter", slow("rows")])
 def test_the_loaded_model_trains(tmp_path, update):
     source = folder_of(dense_model(), tmp_path / "dense")
     prequantize(source, tmp_path / "out", FalqonConfig(update=update, init="svd"))

@@ -237,7 +237,7 @@ def added_later(folder: Path) -> Trainer:
 
 
 @pytest.mark.parametrize(
-    "make", [as_argument, added_later, slow(compile_before), slow(from_model_init)]
+    "make", [as_argument, slow(added_later), slow(compile_before), slow(from_model_init)]
 )
 def test_every_way_into_the_trainer_trains_alike(trained, tmp_path, make):
     run = make(tmp_path)

@@ -120,6 +120,7 @@ class WatchReference(transformers.TrainerCallback):
         self.look()
 
 
+@pytest.mark.slow
 @each_value(reference=["disabled adapter", "ref adapter"], prepare=PREPARED_OR_NOT)
 def test_dpos_reference_model_stays_as_it_is(tmp_path, reference, prepare):
     """Its log-probabilities are equal bit for bit from the first to the last step, whether it is

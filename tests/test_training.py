@@ -309,9 +309,8 @@ LONG = {
 
 
 def _long(name: str) -> Any:
-    """In the fast tests one, and one in mixed precision."""
-    fast = name in ("plainly", "bfloat16")
-    return pytest.param(LONG[name], id=name, marks=() if fast else pytest.mark.slow)
+    """In the fast tests one."""
+    return pytest.param(LONG[name], id=name, marks=() if name == "plainly" else pytest.mark.slow)
 
 
 @pytest.mark.parametrize("loop", [_long(name) for name in LONG])

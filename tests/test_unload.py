@@ -16,7 +16,7 @@ from falqon_fx import FalqonConfig, FalqonError
 from falqon_fx.rows.unload import fp8_layers
 from falqon_fx.site.numerics import E4M3
 from tests.models import fill_b, freeze_a, tiny_llama, tiny_mlp
-from tests.parameters import PREPARED_OR_NOT, each_pair, each_value
+from tests.parameters import PREPARED_OR_NOT, each_value
 from tests.sites import dequantized, randn
 from tests.tolerances import (
     Approx,
@@ -147,7 +147,7 @@ def added(model: nn.Module, path: str) -> tuple[Any, Any]:
     return total, off
 
 
-@each_pair(act=ACTS, prepared=PREPARED_OR_NOT, update=["adapter", "rows"])
+@each_value(act=ACTS, prepared=PREPARED_OR_NOT, update=["adapter", "rows"])
 def test_the_adapters_that_are_active_now_are_merged(act, prepared, update):
     """As PEFT merges them, within the cast of the base, and float32 sums of at most 4 + 3 products
     and a few scalings. With update="rows" the base was cast together with the adapter of that time,

@@ -28,10 +28,10 @@ def test_a_save_that_is_killed_or_whose_calls_fail_leaves_the_old_or_the_new(tmp
     """And takes nothing with it that is around its folder; the next save finishes the work. What
     writes elsewhere is seen, whatever it takes away again.
     """
-    attacks = {"kills": {"save": 30}, "faults": {"save": 40, "stray": 1}}
+    attacks = {"kills": {"save": 12}, "faults": {"save": 16, "stray": 1}}
     all_found = attack(tmp_path, attacks)
     killed, found = all_found["kills"], all_found["faults"]
-    assert (killed["counts"]["save"]["killed"], killed["failures"]) == (30, [])
+    assert (killed["counts"]["save"]["killed"], killed["failures"]) == (12, [])
     assert {name: of["hit"] for name, of in found["counts"].items()} == attacks["faults"]
     assert found["counts"]["save"]["refused"] > 0
     failures = found["failures"]

@@ -32,9 +32,8 @@ def assert_same_run(run: LongRun, twin: LongRun) -> None:
         assert torch.equal(mine, others)
 
 
-@pytest.mark.parametrize(
-    "prepared", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["unprepared", "prepared"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("prepared", [False, True], ids=["unprepared", "prepared"])
 def test_thirty_steps_with_events_are_those_without(tmp_path, prepared):
     """Every event at least once, after one step each."""
     steps = 30

@@ -24,7 +24,6 @@ from falqon_fx.site.base import cast_base
 from falqon_fx.site.record import STEP
 from falqon_fx.site.spec import SiteSpec
 from tests.models import tiny_mlp
-from tests.parameters import slow
 from tests.sites import Site, make_site, randn, takes_row_scales
 
 # numpy, which the interpreter computes with, announces what hashing does on purpose.
@@ -209,7 +208,8 @@ def test_grad_x_of_a_constant_base_is_that_of_a_transient_transpose(kernel):
     assert [stored.find(base.weight) for base in bases] == copies
 
 
-@pytest.mark.parametrize("kernel", [SCALED_MM, slow("triton")])
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", [SCALED_MM, "triton"])
 def test_grad_x_follows_the_updates_of_rows(kernel):
     made = [make_site(48, 64, 16), make_site(32, 64, 8, seed=1)]
     for step in range(2):

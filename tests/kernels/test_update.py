@@ -84,6 +84,7 @@ def test_equals_the_cpu_bit_for_bit(made, loop, rows, data):
             assert same(snapshot(site.state), snapshot(other.state))
 
 
+@pytest.mark.slow
 @settings(max_examples=settings.default.max_examples // 4)
 @given(made=exact_sites(), loop=st.booleans(), data=st.data())
 def test_equals_the_cpu_bit_for_bit_without_base_weights(made, loop, data):
@@ -97,6 +98,7 @@ def test_equals_the_cpu_bit_for_bit_without_base_weights(made, loop, data):
             assert same(snapshot(site.state), snapshot(other.state))
 
 
+@pytest.mark.slow
 @each_pair(
     base=["plain", "stored [in, out]", "freed"],
     granularity=["tensor", "row"],

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from falqon_fx import FalqonConfig, rewrite
 from falqon_fx.ops.decompositions import decompositions
 from falqon_fx.passes.recompute_weights import recompute_weights
+from tests.parameters import each_pair
 from tests.sites import randn
 from tests.spellings import HandWritten, Spelling
 
@@ -66,10 +67,7 @@ class Partitioned:
         return x.grad, model.lora_b.weight.grad
 
 
-@pytest.mark.parametrize("opened", [False, True])
-@pytest.mark.parametrize("mark", [False, True])
-@pytest.mark.parametrize("granularity", ["tensor", "row"])
-@pytest.mark.parametrize("update", UPDATES.values(), ids=UPDATES)
+@each_pair(opened=[False, True], mark=[False, True], granularity=["tensor", "row"], update=UPDATES)
 def test_w_is_kept_for_backward_as_fp8_alone(update, granularity, mark, opened):
     backend = Partitioned(mark, opened, {"granularity": granularity, **update})
     backend.train()
