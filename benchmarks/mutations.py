@@ -331,14 +331,14 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace, result: Path) -> None:
     """Try the faults of each file that is asked for."""
-    folder, commit = common.ROOT / "passes", common.versions()["commit"]
+    commit = common.versions()["commit"]
     with tempfile.TemporaryDirectory() as place:
         copy = Path(place)
         make_copy(copy)
         warm_up(copy)
         for file in arguments.files or TESTS:
             tests = [*TESTS[file], *(SHARED if arguments.shared else ())]
-            text = (folder / file).read_text(encoding="utf-8")
+            text = (copy / "falqon_fx" / "passes" / file).read_text(encoding="utf-8")
             verdicts = []
             for mutant in choose(file, text, arguments.each, random.Random(arguments.seed)):
                 by = tried(copy, mutant, tests, arguments.limit)
