@@ -151,6 +151,8 @@ def mutants(file: str, text: str) -> Iterator[Mutant]:
             passed_over |= {id(value) for value in (*node.defaults, *node.kw_defaults)}
         elif isinstance(node, ast.ClassDef):  # a frozen data class is a promise to readers
             passed_over |= {id(n) for d in node.decorator_list for n in ast.walk(d)}
+        elif isinstance(node, ast.keyword) and node.arg == "strict":  # lengths that are equal
+            passed_over.add(id(node.value))
     for node in ast.walk(tree):
         if id(node) in passed_over:
             continue
