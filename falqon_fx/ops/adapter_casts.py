@@ -40,8 +40,14 @@ def proxy_update(
 
 
 @proxy_update.register_fake
-def _(lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], *rest: Any) -> list[Tensor]:
-    _, base_scale, wide, spec_text = rest
+def _(
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scaling: Sequence[float],
+    base_scale: Sequence[Tensor],
+    wide: bool,
+    spec_text: str,
+) -> list[Tensor]:
     dtype, per_row = torch.float32 if wide else torch.bfloat16, parse_spec(spec_text).per_row
     casts = []
     for a, b in zip(lora_a, lora_b):
