@@ -63,7 +63,7 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "insert_operands.py": ("passes/test_insert_operands.py", *_VERIFY),
     "localize.py": _TWO_PROCESSES,
     "match/computed.py": (_MATCH, "passes/test_match_refused.py", *_DIALECTS),
-    "match/dataflow.py": (*_MATCHED, *_DIALECTS),
+    "match/dataflow.py": (*_MATCHED, "passes/test_modes.py", *_DIALECTS),
     "match/delta.py": (*_DIALECTS, *_MATCHED),
     "match/experts.py": _EXPERTS,
     "match/frozen.py": _FROZEN,
