@@ -108,11 +108,11 @@ def left(result: Path, file: str, text: str) -> tuple[list[Mutant], list[dict[st
     """The faults of a file that nothing noticed so far, and the verdicts on the others."""
     known = [v for v in common.read_json(result)["verdicts"] if v["file"] == file]
     gaps = [v for v in known if v["by"] is None and "why" not in v]
-    found = []
+    what, found = operator.attrgetter("kind", "old", "new"), []
     for gap in gaps:  # which may stand some lines further down by now
-        what = operator.attrgetter("kind", "old", "new")
         alike = [m for m in mutants(file, text) if what(m) == (gap["kind"], gap["old"], gap["new"])]
-        found += sorted(alike, key=lambda m, line=gap["line"]: abs(m.line - line))[:1]
+        places = [abs(m.line - gap["line"]) for m in alike]
+        found += [alike[places.index(min(places))]] if alike else []
     return found, [v for v in known if v not in gaps]
 
 
@@ -299,7 +299,7 @@ def run(arguments: argparse.Namespace, result: Path) -> None:
         for file in files:
             tests = [*TESTS[file], *(SHARED if arguments.shared else ())]
             text = (copy / "falqon_fx" / "passes" / file).read_text(encoding="utf-8")
-            verdicts = []
+            verdicts: list[dict[str, Any]] = []
             chosen = choose(file, text, arguments.each, random.Random(arguments.seed))
             if arguments.left:
                 chosen, verdicts = left(result, file, text)

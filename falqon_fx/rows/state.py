@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -60,12 +60,13 @@ class MergedAdapter:
     origin: Tensor
     scaling: float
     spec: RowsSpec
-    base_ref: weakref.ref[Tensor] | None = None
-    a_ref: weakref.ref[Tensor] | None = None
-    b_ref: weakref.ref[Tensor] | None = None
-    transposed: bool = False  # whether the base weight is stored [in, out]
-    stamp: tuple[Any, ...] = ()
-    resumed: bool = False  # from a checkpoint: no other config may start over beside it
+    base_ref: weakref.ref[Tensor] | None = field(default=None, init=False)
+    a_ref: weakref.ref[Tensor] | None = field(default=None, init=False)
+    b_ref: weakref.ref[Tensor] | None = field(default=None, init=False)
+    transposed: bool = field(default=False, init=False)  # the base weight is stored [in, out]
+    stamp: tuple[Any, ...] = field(default=(), init=False)
+    # From a checkpoint: no other config may start over beside it.
+    resumed: bool = field(default=False, init=False)
 
     def belongs_to(self, site: SiteParameters) -> bool:
         """Whether it was made from the site's own W and A."""
