@@ -3,6 +3,7 @@ time and in a copy, and the tests of that file run until the first failure.
 
     python benchmarks/mutations.py                       # all files, an hour of one core
     python benchmarks/mutations.py plan.py match/pair.py --seed 1
+    python benchmarks/mutations.py plan.py --left        # what nothing noticed, with new tests
     python benchmarks/mutations.py --page                # the page again, from the JSON file
 
 Torch is imported once: each run is a fork of this process. A fault that no test notices "survives".
@@ -15,24 +16,27 @@ a run can be cut into slices.
 from __future__ import annotations
 
 import argparse
-import ast
+import compileall
+import contextlib
 import gc
 import importlib
 import operator
 import os
+import py_compile
 import random
 import resource
 import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import common
 import pytest
+from faults import Mutant, choose, mutants
 
 _NORMALIZE, _MATCH = "passes/test_normalize.py", "passes/test_match.py"
 _MATCHED = (_MATCH, "passes/test_match_peft.py", "passes/test_match_refused.py")
@@ -59,7 +63,7 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "insert_operands.py": ("passes/test_insert_operands.py", *_VERIFY),
     "localize.py": _TWO_PROCESSES,
     "match/computed.py": (_MATCH, "passes/test_match_refused.py", *_DIALECTS),
-    "match/dataflow.py": (*_MATCHED, *_DIALECTS),
+    "match/dataflow.py": (*_MATCHED, "passes/test_modes.py", *_DIALECTS),
     "match/delta.py": (*_DIALECTS, *_MATCHED),
     "match/experts.py": _EXPERTS,
     "match/frozen.py": _FROZEN,
@@ -69,10 +73,22 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "normalize.py": (_NORMALIZE, _MATCH),
     "pipeline.py": (*_VERIFY, "passes/test_localize.py", "test_passlog.py"),
     "slots.py": ("passes/test_plan.py",),
-    "plan.py": ("passes/test_plan.py", "passes/test_siblings.py", "passes/test_insert_operands.py"),
+    "plan.py": (
+        "passes/test_plan.py",
+        "passes/test_siblings.py",
+        "passes/test_insert_operands.py",
+        "test_explain_costs.py",
+        "test_merged_experts.py",
+    ),
     "propagate.py": (_NORMALIZE, "passes/test_rewrite.py", "test_errors.py"),
     "recompute_weights.py": ("passes/test_recompute_weights.py",),
-    "rewrite.py": ("passes/test_rewrite.py", "passes/test_siblings.py", *_FROZEN),
+    "rewrite.py": (
+        "passes/test_rewrite.py",
+        "passes/test_siblings.py",
+        *_FROZEN,
+        "passes/test_match_peft.py",
+        "test_merged_experts.py",
+    ),
     "rows.py": ("passes/test_insert_operands.py", *_VERIFY, "passes/test_plan.py"),
     "scope.py": (_NORMALIZE, *_MATCHED),
     "shards.py": _TWO_PROCESSES,
@@ -86,107 +102,18 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "writes.py": ("passes/test_writes.py",),
 }
 SHARED = ("passes", "test_patterns.py", *_DIALECTS)
-KINDS = ("negate", "constant", "drop", "swap", "condition")
-_OPPOSITE: dict[type[ast.cmpop], type[ast.cmpop]] = {
-    ast.Eq: ast.NotEq,
-    ast.Lt: ast.GtE,
-    ast.Gt: ast.LtE,
-    ast.Is: ast.IsNot,
-    ast.In: ast.NotIn,
-}
-_OPPOSITE |= {other: one for one, other in _OPPOSITE.items()}
 
 
-@dataclass(frozen=True)
-class Mutant:
-    """A piece of a file and what stands there instead."""
-
-    file: str
-    line: int
-    kind: str
-    old: str
-    new: str
-    start: int  # in the file's text
-    end: int
-
-
-def mutants(file: str, text: str) -> Iterator[Mutant]:
-    """Every small fault that can be put into a file."""
-    starts = [0]
-    for line in text.splitlines(keepends=True):
-        starts.append(starts[-1] + len(line))
-
-    def place(node: ast.AST) -> tuple[int, int]:
-        # Columns count bytes.
-        ends = []
-        for line, column in (
-            (getattr(node, "lineno"), getattr(node, "col_offset")),  # noqa: B009
-            (getattr(node, "end_lineno"), getattr(node, "end_col_offset")),  # noqa: B009
-        ):
-            row = text[starts[line - 1] : starts[line]].encode()
-            ends.append(starts[line - 1] + len(row[:column].decode()))
-        return ends[0], ends[1]
-
-    def source(part: ast.AST) -> str:
-        start, end = place(part)
-        return text[start:end]
-
-    tree = ast.parse(text)
-    passed_over: set[int] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.arguments):  # most are given by every caller
-            passed_over |= {id(value) for value in (*node.defaults, *node.kw_defaults)}
-        elif isinstance(node, ast.ClassDef):  # a frozen data class is a promise to readers
-            passed_over |= {id(n) for d in node.decorator_list for n in ast.walk(d)}
-    for node in ast.walk(tree):
-        if id(node) in passed_over:
-            continue
-        for kind, part, new in _faults(node, source):
-            start, end = place(part)
-            yield Mutant(file, part.lineno, kind, text[start:end], new, start, end)
-
-
-def _faults(
-    node: ast.AST, source: Callable[[ast.AST], str]
-) -> Iterator[tuple[str, ast.expr | ast.stmt, str]]:
-    if isinstance(node, ast.Compare) and len(node.ops) == 1:
-        opposite = _OPPOSITE[type(node.ops[0])]()
-        yield (
-            "negate",
-            node,
-            f"({ast.unparse(ast.Compare(node.left, [opposite], node.comparators))})",
-        )
-    elif isinstance(node, ast.Constant) and isinstance(node.value, int):
-        yield (
-            "constant",
-            node,
-            str(not node.value if isinstance(node.value, bool) else node.value + 1),
-        )
-    elif isinstance(node, ast.AugAssign | ast.Continue | ast.Raise) or _is_call(node):
-        yield "drop", cast(ast.stmt, node), "pass"
-    elif isinstance(node, ast.If | ast.IfExp):
-        yield "condition", node.test, f"(not ({source(node.test)}))"
-    if isinstance(node, ast.Call) and len(node.args) > 1:
-        first, second = node.args[:2]
-        if not isinstance(first, ast.Starred) and not isinstance(second, ast.Starred):
-            function, rest = source(node.func), [*node.args[2:], *node.keywords]
-            given = ", ".join([source(second), source(first), *map(source, rest)])
-            if isinstance(second, ast.expr) and source(first) != source(second):
-                yield "swap", node, f"{function}({given})"
-
-
-def _is_call(node: ast.AST) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
-
-
-def choose(file: str, text: str, each: int, dice: random.Random) -> list[Mutant]:
-    """``each`` faults of a file, of as many kinds as it has."""
-    found_here = [*mutants(file, text)]
-    by_kind = {kind: [m for m in found_here if m.kind == kind] for kind in KINDS}
-    for found in by_kind.values():
-        dice.shuffle(found)
-    in_turn = [m for row in range(each) for found in by_kind.values() for m in found[row : row + 1]]
-    return in_turn[:each]
+def left(result: Path, file: str, text: str) -> tuple[list[Mutant], list[dict[str, Any]]]:
+    """The faults of a file that nothing noticed so far, and the verdicts on the others."""
+    known = [v for v in common.read_json(result)["verdicts"] if v["file"] == file]
+    gaps = [v for v in known if v["by"] is None and "why" not in v]
+    what, found = operator.attrgetter("kind", "old", "new"), []
+    for gap in gaps:  # which may stand some lines further down by now
+        alike = [m for m in mutants(file, text) if what(m) == (gap["kind"], gap["old"], gap["new"])]
+        places = [abs(m.line - gap["line"]) for m in alike]
+        found += [alike[places.index(min(places))]] if alike else []
+    return found, [v for v in known if v not in gaps]
 
 
 def make_copy(folder: Path) -> None:
@@ -196,6 +123,9 @@ def make_copy(folder: Path) -> None:
     for name in ("passes", "kernels"):
         shutil.copytree(common.ROOT / name, folder / "falqon_fx" / name)
     shutil.copy(common.ROOT / "pyproject.toml", folder)
+    for name in ("falqon_fx", "tests"):  # by hash: a changed file may keep its size and time
+        by_hash = py_compile.PycInvalidationMode.CHECKED_HASH
+        compileall.compile_dir(folder / name, quiet=1, invalidation_mode=by_hash)
 
 
 class _First:
@@ -213,19 +143,41 @@ class _First:
             os.write(self.pipe, b"its import")
 
 
-def warm_up(copy: Path) -> None:
-    """Import once what no fault changes: torch, and of the copy what lies below the passes."""
-    sys.dont_write_bytecode = True  # a changed file may keep its size and time
+class _Imported:
+    """The modules that tests import, apart from those of the copy."""
+
+    def __init__(self, pipe: int) -> None:
+        self.pipe, self.known = pipe, {*sys.modules}
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        files = {n: str(getattr(m, "__file__", "")) for n, m in sys.modules.items()}
+        new = (n for n, f in files.items() if not f.startswith(str(session.config.rootpath)))
+        with os.fdopen(self.pipe, "w", closefd=False) as pipe:
+            pipe.write("\n".join(name for name in new if name not in self.known))
+
+
+def warm_up(copy: Path, tests: Sequence[str]) -> None:
+    """Import once what no fault changes: torch, of the copy what lies below the passes, and what
+    the tests import.
+    """
+    sys.dont_write_bytecode = True
     sys.path.insert(0, str(copy))
     os.environ["PYTHONPATH"] = str(copy)  # for the processes that tests start
     for name in ("torch._inductor.compile_fx", "transformers", "peft", "hypothesis", "falqon_fx"):
         importlib.import_module(name)
+    told, _ = forked(copy, tests, _Imported, 600, "--collect-only")
+    for name in told.split():
+        if not name.startswith("falqon_fx"):
+            with contextlib.suppress(ImportError):  # what only stands there as a module
+                importlib.import_module(name)
     assert not any(name.startswith("falqon_fx.passes") for name in sys.modules)
     gc.freeze()
 
 
-def failure(copy: Path, tests: Sequence[str], limit: int, among: str = "") -> str | None:
-    """What fails first of the tests in the copy, or of those ``among`` them; in a fork."""
+def forked(
+    copy: Path, tests: Sequence[str], plugin: Callable[[int], object], limit: int, *options: str
+) -> tuple[str, int]:
+    """What a plugin says of the tests in the copy, and how their process ended."""
     read, write = os.pipe()
     child = os.fork()
     if not child:
@@ -235,12 +187,18 @@ def failure(copy: Path, tests: Sequence[str], limit: int, among: str = "") -> st
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1)
         os.dup2(silent, 2)
-        told = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", among]
-        os._exit(pytest.main([*told, *(f"tests/{t}" for t in tests)], [_First(write)]))
+        quick = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--assert=plain"]
+        files = (f"tests/{test}" for test in tests)
+        os._exit(pytest.main([*quick, *options, *files], [plugin(write)]))
     os.close(write)
     with os.fdopen(read) as pipe:
-        name = pipe.read()
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        told = pipe.read()
+    return told, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def failure(copy: Path, tests: Sequence[str], limit: int, among: str = "") -> str | None:
+    """What fails first of the tests in the copy, or of those ``among`` them; in a fork."""
+    name, code = forked(copy, tests, _First, limit, "-k", among)
     if code in (-signal.SIGALRM, -signal.SIGXCPU, -signal.SIGKILL):
         return f"no end within {limit} s"
     if code == pytest.ExitCode.USAGE_ERROR:  # what conftest.py imports
@@ -321,6 +279,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, default=300, help="seconds of CPU for one fault")
     parser.add_argument("--shared", action="store_true", help="the tests of all passes, too")
+    parser.add_argument("--left", action="store_true", help="only what nothing noticed so far")
     parser.add_argument("--page", action="store_true", help="only write the page again")
     arguments = parser.parse_args()
     result = common.latest_or_new("mutations")
@@ -331,16 +290,20 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace, result: Path) -> None:
     """Try the faults of each file that is asked for."""
-    folder, commit = common.ROOT / "passes", common.versions()["commit"]
+    commit = common.versions()["commit"]
     with tempfile.TemporaryDirectory() as place:
         copy = Path(place)
         make_copy(copy)
-        warm_up(copy)
-        for file in arguments.files or TESTS:
+        files = arguments.files or [*TESTS]
+        warm_up(copy, [*dict.fromkeys(test for file in files for test in TESTS[file])])
+        for file in files:
             tests = [*TESTS[file], *(SHARED if arguments.shared else ())]
-            text = (folder / file).read_text(encoding="utf-8")
-            verdicts = []
-            for mutant in choose(file, text, arguments.each, random.Random(arguments.seed)):
+            text = (copy / "falqon_fx" / "passes" / file).read_text(encoding="utf-8")
+            verdicts: list[dict[str, Any]] = []
+            chosen = choose(file, text, arguments.each, random.Random(arguments.seed))
+            if arguments.left:
+                chosen, verdicts = left(result, file, text)
+            for mutant in chosen:
                 by = tried(copy, mutant, tests, arguments.limit)
                 verdicts.append({**asdict(mutant), "by": by, "commit": commit})
                 fault = f"{file}:{mutant.line} {mutant.kind}: {mutant.old!r} -> {mutant.new!r}"

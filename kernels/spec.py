@@ -85,7 +85,7 @@ def padded(columns: int) -> int:
 
 
 def aligned(columns: int) -> int:
-    """Up to a multiple of 16: FP8 products take their sums in steps of so many."""
+    """So many columns up to a multiple of 16: FP8 products add up in steps of 16."""
     return -(-columns // 16) * 16
 
 

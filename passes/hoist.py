@@ -94,7 +94,7 @@ def _moves(scope: Scope) -> Iterator[_Move]:
 
 
 def _closed(moves: list[_Move], root: Scope) -> list[_Move]:
-    """Those whose parameter has no other reader: its gradient is all parts or all whole."""
+    """The moves whose parameter has no other reader: its gradient is all parts or all whole."""
     aliases, calls = placeholders(root), body_calls(root)
     by = {(move.param, move.reader) for move in moves}
     return [
@@ -267,7 +267,7 @@ def _like(value: Any, tokens: Any) -> Any:
 
 
 def _erase(scope: Scope, nodes: tuple[fx.Node, ...]) -> None:
-    """Those that nothing reads any more."""
+    """Erase the nodes that nothing reads any more."""
     for node in reversed(nodes):
         if not node.users:
             scope.gm.graph.erase_node(node)

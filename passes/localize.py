@@ -282,7 +282,7 @@ class _Edit:
         return found
 
     def _add_bias(self, node: fx.Node, bias: fx.Node) -> None:
-        """Behind the sum, or it would be added once a process."""
+        """Add the bias behind the sum, or it would be added once per process."""
         for user in [*node.users]:
             if not is_to_local(user):
                 self._add_bias(user, bias)

@@ -221,7 +221,7 @@ class _Chooser:
         self.sites.append(SitePlan(found, base, adapters, site))
 
     def _selects(self, path: str) -> bool:
-        """By what the graph calls a layer and by what the model does."""
+        """Whether include= and exclude= take a layer, by its name in the graph and in the model."""
         return self.config.selects(site_of(path), site_of(self.names.get(path, path)))
 
     def _refusal(self, found: Match, path: str) -> Rejected | None:

@@ -307,7 +307,6 @@ def test_away_from_the_cpu_the_update_reads_nothing_back(options):
     base = torch.empty(48, 32, dtype=torch.bfloat16, device=device)
     a, b = torch.empty(4, 32, device=device), torch.empty(48, 4, device=device)
     columns: list[Any] = [[tensor] for tensor in (*state.tensors, b, a, base)]
-    columns += [[2.0], str(spec)]
-    proxy_update_(*columns)
+    proxy_update_([*columns, [2.0]], str(spec))
     with pytest.raises(RuntimeError, match="meta"):
         bool(state.counters.any())

@@ -221,8 +221,8 @@ def test_rows_not_written_and_zeros_are_not_counted():
     old = value / 3
     applied = [torch.zeros(5, 1) for _ in range(2)]
     one = torch.ones(2, 1, 1)
-    given = (rows, worth, value - old, old, value, code, one, score, remains)
-    table = audit.WriteBackBatch(applied, torch.tensor([7, 8]), *given).table()
+    chosen = (rows, worth, old, value - old, value, score, remains)
+    table = audit.WriteBackBatch(*chosen, applied, torch.tensor([7, 8]), code, one).table()
     for g in range(2):
         got = dict(zip(audit.COLUMNS, table[g].tolist()))
         new, asked = code[g, ::2].view(torch.float8_e4m3fn).double(), (value - old)[g, ::2].double()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,3 +79,16 @@ def test_files_are_short():
 def test_the_picture_is_that_of_the_code():
     """`python docs/imports.py --write` draws it anew."""
     assert house.mermaid() in house.PAGE.read_text()
+
+
+def test_docstrings_start_with_what_they_are_of():
+    """Not with "Of a layer ...", "As the op ..." or "Those that ...", whose subject is missing."""
+    without = re.compile(r"(As|By|For|From|Likewise|Of|Those|With)\b")
+    kinds = ast.Module, ast.ClassDef, ast.FunctionDef
+    found = [
+        (name, text.splitlines()[0])
+        for name, path in house.MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, kinds) and without.match(text := ast.get_docstring(node) or "")
+    ]
+    assert found == []

@@ -161,7 +161,7 @@ def cost(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """From how many tokens on the rewrite of a layer pays.
+    """The tokens from which on the rewrite of a layer pays.
 
     Predicted times of its step on one card, by number of tokens: lora is what runs without falqon;
     fp8_lora puts FP8 under a separate LoRA path; merged is the rewritten layer on FP8 matrix units;

@@ -95,7 +95,7 @@ def _check_names(model: Any, folder: Path, adapter: str) -> None:
 
 @contextmanager
 def errors_explained(name: str, problem: str, remedy: str) -> Iterator[None]:
-    """Of a config transformers and PEFT take any value, and fail at it anywhere."""
+    """Explain what fails in transformers and PEFT, which take any value of a config."""
     try:
         yield
     except Exception as error:

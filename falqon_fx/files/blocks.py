@@ -32,7 +32,7 @@ _CHECK = "Check weight_block_size in config.json, and the checkpoint"
 
 @dataclass(frozen=True)
 class Moved:
-    """By how much casting again moved weights: ‖cast again − as published‖² and ‖as published‖²."""
+    """How far casting again moved weights: ‖cast again − as published‖² and ‖as published‖²."""
 
     error: float
     norm: float

@@ -102,7 +102,7 @@ def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = No
 
 
 def _tensors(base: Base) -> dict[str, Tensor]:
-    """Those of a prepared layer."""
+    """The tensors of a prepared layer."""
     own = {"code": base.code, "scale": scale_bits(base.scale)}
     return {**own, "digest": digest(base.code, base.scale)}
 

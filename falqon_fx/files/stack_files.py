@@ -175,7 +175,7 @@ class Checkpoint:
         self._paths = {p.replace(".base_layer", ""): p for p, _ in model.named_modules()}
 
     def placed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """By the model's names; dense stacks are put together."""
+        """Tensors by the model's names; dense stacks are put together."""
         rest, found = dict(tensors), {}
         for name, parts in self._parts.items():
             if all(part.name in rest for part in parts):
@@ -187,7 +187,7 @@ class Checkpoint:
         return found | {self._place(self._names.get(n, n)): t for n, t in rest.items()}
 
     def stacked(self, bases: dict[str, Base]) -> Iterator[tuple[str, int, Base]]:
-        """Of the FP8 forms of layers by path, which become less, those of stacks: place, number of
+        """The stacks among the FP8 forms of layers by path, which become less: place, number of
         experts, and the FP8 form of the whole.
         """
         for name, parts in self._parts.items():

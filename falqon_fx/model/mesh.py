@@ -177,7 +177,7 @@ def _fits(path: str, pattern: str) -> bool:
 
 
 def _sizes(mesh: Any) -> dict[str, int]:
-    """Those of a DeviceMesh; one dimension needs no name."""
+    """The sizes of a DeviceMesh by name; one dimension needs none."""
     shape = tuple(getattr(mesh, "shape", ()))
     names = getattr(mesh, "mesh_dim_names", None) or (("fsdp",) if len(shape) == 1 else ())
     if not names:

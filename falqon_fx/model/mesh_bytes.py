@@ -154,7 +154,7 @@ _NAMES = {"digest": "scales", "bias": "rest"} | {k: k for k in ("base", "scales"
 
 
 def _units(layers: Sequence[_Layer], plan: MeshPlan) -> Iterator[Unit]:
-    """Those that hold parameters. The model itself keeps until backward what it has gathered."""
+    """The units with parameters. The model itself keeps until backward what it has gathered."""
     for path in dict.fromkeys(layer.unit for layer in layers):
         parts = [piece for layer in layers if layer.unit == path for piece in layer.parts]
         again = path != "" and plan.reshard_after_forward

@@ -182,7 +182,7 @@ def _reading(layers: Sequence[LinearLayer], reader: _Reader) -> Iterator[None]:
 def _add_up(
     reached: Sequence[LinearLayer], waiting: Sequence[LinearLayer], moments: dict[int, Moment]
 ) -> None:
-    """Of several processes each has read batches of its own: all get the sums.
+    """Give all processes the sums, since each has read batches of its own.
 
     Raises:
         FalqonError: other layers were reached in another process, or it has raised.

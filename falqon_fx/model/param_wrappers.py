@@ -96,7 +96,7 @@ class TracedParamWrapper(ParamWrapper):
             setattr(base, place, None)
 
     def _adapted(self: Any, weight: Tensor, adapters: list[str]) -> Tensor:
-        """As PEFT computes it: at once where the weights are stacked and the adapter is one."""
+        """The sum, as PEFT makes it: at once of stacked weights and one adapter."""
         if len(adapters) == 1 and self.num_experts > 1:
             left, right, scaling = self.get_delta_factors(adapters[0])
             device = weight.device.type

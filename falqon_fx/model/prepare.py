@@ -326,7 +326,7 @@ def _by_place(model: nn.Module) -> Mapping[Place, tuple[list[str], Tensor]]:
 
 
 def flush(model: nn.Module) -> None:
-    """With update="rows": write every pending row of every site into its FP8 weight now. With
+    """Write every pending row of every site of update="rows" into its FP8 weight now. With
     update="adapter" nothing is ever pending.
     """
     rows_model.flush(unwrap(model))

@@ -277,7 +277,7 @@ def _parameter(name: str) -> property:
 
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-    """For copies and pickles, which find no class that is made while a program runs."""
+    """Stands for copies and pickles, which find no class that is made while a program runs."""
     return _new, (_plain_class(self), properties(self)), vars(self)
 
 

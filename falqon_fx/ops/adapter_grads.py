@@ -23,7 +23,7 @@ class OutAGrads:
     whole: Tensor | None = None
 
     def of(self, adapters: list[int]) -> list[Tensor]:
-        """Those of some adapters: each, or on a GPU all side by side in one."""
+        """The gradients of some adapters: each, or on a GPU all side by side in one."""
         if self.whole is None or not adapters:
             return [self.parts[j] for j in adapters]
         if adapters == [*self.parts]:

@@ -158,7 +158,7 @@ def balance(typical: Tensor, largest: Tensor) -> Tensor:
 
 
 def _exponent(value: Tensor) -> Tensor:
-    """Of positive float32 the largest power of two that is not above it, int32; of zero -127."""
+    """The exponent of the largest power of two not above a positive float32; of zero -127."""
     return ((value.view(torch.int32) >> 23) & 0xFF) - 127
 
 

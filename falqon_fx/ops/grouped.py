@@ -101,7 +101,7 @@ class Stack:
 
     @classmethod
     def of(cls, code: Tensor, scale: Tensor | float, experts: int) -> Stack:
-        """From matrices [E * m, k] and [E * m, 1]."""
+        """A stack of matrices [E * m, k] and [E * m, 1]."""
         stacked = code.view(experts, -1, code.shape[1])
         return cls(stacked, scale.view(*stacked.shape[:2], 1) if isinstance(scale, Tensor) else 1.0)
 

@@ -66,7 +66,7 @@ def compare(before: Graphs, after: Graphs) -> Comparison:
 def _differences(
     old: dict[str, str] | None, new: dict[str, str] | None
 ) -> Iterator[tuple[str, str, str]]:
-    """Of a layer that only one report has, or that is in another state, the state alone."""
+    """What differs; the state alone where one report lacks the layer or has it in another."""
     was, now = ((facts or {}).get("state", ABSENT) for facts in (old, new))
     if was != now:
         yield "state", was, now

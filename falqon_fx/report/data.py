@@ -267,18 +267,7 @@ class GraphReport:
 
 @dataclass(frozen=True)
 class Graphs:
-    """All graphs of a compilation (see `falqon_fx.RewriteReport`).
-
-    A layer in two graphs, as on both sides of a graph break, stands in the lists of both.
-
-    Attributes:
-        options: the config in force.
-        modules: paths of all modules that hold parameters of their own, the map of the model.
-        notes: what `explain` did or assumed on its own account.
-        mesh: what training on several processes would hold and move, where `explain` was asked.
-        sensitivity: the rise of the loss per label, in nats, that the casts of each site are
-            expected to cost, the largest first; where `explain` had a calibration.
-    """
+    """All graphs of a compilation, as `falqon_fx.RewriteReport` describes them."""
 
     graphs: tuple[GraphReport, ...]
     options: dict[str, str] = field(default_factory=dict)

@@ -282,7 +282,7 @@ class _Check:
         return {**found, "dL/dx": self._ratio(x.grad, of_x, 2 * out + rank)}
 
     def _cast(self, x: Tensor, dtype: torch.dtype) -> _Exact:
-        """As the op casts it."""
+        """x as the op casts it."""
         cast = lowering.cast_fp8(x, dtype, self.spec, torch.float32)
         return _Exact.of(cast.value.double() * torch.as_tensor(cast.rest).double())
 

@@ -14,7 +14,7 @@ def weight_bytes(report: Graphs) -> tuple[int, int] | None:
 
 
 def predicted_seconds(report: Graphs) -> tuple[float, float] | None:
-    """Of a step in all sites, before and after."""
+    """Seconds of a step in all sites, before and after."""
     costs = [site.cost for site in report.sites if site.cost]
     if not costs:
         return None

@@ -191,7 +191,7 @@ def to_svg(report: Graphs, path: str) -> str:
 
 
 def _escape(text: str) -> str:
-    """As text in an SVG image: XML has no control characters, not even escaped."""
+    """Text for an SVG image: XML has no control characters, not even escaped."""
     return html.escape(one_line(text))
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from falqon_fx.kernels.cpu.native import ChosenRows
 from falqon_fx.site.numerics import E4M3, FP8_MAX, decode_fp8
 
 # Columns of `WriteBackBatch.table`: fields of `falqon_fx.report.Audit`.
@@ -19,31 +20,19 @@ COLUMNS = ("step", "asked", "kept", "lost", "clamped", "saturated", "underflowed
 
 
 @dataclass(frozen=True)
-class WriteBackBatch:
+class WriteBackBatch(ChosenRows):
     """One batch of G sites of one shape, k rows of each.
 
     Attributes:
         applied: the sites' state tensors, by which they are known.
         step: int64 [G], each site's count of optimizer steps.
-        rows, worth: [G, k], the rows chosen and which of them were written.
-        asked: float32 [G, k, in], scaling · ΔB · Â.
-        old, value: float32 [G, k, in], W's rows before, and old + asked.
         code, scale: what was written, uint8 [G, k, in] and float32 [G, k or 1, 1].
-        score: [G, out], Σ|B - applied| of each row before the write.
-        remains: [G, k], the same of the chosen rows after it.
     """
 
     applied: list[Tensor]
     step: Tensor
-    rows: Tensor
-    worth: Tensor
-    asked: Tensor
-    old: Tensor
-    value: Tensor
     code: Tensor
     scale: Tensor
-    score: Tensor
-    remains: Tensor
 
     def table(self) -> Tensor:
         """Float64 [G, len(COLUMNS) + 2k] on the device: `COLUMNS`, then ``rows``, then ``worth``.

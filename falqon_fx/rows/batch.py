@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -11,41 +13,24 @@ from falqon_fx.site.record import COUNTERS
 from falqon_fx.site.spec import RowsSpec
 
 
+@dataclass(slots=True, eq=False)
 class Batched:
-    """The tensors of one site, as the op got them."""
+    """The tensors of one site, in the order of `falqon_fx.rows.ops.proxy_update_`: W' as bytes."""
 
-    __slots__ = (
-        "applied",
-        "base",
-        "changed",
-        "counters",
-        "index",
-        "lora_a",
-        "lora_b",
-        "scale",
-        "scaling",
-        "weight",
-        "writes",
-    )
+    index: int
+    weight: Tensor
+    scale: Tensor
+    applied: Tensor
+    counters: Tensor
+    writes: Tensor
+    lora_b: Tensor
+    lora_a: Tensor
+    base: Tensor | None
+    scaling: float
+    changed: Tensor | None = None
 
-    def __init__(
-        self,
-        index: int,
-        weight: Tensor,
-        scale: Tensor,
-        applied: Tensor,
-        counters: Tensor,
-        writes: Tensor,
-        lora_b: Tensor,
-        lora_a: Tensor,
-        base: Tensor | None,
-        scaling: float,
-    ) -> None:
-        self.index = index
-        self.weight, self.scale, self.applied = weight.view(torch.uint8), scale, applied
-        self.counters, self.writes = counters, writes
-        self.lora_b, self.lora_a, self.base, self.scaling = lora_b, lora_a, base, scaling
-        self.changed: Tensor | None = None
+    def __post_init__(self) -> None:
+        self.weight = self.weight.view(torch.uint8)
 
     @property
     def kind(self) -> tuple[object, ...]:

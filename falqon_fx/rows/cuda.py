@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,23 +18,21 @@ if TYPE_CHECKING:
 
 
 def proxy_update_(columns: Sequence[Sequence[Any]], spec_text: str) -> None:
-    """See `falqon_fx.rows.update.proxy_update_`, whose other arguments are the ``columns``: four
-    launches for all sites whose tensors have the same dtypes, whatever their shapes. Sites that the
-    kernels don't take are updated by ATen.
+    """See `falqon_fx.rows.update.proxy_update_`: four launches for all sites whose tensors have the
+    same dtypes, whatever their shapes. Sites that the kernels don't take are updated by ATen.
     """
     spec = parse_rows_spec(spec_text)
-    by_aten: Callable[..., None] = update.proxy_update_
     # The kernels say nothing of what they write: whoever watches gets ATen's update; and on AMD's
     # GPUs none has been tried.
     if observers or spec.kernel == "dequantize" or torch.version.hip is not None:
-        by_aten(*columns, spec_text)
+        update.proxy_update_(columns, spec_text)
     else:
         launches = _launches_of(columns, spec_text)
         for launch in launches.kernels:
             launch.run()
         if launches.rest:
             rest = [[column[i] for i in launches.rest] for column in columns]
-            by_aten(*rest, spec_text)
+            update.proxy_update_(rest, spec_text)
     if spec.transpose == "store":
         from falqon_fx.kernels.transpose import kept as stored
 

@@ -37,10 +37,9 @@ def proxy_update_(
     """
     columns = weight, scale, applied, counters, writes, lora_b, lora_a, base, scaling
     with update.lock:  # or another thread would find fingerprints whose rows are not written yet
-        if weight and weight[0].device.type == "cuda":
-            cuda.proxy_update_(columns, spec_text)
-        else:
-            update.proxy_update_(*columns, spec_text)
+        on_gpu = bool(weight) and weight[0].device.type == "cuda"
+        run = cuda.proxy_update_ if on_gpu else update.proxy_update_
+        run(columns, spec_text)
 
 
 @proxy_update_.register_fake

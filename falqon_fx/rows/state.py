@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +19,7 @@ from falqon_fx._compat import version
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
 from falqon_fx.rows import drift, dropped, update
+from falqon_fx.rows.batch import Batched
 from falqon_fx.rows.fingerprint import site_number
 from falqon_fx.rows.ops import dequantize_base
 from falqon_fx.site.base import check_weight
@@ -32,6 +33,7 @@ STATE = ("code", "scale", "applied", "counters", "writes", "origin")
 IN_GRAPH = STATE[:5]
 
 
+@dataclass(eq=False, repr=False)
 class MergedAdapter:
     """The live state of one site.
 
@@ -50,26 +52,21 @@ class MergedAdapter:
         scaling: LoRA's alpha / r.
     """
 
-    def __init__(
-        self,
-        code: Tensor,
-        scale: Tensor,
-        applied: Tensor,
-        counters: Tensor,
-        writes: Tensor,
-        origin: Tensor,
-        scaling: float,
-        spec: RowsSpec,
-    ) -> None:
-        self.code, self.scale, self.applied = code, scale, applied
-        self.counters, self.writes, self.origin = counters, writes, origin
-        self.scaling, self.spec = scaling, spec
-        self.base_ref: weakref.ref[Tensor] | None = None
-        self.a_ref: weakref.ref[Tensor] | None = None
-        self.b_ref: weakref.ref[Tensor] | None = None
-        self.transposed = False  # whether the base weight is stored [in, out]
-        self.stamp: tuple[Any, ...] = ()
-        self.resumed = False  # from a checkpoint: no other config may start over beside it
+    code: Tensor
+    scale: Tensor
+    applied: Tensor
+    counters: Tensor
+    writes: Tensor
+    origin: Tensor
+    scaling: float
+    spec: RowsSpec
+    base_ref: weakref.ref[Tensor] | None = field(default=None, init=False)
+    a_ref: weakref.ref[Tensor] | None = field(default=None, init=False)
+    b_ref: weakref.ref[Tensor] | None = field(default=None, init=False)
+    transposed: bool = field(default=False, init=False)  # the base weight is stored [in, out]
+    stamp: tuple[Any, ...] = field(default=(), init=False)
+    # From a checkpoint: no other config may start over beside it.
+    resumed: bool = field(default=False, init=False)
 
     def belongs_to(self, site: SiteParameters) -> bool:
         """Whether it was made from the site's own W and A."""
@@ -161,7 +158,7 @@ class MergedAdapter:
             b, base = self.lora_b(), self.base_ref() if self.base_ref is not None else None
             if base is not None:
                 base = base.detach().t() if self.transposed else base.detach()
-            update.flush_(*self.tensors, b, base, self.scaling, self.spec)
+            update.flush_(Batched(0, *self.tensors, b, b, base, self.scaling), self.spec)
             if self.spec.pending == "drop":
                 b.zero_()
 
@@ -223,7 +220,8 @@ def create(
             init_lora_a_(base, lora_a, spec, config.seed)
         out, features = base.shape
         state = allocate(out, features, lora_a.shape[0], base.dtype, scaling, spec, base.device)
-        if not update.write_merged_(*state.tensors, base, lora_a, lora_b, scaling, spec):
+        site = Batched(0, *state.tensors, lora_b, lora_a, base, scaling)
+        if not update.write_merged_(site, spec):
             raise FalqonError(path, *update.NOT_FINITE)
         counters = state.counters
         mixed = counters[FINGERPRINT_W] * 31 + counters[FINGERPRINT_A]

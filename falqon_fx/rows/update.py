@@ -61,22 +61,13 @@ _CHUNK = 1 << 17  # elements held in float32 at a time: temporaries stay in the 
 
 
 @without_autocast
-def proxy_update_(
-    weight: Sequence[Tensor],
-    scale: Sequence[Tensor],
-    applied: Sequence[Tensor],
-    counters: Sequence[Tensor],
-    writes: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    lora_a: Sequence[Tensor],
-    base: Sequence[Tensor | None],
-    scaling: Sequence[float],
-    spec_text: str,
-) -> None:
+def proxy_update_(columns: Sequence[Sequence[Any]], spec_text: str) -> None:
     """Write the top rows k of each site whose B changed since its last write: applied[k] ← B[k],
 
         W[k] ← q(base[k] + scaling · B[k] · dq(A)), or, where ``base`` is None,
         W[k] ← q(dq(W[k]) + scaling · ΔB[k] · dq(A)).
+
+    ``columns`` are the fields of `Batched`, of all sites each.
 
     A row that would become NaN, Inf or, without ``base``, too large for the scale that it has, is
     counted instead, and stays pending. A site whose A or base weight changed is made anew from its
@@ -87,11 +78,9 @@ def proxy_update_(
             have to be made anew and can't be.
     """
     spec = parse_rows_spec(spec_text)
-    columns: list[Sequence[Any]] = [weight, scale, applied, counters, writes]
-    columns += [lora_b, lora_a, base, scaling]
     groups: dict[tuple[object, ...], list[Batched]] = defaultdict(list)
-    for i in range(len(weight)):
-        site = Batched(i, *(column[i] for column in columns))
+    for i, fields in enumerate(zip(*columns, strict=True)):
+        site = Batched(i, *fields)
         site.check(spec)
         groups[site.kind].append(site)
     for sites in groups.values():
@@ -102,28 +91,18 @@ def proxy_update_(
 
 
 @without_autocast
-def flush_(
-    weight: Tensor,
-    scale: Tensor,
-    applied: Tensor,
-    counters: Tensor,
-    writes: Tensor,
-    lora_b: Tensor,
-    base: Tensor | None,
-    scaling: float,
-    spec: RowsSpec,
-) -> None:
+def flush_(site: Batched, spec: RowsSpec) -> None:
     """Write every pending row of one site now, whether B changed or not, and however large."""
-    site = Batched(0, weight, scale, applied, counters, writes, lora_b, lora_b, base, scaling)
+    counters, rows = site.counters, len(site.applied)
     site.changed = torch.ones((), dtype=torch.bool, device=counters.device)
     counters[STEP] += 1
-    counters[FINGERPRINT_B] = 0 if spec.pending == "drop" else fingerprint(lora_b[None])[0]
-    left, before = len(applied), counters.clone()
-    most, refused = max(1, _CHUNK // weight.shape[1]), 0
+    counters[FINGERPRINT_B] = 0 if spec.pending == "drop" else fingerprint(site.lora_b[None])[0]
+    left, before = rows, counters.clone()
+    most, refused = max(1, _CHUNK // site.weight.shape[1]), 0
     while left > 0:
         counters.copy_(before)  # each chunk looks at all rows and counts them
         # What was refused is still pending, and is chosen again beside as many others.
-        _write_rows([site], min(len(applied), most + refused), spec, None)
+        _write_rows([site], min(rows, most + refused), spec, None)
         refused = int(counters[TOO_LARGE] - before[TOO_LARGE])
         left -= most
 
@@ -186,20 +165,7 @@ def _rebuild(sites: list[Batched], spec: RowsSpec) -> None:
             if not tensor.isfinite().all():
                 raise SiteError(site.index, f"its {name} holds NaN or Inf", "Repair it")
     for site in sites:
-        assert site.base is not None
-        finite = write_merged_(
-            site.weight,
-            site.scale,
-            site.applied,
-            site.counters,
-            site.writes,
-            site.base,
-            site.lora_a,
-            site.lora_b,
-            site.scaling,
-            spec,
-        )
-        if not finite:
+        if not write_merged_(site, spec):
             raise SiteError(site.index, *NOT_FINITE)
 
 
@@ -234,39 +200,23 @@ def _written(sites: list[Batched], chosen: cpu.ChosenRows) -> audit.WriteBackBat
     index = chosen.rows[..., None]
     scale = torch.stack([site.scale for site in sites]).reshape(len(sites), -1, 1)
     return audit.WriteBackBatch(
-        [site.applied for site in sites],
-        torch.stack([site.counters[STEP] for site in sites]),
-        chosen.rows,
-        chosen.worth,
-        chosen.asked,
-        chosen.old,
-        chosen.value,
-        torch.stack([s.weight.index_select(0, rows) for s, rows in zip(sites, chosen.rows)]),
-        scale.gather(1, index) if sites[0].scale.dim() == 2 else scale,
-        chosen.score,
-        chosen.remains,
+        **vars(chosen),
+        applied=[site.applied for site in sites],
+        step=torch.stack([site.counters[STEP] for site in sites]),
+        code=torch.stack([s.weight.index_select(0, rows) for s, rows in zip(sites, chosen.rows)]),
+        scale=scale.gather(1, index) if sites[0].scale.dim() == 2 else scale,
     )
 
 
-def write_merged_(
-    weight: Tensor,
-    scale: Tensor,
-    applied: Tensor,
-    counters: Tensor,
-    writes: Tensor,
-    base: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    spec: RowsSpec,
-) -> bool:
+def write_merged_(site: Batched, spec: RowsSpec) -> bool:
     """Fill a site's state from scratch: W' = [q(W + scaling · B · Â); q(A)], applied = B. False
     where W' holds NaN or Inf; then it is still to be made anew.
     """
-    out, code = applied.shape[0], weight.view(torch.uint8)
-    applied.copy_(lora_b)
-    wide_a, base = lora_a.detach().to(torch.float32), base.detach()
-    step = applied.to(torch.float32) * scaling
+    assert site.base is not None
+    applied, code, scale, counters = site.applied, site.weight, site.scale, site.counters
+    out, base, wide_a = len(applied), site.base.detach(), site.lora_a.detach().to(torch.float32)
+    applied.copy_(site.lora_b)
+    step = applied.to(torch.float32) * site.scaling
     merging = bool(step.any())  # with B = 0, W' holds W itself
 
     def merged(rows: slice, a: Tensor) -> Tensor:
@@ -292,11 +242,11 @@ def write_merged_(
         scale[out:] = a_scale
     else:
         scale.copy_(a_scale)
-    writes.zero_()
+    site.writes.zero_()
     if not scale.isfinite().all():
         return False
-    counters[FINGERPRINT_B] = fingerprint(lora_b[None])[0]
-    counters[FINGERPRINT_A] = fingerprint(lora_a[None])[0]
+    counters[FINGERPRINT_B] = fingerprint(site.lora_b[None])[0]
+    counters[FINGERPRINT_A] = fingerprint(site.lora_a[None])[0]
     counters[FINGERPRINT_W] = fingerprint(sample(base)[None])[0]
     counters[STALE] = 0
     return True

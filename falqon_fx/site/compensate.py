@@ -36,7 +36,7 @@ class ErrorFactors:
     shares: Tensor
 
     def first(self, rank: int) -> ErrorFactors:
-        """Those of a lower rank."""
+        """The factors of a lower rank."""
         if rank == len(self.shares):
             return self
         shares = self.shares[:rank]

@@ -38,7 +38,7 @@ def powers_of_two(scale: Tensor) -> bool:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As in files, reports and specs: "bfloat16"."""
+    """The name in files, reports and specs: "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -31,13 +31,14 @@ _FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", "-march=native", "-fopenmp", "-ffp-co
 
 
 def compiled(source: Path, functions: Sequence[str], without: str) -> Any | None:
-    """The library made from a file, of which ``functions`` are called and return nothing; None
-    where no compiler works or none of its code may run, with the reason in the log and
-    ``without``, what that costs.
+    """The library made from a file, behind ``numbers.cpp``, of which ``functions`` are called and
+    return nothing; None where no compiler works or none of its code may run, with the reason in the
+    log and ``without``, what that costs.
     """
     remedy = "install a C++ compiler, or name one with CXX=..."
     try:
-        content = _kept(source.stem, source.read_text(encoding="utf-8"))
+        parts = (Path(__file__).with_name("numbers.cpp"), source)
+        content = _kept(source.stem, "".join(part.read_text(encoding="utf-8") for part in parts))
         remedy = "set TMPDIR to a folder whose files may be run (not mounted with noexec)."
         library = _load(source.stem, content)
     except (OSError, subprocess.CalledProcessError) as error:

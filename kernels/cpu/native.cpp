@@ -6,8 +6,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <functional>
 #include <vector>
 
@@ -19,47 +17,22 @@ namespace {
 
 // ---------------------------------------------------------------- numbers
 
-float as_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-uint32_t as_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
 float magnitude(float x) { return as_float(as_bits(x) & 0x7FFFFFFFu); }
 
 // Comparisons on bits, since the compiler may be told that no number is a NaN.
 bool is_nan(float x) { return (as_bits(x) & 0x7FFFFFFFu) > 0x7F800000u; }
 bool is_finite(float x) { return (as_bits(x) & 0x7FFFFFFFu) < 0x7F800000u; }
 
-struct bfloat16 {
-  uint16_t bits;
-};
-
 struct float16 {
   uint16_t bits;
 };
 
-float widen(float x) { return x; }
-float widen(bfloat16 x) { return as_float(uint32_t(x.bits) << 16); }
 float widen(float16 x) {
   const uint32_t size = x.bits & 0x7FFFu;  // 10 bits of mantissa; the exponent's bias is 112 less
   const float normal = as_float((size << 13) + (112u << 23));
   const float subnormal = as_float((size << 13) + (113u << 23)) - 0x1p-14f;
   const uint32_t finite = as_bits(size < 0x400u ? subnormal : normal);
   return as_float((size < 0x7C00u ? finite : size << 13 | 0x7F800000u) | (x.bits & 0x8000u) << 16);
-}
-void narrow(float x, float& to) { to = x; }
-// To the nearest, ties to even; a NaN stays one.
-void narrow(float x, bfloat16& to) {
-  const uint32_t bits = as_bits(x);
-  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  to.bits = uint16_t((bits & 0x7FFFFFFFu) > 0x7F800000u ? (bits >> 16) | 0x40u : rounded);
 }
 
 // E4M3: 448 = 1.75 * 2**8 is the largest, 2**-6 the smallest normal, 2**-9 the spacing below it.

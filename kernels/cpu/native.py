@@ -197,7 +197,15 @@ def _call(name: str, *arguments: Any) -> None:
 
 @dataclass(frozen=True)
 class ChosenRows:
-    """The rows chosen and what was asked of them; names and shapes as in `audit.Written`."""
+    """k rows of each of G sites of one shape.
+
+    Attributes:
+        rows, worth: [G, k], the rows chosen and which of them were written.
+        old, value: float32 [G, k, in], W's rows before, and old + asked.
+        asked: float32 [G, k, in], scaling · ΔB · Â.
+        score: [G, out], Σ|B - applied| of each row before the write.
+        remains: [G, k], the same of the chosen rows after it.
+    """
 
     rows: Tensor
     worth: Tensor

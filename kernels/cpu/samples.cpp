@@ -1,9 +1,6 @@
 // Whether parts of matrices in a CPU's memory are still what copies of them hold. Bound by
 // kernels/cpu/samples.py, whose structure this is.
 
-#include <cstdint>
-#include <cstring>
-
 struct Sample {
   const char *data, *seen;  // the elements of `seen` lie side by side
   int64_t rows, columns;

@@ -22,7 +22,8 @@ from falqon_fx.kernels.spec import (
 
 @dataclass(frozen=True)
 class TailsSpec(KernelSpec):
-    """With the units s_x, s_g of the rows, or one of all (``scales``), of ``adapters`` adapters j:
+    """The skinny products of ``adapters`` adapters j, with the units s_x, s_g of the rows, or one
+    of all (``scales``):
 
     "forward"   O_A,j = t_j ⊙ s_x ⊙ α_j, t_j = q((q(x_j) · Â_jᵀ ⊙ s_x,j ⊙ s_A,j) / (s_x ⊙ α_j))
     "backward"  D_j = (g_j · b_j) ⊙ s_g / α_j, and, where it ``stores``, D'_j = q(g_j · b_j ⊙

@@ -17,6 +17,7 @@ from falqon_fx.kernels.transpose.kept import kept, refresh
 from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.ops import gpu
 from falqon_fx.rows import cuda as rows_cuda
+from falqon_fx.rows.batch import Batched
 from falqon_fx.rows.prepared import MergedBaseLinear
 from falqon_fx.rows.update import flush_
 from falqon_fx.site import transposed as stored
@@ -103,7 +104,8 @@ def test_only_written_rows_are_copied():
 
 def flush(site: Site) -> None:
     state = site.state
-    flush_(*state.tensors, site.lora_b, site.base, state.scaling, state.spec)
+    of_site = (*state.tensors, site.lora_b, site.lora_b, site.base, state.scaling)
+    flush_(Batched(0, *of_site), state.spec)
 
 
 def another_adapter(site: Site) -> None:

@@ -57,7 +57,7 @@ class Timer:
 
     @property
     def own_tiles(self) -> tuple[Tile, ...]:
-        """Of our products with an epilogue, whose rate is that of 128 x 128."""
+        """The tiles of our products with an epilogue, whose rate is that of 128 x 128."""
         f = self.figures
         return ((128, 128, 1.0), (64, 128, f.tile_64.value / f.tile_128.value))
 

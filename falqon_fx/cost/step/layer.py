@@ -52,7 +52,7 @@ class Step:
 
 
 def attention(step: Step, time: Timer) -> list[Launch]:
-    """With a causal mask: half of the pairs; backward is five products to forward's two."""
+    """FLOPs with a causal mask: half of the pairs; backward is five products to forward's two."""
     d = step.decoder
     flops = 2.0 * step.n * step.tokens * d.query
     forward, backward = time.figures.attention(step.tokens)
@@ -270,7 +270,7 @@ def _adapter_grads(step: Step, time: Timer, group: Group, train_a: bool) -> list
 
 
 def _splits(n: int, group: Group, train_a: bool, processors: int) -> int:
-    """As `falqon_fx.kernels.adapter_grads` cuts tokens: two programs for each processor."""
+    """How `falqon_fx.kernels.adapter_grads` cuts tokens: two programs for each processor."""
     columns = sum(ceil(out / 128) for out in group.outs)
     if train_a:
         columns = min(columns, ceil(group.features / 64))
