@@ -31,8 +31,7 @@ from tests.tolerances import Approx, fp8_cast_bound, side_by_side
 
 F32 = torch.float32
 ROOM = {E5M2: 64.0, E4M3: 4.0}
-# The largest number and half of the gap below it: what is not beyond that
-# is nearest to the largest.
+# The largest number and half of the gap below it: what is not beyond that is nearest to it.
 ROUNDS_TO_MAX = {E4M3: 448.0 + 2.0**8 * 2.0**-4, E5M2: 57344.0 + 2.0**15 * 2.0**-3}
 
 
