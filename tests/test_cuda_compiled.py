@@ -27,11 +27,13 @@ from falqon_fx.site.spec import SiteSpec
 from tests import sites as sites_module
 from tests.cuda import BF16, F32, GROUPS, INTERPRETED, ROW, TENSOR, group
 from tests.lowered import expected
-from tests.parameters import each_value
+from tests.parameters import each_value, slow
 from tests.sites import make_site, randn, same, snapshot
 
 pytestmark = INTERPRETED
 
+# Of the groups of sites those that differ in what is launched.
+KINDS = {"siblings, some frozen", "several adapters", "dropout", "A frozen", "b absent"}
 
 falqon = torch.ops.falqon
 LAUNCH = "triton_kernel_wrapper_functional"
@@ -172,7 +174,8 @@ def in_a_graph(function: Callable[..., Any], *args: Any) -> tuple[Counter[str], 
     return found, graph(*args)
 
 
-@each_value(name=list(GROUPS), spec={"row": ROW, "tensor": TENSOR})
+@pytest.mark.parametrize("spec", [ROW, slow(TENSOR)], ids=["row", "tensor"])
+@pytest.mark.parametrize("name", [name if name in KINDS else slow(name) for name in GROUPS])
 def test_graphs_of_known_sizes_launch_the_kernels_themselves(name, spec):
     """No op of ours is left, forward and backward, and the graph computes what the ops do."""
     case, table = GROUPS[name](replace(spec, kernel="triton")), decompositions()

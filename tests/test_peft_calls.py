@@ -15,7 +15,7 @@ import falqon_fx
 from tests import tolerances as tol
 from tests.emulation import emulate
 from tests.models import train
-from tests.parameters import PREPARED_OR_NOT, each_pair, each_value
+from tests.parameters import PREPARED_OR_NOT, each_pair, each_value, slow
 from tests.peft_calls import (
     SITES,
     activate,
@@ -180,7 +180,8 @@ def test_two_active_adapters_are_both_used(when, prepared):
 # -- mixed batches ---------------------------------------------------------------------------------
 
 
-@each_value(inner=["eager", "aot_eager", "inductor"], prepared=PREPARED_OR_NOT)
+@pytest.mark.parametrize("inner", ["eager", slow("aot_eager"), slow("inductor")])
+@pytest.mark.parametrize("prepared", [False, True], ids=PREPARED_OR_NOT)
 def test_a_mixed_batch_has_the_adapter_of_each_sample(prepared, inner):
     """PEFT adds each sample's adapter to its rows of the base layer's result: in FP8 that of the
     base, the adapters as they were. So the original on exact operands, with the casts of the base

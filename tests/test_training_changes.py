@@ -66,7 +66,8 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@each_value(inner=["eager", "aot_eager"], prepared=PREPARED_OR_NOT)
+@pytest.mark.parametrize("inner", ["eager", slow("aot_eager")])
+@pytest.mark.parametrize("prepared", [False, True], ids=PREPARED_OR_NOT)
 @torch._dynamo.config.patch(recompile_limit=32)  # each scaling and choice is a graph
 def test_what_changes_between_steps_is_seen_and_makes_no_new_base(inner, prepared):
     """Scaling and choice of adapters: the numbers of the emulated ops, bit for bit, as is what

@@ -23,6 +23,7 @@ from falqon_fx.site.numerics import (
     encode_fp8,
     round_to_fp8,
 )
+from tests.parameters import each_value
 
 # numpy, which the interpreter computes with, announces what NaN and Inf rows do on purpose.
 pytestmark = pytest.mark.filterwarnings(
@@ -97,8 +98,7 @@ def inputs(draw, dtype, max_width):
     return x[:, :width].t().contiguous().t()
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "row"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@each_value(granularity=["tensor", "row"], dtype=DTYPES.keys())
 @given(data=st.data())
 def test_equals_reference_bit_for_bit(dtype, granularity, data):
     spec = data.draw(specs(dtype, granularity))
