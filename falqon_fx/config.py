@@ -14,6 +14,7 @@ from falqon_fx.errors import FalqonConfigError
 
 Update = Literal["adapter", "rows"]
 AdapterDtype = Literal["bfloat16", "fp8"]
+BaseDtype = Literal["fp8", "int8"]
 Frozen = Literal["fp8", "leave"]
 Init = Literal["svd", "keep"]
 Granularity = Literal["tensor", "row"]
@@ -56,6 +57,9 @@ class FalqonConfig:
         update: how the optimizer's steps reach W' = [[W, s·B], [A, 0]]. "adapter": W is cast once
             and never changes; A and s·B are cast from the parameters whenever the graph runs.
             "rows" is the paper's method: rows of W' are written in place (options below).
+        base_dtype: what W, x and A are cast to. "fp8" is E4M3. "int8", for CPUs and for GPUs
+            without FP8, has a third of its error where no value is far above its row's others;
+            dL/dO stays in the model's dtype then.
         adapter_dtype: how s·B enters the product. "bfloat16" adds s·O_A·Bᵀ to the FP8 product.
             "fp8" makes O_A and s·B further columns of it (`falqon_fx.ops.fp8_adapter`): O and dL/dx
             are one plain FP8 product each, on a GPU of siblings together; on a CPU it is no faster.
@@ -108,6 +112,7 @@ class FalqonConfig:
     """
 
     update: Update = "adapter"
+    base_dtype: BaseDtype = "fp8"
     adapter_dtype: AdapterDtype = "bfloat16"
     frozen: Frozen = "fp8"
     init: Init = "keep"
@@ -152,6 +157,8 @@ class FalqonConfig:
                 "siblings", f"{self.siblings!r} is no bool", "Give True or False"
             )
         self._check_rows()
+        if self.base_dtype == "int8":
+            self._check_int8()
         if self.adapter_dtype == "fp8" and self.update == "rows":
             raise FalqonConfigError(
                 "adapter_dtype",
@@ -189,6 +196,17 @@ class FalqonConfig:
                 object.__setattr__(self, name, _ROWS_DEFAULTS[name])
             _check_choice(name, getattr(self, name), choices)
         _check_topk(self.topk)
+
+    def _check_int8(self) -> None:
+        """Refuse what is built for FP8 alone."""
+        alone = {"update": "adapter", "adapter_dtype": "bfloat16", "grad_dtype": "e5m2"}
+        for name, value in alone.items():
+            if getattr(self, name) != value:
+                raise FalqonConfigError(
+                    name,
+                    f'{getattr(self, name)!r} is of FP8, and base_dtype="int8" has none',
+                    f'Leave {name} out, or set base_dtype="fp8"',
+                )
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> FalqonConfig:

@@ -4,9 +4,9 @@ The casts are compiled code (`falqon_fx.kernels.cpu.casts`), which is two to thr
 what Inductor makes of them, and costs its compiler nothing; without it they are ATen operations,
 bit for bit the same. The products are torch's own. For GPUs see `falqon_fx.ops.gpu`.
 
-Shapes: x [n, in]; W [out, in] and Â [r, in] E4M3 (or bytes), their scales float32 [rows, 1] or [];
-b [out, r]; dL/dO [n, out]. Sites are numbered i, adapters j; ``owner[j]`` is the site of adapter j,
-and the adapters of a site stand side by side.
+Shapes: x [n, in]; W [out, in] and Â [r, in] E4M3 (or bytes) or int8, their scales float32 [rows, 1]
+or []; b [out, r]; dL/dO [n, out]. Sites are numbered i, adapters j; ``owner[j]`` is the site of
+adapter j, and the adapters of a site stand side by side.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ from falqon_fx.kernels.cpu import native as cpu
 from falqon_fx.ops.arguments import Merged
 from falqon_fx.site.casts import scale_of
 from falqon_fx.site.numerics import (
-    E4M3,
+    E5M2,
+    INT8,
+    as_operand,
     as_scale,
+    code_dtype,
     decode_fp8,
     round_to_fp8,
     round_to_scaled_fp8,
@@ -55,14 +58,14 @@ def proxy_update(
     wide: bool,
     spec_text: str,
 ) -> list[Tensor]:
-    """[Â_j, s_A,j, b_j] of each adapter j in turn: Â = q(A) in E4M3 with one scale per row (or one
-    for all of A), and b = scaling · B in bfloat16, or float32 where ``wide``.
+    """[Â_j, s_A,j, b_j] of each adapter j in turn: Â = q(A) in the operands' format with one scale
+    per row (or one for all of A), and b = scaling · B in bfloat16, or float32 where ``wide``.
     """
     spec = parse_spec(spec_text)
     dtype = torch.float32 if wide else torch.bfloat16
     casts: list[Tensor] = []
     for a, b, factor in zip(lora_a, lora_b, scaling):
-        cast = cast_fp8(a.detach(), E4M3, spec, torch.float32, keep=True)
+        cast = cast_fp8(a.detach(), spec.operand, spec, torch.float32, keep=True)
         assert cast.code is not None
         casts += [cast.code, cast.scale, (b.detach().to(torch.float32) * factor).to(dtype)]
     return casts
@@ -70,9 +73,9 @@ def proxy_update(
 
 @dataclass(frozen=True)
 class Cast:
-    """x [n, k] ≈ ``value`` · ``rest`` in FP8: ``value`` as it is multiplied, in which a scale that
-    is a power of two is contained, so that ``rest`` is 1; ``code`` in E4M3 where that was asked
-    for.
+    """x [n, k] ≈ ``value`` · ``rest`` in FP8 or INT8: ``value`` as it is multiplied, in which a
+    scale that is a power of two is contained, so that ``rest`` is 1; ``code`` in E4M3 or int8 where
+    that was asked for.
     """
 
     value: Tensor
@@ -94,19 +97,21 @@ def cast_fp8(
     """Cast x [n, k], times ``columns`` [1, k] where given, with one scale per row or one for all of
     it. The values come in ``dtype``, in ``to`` [n, k] where that is given.
     """
-    pow2, keeps = spec.scale == "pow2", not keep or fp8 == E4M3  # compiled code writes no E5M2
+    pow2, keeps = spec.scale == "pow2", not keep or fp8 != E5M2  # compiled code writes no E5M2
     if pow2 and keeps and spec.per_row and x.device.type == "cpu":
         value = x.new_empty(x.shape, dtype=dtype) if to is None else to
-        code = x.new_empty(x.shape, dtype=torch.uint8) if keep else None
+        code = x.new_empty(x.shape, dtype=code_dtype(fp8)) if keep else None
         scale = cpu_casts.cast_rows(x, fp8, columns, value, code)
         if scale is not None:
-            return Cast(value, 1.0, scale, None if code is None else code.view(E4M3))
+            return Cast(value, 1.0, scale, None if code is None else as_operand(code))
     scaled = x if columns is None else x.to(torch.float32) * columns
     scale, wide = scale_of(scaled, fp8, spec), scaled.to(torch.float32)
     codes = round_to_fp8(wide * scale.reciprocal(), fp8)
     value = round_to_scaled_fp8(wide, scale, fp8) if pow2 else codes
     value = value.to(dtype) if to is None else to.copy_(value)
     rest = 1.0 if pow2 else scale
+    if fp8 == INT8:  # which has no NaN, but the scale is one then
+        codes = codes.nan_to_num(0.0)
     # x may be a view of any strides; what is kept is not.
     code = codes.to(fp8, memory_format=torch.contiguous_format) if keep else None
     return Cast(value, rest, scale, code)
@@ -116,6 +121,8 @@ def decode(
     code: Tensor, scale: Tensor | float, dtype: torch.dtype, to: Tensor | None = None
 ) -> Tensor:
     """`decode_fp8`, into ``to`` where that is given."""
+    if code.dtype == INT8 and not isinstance(scale, Tensor) and scale == 1.0:
+        return code.to(dtype) if to is None else to.copy_(code)
     compiled = cpu.decode(code, scale, dtype, to)
     if compiled is not None:
         return compiled
@@ -128,7 +135,7 @@ def merged_linear(given: Merged) -> list[Tensor]:
     """[O_i | O_A | x̂] of the sites i that read x: O_i = q(x) · W_iᵀ + Σ_j O_A,j · b_jᵀ + bias_i,
     [..., out_i] in ``out_dtype``, over the adapters j of site i (without the sum where there is no
     b); then the O_A,j = q(x_j) · Â_jᵀ of all adapters side by side, [n, Σ r_j]; then, where
-    ``keep_x``, what dL/dA needs: the cast of each x_j in E4M3 and its scale.
+    ``keep_x``, what dL/dA needs: the codes of each x_j and their scale.
     """
     spec = parse_spec(given.spec_text)
     dtype, exact = gemm_dtype(given.out_dtype, given.x.device), spec.scale == "pow2"
@@ -158,7 +165,7 @@ class Read:
     own: list[Cast]
 
     def kept(self, keep: bool) -> list[Tensor]:
-        """E4M3 and scale of what the adapters read, for dL/dA."""
+        """Codes and scale of what the adapters read, for dL/dA."""
         found: list[Tensor] = []
         for of in (self.own or [self.x]) if keep else []:
             assert of.code is not None
@@ -167,10 +174,10 @@ class Read:
 
 
 def cast_inputs(given: Merged, spec: SiteSpec, dtype: torch.dtype) -> Read:
-    """x and ``adapter_x`` cast to FP8, as values in ``dtype``."""
+    """x and ``adapter_x`` cast to the operands' format, as values in ``dtype``."""
 
     def cast(x: Tensor, keep: bool) -> Cast:
-        return cast_fp8(x.reshape(-1, x.shape[-1]), E4M3, spec, dtype, keep=keep)
+        return cast_fp8(x.reshape(-1, x.shape[-1]), spec.operand, spec, dtype, keep=keep)
 
     of_x = cast(given.x, given.keep_x and not given.adapter_x)
     return Read(of_x, [cast(x_j, given.keep_x) for x_j in given.adapter_x])
@@ -221,7 +228,8 @@ def merged_linear_grad_x(
     spec_text: str,
 ) -> Tensor:
     """dL/dx = Σ_i q(dL/dO_i · diag(s_W,i)) · W_i + Σ_j D_j · dq(Â_j), [n, in] in ``x_dtype``, with
-    D_j = dL/dO · b_j [n, r_j] of the adapters that read x.
+    D_j = dL/dO · b_j [n, r_j] of the adapters that read x. Where W is INT8, q rounds to the dtype
+    of the products alone.
 
     The row scales of W belong to the dimension that is summed over, so they go into dL/dO before
     its cast. D has r columns, too few to gain from FP8. Where all scales are powers of two, all of
@@ -229,7 +237,7 @@ def merged_linear_grad_x(
     """
     spec = parse_spec(spec_text)
     dtype = gemm_dtype(grad[0].dtype, grad[0].device)
-    exact = spec.scale == "pow2"
+    exact = spec.scale == "pow2" or spec.base == "int8"
     outs = [w.shape[0] for w in weight] if exact else []
     widths = [*outs, *(d_j.shape[1] for d_j in d)]
     n, features = grad[0].shape[0], weight[0].shape[1]
@@ -239,7 +247,10 @@ def merged_linear_grad_x(
     products: list[Tensor] = []
     for i, (g, w, s) in enumerate(zip(grad, weight, scale)):
         of_rows = s.t().contiguous() if spec.per_row else None
-        if exact:
+        if spec.base == "int8":
+            columns[i].copy_(g.to(torch.float32) * (s if of_rows is None else of_rows))
+            decode(w, 1.0, dtype, rows[i])
+        elif exact:
             cast_fp8(g, spec.grad_dtype, spec, dtype, columns=of_rows, to=columns[i])
             decode(w, 1.0 if spec.per_row else s, dtype, rows[i])
         else:
@@ -260,7 +271,7 @@ def merged_linear_grad_x(
 @without_autocast
 def grad_a(d: Tensor, code: Tensor, scale: Tensor, a_dtype: torch.dtype) -> Tensor:
     """dL/dA [r, in] = Dᵀ · x̂ for D [n, r] and x̂ = code · scale, an input as `merged_linear` kept
-    it: E4M3 [n, in], float32 [n, 1] or []. Straight through the casts of A and of x.
+    it: E4M3 or int8 [n, in], float32 [n, 1] or []. Straight through the casts of A and of x.
     """
     scaled = (d.to(torch.float32) * scale).to(d.dtype)
     return (scaled.t() @ decode(code, 1.0, d.dtype)).to(a_dtype)

@@ -19,6 +19,7 @@ from falqon_fx._compat import native_bf16
 from falqon_fx.config import (
     Accumulation,
     AdapterDtype,
+    BaseDtype,
     FalqonConfig,
     GradDtype,
     Granularity,
@@ -30,7 +31,7 @@ from falqon_fx.config import (
     check_literals,
     literals,
 )
-from falqon_fx.site.numerics import FP8_DTYPES
+from falqon_fx.site.numerics import FP8_DTYPES, OPERANDS
 
 Choosing = Literal[Kernel, "max-autotune"]  # what chooses the kernel of a product
 
@@ -67,6 +68,7 @@ class SiteSpec:
     kernel: Choosing = "auto"
     accumulation: Accumulation = "fast"
     transpose: Transpose = "auto"
+    base: BaseDtype = "fp8"
 
     @classmethod
     def from_config(cls, config: FalqonConfig) -> SiteSpec:
@@ -80,7 +82,13 @@ class SiteSpec:
             kernel,
             config.accumulation,
             config.transpose,
+            config.base_dtype,
         )
+
+    @property
+    def operand(self) -> torch.dtype:
+        """What W, x and A are cast to."""
+        return OPERANDS[self.base]
 
     @property
     def grad_dtype(self) -> torch.dtype:
@@ -96,7 +104,7 @@ class SiteSpec:
     def _site(self) -> str:
         return (
             f"{self.granularity} {self.scale} {self.grad} {self.adapter} {self.kernel} "
-            f"{self.accumulation} {self.transpose}"
+            f"{self.accumulation} {self.transpose} {self.base}"
         )
 
 

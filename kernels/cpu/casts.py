@@ -16,11 +16,14 @@ from falqon_fx.kernels.cpu.build import compiled
 
 _POINTER, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _FLOATS = (torch.float32, torch.bfloat16)
-# (mantissa bits kept, spacing of the subnormals, 1.75 / largest) of an FP8 format
+# (mantissa bits kept, spacing of the subnormals, the largest number's significand / that number,
+# what carries above that significand) of a format
 _LAYOUT = {
-    torch.float8_e4m3fn: (3, 2.0**-9, 1.75 / 448.0),
-    torch.float8_e5m2: (2, 2.0**-16, 1.75 / 57344.0),
+    torch.float8_e4m3fn: (3, 2.0**-9, 1.75 / 448.0, 0x1FFFFF),
+    torch.float8_e5m2: (2, 2.0**-16, 1.75 / 57344.0, 0x1FFFFF),
+    torch.int8: (6, 1.0, 2.0**-6, 0x1FFFF),
 }
+_CODES = {torch.float8_e4m3fn: torch.uint8, torch.int8: torch.int8}  # no other is kept
 
 
 @functools.cache
@@ -41,10 +44,10 @@ def cast_rows(
     to: Tensor,
     codes: Tensor | None = None,
 ) -> Tensor | None:
-    """Write the FP8 cast of x [n, k], times ``columns`` [k] where given, into ``to`` [n, k] as
-    values times their scale: float32 or bfloat16, rows any distance apart. The scales, one power of
-    two per row, float32 [n, 1]; with ``codes`` [n, k] uint8 the E4M3 bytes too. None where there is
-    no compiled code, or it doesn't take these.
+    """Write the FP8 or INT8 cast of x [n, k], times ``columns`` [k] where given, into ``to`` [n, k]
+    as values times their scale: float32 or bfloat16, rows any distance apart. The scales, one power
+    of two per row, float32 [n, 1]; with ``codes`` [n, k] the E4M3 bytes (uint8) or integers (int8)
+    too. None where there is no compiled code, or it doesn't take these.
     """
     n, k = x.shape
     usable = _plain(x, to) and x.dtype in _FLOATS and to.dtype in _FLOATS
@@ -52,13 +55,13 @@ def cast_rows(
         return None
     if (k > 1 and (x.stride(1) != 1 or to.stride(1) != 1)) or to.shape != x.shape:
         return None
-    if codes is not None and not _dense(codes, torch.uint8, n * k):
+    if codes is not None and not _dense(codes, _CODES[fp8], n * k):
         return None
     built = library()
     if built is None:
         return None
     scale = torch.empty(n, 1, dtype=torch.float32, device="cpu")
-    mantissa, spacing, factor = _LAYOUT[fp8]
+    mantissa, spacing, factor, carry = _LAYOUT[fp8]
     built.falqon_cast_rows(
         _POINTER(x.data_ptr()),
         _INT64(x.dtype == torch.bfloat16),
@@ -67,6 +70,8 @@ def cast_rows(
         _INT64(n),
         _INT64(k),
         _INT64(mantissa),
+        _INT64(carry),
+        _INT64(fp8 == torch.int8),
         _INT64(torch.get_num_threads()),
         _FLOAT(factor),
         _FLOAT(spacing),
