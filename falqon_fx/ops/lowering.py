@@ -22,13 +22,11 @@ from falqon_fx._compat import native_bf16
 from falqon_fx.kernels.cpu import casts as cpu_casts
 from falqon_fx.kernels.cpu import native as cpu
 from falqon_fx.ops.arguments import Merged
-from falqon_fx.site.casts import scale_of
+from falqon_fx.site.casts import cast_with_scale, scale_of
 from falqon_fx.site.numerics import (
-    E5M2,
+    E4M3,
     INT8,
-    as_operand,
     as_scale,
-    code_dtype,
     decode_fp8,
     round_to_fp8,
     round_to_scaled_fp8,
@@ -65,7 +63,7 @@ def proxy_update(
     dtype = torch.float32 if wide else torch.bfloat16
     casts: list[Tensor] = []
     for a, b, factor in zip(lora_a, lora_b, scaling):
-        cast = cast_fp8(a.detach(), spec.operand, spec, torch.float32, keep=True)
+        cast = cast_operand(a.detach(), spec, torch.float32, keep=True)
         assert cast.code is not None
         casts += [cast.code, cast.scale, (b.detach().to(torch.float32) * factor).to(dtype)]
     return casts
@@ -73,15 +71,34 @@ def proxy_update(
 
 @dataclass(frozen=True)
 class Cast:
-    """x [n, k] ≈ ``value`` · ``rest`` in FP8 or INT8: ``value`` as it is multiplied, in which a
-    scale that is a power of two is contained, so that ``rest`` is 1; ``code`` in E4M3 or int8 where
-    that was asked for.
+    """x [n, k] ≈ ``value`` · ``rest``: ``value`` as it is multiplied. Of FP8 a scale that is a
+    power of two is contained in it, so that ``rest`` is 1; ``code`` in E4M3 where that was asked
+    for. Of INT8 ``value`` and ``code`` are the integers.
     """
 
     value: Tensor
     rest: Tensor | float
     scale: Tensor
     code: Tensor | None = None
+
+
+def cast_operand(x: Tensor, spec: SiteSpec, dtype: torch.dtype, *, keep: bool = False) -> Cast:
+    """Cast x [n, k] to what W is, see `cast_fp8` and `cast_int8`."""
+    if spec.operand == INT8:
+        return cast_int8(x, spec)
+    return cast_fp8(x, spec.operand, spec, dtype, keep=keep)
+
+
+def cast_int8(x: Tensor, spec: SiteSpec) -> Cast:
+    """Cast x [n, k] to INT8 with one scale per row or one for all of it."""
+    if spec.scale == "pow2" and spec.per_row and x.device.type == "cpu":
+        code = x.new_empty(x.shape, dtype=INT8)
+        scale = cpu_casts.cast_rows(x, INT8, None, None, code)
+        if scale is not None:
+            return Cast(code, scale, scale, code)
+    scale = scale_of(x, INT8, spec)
+    code = cast_with_scale(x.to(torch.float32), scale, INT8)
+    return Cast(code, scale, scale, code)
 
 
 def cast_fp8(
@@ -97,21 +114,19 @@ def cast_fp8(
     """Cast x [n, k], times ``columns`` [1, k] where given, with one scale per row or one for all of
     it. The values come in ``dtype``, in ``to`` [n, k] where that is given.
     """
-    pow2, keeps = spec.scale == "pow2", not keep or fp8 != E5M2  # compiled code writes no E5M2
+    pow2, keeps = spec.scale == "pow2", not keep or fp8 == E4M3  # compiled code writes no E5M2
     if pow2 and keeps and spec.per_row and x.device.type == "cpu":
         value = x.new_empty(x.shape, dtype=dtype) if to is None else to
-        code = x.new_empty(x.shape, dtype=code_dtype(fp8)) if keep else None
+        code = x.new_empty(x.shape, dtype=torch.uint8) if keep else None
         scale = cpu_casts.cast_rows(x, fp8, columns, value, code)
         if scale is not None:
-            return Cast(value, 1.0, scale, None if code is None else as_operand(code))
+            return Cast(value, 1.0, scale, None if code is None else code.view(E4M3))
     scaled = x if columns is None else x.to(torch.float32) * columns
     scale, wide = scale_of(scaled, fp8, spec), scaled.to(torch.float32)
     codes = round_to_fp8(wide * scale.reciprocal(), fp8)
     value = round_to_scaled_fp8(wide, scale, fp8) if pow2 else codes
     value = value.to(dtype) if to is None else to.copy_(value)
     rest = 1.0 if pow2 else scale
-    if fp8 == INT8:  # which has no NaN, but the scale is one then
-        codes = codes.nan_to_num(0.0)
     # x may be a view of any strides; what is kept is not.
     code = codes.to(fp8, memory_format=torch.contiguous_format) if keep else None
     return Cast(value, rest, scale, code)
@@ -138,17 +153,17 @@ def merged_linear(given: Merged) -> list[Tensor]:
     ``keep_x``, what dL/dA needs: the codes of each x_j and their scale.
     """
     spec = parse_spec(given.spec_text)
-    dtype, exact = gemm_dtype(given.out_dtype, given.x.device), spec.scale == "pow2"
+    dtype, exact = gemm_dtype(given.out_dtype, given.x.device), spec.scales_inside
     read = cast_inputs(given, spec, dtype)
-    out_a = read.x.value.new_empty((read.x.value.shape[0], 0))
+    out_a = given.x.new_empty((read.x.value.shape[0], 0), dtype=dtype)
     if given.a:
-        out_a = adapter_outputs(given, read, spec)
+        out_a = adapter_outputs(given, read, spec, dtype)
     parts = out_a.split(given.ranks, dim=1) if given.a else ()
     ys = []
     for i, (w, s) in enumerate(zip(given.weight, given.scale)):
-        y = read.x.value @ decode(w, s if exact else 1.0, dtype).t()
+        y = multiplied(read.x.value, right_operand(w, s if exact else 1.0, dtype))
         if not exact:
-            y = rescale(y, read.x.rest, s)
+            y = rescale(y, read.x.rest, s, dtype)
         for j in given.adapters_of(i) if given.b else []:
             y = torch.addmm(y, parts[j], given.b[j].to(dtype).t())
         ys.append(finished(y, given, i))
@@ -177,7 +192,7 @@ def cast_inputs(given: Merged, spec: SiteSpec, dtype: torch.dtype) -> Read:
     """x and ``adapter_x`` cast to the operands' format, as values in ``dtype``."""
 
     def cast(x: Tensor, keep: bool) -> Cast:
-        return cast_fp8(x.reshape(-1, x.shape[-1]), spec.operand, spec, dtype, keep=keep)
+        return cast_operand(x.reshape(-1, x.shape[-1]), spec, dtype, keep=keep)
 
     of_x = cast(given.x, given.keep_x and not given.adapter_x)
     return Read(of_x, [cast(x_j, given.keep_x) for x_j in given.adapter_x])
@@ -192,28 +207,43 @@ def finished(y: Tensor, given: Merged, site: int) -> Tensor:
     return torch.ops.aten._unsafe_view(y.to(given.out_dtype), shape)  # type: ignore[no-any-return]
 
 
-def adapter_outputs(given: Merged, read: Read, spec: SiteSpec) -> Tensor:
+def adapter_outputs(given: Merged, read: Read, spec: SiteSpec, dtype: torch.dtype) -> Tensor:
     """The O_A of all adapters side by side; as one product where all read the same x."""
-    exact, dtype = spec.scale == "pow2", read.x.value.dtype
+    exact = spec.scales_inside
     each = read.own or [read.x] * len(given.a)
-    values = [decode(code, s if exact else 1.0, dtype) for code, s in zip(given.a, given.a_scale)]
+    scales = [s if exact else 1.0 for s in given.a_scale]
+    values = [right_operand(code, s, dtype) for code, s in zip(given.a, scales)]
     if read.own:
-        products = [cast.value @ value.t() for cast, value in zip(each, values)]
+        products = [multiplied(cast.value, value) for cast, value in zip(each, values)]
     else:
-        product = read.x.value @ _stack(values).t()
+        product = multiplied(read.x.value, _stack(values))
         products = [product] if exact else [*product.split([len(v) for v in values], dim=1)]
     if not exact:
-        products = [rescale(p, c.rest, s) for p, c, s in zip(products, each, given.a_scale)]
+        products = [rescale(p, c.rest, s, dtype) for p, c, s in zip(products, each, given.a_scale)]
     return _stack(products, dim=1)
+
+
+def right_operand(code: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
+    """What a `Cast` is multiplied with: values in ``dtype``, of INT8 the integers."""
+    return code if code.dtype == INT8 else decode(code, scale, dtype)
+
+
+def multiplied(left: Tensor, right: Tensor) -> Tensor:
+    """left · rightᵀ; of integers int32, without rounding."""
+    if left.dtype == INT8:
+        sums: Tensor = torch.ops.aten._int_mm(left, right.t())
+        return sums
+    return left @ right.t()
 
 
 def _stack(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat([*parts], dim)
 
 
-def rescale(y: Tensor, rest: Tensor | float, scale: Tensor) -> Tensor:
+def rescale(y: Tensor, rest: Tensor | float, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Multiply a GEMM's result by the scales that its operands lack, in float32."""
-    return (y.to(torch.float32) * rest * (scale.t() if scale.dim() == 2 else scale)).to(y.dtype)
+    wide = y.to(torch.float32) * rest
+    return wide.mul_(scale.t() if scale.dim() == 2 else scale).to(dtype)
 
 
 @without_autocast
@@ -237,7 +267,7 @@ def merged_linear_grad_x(
     """
     spec = parse_spec(spec_text)
     dtype = gemm_dtype(grad[0].dtype, grad[0].device)
-    exact = spec.scale == "pow2" or spec.base == "int8"
+    exact = spec.scales_inside or spec.base == "int8"
     outs = [w.shape[0] for w in weight] if exact else []
     widths = [*outs, *(d_j.shape[1] for d_j in d)]
     n, features = grad[0].shape[0], weight[0].shape[1]
@@ -248,7 +278,7 @@ def merged_linear_grad_x(
     for i, (g, w, s) in enumerate(zip(grad, weight, scale)):
         of_rows = s.t().contiguous() if spec.per_row else None
         if spec.base == "int8":
-            columns[i].copy_(g.to(torch.float32) * (s if of_rows is None else of_rows))
+            torch.mul(g, s.reshape(1, -1), out=columns[i])
             decode(w, 1.0, dtype, rows[i])
         elif exact:
             cast_fp8(g, spec.grad_dtype, spec, dtype, columns=of_rows, to=columns[i])
@@ -258,7 +288,7 @@ def merged_linear_grad_x(
             product = (cast.value @ decode(w, 1.0, dtype)).to(torch.float32) * cast.rest
             products.append(product if spec.per_row else product * s)
     for j, (d_j, code, s) in enumerate(zip(d, a, a_scale)):
-        columns[len(outs) + j].copy_(rescale(d_j.to(dtype), 1.0, s))
+        columns[len(outs) + j].copy_(rescale(d_j.to(dtype), 1.0, s, dtype))
         decode(code, 1.0, dtype, rows[len(outs) + j])
     if widths:
         products.append(left @ right)

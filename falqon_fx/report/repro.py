@@ -36,7 +36,7 @@ from falqon_fx.ops import adapter_casts, lowering
 from falqon_fx.ops import merged_linear as ops
 from falqon_fx.report.data import Site
 from falqon_fx.site.base import cast_base
-from falqon_fx.site.numerics import dtype_name
+from falqon_fx.site.numerics import INT8, dtype_name
 from falqon_fx.site.spec import parse_spec
 
 
@@ -283,7 +283,10 @@ class _Check:
 
     def _cast(self, x: Tensor, dtype: torch.dtype) -> _Exact:
         """As the op casts it."""
-        cast = lowering.cast_fp8(x, dtype, self.spec, torch.float32)
+        if dtype == INT8:
+            cast = lowering.cast_int8(x, self.spec)
+        else:
+            cast = lowering.cast_fp8(x, dtype, self.spec, torch.float32)
         return _Exact.of(cast.value.double() * torch.as_tensor(cast.rest).double())
 
     def _through_weight(self, weight: _Exact) -> _Exact:

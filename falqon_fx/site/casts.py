@@ -29,6 +29,7 @@ def cast_with_scale(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """float32 ``x`` [n, k] / scale, in FP8 or INT8, saturating."""
     largest = LARGEST[dtype]
     value = (x * scale.reciprocal()).clamp(-largest, largest)
-    value = value.round() if dtype == INT8 else value  # a cast to it cuts off
+    if dtype == INT8:  # a cast cuts off, and there is no NaN: the scale is one then
+        value = value.round().nan_to_num(0.0)
     # A transposed x would stay so; the products read row by row.
     return value.to(dtype).contiguous()

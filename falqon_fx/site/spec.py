@@ -91,6 +91,11 @@ class SiteSpec:
         return OPERANDS[self.base]
 
     @property
+    def scales_inside(self) -> bool:
+        """Whether a CPU multiplies operands that contain their scales: exactly, in any float."""
+        return self.scale == "pow2" and self.base == "fp8"
+
+    @property
     def grad_dtype(self) -> torch.dtype:
         return FP8_DTYPES[self.grad]
 

@@ -85,7 +85,7 @@ void round_row(Out* __restrict to, float* __restrict row, int64_t count, float s
     const float shift = leading < least ? least : leading;
     const float rounded = (shift + size) - shift;
     row[j] = as_float((as_bits(rounded) & 0x7FFFFFFFu) | (bits & 0x80000000u));
-    narrow(row[j], to[j]);
+    if (to) narrow(row[j], to[j]);
   }
 }
 
@@ -120,12 +120,14 @@ void cast_rows(const In* x, int64_t x_stride, const float* columns, int64_t rows
       const float of_row = pow2_scale(amax, format);
       scale[i] = of_row;
       if (as_bits(of_row) >= 0x7F800000u) {  // all of the row is NaN
-        for (int64_t j = 0; j < count; ++j) narrow(as_float(0x7FC00000u), to[i * to_stride + j]);
+        for (int64_t j = 0; to && j < count; ++j) {
+          narrow(as_float(0x7FC00000u), to[i * to_stride + j]);
+        }
         // A NaN, or what an infinite scale makes one of.
         if (codes) std::memset(codes + i * count, format.is_int8 ? 0 : 0x7F, count);
         continue;
       }
-      round_row(to + i * to_stride, buffer.data(), count, of_row, format);
+      round_row(to ? to + i * to_stride : to, buffer.data(), count, of_row, format);
       if (!codes) continue;
       uint8_t* own = codes + i * count;
       if (format.is_int8) count_row(reinterpret_cast<int8_t*>(own), buffer.data(), count, of_row);
@@ -138,7 +140,7 @@ void cast_rows(const In* x, int64_t x_stride, const float* columns, int64_t rows
 
 // Rows of x [rows, count], times columns [count] unless that is null, cast to a format with one
 // power of two per row: scale [rows], the values times their scale in `to`, and their codes in
-// `codes` unless that is null. The format's mantissa has `mantissa` bits.
+// `codes`, unless these are null. The format's mantissa has `mantissa` bits.
 extern "C" void falqon_cast_rows(const void* x, int64_t x_is_bfloat16, int64_t x_stride,
                                  const float* columns, int64_t rows, int64_t count,
                                  int64_t mantissa, int64_t carry, int64_t is_int8, int64_t threads,

@@ -41,19 +41,18 @@ def cast_rows(
     x: Tensor,
     fp8: torch.dtype,
     columns: Tensor | None,
-    to: Tensor,
+    to: Tensor | None,
     codes: Tensor | None = None,
 ) -> Tensor | None:
-    """Write the FP8 or INT8 cast of x [n, k], times ``columns`` [k] where given, into ``to`` [n, k]
-    as values times their scale: float32 or bfloat16, rows any distance apart. The scales, one power
-    of two per row, float32 [n, 1]; with ``codes`` [n, k] the E4M3 bytes (uint8) or integers (int8)
-    too. None where there is no compiled code, or it doesn't take these.
+    """Write the FP8 or INT8 cast of x [n, k], times ``columns`` [k] where given: into ``to`` [n, k]
+    as values times their scale, float32 or bfloat16, rows any distance apart; into ``codes`` [n, k]
+    as E4M3 bytes (uint8) or integers (int8); either may be left out. The scales, one power of two
+    per row, float32 [n, 1]. None where there is no compiled code, or it doesn't take these.
     """
     n, k = x.shape
-    usable = _plain(x, to) and x.dtype in _FLOATS and to.dtype in _FLOATS
-    if not usable or (columns is not None and not _dense(columns, torch.float32, k)):
+    if not all(_by_rows(matrix, (n, k)) for matrix in (x, to) if matrix is not None):
         return None
-    if (k > 1 and (x.stride(1) != 1 or to.stride(1) != 1)) or to.shape != x.shape:
+    if columns is not None and not _dense(columns, torch.float32, k):
         return None
     if codes is not None and not _dense(codes, _CODES[fp8], n * k):
         return None
@@ -76,12 +75,17 @@ def cast_rows(
         _FLOAT(factor),
         _FLOAT(spacing),
         _POINTER(scale.data_ptr()),
-        _POINTER(to.data_ptr()),
-        _INT64(to.dtype == torch.bfloat16),
-        _INT64(to.stride(0)),
+        _POINTER(None if to is None else to.data_ptr()),
+        _INT64(to is not None and to.dtype == torch.bfloat16),
+        _INT64(0 if to is None else to.stride(0)),
         _POINTER(None if codes is None else codes.data_ptr()),
     )
     return scale
+
+
+def _by_rows(matrix: Tensor, shape: tuple[int, ...]) -> bool:
+    dense = matrix.shape[1] <= 1 or matrix.stride(1) == 1
+    return dense and matrix.shape == shape and matrix.dtype in _FLOATS and _plain(matrix)
 
 
 def _plain(*tensors: Tensor) -> bool:
