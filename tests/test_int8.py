@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.exc import BackendCompilerFailed
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonConfigError, FalqonError
@@ -146,13 +147,13 @@ def test_calibration_buys_back_the_cast_errors_of_int8():
     model, x = Net().requires_grad_(False), randn(200, 64) * randn(64, seed=1).exp()
     wanted = model(x)
     errors = {}
-    for terms in (0, 16):
+    for terms in (0, 64):
         own = copy.deepcopy(model)
         given: dict[str, Any] = {"compensate": terms, "outliers": terms, "calibration": [x]}
         falqon_fx.prepare(own, CONFIG, progress=False, **(given if terms else {}))
-        y = torch.compile(own, backend="falqon", options={"config": CONFIG})(x)
+        y = torch.compile(own, backend="falqon", options=dict[str, Any](config=CONFIG))(x)
         errors[terms] = float((y - wanted).norm() / wanted.norm())
-    assert errors[16] < errors[0] / 1.5
+    assert errors[64] < errors[0] / 10  # all of W's error, and that of all channels of x
 
 
 # -- files -----------------------------------------------------------------------------------------
@@ -175,7 +176,7 @@ def test_prequantize_is_prepare_bit_for_bit(tmp_path, options):
     codes = [p for name, p in loaded.named_parameters() if name.endswith(".code")]
     assert len(codes) == 14
     assert {code.dtype for code in codes} == {torch.int8}
-    run = torch.compile(loaded, backend="falqon", options={"config": config})
+    run = torch.compile(loaded, backend="falqon", options=dict[str, Any](config=config))
     assert run(IDS).logits.isfinite().all()
 
 
@@ -206,7 +207,7 @@ def test_a_checkpoint_of_the_other_dtype_brings_it_and_compiled_code_is_told(tmp
     assert other.base_model.model[0].base_layer.code.dtype == torch.int8
     x = randn(3, 32)
     assert torch.equal(compiled(other, base_dtype="int8")(x), compiled(model, base_dtype="int8")(x))
-    with pytest.raises(FalqonError, match=r"prepare\(\) used base_dtype='int8', granularity='row'"):
+    with pytest.raises(BackendCompilerFailed, match=r"prepare\(\) used base_dtype='int8', gran"):
         compiled(other)(x)
 
 
@@ -230,7 +231,7 @@ def test_a_base_is_never_run_in_the_other_dtype(prepared):
     model = tiny_mlp()
     falqon_fx.prepare(model, FalqonConfig(base_dtype=prepared), progress=False)
     other = "int8" if prepared == "fp8" else "fp8"
-    with pytest.raises(FalqonError) as error:
+    with pytest.raises(BackendCompilerFailed) as error:
         compiled(model, base_dtype=other)(randn(3, 32))
     assert "Give prepare() and torch.compile() the same config" in str(error.value)
     assert "base_dtype='int8'" in str(error.value)
