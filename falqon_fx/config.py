@@ -32,6 +32,8 @@ _ROWS_CHOICES = {"pending": get_args(Pending), "rounding": get_args(Rounding)}
 # What update="rows" takes where nothing is said; with update="adapter" they must not be given.
 _ROWS_DEFAULTS: dict[str, Any] = {"pending": "apply", "rounding": "stochastic"}
 
+_SCALES: dict[BaseDtype, Scale] = {"fp8": "pow2", "int8": "amax"}  # where none is given
+
 _ROWS = 10  # written per step where no topk is given
 
 
@@ -71,8 +73,9 @@ class FalqonConfig:
             of the FP8 error of W (FALQON, arXiv 2510.24061), only where lora_B is still zero.
         granularity: "row" gives each row of W and of A and each token its own scale, "tensor" each
             matrix one scale.
-        scale: "pow2" rounds scales up to powers of two, which dequantize exactly into bf16;
-            "amax" is amax / fp8_max (the paper).
+        scale: "pow2" rounds scales up to powers of two, which dequantize exactly into bf16; the
+            default for FP8. "amax" is amax / the largest number (the paper); the default for INT8,
+            whose steps grow with the scale.
         grad_dtype: FP8 format of dL/dO in dL/dx.
         siblings: sites that share x (q/k/v, gate/up) become one op with one cast and one GEMM.
         dropout: adapter dropout. "exact": the adapter reads the dropped x, the base layer x itself,
@@ -117,7 +120,7 @@ class FalqonConfig:
     frozen: Frozen = "fp8"
     init: Init = "keep"
     granularity: Granularity = "row"
-    scale: Scale = "pow2"
+    scale: Scale | None = None
     grad_dtype: GradDtype = "e5m2"
     siblings: bool = True
     dropout: Dropout = "exact"
@@ -152,6 +155,9 @@ class FalqonConfig:
     def __post_init__(self) -> None:
         for name, choices in literals(FalqonConfig).items():
             _check_choice(name, getattr(self, name), choices)
+        if self.scale is None:
+            object.__setattr__(self, "scale", _SCALES[self.base_dtype])
+        _check_choice("scale", self.scale, get_args(Scale))
         if not isinstance(self.siblings, bool):
             raise FalqonConfigError(
                 "siblings", f"{self.siblings!r} is no bool", "Give True or False"
@@ -224,6 +230,8 @@ class FalqonConfig:
             base and options.get("update", base.update) != base.update
         ):  # these belong to one of them
             values.update(dict.fromkeys((*_ROWS_CHOICES, "topk")))
+        if base and options.get("base_dtype", base.base_dtype) != base.base_dtype:
+            values["scale"] = None
         values.update(options)
         values["inductor"] = {**values.get("inductor", {}), **inductor}
         return cls(**values)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 
 from falqon_fx import FalqonConfig, RewriteResult, adapters, rewrite
-from tests.emulation import E4M3, cast
+from tests.emulation import cast, operand
 from tests.programs import WIDTH, Program, adapters_of, emulated, programs
 from tests.sites import randn
 
@@ -127,7 +127,7 @@ def check_twice(
         found: Any = adapters(program)
         for path, layer in program.sites().items():
             per_row, pow2 = config.granularity == "row", config.scale == "pow2"
-            codes, scale = cast(layer.base.weight.detach(), E4M3, per_row, pow2)
+            codes, scale = cast(layer.base.weight.detach(), operand(config), per_row, pow2)
             assert torch.equal(found[path].weight.float(), codes)
             assert torch.equal(found[path].scale, scale)
 

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from falqon_fx import rewrite
 from falqon_fx.kernels.cpu import casts as cpu_casts
+from falqon_fx.kernels.cpu import integers
 from falqon_fx.kernels.cpu import native as cpu
 from falqon_fx.ops import lowering
 from falqon_fx.site import spec as site_spec
@@ -32,7 +33,7 @@ T = TypeVar("T")
 def by_aten(run: Callable[[], T]) -> T:
     """As where there is no compiler."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (cpu, cpu_casts):
+        for module in (cpu, cpu_casts, integers):
             patch.setattr(module, "library", lambda: None)
         return run()
 
@@ -85,16 +86,34 @@ def test_compiled_casts_equal_those_of_aten(x, fp8, turned, dtype):
             assert same_bits(decode(), by_aten(decode))
 
 
-@given(matrices())
-def test_compiled_casts_to_int8_equal_those_of_aten(x):
+@given(matrices(), st.sampled_from(["pow2", "amax"]))
+def test_compiled_casts_to_int8_equal_those_of_aten(x, scale):
     """Integers and scales; of a row with NaN or Inf nothing but NaN is left."""
-    spec = SiteSpec("row", "pow2", "e5m2", base="int8")
+    spec = SiteSpec("row", scale, "e5m2", base="int8")
     compiled, aten = lowering.cast_int8(x, spec), by_aten(lambda: lowering.cast_int8(x, spec))
     assert same_bits(compiled.scale, aten.scale)
     finite = compiled.scale.isfinite()
     assert torch.equal(compiled.value * finite, aten.value * finite)
     for cast in (compiled, aten):
         assert (cast.value * cast.scale).isnan().eq(~finite).all()
+
+
+@given(
+    st.integers(0, 9),
+    st.integers(1, 40),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([F32, BF16]),
+)
+def test_compiled_scales_behind_integers_equal_those_of_aten(n, m, by_row, by_column, dtype):
+    """One a row or one for all, on either side; of NaN and Inf too."""
+    sums = torch.randint(-(2**31), 2**31, (n, m), dtype=torch.int64).to(torch.int32)
+    rest = randn(n, 1).abs() if by_row else torch.tensor(0.3)
+    scale = randn(m, 1, seed=1).abs() if by_column else torch.tensor(float("inf"))
+    rest = rest.masked_fill(rest > 1.5, float("nan"))
+    compiled = lowering.rescale(sums, rest, scale, dtype)
+    assert compiled.dtype == dtype
+    assert same_bits(compiled, by_aten(lambda: lowering.rescale(sums, rest, scale, dtype)))
 
 
 def test_kept_codes_are_of_the_dtype_that_was_asked_for():

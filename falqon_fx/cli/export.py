@@ -50,7 +50,7 @@ class Prequantize:
             self.model,
             self.out,
             lora.new_config(self.rank, self.alpha, self.target_modules),
-            replace(DEFAULT, **given),
+            FalqonConfig(**{"init": DEFAULT.init, **given}),
             workers=self.workers,
             progress=not (self.quiet or self.as_json),
         )

@@ -76,7 +76,8 @@ def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = No
         if blocks.has_blocks(w, found[path])
     }
     of_rows = {p: _row_scale(weights[p], s) for p, s in found.items() if p not in in_blocks}
-    config = replace(config or FalqonConfig(), granularity="row", base_dtype=kind)
+    config = config or FalqonConfig(base_dtype=kind)
+    config = replace(config, granularity="row", base_dtype=kind)
     if not all(map(powers_of_two, of_rows.values())):
         config = replace(config, scale="amax")
     spec = SiteSpec.from_config(config)

@@ -240,9 +240,9 @@ class Adapter:
 
     Attributes:
         experts: how many weights are stacked, 0 for a linear layer; ``out`` counts the rows of all.
-        weight: W, float8_e4m3fn or int8 [out, in]. scale: float32 [out, 1] or []; multiplies on
-        dequantize. adapters: (A [r, in], B [out, r], scaling) of each active adapter, the
-        parameters
+        weight: W, float8_e4m3fn or int8 [out, in].
+        scale: float32 [out, 1] or []; multiplies on dequantize.
+        adapters: (A [r, in], B [out, r], scaling) of each active adapter, the parameters
             themselves.
     """
 

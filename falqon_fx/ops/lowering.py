@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from falqon_fx._compat import native_bf16
 from falqon_fx.kernels.cpu import casts as cpu_casts
+from falqon_fx.kernels.cpu import integers
 from falqon_fx.kernels.cpu import native as cpu
 from falqon_fx.ops.arguments import Merged
 from falqon_fx.site.casts import cast_with_scale, scale_of
@@ -91,10 +92,10 @@ def cast_operand(x: Tensor, spec: SiteSpec, dtype: torch.dtype, *, keep: bool = 
 
 def cast_int8(x: Tensor, spec: SiteSpec) -> Cast:
     """Cast x [n, k] to INT8 with one scale per row or one for all of it."""
-    if spec.scale == "pow2" and spec.per_row and x.device.type == "cpu":
-        code = x.new_empty(x.shape, dtype=INT8)
-        scale = cpu_casts.cast_rows(x, INT8, None, None, code)
-        if scale is not None:
+    if spec.per_row and x.device.type == "cpu":
+        cast = integers.cast_rows(x, spec.scale == "pow2")
+        if cast is not None:
+            code, scale = cast
             return Cast(code, scale, scale, code)
     scale = scale_of(x, INT8, spec)
     code = cast_with_scale(x.to(torch.float32), scale, INT8)
@@ -242,8 +243,12 @@ def _stack(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
 
 def rescale(y: Tensor, rest: Tensor | float, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Multiply a GEMM's result by the scales that its operands lack, in float32."""
-    wide = y.to(torch.float32) * rest
-    return wide.mul_(scale.t() if scale.dim() == 2 else scale).to(dtype)
+    turned = scale.t() if scale.dim() == 2 else scale
+    if y.dtype == torch.int32 and isinstance(rest, Tensor):
+        compiled = integers.rescale(y, rest, turned, dtype)
+        if compiled is not None:
+            return compiled
+    return (y.to(torch.float32) * rest * turned).to(dtype)
 
 
 @without_autocast

@@ -74,6 +74,7 @@ class SiteSpec:
     def from_config(cls, config: FalqonConfig) -> SiteSpec:
         autotunes = config.kernel == "auto" and (config.mode or "").startswith("max-autotune")
         kernel: Choosing = "max-autotune" if autotunes else config.kernel
+        assert config.scale is not None
         return SiteSpec(
             config.granularity,
             config.scale,

@@ -1,4 +1,4 @@
-// Casts to FP8 and INT8 before the products on a CPU: a row is read, measured, rounded and written
+// Casts to FP8 before the products on a CPU: a row is read, measured, rounded and written
 // while it lies in the cache. falqon_fx/ops/lowering.py says the same in ATen operations, which pass
 // over memory some eight times. Bound by kernels/cpu/casts.py.
 
@@ -34,20 +34,13 @@ void narrow(float x, bfloat16& to) {
   to.bits = uint16_t((bits & 0x7FFFFFFFu) > 0x7F800000u ? (bits >> 16) | 0x40u : rounded);
 }
 
-// A format: its mantissa's bits as a factor 2**(23 - bits), the distance of its subnormals, and how
-// falqon_fx.site.numerics.amax_to_scale finds a power of two for its largest number.
-struct Format {
-  float shift_per_unit, spacing, factor;
-  uint32_t carry;
-  bool is_int8;
-};
-
-// falqon_fx.site.numerics.amax_to_scale with mode "pow2", from the bits of amax.
-float pow2_scale(uint32_t amax, const Format& format) {
+// falqon_fx.site.numerics.amax_to_scale with mode "pow2", from the bits of amax; `factor` is
+// 1.75 / max.
+float pow2_scale(uint32_t amax, float factor) {
   if (amax == 0) return 1.0f;
-  const uint32_t wanted = as_bits(as_float(amax) * format.factor);
+  const uint32_t wanted = as_bits(as_float(amax) * factor);
   if (wanted >= 0x7F800000u) return as_float(wanted);  // Inf and NaN stay visible
-  const uint32_t power = (wanted + format.carry) & 0x7F800000u;
+  const uint32_t power = (wanted + 0x1FFFFFu) & 0x7F800000u;
   return as_float(power < 0x00800000u ? 0x00800000u : power);
 }
 
@@ -76,8 +69,8 @@ uint32_t load_row(float* __restrict row, const In* __restrict x, const float* __
 // falqon_fx.site.numerics.round_to_scaled_fp8, which says why it rounds.
 template <typename Out>
 void round_row(Out* __restrict to, float* __restrict row, int64_t count, float scale,
-               const Format& format) {
-  const float least = scale * (0x1p23f * format.spacing), shift_per_unit = format.shift_per_unit;
+               float shift_per_unit, float spacing) {
+  const float least = scale * (0x1p23f * spacing);
   for (int64_t j = 0; j < count; ++j) {
     const uint32_t bits = as_bits(row[j]);
     const float size = as_float(bits & 0x7FFFFFFFu), wide = size * 0x1p12f;
@@ -85,14 +78,8 @@ void round_row(Out* __restrict to, float* __restrict row, int64_t count, float s
     const float shift = leading < least ? least : leading;
     const float rounded = (shift + size) - shift;
     row[j] = as_float((as_bits(rounded) & 0x7FFFFFFFu) | (bits & 0x80000000u));
-    if (to) narrow(row[j], to[j]);
+    narrow(row[j], to[j]);
   }
-}
-
-// The integers whose values times `scale`, a power of two, a row holds.
-void count_row(int8_t* __restrict to, const float* __restrict row, int64_t count, float scale) {
-  const float inverse = 1.0f / scale;
-  for (int64_t j = 0; j < count; ++j) to[j] = int8_t(int32_t(row[j] * inverse));
 }
 
 // The E4M3 bytes of values that are E4M3 times `scale`, a power of two.
@@ -109,47 +96,41 @@ void encode_row(uint8_t* __restrict to, const float* __restrict row, int64_t cou
 
 template <typename In, typename Out>
 void cast_rows(const In* x, int64_t x_stride, const float* columns, int64_t rows, int64_t count,
-               const Format& format, float* scale, Out* to, int64_t to_stride, uint8_t* codes,
-               int64_t threads) {
+               float factor, float shift_per_unit, float spacing, float* scale, Out* to,
+               int64_t to_stride, uint8_t* codes, int64_t threads) {
 #pragma omp parallel num_threads(threads)
   {
     std::vector<float> buffer(count);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < rows; ++i) {
       const uint32_t amax = load_row(buffer.data(), x + i * x_stride, columns, count);
-      const float of_row = pow2_scale(amax, format);
+      const float of_row = pow2_scale(amax, factor);
       scale[i] = of_row;
       if (as_bits(of_row) >= 0x7F800000u) {  // all of the row is NaN
-        for (int64_t j = 0; to && j < count; ++j) {
-          narrow(as_float(0x7FC00000u), to[i * to_stride + j]);
-        }
-        // A NaN, or what an infinite scale makes one of.
-        if (codes) std::memset(codes + i * count, format.is_int8 ? 0 : 0x7F, count);
+        for (int64_t j = 0; j < count; ++j) narrow(as_float(0x7FC00000u), to[i * to_stride + j]);
+        if (codes) std::memset(codes + i * count, 0x7F, count);
         continue;
       }
-      round_row(to ? to + i * to_stride : to, buffer.data(), count, of_row, format);
-      if (!codes) continue;
-      uint8_t* own = codes + i * count;
-      if (format.is_int8) count_row(reinterpret_cast<int8_t*>(own), buffer.data(), count, of_row);
-      else encode_row(own, buffer.data(), count, of_row);
+      round_row(to + i * to_stride, buffer.data(), count, of_row, shift_per_unit, spacing);
+      if (codes) encode_row(codes + i * count, buffer.data(), count, of_row);
     }
   }
 }
 
 }  // namespace
 
-// Rows of x [rows, count], times columns [count] unless that is null, cast to a format with one
-// power of two per row: scale [rows], the values times their scale in `to`, and their codes in
-// `codes`, unless these are null. The format's mantissa has `mantissa` bits.
+// Rows of x [rows, count], times columns [count] unless that is null, cast to FP8 with one power of
+// two per row: scale [rows], the values times their scale in `to`, and their bytes in `codes` unless
+// that is null. The format's mantissa has `mantissa` bits, its subnormals are `spacing` apart.
 extern "C" void falqon_cast_rows(const void* x, int64_t x_is_bfloat16, int64_t x_stride,
                                  const float* columns, int64_t rows, int64_t count,
-                                 int64_t mantissa, int64_t carry, int64_t is_int8, int64_t threads,
-                                 float factor, float spacing, float* scale, void* to,
-                                 int64_t to_is_bfloat16, int64_t to_stride, uint8_t* codes) {
-  const Format format{float(int64_t(1) << (23 - mantissa)), spacing, factor, uint32_t(carry),
-                      is_int8 != 0};
+                                 int64_t mantissa, int64_t threads, float factor, float spacing,
+                                 float* scale, void* to, int64_t to_is_bfloat16, int64_t to_stride,
+                                 uint8_t* codes) {
+  const float per_unit = float(int64_t(1) << (23 - mantissa));
   auto run = [&](auto* in, auto* out) {
-    cast_rows(in, x_stride, columns, rows, count, format, scale, out, to_stride, codes, threads);
+    cast_rows(in, x_stride, columns, rows, count, factor, per_unit, spacing, scale, out, to_stride,
+              codes, threads);
   };
   const auto* wide_x = static_cast<const float*>(x);
   const auto* half_x = static_cast<const bfloat16*>(x);

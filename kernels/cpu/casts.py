@@ -16,14 +16,11 @@ from falqon_fx.kernels.cpu.build import compiled
 
 _POINTER, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _FLOATS = (torch.float32, torch.bfloat16)
-# (mantissa bits kept, spacing of the subnormals, the largest number's significand / that number,
-# what carries above that significand) of a format
+# (mantissa bits kept, spacing of the subnormals, 1.75 / largest) of an FP8 format
 _LAYOUT = {
-    torch.float8_e4m3fn: (3, 2.0**-9, 1.75 / 448.0, 0x1FFFFF),
-    torch.float8_e5m2: (2, 2.0**-16, 1.75 / 57344.0, 0x1FFFFF),
-    torch.int8: (6, 1.0, 2.0**-6, 0x1FFFF),
+    torch.float8_e4m3fn: (3, 2.0**-9, 1.75 / 448.0),
+    torch.float8_e5m2: (2, 2.0**-16, 1.75 / 57344.0),
 }
-_CODES = {torch.float8_e4m3fn: torch.uint8, torch.int8: torch.int8}  # no other is kept
 
 
 @functools.cache
@@ -41,26 +38,27 @@ def cast_rows(
     x: Tensor,
     fp8: torch.dtype,
     columns: Tensor | None,
-    to: Tensor | None,
+    to: Tensor,
     codes: Tensor | None = None,
 ) -> Tensor | None:
-    """Write the FP8 or INT8 cast of x [n, k], times ``columns`` [k] where given: into ``to`` [n, k]
-    as values times their scale, float32 or bfloat16, rows any distance apart; into ``codes`` [n, k]
-    as E4M3 bytes (uint8) or integers (int8); either may be left out. The scales, one power of two
-    per row, float32 [n, 1]. None where there is no compiled code, or it doesn't take these.
+    """Write the FP8 cast of x [n, k], times ``columns`` [k] where given, into ``to`` [n, k] as
+    values times their scale: float32 or bfloat16, rows any distance apart. The scales, one power of
+    two per row, float32 [n, 1]; with ``codes`` [n, k] uint8 the E4M3 bytes too. None where there is
+    no compiled code, or it doesn't take these.
     """
     n, k = x.shape
-    if not all(_by_rows(matrix, (n, k)) for matrix in (x, to) if matrix is not None):
+    usable = _plain(x, to) and x.dtype in _FLOATS and to.dtype in _FLOATS
+    if not usable or (columns is not None and not _dense(columns, torch.float32, k)):
         return None
-    if columns is not None and not _dense(columns, torch.float32, k):
+    if (k > 1 and (x.stride(1) != 1 or to.stride(1) != 1)) or to.shape != x.shape:
         return None
-    if codes is not None and not _dense(codes, _CODES[fp8], n * k):
+    if codes is not None and not _dense(codes, torch.uint8, n * k):
         return None
     built = library()
     if built is None:
         return None
     scale = torch.empty(n, 1, dtype=torch.float32, device="cpu")
-    mantissa, spacing, factor, carry = _LAYOUT[fp8]
+    mantissa, spacing, factor = _LAYOUT[fp8]
     built.falqon_cast_rows(
         _POINTER(x.data_ptr()),
         _INT64(x.dtype == torch.bfloat16),
@@ -69,23 +67,16 @@ def cast_rows(
         _INT64(n),
         _INT64(k),
         _INT64(mantissa),
-        _INT64(carry),
-        _INT64(fp8 == torch.int8),
         _INT64(torch.get_num_threads()),
         _FLOAT(factor),
         _FLOAT(spacing),
         _POINTER(scale.data_ptr()),
-        _POINTER(None if to is None else to.data_ptr()),
-        _INT64(to is not None and to.dtype == torch.bfloat16),
-        _INT64(0 if to is None else to.stride(0)),
+        _POINTER(to.data_ptr()),
+        _INT64(to.dtype == torch.bfloat16),
+        _INT64(to.stride(0)),
         _POINTER(None if codes is None else codes.data_ptr()),
     )
     return scale
-
-
-def _by_rows(matrix: Tensor, shape: tuple[int, ...]) -> bool:
-    dense = matrix.shape[1] <= 1 or matrix.stride(1) == 1
-    return dense and matrix.shape == shape and matrix.dtype in _FLOATS and _plain(matrix)
 
 
 def _plain(*tensors: Tensor) -> bool:
