@@ -28,6 +28,7 @@ from falqon_fx.site.spec import SiteSpec, parse_spec
 from tests.emulation import cast, emulate
 from tests.folders import BF16, IDS, dense_model, folder_of, lora
 from tests.models import Net, compiled, fill_b, tiny_mlp
+from tests.parameters import slow
 from tests.sites import randn
 from tests.strategies import SEEDS
 from tests.tolerances import assert_within, fp8_cast_bound
@@ -159,7 +160,7 @@ def test_calibration_buys_back_the_cast_errors_of_int8():
 # -- files -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"scale": "amax", "init": "svd"}], ids=str)
+@pytest.mark.parametrize("options", [{}, slow({"scale": "pow2", "init": "svd"})], ids=str)
 def test_prequantize_is_prepare_bit_for_bit(tmp_path, options):
     transformers = pytest.importorskip("transformers")
     config = replace(CONFIG, **options)
@@ -176,8 +177,6 @@ def test_prequantize_is_prepare_bit_for_bit(tmp_path, options):
     codes = [p for name, p in loaded.named_parameters() if name.endswith(".code")]
     assert len(codes) == 14
     assert {code.dtype for code in codes} == {torch.int8}
-    run = torch.compile(loaded, backend="falqon", options=dict[str, Any](config=config))
-    assert run(IDS).logits.isfinite().all()
 
 
 def test_a_checkpoint_that_names_no_base_dtype_is_of_fp8(tmp_path):
@@ -249,10 +248,10 @@ def test_a_state_dict_of_the_other_dtype_is_refused():
     assert torch.equal(model.state_dict()[f"{layer}.code"], before[f"{layer}.code"])
 
 
-@pytest.mark.parametrize("prepared", [True, False])
+@pytest.mark.parametrize("prepared", [True, slow(False)])
 def test_a_folder_of_fp8_is_refused(tmp_path, prepared):
     torch.manual_seed(0)
-    model = peft.get_peft_model(dense_model(), lora())
+    model = peft.get_peft_model(dense_model(num_hidden_layers=1), lora())
     if prepared:
         falqon_fx.prepare(model, CONFIG, progress=False)
     else:

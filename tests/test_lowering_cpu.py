@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -20,9 +23,10 @@ from falqon_fx.ops import lowering
 from falqon_fx.site import spec as site_spec
 from falqon_fx.site.numerics import E4M3, E5M2
 from falqon_fx.site.spec import SiteSpec
-from tests.lowered import BF16, F32, falqon, gemm_dtype
+from tests.lowered import BF16, F32, falqon, gemm_dtype, run
 from tests.models import LoraLinear, Traceable
 from tests.sites import randn
+from tests.strategies import cases
 
 T = TypeVar("T")
 
@@ -123,6 +127,31 @@ def test_kept_codes_are_of_the_dtype_that_was_asked_for():
         assert cast.code is not None
         assert cast.code.dtype == fp8
         assert torch.equal(cast.code.float() * cast.scale, cast.value)
+
+
+@given(cases(("int8",)))
+def test_integers_on_a_cpu_that_has_no_exact_sums_of_them(case):
+    """Their products are in float32 then, where sums of so few are exact: the same bits."""
+    expected = run(case)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(integers, "exact", lambda: False)
+        for name, actual in run(case).items():
+            assert torch.equal(actual, expected[name]), name
+
+
+@pytest.mark.slow
+def test_a_cpu_without_vnni_is_noticed():
+    """oneDNN obeys the variable, and clamps what it adds up as such a CPU would."""
+    code = """
+import torch
+from falqon_fx.kernels.cpu import integers
+from falqon_fx.ops.lowering import multiplied
+left = torch.full((3, 64), 127, dtype=torch.int8)
+assert not integers.exact()
+assert (multiplied(left, left) == 64 * 127 * 127).all()
+"""
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
 # -- other CPUs ------------------------------------------------------------------------------------

@@ -230,10 +230,14 @@ def right_operand(code: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Te
 
 
 def multiplied(left: Tensor, right: Tensor) -> Tensor:
-    """left · rightᵀ; of integers int32, without rounding."""
-    if left.dtype == INT8:
+    """left · rightᵀ; of integers int32, without rounding, or float32 where the CPU has no exact
+    sums of them: those of up to 1,040 products are exact in that, too.
+    """
+    if left.dtype == INT8 and integers.exact():
         sums: Tensor = torch.ops.aten._int_mm(left, right.t())
         return sums
+    if left.dtype == INT8:
+        left, right = left.to(torch.float32), right.to(torch.float32)
     return left @ right.t()
 
 

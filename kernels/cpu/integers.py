@@ -29,6 +29,15 @@ def library() -> Any | None:
     )
 
 
+@functools.cache
+def exact() -> bool:
+    """Whether the library adds up products of integers exactly: with VNNI. Without it oneDNN sums
+    pairs of them up in 16 bits, which clamps: 127 · -128 twice is already beyond.
+    """
+    left, right = (torch.full((16, 64), n, dtype=torch.int8, device="cpu") for n in (127, -128))
+    return bool((torch.ops.aten._int_mm(left, right.t()) == 64 * 127 * -128).all())
+
+
 def cast_rows(x: Tensor, pow2: bool) -> tuple[Tensor, Tensor] | None:
     """INT8 codes [n, k] of x [n, k] and their scales, float32 [n, 1]. None where there is no
     compiled code, or it doesn't take x.
