@@ -247,14 +247,14 @@ _FORMATS = {"fp8": "FP8 (E4M3)", "int8": "INT8"}
 
 
 def _casts(sites: Sequence[Site]) -> list[str]:
-    """What FP8 costs in accuracy."""
+    """What the casts cost in accuracy."""
     adapted = any(site.adapters for site in sites)
     lines = []
     if any(site.options["base_dtype"] == "int8" for site in sites):
+        operands = "W, x and A" if adapted else "W and x"
         return [
-            f"INT8 costs: {'W, x and A' if adapted else 'W and x'} are {CAST_ERROR['int8']:.1%} off "
-            "(root mean square, of weights), more where a few values of a row stand out; dL/dO is "
-            "not cast"
+            f"INT8 costs: {operands} are {CAST_ERROR['int8']:.1%} off (root mean square, of weights), "
+            "more where a few values of a row stand out; dL/dO is not cast"
         ]
     for grad, b in sorted({(s.options["grad_dtype"], s.options["adapter_dtype"]) for s in sites}):
         operands = f"W, x{', A and s·B' if b == 'fp8' else ' and A'}" if adapted else "W and x"
