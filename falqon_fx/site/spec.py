@@ -169,6 +169,8 @@ def parse_spec(text: str) -> SiteSpec:
     """
     *values, _ = [word.rpartition("=")[2] for word in text.split(" ")]
     kind = RowsSpec if "topk=" in text else SiteSpec
+    if len(values) == len(_FIELDS[kind]) - 1:  # of before there was a choice of the base's dtype
+        values.insert(_FIELDS[kind].index("base"), "fp8")
     given: dict[str, Any] = dict(zip(_FIELDS[kind], values, strict=True))
     check_literals(given, _VALUES[kind])
     if kind is RowsSpec:
