@@ -120,6 +120,16 @@ def test_compiled_scales_behind_integers_equal_those_of_aten(n, m, by_row, by_co
     assert same_bits(compiled, by_aten(lambda: lowering.rescale(sums, rest, scale, dtype)))
 
 
+@given(matrices(), st.booleans(), st.sampled_from([F32, BF16]))
+def test_compiled_scales_of_columns_equal_those_of_aten(x, by_column, dtype):
+    scale = randn(x.shape[1], 1, seed=3) if by_column else torch.tensor(0.3)
+    wide = torch.zeros(len(x), x.shape[1] + 5, dtype=dtype)
+    assert integers.scale_columns(x, scale.t() if scale.dim() else scale, wide[:, 5:])
+    wanted = (x.float() * scale.reshape(1, -1)).to(dtype)
+    assert same_bits(wide[:, 5:], wanted)
+    assert not wide[:, :5].any()
+
+
 def test_kept_codes_are_of_the_dtype_that_was_asked_for():
     x = randn(5, 24, seed=2)
     for fp8 in (E4M3, E5M2):

@@ -287,7 +287,8 @@ def merged_linear_grad_x(
     for i, (g, w, s) in enumerate(zip(grad, weight, scale)):
         of_rows = s.t().contiguous() if spec.per_row else None
         if spec.base == "int8":
-            torch.mul(g, s.reshape(1, -1), out=columns[i])
+            if not integers.scale_columns(g, s.t() if s.dim() else s, columns[i]):
+                columns[i].copy_(g.to(torch.float32) * s.reshape(1, -1))
             decode(w, 1.0, dtype, rows[i])
         elif exact:
             cast_fp8(g, spec.grad_dtype, spec, dtype, columns=of_rows, to=columns[i])

@@ -1,5 +1,5 @@
-// Products of integers on a CPU, before and after torch's own: the cast of x to INT8, and the scales
-// behind the sums. falqon_fx/ops/lowering.py says the same in ATen operations, each of which passes
+// What stands around products with INT8 on a CPU: the cast of x, the scales behind the sums of
+// integers, and those of W that go into dL/dO. falqon_fx/ops/lowering.py says the same in ATen operations, each of which passes
 // over memory again. Bound by kernels/cpu/integers.py.
 
 #include <algorithm>
@@ -84,6 +84,18 @@ void cast(const In* x, int64_t x_stride, int64_t rows, int64_t count, bool pow2,
   }
 }
 
+template <typename In, typename Out>
+void scale_columns(const In* x, int64_t x_stride, const float* factor, int64_t rows, int64_t count,
+                   Out* to, int64_t to_stride, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < rows; ++i) {
+    const In* __restrict from = x + i * x_stride;
+    const float* __restrict of_column = factor;
+    Out* __restrict row = to + i * to_stride;
+    for (int64_t j = 0; j < count; ++j) narrow(widen(from[j]) * of_column[j], row[j]);
+  }
+}
+
 template <typename Out>
 void rescale(const int32_t* sums, const float* left, int64_t left_stride, const float* right,
              int64_t right_stride, int64_t rows, int64_t count, Out* to, int64_t threads) {
@@ -114,6 +126,26 @@ extern "C" void falqon_cast_int8(const void* x, int64_t x_is_bfloat16, int64_t x
     cast(static_cast<const bfloat16*>(x), x_stride, rows, count, pow2, scale, codes, threads);
   } else {
     cast(static_cast<const float*>(x), x_stride, rows, count, pow2, scale, codes, threads);
+  }
+}
+
+// x [rows, count] times factor [count].
+extern "C" void falqon_scale_columns(const void* x, int64_t x_is_bfloat16, int64_t x_stride,
+                                     const float* factor, int64_t rows, int64_t count, void* to,
+                                     int64_t to_is_bfloat16, int64_t to_stride, int64_t threads) {
+  auto run = [&](auto* in, auto* out) {
+    scale_columns(in, x_stride, factor, rows, count, out, to_stride, threads);
+  };
+  const auto* wide_x = static_cast<const float*>(x);
+  const auto* half_x = static_cast<const bfloat16*>(x);
+  auto* wide_to = static_cast<float*>(to);
+  auto* half_to = static_cast<bfloat16*>(to);
+  if (x_is_bfloat16) {
+    if (to_is_bfloat16) run(half_x, half_to);
+    else run(half_x, wide_to);
+  } else {
+    if (to_is_bfloat16) run(wide_x, half_to);
+    else run(wide_x, wide_to);
   }
 }
 

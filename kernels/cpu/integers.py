@@ -23,7 +23,7 @@ def library() -> Any | None:
     """The compiled code; None where no compiler works, with the reason in the log."""
     return compiled(
         Path(__file__).with_suffix(".cpp"),
-        ("cast_int8", "rescale"),
+        ("cast_int8", "rescale", "scale_columns"),
         "the casts to INT8 can't be compiled for this CPU and run as ATen operations, several "
         "times slower",
     )
@@ -42,8 +42,7 @@ def cast_rows(x: Tensor, pow2: bool) -> tuple[Tensor, Tensor] | None:
     """INT8 codes [n, k] of x [n, k] and their scales, float32 [n, 1]. None where there is no
     compiled code, or it doesn't take x.
     """
-    dense = x.shape[1] <= 1 or x.stride(1) == 1
-    if x.dtype not in _FLOATS or not dense or not _plain(x) or library() is None:
+    if not _by_rows(x) or library() is None:
         return None
     n, k = x.shape
     scale = torch.empty(n, 1, dtype=torch.float32, device="cpu")
@@ -58,14 +57,14 @@ def rescale(sums: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -> Te
     """``sums`` int32 [n, m] times ``left`` [n, 1] or [], times ``right`` [1, m] or [], in
     ``dtype``; None as above.
     """
-    given = (sums, left, right)
-    if dtype not in _FLOATS or not all(map(_plain, given)) or not sums.is_contiguous():
-        return None
-    if library() is None:
+    known = sums.dtype == torch.int32 and sums.is_contiguous() and _plain(sums)
+    if not known or dtype not in _FLOATS or library() is None:
         return None
     n, m = sums.shape
+    of_left, of_right = _apart(left, n), _apart(right, m)
+    if of_left is None or of_right is None:
+        return None
     result = torch.empty(n, m, dtype=dtype, device="cpu")
-    of_left, of_right = (t.stride(axis) if t.dim() else 0 for t, axis in ((left, 0), (right, 1)))
     _call(
         "falqon_rescale",
         _POINTER(sums.data_ptr()),
@@ -80,8 +79,48 @@ def rescale(sums: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -> Te
     return result
 
 
+def scale_columns(x: Tensor, factor: Tensor, to: Tensor) -> bool:
+    """Write x [n, m] times ``factor`` [1, m] or [] into ``to`` [n, m]. False where there is no
+    compiled code, or it doesn't take these; nothing is written then.
+    """
+    n, m = x.shape
+    known = _by_rows(x) and _by_rows(to) and to.shape == x.shape
+    if not known or _apart(factor, m) is None or library() is None:
+        return False
+    of_column = factor.reshape(1, -1).expand(1, m).contiguous()
+    _call(
+        "falqon_scale_columns",
+        _POINTER(x.data_ptr()),
+        *map(_INT64, (x.dtype == torch.bfloat16, x.stride(0))),
+        _POINTER(of_column.data_ptr()),
+        *map(_INT64, (n, m)),
+        _POINTER(to.data_ptr()),
+        *map(_INT64, (to.dtype == torch.bfloat16, to.stride(0), torch.get_num_threads())),
+    )
+    return True
+
+
 def _call(name: str, *arguments: Any) -> None:
     getattr(library(), name)(*arguments)
+
+
+def _apart(factor: Tensor, count: int) -> int | None:
+    """How far apart ``count`` float32 factors lie in memory, 0 where one is for all; None where
+    they are others.
+    """
+    if factor.dtype != torch.float32 or not _plain(factor):
+        return None
+    if factor.numel() == 1:
+        return 0
+    lengths = [axis for axis, size in enumerate(factor.shape) if size != 1]
+    fits = len(lengths) == 1 and factor.numel() == count
+    return factor.stride(lengths[0]) if fits else None
+
+
+def _by_rows(matrix: Tensor) -> bool:
+    """Whether compiled code can read it row by row, any distance apart."""
+    dense = matrix.shape[1] <= 1 or matrix.stride(1) == 1
+    return dense and matrix.dtype in _FLOATS and _plain(matrix)
 
 
 def _plain(tensor: Tensor) -> bool:
