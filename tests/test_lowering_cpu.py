@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -147,6 +148,13 @@ def test_integers_on_a_cpu_that_has_no_exact_sums_of_them(case):
         patch.setattr(integers, "exact", lambda: False)
         for name, actual in run(case).items():
             assert torch.equal(actual, expected[name]), name
+
+
+def test_sums_of_integers_are_exact_whatever_their_sizes():
+    for n, m, k in itertools.product((1, 2, 17), (1, 3, 16), (1, 2, 3, 64, 65)):
+        left, right = (torch.randint(-128, 128, (size, k), dtype=torch.int8) for size in (n, m))
+        wanted = left.double() @ right.double().t()
+        assert torch.equal(lowering.multiplied(left, right).double(), wanted), (n, m, k)
 
 
 @pytest.mark.slow
