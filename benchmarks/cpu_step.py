@@ -47,6 +47,7 @@ CONTENDERS = {
     "falqon, bf16 adapter": Variant(
         "falqon_bf16", "falqon, bf16 adapter", 1e-3, "falqon", bf16_adapter=True
     ),
+    "falqon, int8": Variant("falqon_int8", "falqon, int8", 1e-3, "falqon", {"base_dtype": "int8"}),
     "falqon, by blocks": Variant("falqon_blocks", "falqon", 1e-3, "falqon", by_blocks=True),
     "eager": Variant("eager", "eager", 1e-3, "eager"),
     "inductor": Variant("inductor", "inductor", 1e-3, "inductor"),

@@ -149,7 +149,9 @@ def options_text(variant: Variant) -> str:
     if variant.backend != "falqon":
         return "-"
     config = falqon_fx.FalqonConfig.from_options(variant.options)
-    return " ".join(f"{name}={getattr(config, name)}" for name in NUMERIC_OPTIONS)
+    # Results that were kept before there was INT8 name no base_dtype.
+    names = (*NUMERIC_OPTIONS, *["base_dtype"] * (config.base_dtype != "fp8"))
+    return " ".join(f"{name}={getattr(config, name)}" for name in names)
 
 
 # ---------------------------------------------------------------- runs

@@ -42,7 +42,7 @@ from falqon_fx.site.agreement import reset as forget_agreements
 from falqon_fx.site.base import Base, BaseParameter, CastOfAdapter, Entry, bases
 from falqon_fx.site.clamped import Looks
 from falqon_fx.site.found import FoundByAddress, Parameters
-from falqon_fx.site.numerics import E4M3, as_scale
+from falqon_fx.site.numerics import as_operand, as_scale
 from falqon_fx.site.shards import LocalParameter, with_local
 from falqon_fx.site.spec import SiteSpec, lowering_version
 from falqon_fx.site.svd import init_where_new
@@ -153,7 +153,7 @@ class RewriteResult:
         for entry, code in zip(entries, given.owners, strict=True):
             if entry.base is None:
                 scale = next(scales).view(torch.float32)  # as_scale, without a call a site
-                inputs += (code.view(E4M3), scale if by_row else scale.reshape(()))
+                inputs += (as_operand(code), scale if by_row else scale.reshape(()))
             else:
                 inputs += (entry.base.weight, entry.base.scale)
             if self._counts:

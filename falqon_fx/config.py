@@ -14,6 +14,7 @@ from falqon_fx.errors import FalqonConfigError
 
 Update = Literal["adapter", "rows"]
 AdapterDtype = Literal["bfloat16", "fp8"]
+BaseDtype = Literal["fp8", "int8"]
 Frozen = Literal["fp8", "leave"]
 Init = Literal["svd", "keep"]
 Granularity = Literal["tensor", "row"]
@@ -30,6 +31,8 @@ Rounding = Literal["nearest", "stochastic"]
 _ROWS_CHOICES = {"pending": get_args(Pending), "rounding": get_args(Rounding)}
 # What update="rows" takes where nothing is said; with update="adapter" they must not be given.
 _ROWS_DEFAULTS: dict[str, Any] = {"pending": "apply", "rounding": "stochastic"}
+
+_SCALES: dict[BaseDtype, Scale] = {"fp8": "pow2", "int8": "amax"}  # where none is given
 
 _ROWS = 10  # written per step where no topk is given
 
@@ -56,6 +59,9 @@ class FalqonConfig:
         update: how the optimizer's steps reach W' = [[W, s·B], [A, 0]]. "adapter": W is cast once
             and never changes; A and s·B are cast from the parameters whenever the graph runs.
             "rows" is the paper's method: rows of W' are written in place (options below).
+        base_dtype: what W, x and A are cast to. "fp8" is E4M3. "int8", for CPUs and for GPUs
+            without FP8, has a third of its error where no value is far above its row's others;
+            dL/dO stays in the model's dtype then.
         adapter_dtype: how s·B enters the product. "bfloat16" adds s·O_A·Bᵀ to the FP8 product.
             "fp8" makes O_A and s·B further columns of it (`falqon_fx.ops.fp8_adapter`): O and dL/dx
             are one plain FP8 product each, on a GPU of siblings together; on a CPU it is no faster.
@@ -67,8 +73,9 @@ class FalqonConfig:
             of the FP8 error of W (FALQON, arXiv 2510.24061), only where lora_B is still zero.
         granularity: "row" gives each row of W and of A and each token its own scale, "tensor" each
             matrix one scale.
-        scale: "pow2" rounds scales up to powers of two, which dequantize exactly into bf16;
-            "amax" is amax / fp8_max (the paper).
+        scale: "pow2" rounds scales up to powers of two, which dequantize exactly into bf16; the
+            default for FP8. "amax" is amax / the largest number (the paper); the default for INT8,
+            whose steps grow with the scale.
         grad_dtype: FP8 format of dL/dO in dL/dx.
         siblings: sites that share x (q/k/v, gate/up) become one op with one cast and one GEMM.
         dropout: adapter dropout. "exact": the adapter reads the dropped x, the base layer x itself,
@@ -108,11 +115,12 @@ class FalqonConfig:
     """
 
     update: Update = "adapter"
+    base_dtype: BaseDtype = "fp8"
     adapter_dtype: AdapterDtype = "bfloat16"
     frozen: Frozen = "fp8"
     init: Init = "keep"
     granularity: Granularity = "row"
-    scale: Scale = "pow2"
+    scale: Scale | None = None
     grad_dtype: GradDtype = "e5m2"
     siblings: bool = True
     dropout: Dropout = "exact"
@@ -147,11 +155,16 @@ class FalqonConfig:
     def __post_init__(self) -> None:
         for name, choices in literals(FalqonConfig).items():
             _check_choice(name, getattr(self, name), choices)
+        if self.scale is None:
+            object.__setattr__(self, "scale", _SCALES[self.base_dtype])
+        _check_choice("scale", self.scale, get_args(Scale))
         if not isinstance(self.siblings, bool):
             raise FalqonConfigError(
                 "siblings", f"{self.siblings!r} is no bool", "Give True or False"
             )
         self._check_rows()
+        if self.base_dtype == "int8":
+            self._check_int8()
         if self.adapter_dtype == "fp8" and self.update == "rows":
             raise FalqonConfigError(
                 "adapter_dtype",
@@ -190,6 +203,17 @@ class FalqonConfig:
             _check_choice(name, getattr(self, name), choices)
         _check_topk(self.topk)
 
+    def _check_int8(self) -> None:
+        """Refuse what is built for FP8 alone."""
+        alone = {"update": "adapter", "adapter_dtype": "bfloat16", "grad_dtype": "e5m2"}
+        for name, value in alone.items():
+            if getattr(self, name) != value:
+                raise FalqonConfigError(
+                    name,
+                    f'{getattr(self, name)!r} is of FP8, and base_dtype="int8" has none',
+                    f'Leave {name} out, or set base_dtype="fp8"',
+                )
+
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> FalqonConfig:
         """The config that ``torch.compile(options=...)`` means.
@@ -206,6 +230,8 @@ class FalqonConfig:
             base and options.get("update", base.update) != base.update
         ):  # these belong to one of them
             values.update(dict.fromkeys((*_ROWS_CHOICES, "topk")))
+        if base and options.get("base_dtype", base.base_dtype) != base.base_dtype:
+            values["scale"] = None
         values.update(options)
         values["inductor"] = {**values.get("inductor", {}), **inductor}
         return cls(**values)

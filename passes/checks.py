@@ -58,6 +58,12 @@ def check(found: Match, path: str, config: FalqonConfig) -> None:
                 f"a parameter is on {param.value.device}, its input on {x.device}",
                 "Move the whole model to one device",
             )
+    if config.base_dtype == "int8" and x.device.type not in ("cpu", "meta"):
+        raise FalqonError(
+            path,
+            f'base_dtype="int8" computes on CPUs alone, and this is on {x.device}',
+            'Set base_dtype="fp8"',
+        )
     if config.adapter_dtype == "fp8" and x.device.type not in ("cpu", "meta"):
         _check_in_k(found, path, config)
     _check_dtypes(found, path)
@@ -73,6 +79,7 @@ def why_not_experts(found: Match, config: FalqonConfig) -> tuple[str, str] | Non
     """The reason and the remedy where options ask for what a stack of experts can't do."""
     asked = {
         'granularity="tensor"': config.granularity != "row",
+        'base_dtype="int8"': config.base_dtype == "int8",
         'update="rows"': config.update == "rows" and bool(found.adapters),
         'adapter_dtype="fp8"': config.adapter_dtype == "fp8" and bool(found.adapters),
         'init="svd"': config.init == "svd" and bool(found.adapters),
@@ -164,15 +171,20 @@ def _check_dtypes(found: Match, path: str) -> None:
                 )
 
 
+def _cast_by(spec: SiteSpec) -> str:
+    """The options that decide the bytes of a base."""
+    kind = "" if spec.base == "fp8" else f"base_dtype={spec.base!r}, "
+    return f"{kind}granularity={spec.granularity!r}, scale={spec.scale!r}"
+
+
 def _check_prepared(
     base: Prepared | PreparedStack, path: str, config: FalqonConfig, adapted: bool
 ) -> None:
     done, asked = parse_spec(base.spec_text), SiteSpec.from_config(config)
-    if (done.granularity, done.scale) != (asked.granularity, asked.scale):
+    if _cast_by(done) != _cast_by(asked):
         raise FalqonError(
             path,
-            f"prepare() used granularity={done.granularity!r}, scale={done.scale!r}; the "
-            f"backend is asked for {asked.granularity!r}, {asked.scale!r}",
+            f"prepare() used {_cast_by(done)}; the backend is asked for {_cast_by(asked)}",
             "Give prepare() and torch.compile() the same config",
         )
     made = "rows" if isinstance(base, RowsBaseLinear) else "adapter"

@@ -1,7 +1,7 @@
 """Bring what the sites' ops read into the graph: FP8 bases, and the adapters' casts.
 
-Each base W enters as two trailing placeholders, its E4M3 weight and its scale. The adapters are
-cast by one ``falqon::proxy_update`` at the head of the graph, for all its sites, from the
+Each base W enters as two trailing placeholders, its E4M3 or int8 weight and its scale. The adapters
+are cast by one ``falqon::proxy_update`` at the head of the graph, for all its sites, from the
 parameters as they are whenever the graph runs. With update="rows" their place is taken by the
 written W' (`falqon_fx.passes.rows`).
 """
@@ -145,7 +145,7 @@ def _enter_base(plan: Plan, index: int, slot: BaseSlot) -> BaseNodes:
         given = (at_head(root, slot.weight),)
     device = value_of(given[0]).device
     shapes = {
-        "weight": ((slot.out, slot.features), E4M3),
+        "weight": ((slot.out, slot.features), plan.spec.operand),
         "scale": (scale_shape(slot.out, plan.spec), torch.float32),
     }
     if plan.spec.adapter == "fp8" and counts_on(device):
@@ -184,7 +184,7 @@ def _cast_adapters(
     values: list[torch.Tensor] = []
     for slot in slots:
         rank, features = slot.lora_a.value.shape
-        values.append(_meta((rank, features), E4M3))
+        values.append(_meta((rank, features), plan.spec.operand))
         values.append(_meta((rank, 1) if plan.spec.per_row else (), torch.float32))
         values.append(_meta(slot.lora_b.value.shape, E4M3 if scales else dtype))
         values += [_meta((rank,), torch.float32)] if scales else []

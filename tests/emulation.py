@@ -24,13 +24,13 @@ from falqon_fx import FalqonConfig, MergedAdapter
 from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.model.prepare import Adapter
 
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+E4M3, E5M2, INT8 = torch.float8_e4m3fn, torch.float8_e5m2, torch.int8
 DEFAULTS = FalqonConfig()
 
 
 def cast(x: Tensor, dtype: torch.dtype, per_row: bool, pow2: bool) -> tuple[Tensor, Tensor]:
     """(codes, scale): x ≈ codes · scale, codes as float32."""
-    largest = torch.finfo(dtype).max
+    largest = 127.0 if dtype == INT8 else torch.finfo(dtype).max
     if per_row:
         amax = x.abs().amax(1, keepdim=True)
     else:
@@ -38,7 +38,13 @@ def cast(x: Tensor, dtype: torch.dtype, per_row: bool, pow2: bool) -> tuple[Tens
     scale = (amax.double() / largest).log2().ceil().exp2().float() if pow2 else amax * (1 / largest)
     scale = torch.where(amax == 0, 1.0, scale)
     scaled = x / scale if pow2 else x * (1 / scale)
-    return scaled.clamp(-largest, largest).to(dtype).float(), scale
+    scaled = scaled.clamp(-largest, largest)
+    return (scaled.round() if dtype == INT8 else scaled.to(dtype).float()), scale
+
+
+def operand(config: FalqonConfig) -> torch.dtype:
+    """What W, x and A are cast to."""
+    return INT8 if config.base_dtype == "int8" else E4M3
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class Lora:
     ) -> Lora:
         """From the parameters as they are."""
         row, pow2 = config.granularity == "row", config.scale == "pow2"
-        codes, scale = cast(a.detach().float(), E4M3, row, pow2)
+        codes, scale = cast(a.detach().float(), operand(config), row, pow2)
         return cls(a, b, scaling, codes, scale, b.detach().float() * scaling, x)
 
     @classmethod
@@ -93,7 +99,7 @@ class Layer:
     ) -> Layer:
         """From a base weight W [out, in]."""
         row, pow2 = config.granularity == "row", config.scale == "pow2"
-        codes, scale = cast(weight.detach().float(), E4M3, row, pow2)
+        codes, scale = cast(weight.detach().float(), operand(config), row, pow2)
         return cls(codes, scale, bias, tuple(adapters))
 
     @classmethod
@@ -117,8 +123,8 @@ def linear(x: Tensor, layers: Sequence[Layer], config: FalqonConfig = DEFAULTS) 
 class _Linear(torch.autograd.Function):
     """On x [..., in], what each adapter reads if that is another, each A, each B, each bias.
 
-    What dL/dx gets from products that no scale follows (all of them with scale="pow2", else those
-    of the adapters) is one GEMM; other products are summed before it in the layers' order.
+    What dL/dx gets from products that no scale follows (all of them with scale="pow2" or INT8, else
+    those of the adapters) is one GEMM; other products are summed before it in the layers' order.
     """
 
     @staticmethod
@@ -131,8 +137,8 @@ class _Linear(torch.autograd.Function):
         shape = x.shape
         own = tuple(t.reshape(-1, shape[-1]) for t in own)
         x = x.reshape(-1, shape[-1])
-        codes, s_x = cast(x, E4M3, row, pow2)
-        read = [cast(x_j, E4M3, row, pow2) for x_j in own] or [(codes, s_x)] * len(loras)
+        codes, s_x = cast(x, operand(config), row, pow2)
+        read = [cast(x_j, operand(config), row, pow2) for x_j in own] or [(codes, s_x)] * len(loras)
         # One GEMM where all A read the same: a library may sum one column in another order than
         # several.
         if own:
@@ -177,10 +183,14 @@ class _Linear(torch.autograd.Function):
                 bias.append(None if grad is None else grad.sum(0))
             if grad is None:
                 continue
-            codes, s_g = cast(grad * layer.scale.t() if row else grad, fp8, row, pow2)
-            if pow2:
+            if config.base_dtype == "int8":
+                turned = layer.scale.t() if row else layer.scale
+                through.append((grad * turned, layer.codes))
+            elif pow2:
+                codes, s_g = cast(grad * layer.scale.t() if row else grad, fp8, row, pow2)
                 through.append((codes * s_g, layer.codes * (1.0 if row else layer.scale)))
             else:
+                codes, s_g = cast(grad * layer.scale.t() if row else grad, fp8, row, pow2)
                 products.append(codes @ layer.codes * s_g * (1.0 if row else layer.scale))
             for j, lora in mine:
                 grad_b[j] = grad.t() @ ctx.out_a[j] * lora.scaling

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from falqon_fx.site.numerics import E4M3, E5M2
+from falqon_fx.site.numerics import E4M3, E5M2, as_operand
 from falqon_fx.site.spec import SiteSpec
 from tests.emulation import cast
 from tests.strategies import Case, Lora
@@ -41,14 +41,14 @@ def gemm_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def hat(x: Tensor, dtype: torch.dtype, spec: SiteSpec) -> Approx:
-    """x [n, k] as it is multiplied: after its cast to FP8, exactly."""
+    """x [n, k] as it is multiplied: after its cast, exactly."""
     codes, scale = cast(x.float(), dtype, spec.per_row, spec.scale == "pow2")
     return Approx.exact(codes.double() * scale.double())
 
 
 def decoded(code: Tensor, scale: Tensor) -> Approx:
-    """What FP8 numbers stand for, exactly."""
-    return Approx.exact(code.view(E4M3).float().double() * scale.double())
+    """What codes stand for, exactly."""
+    return Approx.exact(as_operand(code).float().double() * scale.double())
 
 
 @dataclass
@@ -72,7 +72,7 @@ def operands(case: Case, dtype: torch.dtype) -> list[list[Operands]]:
             code, scale, b = next(casts)
             x = case.x if lora.x is None else lora.x
             read, a = (
-                hat(x.detach().reshape(-1, x.shape[-1]), E4M3, case.spec),
+                hat(x.detach().reshape(-1, x.shape[-1]), case.spec.operand, case.spec),
                 decoded(code, scale),
             )
             out_a = (read @ a.t()).rounded(dtype, *behind(case.spec, dtype))
@@ -105,7 +105,7 @@ def expected(
     """
     dtype = dtype or gemm_dtype(case.out_dtype)
     loras = operands(case, dtype)
-    x_hat = hat(case.x.detach().reshape(-1, case.x.shape[-1]), E4M3, case.spec)
+    x_hat = hat(case.x.detach().reshape(-1, case.x.shape[-1]), case.spec.operand, case.spec)
     wanted: dict[str, Approx] = {}
     for i, (layer, adapters) in enumerate(zip(case.layers, loras)):
         y = x_hat @ decoded(layer.base.code, layer.base.scale).t()
@@ -162,6 +162,11 @@ def gradients(
             total = Approx.exact(torch.ones(1, len(grad))) @ exact
             wanted[f"bias {i}"] = Approx(total.value[0], total.bound[0]).rounded(layer.bias.dtype)
         # The scales of W's rows go into dL/dO before its cast.
+        if spec.base == "int8":  # and are its cast
+            turned = Approx.exact(scale.t() if spec.per_row else scale)
+            w = decoded(layer.base.code, torch.ones(()))
+            joined.append(((exact * turned).rounded(F32, dtype), w))
+            continue
         wide = grad.float() * scale.t() if spec.per_row else grad.float()
         grad_hat = hat(wide, E5M2 if spec.grad == "e5m2" else E4M3, spec)
         w = decoded(layer.base.code, torch.ones(()) if spec.per_row else scale)

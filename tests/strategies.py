@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from falqon_fx.config import BaseDtype
 from falqon_fx.ops.arguments import Merged
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.site.base import Base, cast_base
@@ -132,8 +134,9 @@ class Case:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
-    """One to three layers with none to three adapters each, of all dtypes, shapes and strides.
+def cases(draw: st.DrawFn, bases: Sequence[BaseDtype] = ("fp8",)) -> Case:
+    """One to three layers with none to three adapters each, of all dtypes, shapes and strides, on
+    one of ``bases``.
 
     Sizes stay where float16 doesn't overflow: |W| up to 16, |x| up to 32, K up to 70.
     """
@@ -142,6 +145,7 @@ def cases(draw: st.DrawFn) -> Case:
         draw(st.sampled_from(["tensor", "row"])),
         draw(st.sampled_from(["amax", "pow2"])),
         draw(st.sampled_from(["e5m2", "e4m3"])),
+        base=draw(st.sampled_from(bases)),
     )
     x, out_dtype, biased = draw(inputs(features, seed)), draw(FLOATS), draw(st.booleans())
     drops = draw(st.booleans())

@@ -34,7 +34,13 @@ PAPER = {"granularity": "tensor", "scale": "amax"}
 
 ROWS = {"update": "rows"}
 PUBLIC_CODE = {**ROWS, **PAPER, "pending": "drop", "rounding": "nearest", "topk": 10}
-ALL_OPTIONS = {"default": {}, "paper": PAPER, "rows": ROWS, "public code": PUBLIC_CODE}
+ALL_OPTIONS = {
+    "default": {},
+    "int8": {"base_dtype": "int8"},
+    "paper": PAPER,
+    "rows": ROWS,
+    "public code": PUBLIC_CODE,
+}
 OPTIONS = pytest.mark.parametrize("options", ALL_OPTIONS.values(), ids=ALL_OPTIONS)
 
 
@@ -60,7 +66,9 @@ def test_aot_eager_trains_bit_for_bit_as_eager(dtype, options):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"adapter_dtype": "fp8"}, ROWS], ids=["default", "fp8 adapter", "rows"]
+    "options",
+    [{}, {"adapter_dtype": "fp8"}, {"base_dtype": "int8"}, ROWS],
+    ids=["default", "fp8 adapter", "int8", "rows"],
 )
 def test_inductor_trains_bit_for_bit_as_eager(options):
     """On a CPU the ops are opaque to it, and what is around them here is exact: no rounding is left

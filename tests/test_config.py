@@ -64,6 +64,7 @@ def test_any_unknown_option_names_one_that_exists(name):
 
 CHOICES = {
     "update": ("adapter", "rows"),
+    "base_dtype": ("fp8", "int8"),
     "frozen": ("fp8", "leave"),
     "init": ("svd", "keep"),
     "granularity": ("tensor", "row"),
@@ -101,7 +102,16 @@ def test_any_other_value_of_a_choice_is_an_error_that_lists_them(name, value):
     assert error.value.remedy.split("'")[1] in choices
 
 
-@pytest.mark.parametrize("name", CHOICES)
+def test_scales_are_powers_of_two_for_fp8_and_none_for_int8():
+    """Where nothing is said; another base_dtype than that of a whole config has its own."""
+    assert FalqonConfig().scale == "pow2"
+    assert FalqonConfig(base_dtype="int8").scale == "amax"
+    assert FalqonConfig(base_dtype="int8", scale="pow2").scale == "pow2"
+    other = FalqonConfig.from_options({"config": FalqonConfig(), "base_dtype": "int8"})
+    assert other == FalqonConfig(base_dtype="int8")
+
+
+@pytest.mark.parametrize("name", [name for name in CHOICES if name != "scale"])
 def test_none_is_a_value_of_no_choice_with_a_default(name):
     with pytest.raises(FalqonConfigError, match="is none of"):
         FalqonConfig(**{name: None})

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 
 from falqon_fx import FalqonConfig, RewriteResult, adapters, rewrite
-from tests.emulation import E4M3, cast
+from tests.emulation import cast, operand
 from tests.programs import WIDTH, Program, adapters_of, emulated, programs
 from tests.sites import randn
 
@@ -28,11 +28,11 @@ _default = settings.get_profile(settings.get_current_profile_name()).max_example
 MANY, SOME = max(40, _default), max(20, _default // 10)
 
 CONFIGS = st.builds(
-    FalqonConfig,
+    lambda formats, **options: FalqonConfig(**formats, **options),
+    st.sampled_from([{}, {"grad_dtype": "e4m3"}, {"base_dtype": "int8"}]),
     frozen=st.sampled_from(["fp8", "leave"]),
     granularity=st.sampled_from(["row", "row", "tensor"]),
     scale=st.sampled_from(["pow2", "pow2", "amax"]),
-    grad_dtype=st.sampled_from(["e5m2", "e4m3"]),
     siblings=st.booleans(),
 )
 ROWS = st.builds(
@@ -127,7 +127,7 @@ def check_twice(
         found: Any = adapters(program)
         for path, layer in program.sites().items():
             per_row, pow2 = config.granularity == "row", config.scale == "pow2"
-            codes, scale = cast(layer.base.weight.detach(), E4M3, per_row, pow2)
+            codes, scale = cast(layer.base.weight.detach(), operand(config), per_row, pow2)
             assert torch.equal(found[path].weight.float(), codes)
             assert torch.equal(found[path].scale, scale)
 

@@ -17,6 +17,8 @@ from tests.sites import randn
 from tests.strategies import cases
 from tests.tolerances import Approx, fp8_cast_bound, side_by_side
 
+BOTH = ("fp8", "int8")
+
 
 def holds(wanted: Approx, actual: Tensor) -> None:
     shape = actual.shape
@@ -24,12 +26,12 @@ def holds(wanted: Approx, actual: Tensor) -> None:
 
 
 @settings(max_examples=6 * settings.default.max_examples)
-@given(cases())
+@given(cases(BOTH))
 def test_results_equal_float64_on_the_same_quantized_operands(case):
     check(case, expected(case))
 
 
-@given(cases())
+@given(cases(BOTH))
 def test_results_equal_float64_where_the_cpu_multiplies_no_bfloat16(case):
     """Then products are in float32, and b comes in it."""
     with pytest.MonkeyPatch.context() as patch:
@@ -38,7 +40,7 @@ def test_results_equal_float64_where_the_cpu_multiplies_no_bfloat16(case):
         assert check(case, expected(case, dtype=F32))["out_a"].dtype == F32
 
 
-@given(cases(), st.sampled_from([torch.bfloat16, torch.float16]))
+@given(cases(BOTH), st.sampled_from([torch.bfloat16, torch.float16]))
 def test_autocast_changes_nothing_inside_of_the_op(case, dtype):
     expected = run(case)
     with torch.autocast("cpu", dtype):
@@ -48,21 +50,21 @@ def test_autocast_changes_nothing_inside_of_the_op(case, dtype):
 
 
 @settings(max_examples=4 * settings.default.max_examples)
-@given(cases())
+@given(cases(BOTH))
 def test_results_equal_the_original_layer_within_the_fp8_casts(case):
     """The layer is x·Wᵀ + Σ s·(x·Aᵀ)·Bᵀ + bias. Its operands differ from those of the op by their
-    casts: x, A and W by one to E4M3, s·B by float32 and the dtype of the products, dL/dO by one to
-    FP8 where it meets W. The rest is the arithmetic of the op.
+    casts: x, A and W by one to E4M3 or INT8, s·B by float32 and the dtype of the products, dL/dO by
+    one to FP8 where it meets W in FP8. The rest is the arithmetic of the op.
     """
     spec, dtype, own = case.spec, gemm_dtype(case.out_dtype), expected(case)
     casts, wanted = iter(case.casts), {}
 
     def near(x: Tensor, scale: Tensor) -> Approx:
-        return Approx(x.detach().double(), fp8_cast_bound(x.detach(), scale, E4M3))
+        return Approx(x.detach().double(), fp8_cast_bound(x.detach(), scale, spec.operand))
 
     def read(x: Tensor) -> Approx:
         x = x.detach().reshape(-1, x.shape[-1])
-        return near(x, cast(x.float(), E4M3, spec.per_row, spec.scale == "pow2")[1])
+        return near(x, cast(x.float(), spec.operand, spec.per_row, spec.scale == "pow2")[1])
 
     x, grad_x, out_as, j = read(case.x), [], [], -1
     for i, layer in enumerate(case.layers):
@@ -86,6 +88,9 @@ def test_results_equal_the_original_layer_within_the_fp8_casts(case):
                     grad_x.append(d @ a)
         wanted[f"y {i}"] = y if layer.bias is None else y + Approx.exact(layer.bias)
         if layer.reached:
+            if spec.base == "int8":
+                grad_x.append(exact @ w)
+                continue
             # q(dL/dO · s_W) / s_W: an error of the cast in units of its own scale.
             wide, fp8 = grad.float(), E5M2 if spec.grad == "e5m2" else E4M3
             rows = scale.t() if spec.per_row else torch.ones(1, 1)
@@ -101,13 +106,14 @@ def test_results_equal_the_original_layer_within_the_fp8_casts(case):
             Approx(value, bound.reshape(actual.shape)).assert_holds(actual)
 
 
-@given(cases())
+@given(cases(BOTH))
 def test_the_adapters_are_cast_as_by_torch(case):
     """Â and its scale bit for bit; b = s·B rounded in float32, then to the dtype asked for."""
     for lora, (code, scale, b) in zip(case.adapters, case.casts, strict=True):
         value = lora.lora_a.float()
-        codes, wanted = cast(value, E4M3, case.spec.per_row, case.spec.scale == "pow2")
-        assert (code.dtype, scale.dtype) == (E4M3, F32)
+        spec = case.spec
+        codes, wanted = cast(value, spec.operand, spec.per_row, spec.scale == "pow2")
+        assert (code.dtype, scale.dtype) == (spec.operand, F32)
         assert torch.equal(code.float(), codes)
         assert torch.equal(scale, wanted)
         assert torch.equal(b, (lora.lora_b.float() * lora.scaling).to(b.dtype))

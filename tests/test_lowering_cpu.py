@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -14,14 +18,16 @@ from torch import Tensor, fx
 
 from falqon_fx import rewrite
 from falqon_fx.kernels.cpu import casts as cpu_casts
+from falqon_fx.kernels.cpu import integers
 from falqon_fx.kernels.cpu import native as cpu
 from falqon_fx.ops import lowering
 from falqon_fx.site import spec as site_spec
 from falqon_fx.site.numerics import E4M3, E5M2
 from falqon_fx.site.spec import SiteSpec
-from tests.lowered import BF16, F32, falqon, gemm_dtype
+from tests.lowered import BF16, F32, falqon, gemm_dtype, run
 from tests.models import LoraLinear, Traceable
 from tests.sites import randn
+from tests.strategies import cases
 
 T = TypeVar("T")
 
@@ -32,7 +38,7 @@ T = TypeVar("T")
 def by_aten(run: Callable[[], T]) -> T:
     """As where there is no compiler."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (cpu, cpu_casts):
+        for module in (cpu, cpu_casts, integers):
             patch.setattr(module, "library", lambda: None)
         return run()
 
@@ -85,6 +91,46 @@ def test_compiled_casts_equal_those_of_aten(x, fp8, turned, dtype):
             assert same_bits(decode(), by_aten(decode))
 
 
+@given(matrices(), st.sampled_from(["pow2", "amax"]))
+def test_compiled_casts_to_int8_equal_those_of_aten(x, scale):
+    """Integers and scales; of a row with NaN or Inf nothing but NaN is left."""
+    spec = SiteSpec("row", scale, "e5m2", base="int8")
+    compiled, aten = lowering.cast_int8(x, spec), by_aten(lambda: lowering.cast_int8(x, spec))
+    assert same_bits(compiled.scale, aten.scale)
+    finite = compiled.scale.isfinite()
+    assert torch.equal(compiled.value * finite, aten.value * finite)
+    for cast in (compiled, aten):
+        assert (cast.value * cast.scale).isnan().eq(~finite).all()
+
+
+@given(
+    st.integers(0, 9),
+    st.integers(1, 40),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([F32, BF16]),
+)
+def test_compiled_scales_behind_integers_equal_those_of_aten(n, m, by_row, by_column, dtype):
+    """One a row or one for all, on either side; of NaN and Inf too."""
+    sums = torch.randint(-(2**31), 2**31, (n, m), dtype=torch.int64).to(torch.int32)
+    rest = randn(n, 1).abs() if by_row else torch.tensor(0.3)
+    scale = randn(m, 1, seed=1).abs() if by_column else torch.tensor(float("inf"))
+    rest = rest.masked_fill(rest > 1.5, float("nan"))
+    compiled = lowering.rescale(sums, rest, scale, dtype)
+    assert compiled.dtype == dtype
+    assert same_bits(compiled, by_aten(lambda: lowering.rescale(sums, rest, scale, dtype)))
+
+
+@given(matrices(), st.booleans(), st.sampled_from([F32, BF16]))
+def test_compiled_scales_of_columns_equal_those_of_aten(x, by_column, dtype):
+    scale = randn(x.shape[1], 1, seed=3) if by_column else torch.tensor(0.3)
+    wide = torch.zeros(len(x), x.shape[1] + 5, dtype=dtype)
+    assert integers.scale_columns(x, scale.t() if scale.dim() else scale, wide[:, 5:])
+    wanted = (x.float() * scale.reshape(1, -1)).to(dtype)
+    assert same_bits(wide[:, 5:], wanted)
+    assert not wide[:, :5].any()
+
+
 def test_kept_codes_are_of_the_dtype_that_was_asked_for():
     x = randn(5, 24, seed=2)
     for fp8 in (E4M3, E5M2):
@@ -92,6 +138,38 @@ def test_kept_codes_are_of_the_dtype_that_was_asked_for():
         assert cast.code is not None
         assert cast.code.dtype == fp8
         assert torch.equal(cast.code.float() * cast.scale, cast.value)
+
+
+@given(cases(("int8",)))
+def test_integers_on_a_cpu_that_has_no_exact_sums_of_them(case):
+    """Their products are in float32 then, where sums of so few are exact: the same bits."""
+    expected = run(case)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(integers, "exact", lambda: False)
+        for name, actual in run(case).items():
+            assert torch.equal(actual, expected[name]), name
+
+
+def test_sums_of_integers_are_exact_whatever_their_sizes():
+    for n, m, k in itertools.product((1, 2, 17), (1, 3, 16), (1, 2, 3, 64, 65)):
+        left, right = (torch.randint(-128, 128, (size, k), dtype=torch.int8) for size in (n, m))
+        wanted = left.double() @ right.double().t()
+        assert torch.equal(lowering.multiplied(left, right).double(), wanted), (n, m, k)
+
+
+@pytest.mark.slow
+def test_a_cpu_without_vnni_is_noticed():
+    """oneDNN obeys the variable, and clamps what it adds up as such a CPU would."""
+    code = """
+import torch
+from falqon_fx.kernels.cpu import integers
+from falqon_fx.ops.lowering import multiplied
+left = torch.full((3, 64), 127, dtype=torch.int8)
+assert not integers.exact()
+assert (multiplied(left, left) == 64 * 127 * 127).all()
+"""
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
 # -- other CPUs ------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from falqon_fx.site.numerics import (
     E5M2,
     FP8_MAX,
     amax_to_scale,
-    as_e4m3,
+    as_operand,
     as_scale,
     decode_fp8,
     encode_fp8,
@@ -177,8 +177,8 @@ def test_bytes_and_bits_are_read_as_what_they_are():
     """A prepared layer holds its weight as uint8 and its scales as int32."""
     weight, scale = torch.tensor([[1.5, -2.0]]).to(E4M3), torch.tensor([[0.3], [-0.0]])
     for code in (weight, weight.view(torch.uint8)):
-        assert as_e4m3(code).dtype == E4M3
-        assert torch.equal(as_e4m3(code).float(), weight.float())
+        assert as_operand(code).dtype == E4M3
+        assert torch.equal(as_operand(code).float(), weight.float())
     for given_scale in (scale, scale.view(torch.int32)):
         assert torch.equal(bits(as_scale(given_scale)), bits(scale))
 

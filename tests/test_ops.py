@@ -166,13 +166,13 @@ def test_bytes_and_e4m3_are_the_same_to_the_ops():
         (falqon.merged_linear, as_bytes(given.arguments())),
         (falqon.merged_linear_grad_x, grad_args(given, F32)),
     ):
-        as_e4m3 = torch.utils._pytree.tree_map(
+        as_operand = torch.utils._pytree.tree_map(
             lambda t: t.view(E4M3) if isinstance(t, Tensor) and t.dtype == torch.uint8 else t, args
         )
-        results = [torch.utils._pytree.tree_leaves(op(*each)) for each in (args, as_e4m3)]
+        results = [torch.utils._pytree.tree_leaves(op(*each)) for each in (args, as_operand)]
         for a, b in zip(*results, strict=True):
             assert torch.equal(a, b)
-        torch.library.opcheck(op, as_e4m3, test_utils=("test_faketensor",))
+        torch.library.opcheck(op, as_operand, test_utils=("test_faketensor",))
 
 
 SHAPES = [

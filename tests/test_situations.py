@@ -109,7 +109,7 @@ def test_a_model_compiled_twice_has_one_fp8_weight(created, update):
 
 
 def test_options_that_leave_the_base_alone_share_it(created):
-    """One cast for all of them; another granularity or kind of scale is another."""
+    """One cast for all of them; another granularity, kind of scale or dtype is another."""
     model, x = Relu(), torch.randn(2, 5, 32)
     fill_b(model)
     others = [{}, {"grad_dtype": "e4m3"}, {"siblings": False}, {"dropout": "ignore"}]
@@ -119,9 +119,10 @@ def test_options_that_leave_the_base_alone_share_it(created):
     assert created == ["up", "down"]
     compiled(model, scale="amax")(x)
     compiled(model, granularity="tensor")(x)
-    assert len(created) == 6
+    compiled(model, base_dtype="int8")(x)
+    assert len(created) == 8
     assert torch.equal(compiled(model)(x), found[0])
-    assert len(created) == 6
+    assert len(created) == 8
     assert at[0] in {
         base.code.data_ptr() for base in base_module.bases.of(model.up.base_layer.weight)
     }

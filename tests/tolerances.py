@@ -21,6 +21,7 @@ UNIT_ROUNDOFF = {
     torch.bfloat16: 2.0**-8,
     torch.float8_e4m3fn: 2.0**-4,
     torch.float8_e5m2: 2.0**-3,
+    torch.int8: 0.0,  # all its numbers are as far apart
 }
 # Below this magnitude values lie this far apart: smallest normal x 2 x unit roundoff.
 SUBNORMAL_SPACING = {
@@ -30,6 +31,7 @@ SUBNORMAL_SPACING = {
     torch.bfloat16: 2.0**-133,
     torch.float8_e4m3fn: 2.0**-9,
     torch.float8_e5m2: 2.0**-16,
+    torch.int8: 1.0,
 }
 _U32 = UNIT_ROUNDOFF[torch.float32]
 SIGMAS = 6.0
@@ -40,7 +42,7 @@ def cast_bound(x: Tensor, dtype: torch.dtype) -> Tensor:
 
     With x in [2^e, 2^(e+1)) the gap is 2u·2^e, so the error is at most u·2^e. It reaches that only
     at |x| >= 2^e (1 + u), nearer to 2^e it is |x| - 2^e; so relative to |x| at most u / (1 + u):
-    |x|/17 for E4M3, |x|/9 for E5M2. Subnormals: half their spacing.
+    |x|/17 for E4M3, |x|/9 for E5M2. Subnormals, and all of INT8: half their spacing.
     """
     u = UNIT_ROUNDOFF[dtype]
     return (x.double().abs() * (u / (1 + u))).clamp(min=SUBNORMAL_SPACING[dtype] / 2)

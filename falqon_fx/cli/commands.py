@@ -217,6 +217,9 @@ def prequantize(
     scale: Annotated[
         Literal["amax", "pow2"] | None, Option(help="of E4M3 (FalqonConfig's default: pow2)")
     ] = None,
+    base_dtype: Annotated[
+        Literal["fp8", "int8"] | None, Option(help="of the weights (FalqonConfig's default: fp8)")
+    ] = None,
     workers: Annotated[int, Option(min=1, help="weights that are cast side by side")] = 1,
     quiet: Quiet = False,
     as_json: Json = False,

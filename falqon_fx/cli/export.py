@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from falqon_fx.config import FalqonConfig
+from falqon_fx.config import BaseDtype, FalqonConfig
 from falqon_fx.errors import FalqonError
 from falqon_fx.files import atomic, checkpoint, storage
 from falqon_fx.files.export import ExportReport, save_fp8
@@ -32,6 +32,7 @@ class Prequantize:
     init: Literal["svd", "keep"] | None
     granularity: Literal["tensor", "row"] | None
     scale: Literal["amax", "pow2"] | None
+    base_dtype: BaseDtype | None
     workers: int
     quiet: bool
     as_json: bool
@@ -42,13 +43,14 @@ class Prequantize:
             "init": self.init,
             "granularity": self.granularity,
             "scale": self.scale,
+            "base_dtype": self.base_dtype,
         }
         given = {name: value for name, value in options.items() if value is not None}
         report = prequantize(
             self.model,
             self.out,
             lora.new_config(self.rank, self.alpha, self.target_modules),
-            replace(DEFAULT, **given),
+            FalqonConfig(**{"init": DEFAULT.init, **given}),
             workers=self.workers,
             progress=not (self.quiet or self.as_json),
         )

@@ -23,7 +23,7 @@ from torch import Tensor
 from falqon_fx.errors import FalqonError, one_line
 from falqon_fx.files.site_checks import described
 from falqon_fx.site.base import Base, cast_base, check_base, check_weight
-from falqon_fx.site.numerics import E4M3, powers_of_two
+from falqon_fx.site.numerics import as_code, powers_of_two
 from falqon_fx.site.spec import SiteSpec
 
 _STRIP = 1 << 24  # elements that are decoded at a time
@@ -99,12 +99,12 @@ def check_blocks(
             f"of {list(code.shape)} need {list(expected)}"
         )
         raise FalqonError(path, problem, _CHECK)
-    check_base(path, Base(code.view(torch.uint8), scale.to(torch.float32)), where)
+    check_base(path, Base(as_code(code), scale.to(torch.float32)), where)
     return size
 
 
 def dequantize(code: Tensor, scale: Tensor, size: tuple[int, int]) -> Tensor:
-    """W, float32 [out, in], for codes E4M3 [out, in] and one scale per block of ``size``."""
+    """W, float32 [out, in], for codes [out, in], E4M3 or int8, and one scale per block."""
     out, features = code.shape
     factors = scale.to(torch.float32).repeat_interleave(size[0], 0)[:out]
     return code.to(torch.float32) * factors.repeat_interleave(size[1], 1)[:, :features]
@@ -134,10 +134,10 @@ def warn_unless_exact(scales: Iterable[Tensor], directory: Path) -> None:
     if all(map(powers_of_two, scales)):
         return
     warnings.warn(
-        f"falqon: {one_line(str(directory))} has one FP8 scale per block, which are no powers of "
-        "two. W needs one scale per row here, and casting it again costs about what the cast that "
-        "was published had cost (2.6% of W each, 3.7% together). Start from a dense checkpoint "
-        "where there is one.",
+        f"falqon: {one_line(str(directory))} has 8-bit weights with scales that are no powers of "
+        "two. W is cast again here, which costs about what the cast that was published had cost "
+        "(of FP8 with one scale per block 2.6% of W each, 3.7% together). Start from a dense "
+        "checkpoint where there is one.",
         stacklevel=3,
     )
 
@@ -152,6 +152,6 @@ def _strips(code: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, slice]
 
 
 def has_blocks(code: Tensor, scale: Tensor) -> bool:
-    """Whether FP8 codes [out, in] have scales per block: neither one for all nor one per row."""
+    """Whether codes [out, in] have scales per block: neither one for all nor one per row."""
     per_row = scale.shape in ((len(code), 1), (len(code),))
-    return code.dtype == E4M3 and scale.numel() > 1 and not per_row
+    return scale.numel() > 1 and not per_row

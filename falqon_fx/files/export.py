@@ -21,6 +21,7 @@ from falqon_fx.files.export_layers import (
     ExportLayer,
     Originals,
     Source,
+    check_form,
     empty,
     export_layer,
     is_adapted,
@@ -240,13 +241,8 @@ class _Export:
                 "Call falqon_fx.prepare(model), or run it under torch.compile(backend='falqon'); "
                 "weights stored [in, out] (GPT-2's Conv1D) have no FP8 form",
             )
-        for path, layer in self.layers.items():
-            if self.form == "fp8" and layer.spec.per_row:
-                raise FalqonError(
-                    path,
-                    "it has one scale per row, which the fp8 form can't hold",
-                    "Export in the compressed-tensors form, or train with granularity='tensor'",
-                )
+        for layer in self.layers.values():
+            check_form(layer, self.form)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors to write by name; what `gathered` makes has shape and dtype alone."""

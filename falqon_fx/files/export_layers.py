@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from falqon_fx._compat import is_dtensor
-from falqon_fx.config import FalqonConfig
+from falqon_fx.config import BaseDtype, FalqonConfig
 from falqon_fx.errors import FalqonError, named
 from falqon_fx.files import export_files as files
 from falqon_fx.files.hf import read_index, read_tensor
@@ -26,7 +26,7 @@ from falqon_fx.rows.prepared import MergedBaseLinear
 from falqon_fx.rows.state import MergedAdapter
 from falqon_fx.rows.unload import ACTIVATE, merged_weight, not_written
 from falqon_fx.site.base import Base, bases, cast_base, check_weight, digest
-from falqon_fx.site.numerics import powers_of_two
+from falqon_fx.site.numerics import INT8, powers_of_two
 from falqon_fx.site.paths import without_wrappers
 from falqon_fx.site.sharded import whole_copy
 from falqon_fx.site.spec import SiteSpec, parse_spec
@@ -212,6 +212,23 @@ def export_layer(
     return ExportLayer(path, module, linear, plan_of((fitting or made)[-1]))
 
 
+def check_form(layer: ExportLayer, form: str) -> None:
+    """Raise where a form has no place for a layer's base weight."""
+    if layer.spec.base != "fp8":
+        raise FalqonError(
+            layer.path,
+            f"its base weight is {layer.spec.base.upper()}, and the folder would hold FP8",
+            "Call falqon_fx.merge_and_unload(model) and its save_pretrained(folder), or save the "
+            "adapter alone",
+        )
+    if form == "fp8" and layer.spec.per_row:
+        raise FalqonError(
+            layer.path,
+            "it has one scale per row, which the fp8 form can't hold",
+            "Export in the compressed-tensors form, or train with granularity='tensor'",
+        )
+
+
 def is_adapted(module: nn.Module) -> bool:
     """Whether a module is one of PEFT's around a base layer."""
     return hasattr(module, "get_base_layer") and hasattr(module, "merge")
@@ -220,7 +237,8 @@ def is_adapted(module: nn.Module) -> bool:
 def plan_of(base: Base) -> SiteSpec:
     """How a base was cast: scales of "amax" are all powers of two by chance alone."""
     spec = SiteSpec.from_config(FalqonConfig(granularity="row" if base.scale.dim() else "tensor"))
-    return replace(spec, scale="pow2" if powers_of_two(base.scale) else "amax")
+    kind: BaseDtype = "int8" if base.code.dtype == INT8 else "fp8"
+    return replace(spec, scale="pow2" if powers_of_two(base.scale) else "amax", base=kind)
 
 
 class Originals:

@@ -1,5 +1,5 @@
-"""FP8 checkpoints of others as base weights: their bytes and scales as they are. Scales per block
-are made scales per row.
+"""FP8 and INT8 checkpoints of others as base weights: their bytes and scales as they are. Scales
+per block are made scales per row.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor, nn
 
-from falqon_fx.config import FalqonConfig
+from falqon_fx.config import BaseDtype, FalqonConfig
 from falqon_fx.errors import FalqonConfigError, FalqonError, one_line
 from falqon_fx.files import blocks, storage
 from falqon_fx.files.hf import (
@@ -29,28 +29,32 @@ from falqon_fx.files.hf import (
 from falqon_fx.files.model_state import Site
 from falqon_fx.files.site_checks import described
 from falqon_fx.files.stack_files import Checkpoint
-from falqon_fx.files.units import SCALES
+from falqon_fx.files.units import SCALES, ZERO_POINT
 from falqon_fx.model.lora_layers import lora_layers
 from falqon_fx.site.base import Base, digest
-from falqon_fx.site.numerics import E4M3, dtype_name, powers_of_two, scale_bits
+from falqon_fx.site.numerics import E4M3, INT8, as_code, dtype_name, powers_of_two, scale_bits
 from falqon_fx.site.spec import SiteSpec
 
+_OPERANDS: dict[torch.dtype, BaseDtype] = {E4M3: "fp8", INT8: "int8"}
+_BESIDE = (".input_scale", ".weight_shape", ZERO_POINT)
 _EXACT = 1e-3  # what becomes subnormal moves weights by less
 # Of an FP8 cache of keys and values, by the names of AutoFP8, compressed-tensors and vLLM.
 _OF_CACHE = (".k_scale", ".v_scale", ".kv_scale", "k_proj.output_scale", "v_proj.output_scale")
 
 
 def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = None) -> nn.Module:
-    """A prepared PEFT model on the FP8 weights of a compressed-tensors or fp8 checkpoint.
+    """A prepared PEFT model on the FP8 or INT8 weights of a compressed-tensors or fp8 checkpoint.
 
     Its scales, one per tensor or per row, stay what they are: granularity="row", and scale="amax"
-    unless all are powers of two. Weights with one scale per block are cast again to one per row
-    (`falqon_fx.files.blocks`), with a warning where that moves them. FP8 layers without an adapter
-    stay FP8 too. Left out are static scales of activations, which are cast by their own largest
-    value here, and with a warning those of a cache.
+    unless all are powers of two. INT8 weights make it base_dtype="int8". FP8 weights with one scale
+    per block are cast again to one per row (`falqon_fx.files.blocks`), with a warning where that
+    moves them. Such layers without an adapter stay as they are too. Left out are static scales of
+    activations, which are cast by their own largest value here, and with a warning those of a
+    cache.
 
     Raises:
-        FalqonError: no FP8 checkpoint, scales that fit no block, or update="rows".
+        FalqonError: no such checkpoint, one that is partly FP8 and partly INT8, scales that fit no
+            block, zero points, experts in INT8, or update="rows".
     """
     if config is not None and config.update == "rows":
         raise FalqonConfigError(
@@ -59,11 +63,12 @@ def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = No
             "Set update='adapter'; or load the dense model, and call falqon_fx.prepare(model)",
         )
     tensors = _read(directory)
-    size = blocks.block_size(_fp8_settings(directory), directory)
+    settings = _settings(directory)
+    size = blocks.block_size(settings, directory)
     model = empty_model(directory, lora_config(lora), len(tensors))
-    weights = {n.removesuffix(".weight"): t for n, t in tensors.items() if t.dtype == E4M3}
-    if not weights:
-        raise FalqonError(str(directory), "it holds no float8_e4m3fn weight", "Use transformers")
+    weights = {n.removesuffix(".weight"): t for n, t in tensors.items() if t.dtype in _OPERANDS}
+    kind = _base_dtype(weights, settings, directory)
+    _check_zero_points(tensors)
     found = {path: _scale(path, w, tensors, directory) for path, w in weights.items()}
     in_blocks = {
         path: (w, found[path], blocks.check_blocks(path, w, found[path], size, str(directory)))
@@ -71,23 +76,27 @@ def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = No
         if blocks.has_blocks(w, found[path])
     }
     of_rows = {p: _row_scale(weights[p], s) for p, s in found.items() if p not in in_blocks}
-    config = replace(config or FalqonConfig(), granularity="row")
+    config = config or FalqonConfig(base_dtype=kind)
+    config = replace(config, granularity="row", base_dtype=kind)
     if not all(map(powers_of_two, of_rows.values())):
         config = replace(config, scale="amax")
     spec = SiteSpec.from_config(config)
-    bases = {path: Base(weights[path].view(torch.uint8), scale) for path, scale in of_rows.items()}
+    bases = {path: Base(as_code(weights[path]), scale) for path, scale in of_rows.items()}
     bases |= _cast_again(in_blocks, spec, directory)
     dtype, known = dtype_name(model.get_base_model().dtype), Checkpoint(model)
     adapted = {layer.path for layer in lora_layers(model)}
     layers: dict[str, tuple[Site, Mapping[str, Tensor]]] = {}
     site: Site = {"dtype": dtype, "transposed": False, "spec": asdict(spec)}
     for path, experts, base in known.stacked(bases):
+        if kind == "int8":
+            problem = f"it is a stack of experts, which {directory} has in INT8"
+            raise FalqonError(path, problem, "Take an FP8 checkpoint, or a dense one")
         layers[path] = ({**site, "experts": experts}, _tensors(base))
     for name, base in bases.items():
         path = f"base_model.model.{name}"
         path = f"{path}.base_layer" if path in adapted else path
         layers[path] = (site, _tensors(base))
-    skip = {f"{name}{end}" for name in weights for end in (".weight", ".input_scale", *SCALES)}
+    skip = {f"{name}{end}" for name in weights for end in (".weight", *_BESIDE, *SCALES)}
     of_cache = {name for name in tensors if name.endswith(_OF_CACHE)}
     if of_cache:
         warnings.warn(
@@ -125,26 +134,67 @@ def _read(directory: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _fp8_settings(directory: Path) -> Mapping[str, Any]:
-    """The ``quantization_config`` of an FP8 checkpoint."""
+def _settings(directory: Path) -> Mapping[str, Any]:
+    """The ``quantization_config`` of an FP8 or INT8 checkpoint."""
     settings = quantization_config(directory)
     method = settings.get("quant_method")
     if method not in ("compressed-tensors", "fp8"):
         raise FalqonError(
             str(directory),
-            "it is neither a folder of falqon_fx.prequantize nor an FP8 checkpoint "
+            "it is neither a folder of falqon_fx.prequantize nor an FP8 or INT8 checkpoint "
             f"(quant_method={method!r})",
             "Call falqon_fx.prequantize on it, or load it with transformers",
         )
     for group in (settings.get("config_groups") or {}).values():
         weights = group.get("weights") or {}
-        if (weights.get("num_bits"), weights.get("type")) != (8, "float"):
+        kind, whole = weights.get("type"), weights.get("strategy") in ("channel", "tensor")
+        if weights.get("num_bits") != 8 or kind not in _TYPES or (kind == "int" and not whole):
             raise FalqonError(
                 str(directory),
-                f"its weights have {weights.get('num_bits')} bits of type {weights.get('type')!r}",
-                "Only 8-bit floats can be trained on as they are",
+                f"its weights have {weights.get('num_bits')} bits of type {kind!r}, and scales by "
+                f"{weights.get('strategy')!r}",
+                "8-bit floats can be trained on as they are, and 8-bit integers with a scale per "
+                "row (channel) or one for all",
             )
     return settings
+
+
+_TYPES: dict[str, BaseDtype] = {"float": "fp8", "int": "int8"}  # of compressed-tensors
+
+
+def _base_dtype(
+    weights: Mapping[str, Tensor], settings: Mapping[str, Any], directory: Path
+) -> BaseDtype:
+    """What all of the weights are.
+
+    Raises:
+        FalqonError: none is quantized, some are FP8 and some INT8, or config.json says otherwise.
+    """
+    groups = (settings.get("config_groups") or {}).values()
+    said = {_TYPES[(group.get("weights") or {})["type"]] for group in groups}
+    found = {_OPERANDS[tensor.dtype] for tensor in weights.values()}
+    if not found:
+        problem = "it holds no float8_e4m3fn or int8 weight"
+        raise FalqonError(str(directory), problem, "Use transformers")
+    if len(found | said) > 1:
+        text = ", ".join(sorted(map(str.upper, found)))
+        problem = f"its weights are {text}, by its config.json {', '.join(sorted(said)).upper()}"
+        raise FalqonError(
+            str(directory), problem, "Take a checkpoint in one of them, or a dense one"
+        )
+    (kind,) = found
+    return kind
+
+
+def _check_zero_points(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if name.endswith(ZERO_POINT) and tensor.any():
+            problem = "it has zero points that are not zero, and W is multiplied by scales alone"
+            raise FalqonError(
+                name.removesuffix(ZERO_POINT),
+                problem,
+                "Take a symmetric checkpoint, or a dense one",
+            )
 
 
 def _scale(path: str, weight: Tensor, tensors: Mapping[str, Tensor], directory: Path) -> Tensor:

@@ -25,18 +25,18 @@ def load(
     *,
     verify: bool = True,
 ) -> nn.Module:
-    """A prepared PEFT model from a folder of `prequantize`, or from an FP8 checkpoint.
+    """A prepared PEFT model from a folder of `prequantize`, or from an FP8 or INT8 checkpoint.
 
     The model is built without weights and the FP8 bytes are mapped in: dense copies of them never
-    exist. Of an FP8 checkpoint (compressed-tensors ``float-quantized``, or the fp8 form) the bytes
-    are base weights as they are, beside a new A and B = 0; with one scale per block they are cast
-    again to one per row (`falqon_fx.files.blocks`).
+    exist. Of a checkpoint of others (compressed-tensors ``float-quantized`` or ``int-quantized``,
+    or the fp8 form) the bytes are base weights as they are, beside a new A and B = 0; with one
+    scale per block they are cast again to one per row (`falqon_fx.files.blocks`).
 
     Args:
         directory: the folder.
         lora: for FP8 checkpoints: a PEFT ``LoraConfig``; by default rank 16 on all linear layers.
         config: for FP8 checkpoints: as for `prepare`; scales that aren't all powers of two make it
-            scale="amax", which torch.compile must then get too.
+            scale="amax", and INT8 weights base_dtype="int8", which torch.compile must then get too.
         verify: compare the checksums of a folder that `prequantize` or `save_fp8` wrote, and look
             for FP8 weights of `prequantize` that are no numbers (reads every byte twice). Without
             it NaN in them is not seen; FP8 weights of others are always looked at.

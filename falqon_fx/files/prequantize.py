@@ -85,7 +85,8 @@ def prequantize(
 
     Args:
         model: a folder with config.json and safetensors; dense, or FP8 with one scale per block
-            (DeepSeek, Qwen3-FP8), which is decoded and cast again (`falqon_fx.files.blocks`).
+            (DeepSeek, Qwen3-FP8) or INT8 with one per row (compressed-tensors' W8A8), which are
+            decoded and cast again (`falqon_fx.files.blocks`).
         out: a new folder; `load` makes the model from it. Until it is whole it is called
             ``out.partial``; the same call goes on with that after it was interrupted.
         lora: a PEFT ``LoraConfig``; by default rank 16 on all linear layers.
@@ -240,7 +241,7 @@ def _convert(
 
 
 def _dense(unit: Unit, site: str, tensors: Mapping[str, Tensor], source: Path) -> Tensor:
-    """The weight of a unit, decoded where it is FP8."""
+    """The weight of a unit, decoded where it was cast already."""
     weight = tensors[unit.tensors[0]]
     if unit.block is None:
         return weight

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from falqon_fx.errors import FalqonError
 from falqon_fx.rows.state import allocate
 from falqon_fx.site.base import Base, check_base, scale_shape
-from falqon_fx.site.numerics import as_scale, dtype_name, scale_bits
+from falqon_fx.site.numerics import as_scale, code_dtype, dtype_name, scale_bits
 from falqon_fx.site.spec import RowsSpec, SiteSpec, parse_spec
 
 Site = Mapping[str, Any]
@@ -36,7 +36,7 @@ def spec_of(site: Site, path: str, out: int, where: str) -> SiteSpec:
             spec.rows(out)
     except (TypeError, ValueError, OverflowError) as error:
         raise FalqonError(path, f"its options in {where} are none ({error})", _DAMAGED) from error
-    if known != spec or asdict(known) != given:
+    if known != spec or asdict(known) != {"base": "fp8", **given}:  # older files don't name it
         raise FalqonError(path, f"its options in {where} are none ({given})", _DAMAGED)
     return spec
 
@@ -67,7 +67,7 @@ def check_site(
             expected["applied"] = expected["applied"].to(applied.dtype if floats else dtype)
     else:
         expected = {
-            "code": torch.empty(size, dtype=torch.uint8, device="meta"),
+            "code": torch.empty(size, dtype=code_dtype(spec.operand), device="meta"),
             "scale": scale_bits(torch.empty(scale_shape(out, spec), device="meta")),
             "digest": torch.empty(8, dtype=torch.uint8, device="meta"),
         }

@@ -21,19 +21,21 @@ from falqon_fx.site.numerics import dtype_name
 
 _SMALL = 1 << 20  # bytes; tensors below go into one file together
 SCALES = (".weight_scale", ".weight_scale_inv")  # what FP8 checkpoints call the scales of a weight
+ZERO_POINT = ".weight_zero_point"
+_CAST = {"F8_E4M3": "FP8", "I8": "INT8"}
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What one file holds: a weight in FP8, or tensors as they are."""
+    """What one file holds: a weight that is cast, or tensors as they are."""
 
     file: str  # in the folder, with a number of its own
-    tensors: tuple[str, ...]  # weights, then the scales of those that are FP8 already
+    tensors: tuple[str, ...]  # weights, then the scales of those that were cast already
     layer: str | None  # path of the linear layer, or stack of experts, in the PEFT model
     bytes: int
     dtype: str = ""  # of the weight that is cast
-    block: tuple[int, int] | None = None  # rows and columns per scale, of one that is FP8 already
+    block: tuple[int, int] | None = None  # rows and columns per scale, of one that was cast already
 
 
 def layers_to_cast(
@@ -77,10 +79,11 @@ def units_of(
     block: tuple[int, int] | None,
     dtype: torch.dtype,
 ) -> list[Unit]:
-    """The files to write, the largest first. FP8 weights with one scale per ``block`` count as
-    dense ones of ``dtype``.
+    """The files to write, the largest first. FP8 weights with one scale per ``block``, and INT8
+    ones with one per row, count as dense ones of ``dtype``.
     """
     entries = read_entries(source, index)
+    _refuse_zero_points(entries)
     sizes = {name: _bytes(entry) for name, entry in entries.items()}
     cast: list[Unit] = []
     for path, layer in layers.items():
@@ -97,15 +100,17 @@ def units_of(
                 layer.site, f"its weight is {text} already", "falqon_fx.load takes FP8 as it is"
             )
         file = _file_of(len(cast), layer.site)
-        size, of_block = sum(sizes[name] for name in names), block if scales else None
-        cast.append(Unit(file, names, path, size, known, of_block))
+        of_block = block if scales else None
+        if found == {"I8"}:
+            of_block = (1, entries[weights[0]]["shape"][-1])
+        cast.append(Unit(file, names, path, sum(sizes[n] for n in names), known, of_block))
     if not cast:
         raise FalqonError(str(source), "none of its layers is to be cast", "Check the LoraConfig")
     taken = {name for unit in cast for name in unit.tensors}
     rest = [name for name in index if name not in taken]
     for name in rest:
-        if entries[name]["dtype"] == "F8_E4M3":
-            problem = "it is FP8 in the checkpoint, and its layer is none that is cast"
+        if (kind := _CAST.get(entries[name]["dtype"])) is not None:
+            problem = f"it is {kind} in the checkpoint, and its layer is none that is cast"
             raise FalqonError(name, problem, "Don't exclude it, or give the dense checkpoint")
     small = tuple(name for name in rest if sizes[name] < _SMALL)
     alone = [(name,) for name in rest if sizes[name] >= _SMALL]
@@ -125,19 +130,31 @@ def _bytes(entry: Mapping[str, Any]) -> int:
 def _block_scale(
     weight: str, entries: Mapping[str, Any], block: tuple[int, int] | None
 ) -> str | None:
-    """The name of the scales of an FP8 weight that has one per ``block``."""
+    """The name of the scales of an FP8 weight that has one per ``block``, or of an INT8 one."""
     scale = _scale_of(weight, entries)
+    if entries[weight]["dtype"] == "I8":
+        return scale
     if not block or not scale or entries[scale]["shape"] == [entries[weight]["shape"][0], 1]:
         return None
     return scale
 
 
 def _scale_of(weight: str, entries: Mapping[str, Any]) -> str | None:
-    """The name of the scales of an FP8 weight."""
-    if entries[weight]["dtype"] != "F8_E4M3":
+    """The name of the scales of an FP8 or INT8 weight."""
+    if entries[weight]["dtype"] not in _CAST:
         return None
     names = (weight.removesuffix(".weight") + end for end in SCALES)
     return next((name for name in names if name in entries), None)
+
+
+def _refuse_zero_points(entries: Mapping[str, Any]) -> None:
+    for name in entries:
+        if name.endswith(ZERO_POINT):
+            raise FalqonError(
+                name.removesuffix(ZERO_POINT),
+                "it has zero points, and W is multiplied by scales alone",
+                "Take a symmetric checkpoint, or a dense one",
+            )
 
 
 def _file_of(number: int, name: str) -> str:

@@ -99,7 +99,7 @@ def _squares(
     """|A|², |dq(Â) - A|², |s·B|², |b - s·B|² of one adapter."""
     spec = parse_spec(cast.spec_text)
     a, b = lora_a.detach().float(), lora_b.detach().float() * scaling
-    codes, scale = cast_fp8(a, E4M3, cast.spec_text)
+    codes, scale = cast_fp8(a, spec.operand, cast.spec_text)
     of_a = decode_fp8(codes, scale, torch.float32)
     if spec.adapter == "fp8":
         s = local(site.scale)

@@ -16,6 +16,7 @@ from falqon_fx.model.sorting import sort_layers
 from falqon_fx.model.stacks import Fp8Stack, sort_stacks
 from falqon_fx.passes.match.frozen import site_of
 from falqon_fx.site.base import DIGEST_BYTES
+from falqon_fx.site.numerics import code_dtype
 from falqon_fx.site.paths import stack_path, without_wrappers
 from falqon_fx.site.spec import SiteSpec
 
@@ -94,8 +95,9 @@ def _as_cast(path: str, weight: Tensor, transposed: bool, config: FalqonConfig) 
     """What `prepare` makes of a weight [..., out, in], and the weight."""
     *experts, out, features = weight.shape
     rows = math.prod(experts) * (features if transposed else out)
-    scales = (rows, 1) if SiteSpec.from_config(config).per_row else (1,)
-    yield Piece(path, "base", (rows, out if transposed else features), torch.uint8, when="after")
+    spec = SiteSpec.from_config(config)
+    scales, code = (rows, 1) if spec.per_row else (1,), code_dtype(spec.operand)
+    yield Piece(path, "base", (rows, out if transposed else features), code, when="after")
     yield Piece(path, "scales", scales, torch.int32, when="after")
     yield Piece(path, "digest", (DIGEST_BYTES,), torch.uint8, when="after")
     yield Piece(path, "base", tuple(weight.shape), weight.dtype, when="before")

@@ -40,7 +40,7 @@ from falqon_fx.ops.fp8_adapter import clamped
 from falqon_fx.rows import model as rows_model
 from falqon_fx.rows.state import MergedAdapter
 from falqon_fx.site.base import Base, Place, bases, check_weight, place
-from falqon_fx.site.numerics import as_scale
+from falqon_fx.site.numerics import as_code, as_scale
 from falqon_fx.site.paths import deepest_path, stack_path
 from falqon_fx.site.sharded import local, refuse_fsdp, settle, whole
 from falqon_fx.site.spec import SiteSpec
@@ -58,8 +58,8 @@ def prepare(
     outliers: Asked | None = None,
     progress: bool = True,
 ) -> PrepareReport:
-    """Cast every frozen linear layer of a model to FP8 in place, one at a time, and free its
-    weight.
+    """Cast every frozen linear layer of a model to FP8 (or INT8) in place, one at a time, and free
+    its weight.
 
     Optional: without it the weights stay beside the FP8 ones. Layers under an adapter are cast, and
     with ``frozen="fp8"`` those without one that compiled code would run in FP8. Adapters stay as
@@ -240,7 +240,8 @@ class Adapter:
 
     Attributes:
         experts: how many weights are stacked, 0 for a linear layer; ``out`` counts the rows of all.
-        weight: W, float8_e4m3fn [out, in]. scale: float32 [out, 1] or []; multiplies on dequantize.
+        weight: W, float8_e4m3fn or int8 [out, in].
+        scale: float32 [out, 1] or []; multiplies on dequantize.
         adapters: (A [r, in], B [out, r], scaling) of each active adapter, the parameters
             themselves.
     """
@@ -252,7 +253,7 @@ class Adapter:
 
     def base(self) -> Tensor:
         """dq(W), float32 [out, in]: constant."""
-        code = whole(self.weight.view(torch.uint8))
+        code = whole(as_code(self.weight))
         return Base(code, as_scale(whole(self.scale.view(torch.int32)))).dequantize()
 
     @property

@@ -17,10 +17,10 @@ from falqon_fx.site.numerics import AUTOCAST_DEVICES
 
 
 class PreparedLinear(nn.Module):
-    """A linear layer whose W [out, in] lies in FP8, in the parameters named in ``STATE``.
+    """A linear layer whose W [out, in] lies in FP8 or INT8, in the parameters named in ``STATE``.
 
-    W's bytes are a uint8 parameter: ``.to(bfloat16)`` would cast a float8 tensor away, and a buffer
-    would be broadcast by DDP in each forward pass.
+    The bytes of FP8 are a uint8 parameter: ``.to(bfloat16)`` would cast a float8 tensor away, and a
+    buffer would be broadcast by DDP in each forward pass.
     """
 
     STATE: ClassVar[tuple[str, ...]]
@@ -74,9 +74,10 @@ class PreparedLinear(nn.Module):
             if given.dtype != own.dtype:
                 raise FalqonError(
                     self.path,
-                    f"its {name} are bytes of FP8 numbers ({own.dtype}), the state dict has "
-                    f"{given.dtype}: an average or a cast of them means nothing",
-                    "Average or cast the trained parameters alone; the base is constant",
+                    f"its {name} is {own.dtype} for a weight that was cast, the state dict has "
+                    f"{given.dtype}: an average, a cast or another base_dtype's means nothing",
+                    "Average or cast the trained parameters alone, and prepare both models with "
+                    "the same config",
                 )
             if given.shape != own.shape:
                 raise FalqonError(

@@ -26,9 +26,8 @@ from falqon_fx.errors import FalqonError
 from falqon_fx.model.agreement import check_same_on_all_ranks, has_others
 from falqon_fx.model.batches import batches_of, quietly, run_batch
 from falqon_fx.model.lora_layers import LinearLayer
-from falqon_fx.ops.lowering import cast_fp8
+from falqon_fx.ops.lowering import cast_operand
 from falqon_fx.site.base import Base, cast_base, check_weight
-from falqon_fx.site.numerics import E4M3
 from falqon_fx.site.spec import SiteSpec
 
 _LOGITS = "Give a model that returns logits [batch, tokens, classes], or has them as .logits"
@@ -151,7 +150,7 @@ class _Look:
         (x̂ - x) · Ŵᵀ.
         """
         flat = x.reshape(-1, x.shape[-1]).to(torch.float32)
-        cast = cast_fp8(flat, E4M3, self.spec, torch.float32)
+        cast = cast_operand(flat, self.spec, torch.float32)
         weight = layer.weight.detach()
         if layer.site not in self._bases:  # the same in each batch
             self._bases[layer.site] = cast_base(weight, self.spec)

@@ -124,6 +124,8 @@ def why_not_stacked(
         return ""
     if config.granularity != "row" or (config.update == "rows" and stack.wrapper is not None):
         return 'stacked experts have granularity="row" and update="adapter" alone'
+    if config.base_dtype == "int8":
+        return 'stacked experts have base_dtype="fp8" alone'
     if not is_plain(stack.weight) or stack.module._is_expert_parallel:
         return "its experts are spread over processes"
     if runs and stack.wrapper is not None and not getattr(stack.wrapper, "traced", False):

@@ -23,8 +23,8 @@ def proxy_update(
     spec_text: str,
 ) -> list[Tensor]:
     """The casts of all adapters of a graph, from the parameters as they are now: Â_j [r, in] in
-    E4M3, its scale (float32 [r, 1] or []), and b_j = scaling_j · B_j [out, r] in bfloat16, or
-    float32 where ``wide``; three tensors an adapter.
+    E4M3 or int8, its scale (float32 [r, 1] or []), and b_j = scaling_j · B_j [out, r] in bfloat16,
+    or float32 where ``wide``; three tensors an adapter.
 
     With adapter_dtype="fp8" four: b_j in E4M3, in the units of the ``base_scale`` of the base that
     it is added to, and α_j [r]; see `falqon_fx.ops.fp8_adapter`.
@@ -48,11 +48,11 @@ def _(
     wide: bool,
     spec_text: str,
 ) -> list[Tensor]:
-    dtype, per_row = torch.float32 if wide else torch.bfloat16, parse_spec(spec_text).per_row
+    dtype, spec = torch.float32 if wide else torch.bfloat16, parse_spec(spec_text)
     casts = []
     for a, b in zip(lora_a, lora_b):
-        scale = (a.shape[0], 1) if per_row else ()
-        casts += [a.new_empty(a.shape, dtype=E4M3), a.new_empty(scale, dtype=torch.float32)]
+        scale = (a.shape[0], 1) if spec.per_row else ()
+        casts += [a.new_empty(a.shape, dtype=spec.operand), a.new_empty(scale, dtype=torch.float32)]
         casts.append(b.new_empty(b.shape, dtype=E4M3 if base_scale else dtype))
         if base_scale:
             casts.append(a.new_empty(a.shape[:1], dtype=torch.float32))

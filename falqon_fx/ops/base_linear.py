@@ -29,9 +29,9 @@ def base_linear(
 ) -> Tensor:
     """The layer that `prepare` makes: x · dq(W)ᵀ + (x · A_cᵀ) · B_cᵀ + bias, in x's dtype.
 
-    ``code`` uint8 [out, in], the bytes of W in E4M3; ``scale`` int32 [out, 1] or [1], the bits of
-    its float32 scales; ``digest`` uint8 [8] their hash. ``spec`` says what they were made with, for
-    the passes, which find all of it in the graph.
+    ``code`` uint8 [out, in], the bytes of W in E4M3, or int8; ``scale`` int32 [out, 1] or [1], the
+    bits of its float32 scales; ``digest`` uint8 [8] their hash. ``spec`` says what they were made
+    with, for the passes, which find all of it in the graph.
 
     ``error_a`` A_c [r, in] and ``error_b`` B_c [out, r], where there are any, stand for the cast
     error of W. ``channels`` int32 [c] and ``columns`` W_S [out, c] are what compiled code adds the

@@ -29,7 +29,7 @@ from falqon_fx.ops.grouped import (
 )
 from falqon_fx.ops.grouped_kernels import Low, generated
 from falqon_fx.ops.lowering import cast_fp8, decode, gemm_dtype
-from falqon_fx.site.numerics import E4M3, as_e4m3, without_autocast
+from falqon_fx.site.numerics import E4M3, as_operand, without_autocast
 from falqon_fx.site.spec import SiteSpec, parse_spec
 
 
@@ -219,7 +219,7 @@ def lower_grads(
         grads = [of_low(out_a, way.sorted(grad), way, scaling, b_dtype, of_a=False)]
         for d_j, code, scale in [(*d, *kept)] if kept else []:
             scaled = (d_j.to(torch.float32) * way.taken(scale)).to(d_j.dtype)
-            grads.append(of_low(scaled, as_e4m3(code), way, 1.0, a_dtype, of_a=True))
+            grads.append(of_low(scaled, as_operand(code), way, 1.0, a_dtype, of_a=True))
         return grads
     of_b = grouped_outer(way.sorted(grad).to(out_a.dtype), out_a, way.offs).to(torch.float32)
     flat = (of_b * scaling).reshape(experts, -1).t().contiguous()  # as in `stacked_b`

@@ -173,7 +173,7 @@ def merged_linear(given: Merged) -> list[Tensor]:
     spec = parse_spec(given.spec_text)
     dtype, exact = gemm_dtype(given.out_dtype, given.x.device), spec.scale == "pow2"
     read = cast_inputs(given, spec, dtype)
-    before = adapter_outputs(given, read, spec).split(given.ranks, dim=1)
+    before = adapter_outputs(given, read, spec, dtype).split(given.ranks, dim=1)
     parts: list[Tensor] = []  # O_A
     tails: list[Tensor] = []  # t, with its scale where that is exact
     for part, factor, of_b in zip(before, given.alpha, given.lora_b):
@@ -189,7 +189,7 @@ def merged_linear(given: Merged) -> list[Tensor]:
         right = [decode(w, s if exact else 1.0, dtype)]
         right += [decode_fp8(given.b[j], s / given.alpha[j] if exact else 1.0, dtype) for j in own]
         y = torch.cat([read.x.value, *(tails[j] for j in own)], dim=1) @ torch.cat(right, dim=1).t()
-        y = y if exact else rescale(y, read.x.rest, s)
+        y = y if exact else rescale(y, read.x.rest, s, dtype)
         ys.append(finished(y, given, i))
     return [*ys, torch.cat(parts, dim=1), *read.kept(given.keep_x)]
 

@@ -20,7 +20,7 @@ from falqon_fx.ops.arguments import Merged, MergedGrad
 from falqon_fx.ops.gpu import quantize
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.site.casts import cast_fp8
-from falqon_fx.site.numerics import E4M3, FP8_MAX, amax_to_scale, as_e4m3, without_autocast
+from falqon_fx.site.numerics import E4M3, FP8_MAX, amax_to_scale, as_operand, without_autocast
 from falqon_fx.site.spec import parse_spec
 
 
@@ -74,10 +74,10 @@ def merged_linear(given: Merged) -> list[Tensor]:
         q_scale,
         [code for code, _ in own],
         [scale for _, scale in own],
-        [as_e4m3(w) for w in given.weight],
+        [as_operand(w) for w in given.weight],
         given.scale,
         given.bias,
-        [as_e4m3(code) for code in given.a],
+        [as_operand(code) for code in given.a],
         given.a_scale,
         given.b,
         given.alpha,
@@ -129,8 +129,8 @@ def merged_linear_grad(given: MergedGrad) -> list[Tensor]:
         in_k.grad_product_in_k,
         codes,
         s_g,
-        [as_e4m3(w) for w in given.weight],
-        [as_e4m3(code) for code in given.a],
+        [as_operand(w) for w in given.weight],
+        [as_operand(code) for code in given.a],
         given.a_scale,
         given.b,
         given.alpha,

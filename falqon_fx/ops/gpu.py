@@ -19,7 +19,7 @@ from falqon_fx.ops import products
 from falqon_fx.ops.arguments import Merged
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.site.casts import cast_fp8
-from falqon_fx.site.numerics import E4M3, as_e4m3, without_autocast
+from falqon_fx.site.numerics import E4M3, as_operand, without_autocast
 from falqon_fx.site.spec import parse_spec
 
 
@@ -72,7 +72,7 @@ def merged_linear(given: Merged) -> list[Tensor]:
     dtype = gemm_dtype(given.out_dtype, x.device)
     q, q_scale = quantize(x.reshape(-1, x.shape[-1]), E4M3, spec_text)
     own = [quantize(x_j.reshape(-1, x_j.shape[-1]), E4M3, spec_text) for x_j in given.adapter_x]
-    codes_a = [as_e4m3(code) for code in given.a]
+    codes_a = [as_operand(code) for code in given.a]
     out_a: list[Tensor] = []
     if own:
         parts = [
@@ -86,7 +86,7 @@ def merged_linear(given: Merged) -> list[Tensor]:
         products.merged_product,
         q,
         q_scale,
-        [as_e4m3(w) for w in given.weight],
+        [as_operand(w) for w in given.weight],
         given.scale,
         given.bias,
         codes_a,
@@ -136,9 +136,9 @@ def merged_linear_grad_x(
     product: Tensor = (torch.ops.falqon.grad_x_product if storing else opened)(
         casts,
         q_scales,
-        [as_e4m3(w) for w in weight],
+        [as_operand(w) for w in weight],
         left,
-        [as_e4m3(code) for code in a],
+        [as_operand(code) for code in a],
         a_scale,
         stored,
         spec_text,

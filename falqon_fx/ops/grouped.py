@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from falqon_fx.kernels.hardware import fp8_architecture
 from falqon_fx.ops.lowering import decode
-from falqon_fx.site.numerics import E4M3, as_e4m3
+from falqon_fx.site.numerics import E4M3, as_operand
 
 # Bytes of decoded weights that live at a time on a CPU: decoding a whole stack would take twice or
 # four times the memory that FP8 has saved, and what is read again at once should lie in a cache.
@@ -159,7 +159,7 @@ def fp8_times(
     experts, m, _ = stack.code.shape
     product: Tensor = torch.ops.aten._scaled_grouped_mm(
         q,
-        as_e4m3(stack.code).transpose(1, 2),
+        as_operand(stack.code).transpose(1, 2),
         q_scale.reshape(-1),
         scale.view(experts, m),
         offs,

@@ -14,7 +14,7 @@ from falqon_fx.kernels.hardware import fp8_architecture
 from falqon_fx.kernels.spec import MAX_RANK
 from falqon_fx.ops.grouped import Routing, Stack
 from falqon_fx.ops.products import sizes_known
-from falqon_fx.site.numerics import E4M3, as_e4m3, dtype_name
+from falqon_fx.site.numerics import E4M3, as_operand, dtype_name
 from falqon_fx.site.spec import SiteSpec
 
 
@@ -111,5 +111,5 @@ def product(
     spec = grouped_spec(fp8_architecture(q.device), k, backward=backward, **given)
     tiles = tiles_of(way.offs, count, spec.block_m)
     more = (None, None) if low is None else (low.left, low.right)
-    weight = as_e4m3(stack.code)
+    weight = as_operand(stack.code)
     return grouped_gemm(q, q_scale, rows, weight, scale, tiles, spec, *more)

@@ -4,9 +4,9 @@ The casts are compiled code (`falqon_fx.kernels.cpu.casts`), which is two to thr
 what Inductor makes of them, and costs its compiler nothing; without it they are ATen operations,
 bit for bit the same. The products are torch's own. For GPUs see `falqon_fx.ops.gpu`.
 
-Shapes: x [n, in]; W [out, in] and Â [r, in] E4M3 (or bytes), their scales float32 [rows, 1] or [];
-b [out, r]; dL/dO [n, out]. Sites are numbered i, adapters j; ``owner[j]`` is the site of adapter j,
-and the adapters of a site stand side by side.
+Shapes: x [n, in]; W [out, in] and Â [r, in] E4M3 (or bytes) or int8, their scales float32 [rows, 1]
+or []; b [out, r]; dL/dO [n, out]. Sites are numbered i, adapters j; ``owner[j]`` is the site of
+adapter j, and the adapters of a site stand side by side.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from torch.nn import functional as F
 
 from falqon_fx._compat import native_bf16
 from falqon_fx.kernels.cpu import casts as cpu_casts
+from falqon_fx.kernels.cpu import integers
 from falqon_fx.kernels.cpu import native as cpu
 from falqon_fx.ops.arguments import Merged
-from falqon_fx.site.casts import scale_of
+from falqon_fx.site.casts import cast_with_scale, scale_of
 from falqon_fx.site.numerics import (
     E4M3,
+    INT8,
     as_scale,
     decode_fp8,
     round_to_fp8,
@@ -55,14 +57,14 @@ def proxy_update(
     wide: bool,
     spec_text: str,
 ) -> list[Tensor]:
-    """[Â_j, s_A,j, b_j] of each adapter j in turn: Â = q(A) in E4M3 with one scale per row (or one
-    for all of A), and b = scaling · B in bfloat16, or float32 where ``wide``.
+    """[Â_j, s_A,j, b_j] of each adapter j in turn: Â = q(A) in the operands' format with one scale
+    per row (or one for all of A), and b = scaling · B in bfloat16, or float32 where ``wide``.
     """
     spec = parse_spec(spec_text)
     dtype = torch.float32 if wide else torch.bfloat16
     casts: list[Tensor] = []
     for a, b, factor in zip(lora_a, lora_b, scaling):
-        cast = cast_fp8(a.detach(), E4M3, spec, torch.float32, keep=True)
+        cast = cast_operand(a.detach(), spec, torch.float32, keep=True)
         assert cast.code is not None
         casts += [cast.code, cast.scale, (b.detach().to(torch.float32) * factor).to(dtype)]
     return casts
@@ -70,15 +72,34 @@ def proxy_update(
 
 @dataclass(frozen=True)
 class Cast:
-    """x [n, k] ≈ ``value`` · ``rest`` in FP8: ``value`` as it is multiplied, in which a scale that
-    is a power of two is contained, so that ``rest`` is 1; ``code`` in E4M3 where that was asked
-    for.
+    """x [n, k] ≈ ``value`` · ``rest``: ``value`` as it is multiplied. Of FP8 a scale that is a
+    power of two is contained in it, so that ``rest`` is 1; ``code`` in E4M3 where that was asked
+    for. Of INT8 ``value`` and ``code`` are the integers.
     """
 
     value: Tensor
     rest: Tensor | float
     scale: Tensor
     code: Tensor | None = None
+
+
+def cast_operand(x: Tensor, spec: SiteSpec, dtype: torch.dtype, *, keep: bool = False) -> Cast:
+    """Cast x [n, k] to what W is, see `cast_fp8` and `cast_int8`."""
+    if spec.operand == INT8:
+        return cast_int8(x, spec)
+    return cast_fp8(x, spec.operand, spec, dtype, keep=keep)
+
+
+def cast_int8(x: Tensor, spec: SiteSpec) -> Cast:
+    """Cast x [n, k] to INT8 with one scale per row or one for all of it."""
+    if spec.per_row and x.device.type == "cpu":
+        cast = integers.cast_rows(x, spec.scale == "pow2")
+        if cast is not None:
+            code, scale = cast
+            return Cast(code, scale, scale, code)
+    scale = scale_of(x, INT8, spec)
+    code = cast_with_scale(x.to(torch.float32), scale, INT8)
+    return Cast(code, scale, scale, code)
 
 
 def cast_fp8(
@@ -116,6 +137,8 @@ def decode(
     code: Tensor, scale: Tensor | float, dtype: torch.dtype, to: Tensor | None = None
 ) -> Tensor:
     """`decode_fp8`, into ``to`` where that is given."""
+    if code.dtype == INT8 and not isinstance(scale, Tensor) and scale == 1.0:
+        return code.to(dtype) if to is None else to.copy_(code)
     compiled = cpu.decode(code, scale, dtype, to)
     if compiled is not None:
         return compiled
@@ -128,20 +151,20 @@ def merged_linear(given: Merged) -> list[Tensor]:
     """[O_i | O_A | x̂] of the sites i that read x: O_i = q(x) · W_iᵀ + Σ_j O_A,j · b_jᵀ + bias_i,
     [..., out_i] in ``out_dtype``, over the adapters j of site i (without the sum where there is no
     b); then the O_A,j = q(x_j) · Â_jᵀ of all adapters side by side, [n, Σ r_j]; then, where
-    ``keep_x``, what dL/dA needs: the cast of each x_j in E4M3 and its scale.
+    ``keep_x``, what dL/dA needs: the codes of each x_j and their scale.
     """
     spec = parse_spec(given.spec_text)
-    dtype, exact = gemm_dtype(given.out_dtype, given.x.device), spec.scale == "pow2"
+    dtype, exact = gemm_dtype(given.out_dtype, given.x.device), spec.scales_inside
     read = cast_inputs(given, spec, dtype)
-    out_a = read.x.value.new_empty((read.x.value.shape[0], 0))
+    out_a = given.x.new_empty((read.x.value.shape[0], 0), dtype=dtype)
     if given.a:
-        out_a = adapter_outputs(given, read, spec)
+        out_a = adapter_outputs(given, read, spec, dtype)
     parts = out_a.split(given.ranks, dim=1) if given.a else ()
     ys = []
     for i, (w, s) in enumerate(zip(given.weight, given.scale)):
-        y = read.x.value @ decode(w, s if exact else 1.0, dtype).t()
+        y = multiplied(read.x.value, right_operand(w, s if exact else 1.0, dtype))
         if not exact:
-            y = rescale(y, read.x.rest, s)
+            y = rescale(y, read.x.rest, s, dtype)
         for j in given.adapters_of(i) if given.b else []:
             y = torch.addmm(y, parts[j], given.b[j].to(dtype).t())
         ys.append(finished(y, given, i))
@@ -158,7 +181,7 @@ class Read:
     own: list[Cast]
 
     def kept(self, keep: bool) -> list[Tensor]:
-        """E4M3 and scale of what the adapters read, for dL/dA."""
+        """Codes and scale of what the adapters read, for dL/dA."""
         found: list[Tensor] = []
         for of in (self.own or [self.x]) if keep else []:
             assert of.code is not None
@@ -167,10 +190,10 @@ class Read:
 
 
 def cast_inputs(given: Merged, spec: SiteSpec, dtype: torch.dtype) -> Read:
-    """x and ``adapter_x`` cast to FP8, as values in ``dtype``."""
+    """x and ``adapter_x`` cast to the operands' format, as values in ``dtype``."""
 
     def cast(x: Tensor, keep: bool) -> Cast:
-        return cast_fp8(x.reshape(-1, x.shape[-1]), E4M3, spec, dtype, keep=keep)
+        return cast_operand(x.reshape(-1, x.shape[-1]), spec, dtype, keep=keep)
 
     of_x = cast(given.x, given.keep_x and not given.adapter_x)
     return Read(of_x, [cast(x_j, given.keep_x) for x_j in given.adapter_x])
@@ -185,28 +208,52 @@ def finished(y: Tensor, given: Merged, site: int) -> Tensor:
     return torch.ops.aten._unsafe_view(y.to(given.out_dtype), shape)  # type: ignore[no-any-return]
 
 
-def adapter_outputs(given: Merged, read: Read, spec: SiteSpec) -> Tensor:
+def adapter_outputs(given: Merged, read: Read, spec: SiteSpec, dtype: torch.dtype) -> Tensor:
     """The O_A of all adapters side by side; as one product where all read the same x."""
-    exact, dtype = spec.scale == "pow2", read.x.value.dtype
+    exact = spec.scales_inside
     each = read.own or [read.x] * len(given.a)
-    values = [decode(code, s if exact else 1.0, dtype) for code, s in zip(given.a, given.a_scale)]
+    scales = [s if exact else 1.0 for s in given.a_scale]
+    values = [right_operand(code, s, dtype) for code, s in zip(given.a, scales)]
     if read.own:
-        products = [cast.value @ value.t() for cast, value in zip(each, values)]
+        products = [multiplied(cast.value, value) for cast, value in zip(each, values)]
     else:
-        product = read.x.value @ _stack(values).t()
+        product = multiplied(read.x.value, _stack(values))
         products = [product] if exact else [*product.split([len(v) for v in values], dim=1)]
     if not exact:
-        products = [rescale(p, c.rest, s) for p, c, s in zip(products, each, given.a_scale)]
+        products = [rescale(p, c.rest, s, dtype) for p, c, s in zip(products, each, given.a_scale)]
     return _stack(products, dim=1)
+
+
+def right_operand(code: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
+    """What a `Cast` is multiplied with: values in ``dtype``, of INT8 the integers."""
+    return code if code.dtype == INT8 else decode(code, scale, dtype)
+
+
+def multiplied(left: Tensor, right: Tensor) -> Tensor:
+    """left · rightᵀ; of integers int32, without rounding, or float32 where the CPU has no exact
+    sums of them: those of up to 1,040 products are exact in that, too.
+    """
+    # The library is wrong about one product: both strides of the right operand are 1 then.
+    if left.dtype == INT8 and left.shape[1] > 1 and integers.exact():
+        sums: Tensor = torch.ops.aten._int_mm(left, right.t())
+        return sums
+    if left.dtype == INT8:
+        left, right = left.to(torch.float32), right.to(torch.float32)
+    return left @ right.t()
 
 
 def _stack(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat([*parts], dim)
 
 
-def rescale(y: Tensor, rest: Tensor | float, scale: Tensor) -> Tensor:
+def rescale(y: Tensor, rest: Tensor | float, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Multiply a GEMM's result by the scales that its operands lack, in float32."""
-    return (y.to(torch.float32) * rest * (scale.t() if scale.dim() == 2 else scale)).to(y.dtype)
+    turned = scale.t() if scale.dim() == 2 else scale
+    if y.dtype == torch.int32 and isinstance(rest, Tensor):
+        compiled = integers.rescale(y, rest, turned, dtype)
+        if compiled is not None:
+            return compiled
+    return (y.to(torch.float32) * rest * turned).to(dtype)
 
 
 @without_autocast
@@ -221,7 +268,8 @@ def merged_linear_grad_x(
     spec_text: str,
 ) -> Tensor:
     """dL/dx = Σ_i q(dL/dO_i · diag(s_W,i)) · W_i + Σ_j D_j · dq(Â_j), [n, in] in ``x_dtype``, with
-    D_j = dL/dO · b_j [n, r_j] of the adapters that read x.
+    D_j = dL/dO · b_j [n, r_j] of the adapters that read x. Where W is INT8, q rounds to the dtype
+    of the products alone.
 
     The row scales of W belong to the dimension that is summed over, so they go into dL/dO before
     its cast. D has r columns, too few to gain from FP8. Where all scales are powers of two, all of
@@ -229,7 +277,7 @@ def merged_linear_grad_x(
     """
     spec = parse_spec(spec_text)
     dtype = gemm_dtype(grad[0].dtype, grad[0].device)
-    exact = spec.scale == "pow2"
+    exact = spec.scales_inside or spec.base == "int8"
     outs = [w.shape[0] for w in weight] if exact else []
     widths = [*outs, *(d_j.shape[1] for d_j in d)]
     n, features = grad[0].shape[0], weight[0].shape[1]
@@ -239,7 +287,11 @@ def merged_linear_grad_x(
     products: list[Tensor] = []
     for i, (g, w, s) in enumerate(zip(grad, weight, scale)):
         of_rows = s.t().contiguous() if spec.per_row else None
-        if exact:
+        if spec.base == "int8":
+            if not integers.scale_columns(g, s.t() if s.dim() else s, columns[i]):
+                columns[i].copy_(g.to(torch.float32) * s.reshape(1, -1))
+            decode(w, 1.0, dtype, rows[i])
+        elif exact:
             cast_fp8(g, spec.grad_dtype, spec, dtype, columns=of_rows, to=columns[i])
             decode(w, 1.0 if spec.per_row else s, dtype, rows[i])
         else:
@@ -247,7 +299,7 @@ def merged_linear_grad_x(
             product = (cast.value @ decode(w, 1.0, dtype)).to(torch.float32) * cast.rest
             products.append(product if spec.per_row else product * s)
     for j, (d_j, code, s) in enumerate(zip(d, a, a_scale)):
-        columns[len(outs) + j].copy_(rescale(d_j.to(dtype), 1.0, s))
+        columns[len(outs) + j].copy_(rescale(d_j.to(dtype), 1.0, s, dtype))
         decode(code, 1.0, dtype, rows[len(outs) + j])
     if widths:
         products.append(left @ right)
@@ -260,7 +312,7 @@ def merged_linear_grad_x(
 @without_autocast
 def grad_a(d: Tensor, code: Tensor, scale: Tensor, a_dtype: torch.dtype) -> Tensor:
     """dL/dA [r, in] = Dᵀ · x̂ for D [n, r] and x̂ = code · scale, an input as `merged_linear` kept
-    it: E4M3 [n, in], float32 [n, 1] or []. Straight through the casts of A and of x.
+    it: E4M3 or int8 [n, in], float32 [n, 1] or []. Straight through the casts of A and of x.
     """
     scaled = (d.to(torch.float32) * scale).to(d.dtype)
     return (scaled.t() @ decode(code, 1.0, d.dtype)).to(a_dtype)

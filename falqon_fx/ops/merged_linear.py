@@ -19,7 +19,7 @@ from falqon_fx.ops import adapter_casts, fp8_adapter, fp8_gpu, fp8_grad, gpu, lo
 from falqon_fx.ops.adapter_grads import Batch, OutAGrads, lower_adapter_grads, lower_grad_out_a
 from falqon_fx.ops.arguments import Merged
 from falqon_fx.ops.once import once
-from falqon_fx.site.numerics import E4M3, without_autocast
+from falqon_fx.site.numerics import as_code, without_autocast
 from falqon_fx.site.spec import parse_spec
 
 
@@ -47,11 +47,11 @@ def merged_linear(
     the adapters j with ``owner[j] == i``; then O_A,j = x_j · dq(Â_j)ᵀ of all adapters side by side,
     [n, Σ r_j]; then, where ``keep_x``, the casts of what the adapters read, with their scales.
 
-    x, W_i and Â_j are multiplied in FP8. ``weight``, ``scale`` and ``bias`` have one entry per site
-    (bias may have none), as ``clamped`` may, to which a GPU adds how much of adapters in FP8 is
-    clamped; ``a``, ``a_scale``, ``b``, ``alpha`` (see `proxy_update`; the last two may have none),
-    ``lora_a``, ``lora_b``, ``owner`` and ``scaling`` one per adapter; ``adapter_x``, what each
-    adapter reads where that is not x (dropout), one per adapter or none.
+    x, W_i and Â_j are multiplied in FP8 or INT8. ``weight``, ``scale`` and ``bias`` have one entry
+    per site (bias may have none), as ``clamped`` may, to which a GPU adds how much of adapters in
+    FP8 is clamped; ``a``, ``a_scale``, ``b``, ``alpha`` (see `proxy_update`; the last two may have
+    none), ``lora_a``, ``lora_b``, ``owner`` and ``scaling`` one per adapter; ``adapter_x``, what
+    each adapter reads where that is not x (dropout), one per adapter or none.
 
     Gradients reach x, adapter_x, lora_a, lora_b and bias. With D_j = dL/dO · scaling_j · B_j:
 
@@ -84,7 +84,7 @@ def merged_linear(
 
 def _as_read(weight: Tensor) -> Tensor:
     """FP8 as `decode_fp8` reads it fastest where nothing is compiled."""
-    return weight.view(torch.uint8) if weight.device.type == "cpu" else weight
+    return as_code(weight) if weight.device.type == "cpu" else weight
 
 
 def lower_merged_linear(given: Merged) -> list[Tensor]:
@@ -107,13 +107,13 @@ def lower_grad_x(grad: Sequence[Tensor], *rest: Any) -> Tensor:
 @merged_linear.register_fake
 def _(*args: Any) -> list[Tensor]:
     given = Merged(*args)
-    x, tokens, per_row = given.x, given.x.shape[:-1], parse_spec(given.spec_text).per_row
+    x, tokens, spec = given.x, given.x.shape[:-1], parse_spec(given.spec_text)
     n, dtype = math.prod(tokens), lowering.gemm_dtype(given.out_dtype, x.device)
     results = [x.new_empty((*tokens, w.shape[0]), dtype=given.out_dtype) for w in given.weight]
     results.append(x.new_empty((n, sum(given.ranks)), dtype=dtype))
     for _ in (given.adapter_x or [x]) if given.keep_x else []:
-        results.append(x.new_empty((n, x.shape[-1]), dtype=E4M3))
-        results.append(x.new_empty((n, 1) if per_row else (), dtype=torch.float32))
+        results.append(x.new_empty((n, x.shape[-1]), dtype=spec.operand))
+        results.append(x.new_empty((n, 1) if spec.per_row else (), dtype=torch.float32))
     return results
 
 
@@ -128,7 +128,8 @@ def merged_linear_grad_x(
     x_dtype: torch.dtype,
     spec_text: str,
 ) -> Tensor:
-    """dL/dx [n, in] = Σ_i q(dL/dO_i) · dq(W_i) + Σ_j D_j · dq(Â_j), dL/dO_i [n, out_i] cast to FP8.
+    """dL/dx [n, in] = Σ_i q(dL/dO_i) · dq(W_i) + Σ_j D_j · dq(Â_j), dL/dO_i [n, out_i] cast to FP8
+    where W is.
 
     See `falqon_fx.ops.lowering.merged_linear_grad_x`.
     """
@@ -145,7 +146,7 @@ def _(grad: Sequence[Tensor], weight: Sequence[Tensor], *rest: Any) -> Tensor:
 @torch.library.custom_op("falqon::grad_a", mutates_args=())
 def grad_a(d: Tensor, code: Tensor, scale: Tensor, a_dtype: torch.dtype) -> Tensor:
     """dL/dA [r, in] = Dᵀ · x̂, for D [n, r] and x̂ = code · scale as `merged_linear` keeps it: E4M3
-    [n, in], float32 [n, 1] or [].
+    or int8 [n, in], float32 [n, 1] or [].
     """
     run = gpu.grad_a if d.device.type == "cuda" else lowering.grad_a
     return run(d, code, scale, a_dtype)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.site.casts import scale_of
-from falqon_fx.site.numerics import E4M3, round_to_fp8, without_autocast
+from falqon_fx.site.numerics import round_to_fp8, without_autocast
 from falqon_fx.site.spec import parse_spec
 
 
@@ -39,9 +39,9 @@ def lower_outliers(
     """`outliers` by ATen, which Inductor sees on a GPU."""
     spec, dtype = parse_spec(spec_text), gemm_dtype(out_dtype, x.device)
     flat = x.reshape(-1, x.shape[-1])
-    scale = scale_of(flat.to(torch.float32), E4M3, spec)
+    scale = scale_of(flat.to(torch.float32), spec.operand, spec)
     picked = flat.index_select(1, channels).to(torch.float32)
-    error = picked - round_to_fp8(picked * scale.reciprocal(), E4M3) * scale
+    error = picked - round_to_fp8(picked * scale.reciprocal(), spec.operand) * scale
     y = error.to(dtype) @ columns.to(dtype).t()
     # Not `reshape`: below autograd that makes a view, which may not be written in place later.
     shape = (*x.shape[:-1], columns.shape[0])

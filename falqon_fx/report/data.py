@@ -142,7 +142,8 @@ class Site:
         return ", ".join(["A"] * self.train_a + ["B"] * self.train_b)
 
 
-_OPTIONS = {"grad": "grad_dtype", "adapter": "adapter_dtype"}  # a field of SiteSpec -> the option
+# a field of SiteSpec -> the option
+_OPTIONS = {"grad": "grad_dtype", "adapter": "adapter_dtype", "base": "base_dtype"}
 
 
 @dataclass(frozen=True)

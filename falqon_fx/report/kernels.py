@@ -31,9 +31,12 @@ def choose(site: Site) -> tuple[str, str]:
     """The name of what is likeliest to run the forward product of a site, and why. What won on a
     GPU is for `falqon_fx.passes.autotune` to say.
     """
+    spec = parse_spec(site.spec)
+    if spec.base == "int8":
+        return "aten", "decoded INT8 operands, multiplied by the library's GEMMs"
     if not site.architecture:
         return "aten", "no FP8 kernels there: casts and bf16 GEMMs, which the inner compiler fuses"
-    asked = parse_spec(site.spec).kernel
+    asked = spec.kernel
     if asked in ("scaled_mm", "inductor"):
         return asked, f"kernel={asked!r} asks for it"
     specs = candidates(site)

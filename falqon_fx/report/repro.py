@@ -36,7 +36,7 @@ from falqon_fx.ops import adapter_casts, lowering
 from falqon_fx.ops import merged_linear as ops
 from falqon_fx.report.data import Site
 from falqon_fx.site.base import cast_base
-from falqon_fx.site.numerics import E4M3, dtype_name
+from falqon_fx.site.numerics import INT8, dtype_name
 from falqon_fx.site.spec import parse_spec
 
 
@@ -257,9 +257,9 @@ class _Check:
 
         out, features = given.weight.shape
         rank, tokens = sum(map(len, a)), len(given.x)
-        weight = _Exact.of(self.base.code.view(E4M3).double() * self.base.scale.double())
-        x_cast = self._cast(given.x, E4M3)
-        read = [self._cast(t, E4M3) for t in given.own_x] or [x_cast] * len(a)
+        weight = _Exact.of(self.base.weight.double() * self.base.scale.double())
+        x_cast = self._cast(given.x, self.spec.operand)
+        read = [self._cast(t, self.spec.operand) for t in given.own_x] or [x_cast] * len(a)
         values = [_Exact.of(c.double() * s.double()) for c, s in zip(casts[0::3], casts[1::3])]
         factors, grad = [*map(_Exact.of, casts[2::3])], _Exact.of(given.grad)
         parts = [_Exact.of(part) for part in out_a.split([*map(len, a)], 1)] if a else []
@@ -283,16 +283,21 @@ class _Check:
 
     def _cast(self, x: Tensor, dtype: torch.dtype) -> _Exact:
         """x as the op casts it."""
-        cast = lowering.cast_fp8(x, dtype, self.spec, torch.float32)
+        if dtype == INT8:
+            cast = lowering.cast_int8(x, self.spec)
+        else:
+            cast = lowering.cast_fp8(x, dtype, self.spec, torch.float32)
         return _Exact.of(cast.value.double() * torch.as_tensor(cast.rest).double())
 
     def _through_weight(self, weight: _Exact) -> _Exact:
         """ĝ·W: the scales of W's rows go into dL/dO before its cast."""
         grad = self.inputs.grad
+        if self.spec.base == "int8":  # dL/dO times the scales is rounded, which the bound counts
+            return _Exact.of(grad) @ weight
         if not self.spec.per_row:
             return self._cast(grad, self.spec.grad_dtype) @ weight
         scaled = grad.to(torch.float32) * self.base.scale.t()
-        return self._cast(scaled, self.spec.grad_dtype) @ _Exact.of(self.base.code.view(E4M3))
+        return self._cast(scaled, self.spec.grad_dtype) @ _Exact.of(self.base.weight)
 
     def _ratio(self, value: Tensor | None, exact: _Exact, terms: int) -> float:
         assert value is not None

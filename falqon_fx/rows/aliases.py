@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from falqon_fx._compat import version
-from falqon_fx.site.numerics import as_e4m3
+from falqon_fx.site.numerics import as_operand
 
 _REMEMBERED = 64  # forward passes between two optimizer steps that are still watched
 
@@ -38,7 +38,7 @@ class Aliases:
             for alias in given:
                 torch.autograd.graph.increment_version(alias)
             given.clear()
-        fresh = [as_e4m3(tensors[0].data), *(tensor.data for tensor in tensors[1:])]
+        fresh = [as_operand(tensors[0].data), *(tensor.data for tensor in tensors[1:])]
         given.append(fresh[0])
         self._by_b[lora_b] = (now, given)
         return fresh

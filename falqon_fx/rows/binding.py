@@ -20,7 +20,7 @@ from falqon_fx.rows.dropped import save_watch
 from falqon_fx.rows.prepared import layer_of
 from falqon_fx.rows.state import IN_GRAPH, SiteParameters, registry
 from falqon_fx.rows.update import lock
-from falqon_fx.site.numerics import as_e4m3
+from falqon_fx.site.numerics import as_operand
 
 if TYPE_CHECKING:
     from falqon_fx.passes.rows import RowsNodes
@@ -109,7 +109,7 @@ class RowsBinding:
                 place = self._places[nodes.state[0]]
                 meta = nodes.state[0].meta
                 known: Tensor = meta["example_value" if "example_value" in meta else "val"]
-                inputs[place] = as_e4m3(known.detach())
+                inputs[place] = as_operand(known.detach())
         return inputs
 
     def _wanted(self, value: Value) -> Iterator[SiteParameters]:

@@ -70,11 +70,18 @@ def groups_of(values: Iterable[Any]) -> list[Any]:
 
 
 def check_options(path: str, config: FalqonConfig) -> None:
-    """Refuse options that need all of a base weight in one place.
+    """Refuse options that need all of a base weight in one place, and INT8, which tensor
+    parallelism has not been built for.
 
     Raises:
         FalqonError: names the option.
     """
+    if config.base_dtype == "int8":
+        raise FalqonError(
+            path,
+            'base_dtype="int8" is not built for base weights that are cut over processes',
+            'Set base_dtype="fp8"',
+        )
     if config.init == "svd" or config.update == "rows":
         option = 'init="svd"' if config.init == "svd" else 'update="rows"'
         raise FalqonError(

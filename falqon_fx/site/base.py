@@ -1,4 +1,4 @@
-"""`Base`, a base weight in FP8, and the registry that finds it again.
+"""`Base`, a base weight in FP8 or INT8, and the registry that finds it again.
 
 A base belongs to W alone and is constant: all adapters, graphs, threads and options that only
 change the adapter share it. It lives as long as W does.
@@ -20,8 +20,10 @@ from falqon_fx._compat import is_fake, version
 from falqon_fx.errors import FalqonError
 from falqon_fx.site.clamped import ClampedCount
 from falqon_fx.site.numerics import (
-    E4M3,
+    INT8,
     amax_to_scale,
+    as_operand,
+    code_dtype,
     decode_fp8,
     encode_fp8,
     odd_factors,
@@ -38,16 +40,16 @@ _REMEDY = "Repair the checkpoint, or leave the layer out with exclude="
 
 @dataclass(frozen=True)
 class Base:
-    """W ≈ ``code`` · ``scale``, E4M3 bytes (uint8) [out, in], float32 scale [out, 1] or []."""
+    """W ≈ ``code`` · ``scale``: E4M3 bytes (uint8) or int8 [out, in], float32 [out, 1] or []."""
 
     code: Tensor
     scale: Tensor
 
     @functools.cached_property
     def weight(self) -> Tensor:
-        """W, float8_e4m3fn [out, in]."""
+        """W, float8_e4m3fn or int8 [out, in]."""
         with torch.inference_mode(False):  # it outlives the call
-            return self.code.view(E4M3)
+            return as_operand(self.code)
 
     @property
     def nbytes(self) -> int:
@@ -74,19 +76,20 @@ def cast_base(weight: Tensor, spec: SiteSpec, amax: Tensor | None = None) -> Bas
         torch.autocast(weight.device.type, enabled=False),
     ):
         weight = weight.detach()
-        out, device = weight.shape[0], weight.device
-        code = torch.empty(weight.shape, dtype=torch.uint8, device=device)
+        out, device, operand = weight.shape[0], weight.device, spec.operand
+        code = torch.empty(weight.shape, dtype=code_dtype(operand), device=device)
         scale = torch.empty(scale_shape(out, spec), dtype=torch.float32, device=device)
         if amax is not None or not spec.per_row:
             amax = weight.abs().amax() if amax is None else amax
-            scale.copy_(amax_to_scale(amax, E4M3, spec.scale))
+            scale.copy_(amax_to_scale(amax, operand, spec.scale))
         for rows in row_chunks(weight):
             value = weight[rows].to(torch.float32)
             of_rows = scale[rows] if spec.per_row else scale
             if spec.per_row and amax is None:
-                of_rows = amax_to_scale(value.abs().amax(1, keepdim=True), E4M3, spec.scale)
+                of_rows = amax_to_scale(value.abs().amax(1, keepdim=True), operand, spec.scale)
                 scale[rows] = of_rows
-            code[rows] = encode_fp8(round_to_fp8(value * of_rows.reciprocal(), E4M3), E4M3)
+            value = round_to_fp8(value * of_rows.reciprocal(), operand)
+            code[rows] = encode_fp8(value, operand)
     return Base(code, scale)
 
 
@@ -139,6 +142,8 @@ def check_base(path: str, base: Base, where: str) -> None:
         if count:
             problem = f"{count} of its {base.scale.numel()} scales in {where} are {kind}"
             raise FalqonError(path, problem, _REMEDY)
+    if code.dtype == INT8:
+        return
     magnitude = torch.tensor(0x7F, dtype=torch.uint8, device=code.device)
     nan = torch.zeros((), dtype=torch.int64, device=code.device)
     for rows in row_chunks(code):
@@ -367,7 +372,7 @@ def looks_like(weight: Tensor, seen: Tensor) -> bool:
 def _key(site: BaseParameter, spec: SiteSpec) -> tuple[Any, ...]:
     w = site.param
     place = (w.storage_offset(), w.shape, w.stride(), w.dtype)
-    return (spec.granularity, spec.scale, site.transposed, *place)
+    return (spec.base, spec.granularity, spec.scale, site.transposed, *place)
 
 
 def _stamp(weight: Tensor) -> tuple[Any, ...]:

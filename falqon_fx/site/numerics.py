@@ -1,5 +1,8 @@
 """FP8 numerics: amax to scale, cast, dequantize, and the error bounds that the tests use.
 
+INT8 is one of the formats: its numbers up to ±127 are the subnormals of a float with 6 bits of
+mantissa, all as far apart as those.
+
 Every function is a composition of ATen ops, so that the same code is the CPU reference, the fake
 implementation and the decomposition that Inductor fuses. ``scale`` always multiplies on
 dequantize: ``x ≈ q * scale``.
@@ -21,10 +24,15 @@ E4M3 = torch.float8_e4m3fn
 E5M2 = torch.float8_e5m2
 FP8_DTYPES = {"e4m3": E4M3, "e5m2": E5M2}  # by their names in options and specs
 FP8_MAX = {E4M3: 448.0, E5M2: 57344.0}
+INT8 = torch.int8
+OPERANDS = {"fp8": E4M3, "int8": INT8}  # by their names in options and specs
+LARGEST = {**FP8_MAX, INT8: 127.0}
 # What is not beyond this is nearest to the largest FP8 number anyway.
 ROUNDS_TO_MAX = {E5M2: 61440.0, E4M3: 464.0}
 # (mantissa bits kept, smallest normal, spacing of the subnormals)
-_LAYOUT = {E4M3: (3, 2.0**-6, 2.0**-9), E5M2: (2, 2.0**-14, 2.0**-16)}
+_LAYOUT = {E4M3: (3, 2.0**-6, 2.0**-9), E5M2: (2, 2.0**-14, 2.0**-16), INT8: (6, 64.0, 1.0)}
+# The largest number's significand, and what carries above it into the exponent of a float32.
+_TOP = {E4M3: (1.75, 0x1FFFFF), E5M2: (1.75, 0x1FFFFF), INT8: (127 / 64, 0x1FFFF)}
 _TINY = 2.0**-126  # smallest normal float32: 1 / scale stays finite
 # Where autocast can be on. Dynamo of torch 2.11 breaks the graph at `is_autocast_available` itself.
 AUTOCAST_DEVICES = frozenset(
@@ -64,7 +72,7 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def amax_to_scale(amax: Tensor, dtype: torch.dtype, mode: Scale) -> Tensor:
-    """Scale of a group whose largest magnitude is ``amax``: ``amax / fp8_max``, float32.
+    """Scale of a group whose largest magnitude is ``amax``: ``amax / largest``, float32.
 
     ``mode="pow2"`` rounds it up to a power of two, which makes scaling exact in any binary float.
     A group of zeros gets scale 1. A NaN or Inf amax gives a NaN or Inf scale, so that it stays
@@ -72,25 +80,26 @@ def amax_to_scale(amax: Tensor, dtype: torch.dtype, mode: Scale) -> Tensor:
     """
     amax = amax.to(torch.float32)
     if mode == "amax":
-        scale = amax * (1.0 / FP8_MAX[dtype])
+        scale = amax * (1.0 / LARGEST[dtype])
     else:
-        # fp8_max is 1.75 * 2**k: what exceeds 1.75 in its significand carries into the exponent.
-        wanted = amax * (1.75 / FP8_MAX[dtype])
-        power = ((wanted.view(torch.int32) + 0x1FFFFF) & 0x7F800000).view(torch.float32)
+        # E4M3's largest is 1.75 * 2**k: what exceeds that significand carries into the exponent.
+        top, carry = _TOP[dtype]
+        wanted = amax * (top / LARGEST[dtype])
+        power = ((wanted.view(torch.int32) + carry) & 0x7F800000).view(torch.float32)
         scale = torch.where(wanted < float("inf"), power, wanted)
     return torch.where(amax == 0, 1.0, scale.clamp(min=_TINY))
 
 
 def round_to_fp8(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round float32 ``x`` to the nearest FP8 value, ties to even, as float32.
+    """Round float32 ``x`` to the nearest value of a format, ties to even, as float32.
 
-    Saturates beyond ``fp8_max``; NaN stays NaN. Equal to ``x.clamp(-max, max).to(dtype).float()``.
+    Saturates beyond the largest; NaN stays NaN. Equal to ``x.clamp(-max, max).to(dtype).float()``.
     """
-    return round_to_scaled_fp8(x.clamp(-FP8_MAX[dtype], FP8_MAX[dtype]), 1.0, dtype)
+    return round_to_scaled_fp8(x.clamp(-LARGEST[dtype], LARGEST[dtype]), 1.0, dtype)
 
 
 def round_to_scaled_fp8(x: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
-    """``round_to_fp8(x / scale) * scale`` for a power of two that covers ``x``: |x| <= fp8_max *
+    """``round_to_fp8(x / scale) * scale`` for a power of two that covers ``x``: |x| <= largest *
     scale < 2**107, as `amax_to_scale` gives it.
 
     Nine float operations that vectorise: torch's own FP8 casts, and bit casts under Inductor, are
@@ -113,12 +122,16 @@ def round_to_scaled_fp8(x: Tensor, scale: Tensor | float, dtype: torch.dtype) ->
 
 
 def encode_fp8(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bytes (uint8) of float32 tensors that already hold FP8 values (see `round_to_fp8`)."""
-    return value.to(dtype).view(torch.uint8)
+    """Codes of float32 tensors that already hold values of a format (see `round_to_fp8`): of FP8
+    its bytes (uint8), of INT8 themselves. So the dtype of codes says what they are.
+    """
+    code = value.to(dtype)
+    return code if dtype == INT8 else code.view(torch.uint8)
 
 
 def decode_fp8(code: Tensor, scale: Tensor | float, out_dtype: torch.dtype) -> Tensor:
-    """``value(code) * scale`` of an E4M3 tensor or of its bytes (uint8), in ``out_dtype``.
+    """``value(code) * scale`` of an int8 or E4M3 tensor, or of the latter's bytes (uint8), in
+    ``out_dtype``.
 
     Computed in float32; exact in bfloat16 when ``scale`` is a power of two. Under Inductor on CPU
     an E4M3 tensor is read by vector code, a cast from bytes inside the graph is not: hand E4M3 to
@@ -134,13 +147,23 @@ def decode_fp8(code: Tensor, scale: Tensor | float, out_dtype: torch.dtype) -> T
         )
         value = table.index_select(0, code.flatten().to(torch.int32)).view(code.shape)
     else:
-        value = as_e4m3(code).to(torch.float32)
+        value = as_operand(code).to(torch.float32)
     return (value * scale).to(out_dtype)
 
 
-def as_e4m3(code: Tensor) -> Tensor:
-    """An E4M3 tensor as it is; bytes (uint8) as the E4M3 tensor that they are."""
-    return code if code.dtype == E4M3 else code.view(E4M3)
+def as_operand(code: Tensor) -> Tensor:
+    """Bytes (uint8) as the E4M3 tensor that they are; an E4M3 or int8 tensor as it is."""
+    return code.view(E4M3) if code.dtype == torch.uint8 else code
+
+
+def as_code(operand: Tensor) -> Tensor:
+    """The inverse: an E4M3 tensor as its bytes."""
+    return operand.view(torch.uint8) if operand.dtype == E4M3 else operand
+
+
+def code_dtype(operand: torch.dtype) -> torch.dtype:
+    """What codes are stored in, which neither a cast of a model nor an average touches."""
+    return INT8 if operand == INT8 else torch.uint8
 
 
 def as_scale(scale: Tensor) -> Tensor:

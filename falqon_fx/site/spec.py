@@ -19,6 +19,7 @@ from falqon_fx._compat import native_bf16
 from falqon_fx.config import (
     Accumulation,
     AdapterDtype,
+    BaseDtype,
     FalqonConfig,
     GradDtype,
     Granularity,
@@ -30,7 +31,7 @@ from falqon_fx.config import (
     check_literals,
     literals,
 )
-from falqon_fx.site.numerics import FP8_DTYPES
+from falqon_fx.site.numerics import FP8_DTYPES, OPERANDS
 
 Choosing = Literal[Kernel, "max-autotune"]  # what chooses the kernel of a product
 
@@ -67,11 +68,13 @@ class SiteSpec:
     kernel: Choosing = "auto"
     accumulation: Accumulation = "fast"
     transpose: Transpose = "auto"
+    base: BaseDtype = "fp8"
 
     @classmethod
     def from_config(cls, config: FalqonConfig) -> SiteSpec:
         autotunes = config.kernel == "auto" and (config.mode or "").startswith("max-autotune")
         kernel: Choosing = "max-autotune" if autotunes else config.kernel
+        assert config.scale is not None
         return SiteSpec(
             config.granularity,
             config.scale,
@@ -80,7 +83,18 @@ class SiteSpec:
             kernel,
             config.accumulation,
             config.transpose,
+            config.base_dtype,
         )
+
+    @property
+    def operand(self) -> torch.dtype:
+        """What W, x and A are cast to."""
+        return OPERANDS[self.base]
+
+    @property
+    def scales_inside(self) -> bool:
+        """Whether a CPU multiplies operands that contain their scales: exactly, in any float."""
+        return self.scale == "pow2" and self.base == "fp8"
 
     @property
     def grad_dtype(self) -> torch.dtype:
@@ -96,7 +110,7 @@ class SiteSpec:
     def _site(self) -> str:
         return (
             f"{self.granularity} {self.scale} {self.grad} {self.adapter} {self.kernel} "
-            f"{self.accumulation} {self.transpose}"
+            f"{self.accumulation} {self.transpose} {self.base}"
         )
 
 
@@ -155,6 +169,8 @@ def parse_spec(text: str) -> SiteSpec:
     """
     *values, _ = [word.rpartition("=")[2] for word in text.split(" ")]
     kind = RowsSpec if "topk=" in text else SiteSpec
+    if len(values) == len(_FIELDS[kind]) - 1:  # of before there was a choice of the base's dtype
+        values.insert(_FIELDS[kind].index("base"), "fp8")
     given: dict[str, Any] = dict(zip(_FIELDS[kind], values, strict=True))
     check_literals(given, _VALUES[kind])
     if kind is RowsSpec:

@@ -51,7 +51,7 @@ def check(name: str, found: dict[str, Any]) -> None:
 def test_two_ranks(tmp_path: Path):
     for result in ranks.run(two, 2, tmp_path, 900):
         assert result.pop("mixed precision") == [True] * 9
-        assert len(result) == 8 + 8
+        assert len(result) == 8 + 9
         for name, found in result.items():
             check(name, found)
 
@@ -72,6 +72,7 @@ def two() -> dict[str, Any]:
     runs["offloaded"] = case(CONFIG, offload_policy=CPUOffloadPolicy(pin_memory=False))
     runs["accumulated"] = case(CONFIG, each=2)
     runs["amax"] = case(replace(CONFIG, scale="amax"))
+    runs["int8"] = case(replace(CONFIG, base_dtype="int8", scale="amax"))
     runs["adapters in FP8"] = case(replace(CONFIG, adapter_dtype="fp8"))
     runs["whole"] = case(CONFIG, whole=True)
     runs["checkpointed around"] = case(CONFIG, change=around)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from falqon_fx.kernels.cpu import integers
 from falqon_fx.kernels.cpu import native as cpu
 from falqon_fx.rows import audit
 from falqon_fx.rows.fingerprint import fingerprints
@@ -146,6 +147,31 @@ def test_fingerprints_of_unlike_matrices_raise(second):
 def test_copies_that_do_not_fit_raise(pair):
     with pytest.raises(ValueError, match=r"a copy of|contiguous|on the CPU"):
         cpu.copy([pair])
+
+
+X, SUMS, ONE = randn(3, 8), torch.ones(3, 8, dtype=torch.int32), torch.tensor(2.0)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: integers.cast_rows(X.half(), False),
+        lambda: integers.cast_rows(X.t(), False),
+        lambda: integers.cast_rows(X.to("meta"), False),
+        lambda: integers.rescale(SUMS.long(), ONE, ONE, torch.float32),
+        lambda: integers.rescale(SUMS.t(), ONE, ONE, torch.float32),
+        lambda: integers.rescale(SUMS, ONE, ONE, torch.float16),
+        lambda: integers.rescale(SUMS, ONE.double(), ONE, torch.float32),
+        lambda: integers.rescale(SUMS, torch.ones(2, 1), ONE, torch.float32),
+        lambda: integers.rescale(SUMS, ONE, torch.ones(3, 8), torch.float32),
+        lambda: integers.scale_columns(X, torch.ones(1, 7), X.clone()),
+        lambda: integers.scale_columns(X, ONE.bfloat16(), X.clone()),
+        lambda: integers.scale_columns(X, ONE, torch.empty(2, 8)),
+        lambda: integers.scale_columns(X, ONE, torch.empty(3, 8).half()),
+    ],
+)
+def test_integers_are_left_to_aten_where_cpp_does_not_take_what_is_given(call):
+    assert not call()
 
 
 def test_without_a_compiler_aten_does_it_and_the_log_says_why(monkeypatch, caplog):

@@ -1,0 +1,274 @@
+"""base_dtype="int8": W, x and A in INT8, and where it is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._dynamo.exc import BackendCompilerFailed
+
+import falqon_fx
+from falqon_fx import FalqonConfig, FalqonConfigError, FalqonError
+from falqon_fx.files import storage
+from falqon_fx.model.fp8_linear import Fp8Linear
+from falqon_fx.ops.lowering import merged_linear_grad_x
+from falqon_fx.report import repro
+from falqon_fx.site.agreement import check_options
+from falqon_fx.site.base import cast_base
+from falqon_fx.site.numerics import INT8, amax_to_scale, decode_fp8, encode_fp8, round_to_fp8
+from falqon_fx.site.spec import SiteSpec, parse_spec
+from tests.emulation import cast, emulate
+from tests.folders import BF16, IDS, dense_model, folder_of, lora
+from tests.models import Net, compiled, fill_b, tiny_mlp
+from tests.parameters import slow
+from tests.sites import randn
+from tests.strategies import SEEDS
+from tests.tolerances import assert_within, fp8_cast_bound
+
+CONFIG = FalqonConfig(base_dtype="int8", inner="eager")
+SPEC = SiteSpec.from_config(CONFIG)
+
+
+# -- numbers ---------------------------------------------------------------------------------------
+
+
+def test_all_255_numbers_stay_and_what_lies_between_goes_to_the_nearest_even_one():
+    numbers = torch.arange(-127, 128, dtype=torch.float32)
+    assert torch.equal(round_to_fp8(numbers, INT8), numbers)
+    assert torch.equal(encode_fp8(numbers, INT8), numbers.to(torch.int8))
+    assert torch.equal(decode_fp8(encode_fp8(numbers, INT8), 2.0**-9, torch.float32), numbers / 512)
+    for beside in (numbers[:-1] + 0.5, numbers.nextafter(torch.tensor(1e9)), numbers * 1.001):
+        wanted = beside.clamp(-127, 127).round()
+        assert torch.equal(round_to_fp8(beside, INT8), wanted)
+
+
+def test_a_scale_is_the_smallest_power_of_two_that_covers_the_largest():
+    """At and beside 127 times every power of two, where one float32 step decides."""
+    edge = (127 * torch.arange(-110, 111, dtype=torch.float64).exp2()).float()
+    beside = edge.view(torch.int32)[:, None] + torch.arange(-8, 9, dtype=torch.int32)
+    amax = beside.view(torch.float32).flatten()
+    scale = amax_to_scale(amax, INT8, "pow2")
+    assert torch.equal(torch.frexp(scale).mantissa, torch.full_like(scale, 0.5))
+    assert (127 * scale.double() >= amax).all()
+    assert (127 * scale.double() < 2 * amax.double()).all()
+
+
+@given(st.lists(st.floats(-(2.0**120), 2.0**120, width=32), min_size=1, max_size=40),
+       st.sampled_from(["amax", "pow2"]))  # fmt: skip
+def test_a_cast_is_off_by_half_a_step(numbers, mode):
+    x = torch.tensor(numbers, dtype=torch.float32)
+    scale = amax_to_scale(x.abs().amax(), INT8, mode)
+    assert_within(round_to_fp8(x / scale, INT8) * scale, x, fp8_cast_bound(x, scale, INT8))
+
+
+@given(SEEDS, st.sampled_from(["row", "tensor"]), st.sampled_from(["amax", "pow2"]))
+def test_a_base_is_cast_as_by_torch(seed, granularity, scale):
+    spec = SiteSpec(granularity, scale, "e5m2", base="int8")
+    weight = randn(7, 33, seed=seed) * (randn(7, 1, seed=seed + 1) * 6).exp2()
+    base = cast_base(weight, spec)
+    codes, wanted = cast(weight, INT8, spec.per_row, scale == "pow2")
+    assert base.code.dtype == base.weight.dtype == torch.int8
+    assert torch.equal(base.code.float(), codes)
+    assert torch.equal(base.scale, wanted)
+
+
+def test_the_gradient_of_x_has_no_cast_of_the_gradient():
+    """dL/dx is (dL/dO ⊙ s_W) · W in bfloat16: of numbers that it holds, the exact product."""
+    grad, code = randn(5, 4).sign().bfloat16() * 3, torch.arange(-127, 127, 8).view(4, 8).char()
+    scale = torch.tensor([[2.0], [0.5], [2.0**-9], [1.0]])
+    found = merged_linear_grad_x([grad], [code], [scale], [], [], [], torch.float32, str(SPEC))
+    wanted = grad.double() @ (code.double() * scale.double())
+    assert_within(found, wanted, 2.0**-8 * wanted.abs())
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": "amax"}, {"granularity": "tensor"}], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_site_alone_is_right(options, dtype):
+    spec = str(SiteSpec.from_config(replace(CONFIG, **options)))
+    for site in ({}, {"dropout": 0.25}, {"train_a": False}):
+        found = repro.check(70, 130, 8, 33, 0.5, dtype, "float32", spec, adapters=2, **site)
+        assert found.right, found
+
+
+# -- models ----------------------------------------------------------------------------------------
+
+
+def test_all_that_compiled_code_runs_is_int8():
+    """Layers with an adapter and without, prepared or not; nothing is E4M3."""
+    torch.manual_seed(0)
+    model = peft.get_peft_model(Net().requires_grad_(False), peft.LoraConfig(target_modules=["up"]))
+    fill_b(model)
+    x, ids = randn(6, 64), {}
+    for prepared in (False, True):
+        if prepared:
+            falqon_fx.prepare(model, CONFIG, progress=False)
+        run = compiled(model, base_dtype="int8")
+        y = run(x)
+        y.square().sum().backward()
+        ids[prepared] = y
+        report = falqon_fx.explain(model, x, config=CONFIG)
+        assert len(report.sites) == 3
+        assert {site.options["base_dtype"] for site in report.sites} == {"int8"}
+        assert "cast to INT8 once" in str(report)
+        assert "E4M3" not in str(report)
+        assert falqon_fx.adapters(model)["base_model.model.up"].weight.dtype == torch.int8
+    assert torch.equal(ids[True], ids[False])
+    layers = [module for module in model.modules() if isinstance(module, Fp8Linear)]
+    assert len(layers) == 3
+    assert {layer.code.dtype for layer in layers} == {torch.int8}
+    twin = emulate(copy.deepcopy(model), falqon_fx.adapters(model), CONFIG, [
+        "base_model.model.plain", "base_model.model.down",
+    ])  # fmt: skip
+    assert torch.equal(twin(x), ids[True])
+
+
+def test_a_prepared_layer_reads_as_its_weight_within_the_cast():
+    torch.manual_seed(0)
+    model = tiny_mlp()
+    before = model.base_model.model[0].base_layer.weight.clone()
+    falqon_fx.prepare(model, CONFIG, progress=False)
+    layer = model.base_model.model[0].base_layer
+    bound = fp8_cast_bound(before, layer.base().scale, INT8)
+    assert_within(layer.weight.detach(), before, bound)
+    assert_within(falqon_fx.adapters(model)["base_model.model.0"].base(), before, bound)
+    falqon_fx.restore(model)
+    assert_within(model.base_model.model[0].base_layer.weight.detach(), before, bound)
+
+
+def test_calibration_buys_back_the_cast_errors_of_int8():
+    torch.manual_seed(0)
+    model, x = Net().requires_grad_(False), randn(200, 64) * randn(64, seed=1).exp()
+    wanted = model(x)
+    errors = {}
+    for terms in (0, 64):
+        own = copy.deepcopy(model)
+        given: dict[str, Any] = {"compensate": terms, "outliers": terms, "calibration": [x]}
+        falqon_fx.prepare(own, CONFIG, progress=False, **(given if terms else {}))
+        y = torch.compile(own, backend="falqon", options=dict[str, Any](config=CONFIG))(x)
+        errors[terms] = float((y - wanted).norm() / wanted.norm())
+    assert errors[64] < errors[0] / 10  # all of W's error, and that of all channels of x
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, slow({"scale": "pow2", "init": "svd"})], ids=str)
+def test_prequantize_is_prepare_bit_for_bit(tmp_path, options):
+    transformers = pytest.importorskip("transformers")
+    config = replace(CONFIG, **options)
+    folder_of(dense_model(), tmp_path / "dense", "20KB")
+    falqon_fx.prequantize(tmp_path / "dense", tmp_path / "out", lora(), config, progress=False)
+    loaded = falqon_fx.load(tmp_path / "out")
+    dense = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=BF16)
+    expected = peft.get_peft_model(dense, lora())
+    falqon_fx.prepare(expected, config, progress=False)
+    named = dict(expected.named_parameters())
+    for name, parameter in loaded.named_parameters():
+        if config.init == "svd" or "lora_A" not in name:
+            assert torch.equal(parameter, named[name]), name
+    codes = [p for name, p in loaded.named_parameters() if name.endswith(".code")]
+    assert len(codes) == 14
+    assert {code.dtype for code in codes} == {torch.int8}
+
+
+def test_a_checkpoint_that_names_no_base_dtype_is_of_fp8(tmp_path):
+    """As all were before there was a choice."""
+    torch.manual_seed(0)
+    model = tiny_mlp()
+    falqon_fx.prepare(model, progress=False)
+    falqon_fx.save_checkpoint(model, tmp_path)
+    content = json.loads((tmp_path / "checkpoint.json").read_text())
+    for site in content["sites"]:
+        assert site["spec"].pop("base") == "fp8"
+    content.pop("checksum", None)
+    storage.write_manifest(tmp_path / "checkpoint.json", content)
+    other = tiny_mlp()
+    falqon_fx.prepare(other, progress=False)
+    falqon_fx.load_checkpoint(other, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+
+
+def test_a_checkpoint_of_the_other_dtype_brings_it_and_compiled_code_is_told(tmp_path):
+    torch.manual_seed(0)
+    model, other = tiny_mlp(), tiny_mlp()
+    falqon_fx.prepare(model, CONFIG, progress=False)
+    falqon_fx.prepare(other, progress=False)
+    falqon_fx.save_checkpoint(model, tmp_path)
+    falqon_fx.load_checkpoint(other, tmp_path)
+    assert other.base_model.model[0].base_layer.code.dtype == torch.int8
+    x = randn(3, 32)
+    assert torch.equal(compiled(other, base_dtype="int8")(x), compiled(model, base_dtype="int8")(x))
+    with pytest.raises(BackendCompilerFailed, match=r"prepare\(\) used base_dtype='int8', gran"):
+        compiled(other)(x)
+
+
+# -- refused ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{"update": "rows"}, {"adapter_dtype": "fp8"}, {"grad_dtype": "e4m3"}], ids=str
+)
+def test_options_of_fp8_are_refused(options):
+    ((name, value),) = options.items()
+    with pytest.raises(FalqonConfigError) as error:
+        FalqonConfig(base_dtype="int8", **options)
+    assert f"{name!r}: {value!r} is of FP8" in str(error.value)
+    assert error.value.remedy == f'Leave {name} out, or set base_dtype="fp8"'
+
+
+@pytest.mark.parametrize("prepared", ["fp8", "int8"])
+def test_a_base_is_never_run_in_the_other_dtype(prepared):
+    torch.manual_seed(0)
+    model = tiny_mlp()
+    falqon_fx.prepare(model, FalqonConfig(base_dtype=prepared), progress=False)
+    other = "int8" if prepared == "fp8" else "fp8"
+    with pytest.raises(BackendCompilerFailed) as error:
+        compiled(model, base_dtype=other)(randn(3, 32))
+    assert "Give prepare() and torch.compile() the same config" in str(error.value)
+    assert "base_dtype='int8'" in str(error.value)
+
+
+def test_a_state_dict_of_the_other_dtype_is_refused():
+    torch.manual_seed(0)
+    fp8, model = tiny_mlp(), tiny_mlp()
+    falqon_fx.prepare(fp8, progress=False)
+    falqon_fx.prepare(model, CONFIG, progress=False)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(FalqonError, match=r"its code is torch.int8 .* has torch.uint8"):
+        model.load_state_dict(fp8.state_dict())
+    layer = "base_model.model.0.base_layer"
+    assert torch.equal(model.state_dict()[f"{layer}.code"], before[f"{layer}.code"])
+
+
+@pytest.mark.parametrize("prepared", [True, slow(False)])
+def test_a_folder_of_fp8_is_refused(tmp_path, prepared):
+    torch.manual_seed(0)
+    model = peft.get_peft_model(dense_model(num_hidden_layers=1), lora())
+    if prepared:
+        falqon_fx.prepare(model, CONFIG, progress=False)
+    else:
+        compiled(model, base_dtype="int8")(IDS)
+    with pytest.raises(FalqonError, match=r"its base weight is INT8, .*folder would hold FP8"):
+        falqon_fx.save_fp8(model, tmp_path / "out", progress=False)
+    assert not Path(tmp_path / "out").exists()
+
+
+def test_weights_that_are_cut_over_processes_are_refused():
+    with pytest.raises(FalqonError, match='"int8" is not built for base weights that are cut'):
+        check_options("a layer", CONFIG)
+
+
+def test_a_text_of_a_spec_names_it():
+    """One that does not is older, and of FP8."""
+    assert parse_spec(str(SPEC)) == SPEC
+    assert parse_spec(str(SPEC).replace(" int8 ", " ")) == replace(SPEC, base="fp8")
+    with pytest.raises(ValueError, match="base='int4': expected one of fp8, int8"):
+        parse_spec(str(SPEC).replace(" int8 ", " int4 "))
