@@ -1,39 +1,11 @@
 // What stands around products with INT8 on a CPU: the cast of x, the scales behind the sums of
-// integers, and those of W that go into dL/dO. falqon_fx/ops/lowering.py says the same in ATen operations, each of which passes
-// over memory again. Bound by kernels/cpu/integers.py.
+// integers, and those of W that go into dL/dO. falqon_fx/ops/lowering.py says the same in ATen
+// operations, each of which passes over memory again. Bound by kernels/cpu/integers.py.
 
 #include <algorithm>
-#include <cstdint>
-#include <cstring>
 #include <vector>
 
 namespace {
-
-float as_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-uint32_t as_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-struct bfloat16 {
-  uint16_t bits;
-};
-
-float widen(float x) { return x; }
-float widen(bfloat16 x) { return as_float(uint32_t(x.bits) << 16); }
-void narrow(float x, float& to) { to = x; }
-// To the nearest, ties to even; a NaN stays one.
-void narrow(float x, bfloat16& to) {
-  const uint32_t bits = as_bits(x);
-  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  to.bits = uint16_t((bits & 0x7FFFFFFFu) > 0x7F800000u ? (bits >> 16) | 0x40u : rounded);
-}
 
 // falqon_fx.site.numerics.amax_to_scale for INT8, from the bits of amax.
 float scale_of(uint32_t amax, bool pow2) {
