@@ -64,6 +64,8 @@ def mutants(file: str, text: str) -> Iterator[Mutant]:
             passed_over |= {id(n) for d in node.decorator_list for n in ast.walk(d)}
         elif isinstance(node, ast.keyword) and node.arg == "strict":  # lengths that are equal
             passed_over.add(id(node.value))
+        elif isinstance(node, ast.JoinedStr):  # what a message says
+            passed_over |= {id(n) for n in ast.walk(node)}
     for node in ast.walk(tree):
         if id(node) in passed_over:
             continue

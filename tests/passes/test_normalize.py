@@ -10,7 +10,15 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from falqon_fx.passes.normalize import normalize
-from falqon_fx.passes.terms import Add, AddLinear, Cast, Dropout, Linear, Scale
+from falqon_fx.passes.terms import (
+    Add,
+    AddLinear,
+    Cast,
+    Dropout,
+    Linear,
+    Scale,
+    UnsupportedAdapted,
+)
 from tests.models import Stack
 from tests.sites import randn
 
@@ -24,6 +32,7 @@ class Layer(nn.Module):
         self.weight, self.bias = nn.Parameter(randn(4, 6)), nn.Parameter(randn(4))
         self.across = nn.Parameter(randn(6, 4))
         self.drop, self.same = nn.Dropout(0.5), nn.Identity()
+        self.embed = nn.Embedding(9, 6)
         self.function = function
 
     def forward(self, x: Tensor) -> Any:
@@ -83,6 +92,21 @@ def test_every_spelling_of_a_linear_reads_as_one(function, weight, bias, how):
 
 def _name(param: Any) -> str:
     return param.name or param.node.target
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("function", "weight"),
+    [
+        (lambda m, x: m.embed(x.long()), "embed.weight"),
+        (lambda m, x: F.embedding(x.long(), m.weight), "weight"),
+    ],
+)
+def test_an_embedding_reads_as_what_lora_can_be_put_on(function, weight, how):
+    term = read(function, how)
+    assert isinstance(term, UnsupportedAdapted)
+    assert (_name(term.weight), term.kind) == (weight, "an embedding")
+    assert term.x.op.startswith("call")
 
 
 def test_a_weight_stored_in_out_reads_as_transposed():
