@@ -71,8 +71,7 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "match/unmatched.py": ("passes/test_match_refused.py", *_DIALECTS, *_MATCHED[:2]),
     "modes.py": ("passes/test_modes.py", *_MATCHED[1:2]),
     "normalize.py": (_NORMALIZE, _MATCH, "test_conv1d.py"),
-    "pipeline.py": (*_VERIFY, "passes/test_localize.py", "test_passlog.py"),
-    "slots.py": ("passes/test_plan.py",),
+    "pipeline.py": (*_VERIFY, "passes/test_localize.py", "test_naming.py", "test_passlog.py"),
     "plan.py": (
         "passes/test_plan.py",
         "passes/test_siblings.py",

@@ -225,7 +225,6 @@ def _head(root: Scope) -> Iterator[fx.Graph]:
     first = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
     with graph.inserting_before(first):
         yield graph
-    root.gm.recompile()
 
 
 def at_head(root: Scope, param: Param) -> fx.Node:

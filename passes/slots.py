@@ -37,4 +37,4 @@ class AdapterSlot:
     scaling: float
     wide: bool
     base: BaseSlot | None
-    fixed: bool = False
+    fixed: bool

@@ -12,11 +12,13 @@ from torch import nn
 
 import falqon_fx
 from falqon_fx import FalqonError
+from falqon_fx.passes import pipeline
 from falqon_fx.passes.pipeline import PASSES
 from falqon_fx.passes.work import Work
 from falqon_fx.report.data import Note
 from falqon_fx.site.names import modules_of, tensors_of
 from tests.models import LoraLinear, Stack, tiny_llama
+from tests.spellings import HandWritten, Spelling
 
 pytest.importorskip("peft")
 
@@ -70,6 +72,16 @@ def test_what_a_pass_notes_has_the_paths_of_the_whole_model(monkeypatch):
     assert noted == [site.path for site in report.sites]
     assert noted[-1] == "layers.1.down"
     assert "note" in report.graphs[0].pass_seconds
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_an_x_that_is_gathered_in_fp8_is_noted_once(monkeypatch, count):
+    monkeypatch.setattr(pipeline, "gather_tokens", lambda plan: count)
+    model = nn.Sequential(HandWritten(Spelling(out=24)), HandWritten(Spelling(out=24)))
+    report = falqon_fx.rewrite(torch.fx.symbolic_trace(model), [torch.randn(3, 24)]).report
+    notes = [note for graph in report.graphs for note in graph.notes]
+    assert [note.site for note in notes] == ["0"] * bool(count)
+    assert all("(2 in this graph)" in note.text for note in notes)
 
 
 class Shared(nn.Module):

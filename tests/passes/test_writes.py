@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from falqon_fx.passes.normalize import normalize
 from falqon_fx.passes.writes import written, written_parameters
@@ -203,9 +205,18 @@ def test_an_op_writes_what_its_schema_says():
         lambda x: x.clone(),
         lambda x: x.__add__(1),
         lambda x: torch.relu(x),
+        lambda x: F.relu(x, inplace=False),
         lambda x: x.size(),
     ],
 )
 def test_what_writes_nothing(function):
-    graph = fx.symbolic_trace(function).graph
-    assert [written(node) for node in graph.nodes] == [[] for _ in graph.nodes]
+    assert not any(writes(function))
+
+
+def test_a_function_writes_where_it_is_told_to():
+    assert any(writes(lambda x: F.relu(x, inplace=True)))
+
+
+def writes(function: Callable[[Tensor], Any]) -> Iterator[list[fx.Node]]:
+    """What each node of a function's graph writes."""
+    return map(written, fx.symbolic_trace(function).graph.nodes)
