@@ -79,6 +79,7 @@ BOTH = pytest.mark.parametrize("how", ["trace", "export"])
         (lambda m, x: x @ m.weight.T + m.bias, "weight", "bias"),
         (lambda m, x: m.bias + x @ m.weight.T, "weight", "bias"),
         (lambda m, x: F.linear(x, m.across.T.T.T), "across", None),
+        (lambda m, x: torch.einsum("...i,oi->...o", x, m.weight), "weight", None),
     ],
 )
 def test_every_spelling_of_a_linear_reads_as_one(function, weight, bias, how):
@@ -124,6 +125,8 @@ def test_a_weight_stored_in_out_reads_as_transposed():
         lambda m, x: m.weight @ x.T,  # the weight on the left
         lambda m, x: F.linear(m.weight, x),  # x as the weight
         lambda m, x: torch.addmm(m.bias, x, m.weight.t(), beta=2) * x.sum(),
+        lambda m, x: torch.einsum("ni,oj->noj", x, m.weight),  # nothing is summed over
+        lambda m, x: torch.einsum("ni,oi->on", x, m.weight),  # the other way round
         lambda m, x: x @ x.T,
         lambda m, x: x.relu(),
         lambda m, x: x * x,
