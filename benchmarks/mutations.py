@@ -54,6 +54,7 @@ TESTS: Mapping[str, tuple[str, ...]] = {
         "passes/test_match_refused.py",
         "test_errors.py",
         "distributed/test_one_process.py",
+        "test_fp8_adapter.py",
     ),
     "copy_graph.py": ("passes/test_verify_frontends.py", "passes/test_rewrite.py"),
     "describe.py": ("passes/test_kernels.py", "test_explain.py", "test_report.py"),

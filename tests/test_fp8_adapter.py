@@ -379,10 +379,10 @@ def test_where_it_is_not_there_it_says_so():
         FalqonConfig(adapter_dtype="fp8", update="rows")
 
     class Plain(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, rank: int) -> None:
             super().__init__()
             self.base, self.a, self.b = (
-                nn.Parameter(torch.empty(shape)) for shape in ((48, 64), (4, 64), (48, 4))
+                nn.Parameter(torch.empty(shape)) for shape in ((48, 64), (rank, 64), (48, rank))
             )
             self.base.requires_grad_(False)
 
@@ -394,7 +394,11 @@ def test_where_it_is_not_there_it_says_so():
     ).sites
     with pytest.raises(FalqonError, match="can't be rebuilt yet"):
         check(**arguments(site))
-    refused = pytest.raises(FalqonError, match=r"can't keep.*adapter_dtype=\"bfloat16\"")
-    config = FalqonConfig(adapter_dtype="fp8", transpose="store")
-    with FakeTensorMode(), torch.device("cuda"), torch.no_grad(), refused:
-        falqon_fx.rewrite(torch.fx.symbolic_trace(Plain()), [torch.empty(5, 64)], config)
+    for rank, transpose, why in (
+        (4, "store", "can't keep"),
+        (129, "auto", "takes ranks up to 128"),
+    ):
+        refused = pytest.raises(FalqonError, match=rf"{why}.*adapter_dtype=\"bfloat16\"")
+        config = FalqonConfig(adapter_dtype="fp8", transpose=transpose)
+        with FakeTensorMode(), torch.device("cuda"), torch.no_grad(), refused:
+            falqon_fx.rewrite(torch.fx.symbolic_trace(Plain(rank)), [torch.empty(5, 64)], config)
