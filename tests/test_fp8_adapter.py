@@ -382,7 +382,7 @@ def test_where_it_is_not_there_it_says_so():
         def __init__(self, rank: int) -> None:
             super().__init__()
             self.base, self.a, self.b = (
-                nn.Parameter(torch.empty(shape)) for shape in ((48, 64), (rank, 64), (48, rank))
+                nn.Parameter(torch.empty(shape)) for shape in ((480, 640), (rank, 640), (480, rank))
             )
             self.base.requires_grad_(False)
 
@@ -401,4 +401,4 @@ def test_where_it_is_not_there_it_says_so():
         refused = pytest.raises(FalqonError, match=rf"{why}.*adapter_dtype=\"bfloat16\"")
         config = FalqonConfig(adapter_dtype="fp8", transpose=transpose)
         with FakeTensorMode(), torch.device("cuda"), torch.no_grad(), refused:
-            falqon_fx.rewrite(torch.fx.symbolic_trace(Plain(rank)), [torch.empty(5, 64)], config)
+            falqon_fx.rewrite(torch.fx.symbolic_trace(Plain(rank)), [torch.empty(5, 640)], config)
