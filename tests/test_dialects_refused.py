@@ -91,7 +91,8 @@ SPELLED_OTHERWISE = {
     # litgpt's LoRAQKVLinear (litgpt/lora.py): each part of q, k, v has its own A and B.
     "a convolution for B": (
         lambda m, x: (
-            m.base(x) + F.conv1d(m.a(x).transpose(1, 2), m.b.weight[..., None]).transpose(1, 2)
+            m.base(x)
+            + F.conv1d(m.a(x).transpose(1, 2), m.b.weight.contiguous()[..., None]).transpose(1, 2)
         ),
         "computed by conv1d",
     ),
