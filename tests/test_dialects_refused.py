@@ -92,7 +92,7 @@ SPELLED_OTHERWISE = {
     "a convolution for B": (
         lambda m, x: (
             m.base(x)
-            + F.conv1d(m.a(x).transpose(1, 2), m.b.weight.contiguous()[..., None]).transpose(1, 2)
+            + F.conv1d(m.a(x).transpose(1, 2), m.b.weight.clone()[..., None]).transpose(1, 2)
         ),
         "computed by conv1d",
     ),
