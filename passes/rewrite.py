@@ -271,11 +271,9 @@ _KEPT = ("nn_module_stack", "stack_trace", "source_fn_stack")
 
 
 def _erase(graph: fx.Graph, nodes: frozenset[fx.Node]) -> None:
-    remaining = set(nodes)
-    while free := [node for node in remaining if not node.users]:
-        for node in free:
+    for node in sorted(nodes, reverse=True):  # what reads others stands behind them
+        if not node.users:
             graph.erase_node(node)
-        remaining.difference_update(free)
 
 
 def _bring(scope: Scope, node: fx.Node) -> fx.Node:
