@@ -104,6 +104,13 @@ def test_what_can_not_be_read_is_reported(function, reason):
     refused(Layer(function), randn(2, 5, 24), reason)
 
 
+def test_a_b_that_is_computed_is_no_adapter_of_a_weight():
+    model = Layer(lambda m, x: F.linear(x, m.base.weight + m.b.weight.relu() @ m.a.weight))
+    passes, x = Passes(frozen="leave"), randn(2, 5, 24)
+    assert torch.equal(passes.run(model, x), model(x))
+    assert not passes.sites
+
+
 def test_experts_are_refused():
     """PEFT's ParamWrapper: stacked weights, and the product is added to them."""
 
