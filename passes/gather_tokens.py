@@ -10,7 +10,7 @@ from falqon_fx._compat import value_of
 from falqon_fx.ops import gather_tokens as op
 from falqon_fx.ops import merged_linear
 from falqon_fx.passes.plan import Plan
-from falqon_fx.passes.scope import Scope
+from falqon_fx.passes.scope import Scope, erase_unread
 from falqon_fx.passes.shards import Crossing, crossing, cut_of, group_of
 
 
@@ -50,7 +50,5 @@ def _replace(scope: Scope, found: Crossing, spec_text: str) -> bool:
         whole = graph.call_function(op.OP, (found.local, dim, *group, spec_text))
     whole.meta.update(end.meta)
     end.replace_all_uses_with(whole)
-    for node in reversed(found.nodes):
-        if not node.users:
-            graph.erase_node(node)
+    erase_unread(found.nodes)
     return True

@@ -22,7 +22,7 @@ from torch import fx
 from falqon_fx._compat import value_of
 from falqon_fx.passes.match.dataflow import shape, strip_elementwise, trailing_cast
 from falqon_fx.passes.normalize import normalize
-from falqon_fx.passes.scope import Scope, param_of
+from falqon_fx.passes.scope import Scope, erase_unread, param_of
 from falqon_fx.passes.shards import (
     Crossing,
     body_calls,
@@ -65,7 +65,7 @@ def _share(scope: Scope) -> None:
             first.append(found)
             continue
         found.end.replace_all_uses_with(same.end)
-        _erase(scope, found.nodes)
+        erase_unread(found.nodes)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class _Into(_Move):
         last = self.below[0] if self.below else self.reader
         end.replace_all_uses_with(new[last])
         chain = (*reversed(self.above), self.reader, *reversed(self.below))
-        _erase(self.scope, (*chain, *self.crossing.nodes))
+        erase_unread((*chain, *self.crossing.nodes))
 
 
 def _into(scope: Scope, found: Crossing, ends: Mapping[fx.Node, Crossing]) -> _Into | None:
@@ -187,7 +187,7 @@ class _OutOf(_Move):
                 result.meta[key] = anchor.meta[key]
         anchor.replace_all_uses_with(result)
         bias = () if self.bias is None else (self.bias,)
-        _erase(self.scope, (*self.crossing.nodes, *base.nodes, *bias, *self.nodes))
+        erase_unread((*self.crossing.nodes, *base.nodes, *bias, *self.nodes))
 
 
 _KEPT = {"nn_module_stack", "stack_trace", "source_fn_stack"}
@@ -264,10 +264,3 @@ def _alone(nodes: tuple[fx.Node, ...]) -> bool:
 def _like(value: Any, tokens: Any) -> Any:
     """A value of as many features, for other tokens."""
     return value.new_empty((*tokens, value.shape[-1]))
-
-
-def _erase(scope: Scope, nodes: tuple[fx.Node, ...]) -> None:
-    """Erase the nodes that nothing reads any more."""
-    for node in reversed(nodes):
-        if not node.users:
-            scope.gm.graph.erase_node(node)

@@ -14,7 +14,7 @@ from falqon_fx._compat import value_of
 from falqon_fx.ops import experts, merged_linear, outliers, wide_linear
 from falqon_fx.passes.insert_operands import AdapterNodes, Operands, SiteNodes
 from falqon_fx.passes.plan import Plan, SitePlan
-from falqon_fx.passes.scope import Scope
+from falqon_fx.passes.scope import Scope, erase_unread
 from falqon_fx.passes.terms import BaseLinear, Experts, Param
 from falqon_fx.passes.vocabulary import LINEAR, linear_arguments
 
@@ -132,7 +132,7 @@ def _replace(
         anchor.replace_all_uses_with(result)
         replaced[anchor] = result
     for site in group:
-        _erase(graph, site.match.nodes)
+        erase_unread(site.match.nodes)
 
 
 def experts_arguments(site: SitePlan, operands: Operands) -> tuple[list[list[fx.Node]], Arguments]:
@@ -176,7 +176,7 @@ def _replace_experts(
     _describe(output, anchor, value_of(anchor))
     anchor.replace_all_uses_with(output)
     replaced[anchor] = output
-    _erase(graph, found.nodes)
+    erase_unread(found.nodes)
 
 
 def adapter_inputs(group: Sequence[SitePlan]) -> list[fx.Node]:
@@ -268,12 +268,6 @@ def _describe(node: fx.Node, anchor: fx.Node, value: object) -> None:
 
 
 _KEPT = ("nn_module_stack", "stack_trace", "source_fn_stack")
-
-
-def _erase(graph: fx.Graph, nodes: frozenset[fx.Node]) -> None:
-    for node in sorted(nodes, reverse=True):  # what reads others stands behind them
-        if not node.users:
-            graph.erase_node(node)
 
 
 def _bring(scope: Scope, node: fx.Node) -> fx.Node:

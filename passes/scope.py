@@ -4,7 +4,7 @@ and the questions that they ask of a node.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
@@ -111,6 +111,13 @@ def param_of(node: Any, scope: Scope) -> Param | None:
         inner = param_of(node.args[0], scope)
         return inner and Param(inner.value, inner.node, inner.name, not inner.transposed)
     return None
+
+
+def erase_unread(nodes: Iterable[fx.Node]) -> None:
+    """Erase nodes, but for those that others than these read."""
+    for node in sorted({*nodes}, reverse=True):  # what reads others stands behind them
+        if not node.users:
+            node.graph.erase_node(node)
 
 
 def attribute(gm: fx.GraphModule, name: str) -> Any:
