@@ -381,9 +381,8 @@ def test_where_it_is_not_there_it_says_so():
     class Plain(nn.Module):
         def __init__(self, rank: int) -> None:
             super().__init__()
-            self.base, self.a, self.b = (
-                nn.Parameter(torch.empty(shape)) for shape in ((480, 640), (rank, 640), (480, rank))
-            )
+            shapes = (480, 640), (rank, 640), (480, rank)
+            self.base, self.a, self.b = (nn.Parameter(torch.empty(shape)) for shape in shapes)
             self.base.requires_grad_(False)
 
         def forward(self, x: Tensor) -> Tensor:
