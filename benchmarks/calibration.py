@@ -1,7 +1,7 @@
-"""What a calibration buys back of the FP8 casts: KL per label of the untrained model.
+"""What a calibration buys back of the casts to FP8 or INT8: KL per label of the untrained model.
 
     python benchmarks/calibration.py
-    python benchmarks/calibration.py --seeds 0 --variants plain both
+    python benchmarks/calibration.py --seeds 0 --variants plain both --base-dtype int8
 
 SmolLM2-135M-Instruct in float32 arithmetic, so that the casts alone differ, against the same model
 under falqon. Calibrated on chats of the training split of the chatterbot conversations, a sample a
@@ -25,8 +25,8 @@ import resource
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, get_args
 
 import common
 import smollm
@@ -37,6 +37,7 @@ from torch import Tensor
 
 import falqon_fx
 from falqon_fx import FalqonConfig
+from falqon_fx.config import BaseDtype
 from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.model.sensitivity import cast_costs, sensitivity
 from falqon_fx.model.sorting import sort_layers
@@ -153,7 +154,8 @@ def divergence(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> tuple[float
 class Bench:
     """The model, the texts and what the model says of them."""
 
-    def __init__(self, chats_to_read: int) -> None:
+    def __init__(self, chats_to_read: int, base_dtype: BaseDtype = "fp8") -> None:
+        self.config = FalqonConfig(inner="eager", base_dtype=base_dtype)
         base, tokenizer = smollm.load_model()
         self.base = base.float().eval().requires_grad_(False)
         data = smollm.split(smollm.chatterbot_pairs())
@@ -170,14 +172,14 @@ class Bench:
     @functools.cached_property
     def sensitive(self) -> tuple[str, ...]:
         """What exclude="sensitive:8" would leave, by sample 0."""
-        config = FalqonConfig()
+        config = self.config
         layers, _ = sort_layers(self.base, config)
         costs = cast_costs(self.base, layers, self.sample(0, 128), config)
         return tuple(sensitivity(costs))[:SENSITIVE]
 
     def prepared(self, seed: int, auto: bool) -> Prepared:
         """The model with all that a sample of calibration gives."""
-        model, config = copy.deepcopy(self.base), FalqonConfig(inner="eager")
+        model, config = copy.deepcopy(self.base), self.config
         asked: dict[str, Any] = {"compensate": "auto"} if auto else {}
         start = time.perf_counter()
         report = falqon_fx.prepare(
@@ -196,7 +198,7 @@ class Bench:
             layer.set_terms({n: t for n, t in terms[path].items() if n in kept})
             if path in leave:
                 put(model, path, self.base.get_submodule(path))
-        config = FalqonConfig(inner="eager", exclude=tuple(f"*{path}" for path in leave))
+        config = replace(self.config, exclude=tuple(f"*{path}" for path in leave))
         torch._dynamo.reset()
         call = torch.compile(
             model, backend="falqon", options=dict[str, Any](config=config), dynamic=True
@@ -268,11 +270,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--variants", nargs="*", default=[*VARIANTS], choices=[*VARIANTS])
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--chats", type=int, default=128, help="that a calibration reads")
+    parser.add_argument("--base-dtype", choices=get_args(BaseDtype), default="fp8")
     args = parser.parse_args(argv)
-    console, file = Console(), common.result_path("calibration", ".json")
+    name = "calibration" + "_int8" * (args.base_dtype == "int8")
+    console, file = Console(), common.result_path(name, ".json")
     known = common.read_json(file)["runs"] if file.exists() else []
     runs = [Run(**run) for run in known]
-    bench = Bench(args.chats)
+    bench = Bench(args.chats, args.base_dtype)
     own = [run for run in runs if run.chats in (0, args.chats)]
     done = {(run.variant, run.seed) for run in own}  # an interrupted benchmark goes on
     for auto, seed in itertools.product((False, True), args.seeds):
