@@ -1,0 +1,142 @@
+"""The products of SmolLM2-135M's layers on a CPU, base in FP8 and in INT8, by the ops alone.
+
+    OMP_NUM_THREADS=1 python benchmarks/cpu_products.py
+
+For each group of layers that share x: the forward op (casts, O of all, O_A) and dL/dx of a LoRA of
+rank 16, at 768 tokens, in bfloat16 where the CPU multiplies it, else in float32. The two bases take
+turns, and the least of each one's times counts: a machine that does other things adds time only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, get_args
+
+import common
+import smollm
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from falqon_fx.config import BaseDtype, FalqonConfig
+from falqon_fx.ops import adapter_casts, merged_linear
+from falqon_fx.site.base import cast_base
+from falqon_fx.site.spec import SiteSpec
+
+TOKENS, RANK = 768, 16
+# in, and out of each layer
+GROUPS: dict[str, tuple[int, tuple[int, ...]]] = {
+    "q, k, v": (576, (576, 192, 192)),
+    "o": (576, (576,)),
+    "gate, up": (576, (1536, 1536)),
+    "down": (1536, (576,)),
+}
+KINDS: tuple[BaseDtype, ...] = get_args(BaseDtype)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Milliseconds of one group."""
+
+    group: str
+    base: str
+    forward: float
+    backward: float
+
+
+def calls(base: BaseDtype, group: str, dtype: torch.dtype) -> list[Callable[[], Any]]:
+    """The forward op, and that of dL/dx."""
+    torch.manual_seed(0)
+    features, outs = GROUPS[group]
+    config = FalqonConfig(base_dtype=base)
+    spec, sites = SiteSpec.from_config(config), range(len(outs))
+
+    def draw(*shape: int, like: torch.dtype = dtype) -> Tensor:
+        return (torch.randn(shape) / shape[-1] ** 0.5).to(like)
+
+    x, grads = draw(TOKENS, features), [draw(TOKENS, out) for out in outs]
+    bases = [cast_base(draw(out, features), spec) for out in outs]
+    lora_a = [draw(RANK, features, like=torch.float32) for _ in outs]
+    lora_b = [draw(out, RANK, like=torch.float32) for out in outs]
+    wide, factors = dtype == torch.float32, [1.0] * len(outs)
+    casts = adapter_casts.proxy_update(lora_a, lora_b, factors, [], wide, str(spec))
+    weight, scale = [b.weight for b in bases], [b.scale for b in bases]
+    a, a_scale, b = casts[0::3], casts[1::3], casts[2::3]
+    d = [draw(TOKENS, RANK) for _ in outs]
+    none: list[Tensor] = []
+
+    def forward() -> Any:
+        given = (x, weight, scale, none, a, a_scale, b, none, none, lora_a, lora_b, none)
+        return merged_linear.merged_linear(*given, [*sites], factors, True, dtype, str(spec))
+
+    def backward() -> Any:
+        given = (grads, weight, scale, d, a, a_scale)
+        return merged_linear.merged_linear_grad_x(*given, dtype, str(spec))
+
+    return [forward, backward]
+
+
+@torch.no_grad()
+def measure(group: str, dtype: torch.dtype, rounds: int) -> list[Row]:
+    """Both bases in turns."""
+    of = {base: calls(base, group, dtype) for base in KINDS}
+    least = {base: [float("inf")] * 2 for base in KINDS}
+    for _ in range(rounds):
+        for base, both in of.items():
+            for i, call in enumerate(both):
+                start = time.perf_counter()
+                call()
+                least[base][i] = min(least[base][i], (time.perf_counter() - start) * 1e3)
+    return [Row(group, base, *times) for base, times in least.items()]
+
+
+HEADER = ("layers", "base", "forward, ms", "dL/dx, ms", "forward / FP8's", "dL/dx / FP8's")
+
+
+def summary(rows: Sequence[Row]) -> list[list[str]]:
+    """A line a group and base, and all of them."""
+    every = [
+        Row("all", kind, sum(r.forward for r in own), sum(r.backward for r in own))
+        for kind in KINDS
+        for own in [[row for row in rows if row.base == kind]]
+    ]
+    of_fp8 = {row.group: row for row in (*rows, *every) if row.base == "fp8"}
+    return [
+        [
+            row.group,
+            row.base,
+            f"{row.forward:.2f}",
+            f"{row.backward:.2f}",
+            f"{row.forward / of_fp8[row.group].forward:.2f}",
+            f"{row.backward / of_fp8[row.group].backward:.2f}",
+        ]
+        for row in (*rows, *every)
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=15)
+    args = parser.parse_args(argv)
+    dtype = smollm.native_dtype()
+    rows = [row for group in GROUPS for row in measure(group, dtype, args.rounds)]
+    table = Table(*HEADER)
+    for line in summary(rows):
+        table.add_row(*line)
+    Console().print(table)
+    file, about = common.result_path("cpu_products", ".json"), common.environment()
+    content = {"dtype": str(dtype), "threads": torch.get_num_threads(), "environment": about}
+    common.write_json(file, {**content, "rows": [asdict(row) for row in rows]})
+    page = common.markdown("Products of SmolLM2-135M on a CPU", about, HEADER, summary(rows))
+    page += f"\n{TOKENS} tokens, rank {RANK}, {dtype}, {torch.get_num_threads()} thread.\n"
+    file.with_suffix(".md").write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
