@@ -150,7 +150,7 @@ class RewriteResult:
         if entries is None:
             entries = self._look_up(values, given)
         inputs, scales = [*args], iter(given.scales)
-        by_row = SiteSpec.from_config(self.config).base_per_row
+        by_row = self.config.granularity == "row" and self.config.base_dtype != "nvfp4"
         for entry, code in zip(entries, given.owners, strict=True):
             if entry.base is None:
                 scale = next(scales).view(torch.float32)  # as_scale, without a call a site
