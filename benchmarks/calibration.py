@@ -1,7 +1,8 @@
-"""What a calibration buys back of the casts to FP8 or INT8: KL per label of the untrained model.
+"""What a calibration buys back of the casts: KL per label of the untrained model.
 
     python benchmarks/calibration.py
-    python benchmarks/calibration.py --seeds 0 --variants plain both --base-dtype int8
+    python benchmarks/calibration.py --seeds 0 --variants plain both
+    python benchmarks/calibration.py --base-dtype nvfp4
 
 SmolLM2-135M-Instruct in float32 arithmetic, so that the casts alone differ, against the same model
 under falqon. Calibrated on chats of the training split of the chatterbot conversations, a sample a
@@ -155,11 +156,11 @@ class Bench:
     """The model, the texts and what the model says of them."""
 
     def __init__(self, chats_to_read: int, base_dtype: BaseDtype = "fp8") -> None:
-        self.config = FalqonConfig(inner="eager", base_dtype=base_dtype)
         base, tokenizer = smollm.load_model()
         self.base = base.float().eval().requires_grad_(False)
         data = smollm.split(smollm.chatterbot_pairs())
         self.train, self.tokenizer, self.chats = data.train, tokenizer, chats_to_read
+        self.config = FalqonConfig(inner="eager", base_dtype=base_dtype)
         self.held_out = together(chats(tokenizer, data.held_out)[:CHATS])
         self.reviews = together(reviews(tokenizer, REVIEWS))
         self.wanted = [log_probabilities(self.base, e) for e in (self.held_out, self.reviews)]
@@ -172,18 +173,17 @@ class Bench:
     @functools.cached_property
     def sensitive(self) -> tuple[str, ...]:
         """What exclude="sensitive:8" would leave, by sample 0."""
-        config = self.config
-        layers, _ = sort_layers(self.base, config)
-        costs = cast_costs(self.base, layers, self.sample(0, 128), config)
+        layers, _ = sort_layers(self.base, self.config)
+        costs = cast_costs(self.base, layers, self.sample(0, 128), self.config)
         return tuple(sensitivity(costs))[:SENSITIVE]
 
     def prepared(self, seed: int, auto: bool) -> Prepared:
         """The model with all that a sample of calibration gives."""
-        model, config = copy.deepcopy(self.base), self.config
+        model = copy.deepcopy(self.base)
         asked: dict[str, Any] = {"compensate": "auto"} if auto else {}
         start = time.perf_counter()
         report = falqon_fx.prepare(
-            model, config, progress=False, calibration=self.sample(seed, self.chats), **asked
+            model, self.config, progress=False, calibration=self.sample(seed, self.chats), **asked
         )
         return Prepared(model, report, time.perf_counter() - start)
 
@@ -207,7 +207,8 @@ class Bench:
         judged = [divergence(*pair) for pair in zip(self.wanted, found, strict=True)]
         layers = [held[path] for path in held if path not in leave]
         size = sum(t.nbytes for layer in layers for t in layer.parameters())
-        size += sum(2 * held[path].code.numel() for path in leave)  # in bf16
+        sizes = [layer.in_features * layer.out_features for p, layer in held.items() if p in leave]
+        size += 2 * sum(sizes)  # in bf16
         for path, layer in held.items():
             put(model, path, layer)
             layer.set_terms(terms[path])
@@ -270,9 +271,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--variants", nargs="*", default=[*VARIANTS], choices=[*VARIANTS])
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--chats", type=int, default=128, help="that a calibration reads")
-    parser.add_argument("--base-dtype", choices=get_args(BaseDtype), default="fp8")
+    parser.add_argument("--base-dtype", default="fp8", choices=get_args(BaseDtype))
     args = parser.parse_args(argv)
-    name = "calibration" + "_int8" * (args.base_dtype == "int8")
+    name = "calibration" if args.base_dtype == "fp8" else f"calibration_{args.base_dtype}"
     console, file = Console(), common.result_path(name, ".json")
     known = common.read_json(file)["runs"] if file.exists() else []
     runs = [Run(**run) for run in known]
@@ -296,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for row in summary(runs):
         table.add_row(*row)
     console.print(table)
-    title = "KL per label of the untrained model, by what a calibration has added"
+    title = f"KL per label of the untrained model in {args.base_dtype}, by what was added to it"
     page = common.markdown(title, common.environment(), HEADER, summary(runs))
     first = runs[0]
     page += f"\n{first.labels} labels of chats, {first.labels_reviews} of reviews; ± is a standard "

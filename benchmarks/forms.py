@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from falqon_fx.site import nvfp4 as of_nvfp4
 from falqon_fx.site.numerics import E4M3, amax_to_scale, round_to_fp8
 
 Cast = Callable[[Tensor], Tensor]
@@ -76,6 +77,22 @@ def nvfp4(values: Tensor) -> Tensor:
     return by_group(values, 16, cast)
 
 
+def nvfp4_of_this_library(values: Tensor) -> Tensor:
+    """The same with a power of two for all, as base_dtype="nvfp4" has it."""
+    scale = of_nvfp4.tensor_scale(values.abs().amax(), "pow2")
+    return of_nvfp4.decode(of_nvfp4.cast(values, scale), scale, torch.float32)
+
+
+def nf4(values: Tensor) -> Tensor:
+    """As bitsandbytes casts it for QLoRA: one float32 scale for each 64, which takes the bytes of
+    NVFP4. (Its "double quantization" of the scales would take 0.516.)
+    """
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    codes, state = quantize_4bit(values.contiguous(), blocksize=64, quant_type="nf4")
+    return dequantize_4bit(codes, state)
+
+
 def same(values: Tensor) -> Tensor:
     return values
 
@@ -116,6 +133,14 @@ FORMS = {
     "int8_fp8": Form("W in INT8, x in FP8", int8, by_row, 1 + 4 / 4096),
     "nvfp4": Form("W in NVFP4, x in FP8", nvfp4, by_row, 0.5 + 1 / 16),
     "nvfp4_exact": Form("W in NVFP4, x exact", nvfp4, same, 0.5 + 1 / 16),
+    "nvfp4_pow2": Form(
+        "W in NVFP4, a power of two for all of it, x in FP8",
+        nvfp4_of_this_library,
+        by_row,
+        0.5 + 1 / 16,
+    ),
+    "nf4": Form("W in NF4, x in FP8", nf4, by_row, 0.5 + 4 / 64),
+    "nf4_exact": Form("W in NF4, x exact", nf4, same, 0.5 + 4 / 64),
     "fp8_exact": Form("W in FP8 by row, x exact", by_row, same, 1 + 4 / 4096),
     "int8_exact": Form("W in INT8, x exact", int8, same, 1 + 4 / 4096),
 }

@@ -41,8 +41,9 @@ from falqon_fx.site.agreement import agree_once, check_options, groups_of
 from falqon_fx.site.agreement import reset as forget_agreements
 from falqon_fx.site.base import Base, BaseParameter, CastOfAdapter, Entry, bases
 from falqon_fx.site.clamped import Looks
+from falqon_fx.site.forms import operand_of
 from falqon_fx.site.found import FoundByAddress, Parameters
-from falqon_fx.site.numerics import as_operand, as_scale
+from falqon_fx.site.numerics import as_scale
 from falqon_fx.site.shards import LocalParameter, with_local
 from falqon_fx.site.spec import SiteSpec, lowering_version
 from falqon_fx.site.svd import init_where_new
@@ -149,11 +150,11 @@ class RewriteResult:
         if entries is None:
             entries = self._look_up(values, given)
         inputs, scales = [*args], iter(given.scales)
-        by_row = self.config.granularity == "row"
+        by_row = self.config.granularity == "row" and self.config.base_dtype != "nvfp4"
         for entry, code in zip(entries, given.owners, strict=True):
             if entry.base is None:
                 scale = next(scales).view(torch.float32)  # as_scale, without a call a site
-                inputs += (as_operand(code), scale if by_row else scale.reshape(()))
+                inputs += (operand_of(code), scale if by_row else scale.reshape(()))
             else:
                 inputs += (entry.base.weight, entry.base.scale)
             if self._counts:

@@ -14,7 +14,7 @@ from falqon_fx.errors import FalqonConfigError
 
 Update = Literal["adapter", "rows"]
 AdapterDtype = Literal["bfloat16", "fp8"]
-BaseDtype = Literal["fp8", "int8"]
+BaseDtype = Literal["fp8", "int8", "nvfp4"]
 Frozen = Literal["fp8", "leave"]
 Init = Literal["svd", "keep"]
 Granularity = Literal["tensor", "row"]
@@ -32,7 +32,8 @@ _ROWS_CHOICES = {"pending": get_args(Pending), "rounding": get_args(Rounding)}
 # What update="rows" takes where nothing is said; with update="adapter" they must not be given.
 _ROWS_DEFAULTS: dict[str, Any] = {"pending": "apply", "rounding": "stochastic"}
 
-_SCALES: dict[BaseDtype, Scale] = {"fp8": "pow2", "int8": "amax"}  # where none is given
+# Where none is given.
+_SCALES: dict[BaseDtype, Scale] = {"fp8": "pow2", "int8": "amax", "nvfp4": "pow2"}
 
 _ROWS = 10  # written per step where no topk is given
 
@@ -61,7 +62,8 @@ class FalqonConfig:
             "rows" is the paper's method: rows of W' are written in place (options below).
         base_dtype: what W, x and A are cast to. "fp8" is E4M3. "int8", for CPUs and for GPUs
             without FP8, has a third of its error where no value is far above its row's others;
-            dL/dO stays in the model's dtype then.
+            dL/dO stays in the model's dtype then. "nvfp4" is W alone in four bits
+            (`falqon_fx.site.nvfp4`), 0.56 bytes a weight, with x and A in FP8; on CPUs.
         adapter_dtype: how s·B enters the product. "bfloat16" adds s·O_A·Bᵀ to the FP8 product.
             "fp8" makes O_A and s·B further columns of it (`falqon_fx.ops.fp8_adapter`): O and dL/dx
             are one plain FP8 product each, on a GPU of siblings together; on a CPU it is no faster.
@@ -163,8 +165,8 @@ class FalqonConfig:
                 "siblings", f"{self.siblings!r} is no bool", "Give True or False"
             )
         self._check_rows()
-        if self.base_dtype == "int8":
-            self._check_int8()
+        if self.base_dtype != "fp8":
+            self._check_base_dtype()
         if self.adapter_dtype == "fp8" and self.update == "rows":
             raise FalqonConfigError(
                 "adapter_dtype",
@@ -203,14 +205,17 @@ class FalqonConfig:
             _check_choice(name, getattr(self, name), choices)
         _check_topk(self.topk)
 
-    def _check_int8(self) -> None:
+    def _check_base_dtype(self) -> None:
         """Refuse what is built for FP8 alone."""
-        alone = {"update": "adapter", "adapter_dtype": "bfloat16", "grad_dtype": "e5m2"}
+        alone = {"update": "adapter", "adapter_dtype": "bfloat16"}
+        if self.base_dtype == "int8":
+            alone["grad_dtype"] = "e5m2"
         for name, value in alone.items():
             if getattr(self, name) != value:
+                given, form = getattr(self, name), self.base_dtype
                 raise FalqonConfigError(
                     name,
-                    f'{getattr(self, name)!r} is of FP8, and base_dtype="int8" has none',
+                    f'{given!r} is of FP8 weights, and base_dtype="{form}" has none',
                     f'Leave {name} out, or set base_dtype="fp8"',
                 )
 

@@ -21,7 +21,7 @@ from falqon_fx.passes.plan import Plan, SitePlan
 from falqon_fx.passes.rewrite import adapter_inputs
 from falqon_fx.passes.rows import RowsSlot, adds_pending
 from falqon_fx.passes.terms import Param
-from falqon_fx.site.base import scale_shape
+from falqon_fx.site.forms import scale_shape
 from falqon_fx.site.numerics import E4M3, dtype_name
 from falqon_fx.site.spec import SiteSpec
 

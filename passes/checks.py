@@ -58,10 +58,10 @@ def check(found: Match, path: str, config: FalqonConfig) -> None:
                 f"a parameter is on {param.value.device}, its input on {x.device}",
                 "Move the whole model to one device",
             )
-    if config.base_dtype == "int8" and x.device.type not in ("cpu", "meta"):
+    if config.base_dtype != "fp8" and x.device.type not in ("cpu", "meta"):
         raise FalqonError(
             path,
-            f'base_dtype="int8" computes on CPUs alone, and this is on {x.device}',
+            f'base_dtype="{config.base_dtype}" is not built but on CPUs, and this is on {x.device}',
             'Set base_dtype="fp8"',
         )
     if config.adapter_dtype == "fp8" and x.device.type not in ("cpu", "meta"):
@@ -79,7 +79,7 @@ def why_not_experts(found: Match, config: FalqonConfig) -> tuple[str, str] | Non
     """The reason and the remedy where options ask for what a stack of experts can't do."""
     asked = {
         'granularity="tensor"': config.granularity != "row",
-        'base_dtype="int8"': config.base_dtype == "int8",
+        f'base_dtype="{config.base_dtype}"': config.base_dtype != "fp8",
         'update="rows"': config.update == "rows" and bool(found.adapters),
         'adapter_dtype="fp8"': config.adapter_dtype == "fp8" and bool(found.adapters),
         'init="svd"': config.init == "svd" and bool(found.adapters),

@@ -19,7 +19,7 @@ from falqon_fx.passes.slots import BaseSlot
 from falqon_fx.passes.terms import Experts, Prepared
 from falqon_fx.report.data import Memory, Site, Source
 from falqon_fx.report.kernels import choose, choose_for_experts
-from falqon_fx.site.base import scale_shape
+from falqon_fx.site.forms import code_of, scale_shape
 from falqon_fx.site.numerics import dtype_name
 from falqon_fx.site.spec import SiteSpec
 
@@ -97,7 +97,8 @@ def _memory(
     found: Match, slot: BaseSlot | RowsSlot, spec: SiteSpec, base_dtype: torch.dtype
 ) -> Memory:
     out, features = hint(slot.out), hint(slot.features)
-    state = out * features + 4 * math.prod(scale_shape(out, spec))
+    shape, _ = code_of(out, features, spec)
+    state = math.prod(shape) + 4 * math.prod(scale_shape(out, spec))
     if isinstance(slot, RowsSlot):  # A, B's applied part, counts of writes
         state += hint(slot.rank) * (features + 4 * spec.per_row + 2 * out) + 4 * out
     ranks, channels = _width(found, "error_b"), _width(found, "columns")

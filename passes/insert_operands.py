@@ -31,7 +31,7 @@ from falqon_fx.passes.rows import (
 from falqon_fx.passes.scope import Scope
 from falqon_fx.passes.slots import BaseSlot
 from falqon_fx.passes.terms import Param
-from falqon_fx.site.base import scale_shape
+from falqon_fx.site.forms import code_of, scale_shape
 from falqon_fx.site.numerics import E4M3
 from falqon_fx.site.spec import RowsSpec, SiteSpec
 
@@ -137,6 +137,12 @@ def insert_operands(plan: Plan) -> Operands:
     return Operands(bases, rows, adapters, written, tuple(pairs.values()))
 
 
+def _operand(slot: BaseSlot, spec: SiteSpec) -> tuple[tuple[int, ...], torch.dtype]:
+    """The shape and dtype of W as the op reads it."""
+    shape, dtype = code_of(slot.out, slot.features, spec)
+    return shape, dtype if spec.base == "nvfp4" else spec.operand
+
+
 def _enter_base(plan: Plan, index: int, slot: BaseSlot) -> BaseNodes:
     root = plan.root
     given = slot.prepared
@@ -145,7 +151,7 @@ def _enter_base(plan: Plan, index: int, slot: BaseSlot) -> BaseNodes:
         given = (at_head(root, slot.weight),)
     device = value_of(given[0]).device
     shapes = {
-        "weight": ((slot.out, slot.features), plan.spec.operand),
+        "weight": _operand(slot, plan.spec),
         "scale": (scale_shape(slot.out, plan.spec), torch.float32),
     }
     if plan.spec.adapter == "fp8" and counts_on(device):

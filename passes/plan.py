@@ -39,10 +39,12 @@ from falqon_fx.passes.scope import Scope
 from falqon_fx.passes.shards import CUT_OTHERWISE
 from falqon_fx.passes.siblings import group_siblings
 from falqon_fx.passes.slots import AdapterSlot, BaseSlot
-from falqon_fx.passes.terms import Experts, Param, in_fp8
+from falqon_fx.passes.terms import BaseLinear, Experts, Param, in_fp8
 from falqon_fx.passes.writes import written_parameters
 from falqon_fx.report.data import Rejected, Site, Source
 from falqon_fx.report.kernels import architecture_of
+from falqon_fx.site import nvfp4
+from falqon_fx.site.nvfp4 import shape_of
 from falqon_fx.site.paths import common_path, stack_path
 from falqon_fx.site.spec import SiteSpec
 
@@ -238,10 +240,13 @@ class _Chooser:
             )
         if transformed(found.scope.mode(found.anchor)):
             return refuse("it runs inside a torch.func transform", LEAVE)
+        packed = self.config.base_dtype == "nvfp4" and not _is_prepared(found)
+        if packed and (why := nvfp4.why_not(hint(_size(found)[1]))):
+            return refuse(why, 'It runs as it was; base_dtype="fp8" takes it')
         if any(is_dtensor(param.value) for param in params_of(found)):
             return refuse(*CUT_OTHERWISE)
-        if isinstance(found.base, Experts) and (why := why_not_experts(found, self.config)):
-            return refuse(*why)
+        if isinstance(found.base, Experts) and (no := why_not_experts(found, self.config)):
+            return refuse(*no)
         for param in params_of(found):
             if param.node is not None and found.scope.outer(param.node) in self._written:
                 return refuse(
@@ -317,6 +322,8 @@ def _is_prepared(found: Match) -> bool:
 def _size(found: Match) -> tuple[int, int]:
     """[out, in] of the base; of a stack, all rows of all experts."""
     (weight,) = weights_of(found)
+    if isinstance(found.base, BaseLinear):
+        return shape_of(weight.value)
     *stack, first, second = weight.value.shape
     out, features = (second, first) if weight.transposed else (first, second)
     return math.prod(stack) * out, features

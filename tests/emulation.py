@@ -42,8 +42,34 @@ def cast(x: Tensor, dtype: torch.dtype, per_row: bool, pow2: bool) -> tuple[Tens
     return (scaled.round() if dtype == INT8 else scaled.to(dtype).float()), scale
 
 
+_E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+def cast_nvfp4(weight: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
+    """(codes, scale) of W [out, in], the codes times the scales of their blocks."""
+    blocks, amax = weight.unflatten(1, (-1, 16)), weight.abs().amax()
+    scale = (amax.double() / 2688).log2().ceil().exp2().float() if pow2 else amax / 2688
+    of_blocks = (blocks.abs().amax(-1, keepdim=True) / (6 * scale)).to(E4M3).float()
+    of_blocks = of_blocks.where(of_blocks > 0, 0.125)
+    scaled = blocks / (of_blocks * scale)
+    middle = (_E2M1[1:] + _E2M1[:-1]) / 2
+    down, up = (torch.bucketize(scaled.abs(), middle, right=right) for right in (False, True))
+    nearest = _E2M1[torch.where(down % 2 == 0, down, up)]  # of two as near the even one
+    return (nearest.copysign(scaled) * of_blocks).flatten(1), scale
+
+
+def codes_of(weight: Tensor) -> Tensor:
+    """What a base has in FP8, INT8 or NVFP4, float32 [out, in]."""
+    if weight.dim() < 3:
+        return weight.float()
+    pairs = weight[:, :8].flatten(1)
+    index = torch.stack([pairs & 15, pairs >> 4], 2).flatten(1).int()
+    value = _E2M1[index & 7] * (1.0 - 2.0 * (index >> 3))
+    return value * weight[:, 8].contiguous().view(E4M3).float().repeat_interleave(16, 1)
+
+
 def operand(config: FalqonConfig) -> torch.dtype:
-    """What W, x and A are cast to."""
+    """What x and A are cast to, and W unless it is NVFP4."""
     return INT8 if config.base_dtype == "int8" else E4M3
 
 
@@ -93,13 +119,20 @@ class Layer:
     bias: Tensor | None = None
     adapters: tuple[Lora, ...] = ()
 
+    @property
+    def per_row(self) -> bool:
+        return self.scale.dim() == 2
+
     @classmethod
     def of(
         cls, weight: Tensor, bias: Tensor | None, adapters: Sequence[Lora], config: FalqonConfig
     ) -> Layer:
         """From a base weight W [out, in]."""
         row, pow2 = config.granularity == "row", config.scale == "pow2"
-        codes, scale = cast(weight.detach().float(), operand(config), row, pow2)
+        wide = weight.detach().float()
+        if config.base_dtype == "nvfp4":
+            return cls(*cast_nvfp4(wide, pow2), bias, tuple(adapters))
+        codes, scale = cast(wide, operand(config), row, pow2)
         return cls(codes, scale, bias, tuple(adapters))
 
     @classmethod
@@ -155,7 +188,7 @@ class _Linear(torch.autograd.Function):
         out_a = torch.cat(scaled, 1).split([o.shape[1] for o in scaled], 1) if scaled else ()
         parts, results = iter(out_a), []
         for layer in layers:
-            y = codes @ layer.codes.t() * s_x * (layer.scale.t() if row else layer.scale)
+            y = codes @ layer.codes.t() * s_x * (layer.scale.t() if layer.per_row else layer.scale)
             for lora in layer.adapters:
                 part = next(parts)
                 if lora.b is not None:
@@ -179,19 +212,20 @@ class _Linear(torch.autograd.Function):
         reached: dict[int, tuple[Lora, Tensor]] = {}
         for layer, grad in zip(ctx.layers, grads, strict=True):
             mine = [(next(numbers), lora) for lora in layer.adapters]
+            of_rows = layer.per_row
             if layer.bias is not None:
                 bias.append(None if grad is None else grad.sum(0))
             if grad is None:
                 continue
             if config.base_dtype == "int8":
-                turned = layer.scale.t() if row else layer.scale
+                turned = layer.scale.t() if of_rows else layer.scale
                 through.append((grad * turned, layer.codes))
             elif pow2:
-                codes, s_g = cast(grad * layer.scale.t() if row else grad, fp8, row, pow2)
-                through.append((codes * s_g, layer.codes * (1.0 if row else layer.scale)))
+                codes, s_g = cast(grad * layer.scale.t() if of_rows else grad, fp8, row, pow2)
+                through.append((codes * s_g, layer.codes * (1.0 if of_rows else layer.scale)))
             else:
-                codes, s_g = cast(grad * layer.scale.t() if row else grad, fp8, row, pow2)
-                products.append(codes @ layer.codes * s_g * (1.0 if row else layer.scale))
+                codes, s_g = cast(grad * layer.scale.t() if of_rows else grad, fp8, row, pow2)
+                products.append(codes @ layer.codes * s_g * (1.0 if of_rows else layer.scale))
             for j, lora in mine:
                 grad_b[j] = grad.t() @ ctx.out_a[j] * lora.scaling
                 d = grad @ (lora.lora_b * lora.scaling if lora.b is None else lora.b)
@@ -254,7 +288,7 @@ def _config_of(state: Adapter | MergedAdapter) -> FalqonConfig:
 def _replace_frozen(module: Any, config: FalqonConfig) -> None:
     if isinstance(module, Fp8Linear):
         base = module.base()
-        layer = Layer(base.weight.float(), base.scale, module.bias)
+        layer = Layer(codes_of(base.weight), base.scale, module.bias)
     else:
         layer = Layer.of(module.weight, module.bias, (), config)
     module.forward = lambda x: linear(x, [layer], config)[0]
@@ -273,7 +307,7 @@ def _replace_forward(module: Any, state: Any, config: FalqonConfig) -> None:
         if isinstance(state, MergedAdapter):
             layer = Layer.written(state, bias, loras)
         else:
-            layer = Layer(state.weight.float(), state.scale, bias, tuple(loras))
+            layer = Layer(codes_of(state.weight), state.scale, bias, tuple(loras))
         return linear(x, [layer], config)[0]
 
     module.forward = forward

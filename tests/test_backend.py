@@ -37,6 +37,7 @@ PUBLIC_CODE = {**ROWS, **PAPER, "pending": "drop", "rounding": "nearest", "topk"
 ALL_OPTIONS = {
     "default": {},
     "int8": {"base_dtype": "int8"},
+    "nvfp4": {"base_dtype": "nvfp4"},
     "paper": PAPER,
     "rows": ROWS,
     "public code": PUBLIC_CODE,
@@ -67,8 +68,8 @@ def test_aot_eager_trains_bit_for_bit_as_eager(dtype, options):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"adapter_dtype": "fp8"}, {"base_dtype": "int8"}, ROWS],
-    ids=["default", "fp8 adapter", "int8", "rows"],
+    [{}, {"adapter_dtype": "fp8"}, {"base_dtype": "int8"}, {"base_dtype": "nvfp4"}, ROWS],
+    ids=["default", "fp8 adapter", "int8", "nvfp4", "rows"],
 )
 def test_inductor_trains_bit_for_bit_as_eager(options):
     """On a CPU the ops are opaque to it, and what is around them here is exact: no rounding is left

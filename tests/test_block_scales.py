@@ -141,7 +141,7 @@ def test_what_casting_again_changes_is_bounded(
     size = (rows, columns)
     code, scale = in_blocks(weight * 2.0**-exponents, size, power_of_two)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "_STRIP", strip)
+        patch.setattr(blocks, "STRIP", strip)
         base, moved = blocks.cast_again("site", code, scale, size, SPEC)
     before, after = decoded(code, scale, size), base.dequantize()
     normal = before.abs() >= 2.0**-6 * base.scale
@@ -174,7 +174,7 @@ def test_prequantize_takes_them_too(tmp_path, exact):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         report = falqon_fx.prequantize(tmp_path / "fp8", tmp_path / "out", lora(), progress=False)
-    assert any("casting it again costs" in str(w.message) for w in caught) is not exact
+    assert any("W is cast again here" in str(w.message) for w in caught) is not exact
     assert report.layers == 14
     whole, parts = loaded(tmp_path / "fp8", exact), falqon_fx.load(tmp_path / "out")
     for path, state in falqon_fx.adapters(whole).items():

@@ -68,7 +68,7 @@ def _same_base(model: nn.Module, other: nn.Module) -> None:
 
 OPTIONS: list[dict[str, Any]] = [
     {"granularity": "tensor"}, {"scale": "amax"}, {"init": "svd"}, {"frozen": "leave"},
-    {"base_dtype": "int8"},
+    {"base_dtype": "int8"}, {"base_dtype": "nvfp4"},
     *({**ROWS, **options} for options in (
         {"pending": "hold"}, {"pending": "drop"}, {"rounding": "nearest"}, {"topk": "all"},
         {"granularity": "tensor"}, {"scale": "amax"}, {"init": "svd"}, {"seed": 3},

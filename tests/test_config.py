@@ -64,7 +64,7 @@ def test_any_unknown_option_names_one_that_exists(name):
 
 CHOICES = {
     "update": ("adapter", "rows"),
-    "base_dtype": ("fp8", "int8"),
+    "base_dtype": ("fp8", "int8", "nvfp4"),
     "frozen": ("fp8", "leave"),
     "init": ("svd", "keep"),
     "granularity": ("tensor", "row"),

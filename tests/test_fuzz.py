@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 
 from falqon_fx import FalqonConfig, RewriteResult, adapters, rewrite
-from tests.emulation import cast, operand
+from tests.emulation import Layer, codes_of
 from tests.programs import WIDTH, Program, adapters_of, emulated, programs
 from tests.sites import randn
 
@@ -29,7 +29,7 @@ MANY, SOME = max(40, _default), max(20, _default // 10)
 
 CONFIGS = st.builds(
     lambda formats, **options: FalqonConfig(**formats, **options),
-    st.sampled_from([{}, {"grad_dtype": "e4m3"}, {"base_dtype": "int8"}]),
+    st.sampled_from([{}, {"grad_dtype": "e4m3"}, {"base_dtype": "int8"}, {"base_dtype": "nvfp4"}]),
     frozen=st.sampled_from(["fp8", "leave"]),
     granularity=st.sampled_from(["row", "row", "tensor"]),
     scale=st.sampled_from(["pow2", "pow2", "amax"]),
@@ -126,10 +126,9 @@ def check_twice(
     if config.update == "adapter":
         found: Any = adapters(program)
         for path, layer in program.sites().items():
-            per_row, pow2 = config.granularity == "row", config.scale == "pow2"
-            codes, scale = cast(layer.base.weight.detach(), operand(config), per_row, pow2)
-            assert torch.equal(found[path].weight.float(), codes)
-            assert torch.equal(found[path].scale, scale)
+            wanted = Layer.of(layer.base.weight, None, (), config)
+            assert torch.equal(codes_of(found[path].weight), wanted.codes)
+            assert torch.equal(found[path].scale, wanted.scale)
 
 
 class Backend:

@@ -218,7 +218,8 @@ def prequantize(
         Literal["amax", "pow2"] | None, Option(help="of E4M3 (FalqonConfig's default: pow2)")
     ] = None,
     base_dtype: Annotated[
-        Literal["fp8", "int8"] | None, Option(help="of the weights (FalqonConfig's default: fp8)")
+        Literal["fp8", "int8", "nvfp4"] | None,
+        Option(help="of the weights (FalqonConfig's default: fp8)"),
     ] = None,
     workers: Annotated[int, Option(min=1, help="weights that are cast side by side")] = 1,
     quiet: Quiet = False,

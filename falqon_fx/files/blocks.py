@@ -26,7 +26,7 @@ from falqon_fx.site.base import Base, cast_base, check_base, check_weight
 from falqon_fx.site.numerics import as_code, powers_of_two
 from falqon_fx.site.spec import SiteSpec
 
-_STRIP = 1 << 24  # elements that are decoded at a time
+STRIP = 1 << 24  # elements that are decoded at a time
 _CHECK = "Check weight_block_size in config.json, and the checkpoint"
 
 
@@ -145,7 +145,7 @@ def warn_unless_exact(scales: Iterable[Tensor], directory: Path) -> None:
 def _strips(code: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
     """Rows of codes, and the rows of scales that belong to them."""
     out, features = code.shape
-    blocks = max(1, _STRIP // max(1, size[0] * features))
+    blocks = max(1, STRIP // max(1, size[0] * features))
     for first in range(0, -(-out // size[0]), blocks):
         end = first + blocks
         yield slice(first * size[0], end * size[0]), slice(first, end)

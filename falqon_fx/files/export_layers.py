@@ -27,6 +27,7 @@ from falqon_fx.rows.state import MergedAdapter
 from falqon_fx.rows.unload import ACTIVATE, merged_weight, not_written
 from falqon_fx.site.base import Base, bases, cast_base, check_weight, digest
 from falqon_fx.site.numerics import INT8, powers_of_two
+from falqon_fx.site.nvfp4 import is_packed
 from falqon_fx.site.paths import without_wrappers
 from falqon_fx.site.sharded import whole_copy
 from falqon_fx.site.spec import SiteSpec, parse_spec
@@ -238,6 +239,7 @@ def plan_of(base: Base) -> SiteSpec:
     """How a base was cast: scales of "amax" are all powers of two by chance alone."""
     spec = SiteSpec.from_config(FalqonConfig(granularity="row" if base.scale.dim() else "tensor"))
     kind: BaseDtype = "int8" if base.code.dtype == INT8 else "fp8"
+    kind = "nvfp4" if is_packed(base.code) else kind
     return replace(spec, scale="pow2" if powers_of_two(base.scale) else "amax", base=kind)
 
 

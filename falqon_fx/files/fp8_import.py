@@ -17,19 +17,19 @@ from torch import Tensor, nn
 
 from falqon_fx.config import BaseDtype, FalqonConfig
 from falqon_fx.errors import FalqonConfigError, FalqonError, one_line
-from falqon_fx.files import blocks, storage
+from falqon_fx.files import blocks, nvfp4_import, storage
 from falqon_fx.files.hf import (
     empty_model,
     fill,
     lora_config,
-    quantization_config,
     read_entries,
     read_index,
 )
 from falqon_fx.files.model_state import Site
+from falqon_fx.files.nvfp4_import import is_nvfp4, quantization_of
 from falqon_fx.files.site_checks import described
 from falqon_fx.files.stack_files import Checkpoint
-from falqon_fx.files.units import SCALES, ZERO_POINT
+from falqon_fx.files.units import OF_CACHE, SCALES, ZERO_POINT
 from falqon_fx.model.lora_layers import lora_layers
 from falqon_fx.site.base import Base, digest
 from falqon_fx.site.numerics import E4M3, INT8, as_code, dtype_name, powers_of_two, scale_bits
@@ -38,8 +38,6 @@ from falqon_fx.site.spec import SiteSpec
 _OPERANDS: dict[torch.dtype, BaseDtype] = {E4M3: "fp8", INT8: "int8"}
 _BESIDE = (".input_scale", ".weight_shape", ZERO_POINT)
 _EXACT = 1e-3  # what becomes subnormal moves weights by less
-# Of an FP8 cache of keys and values, by the names of AutoFP8, compressed-tensors and vLLM.
-_OF_CACHE = (".k_scale", ".v_scale", ".kv_scale", "k_proj.output_scale", "v_proj.output_scale")
 
 
 def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = None) -> nn.Module:
@@ -48,13 +46,14 @@ def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = No
     Its scales, one per tensor or per row, stay what they are: granularity="row", and scale="amax"
     unless all are powers of two. INT8 weights make it base_dtype="int8". FP8 weights with one scale
     per block are cast again to one per row (`falqon_fx.files.blocks`), with a warning where that
-    moves them. Such layers without an adapter stay as they are too. Left out are static scales of
-    activations, which are cast by their own largest value here, and with a warning those of a
-    cache.
+    moves them. NVFP4 weights stay what they are, too, unless the config has base_dtype="fp8", which
+    casts them again. Such layers without an adapter stay as they are too. Left out are static
+    scales of activations, which are cast by their own largest value here, and with a warning those
+    of a cache.
 
     Raises:
         FalqonError: no such checkpoint, one that is partly FP8 and partly INT8, scales that fit no
-            block, zero points, experts in INT8, or update="rows".
+            block, zero points, experts in INT8 or NVFP4, or update="rows".
     """
     if config is not None and config.update == "rows":
         raise FalqonConfigError(
@@ -63,9 +62,49 @@ def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = No
             "Set update='adapter'; or load the dense model, and call falqon_fx.prepare(model)",
         )
     tensors = _read(directory)
-    settings = _settings(directory)
-    size = blocks.block_size(settings, directory)
+    settings = quantization_of(directory)
     model = empty_model(directory, lora_config(lora), len(tensors))
+    take = _nvfp4 if is_nvfp4(settings, directory) else _eight_bits
+    bases, config, used = take(tensors, settings, directory, config)
+    kind, spec = config.base_dtype, SiteSpec.from_config(config)
+    dtype, known = dtype_name(model.get_base_model().dtype), Checkpoint(model)
+    adapted = {layer.path for layer in lora_layers(model)}
+    layers: dict[str, tuple[Site, Mapping[str, Tensor]]] = {}
+    site: Site = {"dtype": dtype, "transposed": False, "spec": asdict(spec)}
+    if kind != "fp8" and (stacks := known.stacks_of(bases)):
+        problem = f"it is a stack of experts, which {directory} has in {kind.upper()}"
+        raise FalqonError(stacks[0], problem, "Take an FP8 checkpoint, or a dense one")
+    for path, experts, base in known.stacked(bases):
+        layers[path] = ({**site, "experts": experts}, _tensors(base))
+    for name, base in bases.items():
+        path = f"base_model.model.{name}"
+        path = f"{path}.base_layer" if path in adapted else path
+        layers[path] = (site, _tensors(base))
+    of_cache = {name for name in tensors if name.endswith(OF_CACHE)}
+    if of_cache:
+        warnings.warn(
+            f"falqon: {one_line(str(directory))} holds {len(of_cache)} scales of an FP8 cache of "
+            "keys and values: training has none, and they are left out. A server that wants them "
+            "needs them again.",
+            stacklevel=3,
+        )
+    rest = known.placed({n: t for n, t in tensors.items() if n not in used | of_cache})
+    return fill(model, layers, rest, str(directory))
+
+
+# The base weights by the paths of their layers, the config that they make, and the tensors used.
+_Taken = tuple[dict[str, Base], FalqonConfig, set[str]]
+
+
+def _eight_bits(
+    tensors: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
+    directory: Path,
+    config: FalqonConfig | None,
+) -> _Taken:
+    """FP8 and INT8 weights."""
+    _check_settings(settings, directory)
+    size = blocks.block_size(settings, directory)
     weights = {n.removesuffix(".weight"): t for n, t in tensors.items() if t.dtype in _OPERANDS}
     kind = _base_dtype(weights, settings, directory)
     _check_zero_points(tensors)
@@ -80,34 +119,31 @@ def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = No
     config = replace(config, granularity="row", base_dtype=kind)
     if not all(map(powers_of_two, of_rows.values())):
         config = replace(config, scale="amax")
-    spec = SiteSpec.from_config(config)
     bases = {path: Base(as_code(weights[path]), scale) for path, scale in of_rows.items()}
-    bases |= _cast_again(in_blocks, spec, directory)
-    dtype, known = dtype_name(model.get_base_model().dtype), Checkpoint(model)
-    adapted = {layer.path for layer in lora_layers(model)}
-    layers: dict[str, tuple[Site, Mapping[str, Tensor]]] = {}
-    site: Site = {"dtype": dtype, "transposed": False, "spec": asdict(spec)}
-    for path, experts, base in known.stacked(bases):
-        if kind == "int8":
-            problem = f"it is a stack of experts, which {directory} has in INT8"
-            raise FalqonError(path, problem, "Take an FP8 checkpoint, or a dense one")
-        layers[path] = ({**site, "experts": experts}, _tensors(base))
-    for name, base in bases.items():
-        path = f"base_model.model.{name}"
-        path = f"{path}.base_layer" if path in adapted else path
-        layers[path] = (site, _tensors(base))
-    skip = {f"{name}{end}" for name in weights for end in (".weight", *_BESIDE, *SCALES)}
-    of_cache = {name for name in tensors if name.endswith(_OF_CACHE)}
-    if of_cache:
-        warnings.warn(
-            f"falqon: {one_line(str(directory))} holds {len(of_cache)} scales of an FP8 cache of "
-            "keys and values: training has none, and they are left out. A server that wants them "
-            "needs them again.",
-            stacklevel=3,
-        )
-    skip |= of_cache
-    rest = known.placed({n: t for n, t in tensors.items() if n not in skip})
-    return fill(model, layers, rest, str(directory))
+    bases |= _cast_again(in_blocks, SiteSpec.from_config(config), directory)
+    used = {f"{name}{end}" for name in weights for end in (".weight", *_BESIDE, *SCALES)}
+    return bases, config, used
+
+
+def _nvfp4(
+    tensors: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
+    directory: Path,
+    config: FalqonConfig | None,
+) -> _Taken:
+    """NVFP4 weights as they are, or cast again where the config says so."""
+    names = nvfp4_import.names_of(tensors, directory)
+    nvfp4_import.check_alone(tensors, names, directory)
+    config = replace(config or FalqonConfig(base_dtype="nvfp4"), granularity="row")
+    bases = {p: nvfp4_import.base_of(p, n, tensors, directory) for p, n in names.items()}
+    if config.base_dtype == "nvfp4":
+        config = nvfp4_import.as_published(config, [base.scale for base in bases.values()])
+        return bases, config, nvfp4_import.taken(names)
+    spec = SiteSpec.from_config(config)
+    again = {p: nvfp4_import.cast_again(p, base, spec) for p, base in bases.items()}
+    moved = blocks.Moved.total(part for _, part in again.values())
+    nvfp4_import.warn_of_a_second_cast(directory, config.base_dtype, len(names), moved)
+    return {p: base for p, (base, _) in again.items()}, config, nvfp4_import.taken(names)
 
 
 def _tensors(base: Base) -> dict[str, Tensor]:
@@ -134,14 +170,13 @@ def _read(directory: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _settings(directory: Path) -> Mapping[str, Any]:
-    """The ``quantization_config`` of an FP8 or INT8 checkpoint."""
-    settings = quantization_config(directory)
+def _check_settings(settings: Mapping[str, Any], directory: Path) -> None:
+    """Refuse a ``quantization_config`` that is not of an FP8 or INT8 checkpoint."""
     method = settings.get("quant_method")
     if method not in ("compressed-tensors", "fp8"):
         raise FalqonError(
             str(directory),
-            "it is neither a folder of falqon_fx.prequantize nor an FP8 or INT8 checkpoint "
+            "it is neither a folder of falqon_fx.prequantize nor an FP8, INT8 or NVFP4 checkpoint "
             f"(quant_method={method!r})",
             "Call falqon_fx.prequantize on it, or load it with transformers",
         )
@@ -156,7 +191,6 @@ def _settings(directory: Path) -> Mapping[str, Any]:
                 "8-bit floats can be trained on as they are, and 8-bit integers with a scale per "
                 "row (channel) or one for all",
             )
-    return settings
 
 
 _TYPES: dict[str, BaseDtype] = {"float": "fp8", "int": "int8"}  # of compressed-tensors

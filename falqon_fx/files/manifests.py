@@ -188,9 +188,11 @@ class Group(TypedDict):
 
 
 class Quantization(TypedDict):
-    """The ``quantization_config`` of an FP8 checkpoint."""
+    """The ``quantization_config`` of a checkpoint; ModelOpt has a ``quant_algo``."""
 
     quant_method: NotRequired[str | None]
+    quant_algo: NotRequired[str | None]
+    group_size: NotRequired[int | None]
     weight_block_size: NotRequired[list[int] | None]
     config_groups: NotRequired[dict[str, Group] | None]
 
@@ -199,6 +201,12 @@ class Config(TypedDict):
     """What is read of a model's config here."""
 
     quantization_config: NotRequired[Quantization | None]
+
+
+class ModelOpt(TypedDict):
+    """The hf_quant_config.json of ModelOpt."""
+
+    quantization: Quantization
 
 
 _FORMS = {
@@ -210,6 +218,7 @@ _FORMS = {
     "index": Index,
     "header": dict[str, HeaderEntry],
     "config": Config,
+    "modelopt": ModelOpt,
 }
 
 

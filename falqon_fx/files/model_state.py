@@ -33,6 +33,7 @@ from falqon_fx.rows.state import STATE, MergedAdapter, registry
 from falqon_fx.site import transposed as stored
 from falqon_fx.site.base import Base, bases, digest, sample
 from falqon_fx.site.numerics import as_scale, dtype_name
+from falqon_fx.site.nvfp4 import shape_of
 from falqon_fx.site.paths import without_wrappers
 from falqon_fx.site.sharded import whole
 from falqon_fx.site.spec import RowsSpec, SiteSpec, parse_spec
@@ -234,7 +235,7 @@ def _size_of(own: Mapping[str, Tensor]) -> list[int]:
     """[out, in] of a saved layer, as far as it has them; rows of A lie under those of W."""
     code, out = own.get("code"), own.get("applied", own.get("code"))
     rows = [] if out is None else out.shape[:1]
-    return [*rows, *([] if code is None else code.shape[1:])]
+    return [*rows, *([] if code is None or code.dim() < 2 else shape_of(code)[1:])]
 
 
 def _check_state(model: nn.Module, site: Site, tensors: Mapping[str, Tensor], where: str) -> None:

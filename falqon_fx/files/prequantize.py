@@ -26,12 +26,19 @@ from falqon_fx.files.hf import (
     empty_model,
     lora_config,
     new_lora_a,
-    quantization_config,
     read_index,
     read_tensor,
 )
 from falqon_fx.files.loading import FORMAT, MANIFEST
 from falqon_fx.files.model_state import Site
+from falqon_fx.files.nvfp4_import import (
+    as_published,
+    base_of,
+    is_nvfp4,
+    names_of,
+    quantization_of,
+    warn_of_a_second_cast,
+)
 from falqon_fx.files.stack_files import StackLayer, stacks_to_cast
 from falqon_fx.files.units import Unit, layers_to_cast, units_of
 from falqon_fx.files.workers import Admission, Clock, shared_threads
@@ -100,18 +107,26 @@ def prequantize(
             full disk (what is done until then is kept in ``out.partial``).
     """
     source, out = Path(model), Path(out)
-    config = config or DEFAULT
     atomic.refuse_existing(out)
     with storage.read_errors_explained(source):
         index = read_index(source)
         others = seals.known_files(source, _COPIED)
         skeleton = empty_model(source, lora_config(lora), len(index))
+        settings = quantization_of(source)
+        nvfp4 = names_of(index, source) if is_nvfp4(settings, source) else {}
+        config = config or (FalqonConfig(base_dtype="nvfp4") if nvfp4 else DEFAULT)
+        weights = index | {f"{path}.weight": index[n.codes] for path, n in nvfp4.items()}
         layers: Layers = {
-            **layers_to_cast(skeleton, index, config),
-            **stacks_to_cast(skeleton, index, config),
+            **layers_to_cast(skeleton, weights, config),
+            **stacks_to_cast(skeleton, weights, config),
         }
-        block = blocks.block_size(quantization_config(source), source)
-        units = units_of(layers, source, index, block, skeleton.get_base_model().dtype)
+        block = blocks.block_size(settings, source)
+        units = units_of(layers, source, index, block, nvfp4, skeleton.get_base_model().dtype)
+        if nvfp4 and config.base_dtype == "nvfp4":
+            wholes = (names.whole for names in nvfp4.values())
+            config = as_published(config, (read_tensor(source / index[n], n) for n in wholes))
+        elif nvfp4:
+            warn_of_a_second_cast(source, config.base_dtype, len(nvfp4))
         blocks.warn_unless_exact(_scales(units, source, index), source)
     partial = atomic.working_folder(out)
     atomic.refuse_link(partial)
@@ -221,7 +236,7 @@ def _convert(
     """Write the file of a unit, then its record; it described, and whether an earlier run wrote it
     from the same weights. They are compared by contents, since copying and touching change times.
     """
-    with admit(unit.bytes * (1 if unit.layer is None else 4 if unit.block is None else 12)):
+    with admit(unit.bytes * _memory_of(unit)):
         with clock("read"):
             tensors = {name: read_tensor(source / index[name], name) for name in unit.tensors}
             known = {name: storage.digest(tensor) for name, tensor in tensors.items()}
@@ -238,6 +253,13 @@ def _convert(
             disk.flush_to_disk(folder / "record")
             atomic.rename(folder / "record", _record(partial, unit))
     return described, False
+
+
+def _memory_of(unit: Unit) -> int:
+    """What casting it takes, in the bytes that it has in the checkpoint."""
+    if unit.layer is None:
+        return 1
+    return 24 if unit.nvfp4 is not None else 4 if unit.block is None else 12
 
 
 def _dense(unit: Unit, site: str, tensors: Mapping[str, Tensor], source: Path) -> Tensor:
@@ -271,14 +293,17 @@ def _cast(
         base = layer.cast(tensors, unit.block, SiteSpec.from_config(config), source)
         own = {"code": base.code, "scale": scale_bits(base.scale)}
         return {**own, "digest": digest(base.code, base.scale)}
-    weight = _dense(unit, layer.site, tensors, source)
+    spec, adapter = SiteSpec.from_config(config), {}
+    packed = None
+    if unit.nvfp4 is not None:
+        packed = base_of(layer.site, unit.nvfp4, tensors, source)
+    weight = packed.dequantize() if packed else _dense(unit, layer.site, tensors, source)
     if weight.shape != layer.module.weight.shape:
         wanted = list(layer.module.weight.shape)
         problem = f"its weight is {list(weight.shape)}, by config.json {wanted}"
         raise FalqonError(layer.site, problem, "Fetch the folder again")
     weight = weight.t().contiguous() if layer.transposed else weight
     check_weight(layer.site, weight)
-    spec, adapter = SiteSpec.from_config(config), {}
     if layer.lora is not None:
         generator = torch.Generator().manual_seed(config.seed)
         lora_a = new_lora_a((layer.lora.lora_a.shape[0], weight.shape[1]), generator)
@@ -290,7 +315,8 @@ def _cast(
             return {**state.stored, **adapter}
         if config.init == "svd":
             init_lora_a_(weight, lora_a, spec, config.seed)
-    base = cast_base(weight, spec)
+    keeps = spec.base == "nvfp4" and not layer.transposed
+    base = packed if packed is not None and keeps else cast_base(weight, spec)
     own = {"code": base.code, "scale": scale_bits(base.scale)}
     return {**own, "digest": digest(base.code, base.scale), **adapter}
 

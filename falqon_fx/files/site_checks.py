@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from falqon_fx.errors import FalqonError
 from falqon_fx.rows.state import allocate
-from falqon_fx.site.base import Base, check_base, scale_shape
-from falqon_fx.site.numerics import as_scale, code_dtype, dtype_name, scale_bits
+from falqon_fx.site.base import Base, check_base
+from falqon_fx.site.forms import code_of, scale_shape
+from falqon_fx.site.numerics import as_scale, dtype_name, scale_bits
 from falqon_fx.site.spec import RowsSpec, SiteSpec, parse_spec
 
 Site = Mapping[str, Any]
@@ -66,8 +67,9 @@ def check_site(
             floats = applied.dtype in (torch.float32, torch.bfloat16)
             expected["applied"] = expected["applied"].to(applied.dtype if floats else dtype)
     else:
+        shape, code = code_of(out, features, spec)
         expected = {
-            "code": torch.empty(size, dtype=code_dtype(spec.operand), device="meta"),
+            "code": torch.empty(shape, dtype=code, device="meta"),
             "scale": scale_bits(torch.empty(scale_shape(out, spec), device="meta")),
             "digest": torch.empty(8, dtype=torch.uint8, device="meta"),
         }

@@ -186,6 +186,11 @@ class Checkpoint:
             return {_BASE + name: tensor for name, tensor in rest.items()}
         return found | {self._place(self._names.get(n, n)): t for n, t in rest.items()}
 
+    def stacks_of(self, bases: Mapping[str, Base]) -> list[str]:
+        """The places of the stacks among layers by path."""
+        known = self._parts.items()
+        return [self._place(n) for n, parts in known if all(p.layer in bases for p in parts)]
+
     def stacked(self, bases: dict[str, Base]) -> Iterator[tuple[str, int, Base]]:
         """The stacks among the FP8 forms of layers by path, which become less: place, number of
         experts, and the FP8 form of the whole.

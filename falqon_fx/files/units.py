@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
 from falqon_fx.files.hf import read_entries
+from falqon_fx.files.nvfp4_import import OF_X, Names
 from falqon_fx.files.stack_files import StackLayer
 from falqon_fx.model.lora_layers import LinearLayer, linear_layers
 from falqon_fx.model.sorting import skip_reason
@@ -22,6 +23,8 @@ from falqon_fx.site.numerics import dtype_name
 _SMALL = 1 << 20  # bytes; tensors below go into one file together
 SCALES = (".weight_scale", ".weight_scale_inv")  # what FP8 checkpoints call the scales of a weight
 ZERO_POINT = ".weight_zero_point"
+# Of an FP8 cache of keys and values, by the names of AutoFP8, compressed-tensors and vLLM.
+OF_CACHE = (".k_scale", ".v_scale", ".kv_scale", "k_proj.output_scale", "v_proj.output_scale")
 _CAST = {"F8_E4M3": "FP8", "I8": "INT8"}
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
@@ -36,6 +39,7 @@ class Unit:
     bytes: int
     dtype: str = ""  # of the weight that is cast
     block: tuple[int, int] | None = None  # rows and columns per scale, of one that was cast already
+    nvfp4: Names | None = None  # of one that is NVFP4 already
 
 
 def layers_to_cast(
@@ -77,10 +81,11 @@ def units_of(
     source: Path,
     index: Mapping[str, str],
     block: tuple[int, int] | None,
+    nvfp4: Mapping[str, Names],
     dtype: torch.dtype,
 ) -> list[Unit]:
-    """The files to write, the largest first. FP8 weights with one scale per ``block``, and INT8
-    ones with one per row, count as dense ones of ``dtype``.
+    """The files to write, the largest first. FP8 weights with one scale per ``block``, INT8 ones
+    with one per row and those in ``nvfp4`` count as dense ones of ``dtype``.
     """
     entries = read_entries(source, index)
     _refuse_zero_points(entries)
@@ -88,6 +93,11 @@ def units_of(
     cast: list[Unit] = []
     for path, layer in layers.items():
         weights = tensors_of(layer)
+        if (packed := _nvfp4_of(layer, weights, nvfp4)) is not None:
+            size = sum(sizes[name] for name in packed.all)
+            file = _file_of(len(cast), layer.site)
+            cast.append(Unit(file, packed.all, path, size, dtype_name(dtype), nvfp4=packed))
+            continue
         scales = tuple(s for name in weights if (s := _block_scale(name, entries, block)))
         names, found = weights + scales, {entries[name]["dtype"] for name in weights}
         if len(scales) == len(weights):
@@ -106,10 +116,14 @@ def units_of(
         cast.append(Unit(file, names, path, sum(sizes[n] for n in names), known, of_block))
     if not cast:
         raise FalqonError(str(source), "none of its layers is to be cast", "Check the LoraConfig")
-    taken = {name for unit in cast for name in unit.tensors}
-    rest = [name for name in index if name not in taken]
+    used = {name for unit in cast for name in unit.tensors}
+    used |= {path + end for path in nvfp4 for end in OF_X}
+    used |= {name for name in index if nvfp4 and name.endswith(OF_CACHE)}
+    rest = [name for name in index if name not in used]
+    codes = {names.codes for names in nvfp4.values()}
     for name in rest:
-        if (kind := _CAST.get(entries[name]["dtype"])) is not None:
+        kind = "NVFP4" if name in codes else _CAST.get(entries[name]["dtype"])
+        if kind is not None:
             problem = f"it is {kind} in the checkpoint, and its layer is none that is cast"
             raise FalqonError(name, problem, "Don't exclude it, or give the dense checkpoint")
     small = tuple(name for name in rest if sizes[name] < _SMALL)
@@ -120,6 +134,17 @@ def units_of(
         units.append(Unit(file, names, None, sum(sizes[name] for name in names)))
     # The largest first, so that workers end together.
     return sorted(units, key=lambda unit: -unit.bytes)
+
+
+def _nvfp4_of(
+    layer: LinearLayer | StackLayer, weights: Iterable[str], nvfp4: Mapping[str, Names]
+) -> Names | None:
+    """The tensors of a layer whose weight is NVFP4."""
+    found = [p for w in weights if (p := w.removesuffix(".weight")) in nvfp4]
+    if found and isinstance(layer, StackLayer):
+        problem = "it is a stack of experts, which the checkpoint has in NVFP4"
+        raise FalqonError(layer.site, problem, "Call falqon_fx.load on it, or give the dense one")
+    return nvfp4[found[0]] if found else None
 
 
 def _bytes(entry: Mapping[str, Any]) -> int:

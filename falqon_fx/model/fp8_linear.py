@@ -18,6 +18,7 @@ from falqon_fx.model.terms import check_terms
 from falqon_fx.ops.base_linear import base_linear, dequantize
 from falqon_fx.site.base import DIGEST_BYTES, Base, bases, digest
 from falqon_fx.site.numerics import as_scale, scale_bits
+from falqon_fx.site.nvfp4 import shape_of
 from falqon_fx.site.sharded import local, whole
 from falqon_fx.site.shards import Cut
 
@@ -72,7 +73,7 @@ class Fp8Linear(PreparedLinear):
         self.digest = nn.Parameter(digest(base.code, base.scale), requires_grad=False)
         self.bias = bias
         self.dtype, self.transposed = dtype, transposed
-        self.out_features, self.in_features = base.code.shape
+        self.out_features, self.in_features = shape_of(base.code)
         for name in self.TERMS:
             self.register_parameter(name, None)
 

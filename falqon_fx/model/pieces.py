@@ -16,7 +16,7 @@ from falqon_fx.model.sorting import sort_layers
 from falqon_fx.model.stacks import Fp8Stack, sort_stacks
 from falqon_fx.passes.match.frozen import site_of
 from falqon_fx.site.base import DIGEST_BYTES
-from falqon_fx.site.numerics import code_dtype
+from falqon_fx.site.forms import code_of, scale_shape
 from falqon_fx.site.paths import stack_path, without_wrappers
 from falqon_fx.site.spec import SiteSpec
 
@@ -96,9 +96,9 @@ def _as_cast(path: str, weight: Tensor, transposed: bool, config: FalqonConfig) 
     *experts, out, features = weight.shape
     rows = math.prod(experts) * (features if transposed else out)
     spec = SiteSpec.from_config(config)
-    scales, code = (rows, 1) if spec.per_row else (1,), code_dtype(spec.operand)
-    yield Piece(path, "base", (rows, out if transposed else features), code, when="after")
-    yield Piece(path, "scales", scales, torch.int32, when="after")
+    shape, code = code_of(rows, out if transposed else features, spec)
+    yield Piece(path, "base", shape, code, when="after")
+    yield Piece(path, "scales", scale_shape(rows, spec) or (1,), torch.int32, when="after")
     yield Piece(path, "digest", (DIGEST_BYTES,), torch.uint8, when="after")
     yield Piece(path, "base", tuple(weight.shape), weight.dtype, when="before")
 

@@ -58,8 +58,8 @@ def prepare(
     outliers: Asked | None = None,
     progress: bool = True,
 ) -> PrepareReport:
-    """Cast every frozen linear layer of a model to FP8 (or INT8) in place, one at a time, and free
-    its weight.
+    """Cast every frozen linear layer of a model to FP8 (or INT8, or NVFP4) in place, one at a time,
+    and free its weight.
 
     Optional: without it the weights stay beside the FP8 ones. Layers under an adapter are cast, and
     with ``frozen="fp8"`` those without one that compiled code would run in FP8. Adapters stay as
@@ -240,7 +240,7 @@ class Adapter:
 
     Attributes:
         experts: how many weights are stacked, 0 for a linear layer; ``out`` counts the rows of all.
-        weight: W, float8_e4m3fn or int8 [out, in].
+        weight: W, float8_e4m3fn or int8 [out, in], or NVFP4 as `falqon_fx.site.nvfp4` packs it.
         scale: float32 [out, 1] or []; multiplies on dequantize.
         adapters: (A [r, in], B [out, r], scaling) of each active adapter, the parameters
             themselves.

@@ -18,6 +18,7 @@ from falqon_fx.model.lora_layers import (
 from falqon_fx.model.prepared_linear import PreparedLinear
 from falqon_fx.model.stacks import stacked_weights
 from falqon_fx.passes.match.frozen import why_left
+from falqon_fx.site import nvfp4
 from falqon_fx.site.sharded import local
 
 
@@ -50,14 +51,15 @@ def skip_reason(layer: LinearLayer, config: FalqonConfig, tied: bool) -> str | N
     """Why a frozen layer is left; "" where that is nothing to report."""
     if not (config.selects(layer.site) and config.selects(layer.path)):
         return "include= or exclude= leaves it out"
+    out, features = layer.weight.shape
     if layer.lora is not None:
         if getattr(layer.lora.module, "merged", False):
             return "its adapter is merged into the base weight (call unmerge_adapter() first)"
-        return None
+        return nvfp4.why_not(features) if config.base_dtype == "nvfp4" else None
     if config.frozen == "leave":
         return ""
-    out, features = layer.weight.shape
-    return why_left(layer.path, out, features, tied)
+    left = why_left(layer.path, out, features, tied)
+    return left or (nvfp4.why_not(features) if config.base_dtype == "nvfp4" else None)
 
 
 def _why_not(layer: LoraLayer) -> str:

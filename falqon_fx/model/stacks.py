@@ -124,7 +124,7 @@ def why_not_stacked(
         return ""
     if config.granularity != "row" or (config.update == "rows" and stack.wrapper is not None):
         return 'stacked experts have granularity="row" and update="adapter" alone'
-    if config.base_dtype == "int8":
+    if config.base_dtype != "fp8":
         return 'stacked experts have base_dtype="fp8" alone'
     if not is_plain(stack.weight) or stack.module._is_expert_parallel:
         return "its experts are spread over processes"
@@ -207,8 +207,8 @@ def stacked_product(b: Tensor, a: Tensor, experts: int) -> Tensor:
 
 
 def experts_in(parameter: Tensor) -> int:
-    """How many weights a parameter stacks; 0 where it stacks none."""
-    return len(parameter) if parameter.dim() == 3 else 0
+    """How many weights a parameter stacks; 0 where it stacks none, as the bytes of NVFP4."""
+    return len(parameter) if parameter.dim() == 3 and parameter.is_floating_point() else 0
 
 
 # -- parameters as properties ----------------------------------------------------------------------

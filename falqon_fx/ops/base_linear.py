@@ -12,6 +12,7 @@ from torch import Tensor
 from falqon_fx.ops import lowering
 from falqon_fx.site.base import Base, bases
 from falqon_fx.site.numerics import as_scale, without_autocast
+from falqon_fx.site.nvfp4 import shape_of
 
 
 @torch.library.custom_op("falqon::base_linear", mutates_args=())
@@ -75,7 +76,7 @@ def dequantize(code: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dequantize.register_fake
 def _(code: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return code.new_empty(code.shape, dtype=dtype)
+    return code.new_empty(shape_of(code), dtype=dtype)
 
 
 @torch.library.custom_op("falqon::stacked_weight", mutates_args=())

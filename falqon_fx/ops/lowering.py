@@ -23,6 +23,7 @@ from falqon_fx.kernels.cpu import casts as cpu_casts
 from falqon_fx.kernels.cpu import integers
 from falqon_fx.kernels.cpu import native as cpu
 from falqon_fx.ops.arguments import Merged
+from falqon_fx.site import nvfp4
 from falqon_fx.site.casts import cast_with_scale, scale_of
 from falqon_fx.site.numerics import (
     E4M3,
@@ -136,7 +137,9 @@ def cast_fp8(
 def decode(
     code: Tensor, scale: Tensor | float, dtype: torch.dtype, to: Tensor | None = None
 ) -> Tensor:
-    """`decode_fp8`, into ``to`` where that is given."""
+    """`decode_fp8` or `falqon_fx.site.nvfp4.decode`, into ``to`` where that is given."""
+    if nvfp4.is_packed(code):
+        return nvfp4.decode(code, scale, dtype, to)
     if code.dtype == INT8 and not isinstance(scale, Tensor) and scale == 1.0:
         return code.to(dtype) if to is None else to.copy_(code)
     compiled = cpu.decode(code, scale, dtype, to)
@@ -280,24 +283,24 @@ def merged_linear_grad_x(
     exact = spec.scales_inside or spec.base == "int8"
     outs = [w.shape[0] for w in weight] if exact else []
     widths = [*outs, *(d_j.shape[1] for d_j in d)]
-    n, features = grad[0].shape[0], weight[0].shape[1]
+    n, (_, features) = grad[0].shape[0], nvfp4.shape_of(weight[0])
     left = grad[0].new_empty((n, sum(widths)), dtype=dtype)
     right = grad[0].new_empty((sum(widths), features), dtype=dtype)
     columns, rows = left.split(widths, dim=1), right.split(widths)
     products: list[Tensor] = []
     for i, (g, w, s) in enumerate(zip(grad, weight, scale)):
-        of_rows = s.t().contiguous() if spec.per_row else None
+        of_rows = s.t().contiguous() if spec.base_per_row else None
         if spec.base == "int8":
             if not integers.scale_columns(g, s.t() if s.dim() else s, columns[i]):
                 columns[i].copy_(g.to(torch.float32) * s.reshape(1, -1))
             decode(w, 1.0, dtype, rows[i])
         elif exact:
             cast_fp8(g, spec.grad_dtype, spec, dtype, columns=of_rows, to=columns[i])
-            decode(w, 1.0 if spec.per_row else s, dtype, rows[i])
+            decode(w, 1.0 if spec.base_per_row else s, dtype, rows[i])
         else:
             cast = cast_fp8(g, spec.grad_dtype, spec, dtype, columns=of_rows)
             product = (cast.value @ decode(w, 1.0, dtype)).to(torch.float32) * cast.rest
-            products.append(product if spec.per_row else product * s)
+            products.append(product if spec.base_per_row else product * s)
     for j, (d_j, code, s) in enumerate(zip(d, a, a_scale)):
         columns[len(outs) + j].copy_(rescale(d_j.to(dtype), 1.0, s, dtype))
         decode(code, 1.0, dtype, rows[len(outs) + j])
@@ -327,7 +330,7 @@ def grad_b(grad: Tensor, out_a: Tensor, scaling: float, b_dtype: torch.dtype) ->
 
 def dequantize(code: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """dq(W) [out, in] in ``dtype``; ``scale`` is float32, or its bits (int32)."""
-    if dtype not in (torch.float32, torch.bfloat16):
+    if dtype not in (torch.float32, torch.bfloat16) and not nvfp4.is_packed(code):
         return decode_fp8(code, as_scale(scale), dtype)
     return decode(code, as_scale(scale), dtype)
 

@@ -20,6 +20,7 @@ from falqon_fx.ops.adapter_grads import Batch, OutAGrads, lower_adapter_grads, l
 from falqon_fx.ops.arguments import Merged
 from falqon_fx.ops.once import once
 from falqon_fx.site.numerics import as_code, without_autocast
+from falqon_fx.site.nvfp4 import shape_of
 from falqon_fx.site.spec import parse_spec
 
 
@@ -140,7 +141,8 @@ def merged_linear_grad_x(
 @merged_linear_grad_x.register_fake
 def _(grad: Sequence[Tensor], weight: Sequence[Tensor], *rest: Any) -> Tensor:
     *_, x_dtype, _ = rest
-    return grad[0].new_empty((grad[0].shape[0], weight[0].shape[1]), dtype=x_dtype)
+    _, features = shape_of(weight[0])
+    return grad[0].new_empty((grad[0].shape[0], features), dtype=x_dtype)
 
 
 @torch.library.custom_op("falqon::grad_a", mutates_args=())

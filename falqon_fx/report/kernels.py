@@ -34,6 +34,8 @@ def choose(site: Site) -> tuple[str, str]:
     spec = parse_spec(site.spec)
     if spec.base == "int8":
         return "aten", "decoded INT8 operands, multiplied by the library's GEMMs"
+    if spec.base == "nvfp4":
+        return "aten", "W decoded from NVFP4 and x from FP8, multiplied by the library's GEMMs"
     if not site.architecture:
         return "aten", "no FP8 kernels there: casts and bf16 GEMMs, which the inner compiler fuses"
     asked = spec.kernel

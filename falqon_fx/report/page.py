@@ -16,7 +16,7 @@ from pygments.lexers import PythonLexer
 from falqon_fx.report.data import Audit, CastAudit, Graphs, Line, Rejected, Site
 from falqon_fx.report.kernels import source
 from falqon_fx.report.tables import common_prefix
-from falqon_fx.report.text import options_text, pays_from, to_text
+from falqon_fx.report.text import FORMATS, options_text, pays_from, to_text
 from falqon_fx.report.totals import sentence
 from falqon_fx.report.views import Box, drawing, near, rows, stretch
 
@@ -115,8 +115,9 @@ def _facts(site: Site, siblings: Sequence[str], config: dict[str, str]) -> list[
     fixed = "each step is written into it row by row" if written else "constant"
     others = [path.rpartition(".")[2] for path in siblings if path != site.path]
     shared = f", also read by {' and '.join(others)} in the same op" if others else ""
+    form = FORMATS[site.options["base_dtype"]]
     facts = [
-        ["W", f"{_size(site)}, {site.base_dtype} cast to FP8, {fixed}"],
+        ["W", f"{_size(site)}, {site.base_dtype} cast to {form}, {fixed}"],
         ["adapter", _adapter(site)],
         ["input", f"{site.x_dtype}[{', '.join(site.x_shape)}]{shared}"],
         ["output", site.out_dtype],

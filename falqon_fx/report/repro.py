@@ -257,7 +257,7 @@ class _Check:
 
         out, features = given.weight.shape
         rank, tokens = sum(map(len, a)), len(given.x)
-        weight = _Exact.of(self.base.weight.double() * self.base.scale.double())
+        weight = _Exact.of(self.base.dequantize().double())
         x_cast = self._cast(given.x, self.spec.operand)
         read = [self._cast(t, self.spec.operand) for t in given.own_x] or [x_cast] * len(a)
         values = [_Exact.of(c.double() * s.double()) for c, s in zip(casts[0::3], casts[1::3])]
@@ -294,7 +294,7 @@ class _Check:
         grad = self.inputs.grad
         if self.spec.base == "int8":  # dL/dO times the scales is rounded, which the bound counts
             return _Exact.of(grad) @ weight
-        if not self.spec.per_row:
+        if not self.spec.base_per_row:
             return self._cast(grad, self.spec.grad_dtype) @ weight
         scaled = grad.to(torch.float32) * self.base.scale.t()
         return self._cast(scaled, self.spec.grad_dtype) @ _Exact.of(self.base.weight)

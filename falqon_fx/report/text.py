@@ -226,7 +226,7 @@ def _what_trains(sites: Sequence[Site], update: str) -> list[str]:
         lines.append(f"trains: {', '.join(parts)}{where}")
     constant = len(sites) - (sum(trained.values()) if update == "rows" else 0)
     if constant:
-        base = {_FORMATS[site.options["base_dtype"]] for site in sites}
+        base = {FORMATS[site.options["base_dtype"]] for site in sites}
         lines.append(f"constant: W of {sites_text(constant)}, cast to {' and '.join(base)} once")
     return lines
 
@@ -242,8 +242,8 @@ def _trained(sites: Sequence[Site]) -> dict[str, int]:
 
 # |dq(q(x)) - x| / |x| as norms, by format: measured on normal and on heavy-tailed values, rows with
 # scales of their own; INT8 on normal values alone.
-CAST_ERROR = {"e4m3": 0.026, "e5m2": 0.053, "int8": 0.009}
-_FORMATS = {"fp8": "FP8 (E4M3)", "int8": "INT8"}
+CAST_ERROR = {"e4m3": 0.026, "e5m2": 0.053, "int8": 0.009, "nvfp4": 0.095}
+FORMATS = {"fp8": "FP8 (E4M3)", "int8": "INT8", "nvfp4": "NVFP4"}
 
 
 def _casts(sites: Sequence[Site]) -> list[str]:
@@ -256,10 +256,16 @@ def _casts(sites: Sequence[Site]) -> list[str]:
             f"INT8 costs: {operands} are {CAST_ERROR['int8']:.1%} off (root mean square), more "
             "where a few values of a row stand out; dL/dO is not cast"
         ]
+    four_bits = any(site.options["base_dtype"] == "nvfp4" for site in sites)
+    if four_bits:
+        lines.append(f"NVFP4 costs: W is {CAST_ERROR['nvfp4']:.1%} off (root mean square)")
     for grad, b in sorted({(s.options["grad_dtype"], s.options["adapter_dtype"]) for s in sites}):
-        operands = f"W, x{', A and s·B' if b == 'fp8' else ' and A'}" if adapted else "W and x"
+        names = [*([] if four_bits else ["W"]), "x", *(["A"] if adapted else [])]
+        names += ["s·B"] if adapted and b == "fp8" else []
+        operands = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+        operands += " are" if len(names) > 1 else " is"
         lines.append(
-            f"FP8 costs: {operands} are {CAST_ERROR['e4m3']:.1%} off (E4M3, root mean square), "
+            f"FP8 costs: {operands} {CAST_ERROR['e4m3']:.1%} off (E4M3, root mean square), "
             f"dL/dO {CAST_ERROR[grad]:.1%} ({grad.upper()}) where it meets W"
         )
     return lines

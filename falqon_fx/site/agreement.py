@@ -70,16 +70,17 @@ def groups_of(values: Iterable[Any]) -> list[Any]:
 
 
 def check_options(path: str, config: FalqonConfig) -> None:
-    """Refuse options that need all of a base weight in one place, and INT8, which tensor
-    parallelism has not been built for.
+    """Refuse options that need all of a base weight in one place, and what tensor parallelism has
+    not been built for.
 
     Raises:
         FalqonError: names the option.
     """
-    if config.base_dtype == "int8":
+    if config.base_dtype != "fp8":
         raise FalqonError(
             path,
-            'base_dtype="int8" is not built for base weights that are cut over processes',
+            f'base_dtype="{config.base_dtype}" is not built for base weights that are cut over '
+            "processes",
             'Set base_dtype="fp8"',
         )
     if config.init == "svd" or config.update == "rows":

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from falqon_fx._compat import is_fake, version
 from falqon_fx.errors import FalqonError
+from falqon_fx.site import nvfp4
 from falqon_fx.site.clamped import ClampedCount
+from falqon_fx.site.forms import code_of, operand_of, scale_shape, whole_scale
 from falqon_fx.site.numerics import (
     INT8,
     amax_to_scale,
-    as_operand,
-    code_dtype,
     decode_fp8,
     encode_fp8,
     odd_factors,
@@ -40,16 +40,18 @@ _REMEDY = "Repair the checkpoint, or leave the layer out with exclude="
 
 @dataclass(frozen=True)
 class Base:
-    """W ≈ ``code`` · ``scale``: E4M3 bytes (uint8) or int8 [out, in], float32 [out, 1] or []."""
+    """W ≈ ``code`` · ``scale``: E4M3 bytes (uint8) or int8 [out, in], float32 [out, 1] or []; or
+    NVFP4 (`falqon_fx.site.nvfp4`), uint8 [out, 9, in / 16] and [].
+    """
 
     code: Tensor
     scale: Tensor
 
     @functools.cached_property
     def weight(self) -> Tensor:
-        """W, float8_e4m3fn or int8 [out, in]."""
+        """W, float8_e4m3fn or int8 [out, in], or packed."""
         with torch.inference_mode(False):  # it outlives the call
-            return as_operand(self.code)
+            return operand_of(self.code)
 
     @property
     def nbytes(self) -> int:
@@ -57,12 +59,9 @@ class Base:
 
     def dequantize(self) -> Tensor:
         """dq(W), float32 [out, in]."""
+        if nvfp4.is_packed(self.code):
+            return nvfp4.decode(self.code, self.scale, torch.float32)
         return decode_fp8(self.code, self.scale, torch.float32)
-
-
-def scale_shape(out: int, spec: SiteSpec) -> tuple[int, ...]:
-    """The shape of the scale of a base with ``out`` rows."""
-    return (out, 1) if spec.per_row else ()
 
 
 def cast_base(weight: Tensor, spec: SiteSpec, amax: Tensor | None = None) -> Base:
@@ -76,14 +75,18 @@ def cast_base(weight: Tensor, spec: SiteSpec, amax: Tensor | None = None) -> Bas
         torch.autocast(weight.device.type, enabled=False),
     ):
         weight = weight.detach()
-        out, device, operand = weight.shape[0], weight.device, spec.operand
-        code = torch.empty(weight.shape, dtype=code_dtype(operand), device=device)
+        (out, features), device, operand = weight.shape, weight.device, spec.operand
+        shape, dtype = code_of(out, features, spec)
+        code = torch.empty(shape, dtype=dtype, device=device)
         scale = torch.empty(scale_shape(out, spec), dtype=torch.float32, device=device)
-        if amax is not None or not spec.per_row:
+        if amax is not None or not spec.base_per_row:
             amax = weight.abs().amax() if amax is None else amax
-            scale.copy_(amax_to_scale(amax, operand, spec.scale))
+            scale.copy_(whole_scale(amax, spec))
         for rows in row_chunks(weight):
             value = weight[rows].to(torch.float32)
+            if spec.base == "nvfp4":
+                code[rows] = nvfp4.cast(value, scale)
+                continue
             of_rows = scale[rows] if spec.per_row else scale
             if spec.per_row and amax is None:
                 of_rows = amax_to_scale(value.abs().amax(1, keepdim=True), operand, spec.scale)
@@ -144,12 +147,15 @@ def check_base(path: str, base: Base, where: str) -> None:
             raise FalqonError(path, problem, _REMEDY)
     if code.dtype == INT8:
         return
+    if packed := nvfp4.is_packed(code):
+        code = nvfp4.block_scales(code)
     magnitude = torch.tensor(0x7F, dtype=torch.uint8, device=code.device)
     nan = torch.zeros((), dtype=torch.int64, device=code.device)
     for rows in row_chunks(code):
-        nan += ((code[rows] & magnitude) == magnitude).sum()
+        nan += (code[rows] >= magnitude if packed else (code[rows] & magnitude) == magnitude).sum()
     if count := int(added_up(nan, base.code)):
-        raise FalqonError(path, f"{count} of its FP8 bytes in {where} are NaN", _REMEDY)
+        kind = "block scales in {} are NaN or negative" if packed else "FP8 bytes in {} are NaN"
+        raise FalqonError(path, f"{count} of its {kind.format(where)}", _REMEDY)
 
 
 def sample(weight: Tensor) -> Tensor:
@@ -191,12 +197,13 @@ def digest(code: Tensor, scale: Tensor) -> Tensor:
     As bytes, like the weight's: what averages equal numbers gives them back in 8 bits, but not in
     64.
     """
+    code = code.detach().flatten(1)
     bits = scale.detach().contiguous().view(torch.int32).reshape(-1).to(torch.int64)
     total = (bits * odd_factors(len(bits), 0x3F58476D1CE4E5B9, code.device)).sum()
     whole = code.shape[1] % 8 == 0 and code.is_contiguous() and code.storage_offset() % 8 == 0
     of_rows = odd_factors(code.shape[0], 0x1E3779B97F4A7C15, code.device)
     for rows in row_chunks(code):
-        part = code.detach()[rows]
+        part = code[rows]
         words = part.view(torch.int64) if whole else part.to(torch.int64)
         columns = odd_factors(words.shape[1], 0x2545F4914F6CDD1D, code.device)
         total = total + ((words * columns).sum(1) * of_rows[rows]).sum()

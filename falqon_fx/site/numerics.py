@@ -22,15 +22,22 @@ from falqon_fx.kernels.cpu import native as cpu
 
 E4M3 = torch.float8_e4m3fn
 E5M2 = torch.float8_e5m2
+E2M1 = torch.float4_e2m1fn_x2  # two in a byte (`falqon_fx.site.nvfp4`)
 FP8_DTYPES = {"e4m3": E4M3, "e5m2": E5M2}  # by their names in options and specs
 FP8_MAX = {E4M3: 448.0, E5M2: 57344.0}
 INT8 = torch.int8
-OPERANDS = {"fp8": E4M3, "int8": INT8}  # by their names in options and specs
-LARGEST = {**FP8_MAX, INT8: 127.0}
+# What x and A are cast to, and W but for NVFP4, by the names in options and specs.
+OPERANDS = {"fp8": E4M3, "int8": INT8, "nvfp4": E4M3}
+LARGEST = {**FP8_MAX, INT8: 127.0, E2M1: 6.0}
 # What is not beyond this is nearest to the largest FP8 number anyway.
 ROUNDS_TO_MAX = {E5M2: 61440.0, E4M3: 464.0}
 # (mantissa bits kept, smallest normal, spacing of the subnormals)
-_LAYOUT = {E4M3: (3, 2.0**-6, 2.0**-9), E5M2: (2, 2.0**-14, 2.0**-16), INT8: (6, 64.0, 1.0)}
+_LAYOUT = {
+    E4M3: (3, 2.0**-6, 2.0**-9),
+    E5M2: (2, 2.0**-14, 2.0**-16),
+    E2M1: (1, 1.0, 0.5),
+    INT8: (6, 64.0, 1.0),
+}
 # The largest number's significand, and what carries above it into the exponent of a float32.
 _TOP = {E4M3: (1.75, 0x1FFFFF), E5M2: (1.75, 0x1FFFFF), INT8: (127 / 64, 0x1FFFF)}
 _TINY = 2.0**-126  # smallest normal float32: 1 / scale stays finite

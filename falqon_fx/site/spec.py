@@ -88,17 +88,22 @@ class SiteSpec:
 
     @property
     def operand(self) -> torch.dtype:
-        """What W, x and A are cast to."""
+        """What x and A are cast to, and W unless it is NVFP4."""
         return OPERANDS[self.base]
 
     @property
     def scales_inside(self) -> bool:
         """Whether a CPU multiplies operands that contain their scales: exactly, in any float."""
-        return self.scale == "pow2" and self.base == "fp8"
+        return self.scale == "pow2" and self.base != "int8"
 
     @property
     def grad_dtype(self) -> torch.dtype:
         return FP8_DTYPES[self.grad]
+
+    @property
+    def base_per_row(self) -> bool:
+        """Whether each row of W has a scale, which NVFP4 has for blocks and for all of it."""
+        return self.per_row and self.base != "nvfp4"
 
     @property
     def per_row(self) -> bool:

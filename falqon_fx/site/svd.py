@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from falqon_fx.config import FalqonConfig
-from falqon_fx.site.base import row_chunks
+from falqon_fx.site.base import cast_base
 from falqon_fx.site.numerics import amax_to_scale, round_to_fp8
 from falqon_fx.site.spec import RowsSpec, SiteSpec
 
@@ -16,12 +16,10 @@ _STEPS = 8
 
 def init_lora_a_(base: Tensor, lora_a: Tensor, spec: SiteSpec, seed: int) -> None:
     """Overwrite A [r, in] with Â for the base weight W [out, in], rounded as it will be."""
-    amax = base.abs().amax(1, keepdim=True) if spec.per_row else base.abs().amax()
-    scale = amax_to_scale(amax.to(torch.float32), spec.operand, spec.scale)
-    rows = low_rank_rows(_cast_error(base, scale, spec.operand), lora_a.shape[0], seed)
+    rows = low_rank_rows(_cast_error(base, spec), lora_a.shape[0], seed)
     a_amax = rows.abs().amax(1, keepdim=True) if spec.per_row else rows.abs().amax()
     if isinstance(spec, RowsSpec) and not spec.per_row:  # one scale for W' = [W; A]
-        a_amax = torch.maximum(a_amax, amax.to(torch.float32))
+        a_amax = torch.maximum(a_amax, base.abs().amax().to(torch.float32))
     a_scale = amax_to_scale(a_amax, spec.operand, spec.scale)
     lora_a.copy_(round_to_fp8(rows * a_scale.reciprocal(), spec.operand) * a_scale)
 
@@ -35,15 +33,10 @@ def init_where_new(weight: Tensor, lora_a: Tensor, lora_b: Tensor, config: Falqo
             init_lora_a_(weight, lora_a, SiteSpec.from_config(config), config.seed)
 
 
-def _cast_error(base: Tensor, scale: Tensor, operand: torch.dtype) -> Tensor:
+def _cast_error(base: Tensor, spec: SiteSpec) -> Tensor:
     """base - dq(q(base)), float32 [out, in]."""
-    error = torch.empty(base.shape, dtype=torch.float32, device=base.device)
-    for rows in row_chunks(base):
-        part = scale[rows] if scale.dim() else scale
-        wide = base[rows].to(torch.float32)
-        value = round_to_fp8(wide * part.reciprocal(), operand) * part
-        torch.sub(wide, value, out=error[rows])
-    return error
+    value = cast_base(base, spec).dequantize()
+    return torch.sub(base, value, out=value)
 
 
 def low_rank_rows(error: Tensor, rank: int, seed: int) -> Tensor:

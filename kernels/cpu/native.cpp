@@ -292,6 +292,75 @@ extern "C" void falqon_decode(const uint8_t* code, const float* scale, int64_t s
   }
 }
 
+namespace {
+
+constexpr int64_t kBlock4 = 16;  // weights that share a scale of NVFP4
+
+alignas(64) constexpr float kE2M1[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
+                                        -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
+
+// Sixteen E2M1 codes, two in a byte, the first in its lower half, times one factor.
+void decode_block(float* __restrict to, const uint8_t* __restrict code, float factor) {
+#ifdef __AVX2__
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(code));
+  const __m128i half = _mm_set1_epi8(0x0F);
+  const __m128i high = _mm_and_si128(_mm_srli_epi16(bytes, 4), half);
+  const __m128i codes = _mm_unpacklo_epi8(_mm_and_si128(bytes, half), high);
+#ifdef __AVX512F__
+  const __m512 value = _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(codes), _mm512_load_ps(kE2M1));
+  _mm512_storeu_ps(to, _mm512_mul_ps(value, _mm512_set1_ps(factor)));
+#else
+  const __m256 sizes = _mm256_load_ps(kE2M1), factors = _mm256_set1_ps(factor);
+  for (int part = 0; part < 2; ++part) {
+    const __m256i index = _mm256_cvtepu8_epi32(part ? _mm_srli_si128(codes, 8) : codes);
+    const __m256i sign = _mm256_slli_epi32(_mm256_srli_epi32(index, 3), 31);
+    const __m256 size = _mm256_permutevar8x32_ps(sizes, index);  // by the lower three bits
+    const __m256 value = _mm256_or_ps(size, _mm256_castsi256_ps(sign));
+    _mm256_storeu_ps(to + 8 * part, _mm256_mul_ps(value, factors));
+  }
+#endif
+#else
+  for (int64_t j = 0; j < kBlock4; ++j) to[j] = kE2M1[code[j / 2] >> (j % 2 * 4) & 0x0F] * factor;
+#endif
+}
+
+// As `narrow` does it but for NaNs with a full mantissa, which a product of these never is.
+void decode_block(bfloat16* __restrict to, const uint8_t* __restrict code, float factor) {
+  float value[kBlock4];
+  decode_block(value, code, factor);
+  for (int64_t j = 0; j < kBlock4; ++j) {
+    const uint32_t bits = as_bits(value[j]);
+    to[j].bits = uint16_t((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
+  }
+}
+
+template <class T>
+void decode_blocks(T* to, const uint8_t* code, int64_t blocks, float scale) {
+  const uint8_t* scales = code + blocks * (kBlock4 / 2);
+  for (int64_t j = 0; j < blocks; ++j) {
+    decode_block(to + j * kBlock4, code + j * (kBlock4 / 2), decode(scales[j]) * scale);
+  }
+}
+
+}  // namespace
+
+// NVFP4 as falqon_fx/site/nvfp4.py packs it, [rows, 9 * blocks] bytes and one scale, as float32 or
+// bfloat16 [rows, 16 * blocks].
+extern "C" void falqon_decode_nvfp4(const uint8_t* code, const float* scale, int64_t rows,
+                                    int64_t blocks, int64_t to_bfloat16, int64_t threads,
+                                    void* to) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < rows; ++row) {
+    const uint8_t* of_row = code + row * blocks * (kBlock4 / 2 + 1);
+    const int64_t at = row * blocks * kBlock4;
+    if (to_bfloat16) {
+      decode_blocks(static_cast<bfloat16*>(to) + at, of_row, blocks, *scale);
+    } else {
+      decode_blocks(static_cast<float*>(to) + at, of_row, blocks, *scale);
+    }
+  }
+}
+
 // ---------------------------------------------------------------- rounding to FP8
 
 namespace {

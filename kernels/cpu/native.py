@@ -66,7 +66,7 @@ def library() -> Any | None:
     """The compiled code; None where no compiler works, with the reason in the log."""
     return compiled(
         Path(__file__).with_suffix(".cpp"),
-        ("fingerprints", "update", "copy", "decode", "round"),
+        ("fingerprints", "update", "copy", "decode", "decode_nvfp4", "round"),
         "the update can't be compiled for this CPU and runs as ATen operations, five times slower",
     )
 
@@ -121,6 +121,24 @@ def decode(
     sizes = (*_rows_of(code, scale), dtype == torch.bfloat16, torch.get_num_threads())
     operands = (_address(code, code.dtype), _address(scale, torch.float32))
     _call("falqon_decode", *operands, *map(_INT64, sizes), _address(result, dtype, code.shape))
+    return result
+
+
+def decode_nvfp4(
+    packed: Tensor, scale: Tensor | float, dtype: torch.dtype, to: Tensor | None = None
+) -> Tensor | None:
+    """`falqon_fx.site.nvfp4.decode` of uint8 [out, 9, in / 16], ``scale`` [] or a number."""
+    scale = _as_scale(scale)
+    if scale.dim() or dtype not in _FLOATS or not _by_rows(packed, {torch.uint8}, scale):
+        return None
+    rows, _, blocks = packed.shape
+    shape = (rows, 16 * blocks)
+    result = torch.empty(shape, dtype=dtype, device="cpu") if to is None else to
+    if packed.shape[1] != 9 or not result.is_contiguous():
+        return None
+    operands = (_address(packed, torch.uint8), _address(scale, torch.float32))
+    sizes = (rows, blocks, dtype == torch.bfloat16, torch.get_num_threads())
+    _call("falqon_decode_nvfp4", *operands, *map(_INT64, sizes), _address(result, dtype, shape))
     return result
 
 

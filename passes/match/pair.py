@@ -44,6 +44,7 @@ from falqon_fx.passes.terms import (
     Scale,
     UnsupportedAdapted,
 )
+from falqon_fx.site.nvfp4 import shape_of
 
 
 @dataclass(frozen=True)
@@ -297,7 +298,7 @@ def _check_shapes(base: Linear | Prepared, pair: _Pair) -> None:
     if isinstance(base, Linear):
         out, features = shape(base.weight)
     elif isinstance(base, BaseLinear):
-        out, features = value_of(base.code).shape
+        out, features = shape_of(value_of(base.code))
     else:
         rows, features = value_of(base.state[0]).shape
         out = rows - rank

@@ -1,0 +1,137 @@
+"""NVFP4: W in four bits, with two levels of scales.
+
+    W[i, j] ≈ C[i, j] · S[i, j // 16] · s
+
+C is E2M1, one of ±{0, 0.5, 1, 1.5, 2, 3, 4, 6}; S, one for 16 neighbours in a row, is E4M3 and not
+negative; s is one float32 for all of W. For the largest magnitudes a of W and a_b of a block:
+
+    s = a / (6 · 448)        S = q(a_b / (6 · s))        C = q(W / (S · s))
+
+both to the nearest, ties to even. With scale="pow2" s is rounded up to a power of two. A value of C
+· S has 2 + 4 significant bits at most and lies in [2⁻¹⁰, 2688], so it is exact in bfloat16.
+
+Packed W is uint8 [out, 9, in / 16], 0.5625 bytes a weight: of a row first its codes, two a byte, the
+first in the lower half, then its block scales. By its three dimensions it is told from FP8's bytes.
+Where others keep them apart:
+
+| | codes [out, in / 2] | S [out, in / 16] | s |
+|---|---|---|---|
+| compressed-tensors, ``nvfp4-pack-quantized`` | ``weight_packed`` | ``weight_scale`` | 1 / ``weight_global_scale`` |
+| ModelOpt, ``NVFP4`` | ``weight`` | ``weight_scale`` | ``weight_scale_2`` |
+
+Sources: "Pretraining Large Language Models with NVFP4" (arXiv 2509.25149); ``NVFP4QTensor`` of
+ModelOpt; ``compressors/nvfp4`` of compressed-tensors, whose S of a block that would get 0 is taken
+over: 0.125, with codes that are 0.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from falqon_fx.config import Scale
+from falqon_fx.kernels.cpu import native as cpu
+from falqon_fx.site.numerics import (
+    E2M1,
+    E4M3,
+    LARGEST,
+    amax_to_scale,
+    decode_fp8,
+    encode_fp8,
+    round_to_fp8,
+)
+
+BLOCK = 16
+_MAX = LARGEST[E2M1] * LARGEST[E4M3]
+_LEAST = 2.0**-100  # of s: S · s stays a normal float32
+_LEAST_BLOCK = 0.125
+_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def is_packed(code: Tensor) -> bool:
+    """Whether the bytes of a base weight are NVFP4."""
+    return code.dim() == 3
+
+
+def packed_shape(out: int, features: int) -> tuple[int, int, int]:
+    """The shape of W [out, in], packed."""
+    return (out, 9, features // BLOCK)
+
+
+def shape_of(code: Tensor) -> tuple[int, int]:
+    """[out, in] of the bytes of a base weight, packed or not."""
+    out, *_, last = code.shape
+    return (out, last * BLOCK) if is_packed(code) else (out, last)
+
+
+def why_not(features: int) -> str | None:
+    """Why rows of that many weights can't be packed."""
+    if features % BLOCK == 0:
+        return None
+    return f"a row has {features} weights, and of NVFP4 {BLOCK} share a scale"
+
+
+def joined(codes: Tensor, scales: Tensor) -> Tensor:
+    """Packed W of bytes of codes [out, in / 2] and of block scales [out, in / 16]."""
+    return torch.cat([codes, scales], 1).view(len(codes), 9, -1)
+
+
+def block_scales(packed: Tensor) -> Tensor:
+    """Bytes of block scales [out, in / 16]: a view."""
+    return packed[:, 8]
+
+
+def parted(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of `joined`, both contiguous."""
+    codes, scales = packed.split([8, 1], 1)
+    return codes.flatten(1).contiguous(), scales.flatten(1).contiguous()
+
+
+def tensor_scale(amax: Tensor, mode: Scale) -> Tensor:
+    """s for the largest magnitude of W, float32 []."""
+    if mode == "pow2":
+        return amax_to_scale(amax.to(torch.float32) / 6, E4M3, mode).clamp(min=_LEAST)
+    scale = amax.to(torch.float32) / _MAX
+    return torch.where(amax == 0, 1.0, scale.clamp(min=_LEAST))
+
+
+def cast(weight: Tensor, scale: Tensor) -> Tensor:
+    """W [out, in], whose width is a multiple of 16, packed, with s."""
+    out, features = weight.shape
+    blocks = weight.to(torch.float32).reshape(out, features // BLOCK, BLOCK)
+    of_blocks = round_to_fp8(blocks.abs().amax(-1) / (LARGEST[E2M1] * scale), E4M3)
+    of_blocks = torch.where(of_blocks == 0, _LEAST_BLOCK, of_blocks)
+    scaled = blocks / (of_blocks * scale).unsqueeze(-1)
+    value = round_to_fp8(scaled + 0.0, E2M1)  # -0 becomes 0; what is rounded to 0 keeps its sign
+    low, high = _indices(value).view(out, features // 2, 2).unbind(-1)
+    return joined(low | high << 4, encode_fp8(of_blocks, E4M3))
+
+
+def _indices(value: Tensor) -> Tensor:
+    """The four bits of each E2M1 value, uint8."""
+    twice = (value.abs() * 2).to(torch.int32)  # 0, 1, 2, 3, 4, 6, 8 or 12
+    size = torch.where(twice > 4, twice // 2 + 2 - twice // 12, twice)
+    return size.to(torch.uint8) | torch.signbit(value).to(torch.uint8) << 3
+
+
+def _pairs(device: torch.device) -> Tensor:
+    """Both E2M1 values of each byte, float32 [256, 2]."""
+    size = torch.tensor(_VALUES, dtype=torch.float32, device=device)
+    values = torch.cat([size, -size])
+    return torch.stack([values.repeat(16), values.repeat_interleave(16)], 1)
+
+
+def decode(
+    packed: Tensor, scale: Tensor | float, dtype: torch.dtype, to: Tensor | None = None
+) -> Tensor:
+    """C · (S · s) [out, in] in ``dtype``, computed in float32, into ``to`` where that is given;
+    exact in bfloat16 where s is a power of two.
+    """
+    compiled = cpu.decode_nvfp4(packed, scale, dtype, to)
+    if compiled is not None:
+        return compiled
+    codes, scales = parted(packed)
+    pairs = _pairs(packed.device).index_select(0, codes.flatten().to(torch.int32))
+    factor = decode_fp8(scales, scale, torch.float32)
+    value = (pairs.view(*factor.shape, BLOCK) * factor.unsqueeze(-1)).flatten(1)
+    return value.to(dtype) if to is None else to.copy_(value)

@@ -1,0 +1,339 @@
+"""NVFP4 checkpoints, as compressed-tensors writes them and as ModelOpt does: loaded, prequantized,
+or refused.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import falqon_fx
+from falqon_fx import FalqonConfig, FalqonConfigError, FalqonError
+from falqon_fx.model.fp8_linear import Fp8Linear
+from falqon_fx.site import nvfp4
+from falqon_fx.site.base import cast_base
+from falqon_fx.site.numerics import E4M3
+from falqon_fx.site.spec import SiteSpec, parse_spec
+from tests.folders import IDS, WIDE, dense_model, folder_of, lora
+
+safetensors = pytest.importorskip("safetensors.torch")
+
+UP = "model.layers.0.mlp.up_proj"
+FP8 = FalqonConfig()
+VALUES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+def linears(model: nn.Module) -> list[str]:
+    named = model.named_modules()
+    return [n for n, m in named if isinstance(m, nn.Linear) and n != "lm_head"]
+
+
+def by_compressed_tensors(folder: Path) -> Path:
+    """Its preset NVFP4A16, by the real package, in one file."""
+    compressed_tensors = pytest.importorskip("compressed_tensors")
+    from compressed_tensors import quantization
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+    model = dense_model(dtype=torch.float32, **WIDE)
+    group = quantization.preset_name_to_scheme("NVFP4A16", ["Linear"])
+    config = quantization.QuantizationConfig(
+        config_groups={"group_0": group}, ignore=["lm_head"], quantization_status="frozen"
+    )
+    quantization.apply_quantization_config(model, config)
+    for path in linears(model):
+        module: Any = model.get_submodule(path)
+        blocks = module.weight.detach().view(len(module.weight), -1, 16)
+        module.weight_global_scale.data = generate_gparam(blocks.amin(), blocks.amax())
+        low, high = blocks.amin(-1), blocks.amax(-1)
+        given = (low, high, group.weights, module.weight_global_scale)
+        module.weight_scale.data = calculate_qparams(*given)[0]
+    compressor = compressed_tensors.ModelCompressor.from_pretrained_model(
+        model, quantization_format="nvfp4-pack-quantized"
+    )
+    compressor.compress_model(model)
+    folder_of(model, folder)
+    compressor.update_config(folder)
+    return folder
+
+
+def by_modelopt(folder: Path, inside: bool = False) -> Path:
+    """Its unified form: what its export writes, with settings in a file of their own or, as since
+    0.31, in config.json; two files with an index, scales of activations and of a cache.
+    """
+    model = dense_model(**WIDE)
+    settings: dict[str, Any] = {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}
+    if inside:
+        groups = {"group_0": {"weights": {"num_bits": 4, "type": "float", "group_size": 16}}}
+        in_config = {"quant_method": "modelopt", "quant_algo": "NVFP4", "config_groups": groups}
+        model.config.quantization_config = in_config
+    model.config.save_pretrained(folder)
+    more = {"group_size": 16, "exclude_modules": ["lm_head"]}
+    content = {"producer": {"name": "modelopt"}, "quantization": {**settings, **more}}
+    (folder / "hf_quant_config.json").write_text(json.dumps(content))
+    tensors = dict(model.state_dict())
+    for path in linears(model):
+        weight = tensors[f"{path}.weight"].float()
+        scale = nvfp4.tensor_scale(weight.abs().amax(), "amax")
+        codes, block_scales = nvfp4.parted(nvfp4.cast(weight, scale))
+        own = {"weight": codes, "weight_scale": block_scales.view(E4M3), "weight_scale_2": scale}
+        own["input_scale"] = torch.tensor(0.01)
+        tensors |= {f"{path}.{name}": tensor for name, tensor in own.items()}
+    tensors |= {f"model.layers.0.self_attn.{n}": torch.ones(()) for n in CACHE}
+    index: dict[str, str] = {}
+    for number, part in enumerate((".self_attn.", "")):
+        own = {n: t for n, t in tensors.items() if part in n and n not in index}
+        safetensors.save_file(own, folder / f"{number}.safetensors", metadata={"format": "pt"})
+        index |= dict.fromkeys(own, f"{number}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return folder
+
+
+CACHE = ("k_proj.k_scale", "v_proj.v_scale")
+LAYOUTS: dict[str, Callable[[Path], Path]] = {
+    "compressed-tensors": by_compressed_tensors,
+    "ModelOpt": by_modelopt,
+    "ModelOpt, config.json": lambda folder: by_modelopt(folder, inside=True),
+}
+
+
+def tensors_in(folder: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        found |= safetensors.load_file(file)
+    return found
+
+
+def decoded(tensors: dict[str, Tensor], path: str) -> Tensor:
+    """W element by element, float64."""
+    names = ("weight_packed", "weight_global_scale"), ("weight", "weight_scale_2")
+    codes, whole = next(pair for pair in names if f"{path}.{pair[1]}" in tensors)
+    pairs = tensors[f"{path}.{codes}"]
+    index = torch.stack([pairs & 15, pairs >> 4], 2).flatten(1).int()
+    value = VALUES.double()[index & 7] * (1.0 - 2.0 * (index >> 3))
+    blocks = tensors[f"{path}.weight_scale"].double().repeat_interleave(16, 1)
+    scale = tensors[f"{path}.{whole}"].double()
+    return value * blocks * (1 / scale if codes == "weight_packed" else scale)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.filterwarnings("ignore:.*scales of an FP8 cache")
+def test_it_is_cast_again_to_fp8_where_that_is_asked_for(tmp_path, layout):
+    """By `load` and by `prequantize`, both with the cost said."""
+    folder = LAYOUTS[layout](tmp_path / "nvfp4")
+    tensors = tensors_in(folder)
+    with pytest.warns(UserWarning, match=r"14 weights in NVFP4.*moved them by \d\.\d\d%"):
+        model = falqon_fx.load(folder, lora(), FP8)
+    with pytest.warns(UserWarning, match="14 weights in NVFP4.*moves them once more"):
+        report = falqon_fx.prequantize(folder, tmp_path / "out", lora(), FP8, progress=False)
+    assert report.layers == 14
+    parts = falqon_fx.load(tmp_path / "out")
+    spec = SiteSpec.from_config(FP8)
+    assert len(falqon_fx.adapters(model)) == 14
+    for path, state in falqon_fx.adapters(model).items():
+        weight = decoded(tensors, path.removeprefix("base_model.model."))
+        # Decoded in float32 it is off by two roundings, which may move a cast to its neighbour.
+        expected = cast_base(weight.float(), spec).dequantize()
+        off = (state.base() - expected).abs() > 2.0**-21 * expected.abs()
+        assert float(off.float().mean()) < 1e-3
+        assert torch.equal(falqon_fx.adapters(parts)[path].base(), state.base())
+    left = dict(parts.named_parameters())
+    for name, tensor in model.named_parameters():
+        if ".lora_" not in name and tensor.is_floating_point():
+            assert torch.equal(left[name], tensor)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.filterwarnings("ignore:.*scales of an FP8 cache")
+def test_it_is_a_base_as_it_is(tmp_path, layout):
+    """By `load` and by `prequantize`: the same bytes; s is no power of two, so scale="amax"."""
+    folder = LAYOUTS[layout](tmp_path / "nvfp4")
+    tensors = tensors_in(folder)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = falqon_fx.load(folder, lora(target_modules=["q_proj"]))
+        config = FalqonConfig(base_dtype="nvfp4", init="keep")
+        falqon_fx.prequantize(folder, tmp_path / "out", lora(target_modules=["q_proj"]), config,
+                              progress=False)  # fmt: skip
+        parts = falqon_fx.load(tmp_path / "out")
+    assert not [w for w in caught if "NVFP4" in str(w.message)]
+    layers = {p: m for p, m in model.named_modules() if isinstance(m, Fp8Linear)}
+    assert len(layers) == 14
+    for path, layer in layers.items():
+        name = path.removeprefix("base_model.model.").removesuffix(".base_layer")
+        codes, block_scales = nvfp4.parted(layer.code)
+        packed = f"{name}.weight_packed" in tensors
+        assert torch.equal(codes, tensors[f"{name}.{'weight_packed' if packed else 'weight'}"])
+        assert torch.equal(block_scales.view(E4M3), tensors[f"{name}.weight_scale"])
+        assert parse_spec(layer.spec_text).scale == "amax"
+        found, wanted = layer.base().dequantize().double(), decoded(tensors, name)
+        # Rounded once for S · s, once for the product, once for 1 / s.
+        assert bool(((found - wanted).abs() <= 3 * 2.0**-24 * wanted.abs()).all())
+        other: Any = parts.get_submodule(path)
+        assert other.extra_repr() == layer.extra_repr()
+        assert all(map(torch.equal, other.parameters(), layer.parameters()))
+    if layout != "ModelOpt":
+        return
+    options = FalqonConfig(base_dtype="nvfp4", scale="amax", inner="eager")
+    run = torch.compile(model, backend="falqon", options=dict[str, Any](config=options))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 0.01)
+    losses = []
+    for _ in range(5):
+        loss = run(IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+
+
+def test_an_svd_start_is_refused(tmp_path):
+    config = FalqonConfig(base_dtype="nvfp4", init="svd")
+    by_modelopt(tmp_path / "nvfp4")
+    for way in WAYS.values():
+        with pytest.raises(FalqonConfigError, match="starts from the error of a cast"):
+            way(tmp_path, config)
+
+
+# -- damaged ---------------------------------------------------------------------------------------
+
+
+def edited(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    file = folder / "1.safetensors"
+    tensors = safetensors.load_file(file)
+    change(tensors)
+    safetensors.save_file(tensors, file, metadata={"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    known = json.loads(index.read_text())["weight_map"]
+    known = {n: f for n, f in known.items() if f != file.name} | dict.fromkeys(tensors, file.name)
+    index.write_text(json.dumps({"weight_map": known}))
+
+
+def set_block(byte: int) -> Callable[[dict[str, Tensor]], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{UP}.weight_scale"].view(torch.uint8)[1, 1] = byte
+
+    return change
+
+
+def put(name: str, value: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{UP}.{name}"] = value(tensors[f"{UP}.{name}"]).contiguous()
+
+    return change
+
+
+def lose(name: str) -> Callable[[dict[str, Tensor]], None]:
+    return lambda tensors: tensors.__delitem__(f"{UP}.{name}")
+
+
+def whole(value: float) -> Callable[[dict[str, Tensor]], None]:
+    return put("weight_scale_2", lambda scale: torch.full_like(scale, value))
+
+
+SHAPES = "as its codes, block scales and scale"
+DAMAGES = {
+    "NaN block": (set_block(0x7F), "1 of its block scales in .* are NaN or negative"),
+    "negative block": (set_block(0xB8), "1 of its block scales in .* are NaN or negative"),
+    "NaN": (whole(float("nan")), "1 of its 1 scales in .* are NaN"),
+    "Inf": (whole(float("inf")), "1 of its 1 scales in .* are Inf"),
+    "zero": (whole(0.0), "1 of its 1 scales in .* are zero"),
+    "negative": (whole(-1.0), "1 of its 1 scales in .* are negative"),
+    "no block scales": (lose("weight_scale"), r"lacks its .*weight_scale"),
+    "no scale": (lose("weight_scale_2"), r"lacks its .*weight_scale_2"),
+    "blocks of 32": (put("weight_scale", lambda t: t[:, ::2]), SHAPES),
+    "a row too few": (put("weight_scale", lambda t: t[1:]), SHAPES),
+    "a code too few": (put("weight", lambda t: t[:, 1:]), SHAPES),
+    "other block scales": (put("weight_scale", lambda t: t.float()), SHAPES),
+    "a scale a row": (put("weight_scale_2", lambda t: t.expand(96)), SHAPES),
+    "INT8 beside it": (put("weight", lambda t: t.view(torch.int8)), SHAPES),
+}
+WAYS: dict[str, Callable[..., object]] = {
+    "load": lambda folder, config=None: falqon_fx.load(folder / "nvfp4", lora(), config),
+    "prequantize": lambda folder, config=None: falqon_fx.prequantize(
+        folder / "nvfp4", folder / "out", lora(), config, progress=False
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_weights_are_refused(tmp_path, damage):
+    change, message = DAMAGES[damage]
+    edited(by_modelopt(tmp_path / "nvfp4"), change)
+    for way in WAYS.values():
+        with pytest.raises(FalqonError, match=rf"{UP}.*{message}"):
+            way(tmp_path)
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_beyond_fp8_can_not_be_cast_again(tmp_path):
+    edited(by_modelopt(tmp_path / "nvfp4"), whole(2.0**16))
+    for way in WAYS.values():
+        with pytest.raises(FalqonError, match=rf"{UP}.*exceeds 65536"):
+            way(tmp_path, FP8)
+
+
+def test_weights_in_two_forms_are_refused(tmp_path):
+    folder = by_modelopt(tmp_path / "nvfp4")
+    down = "model.layers.1.mlp.down_proj"
+
+    def other(tensors: dict[str, Tensor]) -> None:
+        for name in ("weight_scale", "weight_scale_2"):
+            del tensors[f"{down}.{name}"]
+        tensors[f"{down}.weight"] = torch.ones(64, 96).to(E4M3)
+
+    edited(folder, other)
+    with pytest.raises(FalqonError, match=rf"{down}.*float8_e4m3fn \[64, 96\].*NVFP4 elsewhere"):
+        WAYS["load"](tmp_path)
+    with pytest.raises(FalqonError, match=rf"{down}.*F8_E4M3 already"):
+        WAYS["prequantize"](tmp_path)
+
+    def both(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{UP}.weight_packed"] = tensors[f"{UP}.weight"].clone()
+        tensors[f"{UP}.weight_global_scale"] = torch.ones(1)
+
+    edited(folder, both)
+    for way in WAYS.values():
+        with pytest.raises(FalqonError, match=rf"{UP}.*in two forms"):
+            way(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"quant_algo": "MIXED_PRECISION"}, "MIXED_PRECISION weights"),
+        ({"quant_algo": "NVFP4_AWQ"}, "NVFP4_AWQ weights"),
+        ({"group_size": 32}, "blocks of 32, and NVFP4 has blocks of 16"),
+        ({"group_size": "16"}, "group_size"),
+        ({"quant_algo": 4}, "quant_algo"),
+    ],
+)
+def test_other_settings_are_refused(tmp_path, change, message):
+    file = by_modelopt(tmp_path / "nvfp4") / "hf_quant_config.json"
+    content = json.loads(file.read_text())
+    content["quantization"] |= change
+    file.write_text(json.dumps(content))
+    for way in WAYS.values():
+        with pytest.raises(FalqonError, match=message):
+            way(tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_groups_in_several_forms_are_refused(tmp_path):
+    file = by_modelopt(tmp_path / "nvfp4", inside=True) / "config.json"
+    content = json.loads(file.read_text())
+    groups = content["quantization_config"]["config_groups"]
+    groups["group_1"] = {"weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}
+    groups["group_0"]["weights"]["strategy"] = "tensor_group"
+    content["quantization_config"] |= {"quant_method": "compressed-tensors"}
+    file.write_text(json.dumps(content))
+    for way in WAYS.values():
+        with pytest.raises(FalqonError, match="some of its weights are NVFP4 and others are not"):
+            way(tmp_path)
