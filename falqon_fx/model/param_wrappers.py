@@ -13,6 +13,8 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from falqon_fx._compat import is_dtensor
+from falqon_fx.errors import FalqonError
 from falqon_fx.model.stacks import (
     forget_properties,
     prepared_stack,
@@ -20,6 +22,8 @@ from falqon_fx.model.stacks import (
     read_as_property,
     slot,
 )
+from falqon_fx.site.paths import stack_path
+from falqon_fx.site.sharded import held_by_fsdp
 
 _FP8 = {torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz}
 
@@ -40,10 +44,15 @@ def trace_param_wrappers(model: nn.Module) -> list[str]:
 
     Returns:
         The paths of the wrappers; none where PEFT adapts layers only.
+
+    Raises:
+        FalqonError: other processes hold parts of what is adapted, by tensor or expert parallelism.
     """
     found: list[str] = []
-    for path, module in model.named_modules():
-        if not isinstance(module, ParamWrapper) or not _can_trace(module):
+    every = [(p, m) for p, m in model.named_modules() if isinstance(m, ParamWrapper)]
+    _refuse_spread(every, held_by_fsdp(model))
+    for path, module in every:
+        if not _can_trace(module):
             continue
         base, name = module.get_base_layer(), module.parameter_name
         read_as_property(base, name)
@@ -109,6 +118,22 @@ class TracedParamWrapper(ParamWrapper):
             delta = delta + self.get_delta_weight(name)
         adapted: Tensor = weight + delta
         return adapted
+
+
+def _refuse_spread(wrappers: list[tuple[str, Any]], by_fsdp: set[int]) -> None:
+    """PEFT's sum is of all of W, B and A, and fails at parts of W in the first step."""
+    for path, wrapper in wrappers:
+        base, name = wrapper.get_base_layer(), wrapper.parameter_name
+        weight = base._parameters.get(name)
+        cut = weight is not None and is_dtensor(weight) and id(weight) not in by_fsdp
+        if cut or getattr(base, "_is_expert_parallel", False):
+            raise FalqonError(
+                stack_path(f"{path}.{name}", prepared=False),
+                "tensor or expert parallelism spreads it over processes, and PEFT adds B · A to "
+                "all of it",
+                "Leave it out of target_parameters: frozen experts run in FP8 there; or shard the "
+                "model by fully_shard",
+            )
 
 
 def _can_trace(wrapper: Any) -> bool:
