@@ -155,8 +155,8 @@ def merged(s: StackShape) -> list[Kernel]:
         kernels += [*_adapter_casts(s), low]
     if s.library:
         kernels += _gathering(s, 1)
-        product = Kernel("forward", "x·Wᵀ", "float8", 2 * rows * i * o, rows * i + s.weights)
-        product = replace(product, bytes=product.bytes + result)
+        moved = rows * i + s.weights + result
+        product = Kernel("forward", "x·Wᵀ", "float8", 2 * rows * i * o, moved)
         if r == 0:
             kernels.append(replace(product, kept=result))
         else:
@@ -182,11 +182,12 @@ def merged(s: StackShape) -> list[Kernel]:
     if r != 0:
         more = g * (rows * r + s.of_a)
         back = replace(back, bytes=back.bytes + more, added=2 * rows * r * i, added_dtype=wide)
-        turned = Kernel("backward", "s·B by expert", wide, 0, s.of_b * 2 * g)
-        grad_a = _of_rows(s, "backward", "D", o, r, g)
-        decoded = Kernel("backward", "decode A", wide, 0, s.of_a * (1 + g), s.of_a)
-        scaled = Kernel("backward", "scale D", wide, 0, rows * r * g * (2 + 2 * int(s.train_a)))
-        kernels += [turned, grad_a, scaled, decoded]
+        scaled = rows * r * g * (2 + 2 * int(s.train_a))
+        kernels += [
+            _of_rows(s, "backward", "D", o, r, g),
+            Kernel("backward", "scale D", wide, 0, scaled),
+            Kernel("backward", "decode A", wide, 0, s.of_a * (1 + g), s.of_a),
+        ]
     kernels += [Kernel("backward", "cast dO", "float8", 0, rows * o * (e + 1)), back]
     kernels += _summing(s, 4)
     if r == 0:
