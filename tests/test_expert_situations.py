@@ -129,8 +129,9 @@ def test_checkpointed_layers_route_as_in_the_forward_pass():
 # -- spread over processes -------------------------------------------------------------------------
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def mesh():
+    """One for all: torch keeps what it knows of a mesh, and finds it again by its shape alone."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield dist.init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
