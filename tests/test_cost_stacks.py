@@ -247,6 +247,7 @@ def test_explain_predicts_stacks_and_the_page_shows_them():
     for site in (up, down):
         assert site.cost is not None
         shape = cost.shape_of(site)
+        assert isinstance(shape, StackShape)
         assert shape.rows == 24
         assert site.cost.moved_after == int(cost.moved(STACKS["merged"](shape)))
         assert site.cost.seconds_before > 0

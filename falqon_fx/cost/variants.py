@@ -252,7 +252,7 @@ def emulated(s: Shape) -> list[Kernel]:
     return [*kernels, *(optimizer(s) if s.rank != 0 else ())]
 
 
-Variant = Callable[[Shape], list[Kernel]]
+Variant = Callable[[Any], list[Kernel]]  # of a `Shape`, or of a kind of it
 VARIANTS: dict[str, Variant] = {
     "lora": lora,
     "fp8_lora": fp8_lora,

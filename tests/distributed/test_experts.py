@@ -12,7 +12,8 @@ import torch.distributed as dist
 from falqon_fx import FalqonConfig
 from tests.distributed import ranks
 from tests.distributed.tensor_parallel import compiled
-from tests.test_expert_situations import batch, build, sharded_beside_alone, similar, spread
+from tests.test_expert_situations import batch, sharded_beside_alone, similar, spread
+from tests.test_prepared_experts import build
 
 
 @pytest.mark.slow
@@ -26,7 +27,9 @@ def test_frozen_experts_that_two_ranks_share_give_what_one_has(tmp_path: Path):
     """By transformers' tensor and expert parallelism: y, and dL/dx under the former."""
     for seen in ranks.run(shared, 2, tmp_path):
         for plan, (sites, alike) in seen.items():
-            assert sites == ["experts.down_proj", "experts.gate_up_proj"], plan
+            # What half of down is, 64 x 32, is too small to gain.
+            down = ["experts.down_proj"] * (plan == "expert")
+            assert sites == [*down, "experts.gate_up_proj"], plan
             assert min(alike) > 0.99, plan
 
 

@@ -80,15 +80,18 @@ def arithmetic(step: Step, figures: Figures, cuda_graphs: bool = False) -> dict[
 
 def layer_of(name: str, step: Step, time: Timer) -> list[Launch]:
     """The launches of a layer of one run, of layers that are all alike."""
-    of = layer if step.decoder.mixture is None else mixture
+    dense = step.decoder.mixture is None
     if name in ("peft", "nf4"):
-        return of.peft(step, time, nf4=name == "nf4")
-    return of.falqon(step, time, train_a=name == "falqon")
+        run = layer.peft if dense else mixture.peft
+        return run(step, time, nf4=name == "nf4")
+    ours = layer.falqon if dense else mixture.falqon
+    return ours(step, time, train_a=name == "falqon")
 
 
 def kept(name: str, step: Step) -> int:
     """Bytes of such a layer that are there for backward alone."""
-    return (layer if step.decoder.mixture is None else mixture).kept(step, name)
+    of = layer.kept if step.decoder.mixture is None else mixture.kept
+    return of(step, name)
 
 
 def _run(name: str, step: Step, time: Timer, cuda_graphs: bool) -> Run:
