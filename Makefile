@@ -84,7 +84,8 @@ kernels: venv
 
 # The compiler is a script that adds the flags. Python itself has leaks at its end.
 ASAN := $(CURDIR)/build/asan
-ASAN_TESTS := $(addprefix tests/,kernels/test_cpu.py kernels/test_cpu_operands.py test_lowering.py \
+ASAN_TESTS := $(addprefix tests/,kernels/test_cpu.py kernels/test_cpu_operands.py \
+	kernels/test_cpu_experts.py test_lowering.py \
 	test_lowering_cpu.py attack/test_crafted.py attack/test_crafted_manifests.py)
 
 asan: venv

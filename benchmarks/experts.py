@@ -1,9 +1,10 @@
 """A layer of stacked experts with LoRA on a CPU: seconds a step of falqon and of others.
 
-    python benchmarks/experts.py               # E = 32 and 128, top 8; ten minutes on 2 cores
+    python benchmarks/experts.py               # E = 32 and 128, top 8; five minutes on 2 cores
 
 The shapes are half of Qwen3-30B-A3B's (hidden 2048, experts of 768) in bfloat16, rank 16 on
-gate_up and down. The ways take turns in each round and route each step anew; the fastest counts.
+gate_up and down. The ways take turns in each round, the first of them another each time, and route
+each step anew. The median counts; beside it the least and the most.
 
     PEFT          as it is: W + s·B·A of all experts in each pass, uncompiled
     PEFT, traced  `trace_param_wrappers`, compiled by Inductor
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -87,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--inner", type=int, default=384)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--result", type=Path)
     given = parser.parse_args(argv)
     rows = [measure(given, experts) for experts in given.experts]
@@ -97,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     names = list(rows[0]["seconds"])
     table = []
     for row in rows:
-        seconds = [f"{row['seconds'][name]:.3f}" for name in names]
+        seconds = [_shown(row["seconds"][name]) for name in names]
         table.append([row["experts"], *seconds, f"{row['ratio']:.2f}", f"{row['memory']:.3f}"])
     header = ["E", *(f"{name}, s" for name in names), "falqon / fastest other", "weights"]
     text = markdown("Stacked experts, seconds a step", about, header, table)
@@ -140,21 +142,29 @@ def measure(given: Any, experts: int) -> dict[str, Any]:
         "split": torch.compile(split),
         "falqon": torch.compile(ours, backend="falqon"),
     }
-    seconds = dict.fromkeys(ways, float("inf"))
-    for turn in range(given.rounds + 1):
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    order = list(ways)
+    for turn in range(given.rounds + 2):
         batch = _batch(given, experts)
-        for name, way in ways.items():
+        order.append(order.pop(0))
+        for name in order:
             start = time.perf_counter()
-            way(*batch).float().square().mean().backward()
-            if turn:  # the first compiles
-                seconds[name] = min(seconds[name], time.perf_counter() - start)
-    others = min(value for name, value in seconds.items() if name != "falqon")
+            ways[name](*batch).float().square().mean().backward()
+            if turn > 1:  # the first compile
+                seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(each) for name, each in seconds.items()}
+    others = min(value for name, value in medians.items() if name != "falqon")
     return {
         "experts": experts,
         "seconds": seconds,
-        "ratio": seconds["falqon"] / others,
+        "ratio": medians["falqon"] / others,
         "memory": report.bytes_after / report.bytes_before,
     }
+
+
+def _shown(seconds: list[float]) -> str:
+    """The median, the least and the most."""
+    return f"{statistics.median(seconds):.3f} ({min(seconds):.3f} to {max(seconds):.3f})"
 
 
 def _batch(given: Any, experts: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -54,6 +54,7 @@ def describe(
         adapter_dtype=dtype_name(adapters[0].lora_b.value.dtype) if adapters else "",
         adapters=len(adapters),
         experts=experts,
+        gathered=_gathered(found),
         compensate=_width(found, "error_b"),
         outliers=_width(found, "columns"),
         prepared=prepared,
@@ -66,6 +67,12 @@ def describe(
     )
     kernel, reason = choose_for_experts(site) if experts else choose(site)
     return replace(site, kernel=kernel, kernel_reason=reason)
+
+
+def _gathered(found: Match) -> int:
+    """How many rows of x are read by an index, in this call."""
+    rows = found.base.rows if isinstance(found.base, Experts) else None
+    return 0 if rows is None else hint(value_of(rows).numel())
 
 
 def _width(found: Match, name: str) -> int:

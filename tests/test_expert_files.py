@@ -17,10 +17,11 @@ from torch.distributed.fsdp import fully_shard
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
-from falqon_fx.files.expert_parts import own_names, parts_of, stacks_of
+from falqon_fx.files.expert_parts import own_names, parts_of, rearranged, stacks_of
 from falqon_fx.integrations.peft import trace_param_wrappers
 from falqon_fx.model.stacks import Fp8Stack
 from falqon_fx.site.base import Base
+from tests import zoo
 from tests.emulation import E4M3, cast
 from tests.models import fill_b
 
@@ -260,6 +261,81 @@ def test_a_checkpoint_that_lacks_an_expert_is_refused(source, tmp_path):
     (tmp_path / "config.json").write_text((source / "config.json").read_text())
     with pytest.raises(FalqonError, match=r"experts\.3\.up_proj"):
         falqon_fx.prequantize(tmp_path, tmp_path / "out", peft.LoraConfig(**LORA), progress=False)
+
+
+def whole_stacks(kind: str) -> tuple[Any, list[str]]:
+    """A model of which no engine has an FP8 form for the experts, and their names."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": HIDDEN, "num_hidden_layers": 1, "head_dim": 32}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 64}
+    sizes |= {"num_local_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0}
+    config = getattr(transformers, kind)(**sizes, use_cache=False, dtype="bfloat16")
+    config._experts_implementation = "grouped_mm"
+    model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    stacks = [n for n, p in model.named_parameters() if p.dim() == 3 and "expert" in n]
+    assert len(stacks) == 2
+    return model, stacks
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("GptOssConfig", "[E, in, out]"),
+        pytest.param("GraniteMoeConfig", "in one tensor", marks=pytest.mark.slow),
+    ],
+)
+def test_experts_that_no_engine_reads_in_fp8_are_dense_by_name(kind, why, tmp_path):
+    """Beside attention in FP8, with their adapters merged; transformers loads both. Without any
+    other layer in FP8 there is nothing to write.
+    """
+    model, stacks = whole_stacks(kind)
+    targets = [".".join(name.split(".")[-2:]) for name in stacks]
+    lora = {"r": 4, "target_modules": ["q_proj"], "target_parameters": targets}
+    adapted: Any = peft.get_peft_model(model, peft.LoraConfig(**lora))
+    fill_b(adapted, 0.05)
+    trace_param_wrappers(adapted)
+    falqon_fx.prepare(adapted, progress=False)
+    report = falqon_fx.save_fp8(adapted, tmp_path / "out", progress=False)
+    experts = stacks[0].rpartition(".")[0]
+    assert why in report.dense[experts]
+    assert any(path.endswith("q_proj") for path in report.layers)
+    assert not any("experts" in path for path in report.layers)
+    expected = falqon_fx.merge_and_unload(adapted)
+    config = transformers.CompressedTensorsConfig(dequantize=True)
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.bfloat16, quantization_config=config
+    )
+    for name in stacks:
+        assert torch.equal(loaded.get_parameter(name), expected.get_parameter(name)), name
+
+
+def test_a_model_of_which_nothing_could_be_in_fp8_is_refused(tmp_path):
+    model, stacks = whole_stacks("GptOssConfig")
+    falqon_fx.prepare(model, FalqonConfig(include=("*experts*",)), progress=False)
+    with pytest.raises(FalqonError, match=r"\[E, in, out\].*merge_and_unload") as caught:
+        falqon_fx.save_fp8(model, tmp_path / "out", progress=False)
+    assert stacks[0].rpartition(".")[0] in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "family", ["lara_mini", pytest.param("kimi_linear", marks=pytest.mark.slow)]
+)
+def test_rows_that_checkpoints_have_in_other_tensors_find_their_place(family, tmp_path):
+    """Three convolutions in the place of one, one projection in the place of four."""
+    model: Any = zoo.build(family)
+    model.save_pretrained(tmp_path)
+    tensors, whole = load_file(tmp_path / "model.safetensors"), model.state_dict()
+    groups = rearranged(model)
+    assert groups
+    for group in groups:
+        few = dict(tensors)
+        del few[next(iter(group.theirs))]
+        assert group.placed(few) == {}
+        assert len(few) == len(tensors) - 1
+        for name, tensor in group.placed(tensors).items():
+            assert torch.equal(tensor, whole[name]), name
+        assert tensors.keys().isdisjoint(group.theirs)
 
 
 def test_stacks_that_checkpoints_keep_whole_have_no_parts():

@@ -25,8 +25,6 @@ from tests.experts_zoo import FAMILIES, stacks_in
 pytestmark = pytest.mark.slow
 
 
-# Other tensors of these are made of several of a checkpoint, which `load` does not put together.
-MADE_OF_SEVERAL = ("bailing_hybrid", "kimi_linear", "lara_mini")
 # What transformers cuts off of a vocabulary is more than these tiny ones have.
 NOT_LOADED = ("inkling2_loop_text", "inkling2_text")
 
@@ -61,9 +59,7 @@ def quantized(model: Any, name: str, weight: Tensor) -> Tensor:
     return (wide.mT if turned else wide).to(weight.dtype)
 
 
-@pytest.mark.parametrize(
-    "family", [name for name in FAMILIES if name not in MADE_OF_SEVERAL], indirect=True
-)
+@pytest.mark.parametrize("family", FAMILIES, indirect=True)
 def test_a_checkpoint_is_prequantized_and_loaded(family, tmp_path):
     model, stacks = family
     falqon_fx.prequantize(tmp_path / "source", tmp_path / "out", lora(stacks), progress=False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,6 +17,9 @@ from torch.nn import functional as F
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
+from falqon_fx.integrations.peft import trace_param_wrappers, untrace_param_wrappers
+from tests import zoo
+from tests.models import fill_b
 from tests.test_prepared_experts import EXPERTS, STACKS, build
 
 EAGER: Any = {"config": FalqonConfig(inner="eager")}
@@ -94,11 +98,40 @@ def test_under_autocast_a_float32_model_is_merged(graphs):
         assert similar(ours, theirs) > 0.99
 
 
+@pytest.mark.slow
+def test_checkpointed_layers_route_as_in_the_forward_pass():
+    """The router runs anew in the recomputation, behind FP8 layers: gradients are the same bits."""
+    gradients_of = []
+    for checkpointed in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        whole: Any = zoo.build("qwen3_moe")
+        whole.set_experts_implementation("grouped_mm")
+        stacks = [f"mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+        lora = peft.LoraConfig(r=4, target_modules=["q_proj"], target_parameters=stacks)
+        model: Any = peft.get_peft_model(whole, lora)
+        fill_b(model, 0.05)
+        trace_param_wrappers(model)
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        model.train()
+        options: Any = {"config": FalqonConfig(inner="aot_eager")}
+        ids = torch.arange(24).reshape(2, 12) % 37
+        call = torch.compile(model, backend="falqon", options=options)
+        call(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        gradients_of.append(gradients(model))
+    assert len(gradients_of[0]) > 2
+    for plain, recomputed in zip(*gradients_of, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
 # -- spread over processes -------------------------------------------------------------------------
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def mesh():
+    """One for all: torch keeps what it knows of a mesh, and finds it again by its shape alone."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield dist.init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
@@ -157,6 +190,55 @@ def test_stacks_that_are_cut_are_left_by_name(mesh):
     report = falqon_fx.prepare(model, progress=False)
     assert "spread over processes" in report.skipped[f"{EXPERTS}.down_proj"]
     assert report.prepared == (f"{EXPERTS}.gate_up_proj",)
+
+
+@pytest.mark.parametrize("spread", ["cut", "whole experts"])
+def test_adapted_experts_that_are_spread_are_refused_before_a_step(spread, mesh):
+    """PEFT's sum would fail in it; nothing has changed then."""
+    model = build()
+    untrace_param_wrappers(model)
+    inner: Any = model.get_submodule(EXPERTS).get_base_layer()
+    if spread == "cut":
+        whole = inner._parameters["down_proj"].detach()
+        cut = distribute_tensor(whole, mesh, [Shard(1)])
+        inner._parameters["down_proj"] = torch.nn.Parameter(cut, requires_grad=False)
+    else:
+        inner._is_expert_parallel = True
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(FalqonError, match=r"experts\.down_proj.*target_parameters"):
+        trace_param_wrappers(model)
+    assert [type(module) for module in model.modules()] == before
+
+
+@pytest.mark.parametrize("plan", ["tensor", "expert"])
+def test_frozen_experts_of_one_process_are_sites(plan, mesh, graphs):
+    """As transformers spreads them, here over one process; `prepare` leaves them by name."""
+    model, given = build(False), batch(0)
+    expected = model(*given)
+    spread(model, mesh, plan)
+    skipped = falqon_fx.prepare(model, progress=False).skipped
+    assert sorted(skipped) == ["experts.down_proj", "experts.gate_up_proj"]
+    assert all("spread over processes" in reason for reason in skipped.values())
+    with torch.no_grad():
+        y = torch.compile(model, backend="falqon", options=EAGER)(*given)
+    assert similar(y, expected) > 0.99
+    found = sorted(site.path for graph in graphs for site in graph.sites)
+    assert found == sorted(skipped)
+
+
+def spread(model: Any, mesh: Any, plan: str) -> None:
+    """What `from_pretrained` does with a `DistributedConfig`."""
+    from transformers.distributed.expert_parallel import apply_expert_parallelism
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+    styles = {"gate_up_proj": "packed_colwise", "down_proj": "rowwise", "": "moe_tp_experts"}
+    if plan == "expert":
+        styles = dict.fromkeys(styles, "grouped_gemm") | {"": "ep_dispatch_experts"}
+    named = {f"experts.{name}".rstrip("."): style for name, style in styles.items()}
+    if plan == "expert":
+        apply_expert_parallelism(model, mesh, mesh, named)
+    else:
+        apply_tensor_parallelism(model, mesh, named)
 
 
 @pytest.mark.slow

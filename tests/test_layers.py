@@ -62,10 +62,10 @@ def test_private_names_of_torch_are_imported_in_one_file():
 
 def test_addresses_are_given_to_compiled_code_in_one_folder():
     """Beside that code stands what compares dtypes, shapes and layouts first
-    (`tests/kernels/test_cpu_operands.py`); nothing else can call it.
+    (`tests/kernels/test_cpu_operands.py`, `test_cpu_experts.py`); nothing else can call it.
     """
     users = {n for n, p in house.MODULES.items() if "ctypes" in p.read_text()}
-    files = ("build", "casts", "integers", "native", "samples")
+    files = ("build", "casts", "experts", "integers", "native", "samples")
     assert users == {f"falqon_fx.kernels.cpu.{name}" for name in files}
 
 

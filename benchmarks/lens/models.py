@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
-from transformers import AttentionInterface, LlamaConfig, Qwen3Config
+from transformers import AttentionInterface, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
+
+from falqon_fx.integrations.peft import trace_param_wrappers
 
 SITES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -25,6 +28,9 @@ class Shape:
     heads: int
     kv_heads: int
     head: int = 128
+    experts: int = 0
+    top: int = 0
+    expert_inner: int = 0
 
 
 SHAPES = {
@@ -32,8 +38,13 @@ SHAPES = {
     "llama-7b": Shape("llama", 4096, 11008, 32, 32),
     "llama-3-8b": Shape("llama", 4096, 14336, 32, 8),
     "qwen3-8b": Shape("qwen3", 4096, 12288, 32, 8),
+    "qwen3-30b-a3b": Shape("qwen3_moe", 2048, 6144, 32, 4, 128, 128, 8, 768),
 }
-_KINDS = {"llama": (LlamaConfig, LlamaDecoderLayer), "qwen3": (Qwen3Config, Qwen3DecoderLayer)}
+_KINDS: dict[str, tuple[Any, Any]] = {
+    "llama": (LlamaConfig, LlamaDecoderLayer),
+    "qwen3": (Qwen3Config, Qwen3DecoderLayer),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeDecoderLayer),
+}
 
 
 @dataclass(frozen=True)
@@ -61,8 +72,20 @@ class Layers(nn.Module):
             vocab_size=32000,
             use_cache=False,
             attn_implementation=ATTENTION,
+            experts_implementation="grouped_mm",
+            **self._experts(shape),
         )
         self.layers = nn.ModuleList(layer(sizes, i) for i in range(layers))
+
+    @staticmethod
+    def _experts(shape: Shape) -> dict[str, int]:
+        if not shape.experts:
+            return {}
+        return {
+            "num_experts": shape.experts,
+            "num_experts_per_tok": shape.top,
+            "moe_intermediate_size": shape.expert_inner,
+        }
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         for layer in self.layers:
@@ -74,8 +97,15 @@ def build(shape: Shape, layers: int, adapter: Adapter) -> Layers:
     """The layers on the meta device: frozen bf16 weights, and the adapter."""
     with torch.device("meta"):
         model = Layers(shape, layers).to(torch.bfloat16)
-        lora = LoraConfig(r=adapter.rank, lora_alpha=2 * adapter.rank, target_modules=SITES)
+        stacks = [f"experts.{name}" for name in ("gate_up_proj", "down_proj")]
+        lora = LoraConfig(
+            r=adapter.rank,
+            lora_alpha=2 * adapter.rank,
+            target_modules=SITES,
+            target_parameters=stacks if shape.experts else None,
+        )
         inject_adapter_in_model(lora, model)
+        trace_param_wrappers(model)
     for name, parameter in model.named_parameters():
         of_a, of_b = (f".lora_{which}." in name for which in "AB")
         parameter.requires_grad_(of_b or (of_a and adapter.train_a))

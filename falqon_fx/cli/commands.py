@@ -126,6 +126,15 @@ def cost(
     siblings: Annotated[
         int, Option(min=1, help="layers alike that read one input (q, k, v: 3)")
     ] = 1,
+    experts: Annotated[int, Option(min=0, help="of a stack; 0: a linear layer")] = 0,
+    top_k: Annotated[
+        int | None,
+        Option(
+            min=0,
+            help="experts that each token goes to, whose rows are gathered (gate and up); 0: each "
+            "has a row of its own (down; the default)",
+        ),
+    ] = None,
     tokens: Annotated[
         list[int] | None,
         Option(min=1, help="of a call; with --step, of a sequence (4096); may be repeated"),
@@ -143,7 +152,8 @@ def cost(
         bool, Option("--step", help="a model's whole step; the options below belong to it")
     ] = False,
     model: Annotated[
-        str | None, Option(help="llama-7b, llama-3-8b, qwen3-8b or a config.json (llama-7b)")
+        str | None,
+        Option(help="llama-7b, llama-3-8b, qwen3-8b, qwen3-30b-a3b or a config.json (llama-7b)"),
     ] = None,
     batch: Annotated[int | None, Option(min=1, help="sequences (1)")] = None,
     transpose: Annotated[
@@ -165,7 +175,8 @@ def cost(
 
     Predicted times of its step on one card, by number of tokens: lora is what runs without falqon;
     fp8_lora puts FP8 under a separate LoRA path; merged is the rewritten layer on FP8 matrix units;
-    emulated is the same arithmetic without them. A and B train; W is constant.
+    emulated is the same arithmetic without them. A and B train; W is constant. Of a stack of
+    experts, lora is PEFT's sum W + s B A of all experts, and split multiplies W, A and B apart.
 
     --step is the arithmetic of a model's whole training step on a GPU, from published rates: for
     falqon with A trained and frozen, PEFT in bf16 with Inductor, and NF4 QLoRA. Nothing is

@@ -9,10 +9,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from falqon_fx.cost import cards, variants
+from falqon_fx.cost import cards, stacks, variants
 from falqon_fx.cost import model as cost
 from falqon_fx.cost.cards import Card
 from falqon_fx.errors import FalqonError
+from falqon_fx.kernels.hardware import reads_columns
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.report.text import pays_from
 from falqon_fx_cli.exit_codes import DONE
@@ -34,6 +35,8 @@ class Cost:
     rank: int
     frozen_a: bool
     siblings: int
+    experts: int
+    top_k: int | None
     tokens: list[int] | None
     adapter_dtype: Literal["float32", "bfloat16", "fp8"] | None
     symbolic: bool
@@ -56,10 +59,14 @@ class Cost:
         if self.cards:
             return _show_cards([*cards.CARDS, *cards.calibrated().values()], self.as_json)
         if self.symbolic:
-            return _show_formulas(self.as_json)
+            return _show_formulas(self.experts > 0, self.as_json)
         return self._show_times(_card(self.card))
 
     def _whole_step(self) -> WholeStep:
+        for name in ("experts", "top_k"):
+            if getattr(self, name):
+                word = f"--{name.replace('_', '-')}"
+                raise FalqonError(word, "with --step the model says it", "Leave it out")
         if self.adapter_dtype == "float32":
             problem = "with --step it is how falqon adds the adapter"
             raise FalqonError("--adapter-dtype float32", problem, "Give bfloat16 or fp8")
@@ -89,7 +96,12 @@ class Cost:
             remedy = "Add --step, or give a dtype of A and B"
             raise FalqonError("--adapter-dtype fp8", problem, remedy)
 
-    def _show_times(self, card: Card) -> int:
+    def _shape(self, card: Card) -> variants.Shape:
+        if self.top_k is not None and not self.experts:
+            raise FalqonError("--top-k", "it is of a stack of experts", "Add --experts")
+        if self.siblings > 1 and self.experts:
+            problem = "a stack of experts shares its input with no other"
+            raise FalqonError("--siblings", problem, "Give gate and up as one stack, --out of both")
         shape = variants.Shape(
             n=1,
             features=self.features,
@@ -101,26 +113,40 @@ class Cost:
             adapted=self.siblings,
             wide=_wide(card),
         )
-        names = [n for n in variants.VARIANTS if card.has_fp8 or n not in ("fp8_lora", "merged")]
+        if not self.experts:
+            return shape
+        top = self.top_k or 0
+        return stacks.StackShape(
+            **vars(shape),
+            experts=self.experts,
+            top=top or 1,
+            gathered=top > 0,
+            library=card.architecture in (90, 100),
+            by_columns=reads_columns(card.architecture),
+        )
+
+    def _show_times(self, card: Card) -> int:
+        shape = self._shape(card)
+        known = cost.variants_of(shape)
+        names = [n for n in known if card.has_fp8 or n not in ("fp8_lora", "merged")]
         rows = [
             {
                 "tokens": n,
                 **{
-                    name: float(cost.seconds(variants.VARIANTS[name](replace(shape, n=n)), card))
+                    name: float(cost.seconds(known[name](replace(shape, n=n)), card))
                     for name in names
                 },
             }
             for n in self.tokens or _TOKENS
         ]
-        pays = {
-            n: cost.break_even(variants.lora, variants.VARIANTS[n], shape, card) for n in names[1:]
-        }
+        pays = {n: cost.break_even(known["lora"], known[n], shape, card) for n in names[1:]}
         if self.as_json:
             print_json({"card": card.name, "seconds": rows, "break_even": pays})
             return DONE
-        title = (
-            f"{card.name}, {shape.out} x {shape.features}, rank {shape.rank}: us a step (vs lora)"
-        )
+        size = f"{shape.out} x {shape.features}"
+        if self.experts:
+            size = f"{self.experts} experts of {size}"
+        title = f"{card.name}, {size}, rank {shape.rank}: us a step (vs lora)"
         table = Table("tokens", *names, title=title, title_justify="left")
         for row in rows:
             cells = [f"{row[n] * 1e6:.1f} ({row['lora'] / row[n]:.2f})" for n in names]
@@ -155,14 +181,14 @@ def _show_cards(known: list[Card], as_json: bool) -> int:
     return DONE
 
 
-def _show_formulas(as_json: bool) -> int:
-    shape = variants.symbolic()
+def _show_formulas(of_stack: bool, as_json: bool) -> int:
+    shape = stacks.symbolic_stack() if of_stack else variants.symbolic()
     rows = {
         f"{name} {phase}": {
             "flops": str(cost.flops(kernels(shape), phase)),
             "bytes": str(cost.moved(kernels(shape), phase)),
         }
-        for name, kernels in variants.VARIANTS.items()
+        for name, kernels in cost.variants_of(shape).items()
         for phase in ("forward", "backward", "update")
     }
     if as_json:

@@ -21,8 +21,10 @@ import torch
 from falqon_fx.config import FalqonConfig
 from falqon_fx.cost import cards
 from falqon_fx.cost.cards import Card
-from falqon_fx.cost.variants import VARIANTS, Kernel, Shape, Variant, lora
+from falqon_fx.cost.stacks import STACKS, StackShape
+from falqon_fx.cost.variants import VARIANTS, Kernel, Shape, Variant
 from falqon_fx.errors import FalqonError
+from falqon_fx.kernels.hardware import reads_columns
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.report.data import Cost, Rejected, Site
 from falqon_fx.site.numerics import dtype_name
@@ -125,14 +127,27 @@ def _ceil(value: float) -> int:
     return max(1, math.ceil(value - 1e-6))
 
 
+def variants_of(shape: Shape) -> dict[str, Variant]:
+    """The variants of a linear layer, or those of a stack of experts."""
+    return STACKS if isinstance(shape, StackShape) else VARIANTS
+
+
 def shape_of(site: Site, siblings: int = 1, adapted: int = 1) -> Shape:
     """The layer of a site at the tokens of its call; ``siblings`` sites share its op, ``adapted``
-    of them have an adapter.
+    of them have an adapter. Tokens of a stack of experts are the rows of its x.
     """
     out = getattr(torch, site.out_dtype)
     # A CPU may multiply in another dtype than the card that is asked about.
     device = torch.device("cpu" if site.device == "cpu" and not site.architecture else "meta")
-    return Shape(
+    made, more = Shape, {}
+    if site.experts:
+        top = site.gathered / max(site.tokens_hint, 1) if site.gathered else 1
+        made = StackShape
+        more = {"experts": site.experts, "top": top, "gathered": site.gathered > 0}
+        more["library"] = site.kernel == "scaled_grouped_mm"
+        more["by_columns"] = reads_columns(site.architecture)
+    return made(
+        **more,
         n=site.tokens_hint,
         features=site.in_features,
         out=site.out_features,
@@ -161,7 +176,8 @@ def predict(shape: Shape, after: str, card: Card, tokens: int) -> Cost:
     """What the rewrite of a layer from "lora" to the variant ``after`` is predicted to bring at
     ``tokens`` tokens and as a function of them.
     """
-    old, new = VARIANTS["lora"], VARIANTS[after]
+    known = variants_of(shape)
+    old, new = known["lora"], known[after]
 
     def both(n: int) -> tuple[float, float]:
         at = replace(shape, n=n)
@@ -189,14 +205,15 @@ def losing(site: Site, config: FalqonConfig, device: torch.device) -> Rejected |
     Raises:
         FalqonError: ``min_gain`` is set and nothing is known of the card.
     """
-    if config.min_gain is None or site.experts:  # the model knows no experts
+    if config.min_gain is None:
         return None
     card = cards.find(config.card) if config.card else cards.at_hand(device)
     if card is None:
         raise FalqonError("min_gain", *cards.unknown(device))
     shape = shape_of(site)
-    after = VARIANTS[variant_of(site.kernel)]
-    gain = float(seconds(lora(shape), card)) / float(seconds(after(shape), card))
+    known = variants_of(shape)
+    before, after = (known[name](shape) for name in ("lora", variant_of(site.kernel)))
+    gain = float(seconds(before, card)) / float(seconds(after, card))
     if gain >= config.min_gain:
         return None
     return Rejected(

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-_WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
+WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 _ADAM = 7  # p, g, m, v read; p, m, v written
 
 
@@ -94,8 +94,8 @@ def symbolic() -> Shape:
 
 def lora(s: Shape) -> list[Kernel]:
     """The layer as PEFT computes it, elementwise work fused as Inductor does."""
-    n, i, o, r, e = s.n, s.features, s.out, s.rank, _WIDTH[s.dtype]
-    a, wide = _WIDTH[s.adapter_dtype], s.adapter_dtype
+    n, i, o, r, e = s.n, s.features, s.out, s.rank, WIDTH[s.dtype]
+    a, wide = WIDTH[s.adapter_dtype], s.adapter_dtype
     share, each = 1 / s.siblings, 1 / s.adapted
     product = _gemm("forward", "x·Wᵀ", s.dtype, n, i, o, e)
     back = _gemm("backward", "dO·W", s.dtype, n, o, i, e)
@@ -126,13 +126,13 @@ def lora(s: Shape) -> list[Kernel]:
         kernels.append(_gemm("backward", "dB", wide, o, n, r, a))
     if s.train_a:
         kernels.append(_gemm("backward", "dA", wide, r, n, i, a))
-    return [*kernels, *_optimizer(s)]
+    return [*kernels, *optimizer(s)]
 
 
 def fp8_lora(s: Shape) -> list[Kernel]:
     """FP8 GEMMs with a separate LoRA path, one scale a tensor: amax, then cast, of each operand."""
     n, i, o, r = s.n, s.features, s.out, s.rank
-    e, a = _WIDTH[s.dtype], _WIDTH[s.adapter_dtype]
+    e, a = WIDTH[s.dtype], WIDTH[s.adapter_dtype]
     kernels = [
         *_cast("forward", "x", n * i, e),
         _gemm("forward", "x·Wᵀ", "float8", n, i, o, 1, e),
@@ -157,15 +157,15 @@ def fp8_lora(s: Shape) -> list[Kernel]:
         kernels.append(_gemm("backward", "dB", "float8", o, n, r, 1, a))
     if s.train_a:
         kernels.append(_gemm("backward", "dA", "float8", r, n, i, 1, a))
-    return [*kernels, *_optimizer(s)]
+    return [*kernels, *optimizer(s)]
 
 
 def merged(s: Shape) -> list[Kernel]:
     """The op on FP8 matrix units (`falqon_fx.ops.gpu`): casts of x and of dL/dO in one pass each,
     row by row, and one launch each way for all siblings.
     """
-    n, i, o, r, e = s.n, s.features, s.out, s.low, _WIDTH[s.dtype]
-    g, share, each = _WIDTH[s.operands], 1 / s.siblings, 1 / s.adapted
+    n, i, o, r, e = s.n, s.features, s.out, s.low, WIDTH[s.dtype]
+    g, share, each = WIDTH[s.operands], 1 / s.siblings, 1 / s.adapted
     kept = n * i * share if s.train_a and s.rank != 0 else 0
     product = Kernel(
         "forward",
@@ -203,15 +203,15 @@ def merged(s: Shape) -> list[Kernel]:
     if s.train_a:
         widened = n * i * (1 + g) * each
         kernels.append(Kernel("backward", "widen x", s.operands, 0, widened, launches=each))
-    return [*kernels, *_optimizer(s)]
+    return [*kernels, *optimizer(s)]
 
 
 def emulated(s: Shape) -> list[Kernel]:
     """The op as ATen (`falqon_fx.ops.lowering`): casts that keep g bytes an element, W and A
     decoded before each product; siblings share one dL/dx.
     """
-    n, i, o, r, e = s.n, s.features, s.out, s.low, _WIDTH[s.dtype]
-    wide, g, share = s.operands, _WIDTH[s.operands], 1 / s.siblings
+    n, i, o, r, e = s.n, s.features, s.out, s.low, WIDTH[s.dtype]
+    wide, g, share = s.operands, WIDTH[s.operands], 1 / s.siblings
     kept = n * i * g * share if s.train_a and s.rank != 0 else 0
     decode = (wide, 0, i * o * (1 + g), i * o)
     out, grad_x = n * o * e, n * i * e * share
@@ -249,10 +249,10 @@ def emulated(s: Shape) -> list[Kernel]:
         narrowed = n * i * (e + g) * share
         kernels.append(Kernel("backward", "narrow dx", wide, 0, narrowed, 0, grad_x, share))
     kernels += _bought(replace(s, compensate=0), wide, g)
-    return [*kernels, *(_optimizer(s) if s.rank != 0 else ())]
+    return [*kernels, *(optimizer(s) if s.rank != 0 else ())]
 
 
-Variant = Callable[[Shape], list[Kernel]]
+Variant = Callable[[Any], list[Kernel]]  # of a `Shape`, or of a kind of it
 VARIANTS: dict[str, Variant] = {
     "lora": lora,
     "fp8_lora": fp8_lora,
@@ -291,7 +291,7 @@ def _adapter(s: Shape, operands: str, x: int) -> list[Kernel]:
     ``operands`` of ``x`` bytes. D = dL/dO · s·B.
     """
     n, i, o, r = s.n, s.features, s.out, s.rank
-    e, a, wide, g = _WIDTH[s.dtype], _WIDTH[s.adapter_dtype], s.operands, _WIDTH[s.operands]
+    e, a, wide, g = WIDTH[s.dtype], WIDTH[s.adapter_dtype], s.operands, WIDTH[s.operands]
     each = 1 / s.adapted
     grad = g if operands != "float8" else e  # dL/dO, which a cast before may have widened
     kernels = [
@@ -321,14 +321,14 @@ def _adapter(s: Shape, operands: str, x: int) -> list[Kernel]:
 
 def _bought(s: Shape, operands: str, x: int) -> list[Kernel]:
     """What a calibration has added, but for the products that come with the adapter's."""
-    n, i, o, c, e = s.n, s.features, s.out, s.outliers, _WIDTH[s.dtype]
+    n, i, o, c, e = s.n, s.features, s.out, s.outliers, WIDTH[s.dtype]
     kernels: list[Kernel] = []
     if s.compensate != 0:
         own = replace(s, rank=s.compensate, adapted=s.siblings, adapter_dtype="bfloat16")
         own = replace(own, train_a=False, train_b=False)
         kernels += [replace(k, name=f"{k.name}, W's error") for k in _adapter(own, operands, x)]
     if c != 0:
-        wide, g = s.operands, _WIDTH[s.operands]
+        wide, g = s.operands, WIDTH[s.operands]
         kernels += [
             Kernel("forward", "error of x", wide, 0, n * i * e + n * c * g, n * c),
             _adding("forward", "error of x · W_Sᵀ", wide, n, c, o, g),
@@ -336,7 +336,8 @@ def _bought(s: Shape, operands: str, x: int) -> list[Kernel]:
     return kernels
 
 
-def _optimizer(s: Shape) -> list[Kernel]:
-    trained = s.rank * (s.features * int(s.train_a) + s.out * int(s.train_b))
-    moved = _ADAM * _WIDTH[s.adapter_dtype] * trained
+def optimizer(s: Shape, adapters: Any = 1) -> list[Kernel]:
+    """AdamW over A and B of so many ``adapters`` alike."""
+    trained = adapters * s.rank * (s.features * int(s.train_a) + s.out * int(s.train_b))
+    moved = _ADAM * WIDTH[s.adapter_dtype] * trained
     return [Kernel("update", "AdamW", "float32", 0, moved)] if s.train_a or s.train_b else []

@@ -129,3 +129,74 @@ def own_names(model: Any) -> dict[str, str]:
         if (own := name.replace(".base_layer", "")) not in stacks and ".lora_" not in name
     }
     return {theirs: ours for ours, theirs in whole_names(model, plain).items()}
+
+
+@dataclass(frozen=True)
+class Rearranged:
+    """Tensors of a model whose rows a checkpoint has in others: cut up, or put together.
+
+    Attributes:
+        ours: the shape of each, by its name, in the order of their rows.
+        theirs: which of all these rows, one tensor after the other, each of the checkpoint's holds.
+    """
+
+    ours: dict[str, torch.Size]
+    theirs: dict[str, Tensor]
+
+    def placed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The model's tensors, of a checkpoint's, which are taken out of ``tensors``; none where
+        those are not all there, or of other sizes.
+        """
+        (width,) = {shape[1:] for shape in self.ours.values()}
+        for name, rows in self.theirs.items():
+            if name not in tensors or tensors[name].shape != (len(rows), *width):
+                return {}
+        values = torch.cat([tensors.pop(name) for name in self.theirs])
+        whole = torch.empty_like(values)
+        whole[torch.cat([*self.theirs.values()])] = values
+        parts = whole.split([shape[0] for shape in self.ours.values()])
+        return {n: part.contiguous() for n, part in zip(self.ours, parts, strict=True)}
+
+
+def rearranged(model: Any) -> list[Rearranged]:
+    """What a transformers model has in rows of other tensors than its public checkpoints, but for
+    stacks of experts and PEFT's adapters.
+    """
+    stacks, same = stacks_of(model), set(own_names(model).values())
+    shapes: dict[str, torch.Size] = {}
+    numbers: dict[str, Tensor] = {}
+    first = 0
+    for name, tensor in model.state_dict().items():
+        own = name.replace(".base_layer", "")
+        if own in stacks or own in same or ".lora_" in name or not tensor.dim():
+            continue
+        shapes[own] = tensor.shape
+        rows = torch.arange(first, first + len(tensor), device="cpu")
+        numbers[own], first = rows.view(-1, *(1 for _ in tensor.shape[1:])), first + len(tensor)
+    if not numbers:
+        return []
+    theirs = {n: rows.flatten() for n, rows in renamed(model, dict(numbers)).items()
+              if rows.dim() and rows.numel() == len(rows)}  # fmt: skip
+    owner = torch.repeat_interleave(torch.tensor([len(rows) for rows in numbers.values()]))
+    found, names = [], [*numbers]
+    for group in _together({name: set(owner[rows].tolist()) for name, rows in theirs.items()}):
+        owners = sorted({int(i) for name in group for i in owner[theirs[name]].unique()})
+        ours = {names[i]: shapes[names[i]] for i in owners}
+        places = torch.cat([numbers[name].flatten() for name in ours])
+        held = {name: torch.searchsorted(places, theirs[name]) for name in group}
+        rows = torch.cat([*held.values()]).sort().values
+        whole = torch.equal(rows, torch.arange(len(places)))
+        if whole and len({shape[1:] for shape in ours.values()}) == 1:
+            found.append(Rearranged(ours, held))
+    return found
+
+
+def _together(owners: Mapping[str, set[int]]) -> list[list[str]]:
+    """The names whose sets are tied to each other by what they share."""
+    groups: list[tuple[list[str], set[int]]] = []
+    for name, own in owners.items():
+        tied = [group for group in groups if group[1] & own]
+        groups = [group for group in groups if not group[1] & own]
+        names = [n for members, _ in tied for n in members]
+        groups.append(([*names, name], own.union(*(held for _, held in tied))))
+    return [names for names, _ in groups]

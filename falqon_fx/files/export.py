@@ -46,7 +46,7 @@ _SAID: dict[Source, str] = {
     "FP8 weight": "{} were cast a second time, from FP8 weights with the adapters (base= names the "
     "folder of the original ones)",
 }
-_STACKED = "no FP8 form for its stacked experts, which are written dense, with their adapters"
+_DENSE = "written dense, with its adapters"
 _ROUTES = "it routes, in the dtype that it has"
 _BLOCK = 128  # the block size that engines have kernels for
 
@@ -235,6 +235,7 @@ class _Export:
 
     def _check(self) -> None:
         if not self.layers and not self.stacks.found:
+            self.stacks.refuse_dense()
             raise FalqonError(
                 "",
                 "no layer of the model has an FP8 weight that engines can hold",
@@ -344,8 +345,8 @@ class _Export:
             module.merge(safe_merge=True)
             module = module.get_base_layer()
         if is_experts(module):
+            self.dense[path] = f"{self.stacks.leave(path, module)}: {_DENSE}"
             module = with_dense_stacks(module)
-            self.dense[path] = _STACKED
         if path in self._routers:
             self.dense[path] = reason or _ROUTES
         if isinstance(module, nn.Linear):
@@ -361,8 +362,7 @@ class _Export:
     def quantization(self) -> dict[str, Any]:
         """The config's ``quantization_config``."""
         # Engines name the experts of a stack one by one.
-        stacks = [path for path, why in self.dense.items() if why == _STACKED]
-        ignore = [*self.dense, *(f"re:{re.escape(path)}\\..*" for path in stacks)]
+        ignore = [*self.dense, *(f"re:{re.escape(path)}\\..*" for path in self.stacks.dense)]
         weights = {f"{path}.weight": empty(1, dtype=torch.float32) for path in self._routers}
         public = (name.removesuffix(".weight") for name in files.renamed(self.model, weights))
         ignore += [path for path in public if path not in ignore]

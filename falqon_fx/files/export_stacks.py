@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from falqon_fx._compat import is_dtensor
+from falqon_fx.errors import FalqonError
 from falqon_fx.files.expert_parts import Part, parts_of, stacks_of
 from falqon_fx.files.export_layers import Originals, Source, is_adapted, plan_of
 from falqon_fx.model.stacks import Fp8Stack, is_experts, prepared_stack
@@ -136,6 +137,9 @@ def _wrappers(module: Any) -> Iterator[tuple[str, tuple[tuple[Tensor, Tensor, fl
         module = module.base_layer
 
 
+_NO_FORM = "transformers and vLLM have no FP8 form for experts that"
+
+
 class Stacks:
     """The stacks that an export writes in FP8, and the tensors that they become."""
 
@@ -145,12 +149,31 @@ class Stacks:
         self.found: dict[str, ExportStack] = {}
         self._last: tuple[str, Base] | None = None
         self.cast_from: dict[str, Source] = {}
+        self.dense: dict[str, str] = {}  # experts that are written dense, and why
 
     def take(self, path: str, module: Any) -> set[str]:
         """The names of the parameters of a module that are written in FP8."""
         stacks = export_stacks(self._model, self._parts, path, module, self._originals)
         self.found |= {stack.path: stack for stack in stacks}
         return {stack.name for stack in stacks}
+
+    def leave(self, path: str, module: Any) -> str:
+        """Why the experts at ``path`` are not written in FP8, which is noted."""
+        names = [name for name in stacks_of(self._model) if name.rpartition(".")[0] == path]
+        reason = "not all of its experts' weights are in FP8"
+        if module.is_transposed:
+            reason = f"{_NO_FORM} are stored [E, in, out]"
+        elif not all(name in self._parts for name in names):
+            reason = f"{_NO_FORM} checkpoints keep in one tensor"
+        self.dense[path] = reason
+        return reason
+
+    def refuse_dense(self) -> None:
+        """Raise a `FalqonError` where experts are left, of a model that has nothing else in FP8."""
+        for path, reason in self.dense.items():
+            problem = f"{reason}, and no other layer of the model is in FP8"
+            remedy = "Call falqon_fx.merge_and_unload(model) and save_pretrained: a dense folder"
+            raise FalqonError(path, problem, remedy)
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...], bool, ExportStack, Making]]:
         """Name, shape, whether it is the weight or its scale, owner, and what makes it."""

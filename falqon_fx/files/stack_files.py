@@ -20,6 +20,7 @@ from falqon_fx.files.expert_parts import (
     experts_of,
     own_names,
     parts_of,
+    rearranged,
     stacks_of,
     whole_names,
 )
@@ -170,6 +171,7 @@ class Checkpoint:
         base = model.get_base_model()
         sizes, self._mixture = stacks_of(base), any(experts_of(base))
         self._names = own_names(base) if self._mixture else {}
+        self._rearranged = rearranged(base) if self._mixture else []
         self._parts = parts_of(base, sizes)
         self._experts = {name: experts for name, (experts, _) in sizes.items()}
         self._paths = {p.replace(".base_layer", ""): p for p, _ in model.named_modules()}
@@ -184,6 +186,8 @@ class Checkpoint:
                 found[self._place(name)] = stacked
         if not self._mixture:
             return {_BASE + name: tensor for name, tensor in rest.items()}
+        for group in self._rearranged:
+            found |= {self._place(name): t for name, t in group.placed(rest).items()}
         return found | {self._place(self._names.get(n, n)): t for n, t in rest.items()}
 
     def stacks_of(self, bases: Mapping[str, Base]) -> list[str]:

@@ -198,7 +198,7 @@ class _Predictor:
         )
 
     def _cost(self, site: Site, siblings: int, adapted: int) -> Cost | None:
-        if self.card is None or site.experts:  # the model knows no experts
+        if self.card is None:
             return None
         shape = cost.shape_of(site, siblings, adapted)
         key = (shape, site.kernel, site.tokens_hint)

@@ -13,6 +13,8 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from falqon_fx._compat import is_dtensor
+from falqon_fx.errors import FalqonError
 from falqon_fx.model.stacks import (
     forget_properties,
     prepared_stack,
@@ -20,6 +22,8 @@ from falqon_fx.model.stacks import (
     read_as_property,
     slot,
 )
+from falqon_fx.site.paths import stack_path
+from falqon_fx.site.sharded import held_by_fsdp
 
 _FP8 = {torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz}
 
@@ -40,10 +44,15 @@ def trace_param_wrappers(model: nn.Module) -> list[str]:
 
     Returns:
         The paths of the wrappers; none where PEFT adapts layers only.
+
+    Raises:
+        FalqonError: other processes hold parts of what is adapted, by tensor or expert parallelism.
     """
     found: list[str] = []
-    for path, module in model.named_modules():
-        if not isinstance(module, ParamWrapper) or not _can_trace(module):
+    every = [(p, m) for p, m in model.named_modules() if isinstance(m, ParamWrapper)]
+    _refuse_spread(every, held_by_fsdp(model))
+    for path, module in every:
+        if not _can_trace(module):
             continue
         base, name = module.get_base_layer(), module.parameter_name
         read_as_property(base, name)
@@ -77,6 +86,26 @@ class TracedParamWrapper(ParamWrapper):
     def _get_name(self) -> str:
         return ParamWrapper.__name__
 
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The module inside with W + s·B·A of this wrapper and of those inside it. Nothing outside
+        of the call changes: Dynamo would not trace that in a checkpointed layer.
+        """
+        base, wrappers = self.get_base_layer(), [*_wrappers(self)]
+        alone = all(_has_one_adapter(wrapper) for wrapper in wrappers)
+        if kwargs.get("adapter_names") is not None or not alone or not _is_plain_call(base):
+            return super().forward(x, *args, **kwargs)
+        adapted = {}
+        for wrapper in wrappers:
+            wrapper._check_forward_args(x, *args, **kwargs)
+            if not wrapper.disable_adapters:
+                weight = wrapper.get_param()
+                # Prepared, it would be dequantized whenever PEFT asks for it.
+                with_weight = _With(wrapper, {"get_param": lambda weight=weight: weight})
+                name = _active(wrapper)[0]
+                factors = type(wrapper).get_delta_factors(with_weight, name)
+                adapted[wrapper.parameter_name] = _sum(weight, *factors)
+        return type(base).forward(_With(base, adapted), x, *args, **kwargs)
+
     @contextmanager
     def _activate_lora(self: Any, active_adapters: list[str]) -> Iterator[None]:
         """What its parameter is while the module inside runs: W + s·B·A, made once."""
@@ -98,17 +127,76 @@ class TracedParamWrapper(ParamWrapper):
     def _adapted(self: Any, weight: Tensor, adapters: list[str]) -> Tensor:
         """The sum, as PEFT makes it: at once of stacked weights and one adapter."""
         if len(adapters) == 1 and self.num_experts > 1:
-            left, right, scaling = self.get_delta_factors(adapters[0])
-            device = weight.device.type
-            if not torch.is_autocast_enabled(device):
-                return torch.baddbmm(weight, left, right, alpha=scaling)
-            with torch.autocast(device, enabled=False):
-                return torch.baddbmm(weight, left, right, alpha=scaling)
+            return _sum(weight, *self.get_delta_factors(adapters[0]))
         delta = self.get_delta_weight(adapters[0])
         for name in adapters[1:]:
             delta = delta + self.get_delta_weight(name)
         adapted: Tensor = weight + delta
         return adapted
+
+
+class _With:
+    """A module as its own code sees it, some attributes of which are others."""
+
+    def __init__(self, module: Any, others: dict[str, Any]) -> None:
+        self._module, self._others = module, others
+
+    def __getattr__(self, name: str) -> Any:
+        others = self._others
+        return others[name] if name in others else getattr(self._module, name)
+
+
+def _sum(weight: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """W + s · B · A of all experts, in the dtype of W."""
+    device = weight.device.type
+    if not torch.is_autocast_enabled(device):
+        return torch.baddbmm(weight, left, right, alpha=scaling)
+    with torch.autocast(device, enabled=False):
+        return torch.baddbmm(weight, left, right, alpha=scaling)
+
+
+def _wrappers(module: Any) -> Iterator[Any]:
+    """A wrapper and those inside it."""
+    while isinstance(module, ParamWrapper):
+        yield module
+        module = module.base_layer
+
+
+def _active(wrapper: Any) -> list[str]:
+    return [name for name in wrapper.active_adapters if name in wrapper.lora_A]
+
+
+def _has_one_adapter(wrapper: Any) -> bool:
+    """Whether it adds one adapter to stacked weights, or is switched off, and has no hooks."""
+    if not isinstance(wrapper, TracedParamWrapper) or wrapper.merged or _is_hooked(wrapper):
+        return False
+    return wrapper.disable_adapters or (len(_active(wrapper)) == 1 and wrapper.num_experts > 1)
+
+
+def _is_plain_call(module: Any) -> bool:
+    """Whether calling a module is calling its class's forward."""
+    return "forward" not in vars(module) and not _is_hooked(module)
+
+
+def _is_hooked(module: Any) -> bool:
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name) for name in hooks)
+
+
+def _refuse_spread(wrappers: list[tuple[str, Any]], by_fsdp: set[int]) -> None:
+    """PEFT's sum is of all of W, B and A, and fails at parts of W in the first step."""
+    for path, wrapper in wrappers:
+        base, name = wrapper.get_base_layer(), wrapper.parameter_name
+        weight = base._parameters.get(name)
+        cut = weight is not None and is_dtensor(weight) and id(weight) not in by_fsdp
+        if cut or getattr(base, "_is_expert_parallel", False):
+            raise FalqonError(
+                stack_path(f"{path}.{name}", prepared=False),
+                "tensor or expert parallelism spreads it over processes, and PEFT adds B · A to "
+                "all of it",
+                "Leave it out of target_parameters: frozen experts run in FP8 there; or shard the "
+                "model by fully_shard",
+            )
 
 
 def _can_trace(wrapper: Any) -> bool:

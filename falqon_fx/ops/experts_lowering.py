@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from falqon_fx.ops import grouped_kernels
+from falqon_fx.ops import experts_cpu, grouped_kernels
 from falqon_fx.ops.grouped import (
     Routing,
     Stack,
@@ -76,11 +76,14 @@ def lower_merged_experts(given: Experts) -> list[Tensor]:
     in_fp8 = takes_fp8(given.x, stack, given.out_dtype) and spec.kernel != "triton"
     cast = cast_fp8(given.x, E4M3, spec, dtype, keep=given.keep_x or in_fp8 or in_kernel)
     code_x = cast.code if in_kernel else None
-    value = cast.value if in_kernel else way.taken(cast.value)
+    by_cpu = experts_cpu.takes(cast.value, dtype, spec)
+    value = cast.value if in_kernel or by_cpu else way.taken(cast.value)
     of_x = None if exact or in_kernel else way.taken(cast.scale)
 
-    def product(code: Tensor, scale: Tensor) -> Tensor:
-        """value · dq(code)ᵀ of each expert."""
+    def product(code: Tensor, scale: Tensor, term: Low | None = None) -> Tensor:
+        """value · dq(code)ᵀ of each expert; on a CPU with the term that is added."""
+        if by_cpu:
+            return experts_cpu.product(value, way, given.products, code, scale, term)
         if code_x is not None:
             parts = code_x, cast.scale, way, Stack.of(code, 1.0, given.experts), scale, dtype, None
             return grouped_kernels.product(*parts, skinny=True)
@@ -104,8 +107,8 @@ def lower_merged_experts(given: Experts) -> list[Tensor]:
         rows = way.taken(cast.code), way.taken(cast.scale), stack, given.scale
         y = fp8_times(*rows, way.offs, spec.accumulation == "fast")
     else:
-        y = product(given.weight, given.scale)
-    for term in low:
+        y = product(given.weight, given.scale, low[0] if low else None)
+    for term in [] if by_cpu else low:
         y = added(y, padded_mm(term.left, term.right.transpose(1, 2), way.offs))
     return [way.restored(y.to(given.out_dtype)), out_a, *kept]
 
@@ -159,6 +162,11 @@ def lower_grad_x(
             cast.code, cast.scale, way, stack, None, wide, term, backward=True
         )
         return way.added_up(y, n).to(x_dtype)
+    if experts_cpu.takes(grad, dtype, spec):
+        operands = as_read(weight), scale, low[0] if low else None
+        made = experts_cpu.grad_x(way.sorted(grad), n, way, *operands, spec, x_dtype)
+        if made is not None:
+            return made
     value, rest = cast_by_expert(way.sorted(grad), scale, way, spec, dtype)
     y = times(value, Stack.of(as_read(weight), 1.0, experts), way.offs, turned=True)
     total = y.to(torch.float32)
@@ -221,6 +229,12 @@ def lower_grads(
             scaled = (d_j.to(torch.float32) * way.taken(scale)).to(d_j.dtype)
             grads.append(of_low(scaled, as_operand(code), way, 1.0, a_dtype, of_a=True))
         return grads
+    if experts_cpu.takes(grad, out_a.dtype, parse_spec(spec_text)):
+        grads = [experts_cpu.grad_b(way.sorted(grad), out_a, way, scaling, b_dtype)]
+        for d_j, code, scale in [(*d, *kept)] if kept else []:
+            scaled = (d_j.to(torch.float32) * way.taken(scale)).to(d_j.dtype)
+            grads.append(experts_cpu.grad_a(scaled, as_read(code), way, a_dtype))
+        return grads
     of_b = grouped_outer(way.sorted(grad).to(out_a.dtype), out_a, way.offs).to(torch.float32)
     flat = (of_b * scaling).reshape(experts, -1).t().contiguous()  # as in `stacked_b`
     grads = [flat.view(grad.shape[1], -1).to(b_dtype)]
@@ -247,4 +261,6 @@ def lower_grad_out_a(
     factor = stacked_b(b.to(dtype), experts)
     if generated(grad, parse_spec(spec_text), factor.shape[2]):
         return grouped_kernels.grad_out_a(way.sorted(grad).to(dtype), factor, way)
+    if experts_cpu.takes(grad, dtype, parse_spec(spec_text)):
+        return experts_cpu.grad_out_a(way.sorted(grad).to(dtype), factor, way)
     return padded_mm(way.sorted(grad).to(dtype), factor, way.offs).contiguous()

@@ -65,9 +65,7 @@ def proxy_update(
     dtype = torch.float32 if wide else torch.bfloat16
     casts: list[Tensor] = []
     for a, b, factor in zip(lora_a, lora_b, scaling):
-        cast = cast_operand(a.detach(), spec, torch.float32, keep=True)
-        assert cast.code is not None
-        casts += [cast.code, cast.scale, (b.detach().to(torch.float32) * factor).to(dtype)]
+        casts += [*cast_code(a.detach(), spec), (b.detach().to(torch.float32) * factor).to(dtype)]
     return casts
 
 
@@ -132,6 +130,18 @@ def cast_fp8(
     # x may be a view of any strides; what is kept is not.
     code = codes.to(fp8, memory_format=torch.contiguous_format) if keep else None
     return Cast(value, rest, scale, code)
+
+
+def cast_code(x: Tensor, spec: SiteSpec) -> tuple[Tensor, Tensor]:
+    """The cast of x [n, k] to what W is and its scale, without the values."""
+    if spec.operand == E4M3 and spec.scale == "pow2" and spec.per_row and x.device.type == "cpu":
+        code = x.new_empty(x.shape, dtype=torch.uint8)
+        scale = cpu_casts.cast_rows(x, E4M3, None, None, code)
+        if scale is not None:
+            return code.view(E4M3), scale
+    cast = cast_operand(x, spec, torch.float32, keep=True)
+    assert cast.code is not None
+    return cast.code, cast.scale
 
 
 def decode(

@@ -85,6 +85,8 @@ class Site:
             theirs, ``scaling`` the first's and ``dropout`` the largest.
         experts: how many stacked weights [out_features, in_features] it has, each with adapters
             of ``rank``; 0 for a linear layer.
+        gathered: rows of x that a stack of experts reads by an index in this call, one for each
+            product with an expert; 0 where it reads each row of x once.
         compensate, outliers: the rank that stands for W's cast error, and the channels of x whose
             cast error is added back, where `prepare` had a calibration.
         train_a, train_b: whether any A, any B gets a gradient. W never does.
@@ -114,6 +116,7 @@ class Site:
     adapter_dtype: str = ""
     adapters: Count = 1
     experts: Count = 0
+    gathered: Count = 0
     compensate: Count = 0
     outliers: Count = 0
     prepared: bool = False

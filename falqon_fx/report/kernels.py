@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from falqon_fx.cost import cards
 from falqon_fx.errors import one_line
 from falqon_fx.kernels.hardware import family, fp8_architecture
-from falqon_fx.kernels.spec import aligned
+from falqon_fx.kernels.spec import MAX_RANK, aligned
 from falqon_fx.site.spec import parse_spec
 
 if TYPE_CHECKING:
     from falqon_fx.config import FalqonConfig
     from falqon_fx.kernels.gemm.spec import GemmSpec
+    from falqon_fx.kernels.grouped_gemm.spec import GroupedGemmSpec
     from falqon_fx.report.data import Site
 
 
@@ -49,15 +50,43 @@ def choose(site: Site) -> tuple[str, str]:
     )
 
 
+LIBRARY = "scaled_grouped_mm"  # torch's product of a stack in FP8
+
+
 def choose_for_experts(site: Site) -> tuple[str, str]:
-    """The same for a stack of experts."""
-    reason = "grouped products, whatever the number of experts: a CPU decodes, a GPU takes FP8"
-    return "aten", reason
+    """The same for a stack of experts (see `falqon_fx.ops.experts_lowering`)."""
+    asked = parse_spec(site.spec).kernel
+    if not site.architecture or site.rank > MAX_RANK or asked not in _GROUPED:
+        reason = "grouped products of decoded weights, of those experts alone that have tokens"
+        return "aten", reason
+    if asked != "triton" and _library_takes(site):
+        return LIBRARY, (
+            "torch's grouped product; generated kernels for O_A, dL/dx and the adapters' gradients"
+        )
+    (spec,) = candidates(site)
+    return f"triton:{spec.name}", "a generated kernel that adds the adapter as it stores O"
 
 
-def candidates(site: Site) -> list[GemmSpec]:
-    """The generated kernels for the forward product of a site alone, the likeliest first."""
+_GROUPED = ("auto", "max-autotune", "triton")
+
+
+def _library_takes(site: Site) -> bool:
+    """Whether torch multiplies a stack in FP8 as it is (see `falqon_fx.ops.grouped.takes_fp8`)."""
+    in_16 = site.out_features % 16 == 0 and site.in_features % 16 == 0
+    return site.architecture in (90, 100) and site.out_dtype == "bfloat16" and in_16
+
+
+def candidates(site: Site) -> list[GemmSpec] | list[GroupedGemmSpec]:
+    """The generated kernels for the forward product of a site alone, the likeliest first; a stack
+    of experts has one.
+    """
     from falqon_fx.kernels.gemm.tiles import GemmProblem, gemm_specs
+    from falqon_fx.kernels.grouped_gemm.tiles import grouped_spec
+
+    if site.experts:
+        dtypes: Any = {"dtype": site.out_dtype, "a_dtype": site.out_dtype}
+        given = site.architecture, site.in_features
+        return [grouped_spec(*given, rank=site.rank, gather=site.gathered > 0, **dtypes)]
 
     spec = parse_spec(site.spec)
     in_k = spec.adapter == "fp8" and site.rank > 0
@@ -86,9 +115,11 @@ def source(site: Site) -> str:
     if site.kernel == "aten":
         import inspect
 
-        from falqon_fx.ops import lowering
+        from falqon_fx.ops import experts_lowering, lowering
 
-        parts = (lowering.merged_linear, lowering.merged_linear_grad_x)
+        parts: tuple[Any, ...] = (lowering.merged_linear, lowering.merged_linear_grad_x)
+        if site.experts:
+            parts = (experts_lowering.lower_merged_experts, experts_lowering.lower_grad_x)
         return "\n\n".join(inspect.getsource(part) for part in parts)
     kind, _, name = site.kernel.partition(":")
     if kind != "triton":

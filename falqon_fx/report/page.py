@@ -170,24 +170,36 @@ def _adapter(site: Site) -> str:
 
 def _blocks(modules: Sequence[str], items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The modules of the model by block (``layers.0``), each with its state and the index of what
-    there is to show of it.
+    there is to show of it; in the place of experts their stacks.
     """
     owners = {item["path"]: i for i, item in reversed([*enumerate(items)])}
+    every = {path for module in modules for path in _above(module)}
+    stacks: dict[str, list[str]] = {}
+    for path in owners:
+        if path not in every:
+            stacks.setdefault(path.rpartition(".")[0], []).append(path)
     blocks: dict[str, list[dict[str, Any]]] = {}
     seen: set[str] = set()
     for module in modules:
-        parts = module.split(".")
-        above = [".".join(parts[:i]) for i in range(len(parts), 0, -1)]
-        path = next((p for p in above if p in owners), module)
-        if path in seen:
-            continue
-        seen.add(path)
-        found = re.match(r"(.*?\.\d+)\.(.+)", path)
-        block, name = found.groups() if found else ("", path)
-        index = owners.get(path, -1)
-        state = "untouched" if index < 0 else items[index]["state"]
-        blocks.setdefault(block, []).append({"name": name, "state": state, "index": index})
+        own = next((path for path in _above(module) if path in owners), None)
+        around = _above(".".join(part for part in module.split(".") if part != "base_layer"))
+        experts = next((stacks[path] for path in around if path in stacks), None)
+        for path in experts if experts and own is None else [own or module]:
+            if path in seen:
+                continue
+            seen.add(path)
+            found = re.match(r"(.*?\.\d+)\.(.+)", path)
+            block, name = found.groups() if found else ("", path)
+            index = owners.get(path, -1)
+            state = "untouched" if index < 0 else items[index]["state"]
+            blocks.setdefault(block, []).append({"name": name, "state": state, "index": index})
     return [
         {"name": name, "label": ".".join(name.split(".")[-2:]) or "others", "modules": members}
         for name, members in blocks.items()
     ]
+
+
+def _above(path: str) -> list[str]:
+    """A module's path, and those of all around it."""
+    parts = path.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts), 0, -1)]

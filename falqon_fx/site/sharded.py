@@ -139,6 +139,15 @@ def refuse_sharded(model: nn.Module, call: str, remedy: str) -> None:
             raise FalqonError(name, problem, remedy)
 
 
+def held_by_fsdp(model: nn.Module) -> set[int]:
+    """The parameters that FSDP shards, by id."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return set()
+    units = (m for m in model.modules() if isinstance(m, fsdp.FSDPModule))
+    return {id(parameter) for unit in units for parameter in unit.parameters()}
+
+
 def refuse_fsdp(model: nn.Module, call: str, remedy: str) -> None:
     """Raise where a ``call`` would need a layer's part of a model and FSDP has cut that again."""
     settle(model)

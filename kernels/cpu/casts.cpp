@@ -66,24 +66,37 @@ void encode_row(uint8_t* __restrict to, const float* __restrict row, int64_t cou
   }
 }
 
+// The rows of x that have factors of their own: group g has those up to ends[g], and its factors
+// behind those of the groups before it. Rows behind the last group are left as they are.
+struct Groups {
+  const int32_t* ends;
+  int64_t count;
+};
+
 template <typename In, typename Out>
-void cast_rows(const In* x, int64_t x_stride, const float* columns, int64_t rows, int64_t count,
-               float factor, float shift_per_unit, float spacing, float* scale, Out* to,
+void cast_rows(const In* x, int64_t x_stride, const float* columns, const Groups& groups,
+               int64_t rows, int64_t count, float factor, float shift_per_unit, float spacing, float* scale, Out* to,
                int64_t to_stride, uint8_t* codes, int64_t threads) {
 #pragma omp parallel num_threads(threads)
   {
     std::vector<float> buffer(count);
+    std::vector<Out> unused(to ? 0 : count);
+    int64_t group = 0;
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < rows; ++i) {
-      const uint32_t amax = load_row(buffer.data(), x + i * x_stride, columns, count);
+      while (group < groups.count && groups.ends[group] <= i) ++group;
+      if (groups.count && group == groups.count) continue;
+      const float* own = columns ? columns + group * count : nullptr;
+      const uint32_t amax = load_row(buffer.data(), x + i * x_stride, own, count);
       const float of_row = pow2_scale(amax, factor);
       scale[i] = of_row;
+      Out* values = to ? to + i * to_stride : unused.data();
       if (as_bits(of_row) >= 0x7F800000u) {  // all of the row is NaN
-        for (int64_t j = 0; j < count; ++j) narrow(as_float(0x7FC00000u), to[i * to_stride + j]);
+        for (int64_t j = 0; j < count; ++j) narrow(as_float(0x7FC00000u), values[j]);
         if (codes) std::memset(codes + i * count, 0x7F, count);
         continue;
       }
-      round_row(to + i * to_stride, buffer.data(), count, of_row, shift_per_unit, spacing);
+      round_row(values, buffer.data(), count, of_row, shift_per_unit, spacing);
       if (codes) encode_row(codes + i * count, buffer.data(), count, of_row);
     }
   }
@@ -92,16 +105,17 @@ void cast_rows(const In* x, int64_t x_stride, const float* columns, int64_t rows
 }  // namespace
 
 // Rows of x [rows, count], times columns [count] unless that is null, cast to FP8 with one power of
-// two per row: scale [rows], the values times their scale in `to`, and their bytes in `codes` unless
-// that is null. The format's mantissa has `mantissa` bits, its subnormals are `spacing` apart.
+// two per row: scale [rows], the values times their scale in `to`, and their bytes in `codes`, unless
+// these are null. With `ends` the columns are those of `groups` groups of rows, [groups, count]. The
+// format's mantissa has `mantissa` bits, its subnormals are `spacing` apart.
 extern "C" void falqon_cast_rows(const void* x, int64_t x_is_bfloat16, int64_t x_stride,
                                  const float* columns, int64_t rows, int64_t count,
                                  int64_t mantissa, int64_t threads, float factor, float spacing,
                                  float* scale, void* to, int64_t to_is_bfloat16, int64_t to_stride,
-                                 uint8_t* codes) {
+                                 uint8_t* codes, const int32_t* ends, int64_t groups) {
   const float per_unit = float(int64_t(1) << (23 - mantissa));
   auto run = [&](auto* in, auto* out) {
-    cast_rows(in, x_stride, columns, rows, count, factor, per_unit, spacing, scale, out, to_stride,
+    cast_rows(in, x_stride, columns, Groups{ends, groups}, rows, count, factor, per_unit, spacing, scale, out, to_stride,
               codes, threads);
   };
   const auto* wide_x = static_cast<const float*>(x);

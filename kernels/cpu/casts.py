@@ -38,17 +38,28 @@ def cast_rows(
     x: Tensor,
     fp8: torch.dtype,
     columns: Tensor | None,
-    to: Tensor,
+    to: Tensor | None,
     codes: Tensor | None = None,
+    ends: Tensor | None = None,
 ) -> Tensor | None:
     """Write the FP8 cast of x [n, k], times ``columns`` [k] where given, into ``to`` [n, k] as
-    values times their scale: float32 or bfloat16, rows any distance apart. The scales, one power of
-    two per row, float32 [n, 1]; with ``codes`` [n, k] uint8 the E4M3 bytes too. None where there is
-    no compiled code, or it doesn't take these.
+    values times their scale: float32 or bfloat16, rows any distance apart; and into ``codes``
+    [n, k] uint8 the E4M3 bytes, each where it is given. The scales, one power of two per row,
+    float32 [n, 1]; None where there is no compiled code, or it doesn't take these.
+
+    With ``ends``, int32 [G], ``columns`` are [G, k]: group g has the rows up to ``ends[g]``. Rows
+    behind the last one's are left as they are, and their scales with them.
     """
     n, k = x.shape
-    usable = _plain(x, to) and x.dtype in _FLOATS and to.dtype in _FLOATS
-    if not usable or (columns is not None and not _dense(columns, torch.float32, k)):
+    groups = 0 if ends is None else len(ends)
+    stored = to is not None
+    to = x if to is None else to  # for its dtype and strides alone
+    usable = _plain(x, to) and {x.dtype, to.dtype} <= {*_FLOATS}
+    if not usable or (
+        columns is not None and not _dense(columns, torch.float32, k * (groups or 1))
+    ):
+        return None
+    if ends is not None and (columns is None or not _dense(ends, torch.int32, groups)):
         return None
     if (k > 1 and (x.stride(1) != 1 or to.stride(1) != 1)) or to.shape != x.shape:
         return None
@@ -71,10 +82,12 @@ def cast_rows(
         _FLOAT(factor),
         _FLOAT(spacing),
         _POINTER(scale.data_ptr()),
-        _POINTER(to.data_ptr()),
+        _POINTER(to.data_ptr() if stored else None),
         _INT64(to.dtype == torch.bfloat16),
         _INT64(to.stride(0)),
         _POINTER(None if codes is None else codes.data_ptr()),
+        _POINTER(None if ends is None else ends.data_ptr()),
+        _INT64(groups),
     )
     return scale
 

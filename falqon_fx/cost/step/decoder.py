@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,23 @@ from falqon_fx.errors import FalqonError
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """The experts of a layer: ``top`` of them for each token, ``inner`` columns each, beside
+    ``shared`` columns that all tokens take. ``dense`` layers have none.
+    """
+
+    experts: int
+    top: int
+    inner: int
+    shared: int = 0
+    dense: int = 0
+
+
+@dataclass(frozen=True)
 class Decoder:
-    """A decoder's sizes, as its config.json has them, and where they come from."""
+    """A decoder's sizes, as its config.json has them, and where they come from. ``qk_norm``: if
+    q and k have norms of their own; ``mixture``: the experts in the place of a dense MLP.
+    """
 
     name: str
     hidden: int
@@ -24,6 +40,18 @@ class Decoder:
     head: int
     vocabulary: int
     source: str
+    qk_norm: bool = False
+    mixture: Mixture | None = None
+
+    @property
+    def kinds(self) -> tuple[Decoder, ...]:
+        """The decoders of the layers that are alike: dense ones, and those with experts."""
+        if self.mixture is None:
+            return (self,)
+        dense = self.mixture.dense
+        sparse = replace(self.mixture, dense=0)
+        of_each = replace(self, mixture=sparse, layers=self.layers - dense)
+        return (*[replace(self, mixture=None, layers=dense)] * bool(dense), of_each)
 
     @property
     def query(self) -> int:
@@ -37,28 +65,51 @@ class Decoder:
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """The linear layers of a decoder layer, those that read one x together."""
-        return (
+        """The linear layers of a decoder layer, those that read one x together; beside experts
+        those of the shared one.
+        """
+        attention = (
             Group("q, k, v", self.hidden, (self.query, self.key, self.key)),
             Group("o", self.query, (self.hidden,)),
-            Group("gate, up", self.hidden, (self.inner, self.inner)),
-            Group("down", self.inner, (self.hidden,)),
         )
+        inner = self.inner if self.mixture is None else self.mixture.shared
+        if not inner:
+            return attention
+        up = Group("gate, up", self.hidden, (inner, inner))
+        return (*attention, up, Group("down", inner, (self.hidden,)))
+
+    @property
+    def stacks(self) -> tuple[tuple[int, int], ...]:
+        """in and out of a layer's stacked experts."""
+        if self.mixture is None:
+            return ()
+        return (self.hidden, 2 * self.mixture.inner), (self.mixture.inner, self.hidden)
 
     @property
     def sites(self) -> int:
-        """A layer's linear layers."""
-        return sum(len(group.outs) for group in self.groups)
+        """A layer's linear layers, and its stacks."""
+        return sum(len(group.outs) for group in self.groups) + len(self.stacks)
 
     @property
-    def weights(self) -> int:
-        """Elements of a layer's weights."""
+    def linear_weights(self) -> int:
+        """Elements of the weights of a layer's linear layers."""
         return sum(group.features * sum(group.outs) for group in self.groups)
+
+    @property
+    def stacked_weights(self) -> int:
+        """Elements of its experts' weights."""
+        experts = 0 if self.mixture is None else self.mixture.experts
+        return experts * sum(features * out for features, out in self.stacks)
 
     def adapter(self, rank: int) -> tuple[int, int]:
         """Elements of a layer's A, and of its B."""
         of_a = sum(rank * group.features * len(group.outs) for group in self.groups)
-        return of_a, sum(rank * sum(group.outs) for group in self.groups)
+        of_b = sum(rank * sum(group.outs) for group in self.groups)
+        experts = 0 if self.mixture is None else self.mixture.experts
+        for features, out in self.stacks:
+            of_a += experts * rank * features
+            of_b += experts * rank * out
+        return of_a, of_b
 
 
 @dataclass(frozen=True)
@@ -70,8 +121,17 @@ class Group:
     outs: tuple[int, ...]
 
 
-def _named(name: str, source: str, sizes: tuple[int, int, int, int, int, int, int]) -> Decoder:
-    return Decoder(name, *sizes, f"{source}, config.json")
+def _named(
+    name: str,
+    source: str,
+    sizes: tuple[int, int, int, int, int, int, int],
+    qk_norm: bool = False,
+    mixture: Mixture | None = None,
+) -> Decoder:
+    return Decoder(name, *sizes, f"{source}, config.json", qk_norm, mixture)
+
+
+_QWEN3_MOE = (2048, 6144, 48, 32, 4, 128, 151936)
 
 
 MODELS = {
@@ -79,7 +139,8 @@ MODELS = {
     for decoder in (
         _named("llama-7b", "huggyllama/llama-7b", (4096, 11008, 32, 32, 32, 128, 32000)),
         _named("llama-3-8b", "meta-llama/Meta-Llama-3-8B", (4096, 14336, 32, 32, 8, 128, 128256)),
-        _named("qwen3-8b", "Qwen/Qwen3-8B", (4096, 12288, 36, 32, 8, 128, 151936)),
+        _named("qwen3-8b", "Qwen/Qwen3-8B", (4096, 12288, 36, 32, 8, 128, 151936), True),
+        _named("qwen3-30b-a3b", "Qwen/Qwen3-30B-A3B", _QWEN3_MOE, True, Mixture(128, 8, 768)),
     )
 }
 
@@ -110,26 +171,74 @@ def _from_config(file: Path, config: Any) -> Decoder:
     sizes = config if isinstance(config, dict) else {}
     sizes = sizes.get("text_config", sizes)
 
-    def size(name: str, otherwise: int | None = None) -> int:
-        value = sizes.get(name, otherwise) if isinstance(sizes, dict) else None
+    if not isinstance(sizes, dict):
+        raise FalqonError(str(file), "it holds no sizes", "Give the config.json of a decoder")
+
+    def size(name: str, otherwise: Any = None) -> int:
+        value = sizes.get(name)
         value = otherwise if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             problem = f"{name} is {value!r}, and not a size"
             raise FalqonError(str(file), problem, "Give the config.json of a decoder like LLaMA")
         return value
 
-    if isinstance(sizes, dict) and any("expert" in name for name in sizes):
-        problem = "it is a mixture of experts, of which the arithmetic knows nothing"
-        raise FalqonError(str(file), problem, "Give the config.json of a decoder like LLaMA")
     hidden, heads = size("hidden_size"), size("num_attention_heads")
+    layers = size("num_hidden_layers")
+    mixture = _mixture(file, sizes, size, layers)
+    # Where all layers have experts, a config need not say how wide a dense MLP would be.
+    inner = size("intermediate_size", None if mixture is None else mixture.inner)
     return Decoder(
         name=str(file),
         hidden=hidden,
-        inner=size("intermediate_size"),
-        layers=size("num_hidden_layers"),
+        inner=inner,
+        layers=layers,
         heads=heads,
         kv_heads=size("num_key_value_heads", heads),
         head=size("head_dim", max(1, hidden // heads)),
         vocabulary=size("vocab_size"),
         source=str(file),
+        qk_norm=str(sizes.get("model_type", "")).startswith("qwen3"),
+        mixture=mixture,
     )
+
+
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_SHARED = ("shared_expert_intermediate_size", "shared_intermediate_size")
+
+
+def _mixture(file: Path, sizes: Any, size: Callable[..., int], layers: int) -> Mixture | None:
+    """The experts of a config, by the names that transformers' families give them."""
+    name = next((name for name in _EXPERTS if sizes.get(name) is not None), None)
+    if name is None:
+        unknown = sorted(name for name in sizes if "expert" in name and sizes[name])
+        if unknown:
+            raise _unlike(file, f"its experts are named otherwise ({', '.join(unknown)})")
+        return None
+    if sizes.get("kv_lora_rank"):
+        raise _unlike(file, "its attention has keys and values of low rank (kv_lora_rank)")
+    if not {*(sizes.get("layer_types") or ())} <= {"full_attention", "sliding_attention"}:
+        raise _unlike(file, "not all of its layers have attention (layer_types)")
+    inner = size("moe_intermediate_size", sizes.get("intermediate_size"))
+    of_shared = next((name for name in _SHARED if sizes.get(name)), None)
+    shared = size(of_shared) if of_shared else inner * (sizes.get("n_shared_experts") or 0)
+    dense = _dense(sizes, layers)
+    if dense >= layers:
+        raise _unlike(file, "none of its layers has experts")
+    top = size("num_experts_per_tok", sizes.get("moe_topk"))
+    return Mixture(size(name), top, inner, shared, dense)
+
+
+def _dense(sizes: Any, layers: int) -> int:
+    """How many layers have no experts."""
+    kinds = sizes.get("mlp_layer_types")
+    if isinstance(kinds, list):
+        return sum(kind == "dense" for kind in kinds)
+    first, step = sizes.get("first_k_dense_replace") or 0, sizes.get("decoder_sparse_step") or 1
+    only = sizes.get("mlp_only_layers") or ()
+    each = ((i + 1) % step == 0 and i >= first and i not in only for i in range(layers))
+    return layers - sum(each)
+
+
+def _unlike(file: Path, problem: str) -> FalqonError:
+    remedy = "Give the config.json of a decoder like LLaMA, or of a mixture like Qwen3-MoE"
+    return FalqonError(str(file), f"{problem}, of which the arithmetic knows nothing", remedy)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from falqon_fx.cost.cards import CARDS, Card, find
 from falqon_fx.errors import FalqonError
+from falqon_fx.kernels.hardware import reads_columns
 
 Attention = Literal["flash2", "cudnn"]
 
@@ -45,6 +46,7 @@ class Figures:
         thin: the share of it that a product with a thin side reaches.
         dequantize: the share of it that NF4's dequantization reaches.
         skinny_step: a program of x·Aᵀ goes through 128 of K.
+        architecture: of its tensor cores, 90 for sm_90 and so on.
         tile_128, tile_64: the rate of 128 x 128 and 64 x 128 tiles, of that of 128 x 256.
         ramp: what a kernel takes to fill and to drain.
         gap: from one kernel to the next.
@@ -55,6 +57,7 @@ class Figures:
     """
 
     processors: Figure
+    architecture: Figure
     bf16_gemm: Figure
     fp8_gemm: Figure
     own_gemm: Figure
@@ -79,6 +82,16 @@ class Figures:
         them that of the nearest.
         """
         return _between(self.forward, length), _between(self.backward, length)
+
+    @property
+    def library(self) -> bool:
+        """Whether torch multiplies stacked experts in FP8."""
+        return self.architecture.value in (90, 100)
+
+    @property
+    def by_columns(self) -> bool:
+        """Whether the tensor cores read FP8 by columns, as dL/dx reads W."""
+        return reads_columns(int(self.architecture.value))
 
     def listed(self) -> dict[str, Figure]:
         """Every figure by its name."""
@@ -204,6 +217,7 @@ def figures_for(name: str, attention: Attention = "flash2") -> Figures:
     forward, backward = _attention(attention, card, dense)
     return Figures(
         processors=Figure(processors, "", where),
+        architecture=Figure(card.architecture, "", "NVIDIA, CUDA GPU Compute Capability"),
         bf16_gemm=reached("bf16_gemm", _BF16, "FLOP/s", _BF16_SOURCE, dense),
         fp8_gemm=reached("fp8_gemm", _FP8, "FLOP/s", _FP8_SOURCE, fp8),
         own_gemm=reached("own_gemm", 750e12, "FLOP/s", _OWN_SOURCE, fp8),

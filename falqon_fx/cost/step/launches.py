@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal
 
@@ -92,17 +92,50 @@ class Timer:
         """[n, k] · [k, Σ columns] in whole waves of the best tiles, with operands of ``operand``
         bytes and a bf16 result. Each of the ``columns`` starts its own tile.
         """
-        work = min(
-            self._waves(n, columns, tile) * tile[0] * tile[1] * 2 * k / (rate * tile[2])
-            for tile in (self.own_tiles if own else self.tiles)
-        )
         reads = operand * k * (n + sum(columns))
-        busy = work * self.figures.processors.value
+        busy = self._busy(1, n, k, columns, rate, own)
         return self.timed(part, name, busy, reads, 2 * n * sum(columns))
 
-    def _waves(self, n: int, columns: Sequence[int], tile: Tile) -> int:
-        tiles = ceil(n / tile[0]) * sum(ceil(c / tile[1]) for c in columns)
-        return ceil(tiles / int(self.figures.processors.value))
+    def grouped(
+        self,
+        name: str,
+        rows: int,
+        experts: int,
+        k: int,
+        out: int,
+        operand: int,
+        rate: float,
+        *,
+        own: bool = False,
+    ) -> Launch:
+        """The same of as many rows for each expert, times its [k, out]: tiles end with an expert's
+        rows.
+        """
+        busy = self._busy(experts, ceil(rows / experts), k, [out], rate, own)
+        reads = operand * k * (rows + experts * out)
+        return self.timed("products", name, busy, reads, 2 * rows * out)
+
+    def _busy(
+        self, groups: int, n: int, k: float, columns: Sequence[int], rate: float, own: bool
+    ) -> float:
+        """What whole waves of the best tiles take, were they one processor's."""
+        f, times = self.figures, []
+        for high, wide, share in self.own_tiles if own else self.tiles:
+            tiles = groups * ceil(n / high) * sum(ceil(c / wide) for c in columns)
+            waves = ceil(tiles / int(f.processors.value))
+            times.append(waves * high * wide * 2 * k / (rate * share))
+        return min(times) * f.processors.value
+
+    def more(self, launch: Launch, reads: float = 0, writes: float = 0) -> Launch:
+        """A launch that moves so much more."""
+        made = replace(launch, reads=launch.reads + reads, writes=launch.writes + writes)
+        moving = (made.reads + made.writes) / self.figures.bandwidth.value
+        return replace(made, seconds=max(made.seconds, self._whole(moving)))
+
+    def again(self, part: Part, name: str, reads: float, writes: float, more: float) -> Launch:
+        """A kernel that moves ``more`` bytes than its arguments have: it reads what it writes."""
+        timed = self.moving(part, name, reads + more, writes)
+        return replace(timed, reads=reads)
 
     def skinny(self, name: str, n: int, k: int, ranks: int, rank: int) -> Launch:
         """Our x·Aᵀ of ``ranks`` adapters: a program for 64 tokens of each, two a processor, which

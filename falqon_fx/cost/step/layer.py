@@ -14,6 +14,7 @@ from typing import Literal
 
 from falqon_fx.cost.step.decoder import Decoder, Group
 from falqon_fx.cost.step.launches import Launch, Timer
+from falqon_fx.errors import FalqonError
 
 AdapterDtype = Literal["bfloat16", "fp8"]
 Transpose = Literal["transient", "store"]
@@ -30,6 +31,11 @@ class Step:
     rank: int
     adapter_dtype: AdapterDtype = "bfloat16"
     transpose: Transpose = "transient"
+
+    def __post_init__(self) -> None:
+        if self.adapter_dtype == "fp8" and self.decoder.mixture is not None:
+            problem = "it is not built for stacked experts"
+            raise FalqonError('adapter_dtype="fp8"', problem, "Give bfloat16")
 
     @property
     def n(self) -> int:
@@ -74,8 +80,7 @@ def peft(step: Step, time: Timer, nf4: bool = False) -> list[Launch]:
 
     done = [
         fused("norm", a(h), a(h)),
-        fused("v + its adapter", 2 * a(key), a(key)),
-        fused("RoPE", 2 * (a(query) + a(key)), a(query) + a(key)),
+        *peft_rope(step, time),
         fused("sum, norm", 3 * a(h), 2 * a(h)),
         fused("SwiGLU", 4 * a(i), 3 * a(i)),
         fused("sum", 3 * a(h), a(h)),
@@ -84,17 +89,82 @@ def peft(step: Step, time: Timer, nf4: bool = False) -> list[Launch]:
         fused("sum, norm backward", 6 * a(h), 4 * a(h)),
         fused("attention's gradient", 2 * a(query), a(query)),
         fused("s dv", a(key), a(key)),
-        fused("RoPE backward", a(query) + a(key), 2 * (a(query) + a(key))),
+        *peft_rope_backward(step, time),
         fused("sum, norm backward", 8 * a(h), a(h)),
         *attention(step, time),
     ]
-    for group in d.groups:
+    return [*done, *peft_linears(step, time, nf4)]
+
+
+def peft_linears(step: Step, time: Timer, nf4: bool) -> list[Launch]:
+    """The products of all linear layers, forward and backward."""
+    done: list[Launch] = []
+    for group in step.decoder.groups:
         for out in group.outs:
             done += _peft_linear(step, time, group.features, out)
             if nf4:
                 share, weights = time.figures.dequantize.value, group.features * out
                 bytes_of_w = (weights * NF4_BYTES, 2.0 * weights)
                 done += [time.moving("dequantize", "W", *bytes_of_w, share) for _ in range(2)]
+    return done
+
+
+def peft_rope(step: Step, time: Timer) -> list[Launch]:
+    """q, k and v with what their adapters add, and RoPE."""
+    d, a = step.decoder, step.a
+    query, key = a(d.query), a(d.key)
+    added = [time.moving("elementwise", "v + its adapter", 2 * key, key)]
+    if not d.qk_norm:
+        both = query + key
+        return [*added, time.moving("elementwise", "RoPE", 2 * both, both)]
+    for of in (query, key):
+        added.append(time.moving("elementwise", "q, k + their adapters", 2 * of, of))
+    return [*added, *rope(step, time)]
+
+
+def rope(step: Step, time: Timer) -> list[Launch]:
+    """RoPE of q and k, and their norms where a model has these."""
+    d, a = step.decoder, step.a
+    if not d.qk_norm:
+        both = a(d.query) + a(d.key)
+        return [time.moving("elementwise", "RoPE", both, both)]
+    # Each reads cosines and sines, too, and keeps what a head is divided by.
+    return [
+        time.moving(
+            "elementwise",
+            "norm, RoPE",
+            a(heads * d.head) + 2 * a(d.head) + 4 * step.n * heads,
+            a(heads * d.head) + 4 * step.n * heads,
+        )
+        for heads in (d.heads, d.kv_heads)
+    ]
+
+
+def peft_rope_backward(step: Step, time: Timer) -> list[Launch]:
+    """Two gradients each: of the product of W, and of B."""
+    d, a = step.decoder, step.a
+    if not d.qk_norm:
+        both = a(d.query) + a(d.key)
+        return [time.moving("elementwise", "RoPE backward", both, 2 * both)]
+    return [
+        time.moving("elementwise", "RoPE, norm backward", 2 * of + 2 * a(d.head), 2 * of)
+        for of in (a(d.query), a(d.key))
+    ]
+
+
+def rope_backward(step: Step, time: Timer) -> list[Launch]:
+    """RoPE's and the norms' backward, with the casts of dq and dk; norms go by way of float32."""
+    d, a, q = step.decoder, step.a, step.q
+    query, key = a(d.query), a(d.key)
+    if not d.qk_norm:
+        casts = query + key + q(d.query + d.key)
+        return [time.moving("elementwise", "RoPE backward, casts", query + key, casts)]
+    done = []
+    for of, kept in ((query, 2 * query), (key, 0)):
+        first = 2 * of + 2 * a(d.head)
+        done.append(time.moving("elementwise", "RoPE backward", first, 2 * of))
+        writes = 2 * of + of // 2 + kept
+        done.append(time.moving("elementwise", "norm backward, casts", 3 * of, writes))
     return done
 
 
@@ -118,10 +188,14 @@ def falqon(step: Step, time: Timer, train_a: bool) -> list[Launch]:
     done = _casts_in_k(step, time) if in_k else _casts(step, time, train_a)
     done += attention(step, time)
     for group in step.decoder.groups:
-        done += _forward(step, time, group)
-        done += _grad_x(step, time, group)
-        done += _adapter_grads(step, time, group, train_a)
+        done += linears(step, time, group, train_a)
     return done
+
+
+def linears(step: Step, time: Timer, group: Group, train_a: bool) -> list[Launch]:
+    """The products of siblings, forward and backward."""
+    ahead, back = _forward(step, time, group), _grad_x(step, time, group)
+    return [*ahead, *back, *_adapter_grads(step, time, group, train_a)]
 
 
 def _casts(step: Step, time: Timer, train_a: bool) -> list[Launch]:
@@ -136,7 +210,7 @@ def _casts(step: Step, time: Timer, train_a: bool) -> list[Launch]:
     return [
         time.moving("casts", "A and s B", 4 * sum(d.adapter(step.rank)), step.adapter_casts),
         fused("norm, cast", a(h), q(h) * (1 + again)),
-        fused("RoPE", a(query) + a(key), a(query) + a(key)),
+        *rope(step, time),
         time.moving("casts", "attention's output", a(query), q(query) * (1 + again)),
         fused("sum, norm, cast", 2 * a(h), q(h) * (1 + again)),
         fused("SwiGLU, cast", 2 * a(i), q(i) * (1 + again)),
@@ -144,7 +218,7 @@ def _casts(step: Step, time: Timer, train_a: bool) -> list[Launch]:
         time.moving("casts", "dO", a(h), q(h)),
         fused("SwiGLU backward, casts", 3 * a(i), 4 * a(i) + 2 * q(i)),
         fused("sum, norm backward, cast", 4 * a(h), a(h) + q(h)),
-        fused("RoPE backward, casts", a(query) + a(key), a(query) + a(key) + q(query + key)),
+        *rope_backward(step, time),
         time.moving("casts", "dv", a(key), q(key)),
         fused("sum, norm backward", 3 * a(h), a(h)),
     ]
@@ -283,6 +357,8 @@ def kept(step: Step, run: str) -> int:
     d, a, q = step.decoder, step.a, step.q
     common = 2 * a(d.hidden) + 2 * (a(d.query) + a(d.key)) + 2 * a(d.inner)
     common += 4 * step.n * d.heads + a(step.rank) * d.sites
+    if d.qk_norm:  # what the norms read
+        common += a(d.query) + a(d.key)
     if run in ("peft", "nf4"):  # both norms' results and SwiGLU's
         return common + 2 * a(d.hidden) + a(d.inner)
     of_x = sum(q(group.features) for group in d.groups) if run == "falqon" else 0

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import get_args
 
+from falqon_fx.cost.step import layer, mixture
 from falqon_fx.cost.step.figures import Figures
 from falqon_fx.cost.step.launches import Launch, Part, Timer
-from falqon_fx.cost.step.layer import NF4_BYTES, Step, falqon, kept, peft
+from falqon_fx.cost.step.layer import NF4_BYTES, Step
 
 RUNS = {
     "falqon": "falqon",
@@ -32,6 +33,11 @@ NOTES = {
     "attention": "causal: half of the pairs; backward is five products to forward's two",
     "NF4": "bitsandbytes' format: four bits and a float32 scale of 64, without its second level; "
     "dequantized once for forward and once for backward, compiled, adapters in bf16",
+    "experts": "of transformers' grouped_mm, each with as many rows; their adapters by PEFT's "
+    "target_parameters, traced: torch.baddbmm of all experts' W + s B A, and dL/dW' in bf16; ours "
+    "with the library's FP8 product where it has one, else generated kernels, whose dL/dx decodes "
+    "W and multiplies in bf16 but on sm_100. assumed: grouped products reach the rates of single "
+    "ones. NF4 leaves experts in bf16, as bitsandbytes does",
     "optimizer": "fused AdamW: p, gradient and moments read, p and moments written",
     "host": "launches times their price, hidden behind the GPU unless it is longer; none with CUDA "
     "graphs",
@@ -48,7 +54,7 @@ class Run:
     Attributes:
         seconds: of each part; "host" is what the GPU waits for it.
         host: the host's time in all, hidden or not.
-        launches: of a layer.
+        launches: of a layer; of a mixture, of one with experts.
         kept: bytes of all layers that are there for backward alone.
         weights: bytes of all layers' weights.
         library: products of a layer that the library runs because it is faster than ours with the
@@ -73,37 +79,60 @@ def arithmetic(step: Step, figures: Figures, cuda_graphs: bool = False) -> dict[
 
 
 def layer_of(name: str, step: Step, time: Timer) -> list[Launch]:
-    """The launches of a layer of one run."""
+    """The launches of a layer of one run, of layers that are all alike."""
+    dense = step.decoder.mixture is None
     if name in ("peft", "nf4"):
-        return peft(step, time, nf4=name == "nf4")
-    return falqon(step, time, train_a=name == "falqon")
+        run = layer.peft if dense else mixture.peft
+        return run(step, time, nf4=name == "nf4")
+    ours = layer.falqon if dense else mixture.falqon
+    return ours(step, time, train_a=name == "falqon")
+
+
+def kept(name: str, step: Step) -> int:
+    """Bytes of such a layer that are there for backward alone."""
+    of = layer.kept if step.decoder.mixture is None else mixture.kept
+    return of(step, name)
 
 
 def _run(name: str, step: Step, time: Timer, cuda_graphs: bool) -> Run:
-    d, layer = step.decoder, layer_of(name, step, time)
+    kinds = [replace(step, decoder=decoder) for decoder in step.decoder.kinds]
+    layers = [layer_of(name, kind, time) for kind in kinds]
     rest = [*_head(step, time), _optimizer(name, step, time)]
     seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
-    for launch in layer:
-        seconds[launch.part] += d.layers * launch.seconds
+    in_all = sum(one.kernels for one in rest)
+    for kind, launches in zip(kinds, layers, strict=True):
+        for launch in launches:
+            seconds[launch.part] += kind.decoder.layers * launch.seconds
+            in_all += kind.decoder.layers * launch.kernels
     for launch in rest:
         seconds[launch.part] += launch.seconds
-    launches = sum(one.kernels for one in layer)
-    in_all = d.layers * launches + sum(one.kernels for one in rest)
     host = time.figures.launch.value * in_all
     if name.startswith("falqon"):
-        host += time.figures.site.value * d.layers * d.sites
+        sites = sum(kind.decoder.layers * kind.decoder.sites for kind in kinds)
+        host += time.figures.site.value * sites
     if cuda_graphs:
         host = 0.0
     seconds["host"] = max(0.0, host - sum(seconds.values()))
-    element = {"peft": 2.0, "nf4": NF4_BYTES}.get(name, 2.0 if step.transpose == "store" else 1.0)
     return Run(
         seconds=seconds,
         host=host,
-        launches=launches,
-        kept=d.layers * kept(step, name),
-        weights=d.layers * d.weights * element,
-        library=sum(one.part == "products" and one.name.endswith("(library)") for one in layer),
+        launches=sum(one.kernels for one in layers[-1]),
+        kept=sum(kind.decoder.layers * kept(name, kind) for kind in kinds),
+        weights=sum(kind.decoder.layers * _weights(name, kind) for kind in kinds),
+        library=sum(
+            one.part == "products" and one.name.endswith("(library)") for one in layers[-1]
+        ),
     )
+
+
+def _weights(name: str, step: Step) -> float:
+    """Bytes of a layer's weights. NF4 is of linear layers alone, and so is W kept both ways."""
+    of_linears = {"peft": 2.0, "nf4": NF4_BYTES}.get(name, 1.0)
+    if name.startswith("falqon") and step.transpose == "store":
+        of_linears = 2.0
+    of_stacks = 2.0 if name in ("peft", "nf4") else 1.0
+    d = step.decoder
+    return of_linears * d.linear_weights + of_stacks * d.stacked_weights
 
 
 def _head(step: Step, time: Timer) -> list[Launch]:
@@ -121,11 +150,12 @@ def _head(step: Step, time: Timer) -> list[Launch]:
 
 def _optimizer(name: str, step: Step, time: Timer) -> Launch:
     """Fused AdamW: p, its gradient and both moments read, p and the moments written."""
-    d = step.decoder
-    of_a, of_b = d.adapter(step.rank)
-    trained = d.layers * (of_b + (0 if name == "falqon_frozen_a" else of_a))
+    frozen, trained, tensors = name == "falqon_frozen_a", 0, 0
+    for d in step.decoder.kinds:
+        of_a, of_b = d.adapter(step.rank)
+        trained += d.layers * (of_b + (0 if frozen else of_a))
+        tensors += d.layers * d.sites * (1 if frozen else 2)
     width = 4 if name.startswith("falqon") else 2
-    tensors = d.layers * d.sites * (1 if name == "falqon_frozen_a" else 2)
     launch = time.moving("optimizer", "AdamW", 4 * width * trained, 3 * width * trained)
     kernels = ceil(tensors / _FUSED_ADAMW)
     return replace(launch, kernels=kernels)
