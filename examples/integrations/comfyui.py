@@ -1,13 +1,18 @@
 """A trained diffusion model as one file in ComfyUI's FP8 form: `float8_e4m3fn`, a scale a layer.
 
     from comfyui import write_comfyui
-    merged = falqon_fx.merge_and_unload(model)
-    write_comfyui(merged, "model_fp8.safetensors", original="flux1-dev.safetensors")
+    base.load_lora_adapter("lora", prefix="unet")  # a UNet2DConditionModel as it was loaded
+    base.fuse_lora()
+    base.unload_lora()
+    write_comfyui(base, "model_fp8.safetensors", original="v1-5-pruned-emaonly.safetensors")
 
 The form is that of ComfyUI's QUANTIZATION.md (commit 7f75cc2bc2): float8 weights, a float32
 `weight_scale` each, and the list of them in the file's metadata. ``original`` is the file that
 ComfyUI has of the base model, or the checkpoint that holds it: its names are taken, as under
 diffusers' names ComfyUI reads the weights, but not the scales.
+
+The adapter is merged into the base as it was loaded. After `falqon_fx.prepare` the weights of a
+model are FP8's own numbers, and what an adapter adds to them is mostly below half of a step.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from falqon_fx import _compat
 from falqon_fx.errors import FalqonError
 from falqon_fx.model.fp8_linear import IN_ONE_PROCESS
 from falqon_fx.model.lora_layers import LoraLayer, check_adapters, lora_layers, unwrap
@@ -17,7 +18,7 @@ from falqon_fx.site.sharded import refuse_sharded
 
 def merge_and_unload(model: nn.Module) -> nn.Module:
     """The base model with its active adapters merged, for PEFT models trained under falqon, and for
-    models that `add_adapter` of transformers or diffusers has put adapters into.
+    models that `add_adapter` of transformers or diffusers was called on: compiled no more, then.
 
     PEFT merges W + Σ scaling · B · A itself; where `prepare` freed W, dq(W) in the dtype that W had
     takes its place. With update="rows" a layer's weight is dq(W') + scaling · (B - applied) ·
@@ -46,11 +47,15 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         _check_sum(layer)
     rows_unload.merge(base)
     restore(model)
-    merged: nn.Module = model.merge_and_unload() if wrapped else _unload(base)  # type: ignore[operator]
-    return merged
+    if wrapped:
+        merged: nn.Module = model.merge_and_unload()  # type: ignore[operator]
+        return merged
+    _unload(base)
+    _compat.uncompile(model)  # else its weights, adapters and all, would be cast to FP8 again
+    return model
 
 
-def _unload(model: Any) -> nn.Module:
+def _unload(model: Any) -> None:
     """What PEFT's merge_and_unload does, on a model without PEFT's wrapper."""
     done = "\0"  # a layer that was replaced: what it had inside is gone
     for path, module in list(model.named_modules()):
@@ -68,7 +73,6 @@ def _unload(model: Any) -> nn.Module:
     del model.peft_config
     if hasattr(model, "_hf_peft_config_loaded"):
         model._hf_peft_config_loaded = False  # else save_pretrained would look for an adapter
-    return model
 
 
 def _check_biases(base: nn.Module) -> None:
