@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -206,6 +206,11 @@ def _checkpoint(body: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
     if selective is not None:
         kwargs["context_fn"] = selective
     return torch.utils.checkpoint.checkpoint(body, *args, **kwargs)
+
+
+def uncompile(module: nn.Module) -> None:
+    """Take back what `module.compile` did; of modules inside, nothing."""
+    module._compiled_call_impl = None
 
 
 def is_plain(value: Tensor) -> bool:

@@ -196,6 +196,32 @@ def test_other_adapters_and_saved_modules_are_merged_by_peft():
     assert type(merged.model.norm).__name__ == "LlamaRMSNorm"
 
 
+@PREPARED
+def test_adapters_that_a_model_was_given_itself_are_merged(prepared, tmp_path):
+    """As `add_adapter` of transformers and diffusers does it."""
+    wrapped = tiny_llama(layers=1, modules_to_save=["norm"])
+    (lora,) = wrapped.peft_config.values()
+    fill_b(wrapped, 0.1)
+    adapter = peft.get_peft_model_state_dict(wrapped)
+    model = copy.deepcopy(wrapped).unload()
+    peft.inject_adapter_in_model(lora, model)
+    model._hf_peft_config_loaded = True  # theirs: that save_pretrained is to save an adapter
+    peft.set_peft_model_state_dict(
+        model, {name.removeprefix("base_model.model."): value for name, value in adapter.items()}
+    )
+    if prepared:
+        falqon_fx.prepare(model, progress=False)
+        falqon_fx.prepare(wrapped, progress=False)
+    model.compile(backend="falqon", options={"inner": "eager"})
+    merged, expected = falqon_fx.merge_and_unload(model), falqon_fx.merge_and_unload(wrapped)
+    assert merged is model
+    assert torch.equal(merged(IDS).logits, expected(IDS).logits)  # not in FP8
+    merged.save_pretrained(tmp_path)
+    saved = type(merged).from_pretrained(tmp_path).state_dict()
+    assert saved.keys() == expected.state_dict().keys()
+    assert all(torch.equal(saved[name], value) for name, value in expected.state_dict().items())
+
+
 def test_what_is_no_peft_model_is_refused():
     with pytest.raises(FalqonError, match="not a PEFT model"):
         falqon_fx.merge_and_unload(nn.Linear(2, 2))

@@ -3,7 +3,9 @@
     python examples/integrations/image_lora.py [--model FOLDER] [--steps 20] [--out lora]
 
 FOLDER is one of a UNet2DConditionModel; without it the UNet is a small random one. In diffusers'
-script, the two lines with falqon_fx go where it calls `unet.add_adapter`, and after it.
+script, the two lines with falqon_fx go where it calls `unet.add_adapter`, and after it. The folder
+`lora` gets the adapter twice: as diffusers names a UNet's layers, and for ComfyUI, which skips
+those names, as kohya's scripts do.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import convert_state_dict_to_diffusers
+from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
 
 import falqon_fx
 
@@ -60,8 +63,11 @@ def main() -> list[float]:
         optimizer.zero_grad()
         losses.append(loss.item())
         print(step, losses[-1])
-    adapter = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
-    StableDiffusionPipeline.save_lora_weights(args.out, unet_lora_layers=adapter)
+    adapter = get_peft_model_state_dict(unet)
+    named = convert_state_dict_to_diffusers(adapter)
+    StableDiffusionPipeline.save_lora_weights(args.out, unet_lora_layers=named)
+    kohya = convert_state_dict_to_kohya({f"unet.{name}": each for name, each in adapter.items()})
+    save_file(kohya, Path(args.out, "comfyui.safetensors"))  # with alpha = r, PEFT's scaling of 1
     return losses
 
 

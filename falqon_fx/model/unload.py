@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from falqon_fx import _compat
 from falqon_fx.errors import FalqonError
 from falqon_fx.model.fp8_linear import IN_ONE_PROCESS
 from falqon_fx.model.lora_layers import LoraLayer, check_adapters, lora_layers, unwrap
@@ -16,7 +17,8 @@ from falqon_fx.site.sharded import refuse_sharded
 
 
 def merge_and_unload(model: nn.Module) -> nn.Module:
-    """The base model with its active adapters merged, for PEFT models trained under falqon.
+    """The base model with its active adapters merged, for PEFT models trained under falqon, and for
+    models that `add_adapter` of transformers or diffusers was called on: compiled no more, then.
 
     PEFT merges W + Σ scaling · B · A itself; where `prepare` freed W, dq(W) in the dtype that W had
     takes its place. With update="rows" a layer's weight is dq(W') + scaling · (B - applied) ·
@@ -30,20 +32,47 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
             Nothing has been changed then.
     """
     model = unwrap(model)
-    if not (hasattr(model, "get_base_model") and hasattr(model, "merge_and_unload")):
+    wrapped = hasattr(model, "get_base_model")
+    if not hasattr(model, "merge_and_unload" if wrapped else "peft_config"):
         raise FalqonError(
-            type(model).__name__, "it is not a PEFT model", "Merge what get_peft_model returned"
+            type(model).__name__,
+            "it is not a PEFT model",
+            "Merge what get_peft_model returned, or the model that add_adapter was called on",
         )
     refuse_sharded(model, "merge_and_unload", IN_ONE_PROCESS)
-    base: Any = model.get_base_model()  # type: ignore[operator]
+    base: Any = model.get_base_model() if wrapped else model  # type: ignore[operator]
     check_adapters(base)
     _check_biases(base)
     for layer in lora_layers(base):
         _check_sum(layer)
     rows_unload.merge(base)
     restore(model)
-    merged: nn.Module = model.merge_and_unload()  # type: ignore[operator]
-    return merged
+    if wrapped:
+        merged: nn.Module = model.merge_and_unload()  # type: ignore[operator]
+        return merged
+    _unload(base)
+    _compat.uncompile(model)  # else its weights, adapters and all, would be cast to FP8 again
+    return model
+
+
+def _unload(model: Any) -> None:
+    """What PEFT's merge_and_unload does, on a model without PEFT's wrapper."""
+    done = "\0"  # a layer that was replaced: what it had inside is gone
+    for path, module in list(model.named_modules()):
+        if path.startswith(f"{done}."):
+            continue
+        if hasattr(module, "unload_and_optionally_merge_module"):
+            plain = module.unload_and_optionally_merge_module(True, False, None)
+        elif hasattr(module, "base_layer") and hasattr(module, "merge"):
+            module.merge()
+            plain = module.get_base_layer()
+        else:
+            continue
+        model.set_submodule(path, plain)
+        done = path
+    del model.peft_config
+    if hasattr(model, "_hf_peft_config_loaded"):
+        model._hf_peft_config_loaded = False  # else save_pretrained would look for an adapter
 
 
 def _check_biases(base: nn.Module) -> None:

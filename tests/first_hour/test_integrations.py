@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import runpy
 import sys
 import types
@@ -19,6 +20,8 @@ import safetensors
 import torch
 import torchtune
 import transformers
+from diffusers import ZImageTransformer2DModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from torchtune.models.llama2 import lora_llama2
@@ -201,15 +204,29 @@ def test_diffusers_trains_and_saves_a_lora(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["image_lora.py", "--out", str(tmp_path)])
     losses = script.main()
     assert sum(losses[-5:]) < sum(losses[:5])
-    (file,) = tmp_path.glob("*.safetensors")
-    with safetensors.safe_open(file, "pt") as saved:
-        names = set(saved.keys())
-    assert names
-    assert all(name.startswith("unet.") and ".lora" in name for name in names)
+    files = {path.name: load_file(path) for path in tmp_path.glob("*.safetensors")}
+    for_comfyui = files.pop("comfyui.safetensors")
+    (saved,) = files.values()
+    assert saved
+    for name, tensor in saved.items():
+        path, part = re.fullmatch(r"unet\.(.*)\.lora\.(up|down)\.weight", name).groups()
+        kohyas = f"lora_unet_{path.replace('.', '_')}"
+        assert torch.equal(for_comfyui.pop(f"{kohyas}.lora_{part}.weight"), tensor)
+        if part == "down":
+            assert for_comfyui.pop(f"{kohyas}.alpha") == len(tensor)
+    assert not for_comfyui
+
+
+def assert_within_half_a_step(
+    codes: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor
+) -> None:
+    """Of E4M3: 2^-4 of a normal number, 2^-10 among the smallest."""
+    assert (codes.dtype, scale.dtype, scale.dim()) == (torch.float8_e4m3fn, torch.float32, 0)
+    error = (codes.float() * scale - weight).abs()
+    assert (error <= (weight.abs() * 2**-4).clamp(min=float(scale) * 2**-10)).all()
 
 
 def test_comfyuis_form_has_a_scale_a_layer(tmp_path):
-    """Its QUANTIZATION.md: codes · scale, with |error| of at most half of E4M3's step, 2^-4."""
     model = Net()
     with torch.no_grad():
         model.up.weight[0, 0] = 3.0  # its scale is none of the others'
@@ -223,10 +240,50 @@ def test_comfyuis_form_has_a_scale_a_layer(tmp_path):
         }
         for path in layers:
             codes, scale = (saved.get_tensor(f"{path}.{n}") for n in ("weight", "weight_scale"))
-            assert codes.dtype == torch.float8_e4m3fn
-            assert scale.dtype == torch.float32
-            assert scale.dim() == 0
-            weight = model.get_submodule(path).weight
-            error = (codes.float() * scale - weight).abs()
-            assert (error <= (weight.abs() * 2**-4).clamp(min=float(scale) * 2**-10)).all()
+            assert_within_half_a_step(codes, scale, model.get_submodule(path).weight)
         assert torch.equal(saved.get_tensor("up.bias"), model.up.bias)
+
+
+def of_its_authors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A Z-Image of diffusers as its authors' file has it: other names, and q, k and v in one."""
+    renamed = {
+        "to_out.0": "out", "norm_q": "q_norm", "norm_k": "k_norm",
+        "all_final_layer.2-1": "final_layer", "all_x_embedder.2-1": "x_embedder",
+    }  # fmt: skip
+    found: dict[str, list[torch.Tensor]] = {}
+    for name, tensor in state.items():
+        for new, old in renamed.items():
+            name = name.replace(new, old)
+        found.setdefault(re.sub(r"to_[qkv]\b", "qkv", name), []).append(tensor)
+    return {name: torch.cat(tensors) for name, tensors in found.items()}
+
+
+def test_comfyui_gets_the_names_of_its_own_file(tmp_path):
+    """And no values of it. Under diffusers' names ComfyUI would read codes without their scales."""
+    write = load(SCRIPTS / "comfyui.py").write_comfyui
+    tiny: dict[str, Any] = {
+        "dim": 64, "n_heads": 2, "n_kv_heads": 2, "n_layers": 1, "n_refiner_layers": 1,
+        "cap_feat_dim": 96, "axes_dims": [8, 12, 12],
+    }  # fmt: skip
+    model = ZImageTransformer2DModel(**tiny)
+    wanted, of_another = (
+        of_its_authors(one.state_dict())
+        for one in (model, ZImageTransformer2DModel(**{**tiny, "dim": 128, "n_heads": 4}))
+    )
+    base, other, file = (tmp_path / name for name in ("base", "other", "file"))
+    checkpoint = {f"model.diffusion_model.{n}": torch.zeros_like(t) for n, t in wanted.items()}
+    save_file({**checkpoint, "first_stage_model.weight": torch.zeros(3)}, base)
+    save_file(of_another, other)
+    with pytest.raises(ValueError, match="original="):
+        write(model, file)
+    with pytest.raises(ValueError, match="128 rows for the 64 of"):
+        write(model, file, original=other)
+
+    layers = write(model, file, original=base)
+    saved = load_file(file)
+    assert {"layers.0.attention.qkv", "cap_embedder.1", "final_layer.linear"} <= {*layers}
+    for path in layers:
+        codes, scale = saved.pop(f"{path}.weight"), saved.pop(f"{path}.weight_scale")
+        assert_within_half_a_step(codes, scale, wanted.pop(f"{path}.weight"))
+    assert saved.keys() == wanted.keys()
+    assert all(torch.equal(saved[name], wanted[name]) for name in wanted)
