@@ -109,12 +109,9 @@ def inductor_compile(
         def uuid(self) -> str:
             return version
 
-    patches: dict[str, Any] = {"joint_custom_post_pass": JointPass()}
-    patches |= list_mode_options(mode) if mode else {}
-    patches |= options
-    compiled: Any = compile_fx(
-        gm, list(inputs), config_patches=patches, decompositions=decompositions
-    )
+    of_mode = list_mode_options(mode) if mode else {}
+    patches = {"joint_custom_post_pass": JointPass(), **of_mode, **options}
+    compiled: Any = compile_fx(gm, [*inputs], config_patches=patches, decompositions=decompositions)
     return compiled  # type: ignore[no-any-return]
 
 
@@ -162,9 +159,8 @@ def copy_dynamo_attributes(old: fx.GraphModule, new: fx.GraphModule) -> None:
     for name in ("_param_name_to_source", "compile_subgraph_reason"):
         if hasattr(old, name):
             setattr(new, name, getattr(old, name))
-    for before, after in zip(
-        old.graph.find_nodes(op="placeholder"), new.graph.find_nodes(op="placeholder"), strict=False
-    ):
+    inputs = (gm.graph.find_nodes(op="placeholder") for gm in (old, new))
+    for before, after in zip(*inputs, strict=False):
         if hasattr(before, "_dynamo_source"):
             after._dynamo_source = before._dynamo_source
         # A weak reference to the argument, which Dynamo removes when it is done: a parameter that
