@@ -130,6 +130,7 @@ def test_bytes_are_those_of_compressed_tensors(weight):
     assert torch.equal(decoded, nvfp4.decode(packed, scale, BF16))
 
 
+@pytest.mark.slow  # that package takes seconds to import
 @given(weight=weights(), mode=st.sampled_from(["pow2", "amax"]))
 def test_values_are_those_of_torchao(weight, mode):
     """Decoded in float32, bit for bit; its own cast differs where a scale is subnormal or 0."""
