@@ -156,7 +156,7 @@ def test_calibration_buys_back_the_cast_errors():
         own = copy.deepcopy(model)
         given: dict[str, Any] = {"compensate": terms, "outliers": terms, "calibration": [x]}
         falqon_fx.prepare(own, CONFIG, progress=False, **(given if terms else {}))
-        y = torch.compile(own, backend="falqon", options={"config": CONFIG})(x)
+        y = torch.compile(own, backend="falqon", options=dict[str, Any](config=CONFIG))(x)
         errors[terms] = float((y - wanted).norm() / wanted.norm())
     assert errors[16] < errors[0] / 1.5
 
@@ -206,7 +206,7 @@ def test_prequantize_is_prepare_bit_for_bit(tmp_path, options):
     codes = [p for name, p in loaded.named_parameters() if name.endswith(".code")]
     assert len(codes) == 7
     assert all(map(nvfp4.is_packed, codes))
-    run = torch.compile(loaded, backend="falqon", options={"config": config})
+    run = torch.compile(loaded, backend="falqon", options=dict[str, Any](config=config))
     assert run(IDS).logits.isfinite().all()
 
 
