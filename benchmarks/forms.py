@@ -90,7 +90,8 @@ def nf4(values: Tensor) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     codes, state = quantize_4bit(values.contiguous(), blocksize=64, quant_type="nf4")
-    return dequantize_4bit(codes, state)
+    cast: Tensor = dequantize_4bit(codes, state)
+    return cast
 
 
 def same(values: Tensor) -> Tensor:

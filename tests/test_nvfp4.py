@@ -79,7 +79,7 @@ def test_a_site_alone_is_right(options, dtype):
 # -- models ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale", ["pow2", "amax"])
+@pytest.mark.parametrize("scale", ["pow2", slow("amax")])
 def test_all_that_compiled_code_runs_is_nvfp4(scale):
     """Layers with an adapter and without, prepared or not: bit for bit what was written apart."""
     config = replace(CONFIG, scale=scale)
@@ -156,22 +156,23 @@ def test_calibration_buys_back_the_cast_errors():
         own = copy.deepcopy(model)
         given: dict[str, Any] = {"compensate": terms, "outliers": terms, "calibration": [x]}
         falqon_fx.prepare(own, CONFIG, progress=False, **(given if terms else {}))
-        y = torch.compile(own, backend="falqon", options={"config": CONFIG})(x)
+        y = torch.compile(own, backend="falqon", options=dict[str, Any](config=CONFIG))(x)
         errors[terms] = float((y - wanted).norm() / wanted.norm())
     assert errors[16] < errors[0] / 1.5
 
 
 def test_memory_is_that_of_four_bits():
-    """What the process really holds: 9 / 32 = 0.281 of bfloat16 and what four layers are."""
+    """What the process really holds: 9 / 32 = 0.281 of bfloat16, of three large layers."""
     falqon_fx.prepare(nn.Sequential(nn.Linear(64, 64)), CONFIG, progress=False)  # loads the code
+    gc.collect()
     before = own_memory()
-    model = nn.Sequential(*(nn.Linear(4096, 4096, False, "meta", BF16) for _ in range(4)))
+    model = nn.Sequential(*(nn.Linear(4096, 4096, False, "meta", BF16) for _ in range(3)))
     for layer in model:
         weight = torch.empty(4096, 4096, dtype=BF16).fill_(0.02)
         layer.weight = nn.Parameter(weight, requires_grad=False)
     del layer, weight
     dense = own_memory() - before
-    assert dense > 0.99 * 4 * 2 * 4096**2
+    assert dense > 0.99 * 3 * 2 * 4096**2
     report = falqon_fx.prepare(model, CONFIG, progress=False)
     gc.collect()
     assert report.bytes_after <= 0.2813 * report.bytes_before
@@ -205,7 +206,7 @@ def test_prequantize_is_prepare_bit_for_bit(tmp_path, options):
     codes = [p for name, p in loaded.named_parameters() if name.endswith(".code")]
     assert len(codes) == 7
     assert all(map(nvfp4.is_packed, codes))
-    run = torch.compile(loaded, backend="falqon", options={"config": config})
+    run = torch.compile(loaded, backend="falqon", options=dict[str, Any](config=config))
     assert run(IDS).logits.isfinite().all()
 
 
