@@ -10,6 +10,7 @@ turns, and the least of each one's times counts: a machine that does other thing
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -56,7 +57,7 @@ def calls(base: BaseDtype, group: str, dtype: torch.dtype) -> list[Callable[[], 
     spec, sites = SiteSpec.from_config(config), range(len(outs))
 
     def draw(*shape: int, like: torch.dtype = dtype) -> Tensor:
-        return (torch.randn(shape) / shape[-1] ** 0.5).to(like)
+        return (torch.randn(shape) / math.sqrt(shape[-1])).to(like)
 
     x, grads = draw(TOKENS, features), [draw(TOKENS, out) for out in outs]
     bases = [cast_base(draw(out, features), spec) for out in outs]
