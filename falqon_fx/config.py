@@ -218,6 +218,14 @@ class FalqonConfig:
                     f'{given!r} is of FP8 weights, and base_dtype="{form}" has none',
                     f'Leave {name} out, or set base_dtype="fp8"',
                 )
+        stores = self.transpose == "store"
+        if self.base_dtype == "int8" and (stores or self.kernel in ("scaled_mm", "inductor")):
+            name = "transpose" if stores else "kernel"
+            raise FalqonConfigError(
+                name,
+                f'{getattr(self, name)!r} is of FP8 products, and base_dtype="int8" has others',
+                'Give kernel="auto", "triton" or "dequantize", and transpose="auto"',
+            )
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> FalqonConfig:

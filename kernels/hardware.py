@@ -10,6 +10,7 @@ import torch
 from falqon_fx.kernels.spec import CastMode
 
 FP8 = 89  # the first architecture with FP8 tensor cores
+INT8 = 75  # that with INT8 ones
 
 
 def architecture(device: torch.device) -> int:
@@ -27,6 +28,12 @@ def fp8_architecture(device: torch.device) -> int:
     """The same, but 0 where there are no FP8 tensor cores."""
     number = _number(device)
     return number if number >= FP8 else 0
+
+
+def int8_architecture(device: torch.device) -> int:
+    """The same, but 0 where there are no INT8 tensor cores."""
+    number = _number(device)
+    return number if number >= INT8 else 0
 
 
 def family(architecture: int) -> int:

@@ -20,6 +20,7 @@ InputDtype = Literal["float32", "bfloat16", "float16"]
 Fp8Format = Literal["e4m3", "e5m2"]
 POINTER = {"float32": "*fp32:16", "bfloat16": "*bf16:16", "float16": "*fp16:16"}  # aligned
 MAX_RANK = 256  # the most columns of an adapter that an accumulator holds
+MAX_INT8 = 1 << 17  # the most products of two bytes that an int32 sums up
 MAX_TAIL = 128  # the most of one in FP8
 MAX_PIECES = 8  # weights, or adapters, in one launch
 # How float32 becomes FP8: by the GPU's own instruction (sm_89 and newer), or by integer steps,

@@ -151,7 +151,7 @@ class Operands:
             k=self.features,
             rows=(*(site.out for site in sites), *of_a),
             a_pieces=len(of_a),
-            x="e4m3",
+            x="int8" if spec.base == "int8" else "e4m3",
             rank=rank,
             one_tensor=one_tensor,
             **fields,
@@ -198,7 +198,7 @@ def _random_arguments(operands: Operands, spec: SiteSpec) -> tuple[Tensor, tuple
     owner, alpha = list[int](), list[Tensor]()
     for i, site in enumerate(operands.sites):
         rows = [site.out, *(adapter.rank for adapter in site.adapters)]
-        parts = draw(sum(rows), features, dtype=E4M3).split(rows)
+        parts = draw(sum(rows), features, dtype=spec.operand).split(rows)
         w, *own_a = parts if site.merged else [part.clone() for part in parts]
         weight.append(w)
         a += own_a

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from falqon_fx._compat import is_fsdp, value_of
+from falqon_fx._compat import hint, is_fsdp, value_of
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
-from falqon_fx.kernels.hardware import fp8_architecture
-from falqon_fx.kernels.spec import MAX_RANK, MAX_TAIL, aligned
+from falqon_fx.kernels.hardware import fp8_architecture, int8_architecture
+from falqon_fx.kernels.spec import MAX_INT8, MAX_RANK, MAX_TAIL, aligned
 from falqon_fx.passes.match.dataflow import Match
 from falqon_fx.passes.modes import may_autocast
 from falqon_fx.passes.terms import (
@@ -58,12 +58,14 @@ def check(found: Match, path: str, config: FalqonConfig) -> None:
                 f"a parameter is on {param.value.device}, its input on {x.device}",
                 "Move the whole model to one device",
             )
-    if config.base_dtype != "fp8" and x.device.type not in ("cpu", "meta"):
+    if config.base_dtype == "nvfp4" and x.device.type not in ("cpu", "meta"):
         raise FalqonError(
             path,
-            f'base_dtype="{config.base_dtype}" is not built but on CPUs, and this is on {x.device}',
+            f'base_dtype="nvfp4" is not built but on CPUs, and this is on {x.device}',
             'Set base_dtype="fp8"',
         )
+    if config.base_dtype == "int8":
+        _check_int8(found, path)
     if config.adapter_dtype == "fp8" and x.device.type not in ("cpu", "meta"):
         _check_in_k(found, path, config)
     _check_dtypes(found, path)
@@ -109,6 +111,21 @@ def why_not_experts(found: Match, config: FalqonConfig) -> tuple[str, str] | Non
 
 def _is_prepared_stack(found: Match) -> bool:
     return isinstance(found.base, Experts) and isinstance(found.base.weight, PreparedStack)
+
+
+def _check_int8(found: Match, path: str) -> None:
+    """Integers can be multiplied there, and their sums are integers of 32 bits."""
+    device, features = value_of(found.x).device, value_of(found.x).shape[-1]
+    why = ""
+    on_amd = device.type == "cuda" and torch.version.hip is not None
+    if device.type not in ("cpu", "cuda", "meta") or on_amd:
+        why = f"computes on CPUs and on NVIDIA's GPUs alone, and this is on {device}"
+    elif device.type == "cuda" and torch.cuda.is_available() and not int8_architecture(device):
+        why = f"wants the INT8 tensor cores of sm_75 and later, which {device} has not"
+    elif hint(features) > MAX_INT8:
+        why = f"adds up {MAX_INT8} products at most, and this has {features}"
+    if why:
+        raise FalqonError(path, f'base_dtype="int8" {why}', 'Set base_dtype="fp8"')
 
 
 def _check_in_k(found: Match, path: str, config: FalqonConfig) -> None:

@@ -1,4 +1,5 @@
-"""Joint-graph pass: FP8 weights are decoded anew in backward, never kept from the forward pass.
+"""Joint-graph pass: FP8 and INT8 weights are decoded anew in backward, and never kept from the
+forward pass.
 
 AOTAutograd's partitioner weighs what to save for backward. Where a product is computed on decoded
 weights, a bf16 copy of all of them may look cheaper to keep than to make again; and with
@@ -11,7 +12,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from falqon_fx.site.numerics import E4M3
+from falqon_fx.site.numerics import E4M3, INT8
 
 
 def recompute_weights(graph: fx.Graph) -> None:
@@ -19,7 +20,7 @@ def recompute_weights(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op == "placeholder":  # after `prepare` its bytes
             for weight in [node, *(user for user in node.users if _is_view(user))]:
-                if _dtype(weight) == E4M3:
+                if _dtype(weight) in (E4M3, INT8):
                     _mark(weight)
         elif _is_update(node):
             for result in node.users:

@@ -145,6 +145,20 @@ def test_prequantize_casts_what_it_decodes(source, tmp_path, base_dtype):
         assert torch.equal(state.scale, wanted.scale)
 
 
+def test_static_scales_of_activations_are_left_out(source, tmp_path):
+    """x is cast by its own largest values."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{UP}.input_scale"] = torch.tensor([0.01])
+        tensors[f"{UP}.input_zero_point"] = torch.tensor([3], dtype=torch.int8)
+
+    folder = changed(source, tmp_path / "static", change)
+    assert len(falqon_fx.adapters(falqon_fx.load(folder, lora()))) == 7
+    with pytest.warns(UserWarning, match="cast again here"):
+        falqon_fx.prequantize(folder, tmp_path / "out", lora(), progress=False)
+    assert len(falqon_fx.adapters(falqon_fx.load(tmp_path / "out"))) == 7
+
+
 # -- refused ---------------------------------------------------------------------------------------
 
 

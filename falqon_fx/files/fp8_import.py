@@ -29,14 +29,14 @@ from falqon_fx.files.model_state import Site
 from falqon_fx.files.nvfp4_import import is_nvfp4, quantization_of
 from falqon_fx.files.site_checks import described
 from falqon_fx.files.stack_files import Checkpoint
-from falqon_fx.files.units import OF_CACHE, SCALES, ZERO_POINT
+from falqon_fx.files.units import OF_CACHE, OF_INPUT, SCALES, ZERO_POINT
 from falqon_fx.model.lora_layers import lora_layers
 from falqon_fx.site.base import Base, digest
 from falqon_fx.site.numerics import E4M3, INT8, as_code, dtype_name, powers_of_two, scale_bits
 from falqon_fx.site.spec import SiteSpec
 
 _OPERANDS: dict[torch.dtype, BaseDtype] = {E4M3: "fp8", INT8: "int8"}
-_BESIDE = (".input_scale", ".weight_shape", ZERO_POINT)
+_BESIDE = (*OF_INPUT, ".weight_shape", ZERO_POINT)
 _EXACT = 1e-3  # what becomes subnormal moves weights by less
 
 
@@ -105,7 +105,8 @@ def _eight_bits(
     """FP8 and INT8 weights."""
     _check_settings(settings, directory)
     size = blocks.block_size(settings, directory)
-    weights = {n.removesuffix(".weight"): t for n, t in tensors.items() if t.dtype in _OPERANDS}
+    cast = {n: t for n, t in tensors.items() if t.dtype in _OPERANDS and not n.endswith(_BESIDE)}
+    weights = {name.removesuffix(".weight"): tensor for name, tensor in cast.items()}
     kind = _base_dtype(weights, settings, directory)
     _check_zero_points(tensors)
     found = {path: _scale(path, w, tensors, directory) for path, w in weights.items()}

@@ -23,6 +23,7 @@ from falqon_fx.site.numerics import dtype_name
 _SMALL = 1 << 20  # bytes; tensors below go into one file together
 SCALES = (".weight_scale", ".weight_scale_inv")  # what FP8 checkpoints call the scales of a weight
 ZERO_POINT = ".weight_zero_point"
+OF_INPUT = (".input_scale", ".input_zero_point")  # static ones: x is cast by its own values here
 # Of an FP8 cache of keys and values, by the names of AutoFP8, compressed-tensors and vLLM.
 OF_CACHE = (".k_scale", ".v_scale", ".kv_scale", "k_proj.output_scale", "v_proj.output_scale")
 _CAST = {"F8_E4M3": "FP8", "I8": "INT8"}
@@ -117,6 +118,8 @@ def units_of(
     if not cast:
         raise FalqonError(str(source), "none of its layers is to be cast", "Check the LoraConfig")
     used = {name for unit in cast for name in unit.tensors}
+    scaled = [w for unit in cast if unit.block is not None for w in unit.tensors]
+    used |= {w.removesuffix(".weight") + end for w in scaled for end in OF_INPUT}
     used |= {path + end for path in nvfp4 for end in OF_X}
     used |= {name for name in index if nvfp4 and name.endswith(OF_CACHE)}
     rest = [name for name in index if name not in used]

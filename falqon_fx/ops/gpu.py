@@ -19,17 +19,17 @@ from falqon_fx.ops import products
 from falqon_fx.ops.arguments import Merged
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.site.casts import cast_fp8
-from falqon_fx.site.numerics import E4M3, as_operand, without_autocast
+from falqon_fx.site.numerics import INT8, as_operand, without_autocast
 from falqon_fx.site.spec import parse_spec
 
 
 def quantize(x: Tensor, dtype: torch.dtype, spec_text: str) -> tuple[Tensor, Tensor]:
-    """``x`` [n, k] ≈ q · scale: FP8 q [n, k], scale float32 [n, 1] or [].
+    """``x`` [n, k] ≈ q · scale: FP8 or INT8 q [n, k], scale float32 [n, 1] or [].
 
-    Below sm_89 the compiler of generated kernels has no FP8: there the cast is an op by itself.
+    Below sm_89 the compiler of generated kernels has no FP8: there its cast is an op by itself.
     """
     known = x.device.type == "cuda" and torch.cuda.is_available()
-    if known and not fp8_architecture(x.device):
+    if known and dtype != INT8 and not fp8_architecture(x.device):
         narrow = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         x = x if narrow else x.to(torch.float32)
         q, scale = products.call(products.cast_fp8, x, dtype, spec_text)
@@ -65,13 +65,14 @@ def grad_a(d: Tensor, code: Tensor, scale: Tensor, a_dtype: torch.dtype) -> Tens
 
 @without_autocast
 def merged_linear(given: Merged) -> list[Tensor]:
-    """See `falqon_fx.ops.lowering.merged_linear`. x̂ is kept as it is multiplied:
-    E4M3 and its scale.
+    """See `falqon_fx.ops.lowering.merged_linear`. x̂ is kept as it is multiplied: E4M3 or int8, and
+    its scale.
     """
     x, spec_text = given.x, given.spec_text
+    operand = parse_spec(spec_text).operand
     dtype = gemm_dtype(given.out_dtype, x.device)
-    q, q_scale = quantize(x.reshape(-1, x.shape[-1]), E4M3, spec_text)
-    own = [quantize(x_j.reshape(-1, x_j.shape[-1]), E4M3, spec_text) for x_j in given.adapter_x]
+    q, q_scale = quantize(x.reshape(-1, x.shape[-1]), operand, spec_text)
+    own = [quantize(x_j.reshape(-1, x_j.shape[-1]), operand, spec_text) for x_j in given.adapter_x]
     codes_a = [as_operand(code) for code in given.a]
     out_a: list[Tensor] = []
     if own:
@@ -117,6 +118,8 @@ def merged_linear_grad_x(
 ) -> Tensor:
     """See `falqon_fx.ops.lowering.merged_linear_grad_x`; ``d`` is one, the D_j side by side."""
     spec, dtype = parse_spec(spec_text), gemm_dtype(grad[0].dtype, grad[0].device)
+    if spec.base == "int8":
+        return _grad_x_of_int8(grad, weight, scale, d, a, a_scale, x_dtype)
     casts, q_scales = [], []
     for g, s in zip(grad, scale):
         folded = g.to(torch.float32) * s.t() if spec.per_row else g
@@ -144,3 +147,31 @@ def merged_linear_grad_x(
         spec_text,
     )
     return product.to(x_dtype)
+
+
+def _grad_x_of_int8(
+    grad: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    d: Sequence[Tensor],
+    a: Sequence[Tensor],
+    a_scale: Sequence[Tensor],
+    x_dtype: torch.dtype,
+) -> Tensor:
+    """[dL/dO_1 ⊙ s_W,1 | ... | D ⊙ s_A] · [W_1; ...; Â_1; ...] as one product of the library, of
+    integers that are decoded for it. In float16, whose range the scales could leave, they stay with
+    the integers.
+    """
+    half = grad[0].dtype == torch.float16
+    dtype = torch.float16 if half else gemm_dtype(grad[0].dtype, grad[0].device)
+    codes, scales = [*weight, *a], [*scale, *a_scale]
+    left = [*grad, *(d[0].split([len(code) for code in a], dim=1) if d else ())]
+    if half:
+        right = [code.to(torch.float32) * s for code, s in zip(codes, scales, strict=True)]
+    else:
+        right = codes
+        left = [g.to(torch.float32) * s.reshape(1, -1) for g, s in zip(left, scales, strict=True)]
+    whole = [
+        torch.cat([part.to(dtype) for part in parts], dim) for parts, dim in ((left, 1), (right, 0))
+    ]
+    return (whole[0] @ whole[1]).to(x_dtype)

@@ -34,7 +34,10 @@ def choose(site: Site) -> tuple[str, str]:
     """
     spec = parse_spec(site.spec)
     if spec.base == "int8":
-        return "aten", "decoded INT8 operands, multiplied by the library's GEMMs"
+        return "aten", (
+            "integers by the library's product, or on a GPU by a generated kernel where that is "
+            "faster; dL/dx by decoded ones"
+        )
     if spec.base == "nvfp4":
         return "aten", "W decoded from NVFP4 and x from FP8, multiplied by the library's GEMMs"
     if not site.architecture:

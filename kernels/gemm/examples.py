@@ -90,6 +90,19 @@ def _problems(architecture: int) -> Iterator[GemmProblem]:
         yield replace(grad_x, x="e4m3")
 
 
+_INT8 = replace(PROBLEM, rows=(4096,), a_pieces=0, x="int8")
+# O, with an adapter, of q, k and v, with a bias; O_A, of q, k and v.
+INT8_PROBLEMS = (
+    _INT8,
+    replace(_INT8, rank=64),
+    replace(_INT8, rows=(4096, 1024, 1024), rank=64, one_tensor=False),
+    replace(_INT8, rank=64, bias="bfloat16"),
+    replace(_INT8, rows=(64,), a_pieces=1),
+    replace(_INT8, rows=(64, 64, 64), a_pieces=3, one_tensor=False),
+    replace(_INT8, out_dtype="float16", a_dtype="float32"),
+)
+
+
 SITE = GemmSpec(
     x="e4m3",
     operands="fp8",

@@ -16,18 +16,19 @@ from falqon_fx.kernels.interpreter import runs_interpreted
 from falqon_fx.kernels.launching import Described, launch
 from falqon_fx.kernels.loader import load
 from falqon_fx.kernels.spec import POINTER
-from falqon_fx.site.numerics import FP8_DTYPES
+from falqon_fx.site.numerics import E4M3, FP8_DTYPES, INT8
 
-_FP8_TYPE = {"e4m3": "fp8e4nv", "e5m2": "fp8e5"}
+_TYPE = {"e4m3": "fp8e4nv", "e5m2": "fp8e5", "int8": "i8"}
+_DTYPES = {**FP8_DTYPES, "int8": INT8}
 
 
 @dataclass(frozen=True)
 class Piece:
     """One right operand and what belongs to its columns of the output.
 
-    ``weight``: E4M3 [rows, K] (layout "nk") or [K, rows] ("kn"), rows without gaps. ``scale``:
-    float32 [rows, 1], [] or None. ``left`` [n, r] and ``right`` [rows, r]: see `GemmSpec`. For
-    memory "tma" the weights of all pieces are consecutive rows of one tensor.
+    ``weight``: E4M3 (or int8) [rows, K] (layout "nk") or [K, rows] ("kn"), rows without gaps.
+    ``scale``: float32 [rows, 1], [] or None. ``left`` [n, r] and ``right`` [rows, r]: see
+    `GemmSpec`. For memory "tma" the weights of all pieces are consecutive rows of one tensor.
     """
 
     weight: Tensor
@@ -56,9 +57,9 @@ def gemm(
     """Y_g [n, rows_g] as `GemmSpec` says, each in its own buffer; those of the last ``a_pieces``
     side by side in one.
 
-    ``q`` [n, K] is FP8 with rows of any stride, ``q_scale`` float32 [n, 1] or []. Sums are float32
-    (but see ``accumulation``), and so is all that follows up to the store. An empty q launches
-    nothing.
+    ``q`` [n, K] is FP8 or int8 with rows of any stride, ``q_scale`` float32 [n, 1] or []. Sums are
+    float32 (but see ``accumulation``) or int32, and so is all that follows up to the store. An
+    empty q launches nothing.
 
     Raises ValueError where the tensors are not what the spec is for.
     """
@@ -114,8 +115,8 @@ def gemm(
 def signatures(spec: GemmSpec) -> dict[str, dict[str, str]]:
     """Argument types of the kernel, for `aot.compile_ahead`: aligned, sizes divisible by 16."""
     g = range(spec.pieces)
-    x, w = _FP8_TYPE[spec.x], "fp8e4nv"
-    if spec.operands != "fp8":
+    x, w = _TYPE[spec.x], "i8" if spec.x == "int8" else "fp8e4nv"
+    if spec.operands in ("bfloat16", "float32") and spec.x != "int8":
         x = w = "u8"
     types: dict[str, str] = {}
     if spec.memory == "tma":
@@ -173,8 +174,9 @@ def _operands(q: Tensor, pieces: Sequence[Piece], spec: GemmSpec) -> list[object
 
 
 def _bytes(tensors: Sequence[Tensor], spec: GemmSpec) -> list[Tensor]:
-    """FP8 tensors as the kernel takes them: as they are, or as bytes that it decodes."""
-    return [t if spec.operands == "fp8" else t.view(torch.uint8) for t in tensors]
+    """Operands as the kernel takes them: as they are, or of FP8 as bytes that it decodes."""
+    as_they_are = spec.operands == "fp8" or spec.x == "int8"
+    return [t if as_they_are else t.view(torch.uint8) for t in tensors]
 
 
 def _rows(piece: Piece, spec: GemmSpec) -> int:
@@ -210,14 +212,18 @@ def _check(
 
 
 def _check_product(q: Tensor, q_scale: Tensor, weight: Tensor, spec: GemmSpec) -> None:
-    if q.dim() != 2 or q.shape[1] == 0 or _has_gaps(q) or q.dtype != FP8_DTYPES[spec.x]:
+    if q.dim() != 2 or q.shape[1] == 0 or _has_gaps(q) or q.dtype != _DTYPES[spec.x]:
         raise ValueError(f"gemm: q is {q.dtype} {tuple(q.shape)}, {spec} takes [n, K] {spec.x}")
     n, k = q.shape
     if q_scale.numel() != (n if spec.x_scale == "row" else 1):
         raise ValueError(f"gemm: q_scale {tuple(q_scale.shape)} is not x_scale={spec.x_scale!r}")
     if spec.even_k and k % spec.block_k:
         raise ValueError(f"gemm: K = {k} is not a multiple of {spec.block_k}, as even_k says")
-    if weight.dtype != FP8_DTYPES["e4m3"] or weight.dim() != 2 or _has_gaps(weight):
+    if (
+        weight.dtype != (INT8 if spec.x == "int8" else E4M3)
+        or weight.dim() != 2
+        or _has_gaps(weight)
+    ):
         raise ValueError(f"gemm: a weight is {weight.dtype} with strides {weight.stride()}")
     if weight.shape[_k_axis(spec)] != k:
         raise ValueError(f"gemm: a weight is {tuple(weight.shape)}, K is {k}")

@@ -16,7 +16,10 @@ from falqon_fx.kernels.spec import (
 
 # What the multiply instruction gets. "fp8": the bytes themselves (sm_89 and newer). "bfloat16" and
 # "float32": the bytes decoded in the kernel, exactly, for GPUs without FP8 and the interpreter.
-Operands = Literal["fp8", "bfloat16", "float32"]
+# "int8": integers, whose sums are int32; the interpreter takes them as "float32", and adds up
+# integers all the same.
+Operands = Literal["fp8", "int8", "bfloat16", "float32"]
+Format = Literal[Fp8Format, "int8"]
 Memory = Literal["pointer", "tma"]
 # How the right operand lies: "nk" row by row of the output's columns (W and Â in forward, Wᵀ in
 # backward), "kn" the other way round (W as stored, in backward).
@@ -28,10 +31,10 @@ WeightScale = Literal["tensor", "row", "none"]
 class GemmSpec(KernelSpec):
     """Y_g [n, rows_g] = (x · W_gᵀ) ⊙ s_x ⊙ s_W,g + left_g · right_gᵀ + bias_g, for pieces g.
 
-    x [n, K] and W_g [rows_g, K] are FP8. The pieces are what one GEMM computes beside each other:
-    the output O and the adapter's O_A of a site, or those of several sites that share x. The last
-    ``a_pieces`` of ``pieces`` are stored side by side in one output of ``a_dtype``, the others in
-    outputs of their own in ``out_dtype``. Each piece starts its own column of tiles.
+    x [n, K] and W_g [rows_g, K] are FP8, or both INT8. The pieces are what one GEMM computes beside
+    each other: the output O and the adapter's O_A of a site, or those of several sites that share
+    x. The last ``a_pieces`` of ``pieces`` are stored side by side in one output of ``a_dtype``, the
+    others in outputs of their own in ``out_dtype``. Each piece starts its own column of tiles.
 
     In backward of sites that share x, ``k_pieces`` > 1 such products are added up before the rest,
     Σ_s (x_s · W_sᵀ) ⊙ s_x,s, each with its own K.
@@ -47,7 +50,7 @@ class GemmSpec(KernelSpec):
 
     template: ClassVar[str] = "gemm"
 
-    x: Fp8Format
+    x: Format
     operands: Operands
     accumulation: Accumulation
     x_scale: Granularity
@@ -81,6 +84,12 @@ class GemmSpec(KernelSpec):
             raise ValueError(f"extra={self.extra}: expected 0 or a power of two from 16")
         if self.extra and self.a_pieces:
             raise ValueError("extra: O_A must be there before the launch that adds to O")
+        if (self.x == "int8") != (self.operands == "int8") and (
+            self.x != "int8" or self.operands != "float32"
+        ):
+            raise ValueError(f"x={self.x!r}: operands={self.operands!r} are others")
+        if self.x == "int8" and (self.tail or self.k_pieces != 1):
+            raise ValueError("x='int8': one product, of all of K")
         if self.block_scaled and self.operands != "fp8":
             raise ValueError("block_scaled: the instruction takes FP8")
         if self.tail and (self.extra < 32 or self.k_pieces != 1 or self.layout != "nk"):

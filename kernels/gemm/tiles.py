@@ -11,6 +11,7 @@ from typing import Literal
 
 from falqon_fx.config import Accumulation, Granularity
 from falqon_fx.kernels.gemm.spec import (
+    Format,
     GemmSpec,
     Layout,
     Memory,
@@ -18,7 +19,7 @@ from falqon_fx.kernels.gemm.spec import (
     WeightScale,
 )
 from falqon_fx.kernels.hardware import FP8
-from falqon_fx.kernels.spec import MAX_RANK, Fp8Format, InputDtype, padded
+from falqon_fx.kernels.spec import MAX_RANK, InputDtype, padded
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class GemmProblem:
     k: int
     rows: tuple[int, ...]
     a_pieces: int
-    x: Fp8Format
+    x: Format
     x_scale: Granularity
     w_scale: WeightScale
     out_dtype: InputDtype
@@ -109,12 +110,20 @@ _SUMMED = {
     90: (Tile(128, 128, 128, 8, 3), Tile(64, 128, 128, 8, 3)),
     0: (Tile(64, 128, 64, 8, 3), Tile(64, 64, 64, 8, 3)),
 }
+# Products of integers. Triton 3.7 has none for sm_75; those of sm_90 and later are the library's.
+_INT8 = {
+    86: (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 3)),
+    80: (Tile(128, 128, 128, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3)),
+    0: (Tile(32, 32, 32, 4, 2),),
+}
 # O_A alone is at most 256 columns wide, so tiles are low, and there are more of them.
 _SKINNY = {90: (64, 128, 4, 4), 0: (64, 64, 4, 3)}
 
 
-def operands(architecture: int) -> Operands:
+def operands(architecture: int, x: Format = "e4m3") -> Operands:
     """What the multiply instructions of sm_``architecture`` take (0: the interpreter)."""
+    if x == "int8":
+        return "int8" if architecture else "float32"
     return "fp8" if architecture >= FP8 else "bfloat16" if architecture >= 80 else "float32"
 
 
@@ -148,6 +157,8 @@ def likeliest(specs: list[GemmSpec], problem: GemmProblem, processors: int) -> l
 
 
 def _tiles(problem: GemmProblem, architecture: int) -> tuple[Tile, ...]:
+    if problem.x == "int8":
+        return _INT8.get(86 if 86 <= architecture < 90 else architecture, ())
     if architecture < 80:
         return (Tile(32, 32, 32, 4, 2),)
     if problem.a_pieces == len(problem.rows):
@@ -178,7 +189,7 @@ def _takes(tile: Tile, problem: GemmProblem) -> bool:
 
 
 def _spec(problem: GemmProblem, tile: Tile, architecture: int) -> GemmSpec:
-    kind = operands(architecture)
+    kind = operands(architecture, problem.x)
     tma = tile.memory == "tma"
     return GemmSpec(
         x=problem.x,
@@ -194,7 +205,7 @@ def _spec(problem: GemmProblem, tile: Tile, architecture: int) -> GemmSpec:
         bias=problem.bias,
         extra=max(padded(problem.rank), 32 if problem.tail else 0) if problem.rank else 0,
         tail=problem.tail,
-        block_scaled=architecture == 120,
+        block_scaled=architecture == 120 and problem.x != "int8",
         layout=problem.layout,
         memory=tile.memory,
         # Flattened into one loop, the extra term serializes sm_90's products.

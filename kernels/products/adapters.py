@@ -22,7 +22,7 @@ from falqon_fx.kernels.products.contest import Contest, against_aten, where_runs
 from falqon_fx.kernels.products.problem import dtype_name
 from falqon_fx.kernels.spec import MAX_RANK, CastMode, InputDtype
 from falqon_fx.site.casts import cast_fp8
-from falqon_fx.site.numerics import E4M3
+from falqon_fx.site.numerics import INT8
 from falqon_fx.site.spec import parse_spec
 
 
@@ -57,7 +57,7 @@ def adapter_grads(
     def made() -> tuple[AdapterGradsSpec, ...]:
         dtypes = (dtype_name(grad[0].dtype), dtype_name(out_a.dtype), dtype_name(out_dtype))
         by_row = not x or x[1].dim() == 2
-        if max(ranks) > MAX_RANK:
+        if max(ranks) > MAX_RANK or (x and x[0].dtype == INT8):
             return ()
         where = where_runs(out_a)
         return _adapter_grads_specs(tuple(ranks), dtypes, by_row, bool(x), where)
@@ -103,7 +103,7 @@ def adapter_casts(
     def plain() -> list[Tensor]:
         casts: list[Tensor] = []
         for a, b, factor in zip(lora_a, lora_b, scaling, strict=True):
-            code, scale = cast_fp8(a.to(torch.float32), E4M3, spec_text)
+            code, scale = cast_fp8(a.to(torch.float32), site.operand, spec_text)
             casts += [code, scale, (b.to(torch.float32) * factor).to(b_dtype)]
         return casts
 
@@ -112,7 +112,7 @@ def adapter_casts(
 
     def made() -> tuple[AdapterCastSpec, ...]:
         kinds = {t.dtype for t in (*lora_a, *lora_b)}
-        if site.granularity != "row" or len(kinds) > 1:
+        if site.granularity != "row" or site.operand == INT8 or len(kinds) > 1:
             return ()
         cast = cast_mode(where_runs(first))
         dtypes = dtype_name(first.dtype), dtype_name(b_dtype)

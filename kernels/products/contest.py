@@ -12,11 +12,12 @@ from torch import Tensor
 
 from falqon_fx import _compat
 from falqon_fx.config import Accumulation, Transpose
-from falqon_fx.kernels.hardware import architecture, family
+from falqon_fx.kernels.hardware import architecture, family, int8_architecture
 from falqon_fx.kernels.interpreter import runs_interpreted
 from falqon_fx.kernels.products.choice import Candidate, choices_for, refuse
 from falqon_fx.kernels.products.problem import bucket
 from falqon_fx.kernels.spec import KernelSpec
+from falqon_fx.site.numerics import INT8
 
 S = TypeVar("S", bound=KernelSpec)
 AUTO = ("auto", "max-autotune")
@@ -88,7 +89,9 @@ def against_aten(
 
 def where_runs(x: Tensor) -> int:
     """90 for sm_90 and those with its tensor cores, and so on; 0 for the interpreter."""
-    return 0 if runs_interpreted(x) else family(architecture(x.device))
+    if runs_interpreted(x):
+        return 0
+    return family((int8_architecture if x.dtype == INT8 else architecture)(x.device))
 
 
 def untried(interpreted: bool) -> str:

@@ -6,6 +6,7 @@ do; `Contest.run` runs the chosen one (`falqon_fx.kernels.products.choice`):
 ========================  ====================================================================
 triton:<spec>             a generated kernel (`falqon_fx.kernels.gemm.launch`)
 scaled_mm                 ``torch._scaled_mm``, one call a weight (sm_89 and newer)
+int_mm                    ``torch._int_mm`` in its place, of INT8 (sm_75 and newer)
 scaled_mm+triton:<spec>   the same for O, and a generated kernel for O_A
 inductor                  Inductor's templates of ``torch._scaled_mm``, where autotuning was asked
                           for (`falqon_fx.kernels.products.inductor`)
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from falqon_fx._compat import scaled_mm
 from falqon_fx.kernels.gemm.launch import Piece, Product, gemm, programs
-from falqon_fx.kernels.gemm.spec import GemmSpec
+from falqon_fx.kernels.gemm.spec import Format, GemmSpec
 from falqon_fx.kernels.gemm.tiles import GemmProblem, gemm_specs, likeliest
 from falqon_fx.kernels.hardware import reads_columns
 from falqon_fx.kernels.products import inductor
@@ -41,6 +42,7 @@ from falqon_fx.kernels.products.pieces import (
     by_mm,
     decoded,
     finished,
+    int_mm,
     joined,
 )
 from falqon_fx.kernels.products.problem import (
@@ -83,19 +85,20 @@ def forward(
         return joined([by_mm(q, q_scale, p, dtype) for p, dtype in typed], a_pieces)
 
     candidates: dict[str, Candidate] = dict(generated_candidates(problem, q, q_scale, pieces))
-    candidates |= {name: partial(library, mm) for name, mm in libraries(options)}
+    candidates |= {name: partial(library, mm) for name, mm in libraries(options, problem.x)}
     if 0 < a_pieces < len(pieces):
         # O by the library, and all of O_A by one skinny kernel of ours.
         rest = pieces[y_pieces:]
+        own, mm = next(libraries(options, problem.x))
         narrow = replace(problem, rows=problem.rows[y_pieces:], bias="none")
         for name, skinny in generated_candidates(narrow, q, q_scale, rest):
 
             def both(skinny: Candidate = skinny) -> list[Tensor]:
                 ys = typed[:y_pieces]
-                wide = [by_library(scaled_mm, q, q_scale, p, dtype, mode) for p, dtype in ys]
+                wide = [by_library(mm, q, q_scale, p, dtype, mode) for p, dtype in ys]
                 return [*wide, *skinny()]
 
-            candidates[f"scaled_mm+{name}"] = both
+            candidates[f"{own}+{name}"] = both
     candidates["dequantize"] = plain
     return Contest(key_of("forward", problem), candidates, q, options.kernel)
 
@@ -166,10 +169,13 @@ def forward_choice(device: torch.device, problem: GemmProblem, kernel: str) -> C
     return choices_for(device).known(key_of(what, problem), kernel)
 
 
-def libraries(options: Options) -> Iterator[tuple[str, MatMul]]:
-    """What multiplies FP8 matrices beside our kernels. Inductor tries dozens of kernels a shape,
-    for which one has to have asked.
+def libraries(options: Options, x: Format = "e4m3") -> Iterator[tuple[str, MatMul]]:
+    """What multiplies FP8 or INT8 matrices beside our kernels. Inductor tries dozens of kernels a
+    shape, for which one has to have asked.
     """
+    if x == "int8":
+        yield "int_mm", int_mm
+        return
     yield "scaled_mm", scaled_mm
     if options.kernel in ("max-autotune", "inductor"):
         yield "inductor", inductor.scaled_mm

@@ -38,6 +38,20 @@ def by_library(
     return finished(y, piece, dtype)
 
 
+def int_mm(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    *,
+    out_dtype: torch.dtype,
+    use_fast_accum: bool,
+) -> Tensor:
+    """The same of integers as `MatMul`: the library's product, and the scales behind it."""
+    sums: Tensor = torch.ops.aten._int_mm(a, b)
+    return (sums.to(torch.float32) * scale_a * scale_b).to(out_dtype)
+
+
 def by_mm(q: Tensor, q_scale: Tensor, piece: Piece, dtype: torch.dtype) -> Tensor:
     """One piece by ``torch.mm`` on the decoded operands, in bfloat16 where the result is that."""
     y = decoded(q, dtype) @ decoded(piece.weight, dtype).t()
@@ -63,7 +77,7 @@ def finished(y: Tensor, piece: Piece, dtype: torch.dtype) -> Tensor:
 
 
 def decoded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """FP8 values to multiply: bfloat16 holds every one; a raw FP8 sum overflows float16."""
+    """Values to multiply: bfloat16 holds every one; a raw sum of them overflows float16."""
     return tensor.to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
 
 

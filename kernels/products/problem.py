@@ -15,7 +15,7 @@ from falqon_fx.config import Accumulation
 from falqon_fx.kernels.gemm.launch import Piece, follows
 from falqon_fx.kernels.gemm.tiles import GemmProblem
 from falqon_fx.kernels.spec import Fp8Format, InputDtype
-from falqon_fx.site.numerics import E4M3
+from falqon_fx.site.numerics import E4M3, INT8
 
 
 def problem_of(
@@ -37,7 +37,7 @@ def problem_of(
         k=k,
         rows=rows,
         a_pieces=a_pieces,
-        x=fp8_format(q.dtype),
+        x="int8" if q.dtype == INT8 else fp8_format(q.dtype),
         x_scale="row" if q_scale.dim() == 2 else "tensor",
         w_scale="none" if scales[0] is None else "row" if scales[0].dim() == 2 else "tensor",
         out_dtype=dtype_name(out_dtype),
