@@ -12,7 +12,7 @@ import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -151,17 +151,19 @@ class RewriteResult:
             entries = self._look_up(values, given)
         inputs, scales = [*args], iter(given.scales)
         by_row = self.config.granularity == "row" and self.config.base_dtype != "nvfp4"
-        for entry, code in zip(entries, given.owners, strict=True):
+        counts: list[tuple[Entry, str]] = []
+        for entry, code, nodes in zip(entries, given.owners, self.operands.bases, strict=True):
             if entry.base is None:
                 scale = next(scales).view(torch.float32)  # as_scale, without a call a site
                 inputs += (operand_of(code), scale if by_row else scale.reshape(()))
             else:
                 inputs += (entry.base.weight, entry.base.scale)
-            if self._counts:
+            if nodes.clamped is not None:
                 inputs.append(entry.clamped.count)
-        if self._counts and self._looks.due(inputs[-1]):
-            for entry, nodes in zip(entries, self.operands.bases, strict=True):
-                entry.clamped.look(nodes.slot.path)
+                counts.append((entry, nodes.slot.path))
+        if counts and self._looks.due(inputs[-1]):
+            for entry, path in counts:
+                entry.clamped.look(path)
         return self.rows.bind(inputs, functools.partial(self._plan.value, values=values))
 
     def fake_inputs(self, example_inputs: Sequence[Any]) -> list[Any]:
@@ -213,7 +215,8 @@ class RewriteResult:
     def _note_counts(self, values: Sequence[Any], entries: Sequence[Entry]) -> None:
         of = {id(n): entry for n, entry in zip(self.operands.bases, entries, strict=True)}
         for base, adapter in self.operands.pairs:
-            clamped.on_device(self._plan.value(adapter.lora_b, values), of[id(base)].clamped)
+            if adapter.alpha is not None and base.clamped is not None:
+                clamped.on_device(self._plan.value(adapter.lora_b, values), of[id(base)].clamped)
 
     def _note_adapters(self, values: Sequence[Any]) -> int:
         """Register which A and B are added to which base, for `falqon_fx.adapters`. New ones
@@ -225,7 +228,10 @@ class RewriteResult:
             owner, lora_a, lora_b = (self._plan.value(node, values) for node in nodes)
             noted.append((owner, lora_a, lora_b, adapter.scaling))
             wide = adapter.b is not None and adapter.b.meta["val"].dtype == torch.float32
-            bases.remember_cast(lora_b, CastOfAdapter(str(self._spec), wide))
+            spec = self._spec
+            if adapter.alpha is None:  # maybe where it was clamped in FP8
+                spec = replace(spec, adapter="bfloat16")
+            bases.remember_cast(lora_b, CastOfAdapter(str(spec), wide))
             seen = self._seen.setdefault(lora_b.untyped_storage(), set())
             offset = int(lora_b.storage_offset())
             if offset not in seen:

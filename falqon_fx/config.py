@@ -68,7 +68,7 @@ class FalqonConfig:
             "fp8" makes O_A and s·B further columns of it (`falqon_fx.ops.fp8_adapter`): O and dL/dx
             are one plain FP8 product each, on a GPU of siblings together; on a CPU it is no faster.
             It clamps where an adapter is about a third of its base weight; ``.saturated`` of
-            `adapters` counts.
+            `adapters` counts, and the next compilation gives such a site "bfloat16".
         frozen: frozen linear layers without an adapter run in "fp8" too, or "leave" them as they
             are. Output heads, tied weights, routers and small layers are always left.
         init: "keep" leaves lora_A as it is. "svd" overwrites it with the top right singular vectors

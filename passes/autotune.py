@@ -36,15 +36,15 @@ def autotune(plan: Plan, *, time: bool = True) -> Plan:
 
     Equal groups are timed once. A plan for a CPU, or for kernel="dequantize", comes back as it is.
     """
-    chosen = [i for i, group in enumerate(plan.groups) if _has_choices(group, plan.spec)]
+    chosen = [i for i, group in enumerate(plan.groups) if _has_choices(group, group[0].spec)]
     done: set[Operands] = set()
     groups = [*plan.groups]
     for i in _track(chosen) if time and chosen else chosen:
         operands = Operands.of(groups[i], plan)
         if time and operands not in done:
-            time_products(operands, plan.spec)
+            time_products(operands, groups[i][0].spec)
             done.add(operands)
-        groups[i] = _reported(groups[i], operands, plan.spec)
+        groups[i] = _reported(groups[i], operands, groups[i][0].spec)
     return replace(plan, groups=tuple(groups))
 
 
@@ -148,7 +148,7 @@ class Operands:
             fields |= {"a_dtype": dtype_name(self.out_dtype), "tail": True}
         return GemmProblem(
             n=self.tokens,
-            k=self.features,
+            k=aligned(self.features),
             rows=(*(site.out for site in sites), *of_a),
             a_pieces=len(of_a),
             x="int8" if spec.base == "int8" else "e4m3",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -29,7 +29,7 @@ from falqon_fx.passes.rows import (
     operands_of,
 )
 from falqon_fx.passes.scope import Scope
-from falqon_fx.passes.slots import BaseSlot
+from falqon_fx.passes.slots import AdapterSlot, BaseSlot
 from falqon_fx.passes.terms import Param
 from falqon_fx.site.forms import code_of, scale_shape
 from falqon_fx.site.numerics import E4M3
@@ -102,7 +102,8 @@ class Operands:
             return SiteNodes(own.weight, own.scale, None, (adapter,))
         (base,) = (n for n in self.bases if n.slot is site.base)
         adapters = tuple(self.adapters[id(slot)] for slot in site.adapters)
-        return SiteNodes(base.weight, base.scale, base.clamped, adapters)
+        count = base.clamped if site.spec.adapter == "fp8" else None
+        return SiteNodes(base.weight, base.scale, count, adapters)
 
 
 def insert_operands(plan: Plan) -> Operands:
@@ -120,7 +121,8 @@ def insert_operands(plan: Plan) -> Operands:
     by_slot = {id(nodes.slot): nodes for nodes in bases}
     with _head(root) as graph:
         for wide in (False, True):
-            adapters |= _cast_adapters(plan, graph, by_slot, wide)
+            for in_fp8 in (False, True):
+                adapters |= _cast_adapters(plan, graph, by_slot, wide, in_fp8)
         if rows_spec is not None:
             insert_write_back(graph, rows, rows_spec)
             wide_of = {id(s.base): _is_wide(s) for s in plan.sites}
@@ -154,7 +156,8 @@ def _enter_base(plan: Plan, index: int, slot: BaseSlot) -> BaseNodes:
         "weight": _operand(slot, plan.spec),
         "scale": (scale_shape(slot.out, plan.spec), torch.float32),
     }
-    if plan.spec.adapter == "fp8" and counts_on(device):
+    in_fp8 = any(site.base is slot and site.spec.adapter == "fp8" for site in plan.sites)
+    if in_fp8 and counts_on(device):
         shapes["clamped"] = ((1,), torch.int32)
     entered = []
     for name, (shape, dtype) in shapes.items():
@@ -172,9 +175,9 @@ def counts_on(device: torch.device) -> bool:
 
 
 def _cast_adapters(
-    plan: Plan, graph: fx.Graph, bases: Mapping[int, BaseNodes], wide: bool
+    plan: Plan, graph: fx.Graph, bases: Mapping[int, BaseNodes], wide: bool, in_fp8: bool
 ) -> dict[int, AdapterNodes]:
-    slots = [slot for slot in plan.adapters if slot.wide == wide]
+    slots = [s for s in plan.adapters if s.wide == wide and (s.base is not None) == in_fp8]
     if not slots:
         return {}
     lora_a = [at_head(plan.root, slot.lora_a) for slot in slots]
@@ -183,9 +186,9 @@ def _cast_adapters(
     scales = [bases[id(slot.base)].scale for slot in slots if slot.base is not None]
     casts = graph.call_function(
         merged_linear.CASTS,
-        (lora_a, lora_b, scaling, scales, wide, str(plan.spec)),
+        (lora_a, lora_b, scaling, scales, wide, str(spec_of(slots[0], plan))),
     )
-    size = casts_per_adapter(plan.spec)
+    size = casts_per_adapter(slots[0])
     dtype = torch.float32 if wide else torch.bfloat16
     values: list[torch.Tensor] = []
     for slot in slots:
@@ -204,9 +207,14 @@ def _cast_adapters(
     return found
 
 
-def casts_per_adapter(spec: SiteSpec) -> int:
-    """What ``falqon::proxy_update`` returns for each: Â, its scale, b, and α for b in FP8."""
-    return 4 if spec.adapter == "fp8" else 3
+def casts_per_adapter(slot: AdapterSlot) -> int:
+    """What ``falqon::proxy_update`` returns for it: Â, its scale, b, and α for b in FP8."""
+    return 3 if slot.base is None else 4
+
+
+def spec_of(slot: AdapterSlot, plan: Plan) -> SiteSpec:
+    """How an adapter is cast."""
+    return plan.spec if slot.base is not None else replace(plan.spec, adapter="bfloat16")
 
 
 def _meta(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> torch.Tensor:

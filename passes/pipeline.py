@@ -18,6 +18,7 @@ from falqon_fx.passes.match.pair import match
 from falqon_fx.passes.normalize import normalize
 from falqon_fx.passes.plan import plan
 from falqon_fx.passes.rewrite import rewrite
+from falqon_fx.passes.saturation import Saturation
 from falqon_fx.passes.verify import verify, wiring
 from falqon_fx.passes.work import Work
 from falqon_fx.report.data import Note
@@ -44,7 +45,18 @@ def _match(work: Work) -> None:
 
 
 def _plan(work: Work) -> None:
-    work.plan = plan(work.root, work.matches, work.rejected, work.config, work.names)
+    clamped = Saturation(work.root, work.inputs)
+    given = work.root, work.matches, work.rejected, work.config, work.names
+    work.plan = plan(*given, clamped)
+    for site in work.plan.sites:
+        if site.spec != work.plan.spec:
+            work.notes.append(Note(site.report.path, _CLAMPED))
+
+
+_CLAMPED = (
+    'its adapter is in bfloat16: adapter_dtype="fp8" has clamped some of it in earlier calls '
+    "(falqon_fx.adapters(model)[path].saturated says how much)"
+)
 
 
 def _autotune(work: Work) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -54,13 +54,14 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class SitePlan:
     """A match that will be rewritten. With update="rows" its base is a `RowsSlot`, which has its
-    adapter in it.
+    adapter in it. ``spec`` is that of the plan but for adapters that FP8 would clamp.
     """
 
     match: Match
     base: BaseSlot | RowsSlot
     adapters: tuple[AdapterSlot, ...]
     report: Site
+    spec: SiteSpec
 
 
 @dataclass(frozen=True)
@@ -104,14 +105,16 @@ def plan(
     rejected: list[RejectedMatch],
     config: FalqonConfig,
     names: Mapping[str, str] | None = None,
+    clamped: Callable[[Scope, Param], int] = lambda scope, lora_b: 0,
 ) -> Plan:
     """Choose sites, and give equal W, and equal (A, B, scaling), one slot. ``names`` are the paths
-    in the model by those in the graph, where they are known.
+    in the model by those in the graph, where they are known. ``clamped`` says how much of an
+    adapter, found by its B, adapter_dtype="fp8" has clamped before: such a site gets "bfloat16".
 
     Raises:
         FalqonError: a site that can't be trained rightly as asked (device, topk, sharding).
     """
-    chooser = _Chooser(root, config, names or {})
+    chooser = _Chooser(root, config, names or {}, clamped)
     for found in matches:
         chooser.take(found)
     for found in (*match_frozen(root, matches), *match_frozen_experts(root, matches)):
@@ -149,8 +152,14 @@ _CUT = (
 class _Chooser:
     """Collects what becomes of each match."""
 
-    def __init__(self, root: Scope, config: FalqonConfig, names: Mapping[str, str]) -> None:
-        self.root, self.config, self.names = root, config, names
+    def __init__(
+        self,
+        root: Scope,
+        config: FalqonConfig,
+        names: Mapping[str, str],
+        clamped: Callable[[Scope, Param], int],
+    ) -> None:
+        self.root, self.config, self.names, self.clamped = root, config, names, clamped
         self.spec = SiteSpec.from_config(config)
         self.sites: list[SitePlan] = []
         self.rejected: list[Rejected] = []
@@ -175,11 +184,11 @@ class _Chooser:
             if why_rows is not None:
                 self.rejected.append(Rejected(path, *why_rows, source_of(found.anchor)))
                 return
-            self._add(found, self._rows_of(found, path), (), path)
+            self._add(found, self._rows_of(found, path), (), path, self.spec)
         else:
-            base = self._base(found, path)
-            adapters = tuple(self._adapter(found, a, base, path) for a in found.added)
-            self._add(found, base, adapters, path)
+            base, spec = self._base(found, path), self._spec_of(found)
+            adapters = tuple(self._adapter(found, a, base, path, spec) for a in found.added)
+            self._add(found, base, adapters, path, spec)
 
     def take_frozen(self, found: Match) -> None:
         """A frozen linear layer alone."""
@@ -204,8 +213,8 @@ class _Chooser:
         else:
             check(found, path, self.config)
             base = self._base(found, path)
-            fixed = tuple(self._adapter(found, a, base, path) for a in found.added)
-            self._add(found, base, fixed, path)
+            fixed = tuple(self._adapter(found, a, base, path, self.spec) for a in found.added)
+            self._add(found, base, fixed, path, self.spec)
 
     def _add(
         self,
@@ -213,14 +222,22 @@ class _Chooser:
         base: BaseSlot | RowsSlot,
         adapters: tuple[AdapterSlot, ...],
         path: str,
+        spec: SiteSpec,
     ) -> None:
         device = value_of(found.x).device
-        site = describe(found, base, path, self.spec, architecture_of(device, self.config))
+        site = describe(found, base, path, spec, architecture_of(device, self.config))
         why = losing(site, self.config, device)
         if why is not None:
             (self.rejected if found.adapters else self.left).append(why)
             return
-        self.sites.append(SitePlan(found, base, adapters, site))
+        self.sites.append(SitePlan(found, base, adapters, site, spec))
+
+    def _spec_of(self, found: Match) -> SiteSpec:
+        """The spec of a site with adapters: in bfloat16 where FP8 has clamped some of one."""
+        of_b = (self.clamped(found.scope, adapter.lora_b) for adapter in found.adapters)
+        if self.spec.adapter == "fp8" and any(of_b):
+            return replace(self.spec, adapter="bfloat16")
+        return self.spec
 
     def _selects(self, path: str) -> bool:
         """Whether include= and exclude= take a layer, by its name in the graph and in the model."""
@@ -269,12 +286,12 @@ class _Chooser:
         return self._bases[key]
 
     def _adapter(
-        self, found: Match, adapter: AdapterMatch, base: BaseSlot, path: str
+        self, found: Match, adapter: AdapterMatch, base: BaseSlot, path: str, spec: SiteSpec
     ) -> AdapterSlot:
         scope, result = found.scope, value_of(found.anchor)
         wide = gemm_dtype(result.dtype, result.device) == torch.float32
         a, b = adapter.lora_a, adapter.lora_b
-        cast_with = base if self.config.adapter_dtype == "fp8" else None
+        cast_with = base if spec.adapter == "fp8" else None
         key = (_identity(scope, a), _identity(scope, b), adapter.scaling, wide, id(cast_with))
         if key not in self._adapters:
             self._adapters[key] = AdapterSlot(
@@ -307,11 +324,15 @@ def _groups(sites: list[SitePlan], config: FalqonConfig) -> tuple[tuple[SitePlan
     if config.siblings:
         groups = group_siblings(matches, config.update == "rows")
     of = {id(site.match): site for site in sites}
+    alike: list[list[SitePlan]] = []
+    for group in groups:
+        by_spec: dict[SiteSpec, list[SitePlan]] = {}
+        for found in group:
+            by_spec.setdefault(of[id(found)].spec, []).append(of[id(found)])
+        alike += by_spec.values()
     return tuple(
-        tuple(
-            replace(of[id(found)], report=replace(of[id(found)].report, group=i)) for found in group
-        )
-        for i, group in enumerate(groups)
+        tuple(replace(site, report=replace(site.report, group=i)) for site in group)
+        for i, group in enumerate(alike)
     )
 
 

@@ -119,7 +119,7 @@ def _replace(
                 given.scaling,
                 given.keep_x,
                 value_of(first.anchor).dtype,
-                str(plan.spec),
+                str(group[0].spec),
             ),
         )
         outputs = [graph.call_function(operator.getitem, (fused, i)) for i in range(len(group))]

@@ -17,7 +17,12 @@ from torch import fx
 from falqon_fx._compat import value_of
 from falqon_fx.errors import PassError
 from falqon_fx.ops import experts, merged_linear, outliers
-from falqon_fx.passes.insert_operands import AdapterNodes, Operands, casts_per_adapter
+from falqon_fx.passes.insert_operands import (
+    AdapterNodes,
+    Operands,
+    casts_per_adapter,
+    spec_of,
+)
 from falqon_fx.passes.match.dataflow import shape
 from falqon_fx.passes.plan import Plan, SitePlan
 from falqon_fx.passes.rewrite import adapter_inputs, arguments, outlier_terms, widened
@@ -113,10 +118,8 @@ def _check_counts(plan: Plan, operands: Operands, new: list[fx.Node]) -> None:
     expected: dict[Any, int] = {
         merged_linear.OP: len(plan.groups) - stacks,
         experts.OP: stacks,
-        operator.getitem: len(plan.sites)
-        + casts_per_adapter(plan.spec) * len(plan.adapters)
-        + parts,
-        merged_linear.CASTS: len({slot.wide for slot in plan.adapters}),
+        operator.getitem: len(plan.sites) + sum(map(casts_per_adapter, plan.adapters)) + parts,
+        merged_linear.CASTS: len({(slot.wide, slot.base is None) for slot in plan.adapters}),
         _WRITES: min(1, len(plan.rows)),
         _PENDING: sum(own.b is not None for own in operands.written.values()),
         operator.mul: sum(a.bias_scaling != 1.0 for a in biases),
@@ -207,7 +210,7 @@ def _check_group(
         if rest[10] != own:
             raise PassError(path, f"its adapters read {rest[10]}, not {own}")
         dtype = value_of(first.anchor).dtype
-        said = (given.owner, given.scaling, given.keep_x, dtype, str(plan.spec))
+        said = (given.owner, given.scaling, given.keep_x, dtype, str(group[0].spec))
         if tuple(rest[11:]) != said:
             raise PassError(path, f"{fused.name} computes with {rest[11:]}, not {said}")
 
@@ -259,7 +262,7 @@ def _check_casts(plan: Plan, operands: Operands, new: list[fx.Node]) -> None:
     """The adapters' casts are made of the plan's parameters, before everything else."""
     for slot in plan.adapters:
         path, nodes = slot.path, operands.adapters[id(slot)]
-        size = casts_per_adapter(plan.spec)
+        size = casts_per_adapter(slot)
         for i, node in enumerate((nodes.a, nodes.a_scale, nodes.b, nodes.alpha)[:size]):
             casts, place = cast(tuple[fx.Node, int], tuple(cast(fx.Node, node).args))
             if casts.target is not merged_linear.CASTS:
@@ -273,7 +276,7 @@ def _check_casts(plan: Plan, operands: Operands, new: list[fx.Node]) -> None:
                 if scales[at] is not base.scale:
                     raise PassError(path, f"b is cast for {scales[at]}")
             _check_adapter(path, plan, nodes, lora_a[at], lora_b[at])
-            said = (slot.scaling, slot.wide, str(plan.spec))
+            said = (slot.scaling, slot.wide, str(spec_of(slot, plan)))
             if (scaling[at], wide, spec) != said:
                 raise PassError(path, f"cast with {scaling[at]}, {spec}")
     _check_first(plan, new, {merged_linear.CASTS, _WRITES})

@@ -38,7 +38,7 @@ from falqon_fx.ops.lowering import (
     rescale,
 )
 from falqon_fx.site.casts import scale_of
-from falqon_fx.site.clamped import ClampedCount
+from falqon_fx.site.clamped import AGAIN, ClampedCount
 from falqon_fx.site.names import name_in_call
 from falqon_fx.site.numerics import (
     E4M3,
@@ -87,7 +87,7 @@ class Clamped:
                 f"falqon: the part of {one_line(name)} is so large beside "
                 f'that of its base weight that adapter_dtype="fp8" clamps some of it ({count} of '
                 f"{scaled.numel()} elements). falqon_fx.adapters(model) counts them, by site, as "
-                '.saturated. Set adapter_dtype="bfloat16" if the number grows.',
+                f".saturated. {AGAIN}",
                 stacklevel=2,
             )
 

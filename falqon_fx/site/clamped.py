@@ -13,6 +13,10 @@ from torch import Tensor
 
 from falqon_fx.errors import one_line
 
+AGAIN = (
+    "The next compilation (torch.compiler.reset() brings it about) gives the site its adapter in "
+    'bfloat16; with several processes set adapter_dtype="bfloat16".'
+)
 _EVERY = 256  # calls between two looks; at first they double
 
 
@@ -34,7 +38,7 @@ class ClampedCount:
                 f"falqon: the adapter of {one_line(path)} (or of a block like it) is so large "
                 f'beside its base weight that adapter_dtype="fp8" clamps some of it ('
                 f"{int(self._seen)} elements so far). falqon_fx.adapters(model) counts them, by "
-                'site, as .saturated. Set adapter_dtype="bfloat16" if the number grows.',
+                f"site, as .saturated. {AGAIN}",
                 stacklevel=2,
             )
         self._seen.copy_(self.count, non_blocking=True)
