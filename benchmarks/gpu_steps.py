@@ -104,7 +104,8 @@ def cases(tiny: bool) -> list[Case]:
 
     add("llama-7b", 1, 4096, 16, "falqon", IN_K, *faster, "nf4 + inductor", "nf4")
     add("llama-7b", 16, 512, 16, "falqon", IN_K, "peft + inductor")
-    add("llama-7b", 1, 512, 16, "falqon", IN_K, "peft + inductor")
+    graphs = ("falqon, reduce-overhead", "peft + inductor, reduce-overhead")
+    add("llama-7b", 1, 512, 16, "falqon", IN_K, "peft + inductor", *graphs)
     add("llama-3-8b", 1, 4096, 16, "falqon", "peft + inductor", ckpt=True)
     add("llama-7b", 8, 1024, 16, "falqon", *faster, "nf4 + inductor", "nf4")
     add("llama-7b", 1, 4096, 64, "falqon", "peft + inductor")
