@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-ARCHITECTURES = (89, 90, 100, 120)  # of sm_103 and sm_121 see `hardware.family`
+ARCHITECTURES = (89, 90, 100, 120)  # sm_103 runs the code of sm_100; of sm_121 see `hardware`
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,13 @@ def family(architecture: int) -> int:
     return {103: 100, 121: 120}.get(architecture, architecture)
 
 
+def multiplies_fp8(architecture: int) -> bool:
+    """Whether Triton multiplies FP8 as it is on sm_``architecture``. Of sm_121 Triton 3.7 doesn't
+    know that it can, and would decode both operands: there products are for the library.
+    """
+    return architecture >= FP8 and architecture != 121
+
+
 def reads_columns(architecture: int) -> bool:
     """Whether FP8 products of sm_90 and so on take W as stored for dL/dx: sm_100's tensor cores
     read operands either way; the others would need W byte by byte. 0 is the interpreter.

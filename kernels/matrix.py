@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,10 @@ from falqon_fx.kernels.gemm.spec import GemmSpec
 from falqon_fx.kernels.grad_out_a import examples as grad_out_a
 from falqon_fx.kernels.grouped_gemm import examples as grouped_gemm
 from falqon_fx.kernels.grouped_outer import examples as grouped_outer
+from falqon_fx.kernels.hardware import FP8
 from falqon_fx.kernels.kernel import Kernel
 from falqon_fx.kernels.loader import load
-from falqon_fx.kernels.spec import KernelSpec
+from falqon_fx.kernels.spec import KernelSpec, Sizes
 from falqon_fx.kernels.tails import examples as tails
 from falqon_fx.kernels.transpose import examples as transpose
 from falqon_fx.kernels.update import examples as update
@@ -60,6 +62,7 @@ COMMITTED = Path(__file__).with_name("compiled.csv")
 # Shared memory that a program may take, bytes (CUDA C++ Programming Guide, compute capabilities).
 _SHARED = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 _TENSOR_COLUMNS = 512
+_WITHOUT_FP8 = 12  # kernels of each kind that are compiled for GPUs without FP8, which take others
 _FP8_INSTRUCTION = {
     80: r"mma\.sync\S*bf16",
     89: r"mma\.sync\S*e[45]m[23]",
@@ -74,6 +77,7 @@ class Line:
     """One kernel on one architecture."""
 
     spec: str
+    sizes: str
     kernel: str
     architecture: int
     registers: int
@@ -85,18 +89,19 @@ class Line:
     byte_accesses: int
 
     @property
-    def key(self) -> tuple[str, str, int]:
-        return self.spec, self.kernel, self.architecture
+    def key(self) -> tuple[str, str, str, int]:
+        return self.spec, self.sizes, self.kernel, self.architecture
 
 
-def matrix() -> list[tuple[KernelSpec, tuple[int, ...]]]:
-    """Specs and the architectures that may run them, each spec once."""
-    found: dict[KernelSpec, list[int]] = {}
+def matrix() -> list[tuple[KernelSpec, Sizes, tuple[int, ...]]]:
+    """Specs, sizes, and the architectures that may run them, each pair once."""
+    found: dict[tuple[KernelSpec, Sizes], list[int]] = {}
     for kernel in KERNELS:
         for architecture in (80, *ARCHITECTURES):
-            for spec in kernel.ahead(architecture):
-                found.setdefault(spec, []).append(architecture)
-    return [(spec, tuple(dict.fromkeys(where))) for spec, where in found.items()]
+            most = None if architecture >= FP8 else _WITHOUT_FP8
+            for pair in islice(kernel.ahead(architecture), most):
+                found.setdefault(pair, []).append(architecture)
+    return [(*pair, tuple(dict.fromkeys(where))) for pair, where in found.items()]
 
 
 def kernel_of(spec: KernelSpec) -> Kernel[Any]:
@@ -105,10 +110,12 @@ def kernel_of(spec: KernelSpec) -> Kernel[Any]:
     return kernel
 
 
-def compile_lines(spec: KernelSpec, architecture: int) -> Iterator[tuple[Line, CompiledKernel]]:
-    """Each kernel of ``spec``, compiled for sm_``architecture``."""
+def compile_lines(
+    spec: KernelSpec, architecture: int, sizes: Sizes = "aligned"
+) -> Iterator[tuple[Line, CompiledKernel]]:
+    """Each kernel of ``spec``, compiled for sm_``architecture`` and such sizes."""
     module, kernel = load(spec, interpret=False), kernel_of(spec)
-    for name, signature in kernel.signatures(spec).items():
+    for name, signature in kernel.types(spec, sizes).items():
         compiled = compile_ahead(
             getattr(module, name),
             signature,
@@ -116,10 +123,10 @@ def compile_lines(spec: KernelSpec, architecture: int) -> Iterator[tuple[Line, C
             kernel.warps(spec, name),
             int(spec.fields.get("num_stages", 3)),
         )
-        yield _line(spec, name, compiled), compiled
+        yield _line(spec, sizes, name, compiled), compiled
 
 
-def _line(spec: KernelSpec, name: str, compiled: CompiledKernel) -> Line:
+def _line(spec: KernelSpec, sizes: Sizes, name: str, compiled: CompiledKernel) -> Line:
     ptx = compiled.ptx
     products = re.findall(
         r"^\s*(?:@\S+\s+)?((?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\S*)", ptx, re.M
@@ -130,6 +137,7 @@ def _line(spec: KernelSpec, name: str, compiled: CompiledKernel) -> Line:
     narrow = re.findall(r"(?:ld|st)\.(?:global|shared)\S*\.[bu]8\b", ptx)
     return Line(
         spec.name,
+        sizes,
         name,
         compiled.architecture,
         compiled.registers,
@@ -201,7 +209,7 @@ def worse(line: Line, before: Line) -> list[str]:
     ]
 
 
-def read(path: Path = COMMITTED) -> tuple[str, dict[tuple[str, str, int], Line]]:
+def read(path: Path = COMMITTED) -> tuple[str, dict[tuple[str, str, str, int], Line]]:
     """(Triton version, lines) of a table."""
     if not path.exists():
         return "", {}
@@ -234,19 +242,21 @@ def main(argv: list[str] | None = None) -> int:
     if args.accept and args.only and not comparable:
         parser.error(f"the table is of Triton {version or 'none'}: accept it as a whole")
     work = [
-        (spec, architecture)
-        for spec, where in matrix()
+        (spec, sizes, architecture)
+        for spec, sizes, where in matrix()
         for architecture in where
         if args.only in spec.name
     ]
     lines, wrong = [], []
-    for spec, architecture in track(work, description="compiling", console=console):
-        for line, compiled in compile_lines(spec, architecture):
+    for spec, sizes, architecture in track(work, description="compiling", console=console):
+        for line, compiled in compile_lines(spec, architecture, sizes):
             lines.append(line)
             bad = problems(spec, line) + instruction_problems(spec, line, compiled)
             if comparable and line.key in committed and not args.accept:
                 bad += worse(line, committed[line.key])
-            wrong += [f"sm_{architecture} {spec.name} {line.kernel}: {text}" for text in bad]
+            wrong += [
+                f"sm_{architecture} {spec.name} {sizes} {line.kernel}: {text}" for text in bad
+            ]
     console.print(_table(lines))
     specs = len({line.spec for line in lines})
     console.print(f"{len(lines)} kernels of {specs} specs, Triton {triton.__version__}")
@@ -255,9 +265,10 @@ def main(argv: list[str] | None = None) -> int:
     for text in wrong:
         console.print(text, style="red", markup=False)
     if args.accept:
-        wanted = {(spec.name, architecture) for spec, where in matrix() for architecture in where}
+        wanted = {(spec.name, sizes, on) for spec, sizes, where in matrix() for on in where}
         table = (committed if comparable else {}) | {line.key: line for line in lines}
-        _write(line for line in table.values() if (line.spec, line.architecture) in wanted)
+        kept = {line: (line.spec, line.sizes, line.architecture) for line in table.values()}
+        _write(line for line, place in kept.items() if place in wanted)
     return 1 if wrong else 0
 
 

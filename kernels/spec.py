@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -23,6 +24,11 @@ MAX_RANK = 256  # the most columns of an adapter that an accumulator holds
 MAX_INT8 = 1 << 17  # the most products of two bytes that an int32 sums up
 MAX_TAIL = 128  # the most of one in FP8
 MAX_PIECES = 8  # weights, or adapters, in one launch
+MAX_SIBLINGS = 3  # adapters that read the same x: of q, k and v
+CASTS = (7, 4, 2, 1)  # adapters that one launch casts: of a layer, of its attention, of q and v
+# Whether sizes, and with them where rows start, are multiples of 16, which Triton compiles other
+# code for: "aligned" all of them, "rank" all but those of adapters, "any" none but K.
+Sizes = Literal["aligned", "rank", "any"]
 # How float32 becomes FP8: by the GPU's own instruction (sm_89 and newer), or by integer steps,
 # which older GPUs and Triton's interpreter need (see interpreter.py).
 CastMode = Literal["hardware", "integer"]
@@ -83,6 +89,29 @@ class KernelSpec:
 def padded(columns: int) -> int:
     """The columns of a tile that holds so many: a power of two, of which tensor cores take 16."""
     return max(16, 1 << (columns - 1).bit_length())
+
+
+def in_casts(adapters: int) -> Iterator[slice]:
+    """Adapters in groups that one launch casts."""
+    first = 0
+    while first < adapters:
+        count = next(count for count in CASTS if count <= adapters - first)
+        yield slice(first, first + count)
+        first += count
+
+
+def sizes_of(ranks: Iterable[int], others: Iterable[int] = ()) -> Sizes:
+    """What a launch is compiled for by the sizes of adapters and all others."""
+    if any(size % 16 for size in others):
+        return "any"
+    return "rank" if any(rank % 16 for rank in ranks) else "aligned"
+
+
+def columns_of(rank: int) -> int:
+    """The columns that a kernel has for a rank: 16, 64, 128 or 256. With 32 one would be no faster
+    than with 64.
+    """
+    return 16 if rank <= 16 else max(64, padded(rank))
 
 
 def aligned(columns: int) -> int:

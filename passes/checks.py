@@ -7,7 +7,7 @@ import torch
 from falqon_fx._compat import hint, is_fsdp, value_of
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
-from falqon_fx.kernels.hardware import fp8_architecture, int8_architecture
+from falqon_fx.kernels.hardware import fp8_architecture, int8_architecture, multiplies_fp8
 from falqon_fx.kernels.spec import MAX_INT8, MAX_RANK, MAX_TAIL, aligned
 from falqon_fx.passes.match.dataflow import Match
 from falqon_fx.passes.modes import may_autocast
@@ -138,6 +138,8 @@ def _check_in_k(found: Match, path: str, config: FalqonConfig) -> None:
         torch.cuda.is_available() and not fp8_architecture(device)
     ):
         why = f"wants FP8 tensor cores as of sm_89, which {device} has not"
+    elif torch.cuda.is_available() and not multiplies_fp8(fp8_architecture(device)):
+        why = f"wants a Triton that knows the FP8 tensor cores of {device}"
     elif max(ranks, default=0) > MAX_TAIL or sum(map(aligned, ranks)) > MAX_RANK:
         why = f"takes ranks up to {MAX_TAIL}, and up to {MAX_RANK} in all of a layer"
     elif config.transpose == "store":

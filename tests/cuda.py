@@ -50,25 +50,29 @@ def as_on_a_gpu(*, grad_x: bool = True) -> Iterator[None]:
         yield
 
 
-def layer(out: int, ranks: tuple[int, ...], spec: SiteSpec, seed: int, **change: Any) -> Layer:
-    """A layer of 64 features whose adapters have the given ranks, for 32 tokens in bfloat16."""
+def layer(
+    out: int, ranks: tuple[int, ...], spec: SiteSpec, seed: int, features: int = 64, **change: Any
+) -> Layer:
+    """A layer whose adapters have the given ranks, for 32 tokens in bfloat16."""
     loras = [
         Lora(
-            randn(rank, 64, seed=seed + 10 * j) / 4,
+            randn(rank, features, seed=seed + 10 * j) / 4,
             randn(out, rank, seed=seed + 10 * j + 1) / 4,
             scaling=(2.0, 0.3)[j % 2],
         )
         for j, rank in enumerate(ranks)
     ]
-    weight = randn(out, 64, seed=seed + 7).bfloat16()
+    weight = randn(out, features, seed=seed + 7).bfloat16()
     grad = randn(32, out, seed=seed + 8).bfloat16()
     return replace(Layer(weight, cast_base(weight, spec), None, loras, grad), **change)
 
 
-def group(spec: SiteSpec, *of: tuple[int, tuple[int, ...]], **change: Any) -> Case:
-    """Layers (out, ranks) that share x [32, 64]."""
-    layers = [layer(out, ranks, spec, 100 * i) for i, (out, ranks) in enumerate(of)]
-    return replace(Case(randn(32, 64).bfloat16(), layers, BF16, spec), **change)
+def group(
+    spec: SiteSpec, *of: tuple[int, tuple[int, ...]], features: int = 64, **change: Any
+) -> Case:
+    """Layers (out, ranks) that share x [32, features]."""
+    layers = [layer(out, ranks, spec, 100 * i, features) for i, (out, ranks) in enumerate(of)]
+    return replace(Case(randn(32, features).bfloat16(), layers, BF16, spec), **change)
 
 
 def with_dropout(spec: SiteSpec) -> Case:
@@ -87,6 +91,10 @@ GROUPS: dict[str, Callable[[SiteSpec], Case]] = {
     "several adapters": lambda spec: group(spec, (48, (16, 8)), (32, (5,)), (16, (16, 16, 3))),
     "ranks beyond the kernels'": lambda spec: group(spec, (48, (300,)), (32, (8,))),
     "dropout": with_dropout,
+    "sizes of no multiple of 16": lambda spec: group(
+        spec, (50, (16,)), (33, (8,)), (48, ()), features=50
+    ),
+    "a large rank": lambda spec: group(spec, (48, (100,))),
     "A frozen": lambda spec: group(spec, (48, (16,)), (32, (8,)), keep_x=False),
     "9 sites": lambda spec: group(spec, *[(16, (4,))] * 9),
     "10 pieces, b absent": lambda spec: group(spec, *[(16, (4,))] * 5, adds_b=False),

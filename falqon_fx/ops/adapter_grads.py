@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from falqon_fx.kernels.spec import MAX_PIECES, MAX_RANK
+from falqon_fx.kernels.spec import MAX_RANK, MAX_SIBLINGS
 from falqon_fx.ops import lowering
 
 
@@ -125,7 +125,7 @@ def _parts(ranks: Sequence[int]) -> Iterator[slice]:
     """The adapters in groups that the kernels take."""
     first = 0
     for end in range(1, len(ranks) + 1):
-        full = end - first == MAX_PIECES or sum(ranks[first : end + 1]) > MAX_RANK
+        full = end - first == MAX_SIBLINGS or sum(ranks[first : end + 1]) > MAX_RANK
         if full or end == len(ranks):
             yield slice(first, end)
             first = end

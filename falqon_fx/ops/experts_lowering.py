@@ -72,7 +72,7 @@ def lower_merged_experts(given: Experts) -> list[Tensor]:
     way = routing(given.groups, given.by_id, given.rows, given.experts)
     stack = Stack.of(given.weight, 1.0, given.experts)
     rank = given.a[0].shape[0] // given.experts if given.a else 0
-    in_kernel = generated(given.x, spec, rank)
+    in_kernel = generated(given.x, spec, rank, stack.code.shape[1:], given.out_dtype)
     in_fp8 = takes_fp8(given.x, stack, given.out_dtype) and spec.kernel != "triton"
     cast = cast_fp8(given.x, E4M3, spec, dtype, keep=given.keep_x or in_fp8 or in_kernel)
     code_x = cast.code if in_kernel else None
@@ -148,7 +148,8 @@ def lower_grad_x(
     for d_j, code, a_scale_j in zip(d, a, a_scale, strict=True):
         scaled = (d_j.to(torch.float32) * by_row(a_scale_j, way, d_j.shape[0])).to(dtype)
         low.append(Low(scaled, as_read(code)))
-    if generated(grad, spec, d[0].shape[1] if d else 0):
+    shape = Stack.of(weight, 1.0, experts).code.shape
+    if generated(grad, spec, d[0].shape[1] if d else 0, shape[1:], x_dtype):
         folded = way.sorted(grad).to(torch.float32) * by_row(scale, way, grad.shape[0])
         cast = cast_fp8(folded, spec.grad_dtype, spec, dtype, keep=True)
         assert cast.code is not None
@@ -222,7 +223,9 @@ def lower_grads(
 ) -> list[Tensor]:
     """See `falqon_fx.ops.experts.merged_experts_grads`."""
     way = routing(groups, by_id, rows, experts)
-    if generated(grad, parse_spec(spec_text), out_a.shape[1]):
+    sizes = [grad.shape[1], *(code.shape[1] for code in kept[:1])]
+    in_kernel = {a_dtype, b_dtype} <= {torch.float32, torch.bfloat16}
+    if in_kernel and generated(grad, parse_spec(spec_text), out_a.shape[1], sizes):
         of_low = grouped_kernels.adapter_gradient
         grads = [of_low(out_a, way.sorted(grad), way, scaling, b_dtype, of_a=False)]
         for d_j, code, scale in [(*d, *kept)] if kept else []:
@@ -259,7 +262,7 @@ def lower_grad_out_a(
     """See `falqon_fx.ops.experts.merged_experts_grad_out_a`."""
     way = routing(groups, by_id, (), experts)
     factor = stacked_b(b.to(dtype), experts)
-    if generated(grad, parse_spec(spec_text), factor.shape[2]):
+    if generated(grad, parse_spec(spec_text), factor.shape[2], [grad.shape[1]], dtype):
         return grouped_kernels.grad_out_a(way.sorted(grad).to(dtype), factor, way)
     if experts_cpu.takes(grad, dtype, parse_spec(spec_text)):
         return experts_cpu.grad_out_a(way.sorted(grad).to(dtype), factor, way)

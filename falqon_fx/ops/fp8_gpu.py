@@ -14,13 +14,20 @@ import torch
 from torch import Tensor
 
 from falqon_fx import _compat
-from falqon_fx.kernels.spec import MAX_PIECES
+from falqon_fx.kernels.spec import in_casts
 from falqon_fx.ops import fp8_adapter, in_k, products
 from falqon_fx.ops.arguments import Merged, MergedGrad
 from falqon_fx.ops.gpu import quantize
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.site.casts import cast_fp8
-from falqon_fx.site.numerics import E4M3, FP8_MAX, amax_to_scale, as_operand, without_autocast
+from falqon_fx.site.numerics import (
+    E4M3,
+    FP8_MAX,
+    amax_to_scale,
+    as_operand,
+    filled,
+    without_autocast,
+)
 from falqon_fx.site.spec import parse_spec
 
 
@@ -34,8 +41,7 @@ def proxy_update(
 ) -> list[Tensor]:
     """See `falqon_fx.ops.fp8_adapter.proxy_update`; α leaves room for every b."""
     casts: list[Tensor] = []
-    for first in range(0, len(lora_a), MAX_PIECES):
-        part = slice(first, first + MAX_PIECES)
+    for part in in_casts(len(lora_a)):
         given = ([t.detach() for t in lora_a[part]], [t.detach() for t in lora_b[part]])
         columns = *given, scaling[part], base_scale[part]
         plain = functools.partial(_plain_casts, *columns, spec_text)
@@ -56,7 +62,8 @@ def _plain_casts(
         values = code.to(torch.float32) * scale
         scaled, alpha = fp8_adapter.to_range(values, b, factor, s)
         most = FP8_MAX[E4M3]
-        casts += [code, scale, scaled.clamp(-most, most).to(E4M3), alpha]
+        of_b = filled(scaled.clamp(-most, most).to(E4M3))  # as kernels store it
+        casts += [code, scale, of_b.narrow(1, 0, len(a)), alpha]
     return casts
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from falqon_fx.kernels.hardware import fp8_architecture
-from falqon_fx.kernels.spec import MAX_PIECES
+from falqon_fx.kernels.spec import in_casts
 from falqon_fx.ops import products
 from falqon_fx.ops.arguments import Merged
 from falqon_fx.ops.lowering import gemm_dtype
@@ -49,8 +49,7 @@ def proxy_update(
     """See `falqon_fx.ops.lowering.proxy_update`."""
     dtype = torch.float32 if wide else torch.bfloat16
     casts: list[Tensor] = []
-    for first in range(0, len(lora_a), MAX_PIECES):
-        part = slice(first, first + MAX_PIECES)
+    for part in in_casts(len(lora_a)):
         given = ([t.detach() for t in lora_a[part]], [t.detach() for t in lora_b[part]])
         casts += products.adapter_casts(*given, scaling[part], dtype, spec_text)
     return casts

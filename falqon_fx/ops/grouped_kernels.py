@@ -4,17 +4,17 @@ into memory, and x is gathered as it is read.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from falqon_fx.kernels.hardware import fp8_architecture
-from falqon_fx.kernels.spec import MAX_RANK
+from falqon_fx.kernels.hardware import family, fp8_architecture, multiplies_fp8
 from falqon_fx.ops.grouped import Routing, Stack
 from falqon_fx.ops.products import sizes_known
-from falqon_fx.site.numerics import E4M3, as_operand, dtype_name
+from falqon_fx.site.numerics import E4M3, E5M2, as_operand, dtype_name
 from falqon_fx.site.spec import SiteSpec
 
 
@@ -28,13 +28,24 @@ class Low:
     right: Tensor
 
 
-def generated(x: Tensor, spec: SiteSpec, rank: int) -> bool:
+def generated(
+    x: Tensor,
+    spec: SiteSpec,
+    rank: int,
+    sizes: Sequence[int],
+    result: torch.dtype = torch.bfloat16,
+) -> bool:
     """Whether the kernel computes the products of rows of x: on a GPU with FP8, where all sizes are
-    known, unless ``kernel`` asks for others.
+    known, unless ``kernel`` asks for others, for what kernels have been compiled ahead.
     """
-    wanted = spec.kernel in ("auto", "max-autotune", "triton") and rank <= MAX_RANK
-    on_gpu = x.device.type == "cuda" and fp8_architecture(x.device) > 0
-    return wanted and on_gpu and sizes_known((x,))
+    wanted = spec.kernel in ("auto", "max-autotune", "triton")
+    if not (wanted and multiplies_fp8(fp8_architecture(x.device)) and sizes_known((x,))):
+        return False
+    from falqon_fx.kernels.grouped_gemm.tiles import is_compiled
+
+    dtypes = {dtype_name(x.dtype), dtype_name(result)}
+    usual = len(dtypes) == 1 and spec.grad_dtype == E5M2
+    return usual and is_compiled(rank, sizes, dtypes.pop())
 
 
 def grad_out_a(grad: Tensor, b: Tensor, way: Routing) -> Tensor:
@@ -45,7 +56,7 @@ def grad_out_a(grad: Tensor, b: Tensor, way: Routing) -> Tensor:
     _, k, rank = b.shape
     dtype: Any = dtype_name(grad.dtype)
     given: Any = {"x": dtype, "dtype": dtype, "a_dtype": dtype, "columns": rank}
-    spec = grouped_spec(fp8_architecture(grad.device), k, backward=True, **given)
+    spec = grouped_spec(family(fp8_architecture(grad.device)), k, backward=True, **given)
     tiles = tiles_of(way.offs, grad.shape[0], spec.block_m)
     return grouped_gemm(grad, None, None, b.contiguous(), None, tiles, spec)
 
@@ -108,7 +119,7 @@ def product(
         "gather": rows is not None,
         "columns": stack.code.shape[1] if skinny else None,
     }
-    spec = grouped_spec(fp8_architecture(q.device), k, backward=backward, **given)
+    spec = grouped_spec(family(fp8_architecture(q.device)), k, backward=backward, **given)
     tiles = tiles_of(way.offs, count, spec.block_m)
     more = (None, None) if low is None else (low.left, low.right)
     weight = as_operand(stack.code)

@@ -18,6 +18,7 @@ from falqon_fx import _compat
 from falqon_fx.kernels.spec import MAX_PIECES, aligned
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.ops.products import define, launches, options_of
+from falqon_fx.site.numerics import filled
 
 
 def beside(parts: Sequence[Tensor], more: int) -> Tensor:
@@ -65,19 +66,19 @@ def merged_product_in_k(
     """
     from falqon_fx.kernels.gemm.launch import Piece
     from falqon_fx.kernels.products import dispatch, in_k
-    from falqon_fx.kernels.products.tails import tails
+    from falqon_fx.kernels.products.tails import all_tails
     from falqon_fx.kernels.tails.launch import Tail
 
     dtype, options = gemm_dtype(out_dtype, q.device), options_of(spec_text)
+    q, own_q, weight, a = (filled(q), *([filled(t) for t in ts] for ts in (own_q, weight, a)))
     k, order = q.shape[1], sorted(range(len(owner)), key=owner.__getitem__)
-    widths, place, at = [aligned(code.shape[0]) for code in a], {}, aligned(k)
+    widths, place, at = [aligned(code.shape[0]) for code in a], {}, k
     for j in order:
         place[j], at = at, at + widths[j]
     wide = beside([q], sum(widths))
-    made: list[Tensor] = []
-    for first in range(0, len(a), MAX_PIECES):
-        part = range(first, min(first + MAX_PIECES, len(a)))
-        adapters = [
+
+    def adapters_of(wide: Tensor) -> list[Tail]:
+        return [
             Tail(
                 own_q[j] if own_q else wide.narrow(1, 0, k),
                 a[j],
@@ -87,10 +88,11 @@ def merged_product_in_k(
                 place[j],
                 count[owner[j]],
             )
-            for j in part
+            for j in range(len(a))
         ]
-        of_a, wide = tails("forward", adapters, q_scale, wide, dtype, options.kernel).run()
-        made.append(of_a)
+
+    given = adapters_of, wide, q_scale, True, dtype, options.kernel
+    out_a, wide = all_tails("forward", *given)
     x = in_k.Columns(wide, k)
     biases: Sequence[Tensor | None] = bias or [None] * len(weight)
     sites = [Piece(w, s, of_site) for w, s, of_site in zip(weight, scale, biases, strict=True)]
@@ -111,7 +113,6 @@ def merged_product_in_k(
             if len(part_of) > 1 and not _compat.is_fake(q):
                 made_of = [y.clone() for y in made_of]  # an op's results share no memory
             results |= zip(part_of, made_of, strict=True)
-    out_a = made[0] if len(made) == 1 else torch.cat(made, dim=1)
     return [*(results[i] for i in range(len(weight))), out_a, wide]
 
 
@@ -134,6 +135,13 @@ def _filled(b: Tensor) -> Tensor:
     if b.stride() == (width, 1):
         return b.as_strided((rows, width), (width, 1))
     return beside([b], 0)
+
+
+def _of_all_rows(b: Tensor) -> Tensor:
+    """b [out, r] with rows of zeros up to a multiple of 16; rows start at multiples of 16."""
+    if len(b) % 16 == 0:
+        return b
+    return filled(filled(b, axis=0)).narrow(1, 0, b.shape[1])
 
 
 def _merged_product_fake(
@@ -172,32 +180,30 @@ def grad_product_in_k(
     added to ``count`` of their site. Without ``b`` there is no D.
     """
     from falqon_fx.kernels.products import in_k
-    from falqon_fx.kernels.products.tails import tails
+    from falqon_fx.kernels.products.tails import all_tails
     from falqon_fx.kernels.tails.launch import Tail
 
     options, stores = options_of(spec_text), through_x and needs_x and bool(b)
     outs, ranks = [part.shape[1] for part in g], [factor.shape[1] for factor in b]
     starts = [sum(map(aligned, outs[:i])) for i in range(len(outs) + 1)]
     wide = beside(g, sum(map(aligned, ranks)) if stores else 0)
-    made = [wide.new_empty((len(wide), 0), dtype=d_dtype)]
-    for first in range(0, len(b), MAX_PIECES):
-        adapters = [
+
+    def adapters_of(wide: Tensor) -> list[Tail]:
+        return [
             Tail(
-                wide.narrow(1, starts[owner[j]], outs[owner[j]]),
-                b[j],
+                wide.narrow(1, starts[owner[j]], aligned(outs[owner[j]])),
+                _of_all_rows(b[j]),
                 alpha[j],
                 None,
                 a_scale[j],
                 starts[-1] + sum(map(aligned, ranks[:j])),
                 count[owner[j]],
             )
-            for j in range(first, min(first + MAX_PIECES, len(b)))
+            for j in range(len(b))
         ]
-        to = wide if stores else None
-        d, *wider = tails("backward", adapters, s_g, to, d_dtype, options.kernel).run()
-        made.append(d)
-        wide = wider[0] if wider else wide
-    of_adapters = made[1] if len(made) == 2 else torch.cat(made, dim=1)
+
+    given = adapters_of, wide, s_g, stores, d_dtype, options.kernel
+    of_adapters, wide = all_tails("backward", *given)
     if not needs_x:
         return [wide.new_empty((0, weight[0].shape[1]), dtype=x_dtype), of_adapters]
     rows = [*weight, *(a if stores else [])]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from falqon_fx.kernels.spec import MAX_PIECES
 from falqon_fx.ops.lowering import gemm_dtype
+from falqon_fx.site.numerics import filled
 from falqon_fx.site.spec import parse_spec
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def merged_product(
     from falqon_fx.kernels.products import dispatch
 
     dtype, options = gemm_dtype(out_dtype, q.device), options_of(spec_text)
+    q, weight, a = filled(q), [filled(w) for w in weight], [filled(code) for code in a]
 
     def run(pieces: Sequence[Piece], a_pieces: int) -> list[Tensor]:
         """O of each piece but the last ``a_pieces``, whose O_A stand side by side behind them."""
@@ -171,7 +173,7 @@ def adapter_product(
 
     dtype, options = gemm_dtype(out_dtype, q.device), options_of(spec_text)
     (result,) = dispatch.forward(
-        q, q_scale, [Piece(a, a_scale)], 1, out_dtype, dtype, options
+        filled(q), q_scale, [Piece(filled(a), a_scale)], 1, out_dtype, dtype, options
     ).run()
     return result
 

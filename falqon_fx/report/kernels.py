@@ -8,8 +8,8 @@ import torch
 
 from falqon_fx.cost import cards
 from falqon_fx.errors import one_line
-from falqon_fx.kernels.hardware import family, fp8_architecture
-from falqon_fx.kernels.spec import MAX_RANK, aligned
+from falqon_fx.kernels.hardware import family, fp8_architecture, multiplies_fp8
+from falqon_fx.kernels.spec import aligned, sizes_of
 from falqon_fx.site.spec import parse_spec
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ def choose(site: Site) -> tuple[str, str]:
     if asked in ("scaled_mm", "inductor"):
         return asked, f"kernel={asked!r} asks for it"
     specs = candidates(site)
+    if not specs:
+        return "scaled_mm", "no generated kernel is compiled ahead for such a product"
     return f"triton:{specs[0].name}", (
         f"the likeliest of {len(specs)} generated kernels for this site alone on "
         f"sm_{site.architecture}; compiling on such a GPU times them and the library's, and takes "
@@ -58,8 +60,12 @@ LIBRARY = "scaled_grouped_mm"  # torch's product of a stack in FP8
 
 def choose_for_experts(site: Site) -> tuple[str, str]:
     """The same for a stack of experts (see `falqon_fx.ops.experts_lowering`)."""
+    from falqon_fx.kernels.grouped_gemm.tiles import is_compiled
+
     asked = parse_spec(site.spec).kernel
-    if not site.architecture or site.rank > MAX_RANK or asked not in _GROUPED:
+    sizes = site.out_features, site.in_features
+    known = multiplies_fp8(site.architecture) and is_compiled(site.rank, sizes, site.out_dtype)
+    if not known or asked not in _GROUPED:
         reason = "grouped products of decoded weights, of those experts alone that have tokens"
         return "aten", reason
     if asked != "triton" and _library_takes(site):
@@ -83,12 +89,13 @@ def candidates(site: Site) -> list[GemmSpec] | list[GroupedGemmSpec]:
     """The generated kernels for the forward product of a site alone, the likeliest first; a stack
     of experts has one.
     """
-    from falqon_fx.kernels.gemm.tiles import GemmProblem, gemm_specs
+    from falqon_fx.kernels.gemm.forms import specs_for
+    from falqon_fx.kernels.gemm.tiles import GemmProblem
     from falqon_fx.kernels.grouped_gemm.tiles import grouped_spec
 
     if site.experts:
         dtypes: Any = {"dtype": site.out_dtype, "a_dtype": site.out_dtype}
-        given = site.architecture, site.in_features
+        given = family(site.architecture), site.in_features
         return [grouped_spec(*given, rank=site.rank, gather=site.gathered > 0, **dtypes)]
 
     spec = parse_spec(site.spec)
@@ -96,7 +103,7 @@ def candidates(site: Site) -> list[GemmSpec] | list[GroupedGemmSpec]:
     bf16_or_wide = "bfloat16" if site.out_dtype == "bfloat16" else "float32"
     problem = GemmProblem(
         n=site.tokens_hint,
-        k=site.in_features,
+        k=aligned(site.in_features),
         rows=(site.out_features,),
         a_pieces=0,
         x="e4m3",
@@ -110,7 +117,10 @@ def candidates(site: Site) -> list[GemmSpec] | list[GroupedGemmSpec]:
         accumulation=spec.accumulation,
         one_tensor=True,
     )
-    return gemm_specs(problem, family(site.architecture))
+    if not multiplies_fp8(site.architecture):
+        return []
+    sizes = sizes_of([problem.rank], problem.rows)
+    return specs_for(problem, sizes, family(site.architecture))
 
 
 def source(site: Site) -> str:

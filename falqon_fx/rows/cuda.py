@@ -72,11 +72,14 @@ def _launches_of(columns: Sequence[Sequence[Any]], spec_text: str) -> _Launches:
 
 def _plan_launches(columns: Sequence[Sequence[Any]], spec_text: str) -> _Launches:
     # Triton is there where a GPU is, and need not be elsewhere.
+    from falqon_fx.kernels.hardware import architecture, family
+    from falqon_fx.kernels.update.examples import KERNEL
     from falqon_fx.kernels.update.launch import UpdateSite, dtypes, launch, refusal, spec_for
 
     spec = parse_rows_spec(spec_text)
     groups: dict[object, list[UpdateSite]] = defaultdict(list)
     rest: list[int] = []
+    places: dict[object, list[int]] = defaultdict(list)
     for i in range(len(columns[0])):
         fields: list[Any] = [*(column[i] for column in columns), spec.rows(len(columns[2][i]))]
         site = UpdateSite(*fields)
@@ -84,9 +87,13 @@ def _plan_launches(columns: Sequence[Sequence[Any]], spec_text: str) -> _Launche
             rest.append(i)
         else:
             groups[dtypes(site)].append(site)
-    drop = spec.pending == "drop"
-    made = [
-        launch(sites, spec.seed, spec_for(sites, spec.scale, spec.rounding, drop))
-        for sites in groups.values()
-    ]
-    return _Launches(tuple(made), tuple(rest))
+            places[dtypes(site)].append(i)
+    drop, made = spec.pending == "drop", []
+    where = family(architecture(columns[0][0].device))
+    for key, sites in groups.items():
+        of_all = spec_for(sites, spec.scale, spec.rounding, drop)
+        if KERNEL.takes(of_all, "aligned", where):
+            made.append(launch(sites, spec.seed, of_all))
+        else:
+            rest += places[key]
+    return _Launches(tuple(made), tuple(sorted(rest)))

@@ -173,6 +173,17 @@ def code_dtype(operand: torch.dtype) -> torch.dtype:
     return INT8 if operand == INT8 else torch.uint8
 
 
+def filled(code: Tensor, axis: int = 1) -> Tensor:
+    """FP8 [m, k] with zeros up to a multiple of 16 along ``axis``, in steps of which FP8 products
+    add up; itself where there is one.
+    """
+    lacking = -code.shape[axis] % 16
+    if not lacking:
+        return code
+    pad = [0, lacking] if axis == 1 else [0, 0, 0, lacking]
+    return torch.nn.functional.pad(code.view(torch.uint8), pad).view(code.dtype)
+
+
 def as_scale(scale: Tensor) -> Tensor:
     """A float32 scale as it is; its bits (`scale_bits`) as the scale that they are."""
     if scale.dtype == torch.float32:

@@ -8,16 +8,18 @@ from typing import get_args
 from falqon_fx.config import Granularity
 from falqon_fx.kernels.activation_cast.launch import signatures
 from falqon_fx.kernels.activation_cast.spec import ActivationCastSpec
-from falqon_fx.kernels.hardware import cast_mode
+from falqon_fx.kernels.hardware import FP8, cast_mode
 from falqon_fx.kernels.kernel import Kernel
-from falqon_fx.kernels.spec import Fp8Format
+from falqon_fx.kernels.spec import Fp8Format, Sizes
 
 
-def ahead(architecture: int) -> Iterator[ActivationCastSpec]:
-    """Both formats with both kinds of scale; sm_80 casts by integer steps."""
+def ahead(architecture: int) -> Iterator[tuple[ActivationCastSpec, Sizes]]:
+    """Both formats with both kinds of scale, on GPUs without FP8; on others Inductor casts."""
+    if architecture >= FP8:
+        return
     for granularity in get_args(Granularity):
         for fp8 in get_args(Fp8Format):
-            yield ActivationCastSpec.for_width(
+            spec = ActivationCastSpec.for_width(
                 4096,
                 input_dtype="bfloat16",
                 fp8=fp8,
@@ -25,6 +27,7 @@ def ahead(architecture: int) -> Iterator[ActivationCastSpec]:
                 scale="pow2",
                 cast=cast_mode(architecture),
             )
+            yield spec, "aligned"
 
 
 GOLDEN = (

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 
 from falqon_fx.kernels.adapter_cast.launch import signatures
 from falqon_fx.kernels.adapter_cast.spec import AdapterCastSpec
 from falqon_fx.kernels.hardware import cast_mode
 from falqon_fx.kernels.kernel import Kernel
+from falqon_fx.kernels.spec import CASTS, Sizes
 
 LAYER = AdapterCastSpec(
     input_dtype="float32", b_dtype="bfloat16", scale="pow2", cast="hardware", adapters=7
 )
 
 
-def ahead(architecture: int) -> Iterator[AdapterCastSpec]:
-    """A Llama layer's seven adapters, in float32 and bfloat16, and one alone."""
+def ahead(architecture: int) -> Iterator[tuple[AdapterCastSpec, Sizes]]:
+    """Adapters in float32 and bfloat16 of bfloat16 models."""
     made = replace(LAYER, cast=cast_mode(architecture))
-    yield made
-    yield replace(made, input_dtype="bfloat16")
-    yield replace(made, adapters=1)
-    yield replace(made, input_dtype="float16", b_dtype="float32", scale="amax")
+    for dtype, adapters in product(("float32", "bfloat16"), CASTS):
+        spec = replace(made, input_dtype=dtype, adapters=adapters)  # type: ignore[arg-type]
+        yield spec, "aligned"
+        yield spec, "rank"
+
+
+def unaligned(spec: AdapterCastSpec) -> dict[Sizes, str]:
+    """The parameters that are no multiples of 16."""
+    return {"rank": r"rank\d"}
 
 
 GOLDEN = (replace(LAYER, adapters=2),)
 # A scale a row: one element of each A.
-KERNEL = Kernel(AdapterCastSpec, signatures, ahead, GOLDEN)
+KERNEL = Kernel(AdapterCastSpec, signatures, ahead, GOLDEN, unaligned)

@@ -4,26 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
+from itertools import product
 
 from falqon_fx.kernels.adapter_fp8.launch import signatures
 from falqon_fx.kernels.adapter_fp8.spec import AdapterFp8Spec
 from falqon_fx.kernels.hardware import FP8
 from falqon_fx.kernels.kernel import Kernel
+from falqon_fx.kernels.spec import CASTS, Sizes
 
-LAYER = AdapterFp8Spec(input_dtype="float32", scale="pow2", cast="hardware", adapters=7, rank=64)
+_made = partial(AdapterFp8Spec.for_rank, scale="pow2", cast="hardware")
+LAYER = _made(64, "float32", adapters=7)
 
 
-def ahead(architecture: int) -> Iterator[AdapterFp8Spec]:
-    """A Llama layer's seven adapters of ranks from 16 to 128, in float32 and bfloat16, and one."""
+def ahead(architecture: int) -> Iterator[tuple[AdapterFp8Spec, Sizes]]:
+    """Adapters in float32 of ranks up to 128, and in bfloat16 from 17 to 64."""
     if architecture < FP8:
         return
-    for rank in (16, 32, 64, 128):
-        yield replace(LAYER, rank=rank)
-    yield replace(LAYER, input_dtype="bfloat16")
-    yield replace(LAYER, adapters=1)
-    yield replace(LAYER, input_dtype="float16", scale="amax")
+    for rank, adapters in product((16, 64, 128), CASTS):
+        yield _made(rank, "float32", adapters=adapters), "aligned"
+        if rank == 16:
+            yield _made(rank, "float32", adapters=adapters), "rank"
+        if rank == 64:  # with 16 columns casts from bfloat16 would spill
+            yield _made(rank, "bfloat16", adapters=adapters), "aligned"
+
+
+def unaligned(spec: AdapterFp8Spec) -> dict[Sizes, str]:
+    """The parameters that are no multiples of 16."""
+    return {"rank": r"rank\d"}
 
 
 GOLDEN = (replace(LAYER, adapters=2),)
 # The conditions on α, of one row of a tile, change hands byte by byte.
-KERNEL = Kernel(AdapterFp8Spec, signatures, ahead, GOLDEN, bytewise=frozenset({"cast_b"}))
+KERNEL = Kernel(
+    AdapterFp8Spec, signatures, ahead, GOLDEN, unaligned, bytewise=frozenset({"cast_b"})
+)

@@ -47,6 +47,21 @@ class AdapterFp8Spec(KernelSpec):
         if self.adapters < 1 or not 16 <= self.rank <= MAX_TAIL:
             raise ValueError(f"{self}: an adapter or more, 16 to {MAX_TAIL} columns")
 
+    @classmethod
+    def for_rank(
+        cls, rank: int, input_dtype: InputDtype, scale: Scale, cast: CastMode, adapters: int
+    ) -> AdapterFp8Spec:
+        """The spec for adapters of a padded rank: tiles of few columns would spill if larger."""
+        tile = 2048 if rank == 16 else 4096
+        return cls(
+            input_dtype=input_dtype,
+            scale=scale,
+            cast=cast,
+            adapters=adapters,
+            rank=rank,
+            tile=tile,
+        )
+
     @property
     def rows(self) -> int:
         """Rows of a tile of a B."""

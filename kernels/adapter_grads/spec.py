@@ -12,7 +12,7 @@ from falqon_fx.kernels.spec import (
     KernelSpec,
     check_literals,
     check_powers_of_two,
-    padded,
+    columns_of,
 )
 
 
@@ -69,8 +69,11 @@ class AdapterGradsSpec(KernelSpec):
         operands: Literal["native", "float32"] = "native",
     ) -> AdapterGradsSpec:
         """The spec for adapters of these ranks; float32 products take three times the registers."""
-        rank, wide = padded(max(ranks)), a_dtype == "float32"
-        x_rank = padded(sum(ranks)) if train_a else 0
+        rank, wide = columns_of(max(ranks)), a_dtype == "float32"
+        # Of as many adapters of the largest rank: few numbers, so that all can be compiled ahead.
+        x_rank = min(MAX_RANK, columns_of(rank * len(ranks))) if train_a else 0
+        if sum(ranks) > MAX_RANK and train_a:
+            raise ValueError(f"ranks {[*ranks]}: at most {MAX_RANK} columns")
         return cls(
             grad_dtype=grad_dtype,
             a_dtype=a_dtype,

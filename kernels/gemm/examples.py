@@ -5,89 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from falqon_fx.kernels.gemm.launch import signatures
+from falqon_fx.kernels.gemm.forms import PROBLEM, tabled
+from falqon_fx.kernels.gemm.launch import signatures, unaligned
 from falqon_fx.kernels.gemm.spec import GemmSpec
-from falqon_fx.kernels.gemm.tiles import GemmProblem, gemm_specs
+from falqon_fx.kernels.gemm.tiles import gemm_specs
+from falqon_fx.kernels.hardware import FP8
 from falqon_fx.kernels.kernel import Kernel
-
-PROBLEM = GemmProblem(
-    n=4096,
-    k=4096,
-    rows=(4096, 64),
-    a_pieces=1,
-    x="e4m3",
-    x_scale="row",
-    w_scale="row",
-    out_dtype="bfloat16",
-    a_dtype="bfloat16",
-    one_tensor=True,
-)
+from falqon_fx.kernels.spec import Sizes
 
 
-def ahead(architecture: int) -> Iterator[GemmSpec]:
-    """All tiles that each of the problems may take."""
-    for problem in _problems(architecture):
-        yield from gemm_specs(problem, architecture)
-
-
-def _problems(architecture: int) -> Iterator[GemmProblem]:
-    """Llama's shapes in every form that the plan gives them."""
-    site = PROBLEM
-    only_a = replace(site, rows=(64,))
-    frozen = replace(site, rows=(4096,), a_pieces=0)
-    adapted = replace(site, rows=(4096,), a_pieces=0, rank=64)
-    grad_x = replace(site, rows=(4096,), a_pieces=0, x="e5m2", w_scale="none")
-    yield site
-    yield only_a
-    yield frozen
-    yield adapted
-    yield grad_x
-    yield replace(grad_x, rank=64)
-    if architecture == 80:
+def ahead(architecture: int) -> Iterator[tuple[GemmSpec, Sizes]]:
+    """All that may run; on sm_80, of which there is no table, one product of each kind."""
+    if architecture >= FP8:
+        yield from tabled(architecture)
         return
-    yield replace(site, x_scale="tensor", w_scale="tensor")
-    yield replace(grad_x, x_scale="tensor", w_scale="tensor")
-    yield replace(adapted, rank=16)
-    yield replace(adapted, bias="bfloat16")
-    yield replace(site, bias="bfloat16")
-    yield replace(site, out_dtype="float16", a_dtype="float32")
-    # q, k, v of a grouped-query model and gate, up: weights apart, so pointers.
-    yield replace(site, rows=(4096, 1024, 1024, 64, 64, 64), a_pieces=3, one_tensor=False)
-    yield replace(adapted, rows=(4096, 1024, 1024), one_tensor=False)
-    yield replace(only_a, rows=(64, 64, 64), a_pieces=3, one_tensor=False)
-    yield replace(grad_x, rank=192, more_k=(1024, 1024))
-    # Some of them frozen: k and v, k alone beside two adapters, all three.
-    yield replace(frozen, rows=(1024, 1024), one_tensor=False)
-    yield replace(only_a, rows=(64, 64), a_pieces=2, one_tensor=False)
-    yield replace(grad_x, rank=64, more_k=(1024, 1024))
-    yield replace(grad_x, more_k=(1024, 1024))
-    yield replace(site, rows=(11008, 11008, 64, 64), a_pieces=2, one_tensor=False)
-    yield replace(adapted, rows=(11008, 11008), one_tensor=False)
-    yield replace(grad_x, rank=128, more_k=(11008,))
-    yield replace(adapted, rank=128)
-    yield replace(adapted, rank=256)
-    yield replace(adapted, x_scale="tensor", w_scale="tensor")
-    # float16 and float32 models.
-    yield replace(adapted, out_dtype="float16", a_dtype="float32")
-    yield replace(only_a, out_dtype="float16", a_dtype="float32")
-    yield replace(site, out_dtype="float32", a_dtype="float32")
-    yield replace(grad_x, out_dtype="float32", a_dtype="float32")
-    yield replace(grad_x, out_dtype="float32", a_dtype="float32", more_k=(1024, 1024))
-    # Adapters in FP8: of one site, of siblings, with a bias, of all ranks, in other models.
-    in_k = replace(adapted, tail=True)
-    for rank in (16, 64, 128, 256):
-        yield replace(in_k, rank=rank)
-    yield replace(in_k, rows=(4096, 1024, 1024), one_tensor=False)
-    yield replace(in_k, rows=(11008, 11008), one_tensor=False)
-    yield replace(in_k, bias="bfloat16")
-    yield replace(in_k, x_scale="tensor", w_scale="tensor")
-    yield replace(in_k, out_dtype="float16", a_dtype="float16")
-    yield replace(in_k, out_dtype="float32", a_dtype="float32")
-    if architecture == 90:
-        yield replace(site, accumulation="promoted")
-    if architecture == 100:
-        yield replace(grad_x, layout="kn")
-        yield replace(grad_x, x="e4m3")
+    site = replace(PROBLEM, rows=(4096,), a_pieces=0)
+    grad_x = replace(site, x="e5m2", w_scale="none")
+    out_a = replace(PROBLEM, rows=(64,))
+    for problem in (PROBLEM, out_a, site, replace(site, rank=64), grad_x, replace(grad_x, rank=64)):
+        for spec in gemm_specs(problem, architecture):
+            yield spec, "aligned"
 
 
 _INT8 = replace(PROBLEM, rows=(4096,), a_pieces=0, x="int8")
@@ -136,4 +73,4 @@ GOLDEN = (
         SIBLINGS, pieces=1, a_pieces=0, x="e5m2", w_scale="none", k_pieces=3, operands="bfloat16"
     ),
 )
-KERNEL = Kernel(GemmSpec, signatures, ahead, GOLDEN)
+KERNEL = Kernel(GemmSpec, signatures, ahead, GOLDEN, unaligned)

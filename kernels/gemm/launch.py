@@ -15,7 +15,7 @@ from falqon_fx.kernels.gemm.spec import GemmSpec
 from falqon_fx.kernels.interpreter import runs_interpreted
 from falqon_fx.kernels.launching import Described, launch
 from falqon_fx.kernels.loader import load
-from falqon_fx.kernels.spec import POINTER
+from falqon_fx.kernels.spec import POINTER, Sizes
 from falqon_fx.site.numerics import E4M3, FP8_DTYPES, INT8
 
 _TYPE = {"e4m3": "fp8e4nv", "e5m2": "fp8e5", "int8": "i8"}
@@ -152,6 +152,15 @@ def signatures(spec: GemmSpec) -> dict[str, dict[str, str]]:
     if spec.memory == "pointer":
         types |= {"x_stride": "i32:16", "w_stride": "i32:16"}
     return {"gemm": types}
+
+
+def unaligned(spec: GemmSpec) -> dict[Sizes, str]:
+    """The parameters that such sizes make no multiples of 16, as a pattern."""
+    y = spec.pieces - spec.a_pieces
+    of_a = "".join(f"|(rows|w){g}(_scale_ptr)?" for g in range(y, spec.pieces))
+    of_a += f"|y{y}_stride" if spec.a_pieces else ""
+    rank = rf"(left|right)\d_(ptr|stride)|rank\d{of_a}"
+    return {"rank": rank, "any": rf"{rank}|rows\d|y\d_stride|w\d_scale_ptr|bias\d_rows"}
 
 
 def programs(device: torch.device) -> int:

@@ -19,7 +19,7 @@ from falqon_fx.kernels.gemm.spec import (
     WeightScale,
 )
 from falqon_fx.kernels.hardware import FP8
-from falqon_fx.kernels.spec import MAX_RANK, InputDtype, padded
+from falqon_fx.kernels.spec import MAX_RANK, InputDtype, columns_of
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def gemm_specs(problem: GemmProblem, architecture: int) -> list[GemmSpec]:
     wide = architecture and problem.a_dtype == "float32" and not problem.tail
     if problem.rank > MAX_RANK or (problem.rank and wide):
         problem = replace(problem, rank=0, bias="none", out_dtype=problem.a_dtype)
-    tiles = [tile for tile in _tiles(problem, architecture) if _takes(tile, problem)]
+    tiles = [tile for tile in _tiles(problem, architecture) if _takes(tile, problem, architecture)]
     return [_spec(problem, tile, architecture) for tile in tiles]
 
 
@@ -163,9 +163,11 @@ def _tiles(problem: GemmProblem, architecture: int) -> tuple[Tile, ...]:
         return (Tile(32, 32, 32, 4, 2),)
     if problem.a_pieces == len(problem.rows):
         m, k, warps, stages = _SKINNY[90 if architecture in (90, 100) else 0]
-        widest = min(128, padded(max(problem.rows)))
+        widest = min(128, columns_of(max(problem.rows)))
         return (Tile(m if architecture != 100 else 128, widest, k, warps, stages),)
     table = _SUMMED if problem.more_k else _EXTRA if problem.rank else _PLAIN
+    if problem.more_k[1:] and columns_of(problem.rank) == 128 and architecture == 89:
+        return table[0][:1]  # the lower tile would spill
     if problem.tail:
         table = {**_EXTRA, **_TAIL}
     tiles = table[architecture if architecture in table else 0]
@@ -182,10 +184,22 @@ def _tiles(problem: GemmProblem, architecture: int) -> tuple[Tile, ...]:
     return tiles
 
 
-def _takes(tile: Tile, problem: GemmProblem) -> bool:
-    return tile.memory == "pointer" or (
-        problem.one_tensor and problem.k % 16 == 0 and not problem.more_k
-    )
+def _takes(tile: Tile, problem: GemmProblem, architecture: int) -> bool:
+    """Rows of K start at multiples of 16, else kernels would read byte by byte; a K that no tile
+    divides is read by descriptors alone.
+    """
+    k = (problem.k, *problem.more_k)
+    if architecture >= FP8 and any(size % 16 for size in k):
+        return False
+    if tile.memory == "tma":
+        return problem.one_tensor and not problem.more_k
+    return architecture < FP8 or all(size % tile.k == 0 for size in k)
+
+
+def _extra(problem: GemmProblem) -> int:
+    if not problem.rank:
+        return 0
+    return 32 if problem.tail and problem.rank <= 32 else columns_of(problem.rank)
 
 
 def _spec(problem: GemmProblem, tile: Tile, architecture: int) -> GemmSpec:
@@ -203,7 +217,7 @@ def _spec(problem: GemmProblem, tile: Tile, architecture: int) -> GemmSpec:
         pieces=len(problem.rows),
         a_pieces=problem.a_pieces,
         bias=problem.bias,
-        extra=max(padded(problem.rank), 32 if problem.tail else 0) if problem.rank else 0,
+        extra=_extra(problem),
         tail=problem.tail,
         block_scaled=architecture == 120 and problem.x != "int8",
         layout=problem.layout,

@@ -12,7 +12,7 @@ from falqon_fx.kernels.spec import (
     KernelSpec,
     check_literals,
     check_powers_of_two,
-    padded,
+    columns_of,
 )
 
 
@@ -61,7 +61,7 @@ class GradOutASpec(KernelSpec):
             a_dtype=a_dtype,
             operands=operands,
             adapters=len(ranks),
-            rank=padded(max(ranks)),
+            rank=columns_of(max(ranks)),
             block_m=64 if max(ranks) > 128 else 32,
             block_k=64 if wide or max(ranks) > 64 else 128,
             num_warps=8 if max(ranks) > 128 else 4,

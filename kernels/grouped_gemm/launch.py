@@ -160,5 +160,6 @@ def signatures(spec: GroupedGemmSpec) -> dict[str, dict[str, str]]:
         types |= {"left_ptr": POINTER[spec.a_dtype], "right_ptr": POINTER[spec.a_dtype]}
         types["rank"] = "i32:16"
     types["y_ptr"] = POINTER[spec.out_dtype]
-    types |= dict.fromkeys(("expert_ptr", "first_ptr", "offs_ptr", "tiles_ptr"), "*i32:16")
+    types |= dict.fromkeys(("expert_ptr", "first_ptr", "offs_ptr"), "*i32:16")
+    types["tiles_ptr"] = "*i32"  # the last of a column
     return {"grouped_gemm": types | {"columns": "i32:16", "k": "i32:16"}}

@@ -4,11 +4,12 @@ kernels`); none has been timed on a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from falqon_fx.kernels.grouped_gemm.spec import GroupedGemmSpec
 from falqon_fx.kernels.hardware import FP8, reads_columns
-from falqon_fx.kernels.spec import Fp8Format, InputDtype, padded
+from falqon_fx.kernels.spec import Fp8Format, InputDtype, columns_of
 
 
 class Tile(NamedTuple):
@@ -32,6 +33,14 @@ _BACKWARD = {100: Tile(128, 128, 128, 8, 3), 90: Tile(64, 128, 64, 4, 3), 0: Til
 _INTERPRETED = Tile(16, 32, 32, 4, 1)
 
 
+def is_compiled(rank: int, sizes: Sequence[int], dtype: str) -> bool:
+    """Whether kernels have been compiled ahead for such a stack of experts: in bfloat16, with
+    ``sizes`` of W that are multiples of 16, and a rank that is such or below 16, up to 64.
+    """
+    of_rank = rank <= 16 or rank in range(32, 65, 16)
+    return of_rank and dtype == "bfloat16" and not any(size % 16 for size in sizes)
+
+
 def grouped_spec(
     architecture: int,
     k: int,
@@ -50,8 +59,10 @@ def grouped_spec(
     """
     table = _BACKWARD if backward else _FORWARD
     tile = table.get(architecture, table[0]) if architecture else _INTERPRETED
+    if backward and dtype == "float32" and architecture:  # results leave by more registers
+        tile = tile._replace(n=min(tile.n, 64), k=64, warps=8)
     if columns is not None:
-        tile = tile._replace(n=min(tile.n, padded(columns)))
+        tile = tile._replace(n=min(tile.n, columns_of(columns)))
     of_x = x or ("e5m2" if backward else "e4m3")
     is_fp8 = of_x in ("e4m3", "e5m2")
     native = architecture >= FP8 and (not backward or reads_columns(architecture))
@@ -63,7 +74,7 @@ def grouped_spec(
         a_dtype=a_dtype,
         layout="kn" if backward else "nk",
         gather=gather,
-        extra=padded(rank) if rank else 0,
+        extra=columns_of(rank) if rank else 0,
         even_k=k % tile.k == 0,
         block_m=tile.m,
         block_n=tile.n,

@@ -69,4 +69,4 @@ def signatures(spec: GroupedOuterSpec) -> dict[str, dict[str, str]]:
     if spec.gather:
         types["rows_ptr"] = "*i64:16"
     types |= {"offs_ptr": "*i32:16", "y_ptr": POINTER[spec.out_dtype], "factor": "fp32"}
-    return {"grouped_outer": types | dict.fromkeys(("experts", "rank", "columns"), "i32:16")}
+    return {"grouped_outer": types | {"experts": "i32", "rank": "i32:16", "columns": "i32:16"}}

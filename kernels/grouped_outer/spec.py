@@ -11,7 +11,7 @@ from falqon_fx.kernels.spec import (
     KernelSpec,
     check_literals,
     check_powers_of_two,
-    padded,
+    columns_of,
 )
 
 
@@ -72,9 +72,9 @@ class GroupedOuterSpec(KernelSpec):
             operands="float32" if interpreted else "native",
             gather=gather,
             store=store,
-            rank=padded(rank),
-            block_k=32 if low_dtype == "float32" or padded(rank) > 16 else 64,
-            num_warps=8 if padded(rank) > 128 else 4,
+            rank=columns_of(rank),
+            block_k=32 if low_dtype == "float32" or columns_of(rank) > 16 else 64,
+            num_warps=8 if columns_of(rank) > 128 else 4,
             num_stages=2 if low_dtype == "float32" else 3,
         )
 

@@ -10,17 +10,20 @@ import torch
 from torch import Tensor
 
 from falqon_fx.config import Scale
+from falqon_fx.kernels.adapter_cast.examples import KERNEL as ADAPTER_CAST
 from falqon_fx.kernels.adapter_cast.launch import adapter_cast
 from falqon_fx.kernels.adapter_cast.spec import AdapterCastSpec
 from falqon_fx.kernels.adapter_grads import launch as adapter_grads_launch
+from falqon_fx.kernels.adapter_grads.examples import KERNEL as ADAPTER_GRADS
 from falqon_fx.kernels.adapter_grads.spec import AdapterGradsSpec
 from falqon_fx.kernels.grad_out_a import launch as grad_out_a_launch
+from falqon_fx.kernels.grad_out_a.examples import KERNEL as GRAD_OUT_A
 from falqon_fx.kernels.grad_out_a.spec import GradOutASpec
 from falqon_fx.kernels.hardware import FP8, cast_mode
 from falqon_fx.kernels.interpreter import runs_interpreted
 from falqon_fx.kernels.products.contest import Contest, against_aten, where_runs
 from falqon_fx.kernels.products.problem import dtype_name
-from falqon_fx.kernels.spec import MAX_RANK, CastMode, InputDtype
+from falqon_fx.kernels.spec import MAX_RANK, CastMode, InputDtype, sizes_of
 from falqon_fx.site.casts import cast_fp8
 from falqon_fx.site.numerics import INT8
 from falqon_fx.site.spec import parse_spec
@@ -60,7 +63,9 @@ def adapter_grads(
         if max(ranks) > MAX_RANK or (x and x[0].dtype == INT8):
             return ()
         where = where_runs(out_a)
-        return _adapter_grads_specs(tuple(ranks), dtypes, by_row, bool(x), where)
+        found = _adapter_grads_specs(tuple(ranks), dtypes, by_row, bool(x), where)
+        sizes = sizes_of(ranks, [t.shape[1] for t in (*grad, *x[:1])])
+        return tuple(spec for spec in found if ADAPTER_GRADS.takes(spec, sizes, where))
 
     what = f"dL/dB {[g.shape[1] for g in grad]} of ranks {[*ranks]}" + (
         f", dL/dA in={x[0].shape[1]}" if x else ""
@@ -82,7 +87,9 @@ def grad_out_a(grad: Sequence[Tensor], b: Sequence[Tensor], kernel: str) -> Cont
         dtypes = (dtype_name(grad[0].dtype), dtype_name(b[0].dtype))
         if max(ranks) > MAX_RANK:
             return ()
-        return _grad_out_a_specs(ranks, dtypes, runs_interpreted(b[0]))
+        found = _grad_out_a_specs(ranks, dtypes, runs_interpreted(b[0]))
+        sizes, where = sizes_of(ranks, [len(f) for f in b]), where_runs(b[0])
+        return tuple(spec for spec in found if GRAD_OUT_A.takes(spec, sizes, where))
 
     what = f"dL/dO_A {[tuple(f.shape) for f in b]}"
     return against_aten(what, grad[0], made, generated, plain, kernel)
@@ -114,9 +121,12 @@ def adapter_casts(
         kinds = {t.dtype for t in (*lora_a, *lora_b)}
         if site.granularity != "row" or site.operand == INT8 or len(kinds) > 1:
             return ()
-        cast = cast_mode(where_runs(first))
+        where = where_runs(first)
         dtypes = dtype_name(first.dtype), dtype_name(b_dtype)
-        return (_adapter_cast_spec(dtypes, site.scale, cast, len(lora_a)),)
+        spec = _adapter_cast_spec(dtypes, site.scale, cast_mode(where), len(lora_a))
+        widths = [*(a.shape[1] for a in lora_a), *(b.numel() for b in lora_b)]
+        sizes = sizes_of([len(a) for a in lora_a], widths)
+        return (spec,) if ADAPTER_CAST.takes(spec, sizes, where) else ()
 
     what = f"casts of adapters {[tuple(t.shape) for t in (*lora_a, *lora_b)]}"
     return against_aten(what, first, made, generated, plain, site.kernel)

@@ -27,12 +27,19 @@ import torch
 from torch import Tensor
 
 from falqon_fx._compat import scaled_mm
+from falqon_fx.kernels.gemm.forms import specs_for
 from falqon_fx.kernels.gemm.launch import Piece, Product, gemm, programs
-from falqon_fx.kernels.gemm.spec import Format, GemmSpec
-from falqon_fx.kernels.gemm.tiles import GemmProblem, gemm_specs, likeliest
-from falqon_fx.kernels.hardware import reads_columns
+from falqon_fx.kernels.gemm.spec import Format, GemmSpec, Layout
+from falqon_fx.kernels.gemm.tiles import GemmProblem, likeliest
+from falqon_fx.kernels.hardware import FP8, architecture, multiplies_fp8, reads_columns
 from falqon_fx.kernels.products import inductor
-from falqon_fx.kernels.products.choice import Candidate, Choice, choices_for, refuse
+from falqon_fx.kernels.products.choice import (
+    Candidate,
+    Choice,
+    choices_for,
+    refuse,
+    refuses,
+)
 from falqon_fx.kernels.products.contest import Contest, Options, untried, where_runs
 from falqon_fx.kernels.products.pieces import (
     MatMul,
@@ -50,8 +57,9 @@ from falqon_fx.kernels.products.problem import (
     problem_of,
     rounded,
 )
-from falqon_fx.kernels.spec import MAX_PIECES
+from falqon_fx.kernels.spec import MAX_PIECES, Sizes, sizes_of
 from falqon_fx.kernels.transpose import kept as stored
+from falqon_fx.site.numerics import INT8, filled
 
 Turn = Callable[[Sequence[Tensor]], list[Tensor]]  # each W [out, in] -> Wᵀ
 _TIMED = 3  # generated kernels that are tried for one problem
@@ -85,11 +93,13 @@ def forward(
         return joined([by_mm(q, q_scale, p, dtype) for p, dtype in typed], a_pieces)
 
     candidates: dict[str, Candidate] = dict(generated_candidates(problem, q, q_scale, pieces))
-    candidates |= {name: partial(library, mm) for name, mm in libraries(options, problem.x)}
+    sizes = [problem.k, *problem.rows]
+    candidates |= by_libraries(options, q, sizes, library)
     if 0 < a_pieces < len(pieces):
         # O by the library, and all of O_A by one skinny kernel of ours.
-        rest = pieces[y_pieces:]
+        rest, of_sites = pieces[y_pieces:], [problem.k, *problem.rows[:y_pieces]]
         own, mm = next(libraries(options, problem.x))
+        of_y = by_libraries(options, q, of_sites, library)[own]
         narrow = replace(problem, rows=problem.rows[y_pieces:], bias="none")
         for name, skinny in generated_candidates(narrow, q, q_scale, rest):
 
@@ -98,7 +108,8 @@ def forward(
                 wide = [by_library(mm, q, q_scale, p, dtype, mode) for p, dtype in ys]
                 return [*wide, *skinny()]
 
-            candidates[f"{own}+{name}"] = both
+            refused = next(filter(refuses, (skinny, of_y)), None)
+            candidates[f"{own}+{name}"] = refused or both
     candidates["dequantize"] = plain
     return Contest(key_of("forward", problem), candidates, q, options.kernel)
 
@@ -118,19 +129,24 @@ def grad_x(
     as it lies (transpose="kernel"). "auto" is the first, or, where a GPU can do both, the faster of
     the first and the last.
     """
-    q, q_scale, weight = products[0].q, products[0].q_scale, products[0].weight
-    more = products[1:]
-    features = weight.shape[1]
+    weight, features = products[0].weight, products[0].weight.shape[1]
     a_dtype = x_dtype if left is None else left.dtype
     piece = Piece(weight, None, None, left, right)
-    problem = replace(
-        problem_of(q, q_scale, [piece], 0, x_dtype, a_dtype, options.accumulation),
-        k=q.shape[1],
-        rows=(features,),
-        more_k=tuple(other.q.shape[1] for other in more),
-        layout="kn",
-        one_tensor=not more,
-    )
+
+    def problem_with(of: Sequence[Product], layout: Layout) -> GemmProblem:
+        first, *more = of
+        q, scale = first.q, first.q_scale
+        return replace(
+            problem_of(q, scale, [piece], 0, x_dtype, a_dtype, options.accumulation),
+            k=q.shape[1],
+            rows=(features,),
+            more_k=tuple(other.q.shape[1] for other in more),
+            layout=layout,
+            one_tensor=not more,
+        )
+
+    q, q_scale, more = products[0].q, products[0].q_scale, products[1:]
+    problem = problem_with(products, "kn")
     candidates: dict[str, Candidate] = {}
     untransposed = options.transpose == "auto" and reads_columns(where_runs(q))
     if untransposed or options.transpose == "kernel":
@@ -138,19 +154,22 @@ def grad_x(
     if options.transpose != "kernel":
         storing = options.transpose == "store"
         turn, suffix = (stored.kept, "+stored") if storing else (stored.transposed, "+transpose")
-        turned = replace(problem, layout="nk")
-        made = generated_candidates(turned, q, q_scale, [piece], more, turn)
+        # Transposes have as many columns; those behind Wᵀ are zeros.
+        wide = [replace(p, q=filled(p.q)) for p in products]
+        turned = problem_with(wide, "nk")
+        made = generated_candidates(turned, wide[0].q, q_scale, [piece], wide[1:], turn)
         candidates |= {f"{name}{suffix}": run for name, run in made}
 
         def library(mm: MatMul) -> list[Tensor]:
             mode, turned = options.accumulation, turn([p.weight for p in products])
             parts = [
                 by_library(mm, p.q, p.q_scale, Piece(w, None), x_dtype, mode)
-                for p, w in zip(products, turned, strict=True)
+                for p, w in zip(wide, turned, strict=True)
             ]
             return [finished(added(parts), piece, x_dtype)]
 
-        candidates |= {f"{name}{suffix}": partial(library, mm) for name, mm in libraries(options)}
+        sizes = [turned.k, *turned.more_k, features]
+        candidates |= by_libraries(options, q, sizes, library, suffix)
 
     def plain() -> list[Tensor]:
         parts = [
@@ -181,6 +200,23 @@ def libraries(options: Options, x: Format = "e4m3") -> Iterator[tuple[str, MatMu
         yield "inductor", inductor.scaled_mm
 
 
+def by_libraries(
+    options: Options,
+    q: Tensor,
+    sizes: Sequence[int],
+    run: Callable[[MatMul], list[Tensor]],
+    suffix: str = "",
+) -> dict[str, Candidate]:
+    """``run`` with each of the libraries. Their products on a GPU take ``sizes`` that are multiples
+    of 16, of integers those of 8.
+    """
+    x: Format = "int8" if q.dtype == INT8 else "e4m3"
+    unit = 8 if x == "int8" else 16
+    odd = q.is_cuda and any(size % unit for size in sizes)
+    refused = partial(refuse, f"the library takes multiples of {unit}") if odd else None
+    return {f"{name}{suffix}": refused or partial(run, mm) for name, mm in libraries(options, x)}
+
+
 def generated_candidates(
     problem: GemmProblem,
     q: Tensor,
@@ -191,22 +227,39 @@ def generated_candidates(
 ) -> Iterator[tuple[str, Candidate]]:
     """The likeliest generated kernels for a problem; where none takes it, one that says why."""
     where = where_runs(q)
+    if where >= FP8 and not multiplies_fp8(architecture(q.device)):
+        yield "triton", partial(refuse, "this Triton would decode FP8 before it multiplies")
+        return
     if why := _refusal(problem, interpreted=where == 0):
         yield "triton", partial(refuse, why)
         return
+    of_sites = len(problem.rows) - problem.a_pieces
+    ranks = [size for piece in pieces for size in _of_adapter(piece)]
+    sizes = sizes_of([*problem.rows[of_sites:], *ranks], problem.rows[:of_sites])
     try:
-        specs = _specs(rounded(problem), where, programs(q.device))
+        specs = _specs(rounded(problem), sizes, where, programs(q.device))
     except ValueError as error:  # a dtype that no spec has
         yield "triton", partial(refuse, str(error))
         return
+    if not specs:
+        yield "triton", partial(refuse, "no kernel has been compiled ahead for such a product")
     for name, spec in specs:
         yield name, partial(_generated, q, q_scale, pieces, spec, more, turn, problem)
 
 
+def _of_adapter(piece: Piece) -> list[int]:
+    """The rank of a piece's adapter, and where its columns of O_A start."""
+    if piece.left is None or piece.right is None:
+        return []
+    return [piece.right.shape[1], piece.left.stride(0), int(piece.left.storage_offset())]
+
+
 @functools.lru_cache(maxsize=4096)  # each call of each product of a step asks
-def _specs(problem: GemmProblem, where: int, processors: int) -> list[tuple[str, GemmSpec]]:
+def _specs(
+    problem: GemmProblem, sizes: Sizes, where: int, processors: int
+) -> list[tuple[str, GemmSpec]]:
     """Names and specs of the kernels to try, in the order of all that share a choice."""
-    specs = likeliest(gemm_specs(problem, where), problem, processors)[:_TIMED]
+    specs = likeliest(specs_for(problem, sizes, where), problem, processors)[:_TIMED]
     return [(f"triton:{spec.name}", spec) for spec in specs]
 
 
@@ -236,9 +289,12 @@ def _generated(
         first, *others = turn([piece.weight, *(other.weight for other in more)])
         pieces = [replace(piece, weight=first)]
         more = [replace(m, weight=w) for m, w in zip(more, others, strict=True)]
-    if pieces[0].left is None or spec.extra:
+    adds = any(piece.left is not None or piece.bias is not None for piece in pieces)
+    if not adds or spec.extra or spec.bias != "none":
         return gemm(q, q_scale, pieces, spec, more)
     alone = [Piece(piece.weight, piece.scale) for piece in pieces]
     results = gemm(q, q_scale, alone, spec, more)
     dtype = getattr(torch, problem.out_dtype)
-    return [finished(y, piece, dtype) for y, piece in zip(results, pieces, strict=True)]
+    of_sites = len(pieces) - problem.a_pieces  # behind them stands O_A, to which nothing is added
+    done = [finished(y, p, dtype) for y, p in zip(results[:of_sites], pieces, strict=False)]
+    return [*done, *results[of_sites:]]

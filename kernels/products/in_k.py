@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from torch import Tensor
 from falqon_fx.kernels.gemm.launch import Piece
 from falqon_fx.kernels.products.choice import Candidate
 from falqon_fx.kernels.products.contest import Contest, Options
-from falqon_fx.kernels.products.dispatch import generated_candidates, libraries
+from falqon_fx.kernels.products.dispatch import by_libraries, generated_candidates
 from falqon_fx.kernels.products.pieces import MatMul, alike, by_library, by_mm, finished
 from falqon_fx.kernels.products.problem import key_of, problem_of
 from falqon_fx.kernels.transpose.kept import transposed_together
@@ -76,7 +75,8 @@ def forward(
         return [by_mm(x.wide, q_scale, p, out_dtype) for p in plain]
 
     candidates: dict[str, Candidate] = dict(generated_candidates(problem, x.q, q_scale, pieces))
-    candidates |= {f"{name}+joined": partial(library, mm) for name, mm in libraries(options)}
+    sizes = [x.wide.shape[1], sum(problem.rows)]
+    candidates |= by_libraries(options, x.wide, sizes, library, "+joined")
     candidates["dequantize"] = by_aten
     return Contest(key_of("forward in K", problem), candidates, x.wide, options.kernel)
 
@@ -105,7 +105,7 @@ def grad_x(
     candidates: dict[str, Candidate] = {}
     made = generated_candidates(problem, g, s_g, [like], turn=lambda _: [turned().weight])
     candidates |= {f"{name}+transpose": run for name, run in made}
-    candidates |= {f"{name}+transpose": partial(library, mm) for name, mm in libraries(options)}
+    candidates |= by_libraries(options, g, [g.shape[1], features], library, "+transpose")
     candidates["dequantize"] = lambda: [by_mm(g, s_g, turned(), x_dtype)]
     return Contest(key_of("dL/dx in K", problem), candidates, g, options.kernel)
 

@@ -5,25 +5,36 @@ generated kernels; by ATen on a CPU, and where one scale is that of a whole tens
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from falqon_fx.config import Granularity, Scale
+from falqon_fx.kernels.adapter_fp8.examples import KERNEL as ADAPTER_FP8
 from falqon_fx.kernels.adapter_fp8.launch import adapter_fp8
 from falqon_fx.kernels.adapter_fp8.spec import AdapterFp8Spec
 from falqon_fx.kernels.hardware import cast_mode
 from falqon_fx.kernels.interpreter import runs_interpreted
 from falqon_fx.kernels.products.contest import Contest, against_aten, where_runs
 from falqon_fx.kernels.products.problem import dtype_name, fp8_format
-from falqon_fx.kernels.spec import MAX_TAIL, CastMode, Fp8Format, InputDtype, aligned, padded
+from falqon_fx.kernels.spec import (
+    MAX_SIBLINGS,
+    MAX_TAIL,
+    CastMode,
+    Fp8Format,
+    InputDtype,
+    aligned,
+    columns_of,
+    sizes_of,
+)
 from falqon_fx.kernels.tails import launch as tails_launch
 from falqon_fx.kernels.tails.launch import Tail
-from falqon_fx.kernels.tails.spec import TailsSpec
-from falqon_fx.site.numerics import FP8_MAX, ROUNDS_TO_MAX
+from falqon_fx.kernels.tails.spec import RARE, TailsSpec, is_usual
+from falqon_fx.site.numerics import FP8_MAX, ROUNDS_TO_MAX, filled
 from falqon_fx.site.spec import parse_spec
 
 Direction = Literal["forward", "backward"]
@@ -50,11 +61,86 @@ def adapter_casts(
         kinds = {t.dtype for t in (*lora_a, *lora_b)}
         if site.granularity != "row" or len(kinds) > 1 or max(ranks) > MAX_TAIL:
             return ()
-        cast, rank = cast_mode(where_runs(first)), padded(max(ranks))
-        return (_cast_spec(dtype_name(first.dtype), site.scale, cast, len(lora_a), rank),)
+        where, rank = where_runs(first), columns_of(max(ranks))
+        given = dtype_name(first.dtype), site.scale, cast_mode(where)
+        spec = _cast_spec(*given, len(lora_a), rank)
+        others = [*(a.shape[1] for a in lora_a), *map(len, lora_b)]
+        return (spec,) if ADAPTER_FP8.takes(spec, sizes_of(ranks, others), where) else ()
 
     what = f"casts of adapters to FP8 {[tuple(t.shape) for t in (*lora_a, *lora_b)]}"
     return against_aten(what, first, made, generated, plain, site.kernel)
+
+
+def all_tails(
+    direction: Direction,
+    adapters_of: Callable[[Tensor], Sequence[Tail]],
+    wide: Tensor,
+    unit: Tensor,
+    stores: bool,
+    a_dtype: torch.dtype,
+    kernel: str,
+) -> tuple[Tensor, Tensor]:
+    """O_A or D of all adapters, side by side, and ``wide``, with their columns where they are
+    stored. ``adapters_of`` a version of it are those that read it.
+
+    A launch takes three adapters, but where formats or scales are rare 64 columns of one. Ranks
+    are filled up to multiples of 16: what starts elsewhere would be read byte by byte.
+    """
+    scales: Granularity = "row" if unit.dim() == 2 else "tensor"
+    usual = is_usual(direction, fp8_format(wide.dtype), scales, dtype_name(a_dtype))
+    made: list[Tensor] = []
+    ranks = [a.w.shape[0 if direction == "forward" else 1] for a in adapters_of(wide)]
+    places = _places(ranks, MAX_TAIL if usual else RARE)
+    most = MAX_SIBLINGS if usual else 1
+    for first in range(0, len(places), most):
+        adapters = [_filled(direction, a) for a in adapters_of(wide)]
+        here = places[first : first + most]
+        part = [_columns_of(direction, adapters[j], *columns) for j, *columns in here]
+        beside = wide if stores else None
+        y, *wider = tails(direction, part, unit, beside, a_dtype, kernel).run()
+        made.append(y)
+        wide = wider[0] if wider else wide
+    if not made:
+        made = [wide.new_empty((len(wide), 0), dtype=a_dtype)]
+    whole = made[0] if len(made) == 1 else torch.cat(made, dim=1)
+    if any(rank % 16 for rank in ranks):
+        parts = zip(whole.split([*map(aligned, ranks)], dim=1), ranks, strict=True)
+        whole = torch.cat([part.narrow(1, 0, rank) for part, rank in parts], dim=1)
+    return whole, wide
+
+
+def _places(ranks: Sequence[int], most: int) -> list[tuple[int, int, int]]:
+    """The number of each adapter with the first and the number of its columns, at most so many."""
+    return [
+        (j, start, min(most, aligned(rank) - start))
+        for j, rank in enumerate(ranks)
+        for start in range(0, rank, most)
+    ]
+
+
+def _filled(direction: Direction, a: Tail) -> Tail:
+    """An adapter of a multiple of 16 columns, those behind its own zeros."""
+    axis = 0 if direction == "forward" else 1
+    lacking = -a.w.shape[axis] % 16
+    if not lacking:
+        return a
+    pad = partial(torch.nn.functional.pad, value=1.0)
+    a_scale = a.a_scale
+    if a_scale is not None and a_scale.dim() == 2:
+        a_scale = pad(a_scale, [0, 0, 0, lacking])
+    return replace(a, w=filled(a.w, axis), alpha=pad(a.alpha, [0, lacking]), a_scale=a_scale)
+
+
+def _columns_of(direction: Direction, a: Tail, start: int, count: int) -> Tail:
+    """Some columns of an adapter's part."""
+    axis = 0 if direction == "forward" else 1
+    if count == a.w.shape[axis]:
+        return a
+    a_scale = a.a_scale
+    if a_scale is not None and a_scale.dim() == 2:
+        a_scale = a_scale.narrow(0, start, count)
+    w, alpha = a.w.narrow(axis, start, count), a.alpha.narrow(0, start, count)
+    return replace(a, w=w, alpha=alpha, a_scale=a_scale, place=a.place + start)
 
 
 def tails(
@@ -141,7 +227,7 @@ def _plain(
 def _cast_spec(
     given: InputDtype, scale: Scale, cast: CastMode, adapters: int, rank: int
 ) -> AdapterFp8Spec:
-    return AdapterFp8Spec(input_dtype=given, scale=scale, cast=cast, adapters=adapters, rank=rank)
+    return AdapterFp8Spec.for_rank(rank, given, scale, cast, adapters)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import product
+from typing import get_args
 
+from falqon_fx.config import Granularity
 from falqon_fx.kernels.hardware import FP8
 from falqon_fx.kernels.kernel import Kernel
+from falqon_fx.kernels.spec import MAX_SIBLINGS, Fp8Format, InputDtype, Sizes
 from falqon_fx.kernels.tails.launch import signatures
-from falqon_fx.kernels.tails.spec import TailsSpec
+from falqon_fx.kernels.tails.spec import RARE, TailsSpec
 
 _forward = partial(
     TailsSpec.for_ranks, direction="forward", x="e4m3", scales="row", a_dtype="bfloat16"
@@ -19,20 +23,29 @@ _backward = partial(
 )
 
 
-def ahead(architecture: int) -> Iterator[TailsSpec]:
-    """Ranks from 16 to 128 of one adapter, of gate, up and of q, k, v; other formats and scales."""
+def ahead(architecture: int) -> Iterator[tuple[TailsSpec, Sizes]]:
+    """Up to three adapters of bfloat16 models, 64 columns of one of others. No
+    other kernel does what these do: whoever launches them takes one of these.
+    """
     if architecture < FP8:
         return
-    for adapters in (1, 2, 3):
-        for rank in (32, 64, 128):
-            yield _forward([rank] * adapters)
-        for rank in (16, 32, 64, 128):
-            yield _backward([rank] * adapters)
-    for made in (_forward, _backward):
-        yield made([64], scales="tensor")
-        yield made([64], a_dtype="float32")
-    yield _backward([64], x="e4m3")
-    yield _backward([64], stores=False)
+    yield from dict.fromkeys((spec, "aligned") for spec in (*_usual(), *_rare()))
+
+
+def _usual() -> Iterator[TailsSpec]:
+    for adapters, rank in product(range(1, MAX_SIBLINGS + 1), (16, 64, 128)):
+        yield _forward([rank] * adapters)
+        for stores in (True, False):
+            yield _backward([rank] * adapters, stores=stores)
+
+
+def _rare() -> Iterator[TailsSpec]:
+    scales: tuple[Granularity, ...] = get_args(Granularity)
+    dtypes: tuple[InputDtype, ...] = ("bfloat16", "float32")
+    for of, a_dtype in product(scales, dtypes):
+        yield _forward([RARE], scales=of, a_dtype=a_dtype)
+        for x, stores in product(get_args(Fp8Format), (True, False)):
+            yield _backward([RARE], x=x, stores=stores, scales=of, a_dtype=a_dtype)
 
 
 GOLDEN = (_forward([64] * 2), _backward([64]), replace(_backward([64]), stores=False))

@@ -16,8 +16,21 @@ from falqon_fx.kernels.spec import (
     KernelSpec,
     check_literals,
     check_powers_of_two,
-    padded,
+    columns_of,
 )
+
+RARE = 64  # columns of a launch where formats or scales are rare
+
+
+def is_usual(
+    direction: Literal["forward", "backward"],
+    x: Fp8Format,
+    scales: Granularity,
+    a_dtype: InputDtype,
+) -> bool:
+    """Whether formats and scales are those of a bfloat16 model with default options."""
+    of_x = "e4m3" if direction == "forward" else "e5m2"
+    return (x, scales, a_dtype) == (of_x, "row", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -78,9 +91,11 @@ class TailsSpec(KernelSpec):
         don't take FP8: bytes are decoded to bfloat16, which holds them.
         """
         fp8 = direction == "forward"
-        wide, rank = a_dtype == "float32" and not fp8, padded(max(ranks))
+        wide, rank = a_dtype == "float32" and not fp8, columns_of(max(ranks))
         if fp8:  # bytes of fewer columns would be stored one by one
             rank = max(rank, 32)
+        if not is_usual(direction, x, scales, a_dtype):
+            rank = RARE  # one kernel for all ranks
         return cls(
             direction=direction,
             x=x,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -11,25 +12,32 @@ from torch import Tensor
 from falqon_fx.kernels.hardware import fp8_architecture
 from falqon_fx.kernels.interpreter import runs_interpreted
 from falqon_fx.kernels.loader import load
+from falqon_fx.kernels.spec import MAX_SIBLINGS, aligned
 from falqon_fx.kernels.transpose import launch
 from falqon_fx.kernels.transpose.spec import StoredSpec, TransposeSpec
 from falqon_fx.site import transposed as stored
-from falqon_fx.site.numerics import E4M3
+from falqon_fx.site.numerics import E4M3, filled
 from falqon_fx.site.record import COUNTERS
 from falqon_fx.site.transposed import Kept
 
 _SPEC = StoredSpec(rows=16, width=256)
+MOST = 2 * MAX_SIBLINGS  # matrices of one launch: W of each site and Â
 
 
 def transposed(weight: Sequence[Tensor]) -> list[Tensor]:
-    """Wᵀ [in, out] of each FP8 W [out, in], row by row."""
+    """Wᵀ [in, out] of each FP8 W [out, in], with zeros up to a multiple of 16 columns."""
     turned, starts = transposed_together(weight), launch.starts(weight)
-    return [turned.narrow(1, start, len(w)) for start, w in zip(starts, weight)]
+    return [turned[:, start:end] for start, end in pairwise(starts)]
 
 
 def transposed_together(weight: Sequence[Tensor]) -> Tensor:
-    """The same side by side in one, each from a multiple of 16 on, with zeros between."""
+    """The same side by side in one: by ATen where W has rows that start at no multiple of 16, or
+    for more matrices than are compiled ahead.
+    """
     interpreted = runs_interpreted(weight[0])
+    if not interpreted and (weight[0].shape[1] % 16 or len(weight) > MOST):
+        bytes_of = [filled(w, axis=0).view(torch.uint8) for w in weight]
+        return torch.cat(bytes_of).t().contiguous().view(E4M3)
     fp8 = not interpreted and fp8_architecture(weight[0].device) > 0
     spec = TransposeSpec(len(weight), fp8, block=32 if interpreted else 128)
     return launch.transpose([w.contiguous() for w in weight], spec)
@@ -48,8 +56,11 @@ def _kept(weight: Tensor) -> Tensor:
     found = stored.find(weight)
     if found is None or found.turned.shape != weight.shape[::-1]:
         (turned,) = transposed([weight])
-        found = stored.keep(weight, turned.view(torch.uint8), COUNTERS)
-    return found.turned.view(E4M3)
+        of_rows = turned.view(torch.uint8).narrow(1, 0, len(weight))
+        found = stored.keep(weight, of_rows, COUNTERS)
+    columns, rows = found.turned.shape
+    wide = (columns, aligned(rows))  # zeros behind W's
+    return found.turned.as_strided(wide, found.turned.stride()).view(E4M3)
 
 
 def refresh(weight: Sequence[Tensor], writes: Sequence[Tensor], counters: Sequence[Tensor]) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
+from typing import Any
 
 from falqon_fx.kernels.hardware import cast_mode
 from falqon_fx.kernels.kernel import Kernel
+from falqon_fx.kernels.spec import Sizes
 from falqon_fx.kernels.update.launch import signatures
 from falqon_fx.kernels.update.spec import UpdateSpec
 
@@ -31,19 +34,26 @@ ROW = UpdateSpec(
 TENSOR = replace(ROW, granularity="tensor", scale="amax", rounding="nearest")
 
 
-def ahead(architecture: int) -> Iterator[UpdateSpec]:
-    """Whole rows and pieces of them, with a base weight and without; sm_80 casts by integer
-    steps.
+def ahead(architecture: int) -> Iterator[tuple[UpdateSpec, Sizes]]:
+    """The default rows, with a base weight in bfloat16 and without, and the public code's without:
+    whole ones and pieces. Addresses and sizes stand in a table: no parameter has any.
     """
-    pieces = replace(ROW, rows=4, width=1024, loop=True, num_warps=4)
-    for spec in (
-        ROW,
-        pieces,
-        replace(pieces, base_dtype="bfloat16", base_aligned=True),
-        replace(ROW, b_dtype="bfloat16", a_dtype="bfloat16", rank=16),
-        replace(TENSOR, drop=True, applied_dtype="float32"),
-    ):
-        yield replace(spec, cast=cast_mode(architecture))
+    shapes: list[dict[str, Any]] = [
+        {"rows": 1, "width": 4096, "num_warps": 8},
+        {"rows": 1, "width": 2048, "num_warps": 4},
+        {"rows": 4, "width": 1024, "num_warps": 4, "loop": True},
+    ]
+    public_code = replace(TENSOR, drop=True, applied_dtype="float32")
+    bases: list[dict[str, Any]] = [
+        {"base_dtype": "none"},
+        {"base_dtype": "bfloat16", "base_aligned": True},
+    ]
+    cast = cast_mode(architecture)
+    for shape, rank in product(shapes, (16, 64)):
+        for base in bases:
+            yield replace(ROW, cast=cast, rank=rank, **shape, **base), "aligned"
+        if "loop" not in shape:  # it would spill
+            yield replace(public_code, cast=cast, rank=rank, **shape), "aligned"
 
 
 GOLDEN = (

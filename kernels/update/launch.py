@@ -14,7 +14,7 @@ from falqon_fx.config import Rounding, Scale
 from falqon_fx.kernels.hardware import cast_mode, fp8_architecture
 from falqon_fx.kernels.interpreter import runs_interpreted
 from falqon_fx.kernels.loader import load
-from falqon_fx.kernels.spec import InputDtype, padded
+from falqon_fx.kernels.spec import InputDtype, columns_of
 from falqon_fx.kernels.update.spec import AppliedDtype, BaseDtype, UpdateSpec
 
 _FOUND = 5  # columns of `found`, see the template
@@ -194,7 +194,7 @@ def spec_for(
         rounding=rounding,
         drop=drop,
         cast=cast_mode(0 if runs_interpreted(first) else fp8_architecture(first.device)),
-        rank=padded(rank),
+        rank=columns_of(rank),
         aligned=all(s.weight.shape[1] % 16 == 0 and s.weight.data_ptr() % 16 == 0 for s in sites),
         base_aligned=all(_has_aligned_rows(site.base) for site in sites),
         rows=4 if pieces else 1,

@@ -21,7 +21,7 @@ DECODED = r"v_mfma_f32_\w+_f16"
 def variants():
     """Each kernel once: forms of GEMMs that take pointers, and the others, casts by integers."""
     found: dict[Any, Any] = {}
-    for spec, where in matrix():
+    for spec, _, where in matrix():
         fields = spec.fields
         if fields.get("memory") == "tma" or fields.get("operands") == "bfloat16" or 90 not in where:
             continue

@@ -8,15 +8,16 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from falqon_fx import FalqonConfig, _compat
 from falqon_fx.kernels import hardware
-from falqon_fx.kernels.gemm.examples import PROBLEM
+from falqon_fx.kernels.gemm.forms import PROBLEM
 from falqon_fx.kernels.gemm.launch import Piece, Product
 from falqon_fx.kernels.gemm.tiles import GemmProblem, gemm_specs
 from falqon_fx.kernels.products import activation_cast, adapters, dispatch, inductor
 from falqon_fx.kernels.products import contest as contests
-from falqon_fx.kernels.products.choice import Choices, run_once
+from falqon_fx.kernels.products.choice import Choices, refuses, run_once
 from falqon_fx.kernels.products.contest import Contest, Options
 from falqon_fx.report.kernels import architecture_of
 from falqon_fx.site.numerics import E4M3, E5M2
@@ -183,6 +184,21 @@ def test_sizes_that_the_library_does_not_take_fall_to_others(k, out):
     assert any(name.startswith("triton:") for name in choice.seconds)
 
 
+@pytest.mark.usefixtures("_h100")
+@pytest.mark.parametrize(("out", "refused"), [(48, False), (50, True)])
+def test_a_gpus_library_is_asked_for_multiples_of_16_alone(out, refused):
+    """While a graph is traced nothing is tried: the first that isn't known to refuse is taken."""
+    with FakeTensorMode(), torch.device("cuda"):
+        q, scale = torch.empty(20, 64, dtype=E4M3), torch.empty(20, 1)
+        w = Piece(torch.empty(out, 64, dtype=E4M3), torch.empty(out, 1))
+        a = Piece(torch.empty(8, 64, dtype=E4M3), torch.empty(8, 1))
+        for pieces, a_pieces in (([w], 0), ([w, a], 1)):
+            found = dispatch.forward(q, scale, pieces, a_pieces, BF16, BF16, Options()).candidates
+            names = [name for name in found if name.startswith("scaled_mm")]
+            asked = [name for name in names if not refuses(found[name])]
+            assert asked == ([] if refused or a_pieces else ["scaled_mm"])
+
+
 @pytest.mark.parametrize("kernel", ["auto", "max-autotune", "inductor"])
 def test_inductors_templates_are_tried_where_autotuning_was_asked_for(kernel):
     q, scale = fp8(20, 64, E4M3, 4), torch.tensor(0.5)
@@ -314,7 +330,8 @@ def test_cards_with_the_tensor_cores_of_others_get_their_kernels(monkeypatch):
     for number in (100, 103, 120, 121):
         monkeypatch.setattr(hardware, "_number", lambda device, number=number: number)
         found[number] = [name for name in forward().candidates if name.startswith("triton:")]
-    assert found[103] == found[100] != found[121] == found[120]
+    assert found[103] == found[100] != found[120] != []
+    assert found[121] == []  # Triton would decode FP8 there
 
 
 def test_on_amd_only_what_has_been_tried_there(monkeypatch):

@@ -1,5 +1,6 @@
 """Compiled code of the kernels, for GPUs that need not be here: a few; all of them when slow."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -7,9 +8,10 @@ import triton
 
 from falqon_fx.kernels import matrix as module
 from falqon_fx.kernels.aot import ARCHITECTURES
-from falqon_fx.kernels.gemm.examples import PROBLEM
+from falqon_fx.kernels.gemm.forms import PROBLEM
 from falqon_fx.kernels.gemm.spec import GemmSpec
 from falqon_fx.kernels.gemm.tiles import gemm_specs, likeliest, waves
+from falqon_fx.kernels.hardware import multiplies_fp8
 from falqon_fx.kernels.matrix import (
     Line,
     compile_lines,
@@ -21,26 +23,27 @@ from falqon_fx.kernels.matrix import (
     worse,
 )
 
-LINE = Line("spec", "gemm", 90, 168, 0, 160_000, 0, "wgmma m64n256k32 e4m3 e4m3 x4", 6, 0)
+PRODUCTS = "wgmma m64n256k32 e4m3 e4m3 x4"
+LINE = Line("spec", "aligned", "gemm", 90, 168, 0, 160_000, 0, PRODUCTS, 6, 0)
 
 
 def test_matrix_is_large_and_has_each_architecture():
     made = matrix()
-    assert len({spec.name for spec, _ in made}) == len(made) >= 60
+    assert len({(spec.name, sizes) for spec, sizes, _ in made}) == len(made) >= 60
     for architecture in ARCHITECTURES:
-        assert sum(architecture in where for _, where in made) >= 60
+        assert sum(architecture in where for *_, where in made) >= 60
 
 
 def test_committed_table_is_that_of_the_matrix():
     _, committed = read()
-    wanted = {(spec.name, where) for spec, archs in matrix() for where in archs}
-    assert {(line.spec, line.architecture) for line in committed.values()} == wanted
-    specs = {spec.name: spec for spec, _ in matrix()}
+    wanted = {(spec.name, sizes, where) for spec, sizes, archs in matrix() for where in archs}
+    assert {(line.spec, line.sizes, line.architecture) for line in committed.values()} == wanted
+    specs = {spec.name: spec for spec, *_ in matrix()}
     assert not any(problems(specs[line.spec], line) for line in committed.values())
 
 
 def first(architecture, text):
-    return next(s for s, where in matrix() if architecture in where and text in s.name)
+    return next(s for s, _, where in matrix() if architecture in where and text in s.name)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +99,31 @@ def test_a_product_that_is_serialized_or_not_fp8_is_found():
     assert instruction_problems(decoded, line, compiled)[0] == "no FP8 tensor-core instruction"
 
 
+@pytest.mark.parametrize(
+    ("family", "number", "text"),
+    [(100, 103, "0y1a"), (100, 103, "tma_persistent_128x256"), (120, 121, "transpose_2x")],
+)
+def test_cards_with_the_tensor_cores_of_others_run_the_same_code(family, number, text):
+    """Instruction by instruction, and with as many registers: the table holds theirs, too."""
+    spec, code, lines = first(family, text), [], []
+    for architecture in (family, number):
+        ((line, compiled),) = compile_lines(spec, architecture)
+        body = compiled.ptx.partition(".section")[0]
+        code.append(re.sub(r"^\.target.*|^\s*\.(loc|file).*|//.*", "", body, flags=re.M))
+        lines.append(replace(line, architecture=family))
+    assert code[0] == code[1]
+    assert lines[0] == lines[1]
+
+
+def test_triton_decodes_fp8_on_sm_121():
+    """And where a newer one doesn't, `hardware.multiplies_fp8` can let it."""
+    ((line, _),) = compile_lines(first(89, "0y1a"), 121)
+    assert "e4m3" not in line.matrix_instructions
+    assert [n for n in (80, 89, 90, 100, 103, 120, 121) if multiplies_fp8(n)] == [
+        *(89, 90, 100, 103, 120)
+    ]
+
+
 def test_worse_is_named():
     assert worse(LINE, LINE) == []
     assert worse(replace(LINE, registers=170), LINE) == ["registers 168 -> 170"]
@@ -104,7 +132,7 @@ def test_worse_is_named():
 
 def test_a_regression_fails_the_command(monkeypatch, capsys):
     spec = first(90, "transpose")
-    monkeypatch.setattr(module, "matrix", lambda: [(spec, (90,))])
+    monkeypatch.setattr(module, "matrix", lambda: [(spec, "aligned", (90,))])
     assert main(["--only", "transpose"]) == 0
     ((line, _),) = compile_lines(spec, 90)
     better = replace(line, registers=line.registers - 1)
@@ -137,7 +165,7 @@ def test_accept_writes_what_was_compiled_and_keeps_the_other_lines(table):
 
 def test_accept_drops_the_lines_of_kernels_that_are_gone(table):
     whole = table.read_text()
-    gone = "no_such_kernel,gemm,90,1,0,0,0,,1,0\n"
+    gone = "no_such_kernel,aligned,gemm,90,1,0,0,0,,1,0\n"
     table.write_text(whole + gone)
     assert main(["--only", "transpose_1x_fp8", "--accept"]) == 0
     assert gone not in table.read_text()
@@ -163,8 +191,7 @@ def test_operands_follow_the_architecture(architecture, operands):
     "change",
     [
         {"one_tensor": False},
-        {"k": 4104},
-        {"more_k": (64,), "w_scale": "none", "rows": (64,), "a_pieces": 0},
+        {"more_k": (1024,), "w_scale": "none", "rows": (64,), "a_pieces": 0},
     ],
 )
 def test_descriptors_only_where_they_can_be(change):
@@ -173,6 +200,13 @@ def test_descriptors_only_where_they_can_be(change):
     specs = gemm_specs(replace(PROBLEM, **change), 90)
     assert specs
     assert all(s.memory == "pointer" for s in specs)
+
+
+def test_k_is_a_multiple_of_16_and_of_the_tile_unless_descriptors_read_it():
+    assert gemm_specs(replace(PROBLEM, k=4104), 90) == []
+    assert {s.memory for s in gemm_specs(replace(PROBLEM, k=4112), 90)} == {"tma"}
+    assert gemm_specs(replace(PROBLEM, k=4112, one_tensor=False), 90) == []
+    assert gemm_specs(replace(PROBLEM, k=4104), 0) != []
 
 
 def test_tiles_count_waves():

@@ -49,9 +49,9 @@ def test_every_cast_renders_to_readable_python(dtype, fp8, granularity, scale, c
     )
 
 
-@pytest.mark.parametrize("share", [16, slow(1)])
+@pytest.mark.parametrize("share", [64, slow(1)])
 def test_the_matrix_renders_to_readable_python(share):
-    for made_for, _ in matrix()[::share]:
+    for made_for, *_ in matrix()[::share]:
         check_readable(made_for)
 
 
