@@ -98,6 +98,8 @@ def _backward(architecture: int) -> Iterator[Form]:
             for rank in (0, *_RANKS, *([256] if count == 3 else [])):
                 yield replace(grad_x, rank=rank), "aligned"
             yield replace(grad_x, rank=16), "rank"
+            if count == 3:  # three of 8
+                yield replace(grad_x, rank=64), "rank"
         single = replace(_GRAD_X, layout=layout)
         yield replace(single, x="e4m3"), "aligned"
         if layout == "nk":
