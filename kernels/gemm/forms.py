@@ -121,10 +121,13 @@ def _spills(spec: GemmSpec, sizes: Sizes, architecture: int) -> bool:
     """Whether a kernel would spill with sizes that are no multiples of 16: what is then loaded and
     stored in small pieces takes registers.
     """
+    if sizes == "any":
+        return spec.block_n > 128
+    if sizes == "aligned":
+        return False
     low_of_siblings = spec.pieces > 1 and spec.extra > 0 and spec.block_m == 64
-    return (sizes == "any" and spec.block_n > 128) or (
-        sizes == "rank" and architecture == 120 and low_of_siblings
-    )
+    high_of_sums = spec.k_pieces > 1 and spec.extra == 64 and spec.block_m == 128
+    return {120: low_of_siblings, 90: high_of_sums}.get(architecture, False)
 
 
 def specs_for(problem: GemmProblem, sizes: Sizes, architecture: int) -> list[GemmSpec]:
