@@ -234,7 +234,7 @@ def lowered(group: Group, *, fp8: bool, holds: bool, train_a: bool) -> None:
         gpu.proxy_update(lora_a, lora_b, ones, of_owner, wide == F32, text)
         b = [] if holds else [empty(*t.shape, dtype=wide) for t in lora_b]
         given: tuple[Any, ...] = q, q_scale, weight, scales, bias, a, a_scale, b, [], group.owner
-        *_, out_a = products.merged_product(*given, group.dtype, text)
+        products.merged_product(*(*given, group.dtype, text))
         for code, own_scale in zip(a[:1], a_scale, strict=False):
             products.adapter_product(q, q_scale, code, own_scale, group.dtype, text)
         d = [empty(N, sum(flat), dtype=wide)] if flat else []
