@@ -70,6 +70,7 @@ _FP8_INSTRUCTION = {
     100: r"tcgen05\.mma\S*f8f6f4",
     120: r"mma\.sync\S*mxf8f6f4\.block_scale\S*e[45]m[23]",
 }
+_INT8_INSTRUCTION = r"mma\.sync\S*s32\.s8\.s8\.s32"
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def _line(spec: KernelSpec, sizes: Sizes, name: str, compiled: CompiledKernel) -
 def _short(instruction: str) -> str:
     """``wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3`` → ``wgmma m64n8k32 e4m3 e4m3``."""
     parts = instruction.split(".")
-    kind = r"m\d+n\d+k\d+|e[45]m[23]|bf16|tf32|f16|kind::\w+"
+    kind = r"m\d+n\d+k\d+|e[45]m[23]|bf16|tf32|f16|s8|kind::\w+"
     kept = [part for part in parts if re.fullmatch(kind, part)]
     return " ".join([parts[0], *kept])
 
@@ -179,8 +180,10 @@ def instruction_problems(spec: KernelSpec, line: Line, compiled: CompiledKernel)
     if not isinstance(spec, GemmSpec):
         return []
     found = []
-    if not re.search(_FP8_INSTRUCTION[line.architecture], compiled.ptx):
-        found.append("no FP8 tensor-core instruction")
+    integers = spec.x == "int8"
+    wanted = _INT8_INSTRUCTION if integers else _FP8_INSTRUCTION[line.architecture]
+    if not re.search(wanted, compiled.ptx):
+        found.append(f"no {'INT8' if integers else 'FP8'} tensor-core instruction")
     if line.architecture == 90 and "serialized" in assembler_log(compiled):
         found.append("wgmma is serialized")
     return found
