@@ -235,9 +235,8 @@ class _Chooser:
     def _spec_of(self, found: Match) -> SiteSpec:
         """The spec of a site with adapters: in bfloat16 where FP8 has clamped some of one."""
         of_b = (self.clamped(found.scope, adapter.lora_b) for adapter in found.adapters)
-        if self.spec.adapter == "fp8" and any(of_b):
-            return replace(self.spec, adapter="bfloat16")
-        return self.spec
+        fits = self.spec.adapter == "bfloat16" or not any(of_b)
+        return self.spec if fits else replace(self.spec, adapter="bfloat16")
 
     def _selects(self, path: str) -> bool:
         """Whether include= and exclude= take a layer, by its name in the graph and in the model."""
@@ -324,15 +323,13 @@ def _groups(sites: list[SitePlan], config: FalqonConfig) -> tuple[tuple[SitePlan
     if config.siblings:
         groups = group_siblings(matches, config.update == "rows")
     of = {id(site.match): site for site in sites}
-    alike: list[list[SitePlan]] = []
-    for group in groups:
-        by_spec: dict[SiteSpec, list[SitePlan]] = {}
-        for found in group:
-            by_spec.setdefault(of[id(found)].spec, []).append(of[id(found)])
-        alike += by_spec.values()
+    alike: dict[tuple[int, SiteSpec], list[SitePlan]] = {}
+    for i, group in enumerate(groups):
+        for site in (of[id(found)] for found in group):
+            alike.setdefault((i, site.spec), []).append(site)
     return tuple(
         tuple(replace(site, report=replace(site.report, group=i)) for site in group)
-        for i, group in enumerate(alike)
+        for i, group in enumerate(alike.values())
     )
 
 
