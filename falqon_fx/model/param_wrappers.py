@@ -17,6 +17,7 @@ from falqon_fx._compat import is_dtensor
 from falqon_fx.errors import FalqonError
 from falqon_fx.model.stacks import (
     forget_properties,
+    is_experts,
     prepared_stack,
     properties,
     read_as_property,
@@ -174,8 +175,11 @@ def _has_one_adapter(wrapper: Any) -> bool:
 
 
 def _is_plain_call(module: Any) -> bool:
-    """Whether calling a module is calling its class's forward."""
-    return "forward" not in vars(module) and not _is_hooked(module)
+    """Whether calling a module is calling its class's forward, which needs no instance of it: that
+    of transformers' experts.
+    """
+    own = "forward" in vars(module) or module._compiled_call_impl is not None
+    return is_experts(module) and not own and not _is_hooked(module)
 
 
 def _is_hooked(module: Any) -> bool:
