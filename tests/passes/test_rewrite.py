@@ -240,12 +240,13 @@ def test_rewriting_the_same_graph_again_gives_the_same_graph():
 def test_a_graph_without_lora_is_returned_as_it_was():
     model, x = nn.Sequential(nn.Linear(24, 20), nn.ReLU()), randn(5, 24)
     gm = fx.symbolic_trace(model)
-    gm._param_name_to_source, gm.meta["of"] = {"0.weight": "L['self']"}, "graph"  # as of Dynamo
+    sources: Any = {"0.weight": "L['self']"}  # as of Dynamo
+    gm._param_name_to_source, gm.meta["of"] = sources, "graph"
     gm.graph.output_node().meta["of"] = "output"
     result = rewrite(gm, [x])
     assert not result.operands.bases
     assert str(result.gm.graph) == str(gm.graph)
-    assert result.gm._param_name_to_source == gm._param_name_to_source
+    assert result.gm._param_name_to_source == sources
     assert result.gm.meta["of"] == "graph"
     assert result.gm.graph.output_node().meta["of"] == "output"
     assert torch.equal(result(x), model(x))
