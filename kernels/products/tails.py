@@ -83,17 +83,19 @@ def all_tails(
     """O_A or D of all adapters, side by side, and ``wide``, with their columns where they are
     stored. ``adapters_of`` a version of it are those that read it.
 
-    A launch takes three adapters, but where formats or scales are rare 64 columns of one. Ranks
-    are filled up to multiples of 16: what starts elsewhere would be read byte by byte.
+    A launch takes three adapters, but where formats or scales are rare 64 columns of one. There,
+    and beyond 64, ranks are filled up to multiples of 16: kernels for others would spill.
     """
     scales: Granularity = "row" if unit.dim() == 2 else "tensor"
     usual = is_usual(direction, fp8_format(wide.dtype), scales, dtype_name(a_dtype))
     made: list[Tensor] = []
     ranks = [a.w.shape[0 if direction == "forward" else 1] for a in adapters_of(wide)]
-    places = _places(ranks, MAX_TAIL if usual else RARE)
+    widths = [rank if usual and rank <= RARE else aligned(rank) for rank in ranks]
+    places = _places(widths, MAX_TAIL if usual else RARE)
     most = MAX_SIBLINGS if usual else 1
     for first in range(0, len(places), most):
-        adapters = [_filled(direction, a) for a in adapters_of(wide)]
+        given = zip(adapters_of(wide), widths, strict=True)
+        adapters = [_filled(direction, a, width) for a, width in given]
         here = places[first : first + most]
         part = [_columns_of(direction, adapters[j], *columns) for j, *columns in here]
         beside = wide if stores else None
@@ -103,25 +105,25 @@ def all_tails(
     if not made:
         made = [wide.new_empty((len(wide), 0), dtype=a_dtype)]
     whole = made[0] if len(made) == 1 else torch.cat(made, dim=1)
-    if any(rank % 16 for rank in ranks):
-        parts = zip(whole.split([*map(aligned, ranks)], dim=1), ranks, strict=True)
+    if widths != ranks:
+        parts = zip(whole.split(widths, dim=1), ranks, strict=True)
         whole = torch.cat([part.narrow(1, 0, rank) for part, rank in parts], dim=1)
     return whole, wide
 
 
-def _places(ranks: Sequence[int], most: int) -> list[tuple[int, int, int]]:
+def _places(widths: Sequence[int], most: int) -> list[tuple[int, int, int]]:
     """The number of each adapter with the first and the number of its columns, at most so many."""
     return [
-        (j, start, min(most, aligned(rank) - start))
-        for j, rank in enumerate(ranks)
-        for start in range(0, rank, most)
+        (j, start, min(most, width - start))
+        for j, width in enumerate(widths)
+        for start in range(0, width, most)
     ]
 
 
-def _filled(direction: Direction, a: Tail) -> Tail:
-    """An adapter of a multiple of 16 columns, those behind its own zeros."""
+def _filled(direction: Direction, a: Tail, width: int) -> Tail:
+    """An adapter of so many columns, those behind its own zeros."""
     axis = 0 if direction == "forward" else 1
-    lacking = -a.w.shape[axis] % 16
+    lacking = width - a.w.shape[axis]
     if not lacking:
         return a
     pad = partial(torch.nn.functional.pad, value=1.0)

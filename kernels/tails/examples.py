@@ -29,7 +29,12 @@ def ahead(architecture: int) -> Iterator[tuple[TailsSpec, Sizes]]:
     """
     if architecture < FP8:
         return
-    yield from dict.fromkeys((spec, "aligned") for spec in (*_usual(), *_rare()))
+    for spec in _usual():
+        yield spec, "aligned"
+        if spec.rank <= RARE:
+            yield spec, "rank"
+    for spec in _rare():
+        yield spec, "aligned"
 
 
 def _usual() -> Iterator[TailsSpec]:
@@ -48,6 +53,20 @@ def _rare() -> Iterator[TailsSpec]:
             yield _backward([RARE], x=x, stores=stores, scales=of, a_dtype=a_dtype)
 
 
+def unaligned(spec: TailsSpec) -> dict[Sizes, str]:
+    """The parameters that are no multiples of 16."""
+    return {"rank": r"(rank|before)\d|y_stride"}
+
+
 GOLDEN = (_forward([64] * 2), _backward([64]), replace(_backward([64]), stores=False))
 # Backward decodes dL/dO on its way from shared memory into registers, two bytes at a time.
-KERNEL = Kernel(TailsSpec, signatures, ahead, GOLDEN, bytewise=frozenset({"backward_tails"}))
+# For other ranks than multiples of 16, sm_90 then takes both in smaller pieces, too.
+KERNEL = Kernel(
+    TailsSpec,
+    signatures,
+    ahead,
+    GOLDEN,
+    unaligned,
+    narrow=frozenset({"backward_tails"}),
+    bytewise=frozenset({"backward_tails"}),
+)
