@@ -80,6 +80,7 @@ BOTH = pytest.mark.parametrize("how", ["trace", "export"])
         (lambda m, x: m.bias + x @ m.weight.T, "weight", "bias"),
         (lambda m, x: F.linear(x, m.across.T.T.T), "across", None),
         (lambda m, x: torch.einsum("...i,oi->...o", x, m.weight), "weight", None),
+        (lambda m, x: (x.view(-1, 6) @ m.weight.T).view(3, 4), "weight", None),
     ],
 )
 def test_every_spelling_of_a_linear_reads_as_one(function, weight, bias, how):

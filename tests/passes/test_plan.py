@@ -181,6 +181,7 @@ def test_a_topk_above_the_rows_of_a_site_names_it():
 def test_a_trained_a_with_rows_names_the_site_and_both_remedies():
     with pytest.raises(FalqonError, match=r'one: its lora_A is trained.*update="adapter"'):
         passes(Pair(), update="rows")
+    assert len(passes(Pair(), update="rows", topk="all").report.sites) == 2  # all rows, on a CPU
 
 
 def test_a_parameter_on_another_device_names_the_site():
