@@ -63,6 +63,15 @@ def by_compressed_tensors(folder: Path) -> Path:
     return folder
 
 
+def modelopts(path: str, weight: Tensor) -> dict[str, Tensor]:
+    """A weight in its form."""
+    scale = nvfp4.tensor_scale(weight.float().abs().amax(), "amax")
+    codes, block_scales = nvfp4.parted(nvfp4.cast(weight.float(), scale))
+    own = {"weight": codes, "weight_scale": block_scales.view(E4M3), "weight_scale_2": scale}
+    own["input_scale"] = torch.tensor(0.01)
+    return {f"{path}.{name}": tensor for name, tensor in own.items()}
+
+
 def by_modelopt(folder: Path, inside: bool = False) -> Path:
     """Its unified form: what its export writes, with settings in a file of their own or, as since
     0.31, in config.json; two files with an index, scales of activations and of a cache.
@@ -79,12 +88,7 @@ def by_modelopt(folder: Path, inside: bool = False) -> Path:
     (folder / "hf_quant_config.json").write_text(json.dumps(content))
     tensors = dict(model.state_dict())
     for path in linears(model):
-        weight = tensors[f"{path}.weight"].float()
-        scale = nvfp4.tensor_scale(weight.abs().amax(), "amax")
-        codes, block_scales = nvfp4.parted(nvfp4.cast(weight, scale))
-        own = {"weight": codes, "weight_scale": block_scales.view(E4M3), "weight_scale_2": scale}
-        own["input_scale"] = torch.tensor(0.01)
-        tensors |= {f"{path}.{name}": tensor for name, tensor in own.items()}
+        tensors |= modelopts(path, tensors[f"{path}.weight"])
     tensors |= {f"model.layers.0.self_attn.{n}": torch.ones(()) for n in CACHE}
     index: dict[str, str] = {}
     for number, part in enumerate((".self_attn.", "")):
@@ -337,3 +341,39 @@ def test_groups_in_several_forms_are_refused(tmp_path):
     for way in WAYS.values():
         with pytest.raises(FalqonError, match="some of its weights are NVFP4 and others are not"):
             way(tmp_path)
+
+
+def test_experts_are_cast_again_or_refused(tmp_path):
+    """One stack of a checkpoint's experts; the cast to E4M3 is off by half of a step, 2^-4 of the
+    value, or of those below its normal numbers, 2^-10 of the row's scale.
+    """
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 1}
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=64, intermediate_size=64, num_hidden_layers=1, **sizes, **heads
+    )
+    transformers.Qwen3MoeForCausalLM(config).bfloat16().save_pretrained(tmp_path)
+    tensors = {}
+    for name, tensor in tensors_in(tmp_path).items():
+        path = name.removesuffix(".weight")
+        in_nvfp4 = tensor.dim() == 2 and "_proj" in name
+        tensors |= modelopts(path, tensor) if in_nvfp4 else {name: tensor}
+    safetensors.save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    own = {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["lm_head", "*mlp.gate"]}
+    about = {"producer": {"name": "modelopt"}, "quantization": own}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(about))
+
+    with pytest.raises(FalqonError, match=r"experts\.gate_up_proj: it is a stack .* in NVFP4"):
+        falqon_fx.load(
+            tmp_path,
+            lora(target_modules=["q_proj"]),
+            FalqonConfig(base_dtype="nvfp4", scale="amax"),
+        )
+    model = falqon_fx.load(tmp_path, lora(target_modules=["q_proj"]), FP8).base_model.model.model
+    stack = model.layers[0].mlp.experts.gate_up_proj.float()
+    for expert, found in enumerate(stack):
+        parts = [f"model.layers.0.mlp.experts.{expert}.{n}_proj" for n in ("gate", "up")]
+        wanted = torch.cat([decoded(tensors, part) for part in parts]).float()
+        scale = wanted.abs().amax(1, keepdim=True) / 448 * 2  # at most: a power of two
+        assert ((found - wanted).abs() <= torch.maximum(wanted.abs() / 16, scale / 1024)).all()
