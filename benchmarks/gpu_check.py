@@ -341,7 +341,7 @@ def check_update(device: str) -> Checked:
         base, lora_a, lora_b = ([m[i].to(place) for m in made] for i in (1, 2, 3))
         # The first is the reference; a second run on "cpu" is the kernels, interpreted.
         scaling, spec = [2.0] * len(made), str(made[0][0].spec)
-        given: list[Any] = [*columns, lora_b, lora_a, base, scaling, spec]
+        given: Any = [*columns, lora_b, lora_a, base, scaling], spec
         run = rows_cuda.proxy_update_ if results else reference.proxy_update_
         run(*given)
         results.append([t.cpu() for column in columns for t in column])

@@ -245,12 +245,11 @@ def measure_rows(name: str, rank: int, clock: Clock) -> UpdateRow:
     # An A of zeros has the fingerprint that an empty state holds: it is not taken for a new one.
     lora_a = [torch.zeros(rank, features, device=device) for _, features in sites]
     lora_b = [torch.zeros(out, rank, device=device) for out, _ in sites]
-    columns = [[*column] for column in zip(*(s.tensors for s in states), strict=True)]
-    base = [None] * len(sites)
-    given: list[Any] = [*columns, lora_b, lora_a, base, [1.0] * len(sites), str(plan)]
+    columns: list[Any] = [[*column] for column in zip(*(s.tensors for s in states), strict=True)]
+    columns += [lora_b, lora_a, [None] * len(sites), [1.0] * len(sites)]
 
     def update() -> None:
-        rows_cuda.proxy_update_(*given)
+        rows_cuda.proxy_update_(columns, str(plan))
 
     update()
     seconds = []
