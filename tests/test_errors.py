@@ -44,7 +44,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"top_k": 10}, "option 'top_k': is unknown: the options are update, adapter_dtype, "),
+        ({"top_k": 10}, "option 'top_k': is unknown: the options are update, base_dtype, "),
         ({"top_k": 10}, "The nearest option is 'topk'"),
         ({"update": "row"}, "'row' is none of 'adapter', 'rows'. The nearest is 'rows'"),
         ({"granularity": "rows"}, "'rows' is none of 'tensor', 'row'. The nearest is 'row'"),
@@ -278,7 +278,7 @@ def test_a_parameter_on_another_device_than_its_input(name):
     ("options", "words"),
     [
         ({"granularity": "tensor"}, "prepare() used granularity='tensor'"),
-        ({"scale": "amax"}, "scale='amax'; the backend is asked for 'row', 'pow2'"),
+        ({"scale": "amax"}, "scale='amax'; the backend is asked for granularity='row', scale='pow2'"),
         ({"update": "rows"}, "prepare() made it for update='rows', the backend is asked for"),
     ],
 )
