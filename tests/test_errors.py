@@ -278,7 +278,10 @@ def test_a_parameter_on_another_device_than_its_input(name):
     ("options", "words"),
     [
         ({"granularity": "tensor"}, "prepare() used granularity='tensor'"),
-        ({"scale": "amax"}, "scale='amax'; the backend is asked for granularity='row', scale='pow2'"),
+        (
+            {"scale": "amax"},
+            "scale='amax'; the backend is asked for granularity='row', scale='pow2'",
+        ),
         ({"update": "rows"}, "prepare() made it for update='rows', the backend is asked for"),
     ],
 )

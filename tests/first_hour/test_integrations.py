@@ -5,6 +5,7 @@ of OneTrainer, which is not there, that of its commit 23df3832e8.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import re
@@ -20,7 +21,8 @@ import safetensors
 import torch
 import torchtune
 import transformers
-from diffusers import ZImageTransformer2DModel
+from diffusers import ZImagePipeline, ZImageTransformer2DModel
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
@@ -29,6 +31,7 @@ from torchtune.models.llama2 import lora_llama2
 import falqon_fx
 from falqon_fx.integrations.transformers import FalqonCallback
 from tests.models import Net, tiny_llama
+from tests.pages import blocks
 from tests.scripts import load
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "integrations"
@@ -258,17 +261,19 @@ def of_its_authors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: torch.cat(tensors) for name, tensors in found.items()}
 
 
+TINY: dict[str, Any] = {
+    "dim": 64, "n_heads": 2, "n_kv_heads": 2, "n_layers": 1, "n_refiner_layers": 1,
+    "cap_feat_dim": 96, "axes_dims": [8, 12, 12],
+}  # fmt: skip
+
+
 def test_comfyui_gets_the_names_of_its_own_file(tmp_path):
     """And no values of it. Under diffusers' names ComfyUI would read codes without their scales."""
     write = load(SCRIPTS / "comfyui.py").write_comfyui
-    tiny: dict[str, Any] = {
-        "dim": 64, "n_heads": 2, "n_kv_heads": 2, "n_layers": 1, "n_refiner_layers": 1,
-        "cap_feat_dim": 96, "axes_dims": [8, 12, 12],
-    }  # fmt: skip
-    model = ZImageTransformer2DModel(**tiny)
+    model = ZImageTransformer2DModel(**TINY)
     wanted, of_another = (
         of_its_authors(one.state_dict())
-        for one in (model, ZImageTransformer2DModel(**{**tiny, "dim": 128, "n_heads": 4}))
+        for one in (model, ZImageTransformer2DModel(**{**TINY, "dim": 128, "n_heads": 4}))
     )
     base, other, file = (tmp_path / name for name in ("base", "other", "file"))
     checkpoint = {f"model.diffusion_model.{n}": torch.zeros_like(t) for n, t in wanted.items()}
@@ -287,3 +292,30 @@ def test_comfyui_gets_the_names_of_its_own_file(tmp_path):
         assert_within_half_a_step(codes, scale, wanted.pop(f"{path}.weight"))
     assert saved.keys() == wanted.keys()
     assert all(torch.equal(saved[name], wanted[name]) for name in wanted)
+
+
+def test_an_adapter_is_merged_for_comfyui_as_the_page_says(tmp_path, monkeypatch):
+    """Into the base as it was loaded: its weights move by B · A, of which FP8 keeps all but half a
+    step.
+    """
+    monkeypatch.chdir(tmp_path)
+    model = ZImageTransformer2DModel(**TINY)
+    before = of_its_authors(model.state_dict())
+    save_file(before, "z_image_turbo_bf16.safetensors")
+    trained = copy.deepcopy(model)
+    trained.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q"]))
+    for name, parameter in trained.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    layers = get_peft_model_state_dict(trained)
+    ZImagePipeline.save_lora_weights("lora", transformer_lora_layers=layers)
+    write = load(SCRIPTS / "comfyui.py").write_comfyui
+    (code,) = [c for c in blocks(SCRIPTS.parents[1] / "docs/use.md") if "write_comfyui" in c]
+    exec(code, {"base": model, "write_comfyui": write})
+
+    saved, path = load_file("model_fp8.safetensors"), "layers.0.attention.qkv"
+    factors = [layers[f"layers.0.attention.to_q.lora_{part}.weight"] for part in "BA"]
+    merged = before[f"{path}.weight"].clone()
+    merged[:64] += factors[0] @ factors[1]
+    codes, scale = saved[f"{path}.weight"], saved[f"{path}.weight_scale"]
+    assert_within_half_a_step(codes, scale, merged)
