@@ -95,6 +95,7 @@ TESTS: Mapping[str, tuple[str, ...]] = {
         "test_merged_experts.py",
     ),
     "rows.py": ("passes/test_insert_operands.py", *_VERIFY, "passes/test_plan.py"),
+    "saturation.py": ("test_saturation.py",),
     "scope.py": (_NORMALIZE, *_MATCHED, "test_conv1d.py"),
     "shards.py": _TWO_PROCESSES,
     "siblings.py": ("passes/test_siblings.py", "passes/test_frozen.py"),

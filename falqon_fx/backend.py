@@ -41,9 +41,8 @@ from falqon_fx.site.agreement import agree_once, check_options, groups_of
 from falqon_fx.site.agreement import reset as forget_agreements
 from falqon_fx.site.base import Base, BaseParameter, CastOfAdapter, Entry, bases
 from falqon_fx.site.clamped import Looks
-from falqon_fx.site.forms import operand_of
 from falqon_fx.site.found import FoundByAddress, Parameters
-from falqon_fx.site.numerics import as_scale
+from falqon_fx.site.numerics import E4M3, as_scale
 from falqon_fx.site.shards import LocalParameter, with_local
 from falqon_fx.site.spec import SiteSpec, lowering_version
 from falqon_fx.site.svd import init_where_new
@@ -150,12 +149,14 @@ class RewriteResult:
         if entries is None:
             entries = self._look_up(values, given)
         inputs, scales = [*args], iter(given.scales)
-        by_row = self.config.granularity == "row" and self.config.base_dtype != "nvfp4"
+        kind = self.config.base_dtype
+        by_row, in_fp8 = self.config.granularity == "row" and kind != "nvfp4", kind == "fp8"
         counts: list[tuple[Entry, str]] = []
         for entry, code, nodes in zip(entries, given.owners, self.operands.bases, strict=True):
             if entry.base is None:
                 scale = next(scales).view(torch.float32)  # as_scale, without a call a site
-                inputs += (operand_of(code), scale if by_row else scale.reshape(()))
+                code = code.view(E4M3) if in_fp8 else code  # as `site.forms.operand_of` has it
+                inputs += (code, scale if by_row else scale.reshape(()))
             else:
                 inputs += (entry.base.weight, entry.base.scale)
             if nodes.clamped is not None:

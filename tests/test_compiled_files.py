@@ -34,6 +34,7 @@ def step() -> tuple[float, Counter[str]]:
     return y.double().sum().item(), hits
 
 
+@pytest.mark.slow
 def test_with_empty_caches_nothing_is_compiled_anew(tmp_path, monkeypatch):
     folder, cache = tmp_path / "compiled", tmp_path / "cache"
     monkeypatch.setenv("FALQON_CACHE", str(cache))

@@ -18,7 +18,7 @@ from tests.models import (
     made,
     tiny_mlp,
 )
-from tests.parameters import PREPARED_OR_NOT, each_value
+from tests.parameters import PREPARED_OR_NOT, each_value, slow
 from tests.training import all_equal
 
 ROWS = {"update": "rows"}
@@ -98,7 +98,8 @@ def saved_by(run: nn.Module, x: Tensor) -> list[tuple[torch.dtype, int]]:
     return [(t.dtype, t.numel()) for t in saved]
 
 
-@each_value(inner=["eager", "aot_eager", "inductor"], trained=["A and B", "B"])
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", slow("inductor")])
+@pytest.mark.parametrize("trained", ["A and B", "B"])
 def test_of_x_its_fp8_form_is_kept_where_a_trains_and_else_nothing(inner, trained):
     """And of W its FP8 form alone. x here is what a norm gives, so that nothing else needs it: of
     all that is kept, only the norm's own input and x̂ are as large as x.

@@ -125,6 +125,7 @@ def test_w_is_base_plus_scaled_applied_a_after_many_steps(
     assert (alone.abs() > bound).double().mean() > (0.02 if freed else 0.2)
 
 
+@pytest.mark.slow
 @each_value(granularity=["tensor", "row"], dtype=[torch.float32, torch.bfloat16])
 def test_dropped_steps_add_up_however_small(granularity, dtype):
     """With "drop" `applied` is all that remembers the steps: in bfloat16 it would stop growing

@@ -161,6 +161,7 @@ def test_calibration_buys_back_the_cast_errors():
     assert errors[16] < errors[0] / 1.5
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_four_bits():
     """What the process really holds: 9 / 32 = 0.281 of bfloat16, of three large layers."""
     falqon_fx.prepare(nn.Sequential(nn.Linear(64, 64)), CONFIG, progress=False)  # loads the code

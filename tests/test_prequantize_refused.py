@@ -226,6 +226,7 @@ def test_a_truncated_source_is_named(tmp_path):
             function()
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_what_is_done(tmp_path):
     """A process whose files may not pass 7000 bytes, which is less than the largest."""
     source = folder_of(dense_model(), tmp_path / "dense")

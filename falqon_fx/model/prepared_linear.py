@@ -82,7 +82,7 @@ class PreparedLinear(nn.Module):
             if given.shape != own.shape:
                 raise FalqonError(
                     self.path,
-                    f"its {name} are {list(own.shape)}, the state dict has {list(given.shape)}",
+                    f"its {name} is {list(own.shape)}, the state dict has {list(given.shape)}",
                     "Load it into a model with the same base, adapter and config",
                 )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

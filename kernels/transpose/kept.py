@@ -27,7 +27,7 @@ MOST = 2 * MAX_SIBLINGS  # matrices of one launch: W of each site and Â
 def transposed(weight: Sequence[Tensor]) -> list[Tensor]:
     """Wᵀ [in, out] of each FP8 W [out, in], with zeros up to a multiple of 16 columns."""
     turned, starts = transposed_together(weight), launch.starts(weight)
-    return [turned[:, start:end] for start, end in pairwise(starts)]
+    return [turned.narrow(1, start, end - start) for start, end in pairwise(starts)]
 
 
 def transposed_together(weight: Sequence[Tensor]) -> Tensor:

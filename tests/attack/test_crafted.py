@@ -219,7 +219,7 @@ def test_a_state_dict_of_other_sizes_leaves_a_prepared_layer_as_it_was(update):
             state = {name: t.clone() + 1 for name, t in layer.state_dict().items()}
             state["scale"] = change(state["scale"])
             before = harness.contents(layer)
-            with pytest.raises(FalqonError, match="its scale are"):
+            with pytest.raises(FalqonError, match="its scale is"):
                 layer.load_state_dict(state, assign=assign)
             assert harness.contents(layer) == before, how
 
