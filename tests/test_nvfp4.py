@@ -276,7 +276,7 @@ def test_a_state_dict_of_another_dtype_is_refused():
     falqon_fx.prepare(fp8, progress=False)
     falqon_fx.prepare(model, CONFIG, progress=False)
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    with pytest.raises(FalqonError, match=r"are \[48, 9, 2\], the state dict has \[48, 32"):
+    with pytest.raises(FalqonError, match=r"is \[48, 9, 2\], the state dict has \[48, 32"):
         model.load_state_dict(fp8.state_dict())
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
