@@ -354,7 +354,7 @@ def test_experts_are_cast_again_or_refused(tmp_path):
         vocab_size=64, intermediate_size=64, num_hidden_layers=1, **sizes, **heads
     )
     transformers.Qwen3MoeForCausalLM(config).bfloat16().save_pretrained(tmp_path)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, tensor in tensors_in(tmp_path).items():
         path = name.removesuffix(".weight")
         in_nvfp4 = tensor.dim() == 2 and "_proj" in name
