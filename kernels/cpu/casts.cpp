@@ -16,24 +16,15 @@ float pow2_scale(uint32_t amax, float factor) {
   return as_float(power < 0x00800000u ? 0x00800000u : power);
 }
 
-// The row in float32, times `columns` where there are any, and the bits of its largest magnitude: as
-// integers NaN and Inf are the largest.
+// The same of the row times `columns`.
 template <typename In>
 uint32_t load_row(float* __restrict row, const In* __restrict x, const float* __restrict columns,
                   int64_t count) {
   uint32_t amax = 0;
-  if (columns) {
-    for (int64_t j = 0; j < count; ++j) {
-      row[j] = widen(x[j]) * columns[j];
-      const uint32_t size = as_bits(row[j]) & 0x7FFFFFFFu;
-      amax = size > amax ? size : amax;
-    }
-  } else {
-    for (int64_t j = 0; j < count; ++j) {
-      row[j] = widen(x[j]);
-      const uint32_t size = as_bits(row[j]) & 0x7FFFFFFFu;
-      amax = size > amax ? size : amax;
-    }
+  for (int64_t j = 0; j < count; ++j) {
+    row[j] = widen(x[j]) * columns[j];
+    const uint32_t size = as_bits(row[j]) & 0x7FFFFFFFu;
+    amax = size > amax ? size : amax;
   }
   return amax;
 }
@@ -87,7 +78,9 @@ void cast_rows(const In* x, int64_t x_stride, const float* columns, const Groups
       while (group < groups.count && groups.ends[group] <= i) ++group;
       if (groups.count && group == groups.count) continue;
       const float* own = columns ? columns + group * count : nullptr;
-      const uint32_t amax = load_row(buffer.data(), x + i * x_stride, own, count);
+      const In* row = x + i * x_stride;
+      const uint32_t amax = own ? load_row(buffer.data(), row, own, count)
+                                : load_row(buffer.data(), row, count);
       const float of_row = pow2_scale(amax, factor);
       scale[i] = of_row;
       Out* values = to ? to + i * to_stride : unused.data();
@@ -114,19 +107,8 @@ extern "C" void falqon_cast_rows(const void* x, int64_t x_is_bfloat16, int64_t x
                                  float* scale, void* to, int64_t to_is_bfloat16, int64_t to_stride,
                                  uint8_t* codes, const int32_t* ends, int64_t groups) {
   const float per_unit = float(int64_t(1) << (23 - mantissa));
-  auto run = [&](auto* in, auto* out) {
-    cast_rows(in, x_stride, columns, Groups{ends, groups}, rows, count, factor, per_unit, spacing, scale, out, to_stride,
-              codes, threads);
-  };
-  const auto* wide_x = static_cast<const float*>(x);
-  const auto* half_x = static_cast<const bfloat16*>(x);
-  auto* wide_to = static_cast<float*>(to);
-  auto* half_to = static_cast<bfloat16*>(to);
-  if (x_is_bfloat16) {
-    if (to_is_bfloat16) run(half_x, half_to);
-    else run(half_x, wide_to);
-  } else {
-    if (to_is_bfloat16) run(wide_x, half_to);
-    else run(wide_x, wide_to);
-  }
+  typed(x, x_is_bfloat16, to, to_is_bfloat16, [&](auto* in, auto* out) {
+    cast_rows(in, x_stride, columns, Groups{ends, groups}, rows, count, factor, per_unit, spacing,
+              scale, out, to_stride, codes, threads);
+  });
 }

@@ -19,18 +19,6 @@ float scale_of(uint32_t amax, bool pow2) {
   return scale < 0x1p-126f ? 0x1p-126f : scale;  // a NaN stays
 }
 
-// The row in float32, and the bits of its largest magnitude: as integers NaN and Inf are the largest.
-template <typename In>
-uint32_t load_row(float* __restrict row, const In* __restrict x, int64_t count) {
-  uint32_t amax = 0;
-  for (int64_t j = 0; j < count; ++j) {
-    row[j] = widen(x[j]);
-    const uint32_t size = as_bits(row[j]) & 0x7FFFFFFFu;
-    amax = size > amax ? size : amax;
-  }
-  return amax;
-}
-
 template <typename In>
 void cast(const In* x, int64_t x_stride, int64_t rows, int64_t count, bool pow2, float* scale,
           int8_t* codes, int64_t threads) {
@@ -105,20 +93,9 @@ extern "C" void falqon_cast_int8(const void* x, int64_t x_is_bfloat16, int64_t x
 extern "C" void falqon_scale_columns(const void* x, int64_t x_is_bfloat16, int64_t x_stride,
                                      const float* factor, int64_t rows, int64_t count, void* to,
                                      int64_t to_is_bfloat16, int64_t to_stride, int64_t threads) {
-  auto run = [&](auto* in, auto* out) {
+  typed(x, x_is_bfloat16, to, to_is_bfloat16, [&](auto* in, auto* out) {
     scale_columns(in, x_stride, factor, rows, count, out, to_stride, threads);
-  };
-  const auto* wide_x = static_cast<const float*>(x);
-  const auto* half_x = static_cast<const bfloat16*>(x);
-  auto* wide_to = static_cast<float*>(to);
-  auto* half_to = static_cast<bfloat16*>(to);
-  if (x_is_bfloat16) {
-    if (to_is_bfloat16) run(half_x, half_to);
-    else run(half_x, wide_to);
-  } else {
-    if (to_is_bfloat16) run(wide_x, half_to);
-    else run(wide_x, wide_to);
-  }
+  });
 }
 
 // sums [rows, count] times left [rows] or one number, times right [count] or one number.
