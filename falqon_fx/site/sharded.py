@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -118,10 +118,16 @@ def _hash(tensor: Any) -> Tensor:
 
 def settle(model: nn.Module) -> None:
     """Let FSDP free what it gathered: its modules hold their parts then, not the whole."""
+    for _, unit in _fsdp_units(model):
+        unit.reshard()
+
+
+def _fsdp_units(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The modules that FSDP shards, by path; none where nothing has imported it."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    for module in model.modules() if fsdp is not None else ():
+    for path, module in model.named_modules() if fsdp is not None else ():
         if isinstance(module, fsdp.FSDPModule):  # type: ignore[union-attr]
-            module.reshard()
+            yield path, module
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -141,20 +147,14 @@ def refuse_sharded(model: nn.Module, call: str, remedy: str) -> None:
 
 def held_by_fsdp(model: nn.Module) -> set[int]:
     """The parameters that FSDP shards, by id."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
-        return set()
-    units = (m for m in model.modules() if isinstance(m, fsdp.FSDPModule))
-    return {id(parameter) for unit in units for parameter in unit.parameters()}
+    return {id(parameter) for _, unit in _fsdp_units(model) for parameter in unit.parameters()}
 
 
 def refuse_fsdp(model: nn.Module, call: str, remedy: str) -> None:
     """Raise where a ``call`` would need a layer's part of a model and FSDP has cut that again."""
     settle(model)
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    for path, module in model.named_modules() if fsdp is not None else ():
-        if isinstance(module, fsdp.FSDPModule):  # type: ignore[union-attr]
-            for name, parameter in module.named_parameters(path):
-                if is_dtensor(parameter):
-                    problem = f"it is sharded already (FSDP), and {call} works on whole layers"
-                    raise FalqonError(name, problem, remedy)
+    for path, unit in _fsdp_units(model):
+        for name, parameter in unit.named_parameters(path):
+            if is_dtensor(parameter):
+                problem = f"it is sharded already (FSDP), and {call} works on whole layers"
+                raise FalqonError(name, problem, remedy)
