@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import common
-import nll
+import nll_variants
 import torch
 import training
 from records import Finished, Results
@@ -72,7 +72,7 @@ class Bench:
 
     def record(self, variant: Variant, seed: int, steps: int) -> Record:
         """The finished run, from the results or made now."""
-        options = nll.options_text(variant)
+        options = nll_variants.options_text(variant)
         found = self.results.find((variant.name, options, variant.learning_rate, seed, steps))
         if found is None:
             found = self._run(variant, options, seed, steps)
@@ -315,7 +315,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--inner", choices=("eager", "inductor"), default="eager")
     parser.add_argument("--results", type=Path, help="default: this machine's newest")
     args = parser.parse_args(argv)
-    known = nll.known_variants(args.baseline, args.inner)
+    known = nll_variants.known_variants(args.baseline, args.inner)
     for name in args.variants:
         if name not in known:
             parser.error(f"unknown variant {name!r}; known: {', '.join(known)}")

@@ -4,7 +4,8 @@
     python benchmarks/nll.py --variants falqon --extra amax:scale=amax
 
 LoRA and falqon, with A and B trained and with A frozen, falqon after a calibration on 128 of the
-training chats, the paper's rows and its public code. Each variant's rates are tried on seed 0 (for
+training chats, the paper's rows and its public code. By name: FP8 adapters and bases in
+other forms (INT8, NVFP4, and NF4 as QLoRA has it). Each variant's rates are tried on seed 0 (for
 ``--rate-steps``), the best is trained on all seeds. Steps, batches and the start of A are the same
 for all. Beside them stands what the FP8 casts cost before any training: the NLL and the mean KL
 divergence per label of the untrained model. Finished runs are kept in
@@ -28,33 +29,17 @@ import common
 import smollm
 import torch
 import training
+from nll_variants import RATES, extra_variant, in_nf4, known_variants, options_text
 from records import Finished, Results
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import nn
-from training import PUBLIC_CODE, Variant
+from training import Variant
 
-import falqon_fx
-
-# A short list each, around what measured best before.
-RATES = {
-    "lora": (5e-4, 1e-3, 2e-3),
-    "falqon": (5e-4, 1e-3, 2e-3),
-    "falqon_calibrated": (5e-4, 1e-3, 2e-3),
-    "lora_frozen_a": (1e-3, 3e-3),
-    "falqon_frozen_a": (1e-3, 3e-3),
-    "falqon_rows": (1e-3, 3e-3),
-    "falqon_public_code": (3e-2, 1e-1),
-}
 OTHERS = (1e-3, 3e-3)
 BATCH_SIZE = 2  # 300 steps read 600 of the 1,109 training pairs
 CALIBRATION = 64  # batches of the training split
-ROWS = {"update": "rows", "pending": "hold"}  # the paper
-NUMERIC_OPTIONS = (
-    *("update", "adapter_dtype", "frozen", "init", "granularity", "scale", "grad_dtype", "dropout"),
-    *("pending", "topk", "rounding"),
-)
 
 
 @dataclass(frozen=True)
@@ -97,63 +82,6 @@ class Data:
         )
 
 
-# ---------------------------------------------------------------- variants
-
-
-def known_variants(baseline: str, inner: str) -> dict[str, Variant]:
-    """Variants by name; the learning rate is set for each run."""
-    options = {} if inner == "inductor" else {"inner": inner}
-    runs = (
-        Variant("lora", "LoRA", 0.0, baseline),
-        Variant("lora_frozen_a", "LoRA, A frozen", 0.0, baseline, train_a=False),
-        Variant("falqon", "falqon", 0.0, "falqon", options),
-        Variant("falqon_calibrated", "calibrated", 0.0, "falqon", options, calibrated=True),
-        Variant("falqon_frozen_a", "falqon, A frozen", 0.0, "falqon", options, train_a=False),
-        Variant("falqon_rows", "rows (hold)", 0.0, "falqon", ROWS | options, train_a=False),
-        Variant(
-            "falqon_public_code",
-            "public code",
-            0.0,
-            "falqon",
-            PUBLIC_CODE | options,
-            train_a=False,
-        ),
-    )
-    return {variant.name: variant for variant in runs}
-
-
-def extra_variant(text: str, inner: str) -> Variant:
-    """``name:key=value,key=value``: falqon with these options of FalqonConfig."""
-    name, colon, assignments = text.partition(":")
-    if not name or not colon:
-        raise argparse.ArgumentTypeError(f"{text!r} is not name:key=value,key=value")
-    options: dict[str, Any] = {} if inner == "inductor" else {"inner": inner}
-    for assignment in filter(None, assignments.split(",")):
-        key, _, value = assignment.partition("=")
-        options[key] = _value(value)
-    falqon_fx.FalqonConfig.from_options(options)  # complains now, not after an hour
-    return Variant(name, name, 0.0, "falqon", options)
-
-
-def _value(text: str) -> int | float | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def options_text(variant: Variant) -> str:
-    """Every option that changes results, so that a changed default is measured anew."""
-    if variant.backend != "falqon":
-        return "-"
-    config = falqon_fx.FalqonConfig.from_options(variant.options)
-    # Results that were kept before there was INT8 name no base_dtype.
-    names = (*NUMERIC_OPTIONS, *["base_dtype"] * (config.base_dtype != "fp8"))
-    return " ".join(f"{name}={getattr(config, name)}" for name in names)
-
-
 # ---------------------------------------------------------------- runs
 
 
@@ -185,7 +113,8 @@ class Bench:
         data, show = self.data, self.progress
         title = f"{variant.title} {variant.learning_rate:g} seed {seed}"
         read = data.train(CALIBRATION, seed) if variant.calibrated else ()
-        trainee = training.build(variant, data.base, seed, read)
+        base = in_nf4(data.base) if variant.name == "qlora_nf4" else data.base
+        trainee = training.build(variant, base, seed, read)
         optimizer = training.make_optimizer(trainee.model, variant.learning_rate)
         # B is zero: seeds and rates begin with the same model, but for a calibration.
         before = None if variant.calibrated else self._before(variant)

@@ -1,0 +1,102 @@
+"""What `nll.py` trains: LoRA, falqon, and falqon with other options or another form of the base."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from training import PUBLIC_CODE, Variant
+
+import falqon_fx
+
+# A short list each, around what measured best before.
+RATES = {
+    "lora": (5e-4, 1e-3, 2e-3),
+    "falqon": (5e-4, 1e-3, 2e-3),
+    "falqon_calibrated": (5e-4, 1e-3, 2e-3),
+    "lora_frozen_a": (1e-3, 3e-3),
+    "falqon_frozen_a": (1e-3, 3e-3),
+    "falqon_rows": (1e-3, 3e-3),
+    "falqon_public_code": (3e-2, 1e-1),
+}
+ROWS = {"update": "rows", "pending": "hold"}  # the paper
+FP8_ADAPTER, INT8, NVFP4 = {"adapter_dtype": "fp8"}, {"base_dtype": "int8"}, {"base_dtype": "nvfp4"}
+NUMERIC_OPTIONS = (
+    *("update", "adapter_dtype", "frozen", "init", "granularity", "scale", "grad_dtype", "dropout"),
+    *("pending", "topk", "rounding"),
+)
+
+
+def known_variants(baseline: str, inner: str) -> dict[str, Variant]:
+    """Variants by name; the learning rate is set for each run."""
+    options = {} if inner == "inductor" else {"inner": inner}
+    runs = (
+        Variant("lora", "LoRA", 0.0, baseline),
+        Variant("lora_frozen_a", "LoRA, A frozen", 0.0, baseline, train_a=False),
+        Variant("falqon", "falqon", 0.0, "falqon", options),
+        Variant("falqon_calibrated", "calibrated", 0.0, "falqon", options, calibrated=True),
+        Variant("falqon_fp8_adapter", "FP8 adapters", 0.0, "falqon", FP8_ADAPTER | options),
+        Variant("int8", "INT8", 0.0, "falqon", INT8 | options),
+        Variant("int8_calibrated", "INT8", 0.0, "falqon", INT8 | options, calibrated=True),
+        Variant("nvfp4", "NVFP4", 0.0, "falqon", NVFP4 | options),
+        Variant("nvfp4_calibrated", "NVFP4", 0.0, "falqon", NVFP4 | options, calibrated=True),
+        Variant("qlora_nf4", "QLoRA", 0.0, baseline),
+        Variant("falqon_frozen_a", "falqon, A frozen", 0.0, "falqon", options, train_a=False),
+        Variant("falqon_rows", "rows (hold)", 0.0, "falqon", ROWS | options, train_a=False),
+        Variant(
+            "falqon_public_code",
+            "public code",
+            0.0,
+            "falqon",
+            PUBLIC_CODE | options,
+            train_a=False,
+        ),
+    )
+    return {variant.name: variant for variant in runs}
+
+
+def extra_variant(text: str, inner: str) -> Variant:
+    """``name:key=value,key=value``: falqon with these options of FalqonConfig."""
+    name, colon, assignments = text.partition(":")
+    if not name or not colon:
+        raise argparse.ArgumentTypeError(f"{text!r} is not name:key=value,key=value")
+    options: dict[str, Any] = {} if inner == "inductor" else {"inner": inner}
+    for assignment in filter(None, assignments.split(",")):
+        key, _, value = assignment.partition("=")
+        options[key] = _value(value)
+    falqon_fx.FalqonConfig.from_options(options)  # complains now, not after an hour
+    return Variant(name, name, 0.0, "falqon", options)
+
+
+def _value(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def options_text(variant: Variant) -> str:
+    """Every option that changes results, so that a changed default is measured anew."""
+    if variant.backend != "falqon":
+        return "-"
+    config = falqon_fx.FalqonConfig.from_options(variant.options)
+    # Results that were kept before there was INT8 name no base_dtype.
+    names = (*NUMERIC_OPTIONS, *["base_dtype"] * (config.base_dtype != "fp8"))
+    text = " ".join(f"{name}={getattr(config, name)}" for name in names)
+    return text + " calibrated" * variant.calibrated
+
+
+@torch.no_grad()
+def in_nf4(base: nn.Module) -> nn.Module:
+    """A copy whose linear layers' W, but for the head's, is what NF4 holds."""
+    import forms  # loads torchao and bitsandbytes
+
+    base = copy.deepcopy(base)
+    for layer in forms.layers(base):
+        layer.weight.copy_(forms.nf4(layer.weight.float()))
+    return base
