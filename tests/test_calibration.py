@@ -274,6 +274,10 @@ def test_a_calibrated_model_is_nearer_to_the_plain_one():
 def test_the_graph_has_one_more_adapter_a_site_and_the_error_of_x_behind_it():
     model = calibrated()
     model.eval()
+    layers = [layer for layer in model.modules() if isinstance(layer, Fp8Linear)]
+    held = [
+        sum(t.nbytes for t in (layer.code, layer.scale, *layer.terms.values())) for layer in layers
+    ]
     graphs: list[torch.fx.GraphModule] = []
 
     def look(gm: torch.fx.GraphModule, example: list[Tensor]) -> Any:
@@ -283,6 +287,8 @@ def test_the_graph_has_one_more_adapter_a_site_and_the_error_of_x_behind_it():
         assert {(site.compensate, site.outliers) for site in result.report.sites} == {
             (RANK, CHANNELS)
         }
+        memory = [site.memory for site in result.report.sites]
+        assert sorted(m.state for m in memory if m is not None) == sorted(held)
         return gm.forward
 
     torch.compile(model, backend=look)(inputs()[0])

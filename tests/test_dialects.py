@@ -39,6 +39,9 @@ SPELLED = {
         * torch.einsum("or, ...r -> ...o", m.b.weight, torch.einsum("ri,...i->...r", m.a.weight, x))
     ),
     "added to the weight": lambda m, x: F.linear(x, m.base.weight + 2 * (m.b.weight @ m.a.weight)),
+    "added to the weight, by name": lambda m, x: F.linear(
+        x, bias=None, weight=m.base.weight + 2 * (m.b.weight @ m.a.weight)
+    ),
     "added to the weight, first": lambda m, x: (
         x @ torch.add(m.b.weight @ m.a.weight * 2, m.base.weight).T
     ),
