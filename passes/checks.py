@@ -208,8 +208,12 @@ def _check_prepared(
         )
     made = "rows" if isinstance(base, RowsBaseLinear) else "adapter"
     if made != config.update and adapted:  # what has no adapter is the same in both
+        remedy = "Give prepare() and torch.compile() the same config"
+        if made == "adapter":
+            remedy += "; where the adapter is not PEFT's, prepare() sees a layer without one: use "
+            remedy += 'update="adapter"'
         raise FalqonError(
             path,
             f"prepare() made it for update={made!r}, the backend is asked for {config.update!r}",
-            "Give prepare() and torch.compile() the same config",
+            remedy,
         )

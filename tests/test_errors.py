@@ -13,7 +13,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonConfigError, FalqonError
-from tests.models import Relu, compiled, fill_b, freeze_a, tiny_mlp
+from tests.models import Relu, Stack, compiled, fill_b, freeze_a, tiny_mlp
 from tests.parameters import each_value
 
 
@@ -295,6 +295,14 @@ def test_a_prepared_model_under_another_config(options, words):
     torch._dynamo.reset()
     compiled(model, **options)(x)
     assert len(falqon_fx.adapters(model)) == 2
+
+
+def test_rows_of_a_layer_whose_adapter_prepare_does_not_know():
+    """The config is the same in both: the remedy is another one."""
+    model = freeze_a(Stack())
+    falqon_fx.prepare(model, FalqonConfig(update="rows"), progress=False)
+    with pytest.raises(BackendCompilerFailed, match="where the adapter is not PEFT's"):
+        compiled(model, update="rows")(torch.randn(2, 32))
 
 
 def test_options_that_leave_the_base_alone_may_differ_from_those_of_prepare():

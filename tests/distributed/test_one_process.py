@@ -53,6 +53,18 @@ def test_fsdp2_of_a_model_that_is_not_prepared_is_refused(group, regional):
     assert "Call falqon_fx.prepare(model) before fully_shard" in str(caught.value)
 
 
+def test_fsdp2_is_refused_a_copy_of_what_it_shards(group):
+    from torch.distributed.fsdp import fully_shard
+
+    config = falqon_fx.FalqonConfig(inner="eager", transpose="store")
+    model = Stack()
+    falqon_fx.prepare(model, config, progress=False)
+    fully_shard(model, mesh=dist.init_device_mesh("cpu", (1,)))
+    call = torch.compile(model, backend="falqon", options=dict[str, Any](config=config))
+    with pytest.raises(BackendCompilerFailed, match='Set transpose="auto"'):
+        call(torch.randn(2, 32))
+
+
 def ddp(model: nn.Module, bucket: int | None, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     """``bucket``: bytes of gradients a bucket. Torch has no option for the first one."""
     if bucket is None:
