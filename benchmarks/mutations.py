@@ -104,7 +104,7 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "verify.py": (*_VERIFY, "passes/test_verify_experts.py"),
     "verify_experts.py": ("passes/test_verify_experts.py", "test_merged_experts.py"),
     "verify_nodes.py": _VERIFY,
-    "vocabulary.py": (_NORMALIZE, _MATCH, *reversed(_DIALECTS)),
+    "vocabulary.py": (_NORMALIZE, _MATCH, *reversed(_DIALECTS), *_FROZEN),
     "work.py": (*_VERIFY, "passes/test_autotune.py"),
     "writes.py": ("passes/test_writes.py",),
 }

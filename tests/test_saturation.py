@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 import falqon_fx
 from falqon_fx.passes import insert_operands, saturation
@@ -30,6 +31,19 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         made: Tensor = self.o(self.q(x) * self.k(x).tanh() + self.v(x))
+        return made
+
+
+class PlainLora(nn.Module):
+    """Without a branch, which a symbolic trace can't follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(32, 32).requires_grad_(False)
+        self.a, self.b = nn.Linear(32, 4, bias=False), nn.Linear(4, 32, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.base(x) + 2 * self.b(self.a(x))
         return made
 
 
@@ -111,3 +125,14 @@ def test_processes_keep_what_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
         again = Passes(adapter_dtype="fp8")
         again.run(model, x)
     assert kinds(again) == dict.fromkeys("qkvo", "fp8")
+
+
+def test_what_is_not_there_yet_has_clamped_nothing() -> None:
+    """As in `explain`, and wherever a model is looked at before it is loaded."""
+    with FakeTensorMode():
+        model, x = PlainLora(), torch.randn(8, 32)
+        config = falqon_fx.FalqonConfig(adapter_dtype="fp8")
+        result = falqon_fx.rewrite(torch.fx.symbolic_trace(model), [x], config)
+    (site,) = result.report.sites
+    assert parse_spec(site.spec).adapter == "fp8"
+    assert not result.report.graphs[0].notes
