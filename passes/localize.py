@@ -108,11 +108,16 @@ class _Layer:
 
     scope: Scope
     node: fx.Node
-    x: fx.Node
     weight: fx.Node
     bias: fx.Node | None
     way: str
     mesh: fx.Node
+
+    @property
+    def x(self) -> fx.Node:
+        """What it reads now: the edit of a layer before it may have put another node there."""
+        x: fx.Node = linear_arguments(self.node.args, self.node.kwargs)[0]
+        return x
 
     @property
     def params(self) -> list[fx.Node]:
@@ -154,7 +159,7 @@ def _layer(scope: Scope, node: fx.Node) -> _Layer | None:
     mesh = _mesh_of(x)
     if not way or mesh is None or (way == "rows" and not _leaves(node)):
         return None
-    return _Layer(scope, node, x, weight, bias, way, mesh)
+    return _Layer(scope, node, weight, bias, way, mesh)
 
 
 def _mesh_of(x: fx.Node) -> fx.Node | None:

@@ -10,11 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, distribute_module
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import falqon_fx
 from falqon_fx import FalqonConfig
+from falqon_fx._compat import value_of
 from tests.distributed.tensor_parallel import WIDTH, Checkpointed, cut, integers, make, mesh
 from tests.models import LoraLinear
 
@@ -38,13 +40,20 @@ def rewritten(model: nn.Module, x: Tensor) -> Any:
     torch._dynamo.reset()
     torch.compile(model, backend=backend)(x)
     (result,) = found
+    for node in nodes(result):
+        assert node.op in ("output", "get_attr") or value_of(node) is not None, node
     return result
 
 
-def counts(result: Any) -> Counter[str]:
-    """The operations by name, those of checkpoints' bodies too."""
+def nodes(result: Any) -> list[torch.fx.Node]:
+    """Those of checkpoints' bodies too."""
     graphs = [m.graph for m in result.gm.modules() if isinstance(m, torch.fx.GraphModule)]
-    targets = [node.target for graph in graphs for node in graph.nodes]
+    return [node for graph in graphs for node in graph.nodes]
+
+
+def counts(result: Any) -> Counter[str]:
+    """The operations by name."""
+    targets = [node.target for node in nodes(result)]
     names = (getattr(target, "__name__", str(target)) for target in targets)
     return Counter(name.partition(".")[0] for name in names)
 
@@ -71,8 +80,33 @@ def test_sites_are_those_of_one_process(sequence: bool, options: dict[str, Any],
     assert noted == [(report.sites[0].path, True)] * gathers
     found = counts(result)
     assert (found["gather_tokens"], found["from_local"]) == (gathers, 2 - gathers)
+    inputs = result.gm.graph.find_nodes(op="placeholder")
+    assert all(node.users for node in inputs if str(node.target).endswith("parameters_bias_"))
     # A of two layers cut by columns and B of one cut by rows: whole, with a part of the gradient.
     assert sum(parameter.mesh is not None for parameter in result.local) == 3
+
+
+class Whole(nn.Module):
+    """A layer that every process has all of, among DTensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.mesh = LoraLinear(WIDTH, WIDTH, bias=True), mesh()
+        distribute_module(self.layer, self.mesh)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.layer(DTensor.from_local(x, self.mesh, [Replicate()], run_check=False))
+        result: Tensor = made.to_local()
+        return result
+
+
+def test_a_layer_that_every_process_has_whole_is_a_site():
+    """In FP8; its adapter's part is added among DTensors, which is not looked into."""
+    result = rewritten(Whole(), integers((4, WIDTH), 2, 0))
+    (report,) = result.report.graphs
+    assert [site.path for site in report.sites] == ["layer.base_layer"]
+    assert [r.reason.partition(" is not")[0] for r in report.rejected] == ["the output of B(A(x))"]
+    assert counts(result)["linear"] == 2  # A's and B's, on local tensors
 
 
 def test_what_two_processes_cannot_share_evenly_is_left():
