@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from falqon_fx._compat import value_of
@@ -176,11 +177,12 @@ class _OutOf(_Move):
             for node in self.nodes:
                 new[node] = graph.node_copy(node, lambda n: new.get(n, n))
                 set_value(new[node], _like(value_of(node), tokens))
-            result = base.copy(graph, new[anchor], value_of(anchor))
+            result = base.copy(graph, new[anchor])
             if self.bias is not None:
+                both = [value_of(node).dtype for node in (result, self.bias)]
                 result = graph.node_copy(self.bias, lambda n: result if n is base.end else n)
-                set_value(result, value_of(anchor))
-                if value_of(self.bias).dtype != value_of(anchor).dtype:
+                set_value(result, value_of(self.bias).to(torch.promote_types(*both)))
+                if value_of(result).dtype != value_of(anchor).dtype:
                     result = graph.call_method("to", (result, value_of(anchor).dtype))
                     set_value(result, value_of(anchor))
             for key in _KEPT & anchor.meta.keys():

@@ -112,12 +112,12 @@ class Crossing:
         ways = [(cut_of(c.made), cut_of(c.end.args[0]), _gradient(c.end)) for c in (self, other)]
         return mesh_node(self.made) is mesh_node(other.made) and ways[0] == ways[1]
 
-    def copy(self, graph: fx.Graph, local: fx.Node, value: Any) -> fx.Node:
-        """The same for another local tensor; ``value`` is what it gives."""
-        new = {self.local: local}
+    def copy(self, graph: fx.Graph, local: fx.Node) -> fx.Node:
+        """The same for another local tensor of that shape, whatever its dtype."""
+        new, dtype = {self.local: local}, value_of(local).dtype
         for node in self.nodes:
             new[node] = graph.node_copy(node, lambda n: new.get(n, n))
-        set_value(new[self.end], value)
+            set_value(new[node], value_of(node).to(dtype))
         return new[self.end]
 
 

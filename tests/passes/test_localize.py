@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -11,13 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, distribute_module
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import falqon_fx
 from falqon_fx import FalqonConfig
 from falqon_fx._compat import value_of
-from tests.distributed.tensor_parallel import WIDTH, Checkpointed, cut, integers, make, mesh
+from tests.distributed.tensor_parallel import HIDDEN, WIDTH, Checkpointed, cut, integers, make, mesh
 from tests.models import LoraLinear
 
 ALL = ["down", "gate", "plain", "up"]
@@ -42,6 +43,11 @@ def rewritten(model: nn.Module, x: Tensor) -> Any:
     (result,) = found
     for node in nodes(result):
         assert node.op in ("output", "get_attr") or value_of(node) is not None, node
+        if node.name.startswith(("from_local", "redistribute", "to_local", "add")):
+            read = [
+                value_of(n).dtype for n in node.all_input_nodes if isinstance(value_of(n), Tensor)
+            ]
+            assert value_of(node).dtype == functools.reduce(torch.promote_types, read), node
     return result
 
 
@@ -64,6 +70,7 @@ def counts(result: Any) -> Counter[str]:
         (False, {}, 0),
         (True, {}, 1),
         (True, {"kind": Checkpointed}, 1),
+        (False, {"dtype": torch.bfloat16}, 0),
         # What is dropped is the gathered x, not its cast.
         (True, {"dtype": torch.bfloat16, "dropout": 0.5}, 0),
     ],
@@ -84,6 +91,42 @@ def test_sites_are_those_of_one_process(sequence: bool, options: dict[str, Any],
     assert all(node.users for node in inputs if str(node.target).endswith("parameters_bias_"))
     # A of two layers cut by columns and B of one cut by rows: whole, with a part of the gradient.
     assert sum(parameter.mesh is not None for parameter in result.local) == 3
+
+
+class Promoted(LoraLinear):
+    """Its sum stays in its adapter's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.base_layer(x) + self.lora_B(self.lora_A(x.float())) * self.scaling
+        return result
+
+
+def test_a_sum_in_a_wider_dtype_leaves_in_it():
+    layer = Promoted(HIDDEN, WIDTH, bias=True, dtype=torch.bfloat16)
+    parallelize_module(layer, mesh(), dict.fromkeys(["base_layer", "lora_A"], RowwiseParallel()))
+    result = rewritten(layer, integers((4, HIDDEN // 2), 2, 0).bfloat16())
+    (report,) = result.report.graphs
+    assert [len(report.sites), report.rejected] == [1, ()]
+    left = [value_of(n) for n in nodes(result) if n.name.startswith("from_local")]
+    assert [value.dtype for value in left] == [torch.float32]
+
+
+class Widened(LoraLinear):
+    """A's product is cast to B's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.base_layer(x) + self.lora_B(self.lora_A(x).float()) * self.scaling
+        return result
+
+
+def test_a_cast_of_what_enters_is_computed_on_each_process():
+    layer = Widened(WIDTH, HIDDEN, dtype=torch.bfloat16)
+    layer.lora_A.bfloat16()
+    parallelize_module(layer, mesh(), dict.fromkeys(["base_layer", "lora_B"], ColwiseParallel()))
+    result = rewritten(layer, integers((4, WIDTH), 2, 0).bfloat16())
+    (report,) = result.report.graphs
+    assert [len(report.sites), report.rejected] == [1, ()]
+    assert counts(result)["from_local"] == 1  # x alone
 
 
 class Whole(nn.Module):
