@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import fx, nn
 
 from falqon_fx._compat import is_dtensor, same_sizes, value_of
@@ -292,10 +293,15 @@ class _Edit:
             if not is_to_local(user):
                 self._add_bias(user, bias)
                 continue
+            readers_of, given = [*user.users], value_of(user)
+            wide = torch.promote_types(given.dtype, value_of(bias).dtype)
             with self.graph.inserting_after(user):
                 total = self.graph.call_function(operator.add, (user, bias))
-            self._describe(total, value_of(user))
-            readers_of = [n for n in user.users if n is not total]
+            self._describe(total, given.to(wide))
+            if wide != given.dtype:  # under autocast a layer's output has not its bias's dtype
+                with self.graph.inserting_after(total):
+                    total = self.graph.call_method("to", (total, given.dtype))
+                self._describe(total, given)
             for reader in readers_of:
                 reader.replace_input_with(user, total)
 
