@@ -49,13 +49,24 @@ def by_group(values: Tensor, size: int, cast: Callable[[Tensor, Tensor], Tensor]
     return cast(groups, groups.abs().amax(-1, keepdim=True)).flatten(-2)[..., :width]
 
 
-def by_block(values: Tensor) -> Tensor:
-    """One float32 scale for each 128 x 128."""
+def by_block(values: Tensor, scale: Any = "amax") -> Tensor:
+    """One scale for each 128 x 128, float32 or a power of two."""
     out, width = values.shape
     padded = nn.functional.pad(values, (0, -width % BLOCK, 0, -out % BLOCK))
     blocks = padded.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK))
-    cast = fp8(blocks, blocks.abs().amax((1, 3), keepdim=True), "amax")
+    cast = fp8(blocks, blocks.abs().amax((1, 3), keepdim=True), scale)
     return cast.flatten(2, 3).flatten(0, 1)[:out, :width]
+
+
+def by_row_least(values: Tensor) -> Tensor:
+    """Of 32 scales of a row, from amax / 448 to twice that, the one that moves it least."""
+    amax = values.abs().amax(-1, keepdim=True)
+    best, least = values, torch.full_like(amax, float("inf"))
+    for step in range(32):
+        cast = fp8(values, amax * 2 ** (step / 32), "amax")
+        off = (cast - values).square().sum(-1, keepdim=True)
+        best, least = torch.where(off < least, cast, best), torch.minimum(off, least)
+    return best
 
 
 def int8(values: Tensor) -> Tensor:
@@ -128,6 +139,27 @@ FORMS = {
     ),
     "fp8_block_row": Form(
         "FP8 blocks, cast again by row", lambda w: by_row(by_block(w)), by_row, 1 + 4 / 4096
+    ),
+    "fp8_block_token": Form(
+        "FP8 blocks of 128 x 128, x by token", by_block, by_row, 1 + 4 / BLOCK**2
+    ),
+    "fp8_block_row_amax": Form(
+        "FP8 blocks, cast again by row, amax / 448 a row and token",
+        lambda w: by_row(by_block(w), "amax"),
+        lambda x: by_row(x, "amax"),
+        1 + 4 / 4096,
+    ),
+    "fp8_block_row_least": Form(
+        "FP8 blocks, cast again by row, the scale of a row that loses least",
+        lambda w: by_row_least(by_block(w)),
+        by_row,
+        1 + 4 / 4096,
+    ),
+    "fp8_block_pow2_row": Form(
+        "FP8 blocks with powers of two, cast again by row",
+        lambda w: by_row(by_block(w, "pow2")),
+        by_row,
+        1 + 4 / 4096,
     ),
     "mxfp8": Form("MXFP8, both", mx, mx, 1 + 1 / 32),
     "int8": Form("INT8, a scale a row and token", int8, int8, 1 + 4 / 4096),
