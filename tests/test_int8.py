@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -16,19 +15,16 @@ from hypothesis import strategies as st
 from torch._dynamo.exc import BackendCompilerFailed
 
 import falqon_fx
-from falqon_fx import FalqonConfig, FalqonConfigError, FalqonError
+from falqon_fx import FalqonConfig, FalqonError
 from falqon_fx.files import storage
 from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.ops.lowering import merged_linear_grad_x
-from falqon_fx.report import repro
 from falqon_fx.site.agreement import check_options
 from falqon_fx.site.base import cast_base
 from falqon_fx.site.numerics import INT8, amax_to_scale, decode_fp8, encode_fp8, round_to_fp8
 from falqon_fx.site.spec import SiteSpec, parse_spec
 from tests.emulation import cast, emulate
-from tests.folders import BF16, IDS, dense_model, folder_of, lora
 from tests.models import Net, compiled, fill_b, tiny_mlp
-from tests.parameters import slow
 from tests.sites import randn
 from tests.strategies import SEEDS
 from tests.tolerances import assert_within, fp8_cast_bound
@@ -87,15 +83,6 @@ def test_the_gradient_of_x_has_no_cast_of_the_gradient():
     found = merged_linear_grad_x([grad], [code], [scale], [], [], [], torch.float32, str(SPEC))
     wanted = grad.double() @ (code.double() * scale.double())
     assert_within(found, wanted, 2.0**-8 * wanted.abs())
-
-
-@pytest.mark.parametrize("options", [{}, {"scale": "amax"}, {"granularity": "tensor"}], ids=str)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_site_alone_is_right(options, dtype):
-    spec = str(SiteSpec.from_config(replace(CONFIG, **options)))
-    for site in ({}, {"dropout": 0.25}, {"train_a": False}):
-        found = repro.check(70, 130, 8, 33, 0.5, dtype, "float32", spec, adapters=2, **site)
-        assert found.right, found
 
 
 # -- models ----------------------------------------------------------------------------------------
@@ -160,25 +147,6 @@ def test_calibration_buys_back_the_cast_errors_of_int8():
 # -- files -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, slow({"scale": "pow2", "init": "svd"})], ids=str)
-def test_prequantize_is_prepare_bit_for_bit(tmp_path, options):
-    transformers = pytest.importorskip("transformers")
-    config = replace(CONFIG, **options)
-    folder_of(dense_model(), tmp_path / "dense", "20KB")
-    falqon_fx.prequantize(tmp_path / "dense", tmp_path / "out", lora(), config, progress=False)
-    loaded = falqon_fx.load(tmp_path / "out")
-    dense = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=BF16)
-    expected = peft.get_peft_model(dense, lora())
-    falqon_fx.prepare(expected, config, progress=False)
-    named = dict(expected.named_parameters())
-    for name, parameter in loaded.named_parameters():
-        if config.init == "svd" or "lora_A" not in name:
-            assert torch.equal(parameter, named[name]), name
-    codes = [p for name, p in loaded.named_parameters() if name.endswith(".code")]
-    assert len(codes) == 14
-    assert {code.dtype for code in codes} == {torch.int8}
-
-
 def test_a_checkpoint_that_names_no_base_dtype_is_of_fp8(tmp_path):
     """As all were before there was a choice."""
     torch.manual_seed(0)
@@ -211,54 +179,6 @@ def test_a_checkpoint_of_the_other_dtype_brings_it_and_compiled_code_is_told(tmp
 
 
 # -- refused ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "options", [{"update": "rows"}, {"adapter_dtype": "fp8"}, {"grad_dtype": "e4m3"}], ids=str
-)
-def test_options_of_fp8_are_refused(options):
-    ((name, value),) = options.items()
-    with pytest.raises(FalqonConfigError) as error:
-        FalqonConfig(base_dtype="int8", **options)
-    assert f"{name!r}: {value!r} is of FP8" in str(error.value)
-    assert error.value.remedy == f'Leave {name} out, or set base_dtype="fp8"'
-
-
-@pytest.mark.parametrize("prepared", ["fp8", "int8"])
-def test_a_base_is_never_run_in_the_other_dtype(prepared):
-    torch.manual_seed(0)
-    model = tiny_mlp()
-    falqon_fx.prepare(model, FalqonConfig(base_dtype=prepared), progress=False)
-    other = "int8" if prepared == "fp8" else "fp8"
-    with pytest.raises(BackendCompilerFailed) as error:
-        compiled(model, base_dtype=other)(randn(3, 32))
-    assert "Give prepare() and torch.compile() the same config" in str(error.value)
-    assert "base_dtype='int8'" in str(error.value)
-
-
-def test_a_state_dict_of_the_other_dtype_is_refused():
-    torch.manual_seed(0)
-    fp8, model = tiny_mlp(), tiny_mlp()
-    falqon_fx.prepare(fp8, progress=False)
-    falqon_fx.prepare(model, CONFIG, progress=False)
-    before = {name: t.clone() for name, t in model.state_dict().items()}
-    with pytest.raises(FalqonError, match=r"its code is torch.int8 .* has torch.uint8"):
-        model.load_state_dict(fp8.state_dict())
-    layer = "base_model.model.0.base_layer"
-    assert torch.equal(model.state_dict()[f"{layer}.code"], before[f"{layer}.code"])
-
-
-@pytest.mark.parametrize("prepared", [True, slow(False)])
-def test_a_folder_of_fp8_is_refused(tmp_path, prepared):
-    torch.manual_seed(0)
-    model = peft.get_peft_model(dense_model(num_hidden_layers=1), lora())
-    if prepared:
-        falqon_fx.prepare(model, CONFIG, progress=False)
-    else:
-        compiled(model, base_dtype="int8")(IDS)
-    with pytest.raises(FalqonError, match=r"its base weight is INT8, .*folder would hold FP8"):
-        falqon_fx.save_fp8(model, tmp_path / "out", progress=False)
-    assert not Path(tmp_path / "out").exists()
 
 
 def test_weights_that_are_cut_over_processes_are_refused():

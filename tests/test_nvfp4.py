@@ -14,19 +14,17 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import BackendCompilerFailed
 
 import falqon_fx
-from falqon_fx import FalqonConfig, FalqonConfigError, FalqonError
+from falqon_fx import FalqonConfig, FalqonError
 from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.passes import checks
-from falqon_fx.report import repro
 from falqon_fx.site import nvfp4
 from falqon_fx.site.agreement import check_options
 from falqon_fx.site.base import cast_base
 from falqon_fx.site.spec import SiteSpec, parse_spec
 from tests.emulation import cast_nvfp4, codes_of, emulate
-from tests.folders import BF16, IDS, WIDE, dense_model, folder_of, lora
+from tests.folders import BF16, IDS, WIDE, dense_model, lora
 from tests.models import Net, compiled, fill_b, tiny_mlp
 from tests.parameters import slow
 from tests.sites import randn
@@ -64,16 +62,6 @@ def test_a_base_is_cast_as_by_the_definition(scale):
     assert base.nbytes == 70 * 64 * 9 // 16 + 4
     assert torch.equal(base.scale, wanted)
     assert torch.equal(codes_of(base.code), codes)
-
-
-@pytest.mark.parametrize("options", [{}, {"scale": "amax"}, {"granularity": "tensor"}], ids=str)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_site_alone_is_right(options, dtype):
-    """Against float64, within the rounding of the products: what is decoded is exact."""
-    spec = str(SiteSpec.from_config(replace(CONFIG, **options)))
-    for site in ({}, {"dropout": 0.25}, {"train_a": False}):
-        found = repro.check(70, 144, 8, 33, 0.5, dtype, "float32", spec, adapters=2, **site)
-        assert found.right, found
 
 
 # -- models ----------------------------------------------------------------------------------------
@@ -190,27 +178,6 @@ def own_memory() -> int:
 # -- files -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [slow({}), {"scale": "amax", "init": "svd"}], ids=str)
-def test_prequantize_is_prepare_bit_for_bit(tmp_path, options):
-    transformers = pytest.importorskip("transformers")
-    config = replace(CONFIG, **options)
-    folder_of(dense_model(num_hidden_layers=1), tmp_path / "dense")
-    falqon_fx.prequantize(tmp_path / "dense", tmp_path / "out", lora(), config, progress=False)
-    loaded = falqon_fx.load(tmp_path / "out")
-    dense = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=BF16)
-    expected = peft.get_peft_model(dense, lora())
-    falqon_fx.prepare(expected, config, progress=False)
-    named = dict(expected.named_parameters())
-    for name, parameter in loaded.named_parameters():
-        if config.init == "svd" or "lora_A" not in name:
-            assert torch.equal(parameter, named[name]), name
-    codes = [p for name, p in loaded.named_parameters() if name.endswith(".code")]
-    assert len(codes) == 7
-    assert all(map(nvfp4.is_packed, codes))
-    run = torch.compile(loaded, backend="falqon", options=dict[str, Any](config=config))
-    assert run(IDS).logits.isfinite().all()
-
-
 def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(tmp_path):
     """Prepared anew from the same weights, or in FP8 before."""
 
@@ -251,36 +218,6 @@ UP = "base_model.model.model.layers.0.mlp.up_proj.base_layer"
 # -- refused ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{"update": "rows"}, {"adapter_dtype": "fp8"}], ids=str)
-def test_options_of_fp8_are_refused(options):
-    ((name, value),) = options.items()
-    with pytest.raises(FalqonConfigError) as error:
-        FalqonConfig(base_dtype="nvfp4", **options)
-    assert f"{name!r}: {value!r} is of FP8 weights" in str(error.value)
-
-
-@pytest.mark.parametrize(("prepared", "asked"), [("fp8", "nvfp4"), ("nvfp4", "fp8")])
-def test_a_base_is_never_run_in_another_dtype(prepared, asked):
-    torch.manual_seed(0)
-    model = tiny_mlp()
-    falqon_fx.prepare(model, FalqonConfig(base_dtype=prepared), progress=False)
-    with pytest.raises(BackendCompilerFailed) as error:
-        compiled(model, base_dtype=asked)(randn(3, 32))
-    assert "Give prepare() and torch.compile() the same config" in str(error.value)
-    assert "base_dtype='nvfp4'" in str(error.value)
-
-
-def test_a_state_dict_of_another_dtype_is_refused():
-    torch.manual_seed(0)
-    fp8, model = tiny_mlp(), tiny_mlp()
-    falqon_fx.prepare(fp8, progress=False)
-    falqon_fx.prepare(model, CONFIG, progress=False)
-    before = {name: t.clone() for name, t in model.state_dict().items()}
-    with pytest.raises(FalqonError, match=r"is \[48, 9, 2\], the state dict has \[48, 32"):
-        model.load_state_dict(fp8.state_dict())
-    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
-
-
 def test_bytes_that_were_averaged_are_noticed():
     torch.manual_seed(0)
     model = tiny_mlp()
@@ -294,15 +231,6 @@ def test_bytes_that_were_averaged_are_noticed():
         with torch.no_grad():
             layer.code[place] -= 1
     compiled(model, base_dtype="nvfp4")(randn(3, 32))
-
-
-def test_a_folder_of_fp8_is_refused(tmp_path):
-    torch.manual_seed(0)
-    model = peft.get_peft_model(dense_model(), lora())
-    falqon_fx.prepare(model, CONFIG, progress=False)
-    with pytest.raises(FalqonError, match=r"its base weight is NVFP4, .*folder would hold FP8"):
-        falqon_fx.save_fp8(model, tmp_path / "out", progress=False)
-    assert not (tmp_path / "out").exists()
 
 
 def test_weights_that_are_cut_over_processes_are_refused():
