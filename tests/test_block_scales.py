@@ -186,12 +186,15 @@ def test_prequantize_takes_them_too(tmp_path, exact):
             assert torch.equal(left[name], tensor)
 
 
-def test_a_layer_that_is_to_stay_dense_can_not(tmp_path):
+def test_a_layer_that_is_left_out_is_decoded(tmp_path):
+    """In the model's dtype, in which powers of two keep it exactly."""
     published(tmp_path / "fp8", True)
     config = FalqonConfig(exclude=["*.up_proj"])
-    with pytest.raises(FalqonError, match="its layer is none that is cast"):
-        falqon_fx.prequantize(tmp_path / "fp8", tmp_path / "out", lora(), config, progress=False)
-    assert not (tmp_path / "out").exists()
+    falqon_fx.prequantize(tmp_path / "fp8", tmp_path / "out", lora(), config, progress=False)
+    model, dense = falqon_fx.load(tmp_path / "out"), by_transformers(tmp_path / "fp8")
+    assert len(falqon_fx.adapters(model)) == 12
+    kept = model.get_parameter(f"base_model.model.{UP}.base_layer.weight")
+    assert torch.equal(kept, dense.get_parameter(f"{UP}.weight"))
 
 
 def test_it_trains_and_is_exported(tmp_path):
@@ -258,6 +261,10 @@ def edited(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
     tensors = safetensors.load_file(file)
     change(tensors)
     safetensors.save_file(tensors, file, metadata={"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    known = json.loads(index.read_text())["weight_map"]
+    known = {n: f for n, f in known.items() if f != file.name} | dict.fromkeys(tensors, file.name)
+    index.write_text(json.dumps({"weight_map": known}))
 
 
 def set_scale(value: float) -> Callable[[dict[str, Tensor]], None]:
@@ -269,6 +276,14 @@ def set_scale(value: float) -> Callable[[dict[str, Tensor]], None]:
 
 def cut_scales(tensors: dict[str, Tensor]) -> None:
     tensors[f"{UP}.weight_scale_inv"] = tensors[f"{UP}.weight_scale_inv"][:-1].clone()
+
+
+def lose_scales(tensors: dict[str, Tensor]) -> None:
+    del tensors[f"{UP}.weight_scale_inv"]
+
+
+def mix(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{UP}.weight"] = tensors[f"{UP}.weight"].float().char()
 
 
 def break_code(tensors: dict[str, Tensor]) -> None:
@@ -283,6 +298,7 @@ DAMAGES = {
     "huge": (set_scale(2.0**16), "exceeds 65536"),
     "cut": (cut_scales, r"has float32 \[5, 2\] as its scales, .* need \[6, 2\]"),
     "code": (break_code, "NaN"),
+    "lost": (lose_scales, "holds no scale for it|F8_E4M3 already"),
 }
 
 
@@ -300,6 +316,16 @@ def test_damaged_blocks_are_refused(tmp_path, damage, way):
     change, message = DAMAGES[damage]
     edited(published(tmp_path / "fp8", True), change)
     with pytest.raises(FalqonError, match=rf"{UP}.*{message}"):
+        WAYS[way](tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("way", "message"), [("load", "FP8, INT8"), ("prequantize", f"{UP}.*need")]
+)
+def test_a_weight_in_another_form_is_refused(tmp_path, way, message):
+    edited(published(tmp_path / "fp8", True), mix)
+    with pytest.raises(FalqonError, match=message):
         WAYS[way](tmp_path)
     assert not (tmp_path / "out").exists()
 

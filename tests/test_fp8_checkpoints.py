@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import falqon_fx
 from falqon_fx import (
@@ -207,3 +209,64 @@ def test_other_quantizations_are_refused(tmp_path):
     file.write_text(json.dumps(config))
     with pytest.raises(FalqonError, match="4 bits of type 'float'"):
         falqon_fx.load(tmp_path / "fp8")
+
+
+# -- damaged ---------------------------------------------------------------------------------------
+
+UP = "model.layers.0.mlp.up_proj"
+
+
+def scale_with(value: float) -> Callable[[dict[str, Tensor]], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{UP}.weight_scale"][3] = value
+
+    return change
+
+
+def put(name: str, tensor: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{UP}.{name}"] = tensor(tensors[f"{UP}.{name}"]).contiguous()
+
+    return change
+
+
+def break_code(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{UP}.weight"].view(torch.uint8)[3, 3] = 0xFF
+
+
+def lose_scale(tensors: dict[str, Tensor]) -> None:
+    del tensors[f"{UP}.weight_scale"]
+
+
+DAMAGES = {
+    "NaN": (scale_with(float("nan")), "1 of its 48 scales in .* are NaN"),
+    "Inf": (scale_with(float("inf")), "1 of its 48 scales in .* are Inf"),
+    "zero": (scale_with(0.0), "1 of its 48 scales in .* are zero"),
+    "negative": (scale_with(-1.0), "1 of its 48 scales in .* are negative"),
+    "code": (break_code, "1 of its FP8 bytes in .* are NaN"),
+    "no scale": (lose_scale, "holds no scale for it"),
+    "too few": (put("weight_scale", lambda t: t[1:]), r"\[47, 1\] as its scales"),
+    "integers": (put("weight_scale", lambda t: t.int()), r"scales int32 \[48, 1\]"),
+    "another shape": (put("weight", lambda t: t[:, :16]), r"float8_e4m3fn|\[48, 16\]"),
+    "INT8 beside it": (put("weight", lambda t: t.float().char()), "its weights are FP8, INT8"),
+    "E5M2": (put("weight", lambda t: t.float().to(torch.float8_e5m2)), "up_proj"),
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("fp8")
+    exported(folder)
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_weights_are_refused_by_name(source, tmp_path, damage):
+    change, message = DAMAGES[damage]
+    tensors = safetensors.load_file(source / "model.safetensors")
+    change(tensors)
+    safetensors.save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(source / "config.json", tmp_path)
+    with pytest.raises(FalqonError, match=message) as error:
+        falqon_fx.load(tmp_path, lora())
+    assert "up_proj" in str(error.value) or "FP8, INT8" in message

@@ -145,6 +145,24 @@ def test_prequantize_casts_what_it_decodes(source, tmp_path, base_dtype):
         assert torch.equal(state.scale, wanted.scale)
 
 
+@pytest.mark.parametrize("shape", [(1,), (), (1, 1)], ids=str)
+def test_one_scale_for_all_of_a_weight_is_taken(source, tmp_path, shape):
+    """By `load` as it is; `prequantize` casts what it decodes."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{UP}.weight_scale"] = tensors[f"{UP}.weight_scale"][3].reshape(shape)
+
+    folder = changed(source, tmp_path / "whole", change)
+    base = falqon_fx.adapters(falqon_fx.load(folder, lora()))[f"base_model.model.{UP}"].base()
+    code, scale = (tensors_in(source)[f"{UP}.{end}"] for end in ("weight", "weight_scale"))
+    assert torch.equal(base, code.float() * scale[3].float())
+    config = FalqonConfig(base_dtype="int8")
+    with pytest.warns(UserWarning, match="cast again here"):
+        falqon_fx.prequantize(folder, tmp_path / "out", lora(), config, progress=False)
+    again = falqon_fx.adapters(falqon_fx.load(tmp_path / "out"))[f"base_model.model.{UP}"]
+    assert torch.equal(again.base(), cast_base(base, SiteSpec.from_config(config)).dequantize())
+
+
 def test_static_scales_of_activations_are_left_out(source, tmp_path):
     """x is cast by its own largest values."""
 

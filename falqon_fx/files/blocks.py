@@ -22,8 +22,9 @@ from torch import Tensor
 
 from falqon_fx.errors import FalqonError, one_line
 from falqon_fx.files.site_checks import described
+from falqon_fx.site import nvfp4
 from falqon_fx.site.base import Base, cast_base, check_base, check_weight
-from falqon_fx.site.numerics import as_code, powers_of_two
+from falqon_fx.site.numerics import E4M3, as_code, powers_of_two
 from falqon_fx.site.spec import SiteSpec
 
 STRIP = 1 << 24  # elements that are decoded at a time
@@ -70,6 +71,19 @@ def block_size(settings: Mapping[str, Any], directory: Path) -> tuple[int, int] 
     return sizes.pop() if sizes else None
 
 
+MXFP4 = (1, 32)  # rows and columns that share a scale
+
+
+def has_mxfp4(settings: Mapping[str, Any]) -> bool:
+    """Whether experts are in four bits, by a ``quantization_config`` of DeepSeek V4."""
+    return settings.get("expert_dtype") == "fp4"
+
+
+def of_mxfp4(packed: Tensor) -> Tensor:
+    """Codes [out, in / 2] of two E2M1 values a byte, in E4M3, which has all of these."""
+    return nvfp4.values(packed.view(torch.uint8)).to(E4M3)
+
+
 def _size(given: Any, directory: Path) -> tuple[int, int] | None:
     if given is None:
         return None
@@ -93,7 +107,7 @@ def check_blocks(
         problem = f"it has {described(scale)} as its scales, and config.json names no blocks"
         raise FalqonError(path, problem, _CHECK)
     expected = tuple(-(-n // of_block) for n, of_block in zip(code.shape, size, strict=True))
-    if scale.shape != expected:
+    if _grid(scale).shape != expected:
         problem = (
             f"{where} has {described(scale)} as its scales, and blocks of {size[0]} x {size[1]} "
             f"of {list(code.shape)} need {list(expected)}"
@@ -106,8 +120,13 @@ def check_blocks(
 def dequantize(code: Tensor, scale: Tensor, size: tuple[int, int]) -> Tensor:
     """W, float32 [out, in], for codes [out, in], E4M3 or int8, and one scale per block."""
     out, features = code.shape
-    factors = scale.to(torch.float32).repeat_interleave(size[0], 0)[:out]
+    factors = _grid(scale).to(torch.float32).repeat_interleave(size[0], 0)[:out]
     return code.to(torch.float32) * factors.repeat_interleave(size[1], 1)[:, :features]
+
+
+def _grid(scale: Tensor) -> Tensor:
+    """One scale for all of a weight may have any number of dimensions."""
+    return scale.reshape(1, 1) if scale.numel() == 1 else scale
 
 
 def cast_again(

@@ -5,13 +5,14 @@ of which transformers makes the stack as it loads them. Its own conversions say 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from falqon_fx.errors import FalqonError
 from falqon_fx.files.export_files import renamed
 from falqon_fx.model.stacks import Fp8Stack, is_experts
 from falqon_fx.site.paths import IN_FP8
@@ -32,9 +33,44 @@ class Part:
         return slice(self.first, self.last)
 
     @property
+    def size(self) -> int:
+        return self.last - self.first
+
+    @property
     def layer(self) -> str:
         """The path of the linear layer that engines see."""
         return self.name.removesuffix(".weight")
+
+
+def whole_scale(stack: str, parts: Sequence[Part]) -> str:
+    """What transformers calls the scales of a stack of that name where it has cast the model to
+    FP8 itself: it saves each expert's weights alone, and their scales in one tensor.
+    """
+    experts = parts[0].layer.rsplit(".", 2)[0]
+    return f"{experts}.{stack.rpartition('.')[2]}_scale_inv"
+
+
+def check_whole_scale(name: str, scale: Tensor, experts: int) -> None:
+    """Refuse scales of a stack that are not of so many experts.
+
+    Raises:
+        FalqonError: they are not.
+    """
+    if scale.dim() != 3 or len(scale) != experts:
+        problem = f"its scales are {list(scale.shape)}, not those of {experts} experts"
+        raise FalqonError(name, problem, "Check the checkpoint")
+
+
+def parted_scale(scale: Tensor, parts: Sequence[Part], out: int) -> list[Tensor]:
+    """The scales of each part, of scales [E, blocks of ``out`` rows, blocks of columns]; whether
+    they are as many as the part's blocks is for the caller to see.
+    """
+    found = []
+    for part in parts:
+        expert, first = divmod(part.first, out)
+        begin, end = (rows * scale.shape[1] // out for rows in (first, first + part.size))
+        found.append(scale[expert, begin : max(end, begin + 1)])
+    return found
 
 
 def parts_of(model: Any, stacks: Mapping[str, tuple[int, int]]) -> dict[str, tuple[Part, ...]]:
@@ -60,6 +96,20 @@ def parts_of(model: Any, stacks: Mapping[str, tuple[int, int]]) -> dict[str, tup
         if [part.first for part in parts] == ends[:-1] and ends[-1] == experts * out:
             whole[name] = parts
     return whole
+
+
+def parts_in(
+    names: Collection[str], parts: Mapping[str, tuple[Part, ...]]
+) -> dict[str, tuple[Part, ...]]:
+    """Parts by the names that a checkpoint has for them: it may lack the first word, which is that
+    of the model inside (DeepSeek V4).
+    """
+
+    def known(part: Part) -> Part:
+        short = part.name.partition(".")[2]
+        return replace(part, name=short) if part.name not in names and short in names else part
+
+    return {name: tuple(map(known, each)) for name, each in parts.items()}
 
 
 def _is_matrix(name: str, rows: Tensor) -> bool:

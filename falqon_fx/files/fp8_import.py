@@ -24,9 +24,11 @@ from falqon_fx.files.hf import (
     lora_config,
     read_entries,
     read_index,
+    takes_decoded,
 )
 from falqon_fx.files.model_state import Site
 from falqon_fx.files.nvfp4_import import is_nvfp4, quantization_of
+from falqon_fx.files.public_names import without_left_out
 from falqon_fx.files.site_checks import described
 from falqon_fx.files.stack_files import Checkpoint
 from falqon_fx.files.units import OF_CACHE, OF_INPUT, SCALES, ZERO_POINT
@@ -61,13 +63,15 @@ def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = No
             f"'rows' would write into the weights of {directory}, which are loaded as they are",
             "Set update='adapter'; or load the dense model, and call falqon_fx.prepare(model)",
         )
-    tensors = _read(directory)
-    settings = quantization_of(directory)
-    model = empty_model(directory, lora_config(lora), len(tensors))
+    index, settings = read_index(directory), quantization_of(directory)
+    model = empty_model(directory, lora_config(lora), len(index))
+    tensors = _read(directory, without_left_out(model.get_base_model(), index))
+    known = Checkpoint(model, tensors)
+    tensors = known.scales_parted(tensors)
     take = _nvfp4 if is_nvfp4(settings, directory) else _eight_bits
     bases, config, used = take(tensors, settings, directory, config)
     kind, spec = config.base_dtype, SiteSpec.from_config(config)
-    dtype, known = dtype_name(model.get_base_model().dtype), Checkpoint(model)
+    dtype = dtype_name(model.get_base_model().dtype)
     adapted = {layer.path for layer in lora_layers(model)}
     layers: dict[str, tuple[Site, Mapping[str, Tensor]]] = {}
     site: Site = {"dtype": dtype, "transposed": False, "spec": asdict(spec)}
@@ -76,9 +80,17 @@ def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = No
         raise FalqonError(stacks[0], problem, "Take an FP8 checkpoint, or a dense one")
     for path, experts, base in known.stacked(bases):
         layers[path] = ({**site, "experts": experts}, _tensors(base))
+    modules: dict[str, Any] = dict(model.named_modules())
+    dense: dict[str, Tensor] = {}
     for name, base in bases.items():
-        path = f"base_model.model.{name}"
+        path = known.layer(name)
+        if takes_decoded(modules.get(path)):
+            weight = _decoded(name, base, tensors, settings, directory)
+            dense[f"{name}.weight"] = weight.to(model.get_base_model().dtype)
+            continue
         path = f"{path}.base_layer" if path in adapted else path
+        if path in layers:
+            raise FalqonError(name, f"{directory} has it twice, as {path}, too", "Remove one")
         layers[path] = (site, _tensors(base))
     of_cache = {name for name in tensors if name.endswith(OF_CACHE)}
     if of_cache:
@@ -88,8 +100,8 @@ def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = No
             "needs them again.",
             stacklevel=3,
         )
-    rest = known.placed({n: t for n, t in tensors.items() if n not in used | of_cache})
-    return fill(model, layers, rest, str(directory))
+    rest = {n: t for n, t in tensors.items() if n not in used | of_cache} | dense
+    return fill(model, layers, known.placed(rest), str(directory))
 
 
 # The base weights by the paths of their layers, the config that they make, and the tensors used.
@@ -105,16 +117,19 @@ def _eight_bits(
     """FP8 and INT8 weights."""
     _check_settings(settings, directory)
     size = blocks.block_size(settings, directory)
+    in_four = {n for n, t in tensors.items() if t.dtype == INT8 and blocks.has_mxfp4(settings)}
+    tensors = {n: blocks.of_mxfp4(t) if n in in_four else t for n, t in tensors.items()}
     cast = {n: t for n, t in tensors.items() if t.dtype in _OPERANDS and not n.endswith(_BESIDE)}
     weights = {name.removesuffix(".weight"): tensor for name, tensor in cast.items()}
     kind = _base_dtype(weights, settings, directory)
     _check_zero_points(tensors)
     found = {path: _scale(path, w, tensors, directory) for path, w in weights.items()}
-    in_blocks = {
-        path: (w, found[path], blocks.check_blocks(path, w, found[path], size, str(directory)))
-        for path, w in weights.items()
-        if blocks.has_blocks(w, found[path])
-    }
+    in_blocks: dict[str, tuple[Tensor, Tensor, tuple[int, int]]] = {}
+    for path, weight in weights.items():
+        if blocks.has_blocks(weight, scale := found[path]):
+            own = blocks.MXFP4 if f"{path}.weight" in in_four else size
+            own = blocks.check_blocks(path, weight, scale, own, str(directory))
+            in_blocks[path] = (weight, scale, own)
     of_rows = {p: _row_scale(weights[p], s) for p, s in found.items() if p not in in_blocks}
     config = config or FalqonConfig(base_dtype=kind)
     config = replace(config, granularity="row", base_dtype=kind)
@@ -147,15 +162,33 @@ def _nvfp4(
     return {p: base for p, (base, _) in again.items()}, config, nvfp4_import.taken(names)
 
 
+def _decoded(
+    path: str,
+    base: Base,
+    tensors: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
+    directory: Path,
+) -> Tensor:
+    """W, float32; of one in blocks as it is published, not as it was cast again."""
+    code, size = tensors.get(f"{path}.weight"), blocks.block_size(settings, directory)
+    if code is None or code.dtype != E4M3 or size is None:
+        return base.dequantize()
+    scale = _scale(path, code, tensors, directory)
+    return (
+        blocks.dequantize(code, scale, size)
+        if blocks.has_blocks(code, scale)
+        else base.dequantize()
+    )
+
+
 def _tensors(base: Base) -> dict[str, Tensor]:
     """The tensors of a prepared layer."""
     own = {"code": base.code, "scale": scale_bits(base.scale)}
     return {**own, "digest": digest(base.code, base.scale)}
 
 
-def _read(directory: Path) -> dict[str, Tensor]:
+def _read(directory: Path, index: Mapping[str, str]) -> dict[str, Tensor]:
     """Each tensor from the file that the index says holds it."""
-    index = read_index(directory)
     names = defaultdict(list)
     for name in read_entries(directory, index):
         names[index[name]].append(name)

@@ -78,6 +78,14 @@ def fill(
     return loaded
 
 
+def takes_decoded(module: Any) -> bool:
+    """Whether a weight is of another module than a linear layer: an embedding, a router, a product
+    in groups (DeepSeek V4's o_a_proj).
+    """
+    inside = getattr(module, "base_layer", module)  # of PEFT's wrapper
+    return isinstance(getattr(inside, "weight", None), Tensor) and not is_linear(inside)
+
+
 def _size(model: nn.Module, path: str, site: Site, where: str) -> tuple[int, int]:
     """[out, in] of the linear layer in whose place an FP8 one comes, or all rows of a stack."""
     if "experts" in site:

@@ -83,5 +83,5 @@ def _load(directory: Path, lora: Any, config: FalqonConfig | None, verify: bool)
         layers[path] = (site, found)
     if len(layers) != len(by_file) or len(by_file) != len(manifest["sites"]):
         raise DamagedFileError(directory / MANIFEST, "its sites and files don't belong together")
-    placed = Checkpoint(model).placed(tensors) | new_a
+    placed = Checkpoint(model, tensors).placed(tensors) | new_a
     return fill(model, layers, placed, str(directory), verify=verify)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
-from falqon_fx.files import atomic, blocks, disk, seals, storage
+from falqon_fx.files import atomic, blocks, decoded, disk, seals, storage
 from falqon_fx.files.checkpoint import versions
 from falqon_fx.files.hf import (
     empty_model,
@@ -39,6 +39,7 @@ from falqon_fx.files.nvfp4_import import (
     quantization_of,
     warn_of_a_second_cast,
 )
+from falqon_fx.files.public_names import PublicNames, without_left_out
 from falqon_fx.files.stack_files import StackLayer, stacks_to_cast
 from falqon_fx.files.units import Unit, layers_to_cast, units_of
 from falqon_fx.files.workers import Admission, Clock, shared_threads
@@ -112,22 +113,24 @@ def prequantize(
         index = read_index(source)
         others = seals.known_files(source, _COPIED)
         skeleton = empty_model(source, lora_config(lora), len(index))
+        index = without_left_out(skeleton.get_base_model(), index)
         settings = quantization_of(source)
         nvfp4 = names_of(index, source) if is_nvfp4(settings, source) else {}
         config = config or (FalqonConfig(base_dtype="nvfp4") if nvfp4 else DEFAULT)
         weights = index | {f"{path}.weight": index[n.codes] for path, n in nvfp4.items()}
+        named = PublicNames(skeleton.get_base_model()).by_own(weights)
         layers: Layers = {
-            **layers_to_cast(skeleton, weights, config),
+            **layers_to_cast(skeleton, named, config),
             **stacks_to_cast(skeleton, weights, config),
         }
-        block = blocks.block_size(settings, source)
-        units = units_of(layers, source, index, block, nvfp4, skeleton.get_base_model().dtype)
+        dtype = skeleton.get_base_model().dtype
+        units = units_of(layers, named, source, index, settings, nvfp4, dtype)
         if nvfp4 and config.base_dtype == "nvfp4":
             wholes = (names.whole for names in nvfp4.values())
             config = as_published(config, (read_tensor(source / index[n], n) for n in wholes))
         elif nvfp4:
             warn_of_a_second_cast(source, config.base_dtype, len(nvfp4))
-        blocks.warn_unless_exact(_scales(units, source, index), source)
+        blocks.warn_unless_exact(decoded.scales_of(units, source, index), source)
     partial = atomic.working_folder(out)
     atomic.refuse_link(partial)
     clock = Clock()
@@ -238,14 +241,16 @@ def _convert(
     """
     with admit(unit.bytes * _memory_of(unit)):
         with clock("read"):
-            tensors = {name: read_tensor(source / index[name], name) for name in unit.tensors}
+            tensors = decoded.read(unit, source, index)
             known = {name: storage.digest(tensor) for name, tensor in tensors.items()}
             written = _written(partial, unit, known)
         if written is not None:
             return written, True
-        if unit.layer is not None:
-            with clock("cast"):
+        with clock("cast"):
+            if unit.layer is not None:
                 tensors = _cast(unit, layers[unit.layer], tensors, source, config)
+            elif unit.dtype:
+                tensors = decoded.left_dense(unit, tensors, source)
         with clock("write"), atomic.aside(partial) as folder:
             described = storage.write_tensors(folder / "tensors", tensors)
             atomic.rename(folder / "tensors", partial / unit.file)
@@ -257,26 +262,9 @@ def _convert(
 
 def _memory_of(unit: Unit) -> int:
     """What casting it takes, in the bytes that it has in the checkpoint."""
-    if unit.layer is None:
+    if not unit.dtype:
         return 1
-    return 24 if unit.nvfp4 is not None else 4 if unit.block is None else 12
-
-
-def _dense(unit: Unit, site: str, tensors: Mapping[str, Tensor], source: Path) -> Tensor:
-    """The weight of a unit, decoded where it was cast already."""
-    weight = tensors[unit.tensors[0]]
-    if unit.block is None:
-        return weight
-    scale = tensors[unit.tensors[1]]
-    blocks.check_blocks(site, weight, scale, unit.block, str(source))
-    return blocks.dequantize(weight, scale, unit.block)
-
-
-def _scales(units: list[Unit], source: Path, index: Mapping[str, str]) -> Iterator[Tensor]:
-    """The scales of the weights that are FP8 already."""
-    halves = (unit.tensors[len(unit.tensors) // 2 :] for unit in units if unit.block is not None)
-    names = (name for half in halves for name in half)
-    return (read_tensor(source / index[name], name) for name in names)
+    return 24 if unit.nvfp4 is not None or unit.mxfp4 else 4 if unit.block is None else 12
 
 
 def _cast(
@@ -289,15 +277,13 @@ def _cast(
     """The layer's tensors (`falqon_fx.files.model_state.make_layer`), and A where
     it has an adapter; those of stacks start as they are loaded.
     """
+    tensors = decoded.opened(unit, tensors)
     if isinstance(layer, StackLayer):
         base = layer.cast(tensors, unit.block, SiteSpec.from_config(config), source)
         own = {"code": base.code, "scale": scale_bits(base.scale)}
         return {**own, "digest": digest(base.code, base.scale)}
     spec, adapter = SiteSpec.from_config(config), {}
-    packed = None
-    if unit.nvfp4 is not None:
-        packed = base_of(layer.site, unit.nvfp4, tensors, source)
-    weight = packed.dequantize() if packed else _dense(unit, layer.site, tensors, source)
+    weight = decoded.weight_of(unit, layer.site, tensors, source)
     if weight.shape != layer.module.weight.shape:
         wanted = list(layer.module.weight.shape)
         problem = f"its weight is {list(weight.shape)}, by config.json {wanted}"
@@ -315,8 +301,10 @@ def _cast(
             return {**state.stored, **adapter}
         if config.init == "svd":
             init_lora_a_(weight, lora_a, spec, config.seed)
-    keeps = spec.base == "nvfp4" and not layer.transposed
-    base = packed if packed is not None and keeps else cast_base(weight, spec)
+    if unit.nvfp4 is not None and spec.base == "nvfp4" and not layer.transposed:
+        base = base_of(layer.site, unit.nvfp4, tensors, source)  # its own bytes
+    else:
+        base = cast_base(weight, spec)
     own = {"code": base.code, "scale": scale_bits(base.scale)}
     return {**own, "digest": digest(base.code, base.scale), **adapter}
 

@@ -4,7 +4,7 @@ that `falqon_fx.load` makes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,18 @@ from falqon_fx.errors import FalqonError
 from falqon_fx.files import blocks
 from falqon_fx.files.expert_parts import (
     Part,
+    check_whole_scale,
     experts_of,
-    own_names,
+    parted_scale,
+    parts_in,
     parts_of,
     rearranged,
     stacks_of,
     whole_names,
+    whole_scale,
 )
 from falqon_fx.files.model_state import Site, make_layer
+from falqon_fx.files.public_names import PublicNames
 from falqon_fx.files.site_checks import described
 from falqon_fx.model.stacks import (
     GROUPED,
@@ -56,6 +60,11 @@ class StackLayer:
     transposed: bool
     parts: tuple[Part, ...]
 
+    @property
+    def scale(self) -> str:
+        """The tensor with the scales of all its experts, where a checkpoint has one."""
+        return whole_scale(self.path.removesuffix(IN_FP8), self.parts)
+
     def cast(
         self, tensors: Mapping[str, Tensor], block: tuple[int, int] | None, spec: SiteSpec, of: Path
     ) -> Base:
@@ -64,17 +73,21 @@ class StackLayer:
         Raises:
             FalqonError: tensors of other sizes, or that FP8 can't hold.
         """
-        scales = [name for name in tensors if name not in {part.name for part in self.parts}]
+        names = {part.name for part in self.parts}
+        scales = [tensor for name, tensor in tensors.items() if name not in names]
+        if self.scale in tensors:
+            check_whole_scale(self.scale, scales[0], self.experts)
+            scales = parted_scale(scales[0], self.parts, self.shape[0] // self.experts)
         cast = []
         for number, part in enumerate(self.parts):
             weight = tensors[part.name]
             if block is not None:
-                scale = tensors[scales[number]]
+                scale = scales[number]
                 blocks.check_blocks(part.layer, weight, scale, block, str(of))
                 weight = blocks.dequantize(weight, scale, block)
             if weight.dim() == 3:
                 weight = (weight.mT if self.transposed else weight).flatten(0, 1)
-            wanted = (part.last - part.first, self.shape[1])
+            wanted = (part.size, self.shape[1])
             if weight.shape != wanted:
                 problem = f"{part.name} is {described(weight)}, by config.json {list(wanted)}"
                 raise FalqonError(self.site, problem, _FETCH)
@@ -93,7 +106,7 @@ def stacks_to_cast(
         FalqonError: the checkpoint lacks a part of one.
     """
     base = skeleton.get_base_model()
-    apart, found = parts_of(base, stacks_of(base)), {}
+    apart, found = parts_in(index, parts_of(base, stacks_of(base))), {}
     stacks = {
         stack_path(f"{stack.path}.{stack.name}", prepared=False).removeprefix(_BASE): stack
         for stack in stacked_weights(skeleton)
@@ -165,30 +178,57 @@ def _owner(model: nn.Module, path: str) -> tuple[Any, str]:
 
 
 class Checkpoint:
-    """What the tensors of a public checkpoint are called in an empty PEFT model."""
+    """Where the tensors of a public checkpoint are in an empty PEFT model."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, names: Collection[str]) -> None:
         base = model.get_base_model()
-        sizes, self._mixture = stacks_of(base), any(experts_of(base))
-        self._names = own_names(base) if self._mixture else {}
-        self._rearranged = rearranged(base) if self._mixture else []
-        self._parts = parts_of(base, sizes)
+        sizes = stacks_of(base)
+        self._names = PublicNames(base)
+        self._rearranged = rearranged(base) if any(experts_of(base)) else []
+        self._parts = parts_in(names, parts_of(base, sizes))
         self._experts = {name: experts for name, (experts, _) in sizes.items()}
         self._paths = {p.replace(".base_layer", ""): p for p, _ in model.named_modules()}
 
     def placed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors by the model's names; dense stacks are put together."""
+        """Tensors by the model's names; dense stacks are put together.
+
+        Raises:
+            FalqonError: two for the same place.
+        """
         rest, found = dict(tensors), {}
         for name, parts in self._parts.items():
             if all(part.name in rest for part in parts):
                 weight = torch.cat([rest.pop(part.name) for part in parts])
                 stacked = weight.view(self._experts[name], -1, weight.shape[1])
                 found[self._place(name)] = stacked
-        if not self._mixture:
-            return {_BASE + name: tensor for name, tensor in rest.items()}
         for group in self._rearranged:
             found |= {self._place(name): t for name, t in group.placed(rest).items()}
-        return found | {self._place(self._names.get(n, n)): t for n, t in rest.items()}
+        for name, tensor in rest.items():
+            place = self._place(self._names.own(name))
+            if place in found:
+                raise FalqonError(name, f"the folder has it twice, as {place}, too", "Remove one")
+            found[place] = tensor
+        return found
+
+    def layer(self, path: str) -> str:
+        """The path of a linear layer, without PEFT's wrapper of its own."""
+        return _BASE + self._names.own(f"{path}.weight").removesuffix(".weight")
+
+    def scales_parted(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors with scales for each expert's weights, where they are those of stacks.
+
+        Raises:
+            FalqonError: scales of another number of experts.
+        """
+        found = dict(tensors)
+        for name, parts in self._parts.items():
+            scale = found.pop(whole := whole_scale(name, parts), None)
+            if scale is None:
+                continue
+            check_whole_scale(whole, scale, self._experts[name])
+            each = parted_scale(scale, parts, parts[-1].last // len(scale))
+            found |= {f"{p.layer}.weight_scale_inv": s for p, s in zip(parts, each, strict=True)}
+        return found
 
     def stacks_of(self, bases: Mapping[str, Base]) -> list[str]:
         """The places of the stacks among layers by path."""

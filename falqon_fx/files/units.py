@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
+from falqon_fx.files import blocks
 from falqon_fx.files.hf import read_entries
 from falqon_fx.files.nvfp4_import import OF_X, Names
 from falqon_fx.files.stack_files import StackLayer
@@ -21,9 +23,11 @@ from falqon_fx.rows import model as rows_model
 from falqon_fx.site.numerics import dtype_name
 
 _SMALL = 1 << 20  # bytes; tensors below go into one file together
-SCALES = (".weight_scale", ".weight_scale_inv")  # what FP8 checkpoints call the scales of a weight
+# What FP8 checkpoints call the scales of a weight; the last is DeepSeek V4's.
+SCALES = (".weight_scale", ".weight_scale_inv", ".scale")
 ZERO_POINT = ".weight_zero_point"
-OF_INPUT = (".input_scale", ".input_zero_point")  # static ones: x is cast by its own values here
+# Static ones of activations: x is cast by its own values here.
+OF_INPUT = (".input_scale", ".input_zero_point", ".activation_scale")
 # Of an FP8 cache of keys and values, by the names of AutoFP8, compressed-tensors and vLLM.
 OF_CACHE = (".k_scale", ".v_scale", ".kv_scale", "k_proj.output_scale", "v_proj.output_scale")
 _CAST = {"F8_E4M3": "FP8", "I8": "INT8"}
@@ -36,20 +40,23 @@ class Unit:
 
     file: str  # in the folder, with a number of its own
     tensors: tuple[str, ...]  # weights, then the scales of those that were cast already
-    layer: str | None  # path of the linear layer, or stack of experts, in the PEFT model
+    layer: str | None  # path of the linear layer, or stack of experts, in the PEFT model, if cast
     bytes: int
     dtype: str = ""  # of the weight that is cast
     block: tuple[int, int] | None = None  # rows and columns per scale, of one that was cast already
     nvfp4: Names | None = None  # of one that is NVFP4 already
+    mxfp4: bool = False  # two codes a byte
 
 
 def layers_to_cast(
-    skeleton: Any, index: Mapping[str, str], config: FalqonConfig
+    skeleton: Any, named: Mapping[str, str], config: FalqonConfig
 ) -> dict[str, LinearLayer]:
-    """The linear layers to cast, by path."""
+    """The linear layers to cast, by path; ``named`` are the tensors of the checkpoint by the
+    model's names.
+    """
     found = {}
     for layer in linear_layers(skeleton):
-        tied = tensor_of(layer) not in index  # a checkpoint holds a tied weight once
+        tied = tensor_of(layer) not in named  # a checkpoint holds a tied weight once
         left = skip_reason(layer, config, tied)
         if config.update == "rows" and layer.lora is not None:
             left = rows_model.skip_reason(layer.lora, config)
@@ -66,113 +73,154 @@ def layers_to_cast(
 
 
 def tensor_of(layer: LinearLayer) -> str:
-    """The name of its weight in the checkpoint."""
+    """What the model calls its weight, without PEFT's wrappers."""
     return layer.path.removeprefix("base_model.model.").removesuffix(".base_layer") + ".weight"
 
 
-def tensors_of(layer: LinearLayer | StackLayer) -> tuple[str, ...]:
+def tensors_of(layer: LinearLayer | StackLayer, named: Mapping[str, str]) -> tuple[str, ...]:
     """The names of its weights in the checkpoint; a stack may have many."""
     if isinstance(layer, StackLayer):
         return tuple(part.name for part in layer.parts)
-    return (tensor_of(layer),)
+    return (named[tensor_of(layer)],)
 
 
 def units_of(
     layers: Mapping[str, LinearLayer | StackLayer],
+    named: Mapping[str, str],
     source: Path,
     index: Mapping[str, str],
-    block: tuple[int, int] | None,
+    settings: Mapping[str, Any],
     nvfp4: Mapping[str, Names],
     dtype: torch.dtype,
 ) -> list[Unit]:
-    """The files to write, the largest first. FP8 weights with one scale per ``block``, INT8 ones
-    with one per row and those in ``nvfp4`` count as dense ones of ``dtype``.
+    """The files to write, the largest first. By the ``settings`` of their quantization FP8 weights
+    with one scale per block, INT8 ones with one per row and those in ``nvfp4`` count as dense ones
+    of ``dtype``; those of layers that are not cast become that.
     """
-    entries = read_entries(source, index)
-    _refuse_zero_points(entries)
-    sizes = {name: _bytes(entry) for name, entry in entries.items()}
-    cast: list[Unit] = []
-    for path, layer in layers.items():
-        weights = tensors_of(layer)
-        if (packed := _nvfp4_of(layer, weights, nvfp4)) is not None:
-            size = sum(sizes[name] for name in packed.all)
-            file = _file_of(len(cast), layer.site)
-            cast.append(Unit(file, packed.all, path, size, dtype_name(dtype), nvfp4=packed))
-            continue
-        scales = tuple(s for name in weights if (s := _block_scale(name, entries, block)))
-        names, found = weights + scales, {entries[name]["dtype"] for name in weights}
-        if len(scales) == len(weights):
-            known = dtype_name(dtype)
-        elif not scales and len(found) == 1 and found <= _DTYPES.keys():
-            known = _DTYPES[found.pop()]
-        else:
-            text = " and ".join(sorted(found))
-            raise FalqonError(
-                layer.site, f"its weight is {text} already", "falqon_fx.load takes FP8 as it is"
-            )
-        file = _file_of(len(cast), layer.site)
-        of_block = block if scales else None
-        if found == {"I8"}:
-            of_block = (1, entries[weights[0]]["shape"][-1])
-        cast.append(Unit(file, names, path, sum(sizes[n] for n in names), known, of_block))
-    if not cast:
+    given = read_entries(source, index), blocks.block_size(settings, source), nvfp4
+    known = _Headers(*given, dtype_name(dtype), blocks.has_mxfp4(settings))
+    _refuse_zero_points(known.entries)
+    units = [known.cast(i, p, layer, named) for i, (p, layer) in enumerate(layers.items())]
+    if not units:
         raise FalqonError(str(source), "none of its layers is to be cast", "Check the LoraConfig")
-    used = {name for unit in cast for name in unit.tensors}
-    scaled = [w for unit in cast if unit.block is not None for w in unit.tensors]
+    used = {name for unit in units for name in unit.tensors}
+    for name in index:
+        if name not in used and not name.endswith(OF_INPUT) and known.form(name) is not None:
+            units.append(known.decoded(len(units), name))
+            used |= {*units[-1].tensors}
+    scaled = [w for unit in units if unit.block is not None for w in unit.tensors]
     used |= {w.removesuffix(".weight") + end for w in scaled for end in OF_INPUT}
     used |= {path + end for path in nvfp4 for end in OF_X}
     used |= {name for name in index if nvfp4 and name.endswith(OF_CACHE)}
     rest = [name for name in index if name not in used]
-    codes = {names.codes for names in nvfp4.values()}
-    for name in rest:
-        kind = "NVFP4" if name in codes else _CAST.get(entries[name]["dtype"])
-        if kind is not None:
-            problem = f"it is {kind} in the checkpoint, and its layer is none that is cast"
-            raise FalqonError(name, problem, "Don't exclude it, or give the dense checkpoint")
-    small = tuple(name for name in rest if sizes[name] < _SMALL)
-    alone = [(name,) for name in rest if sizes[name] >= _SMALL]
-    units = list(cast)
+    small = tuple(name for name in rest if known.bytes(name) < _SMALL)
+    alone = [(name,) for name in rest if known.bytes(name) >= _SMALL]
     for names in [*alone, small] if small else alone:
         file = _file_of(len(units), "small" if names is small else names[0])
-        units.append(Unit(file, names, None, sum(sizes[name] for name in names)))
+        units.append(Unit(file, names, None, known.bytes(*names)))
     # The largest first, so that workers end together.
     return sorted(units, key=lambda unit: -unit.bytes)
 
 
-def _nvfp4_of(
-    layer: LinearLayer | StackLayer, weights: Iterable[str], nvfp4: Mapping[str, Names]
-) -> Names | None:
-    """The tensors of a layer whose weight is NVFP4."""
-    found = [p for w in weights if (p := w.removesuffix(".weight")) in nvfp4]
-    if found and isinstance(layer, StackLayer):
-        problem = "it is a stack of experts, which the checkpoint has in NVFP4"
-        raise FalqonError(layer.site, problem, "Call falqon_fx.load on it, or give the dense one")
-    return nvfp4[found[0]] if found else None
+@dataclass(frozen=True)
+class _Headers:
+    """What the headers of a checkpoint's files say of its weights."""
+
+    entries: Mapping[str, Any]
+    block: tuple[int, int] | None
+    nvfp4: Mapping[str, Names]
+    dtype: str  # of the model
+    mxfp4: bool  # whether what is stored as int8 is that
+
+    def bytes(self, *names: str) -> int:
+        ends = (self.entries[name]["data_offsets"] for name in names)
+        return sum(int(end - first) for first, end in ends)
+
+    def form(self, name: str) -> str | None:
+        """The form of a weight that was cast already."""
+        path = name.removesuffix(".weight").removesuffix(".weight_packed")
+        if path in self.nvfp4 and self.nvfp4[path].codes == name:
+            return "NVFP4"
+        return _CAST.get(self.entries[name]["dtype"])
+
+    def cast(
+        self, number: int, path: str, layer: LinearLayer | StackLayer, named: Mapping[str, str]
+    ) -> Unit:
+        """A layer that is cast, or cast again.
+
+        Raises:
+            FalqonError: it was cast in a way that isn't read here.
+        """
+        weights = tensors_of(layer, named)
+        file = _file_of(number, layer.site)
+        packed = [self.nvfp4[p] for w in weights if (p := w.removesuffix(".weight")) in self.nvfp4]
+        if packed and isinstance(layer, StackLayer):
+            problem = "it is a stack of experts, which the checkpoint has in NVFP4"
+            remedy = "Call falqon_fx.load on it, or give the dense one"
+            raise FalqonError(layer.site, problem, remedy)
+        if packed:
+            return self._packed(file, path, packed[0])
+        whole = layer.scale if isinstance(layer, StackLayer) else None
+        if (unit := self._scaled(file, path, weights, whole)) is not None:
+            return unit
+        found = {self.entries[name]["dtype"] for name in weights}
+        if len(found) > 1 or not found <= _DTYPES.keys():
+            raise _already(layer.site, " and ".join(sorted(found)))
+        return Unit(file, weights, path, self.bytes(*weights), _DTYPES[found.pop()])
+
+    def decoded(self, number: int, name: str) -> Unit:
+        """A weight that was cast already, of a layer that is not.
+
+        Raises:
+            FalqonError: it was cast in a way that isn't read here.
+        """
+        file = _file_of(number, name)
+        path = name.removesuffix(".weight").removesuffix(".weight_packed")
+        if path in self.nvfp4:
+            return self._packed(file, None, self.nvfp4[path])
+        if (unit := self._scaled(file, None, (name,), None)) is None:
+            raise _already(name, self.entries[name]["dtype"])
+        return unit
+
+    def _packed(self, file: str, path: str | None, names: Names) -> Unit:
+        return Unit(file, names.all, path, self.bytes(*names.all), self.dtype, nvfp4=names)
+
+    def _scaled(
+        self, file: str, path: str | None, weights: tuple[str, ...], whole: str | None
+    ) -> Unit | None:
+        """Weights in FP8 with a scale per block, or in INT8; the scales of a stack may be one
+        tensor.
+        """
+        scales = tuple(s for name in weights if (s := self._block_scale(name)))
+        in_blocks = self.block is not None and self.form(weights[0]) == "FP8"
+        if not scales and in_blocks and whole is not None and whole in self.entries:
+            scales = (whole,)
+        elif len(scales) < len(weights) or len(self.entries[weights[0]]["shape"]) != 2:
+            return None
+        block, entry = self.block, self.entries[weights[0]]
+        in_four = entry["dtype"] == "I8" and self.mxfp4
+        if entry["dtype"] == "I8":
+            rows, columns = entry["shape"]
+            whole_scale = math.prod(self.entries[scales[0]]["shape"]) == 1
+            block = blocks.MXFP4 if in_four else (rows if whole_scale else 1, columns)
+        size = self.bytes(*weights, *scales)
+        return Unit(file, weights + scales, path, size, self.dtype, block, mxfp4=in_four)
+
+    def _block_scale(self, weight: str) -> str | None:
+        """The name of the scales of an FP8 weight that has one per block, or of an INT8 one."""
+        entry = self.entries[weight]
+        if entry["dtype"] not in _CAST:
+            return None
+        names = (weight.removesuffix(".weight") + end for end in SCALES)
+        scale = next((name for name in names if name in self.entries), None)
+        if scale is None or entry["dtype"] == "I8":
+            return scale
+        per_row = self.entries[scale]["shape"] == [entry["shape"][0], 1]
+        return None if per_row or not self.block else scale
 
 
-def _bytes(entry: Mapping[str, Any]) -> int:
-    first, end = entry["data_offsets"]
-    return int(end - first)
-
-
-def _block_scale(
-    weight: str, entries: Mapping[str, Any], block: tuple[int, int] | None
-) -> str | None:
-    """The name of the scales of an FP8 weight that has one per ``block``, or of an INT8 one."""
-    scale = _scale_of(weight, entries)
-    if entries[weight]["dtype"] == "I8":
-        return scale
-    if not block or not scale or entries[scale]["shape"] == [entries[weight]["shape"][0], 1]:
-        return None
-    return scale
-
-
-def _scale_of(weight: str, entries: Mapping[str, Any]) -> str | None:
-    """The name of the scales of an FP8 or INT8 weight."""
-    if entries[weight]["dtype"] not in _CAST:
-        return None
-    names = (weight.removesuffix(".weight") + end for end in SCALES)
-    return next((name for name in names if name in entries), None)
+def _already(site: str, form: str) -> FalqonError:
+    return FalqonError(site, f"its weight is {form} already", "falqon_fx.load takes FP8 as it is")
 
 
 def _refuse_zero_points(entries: Mapping[str, Any]) -> None:

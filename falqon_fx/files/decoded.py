@@ -1,0 +1,57 @@
+"""Weights that a checkpoint has in FP8, INT8 or four bits, decoded as `prequantize` reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from falqon_fx.files import blocks
+from falqon_fx.files.hf import read_tensor
+from falqon_fx.files.nvfp4_import import base_of
+from falqon_fx.files.units import SCALES, Unit
+
+
+def read(unit: Unit, source: Path, index: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors of a unit, as they are in the checkpoint."""
+    return {name: read_tensor(source / index[name], name) for name in unit.tensors}
+
+
+def opened(unit: Unit, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The same with one code a byte."""
+    if not unit.mxfp4:
+        return tensors
+    return {n: blocks.of_mxfp4(t) if t.dtype == torch.int8 else t for n, t in tensors.items()}
+
+
+def weight_of(unit: Unit, site: str, tensors: Mapping[str, Tensor], source: Path) -> Tensor:
+    """The weight of a unit, decoded where it was cast already.
+
+    Raises:
+        FalqonError: codes or scales that are no numbers, or don't fit each other.
+    """
+    if unit.nvfp4 is not None:
+        return base_of(site, unit.nvfp4, tensors, source).dequantize()
+    weight = tensors[unit.tensors[0]]
+    if unit.block is None:
+        return weight
+    scale = tensors[unit.tensors[1]]
+    blocks.check_blocks(site, weight, scale, unit.block, str(source))
+    return blocks.dequantize(weight, scale, unit.block)
+
+
+def left_dense(unit: Unit, tensors: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
+    """The weight of a layer that is not cast, in the model's dtype."""
+    path = unit.tensors[0].removesuffix(".weight").removesuffix(".weight_packed")
+    weight = weight_of(unit, path, opened(unit, tensors), source)
+    return {f"{path}.weight": weight.to(getattr(torch, unit.dtype))}
+
+
+def scales_of(units: Iterable[Unit], source: Path, index: Mapping[str, str]) -> Iterator[Tensor]:
+    """The scales of the weights that are cast again."""
+    again = (unit for unit in units if unit.block is not None and unit.layer is not None)
+    ends = (*SCALES, "_scale_inv")  # the last of a whole stack
+    names = (name for unit in again for name in unit.tensors if name.endswith(ends))
+    return (read_tensor(source / index[name], name) for name in names)
