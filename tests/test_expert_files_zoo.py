@@ -84,7 +84,7 @@ def test_an_export_is_what_transformers_loads(family, tmp_path):
     report = falqon_fx.prepare(adapted, progress=False)
     assert {name.removeprefix("base_model.model.") for name in report.prepared} >= stacks.keys()
     if not plain and len(report.prepared) == len(stacks):
-        with pytest.raises(FalqonError, match="no (other )?layer of the model"):
+        with pytest.raises(FalqonError, match=r"no (other )?layer of the model"):
             falqon_fx.save_fp8(adapted, tmp_path / "out", progress=False)
         return
     written = falqon_fx.save_fp8(adapted, tmp_path / "out", progress=False)
