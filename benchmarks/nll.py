@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import peft
 import smollm
 import torch
 import training
@@ -50,6 +51,7 @@ class Record(Finished):
     nll_after: float
     seconds_per_step: float
     commit: str
+    nll_on_base: float | None = None  # of the adapter on the base as it was, by PEFT
 
     @property
     def score(self) -> float:
@@ -123,7 +125,10 @@ class Bench:
         batches = data.train(steps, seed)
         seconds = training.train_steps(trainee, optimizer, batches, show, title)[1]
         after = training.mean_nll(trainee, data.held_out, show, f"{title}: NLL")
-        show.console.print(f"{title}: {before:.3f} -> {after:.3f} in {steps} steps")
+        on_base = self._on_base(trainee, seed, title) if variant.backend == "falqon" else after
+        show.console.print(
+            f"{title}: {before:.3f} -> {after:.3f} in {steps} steps, {on_base:.3f} on the base"
+        )
         for task in show.task_ids:
             show.remove_task(task)
         return Record(
@@ -136,6 +141,18 @@ class Bench:
             after,
             statistics.median(seconds[1:] or seconds),
             self.commit,
+            on_base,
+        )
+
+    def _on_base(self, trained: training.Trainee, seed: int, title: str) -> float:
+        """What the adapter gives that was trained here, where nothing else is of falqon."""
+        assert self.data is not None
+        plain = Variant("lora", "LoRA", 0.0, "eager")
+        trainee = training.build(plain, self.data.base, seed)
+        adapter = peft.get_peft_model_state_dict(trained.model)
+        peft.set_peft_model_state_dict(trainee.model, adapter)
+        return training.mean_nll(
+            trainee, self.data.held_out, self.progress, f"{title}: on the base"
         )
 
     def _before(self, variant: Variant) -> float | None:
@@ -166,7 +183,10 @@ def measure(
 
 # ---------------------------------------------------------------- report
 
-HEADER = ("variant", "options", "best lr", "before", "after: mean", "spread", "each seed")
+HEADER = (
+    *("variant", "options", "best lr", "before", "after: mean", "spread", "each seed"),
+    "each, on the base as it was",
+)
 
 
 def summary(chosen: dict[str, list[Record]]) -> list[list[str]]:
@@ -183,6 +203,7 @@ def summary(chosen: dict[str, list[Record]]) -> list[list[str]]:
                 f"{statistics.fmean(after):.3f}",
                 f"{max(after) - min(after):.3f}",
                 " ".join(f"{value:.3f}" for value in after),
+                " ".join(f"{r.nll_on_base:.3f}" if r.nll_on_base else "-" for r in records),
             ]
         )
     return rows
