@@ -62,7 +62,7 @@ class Variant:
 LOW, HEAVY = low_rank(of_inputs), heaviest(of_inputs)
 LOW_UNITS, HEAVY_UNITS = low_rank(of_units), heaviest(of_units)
 LOW_GRAD, HEAVY_GRAD = low_rank(of_gradients), heaviest(of_gradients)
-LOW_BOTH, HEAVY_BOTH = low_rank(of_gradients, True), heaviest(of_gradients, True)
+LOW_BOTH, HEAVY_BOTH = low_rank(of_gradients, "all"), heaviest(of_gradients, "all")
 VARIANTS = {
     "plain": Variant(calibrated=False),
     "searched": Variant(searched),
@@ -73,6 +73,10 @@ VARIANTS = {
     "both, units": Variant(nearest, LOW_UNITS, HEAVY_UNITS),
     "both, gradients": Variant(nearest, LOW_GRAD, HEAVY_GRAD),
     "both, gradients and outputs": Variant(nearest, LOW_BOTH, HEAVY_BOTH),
+    "both, outputs": Variant(nearest, low_rank(of_inputs, "all"), heaviest(of_inputs, "all")),
+    "both, sizes of outputs": Variant(
+        nearest, low_rank(of_inputs, "sizes"), heaviest(of_inputs, "sizes")
+    ),
     "8 ranks, 32 channels": Variant(
         nearest, low_rank(of_inputs, ranks=8), heaviest(of_inputs, count=32)
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from forms import by_row
@@ -78,6 +78,7 @@ def read(model: nn.Module, sites: dict[str, nn.Linear], batches: Sequence[Any]) 
 Rounding = Callable[[Tensor, Seen], Tensor]
 Factors = Callable[[Tensor, Seen], tuple[Tensor, Tensor]]  # of an error: A_c, B_c
 Weighting = Callable[[Seen], Tensor]
+Outputs = Literal["all", "sizes"]
 
 
 def of_inputs(seen: Seen) -> Tensor:
@@ -150,31 +151,36 @@ def gptq(weighting: Weighting, damping: float = 0.1) -> Rounding:
 # ---------------------------------------------------------------- corrections
 
 
-def low_rank(weighting: Weighting, outputs: bool = False, ranks: int = RANKS) -> Factors:
-    """As this library has it with `of_inputs`; with ``outputs`` E is weighted by E[g · gᵀ] from the
-    left.
+def root_of_outputs(seen: Seen, kind: Outputs) -> Tensor:
+    """L with L · Lᵀ = E[g · gᵀ], damped as that of inputs, or its diagonal alone."""
+    moment = seen.outputs / seen.tokens
+    return damped_root(moment if kind == "all" else moment.diagonal().diag())
+
+
+def low_rank(weighting: Weighting, outputs: Outputs | None = None, ranks: int = RANKS) -> Factors:
+    """As this library has it with `of_inputs`; with ``outputs`` E is weighted from the left too, by
+    what its rows cost.
     """
 
     def factors(error: Tensor, seen: Seen) -> tuple[Tensor, Tensor]:
         root = damped_root(weighting(seen))
-        if not outputs:
+        if outputs is None:
             found = error_factors(error, root, ranks)
             return found.a, found.b
-        left = damped_root(seen.outputs / seen.tokens)
+        left = root_of_outputs(seen, outputs)
         found = error_factors(left.t() @ error, root, ranks)
         return found.a, torch.linalg.solve_triangular(left.t(), found.b, upper=True)
 
     return factors
 
 
-def heaviest(weighting: Weighting, outputs: bool = False, count: int = CHANNELS) -> Rounding:
-    """The channels with the largest E[x_c²] · |W_c|², or W_cᵀ · E[g · gᵀ] · W_c."""
+def heaviest(
+    weighting: Weighting, outputs: Outputs | None = None, count: int = CHANNELS
+) -> Rounding:
+    """The channels with the largest E[x_c²] · |W_c|², or E[x_c²] · W_cᵀ · E[g · gᵀ] · W_c."""
 
     def channels(weight: Tensor, seen: Seen) -> Tensor:
-        size = weighting(seen).diagonal()
-        if not outputs:
-            return heaviest_channels(size, weight, count)[0].long()
-        reach = (weight * (seen.outputs / seen.tokens @ weight)).sum(0)
-        return (size * reach).topk(count).indices
+        left = root_of_outputs(seen, outputs).t() @ weight if outputs else weight
+        return heaviest_channels(weighting(seen).diagonal(), left, count)[0].long()
 
     return channels
