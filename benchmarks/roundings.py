@@ -282,18 +282,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--keep", type=Path, required=True, help="folder of what was computed")
     args = parser.parse_args(argv)
     args.keep.mkdir(parents=True, exist_ok=True)
-    bench = Bench(args.keep)
-    file = common.result_path("roundings", ".json")
-    judged = []
+    bench, judged = Bench(args.keep), list[Judged]()
     for seed, name in itertools.product(args.seeds, args.variants):
         if VARIANTS[name].calibrated or seed == args.seeds[0]:
             judged += judge(bench, name, seed)
             print(*(" | ".join(row(of)) for of in judged[-2:]), sep="\n", flush=True)
-            runs = [asdict(of) for of in judged]
-            common.write_json(file, {"environment": common.environment(), "runs": runs})
-    judged.sort(key=lambda of: (args.variants.index(of.variant), of.texts, of.seed))
+            write(judged)
+
+
+def write(judged: Sequence[Judged]) -> None:
+    """The results as JSON and as a page."""
+    order = [*VARIANTS]
+    rows = sorted(judged, key=lambda of: (order.index(of.variant), of.texts, of.seed))
+    file = common.result_path("roundings", ".json")
+    runs = [asdict(of) for of in rows]
+    common.write_json(file, {"environment": common.environment(), "runs": runs})
     title = "KL per label of the untrained model, by how W is rounded and what is added to it"
-    page = common.markdown(title, common.environment(), HEADER, [row(of) for of in judged])
+    page = common.markdown(title, common.environment(), HEADER, [row(of) for of in rows])
     page += "\n± is a standard error over labels; differences are those of the same labels.\n"
     file.with_suffix(".md").write_text(page, encoding="utf-8")
 
