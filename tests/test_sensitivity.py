@@ -176,8 +176,6 @@ def test_layers_are_left_by_what_a_calibration_does_not_buy_back():
     for line in (net.up.weight[:, 0], net.up.weight[0]):
         line.zero_()
     state = net.state_dict()
-    before = sensitivity(net, [(x,)])
-    assert before["out"] > 4 * before["up"]
     config = FalqonConfig(exclude="sensitive:1")
     for outliers, left in ((0, "out"), (1, "up")):
         (again := model()).load_state_dict(state)
