@@ -194,7 +194,7 @@ class Bench:
         found = [log_probabilities(call, e) for e in (self.held_out, self.reviews)]
         judged = [divergence(*pair) for pair in zip(self.wanted, found, strict=True)]
         size = sum(t.nbytes for layer in held for t in layer.parameters())
-        left = [self.base.get_submodule(path).weight for path in report.config.exclude]
+        left = [self.base.get_parameter(f"{path}.weight") for path in report.config.exclude]
         size += 2 * sum(weight.numel() for weight in left)  # in bf16
         for layer, own in zip(held, terms, strict=True):
             layer.set_terms(own)

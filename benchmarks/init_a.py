@@ -54,11 +54,13 @@ Rows = Callable[[Tensor, Tensor, int], Tensor]  # E[x · xᵀ], ΣdL/dW, r
 
 
 def of_inputs(moment: Tensor, grad: Tensor, rank: int) -> Tensor:
-    return torch.linalg.eigh(moment.double()).eigenvectors[:, -rank:].t().float()
+    vectors: Tensor = torch.linalg.eigh(moment.double()).eigenvectors
+    return vectors[:, -rank:].t().float()
 
 
 def of_gradient(moment: Tensor, grad: Tensor, rank: int) -> Tensor:
-    return torch.linalg.svd(grad, full_matrices=False).Vh[:rank]
+    vectors: Tensor = torch.linalg.svd(grad, full_matrices=False).Vh
+    return vectors[:rank]
 
 
 ROWS: dict[str, Rows] = {"activations": of_inputs, "gradient": of_gradient}
@@ -104,7 +106,7 @@ def start(model: nn.Module, rows: Rows, batches: Sequence[smollm.Batch]) -> None
     with torch.enable_grad():
         seen = read(layers, model, batches)
     for name, layer in layers.items():
-        (a,) = (m.weight for m in layer.lora_A.values())
+        a: Tensor = layer.lora_A["default"].weight  # type: ignore[assignment]
         moment, grad = seen[name]
         found = rows(moment, grad, a.shape[0])
         size = (found * (found @ moment)).sum(1, keepdim=True)  # E[(x · rowᵀ)²]

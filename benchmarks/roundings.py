@@ -168,7 +168,7 @@ class Bench:
     def put(self, variant: Variant, seen: dict[str, Seen]) -> Iterator[Any]:
         """The variant's casts in the place of the layers' own; the hooks."""
         casts = {n: cast(w, variant, seen.get(n)) for n, w in self.weights.items()}
-        costs = {"": {}, "before": {}, "after": {}}
+        costs: dict[str, dict[str, float]] = {"": {}, "before": {}, "after": {}}
         for name, own in seen.items() if variant.leave else ():
             weight = self.weights[name]
             costs["before"][name] = cost(weight, Cast(nearest(weight, own)), own)

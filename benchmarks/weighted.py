@@ -38,7 +38,8 @@ def read(model: nn.Module, sites: dict[str, nn.Linear], batches: Sequence[Any]) 
     seen: dict[str, Seen] = {}
     for site, layer in sites.items():
         out, features = layer.weight.shape
-        seen[site] = Seen(*(torch.zeros(n, n) for n in (features, features, features, out)))
+        of_site = [torch.zeros(n, n) for n in (features, features, features, out)]
+        seen[site] = Seen(of_site[0], of_site[1], of_site[2], of_site[3])
     kept: list[tuple[str, Tensor, Tensor]] = []
 
     def hook(site: str) -> Any:
