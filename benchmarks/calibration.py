@@ -19,7 +19,6 @@ import argparse
 import bz2
 import copy
 import csv
-import functools
 import itertools
 import random
 import resource
@@ -40,18 +39,16 @@ import falqon_fx
 from falqon_fx import FalqonConfig
 from falqon_fx.config import BaseDtype
 from falqon_fx.model.fp8_linear import Fp8Linear
-from falqon_fx.model.sensitivity import cast_costs, sensitivity
-from falqon_fx.model.sorting import sort_layers
 
 LONGEST = 48  # tokens of a chat or a review
 CHATS, REVIEWS = 64, 40  # to judge by
-SENSITIVE = 8  # of 210 layers, by the Fisher information of their cast errors on sample 0
+SENSITIVE = 8  # of 210 layers, by what is left of the cost of their casts
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What a prepared model keeps; ``leave``: the sensitive layers stay out of FP8; ``auto``:
-    ranks and channels are chosen layer by layer, for the bytes of 16 of each everywhere.
+    """What a prepared model keeps; ``leave``: exclude="sensitive:8"; ``auto``: ranks and channels
+    are chosen layer by layer, for the bytes of 16 of each everywhere.
     """
 
     compensate: bool = False
@@ -170,20 +167,15 @@ class Bench:
         picked = random.Random(seed).sample(chats(self.tokenizer, self.train), count)
         return [{"input_ids": example.ids} for example in together(picked)]
 
-    @functools.cached_property
-    def sensitive(self) -> tuple[str, ...]:
-        """What exclude="sensitive:8" would leave, by sample 0."""
-        layers, _ = sort_layers(self.base, self.config)
-        costs = cast_costs(self.base, layers, self.sample(0, 128), self.config)
-        return tuple(sensitivity(costs))[:SENSITIVE]
-
-    def prepared(self, seed: int, auto: bool) -> Prepared:
+    def prepared(self, seed: int, auto: bool, leave: bool) -> Prepared:
         """The model with all that a sample of calibration gives."""
         model = copy.deepcopy(self.base)
         asked: dict[str, Any] = {"compensate": "auto"} if auto else {}
+        exclude = (f"sensitive:{SENSITIVE}",) if leave else ()
+        config = replace(self.config, exclude=exclude)
         start = time.perf_counter()
         report = falqon_fx.prepare(
-            model, self.config, progress=False, calibration=self.sample(seed, self.chats), **asked
+            model, config, progress=False, calibration=self.sample(seed, self.chats), **asked
         )
         return Prepared(model, report, time.perf_counter() - start)
 
@@ -191,27 +183,21 @@ class Bench:
         variant, model, report = VARIANTS[name], prepared.model, prepared.report
         kept: tuple[str, ...] = ("error_a", "error_b") if variant.compensate else ()
         kept += ("channels", "columns") if variant.outliers else ()
-        leave = self.sensitive if variant.leave else ()
-        held = {p: m for p, m in model.named_modules() if isinstance(m, Fp8Linear)}
-        terms = {path: dict(layer.terms) for path, layer in held.items()}
-        for path, layer in held.items():
-            layer.set_terms({n: t for n, t in terms[path].items() if n in kept})
-            if path in leave:
-                put(model, path, self.base.get_submodule(path))
-        config = replace(self.config, exclude=tuple(f"*{path}" for path in leave))
+        held = [m for m in model.modules() if isinstance(m, Fp8Linear)]
+        terms = [dict(layer.terms) for layer in held]
+        for layer, own in zip(held, terms, strict=True):
+            layer.set_terms({n: t for n, t in own.items() if n in kept})
         torch._dynamo.reset()
         call = torch.compile(
-            model, backend="falqon", options=dict[str, Any](config=config), dynamic=True
+            model, backend="falqon", options=dict[str, Any](config=report.config), dynamic=True
         )
         found = [log_probabilities(call, e) for e in (self.held_out, self.reviews)]
         judged = [divergence(*pair) for pair in zip(self.wanted, found, strict=True)]
-        layers = [held[path] for path in held if path not in leave]
-        size = sum(t.nbytes for layer in layers for t in layer.parameters())
-        sizes = [layer.in_features * layer.out_features for p, layer in held.items() if p in leave]
-        size += 2 * sum(sizes)  # in bf16
-        for path, layer in held.items():
-            put(model, path, layer)
-            layer.set_terms(terms[path])
+        size = sum(t.nbytes for layer in held for t in layer.parameters())
+        left = [self.base.get_parameter(f"{path}.weight") for path in report.config.exclude]
+        size += 2 * sum(weight.numel() for weight in left)  # in bf16
+        for layer, own in zip(held, terms, strict=True):
+            layer.set_terms(own)
         return Run(
             name,
             self.chats if kept else 0,
@@ -233,11 +219,6 @@ class Prepared:
     model: Any
     report: falqon_fx.PrepareReport
     seconds: float
-
-
-def put(model: Any, path: str, module: Any) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
 
 
 HEADER = ("variant", "tokens read", "KL", "each sample", "KL of reviews", "each sample", "MiB", "s")
@@ -275,22 +256,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     name = "calibration" if args.base_dtype == "fp8" else f"calibration_{args.base_dtype}"
     console, file = Console(), common.result_path(name, ".json")
-    known = common.read_json(file)["runs"] if file.exists() else []
-    runs = [Run(**run) for run in known]
+    known = common.read_json(file) if file.exists() else {"runs": []}
+    runs = [Run(**run) for run in known["runs"]]
+    left: dict[str, list[str]] = known.get("left", {})
     bench = Bench(args.chats, args.base_dtype)
-    own = [run for run in runs if run.chats in (0, args.chats)]
-    done = {(run.variant, run.seed) for run in own}  # an interrupted benchmark goes on
-    for auto, seed in itertools.product((False, True), args.seeds):
-        wanted = [n for n in args.variants if VARIANTS[n].auto == auto and (n, seed) not in done]
-        wanted = [n for n in wanted if n not in ONCE or seed == args.seeds[0]]
-        prepared = bench.prepared(seed, auto) if wanted else None
+    done = {(run.variant, run.seed) for run in runs if run.chats in (0, args.chats)}
+    for auto, leave, seed in itertools.product((False, True), (False, True), args.seeds):
+        wanted = [
+            name
+            for name in args.variants
+            if (VARIANTS[name].auto, VARIANTS[name].leave) == (auto, leave)
+            and (name not in ONCE or seed == args.seeds[0])
+            and (name, seed) not in done  # an interrupted benchmark goes on
+        ]
+        prepared = bench.prepared(seed, auto, leave) if wanted else None
         for name in wanted:
             assert prepared is not None
             runs.append(bench.run(name, seed, prepared))
             console.print(runs[-1], soft_wrap=True, highlight=False)
-            about: dict[str, Any] = {"environment": common.environment()}
-            if any(VARIANTS[run.variant].leave for run in runs):
-                about["sensitive"] = bench.sensitive
+            if leave:
+                left[f"{name}, sample {seed}"] = [*prepared.report.config.exclude]
+            about = {"environment": common.environment(), "left": left}
             common.write_json(file, {**about, "runs": [asdict(run) for run in runs]})
     runs.sort(key=lambda run: ([*VARIANTS].index(run.variant), run.chats, run.seed))
     table = Table(*HEADER)

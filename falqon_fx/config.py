@@ -94,8 +94,9 @@ class FalqonConfig:
         inner: the compiler that gets the rewritten graph.
         include: shell patterns on the module paths of sites; without any, all are rewritten.
         exclude: shell patterns on the module paths of sites that stay as they are. "sensitive:8"
-            stands for the eight whose casts cost most; `prepare` finds them where it has a
-            calibration, and names them in its report's ``config``, which compiling then takes.
+            stands for the eight whose casts cost most, beside what a calibration buys back of
+            them; `prepare` finds them where it has one, and names them in its report's ``config``,
+            which compiling then takes.
         card: the card that times are predicted for, a name of ``falqon-fx cost --cards``; by
             default the one at hand.
         min_gain: leave a site alone where the cost model predicts time before / time after below

@@ -165,6 +165,25 @@ def test_a_number_of_sensitive_layers_is_named_by_prepare_and_explain():
         torch.compile(net, backend="falqon", options=options)(x)
 
 
+def test_layers_are_left_by_what_a_calibration_does_not_buy_back():
+    """``out`` is exact in FP8 but for one channel of its x that is 30 times as large as the others,
+    of which ``up`` reads nothing: that channel's error is bought back, those of ``up``'s W and x
+    are not.
+    """
+    net, x = model(), randn(40, 6, IN)
+    x[..., 0] *= 30
+    net.out.weight.copy_(net.out.weight.sign() / 16)
+    for line in (net.up.weight[:, 0], net.up.weight[0]):
+        line.zero_()
+    state = net.state_dict()
+    config = FalqonConfig(exclude="sensitive:1")
+    for outliers, left in ((0, "out"), (1, "up")):
+        (again := model()).load_state_dict(state)
+        asked: dict[str, Any] = {"calibration": [(x,)], "compensate": 0, "outliers": outliers}
+        done = falqon_fx.prepare(again, config, progress=False, **asked)
+        assert done.config.exclude == (left,)
+
+
 def test_what_casts_cost_is_measured_once_for_all_that_ask():
     """The layers that are left and the budget of the others: one pass, and one for the moments."""
     net, calls = model(), list[Any]()

@@ -46,6 +46,16 @@ class _Terms:
         terms = {name: term.to(torch.bfloat16).contiguous() for name, term in terms.items()}
         return terms | ({"channels": self.channels[order]} if channels else {})
 
+    def left(self, ranks: int) -> float:
+        """The share of W's cast error that the ranks leave in the output."""
+        return self.factors.first(ranks).left if self.factors else 1.0
+
+    def rest(self, cost: CastCost, ranks: int, channels: int) -> CastCost:
+        """What the casts cost beside so many of them."""
+        of_weight = cost.of_weight * self.left(ranks) ** 2
+        of_x = cost.of_x * (1 - float(self.shares[:channels].sum()))
+        return CastCost(of_weight + of_x, of_weight, of_x)
+
 
 @dataclass
 class Calibration:
@@ -64,6 +74,7 @@ class Calibration:
     left: dict[str, float] = field(default_factory=dict)
     _terms: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     _costs: dict[str, CastCost] | None = None
+    _found: dict[str, _Terms] = field(default_factory=dict)  # read before they are asked for
 
     @classmethod
     def asked(
@@ -122,7 +133,26 @@ class Calibration:
             self._costs = cast_costs(model, layers, self.batches, config, together=True)
         return self._costs
 
-    @torch.no_grad()
+    def rest(
+        self,
+        model: nn.Module,
+        layers: Sequence[LinearLayer],
+        config: FalqonConfig,
+        progress: bool,
+    ) -> dict[str, CastCost]:
+        """What the casts of ``layers`` cost, see `costs`, beside the terms that they would get.
+
+        Raises:
+            FalqonError: see `read`.
+        """
+        costs = self.costs(model, layers, config)
+        if not (self.ranks or self.channels):
+            return costs
+        self._found = self._read(model, layers, config, progress)
+        chosen = self._chosen(layers, self._found, costs)
+        terms = self._found
+        return costs | {s: t.rest(costs[s], *chosen[s]) for s, t in terms.items() if s in costs}
+
     def read(
         self,
         model: nn.Module,
@@ -137,10 +167,26 @@ class Calibration:
         """
         if self.batches is None or not (self.ranks or self.channels):
             return
-        check_any(layers)
-        self._check_sizes(layers)
         auto = "auto" in (self.ranks, self.channels)
         costs = self.costs(model, layers, config) if auto else {}
+        found = self._found or self._read(model, layers, config, progress)
+        self._found = {}
+        chosen = self._chosen(layers, found, costs)
+        for site, (ranks, channels) in chosen.items():
+            self._terms[site] = found[site].take(ranks, channels)
+            self.left[site] = found[site].left(ranks)
+
+    @torch.no_grad()
+    def _read(
+        self,
+        model: nn.Module,
+        layers: Sequence[LinearLayer],
+        config: FalqonConfig,
+        progress: bool,
+    ) -> dict[str, _Terms]:
+        assert self.batches is not None
+        check_any(layers)
+        self._check_sizes(layers)
         spec, found = SiteSpec.from_config(config), dict[str, _Terms]()
         with shown(progress) as show:
             for number, (layer, moment) in enumerate(
@@ -150,11 +196,7 @@ class Calibration:
                 if bool((moment.squares > 0).any()):  # not zeros alone
                     found[layer.site] = self._offered(layer, moment, spec)
                 show(f"what {number} of {len(layers)} layers read is taken apart")
-        chosen = self._chosen(layers, found, costs)
-        for site, terms in found.items():
-            ranks, channels = chosen[site]
-            self._terms[site] = terms.take(ranks, channels)
-            self.left[site] = terms.factors.first(ranks).left if terms.factors else 1.0
+        return found
 
     def _offered(self, layer: LinearLayer, moment: Moment, spec: SiteSpec) -> _Terms:
         weight = layer.weight.detach()

@@ -105,7 +105,7 @@ def prepare(
     if config.update == "rows":
         wanted.refuse('update="rows" writes into its FP8 weights, and has no place beside them')
         return _prepare_rows(inner, config, progress)
-    config = _leaving(inner, config, wanted)
+    config = _leaving(inner, config, wanted, progress)
     layers, skipped = sort_layers(inner, config)
     skipped |= skipped_adapters(inner, layers, skipped)
     stacks, left = sort_stacks(inner, config)
@@ -122,12 +122,16 @@ def prepare(
     )
 
 
-def _leaving(model: nn.Module, config: FalqonConfig, wanted: Calibration) -> FalqonConfig:
-    """The config with the names of the layers that exclude="sensitive:8" stands for."""
+def _leaving(
+    model: nn.Module, config: FalqonConfig, wanted: Calibration, progress: bool
+) -> FalqonConfig:
+    """The config with the names of the layers that exclude="sensitive:8" stands for: those that
+    cost most beside what the calibration buys back of them.
+    """
     if not config.sensitive() or wanted.batches is None:
         return config  # which raises where a layer is asked for
     every = config.leaving(())
-    found = sensitivity(wanted.costs(model, sort_layers(model, every)[0], every))
+    found = sensitivity(wanted.rest(model, sort_layers(model, every)[0], every, progress))
     return config.leaving(tuple(found)[: config.sensitive()])
 
 

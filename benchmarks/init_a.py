@@ -1,0 +1,194 @@
+"""Where A starts: PEFT's Kaiming, what layers read, or the gradient; held-out NLL after few steps.
+
+    python benchmarks/init_a.py
+    python benchmarks/init_a.py --starts keep activations --seeds 0
+
+SmolLM2-135M-Instruct with LoRA, B zero at first, without falqon: what differs is where A starts,
+and a step in eager mode costs no compiler. ``activations``: the rows of A are the first r
+eigenvectors of E[x · xᵀ] of what the layer reads (EVA, arXiv 2410.07170). ``gradient``: the first r
+right singular vectors of ΣdL/dW (LoRA-GA, arXiv 2407.05000, which starts with B too). Both from the
+first 32 training batches of the seed. Each row is scaled so that its share of x · Aᵀ is as large as
+of a row of Kaiming's, so that a learning rate means the same. Seeds have their own batches and
+their own Kaiming A; differences are paired by seed. Finished runs are kept and not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import common
+import smollm
+import torch
+import training
+from nll import BATCH_SIZE, Data
+from records import Finished, Results
+from rich.console import Console
+from torch import Tensor, nn
+from training import Variant
+
+STARTS = ("keep", "activations", "gradient")
+RATES = {True: 1e-3, False: 3e-3}  # with A trained, and frozen
+READ = 32  # batches
+
+
+@dataclass(frozen=True)
+class Record(Finished):
+    """One finished run; ``options`` names the start of A, ``variant`` whether it is trained."""
+
+    nll_after: float
+    loss: float  # mean of all steps, before each
+
+    @property
+    def score(self) -> float:
+        return self.nll_after
+
+
+Rows = Callable[[Tensor, Tensor, int], Tensor]  # E[x · xᵀ], ΣdL/dW, r
+
+
+def of_inputs(moment: Tensor, grad: Tensor, rank: int) -> Tensor:
+    vectors: Tensor = torch.linalg.eigh(moment.double()).eigenvectors
+    return vectors[:, -rank:].t().float()
+
+
+def of_gradient(moment: Tensor, grad: Tensor, rank: int) -> Tensor:
+    vectors: Tensor = torch.linalg.svd(grad, full_matrices=False).Vh
+    return vectors[:rank]
+
+
+ROWS: dict[str, Rows] = {"activations": of_inputs, "gradient": of_gradient}
+
+
+def read(layers: dict[str, Any], call: Any, batches: Sequence[smollm.Batch]) -> Any:
+    """E[x · xᵀ] and ΣdL/dW of the layers under the adapters."""
+    bases = {name: layer.get_base_layer() for name, layer in layers.items()}
+    moments = {n: torch.zeros(m.weight.shape[1], m.weight.shape[1]) for n, m in bases.items()}
+    grads = {name: torch.zeros_like(m.weight, dtype=torch.float32) for name, m in bases.items()}
+    kept: list[tuple[str, Tensor, Tensor]] = []
+    tokens = 0
+
+    def hook(name: str) -> Any:
+        def keep(_: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            result = out if out.requires_grad else out.detach().requires_grad_().clone()
+            kept.append((name, given[0].detach(), result))
+            return result
+
+        return keep
+
+    hooks = [module.register_forward_hook(hook(name)) for name, module in bases.items()]
+    for batch in batches:
+        for row, labels in zip(batch.input_ids, batch.labels, strict=True):
+            kept.clear()
+            end = int((labels != smollm.IGNORED).nonzero().max()) + 1
+            loss = call(input_ids=row[None, :end], labels=labels[None, :end]).loss
+            found = torch.autograd.grad(loss, [out for *_, out in kept])
+            for (name, x, _), grad in zip(kept, found, strict=True):
+                x, grad = x[0].float(), grad[0].float()
+                moments[name].addmm_(x.t(), x)
+                grads[name].addmm_(grad.t(), x)
+            tokens += end
+    for of_layer in hooks:
+        of_layer.remove()
+    return {name: (moments[name] / tokens, grads[name]) for name in bases}
+
+
+@torch.no_grad()
+def start(model: nn.Module, rows: Rows, batches: Sequence[smollm.Batch]) -> None:
+    """Overwrite A."""
+    layers = training.lora_layers(model)
+    with torch.enable_grad():
+        seen = read(layers, model, batches)
+    for name, layer in layers.items():
+        a: Tensor = layer.lora_A["default"].weight  # type: ignore[assignment]
+        moment, grad = seen[name]
+        found = rows(moment, grad, a.shape[0])
+        size = (found * (found @ moment)).sum(1, keepdim=True)  # E[(x · rowᵀ)²]
+        wanted = moment.trace() / (3 * a.shape[1])  # Kaiming's variance is 1 / 3 in
+        a.copy_(found * (wanted / size.clamp(min=torch.finfo().tiny)).sqrt())
+
+
+def run(data: Data, of: str, train_a: bool, rate: float, seed: int, steps: int) -> Record:
+    variant = Variant(of, of, rate, "eager", train_a=train_a)
+    model = training.with_adapter(variant, copy.deepcopy(data.base), seed)
+    batches = data.train(max(steps, READ), seed)
+    if of in ROWS:
+        start(model, ROWS[of], batches[:READ])
+    trainee = training.compiled(variant, model)
+    optimizer = training.make_optimizer(model, rate)
+    with training.progress_bar(Console(quiet=True)) as quiet:
+        losses = training.train_steps(trainee, optimizer, batches[:steps], quiet, of)[0]
+        after = training.mean_nll(trainee, data.held_out, quiet, of)
+    name = "A trained" if train_a else "A frozen"
+    return Record(name, of, rate, seed, steps, after, statistics.fmean(losses))
+
+
+def paired(records: Sequence[Record]) -> list[list[str]]:
+    """A row a variant and start: the mean after training, and how much that is more than of the
+    default start with the same seed, with the standard error over seeds.
+    """
+    rows = []
+    for name, of in dict.fromkeys((r.variant, r.options) for r in records):
+        own = {r.seed: r for r in records if (r.variant, r.options) == (name, of)}
+        kept = {r.seed: r for r in records if (r.variant, r.options) == (name, "keep")}
+        seeds = sorted(own.keys() & kept.keys())
+        differences = [own[s].nll_after - kept[s].nll_after for s in seeds]
+        of_loss = [own[s].loss - kept[s].loss for s in seeds]
+        rows.append(
+            [
+                name,
+                of,
+                f"{next(iter(own.values())).learning_rate:g}",
+                f"{statistics.fmean(r.nll_after for r in own.values()):.3f}",
+                with_error(differences),
+                with_error(of_loss),
+                " ".join(f"{d:+.3f}" for d in differences),
+            ]
+        )
+    return rows
+
+
+def with_error(values: Sequence[float]) -> str:
+    if len(values) < 2:
+        return " ".join(f"{v:+.3f}" for v in values)
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.fmean(values):+.3f} ± {error:.3f}"
+
+
+HEADER = ("variant", "start of A", "lr", "held out", "against keep", "loss while training", "seeds")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--starts", nargs="+", default=STARTS, choices=STARTS)
+    parser.add_argument("--a", nargs="+", default=("frozen", "trained"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=range(5))
+    parser.add_argument("--steps", type=int, default=60)
+    args = parser.parse_args(argv)
+    protocol = {"batch_size": BATCH_SIZE, "read": READ}
+    results = Results(common.latest_or_new("init_a"), Record, protocol)
+    data: Data | None = None
+    for seed, of_a, of in itertools.product(args.seeds, args.a, args.starts):
+        rate = RATES[of_a == "trained"]
+        if results.find((f"A {of_a}", of, rate, seed, args.steps)):
+            continue
+        data = data or Data.load()
+        results.add(run(data, of, of_a == "trained", rate, seed, args.steps))
+        print(results.records[-1], flush=True)
+        training.release()
+    rows = paired([r for r in results.records if r.steps == args.steps])
+    title = f"Held-out NLL after {args.steps} steps of batch {BATCH_SIZE}, by where A starts"
+    page = common.markdown(title, common.environment(), HEADER, rows)
+    results.file.with_suffix(".md").write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
