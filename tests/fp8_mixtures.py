@@ -25,6 +25,7 @@ STACKS = ["experts.gate_up_proj", "experts.down_proj"]
 TARGETS = {
     "qwen3_moe": ["q_proj", "o_proj"],
     "minimax_m2": ["q_proj", "o_proj"],
+    "minimax_m3_vl_text": ["q_proj"],
     "glm4_moe": ["q_proj", "o_proj"],
     "deepseek_v3": ["q_b_proj", "kv_a_proj_with_mqa", "o_proj"],
     "deepseek_v4": ["q_a_proj", "kv_proj"],
@@ -38,7 +39,9 @@ PREDICTORS = {
 
 
 def lora(family: str) -> peft.LoraConfig:
-    return peft.LoraConfig(r=4, target_modules=TARGETS[family], target_parameters=STACKS)
+    return peft.LoraConfig(
+        r=4, target_modules=TARGETS.get(family, ["q_proj"]), target_parameters=STACKS
+    )
 
 
 def tensors_in(folder: Path) -> dict[str, Tensor]:

@@ -21,12 +21,15 @@ from falqon_fx.files.public_names import without_left_out
 from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.model.stacks import Fp8Stack
 from falqon_fx.site.base import cast_base
+from falqon_fx.site.numerics import E4M3
 from falqon_fx.site.spec import SiteSpec
 from tests.fp8_mixtures import (
+    SIZE,
     as_deepseek_publishes_v4,
     dense,
     lora,
     published,
+    saved_by_transformers,
     tensors_in,
 )
 from tests.parameters import slow
@@ -166,6 +169,22 @@ def test_what_transformers_has_cast_itself_is_taken(family, tmp_path):
         assert all(torch.equal(base, wanted[name]) for name, base in found.items())
 
 
+def test_stacks_that_are_kept_in_one_tensor_are_taken(tmp_path):
+    family = "minimax_m3_vl_text"
+    folder = saved_by_transformers(family, tmp_path, "ue8m0")
+    tensors = tensors_in(folder)
+    whole = sorted(n for n, t in tensors.items() if t.dim() == 3 and t.dtype == E4M3)
+    assert whole
+    falqon_fx.prequantize(folder, tmp_path / "out", lora(family), progress=False)
+    for model in (falqon_fx.load(folder, lora(family)), falqon_fx.load(tmp_path / "out")):
+        own = {name: base for name, base in bases(model).items() if ".experts." in name}
+        for theirs, name in zip(whole, sorted(own), strict=True):
+            scale = tensors[f"{theirs}_scale_inv"].float()
+            scale = scale.repeat_interleave(SIZE[0], 1).repeat_interleave(SIZE[1], 2)
+            assert torch.equal(own[name], by_row(tensors[theirs].float() * scale)), name
+        model(input_ids=IDS, labels=IDS).loss.backward()
+
+
 class Stack(nn.Module):
     """What transformers leaves out of models of two sizes that were published."""
 
@@ -238,6 +257,11 @@ DAMAGES: dict[str, tuple[str, Callable[[dict[str, Tensor]], None], str]] = {
     "fewer scales of a stack": (
         "saved",
         put(OF_STACK, lambda t: t[:, 1:]),
+        r"experts\.0\.down_proj.* as its scales, and blocks of 8 x 16",
+    ),
+    "twice the scales of a stack": (
+        "saved",
+        put(OF_STACK, lambda t: t.repeat(1, 2, 1)),
         r"experts\.0\.down_proj.* as its scales, and blocks of 8 x 16",
     ),
     "scales of fewer experts": (

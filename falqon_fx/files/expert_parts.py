@@ -44,8 +44,10 @@ class Part:
 
 def whole_scale(stack: str, parts: Sequence[Part]) -> str:
     """What transformers calls the scales of a stack of that name where it has cast the model to
-    FP8 itself: it saves each expert's weights alone, and their scales in one tensor.
+    FP8 itself: it saves them in one tensor, and each expert's weights alone, or a stack in one.
     """
+    if len(parts) == 1:
+        return f"{parts[0].layer}_scale_inv"
     experts = parts[0].layer.rsplit(".", 2)[0]
     return f"{experts}.{stack.rpartition('.')[2]}_scale_inv"
 
@@ -65,11 +67,10 @@ def parted_scale(scale: Tensor, parts: Sequence[Part], out: int) -> list[Tensor]
     """The scales of each part, of scales [E, blocks of ``out`` rows, blocks of columns]; whether
     they are as many as the part's blocks is for the caller to see.
     """
-    found = []
+    found, flat = [], scale.flatten(0, 1)
     for part in parts:
-        expert, first = divmod(part.first, out)
-        begin, end = (rows * scale.shape[1] // out for rows in (first, first + part.size))
-        found.append(scale[expert, begin : max(end, begin + 1)])
+        begin, end = (rows * scale.shape[1] // out for rows in (part.first, part.last))
+        found.append(flat[begin : max(end, begin + 1)])
     return found
 
 

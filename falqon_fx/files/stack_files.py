@@ -4,6 +4,7 @@ that `falqon_fx.load` makes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ from falqon_fx.model.stacks import (
     why_not_stacked,
 )
 from falqon_fx.site.base import Base, cast_base, check_weight
+from falqon_fx.site.numerics import E4M3
 from falqon_fx.site.paths import IN_FP8, stack_path
 from falqon_fx.site.spec import SiteSpec
 
@@ -65,6 +67,13 @@ class StackLayer:
         """The tensor with the scales of all its experts, where a checkpoint has one."""
         return whole_scale(self.path.removesuffix(IN_FP8), self.parts)
 
+    def _flat(self, weight: Tensor) -> Tensor:
+        """The rows of a stack that was cast already."""
+        if weight.dim() == 3 and self.transposed:
+            problem = "it was cast to FP8 as [E, in, out], whose rows are no rows of experts"
+            raise FalqonError(self.site, problem, "Give the dense checkpoint")
+        return weight.flatten(0, -2)
+
     def cast(
         self, tensors: Mapping[str, Tensor], block: tuple[int, int] | None, spec: SiteSpec, of: Path
     ) -> Base:
@@ -82,7 +91,7 @@ class StackLayer:
         for number, part in enumerate(self.parts):
             weight = tensors[part.name]
             if block is not None:
-                scale = scales[number]
+                scale, weight = scales[number], self._flat(weight)
                 blocks.check_blocks(part.layer, weight, scale, block, str(of))
                 weight = blocks.dequantize(weight, scale, block)
             if weight.dim() == 3:
@@ -186,6 +195,10 @@ class Checkpoint:
         self._names = PublicNames(base)
         self._rearranged = rearranged(base) if any(experts_of(base)) else []
         self._parts = parts_in(names, parts_of(base, sizes))
+        in_one = sizes.keys() - self._parts.keys()
+        for theirs in names if in_one else ():
+            if (own := self._names.own(theirs)) in in_one:
+                self._parts[own] = (Part(f"{theirs}.weight", 0, math.prod(sizes[own])),)
         self._experts = {name: experts for name, (experts, _) in sizes.items()}
         self._paths = {p.replace(".base_layer", ""): p for p, _ in model.named_modules()}
 
@@ -215,13 +228,17 @@ class Checkpoint:
         return _BASE + self._names.own(f"{path}.weight").removesuffix(".weight")
 
     def scales_parted(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors with scales for each expert's weights, where they are those of stacks.
+        """Tensors with scales for each expert's weights, where they are those of stacks; FP8 stacks
+        in one tensor as matrices.
 
         Raises:
             FalqonError: scales of another number of experts.
         """
         found = dict(tensors)
         for name, parts in self._parts.items():
+            weight = found.get(parts[0].layer)
+            if weight is not None and weight.dim() == 3 and weight.dtype == E4M3:
+                found[parts[0].name] = found.pop(parts[0].layer).flatten(0, 1)
             scale = found.pop(whole := whole_scale(name, parts), None)
             if scale is None:
                 continue
