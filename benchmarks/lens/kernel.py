@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,12 @@ class Kernel:
     def run(self, *given: Any, **_: Any) -> None:
         self.launched(self, given)
 
+    @property
+    def elements(self) -> int:
+        """Of the grid that Inductor's kernel goes through; 0 of another."""
+        sizes = [int(size) for size in _NUMEL.findall(self.source)]
+        return math.prod(sizes) if sizes else 0
+
     @classmethod
     def of(cls, name: str, source: str) -> Kernel:
         """A kernel by its code. Inductor names what its own kernels read and write; a constexpr
@@ -38,6 +45,7 @@ class Kernel:
         return cls(name, source, (*names,), reads, {n for n in names if _WRITTEN.match(n)})
 
 
+_NUMEL = re.compile(r"^ +(?:[xyz]|r\d_)numel = (\d+)$", re.MULTILINE)
 _WRITTEN = re.compile("(in_)?out_")
 _OPS = re.compile(r"Original ATen: \[(.*)\]\n(?:#.*\n)*(\w+) = async_compile\.triton\(")
 

@@ -48,6 +48,7 @@ class Launches(TorchDispatchMode):
     def __post_init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._unread: dict[int, Tensor] = {}  # written; kept alive, as numbers are given again
+        self._static = {storage_of(weight): weight for weight in self.passes.weights}
 
     def triton(self, kernel: Kernel, given: Sequence[Any]) -> None:
         """A kernel that Inductor wrote, or one of ours that it was handed in the graph."""
@@ -57,6 +58,11 @@ class Launches(TorchDispatchMode):
             columns = named["y_ptr"].shape[1]
             named["tail_ptr"] = named["tail_ptr"].narrow(1, 0, columns)
             reads_of = reads_of - {"tail_ptr"}
+        for name in writes_of & named.keys():  # of what is there before, maybe some columns
+            whole = named[name]
+            if isinstance(whole, Tensor) and storage_of(whole) in self._static:
+                few = kernel.elements and kernel.elements < whole.numel()
+                named[name] = whole.narrow(1, 0, kernel.elements // len(whole)) if few else whole
         reads, writes = (
             [*_tensors([value for name, value in named.items() if name in names])]
             for names in (reads_of, writes_of)

@@ -13,6 +13,7 @@ from falqon_fx import _compat
 from falqon_fx.backend import falqon
 from lens import fake_gpu, host
 from lens.fake_gpu import CUDA, Graph
+from lens.host import Host
 from lens.launches import Launch, Launches
 from lens.models import Adapter, Shape, build, inputs
 from lens.passes import Kind, Passes, Tokens
@@ -53,7 +54,7 @@ class Direction:
     mutated_inputs: list[int]
     mutated_not_static: list[int]
     no_cuda_graph: str
-    host_us: float
+    host: Host
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Seen:
     @property
     def host_us(self) -> float:
         """Microseconds a layer."""
-        return (self.forward.host_us + self.backward.host_us) / self.layers
+        return (self.forward.host.us + self.backward.host.us) / self.layers
 
     def count(self, kind: Kind) -> int:
         return sum(launch.kind == kind for launch in self.launches)
@@ -176,7 +177,7 @@ def _direction(graph: Graph, tokens: Tokens, timed: bool) -> tuple[Direction, Se
         sorted(graph.mutated),
         sorted(graph.mutated - graph.static),
         graph.graphs_off,
-        host.microseconds(graph, launches.results) if timed else 0.0,
+        host.look(graph, launches.results) if timed else Host(0.0, {}, host.calls(graph)),
     )
     return seen, results
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import common
 
+from lens.host import Host
 from lens.launches import Launch
 from lens.lens import Seen
 
@@ -60,6 +61,8 @@ def listing(name: str, run: Seen) -> Iterator[str]:
             f"not static); against a CUDA graph: {direction.no_cuda_graph or 'nothing'}"
         )
         yield ""
+        yield _host(direction.host)
+        yield ""
         yield "```"
         yield from _lines(direction.launches)
         yield "```"
@@ -68,6 +71,13 @@ def listing(name: str, run: Seen) -> Iterator[str]:
         f"{dtype}{list(shape)} {size / MIB:.1f}" for dtype, shape, size in run.kept
     )
     yield ""
+
+
+def _host(host: Host) -> str:
+    """What the host does around the launches, and what some of it takes."""
+    does = ", ".join(f"{count} {part}" for part, count in host.calls.items())
+    takes = [f"{us:.0f} us without {part}" for part, us in host.without.items()]
+    return f"Host: {does}" + (f"; {host.us:.0f} us, {', '.join(takes)}" if takes else "")
 
 
 def _lines(launches: Sequence[Launch]) -> Iterator[str]:
