@@ -30,20 +30,15 @@ OWN = ("own_gemm=1.05e15", "summed_gemm=1.05e15")
 SAME_SOURCE = "fp8_gemm=1.402e15"  # 1359 TFLOP/s at 0.97 of full waves: FBGEMM#2766, as bf16 is
 Choice = tuple[AdapterDtype, Transpose, Attention, tuple[str, ...]]
 CHOICES: dict[str, Choice] = {
-    "today": ("bfloat16", "transient", "flash2", ()),
-    "today, addmm in place": ("bfloat16", "transient", "flash2", (IN_PLACE,)),
-    "today, our products at 1050 TFLOP/s": ("bfloat16", "transient", "flash2", OWN),
-    "today, W kept transposed": ("bfloat16", "store", "flash2", ()),
-    "adapter in K": ("fp8", "transient", "flash2", ()),
-    "planned: adapter in K, W kept transposed": ("fp8", "store", "flash2", ()),
-    "planned: adapter in K, W kept transposed, cuDNN attention": ("fp8", "store", "cudnn", ()),
-    "adapter in K, FP8 by the source of bf16": ("fp8", "transient", "flash2", (SAME_SOURCE,)),
-    "planned: adapter in K, W kept transposed, cuDNN, FP8 by the source of bf16": (
-        "fp8",
-        "store",
-        "cudnn",
-        (SAME_SOURCE,),
-    ),
+    "today": ("bfloat16", "store", "flash2", ()),
+    "today, W transposed in each step": ("bfloat16", "transient", "flash2", ()),
+    "today, addmm in place": ("bfloat16", "store", "flash2", (IN_PLACE,)),
+    "today, our products at 1050 TFLOP/s": ("bfloat16", "store", "flash2", OWN),
+    "adapter in K": ("fp8", "store", "flash2", ()),
+    "adapter in K, W transposed in each step": ("fp8", "transient", "flash2", ()),
+    "adapter in K, cuDNN attention": ("fp8", "store", "cudnn", ()),
+    "adapter in K, FP8 by the source of bf16": ("fp8", "store", "flash2", (SAME_SOURCE,)),
+    "adapter in K, cuDNN, FP8 by the source of bf16": ("fp8", "store", "cudnn", (SAME_SOURCE,)),
 }
 
 

@@ -72,10 +72,10 @@ def calls(base: BaseDtype, group: str, dtype: torch.dtype) -> list[Callable[[], 
 
     def forward() -> Any:
         given = (x, weight, scale, none, a, a_scale, b, none, none, lora_a, lora_b, none)
-        return merged_linear.merged_linear(*given, [*sites], factors, True, dtype, str(spec))
+        return merged_linear.merged_linear(*given, [*sites], factors, True, none, dtype, str(spec))
 
     def backward() -> Any:
-        given = (grads, weight, scale, d, a, a_scale)
+        given = (grads, weight, scale, d, a, a_scale, none)
         return merged_linear.merged_linear_grad_x(*given, dtype, str(spec))
 
     return [forward, backward]

@@ -29,6 +29,7 @@ from falqon_fx.passes import pipeline
 from falqon_fx.passes.insert_operands import BaseNodes, Operands
 from falqon_fx.passes.recompute_weights import recompute_weights
 from falqon_fx.passes.scope import attribute
+from falqon_fx.passes.slots import TurnedSlot
 from falqon_fx.passes.verify import operations
 from falqon_fx.passes.work import Work
 from falqon_fx.report import compiling
@@ -37,6 +38,7 @@ from falqon_fx.report.passlog import PassLog
 from falqon_fx.report.paths import ModulePaths
 from falqon_fx.report.report import RewriteReport
 from falqon_fx.rows.binding import RowsBinding
+from falqon_fx.site import transposed
 from falqon_fx.site.agreement import agree_once, check_options, groups_of
 from falqon_fx.site.agreement import reset as forget_agreements
 from falqon_fx.site.base import Base, BaseParameter, CastOfAdapter, Entry, bases
@@ -151,18 +153,23 @@ class RewriteResult:
         inputs, scales = [*args], iter(given.scales)
         kind = self.config.base_dtype
         by_row, in_fp8 = self.config.granularity == "row" and kind != "nvfp4", kind == "fp8"
-        counts: list[tuple[Entry, str]] = []
+        counts, weights = list[tuple[Entry, str]](), list[Tensor]()
         for entry, code, nodes in zip(entries, given.owners, self.operands.bases, strict=True):
             if entry.base is None:
                 scale = next(scales).view(torch.float32)  # as_scale, without a call a site
                 code = code.view(E4M3) if in_fp8 else code  # as `site.forms.operand_of` has it
                 inputs += (code, scale if by_row else scale.reshape(()))
+                weights.append(code)
             else:
                 inputs += (entry.base.weight, entry.base.scale)
+                weights.append(entry.base.weight)
             if nodes.clamped is not None:
                 inputs.append(entry.clamped.count)
                 counts.append((entry, nodes.slot.path))
-        if counts and self._looks.due(inputs[-1]):
+        for slot, places in self._plan.turned:
+            make = functools.partial(_turned, [weights[i] for i in places], slot.room)
+            inputs.append(transposed.together([entries[i] for i in places], slot.columns, make))
+        if counts and self._looks.due(counts[-1][0].clamped.count):
             for entry, path in counts:
                 entry.clamped.look(path)
         return self.rows.bind(inputs, functools.partial(self._plan.value, values=values))
@@ -269,6 +276,12 @@ class RewriteResult:
         return weakref.WeakKeyDictionary()
 
 
+def _turned(weights: Sequence[Tensor], room: int) -> Tensor:
+    from falqon_fx.kernels.transpose.kept import transposed_together, with_room
+
+    return with_room(transposed_together(weights), room)
+
+
 @dataclass(frozen=True)
 class CallPlan:
     """Where the parameters of a graph lie among the values of a call: its arguments, and behind
@@ -280,6 +293,7 @@ class CallPlan:
     owners: tuple[int, ...]
     scales: tuple[int, ...]
     adapters: tuple[int, ...]
+    turned: tuple[tuple[TurnedSlot, tuple[int, ...]], ...]  # with the numbers of their bases
 
     @classmethod
     def of(cls, gm: fx.GraphModule, operands: Operands, arguments: int) -> CallPlan:
@@ -288,6 +302,7 @@ class CallPlan:
         attributes = [n for n in found if isinstance(attribute(gm, str(n.target)), Tensor)]
         places = {node: place for place, node in enumerate([*placeholders, *attributes])}
         given = [nodes.given for nodes in operands.bases]
+        number = {id(nodes): i for i, nodes in enumerate(operands.bases)}
         pairs = [adapter for _, adapter in operands.pairs]
         return cls(
             places,
@@ -295,6 +310,7 @@ class CallPlan:
             owners=tuple(places[nodes[0]] for nodes in given),
             scales=tuple(places[nodes[1]] for nodes in given if len(nodes) > 1),
             adapters=tuple(places[node] for p in pairs for node in (p.lora_a, p.lora_b)),
+            turned=tuple((t.slot, tuple(number[id(b)] for b in t.bases)) for t in operands.turned),
         )
 
     def values(self, gm: fx.GraphModule, args: Sequence[Any]) -> list[Any]:
@@ -337,6 +353,7 @@ def rewrite(
         rejected=work.plan.rejected,
         left=work.plan.left,
         notes=tuple(work.notes),
+        transposes=work.plan.turned.report,
         nodes_before=len(operations(work.before)),
         nodes_after=len(operations(work.after)),
         pass_seconds=log.seconds,

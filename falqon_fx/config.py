@@ -89,8 +89,10 @@ class FalqonConfig:
         accumulation: how FP8 products are summed on a GPU. "promoted" adds up in float32 where
             tensor cores keep fewer bits (sm_90), "fast" leaves it to them.
         transpose: how dL/dx reads W on a GPU. "transient" transposes W's bytes each time, "kernel"
-            reads W as it lies, "auto" takes what is faster of the two; "store" keeps the transpose
-            beside W, which takes as much memory again.
+            reads W as it lies, "store" keeps the transpose beside W, which takes as much memory
+            again. "auto" keeps it where the tensor cores want it, a step has at most 16384 tokens,
+            and the model with all transposes, gradients and AdamW's moments takes at most half of
+            the card's memory; else it takes what is faster of the first two.
         inner: the compiler that gets the rewritten graph.
         include: shell patterns on the module paths of sites; without any, all are rewritten.
         exclude: shell patterns on the module paths of sites that stay as they are. "sensitive:8"

@@ -36,6 +36,11 @@ def int8_architecture(device: torch.device) -> int:
     return number if number >= INT8 else 0
 
 
+def memory(device: torch.device) -> int:
+    """Bytes of a GPU's memory."""
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
 def family(architecture: int) -> int:
     """The architecture whose tensor cores sm_``architecture`` has: sm_103 (B300) those of sm_100,
     sm_121 (DGX Spark) those of sm_120.

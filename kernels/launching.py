@@ -5,14 +5,16 @@ Inductor compiles and launches the kernels in its graphs itself, and no Python o
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from torch.fx import traceback
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from falqon_fx import _compat
@@ -60,6 +62,30 @@ def launch(
     with torch.cuda.device_of(first):  # Triton launches on the current device
         kernel[grid](*operands, num_warps=num_warps, num_stages=num_stages)
     return [named[name] for name in written]
+
+
+def write_last_columns(whole: Tensor, make: Callable[[], Tensor]) -> Tensor:
+    """``whole``, an input of the graph that is being traced, with what ``make`` returns as its last
+    columns: written in place as backward runs. Inductor copies nothing, as it is told of the write.
+    """
+    # Else the partitioner would make and write them as soon as it can, which is in forward.
+    with traceback.preserve_node_meta(), _marked("must_be_in_backward"):
+        part = make()
+        stride, first = (whole.stride(0), 1), whole.shape[1] - part.shape[1]
+        result = torch.as_strided_scatter(whole, part, part.shape, stride, first)
+        torch.ops.aten.copy_.default(whole, result)
+    return result
+
+
+@contextlib.contextmanager
+def _marked(tag: str) -> Iterator[None]:
+    """Nodes that are traced in this block have the tag, as AOTAutograd's partitioner reads it."""
+    meta, name = traceback.current_meta, "partitioner_tag"
+    before, meta[name] = meta.get(name), tag
+    try:
+        yield
+    finally:
+        meta[name] = before
 
 
 @functools.cache

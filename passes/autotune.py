@@ -17,6 +17,7 @@ from falqon_fx._compat import hint, value_of, without_fake_mode
 from falqon_fx.kernels.spec import aligned
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.ops.products import launches
+from falqon_fx.passes.insert_operands import room_of
 from falqon_fx.passes.plan import Plan, SitePlan
 from falqon_fx.passes.rewrite import adapter_inputs
 from falqon_fx.passes.rows import RowsSlot, adds_pending
@@ -74,6 +75,7 @@ class Operands:
     """What a group of sites is computed from: x [tokens, features], and `SiteOperands`.
 
     ``adds_b``: O has the term O_A · bᵀ. ``own_x``: the adapters read another x than the sites.
+    ``turned``: Wᵀ is kept, with so many columns behind it; -1 where it is not.
     """
 
     device: torch.device
@@ -84,6 +86,7 @@ class Operands:
     sites: tuple[SiteOperands, ...]
     adds_b: bool
     own_x: bool
+    turned: int
 
     @classmethod
     def of(cls, group: Group, plan: Plan) -> Operands:
@@ -98,6 +101,7 @@ class Operands:
             tuple(_site_operands(site) for site in group),
             config.update == "adapter" or adds_pending(config.pending),
             bool(adapter_inputs(group)),
+            _turned(group, plan),
         )
 
     @property
@@ -183,6 +187,8 @@ def _time_casts(arguments: Sequence[Any], spec: SiteSpec) -> None:
 
 def _random_arguments(operands: Operands, spec: SiteSpec) -> tuple[Tensor, tuple[Any, ...]]:
     """x and the other arguments of ``falqon::merged_linear``."""
+    from falqon_fx.kernels.transpose.kept import transposed_together, with_room
+
     device, features = operands.device, operands.features
     # The stream of torch's own random numbers stays where it is.
     numbers = torch.Generator(device).manual_seed(0)
@@ -217,8 +223,16 @@ def _random_arguments(operands: Operands, spec: SiteSpec) -> tuple[Tensor, tuple
         alpha = [torch.ones(len(code), dtype=torch.float32, device=device) for code in a]
     columns = (weight, [ones(w) for w in weight], bias, a, [ones(code) for code in a], b, alpha)
     keep_x = any(t.requires_grad for t in lora_a)
-    numbers_of = (owner, [1.0] * len(owner), keep_x, operands.out_dtype, str(spec))
+    turned = []
+    if operands.turned >= 0:
+        turned = [with_room(transposed_together(weight), operands.turned)]
+    numbers_of = (owner, [1.0] * len(owner), keep_x, turned, operands.out_dtype, str(spec))
     return x, (*columns, [], lora_a, lora_b, own_x, *numbers_of)
+
+
+def _turned(group: Group, plan: Plan) -> int:
+    bases, room = [site.base for site in group], room_of(group)
+    return room if any(slot.is_of(bases, room) for slot in plan.turned.slots) else -1
 
 
 def _site_operands(site: SitePlan) -> SiteOperands:

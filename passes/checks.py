@@ -142,8 +142,6 @@ def _check_in_k(found: Match, path: str, config: FalqonConfig) -> None:
         why = f"wants a Triton that knows the FP8 tensor cores of {device}"
     elif max(ranks, default=0) > MAX_TAIL or sum(map(aligned, ranks)) > MAX_RANK:
         why = f"takes ranks up to {MAX_TAIL}, and up to {MAX_RANK} in all of a layer"
-    elif config.transpose == "store":
-        why = 'has one transpose of W and A together, which transpose="store" can\'t keep'
     if why:
         raise FalqonError(path, f'adapter_dtype="fp8" {why}', 'Set adapter_dtype="bfloat16"')
 

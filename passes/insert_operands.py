@@ -1,6 +1,7 @@
 """Bring what the sites' ops read into the graph: FP8 bases, and the adapters' casts.
 
-Each base W enters as two trailing placeholders, its E4M3 or int8 weight and its scale. The adapters
+Each base W enters as two trailing placeholders, its E4M3 or int8 weight and its scale, and the
+transposes of siblings as one where they are kept. The adapters
 are cast by one ``falqon::proxy_update`` at the head of the graph, for all its sites, from the
 parameters as they are whenever the graph runs. With update="rows" their place is taken by the
 written W' (`falqon_fx.passes.rows`).
@@ -9,7 +10,7 @@ written W' (`falqon_fx.passes.rows`).
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,7 @@ import torch
 from torch import fx
 
 from falqon_fx._compat import is_fsdp, mark_own_input, value_of
+from falqon_fx.kernels.spec import aligned
 from falqon_fx.ops import merged_linear
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.passes.plan import Plan, SitePlan
@@ -29,7 +31,7 @@ from falqon_fx.passes.rows import (
     operands_of,
 )
 from falqon_fx.passes.scope import Scope
-from falqon_fx.passes.slots import AdapterSlot, BaseSlot
+from falqon_fx.passes.slots import AdapterSlot, BaseSlot, TurnedSlot
 from falqon_fx.passes.terms import Param
 from falqon_fx.site.forms import code_of, scale_shape
 from falqon_fx.site.numerics import E4M3
@@ -72,6 +74,15 @@ class AdapterNodes:
 
 
 @dataclass(frozen=True)
+class TurnedNodes:
+    """The root's placeholder of the transposes of some bases, side by side."""
+
+    slot: TurnedSlot
+    bases: tuple[BaseNodes, ...]
+    node: fx.Node
+
+
+@dataclass(frozen=True)
 class SiteNodes:
     """What the op of a site reads beside x and biases."""
 
@@ -90,6 +101,7 @@ class Operands:
     adapters: Mapping[int, AdapterNodes]  # by the id of the slot
     written: Mapping[int, RowsOperands]
     pairs: tuple[tuple[BaseNodes, AdapterNodes], ...]  # which of the user's is added to which base
+    turned: tuple[TurnedNodes, ...] = ()
 
     def of(self, site: SitePlan) -> SiteNodes:
         """The operands of a planned site."""
@@ -105,11 +117,25 @@ class Operands:
         count = base.clamped if site.spec.adapter == "fp8" else None
         return SiteNodes(base.weight, base.scale, count, adapters)
 
+    def turned_of(self, group: Sequence[SitePlan]) -> list[fx.Node]:
+        """The transposes of a group of sites, where they are kept: one node, or none."""
+        bases, room = [site.base for site in group], room_of(group)
+        return [turned.node for turned in self.turned if turned.slot.is_of(bases, room)]
+
+
+def room_of(group: Sequence[SitePlan]) -> int:
+    """How many columns the adapters of a group have behind its Wᵀ: those in FP8 that read x."""
+    if any(adapter.x is not None for site in group for adapter in site.match.added):
+        return 0
+    in_fp8 = [slot for site in group for slot in site.adapters if slot.base is not None]
+    return sum(aligned(slot.lora_a.value.shape[0]) for slot in in_fp8)
+
 
 def insert_operands(plan: Plan) -> Operands:
     """Edit the root graph in place."""
     root = plan.root
     bases = tuple(_enter_base(plan, i, slot) for i, slot in enumerate(plan.bases))
+    turned = tuple(_enter_turned(plan, i, bases, of) for i, of in enumerate(plan.turned.slots))
     rows_spec = RowsSpec.from_config(plan.config) if plan.rows else None
     rows: tuple[RowsNodes, ...] = ()
     if rows_spec is not None:
@@ -136,7 +162,7 @@ def insert_operands(plan: Plan) -> Operands:
         for slot in site.adapters
         if not slot.fixed
     }
-    return Operands(bases, rows, adapters, written, tuple(pairs.values()))
+    return Operands(bases, rows, adapters, written, tuple(pairs.values()), turned)
 
 
 def _operand(slot: BaseSlot, spec: SiteSpec) -> tuple[tuple[int, ...], torch.dtype]:
@@ -151,22 +177,39 @@ def _enter_base(plan: Plan, index: int, slot: BaseSlot) -> BaseNodes:
     if given is None:
         assert slot.weight is not None
         given = (at_head(root, slot.weight),)
-    device = value_of(given[0]).device
     shapes = {
         "weight": _operand(slot, plan.spec),
         "scale": (scale_shape(slot.out, plan.spec), torch.float32),
     }
     in_fp8 = any(site.base is slot and site.spec.adapter == "fp8" for site in plan.sites)
-    if in_fp8 and counts_on(device):
+    if in_fp8 and counts_on(value_of(given[0]).device):
         shapes["clamped"] = ((1,), torch.int32)
-    entered = []
-    for name, (shape, dtype) in shapes.items():
-        node = root.add_input(f"falqon_base_{index}_{name}")
-        node.meta["falqon_shape"] = (shape, dtype, device)
-        node.meta["val"] = torch.empty(shape, dtype=dtype, device="meta")
-        mark_own_input(node, static=not is_fsdp(given[0]))
-        entered.append(node)
+    entered = [
+        _enter(root, f"falqon_base_{index}_{name}", shape, dtype, given[0])
+        for name, (shape, dtype) in shapes.items()
+    ]
     return BaseNodes(slot, given, *entered)
+
+
+def _enter_turned(
+    plan: Plan, index: int, bases: Sequence[BaseNodes], slot: TurnedSlot
+) -> TurnedNodes:
+    """[W_1ᵀ | W_2ᵀ ... | room], each filled up to a multiple of 16 columns."""
+    nodes = tuple(next(n for n in bases if n.slot is base) for base in slot.bases)
+    given, name = nodes[0].given[0], f"falqon_turned_{index}"
+    entered = _enter(plan.root, name, (slot.bases[0].features, slot.columns), E4M3, given)
+    return TurnedNodes(slot, nodes, entered)
+
+
+def _enter(
+    root: Scope, name: str, shape: tuple[int, ...], dtype: torch.dtype, given: fx.Node
+) -> fx.Node:
+    """A trailing placeholder of what is looked up by ``given``."""
+    node = root.add_input(name)
+    node.meta["falqon_shape"] = (shape, dtype, value_of(given).device)
+    node.meta["val"] = torch.empty(shape, dtype=dtype, device="meta")
+    mark_own_input(node, static=not is_fsdp(given))
+    return node
 
 
 def counts_on(device: torch.device) -> bool:

@@ -19,6 +19,7 @@ from falqon_fx.passes.normalize import normalize
 from falqon_fx.passes.plan import plan
 from falqon_fx.passes.rewrite import rewrite
 from falqon_fx.passes.saturation import Saturation
+from falqon_fx.passes.transposes import keep_transposes
 from falqon_fx.passes.verify import verify, wiring
 from falqon_fx.passes.work import Work
 from falqon_fx.report.data import Note
@@ -59,6 +60,10 @@ _CLAMPED = (
 )
 
 
+def _keep_transposes(work: Work) -> None:
+    work.plan = keep_transposes(work.plan)
+
+
 def _autotune(work: Work) -> None:
     work.plan = autotune(work.plan, time=work.tune)
 
@@ -89,6 +94,7 @@ PASSES: Mapping[str, Callable[[Work], None]] = {
     "normalize": _normalize,
     "match": _match,
     "plan": _plan,
+    "keep_transposes": _keep_transposes,
     "autotune": _autotune,
     "insert_operands": _insert_operands,
     "rewrite": _rewrite,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -38,7 +38,7 @@ from falqon_fx.passes.rows import RowsSlot, check_rows, rows_slot
 from falqon_fx.passes.scope import Scope
 from falqon_fx.passes.shards import CUT_OTHERWISE
 from falqon_fx.passes.siblings import group_siblings
-from falqon_fx.passes.slots import AdapterSlot, BaseSlot
+from falqon_fx.passes.slots import AdapterSlot, BaseSlot, Turned
 from falqon_fx.passes.terms import BaseLinear, Experts, Param, in_fp8
 from falqon_fx.passes.writes import written_parameters
 from falqon_fx.report.data import Rejected, Site, Source
@@ -75,6 +75,7 @@ class Plan:
     rejected: tuple[Rejected, ...]
     left: tuple[Rejected, ...]  # frozen linear layers that stay as they are
     wide: tuple[fx.Node, ...]  # those of them, and attention, that are multiplied in float32
+    turned: Turned = field(default_factory=Turned)
 
     @property
     def sites(self) -> tuple[SitePlan, ...]:
@@ -130,12 +131,11 @@ def plan(
         )
         for r in rejected
     ]
-    groups = _groups(chooser.sites, config)
     return Plan(
         root,
         config,
         chooser.spec,
-        groups,
+        _groups(chooser.sites, config),
         (*refused, *chooser.rejected),
         tuple(chooser.left),
         (*chooser.wide, *slow_attention(root)),

@@ -64,6 +64,7 @@ class Arguments:
     owner: list[int]
     scaling: list[float]
     keep_x: bool
+    turned: list[fx.Node]
 
 
 def arguments(group: Sequence[SitePlan], operands: Operands) -> Arguments:
@@ -88,6 +89,7 @@ def arguments(group: Sequence[SitePlan], operands: Operands) -> Arguments:
         [i for i, _ in each],
         [adapter.scaling for adapter in adapters],
         trained and torch.is_grad_enabled(),
+        operands.turned_of(group),
     )
 
 
@@ -104,6 +106,7 @@ def _replace(
     columns = [given.a, given.a_scale, given.b, given.alpha, given.clamped]
     columns += [given.lora_a, given.lora_b]
     weight, scale, *adapters = (here(column) for column in (given.weight, given.scale, *columns))
+    turned = here(given.turned)
     biases = [site.match.base.bias for site in group]
     bias = [_bias(scope, b) for b in biases if b is not None]
     with graph.inserting_before(first.anchor):
@@ -118,6 +121,7 @@ def _replace(
                 given.owner,
                 given.scaling,
                 given.keep_x,
+                turned,
                 value_of(first.anchor).dtype,
                 str(group[0].spec),
             ),

@@ -61,6 +61,7 @@ class Case:
     keep_x: bool = True
     adds_b: bool = True
     clamped: list[Tensor] = field(default_factory=list)
+    turned: list[Tensor] = field(default_factory=list)
 
     @property
     def adapters(self) -> list[Lora]:
@@ -112,6 +113,7 @@ class Case:
             self.owner,
             [lora.scaling for lora in loras],
             self.keep_x,
+            self.turned,
             self.out_dtype,
             str(self.spec),
         )

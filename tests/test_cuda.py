@@ -123,11 +123,11 @@ def test_adapters_of_a_layer_need_not_stand_side_by_side():
         "owner",
         "scaling",
     )
-    x, weight, scale, bias, *columns, keep_x, out_dtype, spec_text = case.arguments()
+    x, weight, scale, bias, *columns, keep_x, kept, out_dtype, spec_text = case.arguments()
     by_name = dict(zip(names, columns, strict=True))
     turned = [2, 1, 0]
     moved: Any = [[column[j] for j in turned] if column else column for column in by_name.values()]
-    given: list[Any] = [x, weight, scale, bias, *moved, keep_x, out_dtype, spec_text]
+    given: list[Any] = [x, weight, scale, bias, *moved, keep_x, kept, out_dtype, spec_text]
     first, second, out_a, *_ = gpu.merged_linear(Merged(*given))
     wanted = gpu.merged_linear(case.arguments())
     of_a = wanted[2].split([16, 8, 5], dim=1)

@@ -89,7 +89,7 @@ def test_fake_results_of_the_products_look_like_the_real_ones():
     grads = [gpu.quantize(randn(32, n), E5M2, spec_text) for n in (48, 32)]
     for d, codes, of_a in (([randn(32, 24)], a, a_scale), ([randn(32, 24)], a, []), ([], [], [])):
         g, scales = [g for g, _ in grads], [s for _, s in grads]
-        opcheck(falqon.grad_x_product, (g, scales, weight, d, codes, of_a, F32, spec_text))
+        opcheck(falqon.grad_x_product, (g, scales, weight, d, codes, of_a, [], F32, spec_text))
     opcheck(
         falqon.grad_out_a, ([randn(32, 48), randn(32, 32)], [randn(48, 8), randn(32, 4)], spec_text)
     )
@@ -164,7 +164,7 @@ def test_on_a_gpu_the_ops_are_lowered_to_launches(case, forward):
         d = [empty(32, sum(len(code) for code in a), dtype=BF16)] if case.adds_b else []
         given_a = (a, a_scale) if case.adds_b else ([], [])
         op_x = table[falqon.merged_linear_grad_x.default]
-        rest = (weight, scale, d, *given_a, BF16, str(case.spec))
+        rest = (weight, scale, d, *given_a, [], BF16, str(case.spec))
         found = traced(lambda *args: op_x(*args), grads, *rest)
         assert found[LAUNCH] == 2
         assert not {
@@ -201,7 +201,7 @@ def test_graphs_of_known_sizes_launch_the_kernels_themselves(name, spec):
     grads = [layer.grad.reshape(-1, layer.grad.shape[-1]) for layer in case.layers]
     d = [randn(32, sum(len(code) for code in a)).bfloat16()] if a else []
     given_a = (d, a, a_scale) if case.adds_b else ([], [], [])
-    rest = (weight, scale, *given_a, BF16, str(case.spec))
+    rest = (weight, scale, *given_a, [], BF16, str(case.spec))
     check_graph(falqon.merged_linear_grad_x.default, grads, *rest)
     if a:
         ranks = [len(code) for code in a]

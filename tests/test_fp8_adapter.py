@@ -393,8 +393,7 @@ def test_where_it_is_not_there_it_says_so():
     ).sites
     with pytest.raises(FalqonError, match="can't be rebuilt yet"):
         check(**arguments(site))
-    for rank, transpose, why in ((4, "store", "can't keep"), (129, "auto", "ranks up to 128")):
-        refused = pytest.raises(FalqonError, match=rf"{why}.*adapter_dtype=\"bfloat16\"")
-        config = FalqonConfig(adapter_dtype="fp8", transpose=transpose)
-        with FakeTensorMode(), torch.device("cuda"), torch.no_grad(), refused:
-            falqon_fx.rewrite(torch.fx.symbolic_trace(Plain(rank)), [torch.empty(5, 640)], config)
+    refused = pytest.raises(FalqonError, match=r'ranks up to 128.*adapter_dtype="bfloat16"')
+    config = FalqonConfig(adapter_dtype="fp8")
+    with FakeTensorMode(), torch.device("cuda"), torch.no_grad(), refused:
+        falqon_fx.rewrite(torch.fx.symbolic_trace(Plain(129)), [torch.empty(5, 640)], config)

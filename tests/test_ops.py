@@ -41,6 +41,7 @@ def grad_args(case: Case, x_dtype: torch.dtype) -> tuple[Any, ...]:
         [randn(n, len(lora.lora_a), seed=j).to(case.out_dtype) for j, lora in enumerate(loras)],
         [code.view(torch.uint8) for code, _, _ in case.casts],
         [scale for _, scale, _ in case.casts],
+        case.turned,
         x_dtype,
         str(case.spec),
     )

@@ -158,7 +158,7 @@ def cost(
     batch: Annotated[int | None, Option(min=1, help="sequences (1)")] = None,
     transpose: Annotated[
         Literal["transient", "store"] | None,
-        Option(help="whether W is transposed each step, or kept both ways (transient)"),
+        Option(help="whether W is transposed each step, or kept both ways (as the library does)"),
     ] = None,
     attention: Annotated[
         Literal["flash2", "cudnn"] | None,

@@ -12,6 +12,7 @@ from rich.table import Table
 from falqon_fx.cost import cards, stacks, variants
 from falqon_fx.cost import model as cost
 from falqon_fx.cost.cards import Card
+from falqon_fx.cost.step.layer import Transpose
 from falqon_fx.errors import FalqonError
 from falqon_fx.kernels.hardware import reads_columns
 from falqon_fx.ops.lowering import gemm_dtype
@@ -79,12 +80,18 @@ class Cost:
             tokens=self.tokens or [4096],
             rank=self.rank,
             adapter_dtype=self.adapter_dtype or "bfloat16",
-            transpose=self.transpose or "transient",
+            transpose=self.transpose or self._usual_transpose,
             attention=self.attention or "flash2",
             cuda_graphs=self.cuda_graphs,
             given=self.figure or [],
             as_json=self.as_json,
         )
+
+    @property
+    def _usual_transpose(self) -> Transpose:
+        """What transpose="auto" does where there is memory (`falqon_fx.passes.transposes`)."""
+        by_columns = reads_columns(_card(self.card).architecture)
+        return "transient" if by_columns else "store"
 
     def _refuse_without_step(self) -> None:
         for name in ("model", "batch", "transpose", "attention", "cuda_graphs", "figure"):

@@ -27,6 +27,7 @@ class Merged(NamedTuple):
     owner: list[int]
     scaling: list[float]
     keep_x: bool
+    turned: list[Tensor]
     out_dtype: torch.dtype
     spec_text: str
 
@@ -54,5 +55,6 @@ class MergedGrad(NamedTuple):
     owner: Sequence[int]
     through_x: bool
     needs_x: bool
+    turned: Sequence[Tensor]
     x_dtype: torch.dtype
     spec_text: str

@@ -145,6 +145,7 @@ def merged_linear_grad(given: MergedGrad) -> list[Tensor]:
         given.owner,
         given.through_x,
         given.needs_x,
+        given.turned,
         torch.float32 if rounds_twice else x_dtype,
         dtype,
         given.spec_text,

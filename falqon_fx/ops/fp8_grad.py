@@ -26,6 +26,7 @@ def merged_linear_grad(
     owner: Sequence[int],
     through_x: bool,
     needs_x: bool,
+    turned: Sequence[Tensor],
     x_dtype: torch.dtype,
     spec_text: str,
 ) -> list[Tensor]:
@@ -35,9 +36,12 @@ def merged_linear_grad(
 
     g has one scale a token for all sites together, or one for all of it. ``counted`` says where
     clamped elements are counted: on a CPU B of each adapter, on a GPU the count of each site.
+    ``turned`` may have [W_1ᵀ | ... | room for Â_1ᵀ ...], for a GPU: the room is written, of which a
+    graph is told as it is lowered.
     """
     columns = grad, weight, scale, a, a_scale, b, alpha, counted
-    return lower_grad(MergedGrad(*columns, owner, through_x, needs_x, x_dtype, spec_text))
+    numbers = owner, through_x, needs_x
+    return lower_grad(MergedGrad(*columns, *numbers, turned, x_dtype, spec_text))
 
 
 def lower_grad(given: MergedGrad) -> list[Tensor]:

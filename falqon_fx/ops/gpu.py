@@ -112,10 +112,13 @@ def merged_linear_grad_x(
     d: Sequence[Tensor],
     a: Sequence[Tensor],
     a_scale: Sequence[Tensor],
+    turned: Sequence[Tensor],
     x_dtype: torch.dtype,
     spec_text: str,
 ) -> Tensor:
-    """See `falqon_fx.ops.lowering.merged_linear_grad_x`; ``d`` is one, the D_j side by side."""
+    """See `falqon_fx.ops.lowering.merged_linear_grad_x`; ``d`` is one, the D_j side by side, and
+    ``turned`` the W_iᵀ where they are kept.
+    """
     spec, dtype = parse_spec(spec_text), gemm_dtype(grad[0].dtype, grad[0].device)
     if spec.base == "int8":
         return _grad_x_of_int8(grad, weight, scale, d, a, a_scale, x_dtype)
@@ -132,8 +135,8 @@ def merged_linear_grad_x(
         a_scale = []
     # Products for bfloat16 may round to it on their way, which those of a float32 dL/dO must not.
     stored = torch.float32 if x_dtype == torch.bfloat16 != dtype else x_dtype
-    # Copies that are kept beside W are found by its address, which a graph doesn't have.
-    storing = spec.transpose == "store"
+    # Copies beside a W that update="rows" writes are found by its address, which a graph hasn't.
+    storing = spec.transpose == "store" and not turned
     opened = partial(products.call, products.grad_x_product)
     product: Tensor = (torch.ops.falqon.grad_x_product if storing else opened)(
         casts,
@@ -142,6 +145,7 @@ def merged_linear_grad_x(
         left,
         [as_operand(code) for code in a],
         a_scale,
+        turned,
         stored,
         spec_text,
     )

@@ -167,6 +167,7 @@ def grad_product_in_k(
     owner: Sequence[int],
     through_x: bool,
     needs_x: bool,
+    turned: Sequence[Tensor],
     x_dtype: torch.dtype,
     d_dtype: torch.dtype,
     spec_text: str,
@@ -177,7 +178,8 @@ def grad_product_in_k(
         D_j = (g_i · b_j) ⊙ s_g / α_j    D'_j = q(g_i · b_j ⊙ s_A,j / α_j)    with i = owner[j]
 
     The D'_j are part of it where the adapters read x (``through_x``); what is clamped of them is
-    added to ``count`` of their site. Without ``b`` there is no D.
+    added to ``count`` of their site. Without ``b`` there is no D. ``turned`` may have [W_1ᵀ | ...]
+    with room for the Â_jᵀ behind them, which are written there.
     """
     from falqon_fx.kernels.products import in_k
     from falqon_fx.kernels.products.tails import all_tails
@@ -206,14 +208,14 @@ def grad_product_in_k(
     of_adapters, wide = all_tails("backward", *given)
     if not needs_x:
         return [wide.new_empty((0, weight[0].shape[1]), dtype=x_dtype), of_adapters]
-    rows = [*weight, *(a if stores else [])]
-    return [*in_k.grad_x(wide, s_g, rows, x_dtype, options).run(), of_adapters]
+    rows = weight, a if stores else []
+    return [*in_k.grad_x(wide, s_g, *rows, x_dtype, options, turned).run(), of_adapters]
 
 
 def _grad_product_fake(
     g: Sequence[Tensor], s_g: Tensor, weight: Sequence[Tensor], *rest: Any
 ) -> list[Tensor]:
-    _, _, b, _, _, _, _, needs_x, x_dtype, d_dtype, _ = rest
+    _, _, b, _, _, _, _, needs_x, _, x_dtype, d_dtype, _ = rest
     n, first = len(g[0]), g[0]
     dx = first.new_empty((n if needs_x else 0, weight[0].shape[1]), dtype=x_dtype)
     return [dx, first.new_empty((n, sum(factor.shape[1] for factor in b)), dtype=d_dtype)]

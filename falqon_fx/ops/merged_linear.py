@@ -8,13 +8,14 @@ below autograd for Inductor. Those of update="rows" stand in `falqon_fx.rows.ops
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from falqon_fx.errors import FalqonError
+from falqon_fx.kernels.spec import aligned
 from falqon_fx.ops import adapter_casts, fp8_adapter, fp8_gpu, fp8_grad, gpu, lowering
 from falqon_fx.ops.adapter_grads import Batch, OutAGrads, lower_adapter_grads, lower_grad_out_a
 from falqon_fx.ops.arguments import Merged
@@ -41,6 +42,7 @@ def merged_linear(
     owner: Sequence[int],
     scaling: Sequence[float],
     keep_x: bool,
+    turned: Sequence[Tensor],
     out_dtype: torch.dtype,
     spec_text: str,
 ) -> list[Tensor]:
@@ -52,7 +54,9 @@ def merged_linear(
     per site (bias may have none), as ``clamped`` may, to which a GPU adds how much of adapters in
     FP8 is clamped; ``a``, ``a_scale``, ``b``, ``alpha`` (see `proxy_update`; the last two may have
     none), ``lora_a``, ``lora_b``, ``owner`` and ``scaling`` one per adapter; ``adapter_x``, what
-    each adapter reads where that is not x (dropout), one per adapter or none.
+    each adapter reads where that is not x (dropout), one per adapter or none. ``turned`` has the
+    W_iᵀ side by side, each from a multiple of 16 columns on, where they are kept for a GPU's dL/dx,
+    or nothing; and with adapters in FP8 that read x room for the Â_jᵀ behind them.
 
     Gradients reach x, adapter_x, lora_a, lora_b and bias. With D_j = dL/dO · scaling_j · B_j:
 
@@ -77,6 +81,7 @@ def merged_linear(
         [*owner],
         [*scaling],
         keep_x,
+        [*turned],
         out_dtype,
         spec_text,
     )
@@ -100,9 +105,11 @@ def lower_merged_linear(given: Merged) -> list[Tensor]:
 
 def lower_grad_x(grad: Sequence[Tensor], *rest: Any) -> Tensor:
     """`falqon_fx.ops.lowering.merged_linear_grad_x`, or its like for GPUs."""
-    on_gpu = grad[0].device.type == "cuda"
-    run = gpu.merged_linear_grad_x if on_gpu else lowering.merged_linear_grad_x
-    return run(grad, *rest)
+    if grad[0].device.type == "cuda":
+        return gpu.merged_linear_grad_x(grad, *rest)
+    weight, scale, d, a, a_scale, _, x_dtype, spec_text = rest  # a CPU decodes W as it is
+    given = weight, scale, d, a, a_scale
+    return lowering.merged_linear_grad_x(grad, *given, x_dtype, spec_text)
 
 
 @merged_linear.register_fake
@@ -126,16 +133,17 @@ def merged_linear_grad_x(
     d: Sequence[Tensor],
     a: Sequence[Tensor],
     a_scale: Sequence[Tensor],
+    turned: Sequence[Tensor],
     x_dtype: torch.dtype,
     spec_text: str,
 ) -> Tensor:
     """dL/dx [n, in] = Σ_i q(dL/dO_i) · dq(W_i) + Σ_j D_j · dq(Â_j), dL/dO_i [n, out_i] cast to FP8
-    where W is.
+    where W is. ``turned`` has W_iᵀ where they are kept, with zeros behind them, or nothing.
 
     See `falqon_fx.ops.lowering.merged_linear_grad_x`.
     """
     codes, codes_a = [_as_read(w) for w in weight], [_as_read(w) for w in a]
-    return lower_grad_x(grad, codes, scale, d, codes_a, a_scale, x_dtype, spec_text)
+    return lower_grad_x(grad, codes, scale, d, codes_a, a_scale, turned, x_dtype, spec_text)
 
 
 @merged_linear_grad_x.register_fake
@@ -169,6 +177,7 @@ class _Saved(NamedTuple):
     b: list[Tensor]
     alpha: list[Tensor]
     counted: list[Tensor]
+    turned: list[Tensor]
     kept: list[Tensor]
     out_a: list[Tensor]
 
@@ -196,6 +205,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
         of_b,
         given.alpha,
         counted,
+        given.turned,
         kept,
         [out_a],
     )
@@ -282,13 +292,25 @@ def _gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     for i, g in flat.items():
         if grad_bias and needs_bias[i]:
             grad_bias[i] = g.sum(0, dtype=torch.float32).to(of_bias[i])
-    none_w, none_a, none_b, none_alpha, none_clamped = (
-        [None] * count
-        for count in (*map(len, (saved.weight, saved.a)), ctx.of_b, len(saved.alpha), ctx.clamped)
+    of_lists = (saved.weight, saved.a, saved.alpha, saved.turned)
+    none_w, none_a, none_alpha, none_turned, none_b, none_clamped = (
+        [None] * count for count in (*map(len, of_lists), ctx.of_b, ctx.clamped)
     )
     results = (none_a, none_a, none_b, none_alpha, none_clamped, grad_a, grad_b, grad_own)
     numbers: list[None] | None = None if ctx.owner else []  # an empty list is one of tensors
-    return (grad_x, none_w, none_w, grad_bias, *results, numbers, numbers, None, None, None)
+    return (
+        grad_x,
+        none_w,
+        none_w,
+        grad_bias,
+        *results,
+        numbers,
+        numbers,
+        None,
+        none_turned,
+        None,
+        None,
+    )
 
 
 def _through(
@@ -307,7 +329,17 @@ def _through(
     columns = [[*grad.values()], *([c[i] for i in grad] for c in (saved.weight, saved.scale))]
     through = with_d if ctx.adds_b and len(ctx.shapes) == 1 else []
     columns += [d.of(through), *([c[j] for j in through] for c in (saved.a, saved.a_scale))]
-    return merged_linear_grad_x(*columns, dtype, ctx.spec_text).reshape(shape), d
+    of_x = merged_linear_grad_x(*columns, _turned(saved, grad), dtype, ctx.spec_text)
+    return of_x.reshape(shape), d
+
+
+def _turned(saved: _Saved, sites: Iterable[int]) -> list[Tensor]:
+    """W_iᵀ of some sites, where they are kept."""
+    if not saved.turned:
+        return []
+    (whole,), widths = saved.turned, [aligned(len(w)) for w in saved.weight]
+    parts = whole.split(widths, dim=1)
+    return [parts[i] for i in sites]
 
 
 def _through_fp8(
@@ -323,9 +355,9 @@ def _through_fp8(
     columns += [[c[j] for j in with_d] for c in of_adapters]
     columns.append([saved.counted[i] for i in (grad if ctx.clamped else with_d)])
     owner, through_x = [places[ctx.owner[j]] for j in with_d], len(ctx.shapes) == 1
-    grad_x, d = fp8_grad.merged_linear_grad(
-        *columns, owner, through_x, needs_x, dtype, ctx.spec_text
-    )
+    whole = saved.turned if len(grad) == len(saved.weight) else []
+    numbers = owner, through_x, needs_x
+    grad_x, d = fp8_grad.merged_linear_grad(*columns, *numbers, whole, dtype, ctx.spec_text)
     parts = d.split([saved.b[j].shape[1] for j in with_d], dim=1)
     by_adapter = dict(zip(with_d, parts, strict=True))
     return grad_x.reshape(shape) if needs_x else None, OutAGrads(by_adapter, d if with_d else None)

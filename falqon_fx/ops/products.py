@@ -190,12 +190,13 @@ def grad_x_product(
     left: Sequence[Tensor],
     a: Sequence[Tensor],
     a_scale: Sequence[Tensor],
+    turned: Sequence[Tensor],
     x_dtype: torch.dtype,
     spec_text: str,
 ) -> Tensor:
     """dL/dx [n, in] = Σ_i (q_i · W_i) ⊙ s_q,i + left · [dq(Â_j)]; ``left`` [n, Σ r_j] has one entry
-    or none. The scales of W are in q_i, or in s_q,i, and without ``a_scale`` those of Â in
-    ``left``.
+    or none, ``turned`` the W_iᵀ or none. The scales of W are in q_i, or in s_q,i, and without
+    ``a_scale`` those of Â in ``left``.
     """
     from falqon_fx.kernels.gemm.launch import Product
     from falqon_fx.kernels.products import dispatch
@@ -208,7 +209,8 @@ def grad_x_product(
             values = [value * s for value, s in zip(values, a_scale, strict=True)]
         right = torch.cat([value.to(left[0].dtype) for value in values]).t()
         factors = left[0], right.clone(memory_format=torch.contiguous_format)
-    (result,) = dispatch.grad_x(products, *factors, x_dtype, options_of(spec_text)).run()
+    given = products, *factors, x_dtype, options_of(spec_text), turned
+    (result,) = dispatch.grad_x(*given).run()
     return result
 
 

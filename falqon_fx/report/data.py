@@ -31,11 +31,13 @@ class Memory:
         base: the base weight; ``prepare`` frees it, else it stays beside the state.
         state: W in FP8 with its scales; with update="rows" all of W' and what belongs to it.
         adapter: A and B.
+        turned: Wᵀ in FP8, where it is kept for dL/dx.
     """
 
     base: Count
     state: Count
     adapter: Count
+    turned: Count = 0
 
     @property
     def before(self) -> int:
@@ -44,7 +46,7 @@ class Memory:
     @property
     def after(self) -> int:
         """Bytes with ``prepare``; without it, ``base`` comes on top."""
-        return self.state + self.adapter
+        return self.state + self.turned + self.adapter
 
 
 @dataclass(frozen=True)
@@ -247,12 +249,28 @@ class Note:
 
 
 @dataclass(frozen=True)
+class Transposes:
+    """Whether Wᵀ of a graph's sites is kept beside W, for dL/dx on a GPU: ``size`` bytes."""
+
+    kept: bool
+    size: Count
+    why: str
+
+    def __str__(self) -> str:
+        size = f"{self.size / 2**20:.4g} MiB"
+        if self.kept:
+            return printable(f"W kept transposed: {size} more, because {self.why}.")
+        return printable(f"W not kept transposed, which is {size}: {self.why}.")
+
+
+@dataclass(frozen=True)
 class GraphReport:
     """One graph that went through the passes.
 
     Attributes:
         left: frozen linear layers that stay as they are: heads, routers, small ones.
         notes: what passes say of single sites.
+        transposes: whether Wᵀ is kept; None where no FP8 product needs it.
         ended_by: the graph break behind it, None where the function simply returned.
         before, after: the graph as text (`explain` alone fills them in).
     """
@@ -263,6 +281,7 @@ class GraphReport:
     nodes_after: Count
     left: tuple[Rejected, ...] = ()
     notes: tuple[Note, ...] = ()
+    transposes: Transposes | None = None
     pass_seconds: dict[str, float] = field(default_factory=dict)
     ended_by: GraphBreak | None = None
     before: tuple[Line, ...] = ()

@@ -250,6 +250,7 @@ class _Check:
             [0] * len(a),
             scaling,
             self.train_a,
+            [],
             given.grad.dtype,
             self.spec_text,
         )

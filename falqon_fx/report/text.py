@@ -78,6 +78,7 @@ def _parts(report: Graphs) -> Iterator[Table | str]:
     yield from _totals(report)
     yield from report.notes
     yield from dict.fromkeys(str(note) for graph in report.graphs for note in graph.notes)
+    yield from dict.fromkeys(str(g.transposes) for g in report.graphs if g.transposes)
     if report.mesh is not None:
         yield from mesh_text(report.mesh)
 

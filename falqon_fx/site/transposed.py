@@ -1,19 +1,23 @@
-"""Wᵀ kept beside W for dL/dx, where transpose="store" asks for it.
+"""Wᵀ kept beside W for dL/dx.
 
-A copy is made when dL/dx first asks for it, and lives as long as the memory of its W. W is
-constant, and so is the copy. With update="rows" W is part of W'; behind each update the rows that
-were written become columns of the copy (`falqon_fx.kernels.transpose.kept`). Whoever writes the
-bytes of a W in another way, as loading a state dict does, calls `forget`.
+W is constant, and so is its copy: it goes with the `Entry` of W, of which there is a new one
+whenever W has other bytes, or lies elsewhere. With update="rows" W is part of W', and the copy goes
+with its memory: behind each update the rows that were written become columns of it
+(`falqon_fx.kernels.transpose.kept`). Whoever writes the bytes of a W in another way, as loading a
+state dict does, calls `forget`.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from falqon_fx.site.base import Entry
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,29 @@ def keep(weight: Tensor, turned: Tensor, counters: int) -> Kept:
     return kept
 
 
+_turned: weakref.WeakSet[Entry] = weakref.WeakSet()  # entries that have copies
+
+
+def together(entries: Sequence[Entry], columns: int, make: Callable[[], Tensor]) -> Tensor:
+    """The copies of the W of some entries, side by side in one of so many ``columns``, of which
+    those behind them are for whoever is about to read them; made where there is none yet.
+    """
+    known = entries[0].turned
+    for of, turned in known:
+        alike = len(of) == len(entries) and turned.shape[1] == columns
+        if alike and all(r() is e for r, e in zip(of, entries, strict=True)):
+            return turned
+    # It outlives the call: no inference tensor, no graph.
+    with torch.inference_mode(False), torch.no_grad():
+        turned = make()
+    known[:] = [(of, copy) for of, copy in known if None not in [ref() for ref in of]]
+    known.append(([weakref.ref(entry) for entry in entries], turned))
+    _turned.add(entries[0])
+    return turned
+
+
 def forget() -> None:
-    """Drops all copies; the next dL/dx makes them anew."""
+    """Drops all copies; whoever needs one next makes it anew."""
     _kept.clear()
+    for entry in _turned:
+        entry.turned.clear()

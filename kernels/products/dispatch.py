@@ -120,14 +120,15 @@ def grad_x(
     right: Tensor | None,
     x_dtype: torch.dtype,
     options: Options,
+    kept: Sequence[Tensor] = (),
 ) -> Contest:
     """[dL/dx], dL/dx [n, in] = Σ_s (q_s · W_s) ⊙ s_q,s + left · rightᵀ, for weights W_s [out_s, in]
     as stored. ``left`` [n, r] and ``right`` [in, r] have one dtype.
 
     Where the tensor cores want Wᵀ row by row, its bytes are transposed first, each time
-    (transpose="transient"), or a copy is kept beside W (transpose="store"), unless a kernel reads W
-    as it lies (transpose="kernel"). "auto" is the first, or, where a GPU can do both, the faster of
-    the first and the last.
+    (transpose="transient"), unless a kernel reads W as it lies (transpose="kernel"); "auto" is the
+    faster where a GPU can do both. ``kept`` has W_sᵀ [in, out_s] of each, filled up by zeros, where
+    they are there already; those of transpose="store" with update="rows" are looked up.
     """
     weight, features = products[0].weight, products[0].weight.shape[1]
     a_dtype = x_dtype if left is None else left.dtype
@@ -148,12 +149,18 @@ def grad_x(
     q, q_scale, more = products[0].q, products[0].q_scale, products[1:]
     problem = problem_with(products, "kn")
     candidates: dict[str, Candidate] = {}
-    untransposed = options.transpose == "auto" and reads_columns(where_runs(q))
+    storing = bool(kept) or options.transpose == "store"
+    untransposed = not storing and options.transpose == "auto" and reads_columns(where_runs(q))
     if untransposed or options.transpose == "kernel":
         candidates |= generated_candidates(problem, q, q_scale, [piece], more)
     if options.transpose != "kernel":
-        storing = options.transpose == "store"
-        turn, suffix = (stored.kept, "+stored") if storing else (stored.transposed, "+transpose")
+        suffix = "+stored" if storing else "+transpose"
+
+        def turn(weights: Sequence[Tensor]) -> list[Tensor]:
+            if kept:
+                return [*kept]
+            return stored.kept(weights) if storing else stored.transposed(weights)
+
         # Transposes have as many columns; those behind Wᵀ are zeros.
         wide = [replace(p, q=filled(p.q)) for p in products]
         turned = problem_with(wide, "nk")
@@ -179,7 +186,8 @@ def grad_x(
         return [finished(added(parts), piece, x_dtype)]
 
     candidates["dequantize"] = plain
-    return Contest(key_of("dL/dx", problem), candidates, q, options.kernel)
+    what = "dL/dx by kept" if storing else "dL/dx"
+    return Contest(key_of(what, problem), candidates, q, options.kernel)
 
 
 def forward_choice(device: torch.device, problem: GemmProblem, kernel: str) -> Choice | None:

@@ -4,6 +4,7 @@
 triton:<spec>             a generated kernel; in forward the columns of b lie apart from W
 scaled_mm+joined          the library's, on [W | b], which is put together each time
 ...+transpose             behind one transpose of [W; Â], which dL/dx needs anyway
+...+stored                behind that of Â alone, into columns beside a Wᵀ that is kept
 dequantize                ``torch.mm`` on decoded operands
 ========================  ====================================================================
 """
@@ -22,7 +23,7 @@ from falqon_fx.kernels.products.contest import Contest, Options
 from falqon_fx.kernels.products.dispatch import by_libraries, generated_candidates
 from falqon_fx.kernels.products.pieces import MatMul, alike, by_library, by_mm, finished
 from falqon_fx.kernels.products.problem import key_of, problem_of
-from falqon_fx.kernels.transpose.kept import transposed_together
+from falqon_fx.kernels.transpose.kept import transposed_together, with_columns
 
 
 @dataclass(frozen=True)
@@ -85,16 +86,21 @@ def grad_x(
     g: Tensor,
     s_g: Tensor,
     weight: Sequence[Tensor],
+    a: Sequence[Tensor],
     x_dtype: torch.dtype,
     options: Options,
+    kept: Sequence[Tensor] = (),
 ) -> Contest:
-    """[dL/dx], dL/dx [n, in] = (g · [W_1; W_2; ...; Â_1; ...]) ⊙ s_g, ``weight`` E4M3 [rows, in]
-    each; those of g's columns that belong to each begin at a multiple of 16.
+    """[dL/dx], dL/dx [n, in] = (g · [W_1; W_2; ...; Â_1; ...]) ⊙ s_g, W and Â E4M3 [rows, in] each;
+    those of g's columns that belong to each begin at a multiple of 16. ``kept`` has [W_1ᵀ | ...],
+    with as many columns as g, where it is there already.
     """
     features, mode = weight[0].shape[1], options.accumulation
+    suffix = "+stored" if kept else "+transpose"
 
     def turned() -> Piece:
-        return Piece(transposed_together(weight), None)
+        whole = with_columns(kept[0], a) if kept else transposed_together([*weight, *a])
+        return Piece(whole, None)
 
     like = Piece(g.new_empty((features, g.shape[1]), dtype=weight[0].dtype, device="meta"), None)
     problem = problem_of(g, s_g, [like], 0, x_dtype, x_dtype, mode)
@@ -104,10 +110,11 @@ def grad_x(
 
     candidates: dict[str, Candidate] = {}
     made = generated_candidates(problem, g, s_g, [like], turn=lambda _: [turned().weight])
-    candidates |= {f"{name}+transpose": run for name, run in made}
-    candidates |= by_libraries(options, g, [g.shape[1], features], library, "+transpose")
+    candidates |= {f"{name}{suffix}": run for name, run in made}
+    candidates |= by_libraries(options, g, [g.shape[1], features], library, suffix)
     candidates["dequantize"] = lambda: [by_mm(g, s_g, turned(), x_dtype)]
-    return Contest(key_of("dL/dx in K", problem), candidates, g, options.kernel)
+    what = "dL/dx in K by kept" if kept else "dL/dx in K"
+    return Contest(key_of(what, problem), candidates, g, options.kernel)
 
 
 def _joined(x: Columns, piece: Piece, place: int) -> Tensor:

@@ -9,8 +9,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from falqon_fx import _compat
 from falqon_fx.kernels.hardware import fp8_architecture
 from falqon_fx.kernels.interpreter import runs_interpreted
+from falqon_fx.kernels.launching import write_last_columns
 from falqon_fx.kernels.loader import load
 from falqon_fx.kernels.spec import MAX_SIBLINGS, aligned
 from falqon_fx.kernels.transpose import launch
@@ -41,6 +43,32 @@ def transposed_together(weight: Sequence[Tensor]) -> Tensor:
     fp8 = not interpreted and fp8_architecture(weight[0].device) > 0
     spec = TransposeSpec(len(weight), fp8, block=32 if interpreted else 128)
     return launch.transpose([w.contiguous() for w in weight], spec)
+
+
+def with_room(turned: Tensor, columns: int) -> Tensor:
+    """``turned`` with so many more columns, of zeros."""
+    if not columns:
+        return turned
+    wide = turned.new_zeros((len(turned), turned.shape[1] + columns))
+    wide.narrow(1, 0, turned.shape[1]).copy_(turned)
+    return wide
+
+
+def with_columns(whole: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    """``whole`` with the transposes of ``matrices`` in its last columns, written in place."""
+    if not matrices:
+        return whole
+
+    def by_aten() -> Tensor:
+        bytes_of = [filled(matrix, axis=0).view(torch.uint8) for matrix in matrices]
+        return (bytes_of[0] if len(matrices) == 1 else torch.cat(bytes_of)).t().view(E4M3)
+
+    if _compat.is_fake(whole):  # by whatever kernel Inductor writes them with
+        return write_last_columns(whole, by_aten)
+    part = transposed_together(matrices)
+    # Not a write that autograd counts: what comes before the next read writes it anew.
+    whole.data.narrow(1, whole.shape[1] - part.shape[1], part.shape[1]).copy_(part)
+    return whole
 
 
 def kept(weight: Sequence[Tensor]) -> list[Tensor]:

@@ -227,7 +227,7 @@ def lowered(group: Group, *, fp8: bool, holds: bool, train_a: bool) -> None:
         in_k.merged_product_in_k(*(*of_x, *own, group.dtype, text))
         of_g: tuple[Any, ...] = grads, scale(N, spec), weight
         for through, needs in ((True, True), (False, True), (True, False)):
-            end: tuple[Any, ...] = through, needs, group.dtype, wide, text
+            end: tuple[Any, ...] = through, needs, [], group.dtype, wide, text
             in_k.grad_product_in_k(*(*of_g, *own, *end))
         d = [empty(N, sum(flat), dtype=wide)]
     else:
@@ -239,7 +239,7 @@ def lowered(group: Group, *, fp8: bool, holds: bool, train_a: bool) -> None:
             products.adapter_product(q, q_scale, code, own_scale, group.dtype, text)
         d = [empty(N, sum(flat), dtype=wide)] if flat else []
         of_grads = grads, [scale(N, spec)] * len(grads), weight
-        products.grad_x_product(*of_grads, d, a, a_scale, group.dtype, text)
+        products.grad_x_product(*of_grads, d, a, a_scale, [], group.dtype, text)
     x = [q, q_scale] if train_a else []
     for part in adapter_parts(flat):
         of_part = [grad[group.owner[j]] for j in part]

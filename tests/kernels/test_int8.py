@@ -86,7 +86,9 @@ def test_in_float16_the_scales_stay_with_the_integers():
     """
     code = torch.randint(-127, 128, (4, 8), dtype=torch.int8)
     grad, scale = torch.full((3, 4), 2.0**-14).half(), torch.full((4, 1), 2.0**-3)
-    found = gpu.merged_linear_grad_x([grad], [code], [scale], [], [], [], torch.float16, str(SPEC))
+    found = gpu.merged_linear_grad_x(
+        [grad], [code], [scale], [], [], [], [], torch.float16, str(SPEC)
+    )
     wanted = grad.double() @ (code.double() * 2.0**-3)
     gauge = grad.double() @ (code.double().abs() * 2.0**-3)
     assert found.dtype == torch.float16

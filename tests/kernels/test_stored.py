@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from falqon_fx import FalqonConfig, prepare
-from falqon_fx.kernels.transpose.kept import kept, refresh
+from falqon_fx.kernels.transpose.kept import kept, refresh, transposed
 from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.ops import gpu
 from falqon_fx.rows import cuda as rows_cuda
@@ -178,7 +178,9 @@ def test_without_the_option_nothing_is_kept_or_refreshed():
     assert not is_up_to_date(site)
 
 
-def grad_x(weight, scale, lora_a, transpose: str, kernel: str) -> torch.Tensor:
+def grad_x(
+    weight: Any, scale: Any, lora_a: Any, transpose: str, kernel: str, turned: Any = ()
+) -> torch.Tensor:
     """dL/dx of two layers that share x, as on a GPU."""
     spec_text = str(SiteSpec("row", "pow2", "e5m2", kernel=kernel, transpose=transpose))
     grads = [randn(20, len(w), seed=i).bfloat16() for i, w in enumerate(weight)]
@@ -187,7 +189,7 @@ def grad_x(weight, scale, lora_a, transpose: str, kernel: str) -> torch.Tensor:
         lora_a, [torch.zeros(1, len(a)) for a in lora_a], [1.0] * len(lora_a), [], False, spec_text
     )
     columns = (grads, weight, scale, d, casts[0::3], casts[1::3])
-    return gpu.merged_linear_grad_x(*columns, torch.bfloat16, spec_text)
+    return gpu.merged_linear_grad_x(*columns, turned, torch.bfloat16, spec_text)
 
 
 SCALED_MM = pytest.param(
@@ -211,6 +213,8 @@ def test_grad_x_of_a_constant_base_is_that_of_a_transient_transpose(kernel):
     assert all(copy is not None for copy in copies)
     assert torch.equal(first, grad_x(*given, "store", kernel))
     assert [stored.find(base.weight) for base in bases] == copies
+    operands = transposed([base.weight for base in bases])  # as a graph has them
+    assert torch.equal(first, grad_x(*given, "auto", kernel, operands))
 
 
 @pytest.mark.slow

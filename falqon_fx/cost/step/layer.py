@@ -295,6 +295,8 @@ def _grad_x(step: Step, time: Timer, group: Group) -> list[Launch]:
     in_k = out + (r * sites if step.adapter_dtype == "fp8" else 0)
     if step.transpose == "transient":
         done.append(time.moving("transposes", "W", k * in_k, k * in_k))
+    elif in_k > out:  # into columns beside Wᵀ
+        done.append(time.moving("transposes", "A", k * (in_k - out), k * (in_k - out)))
     if step.adapter_dtype == "fp8":
         own, library = f.own_gemm.value, f.fp8_gemm.value
         by_us = [time.product("[g D] [W; A]", n, in_k, [k], 1, own, own=True)]

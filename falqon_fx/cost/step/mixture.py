@@ -7,12 +7,13 @@ bf16 as in a dense layer, ``b(f)`` those of [S, f], ``p(f)`` the same in FP8.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from falqon_fx.cost.step import layer
 from falqon_fx.cost.step.decoder import Mixture
 from falqon_fx.cost.step.launches import Launch, Timer
 from falqon_fx.cost.step.layer import Step
+from falqon_fx.kernels.spec import in_casts
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,9 @@ def falqon(step: Step, time: Timer, train_a: bool) -> list[Launch]:
     x = _Experts(step, time, d.mixture)
     a, q, b, p, h = step.a, step.q, x.b, x.p, d.hidden
     again = 0 if train_a else 1
+    casts = time.moving("casts", "A and s B", 4 * sum(d.adapter(step.rank)), step.adapter_casts)
     done = [
-        time.moving("casts", "A and s B", 4 * sum(d.adapter(step.rank)), step.adapter_casts),
+        replace(casts, kernels=len([*in_casts(d.sites)])),
         x.fused("norm, cast", a(h), q(h) * (1 + again)),
         *layer.rope(step, time),
         time.moving("casts", "attention's output", a(d.query), q(d.query) * (1 + again)),

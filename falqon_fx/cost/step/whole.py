@@ -25,7 +25,7 @@ NOTES = {
     "layer that is a graph by itself; falqon's adapters are float32, PEFT's bf16",
     "adapter_dtype=fp8": "siblings with one scale a token, r more of K for each; O by the faster "
     "of ours, and the library's on [W b], which is put together each time; dL/dx by the library's",
-    "adapter_dtype=fp8, transpose=store": "planned: W' is not kept with adapters in FP8",
+    "adapter_dtype=fp8, transpose=store": "A is transposed in each step, into columns beside W'",
     "adapter_dtype=bfloat16": "for each product the faster of ours with the adapter in its "
     "epilogue, and the library's with addmm after it, as the tuner chooses",
     "adapter's product in an epilogue": "assumed: bf16 takes twice as long as FP8 there, as the "

@@ -1,0 +1,159 @@
+"""Decide whether Wᵀ is kept beside W, for dL/dx on tensor cores that want it row by row.
+
+Else each backward transposes W's bytes anew, which takes as long whatever the tokens are. W is
+constant: one Wᵀ, of siblings side by side, is made when the graph first runs, and enters it as one
+more operand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from falqon_fx._compat import hint, is_fsdp, value_of
+from falqon_fx.kernels import hardware
+from falqon_fx.passes.insert_operands import room_of
+from falqon_fx.passes.plan import Plan, SitePlan
+from falqon_fx.passes.slots import BaseSlot, Turned, TurnedSlot
+from falqon_fx.passes.terms import Experts
+from falqon_fx.report.data import Transposes
+from falqon_fx.site.names import model_of_call, tensors_of
+
+Group = tuple[SitePlan, ...]
+
+# To read and write an element of W takes an H100 2 / 2.8e12 s, its products forward and backward
+# 4 / 1.2e15 s a token: a transpose takes as long as the products of so many tokens.
+AS_TOKENS = 200
+MOST_TOKENS = 16384  # of which it is about a hundredth
+SHARE = 0.5  # of a card's memory; the rest is for activations
+
+
+def keep_transposes(plan: Plan) -> Plan:
+    """``plan`` with the groups whose Wᵀ is kept, and why, or why not."""
+    groups = [group for group in plan.groups if _has_transpose(group)]
+    if not groups:
+        return plan
+    slots = _slots(groups)
+    size = sum(map(turned_bytes, slots))
+    device = value_of(groups[0][0].match.x).device
+    why_not = _why_not(plan, groups, device, size) if slots else _TWICE
+    if why_not:
+        return replace(plan, turned=Turned((), Transposes(False, size, why_not)))
+    tokens, kind = groups[0][0].report.tokens_hint, groups[0][0].report.architecture
+    why = (
+        'transpose="store" asks for it'
+        if plan.config.transpose == "store"
+        else f"dL/dx wants it row by row on sm_{kind}, and to transpose W in each step takes as "
+        f"long as its products of about {AS_TOKENS} tokens, where a step has {tokens}"
+    )
+    chosen = set(map(id, groups))
+    found = tuple(_reported(g, slots) if id(g) in chosen else g for g in plan.groups)
+    said = Transposes(True, size, why)
+    return replace(plan, groups=found, turned=Turned(slots, said))
+
+
+_TWICE = "each W has several adapters in FP8 here, of which none can have columns behind it"
+
+
+def _slots(groups: Sequence[Group]) -> tuple[TurnedSlot, ...]:
+    """What is kept of these groups, once of those with the same bases. Columns behind Wᵀ are of one
+    group alone: a graph has no order for two that write the same.
+    """
+    slots: list[TurnedSlot] = []
+    shared: list[TurnedSlot] = []
+    for group in groups:
+        slot = TurnedSlot(_bases(group), room_of(group))
+        if not any(slot.is_of(known.bases, known.room) for known in slots):
+            slots.append(slot)
+        elif slot.room:
+            shared.append(slot)
+    return tuple(s for s in slots if not any(s.is_of(two.bases, two.room) for two in shared))
+
+
+def turned_bytes(slot: TurnedSlot) -> int:
+    """Bytes of [W_1ᵀ | W_2ᵀ ... | room]."""
+    return hint(slot.bases[0].features) * hint(slot.columns)
+
+
+def on_gpu(value: Tensor) -> bool:
+    """Whether a tensor is one of a GPU."""
+    return value.device.type == "cuda"
+
+
+def _has_transpose(group: Group) -> bool:
+    """Whether FP8 products make dL/dx of it."""
+    first, x = group[0], value_of(group[0].match.x)
+    return (
+        torch.is_grad_enabled()
+        and on_gpu(x)
+        and x.requires_grad
+        and first.spec.base == "fp8"
+        and first.report.architecture > 0
+        and not isinstance(first.match.base, Experts)
+        and all(isinstance(site.base, BaseSlot) for site in group)
+    )
+
+
+def _bases(group: Group) -> tuple[BaseSlot, ...]:
+    return tuple(site.base for site in group if isinstance(site.base, BaseSlot))
+
+
+def _why_not(plan: Plan, groups: Sequence[Group], device: torch.device, size: int) -> str:
+    """Why W is transposed in each step, or ""; from what all processes of a training know alike."""
+    asked, architecture = plan.config.transpose, groups[0][0].report.architecture
+    if asked in ("transient", "kernel"):
+        return f'transpose="{asked}" asks for it'
+    if any(_is_gathered(base) for group in groups for base in _bases(group)):
+        return "FSDP shards W, beside which it would be whole"
+    if asked == "store":
+        return ""
+    if hardware.reads_columns(hardware.family(architecture)):
+        return f"sm_{architecture} multiplies W as it lies"
+    tokens = max(group[0].report.tokens_hint for group in groups)
+    if tokens > MOST_TOKENS:
+        share = AS_TOKENS / tokens
+        return f"a step of {tokens} tokens would be {share:.1%} faster in these products"
+    need, room = _training_bytes(size), hardware.memory(device)
+    if need > SHARE * room:
+        return (
+            f"the model with its gradients, AdamW's moments and all transposes is {need / 1e9:.3g} "
+            f"GB, more than {SHARE:.0%} of the card's {room / 1e9:.3g}"
+        )
+    return ""
+
+
+def _is_gathered(base: BaseSlot) -> bool:
+    given = base.prepared or ((base.weight.node,) if base.weight else ())
+    return any(node is not None and is_fsdp(node) for node in given)
+
+
+def _training_bytes(size: int) -> int:
+    """What the model whose call runs takes: its parameters and buffers; of those that train a
+    gradient, and two moments in float32; of frozen matrices an FP8 form, where they are none yet,
+    and a transpose. ``size`` where there is no such model.
+    """
+    need = matrices = 0
+    for tensor, _ in tensors_of(model_of_call()).values():
+        need += tensor.nbytes
+        if tensor.requires_grad:
+            need += tensor.nbytes + 8 * tensor.numel()
+        elif tensor.dim() > 1:
+            matrices += tensor.numel()
+            need += tensor.numel() if tensor.itemsize > 1 else 0
+    return need + max(matrices, size)
+
+
+def _reported(group: Group, slots: Sequence[TurnedSlot]) -> Group:
+    """The group with its transposes in what its sites keep in memory."""
+    sites, room = [], room_of(group)
+    if not any(slot.is_of(_bases(group), room) for slot in slots):
+        return group
+    for site in group:
+        memory = site.report.memory
+        assert memory is not None
+        own = turned_bytes(TurnedSlot(_bases((site,)), room_of((site,)) if room else 0))
+        sites.append(replace(site, report=replace(site.report, memory=replace(memory, turned=own))))
+    return tuple(sites)
