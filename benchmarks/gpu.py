@@ -30,6 +30,7 @@ from typing import Any
 
 import common
 import gpu_check
+import gpu_check_nvfp4
 import gpu_kernels
 import gpu_steps
 import gpu_targets
@@ -102,6 +103,7 @@ def check_the_rest(
     def check() -> None:
         try:
             checked.extend(gpu_check.rest(clock.device, options))
+            checked.extend(gpu_check_nvfp4.check_packed(clock.device, options))
         except AssertionError as error:
             failures.append(f"falqon, correctness: {error}")
 

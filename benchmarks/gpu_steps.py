@@ -20,7 +20,7 @@ from gpu_measure import (
     peak_gib,
     repeat,
 )
-from gpu_models import CONTENDERS, IN_K, SHAPES, Phases, Shape, Trainer, Unavailable
+from gpu_models import CONTENDERS, IN_K, NVFP4, SHAPES, Phases, Shape, Trainer, Unavailable
 
 LAUNCH_BOUND = 1024  # tokens up to which a step is replayed as a CUDA graph too
 
@@ -90,8 +90,8 @@ class StepRow:
 def cases(tiny: bool) -> list[Case]:
     """The most important first: the budget drops from the end."""
     if tiny:
-        names = ["falqon", IN_K, "falqon, A frozen", "falqon, rows", "peft + inductor", "nf4"]
-        names += ["torchao + lora"]
+        names = ["falqon", IN_K, NVFP4, "falqon, A frozen", "falqon, rows", "peft + inductor"]
+        names += ["nf4", "torchao + lora"]
         names += ["fp8 + lora"] * has_row_scales("cpu")
         return [Case("tiny", 2, 16, 8, name, checkpointing=name == "falqon") for name in names]
     faster = ("peft + inductor", "peft + inductor, fp32 adapter")
@@ -102,12 +102,12 @@ def cases(tiny: bool) -> list[Case]:
     ) -> None:
         listed.extend(Case(shape, batch, length, rank, name, ckpt) for name in names)
 
-    add("llama-7b", 1, 4096, 16, "falqon", IN_K, *faster, "nf4 + inductor", "nf4")
+    add("llama-7b", 1, 4096, 16, "falqon", IN_K, NVFP4, *faster, "nf4 + inductor", "nf4")
     add("llama-7b", 16, 512, 16, "falqon", IN_K, "peft + inductor")
     graphs = ("falqon, reduce-overhead", "peft + inductor, reduce-overhead")
     add("llama-7b", 1, 512, 16, "falqon", IN_K, "peft + inductor", *graphs)
     add("llama-3-8b", 1, 4096, 16, "falqon", "peft + inductor", ckpt=True)
-    add("llama-7b", 8, 1024, 16, "falqon", *faster, "nf4 + inductor", "nf4")
+    add("llama-7b", 8, 1024, 16, "falqon", NVFP4, *faster, "nf4 + inductor", "nf4")
     add("llama-7b", 1, 4096, 64, "falqon", "peft + inductor")
     add("qwen-2.5-7b", 1, 4096, 16, "falqon", "peft + inductor")
     add("llama-13b", 1, 4096, 16, "falqon", "peft + inductor")
@@ -238,7 +238,8 @@ def _replayed(trainer: Trainer, clock: Clock) -> Timing | None:
 def _least(case: Case, shape: Shape, layers: int, ceiling: Ceilings) -> float:
     linears, attention = shape.layer_flops(case.tokens, case.length)
     rest = attention * layers + shape.head_flops(case.tokens)
-    if CONTENDERS[case.contender].base in ("falqon", "fp8", "fp8linear", "torchao"):
+    in_fp8 = CONTENDERS[case.contender].base in ("falqon", "fp8", "fp8linear", "torchao")
+    if in_fp8 and case.contender != NVFP4:
         return ceiling.seconds(bf16=rest, fp8=linears * layers)
     return ceiling.seconds(bf16=rest + linears * layers, fp8=0.0)
 

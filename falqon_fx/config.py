@@ -63,7 +63,7 @@ class FalqonConfig:
         base_dtype: what W, x and A are cast to. "fp8" is E4M3. "int8", for CPUs and for GPUs
             without FP8, has a third of its error where no value is far above its row's others;
             dL/dO stays in the model's dtype then. "nvfp4" is W alone in four bits
-            (`falqon_fx.site.nvfp4`), 0.56 bytes a weight, with x and A in FP8; on CPUs.
+            (`falqon_fx.site.nvfp4`), 0.56 bytes a weight, with x and A in FP8.
         adapter_dtype: how s·B enters the product. "bfloat16" adds s·O_A·Bᵀ to the FP8 product.
             "fp8" makes O_A and s·B further columns of it (`falqon_fx.ops.fp8_adapter`): O and dL/dx
             are one plain FP8 product each, on a GPU of siblings together; on a CPU it is no faster.
@@ -222,11 +222,13 @@ class FalqonConfig:
                     f'Leave {name} out, or set base_dtype="fp8"',
                 )
         stores = self.transpose == "store"
-        if self.base_dtype == "int8" and (stores or self.kernel in ("scaled_mm", "inductor")):
+        in_fp8 = stores or self.kernel in ("scaled_mm", "inductor")
+        if self.base_dtype != "fp8" and in_fp8:
             name = "transpose" if stores else "kernel"
             raise FalqonConfigError(
                 name,
-                f'{getattr(self, name)!r} is of FP8 products, and base_dtype="int8" has others',
+                f"{getattr(self, name)!r} is of FP8 products, and "
+                f'base_dtype="{self.base_dtype}" has others',
                 'Give kernel="auto", "triton" or "dequantize", and transpose="auto"',
             )
 

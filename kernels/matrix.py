@@ -71,6 +71,7 @@ _FP8_INSTRUCTION = {
     120: r"mma\.sync\S*mxf8f6f4\.block_scale\S*e[45]m[23]",
 }
 _INT8_INSTRUCTION = r"mma\.sync\S*s32\.s8\.s8\.s32"
+_FLOAT16_INSTRUCTION = r"(mma\.sync|wgmma)\S*f32\.f16\.f16|tcgen05\.mma\S*kind::f16"
 
 
 @dataclass(frozen=True)
@@ -180,10 +181,13 @@ def instruction_problems(spec: KernelSpec, line: Line, compiled: CompiledKernel)
     if not isinstance(spec, GemmSpec):
         return []
     found = []
-    integers = spec.x == "int8"
-    wanted = _INT8_INSTRUCTION if integers else _FP8_INSTRUCTION[line.architecture]
+    kind, wanted = "FP8", _FP8_INSTRUCTION[line.architecture]
+    if spec.x == "int8":
+        kind, wanted = "INT8", _INT8_INSTRUCTION
+    elif spec.operands == "float16":
+        kind, wanted = "float16", _FLOAT16_INSTRUCTION
     if not re.search(wanted, compiled.ptx):
-        found.append(f"no {'INT8' if integers else 'FP8'} tensor-core instruction")
+        found.append(f"no {kind} tensor-core instruction")
     if line.architecture == 90 and "serialized" in assembler_log(compiled):
         found.append("wgmma is serialized")
     return found

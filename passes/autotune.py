@@ -22,6 +22,7 @@ from falqon_fx.passes.plan import Plan, SitePlan
 from falqon_fx.passes.rewrite import adapter_inputs
 from falqon_fx.passes.rows import RowsSlot, adds_pending
 from falqon_fx.passes.terms import Param
+from falqon_fx.site import nvfp4
 from falqon_fx.site.forms import scale_shape
 from falqon_fx.site.numerics import E4M3, dtype_name
 from falqon_fx.site.spec import SiteSpec
@@ -115,7 +116,7 @@ class Operands:
         """
         ranks = [[adapter.rank for adapter in site.adapters] for site in self.sites]
         of_a = [rank for own in ranks for rank in own]
-        if of_a and not self.adds_b and not self.own_x:
+        if of_a and not self.adds_b and not self.own_x and spec.base != "nvfp4":
             alone = len(self.sites) == len(of_a) == 1 and self.sites[0].merged
             return [self._problem(self.sites, spec, of_a, 0, alone)] * len(self.sites)
         found: dict[int, GemmProblem] = {}
@@ -142,7 +143,7 @@ class Operands:
         bias = "none" if not biases else dtype_name(biases.pop()) if len(biases) == 1 else "float32"
         fields: dict[str, Any] = {
             "x_scale": spec.granularity,
-            "w_scale": spec.granularity,
+            "w_scale": "row" if spec.base_per_row else "tensor",
             "out_dtype": dtype_name(self.out_dtype),
             "a_dtype": dtype_name(self.gemm_dtype),
             "bias": bias,
@@ -158,6 +159,7 @@ class Operands:
             x="int8" if spec.base == "int8" else "e4m3",
             rank=rank,
             one_tensor=one_tensor,
+            packed=spec.base == "nvfp4",
             **fields,
         )
 
@@ -197,8 +199,8 @@ def _random_arguments(operands: Operands, spec: SiteSpec) -> tuple[Tensor, tuple
         values = torch.randn(shape, generator=numbers, dtype=torch.bfloat16, device=device)
         return values.to(dtype)
 
-    def ones(part: Tensor) -> Tensor:
-        return torch.ones(scale_shape(len(part), spec), dtype=torch.float32, device=device)
+    def ones(shape: tuple[int, ...]) -> Tensor:
+        return torch.ones(shape, dtype=torch.float32, device=device)
 
     weight, bias, a, b, lora_a, lora_b = (list[Tensor]() for _ in range(6))
     owner, alpha = list[int](), list[Tensor]()
@@ -206,7 +208,8 @@ def _random_arguments(operands: Operands, spec: SiteSpec) -> tuple[Tensor, tuple
         rows = [site.out, *(adapter.rank for adapter in site.adapters)]
         parts = draw(sum(rows), features, dtype=spec.operand).split(rows)
         w, *own_a = parts if site.merged else [part.clone() for part in parts]
-        weight.append(w)
+        packs = spec.base == "nvfp4"
+        weight.append(nvfp4.cast(w.to(torch.float32), ones(())) if packs else w)
         a += own_a
         if site.bias_dtype is not None:
             bias.append(draw(site.out, dtype=site.bias_dtype))
@@ -221,7 +224,9 @@ def _random_arguments(operands: Operands, spec: SiteSpec) -> tuple[Tensor, tuple
     if spec.adapter == "fp8":
         b = [factor.to(E4M3) for factor in b]
         alpha = [torch.ones(len(code), dtype=torch.float32, device=device) for code in a]
-    columns = (weight, [ones(w) for w in weight], bias, a, [ones(code) for code in a], b, alpha)
+    scales = [ones(scale_shape(len(w), spec)) for w in weight]
+    of_a = [ones((len(code), 1) if spec.per_row else ()) for code in a]
+    columns = (weight, scales, bias, a, of_a, b, alpha)
     keep_x = any(t.requires_grad for t in lora_a)
     turned = []
     if operands.turned >= 0:

@@ -58,12 +58,6 @@ def check(found: Match, path: str, config: FalqonConfig) -> None:
                 f"a parameter is on {param.value.device}, its input on {x.device}",
                 "Move the whole model to one device",
             )
-    if config.base_dtype == "nvfp4" and x.device.type not in ("cpu", "meta"):
-        raise FalqonError(
-            path,
-            f'base_dtype="nvfp4" is not built but on CPUs, and this is on {x.device}',
-            'Set base_dtype="fp8"',
-        )
     if config.base_dtype == "int8":
         _check_int8(found, path)
     if config.adapter_dtype == "fp8" and x.device.type not in ("cpu", "meta"):

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from falqon_fx.site.numerics import E4M3, E5M2, as_operand
+from falqon_fx.site.forms import operand_of
+from falqon_fx.site.numerics import E4M3, E5M2
 from falqon_fx.site.spec import SiteSpec
-from tests.emulation import cast
+from tests.emulation import cast, codes_of
 from tests.strategies import Case, Lora
 from tests.tolerances import Approx, rounded_bound, side_by_side
 
@@ -48,7 +49,7 @@ def hat(x: Tensor, dtype: torch.dtype, spec: SiteSpec) -> Approx:
 
 def decoded(code: Tensor, scale: Tensor) -> Approx:
     """What codes stand for, exactly."""
-    return Approx.exact(as_operand(code).float().double() * scale.double())
+    return Approx.exact(codes_of(operand_of(code)).double() * scale.double())
 
 
 @dataclass
@@ -167,9 +168,9 @@ def gradients(
             w = decoded(layer.base.code, torch.ones(()))
             joined.append(((exact * turned).rounded(F32, dtype), w))
             continue
-        wide = grad.float() * scale.t() if spec.per_row else grad.float()
+        wide = grad.float() * scale.t() if spec.base_per_row else grad.float()
         grad_hat = hat(wide, E5M2 if spec.grad == "e5m2" else E4M3, spec)
-        w = decoded(layer.base.code, torch.ones(()) if spec.per_row else scale)
+        w = decoded(layer.base.code, torch.ones(()) if spec.base_per_row else scale)
         (joined if pow2 else products).append((grad_hat, w))
 
     parts = [(left @ right).rounded(dtype, F32, F32) for left, right in products]

@@ -96,6 +96,14 @@ def test_options_of_fp8_are_refused(base_dtype, options):
 
 
 @pytest.mark.parametrize("base_dtype", BOTH)
+@pytest.mark.parametrize(("name", "value"), [("kernel", "scaled_mm"), ("transpose", "store")])
+def test_options_of_fp8_products_are_refused(base_dtype, name, value):
+    with pytest.raises(FalqonConfigError) as error:
+        FalqonConfig(base_dtype=base_dtype, **{name: value})
+    assert f'is of FP8 products, and base_dtype="{base_dtype}" has others' in str(error.value)
+
+
+@pytest.mark.parametrize("base_dtype", BOTH)
 @pytest.mark.parametrize("prepared", ["fp8", "this"])
 def test_a_base_is_never_run_in_another_dtype(base_dtype, prepared):
     torch.manual_seed(0)

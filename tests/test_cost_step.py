@@ -112,7 +112,7 @@ def test_more_tokens_are_never_faster(step, card, more):
     few = arithmetic(step, figures, True)
     longer = arithmetic(replace(step, tokens=step.tokens + more), figures, True)
     wider = arithmetic(replace(step, batch=step.batch + 1), figures, True)
-    for name in RUNS:
+    for name in few:
         assert longer[name].total >= few[name].total * (1 - 1e-12)
         assert wider[name].total >= few[name].total * (1 - 1e-12)
 
@@ -131,6 +131,10 @@ def test_what_must_order(step, card):
     # W both ways, of linear layers alone: experts are read as they lie.
     stacked = sum(kind.layers * kind.stacked_weights for kind in step.decoder.kinds)
     assert stored.weights == runs["peft"].weights - stacked
+    if "falqon_nvfp4" in runs:
+        packed = runs["falqon_nvfp4"]
+        assert packed.seconds["transposes"] == 0
+        assert packed.weights == pytest.approx(0.5625 / 2 * runs["peft"].weights)
     # NF4 is PEFT's step with W dequantized, whatever the tokens.
     extra = runs["nf4"].total - runs["peft"].total
     assert extra == pytest.approx(runs["nf4"].seconds["dequantize"])
@@ -264,7 +268,7 @@ SCHEMA = {
                     "tokens": {"type": "integer"},
                     "runs": {
                         "type": "object",
-                        "required": list(RUNS),
+                        "required": [name for name in RUNS if name != "falqon_nvfp4"],
                         "additionalProperties": RUN,
                     },
                 },

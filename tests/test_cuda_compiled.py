@@ -37,6 +37,7 @@ KINDS = {"siblings, some frozen", "several adapters", "dropout", "A frozen", "b 
 
 falqon = torch.ops.falqon
 LAUNCH = "triton_kernel_wrapper_functional"
+NVFP4 = replace(ROW, base="nvfp4")
 
 
 # -- the ops as the compiler sees them -------------------------------------------------------------
@@ -126,19 +127,21 @@ def traced(function: Callable[..., Any], *args: Any) -> Counter[str]:
     return Counter(str(node.target) for node in graph.nodes if node.op == "call_function")
 
 
-# Of sizes that kernels are compiled ahead for.
+# Of sizes that kernels are compiled ahead for: launches forward, and for dL/dx.
 LOWERED = {
-    "siblings, one frozen": (group(ROW, (128, (16,)), (128, ()), (256, (16,)), features=128), 3),
-    "several adapters": (group(ROW, (128, (16, 16)), (256, (16,)), features=128), 2),
-    "b absent": (group(ROW, (128, (16,)), (256, (16,)), features=128, adds_b=False), 1),
+    "siblings, one frozen": (group(ROW, (128, (16,)), (128, ()), (256, (16,)), features=128), 3, 2),
+    "several adapters": (group(ROW, (128, (16, 16)), (256, (16,)), features=128), 2, 2),
+    "b absent": (group(ROW, (128, (16,)), (256, (16,)), features=128, adds_b=False), 1, 2),
+    "nvfp4": (group(NVFP4, (128, (16,)), (128, ()), (256, (16,)), features=256), 3, 1),
+    "nvfp4, b absent": (group(NVFP4, (64, (16,)), (128, (16,)), features=256, adds_b=False), 2, 1),
 }
 
 
 @pytest.mark.usefixtures("_h100")
-@pytest.mark.parametrize(("case", "forward"), LOWERED.values(), ids=LOWERED)
-def test_on_a_gpu_the_ops_are_lowered_to_launches(case, forward):
+@pytest.mark.parametrize(("case", "forward", "backward"), LOWERED.values(), ids=LOWERED)
+def test_on_a_gpu_the_ops_are_lowered_to_launches(case, forward, backward):
     """O_A, O of the sites with adapters, O of the others; in backward one dL/dx of the group behind
-    the transposes of its weights, which an H100 wants the other way round.
+    the transposes of its weights, which an H100 wants the other way round; NVFP4 it reads as it is.
     """
     table = decompositions()
     _, *arguments = case.arguments()
@@ -152,7 +155,7 @@ def test_on_a_gpu_the_ops_are_lowered_to_launches(case, forward):
             for column in arguments[:10]
         ]
         op = table[falqon.merged_linear.default]
-        x = empty(32, 128, dtype=BF16)
+        x = empty(32, case.x.shape[1], dtype=BF16)
         found = traced(lambda *args: op(*args), x, *columns, *arguments[10:])
         assert found[LAUNCH] == forward
         assert not {
@@ -166,7 +169,7 @@ def test_on_a_gpu_the_ops_are_lowered_to_launches(case, forward):
         op_x = table[falqon.merged_linear_grad_x.default]
         rest = (weight, scale, d, *given_a, [], BF16, str(case.spec))
         found = traced(lambda *args: op_x(*args), grads, *rest)
-        assert found[LAUNCH] == 2
+        assert found[LAUNCH] == backward
         assert not {
             name for name in found if name.startswith("falqon.") or name == "aten.mm.default"
         }

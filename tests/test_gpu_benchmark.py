@@ -60,6 +60,8 @@ def test_the_whole_flow_at_toy_sizes(benchmark, tmp_path, monkeypatch, capsys):
         "dL/dx, adapter",
         "dL/dx of siblings",
         "dL/dx of siblings, one adapter",
+        "O of NVFP4",
+        "dL/dx of NVFP4",
         "dL/dB, dL/dA",
         "Wᵀ",
         "cast",
@@ -77,7 +79,9 @@ def test_the_whole_flow_at_toy_sizes(benchmark, tmp_path, monkeypatch, capsys):
         "True",
     ]
     assert all(float(row["seconds"]) > 0 for row in rows)
-    assert {"falqon, A frozen", "falqon, rows"} <= {row["contender"] for row in rows}
+    assert {"falqon, A frozen", "falqon, nvfp4", "falqon, rows"} <= {
+        row["contender"] for row in rows
+    }
     assert {u["what"] for u in content["updates"]} == {"casts", "rows"}
     page = files[".md"].read_text()
     assert page.count("not measured") == len(content["targets"])

@@ -7,7 +7,6 @@ import gc
 import re
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -17,8 +16,9 @@ from torch import Tensor, nn
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
+from falqon_fx.cost.model import moved, shape_of
+from falqon_fx.cost.variants import merged
 from falqon_fx.model.fp8_linear import Fp8Linear
-from falqon_fx.passes import checks
 from falqon_fx.site import nvfp4
 from falqon_fx.site.agreement import check_options
 from falqon_fx.site.base import cast_base
@@ -218,6 +218,22 @@ UP = "base_model.model.model.layers.0.mlp.up_proj.base_layer"
 # -- refused ---------------------------------------------------------------------------------------
 
 
+def test_explain_names_the_kernel_of_a_card():
+    """For a card a generated kernel, where one takes rows of so many weights."""
+    model = nn.Sequential(nn.Linear(256, 128), nn.Linear(128, 64)).requires_grad_(False)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0", "1"]))
+    report = falqon_fx.explain(model, randn(5, 256), config=replace(CONFIG, card="H100 SXM"))
+    wide, narrow = report.sites
+    assert re.fullmatch(r"triton:gemm_e4m3_float16_row_tensor_.*_nvfp4_.*", wide.kernel)
+    assert "the library's of decoded weights" in wide.kernel_reason
+    assert narrow.kernel == "aten"
+    # A W of 256 x 128 is read once each way; of products in 16 bits an H100 makes half as many.
+    costs = [merged(replace(shape_of(wide), width=w)) for w in (9 / 16, 1)]
+    assert shape_of(wide).width == 9 / 16
+    assert moved(costs[1]) - moved(costs[0]) == 2 * 256 * 128 * 7 / 16
+    assert {k.dtype for k in costs[0] if k.name == "x·Wᵀ + s·O_A·Bᵀ"} == {"float32"}
+
+
 def test_bytes_that_were_averaged_are_noticed():
     torch.manual_seed(0)
     model = tiny_mlp()
@@ -236,14 +252,6 @@ def test_bytes_that_were_averaged_are_noticed():
 def test_weights_that_are_cut_over_processes_are_refused():
     with pytest.raises(FalqonError, match='"nvfp4" is not built for base weights that are cut'):
         check_options("a layer", CONFIG)
-
-
-def test_a_gpu_is_refused(monkeypatch):
-    found: Any = SimpleNamespace(x=SimpleNamespace(device=torch.device("cuda")))
-    monkeypatch.setattr(checks, "params_of", lambda _: ())
-    monkeypatch.setattr(checks, "value_of", lambda x: x)
-    with pytest.raises(FalqonError, match='"nvfp4" is not built but on CPUs, and this is on cuda'):
-        checks.check(found, "a layer", CONFIG)
 
 
 def test_a_text_of_a_spec_names_it():

@@ -161,6 +161,7 @@ def shape_of(site: Site, siblings: int = 1, adapted: int = 1) -> Shape:
         wide=dtype_name(gemm_dtype(out, device)),
         compensate=site.compensate,
         outliers=site.outliers,
+        width=9 / 16 if site.options["base_dtype"] == "nvfp4" else 1,
     )
 
 

@@ -58,7 +58,8 @@ class Shape:
     ``siblings`` layers share x, ``adapted`` of them have an adapter: what is done once for all
     counts 1 / siblings times for each. ``wide`` is the dtype of products that are not in FP8;
     bfloat16 for bfloat16 and else float32 where nothing is given. ``compensate`` and ``outliers``
-    are the ranks and the channels of a calibration.
+    are the ranks and the channels of a calibration. W takes ``width`` bytes a weight: 1, or less in
+    NVFP4, which is decoded where it is multiplied, and so multiplied in ``wide``.
     """
 
     n: Any
@@ -74,6 +75,7 @@ class Shape:
     wide: str = ""
     compensate: Any = 0
     outliers: Any = 0
+    width: float = 1
 
     @property
     def low(self) -> Any:
@@ -167,12 +169,13 @@ def merged(s: Shape) -> list[Kernel]:
     n, i, o, r, e = s.n, s.features, s.out, s.low, WIDTH[s.dtype]
     g, share, each = WIDTH[s.operands], 1 / s.siblings, 1 / s.adapted
     kept = n * i * share if s.train_a and s.rank != 0 else 0
+    multiplied = "float8" if s.width == 1 else s.operands
     product = Kernel(
         "forward",
         "x·Wᵀ + s·O_A·Bᵀ",
-        "float8",
+        multiplied,
         2 * n * i * o,
-        n * i * share + i * o + n * o * e + (n * r + o * r) * g,
+        n * i * share + i * o * s.width + n * o * e + (n * r + o * r) * g,
         kept=n * o * e,
         launches=share,
         added=2 * n * r * o,
@@ -181,9 +184,9 @@ def merged(s: Shape) -> list[Kernel]:
     back = Kernel(
         "backward",
         "dO·W + D·A",
-        "float8",
+        multiplied,
         2 * n * i * o,
-        n * o + i * o + n * i * e * share + (n * r + r * i) * g,
+        n * o + i * o * s.width + n * i * e * share + (n * r + r * i) * g,
         kept=n * i * e * share,
         launches=share,
         added=2 * n * r * i,
@@ -213,7 +216,7 @@ def emulated(s: Shape) -> list[Kernel]:
     n, i, o, r, e = s.n, s.features, s.out, s.low, WIDTH[s.dtype]
     wide, g, share = s.operands, WIDTH[s.operands], 1 / s.siblings
     kept = n * i * g * share if s.train_a and s.rank != 0 else 0
-    decode = (wide, 0, i * o * (1 + g), i * o)
+    decode = (wide, 0, i * o * (s.width + g), i * o)
     out, grad_x = n * o * e, n * i * e * share
     product = _gemm("forward", "x·Wᵀ", wide, n, i, o, g)
     back = Kernel(

@@ -19,6 +19,7 @@ from falqon_fx.ops import products
 from falqon_fx.ops.arguments import Merged
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.site.casts import cast_fp8
+from falqon_fx.site.forms import operand_of
 from falqon_fx.site.numerics import INT8, as_operand, without_autocast
 from falqon_fx.site.spec import parse_spec
 
@@ -86,7 +87,7 @@ def merged_linear(given: Merged) -> list[Tensor]:
         products.merged_product,
         q,
         q_scale,
-        [as_operand(w) for w in given.weight],
+        [operand_of(w) for w in given.weight],
         given.scale,
         given.bias,
         codes_a,
@@ -124,10 +125,10 @@ def merged_linear_grad_x(
         return _grad_x_of_int8(grad, weight, scale, d, a, a_scale, x_dtype)
     casts, q_scales = [], []
     for g, s in zip(grad, scale):
-        folded = g.to(torch.float32) * s.t() if spec.per_row else g
+        folded = g.to(torch.float32) * s.t() if spec.base_per_row else g
         q, q_scale = quantize(folded, spec.grad_dtype, spec_text)
         casts.append(q)
-        q_scales.append(q_scale if spec.per_row else q_scale * s)
+        q_scales.append(q_scale if spec.base_per_row else q_scale * s)
     left = [t.to(dtype) for t in d]
     if d and spec.scale != "pow2":  # D takes the scales that dq(Â) would be rounded by
         of_columns = [s.reshape(1, -1).expand(1, len(code)) for code, s in zip(a, a_scale)]
@@ -141,7 +142,7 @@ def merged_linear_grad_x(
     product: Tensor = (torch.ops.falqon.grad_x_product if storing else opened)(
         casts,
         q_scales,
-        [as_operand(w) for w in weight],
+        [operand_of(w) for w in weight],
         left,
         [as_operand(code) for code in a],
         a_scale,

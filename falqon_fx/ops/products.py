@@ -18,6 +18,7 @@ from torch import Tensor
 from falqon_fx.kernels.spec import MAX_PIECES
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.site.numerics import filled
+from falqon_fx.site.nvfp4 import is_packed, shape_of
 from falqon_fx.site.spec import parse_spec
 
 if TYPE_CHECKING:
@@ -85,16 +86,18 @@ def merged_product(
         O_i   = dq(q) · dq(W_i)ᵀ + Σ_j O_A,j · b_jᵀ + bias_i    over the j with owner[j] == i
         O_A,j = dq(q) · dq(Â_j)ᵀ
 
-    W_i [out_i, in] and Â_j [r_j, in] are E4M3, their scales float32 [rows, 1] or []. ``bias`` has
-    one entry per site or none, ``b`` one per adapter or none, ``out_a`` one or none. With ``b`` O_A
-    comes first, since all of it is needed for each tile of O. One op, so that Inductor writes q
-    once.
+    W_i [out_i, in] and Â_j [r_j, in] are E4M3, their scales float32 [rows, 1] or []; or W_i is
+    NVFP4. ``bias`` has one entry per site or none, ``b`` one per adapter or none, ``out_a`` one or
+    none. With ``b`` O_A comes first, since all of it is needed for each tile of O. One op, so that
+    Inductor writes q once.
     """
     from falqon_fx.kernels.gemm.launch import Piece
     from falqon_fx.kernels.products import dispatch
 
     dtype, options = gemm_dtype(out_dtype, q.device), options_of(spec_text)
-    q, weight, a = filled(q), [filled(w) for w in weight], [filled(code) for code in a]
+    packed = any(map(is_packed, weight))
+    q, a = filled(q), [filled(code) for code in a]
+    weight = weight if packed else [filled(w) for w in weight]
 
     def run(pieces: Sequence[Piece], a_pieces: int) -> list[Tensor]:
         """O of each piece but the last ``a_pieces``, whose O_A stand side by side behind them."""
@@ -111,7 +114,7 @@ def merged_product(
     biases: Sequence[Tensor | None] = bias or [None] * len(weight)
     sites = [Piece(w, s, of_site) for w, s, of_site in zip(weight, scale, biases, strict=True)]
     adapters = [Piece(code, s) for code, s in zip(a, a_scale, strict=True)]
-    if adapters and not b and not out_a:
+    if adapters and not b and not out_a and not packed:
         return run([*sites, *adapters], len(adapters))
     made: list[Tensor] = []
     if not out_a:
@@ -218,7 +221,7 @@ def _grad_x_product_fake(
     q: Sequence[Tensor], q_scale: Sequence[Tensor], weight: Sequence[Tensor], *rest: Any
 ) -> Tensor:
     *_, x_dtype, _ = rest
-    return q[0].new_empty((q[0].shape[0], weight[0].shape[1]), dtype=x_dtype)
+    return q[0].new_empty((q[0].shape[0], shape_of(weight[0])[1]), dtype=x_dtype)
 
 
 def grad_out_a_product(grad: Sequence[Tensor], b: Sequence[Tensor], spec_text: str) -> Tensor:

@@ -38,20 +38,23 @@ def choose(site: Site) -> tuple[str, str]:
             "integers by the library's product, or on a GPU by a generated kernel where that is "
             "faster; dL/dx by decoded ones"
         )
+    asked, specs, library = spec.kernel, [], "the library's"
     if spec.base == "nvfp4":
-        return "aten", "W decoded from NVFP4 and x from FP8, multiplied by the library's GEMMs"
+        specs = candidates(site) if site.architecture else []
+        if not specs:
+            return "aten", "W decoded from NVFP4 and x from FP8, multiplied by the library's GEMMs"
+        library = "the library's of decoded weights"
     if not site.architecture:
         return "aten", "no FP8 kernels there: casts and bf16 GEMMs, which the inner compiler fuses"
-    asked = spec.kernel
     if asked in ("scaled_mm", "inductor"):
         return asked, f"kernel={asked!r} asks for it"
-    specs = candidates(site)
+    specs = specs or candidates(site)
     if not specs:
         return "scaled_mm", "no generated kernel is compiled ahead for such a product"
     return f"triton:{specs[0].name}", (
         f"the likeliest of {len(specs)} generated kernels for this site alone on "
-        f"sm_{site.architecture}; compiling on such a GPU times them and the library's, and takes "
-        "the fastest"
+        f"sm_{site.architecture}; compiling on such a GPU times them and {library}, and takes the "
+        "fastest"
     )
 
 
@@ -108,7 +111,7 @@ def candidates(site: Site) -> list[GemmSpec] | list[GroupedGemmSpec]:
         a_pieces=0,
         x="e4m3",
         x_scale=spec.granularity,
-        w_scale=spec.granularity,
+        w_scale="row" if spec.base_per_row else "tensor",
         out_dtype=site.out_dtype,  # type: ignore[arg-type]
         a_dtype=site.out_dtype if in_k else bf16_or_wide,  # type: ignore[arg-type]
         bias="none",
@@ -116,8 +119,9 @@ def candidates(site: Site) -> list[GemmSpec] | list[GroupedGemmSpec]:
         tail=in_k,
         accumulation=spec.accumulation,
         one_tensor=True,
+        packed=spec.base == "nvfp4",
     )
-    if not multiplies_fp8(site.architecture):
+    if not multiplies_fp8(site.architecture) and not problem.packed:
         return []
     sizes = sizes_of([problem.rank], problem.rows)
     return specs_for(problem, sizes, family(site.architecture))

@@ -63,6 +63,9 @@ SITE = GemmSpec(
 SIBLINGS = replace(
     SITE, pieces=6, a_pieces=3, memory="pointer", persistent=False, even_k=True, block_n=128
 )
+PACKED = replace(
+    SIBLINGS, pieces=1, a_pieces=0, operands="float16", w_scale="tensor", packed=True, block_k=64
+)
 GOLDEN = (
     SITE,
     replace(SITE, out_dtype="float16", a_dtype="float32", bias="bfloat16", memory="pointer"),
@@ -72,5 +75,7 @@ GOLDEN = (
     replace(
         SIBLINGS, pieces=1, a_pieces=0, x="e5m2", w_scale="none", k_pieces=3, operands="bfloat16"
     ),
+    replace(PACKED, extra=16),
+    replace(PACKED, x="e5m2", w_scale="none", layout="kn"),
 )
 KERNEL = Kernel(GemmSpec, signatures, ahead, GOLDEN, unaligned)

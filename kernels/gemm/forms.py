@@ -43,6 +43,7 @@ def forms(architecture: int) -> Iterator[Form]:
     yield from _backward(architecture)
     if architecture < 90:
         yield from _integers()
+    yield from _packed()
     others = [
         {"out_dtype": "float16", "a_dtype": "float32"},
         {"out_dtype": "float32", "a_dtype": "float32"},
@@ -86,6 +87,22 @@ def _integers() -> Iterator[Form]:
             out_a = replace(site, rows=(rank,) * count, a_pieces=count)
             yield out_a, "aligned"
             yield out_a, "rank"
+
+
+def _packed() -> Iterator[Form]:
+    """The same of W in NVFP4, and dL/dx, which reads it as it lies and adds all adapters' terms."""
+    for count in range(1, len(_WEIGHTS) + 1):
+        rows, one = _WEIGHTS[:count], count == 1
+        site = replace(_SITE, packed=True, w_scale="tensor", rows=rows, one_tensor=one)
+        for biased in (site, replace(site, bias="bfloat16")):
+            yield replace(biased, rank=16), "rank"
+            for rank in (0, *_RANKS[:2]):
+                yield replace(biased, rank=rank), "aligned"
+        grad_x = replace(_GRAD_X, packed=True, layout="kn", more_k=rows[1:], one_tensor=one)
+        low, *others = [64, 128, 256] if count == 3 else [16, 64, 128]
+        yield replace(grad_x, rank=low), "rank"
+        for rank in (0, low, *others):
+            yield replace(grad_x, rank=rank), "aligned"
 
 
 def _backward(architecture: int) -> Iterator[Form]:

@@ -17,6 +17,7 @@ from falqon_fx.kernels.launching import Described, launch
 from falqon_fx.kernels.loader import load
 from falqon_fx.kernels.spec import POINTER, Sizes
 from falqon_fx.site.numerics import E4M3, FP8_DTYPES, INT8
+from falqon_fx.site.nvfp4 import is_packed, shape_of
 
 _TYPE = {"e4m3": "fp8e4nv", "e5m2": "fp8e5", "int8": "i8"}
 _DTYPES = {**FP8_DTYPES, "int8": INT8}
@@ -26,7 +27,8 @@ _DTYPES = {**FP8_DTYPES, "int8": INT8}
 class Piece:
     """One right operand and what belongs to its columns of the output.
 
-    ``weight``: E4M3 (or int8) [rows, K] (layout "nk") or [K, rows] ("kn"), rows without gaps.
+    ``weight``: E4M3 (or int8) [rows, K] (layout "nk") or [K, rows] ("kn"), rows without gaps, or
+    NVFP4 in their place.
     ``scale``: float32 [rows, 1], [] or None. ``left`` [n, r] and ``right`` [rows, r]: see
     `GemmSpec`. For memory "tma" the weights of all pieces are consecutive rows of one tensor.
     """
@@ -115,7 +117,7 @@ def gemm(
 def signatures(spec: GemmSpec) -> dict[str, dict[str, str]]:
     """Argument types of the kernel, for `aot.compile_ahead`: aligned, sizes divisible by 16."""
     g = range(spec.pieces)
-    x, w = _TYPE[spec.x], "i8" if spec.x == "int8" else "fp8e4nv"
+    x, w = _TYPE[spec.x], "i8" if spec.x == "int8" else "u8" if spec.packed else "fp8e4nv"
     if spec.operands in ("bfloat16", "float32") and spec.x != "int8":
         x = w = "u8"
     types: dict[str, str] = {}
@@ -184,12 +186,12 @@ def _operands(q: Tensor, pieces: Sequence[Piece], spec: GemmSpec) -> list[object
 
 def _bytes(tensors: Sequence[Tensor], spec: GemmSpec) -> list[Tensor]:
     """Operands as the kernel takes them: as they are, or of FP8 as bytes that it decodes."""
-    as_they_are = spec.operands == "fp8" or spec.x == "int8"
+    as_they_are = spec.operands in ("fp8", "float16") or spec.x == "int8"
     return [t if as_they_are else t.view(torch.uint8) for t in tensors]
 
 
 def _rows(piece: Piece, spec: GemmSpec) -> int:
-    return piece.weight.shape[1 - _k_axis(spec)]
+    return shape_of(piece.weight)[1 - _k_axis(spec)]
 
 
 def _check(
@@ -202,7 +204,9 @@ def _check(
     _check_product(q, q_scale, pieces[0].weight, spec)
     n, k = q.shape
     for other in more:
-        if other.q.shape[0] != n or other.weight.shape[1 - _k_axis(spec)] != _rows(pieces[0], spec):
+        if other.q.shape[0] != n or shape_of(other.weight)[1 - _k_axis(spec)] != _rows(
+            pieces[0], spec
+        ):
             raise ValueError("gemm: products of different shapes")
         _check_product(other.q, other.q_scale, other.weight, spec)
     if spec.operands != "float32" and runs_interpreted(q):
@@ -228,13 +232,11 @@ def _check_product(q: Tensor, q_scale: Tensor, weight: Tensor, spec: GemmSpec) -
         raise ValueError(f"gemm: q_scale {tuple(q_scale.shape)} is not x_scale={spec.x_scale!r}")
     if spec.even_k and k % spec.block_k:
         raise ValueError(f"gemm: K = {k} is not a multiple of {spec.block_k}, as even_k says")
-    if (
-        weight.dtype != (INT8 if spec.x == "int8" else E4M3)
-        or weight.dim() != 2
-        or _has_gaps(weight)
-    ):
+    wanted = torch.uint8 if spec.packed else INT8 if spec.x == "int8" else E4M3
+    row = weight.flatten(1) if spec.packed and is_packed(weight) else weight
+    if weight.dtype != wanted or is_packed(weight) != spec.packed or _has_gaps(row):
         raise ValueError(f"gemm: a weight is {weight.dtype} with strides {weight.stride()}")
-    if weight.shape[_k_axis(spec)] != k:
+    if shape_of(weight)[_k_axis(spec)] != k:
         raise ValueError(f"gemm: a weight is {tuple(weight.shape)}, K is {k}")
 
 

@@ -16,9 +16,10 @@ from falqon_fx.kernels.spec import (
 
 # What the multiply instruction gets. "fp8": the bytes themselves (sm_89 and newer). "bfloat16" and
 # "float32": the bytes decoded in the kernel, exactly, for GPUs without FP8 and the interpreter.
-# "int8": integers, whose sums are int32; the interpreter takes them as "float32", and adds up
-# integers all the same.
-Operands = Literal["fp8", "int8", "bfloat16", "float32"]
+# "float16": FP8 widened, exactly, by the instruction that sm_89 and newer have for it, beside W in
+# NVFP4. "int8": integers, whose sums are int32; the interpreter takes them as "float32", and adds
+# up integers all the same.
+Operands = Literal["fp8", "int8", "float16", "bfloat16", "float32"]
 Format = Literal[Fp8Format, "int8"]
 Memory = Literal["pointer", "tma"]
 # How the right operand lies: "nk" row by row of the output's columns (W and Â in forward, Wᵀ in
@@ -42,7 +43,8 @@ class GemmSpec(KernelSpec):
     ``extra`` is 0, or the padded largest rank of the terms left_g · right_gᵀ (O_A · bᵀ in forward,
     D · Â in backward). With ``tail`` they are FP8 like x and W, and more of K: of what the scales
     multiply. ``block_scaled`` multiplies by the instruction for MXFP8, with scales of 1. ``bias``
-    is "none" or the dtype of the biases. ``even_k`` says that block_k divides K.
+    is "none" or the dtype of the biases. ``even_k`` says that block_k divides K. ``packed`` says
+    that W is NVFP4 (`falqon_fx.site.nvfp4`), and the kernel decodes it tile by tile.
 
     Raises ValueError for a value outside its `Literal`, a size that is not a power of two, or a
     combination that the template does not have.
@@ -74,6 +76,7 @@ class GemmSpec(KernelSpec):
     k_pieces: int = 1
     tail: bool = False
     block_scaled: bool = False
+    packed: bool = False
 
     def __post_init__(self) -> None:
         check_literals(self)
@@ -92,6 +95,18 @@ class GemmSpec(KernelSpec):
             raise ValueError("x='int8': one product, of all of K")
         if self.block_scaled and self.operands != "fp8":
             raise ValueError("block_scaled: the instruction takes FP8")
+        if (self.operands == "float16") > self.packed:
+            raise ValueError("operands='float16': only beside W in NVFP4")
+        if self.packed and (
+            self.operands in ("fp8", "int8")
+            or self.x == "int8"
+            or self.tail
+            or self.a_pieces
+            or self.memory != "pointer"
+            or not self.even_k
+            or (self.block_k if self.layout == "nk" else self.block_n) < 64
+        ):
+            raise ValueError("packed: decoded products of W alone, by pointers, 64 weights a row")
         if self.tail and (self.extra < 32 or self.k_pieces != 1 or self.layout != "nk"):
             raise ValueError("tail: one product, of 32 columns and more, row by row")
         if self.layout == "kn" and self.pieces != 1:
@@ -115,6 +130,7 @@ class GemmSpec(KernelSpec):
                 (f"{'t' if self.tail else 'r'}{self.extra}", self.extra > 0),
                 (f"k{self.k_pieces}", self.k_pieces > 1),
                 ("mx", self.block_scaled),
+                ("nvfp4", self.packed),
                 ("persistent", self.persistent),
                 ("evenk", self.even_k),
             )

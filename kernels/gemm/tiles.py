@@ -29,7 +29,7 @@ class GemmProblem:
     ``rows`` are the columns of each output, those of O_A last (``a_pieces`` of them). ``rank`` is
     the largest rank of the extra term, 0 without one. ``one_tensor``: the weights are consecutive
     rows of one tensor. ``more_k`` is the K of each further product (see `GemmSpec.k_pieces`), and
-    ``tail`` says that the extra term is FP8.
+    ``tail`` says that the extra term is FP8. ``packed`` says that W is NVFP4.
     """
 
     n: int
@@ -48,6 +48,7 @@ class GemmProblem:
     one_tensor: bool = False
     more_k: tuple[int, ...] = ()
     tail: bool = False
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,15 +117,19 @@ _INT8 = {
     80: (Tile(128, 128, 128, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3)),
     0: (Tile(32, 32, 32, 4, 2),),
 }
+# W in NVFP4. Two of these programs share a processor, and while one decodes the other multiplies.
+_PACKED = Tile(128, 128, 64, 8, 3)
 # O_A alone is at most 256 columns wide, so tiles are low, and there are more of them.
 _SKINNY = {90: (64, 128, 4, 4), 0: (64, 64, 4, 3)}
 
 
-def operands(architecture: int, x: Format = "e4m3") -> Operands:
+def operands(architecture: int, x: Format = "e4m3", packed: bool = False) -> Operands:
     """What the multiply instructions of sm_``architecture`` take (0: the interpreter)."""
     if x == "int8":
         return "int8" if architecture else "float32"
-    return "fp8" if architecture >= FP8 else "bfloat16" if architecture >= 80 else "float32"
+    if architecture < FP8:
+        return "bfloat16" if architecture >= 80 else "float32"
+    return "float16" if packed else "fp8"
 
 
 def gemm_specs(problem: GemmProblem, architecture: int) -> list[GemmSpec]:
@@ -160,7 +165,10 @@ def _tiles(problem: GemmProblem, architecture: int) -> tuple[Tile, ...]:
     if problem.x == "int8":
         return _INT8.get(86 if 86 <= architecture < 90 else architecture, ())
     if architecture < 80:
-        return (Tile(32, 32, 32, 4, 2),)
+        return (Tile(32, 64, 64, 4, 2) if problem.packed else Tile(32, 32, 32, 4, 2),)
+    if problem.packed:
+        lower = replace(_PACKED, m=64 if _extra(problem) > 128 else 128, n=64)
+        return (lower if problem.more_k else _PACKED,)
     if problem.a_pieces == len(problem.rows):
         m, k, warps, stages = _SKINNY[90 if architecture in (90, 100) else 0]
         widest = min(128, columns_of(max(problem.rows)))
@@ -186,9 +194,12 @@ def _tiles(problem: GemmProblem, architecture: int) -> tuple[Tile, ...]:
 
 def _takes(tile: Tile, problem: GemmProblem, architecture: int) -> bool:
     """Rows of K start at multiples of 16, else kernels would read byte by byte; a K that no tile
-    divides is read by descriptors alone.
+    divides is read by descriptors alone. Rows of NVFP4 start there where 256 divides their length.
     """
     k = (problem.k, *problem.more_k)
+    if problem.packed:
+        unit, lengths = 256 if architecture else 64, problem.rows if problem.layout == "kn" else k
+        return not any(size % unit for size in lengths) and not any(size % tile.k for size in k)
     if architecture >= FP8 and any(size % 16 for size in k):
         return False
     if tile.memory == "tma":
@@ -203,13 +214,13 @@ def _extra(problem: GemmProblem) -> int:
 
 
 def _spec(problem: GemmProblem, tile: Tile, architecture: int) -> GemmSpec:
-    kind = operands(architecture, problem.x)
+    kind = operands(architecture, problem.x, problem.packed)
     tma = tile.memory == "tma"
     return GemmSpec(
         x=problem.x,
         operands=kind,
         # Other tensor cores than sm_90's have nothing to promote.
-        accumulation=problem.accumulation if architecture == 90 else "fast",
+        accumulation=problem.accumulation if architecture == 90 and kind == "fp8" else "fast",
         x_scale=problem.x_scale,
         w_scale=problem.w_scale,
         out_dtype=problem.out_dtype,
@@ -219,7 +230,8 @@ def _spec(problem: GemmProblem, tile: Tile, architecture: int) -> GemmSpec:
         bias=problem.bias,
         extra=_extra(problem),
         tail=problem.tail,
-        block_scaled=architecture == 120 and problem.x != "int8",
+        block_scaled=architecture == 120 and kind == "fp8",
+        packed=problem.packed,
         layout=problem.layout,
         memory=tile.memory,
         # Flattened into one loop, the extra term serializes sm_90's products.

@@ -60,6 +60,7 @@ from falqon_fx.kernels.products.problem import (
 from falqon_fx.kernels.spec import MAX_PIECES, Sizes, sizes_of
 from falqon_fx.kernels.transpose import kept as stored
 from falqon_fx.site.numerics import INT8, filled
+from falqon_fx.site.nvfp4 import shape_of
 
 Turn = Callable[[Sequence[Tensor]], list[Tensor]]  # each W [out, in] -> Wᵀ
 _TIMED = 3  # generated kernels that are tried for one problem
@@ -94,7 +95,8 @@ def forward(
 
     candidates: dict[str, Candidate] = dict(generated_candidates(problem, q, q_scale, pieces))
     sizes = [problem.k, *problem.rows]
-    candidates |= by_libraries(options, q, sizes, library)
+    if not problem.packed:
+        candidates |= by_libraries(options, q, sizes, library)
     if 0 < a_pieces < len(pieces):
         # O by the library, and all of O_A by one skinny kernel of ours.
         rest, of_sites = pieces[y_pieces:], [problem.k, *problem.rows[:y_pieces]]
@@ -128,9 +130,10 @@ def grad_x(
     Where the tensor cores want Wᵀ row by row, its bytes are transposed first, each time
     (transpose="transient"), unless a kernel reads W as it lies (transpose="kernel"); "auto" is the
     faster where a GPU can do both. ``kept`` has W_sᵀ [in, out_s] of each, filled up by zeros, where
-    they are there already; those of transpose="store" with update="rows" are looked up.
+    they are there already; those of transpose="store" with update="rows" are looked up. NVFP4
+    is always read as it lies: what is decoded can be turned.
     """
-    weight, features = products[0].weight, products[0].weight.shape[1]
+    weight, features = products[0].weight, shape_of(products[0].weight)[1]
     a_dtype = x_dtype if left is None else left.dtype
     piece = Piece(weight, None, None, left, right)
 
@@ -151,9 +154,9 @@ def grad_x(
     candidates: dict[str, Candidate] = {}
     storing = bool(kept) or options.transpose == "store"
     untransposed = not storing and options.transpose == "auto" and reads_columns(where_runs(q))
-    if untransposed or options.transpose == "kernel":
+    if untransposed or options.transpose == "kernel" or problem.packed:
         candidates |= generated_candidates(problem, q, q_scale, [piece], more)
-    if options.transpose != "kernel":
+    if options.transpose != "kernel" and not problem.packed:
         suffix = "+stored" if storing else "+transpose"
 
         def turn(weights: Sequence[Tensor]) -> list[Tensor]:
@@ -235,7 +238,8 @@ def generated_candidates(
 ) -> Iterator[tuple[str, Candidate]]:
     """The likeliest generated kernels for a problem; where none takes it, one that says why."""
     where = where_runs(q)
-    if where >= FP8 and not multiplies_fp8(architecture(q.device)):
+    as_fp8 = where >= FP8 and not problem.packed
+    if as_fp8 and not multiplies_fp8(architecture(q.device)):
         yield "triton", partial(refuse, "this Triton would decode FP8 before it multiplies")
         return
     if why := _refusal(problem, interpreted=where == 0):

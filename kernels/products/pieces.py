@@ -11,6 +11,7 @@ from torch import Tensor
 
 from falqon_fx.config import Accumulation
 from falqon_fx.kernels.gemm.launch import Piece
+from falqon_fx.site import nvfp4
 
 MatMul = Callable[..., Tensor]  # has the signature of `falqon_fx._compat.scaled_mm`
 
@@ -78,7 +79,8 @@ def finished(y: Tensor, piece: Piece, dtype: torch.dtype) -> Tensor:
 
 def decoded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Values to multiply: bfloat16 holds every one; a raw sum of them overflows float16."""
-    return tensor.to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    return nvfp4.decode(tensor, 1.0, wide) if nvfp4.is_packed(tensor) else tensor.to(wide)
 
 
 def joined(parts: list[Tensor], a_pieces: int) -> list[Tensor]:

@@ -16,6 +16,7 @@ from falqon_fx.kernels.gemm.launch import Piece, follows
 from falqon_fx.kernels.gemm.tiles import GemmProblem
 from falqon_fx.kernels.spec import Fp8Format, InputDtype
 from falqon_fx.site.numerics import E4M3, INT8
+from falqon_fx.site.nvfp4 import is_packed
 
 
 def problem_of(
@@ -46,6 +47,7 @@ def problem_of(
         rank=max(0 if p.right is None else p.right.shape[1] for p in pieces),
         accumulation=accumulation,
         one_tensor=all(follows(a.weight, b.weight) for a, b in pairwise(pieces)),
+        packed=is_packed(pieces[0].weight),
     )
 
 

@@ -38,6 +38,7 @@ from falqon_fx.kernels.update import launch as update
 from falqon_fx.ops import experts_lowering, fp8_gpu, gpu, in_k, products
 from falqon_fx.ops.experts_lowering import Experts
 from falqon_fx.rows import cuda as rows_on_gpu
+from falqon_fx.site.forms import scale_shape
 from falqon_fx.site.numerics import E4M3, FP8_DTYPES
 from falqon_fx.site.spec import RowsSpec, SiteSpec
 from tests.parameters import slow
@@ -169,7 +170,7 @@ class Group:
             return usual if random.random() < 0.8 else random.choice(others)
 
         size = lambda: mostly(random.choice(SIZES[:4]), *SIZES[4:])  # noqa: E731
-        count = mostly(random.choice((1, 2, 3)), 4, 9)
+        count, into = mostly(random.choice((1, 2, 3)), 4, 9), size()
         rank = mostly(random.choice(RANKS[:3]), *RANKS[3:])
         ranks = [mostly((rank,), (), (rank, 8), (random.choice(RANKS),)) for _ in range(count)]
         spec = SiteSpec(
@@ -178,10 +179,11 @@ class Group:
             mostly("e5m2", "e4m3"),
             accumulation=mostly("fast", "promoted"),
             transpose=random.choice(("auto", "transient", "kernel")),
+            base="fp8" if into % 16 else mostly("fp8", "nvfp4"),
         )
         outs = tuple(size() for _ in range(count))
         dtype, lora = mostly(BF16, F16, F32), mostly(F32, BF16, F16)
-        return cls(size(), outs, tuple(ranks), dtype, mostly(False, True), lora, spec)
+        return cls(into, outs, tuple(ranks), dtype, mostly(False, True), lora, spec)
 
     @property
     def owner(self) -> list[int]:
@@ -204,8 +206,11 @@ def lowered(group: Group, *, fp8: bool, holds: bool, train_a: bool) -> None:
     spec, text, flat = group.spec, str(group.spec), group.flat
     wide = BF16 if group.dtype == BF16 else F32
     q, q_scale = empty(N, group.into, dtype=E4M3), scale(N, spec)
+    packed = spec.base == "nvfp4"
     weight = [empty(out, group.into, dtype=E4M3) for out in group.outs]
-    scales = [scale(out, spec) for out in group.outs]
+    if packed:
+        weight = [empty(out, 9, group.into // 16, dtype=torch.uint8) for out in group.outs]
+    scales = [empty(*scale_shape(out, spec)) for out in group.outs]
     bias = [empty(out, dtype=group.dtype) for out in group.outs] if group.biased else []
     lora_a = [empty(rank, group.into, dtype=group.lora_dtype) for rank in flat]
     lora_b = [
@@ -218,7 +223,7 @@ def lowered(group: Group, *, fp8: bool, holds: bool, train_a: bool) -> None:
     ones = [1.0] * len(flat)
     a = [empty(rank, group.into, dtype=E4M3) for rank in flat]
     a_scale = [scale(rank, spec) for rank in flat]
-    if fp8 and flat and max(flat) <= 128:
+    if fp8 and flat and max(flat) <= 128 and not packed:
         casts = fp8_gpu.proxy_update(lora_a, lora_b, ones, of_owner, text)
         b, alpha = [*casts[2::4]], [*casts[3::4]]
         counts = [empty(1, dtype=torch.int32) for _ in group.outs]

@@ -8,6 +8,7 @@ faster form. What a fused kernel stores twice is counted twice.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal
@@ -19,11 +20,12 @@ from falqon_fx.errors import FalqonError
 AdapterDtype = Literal["bfloat16", "fp8"]
 Transpose = Literal["transient", "store"]
 NF4_BYTES = 0.5 + 4 / 64  # an element: four bits, and a float32 scale of 64
+NVFP4_BYTES = 0.5 + 1 / 16  # four bits, and an FP8 scale of 16
 
 
 @dataclass(frozen=True)
 class Step:
-    """What is asked: a decoder, its tokens, and how it is trained."""
+    """What is asked: a decoder, its tokens, and how it is trained; ``packed``: W in NVFP4."""
 
     decoder: Decoder
     batch: int
@@ -31,6 +33,7 @@ class Step:
     rank: int
     adapter_dtype: AdapterDtype = "bfloat16"
     transpose: Transpose = "transient"
+    packed: bool = False
 
     def __post_init__(self) -> None:
         if self.adapter_dtype == "fp8" and self.decoder.mixture is not None:
@@ -278,6 +281,9 @@ def _forward(step: Step, time: Timer, group: Group) -> list[Launch]:
             time.product("[x t] [W b]' (library)", n, k + ranks, [out], 1, f.fp8_gemm.value),
         ]
         return [skinny, *_faster(in_k, joined)]
+    if step.packed:
+        pairs = [(k, out) for out in group.outs]
+        return [skinny, *_packed(step, time, "x W' + O_A B'", pairs, group.outs, k, r)]
     # bf16 products take twice as long as FP8 ones.
     rate = f.own_gemm.value
     ours = [time.product("x W' + O_A B'", n, k + 2 * r, group.outs, 1, rate, own=True)]
@@ -292,6 +298,10 @@ def _grad_x(step: Step, time: Timer, group: Group) -> list[Launch]:
     n, r, k, f = step.n, step.rank, group.features, time.figures
     sites, out = len(group.outs), sum(group.outs)
     done: list[Launch] = []
+    scaled = time.moving("adapter", "scale D", step.a(r * sites), 2 * step.a(r * sites))
+    if step.packed:
+        pairs = [(of_site, k) for of_site in group.outs]
+        return [scaled, *_packed(step, time, "dO W + D A", pairs, [k], out, r * sites)]
     in_k = out + (r * sites if step.adapter_dtype == "fp8" else 0)
     if step.transpose == "transient":
         done.append(time.moving("transposes", "W", k * in_k, k * in_k))
@@ -308,8 +318,33 @@ def _grad_x(step: Step, time: Timer, group: Group) -> list[Launch]:
     if sites > 1:
         theirs.append(time.moving("sums", "of dL/dx", sites * step.a(k), step.a(k)))
     theirs += _addmm(step, time, k)
-    scaled = time.moving("adapter", "scale D", step.a(r * sites), 2 * step.a(r * sites))
     return [*done, scaled, *_faster(ours, theirs)]
+
+
+def _packed(
+    step: Step,
+    time: Timer,
+    name: str,
+    pairs: list[tuple[int, int]],
+    columns: Sequence[int],
+    depth: int,
+    low: int,
+) -> list[Launch]:
+    """W [k, out] of ``pairs`` in NVFP4: the faster of our product, which decodes it as it reads it,
+    and the library's, of what is decoded before; both in 16 bits, with the scales behind.
+    """
+    f, n, weights = time.figures, step.n, sum(k * out for k, out in pairs)
+    ours = time.product(name, n, depth + low, columns, 1, f.own_gemm.value / 2, own=True)
+    reads = step.q(depth) + NVFP4_BYTES * weights + 2 * low * (n + sum(columns))
+    theirs = [time.moving("dequantize", "x (library)", step.q(depth), step.a(depth))]
+    for k, out in pairs:
+        theirs += [
+            time.moving("dequantize", "W (library)", NVFP4_BYTES * k * out, 2 * k * out),
+            time.product("x W' (library)", n, k, [out], 2, f.bf16_gemm.value),
+            time.moving("sums", "scales (library)", step.a(out), step.a(out)),
+        ]
+    added = [one for out in columns for one in _addmm(step, time, out)]
+    return _faster([replace(ours, reads=reads)], [*theirs, *added])
 
 
 def _addmm(step: Step, time: Timer, columns: int) -> list[Launch]:

@@ -9,11 +9,12 @@ from typing import get_args
 from falqon_fx.cost.step import layer, mixture
 from falqon_fx.cost.step.figures import Figures
 from falqon_fx.cost.step.launches import Launch, Part, Timer
-from falqon_fx.cost.step.layer import NF4_BYTES, Step
+from falqon_fx.cost.step.layer import NF4_BYTES, NVFP4_BYTES, Step
 
 RUNS = {
     "falqon": "falqon",
     "falqon_frozen_a": "falqon, A frozen",
+    "falqon_nvfp4": "falqon, NVFP4",
     "peft": "PEFT bf16 + Inductor",
     "nf4": "NF4 QLoRA + Inductor",
 }
@@ -33,6 +34,9 @@ NOTES = {
     "attention": "causal: half of the pairs; backward is five products to forward's two",
     "NF4": "bitsandbytes' format: four bits and a float32 scale of 64, without its second level; "
     "dequantized once for forward and once for backward, compiled, adapters in bf16",
+    "NVFP4": 'base_dtype="nvfp4", adapters in bfloat16: for each product the faster of ours, which '
+    "decodes W as it reads it (assumed: at half of the FP8 one's rate, as 16 bits have it), and "
+    "cuBLAS's of what is decoded before; it has no stacked experts",
     "experts": "of transformers' grouped_mm, each with as many rows; their adapters by PEFT's "
     "target_parameters, traced: torch.baddbmm of all experts' W + s B A, and dL/dW' in bf16; ours "
     "with the library's FP8 product where it has one, else generated kernels, whose dL/dx decodes "
@@ -74,8 +78,9 @@ class Run:
 
 
 def arithmetic(step: Step, figures: Figures, cuda_graphs: bool = False) -> dict[str, Run]:
-    """Each of `RUNS`."""
-    return {name: _run(name, step, Timer(figures), cuda_graphs) for name in RUNS}
+    """Each of `RUNS` that there is of the decoder."""
+    runs = [run for run in RUNS if run != "falqon_nvfp4" or step.decoder.mixture is None]
+    return {name: _run(name, step, Timer(figures), cuda_graphs) for name in runs}
 
 
 def layer_of(name: str, step: Step, time: Timer) -> list[Launch]:
@@ -85,12 +90,16 @@ def layer_of(name: str, step: Step, time: Timer) -> list[Launch]:
         run = layer.peft if dense else mixture.peft
         return run(step, time, nf4=name == "nf4")
     ours = layer.falqon if dense else mixture.falqon
-    return ours(step, time, train_a=name == "falqon")
+    if name == "falqon_nvfp4":
+        step = replace(step, packed=True, adapter_dtype="bfloat16")
+    return ours(step, time, train_a=name != "falqon_frozen_a")
 
 
 def kept(name: str, step: Step) -> int:
     """Bytes of such a layer that are there for backward alone."""
     of = layer.kept if step.decoder.mixture is None else mixture.kept
+    if name == "falqon_nvfp4":
+        name, step = "falqon", replace(step, adapter_dtype="bfloat16")
     return of(step, name)
 
 
@@ -127,8 +136,9 @@ def _run(name: str, step: Step, time: Timer, cuda_graphs: bool) -> Run:
 
 def _weights(name: str, step: Step) -> float:
     """Bytes of a layer's weights. NF4 is of linear layers alone, and so is W kept both ways."""
-    of_linears = {"peft": 2.0, "nf4": NF4_BYTES}.get(name, 1.0)
-    if name.startswith("falqon") and step.transpose == "store":
+    widths = {"peft": 2.0, "nf4": NF4_BYTES, "falqon_nvfp4": NVFP4_BYTES}
+    of_linears = widths.get(name, 1.0)
+    if of_linears == 1.0 and step.transpose == "store":
         of_linears = 2.0
     of_stacks = 2.0 if name in ("peft", "nf4") else 1.0
     d = step.decoder
