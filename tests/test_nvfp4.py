@@ -222,7 +222,8 @@ def test_explain_names_the_kernel_of_a_card():
     """For a card a generated kernel, where one takes rows of so many weights."""
     model = nn.Sequential(nn.Linear(256, 128), nn.Linear(128, 64)).requires_grad_(False)
     model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0", "1"]))
-    report = falqon_fx.explain(model, randn(5, 256), config=replace(CONFIG, card="H100 SXM"))
+    model, x = model.bfloat16(), randn(5, 256).bfloat16()
+    report = falqon_fx.explain(model, x, config=replace(CONFIG, card="H100"))
     wide, narrow = report.sites
     assert re.fullmatch(r"triton:gemm_e4m3_float16_row_tensor_.*_nvfp4_.*", wide.kernel)
     assert "the library's of decoded weights" in wide.kernel_reason
@@ -231,7 +232,7 @@ def test_explain_names_the_kernel_of_a_card():
     costs = [merged(replace(shape_of(wide), width=w)) for w in (9 / 16, 1)]
     assert shape_of(wide).width == 9 / 16
     assert moved(costs[1]) - moved(costs[0]) == 2 * 256 * 128 * 7 / 16
-    assert {k.dtype for k in costs[0] if k.name == "x·Wᵀ + s·O_A·Bᵀ"} == {"float32"}
+    assert {k.dtype for k in costs[0] if k.name == "x·Wᵀ + s·O_A·Bᵀ"} == {"bfloat16"}
 
 
 def test_bytes_that_were_averaged_are_noticed():

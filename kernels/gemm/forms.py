@@ -140,7 +140,7 @@ def _spills(spec: GemmSpec, sizes: Sizes, architecture: int) -> bool:
     """
     if sizes == "any":
         return spec.block_n > 128
-    if sizes == "aligned":
+    if sizes == "aligned" or spec.packed:
         return False
     low_of_siblings = spec.pieces > 1 and spec.extra > 0 and spec.block_m == 64
     high_of_sums = spec.k_pieces > 1 and spec.extra == 64 and spec.block_m == 128

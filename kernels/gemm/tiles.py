@@ -167,8 +167,8 @@ def _tiles(problem: GemmProblem, architecture: int) -> tuple[Tile, ...]:
     if architecture < 80:
         return (Tile(32, 64, 64, 4, 2) if problem.packed else Tile(32, 32, 32, 4, 2),)
     if problem.packed:
-        lower = replace(_PACKED, m=64 if _extra(problem) > 128 else 128, n=64)
-        return (lower if problem.more_k else _PACKED,)
+        m, k = 64 if _extra(problem) > 128 else 128, 128 if architecture == 90 else 64
+        return (replace(_PACKED, m=m, n=64, k=k) if problem.more_k else _PACKED,)
     if problem.a_pieces == len(problem.rows):
         m, k, warps, stages = _SKINNY[90 if architecture in (90, 100) else 0]
         widest = min(128, columns_of(max(problem.rows)))
