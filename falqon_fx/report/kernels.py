@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,9 +39,10 @@ def choose(site: Site) -> tuple[str, str]:
             "integers by the library's product, or on a GPU by a generated kernel where that is "
             "faster; dL/dx by decoded ones"
         )
-    asked, specs, library = spec.kernel, [], "the library's"
+    specs: Sequence[GemmSpec | GroupedGemmSpec] = ()
+    asked, library = spec.kernel, "the library's"
     if spec.base == "nvfp4":
-        specs = candidates(site) if site.architecture else []
+        specs = candidates(site) if site.architecture else ()
         if not specs:
             return "aten", "W decoded from NVFP4 and x from FP8, multiplied by the library's GEMMs"
         library = "the library's of decoded weights"

@@ -398,5 +398,5 @@ def kept(step: Step, run: str) -> int:
         common += a(d.query) + a(d.key)
     if run in ("peft", "nf4"):  # both norms' results and SwiGLU's
         return common + 2 * a(d.hidden) + a(d.inner)
-    of_x = sum(q(group.features) for group in d.groups) if run == "falqon" else 0
+    of_x = sum(q(group.features) for group in d.groups) if run != "falqon_frozen_a" else 0
     return common + step.adapter_casts + of_x

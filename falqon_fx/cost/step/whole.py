@@ -99,7 +99,7 @@ def kept(name: str, step: Step) -> int:
     """Bytes of such a layer that are there for backward alone."""
     of = layer.kept if step.decoder.mixture is None else mixture.kept
     if name == "falqon_nvfp4":
-        name, step = "falqon", replace(step, adapter_dtype="bfloat16")
+        step = replace(step, adapter_dtype="bfloat16")
     return of(step, name)
 
 
