@@ -133,7 +133,7 @@ LOWERED = {
     "several adapters": (group(ROW, (128, (16, 16)), (256, (16,)), features=128), 2, 2),
     "b absent": (group(ROW, (128, (16,)), (256, (16,)), features=128, adds_b=False), 1, 2),
     "nvfp4": (group(NVFP4, (128, (16,)), (128, ()), (256, (16,)), features=256), 3, 1),
-    "nvfp4, b absent": (group(NVFP4, (64, (16,)), (128, (16,)), features=256, adds_b=False), 2, 1),
+    "nvfp4, b absent": (group(NVFP4, (128, (16,)), (256, (16,)), features=256, adds_b=False), 2, 1),
 }
 
 
