@@ -68,6 +68,7 @@ def without_left_out(model: nn.Module, index: Mapping[str, str]) -> dict[str, st
     46 layers, and a layer of one with 92.
     """
     told = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    patterns, own = [re.compile(text) for text in (*told, _OLD_BUFFER)], model.state_dict()
+    patterns = [re.compile(text) for text in (*told, _OLD_BUFFER)]
+    own = [name.replace(".base_layer.", ".") for name in model.state_dict()]  # of PEFT's wrappers
     patterns = [p for p in patterns if not any(p.search(name) for name in own)]
     return {n: file for n, file in index.items() if not any(p.search(n) for p in patterns)}

@@ -56,7 +56,7 @@ def check(spec, architecture):
         assert sizes
         # Decoded operands take registers: on gfx942 dL/dx of siblings spills.
         assert set(sizes) == {"0"} or architecture == "gfx942"
-        if isinstance(spec, GemmSpec):
+        if isinstance(spec, GemmSpec) and not spec.packed:  # W in NVFP4 is multiplied in 16 bits
             assert bool(re.search(NATIVE, assembly)) == (architecture == "gfx950")
             assert bool(re.search(DECODED, assembly)) == (architecture == "gfx942")
 

@@ -2,8 +2,8 @@
 that is a graph by itself, with the bytes of each launch by the sizes of its arguments.
 
 Bytes are counted in activations: ``a(f)`` is [n, f] in bf16, ``q(f)`` in FP8. A is [r, in], B
-[out, r]; falqon's are float32 parameters, as PEFT makes them, and those of PEFT are bf16, the
-faster form. What a fused kernel stores twice is counted twice.
+[out, r]; falqon's are float32, as PEFT makes them, those of PEFT bf16, which is faster. What a fused
+kernel stores twice is counted twice.
 """
 
 from __future__ import annotations
@@ -383,10 +383,9 @@ def _adapter_grads(step: Step, time: Timer, group: Group, train_a: bool) -> list
 def _splits(n: int, group: Group, train_a: bool, processors: int) -> int:
     """How `falqon_fx.kernels.adapter_grads` cuts tokens: two programs for each processor."""
     columns = sum(ceil(out / 128) for out in group.outs)
-    if train_a:
-        columns = min(columns, ceil(group.features / 64))
-    tokens = 32 if len(group.outs) > 2 else 64  # of one step of a program
-    return max(1, min(ceil(n / tokens), 2 * processors // columns))
+    columns = min(columns, ceil(group.features / 64)) if train_a else columns
+    of_step = 32 if len(group.outs) > 2 else 64  # tokens, of a program
+    return max(1, min(ceil(n / of_step), 2 * processors // columns))
 
 
 def kept(step: Step, run: str) -> int:
@@ -394,8 +393,7 @@ def kept(step: Step, run: str) -> int:
     d, a, q = step.decoder, step.a, step.q
     common = 2 * a(d.hidden) + 2 * (a(d.query) + a(d.key)) + 2 * a(d.inner)
     common += 4 * step.n * d.heads + a(step.rank) * d.sites
-    if d.qk_norm:  # what the norms read
-        common += a(d.query) + a(d.key)
+    common += (a(d.query) + a(d.key)) * d.qk_norm  # what the norms read
     if run in ("peft", "nf4"):  # both norms' results and SwiGLU's
         return common + 2 * a(d.hidden) + a(d.inner)
     of_x = sum(q(group.features) for group in d.groups) if run != "falqon_frozen_a" else 0
