@@ -2,8 +2,8 @@
 that is a graph by itself, with the bytes of each launch by the sizes of its arguments.
 
 Bytes are counted in activations: ``a(f)`` is [n, f] in bf16, ``q(f)`` in FP8. A is [r, in], B
-[out, r]; falqon's are float32, as PEFT makes them, those of PEFT bf16, which is faster. What a fused
-kernel stores twice is counted twice.
+[out, r]; falqon's are float32, as PEFT makes them, those of PEFT bf16, the faster form. What a
+fused kernel stores twice is counted twice.
 """
 
 from __future__ import annotations
