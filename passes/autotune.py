@@ -17,11 +17,11 @@ from falqon_fx._compat import hint, value_of, without_fake_mode
 from falqon_fx.kernels.spec import aligned
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.ops.products import launches
-from falqon_fx.passes.insert_operands import room_of
 from falqon_fx.passes.plan import Plan, SitePlan
 from falqon_fx.passes.rewrite import adapter_inputs
 from falqon_fx.passes.rows import RowsSlot, adds_pending
 from falqon_fx.passes.terms import Param
+from falqon_fx.passes.transposes import slot_of
 from falqon_fx.site import nvfp4
 from falqon_fx.site.forms import scale_shape
 from falqon_fx.site.numerics import E4M3, dtype_name
@@ -236,8 +236,8 @@ def _random_arguments(operands: Operands, spec: SiteSpec) -> tuple[Tensor, tuple
 
 
 def _turned(group: Group, plan: Plan) -> int:
-    bases, room = [site.base for site in group], room_of(group)
-    return room if any(slot.is_of(bases, room) for slot in plan.turned.slots) else -1
+    slot = slot_of(group, plan.turned.slots)
+    return -1 if slot is None else slot.room
 
 
 def _site_operands(site: SitePlan) -> SiteOperands:

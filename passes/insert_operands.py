@@ -1,10 +1,10 @@
 """Bring what the sites' ops read into the graph: FP8 bases, and the adapters' casts.
 
 Each base W enters as two trailing placeholders, its E4M3 or int8 weight and its scale, and the
-transposes of siblings as one where they are kept. The adapters
-are cast by one ``falqon::proxy_update`` at the head of the graph, for all its sites, from the
-parameters as they are whenever the graph runs. With update="rows" their place is taken by the
-written W' (`falqon_fx.passes.rows`).
+transposes of siblings as one where they are kept. The adapters are cast by one
+``falqon::proxy_update`` at the head of the graph, for all its sites, from the parameters as they
+are whenever the graph runs. With update="rows" their place is taken by the written W'
+(`falqon_fx.passes.rows`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import torch
 from torch import fx
 
 from falqon_fx._compat import is_fsdp, mark_own_input, value_of
-from falqon_fx.kernels.spec import aligned
 from falqon_fx.ops import merged_linear
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.passes.plan import Plan, SitePlan
@@ -33,6 +32,7 @@ from falqon_fx.passes.rows import (
 from falqon_fx.passes.scope import Scope
 from falqon_fx.passes.slots import AdapterSlot, BaseSlot, TurnedSlot
 from falqon_fx.passes.terms import Param
+from falqon_fx.passes.transposes import slot_of
 from falqon_fx.site.forms import code_of, scale_shape
 from falqon_fx.site.numerics import E4M3
 from falqon_fx.site.spec import RowsSpec, SiteSpec
@@ -119,16 +119,8 @@ class Operands:
 
     def turned_of(self, group: Sequence[SitePlan]) -> list[fx.Node]:
         """The transposes of a group of sites, where they are kept: one node, or none."""
-        bases, room = [site.base for site in group], room_of(group)
-        return [turned.node for turned in self.turned if turned.slot.is_of(bases, room)]
-
-
-def room_of(group: Sequence[SitePlan]) -> int:
-    """How many columns the adapters of a group have behind its Wᵀ: those in FP8 that read x."""
-    if any(adapter.x is not None for site in group for adapter in site.match.added):
-        return 0
-    in_fp8 = [slot for site in group for slot in site.adapters if slot.base is not None]
-    return sum(aligned(slot.lora_a.value.shape[0]) for slot in in_fp8)
+        slot = slot_of(group, [turned.slot for turned in self.turned])
+        return [turned.node for turned in self.turned if turned.slot is slot]
 
 
 def insert_operands(plan: Plan) -> Operands:

@@ -7,7 +7,7 @@ more operand.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from falqon_fx._compat import hint, is_fsdp, value_of
 from falqon_fx.kernels import hardware
-from falqon_fx.passes.insert_operands import room_of
+from falqon_fx.kernels.spec import aligned
 from falqon_fx.passes.plan import Plan, SitePlan
 from falqon_fx.passes.slots import BaseSlot, Turned, TurnedSlot
 from falqon_fx.passes.terms import Experts
@@ -71,6 +71,20 @@ def _slots(groups: Sequence[Group]) -> tuple[TurnedSlot, ...]:
         elif slot.room:
             shared.append(slot)
     return tuple(s for s in slots if not any(s.is_of(two.bases, two.room) for two in shared))
+
+
+def room_of(group: Sequence[SitePlan]) -> int:
+    """How many columns the adapters of a group have behind its Wᵀ: those in FP8 that read x."""
+    if any(adapter.x is not None for site in group for adapter in site.match.added):
+        return 0
+    in_fp8 = [slot for site in group for slot in site.adapters if slot.base is not None]
+    return sum(aligned(slot.lora_a.value.shape[0]) for slot in in_fp8)
+
+
+def slot_of(group: Sequence[SitePlan], slots: Iterable[TurnedSlot]) -> TurnedSlot | None:
+    """What is kept of a group, of what is kept."""
+    bases, room = [site.base for site in group], room_of(group)
+    return next((slot for slot in slots if slot.is_of(bases, room)), None)
 
 
 def turned_bytes(slot: TurnedSlot) -> int:
@@ -148,12 +162,12 @@ def _training_bytes(size: int) -> int:
 
 def _reported(group: Group, slots: Sequence[TurnedSlot]) -> Group:
     """The group with its transposes in what its sites keep in memory."""
-    sites, room = [], room_of(group)
-    if not any(slot.is_of(_bases(group), room) for slot in slots):
+    sites, slot = [], slot_of(group, slots)
+    if slot is None:
         return group
     for site in group:
         memory = site.report.memory
         assert memory is not None
-        own = turned_bytes(TurnedSlot(_bases((site,)), room_of((site,)) if room else 0))
+        own = turned_bytes(TurnedSlot(_bases((site,)), room_of((site,)) if slot.room else 0))
         sites.append(replace(site, report=replace(site.report, memory=replace(memory, turned=own))))
     return tuple(sites)

@@ -11,7 +11,7 @@ from torch import Tensor
 from falqon_fx.files import blocks
 from falqon_fx.files.hf import read_tensor
 from falqon_fx.files.nvfp4_import import base_of
-from falqon_fx.files.units import SCALES, Unit
+from falqon_fx.files.units import SCALES, Unit, path_of
 
 
 def read(unit: Unit, source: Path, index: Mapping[str, str]) -> dict[str, Tensor]:
@@ -44,7 +44,7 @@ def weight_of(unit: Unit, site: str, tensors: Mapping[str, Tensor], source: Path
 
 def left_dense(unit: Unit, tensors: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
     """The weight of a layer that is not cast, in the model's dtype."""
-    path = unit.tensors[0].removesuffix(".weight").removesuffix(".weight_packed")
+    path = path_of(unit.tensors[0])
     weight = weight_of(unit, path, opened(unit, tensors), source)
     return {f"{path}.weight": weight.to(getattr(torch, unit.dtype))}
 

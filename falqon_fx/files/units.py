@@ -77,6 +77,11 @@ def tensor_of(layer: LinearLayer) -> str:
     return layer.path.removeprefix("base_model.model.").removesuffix(".base_layer") + ".weight"
 
 
+def path_of(weight: str) -> str:
+    """The path of the layer of a weight in the checkpoint, packed or not."""
+    return weight.removesuffix(".weight").removesuffix(".weight_packed")
+
+
 def tensors_of(layer: LinearLayer | StackLayer, named: Mapping[str, str]) -> tuple[str, ...]:
     """The names of its weights in the checkpoint; a stack may have many."""
     if isinstance(layer, StackLayer):
@@ -138,7 +143,7 @@ class _Headers:
 
     def form(self, name: str) -> str | None:
         """The form of a weight that was cast already."""
-        path = name.removesuffix(".weight").removesuffix(".weight_packed")
+        path = path_of(name)
         if path in self.nvfp4 and self.nvfp4[path].codes == name:
             return "NVFP4"
         return _CAST.get(self.entries[name]["dtype"])
@@ -174,8 +179,7 @@ class _Headers:
         Raises:
             FalqonError: it was cast in a way that isn't read here.
         """
-        file = _file_of(number, name)
-        path = name.removesuffix(".weight").removesuffix(".weight_packed")
+        file, path = _file_of(number, name), path_of(name)
         if path in self.nvfp4:
             return self._packed(file, None, self.nvfp4[path])
         if (unit := self._scaled(file, None, (name,), None)) is None:
