@@ -8,12 +8,13 @@ A failure raises AssertionError.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import gpu_models
 import torch
+from gpu_exact import Exact, constant, product
 from gpu_measure import Clock
 from gpu_models import CONTENDERS, IN_K, SHAPES, Trainer
 from torch import Tensor
@@ -37,6 +38,8 @@ from falqon_fx.site.spec import SiteSpec
 SHAPES_CHECKED = ((256, 512, 1024, 16), (100, 1040, 272, 64), (1, 256, 4096, 8))
 TINY = ((17, 48, 64, 16),)
 BF16 = torch.bfloat16
+# (rows, columns, device, seed) -> W, and its values but for scales.
+Draw = Callable[[int, int, str, int], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,11 @@ def fp8(rows: int, columns: int, dtype: torch.dtype, device: str, seed: int) -> 
     return (torch.randn(rows, columns, generator=generator) * 4).to(dtype).to(device)
 
 
+def fp8_weight(rows: int, columns: int, device: str, seed: int) -> tuple[Tensor, Tensor]:
+    weight = fp8(rows, columns, E4M3, device, seed)
+    return weight, weight
+
+
 def positive(rows: int, device: str, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return (torch.rand(rows, 1, generator=generator) + 0.1).to(device)
@@ -64,65 +72,15 @@ def random_bf16(rows: int, columns: int, device: str, seed: int) -> Tensor:
     return torch.randn(rows, columns, generator=generator).to(BF16).to(device)
 
 
-@dataclass(frozen=True)
-class Exact:
-    """A float64 result: a sum of products, each of ``terms`` terms at most.
-
-    ``gauge`` is the sum of the magnitudes of all terms, ``partial`` that of the products.
-    """
-
-    value: Tensor
-    gauge: Tensor
-    partial: Tensor
-    terms: int
-
-    def __add__(self, other: Exact) -> Exact:
-        return Exact(
-            self.value + other.value,
-            self.gauge + other.gauge,
-            self.partial + other.partial,
-            max(self.terms, other.terms),
-        )
-
-    def columns(self, part: slice) -> Exact:
-        fields = (self.value[:, part], self.gauge[:, part], self.partial[:, part])
-        return Exact(*fields, self.terms)
-
-    def beside(self, other: Exact) -> Exact:
-        """Both, side by side."""
-        pairs = (
-            (self.value, other.value),
-            (self.gauge, other.gauge),
-            (self.partial, other.partial),
-        )
-        value, gauge, partial = (torch.cat(pair, dim=1) for pair in pairs)
-        return Exact(value, gauge, partial, max(self.terms, other.terms))
-
-    @property
-    def bound(self) -> Tensor:
-        """How far a bfloat16 result may be off.
-
-        Tensor cores add 32 products at a time, and keep at least 13 bits behind the leading one of
-        the largest addend (as has been reported of Hopper's). Each of the 32 loses 2**-13 of that
-        largest one, and each of the K/32 sums 2**-13 of what has been added up so far; both are
-        below the gauge. Some candidates round to bfloat16 (2**-9) after each product and each
-        addition, at most eight times, what is below the sum of the products' magnitudes.
-        """
-        steps = self.terms / 32 + 32
-        return self.gauge * (steps * 2.0**-13) + self.partial * 2.0**-6
-
-
-def product(q: Tensor, weight: Tensor, scales: Tensor | float = 1.0) -> Exact:
-    """q · weightᵀ ⊙ scales."""
-    a, b = q.double(), weight.double()
-    value = a @ b.t() * scales
-    return Exact(value, a.abs() @ b.abs().t() * scales, value.abs(), q.shape[1])
-
-
-def constant(value: Tensor) -> Exact:
-    """Something exact that is added."""
-    wide = value.double()
-    return Exact(wide, wide.abs(), wide.abs(), 1)
+def with_adapter(
+    piece: Piece, tokens: int, rank: int, device: str, seed: int
+) -> tuple[Piece, Exact]:
+    """A layer with an adapter and a bias, and what these add to O."""
+    rows = len(piece.weight)
+    left, right = random_bf16(tokens, rank, device, seed), random_bf16(rows, rank, device, seed + 1)
+    bias = random_bf16(1, rows, device, seed + 2)[0]
+    added = product(left, right) + constant(bias[None])
+    return replace(piece, bias=bias, left=left, right=right), added
 
 
 def run_all(
@@ -186,13 +144,8 @@ def _check_forward(
     yield from run("O of siblings", [one, two], 0, [exact_one, exact_two])
     yield from run("O_A", [a_one], 1, [exact_a])
     yield from run("O_A of several", [a_one, a_two], 2, [exact_a.beside(exact_b)])
-    adapted, terms = [], []
-    for piece, r, seed in ((one, rank, 10), (two, low, 13)):
-        rows = len(piece.weight)
-        left, right = random_bf16(n, r, device, seed), random_bf16(rows, r, device, seed + 1)
-        bias = random_bf16(1, rows, device, seed + 2)[0]
-        adapted.append(replace(piece, bias=bias, left=left, right=right))
-        terms.append(product(left, right) + constant(bias[None]))
+    of_two = ((one, n, rank, device, 10), (two, n, low, device, 13))
+    adapted, terms = map(list, zip(*itertools.starmap(with_adapter, of_two), strict=True))
     yield from run("O, adapter, bias", adapted[:1], 0, [exact_one + terms[0]])
     wanted = [exact_one + terms[0], exact_two + terms[1]]
     yield from run("O of siblings, adapters, bias", adapted, 0, wanted)
@@ -204,17 +157,19 @@ def _check_forward(
     yield from run("O, O_A", parts, 1, halves)
 
 
-def _check_backward(
-    shape: tuple[int, int, int, int], device: str, options: Options
+def check_grad_x(
+    shape: tuple[int, int, int, int], device: str, options: Options, draw: Draw, of: str = ""
 ) -> Iterator[Checked]:
-    """Of two layers that share x, of which the first has an adapter."""
+    """dL/dx of two layers that share x, of which the first has an adapter. ``draw`` makes W, and
+    what it stands for; ``of`` names its form.
+    """
     n, out, features, rank = shape
     products, exact = [], []
     for rows, seed in ((out, 20), (out // 2, 23)):
         g, g_scale = fp8(n, rows, E5M2, device, seed), positive(n, device, seed + 1)
-        weight = fp8(rows, features, E4M3, device, seed + 2)
+        weight, values = draw(rows, features, device, seed + 2)
         products.append(Product(g, g_scale, weight))
-        exact.append(product(g, weight.t(), g_scale.double()))
+        exact.append(product(g, values.t(), g_scale.double()))
     d, right = random_bf16(n, rank, device, 26), random_bf16(features, rank, device, 27)
     term = product(d, right)
     for what, count, ends, wanted in (
@@ -225,7 +180,16 @@ def _check_backward(
     ):
         of_d, of_a = ends
         found = dispatch.grad_x(products[:count], of_d, of_a, BF16, options)
-        yield from run_all(what, shape, found, [wanted])
+        yield from run_all(f"{what}{of}", shape, found, [wanted])
+
+
+def _check_backward(
+    shape: tuple[int, int, int, int], device: str, options: Options
+) -> Iterator[Checked]:
+    """Of two layers that share x, of which the first has an adapter."""
+    n, out, features, rank = shape
+    yield from check_grad_x(shape, device, options, fp8_weight)
+    d = random_bf16(n, rank, device, 26)
     grad = random_bf16(n, out, device, 28)
     # x as it is kept: its scale goes into D, which is rounded again.
     code, scale = fp8(n, features, E4M3, device, 29), positive(n, device, 30)

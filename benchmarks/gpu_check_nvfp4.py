@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
-from gpu_check import BF16, Checked, constant, fp8, positive, product, random_bf16, run_all
+from gpu_check import BF16, Checked, check_grad_x, fp8, positive, run_all, with_adapter
+from gpu_exact import product
 from torch import Tensor
 
-from falqon_fx.kernels.gemm.launch import Piece, Product
+from falqon_fx.kernels.gemm.launch import Piece
 from falqon_fx.kernels.products import dispatch
 from falqon_fx.kernels.products.contest import Options
 from falqon_fx.site import nvfp4
-from falqon_fx.site.numerics import E4M3, E5M2
+from falqon_fx.site.numerics import E4M3
 
 # (tokens, out, in, rank): of sizes that kernels take, and of some that are decoded.
 SHAPES = ((256, 512, 1024, 16), (100, 1040, 272, 64), (1, 256, 4096, 8))
@@ -35,7 +35,7 @@ def check_packed(device: str, options: Options | None = None) -> Iterator[Checke
     options = options or Options()
     for shape in SHAPES if device == "cuda" else TINY:
         yield from _check_forward(shape, device, options)
-        yield from _check_backward(shape, device, options)
+        yield from check_grad_x(shape, device, options, packed, " of NVFP4")
 
 
 def _check_forward(
@@ -49,10 +49,9 @@ def _check_forward(
         scale = torch.tensor(0.013 * seed, device=device)
         plain.append(Piece(weight, scale))
         alone.append(product(q, values, q_scale.double() * scale.double()))
-        left, right = (random_bf16(m, rank, device, seed + m % 2 + 1) for m in (n, rows))
-        bias = random_bf16(1, rows, device, seed + 4)[0]
-        adapted.append(replace(plain[-1], bias=bias, left=left, right=right))
-        added.append(alone[-1] + product(left, right) + constant(bias[None]))
+        piece, terms = with_adapter(plain[-1], n, rank, device, seed + 1)
+        adapted.append(piece)
+        added.append(alone[-1] + terms)
     for what, pieces, exact in (
         ("O of NVFP4", plain[:1], alone[:1]),
         ("O of NVFP4, siblings", plain, alone),
@@ -61,24 +60,3 @@ def _check_forward(
     ):
         contest = dispatch.forward(q, q_scale, pieces, 0, BF16, BF16, options)
         yield from run_all(what, shape, contest, exact)
-
-
-def _check_backward(
-    shape: tuple[int, int, int, int], device: str, options: Options
-) -> Iterator[Checked]:
-    n, out, features, rank = shape
-    products, exact = [], []
-    for rows, seed in ((out, 20), (out // 2, 23)):
-        g, g_scale = fp8(n, rows, E5M2, device, seed), positive(n, device, seed + 1)
-        weight, values = packed(rows, features, device, seed + 2)
-        products.append(Product(g, g_scale, weight))
-        exact.append(product(g, values.t(), g_scale.double()))
-    d, right = random_bf16(n, rank, device, 26), random_bf16(features, rank, device, 27)
-    for what, count, ends in (
-        ("dL/dx of NVFP4", 1, (None, None)),
-        ("dL/dx of NVFP4, siblings, adapter", 2, (d, right)),
-    ):
-        of_d, of_a = ends
-        wanted = exact[0] if count == 1 else exact[0] + exact[1] + product(d, right)
-        contest = dispatch.grad_x(products[:count], of_d, of_a, BF16, options)
-        yield from run_all(what, shape, contest, [wanted])

@@ -32,6 +32,7 @@ from records import Finished, Results
 from rich.console import Console
 from torch import Tensor, nn
 from training import Variant
+from weighted import Kept, keep_outputs
 
 STARTS = ("keep", "activations", "gradient")
 RATES = {True: 1e-3, False: 3e-3}  # with A trained, and frozen
@@ -71,18 +72,9 @@ def read(layers: dict[str, Any], call: Any, batches: Sequence[smollm.Batch]) -> 
     bases = {name: layer.get_base_layer() for name, layer in layers.items()}
     moments = {n: torch.zeros(m.weight.shape[1], m.weight.shape[1]) for n, m in bases.items()}
     grads = {name: torch.zeros_like(m.weight, dtype=torch.float32) for name, m in bases.items()}
-    kept: list[tuple[str, Tensor, Tensor]] = []
+    kept: Kept = []
     tokens = 0
-
-    def hook(name: str) -> Any:
-        def keep(_: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
-            result = out if out.requires_grad else out.detach().requires_grad_().clone()
-            kept.append((name, given[0].detach(), result))
-            return result
-
-        return keep
-
-    hooks = [module.register_forward_hook(hook(name)) for name, module in bases.items()]
+    hooks = keep_outputs(bases, kept)
     for batch in batches:
         for row, labels in zip(batch.input_ids, batch.labels, strict=True):
             kept.clear()

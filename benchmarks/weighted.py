@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from forms import by_row
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from falqon_fx.site.compensate import damped_root, error_factors, heaviest_channels
 from falqon_fx.site.numerics import E4M3, amax_to_scale, round_to_fp8
@@ -32,6 +33,23 @@ class Seen:
     weights: float = 0.0
 
 
+Kept = list[tuple[str, Tensor, Tensor]]  # a layer, what it read, and its output
+
+
+def keep_outputs(layers: Mapping[str, nn.Module], kept: Kept) -> list[RemovableHandle]:
+    """Hooks that put into ``kept`` what each call reads, and an output that has a gradient."""
+
+    def hook(name: str) -> Any:
+        def keep(_: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            result = out if out.requires_grad else out.detach().requires_grad_().clone()
+            kept.append((name, given[0].detach(), result))
+            return result
+
+        return keep
+
+    return [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+
+
 @torch.enable_grad()
 def read(model: nn.Module, sites: dict[str, nn.Linear], batches: Sequence[Any]) -> dict[str, Seen]:
     """One pass forward and backward, with labels drawn from what the model says."""
@@ -40,17 +58,8 @@ def read(model: nn.Module, sites: dict[str, nn.Linear], batches: Sequence[Any]) 
         out, features = layer.weight.shape
         of_site = [torch.zeros(n, n) for n in (features, features, features, out)]
         seen[site] = Seen(of_site[0], of_site[1], of_site[2], of_site[3])
-    kept: list[tuple[str, Tensor, Tensor]] = []
-
-    def hook(site: str) -> Any:
-        def keep(_: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
-            result = out if out.requires_grad else out.detach().requires_grad_().clone()
-            kept.append((site, given[0].detach(), result))
-            return result
-
-        return keep
-
-    hooks = [layer.register_forward_hook(hook(site)) for site, layer in sites.items()]
+    kept: Kept = []
+    hooks = keep_outputs(sites, kept)
     generator = torch.Generator().manual_seed(0)
     for batch in batches:
         kept.clear()
