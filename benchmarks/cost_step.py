@@ -25,14 +25,12 @@ STEPS = {
     "16 x 512": (16, 512, False),
     "1 x 512, CUDA graphs": (1, 512, True),
 }
-IN_PLACE = "addmm_passes=2"
 OWN = ("own_gemm=1.05e15", "summed_gemm=1.05e15")
 SAME_SOURCE = "fp8_gemm=1.402e15"  # 1359 TFLOP/s at 0.97 of full waves: FBGEMM#2766, as bf16 is
 Choice = tuple[AdapterDtype, Transpose, Attention, tuple[str, ...]]
 CHOICES: dict[str, Choice] = {
     "today": ("bfloat16", "store", "flash2", ()),
     "today, W transposed in each step": ("bfloat16", "transient", "flash2", ()),
-    "today, addmm in place": ("bfloat16", "store", "flash2", (IN_PLACE,)),
     "today, our products at 1050 TFLOP/s": ("bfloat16", "store", "flash2", OWN),
     "adapter in K": ("fp8", "store", "flash2", ()),
     "adapter in K, W transposed in each step": ("fp8", "transient", "flash2", ()),

@@ -9,6 +9,7 @@ import platform
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -94,23 +95,26 @@ def inductor_compile(
     options: Mapping[str, Any],
     mode: str | None,
     decompositions: dict[Any, Callable[..., Any]] | None,
-    joint_pass: Callable[[fx.Graph], None],
+    passes: Mapping[str, Callable[[fx.Graph], None]],
     version: str,
 ) -> Callable[..., Any]:
-    """AOTAutograd + Inductor with decompositions and a joint-graph pass, both named ``version``."""
+    """AOTAutograd + Inductor with passes, by the options that they are; all named ``version``."""
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
-    class JointPass(CustomGraphPass):
+    @dataclass
+    class Pass(CustomGraphPass):
+        run: Callable[[fx.Graph], None]
+
         def __call__(self, graph: fx.Graph) -> None:
-            joint_pass(graph)
+            self.run(graph)
 
         def uuid(self) -> str:
             return version
 
     of_mode = list_mode_options(mode) if mode else {}
-    patches = {"joint_custom_post_pass": JointPass(), **of_mode, **options}
+    patches = {name: Pass(run) for name, run in passes.items()} | of_mode | dict(options)
     compiled: Any = compile_fx(gm, [*inputs], config_patches=patches, decompositions=decompositions)
     return compiled  # type: ignore[no-any-return]
 
@@ -277,14 +281,9 @@ def fake_mode(*, allow_non_fake_inputs: bool = False) -> Any:
 NO_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 
 
-def without_fake_mode() -> Any:
-    """A context in which tensors are real, whatever mode the caller is in."""
-    return unset_fake_temporarily()
-
-
-def plain_tensors() -> Any:
-    """A context in which tensor subclasses are treated as plain tensors."""
-    return torch._C.DisableTorchFunctionSubclass()
+# Contexts in which tensors are real, whatever mode the caller is in, or subclasses plain tensors.
+without_fake_mode: Any = unset_fake_temporarily
+plain_tensors: Any = torch._C.DisableTorchFunctionSubclass
 
 
 def hint(size: Any) -> int:

@@ -26,10 +26,10 @@ from falqon_fx.ops.base_linear import OP as BASE_LINEAR
 from falqon_fx.ops.decompositions import decompositions
 from falqon_fx.ops.fp8_adapter import clamped
 from falqon_fx.passes import pipeline
+from falqon_fx.passes.add_in_place import add_in_place
+from falqon_fx.passes.call_plan import CallPlan
 from falqon_fx.passes.insert_operands import BaseNodes, Operands
 from falqon_fx.passes.recompute_weights import recompute_weights
-from falqon_fx.passes.scope import attribute
-from falqon_fx.passes.slots import TurnedSlot
 from falqon_fx.passes.verify import operations
 from falqon_fx.passes.work import Work
 from falqon_fx.report import compiling
@@ -282,51 +282,6 @@ def _turned(weights: Sequence[Tensor], room: int) -> Tensor:
     return with_room(transposed_together(weights), room)
 
 
-@dataclass(frozen=True)
-class CallPlan:
-    """Where the parameters of a graph lie among the values of a call: its arguments, and behind
-    them the ``attributes`` of the graph module.
-    """
-
-    places: Mapping[fx.Node, int]
-    attributes: tuple[str, ...]
-    owners: tuple[int, ...]
-    scales: tuple[int, ...]
-    adapters: tuple[int, ...]
-    turned: tuple[tuple[TurnedSlot, tuple[int, ...]], ...]  # with the numbers of their bases
-
-    @classmethod
-    def of(cls, gm: fx.GraphModule, operands: Operands, arguments: int) -> CallPlan:
-        placeholders = gm.graph.find_nodes(op="placeholder")[:arguments]
-        found = gm.graph.find_nodes(op="get_attr")
-        attributes = [n for n in found if isinstance(attribute(gm, str(n.target)), Tensor)]
-        places = {node: place for place, node in enumerate([*placeholders, *attributes])}
-        given = [nodes.given for nodes in operands.bases]
-        number = {id(nodes): i for i, nodes in enumerate(operands.bases)}
-        pairs = [adapter for _, adapter in operands.pairs]
-        return cls(
-            places,
-            tuple(str(node.target) for node in attributes),
-            owners=tuple(places[nodes[0]] for nodes in given),
-            scales=tuple(places[nodes[1]] for nodes in given if len(nodes) > 1),
-            adapters=tuple(places[node] for p in pairs for node in (p.lora_a, p.lora_b)),
-            turned=tuple((t.slot, tuple(number[id(b)] for b in t.bases)) for t in operands.turned),
-        )
-
-    def values(self, gm: fx.GraphModule, args: Sequence[Any]) -> list[Any]:
-        return [*args, *(attribute(gm, name) for name in self.attributes)]
-
-    def value(self, node: fx.Node, values: Sequence[Any]) -> Tensor:
-        value = values[self.places[node]]
-        assert isinstance(value, Tensor)
-        return value
-
-    def parameters(self, values: Sequence[Any]) -> Parameters:
-        """What a call's bases are found by."""
-        groups = (self.owners, self.scales, self.adapters)
-        return Parameters(*([values[i] for i in places] for places in groups))
-
-
 def rewrite(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -377,7 +332,10 @@ def _compile(
         config.inductor,
         config.mode,
         decompositions() if _on_gpu(result) else None,
-        recompute_weights,
+        {
+            "joint_custom_post_pass": recompute_weights,
+            "post_grad_custom_post_pass": add_in_place,
+        },
         lowering_version(),
     )
 

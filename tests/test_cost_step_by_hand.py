@@ -117,7 +117,7 @@ def _of_group(layer: list[Any], group: int, launches: int) -> float:
 
 def test_both_lowerings_by_hand():
     """4096 x 4096 in tiles of 128 x 128 are 1024, 8 waves; by the library in 4 of twice the size.
-    The library's results take four passes more for the adapter, those of siblings a sum.
+    The library's results take two passes more for the adapter, those of siblings a sum.
     """
     wave = WAVE / 2
     figures = H100.given(["own_gemm=7e14", "summed_gemm=6e14"])
@@ -131,7 +131,7 @@ def test_both_lowerings_by_hand():
     products = [1e6 * one.seconds - 2.5 for one in layer if one.part == "products"]
     assert products[:6] == pytest.approx([4 * 4096 * WAVE / FP8] * 6)
     added = [one for one in layer if one.name == "addmm (library)"]
-    assert 1e6 * added[0].seconds == pytest.approx(us(4 * 32 * MIB + MIB / 2))
+    assert 1e6 * added[0].seconds == pytest.approx(us(2 * 32 * MIB + MIB / 2))
     (of_three, of_two) = (one for one in layer if one.part == "sums")
     assert 1e6 * of_three.seconds == pytest.approx(us(4 * 32 * MIB))
     assert 1e6 * of_two.seconds == pytest.approx(us(3 * 32 * MIB))

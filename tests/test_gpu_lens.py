@@ -82,6 +82,20 @@ def test_launches_of_peft_and_inductor(seen):
     assert launched(run, "backward") == {"triton": 7, "mm": 35, f"{attention}_backward": 3}
 
 
+@pytest.mark.slow
+def test_the_library_adds_in_place(benchmarks, tmp_path):
+    """O of seven sites, and dL/dx of the four groups; each would be a copy and an addition."""
+    file = tmp_path / "lens.json"
+    size = ["--model", "tiny", "--tokens", "64", "--rank", "16", "--no-host"]
+    files = ["--json", str(file), "--text", str(file.with_suffix(".md"))]
+    words = ["--kernel", "scaled_mm", "--runs", "falqon", *files]
+    importlib.import_module("gpu_lens").main([*size, *words])
+    run = json.loads(file.read_text())["runs"]["falqon"]
+    for direction, count in (("forward", 7), ("backward", 4)):
+        names = launched(run, direction)
+        assert (names["addmm_"], names["addmm"], names["copy of addmm"]) == (count, 0, 0)
+
+
 def launched(run, direction):
     return Counter(
         "triton" if launch["kernel"].startswith("triton_") else launch["kernel"]
@@ -135,6 +149,7 @@ def passes(benchmarks):
         ("copy", ["aten.copy_"], ["out"], "pass"),
         ("add_up", [], ["out"], "pass"),
         ("addmm", ["aten.addmm"], ["out", "x"], "pass"),
+        ("addmm_", ["aten.addmm_"], ["out", "x"], "pass"),
         ("mm", ["aten.mm"], ["out", "weight"], "product"),
         ("zero_", ["aten.zero_"], [], "pass"),
         ("triton_1", ["falqon.merged_linear"], ["x"], "cast"),

@@ -74,7 +74,8 @@ class Launches(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        result = func(*args, **kwargs)
+        made = kwargs.get("out") if name == "_scaled_mm" else None  # no fake one writes into it
+        result = func(*args, **kwargs) if made is None else made
         self.results.setdefault(str(func), []).append(result)
         if func.namespace == "falqon":
             self.python_ops.append(name)

@@ -7,8 +7,8 @@ casts, sums or multiples; all kernels that the graph was handed are ours, and pl
 
 product  by its name, in `PRODUCTS`
 pass     plain, and all activations that it reads were stored by products of the same graph (O or
-         dL/dx), or it reads nothing and writes an activation (zeros to add to); also ``addmm`` with
-         such a C, which it reads and writes once more
+         dL/dx), or it reads nothing and writes an activation (zeros to add to); also ``addmm`` or
+         ``addmm_`` with such a C, which it reads and writes once more
 cast     plain, and it reads one activation that no product of the graph stored: the attention's
          output, its dL/dv, or what comes from another graph
 
@@ -28,7 +28,7 @@ from lens.fake_gpu import storage_of
 
 Kind = Literal["product", "pass", "cast", ""]
 # The adapters' gradients are sums over tokens: `add_up` adds their parts.
-PRODUCTS = {"mm", "addmm", "bmm", "_scaled_mm", "gemm", "grad_out_a"}
+PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "_scaled_mm", "gemm", "grad_out_a"}
 PRODUCTS |= {"forward_tails", "backward_tails", "partial_a", "partial_b"}
 _SUMS = {"add", "mul", "cat", "clone", "copy", "fill", "zero", "zeros", "full"}
 _CASTS = {"_to_copy", "convert_element_type"}
@@ -85,7 +85,7 @@ class Passes:
         self, kernel: str, ops: Iterable[str], reads: Sequence[Tensor], writes: Sequence[Tensor]
     ) -> Kind:
         if kernel in PRODUCTS:
-            added = reads[:1] if kernel == "addmm" else []
+            added = reads[:1] if kernel in ("addmm", "addmm_") else []
             return "pass" if any(storage_of(t) in self._stored for t in added) else "product"
         if kernel.startswith("_scaled_dot_product"):
             return ""

@@ -37,7 +37,15 @@ Choosing = Literal[Kernel, "max-autotune"]  # what chooses the kernel of a produ
 
 # What decides what an op computes, or what stands in a compiled graph: folders and files of the
 # package. AOTAutograd's disk cache sees the ops, and not the kernels that they are opened into.
-_LOWERING = ("site", "ops", "rows", "kernels", "_compat", "passes.recompute_weights")
+_LOWERING = (
+    "site",
+    "ops",
+    "rows",
+    "kernels",
+    "_compat",
+    "passes.recompute_weights",
+    "passes.add_in_place",
+)
 
 
 @functools.cache

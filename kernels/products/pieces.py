@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from falqon_fx import _compat
 from falqon_fx.config import Accumulation
 from falqon_fx.kernels.gemm.launch import Piece
 from falqon_fx.site import nvfp4
@@ -68,10 +69,13 @@ def added(parts: Sequence[Tensor]) -> Tensor:
 
 
 def finished(y: Tensor, piece: Piece, dtype: torch.dtype) -> Tensor:
-    """y + left · rightᵀ + bias, in ``dtype``."""
+    """y + left · rightᵀ + bias, in ``dtype``; in y's memory, or as a graph will have it
+    (`falqon_fx.passes.add_in_place`).
+    """
     if piece.left is not None:
         assert piece.right is not None
-        y = torch.addmm(y.to(piece.left.dtype), piece.left, piece.right.t())
+        y, factors = y.to(piece.left.dtype), (piece.left, piece.right.t())
+        y = torch.addmm(y, *factors) if _compat.is_fake(y) else y.addmm_(*factors)
     if piece.bias is not None:
         y = y + piece.bias.to(y.dtype)
     return y.to(dtype)

@@ -43,6 +43,7 @@ class Figures:
         summed_gemm: our dL/dx of siblings, with a second accumulator.
         bandwidth: what a kernel that only moves bytes reaches.
         addmm_passes: how often ``torch.addmm`` goes over what it adds to.
+        baddbmm_passes: ``torch.baddbmm`` likewise, by which PEFT adapts stacked experts.
         thin: the share of it that a product with a thin side reaches.
         dequantize: the share of it that NF4's dequantization reaches.
         skinny_step: a program of x·Aᵀ goes through 128 of K.
@@ -64,6 +65,7 @@ class Figures:
     summed_gemm: Figure
     bandwidth: Figure
     addmm_passes: Figure
+    baddbmm_passes: Figure
     thin: Figure
     dequantize: Figure
     skinny_step: Figure
@@ -224,8 +226,9 @@ def figures_for(name: str, attention: Attention = "flash2") -> Figures:
         summed_gemm=reached("summed_gemm", 650e12, "FLOP/s", _SUMMED_SOURCE, fp8),
         bandwidth=reached("bandwidth", 2.8e12, "bytes/s", _MEMORY, card.bandwidth / h100.bandwidth),
         addmm_passes=Figure(
-            4, "", "pytorch/pytorch#153590: out of place it copies first; 2 in place"
+            2, "", "in place: it reads and writes it (falqon_fx.passes.add_in_place)"
         ),
+        baddbmm_passes=Figure(4, "", "pytorch/pytorch#153590: out of place it copies first"),
         thin=Figure(
             0.69, "", "pytorch/FBGEMM#2766: 6144 x 64 x 8192 in bf16 takes 52 us, its bytes 36"
         ),

@@ -241,10 +241,10 @@ def peft(step: Step, time: Timer, nf4: bool = False) -> list[Launch]:
 
 
 def _sum(x: _Experts, stack: tuple[int, int]) -> Launch:
-    """W + s·B·A: ``torch.baddbmm`` goes over it as often as ``torch.addmm`` does."""
+    """W + s·B·A by ``torch.baddbmm``."""
     (k, out), weights = stack, 2 * x.weights(stack)
     low = 2 * (x.low(k) + x.low(out))
-    more = (x.time.figures.addmm_passes.value - 2) * weights
+    more = (x.time.figures.baddbmm_passes.value - 2) * weights
     return x.time.again("adapter", "W + s B A", weights + low, weights, more)
 
 
