@@ -1,10 +1,12 @@
 """The products of SmolLM2-135M's layers on a CPU, base in FP8 and in INT8, by the ops alone.
 
     OMP_NUM_THREADS=1 python benchmarks/cpu_products.py
+    OMP_NUM_THREADS=1 python benchmarks/cpu_products.py --kinds fp8 fp8_calibrated
 
 For each group of layers that share x: the forward op (casts, O of all, O_A) and dL/dx of a LoRA of
-rank 16, at 768 tokens, in bfloat16 where the CPU multiplies it, else in float32. The two bases take
-turns, and the least of each one's times counts: a machine that does other things adds time only.
+rank 16, at 768 tokens, in bfloat16 where the CPU multiplies it, else in float32. What is compared
+takes turns, and the least of each one's times counts: a machine that does other things adds time
+only. A calibrated base has the 16 ranks and the 16 channels of x that `falqon_fx.prepare` adds.
 """
 
 from __future__ import annotations
@@ -24,11 +26,11 @@ from rich.table import Table
 from torch import Tensor
 
 from falqon_fx.config import BaseDtype, FalqonConfig
-from falqon_fx.ops import adapter_casts, merged_linear
+from falqon_fx.ops import adapter_casts, merged_linear, outliers
 from falqon_fx.site.base import cast_base
 from falqon_fx.site.spec import SiteSpec
 
-TOKENS, RANK = 768, 16
+TOKENS, RANK, BOUGHT = 768, 16, 16
 # in, and out of each layer
 GROUPS: dict[str, tuple[int, tuple[int, ...]]] = {
     "q, k, v": (576, (576, 192, 192)),
@@ -36,7 +38,12 @@ GROUPS: dict[str, tuple[int, tuple[int, ...]]] = {
     "gate, up": (576, (1536, 1536)),
     "down": (1536, (576,)),
 }
-KINDS: tuple[BaseDtype, ...] = ("fp8", "int8")
+# The base's dtype, and whether it is calibrated.
+KINDS: dict[str, tuple[BaseDtype, bool]] = {
+    "fp8": ("fp8", False),
+    "int8": ("int8", False),
+    "fp8_calibrated": ("fp8", True),
+}
 
 
 @dataclass(frozen=True)
@@ -49,30 +56,37 @@ class Row:
     backward: float
 
 
-def calls(base: BaseDtype, group: str, dtype: torch.dtype) -> list[Callable[[], Any]]:
-    """The forward op, and that of dL/dx."""
+def calls(kind: str, group: str, dtype: torch.dtype) -> list[Callable[[], Any]]:
+    """The forward op, with what is added behind it, and that of dL/dx."""
     torch.manual_seed(0)
     features, outs = GROUPS[group]
-    config = FalqonConfig(base_dtype=base)
-    spec, sites = SiteSpec.from_config(config), range(len(outs))
+    base, calibrated = KINDS[kind]
+    spec = SiteSpec.from_config(FalqonConfig(base_dtype=base))
+    # What a calibration has bought of W's error is one more adapter of each site.
+    sites = [site for _ in range(1 + calibrated) for site in range(len(outs))]
 
     def draw(*shape: int, like: torch.dtype = dtype) -> Tensor:
         return (torch.randn(shape) / math.sqrt(shape[-1])).to(like)
 
     x, grads = draw(TOKENS, features), [draw(TOKENS, out) for out in outs]
     bases = [cast_base(draw(out, features), spec) for out in outs]
-    lora_a = [draw(RANK, features, like=torch.float32) for _ in outs]
-    lora_b = [draw(out, RANK, like=torch.float32) for out in outs]
-    wide, factors = dtype == torch.float32, [1.0] * len(outs)
+    lora_a = [draw(RANK, features, like=torch.float32) for _ in sites]
+    lora_b = [draw(outs[site], RANK, like=torch.float32) for site in sites]
+    wide, factors = dtype == torch.float32, [1.0] * len(sites)
     casts = adapter_casts.proxy_update(lora_a, lora_b, factors, [], wide, str(spec))
     weight, scale = [b.weight for b in bases], [b.scale for b in bases]
     a, a_scale, b = casts[0::3], casts[1::3], casts[2::3]
-    d = [draw(TOKENS, RANK) for _ in outs]
+    d = [draw(TOKENS, RANK) for _ in sites]
     none: list[Tensor] = []
+    picked = [torch.randperm(features)[:BOUGHT].to(torch.int32) for _ in outs if calibrated]
+    columns = [draw(out, BOUGHT, like=torch.bfloat16) for out in outs if calibrated]
 
     def forward() -> Any:
         given = (x, weight, scale, none, a, a_scale, b, none, none, lora_a, lora_b, none)
-        return merged_linear.merged_linear(*given, [*sites], factors, True, none, dtype, str(spec))
+        made = merged_linear.merged_linear(*given, sites, factors, True, none, dtype, str(spec))
+        for out, channels, own in zip(made, picked, columns, strict=False):
+            out += outliers.outliers(x, channels, own, dtype, str(spec))
+        return made
 
     def backward() -> Any:
         given = (grads, weight, scale, d, a, a_scale, none)
@@ -82,10 +96,10 @@ def calls(base: BaseDtype, group: str, dtype: torch.dtype) -> list[Callable[[], 
 
 
 @torch.no_grad()
-def measure(group: str, dtype: torch.dtype, rounds: int) -> list[Row]:
-    """Both bases in turns."""
-    of = {base: calls(base, group, dtype) for base in KINDS}
-    least = {base: [float("inf")] * 2 for base in KINDS}
+def measure(kinds: Sequence[str], group: str, dtype: torch.dtype, rounds: int) -> list[Row]:
+    """All bases in turns."""
+    of = {base: calls(base, group, dtype) for base in kinds}
+    least = {base: [float("inf")] * 2 for base in kinds}
     for _ in range(rounds):
         for base, both in of.items():
             for i, call in enumerate(both):
@@ -102,7 +116,7 @@ def summary(rows: Sequence[Row]) -> list[list[str]]:
     """A line a group and base, and all of them."""
     every = [
         Row("all", kind, sum(r.forward for r in own), sum(r.backward for r in own))
-        for kind in KINDS
+        for kind in dict.fromkeys(row.base for row in rows)
         for own in [[row for row in rows if row.base == kind]]
     ]
     of_fp8 = {row.group: row for row in (*rows, *every) if row.base == "fp8"}
@@ -124,14 +138,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--kinds", nargs="+", choices=[*KINDS], default=["fp8", "int8"])
     args = parser.parse_args(argv)
     dtype = smollm.native_dtype()
-    rows = [row for group in GROUPS for row in measure(group, dtype, args.rounds)]
+    rows = [row for group in GROUPS for row in measure(args.kinds, group, dtype, args.rounds)]
     table = Table(*HEADER)
     for line in summary(rows):
         table.add_row(*line)
     Console().print(table)
-    file, about = common.result_path("cpu_products", ".json"), common.environment()
+    name = "cpu_products" + "_calibrated" * ("fp8_calibrated" in args.kinds)
+    file, about = common.result_path(name, ".json"), common.environment()
     content = {"dtype": str(dtype), "threads": torch.get_num_threads(), "environment": about}
     common.write_json(file, {**content, "rows": [asdict(row) for row in rows]})
     page = common.markdown("Products of SmolLM2-135M on a CPU", about, HEADER, summary(rows))

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
+from falqon_fx.model import prepare as prepare_module
 from falqon_fx.model.fp8_linear import Fp8Linear
 from tests.calibrated import CHANNELS, EAGER, IN, MIDDLE, OUT, RANK, adapted, calibrated, inputs
+from tests.exports import IDS, assert_one_cast_off, export, merged_by_peft, wide_llama
+from tests.models import fill_b
 from tests.sites import randn
 from tests.tolerances import assert_within, gamma
 
@@ -97,6 +100,7 @@ def test_a_state_dict_is_taken_whole_or_not_at_all():
     for name, change, problem in (
         ("error_b", None, "lacks its error_b"),
         ("channels", torch.full((CHANNELS,), IN, dtype=torch.int32), "channels of x"),
+        ("channels", torch.zeros(CHANNELS, dtype=torch.int32), "a channel of x twice"),
         ("error_a", torch.full((RANK, IN), torch.nan, dtype=torch.bfloat16), "NaN or Inf"),
         ("columns", torch.zeros(OUT, CHANNELS, dtype=torch.bfloat16), "to be bfloat16"),
     ):
@@ -109,6 +113,59 @@ def test_a_state_dict_is_taken_whole_or_not_at_all():
             other.load_state_dict(state)
     moved = model.to(torch.float16)
     assert all(t.dtype != torch.float16 for of in terms(moved).values() for t in of.values())
+
+
+# What a file may hold in the place of q's, and what is said of it.
+DAMAGED: dict[str, tuple[dict[str, Tensor | None], str]] = {
+    "half of a pair": ({"error_b": None}, "lacks its error_b"),
+    "other rows": ({"error_a": torch.zeros(RANK, IN + 1, dtype=torch.bfloat16)}, "to be bfloat16"),
+    "other ranks": ({"error_a": torch.zeros(RANK + 1, IN, dtype=torch.bfloat16)}, "to be bfloat16"),
+    "one number": ({"error_a": torch.tensor(1.0, dtype=torch.bfloat16)}, "to be bfloat16"),
+    "wide": ({"columns": torch.zeros(MIDDLE, CHANNELS)}, "to be bfloat16"),
+    "NaN": ({"columns": torch.full((MIDDLE, CHANNELS), torch.nan, dtype=torch.bfloat16)}, "NaN"),
+    "far channels": ({"channels": torch.arange(CHANNELS, dtype=torch.int32) + IN}, "channels of x"),
+    "no channels": ({"channels": -torch.arange(CHANNELS, dtype=torch.int32)}, "channels of x"),
+    "channels twice": ({"channels": torch.zeros(CHANNELS, dtype=torch.int32)}, "twice"),
+    "long channels": ({"channels": torch.arange(CHANNELS)}, "to be int32"),
+}
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_damaged_terms_of_a_checkpoint_are_refused_and_nothing_changes(
+    tmp_path: Path, prepared: bool
+):
+    model, other = calibrated(), calibrated(compensate=3) if prepared else adapted()
+    layer: Any = model.base_model.model.q.base_layer
+    whole, before = dict(layer.terms), {n: t.clone() for n, t in other.state_dict().items()}
+    for name, (change, problem) in DAMAGED.items():
+        layer.set_terms({n: t for n, t in {**whole, **change}.items() if t is not None})
+        falqon_fx.save_checkpoint(model, tmp_path / name)
+        with pytest.raises(FalqonError, match=problem) as caught:
+            falqon_fx.load_checkpoint(other, tmp_path / name)
+        assert "base_model.model.q" in str(caught.value)
+        after = other.state_dict()
+        assert list(after) == list(before)
+        assert all(torch.equal(after[n], t) for n, t in before.items())
+
+
+@pytest.mark.parametrize("of", ["the casts", "the original"])
+def test_an_export_has_the_merged_weight_and_says_what_has_no_place(tmp_path: Path, of: str):
+    """Cast once from dq(W) + B_c·A_c + s·B·A, or from W + s·B·A where W is at hand; a layer without
+    an adapter has its bytes as they are.
+    """
+    model = wide_llama()
+    wide_llama().unload().save_pretrained(tmp_path / "plain")
+    fill_b(model, 0.05)
+    original = copy.deepcopy(model).merge_and_unload()
+    asked: dict[str, Any] = {"compensate": 8, "outliers": 4, "progress": False}
+    falqon_fx.prepare(model, EAGER, calibration=[{"input_ids": IDS}], **asked)
+    given = {"base": tmp_path / "plain"} if of == "the original" else {}
+    with pytest.warns(UserWarning, match="were calibrated, and the FP8 form has no place for that"):
+        export(model, tmp_path, **given)
+    for path, layer in model.named_modules():
+        if isinstance(layer, Fp8Linear) and not path.endswith(".base_layer"):
+            layer.set_terms({})
+    assert_one_cast_off(tmp_path, original if given else merged_by_peft(model))
 
 
 # -- what is refused -------------------------------------------------------------------------------
@@ -161,6 +218,38 @@ def test_what_can_not_be_calibrated_is_refused_and_nothing_changes(name: str):
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[n], t) for n, t in before.items())
+
+
+def interrupted() -> Any:
+    yield inputs()[0]
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_calibration_changes_nothing_and_an_interrupted_cast_goes_on(monkeypatch):
+    model, wanted = adapted(), calibrated()
+    with pytest.raises(KeyboardInterrupt):
+        falqon_fx.prepare(model, EAGER, calibration=interrupted(), progress=False)
+    assert not terms(model)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    asked: dict[str, Any] = {"compensate": RANK, "outliers": CHANNELS, "progress": False}
+    cast, casts = prepare_module._cast, list[Any]()
+
+    def cast_two(layer: Any, config: FalqonConfig) -> Any:
+        if len(casts) == 2:
+            raise KeyboardInterrupt
+        casts.append(layer)
+        return cast(layer, config)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare_module, "_cast", cast_two)
+        with pytest.raises(KeyboardInterrupt):
+            falqon_fx.prepare(model, EAGER, calibration=inputs(), **asked)
+    assert len(terms(model)) == 2
+    report = falqon_fx.prepare(model, EAGER, calibration=inputs(), **asked)
+    assert len(report.bought) == 2
+    every, found = terms(wanted), terms(model)
+    assert every.keys() == found.keys()
+    assert all(of.keys() == found[path].keys() for path, of in every.items())
 
 
 def test_what_is_prepared_already_has_no_error_left_to_find():

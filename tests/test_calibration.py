@@ -15,12 +15,20 @@ from torch import Tensor, nn
 import falqon_fx
 from falqon_fx import FalqonConfig
 from falqon_fx.model.fp8_linear import Fp8Linear
-from falqon_fx.model.lora_layers import linear_layers
-from falqon_fx.model.moments import moments_of
 from falqon_fx.site.allot import STEP, Offer, allot
 from falqon_fx.site.compensate import DAMPING, damped_root, error_factors, heaviest_channels
 from falqon_fx.site.numerics import E4M3
-from tests.calibrated import CHANNELS, EAGER, IN, OUT, RANK, OneLayer, adapted, calibrated, inputs
+from tests.calibrated import (
+    CHANNELS,
+    EAGER,
+    IN,
+    OUT,
+    RANK,
+    OneLayer,
+    adapted,
+    calibrated,
+    inputs,
+)
 from tests.sites import cast, randn
 from tests.tolerances import UNIT_ROUNDOFF, assert_within, gamma
 
@@ -89,67 +97,6 @@ def test_the_channels_are_those_that_weigh_most():
     channels, shares = heaviest_channels(squares, weight, 2)
     assert channels.tolist() == [0, 2]
     assert shares.tolist() == pytest.approx([300 / 339.75, 27 / 339.75])
-
-
-def test_moments_are_of_all_that_a_layer_read_and_siblings_share_them():
-    model = adapted()
-    layers = list(linear_layers(model))
-    before = torch.random.get_rng_state()
-    found = {
-        layer.site.rpartition(".")[2]: moment
-        for layer, moment in moments_of(model, layers, inputs(), lambda text: None)
-    }
-    assert torch.equal(torch.random.get_rng_state(), before)
-    assert all(module.training for module in model.modules())
-    assert not any(layer.module._forward_pre_hooks for layer in layers)
-    assert found["q"] is found["k"]
-    assert found["q"].root is found["k"].root
-    assert len({id(moment) for moment in found.values()}) == 3
-    x = torch.cat(inputs()).double()
-    assert found["q"].tokens == len(x)
-    # float32 sums of as many products as there are tokens.
-    assert_within(
-        found["q"].mean.double(),
-        x.t() @ x / len(x),
-        gamma(len(x) + 1) * (x.abs().t() @ x.abs()) / len(x),
-    )
-
-
-def test_little_memory_takes_more_passes_and_the_same_moments():
-    """Room for the moment of q and k alone: the first pass takes it, one more each of the others.
-    An iterator comes but once.
-    """
-    model, room = adapted(), 4 * IN * IN
-    layers, told = list(linear_layers(model)), list[str]()
-    all_at_once = list(moments_of(model, layers, inputs(), lambda text: None))
-    by_parts = list(moments_of(model, layers, iter(inputs()), told.append, room))
-    assert told[-1] == "3 batches, 120 tokens, pass 3"
-    assert [layer for layer, _ in by_parts] == [layer for layer, _ in all_at_once]
-    for (_, one), (_, other) in zip(all_at_once, by_parts, strict=True):
-        assert torch.equal(one.total, other.total)
-        assert one.tokens == other.tokens
-
-
-class Masked(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(IN, OUT).requires_grad_(False)
-
-    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.up(x)
-
-
-def test_padding_is_not_read_where_a_mask_tells():
-    model, x = Masked(), randn(2, 5, IN)
-    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    batches = [{"x": x, "attention_mask": mask}]
-    ((_, moment),) = moments_of(model, list(linear_layers(model)), batches, lambda text: None)
-    read = torch.cat([x[0, :3], x[1]])
-    assert moment.tokens == len(read) == 8
-    sizes = read.abs().double()
-    assert_within(
-        moment.total.double(), read.double().t() @ read.double(), gamma(9) * sizes.t() @ sizes
-    )
 
 
 # -- a budget --------------------------------------------------------------------------------------

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
 from falqon_fx.errors import FalqonConfigError
+from falqon_fx.model import batches as told
 from falqon_fx.model.sensitivity import CastCost, cast_costs
 from falqon_fx.model.sensitivity import sensitivity as ranked
 from falqon_fx.model.sorting import sort_layers
@@ -129,6 +131,114 @@ def test_nothing_of_the_model_changes_and_explain_tells():
     done = falqon_fx.prepare(net, left, progress=False)
     assert len(done.prepared) == 1
     assert set(done.skipped) == set(report.most_sensitive(1))
+
+
+class Habits(nn.Module):
+    """Three frozen layers, called in one ``way``; all ways compute the same."""
+
+    def __init__(self, way: str = "plainly") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.way = way
+        self.a, self.b, self.c = (nn.Linear(IN, IN).requires_grad_(False) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        way = self.way
+        if way == "no gradient":
+            with torch.no_grad():
+                x = self.a(x)
+        else:
+            x = self.a(input=x) if way == "by name" else self.a(x)
+        middle: Any = self.middle
+        if "checkpoint" in way:
+            x = checkpoint(middle, x, use_reentrant="reentrant" in way)
+        else:
+            x = middle(x)
+        return self.c(x)
+
+    def middle(self, x: Tensor) -> Tensor:
+        x = self.b(x)
+        return x.relu_() if self.way == "in place" else x.relu()
+
+
+@pytest.mark.parametrize("way", ["in place", "checkpoint", "by name"])
+def test_however_a_model_calls_its_layers_their_casts_cost_the_same(way):
+    x = randn(2, 3, IN)
+    wanted, found = costs(Habits(), [x]), costs(Habits(way), [x])
+    assert wanted.keys() == found.keys() == {"a", "b", "c"}
+    assert found == wanted
+
+
+def test_what_no_gradient_reaches_is_not_said_to_cost_anything():
+    found = costs(Habits("no gradient"), [randn(2, 3, IN)])
+    assert found.keys() == {"b", "c"}
+
+
+def test_a_checkpoint_that_has_no_gradients_is_refused():
+    with pytest.raises(FalqonError, match="use_reentrant=False"):
+        costs(Habits("reentrant checkpoint"), [randn(2, 3, IN)])
+
+
+class Sum(Two):
+    """``out`` is called twice, or its output taken twice."""
+
+    def __init__(self, calls: int) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.out(x) + self.out(x) if self.calls == 2 else 2 * self.out(x)
+
+
+def test_errors_of_all_calls_of_a_layer_meet():
+    """Doubling is exact, of the output and of its error."""
+    found = []
+    for calls in (1, 2):
+        torch.manual_seed(0)
+        found.append(costs(Sum(calls).requires_grad_(False), [randn(3, 5, IN)])["out"])
+    assert found[0] == found[1]
+
+
+class Classes(Two):
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        return super().forward(x).mean(1)
+
+
+def test_of_sequences_that_are_classified_each_has_a_label():
+    net, x = Classes().requires_grad_(False), randn(4, 6, IN)
+    every = costs(net, [{"x": x, "labels": torch.tensor([1, 2, 3, 0])}])
+    assert every == costs(net, [x])
+    first = costs(net, [{"x": x, "labels": torch.tensor([1, -100, -100, -100])}])
+    assert all(cost.both > 0 for cost in first.values())
+    assert first != every
+
+
+def test_a_weight_of_zeros_costs_nothing_and_leaves_others_in_order():
+    net = model()
+    nn.init.zeros_(net.up.weight)
+    config = FalqonConfig(exclude="sensitive:1")
+    asked: dict[str, Any] = {"calibration": [randn(2, 6, IN)], "compensate": 0, "outliers": 4}
+    report = falqon_fx.prepare(net, config, progress=False, **asked)
+    assert report.config.exclude == ("out",)
+
+
+def test_logits_that_are_no_numbers_are_refused():
+    net = model()
+    x = torch.full((2, 3, IN), torch.nan)
+    with pytest.raises(FalqonError, match="logits of its batch 1 hold NaN"):
+        costs(net, [randn(2, 3, IN), x])
+
+
+def test_a_log_tells_how_far_a_calibration_is(monkeypatch, capsys):
+    """Each pass, and what is made of it; all the times that are a while apart."""
+    monkeypatch.setattr(told, "EVERY", -1.0)
+    falqon_fx.prepare(model(), calibration=[randn(2, 6, IN)] * 3, compensate="auto")
+    lines = [line for line in capsys.readouterr().err.splitlines() if "calibrating" in line]
+    assert lines == [
+        *(f"falqon: calibrating: {n} batches, {12 * n} labels: what casts cost" for n in (1, 2, 3)),
+        *(f"falqon: calibrating: {n} batches, {12 * n} tokens" for n in (1, 2, 3)),
+        *(f"falqon: calibrating: what {n} of 2 layers read is taken apart" for n in (1, 2)),
+    ]
 
 
 class NoLogits(Two):

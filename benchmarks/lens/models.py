@@ -13,7 +13,12 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 
+from falqon_fx import FalqonConfig
 from falqon_fx.integrations.peft import trace_param_wrappers
+from falqon_fx.model.fp8_linear import Fp8Linear
+from falqon_fx.model.lora_layers import LinearLayer, linear_layers
+from falqon_fx.site.base import Base
+from falqon_fx.site.spec import SiteSpec
 
 SITES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -49,11 +54,14 @@ _KINDS: dict[str, tuple[Any, Any]] = {
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA on every linear: its rank, the dtype of A and B, and whether A trains."""
+    """LoRA on every linear: its rank, the dtype of A and B, and whether A trains. ``bought``: ranks
+    and channels of x that a calibration has added, None for a model that wasn't prepared.
+    """
 
     rank: int = 64
     dtype: torch.dtype = torch.float32
     train_a: bool = True
+    bought: int | None = None
 
 
 class Layers(nn.Module):
@@ -111,7 +119,30 @@ def build(shape: Shape, layers: int, adapter: Adapter) -> Layers:
         parameter.requires_grad_(of_b or (of_a and adapter.train_a))
         if of_a or of_b:
             parameter.data = parameter.data.to(adapter.dtype)
+    if adapter.bought is not None:
+        for layer in [*linear_layers(model)]:
+            model.set_submodule(layer.path, _prepared(layer, adapter.bought))
     return model.train()
+
+
+def _prepared(layer: LinearLayer, bought: int) -> Fp8Linear:
+    """What `falqon_fx.prepare` puts in the place of a layer, on the meta device."""
+    out, features = layer.weight.shape
+
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    base = Base(empty(out, features, dtype=torch.uint8), empty(out, 1, dtype=torch.float32))
+    spec = str(SiteSpec.from_config(FalqonConfig()))
+    made = Fp8Linear(base, None, torch.bfloat16, False, spec, layer.site)
+    terms = {
+        "error_a": empty(bought, features, dtype=torch.bfloat16),
+        "error_b": empty(out, bought, dtype=torch.bfloat16),
+        "channels": empty(bought, dtype=torch.int32),
+        "columns": empty(out, bought, dtype=torch.bfloat16),
+    }
+    made.set_terms(terms if bought else {})
+    return made
 
 
 def inputs(shape: Shape, batch: int, length: int) -> tuple[Tensor, ...]:

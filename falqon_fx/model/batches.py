@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,16 +20,21 @@ FORM = (
 )
 
 
+Tell = Callable[[str], None]  # says how far a calibration is
+
+
 @contextmanager
 def quietly(model: nn.Module, *, grad: bool = False) -> Iterator[None]:
     """The model in evaluation mode, without compiled code; its modes and the random states are put
-    back.
+    back. What is made within are ordinary tensors, also where the caller is in inference mode.
     """
     modes = {module: module.training for module in model.modules()}
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
-    model.eval()
+    for module in modes:  # not `eval()`, which merges loralib's adapters, and they would stay so
+        module.training = False
     try:
         with (
+            torch.inference_mode(False),
             torch.set_grad_enabled(grad),
             torch.random.fork_rng(devices),
             torch.compiler.set_stance("force_eager"),
@@ -41,7 +46,7 @@ def quietly(model: nn.Module, *, grad: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def shown(show: bool) -> Iterator[Any]:
+def shown(show: bool) -> Iterator[Tell]:
     """What tells how far a calibration is: on a terminal as it goes on, in a log now and then."""
     last = time.perf_counter()
     columns = SpinnerColumn(), TextColumn("{task.description}")
@@ -71,6 +76,16 @@ def batches_of(batches: Iterable[Any]) -> Iterator[Any]:
     yield from each
 
 
+def lasting(batches: Iterable[Any]) -> Iterable[Any]:
+    """Batches that can be gone through several times: an iterator comes but once, and is held."""
+    return list(batches) if isinstance(batches, Iterator) else batches
+
+
+def input_of(given: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+    """What a call of a linear layer reads, by its place or its name."""
+    return given[0] if given else next(iter(named.values()), None)
+
+
 def run_batch(model: nn.Module, batch: Any, number: int) -> Any:
     """What the model makes of a batch.
 
@@ -80,7 +95,10 @@ def run_batch(model: nn.Module, batch: Any, number: int) -> Any:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def there(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor):
+            return value
+        moved = value.to(device)
+        return moved.clone() if moved.is_inference() else moved  # which backward could not read
 
     args: list[Any] = []
     kwargs: dict[str, Any] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
-from falqon_fx.model.batches import batches_of, shown
+from falqon_fx.model.batches import lasting, shown
 from falqon_fx.model.lora_layers import LinearLayer
 from falqon_fx.model.moments import Moment, moments_of
 from falqon_fx.model.sensitivity import CastCost, cast_costs, check_any
@@ -46,6 +47,11 @@ class _Terms:
         terms = {name: term.to(torch.bfloat16).contiguous() for name, term in terms.items()}
         return terms | ({"channels": self.channels[order]} if channels else {})
 
+    @property
+    def made(self) -> tuple[int, int]:
+        """Ranks and channels that there are."""
+        return len(self.factors.shares) if self.factors else 0, len(self.channels)
+
     def left(self, ranks: int) -> float:
         """The share of W's cast error that the ranks leave in the output."""
         return self.factors.first(ranks).left if self.factors else 1.0
@@ -63,15 +69,18 @@ class Calibration:
     of x's. Without batches nothing.
 
     Attributes:
+        said: which of the two the caller gave; else a layer that has fewer gets all of its own.
         tokens: how many were read.
-        left: by layer, see `falqon_fx.model.prepare_report.PrepareReport`.
+        left, bought: by layer, see `falqon_fx.model.prepare_report.PrepareReport`.
     """
 
     batches: Iterable[Any] | None = None
     ranks: Asked = 0
     channels: Asked = 0
+    said: frozenset[str] = frozenset()
     tokens: int = 0
     left: dict[str, float] = field(default_factory=dict)
+    bought: dict[str, tuple[int, int]] = field(default_factory=dict)
     _terms: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     _costs: dict[str, CastCost] | None = None
     _found: dict[str, _Terms] = field(default_factory=dict)  # read before they are asked for
@@ -90,9 +99,9 @@ class Calibration:
         Raises:
             FalqonError: they say nothing together.
         """
-        for name, value in (("compensate", compensate), ("outliers", outliers)):
-            if value is None:
-                continue
+        given = {"compensate": compensate, "outliers": outliers}
+        said = {name: value for name, value in given.items() if value is not None}
+        for name, value in said.items():
             if value != "auto" and (type(value) is not int or value < 0):
                 raise FalqonError(
                     name, f"{value!r} is no number of them", 'Give 0 or more, or "auto"'
@@ -114,8 +123,8 @@ class Calibration:
                 "Leave it out, or ask for one of them",
             )
         if sensitive or other == "auto":
-            batches = list(batches_of(batches))  # an iterator comes but once
-        return cls(batches, ranks, channels)
+            batches = lasting(batches)
+        return cls(batches, ranks, channels, frozenset(said))
 
     def refuse(self, problem: str) -> None:
         """Raise where anything is asked for that there can't be."""
@@ -123,16 +132,24 @@ class Calibration:
             raise FalqonError("calibration", problem, "Leave it out")
 
     def costs(
-        self, model: nn.Module, layers: Sequence[LinearLayer], config: FalqonConfig
+        self,
+        model: nn.Module,
+        layers: Sequence[LinearLayer],
+        config: FalqonConfig,
+        progress: bool,
     ) -> dict[str, CastCost]:
         """What the casts of ``layers`` cost, see `cast_costs`; those of some of them, asked for
         later, are among these.
         """
         if self._costs is None:
             assert self.batches is not None
-            self._costs = cast_costs(model, layers, self.batches, config, together=True)
+            with shown(progress) as show:
+                self._costs = cast_costs(
+                    model, layers, self.batches, config, together=True, show=show
+                )
         return self._costs
 
+    @torch.inference_mode(False)  # or the terms would be of no use outside of it
     def rest(
         self,
         model: nn.Module,
@@ -145,7 +162,7 @@ class Calibration:
         Raises:
             FalqonError: see `read`.
         """
-        costs = self.costs(model, layers, config)
+        costs = self.costs(model, layers, config, progress)
         if not (self.ranks or self.channels):
             return costs
         self._found = self._read(model, layers, config, progress)
@@ -153,6 +170,7 @@ class Calibration:
         terms = self._found
         return costs | {s: t.rest(costs[s], *chosen[s]) for s, t in terms.items() if s in costs}
 
+    @torch.inference_mode(False)
     def read(
         self,
         model: nn.Module,
@@ -168,13 +186,13 @@ class Calibration:
         if self.batches is None or not (self.ranks or self.channels):
             return
         auto = "auto" in (self.ranks, self.channels)
-        costs = self.costs(model, layers, config) if auto else {}
+        costs = self.costs(model, layers, config, progress) if auto else {}
         found = self._found or self._read(model, layers, config, progress)
         self._found = {}
         chosen = self._chosen(layers, found, costs)
         for site, (ranks, channels) in chosen.items():
             self._terms[site] = found[site].take(ranks, channels)
-            self.left[site] = found[site].left(ranks)
+            self.left[site], self.bought[site] = found[site].left(ranks), (ranks, channels)
 
     @torch.no_grad()
     def _read(
@@ -189,30 +207,32 @@ class Calibration:
         self._check_sizes(layers)
         spec, found = SiteSpec.from_config(config), dict[str, _Terms]()
         with shown(progress) as show:
-            for number, (layer, moment) in enumerate(
-                moments_of(model, layers, self.batches, show), 1
-            ):
+            counted = itertools.count(1)
+            for layer, moment in moments_of(model, layers, self.batches, show):
                 self.tokens = max(self.tokens, moment.tokens)
                 if bool((moment.squares > 0).any()):  # not zeros alone
                     found[layer.site] = self._offered(layer, moment, spec)
-                show(f"what {number} of {len(layers)} layers read is taken apart")
+                del moment  # the next may come of another pass, for which there is to be room
+                show(f"what {next(counted)} of {len(layers)} layers read is taken apart")
         return found
 
     def _offered(self, layer: LinearLayer, moment: Moment, spec: SiteSpec) -> _Terms:
         weight = layer.weight.detach()
         ranks, channels = self._most(layer)
         factors = None
-        if ranks:
-            error = weight.to(torch.float32) - cast_base(weight, spec).dequantize()
-            factors = error_factors(error, moment.root, ranks)
-        picked, shares = heaviest_channels(moment.squares, weight, channels)
+        with torch.autocast(weight.device.type, enabled=False):
+            if ranks:
+                error = weight.to(torch.float32) - cast_base(weight, spec).dequantize()
+                factors = error_factors(error, moment.root, ranks)
+            picked, shares = heaviest_channels(moment.squares, weight, channels)
         return _Terms(factors, picked, shares, weight[:, picked])
 
     def _most(self, layer: LinearLayer) -> tuple[int, int]:
         """How many ranks and channels are made for a layer."""
         out, features = layer.weight.shape
-        ranks = min(MOST, out, features) if self.ranks == "auto" else self.ranks
-        return ranks, min(MOST, features) if self.channels == "auto" else self.channels
+        ranks = MOST if self.ranks == "auto" else self.ranks
+        channels = MOST if self.channels == "auto" else self.channels
+        return min(ranks, out, features), min(channels, features)
 
     def _chosen(
         self,
@@ -237,10 +257,10 @@ class Calibration:
                 offers.append(Offer((site, 1), channels, cost.of_x, out))
         bought = allot(offers, budget)
 
-        def taken(asked: Asked, site: str, of: int) -> int:
-            return bought[site, of] if asked == "auto" else asked
-
-        return {s: (taken(self.ranks, s, 0), taken(self.channels, s, 1)) for s in sizes}
+        return {
+            site: (bought.get((site, 0), made[0]), bought.get((site, 1), made[1]))
+            for site, made in ((site, found[site].made) for site in sizes)
+        }
 
     def _check_sizes(self, layers: Sequence[LinearLayer]) -> None:
         for layer in layers:
@@ -249,7 +269,7 @@ class Calibration:
                 ("compensate", self.ranks, min(out, features)),
                 ("outliers", self.channels, features),
             ):
-                if count != "auto" and count > most:
+                if name in self.said and count != "auto" and count > most:
                     raise FalqonError(
                         layer.site,
                         f"it is {out} x {features}, so {name}={count} is more than it has",

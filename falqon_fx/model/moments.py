@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from falqon_fx._compat import is_dtensor, version
 from falqon_fx.errors import FalqonError
 from falqon_fx.model.agreement import check_same_on_all_ranks, has_others
-from falqon_fx.model.batches import FORM, batches_of, quietly, run_batch
+from falqon_fx.model.batches import (
+    FORM,
+    Tell,
+    batches_of,
+    input_of,
+    lasting,
+    quietly,
+    run_batch,
+)
 from falqon_fx.model.lora_layers import LinearLayer
 from falqon_fx.site.compensate import damped_root
 
@@ -36,10 +44,14 @@ class Moment:
     at: int = 0
 
     def add(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Add what a layer reads; of what ``mask`` [...] says is padding nothing."""
+        """Add what a layer reads; of what ``mask`` [...] says is padding nothing, also where the
+        layer reads all tokens in one row.
+        """
         if self.seen is not None and self.seen() is x and self.at == version(x):
             return  # by a layer beside this one
         read = x.detach()
+        if mask is not None and x.dim() == 2 and len(x) == mask.numel():
+            mask = mask.reshape(-1)
         if mask is not None and mask.shape == x.shape[:-1]:
             read = read[mask.to(x.device) != 0]
         flat = read.reshape(-1, x.shape[-1]).to(torch.float32)
@@ -78,8 +90,8 @@ class _Reader:
     waiting: set[int] = field(default_factory=set)
     _first: list[Moment] = field(default_factory=list)
 
-    def read(self, module: nn.Module, given: tuple[Any, ...]) -> None:
-        x = given[0] if given else None
+    def read(self, module: nn.Module, given: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        x = input_of(given, named)
         if not isinstance(x, Tensor) or id(module) in self.waiting:
             return
         moment = self.moments.get(id(module)) or self._moment(x)
@@ -105,7 +117,7 @@ def moments_of(
     model: nn.Module,
     layers: Sequence[LinearLayer],
     batches: Iterable[Any],
-    show: Any,
+    show: Tell,
     room: int | None = None,
 ) -> Iterator[tuple[LinearLayer, Moment]]:
     """The layers that the batches reach, each with the moment of what it read.
@@ -129,7 +141,7 @@ def moments_of(
     if room is None:
         room = max(_LEAST_ROOM, sum(layer.weight.nbytes for layer in layers) // 2)
     if sum(4 * layer.weight.shape[1] ** 2 for layer in layers) > room:
-        batches = list(batches_of(batches))  # an iterator comes but once
+        batches = lasting(batches)
     waiting, number = list(layers), 0
     while waiting:
         number += 1
@@ -149,7 +161,7 @@ def _pass(
     layers: Sequence[LinearLayer],
     batches: Iterable[Any],
     reader: _Reader,
-    show: Any,
+    show: Tell,
     number: int,
 ) -> None:
     """Run the model over all batches once."""
@@ -171,7 +183,9 @@ def _pass(
 
 @contextmanager
 def _reading(layers: Sequence[LinearLayer], reader: _Reader) -> Iterator[None]:
-    hooks = [layer.module.register_forward_pre_hook(reader.read) for layer in layers]
+    hooks = [
+        layer.module.register_forward_pre_hook(reader.read, with_kwargs=True) for layer in layers
+    ]
     try:
         yield
     finally:

@@ -118,7 +118,15 @@ def prepare(
     frozen += tuple(stack.site for stack in stacks if stack.wrapper is None)
     prepared = tuple(layer.site for layer in layers) + tuple(stack.site for stack in stacks)
     return PrepareReport(
-        prepared, frozen, skipped | left, before, after, wanted.tokens, wanted.left, config
+        prepared,
+        frozen,
+        skipped | left,
+        before,
+        after,
+        wanted.tokens,
+        wanted.left,
+        config,
+        wanted.bought,
     )
 
 

@@ -22,6 +22,7 @@ class PrepareReport:
         tokens: how many a calibration has read.
         calibrated: by layer, the share of the cast error of W that is left in its output,
             ‖(E - B_c · A_c) · L‖ / ‖E · L‖, 1 where no ranks were asked for.
+        bought: by layer, how many ranks and how many channels of x it got.
         config: what ``torch.compile`` is to get: the one given, where exclude="sensitive:8" named
             layers with their paths.
     """
@@ -34,6 +35,7 @@ class PrepareReport:
     tokens: int = 0
     calibrated: Mapping[str, float] = field(default_factory=dict)
     config: FalqonConfig = field(default_factory=FalqonConfig)
+    bought: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [
@@ -43,14 +45,21 @@ class PrepareReport:
         ]
         if self.tokens:
             left = statistics.fmean(self.calibrated.values()) if self.calibrated else 1.0
+            ranks, channels = (_span([n[i] for n in self.bought.values()]) for i in (0, 1))
             lines.append(
-                f"{len(self.calibrated)} layers calibrated on {self.tokens} tokens: {left:.0%} of "
-                "the cast error of their weights is left in their outputs, on average"
+                f"{len(self.calibrated)} layers calibrated on {self.tokens} tokens, with {ranks} "
+                f"ranks and {channels} channels of x each: {left:.0%} of the cast error of their "
+                "weights is left in their outputs, on average"
             )
             if rest := len(self.prepared) - len(self.calibrated):
                 lines.append(f"{rest} layers have no calibration: its batches don't reach them")
         lines += [f"skipped {path}: {reason}" for path, reason in self.skipped.items()]
         return printable("\n".join(lines))
+
+
+def _span(counts: Sequence[int]) -> str:
+    least, most = min(counts, default=0), max(counts, default=0)
+    return str(most) if least == most else f"{least} to {most}"
 
 
 def track(layers: Sequence[Any], show: bool) -> Iterator[Any]:

@@ -22,7 +22,7 @@ def check_terms(path: str, terms: Mapping[str, Tensor], size: tuple[int, int], w
 
     Raises:
         FalqonError: one without its other half, a shape or dtype that is another, values that are
-            no numbers, channels that x doesn't have.
+            no numbers, channels that x doesn't have, or one twice.
     """
     for pair in _PAIRS:
         given = [name for name in pair if name in terms]
@@ -45,6 +45,8 @@ def check_terms(path: str, terms: Mapping[str, Tensor], size: tuple[int, int], w
             if values.numel() and not (0 <= int(values.min()) <= int(values.max()) < size[1]):
                 problem = f"{where} has channels of x that its {size[1]} inputs don't have"
                 raise FalqonError(path, problem, _REMEDY)
+            if len(values.unique()) < len(values):
+                raise FalqonError(path, f"{where} has a channel of x twice", _REMEDY)
         elif not bool(values.isfinite().all()):
             raise FalqonError(path, f"its {name} in {where} holds NaN or Inf", _REMEDY)
 

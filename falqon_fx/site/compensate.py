@@ -80,6 +80,7 @@ def heaviest_channels(squares: Tensor, weight: Tensor, count: int) -> tuple[Tens
     A token's cast error of x_c is a share of x_c, and reaches the output through column W_c of
     W [out, in].
     """
-    size = weight.to(torch.float32).square().sum(0) * squares.to(torch.float32)
-    found = size.topk(count)
-    return found.indices.to(torch.int32), found.values / size.sum()
+    size = weight.to(torch.float32).square().sum(0).double() * squares.double()
+    found, whole = size.topk(count), size.sum()
+    shares = found.values / torch.where(whole > 0, whole, 1.0)  # a weight of zeros has none
+    return found.indices.to(torch.int32), shares.float()
