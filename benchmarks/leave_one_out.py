@@ -2,6 +2,8 @@
 
     python benchmarks/leave_one_out.py
 
+An interrupted run goes on with the layers that are left, from its file of the same day.
+
 SmolLM2-135M-Instruct in float32, untrained. The column is computed on chats of the training split,
 a calibration of ``benchmarks/calibration.py``. For each of the 210 layers two things are measured
 on held-out chats: the KL per token of the model in which its casts are the only ones ("alone"), and
@@ -16,6 +18,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import calibration
@@ -125,8 +128,10 @@ def expected(model: nn.Module, tokenizer: Any, chats: Sequence[smollm.Chat]) -> 
 
 
 @torch.no_grad()
-def measure(model: Any, column: dict[str, float], texts: Sequence[Tensor]) -> Iterator[Row]:
-    """A row a layer."""
+def measure(
+    model: Any, column: dict[str, float], texts: Sequence[Tensor], done: set[str]
+) -> Iterator[Row]:
+    """A row a layer that is not ``done``."""
     casts = Casts({site: model.get_submodule(site) for site in column})
     decoder = Decoder(model, texts)
     plain = decoder.ahead()
@@ -136,6 +141,8 @@ def measure(model: Any, column: dict[str, float], texts: Sequence[Tensor]) -> It
     whole = divergence(wanted, decoder.says(every, 0))
     print(f"{len(wanted)} tokens; all layers cast: {whole:.4f}", flush=True)
     for site, cost in column.items():
+        if site in done:
+            continue
         first = int(site.split(".layers.")[1].split(".")[0])
         casts.put(True, *column)
         with casts.other(site):
@@ -186,16 +193,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = model.float().eval().requires_grad_(False)
     data = smollm.split(smollm.chatterbot_pairs())
     texts = calibration.together(calibration.chats(tokenizer, data.held_out)[: args.chats])
-    column = expected(model, tokenizer, data.train)
-    rows = [*measure(model, column, [text.ids for text in texts])]
-    compared = {what: compare(rows, what) for what in ("alone", "left_out")}
-    write(rows, compared, sum(text.ids.numel() for text in texts))
+    file = common.result_path("leave_one_out", ".json")
+    known: dict[str, Any] = common.read_json(file) if file.exists() else {"rows": []}
+    rows = [Row(**row) for row in known["rows"]]
+    column = known.get("column") or expected(model, tokenizer, data.train)
+    given = [text.ids for text in texts]
+    tokens = sum(ids.numel() for ids in given)
+    for row in measure(model, column, given, {row.site for row in rows}):
+        rows.append(row)
+        write(file, rows, column, tokens)
 
 
-def write(rows: Sequence[Row], compared: dict[str, dict[str, float]], tokens: int) -> None:
+def write(file: Path, rows: Sequence[Row], column: dict[str, float], tokens: int) -> None:
     """The results as JSON and as a page, the worst layers first."""
-    file, about = common.result_path("leave_one_out", ".json"), common.environment()
-    content = {"environment": about, "tokens": tokens, "compared": compared}
+    about = common.environment()
+    compared = {what: compare(rows, what) for what in ("alone", "left_out")}
+    content = {"environment": about, "tokens": tokens, "compared": compared, "column": column}
     common.write_json(file, {**content, "rows": [asdict(row) for row in rows]})
     ordered = sorted(rows, key=lambda row: -row.expected)
     cells = [
@@ -204,12 +217,12 @@ def write(rows: Sequence[Row], compared: dict[str, dict[str, float]], tokens: in
     ]
     title = "What each layer's casts are expected to cost, and what they cost: nats per token"
     page = common.markdown(title, about, HEADER, cells)
-    page += f"\n{tokens} tokens of held-out chats. Against the column:\n\n"
+    page += f"\n{len(rows)} of {len(column)} layers, {tokens} tokens of held-out chats. "
+    page += "Against the column:\n\n"
     names = [*compared["alone"]]
     of = [(what, *(f"{found[name]:.4g}" for name in names)) for what, found in compared.items()]
     page += "\n".join(common.markdown_table(("", *names), of)) + "\n"
     file.with_suffix(".md").write_text(page, encoding="utf-8")
-    print("\n".join(common.markdown_table(("", *names), of)))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -130,27 +131,25 @@ DAMAGED: dict[str, tuple[dict[str, Tensor | None], str]] = {
 }
 
 
-@pytest.mark.parametrize("prepared", [False, True])
-def test_damaged_terms_of_a_checkpoint_are_refused_and_nothing_changes(
-    tmp_path: Path, prepared: bool
-):
-    model, other = calibrated(), calibrated(compensate=3) if prepared else adapted()
+def test_damaged_terms_of_a_checkpoint_are_refused_and_nothing_changes(tmp_path: Path):
+    """By a plain model and by one that is calibrated otherwise, in turn."""
+    model, others = calibrated(), [adapted(), calibrated(compensate=3)]
     layer: Any = model.base_model.model.q.base_layer
-    whole, before = dict(layer.terms), {n: t.clone() for n, t in other.state_dict().items()}
+    whole, each = dict(layer.terms), itertools.cycle(others)
+    before = {id(other): {n: t.clone() for n, t in other.state_dict().items()} for other in others}
     for name, (change, problem) in DAMAGED.items():
         layer.set_terms({n: t for n, t in {**whole, **change}.items() if t is not None})
         falqon_fx.save_checkpoint(model, tmp_path / name)
         with pytest.raises(FalqonError, match=problem) as caught:
-            falqon_fx.load_checkpoint(other, tmp_path / name)
+            falqon_fx.load_checkpoint(other := next(each), tmp_path / name)
         assert "base_model.model.q" in str(caught.value)
         after = other.state_dict()
-        assert list(after) == list(before)
-        assert all(torch.equal(after[n], t) for n, t in before.items())
+        assert list(after) == list(before[id(other)])
+        assert all(torch.equal(after[n], t) for n, t in before[id(other)].items())
 
 
-@pytest.mark.parametrize("of", ["the casts", "the original"])
-def test_an_export_has_the_merged_weight_and_says_what_has_no_place(tmp_path: Path, of: str):
-    """Cast once from dq(W) + B_c·A_c + s·B·A, or from W + s·B·A where W is at hand; a layer without
+def test_an_export_has_the_merged_weight_and_says_what_has_no_place(tmp_path: Path):
+    """Cast once from W + s·B·A where W is at hand, or from dq(W) + B_c·A_c + s·B·A; a layer without
     an adapter has its bytes as they are.
     """
     model = wide_llama()
@@ -159,13 +158,16 @@ def test_an_export_has_the_merged_weight_and_says_what_has_no_place(tmp_path: Pa
     original = copy.deepcopy(model).merge_and_unload()
     asked: dict[str, Any] = {"compensate": 8, "outliers": 4, "progress": False}
     falqon_fx.prepare(model, EAGER, calibration=[{"input_ids": IDS}], **asked)
-    given = {"base": tmp_path / "plain"} if of == "the original" else {}
-    with pytest.warns(UserWarning, match="were calibrated, and the FP8 form has no place for that"):
-        export(model, tmp_path, **given)
+    no_place = "were calibrated, and the FP8 form has no place for that"
+    with pytest.warns(UserWarning, match=no_place):
+        export(model, tmp_path / "of W", base=tmp_path / "plain")
+    assert_one_cast_off(tmp_path / "of W", original)
+    with pytest.warns(UserWarning, match=no_place):
+        export(model, tmp_path / "of casts")
     for path, layer in model.named_modules():
         if isinstance(layer, Fp8Linear) and not path.endswith(".base_layer"):
             layer.set_terms({})
-    assert_one_cast_off(tmp_path, original if given else merged_by_peft(model))
+    assert_one_cast_off(tmp_path / "of casts", merged_by_peft(model))
 
 
 # -- what is refused -------------------------------------------------------------------------------
