@@ -186,7 +186,7 @@ class Merging(nn.Linear):
 
     merged = False
 
-    def train(self, mode: bool = True) -> nn.Linear:
+    def train(self, mode: bool = True) -> Any:
         self.merged = not mode
         return super().train(mode)
 
