@@ -33,7 +33,7 @@ CHOICES: dict[str, Choice] = {
     "today, W transposed in each step": ("bfloat16", "transient", "flash2", ()),
     "today, our products at 1050 TFLOP/s": ("bfloat16", "store", "flash2", OWN),
     "adapter in K": ("fp8", "store", "flash2", ()),
-    "adapter in K, W transposed in each step": ("fp8", "transient", "flash2", ()),
+    "adapter in K, no copies of W": ("fp8", "transient", "flash2", ()),
     "adapter in K, cuDNN attention": ("fp8", "store", "cudnn", ()),
     "adapter in K, FP8 by the source of bf16": ("fp8", "store", "flash2", (SAME_SOURCE,)),
     "adapter in K, cuDNN, FP8 by the source of bf16": ("fp8", "store", "cudnn", (SAME_SOURCE,)),

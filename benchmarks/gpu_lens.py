@@ -39,10 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--code", type=Path, help="a folder for the generated code")
     args = parser.parse_args(argv)
     if args.results:
-        args.json, args.text = (
-            common.RESULTS / f"gpu_lens-{args.model}-{args.layers}{suffix}"
-            for suffix in (".json", ".md")
-        )
+        name = f"gpu_lens-{args.model}-{args.layers}"
+        name += "" if args.kernel == "auto" else f"-{args.kernel}"
+        args.json, args.text = (common.RESULTS / f"{name}{suffix}" for suffix in (".json", ".md"))
     wanted = lens.runs(args.rank, args.kernel)
     seen = {
         name: lens.look(

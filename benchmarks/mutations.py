@@ -97,6 +97,7 @@ TESTS: Mapping[str, tuple[str, ...]] = {
         "passes/test_match_peft.py",
         "test_merged_experts.py",
     ),
+    "room.py": ("passes/test_room.py",),
     "rows.py": ("passes/test_insert_operands.py", *_VERIFY, "passes/test_plan.py"),
     "saturation.py": ("test_saturation.py",),
     "scope.py": (_NORMALIZE, *_MATCHED, "test_conv1d.py"),

@@ -30,6 +30,7 @@ from falqon_fx.passes.add_in_place import add_in_place
 from falqon_fx.passes.call_plan import CallPlan
 from falqon_fx.passes.insert_operands import BaseNodes, Operands
 from falqon_fx.passes.recompute_weights import recompute_weights
+from falqon_fx.passes.slots import CopySlot, JoinedSlot
 from falqon_fx.passes.verify import operations
 from falqon_fx.passes.work import Work
 from falqon_fx.report import compiling
@@ -166,9 +167,10 @@ class RewriteResult:
             if nodes.clamped is not None:
                 inputs.append(entry.clamped.count)
                 counts.append((entry, nodes.slot.path))
-        for slot, places in self._plan.turned:
-            make = functools.partial(_turned, [weights[i] for i in places], slot.room)
-            inputs.append(transposed.together([entries[i] for i in places], slot.columns, make))
+        for slot, places in self._plan.copies:
+            make = functools.partial(_copy, slot, [weights[i] for i in places])
+            of = [entries[i] for i in places]
+            inputs.append(transposed.together(of, slot.name, slot.shape, make))
         if counts and self._looks.due(counts[-1][0].clamped.count):
             for entry, path in counts:
                 entry.clamped.look(path)
@@ -276,10 +278,13 @@ class RewriteResult:
         return weakref.WeakKeyDictionary()
 
 
-def _turned(weights: Sequence[Tensor], room: int) -> Tensor:
+def _copy(slot: CopySlot, weights: Sequence[Tensor]) -> Tensor:
+    from falqon_fx.kernels.products.in_k import with_room_for
     from falqon_fx.kernels.transpose.kept import transposed_together, with_room
 
-    return with_room(transposed_together(weights), room)
+    if isinstance(slot, JoinedSlot):
+        return with_room_for(weights, slot.room)
+    return with_room(transposed_together(weights), slot.room)
 
 
 def rewrite(
@@ -309,6 +314,7 @@ def rewrite(
         left=work.plan.left,
         notes=tuple(work.notes),
         transposes=work.plan.turned.report,
+        with_room=work.plan.joined.report,
         nodes_before=len(operations(work.before)),
         nodes_after=len(operations(work.after)),
         pass_seconds=log.seconds,

@@ -92,7 +92,9 @@ class FalqonConfig:
             reads W as it lies, "store" keeps the transpose beside W, which takes as much memory
             again. "auto" keeps it where the tensor cores want it, a step has at most 16384 tokens,
             and the model with all transposes, gradients and AdamW's moments takes at most half of
-            the card's memory; else it takes what is faster of the first two.
+            the card's memory; else it takes what is faster of the first two. With adapters in FP8
+            "store" and "auto" keep another copy of W, with room for them, by the same limits, where
+            the library makes O.
         inner: the compiler that gets the rewritten graph.
         include: shell patterns on the module paths of sites; without any, all are rewritten.
         exclude: shell patterns on the module paths of sites that stay as they are. "sensitive:8"

@@ -64,12 +64,26 @@ def launch(
     return [named[name] for name in written]
 
 
-def write_last_columns(whole: Tensor, make: Callable[[], Tensor]) -> Tensor:
-    """``whole``, an input of the graph that is being traced, with what ``make`` returns as its last
-    columns: written in place as backward runs. Inductor copies nothing, as it is told of the write.
+# The direction whose graph has a write, as AOTAutograd's partitioner reads it.
+FORWARD, BACKWARD = "must_be_in_forward", "must_be_in_backward"
+
+
+def with_last_columns(whole: Tensor, make: Callable[[], Tensor], direction: str) -> Tensor:
+    """``whole`` with what ``make`` returns as its last columns, written in place."""
+    if _compat.is_fake(whole):
+        return _in_graph(whole, make, direction)
+    part = make()
+    # Not a write that autograd counts: what comes before the next read writes it anew.
+    whole.data.narrow(1, whole.shape[1] - part.shape[1], part.shape[1]).copy_(part)
+    return whole
+
+
+def _in_graph(whole: Tensor, make: Callable[[], Tensor], direction: str) -> Tensor:
+    """The same of an input of the graph that is being traced, written as forward or as backward
+    runs. Inductor copies nothing, as it is told of the write.
     """
-    # Else the partitioner would make and write them as soon as it can, which is in forward.
-    with traceback.preserve_node_meta(), _marked("must_be_in_backward"):
+    # Else the partitioner would make and write what backward reads as soon as it can, in forward.
+    with traceback.preserve_node_meta(), _marked(direction):
         part = make()
         stride, first = (whole.stride(0), 1), whole.shape[1] - part.shape[1]
         result = torch.as_strided_scatter(whole, part, part.shape, stride, first)

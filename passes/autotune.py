@@ -17,6 +17,7 @@ from falqon_fx._compat import hint, value_of, without_fake_mode
 from falqon_fx.kernels.spec import aligned
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.ops.products import launches
+from falqon_fx.passes import room
 from falqon_fx.passes.plan import Plan, SitePlan
 from falqon_fx.passes.rewrite import adapter_inputs
 from falqon_fx.passes.rows import RowsSlot, adds_pending
@@ -41,13 +42,26 @@ def autotune(plan: Plan, *, time: bool = True) -> Plan:
     chosen = [i for i, group in enumerate(plan.groups) if _has_choices(group, group[0].spec)]
     done: set[Operands] = set()
     groups = [*plan.groups]
+
+    def reported(group: Group, operands: Operands) -> Group:
+        if time and operands not in done:
+            time_products(operands, group[0].spec)
+            done.add(operands)
+        return _reported(group, operands, group[0].spec)
+
     for i in _track(chosen) if time and chosen else chosen:
         operands = Operands.of(groups[i], plan)
-        if time and operands not in done:
-            time_products(operands, groups[i][0].spec)
-            done.add(operands)
-        groups[i] = _reported(groups[i], operands, groups[i][0].spec)
-    return replace(plan, groups=tuple(groups))
+        groups[i] = reported(groups[i], operands)
+        if operands.joined and not _by_library(groups[i]):  # what is left is chosen without it
+            groups[i] = reported(groups[i], replace(operands, joined=False))
+    return room.keep_where_read(replace(plan, groups=tuple(groups)), _by_library)
+
+
+def _by_library(group: Group) -> bool:
+    """Whether the library makes O of a group's sites with adapters, as far as that is known."""
+    if group[0].spec.kernel in room.LIBRARIES:
+        return True
+    return all(s.report.kernel.startswith(room.LIBRARIES) for s in group if s.adapters)
 
 
 @dataclass(frozen=True)
@@ -76,7 +90,8 @@ class Operands:
     """What a group of sites is computed from: x [tokens, features], and `SiteOperands`.
 
     ``adds_b``: O has the term O_A · bᵀ. ``own_x``: the adapters read another x than the sites.
-    ``turned``: Wᵀ is kept, with so many columns behind it; -1 where it is not.
+    ``turned``: Wᵀ is kept, with so many columns behind it; -1 where it is not. ``joined``: so is W,
+    with room for the adapters.
     """
 
     device: torch.device
@@ -88,6 +103,7 @@ class Operands:
     adds_b: bool
     own_x: bool
     turned: int
+    joined: bool = False
 
     @classmethod
     def of(cls, group: Group, plan: Plan) -> Operands:
@@ -103,6 +119,7 @@ class Operands:
             config.update == "adapter" or adds_pending(config.pending),
             bool(adapter_inputs(group)),
             _turned(group, plan),
+            room.slot_of(group, plan.joined.slots) is not None,
         )
 
     @property
@@ -189,6 +206,7 @@ def _time_casts(arguments: Sequence[Any], spec: SiteSpec) -> None:
 
 def _random_arguments(operands: Operands, spec: SiteSpec) -> tuple[Tensor, tuple[Any, ...]]:
     """x and the other arguments of ``falqon::merged_linear``."""
+    from falqon_fx.kernels.products.in_k import with_room_for
     from falqon_fx.kernels.transpose.kept import transposed_together, with_room
 
     device, features = operands.device, operands.features
@@ -231,7 +249,12 @@ def _random_arguments(operands: Operands, spec: SiteSpec) -> tuple[Tensor, tuple
     turned = []
     if operands.turned >= 0:
         turned = [with_room(transposed_together(weight), operands.turned)]
-    numbers_of = (owner, [1.0] * len(owner), keep_x, turned, operands.out_dtype, str(spec))
+    joined = []
+    if operands.joined:
+        adapted = [w for i, w in enumerate(weight) if i in owner]
+        joined = [with_room_for(adapted, sum(aligned(len(code)) for code in a))]
+    copies = turned, joined
+    numbers_of = (owner, [1.0] * len(owner), keep_x, *copies, operands.out_dtype, str(spec))
     return x, (*columns, [], lora_a, lora_b, own_x, *numbers_of)
 
 
@@ -272,7 +295,7 @@ def _reported(group: Group, operands: Operands, spec: SiteSpec) -> Group:
 
     sites = []
     for site, problem in zip(group, operands.problems(spec), strict=True):
-        choice = forward_choice(operands.device, problem, spec.kernel)
+        choice = forward_choice(operands.device, problem, spec.kernel, operands.joined)
         report = site.report
         if choice is not None and report.architecture:
             report = replace(report, kernel=choice.winner, kernel_reason=str(choice))

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from falqon_fx.passes.insert_operands import Operands
 from falqon_fx.passes.scope import attribute
-from falqon_fx.passes.slots import TurnedSlot
+from falqon_fx.passes.slots import CopySlot
 from falqon_fx.site.found import Parameters
 
 
@@ -25,7 +25,7 @@ class CallPlan:
     owners: tuple[int, ...]
     scales: tuple[int, ...]
     adapters: tuple[int, ...]
-    turned: tuple[tuple[TurnedSlot, tuple[int, ...]], ...]  # with the numbers of their bases
+    copies: tuple[tuple[CopySlot, tuple[int, ...]], ...]  # with the numbers of their bases
 
     @classmethod
     def of(cls, gm: fx.GraphModule, operands: Operands, arguments: int) -> CallPlan:
@@ -42,7 +42,7 @@ class CallPlan:
             owners=tuple(places[nodes[0]] for nodes in given),
             scales=tuple(places[nodes[1]] for nodes in given if len(nodes) > 1),
             adapters=tuple(places[node] for p in pairs for node in (p.lora_a, p.lora_b)),
-            turned=tuple((t.slot, tuple(number[id(b)] for b in t.bases)) for t in operands.turned),
+            copies=tuple((c.slot, tuple(number[id(b)] for b in c.bases)) for c in operands.copies),
         )
 
     def values(self, gm: fx.GraphModule, args: Sequence[Any]) -> list[Any]:

@@ -1,7 +1,7 @@
 """Bring what the sites' ops read into the graph: FP8 bases, and the adapters' casts.
 
-Each base W enters as two trailing placeholders, its E4M3 or int8 weight and its scale, and the
-transposes of siblings as one where they are kept. The adapters are cast by one
+Each base W enters as two trailing placeholders, its E4M3 or int8 weight and its scale, and a copy
+of those of siblings as one where it is kept. The adapters are cast by one
 ``falqon::proxy_update`` at the head of the graph, for all its sites, from the parameters as they
 are whenever the graph runs. With update="rows" their place is taken by the written W'
 (`falqon_fx.passes.rows`).
@@ -20,6 +20,7 @@ from torch import fx
 from falqon_fx._compat import is_fsdp, mark_own_input, value_of
 from falqon_fx.ops import merged_linear
 from falqon_fx.ops.lowering import gemm_dtype
+from falqon_fx.passes import room, transposes
 from falqon_fx.passes.plan import Plan, SitePlan
 from falqon_fx.passes.rows import (
     RowsNodes,
@@ -30,9 +31,8 @@ from falqon_fx.passes.rows import (
     operands_of,
 )
 from falqon_fx.passes.scope import Scope
-from falqon_fx.passes.slots import AdapterSlot, BaseSlot, TurnedSlot
+from falqon_fx.passes.slots import AdapterSlot, BaseSlot, CopySlot
 from falqon_fx.passes.terms import Param
-from falqon_fx.passes.transposes import slot_of
 from falqon_fx.site.forms import code_of, scale_shape
 from falqon_fx.site.numerics import E4M3
 from falqon_fx.site.spec import RowsSpec, SiteSpec
@@ -74,10 +74,10 @@ class AdapterNodes:
 
 
 @dataclass(frozen=True)
-class TurnedNodes:
-    """The root's placeholder of the transposes of some bases, side by side."""
+class CopyNodes:
+    """The root's placeholder of a copy of some bases, all in one."""
 
-    slot: TurnedSlot
+    slot: CopySlot
     bases: tuple[BaseNodes, ...]
     node: fx.Node
 
@@ -101,7 +101,13 @@ class Operands:
     adapters: Mapping[int, AdapterNodes]  # by the id of the slot
     written: Mapping[int, RowsOperands]
     pairs: tuple[tuple[BaseNodes, AdapterNodes], ...]  # which of the user's is added to which base
-    turned: tuple[TurnedNodes, ...] = ()
+    turned: tuple[CopyNodes, ...] = ()
+    joined: tuple[CopyNodes, ...] = ()
+
+    @property
+    def copies(self) -> tuple[CopyNodes, ...]:
+        """All copies of W, in their order among the inputs."""
+        return (*self.turned, *self.joined)
 
     def of(self, site: SitePlan) -> SiteNodes:
         """The operands of a planned site."""
@@ -119,15 +125,21 @@ class Operands:
 
     def turned_of(self, group: Sequence[SitePlan]) -> list[fx.Node]:
         """The transposes of a group of sites, where they are kept: one node, or none."""
-        slot = slot_of(group, [turned.slot for turned in self.turned])
+        slot = transposes.slot_of(group, [turned.slot for turned in self.turned])
         return [turned.node for turned in self.turned if turned.slot is slot]
+
+    def joined_of(self, group: Sequence[SitePlan]) -> list[fx.Node]:
+        """W of a group of sites with room for its adapters, likewise."""
+        slot = room.slot_of(group, [joined.slot for joined in self.joined])
+        return [joined.node for joined in self.joined if joined.slot is slot]
 
 
 def insert_operands(plan: Plan) -> Operands:
     """Edit the root graph in place."""
     root = plan.root
     bases = tuple(_enter_base(plan, i, slot) for i, slot in enumerate(plan.bases))
-    turned = tuple(_enter_turned(plan, i, bases, of) for i, of in enumerate(plan.turned.slots))
+    turned = tuple(_enter_copy(plan, i, bases, of) for i, of in enumerate(plan.turned.slots))
+    joined = tuple(_enter_copy(plan, i, bases, of) for i, of in enumerate(plan.joined.slots))
     rows_spec = RowsSpec.from_config(plan.config) if plan.rows else None
     rows: tuple[RowsNodes, ...] = ()
     if rows_spec is not None:
@@ -154,7 +166,7 @@ def insert_operands(plan: Plan) -> Operands:
         for slot in site.adapters
         if not slot.fixed
     }
-    return Operands(bases, rows, adapters, written, tuple(pairs.values()), turned)
+    return Operands(bases, rows, adapters, written, tuple(pairs.values()), turned, joined)
 
 
 def _operand(slot: BaseSlot, spec: SiteSpec) -> tuple[tuple[int, ...], torch.dtype]:
@@ -183,14 +195,10 @@ def _enter_base(plan: Plan, index: int, slot: BaseSlot) -> BaseNodes:
     return BaseNodes(slot, given, *entered)
 
 
-def _enter_turned(
-    plan: Plan, index: int, bases: Sequence[BaseNodes], slot: TurnedSlot
-) -> TurnedNodes:
-    """[W_1ᵀ | W_2ᵀ ... | room], each filled up to a multiple of 16 columns."""
+def _enter_copy(plan: Plan, index: int, bases: Sequence[BaseNodes], slot: CopySlot) -> CopyNodes:
     nodes = tuple(next(n for n in bases if n.slot is base) for base in slot.bases)
-    given, name = nodes[0].given[0], f"falqon_turned_{index}"
-    entered = _enter(plan.root, name, (slot.bases[0].features, slot.columns), E4M3, given)
-    return TurnedNodes(slot, nodes, entered)
+    given, name = nodes[0].given[0], f"falqon_{slot.name}_{index}"
+    return CopyNodes(slot, nodes, _enter(plan.root, name, slot.shape, E4M3, given))
 
 
 def _enter(

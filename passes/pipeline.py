@@ -18,6 +18,7 @@ from falqon_fx.passes.match.pair import match
 from falqon_fx.passes.normalize import normalize
 from falqon_fx.passes.plan import plan
 from falqon_fx.passes.rewrite import rewrite
+from falqon_fx.passes.room import keep_room
 from falqon_fx.passes.saturation import Saturation
 from falqon_fx.passes.transposes import keep_transposes
 from falqon_fx.passes.verify import verify, wiring
@@ -64,6 +65,10 @@ def _keep_transposes(work: Work) -> None:
     work.plan = keep_transposes(work.plan)
 
 
+def _keep_room(work: Work) -> None:
+    work.plan = keep_room(work.plan)
+
+
 def _autotune(work: Work) -> None:
     work.plan = autotune(work.plan, time=work.tune)
 
@@ -95,6 +100,7 @@ PASSES: Mapping[str, Callable[[Work], None]] = {
     "match": _match,
     "plan": _plan,
     "keep_transposes": _keep_transposes,
+    "keep_room": _keep_room,
     "autotune": _autotune,
     "insert_operands": _insert_operands,
     "rewrite": _rewrite,

@@ -38,7 +38,7 @@ from falqon_fx.passes.rows import RowsSlot, check_rows, rows_slot
 from falqon_fx.passes.scope import Scope
 from falqon_fx.passes.shards import CUT_OTHERWISE
 from falqon_fx.passes.siblings import group_siblings
-from falqon_fx.passes.slots import AdapterSlot, BaseSlot, Turned
+from falqon_fx.passes.slots import AdapterSlot, BaseSlot, Joined, Turned
 from falqon_fx.passes.terms import BaseLinear, Experts, Param, in_fp8
 from falqon_fx.passes.writes import written_parameters
 from falqon_fx.report.data import Rejected, Site, Source
@@ -76,6 +76,7 @@ class Plan:
     left: tuple[Rejected, ...]  # frozen linear layers that stay as they are
     wide: tuple[fx.Node, ...]  # those of them, and attention, that are multiplied in float32
     turned: Turned = field(default_factory=Turned)
+    joined: Joined = field(default_factory=Joined)
 
     @property
     def sites(self) -> tuple[SitePlan, ...]:
@@ -383,8 +384,7 @@ def _path_of(found: Match, named_by: Iterable[Param] | None = None) -> str:
     base = found.base
     if not isinstance(base, Experts):
         return _path(_named_by(found) if named_by is None else named_by, found.scope)
-    (weight,) = weights_of(found)
-    return stack_path(_name(found.scope, weight), base.prepared is not None) or "?"
+    return stack_path(_name(found.scope, *weights_of(found)), base.prepared is not None) or "?"
 
 
 def _path(params: Iterable[Param], scope: Scope) -> str:

@@ -65,6 +65,7 @@ class Arguments:
     scaling: list[float]
     keep_x: bool
     turned: list[fx.Node]
+    joined: list[fx.Node]
 
 
 def arguments(group: Sequence[SitePlan], operands: Operands) -> Arguments:
@@ -90,6 +91,7 @@ def arguments(group: Sequence[SitePlan], operands: Operands) -> Arguments:
         [adapter.scaling for adapter in adapters],
         trained and torch.is_grad_enabled(),
         operands.turned_of(group),
+        operands.joined_of(group),
     )
 
 
@@ -106,7 +108,7 @@ def _replace(
     columns = [given.a, given.a_scale, given.b, given.alpha, given.clamped]
     columns += [given.lora_a, given.lora_b]
     weight, scale, *adapters = (here(column) for column in (given.weight, given.scale, *columns))
-    turned = here(given.turned)
+    turned, joined = here(given.turned), here(given.joined)
     biases = [site.match.base.bias for site in group]
     bias = [_bias(scope, b) for b in biases if b is not None]
     with graph.inserting_before(first.anchor):
@@ -122,6 +124,7 @@ def _replace(
                 given.scaling,
                 given.keep_x,
                 turned,
+                joined,
                 value_of(first.anchor).dtype,
                 str(group[0].spec),
             ),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import fx
 
+from falqon_fx._compat import hint
 from falqon_fx.kernels.spec import aligned
 from falqon_fx.passes.terms import Param
-from falqon_fx.report.data import Transposes
+from falqon_fx.report.data import Transposes, WithRoom
 
 
 @dataclass(frozen=True)
@@ -28,20 +31,49 @@ class BaseSlot:
 
 
 @dataclass(frozen=True)
-class TurnedSlot:
-    """The bases of sites whose Wᵀ is kept, side by side, with ``room`` columns behind them."""
+class CopySlot(ABC):
+    """The bases of sites of whose W a copy is kept, all in one, with ``room`` columns behind them.
+    ``name`` is that of the kind.
+    """
 
     bases: tuple[BaseSlot, ...]
     room: int
+    name: ClassVar[str]
 
     @property
-    def columns(self) -> int:
-        """How many: each W begins at a multiple of 16."""
-        return sum(aligned(base.out) for base in self.bases) + self.room
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """That of the copy, which is FP8."""
+
+    @property
+    def nbytes(self) -> int:
+        rows, columns = map(hint, self.shape)
+        return rows * columns
 
     def is_of(self, bases: Iterable[object], room: int) -> bool:
         """Whether it is that of a group of sites."""
         return self.room == room and [*map(id, bases)] == [*map(id, self.bases)]
+
+
+class TurnedSlot(CopySlot):
+    """[W_1ᵀ | W_2ᵀ ... | room for Âᵀ], each from a multiple of 16 columns on."""
+
+    name = "turned"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        columns = sum(aligned(base.out) for base in self.bases) + self.room
+        return self.bases[0].features, columns
+
+
+class JoinedSlot(CopySlot):
+    """[W_1; W_2; ... | room for b], each row filled up to a multiple of 16 columns."""
+
+    name = "joined"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return sum(base.out for base in self.bases), aligned(self.bases[0].features) + self.room
 
 
 @dataclass(frozen=True)
@@ -50,6 +82,14 @@ class Turned:
 
     slots: tuple[TurnedSlot, ...] = ()
     report: Transposes | None = None
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The W that are kept with room for adapters, and what a report says of them."""
+
+    slots: tuple[JoinedSlot, ...] = ()
+    report: WithRoom | None = None
 
 
 @dataclass(frozen=True)

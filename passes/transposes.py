@@ -9,20 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from falqon_fx._compat import hint, is_fsdp, value_of
+from falqon_fx._compat import is_fsdp, value_of
 from falqon_fx.kernels import hardware
 from falqon_fx.kernels.spec import aligned
 from falqon_fx.passes.plan import Plan, SitePlan
-from falqon_fx.passes.slots import BaseSlot, Turned, TurnedSlot
+from falqon_fx.passes.slots import BaseSlot, CopySlot, Turned, TurnedSlot
 from falqon_fx.passes.terms import Experts
 from falqon_fx.report.data import Transposes
 from falqon_fx.site.names import model_of_call, tensors_of
 
 Group = tuple[SitePlan, ...]
+S = TypeVar("S", bound=CopySlot)
 
 # To read and write an element of W takes an H100 2 / 2.8e12 s, its products forward and backward
 # 4 / 1.2e15 s a token: a transpose takes as long as the products of so many tokens.
@@ -37,7 +39,7 @@ def keep_transposes(plan: Plan) -> Plan:
     if not groups:
         return plan
     slots = _slots(groups)
-    size = sum(map(turned_bytes, slots))
+    size = sum(slot.nbytes for slot in slots)
     device = value_of(groups[0][0].match.x).device
     why_not = _why_not(plan, groups, device, size) if slots else _TWICE
     if why_not:
@@ -62,10 +64,14 @@ def _slots(groups: Sequence[Group]) -> tuple[TurnedSlot, ...]:
     """What is kept of these groups, once of those with the same bases. Columns behind Wᵀ are of one
     group alone: a graph has no order for two that write the same.
     """
-    slots: list[TurnedSlot] = []
-    shared: list[TurnedSlot] = []
-    for group in groups:
-        slot = TurnedSlot(_bases(group), room_of(group))
+    return once_each(TurnedSlot(bases_of(group), room_of(group)) for group in groups)
+
+
+def once_each(found: Iterable[S]) -> tuple[S, ...]:
+    """Each of equal slots once, but none of those with room that are equal."""
+    slots: list[S] = []
+    shared: list[S] = []
+    for slot in found:
         if not any(slot.is_of(known.bases, known.room) for known in slots):
             slots.append(slot)
         elif slot.room:
@@ -81,15 +87,10 @@ def room_of(group: Sequence[SitePlan]) -> int:
     return sum(aligned(slot.lora_a.value.shape[0]) for slot in in_fp8)
 
 
-def slot_of(group: Sequence[SitePlan], slots: Iterable[TurnedSlot]) -> TurnedSlot | None:
+def slot_of(group: Sequence[SitePlan], slots: Iterable[CopySlot]) -> CopySlot | None:
     """What is kept of a group, of what is kept."""
     bases, room = [site.base for site in group], room_of(group)
     return next((slot for slot in slots if slot.is_of(bases, room)), None)
-
-
-def turned_bytes(slot: TurnedSlot) -> int:
-    """Bytes of [W_1ᵀ | W_2ᵀ ... | room]."""
-    return hint(slot.bases[0].features) * hint(slot.columns)
 
 
 def on_gpu(value: Tensor) -> bool:
@@ -111,7 +112,8 @@ def _has_transpose(group: Group) -> bool:
     )
 
 
-def _bases(group: Group) -> tuple[BaseSlot, ...]:
+def bases_of(group: Sequence[SitePlan]) -> tuple[BaseSlot, ...]:
+    """The bases of a group's sites."""
     return tuple(site.base for site in group if isinstance(site.base, BaseSlot))
 
 
@@ -120,7 +122,7 @@ def _why_not(plan: Plan, groups: Sequence[Group], device: torch.device, size: in
     asked, architecture = plan.config.transpose, groups[0][0].report.architecture
     if asked in ("transient", "kernel"):
         return f'transpose="{asked}" asks for it'
-    if any(_is_gathered(base) for group in groups for base in _bases(group)):
+    if is_gathered(groups):
         return "FSDP shards W, beside which it would be whole"
     if asked == "store":
         return ""
@@ -130,24 +132,33 @@ def _why_not(plan: Plan, groups: Sequence[Group], device: torch.device, size: in
     if tokens > MOST_TOKENS:
         share = AS_TOKENS / tokens
         return f"a step of {tokens} tokens would be {share:.1%} faster in these products"
-    need, room = _training_bytes(size), hardware.memory(device)
-    if need > SHARE * room:
-        return (
-            f"the model with its gradients, AdamW's moments and all transposes is {need / 1e9:.3g} "
-            f"GB, more than {SHARE:.0%} of the card's {room / 1e9:.3g}"
-        )
-    return ""
+    return too_large(training_bytes(size), device, "transposes")
 
 
-def _is_gathered(base: BaseSlot) -> bool:
-    given = base.prepared or ((base.weight.node,) if base.weight else ())
-    return any(node is not None and is_fsdp(node) for node in given)
+def too_large(need: int, device: torch.device, copies: str) -> str:
+    """Why a model that needs so many bytes has no room for copies, or ""."""
+    room = hardware.memory(device)
+    if need <= SHARE * room:
+        return ""
+    return (
+        f"the model with its gradients, AdamW's moments and all {copies} is {need / 1e9:.3g} GB, "
+        f"more than {SHARE:.0%} of the card's {room / 1e9:.3g}"
+    )
 
 
-def _training_bytes(size: int) -> int:
+def is_gathered(groups: Iterable[Sequence[SitePlan]]) -> bool:
+    """Whether FSDP shards any of their W."""
+    for base in (base for group in groups for base in bases_of(group)):
+        given = base.prepared or ((base.weight.node,) if base.weight else ())
+        if any(node is not None and is_fsdp(node) for node in given):
+            return True
+    return False
+
+
+def training_bytes(size: int, kinds: int = 1) -> int:
     """What the model whose call runs takes: its parameters and buffers; of those that train a
     gradient, and two moments in float32; of frozen matrices an FP8 form, where they are none yet,
-    and a transpose. ``size`` where there is no such model.
+    and ``kinds`` copies. ``size``, that of the copies, where there is no such model.
     """
     need = matrices = 0
     for tensor, _ in tensors_of(model_of_call()).values():
@@ -157,7 +168,7 @@ def _training_bytes(size: int) -> int:
         elif tensor.dim() > 1:
             matrices += tensor.numel()
             need += tensor.numel() if tensor.itemsize > 1 else 0
-    return need + max(matrices, size)
+    return need + max(kinds * matrices, size)
 
 
 def _reported(group: Group, slots: Sequence[TurnedSlot]) -> Group:
@@ -168,6 +179,6 @@ def _reported(group: Group, slots: Sequence[TurnedSlot]) -> Group:
     for site in group:
         memory = site.report.memory
         assert memory is not None
-        own = turned_bytes(TurnedSlot(_bases((site,)), room_of((site,)) if slot.room else 0))
+        own = TurnedSlot(bases_of((site,)), room_of((site,)) if slot.room else 0).nbytes
         sites.append(replace(site, report=replace(site.report, memory=replace(memory, turned=own))))
     return tuple(sites)

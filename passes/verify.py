@@ -210,20 +210,21 @@ def _check_group(
         if rest[10] != own:
             raise PassError(path, f"its adapters read {rest[10]}, not {own}")
         dtype = value_of(first.anchor).dtype
-        check_column(path, found.scope, cast(list[fx.Node], rest.pop(14)), given.turned)
+        for copies in (given.turned, given.joined):
+            check_column(path, found.scope, cast(list[fx.Node], rest.pop(14)), copies)
         said = (given.owner, given.scaling, given.keep_x, dtype, str(group[0].spec))
         if tuple(rest[11:]) != said:
             raise PassError(path, f"{fused.name} computes with {rest[11:]}, not {said}")
 
 
 def _check_inputs(plan: Plan, operands: Operands, before: Wiring) -> None:
-    """A call gives its own arguments, then W and scale of each base, then transposes, then the
+    """A call gives its own arguments, then W and scale of each base, then copies of W, then the
     state of each slot.
     """
     inputs = plan.root.gm.graph.find_nodes(op="placeholder")
     given = [node for node in inputs if node in before]
     given += [node for base in operands.bases for node in base.entered]
-    given += [turned.node for turned in operands.turned]
+    given += [copy.node for copy in operands.copies]
     unprepared = [nodes for nodes in operands.rows if nodes.slot.prepared is None]
     given += [node for nodes in unprepared for node in nodes.state]
     if list(inputs) != given:

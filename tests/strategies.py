@@ -62,6 +62,7 @@ class Case:
     adds_b: bool = True
     clamped: list[Tensor] = field(default_factory=list)
     turned: list[Tensor] = field(default_factory=list)
+    joined: list[Tensor] = field(default_factory=list)
 
     @property
     def adapters(self) -> list[Lora]:
@@ -114,6 +115,7 @@ class Case:
             [lora.scaling for lora in loras],
             self.keep_x,
             self.turned,
+            self.joined,
             self.out_dtype,
             str(self.spec),
         )

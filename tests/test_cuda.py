@@ -16,7 +16,6 @@ from torch import Tensor
 
 from falqon_fx.kernels.products import dispatch
 from falqon_fx.ops import gpu
-from falqon_fx.ops.arguments import Merged
 from falqon_fx.site.numerics import E4M3
 from tests.cuda import BF16, F32, GROUPS, INTERPRETED, ROW, TENSOR, as_on_a_gpu, group
 from tests.lowered import check, expected, hat, run
@@ -123,12 +122,10 @@ def test_adapters_of_a_layer_need_not_stand_side_by_side():
         "owner",
         "scaling",
     )
-    x, weight, scale, bias, *columns, keep_x, kept, out_dtype, spec_text = case.arguments()
-    by_name = dict(zip(names, columns, strict=True))
-    turned = [2, 1, 0]
-    moved: Any = [[column[j] for j in turned] if column else column for column in by_name.values()]
-    given: list[Any] = [x, weight, scale, bias, *moved, keep_x, kept, out_dtype, spec_text]
-    first, second, out_a, *_ = gpu.merged_linear(Merged(*given))
+    given, turned = case.arguments(), [2, 1, 0]
+    columns = {name: column for name in names if (column := getattr(given, name))}
+    moved: Any = {name: [column[j] for j in turned] for name, column in columns.items()}
+    first, second, out_a, *_ = gpu.merged_linear(given._replace(**moved))
     wanted = gpu.merged_linear(case.arguments())
     of_a = wanted[2].split([16, 8, 5], dim=1)
     assert torch.equal(out_a, torch.cat([of_a[j] for j in turned], dim=1))

@@ -222,8 +222,8 @@ def traced(function: Callable[..., Any], *args: Any) -> Counter[str]:
 @pytest.mark.usefixtures("_h100")
 @pytest.mark.parametrize("kernel", ["auto", "scaled_mm"])
 def test_siblings_are_one_product_each_way(kernel):
-    """Forward t, then O of all; backward D, one transpose of W and A, and dL/dx, or, where Wᵀ is
-    kept, no transpose.
+    """Forward t, then O of all, by the library with [W | b], which is put together, or kept but for
+    b; backward D, one transpose of W and A, and dL/dx, or, where Wᵀ is kept, no transpose.
     """
     layers = [(48, (16,)), (32, (16,)), (64, (16,))]
     case = counting(exact(group(replace(ROW, kernel=kernel), *layers, features=128)))
@@ -235,6 +235,12 @@ def test_siblings_are_one_product_each_way(kernel):
         found = traced(lambda *args: op(*args), x, *arguments)
         assert found[LAUNCH] == 1 + own
         assert found["aten._scaled_mm.default"] == (not own)
+        joined = [torch.empty((48 + 32 + 64, 128 + 3 * 16), dtype=E4M3, device="cuda")]
+        rest = Merged(x, *arguments)._replace(joined=joined)[1:]
+        by_kept = traced(lambda *args: op(*args), x, *rest)
+        writes = by_kept["aten.copy_.default"], by_kept["aten.as_strided_scatter.default"]
+        assert writes == (not own, found["aten.as_strided_scatter.default"] + (not own))
+        assert found["aten.copy_.default"] == 0
         weight, scale, _, a, a_scale, b, alpha, count, *_ = arguments
         grads = [on_cuda(layer.grad) for layer in case.layers]
         given = (grads, weight, scale, a, a_scale, b, alpha, count, case.owner)

@@ -28,6 +28,7 @@ class Merged(NamedTuple):
     scaling: list[float]
     keep_x: bool
     turned: list[Tensor]
+    joined: list[Tensor]
     out_dtype: torch.dtype
     spec_text: str
 

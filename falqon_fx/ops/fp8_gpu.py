@@ -90,6 +90,7 @@ def merged_linear(given: Merged) -> list[Tensor]:
         given.alpha,
         counts(given.clamped, len(given.weight), x),
         given.owner,
+        given.joined,
         given.out_dtype,
         spec_text,
     )

@@ -53,6 +53,7 @@ def merged_product_in_k(
     alpha: Sequence[Tensor],
     count: Sequence[Tensor],
     owner: Sequence[int],
+    joined: Sequence[Tensor],
     out_dtype: torch.dtype,
     spec_text: str,
 ) -> list[Tensor]:
@@ -62,7 +63,8 @@ def merged_product_in_k(
         O_A,j = t_j ⊙ s_q ⊙ α_j       t_j = q(dq(q_j) · dq(Â_j)ᵀ / (s_q ⊙ α_j))
 
     q_j, with its scale, is q unless the adapters read something else (``own_q``). What is clamped
-    of the t_j is added to ``count`` of their site, int32 [1].
+    of the t_j is added to ``count`` of their site, int32 [1]. ``joined`` may have [W_i; ...] of all
+    sites with adapters, with room for the b_j behind them, which are written there.
     """
     from falqon_fx.kernels.gemm.launch import Piece
     from falqon_fx.kernels.products import dispatch, in_k
@@ -106,7 +108,8 @@ def merged_product_in_k(
             ]
             if own[part_of[0]]:
                 places = [place[own[i][0]] for i in part_of]
-                contest = in_k.forward(x, q_scale, pieces, places, out_dtype, options)
+                kept = joined if len(part_of) == sum(map(bool, own)) else ()
+                contest = in_k.forward(x, q_scale, pieces, places, out_dtype, options, kept)
             else:
                 contest = dispatch.forward(x.q, q_scale, pieces, 0, out_dtype, dtype, options)
             made_of = contest.run()

@@ -43,6 +43,7 @@ def merged_linear(
     scaling: Sequence[float],
     keep_x: bool,
     turned: Sequence[Tensor],
+    joined: Sequence[Tensor],
     out_dtype: torch.dtype,
     spec_text: str,
 ) -> list[Tensor]:
@@ -56,7 +57,9 @@ def merged_linear(
     none), ``lora_a``, ``lora_b``, ``owner`` and ``scaling`` one per adapter; ``adapter_x``, what
     each adapter reads where that is not x (dropout), one per adapter or none. ``turned`` has the
     W_iᵀ side by side, each from a multiple of 16 columns on, where they are kept for a GPU's dL/dx,
-    or nothing; and with adapters in FP8 that read x room for the Â_jᵀ behind them.
+    or nothing; and with adapters in FP8 that read x room for the Â_jᵀ behind them. ``joined`` has
+    the W_i of the sites with adapters one below the other, with room behind for the b_j, where they
+    are kept so, or nothing: the room is written, of which a graph is told as it is lowered.
 
     Gradients reach x, adapter_x, lora_a, lora_b and bias. With D_j = dL/dO · scaling_j · B_j:
 
@@ -82,6 +85,7 @@ def merged_linear(
         [*scaling],
         keep_x,
         [*turned],
+        [*joined],
         out_dtype,
         spec_text,
     )
@@ -212,7 +216,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.save_for_backward(*(tensor for column in columns for tensor in column))
     ctx.lengths = [len(column) for column in columns]
     ctx.adds_b, ctx.keep_x = bool(given.b), given.keep_x
-    ctx.of_b, ctx.clamped = len(given.b), len(given.clamped)
+    ctx.of_b, ctx.clamped, ctx.joined = map(len, (given.b, given.clamped, given.joined))
     ctx.shapes = [(t.shape, t.dtype) for t in (given.x, *given.adapter_x)]
     ctx.ranks = given.ranks
     ctx.dtypes = [[t.dtype for t in c] for c in (given.lora_a, given.lora_b, given.bias)]
@@ -293,8 +297,8 @@ def _gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         if grad_bias and needs_bias[i]:
             grad_bias[i] = g.sum(0, dtype=torch.float32).to(of_bias[i])
     of_lists = (saved.weight, saved.a, saved.alpha, saved.turned)
-    none_w, none_a, none_alpha, none_turned, none_b, none_clamped = (
-        [None] * count for count in (*map(len, of_lists), ctx.of_b, ctx.clamped)
+    none_w, none_a, none_alpha, none_turned, none_b, none_clamped, none_joined = (
+        [None] * count for count in (*map(len, of_lists), ctx.of_b, ctx.clamped, ctx.joined)
     )
     results = (none_a, none_a, none_b, none_alpha, none_clamped, grad_a, grad_b, grad_own)
     numbers: list[None] | None = None if ctx.owner else []  # an empty list is one of tensors
@@ -308,6 +312,7 @@ def _gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         numbers,
         None,
         none_turned,
+        none_joined,
         None,
         None,
     )

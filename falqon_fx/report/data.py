@@ -32,12 +32,14 @@ class Memory:
         state: W in FP8 with its scales; with update="rows" all of W' and what belongs to it.
         adapter: A and B.
         turned: Wᵀ in FP8, where it is kept for dL/dx.
+        joined: W in FP8 with room for an adapter, where it is kept for O.
     """
 
     base: Count
     state: Count
     adapter: Count
     turned: Count = 0
+    joined: Count = 0
 
     @property
     def before(self) -> int:
@@ -46,7 +48,7 @@ class Memory:
     @property
     def after(self) -> int:
         """Bytes with ``prepare``; without it, ``base`` comes on top."""
-        return self.state + self.turned + self.adapter
+        return self.state + self.turned + self.joined + self.adapter
 
 
 @dataclass(frozen=True)
@@ -264,6 +266,23 @@ class Transposes:
 
 
 @dataclass(frozen=True)
+class WithRoom:
+    """Whether W of a graph's sites is kept with room behind it for adapters in FP8, for the
+    library's products on a GPU: ``size`` bytes.
+    """
+
+    kept: bool
+    size: Count
+    why: str
+
+    def __str__(self) -> str:
+        size = f"{self.size / 2**20:.4g} MiB"
+        if self.kept:
+            return printable(f"W kept with room for adapters: {size} more, because {self.why}.")
+        return printable(f"W not kept with room for adapters, which is {size}: {self.why}.")
+
+
+@dataclass(frozen=True)
 class GraphReport:
     """One graph that went through the passes.
 
@@ -271,6 +290,7 @@ class GraphReport:
         left: frozen linear layers that stay as they are: heads, routers, small ones.
         notes: what passes say of single sites.
         transposes: whether Wᵀ is kept; None where no FP8 product needs it.
+        with_room: whether W is kept with room for adapters; None where no product wants it so.
         ended_by: the graph break behind it, None where the function simply returned.
         before, after: the graph as text (`explain` alone fills them in).
     """
@@ -282,6 +302,7 @@ class GraphReport:
     left: tuple[Rejected, ...] = ()
     notes: tuple[Note, ...] = ()
     transposes: Transposes | None = None
+    with_room: WithRoom | None = None
     pass_seconds: dict[str, float] = field(default_factory=dict)
     ended_by: GraphBreak | None = None
     before: tuple[Line, ...] = ()

@@ -78,7 +78,8 @@ def _parts(report: Graphs) -> Iterator[Table | str]:
     yield from _totals(report)
     yield from report.notes
     yield from dict.fromkeys(str(note) for graph in report.graphs for note in graph.notes)
-    yield from dict.fromkeys(str(g.transposes) for g in report.graphs if g.transposes)
+    copies = [copy for g in report.graphs for copy in (g.transposes, g.with_room)]
+    yield from dict.fromkeys(str(copy) for copy in copies if copy)
     if report.mesh is not None:
         yield from mesh_text(report.mesh)
 

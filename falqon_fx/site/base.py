@@ -228,11 +228,6 @@ class Entry:
         """How much of its adapters in FP8 a GPU has clamped."""
         return ClampedCount(self.seen.device)
 
-    @functools.cached_property
-    def turned(self) -> list[tuple[list[weakref.ref[Entry]], Tensor]]:
-        """Transposes that W is the first of, and of which entries (`falqon_fx.site.transposed`)."""
-        return []
-
 
 Place = tuple[int, int]
 

@@ -1,4 +1,4 @@
-"""Wᵀ kept beside W for dL/dx.
+"""Copies of W that are kept beside it: Wᵀ for dL/dx, and W with room for b.
 
 W is constant, and so is its copy: it goes with the `Entry` of W, of which there is a new one
 whenever W has other bytes, or lies elsewhere. With update="rows" W is part of W', and the copy goes
@@ -52,29 +52,39 @@ def keep(weight: Tensor, turned: Tensor, counters: int) -> Kept:
     return kept
 
 
-_turned: weakref.WeakSet[Entry] = weakref.WeakSet()  # entries that have copies
+@dataclass(frozen=True)
+class Copy:
+    """A copy of the W of some entries, all in one ``tensor``: transposed, or with room for b."""
+
+    kind: str
+    of: list[weakref.ref[Entry]]
+    tensor: Tensor
 
 
-def together(entries: Sequence[Entry], columns: int, make: Callable[[], Tensor]) -> Tensor:
-    """The copies of the W of some entries, side by side in one of so many ``columns``, of which
-    those behind them are for whoever is about to read them; made where there is none yet.
+# By the entry of the first W.
+_copies: weakref.WeakKeyDictionary[Entry, list[Copy]] = weakref.WeakKeyDictionary()
+
+
+def together(
+    entries: Sequence[Entry], kind: str, shape: tuple[int, int], make: Callable[[], Tensor]
+) -> Tensor:
+    """The copies of a kind of the W of some entries, in one of this ``shape``, of whose columns the
+    last are for whoever is about to read them; made where there is none yet.
     """
-    known = entries[0].turned
-    for of, turned in known:
-        alike = len(of) == len(entries) and turned.shape[1] == columns
-        if alike and all(r() is e for r, e in zip(of, entries, strict=True)):
-            return turned
+    known = _copies.setdefault(entries[0], [])
+    for copy in known:
+        alike = len(copy.of) == len(entries) and (copy.kind, copy.tensor.shape) == (kind, shape)
+        if alike and all(r() is e for r, e in zip(copy.of, entries, strict=True)):
+            return copy.tensor
     # It outlives the call: no inference tensor, no graph.
     with torch.inference_mode(False), torch.no_grad():
-        turned = make()
-    known[:] = [(of, copy) for of, copy in known if None not in [ref() for ref in of]]
-    known.append(([weakref.ref(entry) for entry in entries], turned))
-    _turned.add(entries[0])
-    return turned
+        made = Copy(kind, [weakref.ref(entry) for entry in entries], make())
+    known[:] = [copy for copy in known if None not in [ref() for ref in copy.of]]
+    known.append(made)
+    return made.tensor
 
 
 def forget() -> None:
     """Drops all copies; whoever needs one next makes it anew."""
     _kept.clear()
-    for entry in _turned:
-        entry.turned.clear()
+    _copies.clear()

@@ -51,7 +51,7 @@ def adapter_grads(
     tiles_x = cdiv(x[0].shape[1], spec.block_x) if x else tiles_b
     total = sum(blocks) * _BLOCK
     most = max(1, _MOST_SUMS // total)
-    splits, tokens = _splits(n, min(tiles_b, tiles_x), most, spec.block_k, device)
+    splits, tokens = splits_of(n, min(tiles_b, tiles_x), most, spec, device)
     partial = torch.empty((splits, total), dtype=torch.float32, device=device)
     kernels = load(spec, interpreted)
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
@@ -134,12 +134,16 @@ def _check(
         raise ValueError("adapter_grads: the interpreter needs operands='float32'")
 
 
-def _splits(n: int, columns: int, most: int, block_k: int, device: torch.device) -> tuple[int, int]:
-    """(how many parts, tokens in each), so that a GPU gets two programs for each processor."""
+def splits_of(
+    n: int, columns: int, most: int, spec: AdapterGradsSpec, device: torch.device
+) -> tuple[int, int]:
+    """(how many parts, tokens in each), so that a GPU gets two programs for each processor, but no
+    part has more bytes of sums, which are written and read again, than of operands.
+    """
     processors = 2
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-    blocks = cdiv(n, block_k)
-    splits = max(1, min(blocks, most, 2 * processors // columns))
-    tokens = cdiv(blocks, splits) * block_k
+    blocks, least = cdiv(n, spec.block_k), 2 * max(spec.block_m, spec.rank)
+    splits = max(1, min(blocks, most, 2 * processors // columns, n // least))
+    tokens = cdiv(blocks, splits) * spec.block_k
     return cdiv(n, tokens), tokens

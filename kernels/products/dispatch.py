@@ -113,7 +113,7 @@ def forward(
             refused = next(filter(refuses, (skinny, of_y)), None)
             candidates[f"{own}+{name}"] = refused or both
     candidates["dequantize"] = plain
-    return Contest(key_of("forward", problem), candidates, q, options.kernel)
+    return Contest(forward_key(problem), candidates, q, options.kernel)
 
 
 def grad_x(
@@ -193,10 +193,17 @@ def grad_x(
     return Contest(key_of(what, problem), candidates, q, options.kernel)
 
 
-def forward_choice(device: torch.device, problem: GemmProblem, kernel: str) -> Choice | None:
+def forward_choice(
+    device: torch.device, problem: GemmProblem, kernel: str, kept: bool = False
+) -> Choice | None:
     """The choice made on ``device`` for a forward product with the option ``kernel``, if any."""
-    what = "forward in K" if problem.tail else "forward"
-    return choices_for(device).known(key_of(what, problem), kernel)
+    return choices_for(device).known(forward_key(problem, kept), kernel)
+
+
+def forward_key(problem: GemmProblem, kept: bool = False) -> str:
+    """The key of a forward product; ``kept``: W lies there with room for adapters in K, if any."""
+    in_k = "forward in K by kept" if kept else "forward in K"
+    return key_of(in_k if problem.tail else "forward", problem)
 
 
 def libraries(options: Options, x: Format = "e4m3") -> Iterator[tuple[str, MatMul]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from falqon_fx import _compat
 from falqon_fx.kernels.hardware import fp8_architecture
 from falqon_fx.kernels.interpreter import runs_interpreted
-from falqon_fx.kernels.launching import write_last_columns
+from falqon_fx.kernels.launching import BACKWARD, with_last_columns
 from falqon_fx.kernels.loader import load
 from falqon_fx.kernels.spec import MAX_SIBLINGS, aligned
 from falqon_fx.kernels.transpose import launch
@@ -63,12 +63,9 @@ def with_columns(whole: Tensor, matrices: Sequence[Tensor]) -> Tensor:
         bytes_of = [filled(matrix, axis=0).view(torch.uint8) for matrix in matrices]
         return (bytes_of[0] if len(matrices) == 1 else torch.cat(bytes_of)).t().view(E4M3)
 
-    if _compat.is_fake(whole):  # by whatever kernel Inductor writes them with
-        return write_last_columns(whole, by_aten)
-    part = transposed_together(matrices)
-    # Not a write that autograd counts: what comes before the next read writes it anew.
-    whole.data.narrow(1, whole.shape[1] - part.shape[1], part.shape[1]).copy_(part)
-    return whole
+    # In a graph by whatever kernel Inductor writes them with.
+    make = by_aten if _compat.is_fake(whole) else partial(transposed_together, matrices)
+    return with_last_columns(whole, make, BACKWARD)
 
 
 def kept(weight: Sequence[Tensor]) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """The transpose of W's bytes, dL/dB and dL/dA, interpreted."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from falqon_fx.kernels.adapter_cast.launch import adapter_cast
 from falqon_fx.kernels.adapter_cast.spec import AdapterCastSpec
-from falqon_fx.kernels.adapter_grads.launch import adapter_grads
+from falqon_fx.kernels.adapter_grads.launch import adapter_grads, splits_of
 from falqon_fx.kernels.adapter_grads.spec import AdapterGradsSpec
 from falqon_fx.kernels.transpose.launch import starts, transpose
 from falqon_fx.kernels.transpose.spec import TransposeSpec
@@ -128,6 +129,20 @@ def test_gradients_of_adapters_are_the_same_each_time():
     for _ in range(2):
         again, *_ = adapter_grads(grad, out_a, [8], [1.0], [], [], SMALL)
         assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize(
+    ("n", "columns", "parts"),
+    [(4096, 32, 8), (512, 32, 2), (511, 32, 1), (512, 200, 1), (1, 1, 1)],
+)
+def test_parts_are_for_all_processors_and_no_less_than_sums(n, columns, parts, monkeypatch):
+    """128 x 64 float32, written and read again, are 64 KiB; 256 tokens of 128 + 64 operands 96."""
+    h100 = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h100)
+    spec = replace(SMALL, block_m=128, block_k=64, rank=64)
+    splits, tokens = splits_of(n, columns, 1000, spec, torch.device("cuda"))
+    assert splits == parts
+    assert splits * tokens >= n > (splits - 1) * tokens
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from falqon_fx import FalqonConfig, backend, explain
+from falqon_fx.kernels import hardware
 from falqon_fx.kernels.gemm.tiles import GemmProblem
 from falqon_fx.kernels.products import choice, contest, dispatch
 from falqon_fx.kernels.products.choice import Candidate, Choice, Choices, run_once
@@ -21,6 +22,7 @@ from falqon_fx.ops import fp8_gpu, fp8_grad, gpu, products
 from falqon_fx.ops import merged_linear as ops
 from falqon_fx.ops.adapter_grads import adapter_grads_on_gpu, grad_out_a_on_gpu
 from falqon_fx.passes import autotune as autotuning
+from falqon_fx.passes import transposes
 from falqon_fx.passes.autotune import autotune
 from falqon_fx.passes.match.pair import match
 from falqon_fx.passes.normalize import normalize
@@ -198,6 +200,23 @@ def test_choices_of_adapters_in_fp8_fall_before_a_step_too(told, graphs):
     step(inner="eager", adapter_dtype="fp8")
     assert [key.split(" n=")[0] for key in choices.made] == ["forward in K", "dL/dx in K"] * 2
     assert [site.kernel for site in graphs.pop().sites] == ["scaled_mm+joined"] * 3
+
+
+def test_choices_by_copies_of_w_are_choices_of_their_own(told, graphs, monkeypatch):
+    """Where W is kept transposed, and with room for adapters; a frozen sibling is none of them."""
+    monkeypatch.setattr(transposes, "on_gpu", lambda value: True)
+    monkeypatch.setattr(hardware, "memory", lambda device: 80 * 2**30)
+    choices = told("scaled_mm+kept")
+    step("frozen layers", inner="eager", adapter_dtype="fp8")
+    made = {key.split(" n=")[0] for key in choices.made}
+    assert made == {"forward", "forward in K by kept", "dL/dx by kept", "dL/dx in K by kept"}
+    named = {site.path.split(".")[0]: site.kernel for site in graphs.pop().sites}
+    assert named == {
+        "q": "scaled_mm+kept",
+        "v": "scaled_mm+kept",
+        "k": "scaled_mm",
+        "o": "scaled_mm",
+    }
 
 
 @pytest.mark.parametrize("name", MODELS)

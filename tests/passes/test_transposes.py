@@ -210,7 +210,8 @@ def test_another_transpose_is_seen(h100):
 @pytest.mark.parametrize("read", ["both", slow("k alone")])
 def test_numbers_are_those_of_a_transpose_in_each_step(read, adapters, h100):
     """By the library; `tests/kernels/test_stored.py` has generated kernels. Where k alone has
-    a gradient, dL/dx reads its columns of what q and k share.
+    a gradient, dL/dx reads its columns of what q and k share. With adapters in FP8 O comes from a
+    W that is kept with room for them, too.
     """
     wanted = step(read, adapter_dtype=adapters, transpose="transient")
     found = step(read, adapter_dtype=adapters, transpose="auto")
@@ -252,8 +253,8 @@ def test_adapters_that_share_w_never_read_each_other(calls, h100):
         ys[0].sum().backward()
         grads.append([p.grad for p in model.parameters() if p.grad is not None])
     assert same(*grads)
-    kept = sum(len(entry.turned) for entry in transposed._turned)
-    assert kept == (0 if calls == ("both",) else 1)
+    kept = [copy.kind for copies in transposed._copies.values() for copy in copies]
+    assert sorted(kept) == ([] if calls == ("both",) else ["joined", "turned"])
 
 
 def bound(model: nn.Module) -> tuple[Any, list[Any]]:

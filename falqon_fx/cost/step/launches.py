@@ -33,6 +33,7 @@ class Launch:
         reads, writes: bytes, by the sizes of its arguments.
         kernels: what the host launches for it: attention's backward is three kernels, whose time
             is counted once.
+        keeps: bytes of a copy of W that is there for it.
     """
 
     part: Part
@@ -41,6 +42,7 @@ class Launch:
     reads: float
     writes: float
     kernels: int = 1
+    keeps: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,10 @@ class Timer:
         """A kernel that its bytes bound, at a share of the bandwidth."""
         work = (reads + writes) / (self.figures.bandwidth.value * share)
         return Launch(part, name, self._whole(work), reads, writes)
+
+    def fused(self, name: str, reads: float, writes: float) -> Launch:
+        """A kernel that Inductor makes of norms, sums and the like."""
+        return self.moving("elementwise", name, reads, writes)
 
     def thin(self, part: Part, name: str, reads: float, writes: float) -> Launch:
         """A product with a thin side."""

@@ -78,22 +78,19 @@ def peft(step: Step, time: Timer, nf4: bool = False) -> list[Launch]:
     d, a = step.decoder, step.a
     h, i, query, key = d.hidden, d.inner, d.query, d.key
 
-    def fused(name: str, reads: int, writes: int) -> Launch:
-        return time.moving("elementwise", name, reads, writes)
-
     done = [
-        fused("norm", a(h), a(h)),
+        time.fused("norm", a(h), a(h)),
         *peft_rope(step, time),
-        fused("sum, norm", 3 * a(h), 2 * a(h)),
-        fused("SwiGLU", 4 * a(i), 3 * a(i)),
-        fused("sum", 3 * a(h), a(h)),
-        fused("s dO", a(h), a(h)),
-        fused("SwiGLU backward", 4 * a(i), 4 * a(i)),
-        fused("sum, norm backward", 6 * a(h), 4 * a(h)),
-        fused("attention's gradient", 2 * a(query), a(query)),
-        fused("s dv", a(key), a(key)),
+        time.fused("sum, norm", 3 * a(h), 2 * a(h)),
+        time.fused("SwiGLU", 4 * a(i), 3 * a(i)),
+        time.fused("sum", 3 * a(h), a(h)),
+        time.fused("s dO", a(h), a(h)),
+        time.fused("SwiGLU backward", 4 * a(i), 4 * a(i)),
+        time.fused("sum, norm backward", 6 * a(h), 4 * a(h)),
+        time.fused("attention's gradient", 2 * a(query), a(query)),
+        time.fused("s dv", a(key), a(key)),
         *peft_rope_backward(step, time),
-        fused("sum, norm backward", 8 * a(h), a(h)),
+        time.fused("sum, norm backward", 8 * a(h), a(h)),
         *attention(step, time),
     ]
     return [*done, *peft_linears(step, time, nf4)]
@@ -207,23 +204,20 @@ def _casts(step: Step, time: Timer, train_a: bool) -> list[Launch]:
     h, i, query, key = d.hidden, d.inner, d.query, d.key
     again = 0 if train_a else 1  # where x̂ isn't kept, the lens sees a cast stored twice
 
-    def fused(name: str, reads: int, writes: int) -> Launch:
-        return time.moving("elementwise", name, reads, writes)
-
     return [
         time.moving("casts", "A and s B", 4 * sum(d.adapter(step.rank)), step.adapter_casts),
-        fused("norm, cast", a(h), q(h) * (1 + again)),
+        time.fused("norm, cast", a(h), q(h) * (1 + again)),
         *rope(step, time),
         time.moving("casts", "attention's output", a(query), q(query) * (1 + again)),
-        fused("sum, norm, cast", 2 * a(h), q(h) * (1 + again)),
-        fused("SwiGLU, cast", 2 * a(i), q(i) * (1 + again)),
-        fused("sum", 3 * a(h), a(h)),
+        time.fused("sum, norm, cast", 2 * a(h), q(h) * (1 + again)),
+        time.fused("SwiGLU, cast", 2 * a(i), q(i) * (1 + again)),
+        time.fused("sum", 3 * a(h), a(h)),
         time.moving("casts", "dO", a(h), q(h)),
-        fused("SwiGLU backward, casts", 3 * a(i), 4 * a(i) + 2 * q(i)),
-        fused("sum, norm backward, cast", 4 * a(h), a(h) + q(h)),
+        time.fused("SwiGLU backward, casts", 3 * a(i), 4 * a(i) + 2 * q(i)),
+        time.fused("sum, norm backward, cast", 4 * a(h), a(h) + q(h)),
         *rope_backward(step, time),
         time.moving("casts", "dv", a(key), q(key)),
-        fused("sum, norm backward", 3 * a(h), a(h)),
+        time.fused("sum, norm backward", 3 * a(h), a(h)),
     ]
 
 
@@ -236,37 +230,35 @@ def _casts_in_k(step: Step, time: Timer) -> list[Launch]:
     h, i, query, key = d.hidden, d.inner, d.query, d.key
     of_a, of_b = d.adapter(r)
 
-    def fused(name: str, reads: int, writes: int) -> Launch:
-        return time.moving("elementwise", name, reads, writes)
-
     return [
         time.moving("casts", "A", 4 * (of_a + of_b), of_a),
         time.moving("casts", "s B", 4 * of_b, of_b),
-        fused("norm, cast", a(h), q(h + 3 * r)),
-        fused("RoPE", a(query) + a(key), a(query) + a(key)),
+        time.fused("norm, cast", a(h), q(h + 3 * r)),
+        time.fused("RoPE", a(query) + a(key), a(query) + a(key)),
         time.moving("casts", "attention's output", a(query), q(query + r)),
-        fused("sum, norm, cast", 2 * a(h), q(h + 2 * r)),
-        fused("SwiGLU, cast", 2 * a(i), q(i + r)),
-        fused("sum", 3 * a(h), a(h)),
+        time.fused("sum, norm, cast", 2 * a(h), q(h + 2 * r)),
+        time.fused("SwiGLU, cast", 2 * a(i), q(i + r)),
+        time.fused("sum", 3 * a(h), a(h)),
         time.moving("casts", "dO", a(h), q(h + r)),
-        fused("SwiGLU backward, casts", 3 * a(i), 2 * a(i) + q(3 * i + 2 * r)),
-        fused("cast of up's gradient", q(i), 0),
-        fused("sum, norm backward, cast", 4 * a(h), a(h) + q(h + r)),
-        fused(
+        time.fused("SwiGLU backward, casts", 3 * a(i), 2 * a(i) + q(3 * i + 2 * r)),
+        time.fused("cast of up's gradient", q(i), 0),
+        time.fused("sum, norm backward, cast", 4 * a(h), a(h) + q(h + r)),
+        time.fused(
             "RoPE backward, casts",
             a(query) + 2 * a(key),
             a(query) + a(key) + q(query + 2 * key + 3 * r),
         ),
-        fused("cast of dk", a(key), 0),
+        time.fused("cast of dk", a(key), 0),
         time.moving("casts", "dv", a(key), 0),
-        fused("sum, norm backward", 3 * a(h), a(h)),
+        time.fused("sum, norm backward", 3 * a(h), a(h)),
     ]
 
 
 def _forward(step: Step, time: Timer, group: Group) -> list[Launch]:
     """x·Aᵀ of all siblings by a kernel of ours, then O: the faster of ours with the adapter in its
     epilogue, and the library's with a second pass for each site; or with the adapter in K, the
-    faster of ours, and the library's behind a pass that puts [W | b] together.
+    faster of ours, and the library's behind a pass that puts [W | b] together, or, where W is kept
+    with room for b, writes b there.
     """
     n, r, k, f = step.n, step.rank, group.features, time.figures
     ranks, out = r * len(group.outs), sum(group.outs)
@@ -276,10 +268,12 @@ def _forward(step: Step, time: Timer, group: Group) -> list[Launch]:
         own = f.own_gemm.value
         ours_in_k = time.product("[x t] [W b]'", n, k + r, group.outs, 1, own, own=True)
         in_k = [replace(ours_in_k, reads=ours_in_k.reads + n * (ranks - r))]  # every t
-        joined = [
-            time.moving("adapter", "[W b] (library)", k * out + r * out, (k + ranks) * out),
-            time.product("[x t] [W b]' (library)", n, k + ranks, [out], 1, f.fp8_gemm.value),
-        ]
+        anew, rate = 0 if step.transpose == "store" else k * out, f.fp8_gemm.value
+        joins = time.moving("adapter", "[W b] (library)", anew + r * out, anew + ranks * out)
+        joins = replace(joins, keeps=0 if anew else (k + ranks) * out)
+        joined = [joins, time.product("[x t] [W b]' (library)", n, k + ranks, [out], 1, rate)]
+        if len(group.outs) > 1:
+            joined.append(time.moving("adapter", "scales of W (library)", 4 * out, 4 * out))
         return [skinny, *_faster(in_k, joined)]
     if step.packed:
         pairs = [(k, out) for out in group.outs]
@@ -303,6 +297,7 @@ def _grad_x(step: Step, time: Timer, group: Group) -> list[Launch]:
         pairs = [(of_site, k) for of_site in group.outs]
         return [scaled, *_packed(step, time, "dO W + D A", pairs, [k], out, r * sites)]
     in_k = out + (r * sites if step.adapter_dtype == "fp8" else 0)
+    ones = time.moving("sums", "scales of 1 (library)", 0, 4 * k)  # it takes no product without
     if step.transpose == "transient":
         done.append(time.moving("transposes", "W", k * in_k, k * in_k))
     elif in_k > out:  # into columns beside Wᵀ
@@ -310,11 +305,12 @@ def _grad_x(step: Step, time: Timer, group: Group) -> list[Launch]:
     if step.adapter_dtype == "fp8":
         own, library = f.own_gemm.value, f.fp8_gemm.value
         by_us = [time.product("[g D] [W; A]", n, in_k, [k], 1, own, own=True)]
-        by_them = [time.product("[g D] [W; A] (library)", n, in_k, [k], 1, library)]
+        by_them = [time.product("[g D] [W; A] (library)", n, in_k, [k], 1, library), ones]
         return [*done, *_faster(by_us, by_them)]
     rate = (f.summed_gemm if sites > 1 else f.own_gemm).value
     ours = [time.product("dO W + D A", n, out + 2 * r * sites, [k], 1, rate, own=True)]
     theirs = [time.product("dO W (library)", n, o, [k], 1, f.fp8_gemm.value) for o in group.outs]
+    theirs += [ones] * sites
     if sites > 1:
         theirs.append(time.moving("sums", "of dL/dx", sites * step.a(k), step.a(k)))
     theirs += _addmm(step, time, k)
@@ -381,11 +377,13 @@ def _adapter_grads(step: Step, time: Timer, group: Group, train_a: bool) -> list
 
 
 def _splits(n: int, group: Group, train_a: bool, processors: int) -> int:
-    """How `falqon_fx.kernels.adapter_grads` cuts tokens: two programs for each processor."""
+    """How `falqon_fx.kernels.adapter_grads` cuts tokens: two programs for each processor, of 256
+    tokens and more.
+    """
     columns = sum(ceil(out / 128) for out in group.outs)
     columns = min(columns, ceil(group.features / 64)) if train_a else columns
     of_step = 32 if len(group.outs) > 2 else 64  # tokens, of a program
-    return max(1, min(ceil(n / of_step), 2 * processors // columns))
+    return max(1, min(ceil(n / of_step), 2 * processors // columns, n // 256))
 
 
 def kept(step: Step, run: str) -> int:

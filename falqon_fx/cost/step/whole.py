@@ -26,7 +26,8 @@ NOTES = {
     "layer that is a graph by itself; falqon's adapters are float32, PEFT's bf16",
     "adapter_dtype=fp8": "siblings with one scale a token, r more of K for each; O by the faster "
     "of ours, and the library's on [W b], which is put together each time; dL/dx by the library's",
-    "adapter_dtype=fp8, transpose=store": "A is transposed in each step, into columns beside W'",
+    "adapter_dtype=fp8, transpose=store": "A is transposed in each step, into columns beside W'; b "
+    "is written behind a copy of W where the library makes O",
     "adapter_dtype=bfloat16": "for each product the faster of ours with the adapter in its "
     "epilogue, and the library's with addmm after it, as the tuner chooses",
     "adapter's product in an epilogue": "assumed: bf16 takes twice as long as FP8 there, as the "
@@ -127,7 +128,10 @@ def _run(name: str, step: Step, time: Timer, cuda_graphs: bool) -> Run:
         host=host,
         launches=sum(one.kernels for one in layers[-1]),
         kept=sum(kind.decoder.layers * kept(name, kind) for kind in kinds),
-        weights=sum(kind.decoder.layers * _weights(name, kind) for kind in kinds),
+        weights=sum(
+            kind.decoder.layers * (_weights(name, kind) + sum(one.keeps for one in launches))
+            for kind, launches in zip(kinds, layers, strict=True)
+        ),
         library=sum(
             one.part == "products" and one.name.endswith("(library)") for one in layers[-1]
         ),
