@@ -83,7 +83,8 @@ def calls(kind: str, group: str, dtype: torch.dtype) -> list[Callable[[], Any]]:
 
     def forward() -> Any:
         given = (x, weight, scale, none, a, a_scale, b, none, none, lora_a, lora_b, none)
-        made = merged_linear.merged_linear(*given, sites, factors, True, none, dtype, str(spec))
+        rest = sites, factors, True, none, none, dtype, str(spec)
+        made = merged_linear.merged_linear(*given, *rest)
         for out, channels, own in zip(made, picked, columns, strict=False):
             out += outliers.outliers(x, channels, own, dtype, str(spec))
         return made

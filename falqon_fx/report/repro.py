@@ -251,6 +251,7 @@ class _Check:
             scaling,
             self.train_a,
             [],
+            [],
             given.grad.dtype,
             self.spec_text,
         )

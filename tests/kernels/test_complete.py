@@ -229,7 +229,7 @@ def lowered(group: Group, *, fp8: bool, holds: bool, train_a: bool) -> None:
         counts = [empty(1, dtype=torch.int32) for _ in group.outs]
         own: tuple[Any, ...] = a, a_scale, b, alpha, counts, group.owner
         of_x: tuple[Any, ...] = q, q_scale, [], [], weight, scales, bias
-        in_k.merged_product_in_k(*(*of_x, *own, group.dtype, text))
+        in_k.merged_product_in_k(*(*of_x, *own, [], group.dtype, text))
         of_g: tuple[Any, ...] = grads, scale(N, spec), weight
         for through, needs in ((True, True), (False, True), (True, False)):
             end: tuple[Any, ...] = through, needs, [], group.dtype, wide, text
