@@ -16,7 +16,7 @@ import gpu_models
 import torch
 from gpu_exact import Exact, constant, product
 from gpu_measure import Clock
-from gpu_models import CONTENDERS, IN_K, SHAPES, Trainer
+from gpu_models import BEHIND, CONTENDERS, IN_K, SHAPES, Trainer
 from torch import Tensor
 
 from falqon_fx import FalqonConfig, MergedAdapter
@@ -349,8 +349,8 @@ def smoke(device: str) -> list[Checked]:
     return [
         check_transpose(device),
         check_adapter_casts(device),
-        check_training(device, "falqon"),
         check_training(device, IN_K),
+        check_training(device, BEHIND),
     ]
 
 

@@ -83,10 +83,13 @@ class Contender:
     options: tuple[tuple[str, Any], ...] = ()
 
 
-IN_K, NVFP4 = "falqon, adapter in K", "falqon, nvfp4"
+IN_K, BEHIND, NVFP4 = "falqon, adapter in K", "falqon, adapter behind", "falqon, nvfp4"
 CONTENDERS = {
     "falqon": Contender("falqon", "falqon", bf16_adapter=False),
-    IN_K: Contender("falqon", "falqon", False, True, (("adapter_dtype", "fp8"),)),
+    IN_K: Contender(
+        "falqon", "falqon", False, True, (("adapter_dtype", "fp8"),)
+    ),  # a GPU's default
+    BEHIND: Contender("falqon", "falqon", False, True, (("adapter_dtype", "bfloat16"),)),
     NVFP4: Contender("falqon", "falqon", False, True, (("base_dtype", "nvfp4"),)),
     "falqon, A frozen": Contender("falqon", "falqon", bf16_adapter=False, train_a=False),
     "falqon, bf16 adapter": Contender("falqon", "falqon"),

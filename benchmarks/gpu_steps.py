@@ -20,7 +20,7 @@ from gpu_measure import (
     peak_gib,
     repeat,
 )
-from gpu_models import CONTENDERS, IN_K, NVFP4, SHAPES, Phases, Shape, Trainer, Unavailable
+from gpu_models import BEHIND, CONTENDERS, IN_K, NVFP4, SHAPES, Phases, Shape, Trainer, Unavailable
 
 LAUNCH_BOUND = 1024  # tokens up to which a step is replayed as a CUDA graph too
 
@@ -102,10 +102,10 @@ def cases(tiny: bool) -> list[Case]:
     ) -> None:
         listed.extend(Case(shape, batch, length, rank, name, ckpt) for name in names)
 
-    add("llama-7b", 1, 4096, 16, "falqon", IN_K, NVFP4, *faster, "nf4 + inductor", "nf4")
-    add("llama-7b", 16, 512, 16, "falqon", IN_K, "peft + inductor")
+    add("llama-7b", 1, 4096, 16, "falqon", BEHIND, NVFP4, *faster, "nf4 + inductor", "nf4")
+    add("llama-7b", 16, 512, 16, "falqon", BEHIND, "peft + inductor")
     graphs = ("falqon, reduce-overhead", "peft + inductor, reduce-overhead")
-    add("llama-7b", 1, 512, 16, "falqon", IN_K, "peft + inductor", *graphs)
+    add("llama-7b", 1, 512, 16, "falqon", BEHIND, "peft + inductor", *graphs)
     add("llama-3-8b", 1, 4096, 16, "falqon", "peft + inductor", ckpt=True)
     add("llama-7b", 8, 1024, 16, "falqon", NVFP4, *faster, "nf4 + inductor", "nf4")
     add("llama-7b", 1, 4096, 64, "falqon", "peft + inductor")

@@ -11,6 +11,7 @@ from torch import nn
 from training import PUBLIC_CODE, Variant
 
 import falqon_fx
+from falqon_fx.site.spec import SiteSpec
 
 # A short list each, around what measured best before.
 RATES = {
@@ -87,7 +88,9 @@ def options_text(variant: Variant) -> str:
     config = falqon_fx.FalqonConfig.from_options(variant.options)
     # Results that were kept before there was INT8 name no base_dtype.
     names = (*NUMERIC_OPTIONS, *["base_dtype"] * (config.base_dtype != "fp8"))
-    text = " ".join(f"{name}={getattr(config, name)}" for name in names)
+    values = {name: getattr(config, name) for name in names}
+    values["adapter_dtype"] = SiteSpec.from_config(config).adapter  # "auto" on a CPU
+    text = " ".join(f"{name}={value}" for name, value in values.items())
     return text + " calibrated" * variant.calibrated
 
 

@@ -13,7 +13,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from falqon_fx.errors import FalqonConfigError
 
 Update = Literal["adapter", "rows"]
-AdapterDtype = Literal["bfloat16", "fp8"]
+AdapterForm = Literal["bfloat16", "fp8"]
+AdapterDtype = Literal["auto", "bfloat16", "fp8"]
 BaseDtype = Literal["fp8", "int8", "nvfp4"]
 Frozen = Literal["fp8", "leave"]
 Init = Literal["svd", "keep"]
@@ -68,7 +69,9 @@ class FalqonConfig:
             "fp8" makes O_A and s·B further columns of it (`falqon_fx.ops.fp8_adapter`): O and dL/dx
             are one plain FP8 product each, on a GPU of siblings together; on a CPU it is no faster.
             It clamps where an adapter is about a third of its base weight; ``.saturated`` of
-            `adapters` counts, and the next compilation gives such a site "bfloat16".
+            `adapters` counts, and the next compilation gives such a site "bfloat16". "auto" is
+            "fp8" on NVIDIA's GPUs from sm_89 on, for ranks up to 128 and results in bfloat16, and
+            "bfloat16" elsewhere and where several processes train one model.
         frozen: frozen linear layers without an adapter run in "fp8" too, or "leave" them as they
             are. Output heads, tied weights, routers and small layers are always left.
         init: "keep" leaves lora_A as it is. "svd" overwrites it with the top right singular vectors
@@ -123,7 +126,7 @@ class FalqonConfig:
 
     update: Update = "adapter"
     base_dtype: BaseDtype = "fp8"
-    adapter_dtype: AdapterDtype = "bfloat16"
+    adapter_dtype: AdapterDtype = "auto"
     frozen: Frozen = "fp8"
     init: Init = "keep"
     granularity: Granularity = "row"
@@ -212,11 +215,11 @@ class FalqonConfig:
 
     def _check_base_dtype(self) -> None:
         """Refuse what is built for FP8 alone."""
-        alone = {"update": "adapter", "adapter_dtype": "bfloat16"}
+        alone = {"update": ("adapter",), "adapter_dtype": ("auto", "bfloat16")}
         if self.base_dtype == "int8":
-            alone["grad_dtype"] = "e5m2"
-        for name, value in alone.items():
-            if getattr(self, name) != value:
+            alone["grad_dtype"] = ("e5m2",)
+        for name, values in alone.items():
+            if getattr(self, name) not in values:
                 given, form = getattr(self, name), self.base_dtype
                 raise FalqonConfigError(
                     name,

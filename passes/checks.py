@@ -7,8 +7,9 @@ import torch
 from falqon_fx._compat import hint, is_fsdp, value_of
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
-from falqon_fx.kernels.hardware import fp8_architecture, int8_architecture, multiplies_fp8
-from falqon_fx.kernels.spec import MAX_INT8, MAX_RANK, MAX_TAIL, aligned
+from falqon_fx.kernels.hardware import int8_architecture
+from falqon_fx.kernels.spec import MAX_INT8
+from falqon_fx.passes.adapter_dtype import why_not
 from falqon_fx.passes.match.dataflow import Match
 from falqon_fx.passes.modes import may_autocast
 from falqon_fx.passes.terms import (
@@ -60,8 +61,8 @@ def check(found: Match, path: str, config: FalqonConfig) -> None:
             )
     if config.base_dtype == "int8":
         _check_int8(found, path)
-    if config.adapter_dtype == "fp8" and x.device.type not in ("cpu", "meta"):
-        _check_in_k(found, path, config)
+    if config.adapter_dtype == "fp8" and (why := why_not(found)):
+        raise FalqonError(path, f'adapter_dtype="fp8" {why}', 'Set adapter_dtype="bfloat16"')
     _check_dtypes(found, path)
     _check_gathered(found, path, config)
     base: object = found.base
@@ -120,24 +121,6 @@ def _check_int8(found: Match, path: str) -> None:
         why = f"adds up {MAX_INT8} products at most, and this has {features}"
     if why:
         raise FalqonError(path, f'base_dtype="int8" {why}', 'Set base_dtype="fp8"')
-
-
-def _check_in_k(found: Match, path: str, config: FalqonConfig) -> None:
-    """A GPU can add the adapters of a site as columns in FP8."""
-    device, why = value_of(found.x).device, ""
-    ranks = [a.lora_a.value.shape[0] for a in found.adapters]
-    if device.type != "cuda":
-        why = f"computes on CPUs and on NVIDIA's GPUs alone, and this is on {device}"
-    elif torch.version.hip is not None or (
-        torch.cuda.is_available() and not fp8_architecture(device)
-    ):
-        why = f"wants FP8 tensor cores as of sm_89, which {device} has not"
-    elif torch.cuda.is_available() and not multiplies_fp8(fp8_architecture(device)):
-        why = f"wants a Triton that knows the FP8 tensor cores of {device}"
-    elif max(ranks, default=0) > MAX_TAIL or sum(map(aligned, ranks)) > MAX_RANK:
-        why = f"takes ranks up to {MAX_TAIL}, and up to {MAX_RANK} in all of a layer"
-    if why:
-        raise FalqonError(path, f'adapter_dtype="fp8" {why}', 'Set adapter_dtype="bfloat16"')
 
 
 def _check_gathered(found: Match, path: str, config: FalqonConfig) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
+from falqon_fx.passes.adapter_dtype import why_not_by_default
 from falqon_fx.passes.autotune import autotune
 from falqon_fx.passes.copy_graph import copy_graph
 from falqon_fx.passes.gather_tokens import gather_tokens
@@ -52,11 +53,14 @@ def _plan(work: Work) -> None:
     work.plan = plan(*given, clamped)
     for site in work.plan.sites:
         if site.spec != work.plan.spec:
-            work.notes.append(Note(site.report.path, _CLAMPED))
+            asked = work.config.adapter_dtype == "fp8"
+            why = _CLAMPED if asked else why_not_by_default(site.match) or _CLAMPED
+            work.notes.append(Note(site.report.path, _IN_BFLOAT16.format(why)))
 
 
+_IN_BFLOAT16 = 'its adapter is in bfloat16: adapter_dtype="fp8" {}'
 _CLAMPED = (
-    'its adapter is in bfloat16: adapter_dtype="fp8" has clamped some of it in earlier calls '
+    "has clamped some of it in earlier calls "
     "(falqon_fx.adapters(model)[path].saturated says how much)"
 )
 

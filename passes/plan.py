@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -21,6 +21,7 @@ from falqon_fx._compat import (
 from falqon_fx.config import FalqonConfig
 from falqon_fx.cost.model import losing
 from falqon_fx.ops.lowering import gemm_dtype
+from falqon_fx.passes.adapter_dtype import spec_of_graph, why_not_by_default
 from falqon_fx.passes.checks import check, params_of, weights_of, why_not_experts
 from falqon_fx.passes.describe import describe, source_of
 from falqon_fx.passes.match.dataflow import LEAVE, AdapterMatch, Match, RejectedMatch
@@ -54,7 +55,7 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class SitePlan:
     """A match that will be rewritten. With update="rows" its base is a `RowsSlot`, which has its
-    adapter in it. ``spec`` is that of the plan but for adapters that FP8 would clamp.
+    adapter in it. ``spec`` is that of the plan but for adapters that don't fit into FP8.
     """
 
     match: Match
@@ -116,7 +117,7 @@ def plan(
     Raises:
         FalqonError: a site that can't be trained rightly as asked (device, topk, sharding).
     """
-    chooser = _Chooser(root, config, names or {}, clamped)
+    chooser = _Chooser(root, matches, config, names or {}, clamped)
     for found in matches:
         chooser.take(found)
     for found in (*match_frozen(root, matches), *match_frozen_experts(root, matches)):
@@ -156,12 +157,13 @@ class _Chooser:
     def __init__(
         self,
         root: Scope,
+        matches: Sequence[Match],
         config: FalqonConfig,
         names: Mapping[str, str],
         clamped: Callable[[Scope, Param], int],
     ) -> None:
         self.root, self.config, self.names, self.clamped = root, config, names, clamped
-        self.spec = SiteSpec.from_config(config)
+        self.spec = spec_of_graph(matches, config)
         self.sites: list[SitePlan] = []
         self.rejected: list[Rejected] = []
         self.left: list[Rejected] = []
@@ -236,7 +238,8 @@ class _Chooser:
     def _spec_of(self, found: Match) -> SiteSpec:
         """The spec of a site with adapters: in bfloat16 where FP8 has clamped some of one."""
         of_b = (self.clamped(found.scope, adapter.lora_b) for adapter in found.adapters)
-        fits = self.spec.adapter == "bfloat16" or not any(of_b)
+        asked = self.config.adapter_dtype == "fp8" or not why_not_by_default(found)
+        fits = self.spec.adapter == "bfloat16" or (asked and not any(of_b))
         return self.spec if fits else replace(self.spec, adapter="bfloat16")
 
     def _selects(self, path: str) -> bool:

@@ -27,7 +27,7 @@ def rewrite(plan: Plan, operands: Operands) -> None:
     replaced: dict[fx.Node, fx.Node] = {}  # a site may read the result of another
     for group in plan.groups:
         if isinstance(group[0].match.base, Experts):
-            _replace_experts(plan, group[0], operands, replaced)
+            _replace_experts(group[0], operands, replaced)
         else:
             _replace(plan, group, operands, replaced)
     for node in plan.wide:
@@ -151,9 +151,7 @@ def experts_arguments(site: SitePlan, operands: Operands) -> tuple[list[list[fx.
     return [*lists, given.lora_a, given.lora_b], given
 
 
-def _replace_experts(
-    plan: Plan, site: SitePlan, operands: Operands, replaced: dict[fx.Node, fx.Node]
-) -> None:
+def _replace_experts(site: SitePlan, operands: Operands, replaced: dict[fx.Node, fx.Node]) -> None:
     found, base = site.match, site.match.base
     assert isinstance(base, Experts)
     scope, graph, anchor = found.scope, found.scope.gm.graph, found.anchor
@@ -175,7 +173,7 @@ def _replace_experts(
                 given.scaling,
                 given.keep_x,
                 value_of(anchor).dtype,
-                str(plan.spec),
+                str(site.spec),
             ),
         )
         output = graph.call_function(operator.getitem, (fused, 0))

@@ -70,7 +70,7 @@ def verify(plan: Plan, operands: Operands, before: Wiring) -> Wiring:
     results = _results(plan, anchors, before, after)
     for group in reversed(plan.groups):  # what reads a site's result comes before that site
         if isinstance(group[0].match.base, Experts):
-            check_experts(plan, group, operands, anchors, results)
+            check_experts(group, operands, anchors, results)
         else:
             _check_group(plan, group, operands, anchors, results)
     _check_inputs(plan, operands, before)

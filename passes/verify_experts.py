@@ -10,14 +10,13 @@ from falqon_fx._compat import value_of
 from falqon_fx.errors import PassError
 from falqon_fx.ops import experts
 from falqon_fx.passes.insert_operands import Operands
-from falqon_fx.passes.plan import Plan, SitePlan
+from falqon_fx.passes.plan import SitePlan
 from falqon_fx.passes.rewrite import experts_arguments
 from falqon_fx.passes.terms import Experts
 from falqon_fx.passes.verify_nodes import check_column, origin
 
 
 def check_experts(
-    plan: Plan,
     group: tuple[SitePlan, ...],
     operands: Operands,
     anchors: set[fx.Node],
@@ -44,6 +43,6 @@ def check_experts(
     for column, wanted in zip(columns, lists, strict=True):
         check_column(path, found.scope, cast(list[fx.Node], column), wanted)
     dtype = value_of(found.anchor).dtype
-    said = (given.scaling, given.keep_x, dtype, str(plan.spec))
+    said = (given.scaling, given.keep_x, dtype, str(site.spec))
     if fused.args[12:] != said:
         raise PassError(path, f"{fused.name} computes with {fused.args[12:]}, not {said}")

@@ -33,7 +33,7 @@ def runs(rank: int, kernel: str) -> dict[str, Run]:
     with float32, as PEFT makes adapters, added in bfloat16 and as columns of FP8; on NVFP4; and
     prepared, without a calibration and with compensate=16, outliers=16.
     """
-    options = {"kernel": kernel}
+    options = {"kernel": kernel, "adapter_dtype": "bfloat16"}
     in_k = {**options, "adapter_dtype": "fp8"}
     return {
         "falqon": Run("falqon", Adapter(rank), options),

@@ -18,7 +18,7 @@ import torch
 from falqon_fx._compat import native_bf16
 from falqon_fx.config import (
     Accumulation,
-    AdapterDtype,
+    AdapterForm,
     BaseDtype,
     FalqonConfig,
     GradDtype,
@@ -72,7 +72,7 @@ class SiteSpec:
     granularity: Granularity
     scale: Scale
     grad: GradDtype
-    adapter: AdapterDtype = "bfloat16"
+    adapter: AdapterForm = "bfloat16"
     kernel: Choosing = "auto"
     accumulation: Accumulation = "fast"
     transpose: Transpose = "auto"
@@ -87,7 +87,7 @@ class SiteSpec:
             config.granularity,
             config.scale,
             config.grad_dtype,
-            config.adapter_dtype,
+            "fp8" if config.adapter_dtype == "fp8" else "bfloat16",
             kernel,
             config.accumulation,
             config.transpose,
