@@ -58,6 +58,9 @@ class Launches(TorchDispatchMode):
             columns = named["y_ptr"].shape[1]
             named["tail_ptr"] = named["tail_ptr"].narrow(1, 0, columns)
             reads_of = reads_of - {"tail_ptr"}
+        for j, k in enumerate(named.get(f"k{j}") for j in range(len(named))):
+            if k is not None:  # of x columns alone are read
+                named[f"x{j}_ptr"] = named[f"x{j}_ptr"].narrow(1, 0, k)
         for name in writes_of & named.keys():  # of what is there before, maybe some columns
             whole = named[name]
             if isinstance(whole, Tensor) and storage_of(whole) in self._static:

@@ -82,7 +82,7 @@ def merged_product_in_k(
     def adapters_of(wide: Tensor) -> list[Tail]:
         return [
             Tail(
-                own_q[j] if own_q else wide.narrow(1, 0, k),
+                own_q[j] if own_q else wide,  # a view of its columns takes the host as long
                 a[j],
                 alpha[j],
                 own_scale[j] if own_q else q_scale,
@@ -196,7 +196,7 @@ def grad_product_in_k(
     def adapters_of(wide: Tensor) -> list[Tail]:
         return [
             Tail(
-                wide.narrow(1, starts[owner[j]], aligned(outs[owner[j]])),
+                wide.narrow(1, start, wide.shape[1] - start) if start else wide,
                 _of_all_rows(b[j]),
                 alpha[j],
                 None,
@@ -204,7 +204,7 @@ def grad_product_in_k(
                 starts[-1] + sum(map(aligned, ranks[:j])),
                 count[owner[j]],
             )
-            for j in range(len(b))
+            for j, start in enumerate(starts[i] for i in owner)
         ]
 
     given = adapters_of, wide, s_g, stores, d_dtype, options.kernel

@@ -43,34 +43,32 @@ def adapter_fp8(
     kernels, numbers = load(spec, interpreted), range(spec.adapters)
     ranks, outs = [len(a) for a in lora_a], [len(b) for b in lora_b]
     blocks = [cdiv(out, spec.chunks * spec.rows) for out in outs]
+    found = torch.empty((sum(blocks) + len(blocks), spec.rank), dtype=torch.int32, device=device)
     of_b = [(b.contiguous(), s.contiguous()) for b, s in zip(lora_b, base_scale, strict=True)]
     arguments: list[Any] = []
     for j, a in enumerate(lora_a):
-        arguments += [
-            a.contiguous(),
-            codes(*a.shape),
-            floats(ranks[j], 1),
-            floats(ranks[j]),
-            *a.shape,
-        ]
-        largest = torch.empty((blocks[j], spec.rank), dtype=torch.int32, device=device)
-        arguments += [*of_b[j], largest, outs[j], scaling[j]]
-    names = ("code", "scale", "typical", "largest")
-    written = [f"{name}{j}_ptr" for j in numbers for name in names]
-    programs = sum(ranks) + sum(blocks)
-    made = launch(kernels.cast_a, (programs,), arguments, written, num_warps=spec.num_warps)
-    columns = [made[len(names) * j : len(names) * (j + 1)] for j in numbers]
+        arguments += [a.contiguous(), codes(*a.shape), floats(ranks[j], 1), *a.shape]
+        arguments += [*of_b[j], outs[j], scaling[j]]
+    written = [f"{name}{j}_ptr" for j in numbers for name in ("code", "scale")]
+    *of_a, found = launch(
+        kernels.cast_a,
+        (sum(ranks) + sum(blocks),),
+        [*arguments, found],
+        [*written, "found_ptr"],
+        num_warps=spec.num_warps,
+    )
     arguments = []
-    for j, (_, _, typical, largest) in enumerate(columns):
-        arguments += [typical, largest, ranks[j], *of_b[j]]
-        arguments += [codes(outs[j], aligned(ranks[j])), floats(ranks[j])]
+    for j in numbers:
+        arguments += [ranks[j], *of_b[j], codes(outs[j], aligned(ranks[j])), floats(ranks[j])]
         arguments += [outs[j], scaling[j]]
     written = [f"{name}{j}_ptr" for j in numbers for name in ("b", "alpha")]
     programs = sum(cdiv(out, spec.rows) for out in outs)
-    second = launch(kernels.cast_b, (programs,), arguments, written, num_warps=spec.num_warps)
+    second = launch(
+        kernels.cast_b, (programs,), [*arguments, found], written, num_warps=spec.num_warps
+    )
     casts: list[Tensor] = []
-    for j, (code, scale, _, _) in enumerate(columns):
-        b, alpha = second[2 * j : 2 * j + 2]
+    for j in numbers:
+        (code, scale), (b, alpha) = (made[2 * j : 2 * j + 2] for made in (of_a, second))
         casts += [code.view(E4M3), scale, b.view(E4M3).narrow(1, 0, ranks[j]), alpha]
     return casts
 
@@ -83,14 +81,14 @@ def signatures(spec: AdapterFp8Spec) -> dict[str, dict[str, str]]:
     of_b: dict[str, str] = {}
     for j in range(spec.adapters):
         of_a |= {f"a{j}_ptr": given, f"code{j}_ptr": code, f"scale{j}_ptr": "*fp32:16"}
-        of_a |= {f"typical{j}_ptr": "*fp32:16", f"rank{j}": "i32:16", f"width{j}": "i32:16"}
-        of_a |= {f"lora_b{j}_ptr": given, f"s{j}_ptr": "*fp32:16", f"largest{j}_ptr": "*i32:16"}
+        of_a |= {f"rank{j}": "i32:16", f"width{j}": "i32:16"}
+        of_a |= {f"lora_b{j}_ptr": given, f"s{j}_ptr": "*fp32:16"}
         of_a |= {f"out{j}": "i32:16", f"scaling{j}": "fp32"}
-        of_b |= {f"typical{j}_ptr": "*fp32:16", f"largest{j}_ptr": "*i32:16"}
         of_b |= {f"rank{j}": "i32:16", f"lora_b{j}_ptr": given, f"s{j}_ptr": "*fp32:16"}
         of_b |= {f"b{j}_ptr": code, f"alpha{j}_ptr": "*fp32:16"}
         of_b |= {f"out{j}": "i32:16", f"scaling{j}": "fp32"}
-    return {"cast_a": of_a, "cast_b": of_b}
+    found = {"found_ptr": "*i32:16"}
+    return {"cast_a": of_a | found, "cast_b": of_b | found}
 
 
 def _check(

@@ -198,7 +198,7 @@ def _plain(
     operand = torch.bfloat16 if a_dtype == torch.bfloat16 else torch.float32
     parts: list[Tensor] = []
     for a in adapters:
-        x, w = a.x.to(operand), a.w.to(operand)
+        x, w = a.x.narrow(1, 0, a.k(direction)).to(operand), a.w.to(operand)
         a_scale = None if a.a_scale is None else a.a_scale.reshape(1, -1)
         if direction == "forward":
             assert a.x_scale is not None

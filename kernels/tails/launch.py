@@ -22,9 +22,9 @@ _FP8_TYPE = {"e4m3": "*fp8e4nv:16", "e5m2": "*fp8e5:16"}
 
 @dataclass(frozen=True)
 class Tail:
-    """One adapter: ``x`` [n, k] is FP8, q(x_j) or g_j, with rows of any stride, and ``x_scale``
-    that of q(x_j); ``w`` is Â [r, k] with ``a_scale``, or b [k, r]. Its columns of t or D' begin at
-    ``place``; what is clamped is added to ``count``, int32 [1].
+    """One adapter: the first k columns of ``x``, with rows of any stride, are q(x_j) or g_j in FP8,
+    and ``x_scale`` is that of q(x_j). ``w`` is Â [r, k] with ``a_scale``, or b [k, r]. Columns of t
+    or D' begin at ``place``; what is clamped is added to ``count``, int32 [1].
     """
 
     x: Tensor
@@ -37,6 +37,9 @@ class Tail:
 
     def rank(self, spec: TailsSpec) -> int:
         return self.w.shape[0 if spec.direction == "forward" else 1]
+
+    def k(self, direction: str) -> int:
+        return self.w.shape[1 if direction == "forward" else 0]
 
 
 def tails(
@@ -59,7 +62,8 @@ def tails(
 
     arguments: list[Any] = []
     for j, (a, rank) in enumerate(zip(adapters, ranks, strict=True)):
-        arguments += [bytes_of(a.x), a.x.stride(0), a.x.shape[1], bytes_of(a.w), a.w.stride(0)]
+        arguments += [bytes_of(a.x), a.x.stride(0), a.k(spec.direction)]
+        arguments += [bytes_of(a.w), a.w.stride(0)]
         arguments += [a.x_scale] if spec.direction == "forward" else []
         arguments += [a.a_scale] if spec.direction == "forward" or spec.stores else []
         arguments += [a.alpha, rank, sum(ranks[:j])]
@@ -102,8 +106,9 @@ def _check(adapters: Sequence[Tail], unit: Tensor, beside: Tensor | None, spec: 
     if unit.numel() != scales or runs_interpreted(unit) != (spec.operands == "float32"):
         raise ValueError(f"tails: a unit {tuple(unit.shape)} on {unit.device}, {spec} takes others")
     for a in adapters:
-        k, rank = a.w.shape[1 if forward else 0], a.rank(spec)
-        if a.x.dtype != FP8_DTYPES[spec.x] or a.x.shape != (rows, k) or a.x.stride(1) != 1:
+        k, rank = a.k(spec.direction), a.rank(spec)
+        fits = len(a.x) == rows and a.x.shape[1] >= k and a.x.stride(1) == 1
+        if a.x.dtype != FP8_DTYPES[spec.x] or not fits:
             raise ValueError(f"tails: x is {a.x.dtype} {tuple(a.x.shape)}, K is {k}")
         if (
             a.w.dtype != FP8_DTYPES["e4m3"]
