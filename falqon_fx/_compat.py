@@ -28,6 +28,8 @@ from torch.utils._pytree import tree_map as tree_map
 from falqon_fx.errors import FalqonError
 
 LazyGraphModule = _LazyGraphModule
+# torch 2.11's makes each parameter as one that may have a gradient, which integers can't have.
+FSDP2_TAKES_INTEGERS = torch.__version__ >= "2.12"
 # How Dynamo writes `torch.no_grad()`, `torch.inference_mode()` and `torch.autocast()` in a graph.
 SET_GRAD = torch._C._set_grad_enabled
 _autocast, _grad_mode = torch.amp.autocast_mode, torch.autograd.grad_mode
@@ -348,12 +350,8 @@ def trace_artifact(name: str, payload: Callable[[], str]) -> None:
     """Hand a text to torch's structured trace; ``payload`` runs only where one is being written."""
     from torch._logging._internal import trace_structured
 
-    trace_structured(
-        "artifact",
-        metadata_fn=lambda: {"name": name, "encoding": "string"},
-        payload_fn=payload,
-        expect_trace_id=False,
-    )
+    about = {"name": name, "encoding": "string"}
+    trace_structured("artifact", lambda: about, payload_fn=payload, expect_trace_id=False)
 
 
 def value_of(node: fx.Node) -> Any:

@@ -138,7 +138,8 @@ def _check_gathered(found: Match, path: str, config: FalqonConfig) -> None:
         raise FalqonError(
             path,
             "FSDP shards its base weight, which is not in FP8 yet: each call would gather it whole",
-            "Call falqon_fx.prepare(model) before fully_shard, with the config of the backend",
+            "Call falqon_fx.prepare(model) before fully_shard, with the config of the backend: "
+            "torch 2.12 or newer can shard it then",
         )
     if config.transpose == "store":
         raise FalqonError(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -48,6 +49,11 @@ def takes_row_scales() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+needs_row_scales = pytest.mark.skipif(
+    not takes_row_scales(), reason="torch's _scaled_mm takes no row scales on CPU"
+)
 
 
 def make_site(

@@ -29,7 +29,7 @@ from tests.cuda import BF16, GROUPS, INTERPRETED, ROW, TENSOR, as_on_a_gpu, grou
 from tests.lowered import run
 from tests.models import fill_b, tiny_mlp
 from tests.parameters import each_pair, each_value
-from tests.sites import dyadic, takes_row_scales
+from tests.sites import dyadic, needs_row_scales
 from tests.strategies import Case, cases
 from tests.test_fp8_adapter import expected, in_fp8
 from tests.tolerances import Approx
@@ -136,7 +136,7 @@ def test_every_kind_of_group_is_computed_as_on_a_cpu(name, spec, kernel):
     assert torch.equal(actual["out_a"], wanted["out_a"])
 
 
-@pytest.mark.skipif(not takes_row_scales(), reason="torch's _scaled_mm takes no row scales on CPU")
+@needs_row_scales
 @pytest.mark.parametrize("name", ["siblings, some frozen", "several adapters", "dropout"])
 def test_by_the_library(name):
     """One product for all siblings, which rounds in another place than a CPU."""

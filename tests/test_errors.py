@@ -192,7 +192,7 @@ def _move(part: str, to: object) -> Callable[[nn.Module], None]:
 
 
 # Dynamo runs a model on fake tensors before any backend sees it. They have no rule for dtypes.
-TORCHS_OWN = "cannot be multiplied|same reduction dim|broadcast|same device"
+TORCHS_OWN = "cannot be multiplied|same reduction dim|broadcast|same device|different devices"
 APART = {
     "another rank of A": (_swap("lora_A", 8, 32), TORCHS_OWN),
     "another width of A": (_swap("lora_A", 4, 31), TORCHS_OWN),

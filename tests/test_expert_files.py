@@ -24,6 +24,7 @@ from falqon_fx.site.base import Base
 from tests import zoo
 from tests.emulation import E4M3, cast
 from tests.models import fill_b
+from tests.versions import needs_fsdp2_of_integers
 
 pytest.importorskip("compressed_tensors")
 
@@ -108,7 +109,12 @@ def mesh():
 
 @pytest.mark.parametrize(
     "at_hand",
-    ["prepared", "base", pytest.param("compiled", marks=pytest.mark.slow), "sharded"],
+    [
+        "prepared",
+        "base",
+        pytest.param("compiled", marks=pytest.mark.slow),
+        pytest.param("sharded", marks=needs_fsdp2_of_integers),
+    ],
 )
 def test_an_export_has_each_expert_as_engines_read_it(source, tmp_path, mesh, at_hand):
     model = adapted(source)

@@ -24,6 +24,7 @@ from falqon_fx.report.mesh import Mesh
 from tests.distributed.traffic import Counted
 from tests.models import Stack, tiny_llama
 from tests.test_prepared_experts import build as experts
+from tests.versions import needs_fsdp2_of_integers
 
 CONFIG = FalqonConfig(card="H100")
 IDS = torch.zeros(2, 5, dtype=torch.int64)
@@ -66,6 +67,7 @@ def processes(count: int) -> Iterator[None]:
     ],
 )
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
+@needs_fsdp2_of_integers
 def test_it_is_what_fsdp2_holds_and_gathers(plan, dtype, granularity, prepared):
     config = FalqonConfig(card="H100", granularity=granularity)
     model = stack()

@@ -19,8 +19,11 @@ from transformers import Trainer, TrainingArguments
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
+from falqon_fx.integrations import transformers as integration
 from falqon_fx.integrations.transformers import FalqonCallback, FalqonTrainer, WatchCallback
+from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.model.watching import summary
+from falqon_fx.site import sharded
 from tests.parameters import slow
 from tests.trainers import (
     CONFIG,
@@ -262,6 +265,16 @@ def test_compiling_twice_is_refused(tmp_path):
     with pytest.raises(FalqonError, match="around what FalqonCallback compiles") as no:
         trainer(tmp_path, FalqonCallback(CONFIG), args={"torch_compile": True})
     assert "Leave torch_compile" in str(no.value)
+
+
+def test_an_fsdp2_that_shards_no_integers_is_refused_at_once(tmp_path, monkeypatch):
+    """Before the weights of the model are cast and freed."""
+    monkeypatch.setattr(integration, "_fsdp", lambda: True)
+    monkeypatch.setattr(sharded, "FSDP2_TAKES_INTEGERS", False)
+    model = tiny_lm()
+    with pytest.raises(FalqonError, match=r"shards no integers.*Use torch 2\.12 or newer"):
+        trainer(tmp_path, FalqonCallback(CONFIG), model=model)
+    assert not any(isinstance(module, Fp8Linear) for module in model.modules())
 
 
 def test_what_torch_compile_returned_is_refused_at_once(tmp_path):

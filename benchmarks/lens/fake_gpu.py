@@ -126,6 +126,7 @@ def h100() -> Iterator[None]:
         mock.patch.object(torch._C, "_cuda_getCurrentRawStream", _zero, create=True),
     ]
     for name, value in (
+        ("is_available", lambda: False),  # in a build for GPUs it would ask `device_count`
         ("get_device_properties", _h100),
         ("get_device_capability", lambda device=None: (H100.major, H100.minor)),
         ("get_device_name", lambda device=None: H100.name),

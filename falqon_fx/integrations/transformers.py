@@ -34,6 +34,7 @@ from falqon_fx.model.blocks import compile_blocks
 from falqon_fx.model.lora_layers import unwrap
 from falqon_fx.model.prepare import prepare
 from falqon_fx.model.watching import Watch, summary
+from falqon_fx.site.sharded import refuse_old_fsdp2
 
 
 class FalqonCallback(TrainerCheckpoints):
@@ -144,6 +145,7 @@ class FalqonCallback(TrainerCheckpoints):
             return
         _trace_param_wrappers(model)
         if _fsdp():
+            refuse_old_fsdp2("the trainer's model")
             prepare(model, self.config)
         options = {"config": self.config}
         if self.regional and args.world_size == 1:

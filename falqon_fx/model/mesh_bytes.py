@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from falqon_fx._compat import FSDP2_TAKES_INTEGERS
 from falqon_fx.config import FalqonConfig
 from falqon_fx.cost.cards import Card
 from falqon_fx.cost.links import NETWORK, link_of, share
@@ -22,6 +23,7 @@ from falqon_fx.model.mesh import MeshPlan, way
 from falqon_fx.model.pieces import Kind, Piece, pieces
 from falqon_fx.report.data import GraphReport, Site
 from falqon_fx.report.mesh import LayerShards, Mesh, Traffic, Unit
+from falqon_fx.site.sharded import OLD_FSDP2
 
 # What tensor parallelism cuts of a layer, and by which dimension. Of one scale for all of W, and of
 # the digest, each process has its own.
@@ -265,6 +267,8 @@ def _timed(traffic: Traffic, plan: MeshPlan, card: Card | None) -> Traffic:
 def _notes(plan: MeshPlan, units: Sequence[Unit], card: Card | None) -> Iterator[str]:
     if plan.fsdp > 1:
         yield "FSDP2 shards all parameters, no buffers; falqon_fx.prepare comes before fully_shard"
+        if not FSDP2_TAKES_INTEGERS:
+            yield f"{OLD_FSDP2}: torch 2.12 or newer is needed"
         if not any(unit.path for unit in units):
             yield "the model has no repeated blocks: all of it is gathered at once (units=)"
     if plan.tp > 1:

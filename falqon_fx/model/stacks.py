@@ -177,7 +177,8 @@ def put_stack(stack: StackedWeight, base: Base, config: FalqonConfig) -> None:
 
 def is_experts(module: nn.Module) -> bool:
     """Whether a module is one of experts that transformers' interface runs."""
-    return {"is_transposed", "has_gate", "_is_expert_parallel"} <= vars(module).keys()
+    names = ("is_transposed", "has_gate", "_is_expert_parallel")
+    return all(name in vars(module) for name in names)  # Dynamo of torch 2.11 traces no `keys()`
 
 
 def with_dense_stacks(module: Any) -> Any:

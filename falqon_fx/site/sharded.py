@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from falqon_fx._compat import is_dtensor
+from falqon_fx._compat import FSDP2_TAKES_INTEGERS, is_dtensor
 from falqon_fx.errors import FalqonError
 from falqon_fx.site.numerics import odd_factors
 
@@ -158,3 +158,12 @@ def refuse_fsdp(model: nn.Module, call: str, remedy: str) -> None:
             if is_dtensor(parameter):
                 problem = f"it is sharded already (FSDP), and {call} works on whole layers"
                 raise FalqonError(name, problem, remedy)
+
+
+OLD_FSDP2 = f"FSDP2 of torch {torch.__version__} shards no integers, as which FP8 weights are kept"
+
+
+def refuse_old_fsdp2(name: str) -> None:
+    """Raise where FSDP2 is to shard FP8 weights and can't."""
+    if not FSDP2_TAKES_INTEGERS:
+        raise FalqonError(name, OLD_FSDP2, "Use torch 2.12 or newer, or DDP")

@@ -23,6 +23,7 @@ from falqon_fx.site.found import FoundByAddress
 from tests.distributed import ranks, test_tensor_parallel
 from tests.distributed.traffic import Counted
 from tests.distributed.training import alone, compared, compile_blocks, compiled, make, shard, train
+from tests.versions import needs_fsdp2_of_integers, needs_meshes_in_graphs
 
 CONFIG = FalqonConfig(inner="aot_eager")
 EAGER = FalqonConfig(inner="eager")
@@ -30,6 +31,8 @@ EAGER = FalqonConfig(inner="eager")
 LARGE = {"blocks": 2, "hidden": 1152, "rank": 64}
 
 
+@needs_fsdp2_of_integers
+@needs_meshes_in_graphs
 def test_two_ranks(tmp_path: Path):
     results = ranks.run(work, 2, tmp_path)
     for result in results:

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import falqon_fx
 from falqon_fx import FalqonError
 from tests.models import LoraLinear, Stack, compiled, train
+from tests.versions import needs_fsdp2_of_integers
 
 
 def adam(model: nn.Module) -> torch.optim.Optimizer:
@@ -53,6 +54,7 @@ def test_fsdp2_of_a_model_that_is_not_prepared_is_refused(group, regional):
     assert "Call falqon_fx.prepare(model) before fully_shard" in str(caught.value)
 
 
+@needs_fsdp2_of_integers
 def test_fsdp2_is_refused_a_copy_of_what_it_shards(group):
     from torch.distributed.fsdp import fully_shard
 

@@ -29,7 +29,9 @@ from falqon_fx.site.sharded import hashes, part_of
 from tests.distributed import ranks
 from tests.distributed.training import whole
 from tests.models import fill_b, tiny_llama
+from tests.versions import needs_fsdp2_of_integers
 
+pytestmark = needs_fsdp2_of_integers
 CONFIG = FalqonConfig(inner="eager")
 IDS = torch.arange(16).reshape(2, 8)
 

@@ -22,7 +22,7 @@ from falqon_fx.kernels.products.contest import Contest, Options
 from falqon_fx.report.kernels import architecture_of
 from falqon_fx.site.numerics import E4M3, E5M2
 from falqon_fx.site.spec import SiteSpec
-from tests.sites import randn, takes_row_scales
+from tests.sites import needs_row_scales, randn, takes_row_scales
 from tests.tolerances import Approx
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -72,7 +72,7 @@ def forward(rank: int = 16, k: int = 64, out: int = 48, **change) -> Contest:
     return dispatch.forward(q, scale, [w, a], 1, BF16, BF16, Options())
 
 
-@pytest.mark.skipif(not takes_row_scales(), reason="torch's _scaled_mm takes no row scales on CPU")
+@needs_row_scales
 def test_o_by_the_library_and_o_a_by_a_generated_kernel():
     w = Piece(fp8(48, 64, E4M3, 0), positive(48, 1))
     a = Piece(fp8(16, 64, E4M3, 2), positive(16, 3))

@@ -25,7 +25,7 @@ from falqon_fx.site.base import cast_base
 from falqon_fx.site.record import STEP
 from falqon_fx.site.spec import SiteSpec
 from tests.models import tiny_mlp
-from tests.sites import Site, make_site, randn, takes_row_scales
+from tests.sites import Site, make_site, needs_row_scales, randn
 
 # numpy, which the interpreter computes with, announces what hashing does on purpose.
 pytestmark = pytest.mark.filterwarnings(
@@ -192,12 +192,7 @@ def grad_x(
     return gpu.merged_linear_grad_x(*columns, turned, torch.bfloat16, spec_text)
 
 
-SCALED_MM = pytest.param(
-    "scaled_mm",
-    marks=pytest.mark.skipif(
-        not takes_row_scales(), reason="torch's _scaled_mm takes no row scales on CPU"
-    ),
-)
+SCALED_MM = pytest.param("scaled_mm", marks=needs_row_scales)
 KERNELS = pytest.mark.parametrize("kernel", ["triton", SCALED_MM])
 
 

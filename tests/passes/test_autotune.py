@@ -30,7 +30,7 @@ from falqon_fx.passes.plan import Plan, plan
 from falqon_fx.report.kernels import source
 from falqon_fx.site.spec import SiteSpec
 from tests.models import LoraLinear, fill_b
-from tests.sites import randn
+from tests.sites import needs_row_scales, randn
 
 WIDTH = 64
 
@@ -194,6 +194,7 @@ def test_which_choices_those_are(told):
     assert rows == ["(16, 16", "(96, 96", "(64,", "(16,", "(64,", "(96,"]
 
 
+@needs_row_scales
 def test_choices_of_adapters_in_fp8_fall_before_a_step_too(told, graphs):
     """O and dL/dx of the siblings, and of the site behind them: no O_A is chosen for apart."""
     choices = told("scaled_mm+joined")

@@ -20,7 +20,9 @@ from falqon_fx import FalqonConfig
 from falqon_fx._compat import value_of
 from tests.distributed.tensor_parallel import HIDDEN, WIDTH, Checkpointed, cut, integers, make, mesh
 from tests.models import LoraLinear
+from tests.versions import needs_meshes_in_graphs
 
+pytestmark = needs_meshes_in_graphs
 ALL = ["down", "gate", "plain", "up"]
 
 

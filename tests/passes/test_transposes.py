@@ -20,7 +20,7 @@ from tests.cuda import INTERPRETED, as_on_a_gpu
 from tests.models import LoraLinear, fill_b
 from tests.parameters import slow
 from tests.passes.rewritten import TURNED, captured, change, passes, seen, values
-from tests.sites import randn
+from tests.sites import needs_row_scales, randn
 
 pytestmark = INTERPRETED
 WIDTH = 64
@@ -206,7 +206,7 @@ def test_another_transpose_is_seen(h100):
         done.verify()
 
 
-@pytest.mark.parametrize("adapters", ["bfloat16", "fp8"])
+@pytest.mark.parametrize("adapters", ["bfloat16", pytest.param("fp8", marks=needs_row_scales)])
 @pytest.mark.parametrize("read", ["both", slow("k alone")])
 def test_numbers_are_those_of_a_transpose_in_each_step(read, adapters, h100):
     """By the library; `tests/kernels/test_stored.py` has generated kernels. Where k alone has
