@@ -3,10 +3,11 @@
     python benchmarks/gpu_lens.py [--model llama-7b] [--tokens 4096] [--layers 1] [--json FILE]
 
 Inductor writes its code for an H100 that is made of properties alone: nothing is compiled for it or
-run there. Launches in order, the bytes of each by the shapes of its arguments, which of them only
-carry activations from one place to another ("passes" over what a product stored, "casts" of
-anything else; `lens.passes` says how they are told), what is kept for backward, and which inputs
-stay in place, for LoRA by falqon with A trained and A frozen, beside PEFT + Inductor.
+run there. (It takes a CPU build of torch: autograd of one for GPUs asks the driver for the card.)
+Launches in order, the bytes of each by the shapes of its arguments, which of them only carry
+activations from one place to another ("passes" over what a product stored, "casts" of anything
+else; `lens.passes` says how they are told), what is kept for backward, and which inputs stay in
+place, for LoRA by falqon with A trained and A frozen, beside PEFT + Inductor.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ CUT_OTHERWISE = (
     "its parameters are cut over processes, but not W and B by even columns, nor W and A by even "
     "rows",
     "Use ColwiseParallel on base_layer and lora_B, or RowwiseParallel on base_layer and lora_A, on "
-    "a number of processes that divides the layer; it runs unmerged, as it was",
+    "a number of processes that divides the layer, with torch 2.13 or newer; it runs unmerged, as "
+    "it was",
 )
 
 

@@ -21,6 +21,7 @@ from falqon_fx.integrations.peft import trace_param_wrappers, untrace_param_wrap
 from tests import zoo
 from tests.models import fill_b
 from tests.test_prepared_experts import EXPERTS, STACKS, build
+from tests.versions import needs_meshes_in_graphs
 
 EAGER: Any = {"config": FalqonConfig(inner="eager")}
 E, TOP, HIDDEN = 4, 2, 64
@@ -210,6 +211,7 @@ def test_adapted_experts_that_are_spread_are_refused_before_a_step(spread, mesh)
     assert [type(module) for module in model.modules()] == before
 
 
+@needs_meshes_in_graphs
 @pytest.mark.parametrize("plan", ["tensor", "expert"])
 def test_frozen_experts_of_one_process_are_sites(plan, mesh, graphs):
     """As transformers spreads them, here over one process; `prepare` leaves them by name."""

@@ -20,10 +20,12 @@ from falqon_fx.cost.step.launches import Timer
 from falqon_fx.cost.step.layer import Step, kept
 from falqon_fx.cost.step.whole import layer_of
 from tests.parameters import slow
+from tests.versions import needs_build_without_driver
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
+pytestmark = needs_build_without_driver
 TINY = Decoder("tiny", 256, 512, 1, 4, 4, 64, 32000, "lens.models")
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 # Of a layer of "tiny". The casts of ours: the attention's output, its dL/dv, and the gradient that

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.versions import needs_build_without_driver
+
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, needs_build_without_driver]
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
