@@ -21,7 +21,7 @@ from falqon_fx.integrations.peft import trace_param_wrappers, untrace_param_wrap
 from tests import zoo
 from tests.models import fill_b
 from tests.test_prepared_experts import EXPERTS, STACKS, build
-from tests.versions import needs_meshes_in_graphs
+from tests.versions import needs_fsdp2_of_integers, needs_meshes_in_graphs
 
 EAGER: Any = {"config": FalqonConfig(inner="eager")}
 E, TOP, HIDDEN = 4, 2, 64
@@ -155,6 +155,7 @@ def test_stacks_that_fsdp_shards_run_as_they_were(mesh, graphs):
         assert item.remedy
 
 
+@needs_fsdp2_of_integers
 @pytest.mark.slow
 def test_prepared_stacks_that_fsdp_shards_train_as_they_do_alone(mesh, graphs):
     assert all(sharded_beside_alone(mesh))
