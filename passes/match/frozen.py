@@ -106,14 +106,18 @@ def match_frozen(root: Scope, matches: Sequence[Match]) -> Iterator[Match]:
     ones, too.
     """
     for scope in root.walk():
-        taken = {n for found in matches if found.scope is scope for n in found.nodes}
+        own = [found for found in matches if found.scope is scope]
+        taken = {n for found in own for n in found.nodes}
+        read = {n for found in own for n in (found.x, *(a.x for a in found.added))}
         for node in scope.gm.graph.nodes:
             base = scope.term(node)
             if node in taken or scope.is_part(node):
                 continue
             if isinstance(base, BaseLinear) or (isinstance(base, Linear) and _is_frozen(base)):
                 parts = base.parts if isinstance(base, Linear) else ()
-                anchor, reads = trailing_cast(scope, node), casts(scope, node, base.x, taken)
+                # What another site reads in front of a cast must stay.
+                anchor = node if node in read else trailing_cast(scope, node)
+                reads = casts(scope, node, base.x, taken)
                 inside = {node, anchor, *parts}
                 try:
                     check_mode(scope, inside)
@@ -121,6 +125,7 @@ def match_frozen(root: Scope, matches: Sequence[Match]) -> Iterator[Match]:
                     check_private(inside - {anchor}, inside, taken)
                 except MatchRejected:
                     continue  # its pieces serve something else, too
+                taken |= inside
                 yield Match(scope, anchor, frozenset(inside), reads[-1], base)
 
 

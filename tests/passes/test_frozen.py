@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests import tolerances as tol
 from tests.models import LoraLinear, fill_b
+from tests.parameters import each_value
 from tests.passes.frozen import WIDTH, Attention, Frozen, fused
 from tests.sites import randn
 from tests.spellings import Passes, check_site, targets
@@ -92,6 +93,33 @@ def test_a_frozen_layer_is_within_the_fp8_bound(leading, dtype, bias):
     (site,) = passes.sites
     assert (site.path, site.adapters, site.rank) == ("proj", 0, 0)
     assert (site.train_a, site.train_b) == (False, False)
+
+
+class Cast(nn.Module):
+    """What PEFT makes of a layer whose adapter is another one than the active: its result, cast."""
+
+    def __init__(self, behind: nn.Module) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+        self.behind = behind
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.behind(self.first(x).to(x.dtype))
+
+
+@each_value(
+    behind=[LoraLinear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH).requires_grad_(False)],
+)
+def test_a_layer_reads_the_result_of_a_frozen_one_behind_a_cast(behind):
+    torch.manual_seed(0)
+    model, passes, x = Cast(behind), Passes(), randn(5, WIDTH)
+    fill_b(model, 0.1)
+    found = torch.compile(model, backend=passes)(x)
+    assert len(passes.sites) == 2
+    for layer in (model.first, behind):
+        torch._dynamo.reset()
+        x = torch.compile(layer, backend=Passes())(x)
+    assert torch.equal(found, x)
 
 
 SPELLED = {
