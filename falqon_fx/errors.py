@@ -36,6 +36,10 @@ class FalqonError(RuntimeError):
         super().__init__(f"{one_line(site)}: {text}" if site else text)
 
 
+class NoKernelError(ValueError):
+    """No kernel, or not the one that was asked for, takes a product; it knows no path of a site."""
+
+
 def named(sites: Sequence[str]) -> str:
     """Paths of sites on one line; of many the first."""
     more = f" and {len(sites) - 3} others" if len(sites) > 3 else ""

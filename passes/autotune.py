@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from falqon_fx._compat import hint, value_of, without_fake_mode
+from falqon_fx.errors import FalqonError, NoKernelError
 from falqon_fx.kernels.spec import aligned
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.ops.products import launches
@@ -38,6 +39,9 @@ def autotune(plan: Plan, *, time: bool = True) -> Plan:
     """``plan`` with what won in its reports; without ``time``, what won when it was timed before.
 
     Equal groups are timed once. A plan for a CPU, or for kernel="dequantize", comes back as it is.
+
+    Raises:
+        FalqonError: the kernels that the config asks for don't take a group.
     """
     chosen = [i for i, group in enumerate(plan.groups) if _has_choices(group, group[0].spec)]
     done: set[Operands] = set()
@@ -45,7 +49,11 @@ def autotune(plan: Plan, *, time: bool = True) -> Plan:
 
     def reported(group: Group, operands: Operands) -> Group:
         if time and operands not in done:
-            time_products(operands, group[0].spec)
+            try:
+                time_products(operands, group[0].spec)
+            except NoKernelError as error:
+                path, remedy = group[0].report.path, 'kernel="auto" takes what there is'
+                raise FalqonError(path, str(error), remedy) from error
             done.add(operands)
         return _reported(group, operands, group[0].spec)
 

@@ -22,6 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
+from falqon_fx.errors import NoKernelError
 from falqon_fx.kernels.cache import cache_folder, replace_file
 from falqon_fx.kernels.spec import library_version
 
@@ -92,7 +93,7 @@ class Choices:
         ``wanted`` forces a candidate, or those of a family ("triton" for "triton:..."). With
         ``time=False`` (while a CUDA graph is captured) nothing new is timed, and nothing is kept.
 
-        Raises ValueError where no candidate works; the message holds each reason.
+        Raises NoKernelError where no candidate works; the message holds each reason.
         """
         place, known = (key, wanted), self.known(key, wanted)
         if known is not None and known.winner in candidates:
@@ -103,7 +104,7 @@ class Choices:
             if wanted in ("auto", "max-autotune", name, re.split("[:+]", name)[0])
         }
         if not matching:
-            raise ValueError(f"kernel={wanted!r}: {key} has {', '.join(candidates) or 'none'}")
+            raise NoKernelError(f"kernel={wanted!r}: {key} has {', '.join(candidates) or 'none'}")
         if not time:
             works = [name for name, run in matching.items() if not refuses(run)]
             return Choice(key, [*works, *matching][0], {}, {})
@@ -133,7 +134,7 @@ class Choices:
                 lasting &= not isinstance(error, torch.OutOfMemoryError)
         if not seconds:
             reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
-            raise ValueError(f"no kernel takes {key}: {reasons}")
+            raise NoKernelError(f"no kernel takes {key}: {reasons}")
         return Choice(key, min(seconds, key=seconds.__getitem__), seconds, refused), lasting
 
     def _load(self) -> dict[tuple[str, str], Choice]:

@@ -48,8 +48,8 @@ class Contest:
     def run(self) -> list[Tensor]:
         """The results of the chosen one, as the function that made the contest says.
 
-        Raises ValueError where no kernel, or not the one asked for, takes the operands; the message
-        holds the reason of each.
+        Raises NoKernelError where no kernel, or not the one asked for, takes the operands; the
+        message holds the reason of each.
         """
         like, on_gpu = self.like, self.like.is_cuda
         name = "dequantize"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from falqon_fx import FalqonConfig, backend, explain
+from falqon_fx import FalqonConfig, FalqonError, backend, explain
 from falqon_fx.kernels import hardware
 from falqon_fx.kernels.gemm.tiles import GemmProblem
 from falqon_fx.kernels.products import choice, contest, dispatch
@@ -183,6 +183,22 @@ def test_all_choices_of_a_step_fall_before_it_runs(name, told, monkeypatch):
     step(name, inner="eager")
     assert before
     assert choices.made == before  # the step itself found them all
+
+
+def test_a_kernel_that_takes_no_such_product_is_an_error_of_the_site(told, monkeypatch):
+    told("scaled_mm")
+    monkeypatch.setattr(dispatch, "libraries", lambda *given: iter([("scaled_mm", refuse)]))
+    with pytest.raises(Exception, match=r"no kernel takes forward .*off today") as no:
+        step(inner="eager")
+    assert isinstance(no.value.inner_exception, FalqonError)
+    assert (no.value.inner_exception.site, no.value.inner_exception.remedy) == (
+        "gate",
+        'kernel="auto" takes what there is',
+    )
+
+
+def refuse(*given, **options) -> Tensor:
+    raise ValueError("it is off today")
 
 
 def test_which_choices_those_are(told):
