@@ -152,8 +152,7 @@ class RewriteResult:
         if entries is None:
             entries = self._look_up(values, given)
         inputs, scales = [*args], iter(given.scales)
-        kind = self.config.base_dtype
-        by_row, in_fp8 = self.config.granularity == "row" and kind != "nvfp4", kind == "fp8"
+        by_row, in_fp8 = self._spec.base_per_row, self._spec.base == "fp8"
         counts, weights = list[tuple[Entry, str]](), list[Tensor]()
         for entry, code, nodes in zip(entries, given.owners, self.operands.bases, strict=True):
             if entry.base is None:
@@ -167,10 +166,10 @@ class RewriteResult:
             if nodes.clamped is not None:
                 inputs.append(entry.clamped.count)
                 counts.append((entry, nodes.slot.path))
-        for slot, places in self._plan.copies:
+        for slot, places, held in self._plan.copies:
             make = functools.partial(_copy, slot, [weights[i] for i in places])
             of = [entries[i] for i in places]
-            inputs.append(transposed.together(of, slot.name, slot.shape, make))
+            inputs.append(transposed.together(of, slot.name, slot.shape, make, held))
         if counts and self._looks.due(counts[-1][0].clamped.count):
             for entry, path in counts:
                 entry.clamped.look(path)
@@ -204,7 +203,8 @@ class RewriteResult:
         looks = given.looks()  # before: what is written meanwhile shows in the next call
         unprepared = [nodes for nodes in self.operands.bases if nodes.slot.weight is not None]
         wanted = [self._wanted(nodes, values) for nodes in unprepared]
-        made = dict(zip(map(id, unprepared), bases.get(wanted, self._spec), strict=True))
+        found = bases.get(wanted, self._spec, wait=not self._gathered)
+        made = dict(zip(map(id, unprepared), found, strict=True))
         entries = [made.get(id(n)) or self._verified(n, values) for n in self.operands.bases]
         if not self._gathered:
             self._found.put(given, looks, entries, self._note_adapters(values))
@@ -220,7 +220,7 @@ class RewriteResult:
     def _verified(self, nodes: BaseNodes, values: Sequence[Any]) -> Entry:
         code, scale, digest = (self._plan.value(node, values) for node in nodes.given)
         base = Base(code.detach(), as_scale(scale.detach()))
-        return bases.verify(nodes.slot.path, base, digest)
+        return bases.verify(nodes.slot.path, base, digest, wait=not self._gathered)
 
     def _note_counts(self, values: Sequence[Any], entries: Sequence[Entry]) -> None:
         of = {id(n): entry for n, entry in zip(self.operands.bases, entries, strict=True)}

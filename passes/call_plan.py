@@ -12,6 +12,7 @@ from falqon_fx.passes.insert_operands import Operands
 from falqon_fx.passes.scope import attribute
 from falqon_fx.passes.slots import CopySlot
 from falqon_fx.site.found import Parameters
+from falqon_fx.site.transposed import Held
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class CallPlan:
     owners: tuple[int, ...]
     scales: tuple[int, ...]
     adapters: tuple[int, ...]
-    copies: tuple[tuple[CopySlot, tuple[int, ...]], ...]  # with the numbers of their bases
+    copies: tuple[tuple[CopySlot, tuple[int, ...], Held], ...]  # with the numbers of their bases
 
     @classmethod
     def of(cls, gm: fx.GraphModule, operands: Operands, arguments: int) -> CallPlan:
@@ -42,7 +43,9 @@ class CallPlan:
             owners=tuple(places[nodes[0]] for nodes in given),
             scales=tuple(places[nodes[1]] for nodes in given if len(nodes) > 1),
             adapters=tuple(places[node] for p in pairs for node in (p.lora_a, p.lora_b)),
-            copies=tuple((c.slot, tuple(number[id(b)] for b in c.bases)) for c in operands.copies),
+            copies=tuple(
+                (c.slot, tuple(number[id(b)] for b in c.bases), Held()) for c in operands.copies
+            ),
         )
 
     def values(self, gm: fx.GraphModule, args: Sequence[Any]) -> list[Any]:

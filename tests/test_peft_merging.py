@@ -14,7 +14,8 @@ import falqon_fx
 from falqon_fx import FalqonError
 from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.rows.prepared import MergedBaseLinear
-from tests.models import freeze_a, train
+from falqon_fx.site import found, looks
+from tests.models import WIDTH, Net, fill_b, freeze_a, train
 from tests.parameters import each_value
 from tests.peft_calls import (
     CONFIG,
@@ -88,6 +89,26 @@ def test_merge_adapter_and_back(when):
     model.unmerge_adapter()  # W + ΔW - ΔW: W but for its rounding
     back = call(inputs())
     assert torch.equal(back, afresh(model))
+
+
+@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
+def test_a_graph_sees_what_was_merged_before_it_ran_on_a_gpu(call, monkeypatch):
+    """PEFT writes W through `.data`, which no version counts, and a step never waits for a GPU to
+    look at W. What asks the registry does.
+    """
+    for module in (looks, found):
+        monkeypatch.setattr(module, "waits", lambda weight: True)
+    torch.manual_seed(0)
+    lora = peft.LoraConfig(r=4, target_modules=["up", "down"])
+    model, x = peft.get_peft_model(Net(), lora), torch.randn(5, WIDTH)
+    fill_b(model, 0.1)
+    run = compiled(model)
+    run(x)
+    merged = getattr(model, call)() or model
+    assert torch.equal(compiled(merged)(x), compiled(copy.deepcopy(merged))(x))
+    if merged is model:
+        model.unmerge_adapter()
+        assert torch.equal(run(x), compiled(copy.deepcopy(model))(x))
 
 
 @pytest.mark.parametrize("config", [CONFIG, ROWS], ids=["adapter", "rows"])

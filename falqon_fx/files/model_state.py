@@ -31,7 +31,8 @@ from falqon_fx.model.terms import check_terms
 from falqon_fx.rows.prepared import MergedBaseLinear
 from falqon_fx.rows.state import STATE, MergedAdapter, registry
 from falqon_fx.site import transposed as stored
-from falqon_fx.site.base import Base, bases, digest, sample
+from falqon_fx.site.base import Base, bases, digest
+from falqon_fx.site.looks import sample
 from falqon_fx.site.numerics import as_scale, dtype_name
 from falqon_fx.site.nvfp4 import shape_of
 from falqon_fx.site.paths import without_wrappers

@@ -27,7 +27,8 @@ from falqon_fx.rows import audit, dropped
 from falqon_fx.rows.batch import Batched
 from falqon_fx.rows.by_aten import write_by_aten
 from falqon_fx.rows.fingerprint import fingerprint, fingerprints
-from falqon_fx.site.base import row_chunks, sample
+from falqon_fx.site.base import row_chunks
+from falqon_fx.site.looks import sample
 from falqon_fx.site.numerics import (
     E4M3,
     amax_to_scale,

@@ -21,6 +21,7 @@ from falqon_fx.errors import FalqonError
 from falqon_fx.site import nvfp4
 from falqon_fx.site.clamped import ClampedCount
 from falqon_fx.site.forms import code_of, operand_of, scale_shape, whole_scale
+from falqon_fx.site.looks import look, looks_like
 from falqon_fx.site.numerics import (
     INT8,
     amax_to_scale,
@@ -158,18 +159,6 @@ def check_base(path: str, base: Base, where: str) -> None:
         raise FalqonError(path, f"{count} of its {kind.format(where)}", _REMEDY)
 
 
-def sample(weight: Tensor) -> Tensor:
-    """At most 16 x 64 evenly spaced elements of a weight, which stand for its contents: a view.
-
-    Reading all of W in each step would cost as much as the step's own GEMMs; in-place edits that
-    autograd counts are seen exactly, through the version counter.
-    """
-    if weight.dim() == 3:  # a stack: a view of it where it has one
-        weight = weight.flatten(0, 1) if weight.is_contiguous() else weight[0]
-    rows, columns = weight.shape
-    return weight[:: max(1, rows // 16), :: max(1, columns // 64)][:16, :64]
-
-
 @dataclass(frozen=True)
 class BaseParameter:
     """A base weight ``param`` as a graph reads it, or a stack of them; ``transposed`` where these
@@ -220,8 +209,8 @@ class Entry:
     stamp: tuple[Any, ...]
     seen: Tensor
 
-    def is_of(self, tensor: Tensor, stamp: tuple[Any, ...]) -> bool:
-        return self.stamp == stamp and looks_like(tensor, self.seen)
+    def is_of(self, tensor: Tensor, stamp: tuple[Any, ...], wait: bool) -> bool:
+        return self.stamp == stamp and looks_like(tensor, self.seen, wait)
 
     @functools.cached_property
     def clamped(self) -> ClampedCount:
@@ -262,32 +251,34 @@ class Bases:
         self._lock = threading.RLock()
         self.changes = 0  # of what `remember_adapters` was told
 
-    def get(self, wanted: Sequence[BaseParameter], spec: SiteSpec) -> list[Entry]:
+    def get(
+        self, wanted: Sequence[BaseParameter], spec: SiteSpec, wait: bool = False
+    ) -> list[Entry]:
         """The bases of some weights, cast where there is none yet or W was written since; none is
         made unless all can be.
 
-        A write is seen by the version counter, by another address, or, where looking costs no wait
-        for a device, by the `sample` of W's contents.
+        A write is seen by the version counter, by another address, or by the `sample` of W's
+        contents: on a GPU where it may ``wait`` for that.
 
         Raises:
             FalqonError: a W holds NaN or Inf, or lies beyond what an FP8 scale can carry.
         """
         with self._lock:
-            found = [self._find(site, spec) for site in wanted]
+            found = [self._find(site, spec, wait) for site in wanted]
             for site, entry in zip(wanted, found):
                 if entry is None:
                     check_weight(site.path, site.param)
             return [entry or self._make(site, spec) for site, entry in zip(wanted, found)]
 
-    def _find(self, site: BaseParameter, spec: SiteSpec) -> Entry | None:
+    def _find(self, site: BaseParameter, spec: SiteSpec, wait: bool) -> Entry | None:
         entries = self._bases.get(site.param.untyped_storage(), {})
         entry = entries.get(_key(site, spec))
-        found = entry is not None and entry.is_of(site.param, _stamp(site.param))
+        found = entry is not None and entry.is_of(site.param, _stamp(site.param), wait)
         return entry if found else None
 
     def _make(self, site: BaseParameter, spec: SiteSpec) -> Entry:
         base = cast_base(site.weight, spec)
-        entry = Entry(base, _stamp(site.param), _look(site.param))
+        entry = Entry(base, _stamp(site.param), look(site.param))
         entries = self._bases.setdefault(site.param.untyped_storage(), {})
         entries[_key(site, spec)] = entry
         return entry
@@ -303,7 +294,7 @@ class Bases:
         """Drop the bases of a parameter."""
         self._bases.pop(weight.untyped_storage(), None)
 
-    def verify(self, path: str, base: Base, expected: Tensor) -> Entry:
+    def verify(self, path: str, base: Base, expected: Tensor, wait: bool = False) -> Entry:
         """Look whether the bytes of a prepared base are those that were made; all of them only
         where they were written, which is seen as a write into W is (`get`). FSDP frees the memory
         of a gathered parameter and fills it anew, elsewhere: its address tells nothing.
@@ -317,7 +308,7 @@ class Bases:
         offset = int(base.code.storage_offset())
         known = verified.get(offset)
         stamp = (_written(base.code), _written(base.scale))
-        if known is not None and known.is_of(base.code, stamp):
+        if known is not None and known.is_of(base.code, stamp, wait):
             return known
         if not torch.equal(digest(base.code, base.scale), expected.detach()):
             raise FalqonError(
@@ -327,7 +318,7 @@ class Bases:
                 "Average the trained parameters alone (those with requires_grad): the base is "
                 "constant",
             )
-        verified[offset] = entry = Entry(None, stamp, _look(base.code))
+        verified[offset] = entry = Entry(None, stamp, look(base.code))
         return entry
 
     def remember_adapters(self, given: Iterable[tuple[Tensor, Tensor, Tensor, float]]) -> int:
@@ -363,17 +354,6 @@ class Bases:
     def cast_of(self, lora_b: Tensor) -> CastOfAdapter | None:
         """How an adapter is cast; None where no graph has used it yet."""
         return self._casts.get(lora_b.untyped_storage(), {}).get(int(lora_b.storage_offset()))
-
-
-def _look(weight: Tensor) -> Tensor:
-    """What `looks_like` compares a weight with later."""
-    with torch.inference_mode(False), torch.no_grad():
-        return sample(weight.detach()).clone(memory_format=torch.contiguous_format)
-
-
-def looks_like(weight: Tensor, seen: Tensor) -> bool:
-    """Whether its `sample` is still the same; True where looking would wait for a device."""
-    return weight.device.type != "cpu" or torch.equal(sample(weight), seen)
 
 
 def _key(site: BaseParameter, spec: SiteSpec) -> tuple[Any, ...]:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from falqon_fx import _compat
 from falqon_fx.kernels.cpu import samples
-from falqon_fx.site.base import Entry, bases, looks_like, sample
+from falqon_fx.site.base import Entry, bases
+from falqon_fx.site.looks import looks_like, sample, waits
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class FoundByAddress:
         pairs = [
             (sample(owner.detach()), entry.seen)
             for owner, entry in zip(given.owners, entries, strict=True)
-            if owner.device.type == "cpu"
+            if not waits(owner)
         ]
         found[addresses] = _Found(
             looks,

@@ -1,10 +1,10 @@
 """Copies of W that are kept beside it: Wᵀ for dL/dx, and W with room for b.
 
-W is constant, and so is its copy: it goes with the `Entry` of W, of which there is a new one
-whenever W has other bytes, or lies elsewhere. With update="rows" W is part of W', and the copy goes
-with its memory: behind each update the rows that were written become columns of it
-(`falqon_fx.kernels.transpose.kept`). Whoever writes the bytes of a W in another way, as loading a
-state dict does, calls `forget`.
+W is constant, and so is its copy: it goes with the graphs that read it and with the `Entry` of W,
+of which there is a new one whenever W has other bytes, or lies elsewhere. With update="rows" W is
+part of W', and the copy goes with its memory: behind each update the rows that were written become
+columns of it (`falqon_fx.kernels.transpose.kept`). Whoever writes the bytes of a W in another way,
+as loading a state dict does, calls `forget`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def keep(weight: Tensor, turned: Tensor, counters: int) -> Kept:
     return kept
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Copy:
     """A copy of the W of some entries, all in one ``tensor``: transposed, or with room for b."""
 
@@ -62,26 +62,31 @@ class Copy:
 
 
 # By the entry of the first W.
-_copies: weakref.WeakKeyDictionary[Entry, list[Copy]] = weakref.WeakKeyDictionary()
+_copies: weakref.WeakKeyDictionary[Entry, weakref.WeakSet[Copy]] = weakref.WeakKeyDictionary()
+Held = weakref.WeakKeyDictionary[Entry, Copy]  # what a graph reads
 
 
 def together(
-    entries: Sequence[Entry], kind: str, shape: tuple[int, int], make: Callable[[], Tensor]
+    entries: Sequence[Entry],
+    kind: str,
+    shape: tuple[int, int],
+    make: Callable[[], Tensor],
+    held: Held,
 ) -> Tensor:
     """The copies of a kind of the W of some entries, in one of this ``shape``, of whose columns the
-    last are for whoever is about to read them; made where there is none yet.
+    last are for whoever is about to read them; made where there is none yet. Graphs share it, and
+    it goes with the last that has ``held`` it.
     """
-    known = _copies.setdefault(entries[0], [])
-    for copy in known:
-        alike = len(copy.of) == len(entries) and (copy.kind, copy.tensor.shape) == (kind, shape)
-        if alike and all(r() is e for r, e in zip(copy.of, entries, strict=True)):
-            return copy.tensor
-    # It outlives the call: no inference tensor, no graph.
-    with torch.inference_mode(False), torch.no_grad():
-        made = Copy(kind, [weakref.ref(entry) for entry in entries], make())
-    known[:] = [copy for copy in known if None not in [ref() for ref in copy.of]]
-    known.append(made)
-    return made.tensor
+    known, own = _copies.setdefault(entries[0], weakref.WeakSet()), [*map(weakref.ref, entries)]
+    alike = (c for c in known if c.of == own and (c.kind, c.tensor.shape) == (kind, shape))
+    copy = next(alike, None)
+    if copy is None:
+        # It outlives the call: no inference tensor, no graph.
+        with torch.inference_mode(False), torch.no_grad():
+            copy = Copy(kind, own, make())
+        known.add(copy)
+    held[entries[0]] = copy
+    return copy.tensor
 
 
 def forget() -> None:

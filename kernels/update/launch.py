@@ -124,7 +124,7 @@ def _row(site: UpdateSite) -> tuple[int, ...]:
     of_base: tuple[int, ...] = (0,) * 6
     if site.base is not None:
         sizes, strides = site.base.shape, site.base.stride()
-        apart = (max(1, sizes[0] // 16), max(1, sizes[1] // 64))  # as falqon_fx.site.base.sample
+        apart = (max(1, sizes[0] // 16), max(1, sizes[1] // 64))  # as falqon_fx.site.looks.sample
         taken = (min(16, -(-sizes[0] // apart[0])), min(64, -(-sizes[1] // apart[1])))
         of_base = (*strides, apart[0] * strides[0], apart[1] * strides[1], *taken)
     scaling = struct.unpack("<i", struct.pack("<f", site.scaling))[0]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from falqon_fx.kernels.cpu import native as cpu
 from falqon_fx.rows import audit
 from falqon_fx.rows.fingerprint import fingerprint
-from falqon_fx.site.base import sample
+from falqon_fx.site.looks import sample
 from falqon_fx.site.numerics import E4M3, E5M2, FP8_MAX, decode_fp8, round_to_scaled_fp8
 from tests.kernels.cpu_update import assert_same_state, flags, tensors_of, update_by_aten
 from tests.sites import dyadic, make_site, randn, site_of, step_alike, twins, update

@@ -14,6 +14,7 @@ import falqon_fx
 from falqon_fx import FalqonConfig, prepare
 from falqon_fx.backend import rewrite
 from falqon_fx.kernels import hardware
+from falqon_fx.kernels.spec import aligned
 from falqon_fx.passes import transposes
 from falqon_fx.site import transposed
 from tests.cuda import INTERPRETED, as_on_a_gpu
@@ -25,6 +26,8 @@ from tests.sites import needs_row_scales, randn
 pytestmark = INTERPRETED
 WIDTH = 64
 X = randn(5, WIDTH).bfloat16()
+OPTIONS = {"card": "H100", "kernel": "scaled_mm", "granularity": "tensor", "inner": "eager"}
+IN_FP8 = {**OPTIONS, "adapter_dtype": "fp8"}
 
 
 class Layers(nn.Module):
@@ -73,9 +76,8 @@ def model_of(seed: int = 0) -> nn.Module:
 def step(read: str, **more: Any) -> list[Tensor]:
     """Output and gradients of one step."""
     torch._dynamo.reset()
-    options = {"card": "H100", "kernel": "scaled_mm", "granularity": "tensor", "inner": "eager"}
     model = model_of()
-    y = torch.compile(model, backend="falqon", options={**options, **more})(X, read == "both")
+    y = torch.compile(model, backend="falqon", options={**OPTIONS, **more})(X, read == "both")
     y.sum().backward()
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     return [y.detach(), *grads]
@@ -239,14 +241,12 @@ def test_adapters_that_share_w_never_read_each_other(calls, h100):
     """Their columns behind one Wᵀ are written as backward runs, in whatever order; in one graph
     they would be written twice, so that nothing is kept there.
     """
-    options = {"card": "H100", "kernel": "scaled_mm", "granularity": "tensor", "inner": "eager"}
     grads = []
     for transpose in ("transient", "auto"):
         torch._dynamo.reset()
         torch.manual_seed(0)
         model = OneWeight().bfloat16()
-        given = {**options, "adapter_dtype": "fp8", "transpose": transpose}
-        run = torch.compile(model, backend="falqon", options=given)
+        run = torch.compile(model, backend="falqon", options={**IN_FP8, "transpose": transpose})
         ys = [run(X, name) for name in calls]
         for y in ys:  # both forwards before a backward, and the first one's last
             y.sum().backward(retain_graph=True)
@@ -370,6 +370,19 @@ def test_it_is_in_no_checkpoint(h100):
     bound(model)[0](X)
     assert [*model.state_dict()] == names
     assert all(WIDTH + 48 not in tensor.shape for tensor in model.state_dict().values())
+
+
+def test_it_goes_with_the_graph_that_reads_it(h100):
+    """Adapters in FP8 of another rank have another."""
+    model = OneWeight().bfloat16()
+    for rank in (4, 20, 40):
+        torch._dynamo.reset()
+        new = LoraLinear(WIDTH, WIDTH, rank).bfloat16()
+        model.one.lora_A, model.one.lora_B = new.lora_A, new.lora_B
+        torch.compile(model, backend="falqon", options=IN_FP8)(X, "one").sum().backward()
+        gc.collect()
+        kept = [(c.kind, c.tensor.shape[1]) for of in transposed._copies.values() for c in of]
+        assert sorted(kept) == [(kind, WIDTH + aligned(rank)) for kind in ("joined", "turned")]
 
 
 def test_it_goes_with_its_weight(h100):
