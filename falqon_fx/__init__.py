@@ -19,7 +19,8 @@ if TYPE_CHECKING:  # `_HOMES` says the same at run time
     from falqon_fx.files.checkpoint import CheckpointReport, load_checkpoint, save_checkpoint
     from falqon_fx.files.compiled import CompiledReport, load_compiled, save_compiled
     from falqon_fx.files.distributed_checkpoint import CheckpointState
-    from falqon_fx.files.export import ExportReport, save_fp8
+    from falqon_fx.files.export import save_fp8
+    from falqon_fx.files.export_report import ExportReport
     from falqon_fx.files.loading import load
     from falqon_fx.files.prequantize import PrequantizeReport, prequantize
     from falqon_fx.model.blocks import BlocksReport, compile_blocks
@@ -80,7 +81,8 @@ _HOMES = {
     "falqon_fx.files.checkpoint": ("CheckpointReport", "load_checkpoint", "save_checkpoint"),
     "falqon_fx.files.compiled": ("CompiledReport", "load_compiled", "save_compiled"),
     "falqon_fx.files.distributed_checkpoint": ("CheckpointState",),
-    "falqon_fx.files.export": ("ExportReport", "save_fp8"),
+    "falqon_fx.files.export": ("save_fp8",),
+    "falqon_fx.files.export_report": ("ExportReport",),
     "falqon_fx.files.loading": ("load",),
     "falqon_fx.files.prequantize": ("PrequantizeReport", "prequantize"),
     "falqon_fx.model.blocks": ("BlocksReport", "compile_blocks"),

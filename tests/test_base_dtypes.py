@@ -131,19 +131,3 @@ def test_a_state_dict_of_another_dtype_is_refused(base_dtype, told):
     with pytest.raises(FalqonError, match=told):
         model.load_state_dict(fp8.state_dict())
     assert all(torch.equal(model.state_dict()[name], t) for name, t in before.items())
-
-
-@pytest.mark.parametrize(
-    ("base_dtype", "prepared"), [("int8", True), slow("int8", False), ("nvfp4", True)]
-)
-def test_a_folder_of_fp8_is_refused(tmp_path, base_dtype, prepared):
-    torch.manual_seed(0)
-    model = peft.get_peft_model(dense_model(num_hidden_layers=1), lora())
-    if prepared:
-        falqon_fx.prepare(model, config_of(base_dtype), progress=False)
-    else:
-        compiled(model, base_dtype=base_dtype)(IDS)
-    told = rf"its base weight is {base_dtype.upper()}, .*folder would hold FP8"
-    with pytest.raises(FalqonError, match=told):
-        falqon_fx.save_fp8(model, tmp_path / "out", progress=False)
-    assert not (tmp_path / "out").exists()

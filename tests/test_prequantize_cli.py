@@ -19,7 +19,7 @@ from falqon_fx import (
     PrequantizeReport,
 )
 from falqon_fx_cli.main import main
-from tests.folders import BF16, IDS, dense_model, folder_of, lora, prequantize
+from tests.folders import BF16, IDS, dense_model, exported, folder_of, lora, prequantize
 from tests.models import fill_b
 from tests.parameters import slow
 
@@ -175,6 +175,7 @@ def test_export_checks_its_words_before_it_loads_a_model(tmp_path, capsys, monke
         ([str(fp8), "out", "--base", str(tmp_path / "empty")], "it has no config.json"),
         ([str(fp8), "out", "--checkpoint", str(tmp_path / "empty")], "there is no checkpoint.json"),
         ([str(tmp_path / "dense"), "out"], "--adapter: is missing"),
+        ([str(fp8), "out", "--base-dtype", "int8"], "are cast already"),
     ):
         assert run("export", *words, "--json") == 1
         found = capsys.readouterr()
@@ -185,6 +186,25 @@ def test_export_checks_its_words_before_it_loads_a_model(tmp_path, capsys, monke
     words = ["--adapter", str(adapter), "--checkpoint", str(tmp_path / "trained")]
     assert run("export", str(fp8), "out", *words) == 1
     assert "brings its own adapter" in capsys.readouterr().err
+    monkeypatch.undo()
+    words = [str(tmp_path / "dense"), str(tmp_path / "four"), "--adapter", str(adapter)]
+    assert run("export", *words, "--base-dtype", "nvfp4", "--quiet") == 0
+    said = capsys.readouterr().out
+    assert "14 layers in NVFP4" in said
+    assert "14 were cast from their base weights" in said
+
+
+def test_export_of_an_adapter_that_was_trained_on_an_fp8_checkpoint(tmp_path, capsys):
+    """As others publish it: its own weights are the base."""
+    exported(tmp_path / "fp8")
+    model = falqon_fx.load(tmp_path / "fp8", lora())
+    fill_b(model, 0.05)
+    model.save_pretrained(tmp_path / "adapter")
+    falqon_fx.save_fp8(model, tmp_path / "expected", progress=False)
+    words = [str(tmp_path / "fp8"), str(tmp_path / "out")]
+    assert run("export", *words, "--adapter", str(tmp_path / "adapter"), "--quiet") == 0
+    assert "14 were cast a second time" in capsys.readouterr().out
+    assert read(tmp_path / "out") == read(tmp_path / "expected")
 
 
 @pytest.mark.parametrize("where", ["terminal", "pipe", "quiet"])

@@ -20,7 +20,7 @@ from torch import nn
 import falqon_fx
 from falqon_fx import Audit, FalqonConfig, FalqonError, GraphReport, Rejected, RewriteReport, Site
 from falqon_fx.errors import one_line, printable
-from falqon_fx.files.export import ExportReport, FlushReport
+from falqon_fx.files.export_report import ExportReport, FlushReport
 from falqon_fx.model.prepare_report import PrepareReport
 from falqon_fx.model.watching import _view
 from falqon_fx.report.data import GraphBreak, Line, Note, Source

@@ -199,13 +199,17 @@ def export(
         _folder("a prequantized model's original weights, which are cast with the adapter"),
     ] = None,
     form: Annotated[
-        Literal["compressed-tensors", "fp8"], Option(help="of the FP8 weights in the files")
+        Literal["compressed-tensors", "fp8"], Option(help="of the weights in the files")
     ] = "compressed-tensors",
+    base_dtype: Annotated[
+        Literal["fp8", "int8", "nvfp4"] | None,
+        Option(help="of the weights, where MODEL is dense (FalqonConfig's default: fp8)"),
+    ] = None,
     max_shard_size: Annotated[str, Option(help="of a safetensors file")] = "5GB",
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Write an FP8 checkpoint for serving engines.
+    """Write a checkpoint in FP8, INT8 or NVFP4 for serving engines.
 
     Loads a base model and the adapter or the falqon checkpoint trained on it, and writes a folder,
     with the tokenizer, that transformers and vLLM load.

@@ -6,12 +6,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from falqon_fx.config import BaseDtype, FalqonConfig
+from falqon_fx.config import BaseDtype, FalqonConfig, Granularity
 from falqon_fx.errors import FalqonError
 from falqon_fx.files import atomic, checkpoint, storage
-from falqon_fx.files.export import ExportReport, save_fp8
+from falqon_fx.files.export import save_fp8
 from falqon_fx.files.export_files import check_shard_size
+from falqon_fx.files.export_report import ExportReport
 from falqon_fx.files.loading import MANIFEST, load
+from falqon_fx.files.nvfp4_import import quantization_of
 from falqon_fx.files.prequantize import DEFAULT, PrequantizeReport, prequantize
 from falqon_fx.files.seals import is_export, tokenizer_files
 from falqon_fx.model.prepare import adapters, prepare
@@ -68,6 +70,7 @@ class Export:
     checkpoint: Path | None
     base: Path | None
     form: Literal["compressed-tensors", "fp8"]
+    base_dtype: BaseDtype | None
     max_shard_size: str
     quiet: bool
     as_json: bool
@@ -75,12 +78,11 @@ class Export:
     def run(self) -> int:
         """``falqon-fx export MODEL OUT``."""
         self._check()
-        prequantized = self._is_prequantized()
         report = save_fp8(
             self._trained_model(),
             self.out,
             form=self.form,
-            base=self.base or (None if prequantized else self.model),
+            base=self.base or (None if self._is_cast() else self.model),
             tokenizer=self._tokenizer(),
             max_shard_size=self.max_shard_size,
             progress=self._progress,
@@ -104,6 +106,9 @@ class Export:
             lora.check_folder(self.adapter)
         elif not self._is_prequantized():
             raise FalqonError("--adapter", "is missing", "Name the PEFT adapter that was trained")
+        if self.base_dtype is not None and self._is_cast():
+            problem = f"the weights of {self.model} are cast already"
+            raise FalqonError("--base-dtype", problem, "Leave it out")
         if self.checkpoint is not None:
             checkpoint.read_extra(self.checkpoint)
             if self.adapter is not None and self._is_prequantized():
@@ -118,6 +123,10 @@ class Export:
         """Whether the model's folder is one of ``prequantize``, without its original weights."""
         return (self.model / MANIFEST).is_file() and not is_export(self.model)
 
+    def _is_cast(self) -> bool:
+        """Whether its weights are no dense ones: of ``prequantize``, or as others publish them."""
+        return self._is_prequantized() or bool(quantization_of(self.model))
+
     def _tokenizer(self) -> Path | None:
         """The folder with the tokenizer: a trainer puts one with more tokens beside its adapter."""
         folders = [folder for folder in (self.adapter, self.model) if folder is not None]
@@ -130,11 +139,17 @@ class Export:
                 lora.put_in_place(model, self.adapter)
         else:
             assert self.adapter is not None  # `_check` saw it
-            model = lora.with_adapter(self.model, self.adapter)
+            if self._is_cast():
+                model = load(self.model, lora.config_of(self.adapter))
+                lora.put_in_place(model, self.adapter)
+            else:
+                model = lora.with_adapter(self.model, self.adapter)
         if self.checkpoint is not None:
             checkpoint.load_checkpoint(model, self.checkpoint, rng=False)
         if not adapters(model):  # no FP8 weights came with it
-            config = FalqonConfig(granularity="tensor" if self.form == "fp8" else "row")
+            granularity: Granularity = "tensor" if self.form == "fp8" else "row"
+            kind: BaseDtype = self.base_dtype or "fp8"
+            config = FalqonConfig(granularity=granularity, base_dtype=kind)
             prepare(model, config, progress=self._progress)
         return model
 

@@ -5,28 +5,36 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from falqon_fx._compat import is_dtensor
-from falqon_fx.errors import FalqonError, printable
+from falqon_fx.config import BaseDtype
+from falqon_fx.errors import FalqonError
 from falqon_fx.files import atomic, ranks
 from falqon_fx.files import export_files as files
 from falqon_fx.files.expert_parts import routers
+from falqon_fx.files.export_forms import (
+    Form,
+    Stored,
+    block_size,
+    check_form,
+    packed,
+    shared_divisors,
+    stored,
+    warn_of_calibration,
+)
 from falqon_fx.files.export_layers import (
     ExportLayer,
     Originals,
-    Source,
-    check_form,
     empty,
     export_layer,
     is_adapted,
-    warn_of_calibration,
 )
+from falqon_fx.files.export_report import ExportReport, FlushReport, Source
 from falqon_fx.files.export_stacks import ExportStack, Stacks
 from falqon_fx.model.fp8_linear import IN_ONE_PROCESS, refuse_parts
 from falqon_fx.model.lora_layers import check_adapters, unwrap
@@ -39,75 +47,8 @@ from falqon_fx.site.numerics import E4M3
 from falqon_fx.site.paths import without_wrappers
 from falqon_fx.site.sharded import is_sharded, whole, whole_copy
 
-Form = Literal["compressed-tensors", "fp8"]
-_SAID: dict[Source, str] = {
-    "unchanged": "{} hold the bytes that were trained on",
-    "base weight": "{} were cast from their base weights with the adapters",
-    "FP8 weight": "{} were cast a second time, from FP8 weights with the adapters (base= names the "
-    "folder of the original ones)",
-}
 _DENSE = "written dense, with its adapters"
 _ROUTES = "it routes, in the dtype that it has"
-_BLOCK = 128  # the block size that engines have kernels for
-
-
-@dataclass(frozen=True)
-class FlushReport:
-    """What writing the pending rows of update="rows" changed.
-
-    ``relative_change`` is ‖dq(W) after - dq(W) before‖ / ‖dq(W) before‖ over the layers that had
-    pending rows (Frobenius); ``left`` the largest |scaling · (B - applied)| that could not be
-    written, because ``applied`` rounds B to 16 bits.
-    """
-
-    layers: int
-    rows: int
-    relative_change: float
-    left: float
-
-    def __str__(self) -> str:
-        if not self.rows:
-            return "no row was pending"
-        return (
-            f"{self.rows} pending rows in {self.layers} layers were written first, which changed "
-            f"their FP8 weights by {self.relative_change:.2%}"
-        )
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What `save_fp8` wrote: FP8 layers, layers left dense and why, files and bytes.
-
-    ``cast_from`` says what each FP8 layer's bytes were made from: "base weight", the original one
-    with the adapters; "FP8 weight", the same where `prepare` had freed the original, which rounds
-    twice; or they are "unchanged", those of training.
-    """
-
-    directory: Path
-    form: str
-    cast_from: dict[str, Source]
-    dense: dict[str, str]
-    flushed: FlushReport
-    files: tuple[str, ...]
-    bytes: int
-    notes: tuple[str, ...] = field(default=())
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """The paths of the FP8 layers."""
-        return tuple(self.cast_from)
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.directory}: {len(self.layers)} layers in FP8 ({self.form}), "
-            f"{self.bytes / 2**20:.1f} MiB in {len(self.files)} files"
-        ]
-        sources = list(self.cast_from.values())
-        lines += [text.format(sources.count(s)) for s, text in _SAID.items() if s in sources]
-        if self.flushed.rows:
-            lines.append(str(self.flushed))
-        lines += [f"dense: {path}: {reason}" for path, reason in self.dense.items()]
-        return printable("\n".join([*lines, *self.notes]))
 
 
 def save_fp8(
@@ -120,13 +61,15 @@ def save_fp8(
     max_shard_size: int | str = "5GB",
     progress: bool = True,
 ) -> ExportReport:
-    """Write a transformers checkpoint in FP8, with the active adapters merged.
+    """Write a transformers checkpoint in FP8, INT8 or NVFP4, as its base was trained on, with the
+    active adapters merged.
 
     What ran in FP8 is written in FP8, with an adapter or without: q(W + Σ scaling · B · A), cast
-    once to nearest with the scales' granularity and form of training. W is the original base weight
-    where the model or ``base`` has it, else dq(W), which rounds a second time; the report says
-    which. Where the adapters add nothing, the bytes are those that were trained on. With
-    update="rows" they always are: pending rows are written first, and nothing is cast anew.
+    once to nearest with the scales' granularity and form of training; with another ``base_dtype``
+    in that. W is the original base weight where the model or ``base`` has it, else dq(W), which
+    rounds a second time; the report says which. Where the adapters add nothing, the bytes are those
+    that were trained on. With update="rows" they always are: pending rows are written first, and
+    nothing is cast anew.
 
     Every process of a sharded model calls this. The first one writes, and alone keeps what is
     gathered, a layer at a time, until its file is written.
@@ -141,8 +84,12 @@ def save_fp8(
         form: "compressed-tensors" is its ``float-quantized`` format: ``weight`` float8_e4m3fn
             [out, in], ``weight_scale`` float32 [out, 1] (one tensor scale is repeated, since
             engines quantize fused layers anew when their tensor scales differ), activations cast
-            per token as they come. "fp8" has one scale per block, ``weight_scale_inv``, for which
-            the model must have been trained with granularity="tensor".
+            per token as they come. Of an INT8 base it is ``int-quantized``, the same in int8; of an
+            NVFP4 base ``nvfp4-pack-quantized`` with activations as they are: ``weight_packed``
+            uint8 [out, in / 2], ``weight_scale`` float8_e4m3fn [out, in / 16] and
+            ``weight_global_scale`` float32 [1], one for all layers that engines fuse. "fp8" has one
+            scale per block, ``weight_scale_inv``, for which the model must have been trained with
+            granularity="tensor".
         base: the folder with the safetensors that the model was prepared from.
         tokenizer: what has ``save_pretrained``, or a folder with the files. Without it, they
             are copied from the folder that the model was loaded from, where there is one.
@@ -150,10 +97,10 @@ def save_fp8(
         progress: show a bar while writing.
 
     Raises:
-        FalqonError: no FP8 layer, a form that can't hold the scales, an adapter that can't be
-            merged or holds NaN or Inf, pending rows too large for the FP8 weight, a ``base`` that
-            is not the model's, a folder that exists, or a full disk. Nothing is left under the name
-            then.
+        FalqonError: no FP8 layer, layers of several kinds, a form that can't hold them, an adapter
+            that can't be merged or holds NaN or Inf, pending rows too large for the FP8 weight, a
+            ``base`` that is not the model's, a folder that exists, or a full disk. Nothing is left
+            under the name then.
     """
     directory = Path(directory)
     files.check_shard_size(max_shard_size)
@@ -183,9 +130,10 @@ def save_fp8(
             files.write_seal(folder)
             written = tuple(sorted(path.name for path in folder.iterdir()))
             size = sum(path.stat().st_size for path in folder.iterdir())
-        notes = (*notes, *files.mixed(found.layers, found.dense))
+        notes = (*notes, *files.mixed(found.layers, found.dense, found.kind))
         cast_from = found.cast_from | found.stacks.cast_from
-        return ExportReport(directory, form, cast_from, found.dense, flushed, written, size, notes)
+        given = directory, form, cast_from, found.dense, flushed, written, size, notes
+        return ExportReport(*given, found.kind)
 
     warn_of_calibration(found.layers.values())
     names = [name for of_file in plan.filename_to_tensors.values() for name in of_file]
@@ -228,12 +176,13 @@ class _Export:
         self.cast_from: dict[str, Source] = {}
         self._parts = list(self._walk(model, ""))
         self.layers = {found.path: found for found in self.all_layers if not found.transposed}
-        self._check()
+        self.kind = self._check()
         self._waiting: dict[int, tuple[Tensor, Any, Callable[[Any], Tensor]]] = {}
+        self._divisors = shared_divisors(self.layers) if self.kind == "nvfp4" else {}
         self._last: tuple[str, Base] | None = None
         self._last_whole: ExportLayer | ExportStack | None = None
 
-    def _check(self) -> None:
+    def _check(self) -> BaseDtype:
         if not self.layers and not self.stacks.found:
             self.stacks.refuse_dense()
             raise FalqonError(
@@ -242,8 +191,7 @@ class _Export:
                 "Call falqon_fx.prepare(model), or run it under torch.compile(backend='falqon'); "
                 "weights stored [in, out] (GPT-2's Conv1D) have no FP8 form",
             )
-        for layer in self.layers.values():
-            check_form(layer, self.form)
+        return check_form(self.layers.values(), self.stacks.found, self.form)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors to write by name; what `gathered` makes has shape and dtype alone."""
@@ -305,18 +253,18 @@ class _Export:
         if layer.transposed:
             yield "weight", empty(features, out, dtype=layer.dtype), ExportLayer.dense
             return
-        yield "weight", empty(out, features, dtype=E4M3), lambda layer: self._cast(layer).weight
-        last, shape = "weight_scale", (out, 1)
-        if self.form == "fp8":
-            size = self.block_size
-            last, shape = "weight_scale_inv", (-(-out // size), -(-features // size))
-        scale = empty(*shape, dtype=torch.float32)
-        yield last, scale, lambda layer: self._cast(layer).scale.expand(shape).contiguous()
+        for each in stored(self.kind, layer.shape, self._block_size):
+
+            def make(layer: ExportLayer, each: Stored = each) -> Tensor:
+                return each.of(self._cast(layer))
+
+            yield each.name, empty(*each.shape, dtype=each.dtype), make
 
     def _cast(self, layer: ExportLayer) -> Base:
-        if self._last is None or self._last[0] != layer.path:  # its weight and scale come in turn
-            base, self.cast_from[layer.path] = layer.cast()
-            self._last = layer.path, base
+        if self._last is None or self._last[0] != layer.path:  # its tensors come in turn
+            four_bits, shared = self.kind == "nvfp4", self._divisors.get(layer.path)
+            base, source = packed(layer, shared) if four_bits else layer.cast()
+            self._last, self.cast_from[layer.path] = (layer.path, base), source
         return self._last[1]
 
     def _walk(self, module: Any, path: str) -> Iterator[ExportLayer | tuple[str, Tensor]]:
@@ -363,21 +311,18 @@ class _Export:
         """The config's ``quantization_config``."""
         # Engines name the experts of a stack one by one.
         ignore = [*self.dense, *(f"re:{re.escape(path)}\\..*" for path in self.stacks.dense)]
-        weights = {f"{path}.weight": empty(1, dtype=torch.float32) for path in self._routers}
+        left = (*self._routers, *self.dense)
+        weights = {f"{path}.weight": empty(1, dtype=torch.float32) for path in left}
         public = (name.removesuffix(".weight") for name in files.renamed(self.model, weights))
         ignore += [path for path in public if path not in ignore]
-        if self.form == "fp8":
-            return files.fp8_config(ignore, self.block_size)
-        return files.compressed_tensors_config(ignore)
+        if self._block_size is not None:
+            return files.fp8_config(ignore, self._block_size)
+        return files.compressed_tensors_config(ignore, self.kind)
 
     @property
-    def block_size(self) -> int:
-        """The largest power of two up to 128 that divides every side of every FP8 weight."""
-        size = _BLOCK
-        for layer in self.layers.values():
-            while any(side % size for side in layer.shape):
-                size //= 2
-        return size
+    def _block_size(self) -> int | None:
+        """The rows and columns of a block of the fp8 form; None of another."""
+        return block_size(self.layers.values()) if self.form == "fp8" else None
 
 
 def _flush(states: Iterable[MergedAdapter]) -> FlushReport:

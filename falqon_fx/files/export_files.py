@@ -11,13 +11,24 @@ from typing import Any
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from torch import Tensor
 
+from falqon_fx.config import BaseDtype
 from falqon_fx.errors import FalqonError
 from falqon_fx.files import seals, storage, trees
 from falqon_fx.files.checkpoint import versions
 from falqon_fx.files.disk import everything_below
 from falqon_fx.site.numerics import dtype_name
 
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # by vLLM, into one layer
+# Each by vLLM, into one layer.
+FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+)
+FORMATS: dict[BaseDtype, str] = {
+    "fp8": "float-quantized",
+    "int8": "int-quantized",
+    "nvfp4": "nvfp4-pack-quantized",
+}
 
 
 def renamed(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -89,22 +100,28 @@ def write_config(
         model.generation_config.save_pretrained(folder)
 
 
-def compressed_tensors_config(ignore: list[str]) -> dict[str, Any]:
-    """The ``quantization_config`` of compressed-tensors' float-quantized format: one scale per row
-    for weights, one per token for activations.
+def compressed_tensors_config(ignore: list[str], kind: BaseDtype) -> dict[str, Any]:
+    """The ``quantization_config`` of compressed-tensors' format for a base. FP8 and INT8: one scale
+    per row for weights, one per token for activations. NVFP4: two levels of scales for weights, and
+    activations as they are.
     """
-    number = {"num_bits": 8, "type": "float", "symmetric": True}
+    number = {"num_bits": 8, "type": "int" if kind == "int8" else "float", "symmetric": True}
+    weights: dict[str, Any] = {**number, "strategy": "channel", "dynamic": False}
+    if kind == "nvfp4":
+        scales = {"group_size": 16, "scale_dtype": "torch.float8_e4m3fn"}
+        weights |= {"num_bits": 4, "strategy": "tensor_group", **scales}
+    of_tokens = {**number, "strategy": "token", "dynamic": True}
     return {
         "quant_method": "compressed-tensors",
-        "format": "float-quantized",
+        "format": FORMATS[kind],
         "quantization_status": "compressed",
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],
-                "weights": {**number, "strategy": "channel", "dynamic": False},
-                "input_activations": {**number, "strategy": "token", "dynamic": True},
+                "weights": weights,
+                "input_activations": None if kind == "nvfp4" else of_tokens,
                 "output_activations": None,
-                "format": "float-quantized",
+                "format": FORMATS[kind],
             }
         },
         "ignore": ignore,
@@ -142,16 +159,16 @@ def write_seal(folder: Path) -> None:
     storage.write_manifest(folder / seals.MANIFEST, content)
 
 
-def mixed(fp8: Collection[str], dense: Collection[str]) -> tuple[str, ...]:
-    """What vLLM refuses: layers that it fuses, of which only some are FP8."""
-    for path in fp8:
+def mixed(cast: Collection[str], dense: Collection[str], kind: BaseDtype) -> tuple[str, ...]:
+    """What vLLM refuses: layers that it fuses, of which only some are cast."""
+    for path in cast:
         parent, _, name = path.rpartition(".")
         for group in (group for group in FUSED if name in group):
             left = [other for other in group if f"{parent}.{other}" in dense]
             if left:
                 return (
-                    f"{parent} has {name} in FP8 and {', '.join(left)} dense: vLLM, which fuses "
-                    f"them, refuses that. Remedy: frozen='fp8', or an adapter on all of "
-                    f"{', '.join(group)}",
+                    f"{parent} has {name} in {kind.upper()} and {', '.join(left)} dense: vLLM, "
+                    f"which fuses them, refuses that. Remedy: frozen='fp8', or an adapter on all "
+                    f"of {', '.join(group)}",
                 )
     return ()

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import copy
 import functools
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from falqon_fx._compat import is_dtensor
 from falqon_fx.config import BaseDtype, FalqonConfig
-from falqon_fx.errors import FalqonError, named
+from falqon_fx.errors import FalqonError
 from falqon_fx.files import export_files as files
+from falqon_fx.files.export_report import FROM_CAST, Source
 from falqon_fx.files.hf import read_index, read_tensor
 from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.model.lora_layers import LoraLayer, is_linear
@@ -25,14 +25,12 @@ from falqon_fx.model.stacks import Fp8Stack
 from falqon_fx.rows.prepared import MergedBaseLinear
 from falqon_fx.rows.state import MergedAdapter
 from falqon_fx.rows.unload import ACTIVATE, merged_weight, not_written
+from falqon_fx.site import nvfp4
 from falqon_fx.site.base import Base, bases, cast_base, check_weight, digest
 from falqon_fx.site.numerics import INT8, powers_of_two
-from falqon_fx.site.nvfp4 import is_packed
 from falqon_fx.site.paths import without_wrappers
 from falqon_fx.site.sharded import whole_copy
 from falqon_fx.site.spec import SiteSpec, parse_spec
-
-Source = Literal["unchanged", "base weight", "FP8 weight"]
 
 
 @dataclass(frozen=True)
@@ -84,8 +82,9 @@ class ExportLayer:
         return replace(self, module=module, linear=linear)
 
     def cast(self) -> tuple[Base, Source]:
-        """W + Σ scaling · B · A in FP8, cast once, and what from. Where the adapters add nothing,
-        and with update="rows", the bytes that were trained on stay as they are.
+        """W + Σ scaling · B · A in the form of its base, cast once, and what from. Where the
+        adapters add nothing, and with update="rows", the bytes that were trained on stay as they
+        are.
 
         Raises:
             FalqonError: an adapter that PEFT can't merge, or a merged weight that FP8 can't hold.
@@ -93,21 +92,39 @@ class ExportLayer:
         if self.state is not None:
             out, scale = self.shape[0], self.state.scale
             return Base(self.state.code[:out], scale[:out] if scale.dim() else scale), "unchanged"
+        merged, source = self.merged()
+        base = self.trained() if merged is None else cast_base(merged, self.spec)
+        return base, source
+
+    def merged(self) -> tuple[Tensor | None, Source]:
+        """W + Σ scaling · B · A, float32 [out, in], and what from; None where the adapters add
+        nothing.
+
+        Raises:
+            FalqonError: as `cast`.
+        """
         if self.module is self.linear and self.prepared:
-            return self.linear.base(), "unchanged"
-        weight, source = self._weight()
+            return None, "unchanged"
+        weight, source = self.weight()
         merged = self._merged(weight)
         check_weight(self.path, merged, "merged weight")
-        if not torch.equal(merged, weight.to(torch.float32)):
-            return cast_base(merged, self.spec), source
-        return self.linear.base() if self.prepared else cast_base(weight, self.spec), "unchanged"
+        if torch.equal(merged, weight.to(torch.float32)):
+            return None, "unchanged"
+        return merged, source
+
+    def trained(self) -> Base:
+        """The bytes that were trained on."""
+        if self.prepared:
+            base: Base = self.linear.base()
+            return base
+        return cast_base(self.weight()[0], self.spec)
 
     def dense(self) -> Tensor:
         """The same in the dtype and layout of the base layer."""
         if self.state is not None:
             merged = merged_weight(self.state)
         else:
-            merged = self._merged(self._weight()[0])
+            merged = self._merged(self.weight()[0])
         merged = merged.to(self.dtype)
         return merged.t().contiguous() if self.transposed else merged
 
@@ -137,7 +154,7 @@ class ExportLayer:
         scaling = getattr(self.module, "scaling", {})
         return [b.detach().float() * scaling[n] for n, b in biases.items() if b is not None]
 
-    def _weight(self) -> tuple[Tensor, Source]:
+    def weight(self) -> tuple[Tensor, Source]:
         """The base weight [out, in], or the nearest to it that is left."""
         if not self.prepared:
             weight = self.linear.weight.detach()
@@ -147,7 +164,7 @@ class ExportLayer:
         weight = self.linear.base().dequantize()
         if isinstance(self.linear, Fp8Linear):
             weight = self.linear.corrected(weight)
-        return weight, "FP8 weight"
+        return weight, FROM_CAST[self.spec.base]
 
     @torch.no_grad()
     def _merged(self, weight: Tensor) -> Tensor:
@@ -213,23 +230,6 @@ def export_layer(
     return ExportLayer(path, module, linear, plan_of((fitting or made)[-1]))
 
 
-def check_form(layer: ExportLayer, form: str) -> None:
-    """Raise where a form has no place for a layer's base weight."""
-    if layer.spec.base != "fp8":
-        raise FalqonError(
-            layer.path,
-            f"its base weight is {layer.spec.base.upper()}, and the folder would hold FP8",
-            "Call falqon_fx.merge_and_unload(model) and its save_pretrained(folder), or save the "
-            "adapter alone",
-        )
-    if form == "fp8" and layer.spec.per_row:
-        raise FalqonError(
-            layer.path,
-            "it has one scale per row, which the fp8 form can't hold",
-            "Export in the compressed-tensors form, or train with granularity='tensor'",
-        )
-
-
 def is_adapted(module: nn.Module) -> bool:
     """Whether a module is one of PEFT's around a base layer."""
     return hasattr(module, "get_base_layer") and hasattr(module, "merge")
@@ -239,7 +239,7 @@ def plan_of(base: Base) -> SiteSpec:
     """How a base was cast: scales of "amax" are all powers of two by chance alone."""
     spec = SiteSpec.from_config(FalqonConfig(granularity="row" if base.scale.dim() else "tensor"))
     kind: BaseDtype = "int8" if base.code.dtype == INT8 else "fp8"
-    kind = "nvfp4" if is_packed(base.code) else kind
+    kind = "nvfp4" if nvfp4.is_packed(base.code) else kind
     return replace(spec, scale="pow2" if powers_of_two(base.scale) else "amax", base=kind)
 
 
@@ -253,7 +253,9 @@ class Originals:
     def _names(self) -> dict[str, str]:
         """The name of each weight in public checkpoints, by the path of its layer."""
         weights = {
-            without_wrappers(path).removesuffix(".base_layer"): empty(*m.code.shape, dtype=m.dtype)
+            without_wrappers(path).removesuffix(".base_layer"): empty(
+                *nvfp4.shape_of(m.code), dtype=m.dtype
+            )
             for path, m in self._model.named_modules()
             if isinstance(m, Fp8Linear) and not isinstance(m, Fp8Stack)
         }
@@ -287,7 +289,7 @@ class Originals:
         weight = read_tensor(self._folder / self._index[name], name)
         weight = weight.to(ours.code.device, dtype)
         weight = weight.t().contiguous() if transposed else weight
-        if weight.shape == ours.code.shape:
+        if weight.shape == nvfp4.shape_of(ours.code):
             theirs = cast_base(weight, spec)
             if torch.equal(theirs.code, ours.code) and torch.equal(theirs.scale, ours.scale):
                 return weight
@@ -298,17 +300,3 @@ class Originals:
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     """What has a shape and a dtype alone."""
     return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def warn_of_calibration(layers: Iterable[ExportLayer]) -> None:
-    """What engines read has an FP8 weight a layer, and no place for what a calibration adds."""
-    paths = [layer.path for layer in layers if getattr(layer.linear, "terms", {})]
-    if paths:
-        warnings.warn(
-            f"falqon: {named(paths)} were calibrated, and the FP8 form has no place for that: "
-            "served, they have the cast errors of W and x that training had not (SmolLM2-135M, "
-            "untrained: a KL of 0.063 per label to the dense model, 0.051 with ranks for W's). "
-            "base= casts the merged weights from the original ones; a checkpoint of "
-            "save_checkpoint keeps what was calibrated",
-            stacklevel=3,
-        )

@@ -14,7 +14,8 @@ from torch import Tensor
 from falqon_fx._compat import is_dtensor
 from falqon_fx.errors import FalqonError
 from falqon_fx.files.expert_parts import Part, parts_of, stacks_of
-from falqon_fx.files.export_layers import Originals, Source, is_adapted, plan_of
+from falqon_fx.files.export_layers import Originals, is_adapted, plan_of
+from falqon_fx.files.export_report import Source
 from falqon_fx.model.stacks import Fp8Stack, is_experts, prepared_stack
 from falqon_fx.ops.experts_lowering import stacked_b
 from falqon_fx.site.base import Base, bases, cast_base, check_weight

@@ -95,16 +95,52 @@ def tensor_scale(amax: Tensor, mode: Scale) -> Tensor:
     return torch.where(amax == 0, 1.0, scale.clamp(min=_LEAST))
 
 
-def cast(weight: Tensor, scale: Tensor) -> Tensor:
-    """W [out, in], whose width is a multiple of 16, packed, with s."""
+def divisor_for(amax: Tensor, mode: Scale) -> Tensor:
+    """1 / s for the largest magnitude of W, as compressed-tensors has it, float32 []."""
+    if mode == "pow2":
+        return 1 / tensor_scale(amax, mode)
+    divisor = (_MAX / amax.to(torch.float32)).clamp(max=1 / _LEAST)
+    return torch.where(amax == 0, 1.0, divisor)
+
+
+def divisor_of(scale: Tensor) -> Tensor:
+    """The float32 whose reciprocal is s, or the nearest where none is."""
+    near = 1 / scale
+    for other in (near, near.nextafter(near * 2), near.nextafter(near / 2)):
+        if bool(1 / other == scale):
+            return other
+    return near
+
+
+def cast(weight: Tensor, scale: Tensor, divisor: Tensor | None = None) -> Tensor:
+    """W [out, in], whose width is a multiple of 16, packed, with s. With ``divisor``, which is 1 /
+    s, in the steps of compressed-tensors, which rounds elsewhere where s is no power of two.
+    """
     out, features = weight.shape
     blocks = weight.to(torch.float32).reshape(out, features // BLOCK, BLOCK)
-    of_blocks = round_to_fp8(blocks.abs().amax(-1) / (LARGEST[E2M1] * scale), E4M3)
+    largest, top = blocks.abs().amax(-1), LARGEST[E2M1]
+    of_blocks = largest / (top * scale) if divisor is None else largest / top * divisor
+    of_blocks = round_to_fp8(of_blocks, E4M3)
     of_blocks = torch.where(of_blocks == 0, _LEAST_BLOCK, of_blocks)
-    scaled = blocks / (of_blocks * scale).unsqueeze(-1)
+    step = of_blocks * scale if divisor is None else of_blocks / divisor
+    scaled = blocks / step.unsqueeze(-1)
     value = round_to_fp8(scaled + 0.0, E2M1)  # -0 becomes 0; what is rounded to 0 keeps its sign
     low, high = _indices(value).view(out, features // 2, 2).unbind(-1)
     return joined(low | high << 4, encode_fp8(of_blocks, E4M3))
+
+
+def rescaled(packed: Tensor, scale: Tensor, divisor: Tensor) -> Tensor | None:
+    """The same numbers with 1 / ``divisor`` in the place of s; None where E4M3 has not all of the
+    block scales that this takes.
+    """
+    if bool(divisor == divisor_of(scale)):
+        return packed
+    codes, scales = parted(packed)
+    wanted = decode_fp8(scales, 1.0, torch.float32).double() * (scale.double() * divisor.double())
+    of_blocks = round_to_fp8(wanted.to(torch.float32), E4M3)
+    if not torch.equal(of_blocks.double(), wanted):
+        return None
+    return joined(codes, encode_fp8(of_blocks, E4M3))
 
 
 def _indices(value: Tensor) -> Tensor:

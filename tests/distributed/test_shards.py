@@ -33,15 +33,16 @@ from tests.versions import needs_fsdp2_of_integers
 
 pytestmark = needs_fsdp2_of_integers
 CONFIG = FalqonConfig(inner="eager")
+FOUR_BITS = FalqonConfig(inner="eager", base_dtype="nvfp4")
 IDS = torch.arange(16).reshape(2, 8)
 
 
-def llama(prepared: bool = True) -> Any:
+def llama(prepared: bool = True, config: FalqonConfig = CONFIG) -> Any:
     torch.manual_seed(0)
     model = tiny_llama(torch.bfloat16)
     fill_b(model)
     if prepared:
-        falqon_fx.prepare(model, CONFIG, progress=False)
+        falqon_fx.prepare(model, config, progress=False)
     return model
 
 
@@ -50,8 +51,8 @@ def wrapped() -> Any:
     return sharded(wrap=True)
 
 
-def sharded(prepared: bool = True, wrap: bool = False) -> Any:
-    model = llama(prepared)
+def sharded(prepared: bool = True, wrap: bool = False, config: FalqonConfig = CONFIG) -> Any:
+    model = llama(prepared, config)
     layers = model.get_base_model().model.layers
     if wrap:
         layers[0] = checkpoint_wrapper(layers[0])
@@ -122,6 +123,7 @@ def check(folder: Path, run: Callable[[], Any]) -> None:
     optimizer = trained(plain, 0)
     expected = tensors(plain, optimizer)
     falqon_fx.save_fp8(plain, folder / "fp8_alone", progress=False)
+    falqon_fx.save_fp8(llama(config=FOUR_BITS), folder / "four_alone", progress=False)
     falqon_fx.save_checkpoint(plain, folder / "alone", optimizer=optimizer)
     merged = {path: adapter.merged() for path, adapter in falqon_fx.adapters(plain).items()}
     for found in run():
@@ -134,6 +136,8 @@ def check(folder: Path, run: Callable[[], Any]) -> None:
         content = (folder / "fp8_alone" / file).read_bytes()
         for kind in ("fp8", "fp8_sharded", "fp8_by_columns", "fp8_wrapped"):
             assert (folder / kind / file).read_bytes() == content, kind
+        four = (folder / "four_alone" / file).read_bytes()
+        assert (folder / "four_bits" / file).read_bytes() == four
     for name, call in {"saved": falqon_fx.load_checkpoint, "dcp": load_dcp}.items():
         other = llama()
         again = trained(other, 1)
@@ -199,6 +203,7 @@ def work() -> dict[str, Any]:
             for name, slot in slots.items()
         }
     )
+    falqon_fx.save_fp8(sharded(config=FOUR_BITS), folder / "four_bits", progress=False)
     with Gathered() as seen:
         falqon_fx.save_fp8(model, folder / "fp8", progress=False)
     sizes = {name: p.nbytes for name, p in model.named_parameters()}
