@@ -29,6 +29,7 @@ TARGETS = {
     "glm4_moe": ["q_proj", "o_proj"],
     "deepseek_v3": ["q_b_proj", "kv_a_proj_with_mqa", "o_proj"],
     "deepseek_v4": ["q_a_proj", "kv_proj"],
+    "qwen3": ["q_proj", "down_proj"],
 }
 # Layers that predict further tokens, which the models of transformers have no place for.
 PREDICTORS = {
@@ -39,8 +40,9 @@ PREDICTORS = {
 
 
 def lora(family: str) -> peft.LoraConfig:
+    stacks = None if family == "qwen3" else STACKS
     return peft.LoraConfig(
-        r=4, target_modules=TARGETS.get(family, ["q_proj"]), target_parameters=STACKS
+        r=4, target_modules=TARGETS.get(family, ["q_proj"]), target_parameters=stacks
     )
 
 
@@ -162,7 +164,8 @@ def as_deepseek_publishes_v4(source: Path, out: Path) -> Path:
     return out
 
 
-def dense(folder: Path, names: Collection[str]) -> dict[str, Tensor]:
+def dense(folder: Path, names: Collection[str], **how: Any) -> dict[str, Tensor]:
     """Weights as transformers decodes them, float32, by their own names."""
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    cls: Any = transformers.AutoModelForCausalLM
+    model: Any = cls.from_pretrained(folder, dtype=torch.float32, **how)
     return {name: model.get_parameter(name).detach() for name in names}

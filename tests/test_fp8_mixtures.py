@@ -4,14 +4,17 @@ trained, resumed, exported.
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -72,16 +75,27 @@ def steps(call: Any, optimizer: torch.optim.Optimizer, count: int) -> list[float
 
 
 @pytest.mark.parametrize(
-    ("family", "scales"), [("deepseek_v3", "ue8m0"), slow("qwen3_moe", "float"), *MORE]
+    ("family", "scales"),
+    [
+        slow("deepseek_v3", "ue8m0"),
+        slow("qwen3_moe", "float"),
+        slow("deepseek_v4", "ue8m0"),
+        ("deepseek_v4", "mxfp4"),
+        slow("qwen3", "float"),
+        *MORE,
+    ],
 )
 def test_it_is_loaded_trained_resumed_and_exported(family, scales, tmp_path):
-    folder = published(family, tmp_path, scales)
+    """DeepSeek V4 with experts in FP8 and, as it is published, in MXFP4 and under its own names."""
+    folder = published(family, tmp_path, "ue8m0" if scales == "mxfp4" else scales)
+    if scales == "mxfp4":
+        folder = as_deepseek_publishes_v4(folder, tmp_path / "deepseek")
     torch.manual_seed(0)
     model = falqon_fx.load(folder, lora(family)).train()
     call, optimizer = torch.compile(model, backend="falqon", options=OPTIONS), adam(model)
     own = bases(model)
     stacks = [name for name in own if ".experts." in name]
-    assert stacks
+    assert bool(stacks) is (family != "qwen3")  # which is no mixture
     for name, weight in dense(folder, own).items():
         assert torch.equal(own[name], by_row(weight)), name
     first = steps(call, optimizer, 4)
@@ -100,6 +114,23 @@ def test_it_is_loaded_trained_resumed_and_exported(family, scales, tmp_path):
     assert again.keys() >= set(stacks)
     moved = [name for name in stacks if not torch.equal(again[name], own[name])]
     assert moved == stacks  # by their adapters
+    if family == "deepseek_v4":  # by the names that engines read, too
+        ignore = json.loads((tmp_path / "served/config.json").read_text())["quantization_config"]
+        left = {"self_attn.o_a_proj", "attn.wo_a", "mlp.gate", "ffn.gate"}
+        assert {f"model.layers.0.{name}" for name in left} <= set(ignore["ignore"])
+    read = transformers.CompressedTensorsConfig(dequantize=True)
+    for name, weight in dense(tmp_path / "served", again, quantization_config=read).items():
+        assert torch.equal(again[name], weight), name
+    other.save_pretrained(tmp_path / "adapter")
+    plain: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    parts = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").state_dict()
+    trained = {name: p for name, p in other.named_parameters() if ".lora_" in name}
+    assert all(torch.equal(parts[name], p) for name, p in trained.items())
+    merged: Any = falqon_fx.merge_and_unload(other)
+    merged.save_pretrained(tmp_path / "merged")
+    names = dict(merged.named_parameters())
+    for name, weight in dense(tmp_path / "merged", names).items():
+        assert torch.equal(names[name].float(), weight), name
 
 
 @pytest.mark.parametrize(
@@ -294,3 +325,38 @@ def test_a_damaged_expert_is_refused_by_name(source, tmp_path, damage):
     with pytest.raises(FalqonError, match=told):
         falqon_fx.prequantize(tmp_path / "bad", tmp_path / "out", given, progress=False)
     assert not (tmp_path / "out").exists()
+
+
+IN_FOUR = "layers.0.ffn.experts.2.w3"
+FOUR_BIT_DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
+    "NaN scale": (
+        put(f"{IN_FOUR}.scale", first_byte(0xFF)),
+        r": 1 of its \d+ scales in .* are NaN",
+    ),
+    "no scale": (lose(f"{IN_FOUR}.scale"), "holds no scale for it|I8 already"),
+    "fewer scales": (
+        put(f"{IN_FOUR}.scale", lambda t: t[:, :1]),
+        " as its scales, and blocks of 1 x 32",
+    ),
+    "fewer codes": (
+        put(f"{IN_FOUR}.weight", lambda t: t[:, :16]),
+        " as its scales, and blocks of 1 x 32",
+    ),
+}
+
+
+@pytest.mark.slow
+def test_damaged_experts_in_four_bits_are_refused_by_name(tmp_path):
+    folder = published("deepseek_v4", tmp_path, "ue8m0")
+    whole = tensors_in(as_deepseek_publishes_v4(folder, tmp_path / "bad"))
+    given = lora("deepseek_v4")
+    for name, (change, told) in FOUR_BIT_DAMAGES.items():
+        tensors = dict(whole)
+        change(tensors)
+        save_file(tensors, tmp_path / "bad/model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(FalqonError, match=told) as error:
+            falqon_fx.load(tmp_path / "bad", given)
+        assert IN_FOUR in str(error.value)
+        with pytest.raises(FalqonError, match=told):
+            falqon_fx.prequantize(tmp_path / "bad", tmp_path / name, given, progress=False)
+        assert not (tmp_path / name).exists()

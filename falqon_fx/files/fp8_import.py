@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from falqon_fx.files.site_checks import described
 from falqon_fx.files.stack_files import Checkpoint
 from falqon_fx.files.units import OF_CACHE, OF_INPUT, SCALES, ZERO_POINT
 from falqon_fx.model.lora_layers import lora_layers
-from falqon_fx.site.base import Base, digest
+from falqon_fx.site.base import Base, check_base, digest
 from falqon_fx.site.numerics import E4M3, INT8, as_code, dtype_name, powers_of_two, scale_bits
 from falqon_fx.site.spec import SiteSpec
 
@@ -68,10 +69,15 @@ def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = No
     tensors = _read(directory, without_left_out(model.get_base_model(), index))
     known = Checkpoint(model, tensors)
     tensors = known.scales_parted(tensors)
+    modules: dict[str, Any] = dict(model.named_modules())
+
+    def is_decoded(name: str) -> bool:
+        return takes_decoded(modules.get(known.layer(name)))
+
     take = _nvfp4 if is_nvfp4(settings, directory) else _eight_bits
-    bases, config, used = take(tensors, settings, directory, config)
-    kind, spec = config.base_dtype, SiteSpec.from_config(config)
-    dtype = dtype_name(model.get_base_model().dtype)
+    taken = take(tensors, settings, directory, config, is_decoded)
+    bases, spec = taken.bases, SiteSpec.from_config(taken.config)
+    kind, dtype = spec.base, dtype_name(model.get_base_model().dtype)
     adapted = {layer.path for layer in lora_layers(model)}
     layers: dict[str, tuple[Site, Mapping[str, Tensor]]] = {}
     site: Site = {"dtype": dtype, "transposed": False, "spec": asdict(spec)}
@@ -80,14 +86,8 @@ def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = No
         raise FalqonError(stacks[0], problem, "Take an FP8 checkpoint, or a dense one")
     for path, experts, base in known.stacked(bases):
         layers[path] = ({**site, "experts": experts}, _tensors(base))
-    modules: dict[str, Any] = dict(model.named_modules())
-    dense: dict[str, Tensor] = {}
     for name, base in bases.items():
         path = known.layer(name)
-        if takes_decoded(modules.get(path)):
-            weight = _decoded(name, base, tensors, settings, directory)
-            dense[f"{name}.weight"] = weight.to(model.get_base_model().dtype)
-            continue
         path = f"{path}.base_layer" if path in adapted else path
         if path in layers:
             raise FalqonError(name, f"{directory} has it twice, as {path}, too", "Remove one")
@@ -100,12 +100,25 @@ def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = No
             "needs them again.",
             stacklevel=3,
         )
-    rest = {n: t for n, t in tensors.items() if n not in used | of_cache} | dense
+    rest = {n: t for n, t in tensors.items() if n not in taken.used | of_cache}
+    for name, weight in taken.dense.items():
+        rest[f"{name}.weight"] = weight().to(model.get_base_model().dtype)
     return fill(model, layers, known.placed(rest), str(directory))
 
 
-# The base weights by the paths of their layers, the config that they make, and the tensors used.
-_Taken = tuple[dict[str, Base], FalqonConfig, set[str]]
+@dataclass(frozen=True)
+class _Taken:
+    """The base weights by the paths of their layers, the config that they make, and the tensors
+    used; and what decodes the weights of modules that are no linear layers, float32.
+    """
+
+    bases: dict[str, Base]
+    config: FalqonConfig
+    used: set[str]
+    dense: dict[str, Callable[[], Tensor]]
+
+
+_InBlocks = tuple[Tensor, Tensor, tuple[int, int]]  # codes, scales, block
 
 
 def _eight_bits(
@@ -113,6 +126,7 @@ def _eight_bits(
     settings: Mapping[str, Any],
     directory: Path,
     config: FalqonConfig | None,
+    is_decoded: Callable[[str], bool],
 ) -> _Taken:
     """FP8 and INT8 weights."""
     _check_settings(settings, directory)
@@ -124,21 +138,29 @@ def _eight_bits(
     kind = _base_dtype(weights, settings, directory)
     _check_zero_points(tensors)
     found = {path: _scale(path, w, tensors, directory) for path, w in weights.items()}
-    in_blocks: dict[str, tuple[Tensor, Tensor, tuple[int, int]]] = {}
+    in_blocks: dict[str, _InBlocks] = {}
     for path, weight in weights.items():
-        if blocks.has_blocks(weight, scale := found[path]):
-            own = blocks.MXFP4 if f"{path}.weight" in in_four else size
+        four = f"{path}.weight" in in_four
+        scale = found[path] if four else _alike(found[path])
+        if four or blocks.has_blocks(weight, scale):
+            own = blocks.MXFP4 if four else size
             own = blocks.check_blocks(path, weight, scale, own, str(directory))
             in_blocks[path] = (weight, scale, own)
-    of_rows = {p: _row_scale(weights[p], s) for p, s in found.items() if p not in in_blocks}
+    of_rows = {p: _row_scale(weights[p], _alike(s)) for p, s in found.items() if p not in in_blocks}
     config = config or FalqonConfig(base_dtype=kind)
     config = replace(config, granularity="row", base_dtype=kind)
     if not all(map(powers_of_two, of_rows.values())):
         config = replace(config, scale="amax")
     bases = {path: Base(as_code(weights[path]), scale) for path, scale in of_rows.items()}
+    dense: dict[str, Callable[[], Tensor]] = {}
+    for path in [path for path in bases if is_decoded(path)]:
+        check_base(path, bases[path], str(directory))
+        dense[path] = bases.pop(path).dequantize
+    for path in [path for path in in_blocks if is_decoded(path)]:
+        dense[path] = partial(blocks.dequantize, *in_blocks.pop(path))
     bases |= _cast_again(in_blocks, SiteSpec.from_config(config), directory)
     used = {f"{name}{end}" for name in weights for end in (".weight", *_BESIDE, *SCALES)}
-    return bases, config, used
+    return _Taken(bases, config, used, dense)
 
 
 def _nvfp4(
@@ -146,39 +168,25 @@ def _nvfp4(
     settings: Mapping[str, Any],
     directory: Path,
     config: FalqonConfig | None,
+    is_decoded: Callable[[str], bool],
 ) -> _Taken:
     """NVFP4 weights as they are, or cast again where the config says so."""
     names = nvfp4_import.names_of(tensors, directory)
     nvfp4_import.check_alone(tensors, names, directory)
     config = replace(config or FalqonConfig(base_dtype="nvfp4"), granularity="row")
     bases = {p: nvfp4_import.base_of(p, n, tensors, directory) for p, n in names.items()}
+    used = nvfp4_import.taken(names)
+    dense: dict[str, Callable[[], Tensor]] = {
+        path: bases.pop(path).dequantize for path in [*bases] if is_decoded(path)
+    }
     if config.base_dtype == "nvfp4":
         config = nvfp4_import.as_published(config, [base.scale for base in bases.values()])
-        return bases, config, nvfp4_import.taken(names)
+        return _Taken(bases, config, used, dense)
     spec = SiteSpec.from_config(config)
     again = {p: nvfp4_import.cast_again(p, base, spec) for p, base in bases.items()}
     moved = blocks.Moved.total(part for _, part in again.values())
     nvfp4_import.warn_of_a_second_cast(directory, config.base_dtype, len(names), moved)
-    return {p: base for p, (base, _) in again.items()}, config, nvfp4_import.taken(names)
-
-
-def _decoded(
-    path: str,
-    base: Base,
-    tensors: Mapping[str, Tensor],
-    settings: Mapping[str, Any],
-    directory: Path,
-) -> Tensor:
-    """W, float32; of one in blocks as it is published, not as it was cast again."""
-    code, size = tensors.get(f"{path}.weight"), blocks.block_size(settings, directory)
-    if code is None or code.dtype != E4M3 or size is None:
-        return base.dequantize()
-    scale = _scale(path, code, tensors, directory)
-    return (
-        blocks.dequantize(code, scale, size)
-        if blocks.has_blocks(code, scale)
-        else base.dequantize()
-    )
+    return _Taken({p: base for p, (base, _) in again.items()}, config, used, dense)
 
 
 def _tensors(base: Base) -> dict[str, Tensor]:
@@ -273,8 +281,13 @@ def _scale(path: str, weight: Tensor, tensors: Mapping[str, Tensor], directory: 
     if not found[0].is_floating_point() or not found[0].numel() or weight.dim() != 2:
         problem = f"{directory} has {described(weight)} with scales {described(found[0])}"
         raise FalqonError(path, problem, "Check the checkpoint")
-    scale = found[0].to(torch.float32)
-    return scale.flatten()[:1] if bool((scale == scale.flatten()[0]).all()) else scale
+    return found[0].to(torch.float32)
+
+
+def _alike(scale: Tensor) -> Tensor:
+    """One scale in the place of many that are alike."""
+    first = scale.flatten()[:1]
+    return first if bool((scale == first).all()) else scale
 
 
 def _row_scale(weight: Tensor, scale: Tensor) -> Tensor:
@@ -282,9 +295,7 @@ def _row_scale(weight: Tensor, scale: Tensor) -> Tensor:
     return scale.reshape(-1, 1).expand(weight.shape[0], 1).clone()
 
 
-def _cast_again(
-    given: Mapping[str, tuple[Tensor, Tensor, tuple[int, int]]], spec: SiteSpec, directory: Path
-) -> dict[str, Base]:
+def _cast_again(given: Mapping[str, _InBlocks], spec: SiteSpec, directory: Path) -> dict[str, Base]:
     """The bases of weights with one scale per block; each given as codes, scales, block."""
     bases, moved = {}, []
     columns = (TextColumn("one scale per row"), BarColumn(), MofNCompleteColumn())
