@@ -19,6 +19,7 @@ from falqon_fx.cost.variants import VARIANTS, Shape, symbolic
 from tests.models import LoraLinear
 
 H100 = cards.find("H100")
+WITH_FP8 = [card for card in CARDS if card.has_fp8]
 SIZES = st.integers(16, 2**14)
 SHAPES = st.builds(
     Shape,
@@ -34,6 +35,7 @@ SHAPES = st.builds(
     wide=st.sampled_from(["", "float32"]),
     compensate=st.integers(0, 64),
     outliers=st.integers(0, 64),
+    integers=st.booleans(),
 )
 NUMERIC = Shape(96, 40, 56, 4)
 
@@ -109,7 +111,7 @@ def test_a_calibration_adds_a_frozen_adapter_and_a_product_of_a_few_columns(rank
         assert cost.moved(after, "forward") > cost.moved(before, "forward")
     site = falqon_fx.explain(_calibrated(), torch.randn(3, 64)).sites[0]
     assert (site.compensate, site.outliers) == (4, 3)
-    shape = cost.shape_of(site)
+    shape = cost.shape_of(site, cards.find("H100"))
     assert (shape.compensate, shape.outliers) == (4, 3)
 
 
@@ -234,7 +236,7 @@ def test_it_takes_dynamos_symbols():
     assert total.subs(symbol, 96) == cost.flops(variants.merged(NUMERIC))
 
 
-@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+@pytest.mark.parametrize("card", WITH_FP8, ids=lambda card: card.name)
 @pytest.mark.parametrize("size", [1024, 2048])
 @pytest.mark.parametrize("train_a", [True, False])
 def test_fp8_under_a_separate_lora_path_pays_late_and_the_rewrite_early(card, size, train_a):
@@ -255,7 +257,7 @@ CALIBRATED = replace(H100, casts=1e11, thin={"bfloat16": 1e12, "float32": 4e11},
 
 @given(
     SHAPES,
-    st.sampled_from([*CARDS, CALIBRATED]),
+    st.sampled_from([*WITH_FP8, CALIBRATED]),
     st.sampled_from(["fp8_lora", "merged", "emulated"]),
 )
 def test_break_even_is_where_the_sign_changes(shape, card, name):
@@ -313,14 +315,18 @@ def test_a_prediction_adds_up():
 
 
 def test_every_figure_of_a_card_has_a_source():
-    names = [card.name for card in CARDS]
+    names = [card.name for card in WITH_FP8]
     assert names == ["RTX 4090", "L40S", "H100", "H200", "B200", "MI300X", "RTX 5090"]
     for card in CARDS:
-        assert card.has_fp8
         assert set(card.source) == {"flops", "bandwidth", "launch"}
         assert all(len(source) > 20 for source in card.source.values())
-        # FP8 has twice bf16's rate on all of these (to the rounding of the datasheets).
-        assert card.flops["float8"] / card.flops["bfloat16"] == pytest.approx(2, rel=0.02)
+        # FP8 has twice bf16's rate on all of these (to the rounding of the datasheets), INT8 on
+        # those for servers, and four times on others.
+        if card.has_fp8:
+            assert card.flops["float8"] / card.flops["bfloat16"] == pytest.approx(2, rel=0.02)
+        if "int8" in card.flops:
+            times = 4 if card.name.startswith("RTX") else 2
+            assert card.flops["int8"] / card.flops["bfloat16"] == pytest.approx(times, rel=0.02)
 
 
 def test_an_unknown_card_names_the_nearest():
@@ -362,3 +368,31 @@ def test_a_damaged_file_of_cards_is_named(text, monkeypatch, tmp_path):
 def test_min_gain_must_be_a_positive_number(value):
     with pytest.raises(falqon_fx.FalqonConfigError, match="min_gain"):
         FalqonConfig(min_gain=value)
+
+
+def test_integers_are_predicted_on_a_card_without_fp8():
+    """O and O_A of an A100 in INT8; dL/dx of decoded weights, A's behind W's, in bf16. A CPU that
+    has no units for them multiplies in float32.
+    """
+    model = torch.nn.Sequential(torch.nn.Linear(64, 96)).requires_grad_(False)
+    config, x = FalqonConfig(base_dtype="int8", card="A100"), torch.randn(3, 64).bfloat16()
+    (site,) = falqon_fx.explain(model.bfloat16(), x, config=config).sites
+    assert site.cost is not None
+    assert (site.cost.card, site.cost.variant) == ("A100", "merged")
+    card = cards.find("A100")
+    shape = replace(cost.shape_of(site, card), n=32, rank=4)
+    kernels = {k.name: k for k in variants.merged(shape)}
+    product, back = kernels["x·Wᵀ + s·O_A·Bᵀ"], kernels["[dO | D]·[W; A]"]
+    assert (product.dtype, back.dtype) == ("int8", "bfloat16")
+    assert back.flops == 2 * 32 * 64 * (96 + 4)
+    assert kernels["decode W"].bytes == 64 * 96 * 3
+    assert not [k for k in kernels.values() if k.dtype == "float8"]
+    assert cost.flops([product]) == 2 * 32 * 96 * (64 + 4)
+    fast = cost.seconds([replace(product, bytes=0, added=0)], card) - card.launch
+    assert fast == pytest.approx(2 * 32 * 64 * 96 / 624e12)
+    cpu = replace(card, flops={"bfloat16": 1e12, "float32": 5e11}, gpu=False, launch=0.0)
+    assert cost.variant_of(site, cpu) == "emulated"
+    (slow,) = [k for k in variants.emulated(shape) if k.name == "x·Wᵀ"]
+    assert cost.seconds([replace(slow, bytes=0)], cpu) == pytest.approx(2 * 32 * 64 * 96 / 5e11)
+    for name in ("forward", "backward"):
+        assert cost.flops(variants.emulated(shape), name) == cost.flops(variants.lora(shape), name)

@@ -246,7 +246,7 @@ def test_explain_predicts_stacks_and_the_page_shows_them():
     assert up.kernel == down.kernel == "scaled_grouped_mm"
     for site in (up, down):
         assert site.cost is not None
-        shape = cost.shape_of(site)
+        shape = cost.shape_of(site, cards.find("H100"))
         assert isinstance(shape, StackShape)
         assert shape.rows == 24
         assert site.cost.moved_after == int(cost.moved(STACKS["merged"](shape)))

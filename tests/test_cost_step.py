@@ -26,7 +26,11 @@ from tests.costs import config as config
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
+DENSE_RUNS = ("falqon_int8", "falqon_nvfp4")
+WITHOUT_FP8 = ("A100", "RTX 3090")
 CARDS = ("RTX 4090", "L40S", "H100", "H200", "B200", "RTX 5090")
+
+EVERY = (*CARDS, *WITHOUT_FP8)
 
 LENS = {"falqon": "falqon", "falqon_frozen_a": "falqon_frozen_a", "peft": "inductor"}
 
@@ -82,7 +86,7 @@ def test_a_layer_is_what_the_lens_sees(name, model, adapter_dtype, off):
     assert kept(name, step) == pytest.approx(counted["kept_bytes"] + other, rel=off)
 
 
-@given(STEPS, st.sampled_from(CARDS), st.sampled_from(["flash2", "cudnn"]), st.booleans())
+@given(STEPS, st.sampled_from(EVERY), st.sampled_from(["flash2", "cudnn"]), st.booleans())
 def test_the_parts_are_the_launches(step, card, attention, graphs):
     figures = figures_for(card, attention)
     for name, run in arithmetic(step, figures, graphs).items():
@@ -103,7 +107,7 @@ def test_the_parts_are_the_launches(step, card, attention, graphs):
         assert graphs <= (run.host == run.seconds["host"] == 0)
 
 
-@given(STEPS, st.sampled_from(CARDS), st.integers(1, 4096))
+@given(STEPS, st.sampled_from(EVERY), st.integers(1, 4096))
 def test_more_tokens_are_never_faster(step, card, more):
     """Of the GPU's time: where the host is what is waited for, the tuner may choose at more tokens
     a faster kernel that is fewer launches.
@@ -142,6 +146,21 @@ def test_what_must_order(step, card):
     assert extra == pytest.approx(runs["nf4"].seconds["dequantize"])
     other = arithmetic(replace(step, tokens=step.tokens + 100), figures, True)
     assert other["nf4"].seconds["dequantize"] == runs["nf4"].seconds["dequantize"]
+
+
+@pytest.mark.parametrize("card", WITHOUT_FP8)
+def test_a_card_without_fp8_has_integers(card):
+    """O at the rate of integers, dL/dx at that of bf16: half and more of PEFT's products."""
+    figures = figures_for(card).given(["bandwidth=1e30", "ramp=1e-30", "gap=1e-30"])
+    runs = arithmetic(STEP, figures, True)
+    assert [*runs] == ["falqon_int8", "peft", "nf4"]
+    ratio = figures.int8_gemm.value / figures.bf16_gemm.value
+    # Whole waves of tiles of other sizes, and A's rows behind W's, change it by a few percent.
+    share = runs["falqon_int8"].seconds["products"] / runs["peft"].seconds["products"]
+    assert share == pytest.approx((1 + 1 / ratio) / 2, rel=0.1)
+    assert runs["falqon_int8"].weights == runs["peft"].weights / 2
+    stored = arithmetic(replace(STEP, transpose="store"), figures, True)
+    assert stored["falqon_int8"] == runs["falqon_int8"]
 
 
 def test_limits():
@@ -270,7 +289,7 @@ SCHEMA = {
                     "tokens": {"type": "integer"},
                     "runs": {
                         "type": "object",
-                        "required": [name for name in RUNS if name != "falqon_nvfp4"],
+                        "required": [name for name in RUNS if name not in DENSE_RUNS],
                         "additionalProperties": RUN,
                     },
                 },

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
+from falqon_fx.cost.cards import find
 from falqon_fx.cost.model import moved, shape_of
 from falqon_fx.cost.variants import merged
 from falqon_fx.model.fp8_linear import Fp8Linear
@@ -229,8 +230,9 @@ def test_explain_names_the_kernel_of_a_card():
     assert "the library's of decoded weights" in wide.kernel_reason
     assert narrow.kernel == "aten"
     # A W of 256 x 128 is read once each way; of products in 16 bits an H100 makes half as many.
-    costs = [merged(replace(shape_of(wide), width=w)) for w in (9 / 16, 1)]
-    assert shape_of(wide).width == 9 / 16
+    shape = shape_of(wide, find("H100"))
+    costs = [merged(replace(shape, width=w)) for w in (9 / 16, 1)]
+    assert shape.width == 9 / 16
     assert moved(costs[1]) - moved(costs[0]) == 2 * 256 * 128 * 7 / 16
     assert {k.dtype for k in costs[0] if k.name == "x·Wᵀ + s·O_A·Bᵀ"} == {"bfloat16"}
 

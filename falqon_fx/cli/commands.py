@@ -147,6 +147,10 @@ def cost(
             "more of K (bfloat16)"
         ),
     ] = None,
+    base_dtype: Annotated[
+        Literal["fp8", "int8", "nvfp4"] | None,
+        Option(help="of the weights (fp8); --step has a column for each"),
+    ] = None,
     symbolic: Annotated[bool, Option("--symbolic", help="FLOPs and bytes as formulas")] = False,
     step: Annotated[
         bool, Option("--step", help="a model's whole step; the options below belong to it")
@@ -179,8 +183,8 @@ def cost(
     experts, lora is PEFT's sum W + s B A of all experts, and split multiplies W, A and B apart.
 
     --step is the arithmetic of a model's whole training step on a GPU, from published rates: for
-    falqon with A trained and frozen, PEFT in bf16 with Inductor, and NF4 QLoRA. Nothing is
-    measured.
+    falqon with A trained and frozen and with weights in INT8 and NVFP4, PEFT in bf16 with Inductor,
+    and NF4 QLoRA. Nothing is measured.
     """
     _run("falqon_fx_cli.cost:Cost", locals())
 

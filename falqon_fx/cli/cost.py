@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from falqon_fx.config import BaseDtype
 from falqon_fx.cost import cards, stacks, variants
 from falqon_fx.cost import model as cost
 from falqon_fx.cost.cards import Card
@@ -40,6 +41,7 @@ class Cost:
     top_k: int | None
     tokens: list[int] | None
     adapter_dtype: Literal["float32", "bfloat16", "fp8"] | None
+    base_dtype: BaseDtype | None
     symbolic: bool
     step: bool
     model: str | None
@@ -68,6 +70,8 @@ class Cost:
             if getattr(self, name):
                 word = f"--{name.replace('_', '-')}"
                 raise FalqonError(word, "with --step the model says it", "Leave it out")
+        if self.base_dtype is not None:
+            raise FalqonError("--base-dtype", "with --step each has a column", "Leave it out")
         if self.adapter_dtype == "float32":
             problem = "with --step it is how falqon adds the adapter"
             raise FalqonError("--adapter-dtype float32", problem, "Give bfloat16 or fp8")
@@ -109,6 +113,10 @@ class Cost:
         if self.siblings > 1 and self.experts:
             problem = "a stack of experts shares its input with no other"
             raise FalqonError("--siblings", problem, "Give gate and up as one stack, --out of both")
+        kind = self.base_dtype or "fp8"
+        if self.experts and kind != "fp8":
+            problem = f"stacked experts are not cast to {kind.upper()}"
+            raise FalqonError("--base-dtype", problem, "Leave out --experts, or give fp8")
         shape = variants.Shape(
             n=1,
             features=self.features,
@@ -119,6 +127,8 @@ class Cost:
             siblings=self.siblings,
             adapted=self.siblings,
             wide=_wide(card),
+            width=cost.WIDTHS[kind],
+            integers=kind == "int8",
         )
         if not self.experts:
             return shape
@@ -136,6 +146,8 @@ class Cost:
         shape = self._shape(card)
         known = cost.variants_of(shape)
         names = [n for n in known if card.has_fp8 or n not in ("fp8_lora", "merged")]
+        if shape.integers:
+            names = ["lora", "merged" if card.gpu and "int8" in card.flops else "emulated"]
         rows = [
             {
                 "tokens": n,
@@ -178,9 +190,11 @@ def _show_cards(known: list[Card], as_json: bool) -> int:
     if as_json:
         print_json([asdict(card) for card in known])
         return DONE
-    table = Table("card", "bf16, TF/s", "fp8, TF/s", "f32, TF/s", "GB/s", "launch, us", "source")
+    rates_of = {"bfloat16": "bf16", "float8": "fp8", "int8": "int8", "float32": "f32"}
+    named = (f"{name}, TF/s" for name in rates_of.values())
+    table = Table("card", *named, "GB/s", "launch, us", "source")
     for card in known:
-        rates = [f"{card.flops.get(d, 0) / 1e12:.4g}" for d in ("bfloat16", "float8", "float32")]
+        rates = [f"{card.flops.get(dtype, 0) / 1e12:.4g}" for dtype in rates_of]
         rates = ["none" if rate == "0" else rate for rate in rates]
         rest = (f"{card.bandwidth / 1e9:.4g}", f"{card.launch * 1e6:.3g}")
         table.add_row(card.name, *rates, *rest, card.source["flops"])

@@ -18,6 +18,7 @@ import torch
 from falqon_fx._compat import scaled_mm
 from falqon_fx.errors import FalqonError
 from falqon_fx.kernels.cache import cache_folder, write_file
+from falqon_fx.kernels.cpu import integers
 from falqon_fx.kernels.hardware import fp8_architecture
 from falqon_fx.report.checked import STRICT, read
 from falqon_fx.site.numerics import dtype_name
@@ -28,17 +29,19 @@ class Card:
     """Rates of one device.
 
     Attributes:
-        flops: dense matrix multiplication by dtype, with float32 accumulation, FLOP/s. A card
-            without "float8" has no FP8 matrix unit.
+        flops: dense matrix multiplication by dtype, with float32 accumulation, FLOP/s; of "int8"
+            with int32. A card without "float8" has no FP8 matrix unit.
         bandwidth: device memory, bytes/s.
         casts: FP8 casts and decodings, elements/s; 0 where memory alone bounds them.
         launch: seconds from one kernel to the next.
-        architecture: 90 for sm_90 and so on; 0 where this library has no FP8 kernels.
+        architecture: 90 for sm_90 and so on; 0 of other vendors', and of what was measured and has
+            no FP8 kernels.
         source: where each figure comes from.
         thin: bytes/s of products with one side of `_THIN`, by dtype, where those are slower than
             memory (packing the operands); else none.
         fresh: bytes/s at which the system hands out memory that is touched for the first time, on
             top of writing it; 0 where the allocator keeps what is freed.
+        gpu: whether it is one.
     """
 
     __pydantic_config__ = STRICT
@@ -52,6 +55,7 @@ class Card:
     architecture: int = 0
     thin: dict[str, float] = field(default_factory=dict)
     fresh: float = 0.0
+    gpu: bool = False
 
     @property
     def has_fp8(self) -> bool:
@@ -67,16 +71,27 @@ _LAUNCH_SOURCE = (
 
 
 def _gpu(
-    name: str, bf16: float, fp8: float, f32: float, bandwidth: float, source: str, architecture: int
+    name: str,
+    bf16: float,
+    fp8: float | None,
+    int8: float | None,
+    f32: float,
+    bandwidth: float,
+    source: str,
+    architecture: int,
 ) -> Card:
     """TFLOP/s and GB/s as vendors print them; ``f32`` is TF32 or FP32, whichever torch's default
-    (FP32 without TF32) runs.
+    (FP32 without TF32) runs. None where there are no such units, or this library has no INT8.
     """
-    flops = {"bfloat16": bf16 * 1e12, "float8": fp8 * 1e12, "float32": f32 * 1e12}
+    given = {"bfloat16": bf16, "float8": fp8, "int8": int8, "float32": f32}
+    flops = {name: rate * 1e12 for name, rate in given.items() if rate is not None}
     sources = {"flops": source, "bandwidth": source, "launch": _LAUNCH_SOURCE}
-    return Card(name, flops, bandwidth * 1e9, 0.0, _LAUNCH, sources, architecture)
+    given_card = name, flops, bandwidth * 1e9, 0.0, _LAUNCH, sources, architecture
+    return Card(*given_card, gpu=True)
 
 
+_A100 = "NVIDIA A100 Tensor Core GPU datasheet, 80 GB SXM (dense)"
+_AMPERE = "NVIDIA Ampere GA102 GPU Architecture whitepaper, appendix A (dense, FP32 accumulate)"
 _ADA = "NVIDIA Ada GPU Architecture whitepaper, appendix A (dense, FP32 accumulate)"
 _L40S = "NVIDIA L40S datasheet (dense; half of the starred figures)"
 _HOPPER = "NVIDIA {} Tensor Core GPU datasheet, SXM (dense: half of the figures with sparsity)"
@@ -85,13 +100,15 @@ _MI = "AMD Instinct MI300X datasheet (dense)"
 _RTX = "NVIDIA RTX Blackwell GPU Architecture whitepaper, appendix A (dense, FP32 accumulate)"
 
 CARDS: tuple[Card, ...] = (
-    _gpu("RTX 4090", 165.2, 330.3, 82.6, 1008, _ADA, 89),
-    _gpu("L40S", 362.05, 733, 91.6, 864, _L40S, 89),
-    _gpu("H100", 989.5, 1979, 67, 3350, _HOPPER.format("H100"), 90),
-    _gpu("H200", 989.5, 1979, 67, 4800, _HOPPER.format("H200"), 90),
-    _gpu("B200", 2250, 4500, 75, 7700, _HGX, 100),
-    _gpu("MI300X", 1307.4, 2614.9, 163.4, 5300, _MI, 0),
-    _gpu("RTX 5090", 209.5, 419, 104.8, 1792, _RTX, 120),
+    _gpu("RTX 3090", 71, None, 284, 35.6, 936, _AMPERE, 86),
+    _gpu("A100", 312, None, 624, 19.5, 2039, _A100, 80),
+    _gpu("RTX 4090", 165.2, 330.3, 660.6, 82.6, 1008, _ADA, 89),
+    _gpu("L40S", 362.05, 733, 733, 91.6, 864, _L40S, 89),
+    _gpu("H100", 989.5, 1979, 1979, 67, 3350, _HOPPER.format("H100"), 90),
+    _gpu("H200", 989.5, 1979, 1979, 67, 4800, _HOPPER.format("H200"), 90),
+    _gpu("B200", 2250, 4500, 4500, 75, 7700, _HGX, 100),
+    _gpu("MI300X", 1307.4, 2614.9, None, 163.4, 5300, _MI, 0),
+    _gpu("RTX 5090", 209.5, 419, 838, 104.8, 1792, _RTX, 120),
 )
 
 
@@ -209,6 +226,9 @@ def _measure(device: torch.device, size: int, repeats: int) -> Card:
         thin[name] = _thin(a, median)
     if fp8_architecture(device):
         flops["float8"] = 2 * size**3 / median(_scaled_mm(device, size))
+    if device.type == "cuda" or integers.exact():
+        left, right = (torch.randint(-9, 9, (size, size), device=device).char() for _ in range(2))
+        flops["int8"] = 2 * size**3 / median(lambda: torch.ops.aten._int_mm(left, right.t()))
     big = torch.randn(16 * size * size, device=device)
     other = torch.empty_like(big)
     bandwidth = 2 * big.nbytes / median(lambda: other.copy_(big))
@@ -229,6 +249,7 @@ def _measure(device: torch.device, size: int, repeats: int) -> Card:
         fp8_architecture(device),
         thin,
         _fresh(median) if device.type == "cpu" else 0.0,  # torch keeps a GPU's memory
+        device.type == "cuda",
     )
 
 

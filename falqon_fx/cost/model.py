@@ -80,6 +80,8 @@ def _bounds(kernel: Kernel, card: Card) -> list[Any]:
 
 def _unit(dtype: str, card: Card) -> str:
     name = "bfloat16" if dtype == "float16" else dtype
+    if name == "int8" and name not in card.flops:
+        name = "float32"  # where a CPU without units for integers multiplies them, exactly
     if name not in card.flops:
         raise FalqonError(card.name, f"has no {name} matrix units", "Compare another variant")
     return name
@@ -132,13 +134,17 @@ def variants_of(shape: Shape) -> dict[str, Variant]:
     return STACKS if isinstance(shape, StackShape) else VARIANTS
 
 
-def shape_of(site: Site, siblings: int = 1, adapted: int = 1) -> Shape:
+WIDTHS = {"fp8": 1, "int8": 1, "nvfp4": 9 / 16}  # bytes a weight, by base_dtype
+
+
+def shape_of(site: Site, card: Card, siblings: int = 1, adapted: int = 1) -> Shape:
     """The layer of a site at the tokens of its call; ``siblings`` sites share its op, ``adapted``
     of them have an adapter. Tokens of a stack of experts are the rows of its x.
     """
     out = getattr(torch, site.out_dtype)
     # A CPU may multiply in another dtype than the card that is asked about.
-    device = torch.device("cpu" if site.device == "cpu" and not site.architecture else "meta")
+    own = site.device == "cpu" and not site.architecture and not card.gpu
+    device = torch.device("cpu" if own else "meta")
     made, more = Shape, {}
     if site.experts:
         top = site.gathered / max(site.tokens_hint, 1) if site.gathered else 1
@@ -161,13 +167,15 @@ def shape_of(site: Site, siblings: int = 1, adapted: int = 1) -> Shape:
         wide=dtype_name(gemm_dtype(out, device)),
         compensate=site.compensate,
         outliers=site.outliers,
-        width=9 / 16 if site.options["base_dtype"] == "nvfp4" else 1,
+        width=WIDTHS[site.options["base_dtype"]],
+        integers=site.options["base_dtype"] == "int8",
     )
 
 
-def variant_of(kernel: str) -> str:
-    """The variant that a kernel of the plan runs."""
-    return "emulated" if kernel == "aten" else "merged"
+def variant_of(site: Site, card: Card) -> str:
+    """The variant that a site runs by its plan."""
+    integers = site.options["base_dtype"] == "int8" and card.gpu
+    return "emulated" if site.kernel == "aten" and not integers else "merged"
 
 
 TOKENS = tuple(2**i for i in range(4, 18))  # where a report states the speed-up
@@ -211,9 +219,9 @@ def losing(site: Site, config: FalqonConfig, device: torch.device) -> Rejected |
     card = cards.find(config.card) if config.card else cards.at_hand(device)
     if card is None:
         raise FalqonError("min_gain", *cards.unknown(device))
-    shape = shape_of(site)
+    shape = shape_of(site, card)
     known = variants_of(shape)
-    before, after = (known[name](shape) for name in ("lora", variant_of(site.kernel)))
+    before, after = (known[name](shape) for name in ("lora", variant_of(site, card)))
     gain = float(seconds(before, card)) / float(seconds(after, card))
     if gain >= config.min_gain:
         return None

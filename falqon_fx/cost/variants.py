@@ -10,6 +10,8 @@ or 32 bits:
     merged     FP8 GEMMs with FP8 matrix units; s·O_A·Bᵀ and D·A come in their epilogues
     emulated   the same arithmetic where there are none: W is decoded and multiplied in g bytes
 
+In INT8 both multiply integers forward, and decoded ones, A's behind W's, for dL/dx.
+
 W is constant: nothing is cast of it in a step. A and s·B are cast in each forward pass. Where A
 trains, the cast of x is kept for dL/dA: n·in bytes on FP8 units, shared by siblings. What a
 calibration has added (`falqon_fx.prepare`) is a frozen adapter more, and a product of a few columns
@@ -59,7 +61,8 @@ class Shape:
     counts 1 / siblings times for each. ``wide`` is the dtype of products that are not in FP8;
     bfloat16 for bfloat16 and else float32 where nothing is given. ``compensate`` and ``outliers``
     are the ranks and the channels of a calibration. W takes ``width`` bytes a weight: 1, or less in
-    NVFP4, which is decoded where it is multiplied, and so multiplied in ``wide``.
+    NVFP4, which is decoded where it is multiplied, and so multiplied in ``wide``. ``integers``: W,
+    x and A are INT8.
     """
 
     n: Any
@@ -76,6 +79,7 @@ class Shape:
     compensate: Any = 0
     outliers: Any = 0
     width: float = 1
+    integers: bool = False
 
     @property
     def low(self) -> Any:
@@ -169,7 +173,8 @@ def merged(s: Shape) -> list[Kernel]:
     n, i, o, r, e = s.n, s.features, s.out, s.low, WIDTH[s.dtype]
     g, share, each = WIDTH[s.operands], 1 / s.siblings, 1 / s.adapted
     kept = n * i * share if s.train_a and s.rank != 0 else 0
-    multiplied = "float8" if s.width == 1 else s.operands
+    eight = "int8" if s.integers else "float8"
+    multiplied = eight if s.width == 1 else s.operands
     product = Kernel(
         "forward",
         "x·Wᵀ + s·O_A·Bᵀ",
@@ -181,32 +186,47 @@ def merged(s: Shape) -> list[Kernel]:
         added=2 * n * r * o,
         added_dtype=s.operands,
     )
-    back = Kernel(
-        "backward",
-        "dO·W + D·A",
-        multiplied,
-        2 * n * i * o,
-        n * o + i * o * s.width + n * i * e * share + (n * r + r * i) * g,
-        kept=n * i * e * share,
-        launches=share,
-        added=2 * n * r * i,
-        added_dtype=s.operands,
-    )
+    back = [
+        Kernel("backward", "cast dO", "float8", 0, n * o * (e + 1)),
+        Kernel(
+            "backward",
+            "dO·W + D·A",
+            multiplied,
+            2 * n * i * o,
+            n * o + i * o * s.width + n * i * e * share + (n * r + r * i) * g,
+            kept=n * i * e * share,
+            launches=share,
+            added=2 * n * r * i,
+            added_dtype=s.operands,
+        ),
+    ]
     cast = n * i * (e + 1) * share
     kernels = [
-        Kernel("forward", "cast x", "float8", 0, cast, kept=kept, launches=share),
+        Kernel("forward", "cast x", eight, 0, cast, kept=kept, launches=share),
         product,
-        Kernel("backward", "cast dO", "float8", 0, n * o * (e + 1)),
-        back,
-        *_bought(s, "float8", 1),
+        *(_decoded_grad_x(s) if s.integers else back),
+        *_bought(s, eight, 1),
     ]
     if s.rank == 0:
         return kernels
-    kernels += [*_adapter(s, "float8", 1)]
+    kernels += [*_adapter(s, eight, 1)]
     if s.train_a:
         widened = n * i * (1 + g) * each
         kernels.append(Kernel("backward", "widen x", s.operands, 0, widened, launches=each))
     return [*kernels, *optimizer(s)]
+
+
+def _decoded_grad_x(s: Shape) -> list[Kernel]:
+    """dL/dx of INT8 on a GPU: dL/dO times the scales of rows, and integers decoded."""
+    n, i, o, r, e = s.n, s.features, s.out, s.low, WIDTH[s.dtype]
+    wide, g, share = s.operands, WIDTH[s.operands], 1 / s.siblings
+    moved = g * (n * (o + r) + (o + r) * i) + n * i * e * share
+    product = Kernel("backward", "[dO | D]·[W; A]", wide, 2 * n * (o + r) * i, moved)
+    return [
+        Kernel("backward", "scale dO", wide, 0, n * o * (e + g)),
+        Kernel("backward", "decode W", wide, 0, i * o * (1 + g)),
+        replace(product, kept=n * i * e * share, launches=share),
+    ]
 
 
 def emulated(s: Shape) -> list[Kernel]:
@@ -215,10 +235,17 @@ def emulated(s: Shape) -> list[Kernel]:
     """
     n, i, o, r, e = s.n, s.features, s.out, s.low, WIDTH[s.dtype]
     wide, g, share = s.operands, WIDTH[s.operands], 1 / s.siblings
-    kept = n * i * g * share if s.train_a and s.rank != 0 else 0
+    x, eight = (1, "int8") if s.integers else (g, wide)
+    kept = n * i * x * share if s.train_a and s.rank != 0 else 0
     decode = (wide, 0, i * o * (s.width + g), i * o)
     out, grad_x = n * o * e, n * i * e * share
-    product = _gemm("forward", "x·Wᵀ", wide, n, i, o, g)
+    product = [
+        Kernel("forward", "decode W", *decode),
+        _gemm("forward", "x·Wᵀ", wide, n, i, o, g),
+    ]
+    if s.integers:
+        rescaled = Kernel("forward", "scale O", wide, 0, n * o * (4 + g))
+        product = [_gemm("forward", "x·Wᵀ", eight, n, i, o, 1, 4), rescaled]
     back = Kernel(
         "backward",
         "[dO | D]·[W; A]",
@@ -228,17 +255,16 @@ def emulated(s: Shape) -> list[Kernel]:
         launches=share,
     )
     kernels = [
-        Kernel("forward", "cast x", wide, 0, n * i * (e + g) * share, n * i * share, kept, share),
-        Kernel("forward", "decode W", *decode),
-        product,
+        Kernel("forward", "cast x", wide, 0, n * i * (e + x) * share, n * i * share, kept, share),
+        *product,
         Kernel("backward", "cast dO", wide, 0, n * o * (e + g), n * o),
         Kernel("backward", "decode W", *decode),
     ]
     if r != 0:
         kernels += [
-            Kernel("forward", "decode A", wide, 0, r * i * (1 + g), r * i, 0, 1 / s.adapted),
-            *(_adapter(s, wide, g) if s.rank != 0 else ()),
-            *_bought(replace(s, outliers=0), wide, g),
+            *(() if s.integers else (_decoded_a(s),)),
+            *(_adapter(s, eight, x) if s.rank != 0 else ()),
+            *_bought(replace(s, outliers=0), eight, x),
             _adding("forward", "s·O_A·Bᵀ", wide, n, r, o, g),
         ]
         if e != g:
@@ -251,8 +277,14 @@ def emulated(s: Shape) -> list[Kernel]:
         kernels.append(back)
         narrowed = n * i * (e + g) * share
         kernels.append(Kernel("backward", "narrow dx", wide, 0, narrowed, 0, grad_x, share))
-    kernels += _bought(replace(s, compensate=0), wide, g)
+    kernels += _bought(replace(s, compensate=0), eight, x)
     return [*kernels, *(optimizer(s) if s.rank != 0 else ())]
+
+
+def _decoded_a(s: Shape) -> Kernel:
+    moved = s.low * s.features * (1 + WIDTH[s.operands])
+    casts, each = s.low * s.features, 1 / s.adapted
+    return Kernel("forward", "decode A", s.operands, 0, moved, casts, 0, each)
 
 
 Variant = Callable[[Any], list[Kernel]]  # of a `Shape`, or of a kind of it
@@ -296,7 +328,7 @@ def _adapter(s: Shape, operands: str, x: int) -> list[Kernel]:
     n, i, o, r = s.n, s.features, s.out, s.rank
     e, a, wide, g = WIDTH[s.dtype], WIDTH[s.adapter_dtype], s.operands, WIDTH[s.operands]
     each = 1 / s.adapted
-    grad = g if operands != "float8" else e  # dL/dO, which a cast before may have widened
+    grad = e if operands == "float8" else g  # dL/dO, which a cast before may have widened
     kernels = [
         Kernel("forward", "cast A", wide, 0, r * i * (a + 1), r * i),
         Kernel("forward", "cast s·B", wide, 0, o * r * (a + g)),

@@ -200,10 +200,10 @@ class _Predictor:
     def _cost(self, site: Site, siblings: int, adapted: int) -> Cost | None:
         if self.card is None:
             return None
-        shape = cost.shape_of(site, siblings, adapted)
+        shape = cost.shape_of(site, self.card, siblings, adapted)
         key = (shape, site.kernel, site.tokens_hint)
         if key not in self.known:
-            variant = cost.variant_of(site.kernel)
+            variant = cost.variant_of(site, self.card)
             self.known[key] = cost.predict(shape, variant, self.card, site.tokens_hint)
         return self.known[key]
 

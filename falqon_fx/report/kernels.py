@@ -25,7 +25,8 @@ def architecture_of(device: torch.device, config: FalqonConfig) -> int:
     if config.kernel == "dequantize":
         return 0
     if config.card is not None:
-        return cards.find(config.card).architecture
+        card = cards.find(config.card)
+        return card.architecture if card.has_fp8 else 0
     return 0 if torch.version.hip is not None else fp8_architecture(device)
 
 

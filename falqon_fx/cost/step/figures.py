@@ -39,7 +39,9 @@ class Figures:
     Attributes:
         bf16_gemm: cuBLAS's bf16 products, when all processors are busy.
         fp8_gemm: the library's FP8 products with a scale a row, likewise.
+        int8_gemm: the library's INT8 products.
         own_gemm: our FP8 product with the adapter's product in its epilogue.
+        own_int8: the same in INT8.
         summed_gemm: our dL/dx of siblings, with a second accumulator.
         bandwidth: what a kernel that only moves bytes reaches.
         addmm_passes: how often ``torch.addmm`` goes over what it adds to.
@@ -61,7 +63,9 @@ class Figures:
     architecture: Figure
     bf16_gemm: Figure
     fp8_gemm: Figure
+    int8_gemm: Figure
     own_gemm: Figure
+    own_int8: Figure
     summed_gemm: Figure
     bandwidth: Figure
     addmm_passes: Figure
@@ -84,6 +88,10 @@ class Figures:
         them that of the nearest.
         """
         return _between(self.forward, length), _between(self.backward, length)
+
+    @property
+    def has_fp8(self) -> bool:
+        return self.fp8_gemm.value > 0
 
     @property
     def library(self) -> bool:
@@ -142,6 +150,8 @@ def _between(table: dict[int, Figure], length: int) -> float:
 
 
 _PROCESSORS = {
+    "RTX 3090": (82, "NVIDIA Ampere GA102 GPU Architecture whitepaper"),
+    "A100": (108, "NVIDIA A100 Tensor Core GPU Architecture whitepaper"),
     "RTX 4090": (128, "NVIDIA Ada GPU Architecture whitepaper"),
     "L40S": (142, "NVIDIA L40S datasheet (18176 CUDA cores of 128 a processor)"),
     "H100": (132, "NVIDIA H100 Tensor Core GPU Architecture whitepaper, SXM5"),
@@ -158,6 +168,7 @@ _FP8_SOURCE = (
 _BF16 = 755e12 * 12 * 132 / 1536
 _BF16_SOURCE = "pytorch/FBGEMM#2766: 6144 x 8192 x 8192: 755 TFLOP/s, at 0.97 of full waves"
 _OWN_SOURCE = "assumed: 650 to 850 TFLOP/s are expected of 128 x 128 tiles that no H100 has run yet"
+_INT8_SOURCE = "assumed: INT8's product reaches the share of its peak that the FP8 one does"
 _SUMMED_SOURCE = (
     "assumed: the low end of what is expected of own_gemm, for pointers and two accumulators"
 )
@@ -213,16 +224,21 @@ def figures_for(name: str, attention: Attention = "flash2") -> Figures:
             value, source = _PUBLISHED[card.name, name]
         elif card.name != h100.name:
             value, source = value * ratio, f"assumed: the H100's share of the peak ({source})"
+        if not value:
+            source = "the card has no FP8 matrix units"
         return Figure(value, unit, source)
 
-    fp8 = card.flops["float8"] / h100.flops["float8"]
+    fp8 = card.flops.get("float8", 0.0) / h100.flops["float8"]
+    int8 = card.flops["int8"] / h100.flops["int8"]
     forward, backward = _attention(attention, card, dense)
     return Figures(
         processors=Figure(processors, "", where),
         architecture=Figure(card.architecture, "", "NVIDIA, CUDA GPU Compute Capability"),
         bf16_gemm=reached("bf16_gemm", _BF16, "FLOP/s", _BF16_SOURCE, dense),
         fp8_gemm=reached("fp8_gemm", _FP8, "FLOP/s", _FP8_SOURCE, fp8),
+        int8_gemm=reached("int8_gemm", _FP8, "FLOP/s", _INT8_SOURCE, int8),
         own_gemm=reached("own_gemm", 750e12, "FLOP/s", _OWN_SOURCE, fp8),
+        own_int8=reached("own_int8", 750e12, "FLOP/s", _INT8_SOURCE, int8),
         summed_gemm=reached("summed_gemm", 650e12, "FLOP/s", _SUMMED_SOURCE, fp8),
         bandwidth=reached("bandwidth", 2.8e12, "bytes/s", _MEMORY, card.bandwidth / h100.bandwidth),
         addmm_passes=Figure(

@@ -25,7 +25,9 @@ NVFP4_BYTES = 0.5 + 1 / 16  # four bits, and an FP8 scale of 16
 
 @dataclass(frozen=True)
 class Step:
-    """What is asked: a decoder, its tokens, and how it is trained; ``packed``: W in NVFP4."""
+    """What is asked: a decoder, its tokens, and how it is trained; ``packed``: W in NVFP4,
+    ``integers``: W, x and A in INT8.
+    """
 
     decoder: Decoder
     batch: int
@@ -34,6 +36,7 @@ class Step:
     adapter_dtype: AdapterDtype = "bfloat16"
     transpose: Transpose = "transient"
     packed: bool = False
+    integers: bool = False
 
     def __post_init__(self) -> None:
         if self.adapter_dtype == "fp8" and self.decoder.mixture is not None:
@@ -73,55 +76,6 @@ def attention(step: Step, time: Timer) -> list[Launch]:
     ]
 
 
-def peft(step: Step, time: Timer, nf4: bool = False) -> list[Launch]:
-    """PEFT's layer by Inductor: products by cuBLAS, B's added by whatever reads the sum."""
-    d, a = step.decoder, step.a
-    h, i, query, key = d.hidden, d.inner, d.query, d.key
-
-    done = [
-        time.fused("norm", a(h), a(h)),
-        *peft_rope(step, time),
-        time.fused("sum, norm", 3 * a(h), 2 * a(h)),
-        time.fused("SwiGLU", 4 * a(i), 3 * a(i)),
-        time.fused("sum", 3 * a(h), a(h)),
-        time.fused("s dO", a(h), a(h)),
-        time.fused("SwiGLU backward", 4 * a(i), 4 * a(i)),
-        time.fused("sum, norm backward", 6 * a(h), 4 * a(h)),
-        time.fused("attention's gradient", 2 * a(query), a(query)),
-        time.fused("s dv", a(key), a(key)),
-        *peft_rope_backward(step, time),
-        time.fused("sum, norm backward", 8 * a(h), a(h)),
-        *attention(step, time),
-    ]
-    return [*done, *peft_linears(step, time, nf4)]
-
-
-def peft_linears(step: Step, time: Timer, nf4: bool) -> list[Launch]:
-    """The products of all linear layers, forward and backward."""
-    done: list[Launch] = []
-    for group in step.decoder.groups:
-        for out in group.outs:
-            done += _peft_linear(step, time, group.features, out)
-            if nf4:
-                share, weights = time.figures.dequantize.value, group.features * out
-                bytes_of_w = (weights * NF4_BYTES, 2.0 * weights)
-                done += [time.moving("dequantize", "W", *bytes_of_w, share) for _ in range(2)]
-    return done
-
-
-def peft_rope(step: Step, time: Timer) -> list[Launch]:
-    """q, k and v with what their adapters add, and RoPE."""
-    d, a = step.decoder, step.a
-    query, key = a(d.query), a(d.key)
-    added = [time.moving("elementwise", "v + its adapter", 2 * key, key)]
-    if not d.qk_norm:
-        both = query + key
-        return [*added, time.moving("elementwise", "RoPE", 2 * both, both)]
-    for of in (query, key):
-        added.append(time.moving("elementwise", "q, k + their adapters", 2 * of, of))
-    return [*added, *rope(step, time)]
-
-
 def rope(step: Step, time: Timer) -> list[Launch]:
     """RoPE of q and k, and their norms where a model has these."""
     d, a = step.decoder, step.a
@@ -140,46 +94,20 @@ def rope(step: Step, time: Timer) -> list[Launch]:
     ]
 
 
-def peft_rope_backward(step: Step, time: Timer) -> list[Launch]:
-    """Two gradients each: of the product of W, and of B."""
-    d, a = step.decoder, step.a
-    if not d.qk_norm:
-        both = a(d.query) + a(d.key)
-        return [time.moving("elementwise", "RoPE backward", both, 2 * both)]
-    return [
-        time.moving("elementwise", "RoPE, norm backward", 2 * of + 2 * a(d.head), 2 * of)
-        for of in (a(d.query), a(d.key))
-    ]
-
-
 def rope_backward(step: Step, time: Timer) -> list[Launch]:
     """RoPE's and the norms' backward, with the casts of dq and dk; norms go by way of float32."""
     d, a, q = step.decoder, step.a, step.q
     query, key = a(d.query), a(d.key)
     if not d.qk_norm:
-        casts = query + key + q(d.query + d.key)
+        casts = query + key + (0 if step.integers else q(d.query + d.key))
         return [time.moving("elementwise", "RoPE backward, casts", query + key, casts)]
     done = []
     for of, kept in ((query, 2 * query), (key, 0)):
         first = 2 * of + 2 * a(d.head)
         done.append(time.moving("elementwise", "RoPE backward", first, 2 * of))
-        writes = 2 * of + of // 2 + kept
+        writes = 2 * of + (0 if step.integers else of // 2) + kept
         done.append(time.moving("elementwise", "norm backward, casts", 3 * of, writes))
     return done
-
-
-def _peft_linear(step: Step, time: Timer, k: int, out: int) -> list[Launch]:
-    n, r, a, rate = step.n, step.rank, step.a, time.figures.bf16_gemm.value
-    return [
-        time.product("x W'", n, k, [out], 2, rate),
-        time.product("dO W", n, out, [k], 2, rate),
-        time.thin("adapter", "x A'", a(k) + 2 * r * k, a(r)),
-        time.moving("adapter", "O_A B'", a(r) + 2 * r * out, a(out)),
-        time.thin("adapter", "D", a(out) + 2 * r * out, a(r)),
-        time.moving("adapter", "D A", a(r) + 2 * r * k, a(k)),
-        time.thin("adapter", "dL/dB", a(out) + a(r), 2 * r * out),
-        time.thin("adapter", "dL/dA", a(k) + a(r), 2 * r * k),
-    ]
 
 
 def falqon(step: Step, time: Timer, train_a: bool) -> list[Launch]:
@@ -203,6 +131,7 @@ def _casts(step: Step, time: Timer, train_a: bool) -> list[Launch]:
     d, a, q = step.decoder, step.a, step.q
     h, i, query, key = d.hidden, d.inner, d.query, d.key
     again = 0 if train_a else 1  # where x̂ isn't kept, the lens sees a cast stored twice
+    back = 0 if step.integers else 1  # nothing is cast of gradients
 
     return [
         time.moving("casts", "A and s B", 4 * sum(d.adapter(step.rank)), step.adapter_casts),
@@ -212,11 +141,11 @@ def _casts(step: Step, time: Timer, train_a: bool) -> list[Launch]:
         time.fused("sum, norm, cast", 2 * a(h), q(h) * (1 + again)),
         time.fused("SwiGLU, cast", 2 * a(i), q(i) * (1 + again)),
         time.fused("sum", 3 * a(h), a(h)),
-        time.moving("casts", "dO", a(h), q(h)),
-        time.fused("SwiGLU backward, casts", 3 * a(i), 4 * a(i) + 2 * q(i)),
-        time.fused("sum, norm backward, cast", 4 * a(h), a(h) + q(h)),
+        *([time.moving("casts", "dO", a(h), q(h))] * back),
+        time.fused("SwiGLU backward, casts", 3 * a(i), 4 * a(i) + 2 * q(i) * back),
+        time.fused("sum, norm backward, cast", 4 * a(h), a(h) + q(h) * back),
         *rope_backward(step, time),
-        time.moving("casts", "dv", a(key), q(key)),
+        *([time.moving("casts", "dv", a(key), q(key))] * back),
         time.fused("sum, norm backward", 3 * a(h), a(h)),
     ]
 
@@ -279,12 +208,19 @@ def _forward(step: Step, time: Timer, group: Group) -> list[Launch]:
         pairs = [(k, out) for out in group.outs]
         return [skinny, *_packed(step, time, "x W' + O_A B'", pairs, group.outs, k, r)]
     # bf16 products take twice as long as FP8 ones.
-    rate = f.own_gemm.value
+    rate = (f.own_int8 if step.integers else f.own_gemm).value
     ours = [time.product("x W' + O_A B'", n, k + 2 * r, group.outs, 1, rate, own=True)]
     theirs: list[Launch] = []
+    rate = (f.int8_gemm if step.integers else f.fp8_gemm).value
     for out in group.outs:
-        theirs.append(time.product("x W' (library)", n, k, [out], 1, f.fp8_gemm.value))
+        theirs.append(time.product("x W' (library)", n, k, [out], 1, rate))
+        if step.integers:  # sums of 32 bits
+            sums = 2 * step.a(out)
+            theirs[-1] = time.more(theirs[-1], writes=step.a(out))
+            theirs.append(time.moving("sums", "scales (library)", sums, step.a(out)))
         theirs += _addmm(step, time, out)
+    if step.integers and f.architecture.value >= 90:  # ours is compiled for others
+        return [skinny, *theirs]
     return [skinny, *_faster(ours, theirs)]
 
 
@@ -296,6 +232,8 @@ def _grad_x(step: Step, time: Timer, group: Group) -> list[Launch]:
     if step.packed:
         pairs = [(of_site, k) for of_site in group.outs]
         return [scaled, *_packed(step, time, "dO W + D A", pairs, [k], out, r * sites)]
+    if step.integers:
+        return [scaled, *_decoded(step, time, k, out + r * sites)]
     in_k = out + (r * sites if step.adapter_dtype == "fp8" else 0)
     ones = time.moving("sums", "scales of 1 (library)", 0, 4 * k)  # it takes no product without
     if step.transpose == "transient":
@@ -341,6 +279,18 @@ def _packed(
         ]
     added = [one for out in columns for one in _addmm(step, time, out)]
     return _faster([replace(ours, reads=reads)], [*theirs, *added])
+
+
+def _decoded(step: Step, time: Timer, k: int, rows: int) -> list[Launch]:
+    """dL/dx of siblings whose W, with A's behind it, [rows, k], is decoded from INT8: dL/dO times
+    the scales of rows, and a product of the library.
+    """
+    rate = time.figures.bf16_gemm.value
+    return [
+        time.moving("casts", "dO times scales", step.a(rows), step.a(rows)),
+        time.moving("dequantize", "W", rows * k, 2 * rows * k),
+        time.product("dO W + D A (library)", step.n, rows, [k], 2, rate),
+    ]
 
 
 def _addmm(step: Step, time: Timer, columns: int) -> list[Launch]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from falqon_fx.cost.step import layer
+from falqon_fx.cost.step import baseline, layer
 from falqon_fx.cost.step.decoder import Mixture
 from falqon_fx.cost.step.launches import Launch, Timer
 from falqon_fx.cost.step.layer import Step
@@ -211,7 +211,7 @@ def peft(step: Step, time: Timer, nf4: bool = False) -> list[Launch]:
     sums = [_sum(x, stack) for stack in (x.down, x.up)]
     done = [
         x.fused("norm", a(h), a(h)),
-        *layer.peft_rope(step, time),
+        *baseline.summed_rope(step, time),
         x.fused("sum, norm", 3 * a(h), 2 * a(h)),
         *x.routing(),
         *sums,
@@ -231,13 +231,13 @@ def peft(step: Step, time: Timer, nf4: bool = False) -> list[Launch]:
         x.fused("sum, norm backward", 4 * a(h), 2 * a(h)),
         x.fused("attention's gradient", 2 * a(d.query), a(d.query)),
         x.fused("s dv", a(d.key), a(d.key)),
-        *layer.peft_rope_backward(step, time),
+        *baseline.rope_backward(step, time),
         x.fused("sum, norm backward", 8 * a(h), 3 * a(h)),
         *layer.attention(step, time),
     ]
     for stack in (x.down, x.up):
         done += _sum_backward(x, stack)
-    return [*done, *layer.peft_linears(step, time, nf4)]
+    return [*done, *baseline.linears(step, time, nf4)]
 
 
 def _sum(x: _Experts, stack: tuple[int, int]) -> Launch:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import get_args
 
-from falqon_fx.cost.step import layer, mixture
+from falqon_fx.cost.step import baseline, layer, mixture
 from falqon_fx.cost.step.figures import Figures
 from falqon_fx.cost.step.launches import Launch, Part, Timer
 from falqon_fx.cost.step.layer import NF4_BYTES, NVFP4_BYTES, Step
@@ -14,6 +14,7 @@ from falqon_fx.cost.step.layer import NF4_BYTES, NVFP4_BYTES, Step
 RUNS = {
     "falqon": "falqon",
     "falqon_frozen_a": "falqon, A frozen",
+    "falqon_int8": "falqon, INT8",
     "falqon_nvfp4": "falqon, NVFP4",
     "peft": "PEFT bf16 + Inductor",
     "nf4": "NF4 QLoRA + Inductor",
@@ -35,6 +36,10 @@ NOTES = {
     "attention": "causal: half of the pairs; backward is five products to forward's two",
     "NF4": "bitsandbytes' format: four bits and a float32 scale of 64, without its second level; "
     "dequantized once for forward and once for backward, compiled, adapters in bf16",
+    "INT8": 'base_dtype="int8", adapters in bfloat16: O by the faster of ours, which is compiled '
+    "for sm_80 to sm_89, and torch._int_mm with two passes behind it; dL/dx by cuBLAS, in bf16, of "
+    "what is decoded before. assumed: what is fused with what, which the lens has not counted; it "
+    "has no stacked experts",
     "NVFP4": 'base_dtype="nvfp4", adapters in bfloat16: for each product the faster of ours, which '
     "decodes W as it reads it (assumed: at half of the FP8 one's rate, as 16 bits have it), and "
     "cuBLAS's of what is decoded before; it has no stacked experts",
@@ -49,6 +54,8 @@ NOTES = {
     "not counted": "the embedding, the last norm, clipping, the allocator, guards; dL/dx of the "
     "first layer's q, k and v is counted although nothing needs it",
 }
+_DENSE = ("falqon_int8", "falqon_nvfp4")  # not of stacked experts
+_WITHOUT_FP8 = ("falqon_int8", "peft", "nf4")  # what a card without its units multiplies natively
 _FUSED_ADAMW = 36  # tensors in a launch of ATen's multi_tensor_apply with four lists
 
 
@@ -80,7 +87,9 @@ class Run:
 
 def arithmetic(step: Step, figures: Figures, cuda_graphs: bool = False) -> dict[str, Run]:
     """Each of `RUNS` that there is of the decoder."""
-    runs = [run for run in RUNS if run != "falqon_nvfp4" or step.decoder.mixture is None]
+    runs = [run for run in RUNS if run not in _DENSE or step.decoder.mixture is None]
+    if not figures.has_fp8:
+        runs = [run for run in runs if run in _WITHOUT_FP8]
     return {name: _run(name, step, Timer(figures), cuda_graphs) for name in runs}
 
 
@@ -88,18 +97,19 @@ def layer_of(name: str, step: Step, time: Timer) -> list[Launch]:
     """The launches of a layer of one run, of layers that are all alike."""
     dense = step.decoder.mixture is None
     if name in ("peft", "nf4"):
-        run = layer.peft if dense else mixture.peft
+        run = baseline.whole if dense else mixture.peft
         return run(step, time, nf4=name == "nf4")
     ours = layer.falqon if dense else mixture.falqon
-    if name == "falqon_nvfp4":
-        step = replace(step, packed=True, adapter_dtype="bfloat16")
+    if name in _DENSE:
+        packed, integers = name == "falqon_nvfp4", name == "falqon_int8"
+        step = replace(step, adapter_dtype="bfloat16", packed=packed, integers=integers)
     return ours(step, time, train_a=name != "falqon_frozen_a")
 
 
 def kept(name: str, step: Step) -> int:
     """Bytes of such a layer that are there for backward alone."""
     of = layer.kept if step.decoder.mixture is None else mixture.kept
-    if name == "falqon_nvfp4":
+    if name in _DENSE:
         step = replace(step, adapter_dtype="bfloat16")
     return of(step, name)
 
@@ -142,7 +152,7 @@ def _weights(name: str, step: Step) -> float:
     """Bytes of a layer's weights. NF4 is of linear layers alone, and so is W kept both ways."""
     widths = {"peft": 2.0, "nf4": NF4_BYTES, "falqon_nvfp4": NVFP4_BYTES}
     of_linears = widths.get(name, 1.0)
-    if of_linears == 1.0 and step.transpose == "store":
+    if of_linears == 1.0 and step.transpose == "store" and name != "falqon_int8":
         of_linears = 2.0
     of_stacks = 2.0 if name in ("peft", "nf4") else 1.0
     d = step.decoder
