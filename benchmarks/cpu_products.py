@@ -5,8 +5,8 @@
 
 For each group of layers that share x: the forward op (casts, O of all, O_A) and dL/dx of a LoRA of
 rank 16, at 768 tokens, in bfloat16 where the CPU multiplies it, else in float32. What is compared
-takes turns, and the least of each one's times counts: a machine that does other things adds time
-only. A calibrated base has the 16 ranks and the 16 channels of x that `falqon_fx.prepare` adds.
+takes turns, each is first in every other round; medians of times and of the quotients of a round
+count. A calibrated base has the 16 ranks and the 16 channels of x that `falqon_fx.prepare` adds.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
 
 import common
@@ -48,12 +49,14 @@ KINDS: dict[str, tuple[BaseDtype, bool]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """Milliseconds of one group."""
+    """Milliseconds of one group, and how many times FP8's that is."""
 
     group: str
     base: str
     forward: float
     backward: float
+    forward_of_fp8: float
+    backward_of_fp8: float
 
 
 def calls(kind: str, group: str, dtype: torch.dtype) -> list[Callable[[], Any]]:
@@ -100,35 +103,47 @@ def calls(kind: str, group: str, dtype: torch.dtype) -> list[Callable[[], Any]]:
 def measure(kinds: Sequence[str], group: str, dtype: torch.dtype, rounds: int) -> list[Row]:
     """All bases in turns."""
     of = {base: calls(base, group, dtype) for base in kinds}
-    least = {base: [float("inf")] * 2 for base in kinds}
-    for _ in range(rounds):
-        for base, both in of.items():
-            for i, call in enumerate(both):
+    times: dict[str, list[list[float]]] = {base: [[], []] for base in kinds}
+    for turn in range(rounds):
+        for base in kinds if turn % 2 else reversed(kinds):
+            for i, call in enumerate(of[base]):
                 start = time.perf_counter()
                 call()
-                least[base][i] = min(least[base][i], (time.perf_counter() - start) * 1e3)
-    return [Row(group, base, *times) for base, times in least.items()]
+                times[base][i].append((time.perf_counter() - start) * 1e3)
+    return [
+        Row(group, base, *map(median, each), *map(_quotient, each, times["fp8"]))
+        for base, each in times.items()
+    ]
+
+
+def _quotient(own: list[float], of_fp8: list[float]) -> float:
+    return median(a / b for a, b in zip(own, of_fp8, strict=True))
 
 
 HEADER = ("layers", "base", "forward, ms", "dL/dx, ms", "forward / FP8's", "dL/dx / FP8's")
 
 
 def summary(rows: Sequence[Row]) -> list[list[str]]:
-    """A line a group and base, and all of them."""
-    every = [
-        Row("all", kind, sum(r.forward for r in own), sum(r.backward for r in own))
-        for kind in dict.fromkeys(row.base for row in rows)
-        for own in [[row for row in rows if row.base == kind]]
-    ]
-    of_fp8 = {row.group: row for row in (*rows, *every) if row.base == "fp8"}
+    """A line a group and base, and all of them, whose quotient is that of FP8's times as they are
+    and times the groups' quotients.
+    """
+    of_fp8 = [row for row in rows if row.base == "fp8"]
+    ahead, back = (sum(getattr(row, name) for row in of_fp8) for name in ("forward", "backward"))
+    every = []
+    for kind in dict.fromkeys(row.base for row in rows):
+        own = [row for row in rows if row.base == kind]
+        pairs = list(zip(own, of_fp8, strict=True))
+        forward = sum(row.forward_of_fp8 * fp8.forward for row, fp8 in pairs)
+        backward = sum(row.backward_of_fp8 * fp8.backward for row, fp8 in pairs)
+        every.append(Row("all", kind, forward, backward, forward / ahead, backward / back))
     return [
         [
             row.group,
             row.base,
             f"{row.forward:.2f}",
             f"{row.backward:.2f}",
-            f"{row.forward / of_fp8[row.group].forward:.2f}",
-            f"{row.backward / of_fp8[row.group].backward:.2f}",
+            f"{row.forward_of_fp8:.2f}",
+            f"{row.backward_of_fp8:.2f}",
         ]
         for row in (*rows, *every)
     ]
@@ -138,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=41)
     parser.add_argument("--kinds", nargs="+", choices=[*KINDS], default=["fp8", "int8"])
     args = parser.parse_args(argv)
     dtype = smollm.native_dtype()

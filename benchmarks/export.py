@@ -1,7 +1,8 @@
-"""What each form of the FP8 scales costs once an adapter is merged, in FP8 (`save_fp8`) and in bf16
+"""What each form of the base costs once an adapter is merged, in that form (`save_fp8`) and in bf16
 (`merge_and_unload`), and how long `save_fp8` takes.
 
     python benchmarks/export.py --nll --time
+    python benchmarks/export.py --nll --bases int8 nvfp4
 
 SmolLM2-135M-Instruct with an adapter on all 210 linear layers whose B is random and moves each
 weight by 1%. All errors are relative, in Frobenius norms over all layers:
@@ -29,6 +30,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args
 
 import torch
 from common import environment, result_path, write_json
@@ -40,6 +42,8 @@ from torch import Tensor, nn
 from training import Trainee, Variant, lora_layers, mean_nll, progress_bar, with_adapter
 
 import falqon_fx
+from falqon_fx.config import BaseDtype
+from falqon_fx.site import nvfp4
 
 MOVED = 0.01  # |s B A| / |W|
 
@@ -48,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nll", action="store_true", help="also of the merged models")
     parser.add_argument("--time", action="store_true", help="also save_fp8")
+    kinds = get_args(BaseDtype)
+    parser.add_argument("--bases", nargs="+", choices=kinds, default=["fp8"], help="what W is")
     parser.add_argument("--out", type=Path, help="result file (JSON)")
     arguments = parser.parse_args(argv)
     data = Data.load()
@@ -56,10 +62,14 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     with tempfile.TemporaryDirectory(dir=".") as folder:
         data.base.save_pretrained(Path(folder, "base"))
-        for granularity, scale in itertools.product(("row", "tensor"), ("pow2", "amax")):
-            config = falqon_fx.FalqonConfig(granularity=granularity, scale=scale)
+        choices = itertools.product(arguments.bases, ("row", "tensor"), ("pow2", "amax"))
+        for kind, granularity, scale in choices:
+            if kind != "fp8" and granularity == "tensor":
+                continue
+            how = {"base_dtype": kind, "granularity": granularity, "scale": scale}
+            config = falqon_fx.FalqonConfig(**how)
             row = measure(start, config, wanted, data, Path(folder), arguments)
-            rows.append({"granularity": granularity, "scale": scale, **row})
+            rows.append({**how, **row})
             print(json.dumps(rows[-1]), flush=True)
     dense = nll(start.merge_and_unload(), data) if arguments.nll else None
     result = {**environment(), "moved": MOVED, "nll_of_bf16": dense, "forms": rows}
@@ -122,12 +132,17 @@ def exported(model: PeftModel, folder: Path, **options: Path) -> dict[str, Tenso
     falqon_fx.save_fp8(model, folder, progress=False, **options)
     tensors = load_file(folder / "model.safetensors")
     shutil.rmtree(folder)
-    return {
-        f"base_model.model.{name.removesuffix('.weight')}": tensor.float()
-        * tensors[f"{name}_scale"]
-        for name, tensor in tensors.items()
-        if tensor.dtype == torch.float8_e4m3fn
-    }
+    found = {}
+    for path in (n.removesuffix(".weight_scale") for n in tensors if n.endswith(".weight_scale")):
+        scale = tensors[f"{path}.weight_scale"]
+        if f"{path}.weight" in tensors:
+            weight = tensors[f"{path}.weight"].float() * scale
+        else:
+            packed = nvfp4.joined(tensors[f"{path}.weight_packed"], scale.view(torch.uint8))
+            whole = 1 / tensors[f"{path}.weight_global_scale"].reshape(())
+            weight = nvfp4.decode(packed, whole, torch.float32)
+        found[f"base_model.model.{path}"] = weight
+    return found
 
 
 def weights(model: nn.Module, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
