@@ -94,6 +94,21 @@ def test_cost_of_a_trained_a_and_of_siblings(capsys):
     assert merged("--rank", "0") < merged("--rank", "8", "--frozen-a")
 
 
+@pytest.mark.parametrize(
+    ("card", "kind", "names"),
+    [
+        ("A100", "int8", ["lora", "merged"]),
+        ("A100", "fp8", ["lora", "emulated"]),
+        ("H100", "nvfp4", ["lora", "fp8_lora", "merged", "emulated"]),
+    ],
+)
+def test_cost_knows_each_base(capsys, card, kind, names):
+    words = ["--card", card, "--base-dtype", kind, "--tokens", "4096", "--json"]
+    assert main(["cost", *words]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["seconds"]
+    assert [*row] == ["tokens", *names]
+
+
 def test_cost_lists_cards_and_formulas(capsys):
     assert main(["cost", "--cards", "--json"]) == 0
     listed = TypeAdapter(list[Card]).validate_json(capsys.readouterr().out)

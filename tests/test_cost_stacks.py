@@ -280,6 +280,8 @@ def test_the_command_knows_stacks(capsys):
         (["--top-k", "8"], "Add --experts"),
         (["--experts", "8", "--siblings", "2"], "as one stack"),
         (["--step", "--experts", "8"], "the model says it"),
+        (["--experts", "8", "--base-dtype", "int8"], "stacked experts are not cast to INT8"),
+        (["--step", "--base-dtype", "int8"], "each has a column"),
     ],
 )
 def test_what_cant_be_asked_of_stacks(words, message, capsys):
