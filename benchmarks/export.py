@@ -10,6 +10,7 @@ weight by 1%. All errors are relative, in Frobenius norms over all layers:
 - trained: dq(W) + s B A, what ran in training, against W + s B A, what FP8 itself costs;
 - once: the weights that `save_fp8` casts from the original ones, against W + s B A;
 - twice: those that it casts from dq(W), where `prepare` has freed the original ones, likewise;
+- left: how much of s B A is left then, ⟨cast - dq(W), s B A⟩ / |s B A|²;
 - merge: what `merge_and_unload` gives in bf16, against dq(W) + s B A;
 - restore: what `restore` gives in bf16, against dq(W).
 
@@ -103,9 +104,9 @@ def measure(
     model = copy.deepcopy(start)
     falqon_fx.prepare(model, config, progress=False)
     began = time.perf_counter()
-    once = exported(model, folder / "once", base=folder / "base")
+    once, _ = exported(model, folder / "once", base=folder / "base")
     seconds = time.perf_counter() - began
-    twice = exported(model, folder / "twice")
+    twice, left = exported(model, folder / "twice")
     sites = falqon_fx.adapters(model)
     trained = {path: site.merged() for path, site in sites.items()}
     base = {path: site.base() for path, site in sites.items()}
@@ -115,6 +116,7 @@ def measure(
         "trained": error(trained, wanted),
         "once": error(once, wanted),
         "twice": error(twice, wanted),
+        "left": left,
         "merge": error(weights(plain, wanted), trained),
         "restore": error(weights(restored, wanted), base),
         "export_seconds": seconds if arguments.time else None,
@@ -127,9 +129,13 @@ def measure(
     return found
 
 
-def exported(model: PeftModel, folder: Path, **options: Path) -> dict[str, Tensor]:
-    """The weights that `save_fp8` writes, float32, by the paths of the LoRA layers."""
-    falqon_fx.save_fp8(model, folder, progress=False, **options)
+def exported(
+    model: PeftModel, folder: Path, **options: Path
+) -> tuple[dict[str, Tensor], float | None]:
+    """The weights that `save_fp8` writes, float32, by the paths of the LoRA layers, and how much is
+    left of the adapters.
+    """
+    report = falqon_fx.save_fp8(model, folder, progress=False, **options)
     tensors = load_file(folder / "model.safetensors")
     shutil.rmtree(folder)
     found = {}
@@ -142,7 +148,7 @@ def exported(model: PeftModel, folder: Path, **options: Path) -> dict[str, Tenso
             whole = 1 / tensors[f"{path}.weight_global_scale"].reshape(())
             weight = nvfp4.decode(packed, whole, torch.float32)
         found[f"base_model.model.{path}"] = weight
-    return found
+    return found, report.left
 
 
 def weights(model: nn.Module, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -112,6 +112,7 @@ def test_a_trained_adapter_is_cast_with_its_weight_at_once(tmp_path, at_hand, gr
     source = "FP8 weight" if at_hand == "nothing" else "base weight"
     assert report.cast_from == dict.fromkeys(weights, source)
     assert ("14 were cast a second time" in str(report)) is (at_hand == "nothing")
+    assert (report.left is None) is (at_hand != "nothing")
     spec = SiteSpec.from_config(FalqonConfig(**options))
     found = layers_in(tmp_path)
     assert len(found) == 14
@@ -127,7 +128,9 @@ def test_a_trained_adapter_is_cast_with_its_weight_at_once(tmp_path, at_hand, gr
 def test_each_layer_is_cast_once_and_as_it_is_written(tmp_path, monkeypatch):
     """Not all at once: as much memory is needed as a file holds, not as the model does."""
     cast, written, seen = ExportLayer.cast, falqon_fx.files.storage.save_tensors, []
-    monkeypatch.setattr(ExportLayer, "cast", lambda self: seen.append(self.path) or cast(self))
+    monkeypatch.setattr(
+        ExportLayer, "cast", lambda self, left: seen.append(self.path) or cast(self, left)
+    )
     monkeypatch.setattr(
         falqon_fx.files.storage, "save_tensors", lambda *args: seen.append("file") or written(*args)
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from falqon_fx.config import Scale
 from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.site import nvfp4
 from falqon_fx.site.numerics import E4M3
-from tests.exports import dense, export, in_fp8, read, wide_llama
+from tests.exports import dense, export, in_fp8, read, sites, wide_llama
 from tests.folders import IDS, lora
 from tests.models import fill_b
 from tests.parameters import slow
@@ -204,13 +205,30 @@ def test_a_published_base_is_trained_resumed_and_exported(tmp_path, kind):
         assert torch.equal(wide.view(torch.uint8), before[name].view(torch.uint8)), name
 
 
-def test_a_second_cast_is_said(tmp_path):
-    model = in_fp8(wide_llama(), True, base_dtype="nvfp4", scale="amax")
-    report = export(model, tmp_path)
-    kinds = {path: source for path, source in report.cast_from.items() if "q_proj" in path}
-    assert set(kinds.values()) == {"NVFP4 weight"}
-    assert "were cast a second time, from NVFP4 weights" in str(report)
+@pytest.mark.parametrize(("kind", "b_size"), [("nvfp4", 0.05), ("nvfp4", 0.001), ("fp8", 0.05)])
+def test_what_a_second_cast_leaves_of_an_adapter_is_said(tmp_path, kind, b_size):
+    """Of one that moves W by 70% nearly all; of one that moves it by 1% in four bits nothing."""
+    model = in_fp8(wide_llama(), True, b_size=b_size, base_dtype=kind)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report = export(model, tmp_path)
+    before = {path: site.base() for path, site in sites(model).items()}
+    again = dense(tmp_path)
+    kept = added = 0.0
+    for path, site in sites(model).items():
+        moved = site.merged() - before[path]
+        kept += float(((again.get_submodule(path).weight - before[path]) * moved).sum())
+        added += float(moved.square().sum())
+    assert report.left == pytest.approx(kept / added, abs=1e-4)
+    few = b_size < 0.01
+    assert (report.left < 0.05) if few else (report.left > 0.9)
+    told = [str(w.message) for w in caught if "of what the adapters add" in str(w.message)]
+    assert len(told) == few
+    sources = {report.cast_from[path] for path in before}
+    assert sources == {f"{kind.upper()} weight"}
     assert report.cast_from["model.layers.0.mlp.down_proj"] == "unchanged"
+    assert f"cast a second time, from {kind.upper()} weights" in str(report)
+    assert f"{report.left:.0%} of what their adapters add is left" in str(report)
 
 
 @given(weight=weights(), shift=st.integers(0, 12), mode=st.sampled_from(["pow2", "amax"]))

@@ -11,7 +11,8 @@ It reads the compressed-tensors form as W8A8 with one scale per row (its kernel
 ``ChannelWiseTorchFP8ScaledMMLinearKernel``). The fp8 form has scales a block, for which vLLM's one
 CPU kernel (``CPUFp8BlockScaledMMKernel``) wants AMX tiles and blocks of 128 columns: here a plugin
 of the test adds one in plain torch, and vLLM itself does all else, from reading the config to
-answering.
+answering. INT8 is served by its kernel ``CPUInt8ScaledMMLinearKernel``; for NVFP4, which it has
+kernels for on GPUs alone, there is another plugin.
 """
 
 from __future__ import annotations
@@ -99,6 +100,35 @@ class Plain(CPUFp8BlockScaledMMKernel):
 def register():
     linear._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU] = [Plain]
 """
+FOUR_BITS = """
+import torch
+from vllm.model_executor.kernels.linear.nvfp4.base import NvFp4LinearKernel, NvFp4LinearLayerConfig
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+    compressed_tensors_w4a4_nvfp4 as scheme,
+)
+
+class Plain(NvFp4LinearKernel):
+    @classmethod
+    def is_supported(cls, compute_capability=None):
+        return True, None
+
+    @classmethod
+    def can_implement(cls, config):
+        return True, None
+
+    def process_weights_after_loading(self, layer):
+        pass
+
+    def apply_weights(self, layer, x, bias=None):
+        values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+        index = torch.stack([layer.weight & 15, layer.weight >> 4], 2).flatten(1).int()
+        scale = layer.weight_scale.float().repeat_interleave(16, 1) * layer.weight_global_scale
+        weight = values[index & 7] * (1 - 2 * (index >> 3)) * scale
+        return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
+
+def register():
+    scheme.init_nvfp4_linear_kernel = lambda use_a16=False: Plain(NvFp4LinearLayerConfig())
+"""
 FUSED = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
@@ -166,6 +196,17 @@ def held_by_vllm(folder: Path, scripts: Path) -> tuple[dict[str, Tensor], list[i
     return held, answer
 
 
+def add_plugin(folder: Path, text: str) -> None:
+    """A package that vLLM finds and registers, in a folder of its Python path."""
+    (folder / "plain_plugin.py").write_text(text)
+    info = folder / "plain_plugin-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plain-plugin\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(
+        "[vllm.general_plugins]\nplain = plain_plugin:register\n"
+    )
+
+
 def written(folder: Path) -> dict[str, Tensor]:
     """The tensors of an exported folder."""
     from safetensors.torch import load_file
@@ -201,11 +242,7 @@ def test_the_engine_reads_the_fp8_form_as_it_is(tmp_path):
     """Config, names, shapes and fused layers by vLLM's own reader; the product is the plugin's."""
     trained = train(granularity="tensor")
     folder = export(trained, tmp_path / "out", form="fp8")
-    (tmp_path / "plain_fp8.py").write_text(PLUGIN)
-    info = tmp_path / "plain_fp8-0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plain-fp8\nVersion: 0\n")
-    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nplain = plain_fp8:register\n")
+    add_plugin(tmp_path, PLUGIN)
     held, answer = held_by_vllm(folder, tmp_path)
     tensors, seen = written(folder), set()
     for name, grid in held.items():
@@ -223,6 +260,40 @@ def test_the_engine_reads_the_fp8_form_as_it_is(tmp_path):
         seen |= set(fused(path))
     assert seen == {name.removesuffix(".weight_scale_inv") for name in tensors if "_inv" in name}
     assert len(seen) == 14
+    assert answer == SENTENCE[10:]
+
+
+def test_the_engine_reads_nvfp4_as_it_is(tmp_path):
+    """Config, names, shapes and one scale for layers that it fuses, by vLLM's own reader."""
+    folder = export(train(base_dtype="nvfp4"), tmp_path / "out")
+    add_plugin(tmp_path, FOUR_BITS)
+    held, answer = held_by_vllm(folder, tmp_path)
+    tensors, seen = written(folder), set()
+    for name, whole in held.items():
+        if not name.endswith(".weight_global_scale"):
+            continue
+        path = name.removesuffix(".weight_global_scale")
+        for end, own in (("weight", "weight_packed"), ("weight_scale", "weight_scale")):
+            parts = [tensors[f"{part}.{own}"].view(torch.uint8) for part in fused(path)]
+            assert torch.equal(held[f"{path}.{end}"], torch.cat(parts))
+        for part in fused(path):
+            assert torch.equal(1 / tensors[f"{part}.weight_global_scale"], whole.reshape(1))
+        seen |= set(fused(path))
+    assert seen == {name.removesuffix(".weight_packed") for name in tensors if "_packed" in name}
+    assert len(seen) == 14
+    assert answer == SENTENCE[10:]
+
+
+def test_the_engine_serves_int8(tmp_path):
+    """On a CPU by a kernel of its own, which keeps weights in a form of its own."""
+    folder = export(train(base_dtype="int8"), tmp_path / "out")
+    held, answer = held_by_vllm(folder, tmp_path)
+    tensors = written(folder)
+    scales = {n: t for n, t in held.items() if n.endswith(".weight_scale")}
+    assert len(scales) == 8  # of 14 layers, fused
+    for name, scale in scales.items():
+        parts = [tensors[f"{part}.weight_scale"] for part in fused(name.rpartition(".")[0])]
+        assert torch.equal(scale.reshape(-1, 1), torch.cat(parts))
     assert answer == SENTENCE[10:]
 
 

@@ -25,6 +25,7 @@ from falqon_fx.files.export_forms import (
     packed,
     shared_divisors,
     stored,
+    warn_of_a_second_cast,
     warn_of_calibration,
 )
 from falqon_fx.files.export_layers import (
@@ -133,7 +134,8 @@ def save_fp8(
         notes = (*notes, *files.mixed(found.layers, found.dense, found.kind))
         cast_from = found.cast_from | found.stacks.cast_from
         given = directory, form, cast_from, found.dense, flushed, written, size, notes
-        return ExportReport(*given, found.kind)
+        warn_of_a_second_cast(found.stacks.left, found.kind)
+        return ExportReport(*given, found.kind, found.stacks.left.share)
 
     warn_of_calibration(found.layers.values())
     names = [name for of_file in plan.filename_to_tensors.values() for name in of_file]
@@ -263,7 +265,8 @@ class _Export:
     def _cast(self, layer: ExportLayer) -> Base:
         if self._last is None or self._last[0] != layer.path:  # its tensors come in turn
             four_bits, shared = self.kind == "nvfp4", self._divisors.get(layer.path)
-            base, source = packed(layer, shared) if four_bits else layer.cast()
+            left = self.stacks.left
+            base, source = packed(layer, shared, left) if four_bits else layer.cast(left)
             self._last, self.cast_from[layer.path] = (layer.path, base), source
         return self._last[1]
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from falqon_fx.config import BaseDtype
 from falqon_fx.errors import FalqonError, named
 from falqon_fx.files.export_files import FUSED
-from falqon_fx.files.export_layers import ExportLayer
-from falqon_fx.files.export_report import Source
+from falqon_fx.files.export_layers import ExportLayer, Merged
+from falqon_fx.files.export_report import Left, Source
 from falqon_fx.site import nvfp4
 from falqon_fx.site.base import Base, row_chunks
 from falqon_fx.site.numerics import E4M3, OPERANDS
@@ -117,33 +117,49 @@ def shared_divisors(layers: Mapping[str, ExportLayer]) -> dict[str, Tensor]:
         for group in FUSED:
             members = [p for name in group if (p := f"{parent}.{name}".lstrip(".")) in layers]
             if len(members) > 1:
-                own = (_own_divisor(layers[path].whole()).cpu() for path in members)
+                whole = (layers[path].whole() for path in members)
+                own = (_own_divisor(layer, layer.merged()).cpu() for layer in whole)
                 found |= dict.fromkeys(members, min(own, key=float))
     return found
 
 
-def _own_divisor(layer: ExportLayer) -> Tensor:
-    merged, _ = layer.merged()
+def _own_divisor(layer: ExportLayer, merged: Merged | None) -> Tensor:
     if merged is None:
         return nvfp4.divisor_of(layer.trained().scale)
-    return nvfp4.divisor_for(merged.abs().amax(), layer.spec.scale)
+    return nvfp4.divisor_for(merged.total.abs().amax(), layer.spec.scale)
 
 
-def packed(layer: ExportLayer, divisor: Tensor | None) -> tuple[Packed, Source]:
+def packed(layer: ExportLayer, divisor: Tensor | None, left: Left) -> tuple[Packed, Source]:
     """`ExportLayer.cast` to NVFP4, with this 1 / s or its own. Bytes that were trained on stay the
     numbers that they are where E4M3 has their block scales for it; else they are cast anew.
     """
-    merged, source = layer.merged()
-    divisor = _own_divisor(layer) if divisor is None else divisor
+    merged = layer.merged()
+    divisor = _own_divisor(layer, merged) if divisor is None else divisor
     if merged is None:
         base = layer.trained()
         code = nvfp4.rescaled(base.code, base.scale, divisor)
         if code is not None:
-            return Packed(code, 1 / divisor, divisor), source
+            return Packed(code, 1 / divisor, divisor), "unchanged"
         weight, source = layer.weight()
-        merged = weight.to(torch.float32)
-    parts = [nvfp4.cast(merged[rows], 1 / divisor, divisor) for rows in row_chunks(merged)]
-    return Packed(torch.cat(parts), 1 / divisor, divisor), source
+        merged = Merged(wide := weight.to(torch.float32), wide, source)
+    total = merged.total
+    parts = [nvfp4.cast(total[rows], 1 / divisor, divisor) for rows in row_chunks(total)]
+    made = Packed(torch.cat(parts), 1 / divisor, divisor)
+    merged.note(made, left)
+    return made, merged.source
+
+
+def warn_of_a_second_cast(left: Left, kind: BaseDtype) -> None:
+    """Say that most of what was trained is not in the folder."""
+    if left.share is not None and left.share < 0.5:
+        warnings.warn(
+            f"falqon: only {left.share:.0%} of what the adapters add is left in {kind.upper()}: "
+            "what moves a weight by less than half of a step rounds back. base= names the folder "
+            "of the original weights, with which nothing is lost; or serve the adapter beside its "
+            "base: model.base_model.set_adapter([]), then save_fp8, and the adapter of "
+            "save_pretrained",
+            stacklevel=3,
+        )
 
 
 def warn_of_calibration(layers: Iterable[ExportLayer]) -> None:

@@ -16,7 +16,7 @@ from falqon_fx._compat import is_dtensor
 from falqon_fx.config import BaseDtype, FalqonConfig
 from falqon_fx.errors import FalqonError
 from falqon_fx.files import export_files as files
-from falqon_fx.files.export_report import FROM_CAST, Source
+from falqon_fx.files.export_report import FROM_CAST, Left, Source
 from falqon_fx.files.hf import read_index, read_tensor
 from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.model.lora_layers import LoraLayer, is_linear
@@ -31,6 +31,20 @@ from falqon_fx.site.numerics import INT8, powers_of_two
 from falqon_fx.site.paths import without_wrappers
 from falqon_fx.site.sharded import whole_copy
 from falqon_fx.site.spec import SiteSpec, parse_spec
+
+
+@dataclass(frozen=True)
+class Merged:
+    """W, float32 [out, in], the same with its adapters, and what W is."""
+
+    weight: Tensor
+    total: Tensor
+    source: Source
+
+    def note(self, cast: Base, left: Left) -> None:
+        """How much a second cast leaves of the adapters."""
+        if self.source != "base weight":
+            left.note(self.weight, self.total, cast.dequantize())
 
 
 @dataclass(frozen=True)
@@ -81,7 +95,7 @@ class ExportLayer:
             linear.digest = nn.Parameter(digest(linear.code, linear.scale), requires_grad=False)
         return replace(self, module=module, linear=linear)
 
-    def cast(self) -> tuple[Base, Source]:
+    def cast(self, left: Left) -> tuple[Base, Source]:
         """W + Σ scaling · B · A in the form of its base, cast once, and what from. Where the
         adapters add nothing, and with update="rows", the bytes that were trained on stay as they
         are.
@@ -92,25 +106,26 @@ class ExportLayer:
         if self.state is not None:
             out, scale = self.shape[0], self.state.scale
             return Base(self.state.code[:out], scale[:out] if scale.dim() else scale), "unchanged"
-        merged, source = self.merged()
-        base = self.trained() if merged is None else cast_base(merged, self.spec)
-        return base, source
+        merged = self.merged()
+        if merged is None:
+            return self.trained(), "unchanged"
+        base = cast_base(merged.total, self.spec)
+        merged.note(base, left)
+        return base, merged.source
 
-    def merged(self) -> tuple[Tensor | None, Source]:
-        """W + Σ scaling · B · A, float32 [out, in], and what from; None where the adapters add
-        nothing.
+    def merged(self) -> Merged | None:
+        """W + Σ scaling · B · A, and what from; None where the adapters add nothing.
 
         Raises:
             FalqonError: as `cast`.
         """
         if self.module is self.linear and self.prepared:
-            return None, "unchanged"
+            return None
         weight, source = self.weight()
         merged = self._merged(weight)
         check_weight(self.path, merged, "merged weight")
-        if torch.equal(merged, weight.to(torch.float32)):
-            return None, "unchanged"
-        return merged, source
+        wide = weight.to(torch.float32)
+        return None if torch.equal(merged, wide) else Merged(wide, merged, source)
 
     def trained(self) -> Base:
         """The bytes that were trained on."""

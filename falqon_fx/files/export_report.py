@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from torch import Tensor
+
 from falqon_fx.config import BaseDtype
 from falqon_fx.errors import printable
 
@@ -24,6 +26,26 @@ _SAID: dict[Source, str] = {
     "base weight": "{} were cast from their base weights with the adapters",
     **dict.fromkeys(FROM_CAST.values(), _TWICE),
 }
+
+
+@dataclass
+class Left:
+    """How much of what adapters add is left after second casts, summed over layers: ⟨after -
+    before, added⟩ and ‖added‖². What is less than half of a step rounds back to where it was.
+    """
+
+    kept: float = 0.0
+    added: float = 0.0
+
+    def note(self, before: Tensor, merged: Tensor, after: Tensor) -> None:
+        """Of a layer: W before, with the adapters, and as it was cast again."""
+        added = merged - before
+        self.kept += float(((after - before) * added).double().sum())
+        self.added += float(added.double().square().sum())
+
+    @property
+    def share(self) -> float | None:
+        return self.kept / self.added if self.added else None
 
 
 @dataclass(frozen=True)
@@ -55,7 +77,9 @@ class ExportReport:
 
     ``cast_from`` says what each cast layer's bytes were made from: "base weight", the original one
     with the adapters; "FP8 weight" (or "INT8 weight", "NVFP4 weight"), the same where `prepare` had
-    freed the original, which rounds twice; or they are "unchanged", those of training.
+    freed the original, which rounds twice; or they are "unchanged", those of training. ``left``
+    is the share of what the adapters add that is left where weights were rounded twice, None where
+    none was.
     """
 
     directory: Path
@@ -67,6 +91,7 @@ class ExportReport:
     bytes: int
     notes: tuple[str, ...] = field(default=())
     base_dtype: BaseDtype = "fp8"
+    left: float | None = None
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -81,6 +106,8 @@ class ExportReport:
         ]
         sources = list(self.cast_from.values())
         lines += [text.format(sources.count(s), s) for s, text in _SAID.items() if s in sources]
+        if self.left is not None:
+            lines.append(f"{self.left:.0%} of what their adapters add is left by the second cast")
         if self.flushed.rows:
             lines.append(str(self.flushed))
         lines += [f"dense: {path}: {reason}" for path, reason in self.dense.items()]

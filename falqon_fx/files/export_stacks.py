@@ -15,7 +15,7 @@ from falqon_fx._compat import is_dtensor
 from falqon_fx.errors import FalqonError
 from falqon_fx.files.expert_parts import Part, parts_of, stacks_of
 from falqon_fx.files.export_layers import Originals, is_adapted, plan_of
-from falqon_fx.files.export_report import Source
+from falqon_fx.files.export_report import Left, Source
 from falqon_fx.model.stacks import Fp8Stack, is_experts, prepared_stack
 from falqon_fx.ops.experts_lowering import stacked_b
 from falqon_fx.site.base import Base, bases, cast_base, check_weight
@@ -59,7 +59,7 @@ class ExportStack:
         weight: Tensor = self.module._parameters[self.name]
         return weight.detach()
 
-    def cast(self, part: Part) -> tuple[Base, Source]:
+    def cast(self, part: Part, left: Left) -> tuple[Base, Source]:
         """W + Σ scaling · B · A of a part in FP8, cast once, and what from; where the adapters add
         nothing to it, the bytes that were trained on.
 
@@ -82,7 +82,10 @@ class ExportStack:
             weight, source = kept.dequantize(), "FP8 weight"
         merged = weight.to(torch.float32) + delta
         check_weight(part.layer, merged, "merged weight")
-        return cast_base(merged, self.spec), source
+        base = cast_base(merged, self.spec)
+        if source != "base weight":
+            left.note(weight, merged, base.dequantize())
+        return base, source
 
     def _delta(self, part: Part) -> Tensor:
         """Σ scaling · B · A of a part's rows, float32."""
@@ -150,6 +153,7 @@ class Stacks:
         self.found: dict[str, ExportStack] = {}
         self._last: tuple[str, Base] | None = None
         self.cast_from: dict[str, Source] = {}
+        self.left = Left()
         self.dense: dict[str, str] = {}  # experts that are written dense, and why
 
     def take(self, path: str, module: Any) -> set[str]:
@@ -193,7 +197,7 @@ class Stacks:
 
     def _cast(self, stack: ExportStack, part: Part) -> Base:
         if self._last is None or self._last[0] != part.name:
-            base, source = stack.cast(part)
+            base, source = stack.cast(part, self.left)
             self._last = part.name, base
             # Of a stack whose experts differ, what says more: some got no token.
             if source != "unchanged" or stack.path not in self.cast_from:
