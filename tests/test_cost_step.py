@@ -330,10 +330,13 @@ def test_json(capsys):
         assert shown[name]["speedup"] == pytest.approx(runs["peft"].total / run.total)
     assert set(found["figures"]) == set(H100.listed())
     given: Figures = H100.given(["addmm_passes=4"])
-    found = as_json(capsys, "--figure", "addmm_passes=4", "--attention", "flash2")
-    assert found["steps"][0]["runs"]["falqon"]["total_ms"] == pytest.approx(
-        1e3 * arithmetic(replace(STEP, transpose="store"), given)["falqon"].total
-    )
+    words = ["--figure", "addmm_passes=4", "--attention", "flash2"]
+    for kind, more in (("fp8", []), ("bfloat16", ["--adapter-dtype", "bfloat16"])):
+        found = as_json(capsys, *words, *more)
+        step = replace(STEP, adapter_dtype=kind, transpose="store")
+        assert found["steps"][0]["runs"]["falqon"]["total_ms"] == pytest.approx(
+            1e3 * arithmetic(step, given)["falqon"].total
+        )
 
 
 def test_the_table_says_what_it_is(capsys):

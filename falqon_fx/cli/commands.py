@@ -144,7 +144,7 @@ def cost(
         Option(
             help="of A and B, float32 or bfloat16 (float32); with --step how falqon adds the "
             "adapter: bfloat16 in the epilogue of its own product or after the library's, fp8 as r "
-            "more of K (bfloat16)"
+            "more of K (fp8 where the card has it and the model has no experts)"
         ),
     ] = None,
     base_dtype: Annotated[

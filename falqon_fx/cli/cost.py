@@ -13,9 +13,11 @@ from falqon_fx.config import BaseDtype
 from falqon_fx.cost import cards, stacks, variants
 from falqon_fx.cost import model as cost
 from falqon_fx.cost.cards import Card
-from falqon_fx.cost.step.layer import Transpose
+from falqon_fx.cost.step.decoder import decoder_of
+from falqon_fx.cost.step.layer import AdapterDtype, Transpose
 from falqon_fx.errors import FalqonError
 from falqon_fx.kernels.hardware import reads_columns
+from falqon_fx.kernels.spec import MAX_TAIL
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.report.text import pays_from
 from falqon_fx_cli.exit_codes import DONE
@@ -83,13 +85,20 @@ class Cost:
             batch=self.batch or 1,
             tokens=self.tokens or [4096],
             rank=self.rank,
-            adapter_dtype=self.adapter_dtype or "bfloat16",
+            adapter_dtype=self.adapter_dtype or self._usual_adapter_dtype,
             transpose=self.transpose or self._usual_transpose,
             attention=self.attention or "flash2",
             cuda_graphs=self.cuda_graphs,
             given=self.figure or [],
             as_json=self.as_json,
         )
+
+    @property
+    def _usual_adapter_dtype(self) -> AdapterDtype:
+        """What adapter_dtype="auto" does on the card (`falqon_fx.passes.adapter_dtype`)."""
+        fits = _card(self.card).has_fp8 and 1 <= self.rank <= MAX_TAIL
+        mixture = decoder_of(self.model or "llama-7b").mixture
+        return "fp8" if fits and mixture is None else "bfloat16"
 
     @property
     def _usual_transpose(self) -> Transpose:
