@@ -15,13 +15,17 @@ from torch import Tensor, nn
 import falqon_fx
 from falqon_fx import FalqonConfig
 from falqon_fx.model.fp8_linear import Fp8Linear
+from falqon_fx.ops import gpu
+from falqon_fx.ops import products as gpu_products
 from falqon_fx.site.allot import STEP, Offer, allot
 from falqon_fx.site.compensate import DAMPING, damped_root, error_factors, heaviest_channels
 from falqon_fx.site.numerics import E4M3
+from falqon_fx.site.spec import SiteSpec
 from tests.calibrated import (
     CHANNELS,
     EAGER,
     IN,
+    MIDDLE,
     OUT,
     RANK,
     OneLayer,
@@ -244,6 +248,29 @@ def test_the_graph_has_one_more_adapter_a_site_and_the_error_of_x_behind_it():
     fused = gm.graph.find_nodes(op="call_function", target=falqon.merged_linear.default)
     assert sorted(len(node.args[4]) for node in fused) == [1, 2, 4]  # plain, o, q and k
     assert len(gm.graph.find_nodes(op="call_function", target=falqon.outliers.default)) == 4
+
+
+def test_terms_are_cast_together_beside_adapters_of_another_dtype(monkeypatch):
+    """On a GPU a launch takes one dtype: one for the adapters, one for the terms."""
+    shapes = [(IN, MIDDLE), (MIDDLE, OUT), (IN, OUT)]
+    lora_a, lora_b = list[Tensor](), list[Tensor]()
+    for rank, dtype in ((4, torch.float32), (RANK, torch.bfloat16)):
+        lora_a += [randn(rank, size, seed=size).to(dtype) for size, _ in shapes]
+        lora_b += [randn(size, rank, seed=size).to(dtype) for _, size in shapes]
+    order = [0, 3, 1, 4, 2, 5]  # as they stand in a graph
+    lora_a, lora_b = ([of[j] for j in order] for of in (lora_a, lora_b))
+    given = lora_a, lora_b, [2.0, 1.0] * 3, [], False, str(SiteSpec.from_config(EAGER))
+    plain, groups = gpu_products.adapter_casts, list[Any]()
+
+    def noted(a: Sequence[Tensor], *rest: Any) -> list[Tensor]:
+        groups.append({t.dtype for t in a})
+        return plain(a, *rest)
+
+    monkeypatch.setattr(gpu_products, "adapter_casts", noted)
+    found, wanted = gpu.proxy_update(*given), torch.ops.falqon.proxy_update(*given)
+    assert sum(len(group) for group in groups) == len(groups)
+    assert [t.dtype for t in found] == [t.dtype for t in wanted]
+    assert all(torch.equal(f.float(), w.float()) for f, w in zip(found, wanted, strict=True))
 
 
 def test_dropout_of_an_adapter_does_not_reach_it():

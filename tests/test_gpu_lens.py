@@ -39,6 +39,9 @@ COUNTS = {
     "falqon_fp8": (52, 0, 0, 3, 1_617_808),
     "falqon_nvfp4": (49, 0, 0, 3, 1_694_200),
     "inductor": (73, 0, 2, 2, 2_346_520),
+    # After `prepare`, without a calibration and with 16 ranks and 16 channels.
+    "falqon_prepared": (49, 0, 0, 3, 1_743_352),
+    "falqon_calibrated": (0, 0, 0, 0, 0),
 }
 
 
@@ -67,9 +70,8 @@ def seen(benchmarks, tmp_path_factory):
 
 
 # Each run takes 7 seconds: the fast tests have what is the default, and what it is compared with.
-each_run = pytest.mark.parametrize(
-    "run", [run if run in ("falqon", "inductor") else slow(run) for run in COUNTS]
-)
+RUNS = [run if run in ("falqon", "inductor") else slow(run) for run in COUNTS]
+each_run = pytest.mark.parametrize("run", RUNS)
 
 
 @each_run
@@ -137,7 +139,7 @@ def test_what_the_kernels_in_the_graph_write(seen):
     assert sum(added) == sum(4 * 8 * (size_in + size_out) for size_in, size_out in sites)
 
 
-@each_run
+@pytest.mark.parametrize("run", RUNS[:5])  # which knows no calibration
 def test_the_arithmetic_of_a_step_counts_what_is_seen_here(seen, run):
     """`falqon-fx cost --step` counts no scales of rows (4 bytes to 256 features and more). With
     adapters in FP8 b has its 8 columns in rows of 16.

@@ -49,11 +49,18 @@ def proxy_update(
 ) -> list[Tensor]:
     """See `falqon_fx.ops.lowering.proxy_update`."""
     dtype = torch.float32 if wide else torch.bfloat16
-    casts: list[Tensor] = []
-    for part in in_casts(len(lora_a)):
-        given = ([t.detach() for t in lora_a[part]], [t.detach() for t in lora_b[part]])
-        casts += products.adapter_casts(*given, scaling[part], dtype, spec_text)
-    return casts
+    alike: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}  # one launch takes one dtype
+    for j, (a, b) in enumerate(zip(lora_a, lora_b, strict=True)):
+        alike.setdefault((a.dtype, b.dtype), []).append(j)
+    casts: dict[int, list[Tensor]] = {}
+    for members in alike.values():
+        for part in in_casts(len(members)):
+            own = members[part]
+            given = [[of[j].detach() for j in own] for of in (lora_a, lora_b)]
+            factors = [scaling[j] for j in own]
+            made = products.adapter_casts(*given, factors, dtype, spec_text)
+            casts |= {j: made[3 * i : 3 * i + 3] for i, j in enumerate(own)}
+    return [cast for j in sorted(casts) for cast in casts[j]]
 
 
 @without_autocast
