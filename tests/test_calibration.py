@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import falqon_fx
 from falqon_fx import FalqonConfig
 from falqon_fx.model.fp8_linear import Fp8Linear
-from falqon_fx.ops import gpu
+from falqon_fx.ops import fp8_gpu, gpu
 from falqon_fx.ops import products as gpu_products
 from falqon_fx.site.allot import STEP, Offer, allot
 from falqon_fx.site.compensate import DAMPING, damped_root, error_factors, heaviest_channels
@@ -270,6 +270,15 @@ def test_terms_are_cast_together_beside_adapters_of_another_dtype(monkeypatch):
     found, wanted = gpu.proxy_update(*given), torch.ops.falqon.proxy_update(*given)
     assert sum(len(group) for group in groups) == len(groups)
     assert [t.dtype for t in found] == [t.dtype for t in wanted]
+    assert all(torch.equal(f.float(), w.float()) for f, w in zip(found, wanted, strict=True))
+
+    # Those in FP8 as each alone.
+    in_fp8 = str(SiteSpec.from_config(FalqonConfig(adapter_dtype="fp8")))
+    scale = [torch.full((len(b), 1), 2.0**-6) for b in lora_b]
+    columns = [*zip(lora_a, lora_b, given[2], scale, strict=True)]
+    found = fp8_gpu.proxy_update(*map(list, zip(*columns, strict=True)), in_fp8)
+    each = [fp8_gpu.proxy_update(*([value] for value in column), in_fp8) for column in columns]
+    wanted = [cast for casts in each for cast in casts]
     assert all(torch.equal(f.float(), w.float()) for f, w in zip(found, wanted, strict=True))
 
 

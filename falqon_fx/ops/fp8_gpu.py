@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from falqon_fx import _compat
-from falqon_fx.kernels.spec import in_casts
 from falqon_fx.ops import fp8_adapter, in_k, products
 from falqon_fx.ops.arguments import Merged, MergedGrad
-from falqon_fx.ops.gpu import quantize
+from falqon_fx.ops.gpu import of_one_launch, quantize
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.site.casts import cast_fp8
 from falqon_fx.site.numerics import (
@@ -40,13 +39,14 @@ def proxy_update(
     spec_text: str,
 ) -> list[Tensor]:
     """See `falqon_fx.ops.fp8_adapter.proxy_update`; α leaves room for every b."""
-    casts: list[Tensor] = []
-    for part in in_casts(len(lora_a)):
-        given = ([t.detach() for t in lora_a[part]], [t.detach() for t in lora_b[part]])
-        columns = *given, scaling[part], base_scale[part]
+    casts: dict[int, list[Tensor]] = {}
+    for own in of_one_launch(lora_a, lora_b):
+        given = [[of[j].detach() for j in own] for of in (lora_a, lora_b)]
+        columns = *given, [scaling[j] for j in own], [base_scale[j] for j in own]
         plain = functools.partial(_plain_casts, *columns, spec_text)
-        casts += in_k.adapter_casts(*columns, plain, spec_text)
-    return casts
+        made = in_k.adapter_casts(*columns, plain, spec_text)
+        casts |= {j: made[4 * i : 4 * i + 4] for i, j in enumerate(own)}
+    return [cast for j in sorted(casts) for cast in casts[j]]
 
 
 def _plain_casts(

@@ -7,7 +7,7 @@ that Inductor fuses them into whatever made x or dL/dO; the products stand in `p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -49,18 +49,22 @@ def proxy_update(
 ) -> list[Tensor]:
     """See `falqon_fx.ops.lowering.proxy_update`."""
     dtype = torch.float32 if wide else torch.bfloat16
-    alike: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}  # one launch takes one dtype
+    casts: dict[int, list[Tensor]] = {}
+    for own in of_one_launch(lora_a, lora_b):
+        given = [[of[j].detach() for j in own] for of in (lora_a, lora_b)]
+        factors = [scaling[j] for j in own]
+        made = products.adapter_casts(*given, factors, dtype, spec_text)
+        casts |= {j: made[3 * i : 3 * i + 3] for i, j in enumerate(own)}
+    return [cast for j in sorted(casts) for cast in casts[j]]
+
+
+def of_one_launch(lora_a: Sequence[Tensor], lora_b: Sequence[Tensor]) -> Iterator[list[int]]:
+    """The numbers of the adapters that one launch casts: they have one dtype."""
+    alike: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
     for j, (a, b) in enumerate(zip(lora_a, lora_b, strict=True)):
         alike.setdefault((a.dtype, b.dtype), []).append(j)
-    casts: dict[int, list[Tensor]] = {}
     for members in alike.values():
-        for part in in_casts(len(members)):
-            own = members[part]
-            given = [[of[j].detach() for j in own] for of in (lora_a, lora_b)]
-            factors = [scaling[j] for j in own]
-            made = products.adapter_casts(*given, factors, dtype, spec_text)
-            casts |= {j: made[3 * i : 3 * i + 3] for i, j in enumerate(own)}
-    return [cast for j in sorted(casts) for cast in casts[j]]
+        yield from (members[part] for part in in_casts(len(members)))
 
 
 @without_autocast
