@@ -84,19 +84,16 @@ class Contender:
 
 
 IN_K, BEHIND, NVFP4 = "falqon, adapter in K", "falqon, adapter behind", "falqon, nvfp4"
+SCALED_MM = ("kernel", "scaled_mm")
 CONTENDERS = {
     "falqon": Contender("falqon", "falqon", bf16_adapter=False),
-    IN_K: Contender(
-        "falqon", "falqon", False, True, (("adapter_dtype", "fp8"),)
-    ),  # a GPU's default
+    IN_K: Contender("falqon", "falqon", False, True, (("adapter_dtype", "fp8"),)),
     BEHIND: Contender("falqon", "falqon", False, True, (("adapter_dtype", "bfloat16"),)),
     NVFP4: Contender("falqon", "falqon", False, True, (("base_dtype", "nvfp4"),)),
     "falqon, A frozen": Contender("falqon", "falqon", bf16_adapter=False, train_a=False),
     "falqon, bf16 adapter": Contender("falqon", "falqon"),
     "falqon, rows": Contender("falqon", "falqon", False, False, (("update", "rows"),)),
-    "falqon, kernel=scaled_mm": Contender(
-        "falqon", "falqon", False, True, (("kernel", "scaled_mm"),)
-    ),
+    "falqon, kernel=scaled_mm": Contender("falqon", "falqon", False, options=(SCALED_MM,)),
     "falqon, tensorwise": Contender("falqon", "falqon", False, True, (("granularity", "tensor"),)),
     "falqon, reduce-overhead": Contender(
         "falqon", "falqon", False, True, (("mode", "reduce-overhead"),)

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
 from torch import fx
 
-from falqon_fx._compat import (
-    hint,
-    is_ddp_piece,
-    is_dtensor,
-    module_path,
-    source_path,
-    value_of,
-)
+from falqon_fx._compat import hint, is_ddp_piece, is_dtensor, module_path, source_path, value_of
 from falqon_fx.config import FalqonConfig
 from falqon_fx.cost.model import losing
 from falqon_fx.ops.lowering import gemm_dtype
@@ -117,7 +110,8 @@ def plan(
     Raises:
         FalqonError: a site that can't be trained rightly as asked (device, topk, sharding).
     """
-    chooser = _Chooser(root, matches, config, names or {}, clamped)
+    spec = spec_of_graph(matches, config)
+    chooser = _Chooser(root, spec, config, names or {}, clamped)
     for found in matches:
         chooser.take(found)
     for found in (*match_frozen(root, matches), *match_frozen_experts(root, matches)):
@@ -157,13 +151,13 @@ class _Chooser:
     def __init__(
         self,
         root: Scope,
-        matches: Sequence[Match],
+        spec: SiteSpec,
         config: FalqonConfig,
         names: Mapping[str, str],
         clamped: Callable[[Scope, Param], int],
     ) -> None:
-        self.root, self.config, self.names, self.clamped = root, config, names, clamped
-        self.spec = spec_of_graph(matches, config)
+        self.root, self.spec, self.config = root, spec, config
+        self.names, self.clamped = names, clamped
         self.sites: list[SitePlan] = []
         self.rejected: list[Rejected] = []
         self.left: list[Rejected] = []
