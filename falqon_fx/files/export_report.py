@@ -38,7 +38,7 @@ class Left:
     added: float = 0.0
 
     def note(self, before: Tensor, merged: Tensor, after: Tensor) -> None:
-        """Of a layer: W before, with the adapters, and as it was cast again."""
+        """Add a layer: its W before, with the adapters, and as it was cast again."""
         added = merged - before
         self.kept += float(((after - before) * added).double().sum())
         self.added += float(added.double().square().sum())
