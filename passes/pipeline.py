@@ -60,7 +60,7 @@ def _plan(work: Work) -> None:
 
 _IN_BFLOAT16 = 'its adapter is in bfloat16: adapter_dtype="fp8" {}'
 _CLAMPED = (
-    "has clamped some of it in earlier calls "
+    "has clamped some of it, or of a block like it, in earlier calls "
     "(falqon_fx.adapters(model)[path].saturated says how much)"
 )
 

@@ -3,20 +3,26 @@
 A step only counts, on its device. Whoever compiles may wait for the count: a site some of whose
 adapter was clamped gets it in bfloat16 from then on, alone of its graph. Processes that compute one
 model together keep what they have, as each would count something else.
+
+Blocks that are compiled one by one share a graph, which is made for the first of them: the adapters
+of the others count with its own.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from falqon_fx._compat import is_fake
 from falqon_fx.ops.fp8_adapter import clamped
 from falqon_fx.passes.scope import Scope, attribute
 from falqon_fx.passes.terms import Param
+from falqon_fx.site.base import place
+from falqon_fx.site.names import model_of_call, tensors_of
 
 
 class Saturation:
@@ -34,6 +40,29 @@ class Saturation:
             outer = scope.outer(lora_b.node)
             reads = outer.op == "get_attr"
             value = attribute(self._gm, str(outer.target)) if reads else self._inputs.get(outer)
-        known = isinstance(value, Tensor) and not is_fake(value) and not value.is_meta
+        if not isinstance(value, Tensor) or not _has_memory(value):
+            return 0
         with torch.inference_mode(False):
-            return clamped.of(value) if known else 0
+            return clamped.of(value, *self._of_like_blocks(value))
+
+    def _of_like_blocks(self, lora_b: Tensor) -> list[Tensor]:
+        """The B of the same name but for numbers of blocks, of blocks that are not in the graph."""
+        alike = [(like, t) for like, t in self._named if t.shape == lora_b.shape]
+        own = {like for like, t in alike if place(t) == place(lora_b)}
+        inputs = [t for t in self._inputs.values() if isinstance(t, nn.Parameter)]
+        given = {place(t) for t in inputs if t.shape == lora_b.shape and _has_memory(t)}
+        return [t for like, t in alike if like in own and place(t) not in given]
+
+    @functools.cached_property
+    def _named(self) -> list[tuple[str, Tensor]]:
+        """The parameters of the model whose call runs, by names without numbers of blocks."""
+        found = tensors_of(model_of_call()).values()
+        return [(_like(names[0]), t) for t, names in found if isinstance(t, nn.Parameter)]
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    return not is_fake(tensor) and not tensor.is_meta
+
+
+def _like(name: str) -> str:
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))

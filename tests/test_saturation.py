@@ -114,6 +114,24 @@ def test_its_results_are_those_of_bfloat16_adapters() -> None:
     assert not torch.equal(clamped[0], bfloat16[0])
 
 
+def test_blocks_that_share_a_graph_are_looked_at_together() -> None:
+    """It is made for the first of them, of which nothing was clamped."""
+    model = nn.Sequential(LoraLinear(32, 32), nn.Tanh(), model_with_outliers().k)
+    fill_b(model[0], 0.001)
+    options = {"inner": "eager", "adapter_dtype": "fp8"}
+    counts = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(3):
+            torch._dynamo.reset()
+            for block in (model[0], model[2]):
+                block.compile(backend="falqon", options=options)
+            model(torch.randn(8, 32, requires_grad=True))  # as the second's x: else graphs differ
+            counts.append({n: s.saturated for n, s in falqon_fx.adapters(model).items()})
+    assert counts[0]["2"] > 0
+    assert counts == [counts[0]] * 3
+
+
 def test_processes_keep_what_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each would count something else, and compile another graph."""
     model, x = model_with_outliers(), torch.randn(8, 32)
