@@ -25,7 +25,7 @@ from tests.cuda import INTERPRETED, as_on_a_gpu
 from tests.models import LoraLinear, fill_b
 from tests.parameters import slow
 from tests.passes.rewritten import JOINED, captured, change, passes, seen, values
-from tests.sites import randn
+from tests.sites import needs_row_scales, randn
 
 pytestmark = INTERPRETED
 WIDTH = 64
@@ -170,6 +170,7 @@ def test_another_copy_is_seen():
         done.verify()
 
 
+@needs_row_scales
 def test_a_call_gets_w_with_room_which_each_forward_writes():
     """[W | b], with zeros where b of one would meet t of another; and W as of each call."""
     model, calls = model_of(), list[list[Tensor]]()
@@ -216,6 +217,7 @@ def test_a_call_gets_w_with_room_which_each_forward_writes():
     assert torch.equal(other[WIDTH:, :WIDTH], k)
 
 
+@needs_row_scales
 @pytest.mark.slow
 def test_training_is_that_without_a_copy():
     """Bit for bit, over 30 steps of AdamW, with a call of the model alone between each two."""
