@@ -48,6 +48,7 @@ _EXPERTS = ("test_merged_experts.py", "test_prepared_experts.py")
 _VERIFY = tuple(f"passes/test_verify{n}.py" for n in ("", "_operands", "_outliers", "_frontends"))
 # What tests a file, the most telling first. `--shared` adds the tests of all passes.
 TESTS: Mapping[str, tuple[str, ...]] = {
+    "adapter_dtype.py": ("passes/test_adapter_dtype.py",),
     "add_in_place.py": ("passes/test_add_in_place.py",),
     "autotune.py": ("passes/test_autotune.py",),
     "call_plan.py": ("passes/test_insert_operands.py", "passes/test_transposes.py"),

@@ -158,7 +158,7 @@ def test_an_export_has_the_merged_weight_and_says_what_has_no_place(tmp_path: Pa
     original = copy.deepcopy(model).merge_and_unload()
     asked: dict[str, Any] = {"compensate": 8, "outliers": 4, "progress": False}
     falqon_fx.prepare(model, EAGER, calibration=[{"input_ids": IDS}], **asked)
-    no_place = "were calibrated, and the FP8 form has no place for that"
+    no_place = "were calibrated, and the folder has no place for that"
     with pytest.warns(UserWarning, match=no_place):
         export(model, tmp_path / "of W", base=tmp_path / "plain")
     assert_one_cast_off(tmp_path / "of W", original)

@@ -259,7 +259,8 @@ def test_terms_are_cast_together_beside_adapters_of_another_dtype(monkeypatch):
         lora_b += [randn(size, rank, seed=size).to(dtype) for _, size in shapes]
     order = [0, 3, 1, 4, 2, 5]  # as they stand in a graph
     lora_a, lora_b = ([of[j] for j in order] for of in (lora_a, lora_b))
-    given = lora_a, lora_b, [2.0, 1.0] * 3, [], False, str(SiteSpec.from_config(EAGER))
+    scaling, spec = [2.0, 1.0] * 3, str(SiteSpec.from_config(EAGER))
+    given: tuple[Any, ...] = lora_a, lora_b, scaling, [], False, spec
     plain, groups = gpu_products.adapter_casts, list[Any]()
 
     def noted(a: Sequence[Tensor], *rest: Any) -> list[Tensor]:
@@ -275,9 +276,9 @@ def test_terms_are_cast_together_beside_adapters_of_another_dtype(monkeypatch):
     # Those in FP8 as each alone.
     in_fp8 = str(SiteSpec.from_config(FalqonConfig(adapter_dtype="fp8")))
     scale = [torch.full((len(b), 1), 2.0**-6) for b in lora_b]
-    columns = [*zip(lora_a, lora_b, given[2], scale, strict=True)]
-    found = fp8_gpu.proxy_update(*map(list, zip(*columns, strict=True)), in_fp8)
-    each = [fp8_gpu.proxy_update(*([value] for value in column), in_fp8) for column in columns]
+    found = fp8_gpu.proxy_update(lora_a, lora_b, scaling, scale, in_fp8)
+    columns = zip(lora_a, lora_b, scaling, scale, strict=True)
+    each = (fp8_gpu.proxy_update([a], [b], [f], [s], in_fp8) for a, b, f, s in columns)
     wanted = [cast for casts in each for cast in casts]
     assert all(torch.equal(f.float(), w.float()) for f, w in zip(found, wanted, strict=True))
 

@@ -41,8 +41,8 @@ def proxy_update(
     """See `falqon_fx.ops.fp8_adapter.proxy_update`; α leaves room for every b."""
     casts: dict[int, list[Tensor]] = {}
     for own in of_one_launch(lora_a, lora_b):
-        given = [[of[j].detach() for j in own] for of in (lora_a, lora_b)]
-        columns = *given, [scaling[j] for j in own], [base_scale[j] for j in own]
+        a, b = ([of[j].detach() for j in own] for of in (lora_a, lora_b))
+        columns = a, b, [scaling[j] for j in own], [base_scale[j] for j in own]
         plain = functools.partial(_plain_casts, *columns, spec_text)
         made = in_k.adapter_casts(*columns, plain, spec_text)
         casts |= {j: made[4 * i : 4 * i + 4] for i, j in enumerate(own)}

@@ -51,9 +51,8 @@ def proxy_update(
     dtype = torch.float32 if wide else torch.bfloat16
     casts: dict[int, list[Tensor]] = {}
     for own in of_one_launch(lora_a, lora_b):
-        given = [[of[j].detach() for j in own] for of in (lora_a, lora_b)]
-        factors = [scaling[j] for j in own]
-        made = products.adapter_casts(*given, factors, dtype, spec_text)
+        a, b = ([of[j].detach() for j in own] for of in (lora_a, lora_b))
+        made = products.adapter_casts(a, b, [scaling[j] for j in own], dtype, spec_text)
         casts |= {j: made[3 * i : 3 * i + 3] for i, j in enumerate(own)}
     return [cast for j in sorted(casts) for cast in casts[j]]
 
