@@ -332,18 +332,12 @@ def _compile(
         return _compat.recompute_eagerly(result.gm)
     if config.inner == "aot_eager":
         return _compat.aot_eager_compile(result.gm, inputs)
-    return _compat.inductor_compile(
-        result.gm,
-        inputs,
-        config.inductor,
-        config.mode,
-        decompositions() if _on_gpu(result) else None,
-        {
-            "joint_custom_post_pass": recompute_weights,
-            "post_grad_custom_post_pass": add_in_place,
-        },
-        lowering_version(),
-    )
+    passes, opened = {"joint_custom_post_pass": recompute_weights}, None
+    if _on_gpu(result):
+        passes["post_grad_custom_post_pass"] = add_in_place
+        opened = decompositions()
+    given = result.gm, inputs, config.inductor, config.mode
+    return _compat.inductor_compile(*given, opened, passes, lowering_version())
 
 
 def _on_gpu(result: RewriteResult) -> bool:
