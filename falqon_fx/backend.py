@@ -30,7 +30,6 @@ from falqon_fx.passes.add_in_place import add_in_place
 from falqon_fx.passes.call_plan import CallPlan
 from falqon_fx.passes.insert_operands import BaseNodes, Operands
 from falqon_fx.passes.recompute_weights import recompute_weights
-from falqon_fx.passes.slots import CopySlot, JoinedSlot
 from falqon_fx.passes.verify import operations
 from falqon_fx.passes.work import Work
 from falqon_fx.report import compiling
@@ -167,7 +166,7 @@ class RewriteResult:
                 inputs.append(entry.clamped.count)
                 counts.append((entry, nodes.slot.path))
         for slot, places, held in self._plan.copies:
-            make = functools.partial(_copy, slot, [weights[i] for i in places])
+            make = functools.partial(slot.make, [weights[i] for i in places])
             of = [entries[i] for i in places]
             inputs.append(transposed.together(of, slot.name, slot.shape, make, held))
         if counts and self._looks.due(counts[-1][0].clamped.count):
@@ -276,15 +275,6 @@ class RewriteResult:
     @functools.cached_property
     def _seen(self) -> weakref.WeakKeyDictionary[Any, set[int]]:
         return weakref.WeakKeyDictionary()
-
-
-def _copy(slot: CopySlot, weights: Sequence[Tensor]) -> Tensor:
-    from falqon_fx.kernels.products.in_k import with_room_for
-    from falqon_fx.kernels.transpose.kept import transposed_together, with_room
-
-    if isinstance(slot, JoinedSlot):
-        return with_room_for(weights, slot.room)
-    return with_room(transposed_together(weights), slot.room)
 
 
 def rewrite(

@@ -15,8 +15,8 @@ from falqon_fx._compat import value_of
 from falqon_fx.kernels.spec import MAX_PIECES, aligned
 from falqon_fx.passes import transposes
 from falqon_fx.passes.plan import Plan, SitePlan
-from falqon_fx.passes.slots import BaseSlot, CopySlot, Joined, JoinedSlot
-from falqon_fx.passes.transposes import AS_TOKENS, MOST_TOKENS, once_each
+from falqon_fx.passes.slots import BaseSlot, CopySlot, Joined, JoinedSlot, find
+from falqon_fx.passes.transposes import AS_TOKENS, once_each
 from falqon_fx.report.data import WithRoom
 
 Group = tuple[SitePlan, ...]
@@ -31,7 +31,9 @@ def keep_room(plan: Plan) -> Plan:
     if not slots:
         return plan
     size = sum(slot.nbytes for slot in slots)
-    why_not = _why_not(plan, groups, size)
+    turned = sum(slot.nbytes for slot in plan.turned.slots)
+    given, kinds = (plan, groups, size + turned), 1 + bool(turned)
+    why_not = transposes.why_no_copies(*given, "no copy of W", "copies of W", kinds=kinds)
     if why_not:
         return replace(plan, joined=Joined((), WithRoom(False, size, why_not)))
     return _with(plan, slots)
@@ -53,15 +55,13 @@ def keep_where_read(plan: Plan, by_library: Callable[[Group], bool]) -> Plan:
 
 def _reported(group: Group, slots: Sequence[JoinedSlot]) -> Group:
     """The group with its copy in what its sites keep in memory: each its own rows."""
-    slot, sites = slot_of(group, slots), list[SitePlan]()
+    slot = slot_of(group, slots)
     if slot is None:
         return group
-    for site in group:
-        memory, own = site.report.memory, adapted((site,))
-        assert memory is not None
-        memory = replace(memory, joined=JoinedSlot(own, slot.room).nbytes if own else 0)
-        sites.append(replace(site, report=replace(site.report, memory=memory)))
-    return tuple(sites)
+    own = (adapted((site,)) for site in group)
+    return transposes.with_memory(
+        group, slot, (JoinedSlot(bases, slot.room).nbytes if bases else 0 for bases in own)
+    )
 
 
 def _with(plan: Plan, slots: tuple[JoinedSlot, ...]) -> Plan:
@@ -86,8 +86,7 @@ def room_of(group: Sequence[SitePlan]) -> int:
 
 def slot_of(group: Sequence[SitePlan], slots: Iterable[CopySlot]) -> CopySlot | None:
     """What is kept of a group, of what is kept."""
-    bases, room = adapted(group), room_of(group)
-    return next((slot for slot in slots if slot.is_of(bases, room)), None)
+    return find(slots, adapted(group), room_of(group))
 
 
 def _wants_room(group: Sequence[SitePlan]) -> bool:
@@ -105,21 +104,3 @@ def _wants_room(group: Sequence[SitePlan]) -> bool:
         and 0 < len(bases) <= MAX_PIECES
         and len({*map(id, bases)}) == len(bases)
     )
-
-
-def _why_not(plan: Plan, groups: Sequence[Sequence[SitePlan]], size: int) -> str:
-    """Why [W | b] is put together in each step, or ""; from what all processes know alike."""
-    asked, device = plan.config.transpose, value_of(groups[0][0].match.x).device
-    if asked in ("transient", "kernel"):
-        return f'transpose="{asked}" asks for no copy of W'
-    if transposes.is_gathered(groups):
-        return "FSDP shards W, beside which it would be whole"
-    if asked == "store":
-        return ""
-    tokens = max(group[0].report.tokens_hint for group in groups)
-    if tokens > MOST_TOKENS:
-        share = AS_TOKENS / tokens
-        return f"a step of {tokens} tokens would be {share:.1%} faster in these products"
-    size += sum(slot.nbytes for slot in plan.turned.slots)
-    need = transposes.training_bytes(size, 1 + bool(plan.turned.slots))
-    return transposes.too_large(need, device, "copies of W")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
-from torch import fx
+from torch import Tensor, fx
 
 from falqon_fx._compat import hint
 from falqon_fx.kernels.spec import aligned
@@ -50,6 +50,10 @@ class CopySlot(ABC):
         rows, columns = map(hint, self.shape)
         return rows * columns
 
+    @abstractmethod
+    def make(self, weights: Sequence[Tensor]) -> Tensor:
+        """The copy of the FP8 weights of its bases, with whatever is in the room."""
+
     def is_of(self, bases: Iterable[object], room: int) -> bool:
         """Whether it is that of a group of sites."""
         return self.room == room and [*map(id, bases)] == [*map(id, self.bases)]
@@ -65,6 +69,11 @@ class TurnedSlot(CopySlot):
         columns = sum(aligned(base.out) for base in self.bases) + self.room
         return self.bases[0].features, columns
 
+    def make(self, weights: Sequence[Tensor]) -> Tensor:
+        from falqon_fx.kernels.transpose.kept import transposed_together, with_room
+
+        return with_room(transposed_together(weights), self.room)
+
 
 class JoinedSlot(CopySlot):
     """[W_1; W_2; ... | room for b], each row filled up to a multiple of 16 columns."""
@@ -74,6 +83,19 @@ class JoinedSlot(CopySlot):
     @property
     def shape(self) -> tuple[int, int]:
         return sum(base.out for base in self.bases), aligned(self.bases[0].features) + self.room
+
+    def make(self, weights: Sequence[Tensor]) -> Tensor:
+        from falqon_fx.kernels.products.in_k import with_room_for
+
+        return with_room_for(weights, self.room)
+
+
+S = TypeVar("S", bound=CopySlot)
+
+
+def find(slots: Iterable[S], bases: Sequence[object], room: int) -> S | None:
+    """What is kept of some bases, of what is kept."""
+    return next((slot for slot in slots if slot.is_of(bases, room)), None)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from falqon_fx._compat import is_fsdp, value_of
 from falqon_fx.kernels import hardware
 from falqon_fx.kernels.spec import aligned
 from falqon_fx.passes.plan import Plan, SitePlan
-from falqon_fx.passes.slots import BaseSlot, CopySlot, Turned, TurnedSlot
+from falqon_fx.passes.slots import BaseSlot, CopySlot, Turned, TurnedSlot, find
 from falqon_fx.passes.terms import Experts
 from falqon_fx.report.data import Transposes
 from falqon_fx.site.names import model_of_call, tensors_of
@@ -40,11 +40,13 @@ def keep_transposes(plan: Plan) -> Plan:
         return plan
     slots = _slots(groups)
     size = sum(slot.nbytes for slot in slots)
-    device = value_of(groups[0][0].match.x).device
-    why_not = _why_not(plan, groups, device, size) if slots else _TWICE
+    tokens, kind = groups[0][0].report.tokens_hint, groups[0][0].report.architecture
+    as_it_lies = hardware.reads_columns(hardware.family(kind))
+    needless = f"sm_{kind} multiplies W as it lies" if as_it_lies else ""
+    asked = "it", "transposes"
+    why_not = why_no_copies(plan, groups, size, *asked, needless=needless) if slots else _TWICE
     if why_not:
         return replace(plan, turned=Turned((), Transposes(False, size, why_not)))
-    tokens, kind = groups[0][0].report.tokens_hint, groups[0][0].report.architecture
     why = (
         'transpose="store" asks for it'
         if plan.config.transpose == "store"
@@ -89,8 +91,7 @@ def room_of(group: Sequence[SitePlan]) -> int:
 
 def slot_of(group: Sequence[SitePlan], slots: Iterable[CopySlot]) -> CopySlot | None:
     """What is kept of a group, of what is kept."""
-    bases, room = [site.base for site in group], room_of(group)
-    return next((slot for slot in slots if slot.is_of(bases, room)), None)
+    return find(slots, [site.base for site in group], room_of(group))
 
 
 def on_gpu(value: Tensor) -> bool:
@@ -117,27 +118,35 @@ def bases_of(group: Sequence[SitePlan]) -> tuple[BaseSlot, ...]:
     return tuple(site.base for site in group if isinstance(site.base, BaseSlot))
 
 
-def _why_not(plan: Plan, groups: Sequence[Group], device: torch.device, size: int) -> str:
-    """Why W is transposed in each step, or ""; from what all processes of a training know alike."""
-    asked, architecture = plan.config.transpose, groups[0][0].report.architecture
-    if asked in ("transient", "kernel"):
-        return f'transpose="{asked}" asks for it'
+def why_no_copies(
+    plan: Plan,
+    groups: Sequence[Sequence[SitePlan]],
+    size: int,
+    asked: str,
+    copies: str,
+    *,
+    kinds: int = 1,
+    needless: str = "",
+) -> str:
+    """Why copies of W of these groups, of ``size`` bytes, aren't kept, or ""; from what all
+    processes of a training know alike. ``asked``: what transpose="transient" asks for; ``needless``
+    is why nobody would read them; ``kinds`` of copies take memory.
+    """
+    choice = plan.config.transpose
+    if choice in ("transient", "kernel"):
+        return f'transpose="{choice}" asks for {asked}'
     if is_gathered(groups):
         return "FSDP shards W, beside which it would be whole"
-    if asked == "store":
+    if choice == "store":
         return ""
-    if hardware.reads_columns(hardware.family(architecture)):
-        return f"sm_{architecture} multiplies W as it lies"
+    if needless:
+        return needless
     tokens = max(group[0].report.tokens_hint for group in groups)
     if tokens > MOST_TOKENS:
         share = AS_TOKENS / tokens
         return f"a step of {tokens} tokens would be {share:.1%} faster in these products"
-    return too_large(training_bytes(size), device, "transposes")
-
-
-def too_large(need: int, device: torch.device, copies: str) -> str:
-    """Why a model that needs so many bytes has no room for copies, or ""."""
-    room = hardware.memory(device)
+    device = value_of(groups[0][0].match.x).device
+    need, room = _training_bytes(size, kinds), hardware.memory(device)
     if need <= SHARE * room:
         return ""
     return (
@@ -155,7 +164,7 @@ def is_gathered(groups: Iterable[Sequence[SitePlan]]) -> bool:
     return False
 
 
-def training_bytes(size: int, kinds: int = 1) -> int:
+def _training_bytes(size: int, kinds: int = 1) -> int:
     """What the model whose call runs takes: its parameters and buffers; of those that train a
     gradient, and two moments in float32; of frozen matrices an FP8 form, where they are none yet,
     and ``kinds`` copies. ``size``, that of the copies, where there is no such model.
@@ -173,12 +182,19 @@ def training_bytes(size: int, kinds: int = 1) -> int:
 
 def _reported(group: Group, slots: Sequence[TurnedSlot]) -> Group:
     """The group with its transposes in what its sites keep in memory."""
-    sites, slot = [], slot_of(group, slots)
+    slot = slot_of(group, slots)
     if slot is None:
         return group
-    for site in group:
-        memory = site.report.memory
-        assert memory is not None
-        own = TurnedSlot(bases_of((site,)), room_of((site,)) if slot.room else 0).nbytes
-        sites.append(replace(site, report=replace(site.report, memory=replace(memory, turned=own))))
+    room = bool(slot.room)
+    each = (TurnedSlot(bases_of((s,)), room_of((s,)) if room else 0).nbytes for s in group)
+    return with_memory(group, slot, each)
+
+
+def with_memory(group: Group, slot: CopySlot, each: Iterable[int]) -> Group:
+    """The group with the bytes that ``each`` of its sites has of a copy in what it keeps."""
+    sites = []
+    for site, own in zip(group, each, strict=True):
+        assert site.report.memory is not None
+        memory = replace(site.report.memory, **{slot.name: own})
+        sites.append(replace(site, report=replace(site.report, memory=memory)))
     return tuple(sites)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from typing import ClassVar
 
 from falqon_fx.errors import printable
 from falqon_fx.report.checked import Count, Seconds, Size
@@ -251,35 +252,33 @@ class Note:
 
 
 @dataclass(frozen=True)
-class Transposes:
-    """Whether Wᵀ of a graph's sites is kept beside W, for dL/dx on a GPU: ``size`` bytes."""
+class CopyOfW:
+    """Whether a copy of W of a graph's sites is kept beside W, of ``size`` bytes, on a GPU."""
 
     kept: bool
     size: Count
     why: str
+    how: ClassVar[str]  # it is kept
 
     def __str__(self) -> str:
         size = f"{self.size / 2**20:.4g} MiB"
         if self.kept:
-            return printable(f"W kept transposed: {size} more, because {self.why}.")
-        return printable(f"W not kept transposed, which is {size}: {self.why}.")
+            return printable(f"W kept {self.how}: {size} more, because {self.why}.")
+        return printable(f"W not kept {self.how}, which is {size}: {self.why}.")
 
 
 @dataclass(frozen=True)
-class WithRoom:
-    """Whether W of a graph's sites is kept with room behind it for adapters in FP8, for the
-    library's products on a GPU: ``size`` bytes.
-    """
+class Transposes(CopyOfW):
+    """Wᵀ, for dL/dx."""
 
-    kept: bool
-    size: Count
-    why: str
+    how = "transposed"
 
-    def __str__(self) -> str:
-        size = f"{self.size / 2**20:.4g} MiB"
-        if self.kept:
-            return printable(f"W kept with room for adapters: {size} more, because {self.why}.")
-        return printable(f"W not kept with room for adapters, which is {size}: {self.why}.")
+
+@dataclass(frozen=True)
+class WithRoom(CopyOfW):
+    """W with room behind it for adapters in FP8, for the library's products."""
+
+    how = "with room for adapters"
 
 
 @dataclass(frozen=True)
