@@ -16,7 +16,7 @@ from torch import Tensor
 from falqon_fx import _compat
 from falqon_fx.ops import fp8_adapter, in_k, products
 from falqon_fx.ops.arguments import Merged, MergedGrad
-from falqon_fx.ops.gpu import of_one_launch, quantize
+from falqon_fx.ops.gpu import by_launches, quantize
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.site.casts import cast_fp8
 from falqon_fx.site.numerics import (
@@ -39,14 +39,13 @@ def proxy_update(
     spec_text: str,
 ) -> list[Tensor]:
     """See `falqon_fx.ops.fp8_adapter.proxy_update`; α leaves room for every b."""
-    casts: dict[int, list[Tensor]] = {}
-    for own in of_one_launch(lora_a, lora_b):
-        a, b = ([of[j].detach() for j in own] for of in (lora_a, lora_b))
+
+    def cast(a: list[Tensor], b: list[Tensor], own: list[int]) -> list[Tensor]:
         columns = a, b, [scaling[j] for j in own], [base_scale[j] for j in own]
         plain = functools.partial(_plain_casts, *columns, spec_text)
-        made = in_k.adapter_casts(*columns, plain, spec_text)
-        casts |= {j: made[4 * i : 4 * i + 4] for i, j in enumerate(own)}
-    return [cast for j in sorted(casts) for cast in casts[j]]
+        return in_k.adapter_casts(*columns, plain, spec_text)
+
+    return by_launches(lora_a, lora_b, cast)
 
 
 def _plain_casts(

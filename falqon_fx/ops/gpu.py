@@ -7,7 +7,7 @@ that Inductor fuses them into whatever made x or dL/dO; the products stand in `p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -49,21 +49,32 @@ def proxy_update(
 ) -> list[Tensor]:
     """See `falqon_fx.ops.lowering.proxy_update`."""
     dtype = torch.float32 if wide else torch.bfloat16
-    casts: dict[int, list[Tensor]] = {}
-    for own in of_one_launch(lora_a, lora_b):
-        a, b = ([of[j].detach() for j in own] for of in (lora_a, lora_b))
-        made = products.adapter_casts(a, b, [scaling[j] for j in own], dtype, spec_text)
-        casts |= {j: made[3 * i : 3 * i + 3] for i, j in enumerate(own)}
-    return [cast for j in sorted(casts) for cast in casts[j]]
+
+    def cast(a: list[Tensor], b: list[Tensor], own: list[int]) -> list[Tensor]:
+        return products.adapter_casts(a, b, [scaling[j] for j in own], dtype, spec_text)
+
+    return by_launches(lora_a, lora_b, cast)
 
 
-def of_one_launch(lora_a: Sequence[Tensor], lora_b: Sequence[Tensor]) -> Iterator[list[int]]:
-    """The numbers of the adapters that one launch casts: they have one dtype."""
+def by_launches(
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    cast: Callable[[list[Tensor], list[Tensor], list[int]], list[Tensor]],
+) -> list[Tensor]:
+    """The casts of all adapters in turn. ``cast`` makes those of one launch, which have one dtype,
+    from their A, their B and their numbers: as many tensors of each.
+    """
     alike: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
     for j, (a, b) in enumerate(zip(lora_a, lora_b, strict=True)):
         alike.setdefault((a.dtype, b.dtype), []).append(j)
+    casts: dict[int, list[Tensor]] = {}
     for members in alike.values():
-        yield from (members[part] for part in in_casts(len(members)))
+        for own in (members[part] for part in in_casts(len(members))):
+            of_a, of_b = ([of[j].detach() for j in own] for of in (lora_a, lora_b))
+            made = cast(of_a, of_b, own)
+            size = len(made) // len(own)
+            casts |= {j: made[size * i : size * (i + 1)] for i, j in enumerate(own)}
+    return [of_one for j in sorted(casts) for of_one in casts[j]]
 
 
 @without_autocast
