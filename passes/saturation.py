@@ -21,7 +21,7 @@ from falqon_fx._compat import is_fake
 from falqon_fx.ops.fp8_adapter import clamped
 from falqon_fx.passes.scope import Scope, attribute
 from falqon_fx.passes.terms import Param
-from falqon_fx.site.base import place
+from falqon_fx.site.base import Place, place
 from falqon_fx.site.names import model_of_call, tensors_of
 
 
@@ -47,17 +47,36 @@ class Saturation:
 
     def _of_like_blocks(self, lora_b: Tensor) -> list[Tensor]:
         """The B of the same name but for numbers of blocks, of blocks that are not in the graph."""
-        alike = [(like, t) for like, t in self._named if t.shape == lora_b.shape]
-        own = {like for like, t in alike if place(t) == place(lora_b)}
-        inputs = [t for t in self._inputs.values() if isinstance(t, nn.Parameter)]
-        given = {place(t) for t in inputs if t.shape == lora_b.shape and _has_memory(t)}
-        return [t for like, t in alike if like in own and place(t) not in given]
+        kinds = self._kinds.get((place(lora_b), lora_b.shape), ())
+        return [t for kind in kinds for t in self._elsewhere.get(kind, ())]
 
     @functools.cached_property
-    def _named(self) -> list[tuple[str, Tensor]]:
-        """The parameters of the model whose call runs, by names without numbers of blocks."""
+    def _kinds(self) -> dict[tuple[Place, torch.Size], set[_Kind]]:
+        """What the parameters of the model whose call runs are, by where they lie."""
+        found: dict[tuple[Place, torch.Size], set[_Kind]] = {}
+        for kind, tensor in self._named:
+            found.setdefault((place(tensor), tensor.shape), set()).add(kind)
+        return found
+
+    @functools.cached_property
+    def _elsewhere(self) -> dict[_Kind, list[Tensor]]:
+        """Its parameters that are no input of the graph."""
+        inputs = [t for t in self._inputs.values() if isinstance(t, nn.Parameter)]
+        given = {(place(t), t.shape) for t in inputs if _has_memory(t)}
+        found: dict[_Kind, list[Tensor]] = {}
+        for kind, tensor in self._named:
+            if (place(tensor), tensor.shape) not in given:
+                found.setdefault(kind, []).append(tensor)
+        return found
+
+    @functools.cached_property
+    def _named(self) -> list[tuple[_Kind, Tensor]]:
         found = tensors_of(model_of_call()).values()
-        return [(_like(names[0]), t) for t, names in found if isinstance(t, nn.Parameter)]
+        of_model = [(t, names[0]) for t, names in found if isinstance(t, nn.Parameter)]
+        return [((_like(name), t.shape), t) for t, name in of_model if _has_memory(t)]
+
+
+_Kind = tuple[str, torch.Size]  # a parameter's name without numbers of blocks, and its shape
 
 
 def _has_memory(tensor: Tensor) -> bool:
