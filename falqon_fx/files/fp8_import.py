@@ -139,6 +139,7 @@ def _eight_bits(
     _check_zero_points(tensors)
     found = {path: _scale(path, w, tensors, directory) for path, w in weights.items()}
     in_blocks: dict[str, _InBlocks] = {}
+    of_rows: dict[str, Tensor] = {}
     for path, weight in weights.items():
         four = f"{path}.weight" in in_four
         scale = found[path] if four else _alike(found[path])
@@ -146,7 +147,8 @@ def _eight_bits(
             own = blocks.MXFP4 if four else size
             own = blocks.check_blocks(path, weight, scale, own, str(directory))
             in_blocks[path] = (weight, scale, own)
-    of_rows = {p: _row_scale(weights[p], _alike(s)) for p, s in found.items() if p not in in_blocks}
+        else:
+            of_rows[path] = _row_scale(weight, scale)
     config = config or FalqonConfig(base_dtype=kind)
     config = replace(config, granularity="row", base_dtype=kind)
     if not all(map(powers_of_two, of_rows.values())):
