@@ -87,15 +87,20 @@ def test_launches_of_peft_and_inductor(seen):
     assert launched(run, "backward") == {"triton": 7, "mm": 35, f"{attention}_backward": 3}
 
 
+def by_library(name: str, file: Path) -> dict[str, Any]:
+    """A run whose products are the library's."""
+    size = ["--model", "tiny", "--tokens", "64", "--rank", "16", "--no-host"]
+    files = ["--json", str(file), "--text", str(file.with_suffix(".md"))]
+    words = ["--kernel", "scaled_mm", "--runs", name, *files]
+    importlib.import_module("gpu_lens").main([*size, *words])
+    run: dict[str, Any] = json.loads(file.read_text())["runs"][name]
+    return run
+
+
 @pytest.mark.slow
 def test_the_library_adds_in_place(benchmarks, tmp_path):
     """O of seven sites, and dL/dx of the four groups; each would be a copy and an addition."""
-    file = tmp_path / "lens.json"
-    size = ["--model", "tiny", "--tokens", "64", "--rank", "16", "--no-host"]
-    files = ["--json", str(file), "--text", str(file.with_suffix(".md"))]
-    words = ["--kernel", "scaled_mm", "--runs", "falqon", *files]
-    importlib.import_module("gpu_lens").main([*size, *words])
-    run = json.loads(file.read_text())["runs"]["falqon"]
+    run = by_library("falqon", tmp_path / "lens.json")
     for direction, count in (("forward", 7), ("backward", 4)):
         names = launched(run, direction)
         assert (names["addmm_"], names["addmm"], names["copy of addmm"]) == (count, 0, 0)
@@ -106,12 +111,7 @@ def test_the_library_reads_w_with_room_for_adapters(benchmarks, tmp_path):
     """The arithmetic counts as many launches. RoPE stores the most of what Inductor writes, two
     activations; [W | b] of the least site would be 256 x 272.
     """
-    file = tmp_path / "lens.json"
-    size = ["--model", "tiny", "--tokens", "64", "--rank", "16", "--no-host"]
-    files = ["--json", str(file), "--text", str(file.with_suffix(".md"))]
-    words = ["--kernel", "scaled_mm", "--runs", "falqon_fp8", *files]
-    importlib.import_module("gpu_lens").main([*size, *words])
-    run = json.loads(file.read_text())["runs"]["falqon_fp8"]
+    run = by_library("falqon_fp8", tmp_path / "lens.json")
     step = Step(TINY, 1, 64, 16, "fp8", transpose="store")
     theirs_win = figures_for("H100").given(["own_gemm=1", "summed_gemm=1"])
     launches = layer_of("falqon", step, Timer(theirs_win))

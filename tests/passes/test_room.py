@@ -19,15 +19,14 @@ from falqon_fx.kernels import hardware
 from falqon_fx.kernels.products import in_k
 from falqon_fx.passes import autotune, room, transposes
 from falqon_fx.report.data import WithRoom
-from falqon_fx.site import transposed
 from falqon_fx.site.numerics import E4M3
-from tests.cuda import INTERPRETED, as_on_a_gpu
+from tests.cuda import INTERPRETED
 from tests.models import LoraLinear, fill_b
 from tests.parameters import slow
 from tests.passes.rewritten import JOINED, captured, change, passes, seen, values
 from tests.sites import needs_row_scales, randn
 
-pytestmark = INTERPRETED
+pytestmark = [*INTERPRETED, pytest.mark.usefixtures("h100")]
 WIDTH = 64
 X = randn(5, WIDTH).bfloat16()
 GIVEN = {"card": "H100", "kernel": "scaled_mm", "adapter_dtype": "fp8"}
@@ -54,17 +53,6 @@ class Layers(nn.Module):
 
 SHAPES = [(WIDTH + 48, WIDTH + 16 + 32), (WIDTH, WIDTH + 16)]  # ranks 8, 20 and 8
 SIZE = sum(rows * columns for rows, columns in SHAPES)
-
-
-@pytest.fixture(autouse=True)
-def h100(monkeypatch):
-    """CPU tensors go the way of an H100's."""
-    monkeypatch.setattr(transposes, "on_gpu", lambda value: True)
-    monkeypatch.setattr(hardware, "memory", lambda device: 80 * 2**30)
-    transposed.forget()
-    with as_on_a_gpu():
-        yield monkeypatch
-    transposed.forget()
 
 
 def model_of(**given: Any) -> nn.Module:

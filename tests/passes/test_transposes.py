@@ -17,7 +17,7 @@ from falqon_fx.kernels import hardware
 from falqon_fx.kernels.spec import aligned
 from falqon_fx.passes import transposes
 from falqon_fx.site import transposed
-from tests.cuda import INTERPRETED, as_on_a_gpu
+from tests.cuda import INTERPRETED
 from tests.models import LoraLinear, fill_b
 from tests.parameters import slow
 from tests.passes.rewritten import TURNED, captured, change, passes, seen, values
@@ -50,17 +50,6 @@ class Layers(nn.Module):
 
 
 SIZE = WIDTH * (WIDTH + 48) + 2 * WIDTH * WIDTH  # 33 columns are filled up to 48
-
-
-@pytest.fixture
-def h100(monkeypatch):
-    """CPU tensors go the way of an H100's."""
-    monkeypatch.setattr(transposes, "on_gpu", lambda value: True)
-    monkeypatch.setattr(hardware, "memory", lambda device: 80 * 2**30)
-    transposed.forget()
-    with as_on_a_gpu():
-        yield monkeypatch
-    transposed.forget()
 
 
 def some(cases: dict[str, Any], *fast: str) -> list[Any]:
