@@ -16,6 +16,7 @@ from torch import Tensor
 from falqon_fx._compat import hint, value_of, without_fake_mode
 from falqon_fx.errors import FalqonError, NoKernelError
 from falqon_fx.kernels.spec import aligned
+from falqon_fx.ops.arguments import width_of
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.ops.products import launches
 from falqon_fx.passes import room
@@ -74,13 +75,26 @@ def _by_library(group: Group) -> bool:
 
 @dataclass(frozen=True)
 class Adapter:
-    """The rank of an adapter, the dtypes of A and B, and whether they train."""
+    """The rank of an adapter, that of A_c and the columns of W_S behind it, the dtypes of A and B,
+    and whether they train.
+    """
 
     rank: int
+    error: int
+    columns: int
     a_dtype: torch.dtype
     b_dtype: torch.dtype
     train_a: bool
     train_b: bool
+
+    @property
+    def rows(self) -> int:
+        """Of Â."""
+        return self.rank + self.error
+
+    def width(self, in_fp8: bool) -> int:
+        """The columns of b."""
+        return width_of(self.rows, self.columns, in_fp8)
 
 
 @dataclass(frozen=True)
@@ -139,13 +153,14 @@ class Operands:
         """The product that makes O of each site, as `falqon_fx.ops.products.merged_product` asks
         for it.
         """
-        ranks = [[adapter.rank for adapter in site.adapters] for site in self.sites]
-        of_a = [rank for own in ranks for rank in own]
+        of_a = [adapter.rows for site in self.sites for adapter in site.adapters]
+        in_fp8 = spec.adapter == "fp8"
+        ranks = [[a.width(in_fp8) for a in site.adapters] for site in self.sites]
         if of_a and not self.adds_b and not self.own_x and spec.base != "nvfp4":
             alone = len(self.sites) == len(of_a) == 1 and self.sites[0].merged
             return [self._problem(self.sites, spec, of_a, 0, alone)] * len(self.sites)
         found: dict[int, GemmProblem] = {}
-        if spec.adapter == "fp8":
+        if in_fp8:
             ranks = [[aligned(rank) for rank in own] for own in ranks]
         for members in launches([self.adds_b and bool(own) for own in ranks]):
             rank = max(sum(ranks[i]) for i in members) if self.adds_b else 0
@@ -195,7 +210,7 @@ def time_products(operands: Operands, spec: SiteSpec) -> None:
     # The caller traces with fake tensors, maybe in autocast.
     with without_fake_mode(), torch.autocast(operands.device.type, enabled=False):
         x, arguments = _random_arguments(operands, spec)
-        _time_casts(arguments, spec)
+        _time_casts(operands, arguments, spec)
         with torch.set_grad_enabled(trains):
             ys = torch.ops.falqon.merged_linear(x, *arguments)[: len(operands.sites)]
             if trains:
@@ -204,12 +219,28 @@ def time_products(operands: Operands, spec: SiteSpec) -> None:
                 torch.autograd.grad(ys, wanted, [torch.ones_like(y) for y in ys])
 
 
-def _time_casts(arguments: Sequence[Any], spec: SiteSpec) -> None:
+def _time_casts(operands: Operands, arguments: Sequence[Any], spec: SiteSpec) -> None:
     scale, lora_a, lora_b, owner = (arguments[i] for i in (1, 8, 9, 11))
     if lora_a and lora_a[0].is_cuda:
         scales = [scale[i] for i in owner] if spec.adapter == "fp8" else []
-        given = lora_a, lora_b, [1.0] * len(lora_a), scales, False, str(spec)
-        torch.ops.falqon.proxy_update(*given)
+        given = lora_a, lora_b, [1.0] * len(lora_a), scales, *_fixed(operands)
+        torch.ops.falqon.proxy_update(*given, False, str(spec))
+
+
+def _fixed(operands: Operands) -> list[list[Tensor]]:
+    """What a calibration has made for the adapters, as zeros; where it has not for all of them,
+    nothing.
+    """
+    each = [(site.out, a) for site in operands.sites for a in site.adapters]
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.bfloat16, device=operands.device)
+
+    errors = [(zeros(a.error, operands.features), zeros(out, a.error)) for out, a in each]
+    columns = [zeros(out, a.columns) for out, a in each]
+    some = all(a.error for _, a in each), all(a.columns for _, a in each)
+    of_errors = [[*column] for column in zip(*errors, strict=True)] if some[0] else [[], []]
+    return [*of_errors, columns if some[1] else []]
 
 
 def _random_arguments(operands: Operands, spec: SiteSpec) -> tuple[Tensor, tuple[Any, ...]]:
@@ -229,9 +260,9 @@ def _random_arguments(operands: Operands, spec: SiteSpec) -> tuple[Tensor, tuple
         return torch.ones(shape, dtype=torch.float32, device=device)
 
     weight, bias, a, b, lora_a, lora_b = (list[Tensor]() for _ in range(6))
-    owner, alpha = list[int](), list[Tensor]()
+    owner, alpha, channels = list[int](), list[Tensor](), list[Tensor]()
     for i, site in enumerate(operands.sites):
-        rows = [site.out, *(adapter.rank for adapter in site.adapters)]
+        rows = [site.out, *(adapter.rows for adapter in site.adapters)]
         parts = draw(sum(rows), features, dtype=spec.operand).split(rows)
         w, *own_a = parts if site.merged else [part.clone() for part in parts]
         packs = spec.base == "nvfp4"
@@ -243,8 +274,11 @@ def _random_arguments(operands: Operands, spec: SiteSpec) -> tuple[Tensor, tuple
             in_a, in_b = (each.rank, features), (site.out, each.rank)
             lora_a.append(draw(*in_a, dtype=each.a_dtype).requires_grad_(each.train_a))
             lora_b.append(draw(*in_b, dtype=each.b_dtype).requires_grad_(each.train_b))
-            b += [draw(*in_b, dtype=operands.gemm_dtype)] if operands.adds_b else []
+            width = each.width(spec.adapter == "fp8")
+            b += [draw(site.out, width, dtype=operands.gemm_dtype)] if operands.adds_b else []
             owner.append(i)
+            if each.columns:
+                channels.append(torch.arange(each.columns, dtype=torch.int32, device=device))
     x = draw(operands.tokens, features, dtype=operands.x_dtype).requires_grad_()
     own_x = [x] * len(owner) if operands.own_x else []
     if spec.adapter == "fp8":
@@ -260,8 +294,8 @@ def _random_arguments(operands: Operands, spec: SiteSpec) -> tuple[Tensor, tuple
     joined = []
     if operands.joined:
         adapted = [w for i, w in enumerate(weight) if i in owner]
-        joined = [with_room_for(adapted, sum(aligned(len(code)) for code in a))]
-    copies = turned, joined
+        joined = [with_room_for(adapted, sum(aligned(code.shape[1]) for code in b))]
+    copies = turned, joined, channels
     numbers_of = (owner, [1.0] * len(owner), keep_x, *copies, operands.out_dtype, str(spec))
     return x, (*columns, [], lora_a, lora_b, own_x, *numbers_of)
 
@@ -275,12 +309,14 @@ def _site_operands(site: SitePlan) -> SiteOperands:
     adapters = tuple(
         Adapter(
             hint(b.shape[1]),
+            m.correction.rank,
+            m.correction.width,
             a.dtype,
             b.dtype,
             a.requires_grad,
             b.requires_grad,
         )
-        for a, b in ((m.lora_a.value, m.lora_b.value) for m in site.match.added)
+        for m, a, b in ((m, m.lora_a.value, m.lora_b.value) for m in site.match.added)
     )
     bias = site.match.base.bias
     value = bias.value if isinstance(bias, Param) else None if bias is None else value_of(bias)

@@ -61,7 +61,8 @@ class BaseNodes:
 @dataclass(frozen=True)
 class AdapterNodes:
     """The root's nodes of an adapter: its parameters and their casts; b is None where the pending
-    part of update="rows" is not added, alpha but for adapter_dtype="fp8".
+    part of update="rows" is not added, alpha but for adapter_dtype="fp8", channels where b has no
+    columns for the cast error of x.
     """
 
     lora_a: fx.Node
@@ -71,6 +72,7 @@ class AdapterNodes:
     b: fx.Node | None
     alpha: fx.Node | None
     scaling: float
+    channels: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -150,9 +152,9 @@ def insert_operands(plan: Plan) -> Operands:
     written: dict[int, RowsOperands] = {}
     by_slot = {id(nodes.slot): nodes for nodes in bases}
     with _head(root) as graph:
-        for wide in (False, True):
-            for in_fp8 in (False, True):
-                adapters |= _cast_adapters(plan, graph, by_slot, wide, in_fp8)
+        for kind in sorted({slot.kind for slot in plan.adapters}):
+            slots = [slot for slot in plan.adapters if slot.kind == kind]
+            adapters |= _cast_adapters(plan, graph, by_slot, slots)
         if rows_spec is not None:
             insert_write_back(graph, rows, rows_spec)
             wide_of = {id(s.base): _is_wide(s) for s in plan.sites}
@@ -218,27 +220,26 @@ def counts_on(device: torch.device) -> bool:
 
 
 def _cast_adapters(
-    plan: Plan, graph: fx.Graph, bases: Mapping[int, BaseNodes], wide: bool, in_fp8: bool
+    plan: Plan, graph: fx.Graph, bases: Mapping[int, BaseNodes], slots: Sequence[AdapterSlot]
 ) -> dict[int, AdapterNodes]:
-    slots = [s for s in plan.adapters if s.wide == wide and (s.base is not None) == in_fp8]
-    if not slots:
-        return {}
-    lora_a = [at_head(plan.root, slot.lora_a) for slot in slots]
-    lora_b = [at_head(plan.root, slot.lora_b) for slot in slots]
-    scaling = [slot.scaling for slot in slots]
+    """Cast adapters of one kind."""
+    given = [[at_head(plan.root, p) for p in column] for column in cast_from(slots)]
+    lora_a, lora_b, *fixed = given
+    scaling, wide = [slot.scaling for slot in slots], slots[0].wide
     scales = [bases[id(slot.base)].scale for slot in slots if slot.base is not None]
     casts = graph.call_function(
         merged_linear.CASTS,
-        (lora_a, lora_b, scaling, scales, wide, str(spec_of(slots[0], plan))),
+        (lora_a, lora_b, scaling, scales, *fixed, wide, str(spec_of(slots[0], plan))),
     )
     size = casts_per_adapter(slots[0])
     dtype = torch.float32 if wide else torch.bfloat16
     values: list[torch.Tensor] = []
     for slot in slots:
-        rank, features = slot.lora_a.value.shape
+        rank, features = slot.rank, slot.lora_a.value.shape[1]
         values.append(_meta((rank, features), plan.spec.operand))
         values.append(_meta((rank, 1) if plan.spec.per_row else (), torch.float32))
-        values.append(_meta(slot.lora_b.value.shape, E4M3 if scales else dtype))
+        out = slot.lora_b.value.shape[0]
+        values.append(_meta((out, slot.width), E4M3 if scales else dtype))
         values += [_meta((rank,), torch.float32)] if scales else []
     casts.meta["val"] = values
     nodes = [_item(graph, casts, i) for i in range(len(values))]
@@ -246,8 +247,22 @@ def _cast_adapters(
     for j, slot in enumerate(slots):
         a, a_scale, b, *alpha = nodes[size * j : size * (j + 1)]
         of_fp8 = alpha[0] if alpha else None
-        found[id(slot)] = AdapterNodes(lora_a[j], lora_b[j], a, a_scale, b, of_fp8, slot.scaling)
+        own = slot.correction.channels
+        channels = None if own is None else at_head(plan.root, own)
+        made = a, a_scale, b, of_fp8, slot.scaling, channels
+        found[id(slot)] = AdapterNodes(lora_a[j], lora_b[j], *made)
     return found
+
+
+def cast_from(slots: Sequence[AdapterSlot]) -> list[list[Param]]:
+    """What the casts of adapters of one kind are made from: every A, every B, and every A_c, B_c
+    and W_S where there are any.
+    """
+    fixed = [slot.correction for slot in slots]
+    columns = [[of.error_a for of in fixed], [of.error_b for of in fixed]]
+    columns.append([of.columns for of in fixed])
+    given = [[param for param in column if param is not None] for column in columns]
+    return [[slot.lora_a for slot in slots], [slot.lora_b for slot in slots], *given]
 
 
 def casts_per_adapter(slot: AdapterSlot) -> int:

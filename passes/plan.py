@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -289,7 +290,8 @@ class _Chooser:
         wide = gemm_dtype(result.dtype, result.device) == torch.float32
         a, b = adapter.lora_a, adapter.lora_b
         cast_with = base if spec.adapter == "fp8" else None
-        key = (_identity(scope, a), _identity(scope, b), adapter.scaling, wide, id(cast_with))
+        params = a, b, *adapter.correction.params
+        key = (*(p and _identity(scope, p) for p in params), adapter.scaling, wide, id(cast_with))
         if key not in self._adapters:
             self._adapters[key] = AdapterSlot(
                 path,
@@ -299,6 +301,7 @@ class _Chooser:
                 wide,
                 cast_with,
                 adapter.fixed,
+                adapter.correction.map(partial(_at_root, scope)),
             )
         return self._adapters[key]
 

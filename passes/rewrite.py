@@ -15,7 +15,7 @@ from falqon_fx.ops import experts, merged_linear, outliers, wide_linear
 from falqon_fx.passes.insert_operands import AdapterNodes, Operands, SiteNodes
 from falqon_fx.passes.plan import Plan, SitePlan
 from falqon_fx.passes.scope import Scope, erase_unread
-from falqon_fx.passes.terms import BaseLinear, Experts, Param
+from falqon_fx.passes.terms import Experts, Param
 from falqon_fx.passes.vocabulary import LINEAR, linear_arguments
 
 
@@ -66,6 +66,7 @@ class Arguments:
     keep_x: bool
     turned: list[fx.Node]
     joined: list[fx.Node]
+    channels: list[fx.Node]
 
 
 def arguments(group: Sequence[SitePlan], operands: Operands) -> Arguments:
@@ -92,6 +93,7 @@ def arguments(group: Sequence[SitePlan], operands: Operands) -> Arguments:
         trained and torch.is_grad_enabled(),
         operands.turned_of(group),
         operands.joined_of(group),
+        [adapter.channels for adapter in adapters if adapter.channels is not None],
     )
 
 
@@ -108,7 +110,7 @@ def _replace(
     columns = [given.a, given.a_scale, given.b, given.alpha, given.clamped]
     columns += [given.lora_a, given.lora_b]
     weight, scale, *adapters = (here(column) for column in (given.weight, given.scale, *columns))
-    turned, joined = here(given.turned), here(given.joined)
+    turned, joined, channels = map(here, (given.turned, given.joined, given.channels))
     biases = [site.match.base.bias for site in group]
     bias = [_bias(scope, b) for b in biases if b is not None]
     with graph.inserting_before(first.anchor):
@@ -125,6 +127,7 @@ def _replace(
                 given.keep_x,
                 turned,
                 joined,
+                [_at_hand(graph, node) for node in channels],
                 value_of(first.anchor).dtype,
                 str(group[0].spec),
             ),
@@ -216,11 +219,10 @@ def _at_hand(graph: fx.Graph, node: fx.Node) -> fx.Node:
 
 
 def outlier_terms(site: SitePlan) -> list[fx.Node]:
-    """The nodes of the channels and columns that a calibration chose for a site; or nothing."""
-    base = site.match.base
-    if not isinstance(base, BaseLinear) or base.channels is None or base.columns is None:
-        return []
-    return [site.match.scope.outer(node) for node in (base.channels, base.columns)]
+    """The nodes of the channels and columns of a site that no adapter takes; or nothing."""
+    found = site.match
+    nodes = [param.node for param in found.alone or ()]
+    return [found.scope.outer(node) for node in nodes if node is not None]
 
 
 def _add_outliers(plan: Plan, site: SitePlan, output: fx.Node, x: fx.Node) -> fx.Node:

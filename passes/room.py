@@ -81,7 +81,7 @@ def adapted(group: Sequence[SitePlan]) -> tuple[BaseSlot, ...]:
 
 def room_of(group: Sequence[SitePlan]) -> int:
     """The columns of all adapters of a group."""
-    return sum(aligned(slot.lora_a.value.shape[0]) for site in group for slot in site.adapters)
+    return sum(aligned(slot.width) for site in group for slot in site.adapters)
 
 
 def slot_of(group: Sequence[SitePlan], slots: Iterable[CopySlot]) -> CopySlot | None:

@@ -11,6 +11,8 @@ from torch import Tensor, fx
 
 from falqon_fx._compat import hint
 from falqon_fx.kernels.spec import aligned
+from falqon_fx.ops.arguments import width_of
+from falqon_fx.passes.match.dataflow import NO_CORRECTION, Correction
 from falqon_fx.passes.terms import Param
 from falqon_fx.report.data import Transposes, WithRoom
 
@@ -116,9 +118,9 @@ class Joined:
 
 @dataclass(frozen=True)
 class AdapterSlot:
-    """(A, B, scaling) of a graph, whose casts all sites share that use it.
-    ``wide``: b is float32. ``base``: in the units of whose scale b is cast to FP8. ``fixed``: it is
-    no adapter of the user's, and stands for the cast error of W.
+    """(A, B, scaling) of a graph, whose casts all sites share that use it, with the ``correction``
+    that is cast with it. ``wide``: b is float32. ``base``: in the units of whose scale b is cast to
+    FP8. ``fixed``: it is no adapter of the user's, and stands for the cast error of W.
     """
 
     path: str
@@ -128,3 +130,20 @@ class AdapterSlot:
     wide: bool
     base: BaseSlot | None
     fixed: bool
+    correction: Correction = NO_CORRECTION
+
+    @property
+    def kind(self) -> tuple[bool, ...]:
+        """Those of one kind are cast by one op."""
+        own = self.correction
+        return self.wide, self.base is not None, own.error is not None, own.columns is not None
+
+    @property
+    def rank(self) -> int:
+        """The rows of A and of A_c."""
+        return int(self.lora_a.value.shape[0]) + self.correction.rank
+
+    @property
+    def width(self) -> int:
+        """The columns of b: of B, of B_c and of W_S."""
+        return width_of(self.rank, self.correction.width, self.base is not None)

@@ -86,7 +86,7 @@ def room_of(group: Sequence[SitePlan]) -> int:
     if any(adapter.x is not None for site in group for adapter in site.match.added):
         return 0
     in_fp8 = [slot for site in group for slot in site.adapters if slot.base is not None]
-    return sum(aligned(slot.lora_a.value.shape[0]) for slot in in_fp8)
+    return sum(aligned(slot.rank) for slot in in_fp8)
 
 
 def slot_of(group: Sequence[SitePlan], slots: Iterable[CopySlot]) -> CopySlot | None:

@@ -20,6 +20,7 @@ from falqon_fx.ops import experts, merged_linear, outliers
 from falqon_fx.passes.insert_operands import (
     AdapterNodes,
     Operands,
+    cast_from,
     casts_per_adapter,
     spec_of,
 )
@@ -28,6 +29,7 @@ from falqon_fx.passes.plan import Plan, SitePlan
 from falqon_fx.passes.rewrite import adapter_inputs, arguments, outlier_terms, widened
 from falqon_fx.passes.rows import RowsNodes
 from falqon_fx.passes.scope import Scope, attribute
+from falqon_fx.passes.slots import AdapterSlot
 from falqon_fx.passes.terms import Experts, Linear, Param, in_fp8
 from falqon_fx.passes.verify_experts import check_experts
 from falqon_fx.passes.verify_nodes import check_column, check_outliers, is_same, origin
@@ -119,7 +121,7 @@ def _check_counts(plan: Plan, operands: Operands, new: list[fx.Node]) -> None:
         merged_linear.OP: len(plan.groups) - stacks,
         experts.OP: stacks,
         operator.getitem: len(plan.sites) + sum(map(casts_per_adapter, plan.adapters)) + parts,
-        merged_linear.CASTS: len({(slot.wide, slot.base is None) for slot in plan.adapters}),
+        merged_linear.CASTS: len({slot.kind for slot in plan.adapters}),
         _WRITES: min(1, len(plan.rows)),
         _PENDING: sum(own.b is not None for own in operands.written.values()),
         operator.mul: sum(a.bias_scaling != 1.0 for a in biases),
@@ -210,8 +212,8 @@ def _check_group(
         if rest[10] != own:
             raise PassError(path, f"its adapters read {rest[10]}, not {own}")
         dtype = value_of(first.anchor).dtype
-        for copies in (given.turned, given.joined):
-            check_column(path, found.scope, cast(list[fx.Node], rest.pop(14)), copies)
+        for column in (given.turned, given.joined, given.channels):
+            check_column(path, found.scope, cast(list[fx.Node], rest.pop(14)), column)
         said = (given.owner, given.scaling, given.keep_x, dtype, str(group[0].spec))
         if tuple(rest[11:]) != said:
             raise PassError(path, f"{fused.name} computes with {rest[11:]}, not {said}")
@@ -272,17 +274,27 @@ def _check_casts(plan: Plan, operands: Operands, new: list[fx.Node]) -> None:
                 raise PassError(path, f"{node} is no cast of the adapter")
             if place % size != i:
                 raise PassError(path, f"{node} is another part of the cast")
-            lora_a, lora_b, scaling, scales, wide, spec = cast(tuple[Any, ...], casts.args)
+            given = cast(tuple[Any, ...], casts.args)
+            lora_a, lora_b, scaling, scales, *fixed, wide, spec = given
             at = place // size
             if slot.base is not None:
                 (base,) = (n for n in operands.bases if n.slot is slot.base)
                 if scales[at] is not base.scale:
                     raise PassError(path, f"b is cast for {scales[at]}")
             _check_adapter(path, plan, nodes, lora_a[at], lora_b[at])
+            read = [column[at] for column in fixed if column]
+            check_column(path, plan.root, read, _fixed(slot))
             said = (slot.scaling, slot.wide, str(spec_of(slot, plan)))
             if (scaling[at], wide, spec) != said:
                 raise PassError(path, f"cast with {scaling[at]}, {spec}")
     _check_first(plan, new, {merged_linear.CASTS, _WRITES})
+
+
+def _fixed(slot: AdapterSlot) -> list[fx.Node]:
+    """A_c, B_c and W_S of an adapter, as far as there are any."""
+    _, _, *columns = cast_from([slot])
+    nodes = [param.node for column in columns for param in column]
+    return [node for node in nodes if node is not None]
 
 
 def _check_adapter(

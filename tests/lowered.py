@@ -16,6 +16,7 @@ from tests.tolerances import Approx, rounded_bound, side_by_side
 
 F32, BF16 = torch.float32, torch.bfloat16
 falqon = torch.ops.falqon
+NOTHING: list[list[Tensor]] = [[], [], [], []]  # scales of bases, and what a calibration makes
 
 
 def run(case: Case) -> dict[str, Tensor]:

@@ -89,6 +89,7 @@ class Case:
             [lora.lora_b for lora in loras],
             [lora.scaling for lora in loras],
             [layer.base.scale for layer in self.layers for _ in layer.adapters] if in_fp8 else [],
+            *([], [], []),
             wide,
             str(self.spec),
         )
@@ -116,6 +117,7 @@ class Case:
             self.keep_x,
             self.turned,
             self.joined,
+            [],
             self.out_dtype,
             str(self.spec),
         )

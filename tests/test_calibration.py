@@ -198,9 +198,15 @@ def test_with_an_adapter_in_fp8_its_factors_are_cast_too():
     y, _ = one.run()
     wanted, gauge = one.expected()
     ((a, b),) = one.low()
-    inner = cast(one.x, E4M3, one.spec) @ a.t()
-    off = [t.abs() / 17 + t.abs().amax(1, keepdim=True) * 2**-9 for t in (inner, b)]
-    moved = (inner.abs() + off[0]) @ (b.abs() + off[1]).t() - inner.abs() @ b.abs().t()
+    read = cast(one.x, E4M3, one.spec)
+    inner, moved = read @ a.t(), torch.zeros_like(wanted)
+    # So are the error of x and the columns of W that bring it to the output.
+    assert one.layer.channels is not None
+    assert one.layer.columns is not None
+    error = (one.x.double() - read)[:, one.layer.channels.long()]
+    for left, right in ((inner, b), (error, one.layer.columns.detach().double())):
+        off = [t.abs() / 17 + t.abs().amax(1, keepdim=True) * 2**-9 for t in (left, right)]
+        moved += (left.abs() + off[0]) @ (right.abs() + off[1]).t() - left.abs() @ right.abs().t()
     assert_within(y.double(), wanted, moved + gamma(IN + RANK + CHANNELS + 16) * gauge)
     assert float(moved.mean()) < float((inner @ b.t()).abs().mean())  # or nothing would be seen
 
@@ -222,8 +228,10 @@ def test_a_calibrated_model_is_nearer_to_the_plain_one():
     assert compiled[1] < compiled[0]
 
 
-def test_the_graph_has_one_more_adapter_a_site_and_the_error_of_x_behind_it():
-    model = calibrated()
+@pytest.mark.parametrize("ranks", [RANK, 0])
+def test_what_it_makes_is_computed_with_the_adapters_of_a_site(ranks):
+    """A layer without adapters has its A_c as one; without that, its error of x stands behind."""
+    model = calibrated(compensate=ranks)
     model.eval()
     layers = [layer for layer in model.modules() if isinstance(layer, Fp8Linear)]
     held = [
@@ -236,7 +244,7 @@ def test_the_graph_has_one_more_adapter_a_site_and_the_error_of_x_behind_it():
         graphs.append(result.gm)
         assert [site.adapters for site in result.report.sites] == [1, 1, 0, 1]
         assert {(site.compensate, site.outliers) for site in result.report.sites} == {
-            (RANK, CHANNELS)
+            (ranks, CHANNELS)
         }
         memory = [site.memory for site in result.report.sites]
         assert sorted(m.state for m in memory if m is not None) == sorted(held)
@@ -246,8 +254,13 @@ def test_the_graph_has_one_more_adapter_a_site_and_the_error_of_x_behind_it():
     (gm,) = graphs
     falqon = torch.ops.falqon
     fused = gm.graph.find_nodes(op="call_function", target=falqon.merged_linear.default)
-    assert sorted(len(node.args[4]) for node in fused) == [1, 2, 4]  # plain, o, q and k
-    assert len(gm.graph.find_nodes(op="call_function", target=falqon.outliers.default)) == 4
+    found = sorted((node.args[4] for node in fused), key=len)
+    assert [*map(len, found)] == [int(ranks > 0), 1, 2]  # plain, o, q and k
+    assert {a.meta["val"].shape[0] for of in found for a in of} == {4 + ranks, ranks} - {0}
+    widths = {b.meta["val"].shape[1] for node in fused for b in node.args[6]}
+    assert widths == {4 + ranks + CHANNELS, *([ranks + CHANNELS] if ranks else [])}
+    behind = gm.graph.find_nodes(op="call_function", target=falqon.outliers.default)
+    assert len(behind) == int(ranks == 0)
 
 
 def test_terms_are_cast_together_beside_adapters_of_another_dtype(monkeypatch):
@@ -268,7 +281,10 @@ def test_terms_are_cast_together_beside_adapters_of_another_dtype(monkeypatch):
         return plain(a, *rest)
 
     monkeypatch.setattr(gpu_products, "adapter_casts", noted)
-    found, wanted = gpu.proxy_update(*given), torch.ops.falqon.proxy_update(*given)
+    found, wanted = (
+        gpu.proxy_update(*given),
+        torch.ops.falqon.proxy_update(*given[:4], [], [], [], *given[4:]),
+    )
     assert sum(len(group) for group in groups) == len(groups)
     assert [t.dtype for t in found] == [t.dtype for t in wanted]
     assert all(torch.equal(f.float(), w.float()) for f, w in zip(found, wanted, strict=True))

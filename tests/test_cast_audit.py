@@ -61,7 +61,7 @@ def test_losses_and_share_are_those_of_the_casts_that_a_graph_makes(options):
         ((a, b, scaling),) = site.adapters
         scales = [site.scale] if "adapter_dtype" in options else []
         wide = not scales  # the model is in float32
-        casts = torch.ops.falqon.proxy_update([a], [b], [scaling], scales, wide, spec)
+        casts = torch.ops.falqon.proxy_update([a], [b], [scaling], scales, [], [], [], wide, spec)
         code, scale, cast_b, *alpha = casts
         of_b = cast_b.double() * site.scale / alpha[0] if alpha else cast_b
         close = {"rel": 1e-5, "abs": 1e-9}

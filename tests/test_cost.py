@@ -76,7 +76,7 @@ def test_flops_of_the_op_are_those_that_torch_counts(rank, train_a):
     of_a: tuple[Any, ...] = (a, b, [], [0] * len(a), [2.0] * len(a))
     adapters = (casts[0::3], casts[1::3], casts[2::3], [], [], *of_a)
     rest = (train_a, torch.bfloat16, str(plan))
-    given: list[Any] = [x, [base.weight], [base.scale], [], *adapters, True, [], [], *rest[1:]]
+    given: list[Any] = [x, [base.weight], [base.scale], [], *adapters, True, [], [], [], *rest[1:]]
     with FlopCounterMode(display=False) as forward:
         _, out_a, x_cast, x_scale = lowering.merged_linear(Merged(*given))
     with FlopCounterMode(display=False) as backward:

@@ -26,7 +26,7 @@ from falqon_fx.site.numerics import E4M3, E5M2
 from falqon_fx.site.spec import SiteSpec
 from tests import sites as sites_module
 from tests.cuda import BF16, F32, GROUPS, INTERPRETED, ROW, TENSOR, group
-from tests.lowered import expected
+from tests.lowered import NOTHING, expected
 from tests.parameters import each_value, slow
 from tests.sites import make_site, randn, same, snapshot
 
@@ -210,12 +210,20 @@ def test_graphs_of_known_sizes_launch_the_kernels_themselves(name, spec):
         ranks = [len(code) for code in a]
         q, q_scale = gpu.quantize(x.reshape(32, x.shape[-1]), E4M3, str(spec))
         of = [grads[i] for i in arguments[11]]
-        given = (of, randn(32, sum(ranks)).bfloat16(), ranks, [0.5] * len(a), [q, q_scale], d)
+        given = (
+            of,
+            randn(32, sum(ranks)).bfloat16(),
+            ranks,
+            ranks,
+            [0.5] * len(a),
+            [q, q_scale],
+            d,
+        )
         check_graph(falqon.adapter_grads.default, *given, F32, str(case.spec))
         factors = [randn(g.shape[1], rank).bfloat16() for g, rank in zip(of, ranks, strict=True)]
         check_graph(falqon.grad_out_a.default, of, factors, str(case.spec))
         loras = [[lora.lora_a for lora in case.adapters], [lora.lora_b for lora in case.adapters]]
-        numbers: Any = ([0.5] * len(a), [], False, str(case.spec))
+        numbers: Any = ([0.5] * len(a), *NOTHING, False, str(case.spec))
         check_graph(falqon.proxy_update.default, *loras, *numbers)
     assert ops_found[LAUNCH] > 0
     assert not [name for name in ops_found if name.startswith("falqon.")]

@@ -12,12 +12,27 @@ from falqon_fx.ops import lowering
 from falqon_fx.site.numerics import E4M3, E5M2
 from falqon_fx.site.spec import SiteSpec
 from tests.emulation import cast
-from tests.lowered import BF16, F32, added, check, expected, falqon, gemm_dtype, number, run
+from tests.lowered import (
+    BF16,
+    F32,
+    NOTHING,
+    added,
+    check,
+    expected,
+    falqon,
+    number,
+    run,
+)
 from tests.sites import randn
 from tests.strategies import cases
 from tests.tolerances import Approx, fp8_cast_bound, side_by_side
 
 BOTH = ("fp8", "int8")
+
+
+def on_this_cpu(dtype: torch.dtype) -> torch.dtype:
+    """What products return here."""
+    return lowering.gemm_dtype(dtype, torch.device("cpu"))
 
 
 def holds(wanted: Approx, actual: Tensor) -> None:
@@ -28,7 +43,7 @@ def holds(wanted: Approx, actual: Tensor) -> None:
 @settings(max_examples=6 * settings.default.max_examples)
 @given(cases(BOTH))
 def test_results_equal_float64_on_the_same_quantized_operands(case):
-    check(case, expected(case))
+    check(case, expected(case, dtype=on_this_cpu(case.out_dtype)))
 
 
 @given(cases(BOTH))
@@ -56,7 +71,8 @@ def test_results_equal_the_original_layer_within_the_fp8_casts(case):
     casts: x, A and W by one to E4M3 or INT8, s·B by float32 and the dtype of the products, dL/dO by
     one to FP8 where it meets W in FP8. The rest is the arithmetic of the op.
     """
-    spec, dtype, own = case.spec, gemm_dtype(case.out_dtype), expected(case)
+    spec, dtype = case.spec, on_this_cpu(case.out_dtype)
+    own = expected(case, dtype=dtype)
     casts, wanted = iter(case.casts), {}
 
     def near(x: Tensor, scale: Tensor) -> Approx:
@@ -124,11 +140,11 @@ def test_the_adapters_of_a_graph_are_cast_together_and_apart_from_autograd():
     a = [randn(3, 8).requires_grad_(), randn(5, 6, seed=1).bfloat16().requires_grad_()]
     b = [randn(4, 3, seed=2).requires_grad_(), randn(7, 5, seed=3).requires_grad_()]
     spec = str(SiteSpec("row", "pow2", "e5m2"))
-    casts = falqon.proxy_update(a, b, [2.0, 0.5], [], False, spec)
+    casts = falqon.proxy_update(a, b, [2.0, 0.5], *NOTHING, False, spec)
     assert [t.dtype for t in casts] == [E4M3, F32, BF16] * 2
     assert [tuple(t.shape) for t in casts] == [(3, 8), (3, 1), (4, 3), (5, 6), (5, 1), (7, 5)]
     assert not any(t.requires_grad for t in casts)
-    first = falqon.proxy_update(a[:1], b[:1], [2.0], [], False, spec)
-    second = falqon.proxy_update(a[1:], b[1:], [0.5], [], False, spec)
+    first = falqon.proxy_update(a[:1], b[:1], [2.0], *NOTHING, False, spec)
+    second = falqon.proxy_update(a[1:], b[1:], [0.5], *NOTHING, False, spec)
     alone = [*first, *second]
     assert all(torch.equal(s.float(), t.float()) for s, t in zip(casts, alone, strict=True))

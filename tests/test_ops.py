@@ -19,6 +19,7 @@ from falqon_fx import FalqonError
 from falqon_fx.site.numerics import E4M3
 from falqon_fx.site.spec import SiteSpec
 from tests.layers import BF16, F16, F32, base_args, case, falqon, layer, rows_args
+from tests.lowered import NOTHING
 from tests.parameters import each_pair, each_value
 from tests.sites import make_site, randn
 from tests.strategies import Case
@@ -122,7 +123,7 @@ def test_opcheck_of_the_adapters_casts(spec, dtype, wide):
     """Without the checks that compare results by allclose, which FP8 has none of."""
     a = [randn(3, 9).to(dtype).requires_grad_(), randn(2, 5).requires_grad_()]
     b = [randn(6, 3).to(dtype).requires_grad_(), randn(7, 2).requires_grad_()]
-    args: tuple[Any, ...] = (a, b, [2.0, 0.3], [], wide, str(spec))
+    args: tuple[Any, ...] = (a, b, [2.0, 0.3], *NOTHING, wide, str(spec))
     torch.library.opcheck(falqon.proxy_update, args, test_utils=CHECKS[:3])
 
 

@@ -72,13 +72,8 @@ if __name__ == "__main__":
     answer = llm.generate([prompt], greedy)[0].outputs[0].token_ids
     torch.save((held, list(answer)), sys.argv[2])
 """
-PLUGIN = """
-import torch
-from vllm.model_executor.kernels import linear
-from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUFp8BlockScaledMMKernel
-from vllm.platforms import PlatformEnum
-
-class Plain(CPUFp8BlockScaledMMKernel):
+ANYWHERE = """
+class Anywhere:
     @classmethod
     def is_supported(cls, compute_capability=None):
         return True, None
@@ -89,7 +84,16 @@ class Plain(CPUFp8BlockScaledMMKernel):
 
     def process_weights_after_loading(self, layer):
         pass  # the others pack the weight
+"""
+PLUGIN = (
+    ANYWHERE
+    + """
+import torch
+from vllm.model_executor.kernels import linear
+from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUFp8BlockScaledMMKernel
+from vllm.platforms import PlatformEnum
 
+class Plain(Anywhere, CPUFp8BlockScaledMMKernel):
     def apply_weights(self, layer, x, bias=None, **kwargs):
         params = self._get_layer_params(layer)
         rows, columns = self.weight_group_shape
@@ -100,25 +104,17 @@ class Plain(CPUFp8BlockScaledMMKernel):
 def register():
     linear._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU] = [Plain]
 """
-FOUR_BITS = """
+)
+FOUR_BITS = (
+    ANYWHERE
+    + """
 import torch
 from vllm.model_executor.kernels.linear.nvfp4.base import NvFp4LinearKernel, NvFp4LinearLayerConfig
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
     compressed_tensors_w4a4_nvfp4 as scheme,
 )
 
-class Plain(NvFp4LinearKernel):
-    @classmethod
-    def is_supported(cls, compute_capability=None):
-        return True, None
-
-    @classmethod
-    def can_implement(cls, config):
-        return True, None
-
-    def process_weights_after_loading(self, layer):
-        pass
-
+class Plain(Anywhere, NvFp4LinearKernel):
     def apply_weights(self, layer, x, bias=None):
         values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
         index = torch.stack([layer.weight & 15, layer.weight >> 4], 2).flatten(1).int()
@@ -129,6 +125,7 @@ class Plain(NvFp4LinearKernel):
 def register():
     scheme.init_nvfp4_linear_kernel = lambda use_a16=False: Plain(NvFp4LinearLayerConfig())
 """
+)
 FUSED = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
@@ -147,7 +144,7 @@ def train(targets: str | list[str] = "all-linear", **options: str) -> nn.Module:
     shape = transformers.LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=128, intermediate_size=192, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, use_cache=False,
-        bos_token_id=0, eos_token_id=1,
+        bos_token_id=0, eos_token_id=1, initializer_range=0.1,  # or 20 steps teach it too little
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(shape).to(torch.bfloat16)
     lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules=targets)
@@ -155,7 +152,7 @@ def train(targets: str | list[str] = "all-linear", **options: str) -> nn.Module:
     config = FalqonConfig(inner="eager", **options)
     falqon_fx.prepare(model, config, progress=False)
     compiled = torch.compile(model, backend="falqon", options=dict[str, Any](config=config))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.02)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.01)
     ids = torch.tensor([SENTENCE])
     for _ in range(20):
         compiled(input_ids=ids, labels=ids).loss.backward()
@@ -340,9 +337,11 @@ class Server:
             "--enforce-eager", "--max-model-len", "64", "--served-model-name", "trained",
         ]  # fmt: skip
         self.log = (self.folder.parent / "server.log").open("w")
+        # Not in the repository's root: transformers looks for a package "kernels".
         self.process = subprocess.Popen(
-            command, env=ENVIRONMENT, stdout=self.log, stderr=subprocess.STDOUT
-        )
+            command, cwd=self.folder.parent, env=ENVIRONMENT, stdout=self.log,
+            stderr=subprocess.STDOUT,
+        )  # fmt: skip
         while True:
             assert self.process.poll() is None, Path(self.log.name).read_text()[-4000:]
             try:

@@ -103,7 +103,7 @@ def _squares(
     of_a = decode_fp8(codes, scale, torch.float32)
     if spec.adapter == "fp8":
         s = local(site.scale)
-        scaled, alpha = to_range(of_a, lora_b, scaling, s)
+        scaled, alpha = to_range(of_a, b, s)
         of_b = round_to_fp8(scaled, E4M3) * s / alpha
     else:
         of_b = b if cast.wide else b.to(torch.bfloat16).float()

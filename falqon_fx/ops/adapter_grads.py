@@ -26,9 +26,19 @@ class OutAGrads:
         """The gradients of some adapters: each, or on a GPU all side by side in one."""
         if self.whole is None or not adapters:
             return [self.parts[j] for j in adapters]
-        if adapters == [*self.parts]:
-            return [self.whole]
-        return [torch.cat([self.parts[j] for j in adapters], dim=1)]
+        places = [[*self.parts].index(j) for j in adapters]
+        return [blocks(self.whole, [part.shape[1] for part in self.parts.values()], places)]
+
+
+def blocks(whole: Tensor, widths: Sequence[int], chosen: Sequence[int]) -> Tensor:
+    """Some of the blocks of columns that stand side by side in ``whole``, a view of it where they
+    do so, too.
+    """
+    if [*chosen] == [*range(chosen[0], chosen[-1] + 1)]:
+        count = sum(widths[i] for i in chosen)
+        return whole.narrow(1, sum(widths[: chosen[0]]), count)
+    parts = whole.split([*widths], dim=1)
+    return torch.cat([parts[i] for i in chosen], dim=1)
 
 
 def grad_out_a(grad: dict[int, Tensor], b: dict[int, Tensor], spec_text: str) -> OutAGrads:
@@ -53,11 +63,12 @@ class Batch:
     Attributes:
         adapters: their numbers, of all that ``out_a`` has columns for.
         grad: dL/dO_j [n, out_j] of each.
-        out_a: O_A [n, Σ r] of all adapters side by side; ``ranks`` has the rank of each.
+        out_a: O_A [n, Σ R] of all adapters side by side; ``widths`` has R of each, of which the
+            first ``ranks`` train: behind these stands what a calibration has made.
         scaling: of each of ``adapters``.
         b_dtypes: the dtype of each B.
         x: E4M3 [n, in] and its scale, where every A trains; else nothing, and no ``d``.
-        d: D_j [n, r_j] of those, see `OutAGrads`.
+        d: D_j [n, R_j] of those, see `OutAGrads`.
         a_dtypes: the dtype of each A.
     """
 
@@ -65,6 +76,7 @@ class Batch:
     grad: list[Tensor]
     out_a: Tensor
     ranks: list[int]
+    widths: list[int]
     scaling: list[float]
     b_dtypes: list[torch.dtype]
     x: list[Tensor]
@@ -76,9 +88,9 @@ def adapter_grads(batch: Batch, spec_text: str) -> tuple[Sequence[Tensor], Seque
     """dL/dB_j [out_j, r_j] = scaling_j · (dL/dO_j)ᵀ · O_A,j of each adapter, and
     dL/dA_j [r_j, in] = D_jᵀ · x̂ of each that has a D.
     """
-    parts = batch.out_a.split(batch.ranks, dim=1)
+    parts = batch.out_a.split(batch.widths, dim=1)
     of_b = [
-        lowering.grad_b(g, parts[j], factor, dtype)
+        lowering.grad_b(g, parts[j][:, : batch.ranks[j]], factor, dtype)
         for g, j, factor, dtype in zip(batch.grad, batch.adapters, batch.scaling, batch.b_dtypes)
     ]
     return of_b, _grads_of_a(batch)
@@ -86,12 +98,13 @@ def adapter_grads(batch: Batch, spec_text: str) -> tuple[Sequence[Tensor], Seque
 
 def _grads_of_a(batch: Batch) -> list[Tensor]:
     """dL/dA_j of each, as one product with those that share a dtype: x̂ is decoded once."""
+    parts = {j: batch.d.parts[j][:, : batch.ranks[j]] for j in batch.adapters if batch.a_dtypes}
     if len({*batch.a_dtypes}) != 1:
         return [
-            torch.ops.falqon.grad_a(batch.d.parts[j], *batch.x, dtype)
-            for j, dtype in zip(batch.adapters, batch.a_dtypes)
+            torch.ops.falqon.grad_a(parts[j], *batch.x, dtype)
+            for j, dtype in zip(parts, batch.a_dtypes)
         ]
-    whole = torch.cat([batch.d.parts[j] for j in batch.adapters], dim=1)
+    whole = torch.cat([*parts.values()], dim=1)
     made = torch.ops.falqon.grad_a(whole, *batch.x, batch.a_dtypes[0])
     # Each as memory of its own: a gradient outlives the others.
     return [part.clone() for part in made.split([batch.ranks[j] for j in batch.adapters])]
@@ -108,8 +121,9 @@ def adapter_grads_on_gpu(batch: Batch, spec_text: str) -> tuple[Sequence[Tensor]
         ranks, d = [batch.ranks[j] for j in adapters], batch.d.of(adapters) if batch.x else []
         made = torch.ops.falqon.adapter_grads(
             batch.grad[part],
-            _columns(batch.out_a, batch.ranks, adapters),
+            blocks(batch.out_a, batch.widths, adapters),
             ranks,
+            [batch.widths[j] for j in adapters],
             batch.scaling[part],
             batch.x,
             d,
@@ -129,14 +143,6 @@ def _parts(ranks: Sequence[int]) -> Iterator[slice]:
         if full or end == len(ranks):
             yield slice(first, end)
             first = end
-
-
-def _columns(out_a: Tensor, ranks: list[int], adapters: list[int]) -> Tensor:
-    """The columns of some adapters."""
-    if len(adapters) == len(ranks):
-        return out_a
-    parts = out_a.split(ranks, dim=1)
-    return torch.cat([parts[j] for j in adapters], dim=1)
 
 
 def _cast(results: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:

@@ -8,6 +8,32 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from falqon_fx.kernels.spec import aligned
+
+
+def width_of(rank: int, columns: int, in_fp8: bool) -> int:
+    """The columns of b for so many of [B | B_c] and of W_S: in FP8 those of W_S begin at a multiple
+    of 16.
+    """
+    return (aligned(rank) if columns and in_fp8 else rank) + columns
+
+
+class Fixed(NamedTuple):
+    """What a calibration has made for adapters, one of each adapter or none: A_c [r_c, in] and
+    B_c [out, r_c], which are cast as rows of A and columns of B, and W_S [out, c] behind these.
+    """
+
+    error_a: Sequence[Tensor] = ()
+    error_b: Sequence[Tensor] = ()
+    columns: Sequence[Tensor] = ()
+
+    def of(self, adapters: Sequence[int]) -> Fixed:
+        """That of some of the adapters."""
+        return Fixed(*([column[j] for j in adapters if column] for column in self))
+
+
+NONE_FIXED = Fixed()
+
 
 class Merged(NamedTuple):
     """The arguments of `falqon_fx.ops.merged_linear.merged_linear`, described there, in order."""
@@ -29,6 +55,7 @@ class Merged(NamedTuple):
     keep_x: bool
     turned: list[Tensor]
     joined: list[Tensor]
+    channels: list[Tensor]
     out_dtype: torch.dtype
     spec_text: str
 
@@ -38,8 +65,14 @@ class Merged(NamedTuple):
 
     @property
     def ranks(self) -> list[int]:
-        """The rank of each adapter."""
+        """The rank of each adapter, with that of A_c."""
         return [code.shape[0] for code in self.a]
+
+    @property
+    def corrected(self) -> dict[int, Tensor]:
+        """The channels of x whose cast error the last columns of b_j bring to O, by adapter."""
+        wider = [j for j, (a, b) in enumerate(zip(self.a, self.b)) if b.shape[1] > len(a)]
+        return dict(zip(wider, self.channels, strict=True))
 
 
 class MergedGrad(NamedTuple):

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from falqon_fx.ops import lowering
+from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.site.base import Base, bases
 from falqon_fx.site.numerics import as_scale, without_autocast
 from falqon_fx.site.nvfp4 import shape_of
@@ -39,7 +41,31 @@ def base_linear(
     cast error of x with (see `outliers`); x is not cast here, so there is none.
     """
     bases.verify("a prepared layer", Base(code, as_scale(scale)), digest)
-    return lowering.base_linear(x, code, scale, bias, error_a, error_b)
+    return _product(x, code, scale, bias, error_a, error_b)
+
+
+@without_autocast
+def _product(
+    x: Tensor,
+    code: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    error_a: Tensor | None,
+    error_b: Tensor | None,
+) -> Tensor:
+    wide = _plain_dtype(x)
+    of_bias = None if bias is None else bias.to(wide)
+    y = F.linear(x.to(wide), lowering.dequantize(code, scale, wide), of_bias)
+    if error_a is not None and error_b is not None:
+        y = y + (x.to(wide) @ error_a.to(wide).t()) @ error_b.to(wide).t()
+    return y.to(x.dtype)
+
+
+def _plain_dtype(x: Tensor) -> torch.dtype:
+    """What a plain product with x is computed in: x's dtype, but for bfloat16 on a CPU that
+    can't.
+    """
+    return gemm_dtype(x.dtype, x.device) if x.dtype == torch.bfloat16 else x.dtype
 
 
 @base_linear.register_fake
@@ -58,11 +84,22 @@ def _backward_base(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     code, scale, *error = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = lowering.base_linear_grad_x(grad, code, scale, *error)
+        grad_x = _grad_x(grad, code, scale, *error)
     if ctx.needs_input_grad[4]:
         flat = grad.reshape(-1, grad.shape[-1])
         grad_bias = flat.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
     return grad_x, None, None, None, grad_bias, None, None, None, None, None
+
+
+def _grad_x(
+    grad: Tensor, code: Tensor, scale: Tensor, error_a: Tensor | None, error_b: Tensor | None
+) -> Tensor:
+    """dL/dx = dL/dO · dq(W) + (dL/dO · B_c) · A_c."""
+    wide = _plain_dtype(grad)
+    result = grad.to(wide) @ lowering.dequantize(code, scale, wide)
+    if error_a is not None and error_b is not None:
+        result = result + (grad.to(wide) @ error_b.to(wide)) @ error_a.to(wide)
+    return result.to(grad.dtype)
 
 
 base_linear.register_autograd(_backward_base, setup_context=_save_base)

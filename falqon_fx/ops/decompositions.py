@@ -20,7 +20,7 @@ from falqon_fx.ops import (
     outliers,
     products,
 )
-from falqon_fx.ops.arguments import Merged, MergedGrad
+from falqon_fx.ops.arguments import Fixed, Merged, MergedGrad
 from falqon_fx.rows import ops as rows_ops
 from falqon_fx.site.spec import lowering_version
 
@@ -51,8 +51,10 @@ def _merged_linear_grad(*args: Any) -> list[Tensor]:
 
 
 def _casts(lora_a: Any, lora_b: Any, scaling: Any, base_scale: Any, *rest: Any) -> list[Tensor]:
-    given = lora_a, lora_b, scaling, base_scale
-    return fp8_gpu.proxy_update(*given, rest[1]) if base_scale else gpu.proxy_update(*given, *rest)
+    given, (*fixed, wide, spec_text) = (lora_a, lora_b, scaling, base_scale), rest
+    if base_scale:
+        return fp8_gpu.proxy_update(*given, spec_text, Fixed(*fixed))
+    return gpu.proxy_update(*given, wide, spec_text, Fixed(*fixed))
 
 
 def decompositions(_torch: str = "", _lowering: str = "") -> Decompositions:

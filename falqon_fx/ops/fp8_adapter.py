@@ -27,15 +27,18 @@ import torch
 from torch import Tensor
 
 from falqon_fx.errors import one_line
-from falqon_fx.ops.arguments import Merged, MergedGrad
+from falqon_fx.kernels.spec import aligned
+from falqon_fx.ops.arguments import NONE_FIXED, Fixed, Merged, MergedGrad
 from falqon_fx.ops.lowering import (
     adapter_outputs,
+    cast_error,
     cast_fp8,
     cast_inputs,
     decode,
     finished,
     gemm_dtype,
     rescale,
+    stacked,
 )
 from falqon_fx.site.casts import scale_of
 from falqon_fx.site.clamped import AGAIN, ClampedCount
@@ -46,6 +49,7 @@ from falqon_fx.site.numerics import (
     FP8_MAX,
     ROUNDS_TO_MAX,
     decode_fp8,
+    filled,
     round_to_fp8,
     without_autocast,
 )
@@ -119,25 +123,44 @@ def proxy_update(
     scaling: Sequence[float],
     base_scale: Sequence[Tensor],
     spec_text: str,
+    fixed: Fixed = NONE_FIXED,
 ) -> list[Tensor]:
-    """[Â_j, s_A,j, b_j, α_j] of each adapter j in turn: b_j = q(s · B_j · α_j / s_W) in E4M3, for
-    the base with scale s_W that it is added to, and α_j float32 [r].
+    """[Â_j, s_A,j, b_j, α_j] of each adapter j in turn: b_j = q([s · B_j | B_c,j] · α_j / s_W) in
+    E4M3, for the base with scale s_W that it is added to, and α_j float32 [r]. Behind it, from a
+    multiple of 16 columns on, q(W_S,j / s_W).
     """
     spec = parse_spec(spec_text)
     casts: list[Tensor] = []
-    for a, b, factor, s in zip(lora_a, lora_b, scaling, base_scale):
-        of_a = cast_fp8(a.detach(), E4M3, spec, torch.float32, keep=True)
+    for j, s in enumerate(base_scale):
+        own = fixed.of([j])
+        a = stacked(lora_a[j], own.error_a, 0)
+        of_a = cast_fp8(a, E4M3, spec, torch.float32, keep=True)
         assert of_a.code is not None
         values = decode_fp8(of_a.code, of_a.scale, torch.float32)
-        scaled, alpha = to_range(values, b, factor, s)
-        clamped.add(b, scaled, E4M3)
-        casts += [of_a.code, of_a.scale, round_to_fp8(scaled, E4M3).to(E4M3), alpha]
+        scaled, alpha = to_range(values, scaled_b(lora_b[j], scaling[j], own.error_b), s)
+        clamped.add(lora_b[j], scaled, E4M3)
+        of_b = round_to_fp8(scaled, E4M3).to(E4M3)
+        for columns in own.columns:
+            of_w = round_to_fp8(columns.to(torch.float32) / s, E4M3).to(E4M3)
+            of_b = side_by_side(of_b, of_w)
+        casts += [of_a.code, of_a.scale, of_b, alpha]
     return casts
 
 
-def to_range(a: Tensor, lora_b: Tensor, factor: float, s: Tensor) -> tuple[Tensor, Tensor]:
-    """s · B · α / s_W, float32 [out, r], which is cast to b, and α; ``a`` is dq(Â)."""
-    wanted = lora_b.detach().to(torch.float32) * factor / s
+def side_by_side(b: Tensor, of_w: Tensor) -> Tensor:
+    """E4M3 [b | 0 | W_S], the last from a multiple of 16 columns on."""
+    parts = [code.view(torch.uint8) for code in (filled(b), of_w)]
+    return torch.cat(parts, dim=1).view(E4M3)
+
+
+def scaled_b(lora_b: Tensor, factor: float, error: Sequence[Tensor]) -> Tensor:
+    """[s · B | B_c], float32."""
+    return stacked(lora_b.detach().to(torch.float32) * factor, error, 1)
+
+
+def to_range(a: Tensor, b: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """b · α / s_W, float32 [out, r], which is cast, and α; ``a`` is dq(Â)."""
+    wanted = b / s
     alpha = balance(_TYPICAL_Q * a.norm(dim=1), wanted.abs().amax(dim=0))
     return wanted * alpha, alpha
 
@@ -175,20 +198,31 @@ def merged_linear(given: Merged) -> list[Tensor]:
     read = cast_inputs(given, spec, dtype)
     before = adapter_outputs(given, read, spec, dtype).split(given.ranks, dim=1)
     parts: list[Tensor] = []  # O_A
-    tails: list[Tensor] = []  # t, with its scale where that is exact
-    for part, factor, of_b in zip(before, given.alpha, given.lora_b):
+    tails: list[list[Tensor]] = []  # t, then e, with their scale where that is exact
+    corrected, s_x = given.corrected, read.x.scale
+    for j, (part, factor, of_b) in enumerate(zip(before, given.alpha, given.lora_b)):
         unit = read.x.scale * factor
         scaled = part.to(torch.float32) / unit
         clamped.add(of_b, scaled, E4M3)
         t = round_to_fp8(scaled, E4M3)
         parts.append((t * unit).to(dtype))
-        tails.append(parts[-1] if exact else t.to(dtype))
+        tails.append([parts[-1] if exact else t.to(dtype)])
+        if j in corrected:
+            error = cast_error(given.x, s_x, corrected[j], spec)
+            e = round_to_fp8(error / s_x, E4M3)
+            tails[j].append((e * s_x if exact else e).to(dtype))
     ys = []
     for i, (w, s) in enumerate(zip(given.weight, given.scale)):
         own = given.adapters_of(i)
         right = [decode(w, s if exact else 1.0, dtype)]
-        right += [decode_fp8(given.b[j], s / given.alpha[j] if exact else 1.0, dtype) for j in own]
-        y = torch.cat([read.x.value, *(tails[j] for j in own)], dim=1) @ torch.cat(right, dim=1).t()
+        for j in own:
+            of_b, factor, rank = given.b[j], given.alpha[j], given.ranks[j]
+            right.append(decode_fp8(of_b[:, :rank], s / factor if exact else 1.0, dtype))
+            if j in corrected:
+                of_x = of_b[:, aligned(rank) :]
+                right.append(decode_fp8(of_x, s if exact else 1.0, dtype))
+        left = [read.x.value, *(part for j in own for part in tails[j])]
+        y = torch.cat(left, dim=1) @ torch.cat(right, dim=1).t()
         y = y if exact else rescale(y, read.x.rest, s, dtype)
         ys.append(finished(y, given, i))
     return [*ys, torch.cat(parts, dim=1), *read.kept(given.keep_x)]

@@ -7,17 +7,17 @@ a CPU, but that a product is rounded once.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
 
 from falqon_fx import _compat
 from falqon_fx.ops import fp8_adapter, in_k, products
-from falqon_fx.ops.arguments import Merged, MergedGrad
-from falqon_fx.ops.gpu import by_launches, quantize
-from falqon_fx.ops.lowering import gemm_dtype
+from falqon_fx.ops.arguments import NONE_FIXED, Fixed, Merged, MergedGrad
+from falqon_fx.ops.gpu import by_launches, cast_errors, quantize
+from falqon_fx.ops.lowering import gemm_dtype, stacked
 from falqon_fx.site.casts import cast_fp8
 from falqon_fx.site.numerics import (
     E4M3,
@@ -37,13 +37,13 @@ def proxy_update(
     scaling: Sequence[float],
     base_scale: Sequence[Tensor],
     spec_text: str,
+    fixed: Fixed = NONE_FIXED,
 ) -> list[Tensor]:
     """See `falqon_fx.ops.fp8_adapter.proxy_update`; α leaves room for every b."""
 
     def cast(a: list[Tensor], b: list[Tensor], own: list[int]) -> list[Tensor]:
-        columns = a, b, [scaling[j] for j in own], [base_scale[j] for j in own]
-        plain = functools.partial(_plain_casts, *columns, spec_text)
-        return in_k.adapter_casts(*columns, plain, spec_text)
+        given = a, b, [scaling[j] for j in own], [base_scale[j] for j in own], fixed.of(own)
+        return in_k.adapter_casts(*given, partial(_plain_casts, *given, spec_text), spec_text)
 
     return by_launches(lora_a, lora_b, cast)
 
@@ -53,17 +53,28 @@ def _plain_casts(
     lora_b: Sequence[Tensor],
     scaling: Sequence[float],
     base_scale: Sequence[Tensor],
+    fixed: Fixed,
     spec_text: str,
 ) -> list[Tensor]:
     casts: list[Tensor] = []
-    for a, b, factor, s in zip(lora_a, lora_b, scaling, base_scale, strict=True):
+    for j, s in enumerate(base_scale):
+        own = fixed.of([j])
+        a = stacked(lora_a[j], own.error_a, 0)
         code, scale = cast_fp8(a.to(torch.float32), E4M3, spec_text)
         values = code.to(torch.float32) * scale
-        scaled, alpha = fp8_adapter.to_range(values, b, factor, s)
-        most = FP8_MAX[E4M3]
-        of_b = filled(scaled.clamp(-most, most).to(E4M3))  # as kernels store it
-        casts += [code, scale, of_b.narrow(1, 0, len(a)), alpha]
+        b = fp8_adapter.scaled_b(lora_b[j], scaling[j], own.error_b)
+        scaled, alpha = fp8_adapter.to_range(values, b, s)
+        of_b = _saturated(scaled)
+        for of_w in own.columns:
+            of_b = fp8_adapter.side_by_side(of_b, _saturated(of_w.to(torch.float32) / s))
+        as_stored = filled(of_b).narrow(1, 0, of_b.shape[1])  # by kernels
+        casts += [code, scale, as_stored, alpha]
     return casts
+
+
+def _saturated(value: Tensor) -> Tensor:
+    most = FP8_MAX[E4M3]
+    return value.clamp(-most, most).to(E4M3)
 
 
 @without_autocast
@@ -88,6 +99,7 @@ def merged_linear(given: Merged) -> list[Tensor]:
         given.b,
         given.alpha,
         counts(given.clamped, len(given.weight), x),
+        cast_errors(given, q_scale, torch.float32),
         given.owner,
         given.joined,
         given.out_dtype,
@@ -120,7 +132,7 @@ def merged_linear_grad(given: MergedGrad) -> list[Tensor]:
     of_rows = [s.reshape(1, -1) for s in given.scale]
     wide = [g.to(torch.float32) * s for g, s in zip(given.grad, of_rows, strict=True)]
     each = [g.abs().amax(dim=1, keepdim=True) for g in wide]
-    amax = functools.reduce(torch.maximum, each)
+    amax = reduce(torch.maximum, each)
     if not spec.per_row:
         amax = torch.nn.functional.pad(amax, (0, 0, 0, 1)).amax()  # zero where there are no tokens
     s_g = amax_to_scale(amax, fp8, spec.scale) * fp8_adapter.ROOM_G[fp8]

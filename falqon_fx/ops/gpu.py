@@ -16,8 +16,8 @@ from torch import Tensor
 from falqon_fx.kernels.hardware import fp8_architecture
 from falqon_fx.kernels.spec import in_casts
 from falqon_fx.ops import products
-from falqon_fx.ops.arguments import Merged
-from falqon_fx.ops.lowering import gemm_dtype
+from falqon_fx.ops.arguments import NONE_FIXED, Fixed, Merged
+from falqon_fx.ops.lowering import cast_error, gemm_dtype
 from falqon_fx.site.casts import cast_fp8
 from falqon_fx.site.forms import operand_of
 from falqon_fx.site.numerics import INT8, as_operand, without_autocast
@@ -46,12 +46,14 @@ def proxy_update(
     base_scale: Sequence[Tensor],
     wide: bool,
     spec_text: str,
+    fixed: Fixed = NONE_FIXED,
 ) -> list[Tensor]:
     """See `falqon_fx.ops.lowering.proxy_update`."""
     dtype = torch.float32 if wide else torch.bfloat16
 
     def cast(a: list[Tensor], b: list[Tensor], own: list[int]) -> list[Tensor]:
-        return products.adapter_casts(a, b, [scaling[j] for j in own], dtype, spec_text)
+        factors = [scaling[j] for j in own]
+        return products.adapter_casts(a, b, factors, fixed.of(own), dtype, spec_text)
 
     return by_launches(lora_a, lora_b, cast)
 
@@ -115,6 +117,7 @@ def merged_linear(given: Merged) -> list[Tensor]:
         given.a_scale,
         [t.to(dtype) for t in given.b],
         out_a,
+        cast_errors(given, q_scale, dtype),
         given.owner,
         given.out_dtype,
         spec_text,
@@ -124,6 +127,13 @@ def merged_linear(given: Merged) -> list[Tensor]:
     ys = [torch.ops.aten._unsafe_view(y, (*shape, y.shape[1])) for y in made[:sites]]
     kept = [part for cast in own or [(q, q_scale)] for part in cast] if given.keep_x else []
     return [*ys, *(out_a or made[sites:]), *kept]
+
+
+def cast_errors(given: Merged, scale: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """The cast error of x in the channels of each adapter that has some, [n, c]."""
+    spec = parse_spec(given.spec_text)
+    each = given.corrected.values()
+    return [cast_error(given.x, scale, channels, spec).to(dtype) for channels in each]
 
 
 @without_autocast

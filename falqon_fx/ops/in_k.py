@@ -7,7 +7,7 @@ those of the adapters, each block from a multiple of 16 on, with zeros between: 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,20 +16,31 @@ from torch import Tensor
 
 from falqon_fx import _compat
 from falqon_fx.kernels.spec import MAX_PIECES, aligned
+from falqon_fx.ops.arguments import Fixed
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.ops.products import define, launches, options_of
+from falqon_fx.site.casts import cast_with_scale
 from falqon_fx.site.numerics import filled
 
 
 def beside(parts: Sequence[Tensor], more: int) -> Tensor:
     """FP8 [n, ...] with the columns of each part from a multiple of 16 on, and ``more`` behind."""
-    n, total = len(parts[0]), sum(aligned(part.shape[1]) for part in parts) + more
-    result, at = parts[0].new_empty((n, total)), 0
-    for part in parts:
-        width = part.shape[1]
+    widths = [aligned(part.shape[1]) for part in parts]
+    places = [sum(widths[:i]) for i in range(len(parts))]
+    return placed(dict(zip(places, parts, strict=True)), sum(widths) + more)
+
+
+def placed(parts: Mapping[int, Tensor], total: int) -> Tensor:
+    """FP8 [n, total] with the columns of each part from its place on, and zeros behind them up to a
+    multiple of 16; whatever there is in all others.
+    """
+    first = next(iter(parts.values()))
+    result = first.new_empty((len(first), total))
+    for start, part in parts.items():
+        width, at = part.shape[1], start
         blocks = [part]
         if width % 16:
-            blocks.append(part.new_zeros((n, aligned(width) - width)))
+            blocks.append(part.new_zeros((len(first), aligned(width) - width)))
         for block in blocks:
             if _compat.is_fake(result):  # Inductor writes it in place, by what makes the block
                 result = torch.as_strided_scatter(result, block, block.shape, (total, 1), at)
@@ -52,16 +63,19 @@ def merged_product_in_k(
     b: Sequence[Tensor],
     alpha: Sequence[Tensor],
     count: Sequence[Tensor],
+    error: Sequence[Tensor],
     owner: Sequence[int],
     joined: Sequence[Tensor],
     out_dtype: torch.dtype,
     spec_text: str,
 ) -> list[Tensor]:
-    """O_i [n, out_i] of the sites i that share x, O_A [n, Σ r_j], and [q | t] in FP8:
+    """O_i [n, out_i] of the sites i that share x, O_A [n, Σ r_j], and [q | t | e] in FP8:
 
-        O_i   = ([q | t_j ...] · [W_i | b_j ...]ᵀ) ⊙ s_q ⊙ s_W,i + bias_i   over owner[j] == i
+        O_i   = ([q | t_j | e_j ...] · [W_i | b_j ...]ᵀ) ⊙ s_q ⊙ s_W,i + bias_i  over owner[j] == i
         O_A,j = t_j ⊙ s_q ⊙ α_j       t_j = q(dq(q_j) · dq(Â_j)ᵀ / (s_q ⊙ α_j))
 
+    e_j = q(error_j / s_q) stands from a multiple of 16 columns on, as the last columns of b_j do,
+    which are wider than Â_j is high; ``error`` has those of such adapters in turn, float32 [n, c].
     q_j, with its scale, is q unless the adapters read something else (``own_q``). What is clamped
     of the t_j is added to ``count`` of their site, int32 [1]. ``joined`` may have [W_i; ...] of all
     sites with adapters, with room for the b_j behind them, which are written there.
@@ -74,10 +88,14 @@ def merged_product_in_k(
     dtype, options = gemm_dtype(out_dtype, q.device), options_of(spec_text)
     q, own_q, weight, a = (filled(q), *([filled(t) for t in ts] for ts in (own_q, weight, a)))
     k, order = q.shape[1], sorted(range(len(owner)), key=owner.__getitem__)
-    widths, place, at = [aligned(code.shape[0]) for code in a], {}, k
+    errors = dict(zip((j for j in range(len(a)) if b[j].shape[1] > len(a[j])), error, strict=True))
+    place, at, parts = dict[int, int](), k, {0: q}
     for j in order:
-        place[j], at = at, at + widths[j]
-    wide = beside([q], sum(widths))
+        place[j], at = at, at + aligned(len(a[j]))
+        if j in errors:
+            parts[at] = cast_with_scale(errors[j], q_scale, q.dtype)
+            at += aligned(errors[j].shape[1])
+    wide = placed(parts, at)
 
     def adapters_of(wide: Tensor) -> list[Tail]:
         return [
@@ -150,10 +168,10 @@ def _of_all_rows(b: Tensor) -> Tensor:
 def _merged_product_fake(
     q: Tensor, q_scale: Tensor, own_q: Sequence[Tensor], own_scale: Any, *rest: Any
 ) -> list[Tensor]:
-    weight, _, _, a, *_, out_dtype, _ = rest
+    weight, _, _, a, _, b, *_, out_dtype, _ = rest
     n, dtype = q.shape[0], gemm_dtype(out_dtype, q.device)
     ys = [q.new_empty((n, w.shape[0]), dtype=out_dtype) for w in weight]
-    wide = aligned(q.shape[1]) + sum(aligned(code.shape[0]) for code in a)
+    wide = aligned(q.shape[1]) + sum(aligned(factor.shape[1]) for factor in b)
     out_a = q.new_empty((n, sum(code.shape[0] for code in a)), dtype=dtype)
     return [*ys, out_a, q.new_empty((n, wide))]
 
@@ -229,14 +247,24 @@ def adapter_casts(
     lora_b: Sequence[Tensor],
     scaling: Sequence[float],
     base_scale: Sequence[Tensor],
+    fixed: Fixed,
     plain: Any,
     spec_text: str,
 ) -> list[Tensor]:
     """[Â_j, its scale, b_j, α_j] of each adapter in turn, at most `MAX_PIECES`."""
     from falqon_fx.kernels.products import tails
 
-    given = lora_a, lora_b, scaling, base_scale, plain, spec_text
-    return tails.adapter_casts(*given).run()
+    return tails.adapter_casts(
+        lora_a,
+        lora_b,
+        scaling,
+        base_scale,
+        plain,
+        spec_text,
+        fixed_a=fixed.error_a,
+        fixed_b=fixed.error_b,
+        columns=fixed.columns,
+    ).run()
 
 
 define("merged_product_in_k", merged_product_in_k, _merged_product_fake)

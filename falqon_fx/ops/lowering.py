@@ -16,13 +16,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from falqon_fx._compat import native_bf16
 from falqon_fx.kernels.cpu import casts as cpu_casts
 from falqon_fx.kernels.cpu import integers
 from falqon_fx.kernels.cpu import native as cpu
-from falqon_fx.ops.arguments import Merged
+from falqon_fx.ops.arguments import NONE_FIXED, Fixed, Merged
 from falqon_fx.site import nvfp4
 from falqon_fx.site.casts import cast_with_scale, scale_of
 from falqon_fx.site.numerics import (
@@ -57,16 +56,29 @@ def proxy_update(
     base_scale: Sequence[Tensor],
     wide: bool,
     spec_text: str,
+    fixed: Fixed = NONE_FIXED,
 ) -> list[Tensor]:
-    """[Â_j, s_A,j, b_j] of each adapter j in turn: Â = q(A) in the operands' format with one scale
-    per row (or one for all of A), and b = scaling · B in bfloat16, or float32 where ``wide``.
+    """[Â_j, s_A,j, b_j] of each adapter j in turn: Â = q([A; A_c]) in the operands' format with one
+    scale per row (or one for all of A), and b = [scaling · B | B_c | W_S] in bfloat16, or float32
+    where ``wide``.
     """
     spec = parse_spec(spec_text)
     dtype = torch.float32 if wide else torch.bfloat16
     casts: list[Tensor] = []
-    for a, b, factor in zip(lora_a, lora_b, scaling):
-        casts += [*cast_code(a.detach(), spec), (b.detach().to(torch.float32) * factor).to(dtype)]
+    for j, factor in enumerate(scaling):
+        own = fixed.of([j])
+        scaled = lora_b[j].detach().to(torch.float32) * factor
+        parts = [part.to(dtype) for part in (scaled, *own.error_b, *own.columns)]
+        casts += [*cast_code(stacked(lora_a[j], own.error_a, 0), spec), _stack(parts, dim=1)]
     return casts
+
+
+def stacked(lora: Tensor, error: Sequence[Tensor], dim: int) -> Tensor:
+    """A with the rows of A_c, or B with the columns of B_c behind it, where there are any."""
+    if not error:
+        return lora.detach()
+    wide = torch.promote_types(lora.dtype, error[0].dtype)
+    return torch.cat([lora.detach().to(wide), *(part.to(wide) for part in error)], dim)
 
 
 @dataclass(frozen=True)
@@ -173,15 +185,25 @@ def merged_linear(given: Merged) -> list[Tensor]:
     if given.a:
         out_a = adapter_outputs(given, read, spec, dtype)
     parts = out_a.split(given.ranks, dim=1) if given.a else ()
+    corrected = given.corrected
     ys = []
     for i, (w, s) in enumerate(zip(given.weight, given.scale)):
         y = multiplied(read.x.value, right_operand(w, s if exact else 1.0, dtype))
         if not exact:
             y = rescale(y, read.x.rest, s, dtype)
         for j in given.adapters_of(i) if given.b else []:
-            y = torch.addmm(y, parts[j], given.b[j].to(dtype).t())
+            left = [parts[j]]
+            if j in corrected:
+                left.append(cast_error(given.x, read.x.scale, corrected[j], spec).to(dtype))
+            y = torch.addmm(y, _stack(left, dim=1), given.b[j].to(dtype).t())
         ys.append(finished(y, given, i))
     return [*ys, out_a, *read.kept(given.keep_x)]
+
+
+def cast_error(x: Tensor, scale: Tensor, channels: Tensor, spec: SiteSpec) -> Tensor:
+    """(x - dq(q(x)))_S [n, c], float32, for x [..., in] with the ``scale`` that it is cast with."""
+    picked = x.reshape(-1, x.shape[-1]).index_select(1, channels).to(torch.float32)
+    return picked - round_to_fp8(picked * scale.reciprocal(), spec.operand) * scale
 
 
 @dataclass(frozen=True)
@@ -343,46 +365,3 @@ def dequantize(code: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype not in (torch.float32, torch.bfloat16) and not nvfp4.is_packed(code):
         return decode_fp8(code, as_scale(scale), dtype)
     return decode(code, as_scale(scale), dtype)
-
-
-@without_autocast
-def base_linear(
-    x: Tensor,
-    code: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    error_a: Tensor | None = None,
-    error_b: Tensor | None = None,
-) -> Tensor:
-    """x · dq(W)ᵀ + (x · A_cᵀ) · B_cᵀ + bias in x's dtype: the layer that `prepare` makes, outside
-    of compiled code.
-    """
-    wide = plain_dtype(x)
-    of_bias = None if bias is None else bias.to(wide)
-    y = F.linear(x.to(wide), dequantize(code, scale, wide), of_bias)
-    if error_a is not None and error_b is not None:
-        y = y + (x.to(wide) @ error_a.to(wide).t()) @ error_b.to(wide).t()
-    return y.to(x.dtype)
-
-
-@without_autocast
-def base_linear_grad_x(
-    grad: Tensor,
-    code: Tensor,
-    scale: Tensor,
-    error_a: Tensor | None = None,
-    error_b: Tensor | None = None,
-) -> Tensor:
-    """dL/dx = dL/dO · dq(W) + (dL/dO · B_c) · A_c."""
-    wide = plain_dtype(grad)
-    result = grad.to(wide) @ dequantize(code, scale, wide)
-    if error_a is not None and error_b is not None:
-        result = result + (grad.to(wide) @ error_b.to(wide)) @ error_a.to(wide)
-    return result.to(grad.dtype)
-
-
-def plain_dtype(x: Tensor) -> torch.dtype:
-    """What a plain product with x is computed in: x's dtype, but for bfloat16 on a
-    CPU that can't.
-    """
-    return gemm_dtype(x.dtype, x.device) if x.dtype == torch.bfloat16 else x.dtype

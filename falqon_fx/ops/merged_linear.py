@@ -44,6 +44,7 @@ def merged_linear(
     keep_x: bool,
     turned: Sequence[Tensor],
     joined: Sequence[Tensor],
+    channels: Sequence[Tensor],
     out_dtype: torch.dtype,
     spec_text: str,
 ) -> list[Tensor]:
@@ -60,6 +61,11 @@ def merged_linear(
     or nothing; and with adapters in FP8 that read x room for the Â_jᵀ behind them. ``joined`` has
     the W_i of the sites with adapters one below the other, with room behind for the b_j, where they
     are kept so, or nothing: the room is written, of which a graph is told as it is lowered.
+
+    What a calibration has made is part of an adapter (see `proxy_update`): Â_j and b_j may have
+    more rows and columns than lora_a and lora_b, without gradients. Where b_j is wider than Â_j is
+    high, its last columns W_S bring the cast error of x to O_i, (x - dq(q(x)))_S · W_Sᵀ, in the
+    channels S: ``channels`` has them, int32 [c], of each such adapter in turn.
 
     Gradients reach x, adapter_x, lora_a, lora_b and bias. With D_j = dL/dO · scaling_j · B_j:
 
@@ -86,6 +92,7 @@ def merged_linear(
         keep_x,
         [*turned],
         [*joined],
+        [*channels],
         out_dtype,
         spec_text,
     )
@@ -216,9 +223,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.save_for_backward(*(tensor for column in columns for tensor in column))
     ctx.lengths = [len(column) for column in columns]
     ctx.adds_b, ctx.keep_x = bool(given.b), given.keep_x
-    ctx.of_b, ctx.clamped, ctx.joined = map(len, (given.b, given.clamped, given.joined))
+    uncounted = given.b, given.clamped, given.joined, given.channels
+    ctx.of_b, ctx.clamped, ctx.joined, ctx.channels = map(len, uncounted)
     ctx.shapes = [(t.shape, t.dtype) for t in (given.x, *given.adapter_x)]
-    ctx.ranks = given.ranks
+    ctx.ranks, ctx.trained_ranks = given.ranks, [len(t) for t in given.lora_a]
     ctx.dtypes = [[t.dtype for t in c] for c in (given.lora_a, given.lora_b, given.bias)]
     ctx.owner, ctx.scaling, ctx.spec_text = [*given.owner], [*given.scaling], given.spec_text
     ctx.trained = [p for p in (*given.lora_a, *given.lora_b) if p.requires_grad]
@@ -268,13 +276,15 @@ def _gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         of_x = [j for j in batch if j in train_a]
         x = saved.kept[place : place + 2] if of_x else []
         if batch[0] not in train_b:
-            grad_a[batch[0]] = torch.ops.falqon.grad_a(d.parts[batch[0]], *x, of_a[batch[0]])
+            of_j = d.parts[batch[0]][:, : ctx.trained_ranks[batch[0]]]
+            grad_a[batch[0]] = torch.ops.falqon.grad_a(of_j, *x, of_a[batch[0]])
             continue
         made_b, made_a = lower_adapter_grads(
             Batch(
                 batch,
                 [flat[ctx.owner[j]] for j in batch],
                 saved.out_a[0],
+                ctx.trained_ranks,
                 ctx.ranks,
                 [ctx.scaling[j] for j in batch],
                 [of_b[j] for j in batch],
@@ -296,9 +306,10 @@ def _gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     for i, g in flat.items():
         if grad_bias and needs_bias[i]:
             grad_bias[i] = g.sum(0, dtype=torch.float32).to(of_bias[i])
-    of_lists = (saved.weight, saved.a, saved.alpha, saved.turned)
-    none_w, none_a, none_alpha, none_turned, none_b, none_clamped, none_joined = (
-        [None] * count for count in (*map(len, of_lists), ctx.of_b, ctx.clamped, ctx.joined)
+    counts = map(len, (saved.weight, saved.a, saved.alpha, saved.turned))
+    more = ctx.of_b, ctx.clamped, ctx.joined, ctx.channels
+    none_w, none_a, none_alpha, none_turned, none_b, none_clamped, none_joined, none_channels = (
+        [None] * count for count in (*counts, *more)
     )
     results = (none_a, none_a, none_b, none_alpha, none_clamped, grad_a, grad_b, grad_own)
     numbers: list[None] | None = None if ctx.owner else []  # an empty list is one of tensors
@@ -313,6 +324,7 @@ def _gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         None,
         none_turned,
         none_joined,
+        none_channels,
         None,
         None,
     )
@@ -324,7 +336,7 @@ def _through(
     """dL/dx, and D_j = dL/dO · s · B_j of the adapters ``with_d``."""
     factors, of_adapters = {}, {}
     for j in with_d:
-        b, of_adapters[j] = saved.b[j], grad[ctx.owner[j]]
+        b, of_adapters[j] = _without_columns(saved.b[j], ctx.ranks[j]), grad[ctx.owner[j]]
         factor = b if ctx.adds_b else b.to(torch.float32) * ctx.scaling[j]
         factors[j] = factor.to(saved.out_a[0].dtype)
     d = lower_grad_out_a(of_adapters, factors, ctx.spec_text)
@@ -336,6 +348,11 @@ def _through(
     columns += [d.of(through), *([c[j] for j in through] for c in (saved.a, saved.a_scale))]
     of_x = merged_linear_grad_x(*columns, _turned(saved, grad), dtype, ctx.spec_text)
     return of_x.reshape(shape), d
+
+
+def _without_columns(b: Tensor, rank: int) -> Tensor:
+    """b without the columns of W behind it."""
+    return b if b.shape[1] == rank else b.narrow(1, 0, rank)
 
 
 def _turned(saved: _Saved, sites: Iterable[int]) -> list[Tensor]:
@@ -356,14 +373,15 @@ def _through_fp8(
         return None, OutAGrads({})
     places = {i: place for place, i in enumerate(grad)}
     columns = [[*grad.values()], *([c[i] for i in grad] for c in (saved.weight, saved.scale))]
-    of_adapters = (saved.a, saved.a_scale, saved.b, saved.alpha)
+    of_b = [_without_columns(b, rank) for b, rank in zip(saved.b, ctx.ranks, strict=True)]
+    of_adapters = (saved.a, saved.a_scale, of_b, saved.alpha)
     columns += [[c[j] for j in with_d] for c in of_adapters]
     columns.append([saved.counted[i] for i in (grad if ctx.clamped else with_d)])
     owner, through_x = [places[ctx.owner[j]] for j in with_d], len(ctx.shapes) == 1
     whole = saved.turned if len(grad) == len(saved.weight) else []
     numbers = owner, through_x, needs_x
     grad_x, d = fp8_grad.merged_linear_grad(*columns, *numbers, whole, dtype, ctx.spec_text)
-    parts = d.split([saved.b[j].shape[1] for j in with_d], dim=1)
+    parts = d.split([ctx.ranks[j] for j in with_d], dim=1)
     by_adapter = dict(zip(with_d, parts, strict=True))
     return grad_x.reshape(shape) if needs_x else None, OutAGrads(by_adapter, d if with_d else None)
 

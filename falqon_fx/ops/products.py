@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from falqon_fx.kernels.spec import MAX_PIECES
+from falqon_fx.ops.adapter_grads import blocks
+from falqon_fx.ops.arguments import Fixed
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.site.numerics import filled
 from falqon_fx.site.nvfp4 import is_packed, shape_of
@@ -57,13 +59,25 @@ def adapter_casts(
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
     scaling: Sequence[float],
+    fixed: Fixed,
     dtype: torch.dtype,
     spec_text: str,
 ) -> list[Tensor]:
-    """[Â_j, its scale, b_j] of each adapter in turn, b_j = scaling_j · B_j in ``dtype``."""
+    """[Â_j, its scale, b_j] of each adapter in turn, b_j = [scaling_j · B_j | B_c,j | W_S,j] in
+    ``dtype``.
+    """
     from falqon_fx.kernels.products import adapters
 
-    return adapters.adapter_casts(lora_a, lora_b, scaling, dtype, spec_text).run()
+    return adapters.adapter_casts(
+        lora_a,
+        lora_b,
+        scaling,
+        dtype,
+        spec_text,
+        fixed_a=fixed.error_a,
+        fixed_b=fixed.error_b,
+        columns=fixed.columns,
+    ).run()
 
 
 def merged_product(
@@ -76,6 +90,7 @@ def merged_product(
     a_scale: Sequence[Tensor],
     b: Sequence[Tensor],
     out_a: Sequence[Tensor],
+    error: Sequence[Tensor],
     owner: Sequence[int],
     out_dtype: torch.dtype,
     spec_text: str,
@@ -83,8 +98,10 @@ def merged_product(
     """O_i [n, out_i] of the sites i that share x, then O_A [n, Σ r_j], unless that is given as
     ``out_a``:
 
-        O_i   = dq(q) · dq(W_i)ᵀ + Σ_j O_A,j · b_jᵀ + bias_i    over the j with owner[j] == i
+        O_i   = dq(q) · dq(W_i)ᵀ + Σ_j [O_A,j | e_j] · b_jᵀ + bias_i   over owner[j] == i
         O_A,j = dq(q) · dq(Â_j)ᵀ
+
+    ``error`` has the e_j of those adapters in turn whose b_j is wider than Â_j is high.
 
     W_i [out_i, in] and Â_j [r_j, in] are E4M3, their scales float32 [rows, 1] or []; or W_i is
     NVFP4. ``bias`` has one entry per site or none, ``b`` one per adapter or none, ``out_a`` one or
@@ -120,7 +137,7 @@ def merged_product(
     if not out_a:
         made = run(adapters, len(adapters)) if adapters else [q.new_empty((len(q), 0), dtype=dtype)]
     if b:
-        sites = _with_adapters(sites, [*out_a, *made][0], b, owner)
+        sites = _with_adapters(sites, _left([*out_a, *made][0], a, b, error), b, owner)
     results: dict[int, Tensor] = {}
     for members in launches([site.right is not None for site in sites]):
         results |= zip(members, run([sites[i] for i in members], 0), strict=True)
@@ -133,17 +150,29 @@ def launches(adapted: Sequence[bool]) -> list[list[int]]:
     return [members for members in kinds if members]
 
 
+def _left(
+    out_a: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], error: Sequence[Tensor]
+) -> Tensor:
+    """[O_A,1 | e_1 | O_A,2 | ...], the columns that every b_j meets."""
+    if not error:
+        return out_a
+    given, parts = iter(error), list[Tensor]()
+    of_a = out_a.split([len(code) for code in a], dim=1)
+    for part, code, factor in zip(of_a, a, b, strict=True):
+        parts += [part, next(given)] if factor.shape[1] > len(code) else [part]
+    return torch.cat(parts, dim=1)
+
+
 def _with_adapters(
-    sites: Sequence[Piece], out_a: Tensor, b: Sequence[Tensor], owner: Sequence[int]
+    sites: Sequence[Piece], left: Tensor, b: Sequence[Tensor], owner: Sequence[int]
 ) -> list[Piece]:
-    """The sites with the term O_A · bᵀ of their adapters."""
-    parts = out_a.split([b_j.shape[1] for b_j in b], dim=1)
-    done = list(sites)
+    """The sites with the term left · bᵀ of their adapters."""
+    widths, done = [factor.shape[1] for factor in b], list(sites)
     for i, site in enumerate(sites):
         own = [j for j, of in enumerate(owner) if of == i]
         if own:
-            left, right = ([factor[j] for j in own] for factor in (parts, b))
-            done[i] = replace(site, left=_side_by_side(left), right=_side_by_side(right))
+            right = _side_by_side([b[j] for j in own])
+            done[i] = replace(site, left=blocks(left, widths, own), right=right)
     return done
 
 
@@ -154,7 +183,7 @@ def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
 def _merged_product_fake(
     q: Tensor, q_scale: Tensor, weight: Sequence[Tensor], *rest: Any
 ) -> list[Tensor]:
-    _, _, a, _, _, out_a, _, out_dtype, _ = rest
+    _, _, a, _, _, out_a, _, _, out_dtype, _ = rest
     n, rank = q.shape[0], sum(code.shape[0] for code in a)
     results = [q.new_empty((n, w.shape[0]), dtype=out_dtype) for w in weight]
     if not out_a:
@@ -240,24 +269,25 @@ def adapter_grads_product(
     grad: Sequence[Tensor],
     out_a: Tensor,
     ranks: Sequence[int],
+    widths: Sequence[int],
     scaling: Sequence[float],
     x: Sequence[Tensor],
     d: Sequence[Tensor],
     out_dtype: torch.dtype,
     spec_text: str,
 ) -> list[Tensor]:
-    """dL/dB_j [out_j, r_j] = scaling_j · grad_jᵀ · O_A,j of each adapter j, with its columns of
-    ``out_a``; then, for ``x`` = [code, scale], dL/dA_j [r_j, in] = D_jᵀ · x̂, where ``d`` is one
-    tensor, the D_j side by side.
+    """dL/dB_j [out_j, r_j] = scaling_j · grad_jᵀ · O_A,j of each adapter j, with the first r_j of
+    the ``widths`` columns that it has in ``out_a``; then, for ``x`` = [code, scale],
+    dL/dA_j [r_j, in] = D_jᵀ · x̂, where ``d`` is one tensor, the D_j side by side.
     """
     from falqon_fx.kernels.products import adapters
 
-    kernel = parse_spec(spec_text).kernel
-    return adapters.adapter_grads(grad, out_a, ranks, scaling, x, d, out_dtype, kernel).run()
+    given = grad, out_a, ranks, scaling, x, d, out_dtype, parse_spec(spec_text).kernel
+    return adapters.adapter_grads(*given, widths=widths).run()
 
 
 def _adapter_grads_fake(grad: Sequence[Tensor], out_a: Tensor, *rest: Any) -> list[Tensor]:
-    ranks, _, x, _, out_dtype, _ = rest
+    ranks, _, _, x, _, out_dtype, _ = rest
     shapes = [(g.shape[1], rank) for g, rank in zip(grad, ranks)]
     shapes += [(rank, x[0].shape[1]) for rank in ranks] if x else []
     return [out_a.new_empty(shape, dtype=out_dtype) for shape in shapes]

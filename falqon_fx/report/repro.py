@@ -236,8 +236,12 @@ class _Check:
         x, own_x, b = _leaf(given.x), [*map(_leaf, given.own_x)], [*map(_leaf, given.b)]
         a = [_leaf(t) if self.train_a else t for t in given.a]
         scaling = [self.scaling] * len(a)
-        wide = self.products == torch.float32
-        casts = adapter_casts.proxy_update(a, b, scaling, [], wide, self.spec_text) if a else []
+        wide, nothing = self.products == torch.float32, list[Tensor]()
+        casts = (
+            adapter_casts.proxy_update(a, b, scaling, *4 * [nothing], wide, self.spec_text)
+            if a
+            else []
+        )
         alpha: list[Tensor] = []
         clamped: list[Tensor] = []
         columns = (casts[0::3], casts[1::3], casts[2::3], alpha, clamped, a, b, own_x)
@@ -250,8 +254,7 @@ class _Check:
             [0] * len(a),
             scaling,
             self.train_a,
-            [],
-            [],
+            *([], [], []),  # copies of W, channels
             given.grad.dtype,
             self.spec_text,
         )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
 from falqon_fx._compat import is_dtensor, is_plain, value_of
+from falqon_fx.kernels.spec import MAX_TAIL, aligned
 from falqon_fx.passes.scope import Scope
 from falqon_fx.passes.terms import (
     BaseLinear,
@@ -24,8 +25,51 @@ from falqon_fx.passes.writes import memory_of, written
 
 
 @dataclass(frozen=True)
+class Correction:
+    """What a calibration has made for a site (`falqon_fx.site.compensate`), each None without it:
+    A_c [r, in] and B_c [out, r], which stand for the cast error of W, and channels [c] of x, whose
+    cast error W_S [out, c] brings to the output.
+    """
+
+    error_a: Param | None = None
+    error_b: Param | None = None
+    channels: Param | None = None
+    columns: Param | None = None
+
+    @property
+    def params(self) -> tuple[Param | None, ...]:
+        return self.error_a, self.error_b, self.channels, self.columns
+
+    def map(self, of: Callable[[Param], Param]) -> Correction:
+        """The same of other parameters."""
+        return Correction(*(param and of(param) for param in self.params))
+
+    @property
+    def error(self) -> tuple[Param, Param] | None:
+        """A_c and B_c."""
+        if self.error_a is None or self.error_b is None:
+            return None
+        return self.error_a, self.error_b
+
+    @property
+    def rank(self) -> int:
+        """The rows of A_c."""
+        return 0 if self.error_a is None else int(self.error_a.value.shape[0])
+
+    @property
+    def width(self) -> int:
+        """The columns of W_S."""
+        return 0 if self.columns is None else int(self.columns.value.shape[1])
+
+
+NO_CORRECTION = Correction()
+
+
+@dataclass(frozen=True)
 class AdapterMatch:
-    """s · B(A(·)) on a site. ``x`` is what A reads where that is not the site's own x (dropout)."""
+    """s · B(A(·)) on a site. ``x`` is what A reads where that is not the site's own x (dropout).
+    ``correction`` is computed with it, as more rows of A and columns of B.
+    """
 
     lora_a: Param
     lora_b: Param
@@ -34,7 +78,16 @@ class AdapterMatch:
     bias_scaling: float = 1.0  # of lora_bias: what is applied behind B
     dropout: float = 0.0
     x: fx.Node | None = None
-    fixed: bool = False  # no adapter of the user's: it stands for the cast error of W
+    fixed: bool = False  # no adapter of the user's: it is A_c and B_c of a correction
+    correction: Correction = NO_CORRECTION
+
+    def takes(self, correction: Correction) -> bool:
+        """Whether it can be computed with this one: A_c reads what A does, and an accumulator of
+        kernels holds both.
+        """
+        rank = int(self.lora_a.value.shape[0]) + correction.rank
+        fits = aligned(rank) + aligned(correction.width) <= MAX_TAIL
+        return fits and (self.x is None or correction.error is None)
 
 
 @dataclass(frozen=True)
@@ -51,13 +104,40 @@ class Match:
     adapters: tuple[AdapterMatch, ...] = ()
 
     @property
-    def added(self) -> tuple[AdapterMatch, ...]:
-        """The adapters, and what stands for the cast error of a prepared W, which is one more."""
+    def correction(self) -> Correction:
+        """That of a prepared W."""
         base = self.base
-        if not isinstance(base, BaseLinear) or base.error_a is None or base.error_b is None:
-            return self.adapters
-        a, b = (Param(value_of(self.scope.outer(n)), n) for n in (base.error_a, base.error_b))
-        return (*self.adapters, AdapterMatch(a, b, 1.0, fixed=True))
+        if not isinstance(base, BaseLinear):
+            return NO_CORRECTION
+        nodes = base.error_a, base.error_b, base.channels, base.columns
+        return Correction(
+            *(None if n is None else Param(value_of(self.scope.outer(n)), n) for n in nodes)
+        )
+
+    @property
+    def added(self) -> tuple[AdapterMatch, ...]:
+        """The adapters, one of them with the correction of W; one more for it where none reads
+        what W reads, or has room.
+        """
+        own, adapters = self.correction, self.adapters
+        takes = [j for j, adapter in enumerate(adapters) if adapter.takes(own)]
+        if own == NO_CORRECTION or not (takes or own.error):
+            return adapters
+        if takes:
+            j = takes[-1]
+            return (*adapters[:j], replace(adapters[j], correction=own), *adapters[j + 1 :])
+        assert own.error is not None
+        behind = replace(own, error_a=None, error_b=None)
+        return (*adapters, AdapterMatch(*own.error, 1.0, fixed=True, correction=behind))
+
+    @property
+    def alone(self) -> tuple[Param, Param] | None:
+        """Channels and W_S that no adapter takes."""
+        own = self.correction
+        if own.channels is None or own.columns is None:
+            return None
+        taken = any(adapter.correction.columns for adapter in self.added)
+        return None if taken else (own.channels, own.columns)
 
 
 @dataclass(frozen=True)

@@ -227,19 +227,19 @@ def lowered(group: Group, *, fp8: bool, holds: bool, train_a: bool) -> None:
         casts = fp8_gpu.proxy_update(lora_a, lora_b, ones, of_owner, text)
         b, alpha = [*casts[2::4]], [*casts[3::4]]
         counts = [empty(1, dtype=torch.int32) for _ in group.outs]
-        own: tuple[Any, ...] = a, a_scale, b, alpha, counts, group.owner
+        own: tuple[Any, ...] = a, a_scale, b, alpha, counts
         of_x: tuple[Any, ...] = q, q_scale, [], [], weight, scales, bias
-        in_k.merged_product_in_k(*(*of_x, *own, [], group.dtype, text))
+        in_k.merged_product_in_k(*(*of_x, *own, [], group.owner, [], group.dtype, text))
         of_g: tuple[Any, ...] = grads, scale(N, spec), weight
         for through, needs in ((True, True), (False, True), (True, False)):
-            end: tuple[Any, ...] = through, needs, [], group.dtype, wide, text
+            end: tuple[Any, ...] = group.owner, through, needs, [], group.dtype, wide, text
             in_k.grad_product_in_k(*(*of_g, *own, *end))
         d = [empty(N, sum(flat), dtype=wide)]
     else:
         gpu.proxy_update(lora_a, lora_b, ones, of_owner, wide == F32, text)
         b = [] if holds else [empty(*t.shape, dtype=wide) for t in lora_b]
-        given: tuple[Any, ...] = q, q_scale, weight, scales, bias, a, a_scale, b, [], group.owner
-        products.merged_product(*(*given, group.dtype, text))
+        given: tuple[Any, ...] = q, q_scale, weight, scales, bias, a, a_scale, b, [], []
+        products.merged_product(*(*given, group.owner, group.dtype, text))
         for code, own_scale in zip(a[:1], a_scale, strict=False):
             products.adapter_product(q, q_scale, code, own_scale, group.dtype, text)
         d = [empty(N, sum(flat), dtype=wide)] if flat else []
@@ -252,7 +252,7 @@ def lowered(group: Group, *, fp8: bool, holds: bool, train_a: bool) -> None:
         low = empty(N, sum(ranks), dtype=wide)
         given_b = [empty(group.outs[group.owner[j]], flat[j], dtype=wide) for j in part]
         products.grad_out_a_product(of_part, given_b, text)
-        of_a = of_part, low, ranks, ones[: len(part)], x, [low] if x else []
+        of_a = of_part, low, ranks, ranks, ones[: len(part)], x, [low] if x else []
         products.adapter_grads_product(*of_a, group.lora_dtype, text)
 
 

@@ -24,6 +24,7 @@ from falqon_fx.site import transposed as stored
 from falqon_fx.site.base import cast_base
 from falqon_fx.site.record import STEP
 from falqon_fx.site.spec import SiteSpec
+from tests.lowered import NOTHING
 from tests.models import tiny_mlp
 from tests.sites import Site, make_site, needs_row_scales, randn
 
@@ -186,7 +187,12 @@ def grad_x(
     grads = [randn(20, len(w), seed=i).bfloat16() for i, w in enumerate(weight)]
     d = [randn(20, sum(len(a) for a in lora_a)).bfloat16()]
     casts = torch.ops.falqon.proxy_update(
-        lora_a, [torch.zeros(1, len(a)) for a in lora_a], [1.0] * len(lora_a), [], False, spec_text
+        lora_a,
+        [torch.zeros(1, len(a)) for a in lora_a],
+        [1.0] * len(lora_a),
+        *NOTHING,
+        False,
+        spec_text,
     )
     columns = (grads, weight, scale, d, casts[0::3], casts[1::3])
     return gpu.merged_linear_grad_x(*columns, turned, torch.bfloat16, spec_text)

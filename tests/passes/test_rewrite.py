@@ -110,7 +110,7 @@ def test_the_fused_op_reads_what_the_site_read():
     assert bias.target == "base.bias"
     assert (alpha, clamped, own_x, owner) == ([], [], [], [0])
     scaling, keep_x, *copies, out_dtype, spec = op.args[13:]
-    assert (scaling, keep_x, copies, out_dtype) == ([2.0], True, [[], []], torch.bfloat16)
+    assert (scaling, keep_x, copies, out_dtype) == ([2.0], True, [[], [], []], torch.bfloat16)
     assert spec == made.args[-1]
 
 
