@@ -64,6 +64,11 @@ def launch(
     return [named[name] for name in written]
 
 
+def with_rows(matrix: Tensor) -> Tensor:
+    """``matrix`` with rows as they lie, whose elements stand side by side; else a copy."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
 # The direction whose graph has a write, as AOTAutograd's partitioner reads it.
 FORWARD, BACKWARD = "must_be_in_forward", "must_be_in_backward"
 

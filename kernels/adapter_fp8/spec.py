@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from falqon_fx.config import Scale
+from falqon_fx.kernels.fixed import FixedDtype
 from falqon_fx.kernels.spec import (
     MAX_TAIL,
     CastMode,
@@ -20,11 +21,12 @@ from falqon_fx.kernels.spec import (
 class AdapterFp8Spec(KernelSpec):
     """Â_j = q(A_j) in E4M3 with one scale per row, α_j, which shares the range of E4M3 between t_j
     and b_j, and b_j = q(scaling_j · B_j · α_j / s_W), of ``adapters`` adapters j whose A and B are
-    of ``input_dtype``; see `falqon_fx.ops.fp8_adapter`.
+    of ``input_dtype``; see `falqon_fx.ops.fp8_adapter`. Behind them stand rows and columns that
+    don't train, of the dtype ``fixed``; see `falqon_fx.kernels.fixed`.
 
-    ``rank`` is the padded largest rank. First a program casts one row of an A, in pieces of
-    ``block`` columns, or finds the largest of ``chunks`` tiles of a B; then one casts a tile of a
-    B.
+    ``rank`` is the padded largest number of columns of a b. First a program casts one row of an Â,
+    in pieces of ``block`` columns, or finds the largest of ``chunks`` tiles of a b; then one casts
+    a tile of a b.
     """
 
     template: ClassVar[str] = "adapter_fp8"
@@ -34,6 +36,7 @@ class AdapterFp8Spec(KernelSpec):
     cast: CastMode
     adapters: int
     rank: int
+    fixed: FixedDtype = "none"
     typical: float = 80.0  # root mean square of a row of q(x)
     room: float = 32.0  # from a typical t to the largest
     block: int = 4096
@@ -49,9 +52,15 @@ class AdapterFp8Spec(KernelSpec):
 
     @classmethod
     def for_rank(
-        cls, rank: int, input_dtype: InputDtype, scale: Scale, cast: CastMode, adapters: int
+        cls,
+        rank: int,
+        input_dtype: InputDtype,
+        scale: Scale,
+        cast: CastMode,
+        adapters: int,
+        fixed: FixedDtype = "none",
     ) -> AdapterFp8Spec:
-        """The spec for adapters of a padded rank: tiles of few columns would spill if larger."""
+        """The spec for so many columns, padded: tiles of few columns would spill if larger."""
         tile = 2048 if rank == 16 else 4096
         return cls(
             input_dtype=input_dtype,
@@ -59,6 +68,7 @@ class AdapterFp8Spec(KernelSpec):
             cast=cast,
             adapters=adapters,
             rank=rank,
+            fixed=fixed,
             tile=tile,
         )
 
@@ -69,7 +79,8 @@ class AdapterFp8Spec(KernelSpec):
 
     @property
     def name(self) -> str:
+        fixed = "" if self.fixed == "none" else f"fixed_{self.fixed}_"
         return (
             f"{self.template}_{self.input_dtype}_{self.scale}_{self.cast}_{self.adapters}x_"
-            f"r{self.rank}_{self.block}_{self.chunks}x{self.tile}_w{self.num_warps}"
+            f"{fixed}r{self.rank}_{self.block}_{self.chunks}x{self.tile}_w{self.num_warps}"
         )

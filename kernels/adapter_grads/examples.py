@@ -38,7 +38,7 @@ def ahead(architecture: int) -> Iterator[tuple[AdapterGradsSpec, Sizes]]:
 
 def unaligned(spec: AdapterGradsSpec) -> dict[Sizes, str]:
     """The parameters that are no multiples of 16."""
-    return {"rank": r"rank\d|a_stride"}
+    return {"rank": r"(rank|begin)\d|[ad]_(stride|ptr)"}
 
 
 GOLDEN = (_made([64] * 2), _made([64], train_a=False))

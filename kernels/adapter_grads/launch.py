@@ -11,7 +11,7 @@ from triton import cdiv
 
 from falqon_fx.kernels.adapter_grads.spec import AdapterGradsSpec
 from falqon_fx.kernels.interpreter import runs_interpreted
-from falqon_fx.kernels.launching import launch
+from falqon_fx.kernels.launching import launch, with_rows
 from falqon_fx.kernels.loader import load
 from falqon_fx.kernels.spec import POINTER
 
@@ -27,18 +27,22 @@ def adapter_grads(
     x: Sequence[Tensor],
     d: Sequence[Tensor],
     spec: AdapterGradsSpec,
+    widths: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """dL/dB_j [out_j, r_j] = scaling_j · dL/dO_jᵀ · O_A,j of each adapter j, then, with ``x``,
     dL/dA_j [r_j, in] = (D_j ⊙ s_x)ᵀ · q of each.
 
-    ``grad`` has dL/dO_j [n, out_j], ``out_a`` [n, Σ r_j] every O_A,j side by side; ``x`` is q
-    [n, in] in E4M3 and its scale, and ``d`` one D [n, Σ r_j] in the dtype of ``out_a``, or both are
-    empty. Sums are float32. Tokens are split so that all processors work; the parts are added in a
-    fixed order, so that the results are the same each time. No tokens give zeros.
+    ``grad`` has dL/dO_j [n, out_j], ``out_a`` [n, Σ w_j] every O_A,j side by side; ``x`` is q
+    [n, in] in E4M3 and its scale, and ``d`` one D [n, Σ w_j] in the dtype of ``out_a``, or both are
+    empty. Of the w_j columns of an adapter, ``widths``, the first r_j are those of A_j; without
+    ``widths`` they are all. Sums are float32. Tokens are split so that all processors work; the
+    parts are added in a fixed order, so that the results are the same each time. No tokens give
+    zeros.
 
     Raises ValueError where the tensors are not what the spec is for.
     """
-    _check(grad, out_a, ranks, x, d, spec)
+    widths = ranks if widths is None else widths
+    _check(grad, out_a, ranks, widths, x, d, spec)
     n, interpreted, device = out_a.shape[0], runs_interpreted(out_a), out_a.device
     shapes = [(g.shape[1], r) for g, r in zip(grad, ranks, strict=True)]
     shapes += [(r, x[0].shape[1]) for r in ranks] if x else []
@@ -56,15 +60,20 @@ def adapter_grads(
     kernels = load(spec, interpreted)
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
     arguments: list[Any] = []
-    for g, rank in zip(grad, ranks, strict=True):
-        arguments += [g.contiguous(), g.shape[1], rank]
-    out_a = out_a.contiguous()
+    # The first adapter's columns begin at 0.
+    begins = [[sum(widths[:j])] if j else [] for j in range(len(widths))]
+    for g, rank, begin in zip(grad, ranks, begins, strict=True):
+        arguments += [g.contiguous(), g.shape[1], rank, *begin]
+    out_a = with_rows(out_a)
     arguments += [out_a, out_a.stride(0), partial, total, n, tokens]
     (partial,) = launch(kernels.partial_b, (tiles_b, splits), arguments, ["partial_ptr"], **options)
     if x:
         q, scale = x[0] if spec.fp8 else x[0].view(torch.uint8), x[1]
         start = sum(blocks[: len(grad)]) * _BLOCK
-        arguments = [q, q.stride(0), scale, q.shape[1], d[0].contiguous(), *ranks]
+        rows = with_rows(d[0])
+        arguments = [q, q.stride(0), scale, q.shape[1], rows, rows.stride(0)]
+        for rank, begin in zip(ranks, begins, strict=True):
+            arguments += [rank, *begin]
         arguments += [partial, start, total, n, tokens]
         (partial,) = launch(
             kernels.partial_a, (tiles_x, splits), arguments, ["partial_ptr"], **options
@@ -86,7 +95,7 @@ def signatures(spec: AdapterGradsSpec) -> dict[str, dict[str, str]]:
     partial_b: dict[str, str] = {}
     for i in j:
         partial_b |= {f"grad{i}_ptr": POINTER[spec.grad_dtype], f"out{i}": "i32:16"}
-        partial_b[f"rank{i}"] = "i32:16"
+        partial_b |= _columns(i)
     found = {"partial_b": partial_b | {"a_ptr": a, "a_stride": "i32:16"} | sums}
     if spec.x_rank:
         x = {
@@ -95,8 +104,9 @@ def signatures(spec: AdapterGradsSpec) -> dict[str, dict[str, str]]:
             "scale_ptr": "*fp32:16",
             "width": "i32:16",
             "d_ptr": a,
+            "d_stride": "i32:16",
         }
-        ranks = {f"rank{i}": "i32:16" for i in j}
+        ranks = {name: kind for i in j for name, kind in _columns(i).items()}
         first = {"partial_ptr": "*fp32:16", "start": "i32:16"}
         found["partial_a"] = x | ranks | first | sums
     add_up = {"partial_ptr": "*fp32:16"}
@@ -107,10 +117,16 @@ def signatures(spec: AdapterGradsSpec) -> dict[str, dict[str, str]]:
     return found
 
 
+def _columns(j: int) -> dict[str, str]:
+    """Argument types that say which columns are those of adapter j."""
+    return {f"rank{j}": "i32:16"} | ({f"begin{j}": "i32:16"} if j else {})
+
+
 def _check(
     grad: Sequence[Tensor],
     out_a: Tensor,
     ranks: Sequence[int],
+    widths: Sequence[int],
     x: Sequence[Tensor],
     d: Sequence[Tensor],
     spec: AdapterGradsSpec,
@@ -120,8 +136,10 @@ def _check(
         raise ValueError(f"adapter_grads: {len(grad)} adapters, {spec} takes others")
     if out_a.dtype != a_dtype or any(g.dtype != getattr(torch, spec.grad_dtype) for g in grad):
         raise ValueError(f"adapter_grads: {grad[0].dtype} and {out_a.dtype}, {spec} takes others")
-    if any(len(g) != n for g in grad) or out_a.shape[1] != sum(ranks) or max(ranks) > spec.rank:
+    if any(len(g) != n for g in grad) or out_a.shape[1] != sum(widths) or max(ranks) > spec.rank:
         raise ValueError(f"adapter_grads: O_A is {tuple(out_a.shape)}, ranks {ranks}, {spec}")
+    if len(widths) != len(ranks) or any(r > w for r, w in zip(ranks, widths, strict=True)):
+        raise ValueError(f"adapter_grads: {[*ranks]} of {[*widths]} columns")
     if bool(x) != bool(spec.x_rank) or (x and sum(ranks) > spec.x_rank):
         raise ValueError(f"adapter_grads: x is for dL/dA alone, which {spec} does or does not make")
     if x and (d[0].shape != out_a.shape or d[0].dtype != a_dtype or len(x[0]) != n):

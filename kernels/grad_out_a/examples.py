@@ -27,7 +27,7 @@ def ahead(architecture: int) -> Iterator[tuple[GradOutASpec, Sizes]]:
 
 def unaligned(spec: GradOutASpec) -> dict[Sizes, str]:
     """The parameters that are no multiples of 16."""
-    return {"rank": r"rank\d|d_stride"}
+    return {"rank": r"rank\d|b\d_(stride|ptr)|d_stride"}
 
 
 GOLDEN = (_made([64] * 2),)

@@ -11,13 +11,14 @@ from triton import cdiv
 
 from falqon_fx.kernels.grad_out_a.spec import GradOutASpec
 from falqon_fx.kernels.interpreter import runs_interpreted
-from falqon_fx.kernels.launching import launch
+from falqon_fx.kernels.launching import launch, with_rows
 from falqon_fx.kernels.loader import load
 from falqon_fx.kernels.spec import POINTER
 
 
 def grad_out_a(grad: Sequence[Tensor], b: Sequence[Tensor], spec: GradOutASpec) -> Tensor:
-    """D [n, Σ r_j], side by side D_j = dL/dO_j · b_j for dL/dO_j [n, out_j] and b_j [out_j, r_j].
+    """D [n, Σ r_j], side by side D_j = dL/dO_j · b_j for dL/dO_j [n, out_j] and b_j [out_j, r_j],
+    whose rows may be part of longer ones.
 
     Sums are float32, rounded once to the dtype of b.
 
@@ -40,8 +41,8 @@ def grad_out_a(grad: Sequence[Tensor], b: Sequence[Tensor], spec: GradOutASpec) 
     if n == 0:
         return d
     arguments: list[Any] = []
-    for g, f, rank in zip(grad, b, ranks, strict=True):
-        arguments += [g.contiguous(), f.contiguous(), len(f), rank]
+    for g, f, rank in zip(grad, map(with_rows, b), ranks, strict=True):
+        arguments += [g.contiguous(), f, f.stride(0), len(f), rank]
     (d,) = launch(
         load(spec, interpreted).grad_out_a,
         (cdiv(n, spec.block_m), spec.adapters),
@@ -58,6 +59,6 @@ def signatures(spec: GradOutASpec) -> dict[str, dict[str, str]]:
     types: dict[str, str] = {}
     for j in range(spec.adapters):
         types |= {f"grad{j}_ptr": POINTER[spec.grad_dtype], f"b{j}_ptr": POINTER[spec.a_dtype]}
-        types |= {f"out{j}": "i32:16", f"rank{j}": "i32:16"}
+        types |= {f"b{j}_stride": "i32:16", f"out{j}": "i32:16", f"rank{j}": "i32:16"}
     types |= {"d_ptr": POINTER[spec.a_dtype], "d_stride": "i32:16", "n": "i32"}
     return {"grad_out_a": types}

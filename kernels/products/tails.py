@@ -17,6 +17,7 @@ from falqon_fx.config import Granularity, Scale
 from falqon_fx.kernels.adapter_fp8.examples import KERNEL as ADAPTER_FP8
 from falqon_fx.kernels.adapter_fp8.launch import adapter_fp8
 from falqon_fx.kernels.adapter_fp8.spec import AdapterFp8Spec
+from falqon_fx.kernels.fixed import Fixed, FixedDtype
 from falqon_fx.kernels.hardware import cast_mode
 from falqon_fx.kernels.interpreter import runs_interpreted
 from falqon_fx.kernels.products.contest import Contest, against_aten, where_runs
@@ -47,27 +48,34 @@ def adapter_casts(
     base_scale: Sequence[Tensor],
     plain: functools.partial[list[Tensor]],
     spec_text: str,
+    fixed_a: Sequence[Tensor] = (),
+    fixed_b: Sequence[Tensor] = (),
+    columns: Sequence[Tensor] = (),
 ) -> Contest:
     """[Â_j, its scale, b_j, α_j] of each adapter j in turn: see
     `falqon_fx.kernels.adapter_fp8.launch.adapter_fp8`. ``plain`` makes them by ATen.
     """
     site, first = parse_spec(spec_text), lora_a[0]
-    ranks = [len(a) for a in lora_a]
+    fixed, adapters = Fixed(fixed_a, fixed_b, columns), len(lora_a)
 
     def generated(made: AdapterFp8Spec) -> list[Tensor]:
-        return adapter_fp8(lora_a, lora_b, scaling, base_scale, made)
+        return adapter_fp8(lora_a, lora_b, scaling, base_scale, made, fixed_a, fixed_b, columns)
 
     def made() -> tuple[AdapterFp8Spec, ...]:
         kinds = {t.dtype for t in (*lora_a, *lora_b)}
-        if site.granularity != "row" or len(kinds) > 1 or max(ranks) > MAX_TAIL:
+        of_fixed, widest = {t.dtype for t in fixed.tensors}, max(fixed.in_fp8(lora_a))
+        alike = len(kinds) == 1 and len(of_fixed) <= 1
+        if site.granularity != "row" or not alike or widest > MAX_TAIL:
             return ()
-        where, rank = where_runs(first), columns_of(max(ranks))
+        where, rank = where_runs(first), columns_of(widest)
         given = dtype_name(first.dtype), site.scale, cast_mode(where)
-        spec = _cast_spec(*given, len(lora_a), rank)
+        spec = _cast_spec(*given, adapters, rank, dtype_name(*of_fixed) if of_fixed else "none")
+        ranks = [*map(len, lora_a), *fixed.ranks(adapters), *fixed.counts(adapters)]
         others = [*(a.shape[1] for a in lora_a), *map(len, lora_b)]
         return (spec,) if ADAPTER_FP8.takes(spec, sizes_of(ranks, others), where) else ()
 
-    what = f"casts of adapters to FP8 {[tuple(t.shape) for t in (*lora_a, *lora_b)]}"
+    shapes = [tuple(t.shape) for t in (*lora_a, *lora_b, *fixed.tensors)]
+    what = f"casts of adapters to FP8 {shapes}"
     return against_aten(what, first, made, generated, plain, site.kernel)
 
 
@@ -227,9 +235,9 @@ def _plain(
 
 @functools.lru_cache(maxsize=4096)
 def _cast_spec(
-    given: InputDtype, scale: Scale, cast: CastMode, adapters: int, rank: int
+    given: InputDtype, scale: Scale, cast: CastMode, adapters: int, rank: int, fixed: FixedDtype
 ) -> AdapterFp8Spec:
-    return AdapterFp8Spec.for_rank(rank, given, scale, cast, adapters)
+    return AdapterFp8Spec.for_rank(rank, given, scale, cast, adapters, fixed)
 
 
 @functools.lru_cache(maxsize=4096)
