@@ -59,9 +59,15 @@ class Operands:
 
     lora: Lora
     read: Approx  # x, or the dropped x, after its cast
-    a: Approx
-    b: Approx  # scaling · B in the dtype of the products
+    a: Approx  # with A_c
+    b: Approx  # scaling · B in the dtype of the products, with B_c and W_S
     out_a: Approx
+    left: Approx  # O_A, with the cast error of x: what b meets
+
+    @property
+    def b_of_a(self) -> Approx:
+        """b without W_S."""
+        return self.b[:, : self.lora.rank]
 
 
 def operands(case: Case, dtype: torch.dtype) -> list[list[Operands]]:
@@ -81,8 +87,22 @@ def operands(case: Case, dtype: torch.dtype) -> list[list[Operands]]:
             factor = Approx.exact(b.to(dtype))
             if not case.adds_b:  # then dL/dA is made from B itself
                 factor = (Approx.exact(lora.lora_b) * number(lora.scaling)).rounded(F32, dtype)
-            found[-1].append(Operands(lora, read, a, factor, out_a))
+            left = [out_a]
+            if lora.channels is not None:
+                left.append(cast_error(case, lora.channels).rounded(dtype))
+            found[-1].append(Operands(lora, read, a, factor, out_a, side_by_side(left, 1)))
     return found
+
+
+def cast_error(case: Case, channels: Tensor) -> Approx:
+    """(x - dq(q(x)))_S: of x in float32, dq(q(x)) may have been rounded to it, and so is the
+    difference.
+    """
+    x = case.x.detach().reshape(-1, case.x.shape[-1])
+    read = hat(x, case.spec.operand, case.spec).value[:, channels.long()]
+    value = x.double()[:, channels.long()] - read
+    off = rounded_bound(read, torch.zeros_like(read), F32)
+    return Approx(value, off).rounded(F32)
 
 
 def number(value: float) -> Approx:
@@ -113,7 +133,7 @@ def expected(
         y = x_hat @ decoded(layer.base.code, layer.base.scale).t()
         y = y.rounded(dtype, *behind(case.spec, dtype))
         for lora in adapters if case.adds_b else []:
-            y = y.addmm(lora.out_a, lora.b.t(), dtype)
+            y = y.addmm(lora.left, lora.b.t(), dtype)
         if layer.bias is not None:
             y = (y + Approx.exact(layer.bias).rounded(dtype)).rounded(dtype)
         wanted[f"y {i}"] = y.rounded(case.out_dtype)
@@ -140,11 +160,12 @@ def gradients(
             j += 1
             if not layer.reached:
                 continue
-            product = (exact.t() @ lora.out_a).rounded(dtype) * number(lora.lora.scaling)
+            rank = len(lora.lora.lora_a)
+            product = (exact.t() @ lora.out_a[:, :rank]).rounded(dtype) * number(lora.lora.scaling)
             wanted[f"b {j}"] = product.rounded(F32, lora.lora.lora_b.dtype)
-            d = (exact @ lora.b).rounded(dtype)
+            d = (exact @ lora.b_of_a).rounded(dtype)
             # The scale of x goes into D, unless it is in x̂ exactly.
-            of_a = d if pow2 else d.rounded(F32, dtype)
+            of_a = (d if pow2 else d.rounded(F32, dtype))[:, :rank]
             wanted[f"a {j}"] = (of_a.t() @ lora.read).rounded(dtype, lora.lora.lora_a.dtype)
             code, a_scale, _ = case.casts[j]
             if case.apart and case.adds_b:

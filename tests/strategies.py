@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from falqon_fx.config import BaseDtype
-from falqon_fx.ops.arguments import Merged
+from falqon_fx.ops.arguments import NONE_FIXED, Fixed, Merged
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.site.base import Base, cast_base
 from falqon_fx.site.spec import SiteSpec
@@ -25,12 +25,21 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 @dataclass
 class Lora:
-    """One adapter; ``x``: what it reads where that is not what the layer reads (dropout)."""
+    """One adapter; ``x``: what it reads where that is not what the layer reads (dropout).
+    ``fixed``: what a calibration has made for it, and the ``channels`` of its columns.
+    """
 
     lora_a: Tensor
     lora_b: Tensor
     scaling: float
     x: Tensor | None = None
+    fixed: Fixed = NONE_FIXED
+    channels: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """The rows of A and of A_c."""
+        return len(self.lora_a) + sum(map(len, self.fixed.error_a))
 
 
 @dataclass
@@ -83,18 +92,20 @@ class Case:
         loras, wide = self.adapters, gemm_dtype(self.out_dtype, self.x.device) == torch.float32
         if not loras:
             return []
+        scales = [layer.base.scale for layer in self.layers for _ in layer.adapters]
         in_fp8 = self.spec.adapter == "fp8"
-        made = torch.ops.falqon.proxy_update(
-            [lora.lora_a for lora in loras],
-            [lora.lora_b for lora in loras],
-            [lora.scaling for lora in loras],
-            [layer.base.scale for layer in self.layers for _ in layer.adapters] if in_fp8 else [],
-            *([], [], []),
-            wide,
-            str(self.spec),
-        )
-        size = 4 if in_fp8 else 3
-        return [made[size * j : size * (j + 1)] for j in range(len(loras))]
+        return [
+            torch.ops.falqon.proxy_update(
+                [lora.lora_a],
+                [lora.lora_b],
+                [lora.scaling],
+                [scale] if in_fp8 else [],
+                *lora.fixed,
+                wide,
+                str(self.spec),
+            )
+            for lora, scale in zip(loras, scales, strict=True)
+        ]
 
     def arguments(self) -> Merged:
         """Those of the op. W as bytes and Â as E4M3: both take either."""
@@ -117,7 +128,7 @@ class Case:
             self.keep_x,
             self.turned,
             self.joined,
-            [],
+            [lora.channels for lora in loras if lora.channels is not None],
             self.out_dtype,
             str(self.spec),
         )
@@ -140,9 +151,9 @@ class Case:
 
 
 @st.composite
-def cases(draw: st.DrawFn, bases: Sequence[BaseDtype] = ("fp8",)) -> Case:
+def cases(draw: st.DrawFn, bases: Sequence[BaseDtype] = ("fp8",), corrected: bool = True) -> Case:
     """One to three layers with none to three adapters each, of all dtypes, shapes and strides, on
-    one of ``bases``.
+    one of ``bases``; ``corrected`` perhaps with what a calibration makes.
 
     Sizes stay where float16 doesn't overflow: |W| up to 16, |x| up to 32, K up to 70.
     """
@@ -154,7 +165,7 @@ def cases(draw: st.DrawFn, bases: Sequence[BaseDtype] = ("fp8",)) -> Case:
         base=draw(st.sampled_from(bases)),
     )
     x, out_dtype, biased = draw(inputs(features, seed)), draw(FLOATS), draw(st.booleans())
-    drops = draw(st.booleans())
+    drops, adds_b = draw(st.booleans()), draw(st.sampled_from([True, True, False]))
     layers = []
     for i in range(draw(st.integers(1, 3))):
         at, out = seed + 100 * (i + 1), draw(st.integers(1, 40))
@@ -164,20 +175,25 @@ def cases(draw: st.DrawFn, bases: Sequence[BaseDtype] = ("fp8",)) -> Case:
         weight = weight.to(draw(FLOATS))
         bias = randn(out, seed=at + 1).to(draw(FLOATS)) if biased else None
         grad = randn(*x.shape[:-1], out, seed=at + 2) * 2.0 ** draw(st.integers(-12, 1))
+        fixed = corrected and adds_b
         loras = [
-            draw(adapters(out, x, at + 10 * (j + 1), drops)) for j in range(draw(st.integers(0, 3)))
+            draw(adapters(out, x, at + 10 * (j + 1), drops, fixed))
+            for j in range(draw(st.integers(0, 3)))
         ]
         reached = draw(st.sampled_from([True, True, False]))
         base = cast_base(weight, spec)
         layers.append(Layer(weight, base, bias, loras, grad.to(out_dtype), reached))
     layers[-1].reached |= not any(layer.reached for layer in layers)
-    keep_x, adds_b = draw(st.booleans()), draw(st.sampled_from([True, True, False]))
-    return Case(x, layers, out_dtype, spec, keep_x, adds_b)
+    return Case(x, layers, out_dtype, spec, draw(st.booleans()), adds_b)
 
 
 @st.composite
-def adapters(draw: st.DrawFn, out: int, x: Tensor, seed: int, drops: bool) -> Lora:
-    """An adapter of a layer [out, in] that reads x, or with ``drops`` perhaps a dropped x."""
+def adapters(
+    draw: st.DrawFn, out: int, x: Tensor, seed: int, drops: bool, corrects: bool = False
+) -> Lora:
+    """An adapter of a layer [out, in] that reads x, or with ``drops`` perhaps a dropped x; with
+    ``corrects`` perhaps with what a calibration makes.
+    """
     rank, features = draw(RANKS), x.shape[-1]
     lora_a = randn(rank, features, seed=seed) * 2.0 ** draw(st.integers(-6, 0))
     if draw(st.booleans()):
@@ -187,7 +203,20 @@ def adapters(draw: st.DrawFn, out: int, x: Tensor, seed: int, drops: bool) -> Lo
     if drops and draw(st.booleans()):
         dropped = x * ((randn(*x.shape, seed=seed + 2) > 0) * 2).to(x.dtype)
     scaling = draw(st.sampled_from([1.0, 0.3, 2.0, -1.5]))
-    return Lora(lora_a.to(draw(FLOATS)), lora_b.to(draw(FLOATS)), scaling, dropped)
+    lora = Lora(lora_a.to(draw(FLOATS)), lora_b.to(draw(FLOATS)), scaling, dropped)
+    if not corrects:
+        return lora
+    dtype = draw(st.sampled_from([torch.bfloat16, torch.float32]))
+    error, count = draw(st.sampled_from([0, 0, 1, 4, 16])), draw(st.sampled_from([0, 0, 1, 5, 16]))
+    of_error: list[list[Tensor]] = [[], []]
+    if error and dropped is None:  # A_c reads x itself
+        of_error[0].append((randn(error, features, seed=seed + 3) * 2.0**-4).to(dtype))
+        of_error[1].append((randn(out, error, seed=seed + 4) * 2.0**-5).to(dtype))
+    columns = [(randn(out, count, seed=seed + 5) * 0.25).to(dtype)] if count else []
+    if count:
+        lora.channels = torch.arange(count, dtype=torch.int32) * 3 % features
+    lora.fixed = Fixed(of_error[0], of_error[1], columns)
+    return lora
 
 
 @st.composite

@@ -45,14 +45,13 @@ def test_results_equal_float64_on_the_same_quantized_operands(case: Case, kernel
 def test_adapters_are_cast_as_on_a_cpu(case: Case):
     """Bit for bit."""
     loras, wide = case.adapters, case.casts[0][2].dtype == F32 if case.adapters else False
-    casts = gpu.proxy_update(
-        [lora.lora_a for lora in loras],
-        [lora.lora_b for lora in loras],
-        [lora.scaling for lora in loras],
-        [],
-        wide,
-        str(case.spec),
-    )
+    casts = [
+        part
+        for m in loras
+        for part in gpu.proxy_update(
+            [m.lora_a], [m.lora_b], [m.scaling], [], wide, str(case.spec), m.fixed
+        )
+    ]
     wanted = [tensor for cast in case.casts for tensor in cast]
     for ours, other in zip(casts, wanted, strict=True):
         assert (ours.dtype, ours.shape) == (other.dtype, other.shape)

@@ -26,7 +26,7 @@ from falqon_fx.passes import insert_operands
 from falqon_fx.site.base import cast_base
 from falqon_fx.site.numerics import E4M3
 from tests.cuda import BF16, GROUPS, INTERPRETED, ROW, TENSOR, as_on_a_gpu, group, lower
-from tests.lowered import run
+from tests.lowered import gemm_dtype, run
 from tests.models import fill_b, tiny_mlp
 from tests.parameters import each_pair, each_value
 from tests.sites import dyadic, needs_row_scales
@@ -61,7 +61,7 @@ def test_results_equal_float64_on_the_same_quantized_operands(case: Case, kernel
     with as_on_a_gpu(grad_x=False):
         actual = run(case)
     assume(not any(counted(case)))
-    wanted = expected(case, actual["out_a"])
+    wanted = expected(case, actual["out_a"], gemm_dtype(case.out_dtype))
     assert actual.keys() == wanted.keys() & {*case.leaves(), *actual}
     for name, result in actual.items():
         shape, of = result.shape, wanted[name]
@@ -84,14 +84,14 @@ def test_adapters_are_cast_as_on_a_cpu(scale, name, spec):
 
 def check_casts(case: Case) -> None:
     """Bit for bit."""
-    loras = case.adapters
-    casts = fp8_gpu.proxy_update(
-        [lora.lora_a for lora in loras],
-        [lora.lora_b for lora in loras],
-        [lora.scaling for lora in loras],
-        [layer.base.scale for layer in case.layers for _ in layer.adapters],
-        str(case.spec),
-    )
+    scales = [layer.base.scale for layer in case.layers for _ in layer.adapters]
+    casts = [
+        part
+        for m, s in zip(case.adapters, scales, strict=True)
+        for part in fp8_gpu.proxy_update(
+            [m.lora_a], [m.lora_b], [m.scaling], [s], str(case.spec), m.fixed
+        )
+    ]
     wanted = [tensor for cast in case.casts for tensor in cast]
     for ours, other in zip(casts, wanted, strict=True):
         assert (ours.dtype, ours.shape) == (other.dtype, other.shape)
@@ -143,7 +143,7 @@ def test_by_the_library(name):
     case = counting(in_fp8(GROUPS[name](replace(ROW, kernel="scaled_mm"))))
     with as_on_a_gpu(grad_x=False):
         actual = run(case)
-    for result, of in expected(case, actual["out_a"]).items():
+    for result, of in expected(case, actual["out_a"], gemm_dtype(case.out_dtype)).items():
         if result in actual:
             of.assert_holds(actual[result])
 

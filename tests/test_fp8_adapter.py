@@ -16,12 +16,14 @@ from torch.nn import functional as F
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonConfigError, FalqonError
+from falqon_fx.kernels.spec import aligned
 from falqon_fx.ops.fp8_adapter import balance, clamped
+from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.report.repro import arguments, check
 from falqon_fx.site.base import cast_base
 from falqon_fx.site.numerics import E4M3, E5M2
 from falqon_fx.site.spec import SiteSpec
-from tests.lowered import behind, decoded, gemm_dtype, hat, number, run
+from tests.lowered import behind, cast_error, decoded, hat, number, run
 from tests.models import LoraLinear, fill_b, lora_b, tiny_llama, tiny_mlp
 from tests.sites import randn
 from tests.spellings import Passes
@@ -37,10 +39,12 @@ ROUNDS_TO_MAX = {E4M3: 448.0 + 2.0**8 * 2.0**-4, E5M2: 57344.0 + 2.0**15 * 2.0**
 
 def in_fp8(case: Case) -> Case:
     """The same with adapters in FP8, and so much smaller ones that hardly any is clamped."""
-    layers = [
-        replace(layer, adapters=[replace(m, lora_b=m.lora_b * 2.0**-6) for m in layer.adapters])
-        for layer in case.layers
-    ]
+
+    def smaller(lora: Lora) -> Lora:
+        of_b = [part * 2.0**-6 for part in lora.fixed.error_b]
+        return replace(lora, lora_b=lora.lora_b * 2.0**-6, fixed=lora.fixed._replace(error_b=of_b))
+
+    layers = [replace(layer, adapters=[*map(smaller, layer.adapters)]) for layer in case.layers]
     spec = replace(case.spec, adapter="fp8")
     return replace(case, layers=layers, spec=spec, adds_b=True)
 
@@ -61,15 +65,15 @@ def exactly(value: Tensor) -> Approx:
     return Approx.exact(value.double())
 
 
-def expected(case: Case, out_a: Tensor) -> dict[str, Approx]:
+def expected(case: Case, out_a: Tensor, dtype: torch.dtype) -> dict[str, Approx]:
     """Each result on what is multiplied. t is known from the O_A that the op returns (checked
-    itself against x and A), b and α from the casts.
+    itself against x and A), b and α from the casts. ``dtype``: what products return.
     """
-    spec, dtype = case.spec, gemm_dtype(case.out_dtype)
+    spec = case.spec
     e_grad = E5M2 if spec.grad == "e5m2" else E4M3
     x_hat = hat(case.x.detach().reshape(-1, case.x.shape[-1]), E4M3, spec)
     wanted: dict[str, Approx] = {}
-    parts = iter(out_a.split([len(lora.lora_a) for lora in case.adapters], dim=1))
+    parts = iter(out_a.split([lora.rank for lora in case.adapters], dim=1))
     of_a, j = [], -1
     reached = [layer for layer in case.layers if layer.reached]
     of_rows = [_of_rows(layer) for layer in reached]
@@ -100,17 +104,22 @@ def expected(case: Case, out_a: Tensor) -> dict[str, Approx]:
                 assert torch.equal(t.to(E4M3).double(), t)
             else:  # O_A is t in other units, rounded
                 added = added.rounded(F32, dtype)
-            b = exactly(b8.float().double() * layer.base.scale.double() / alpha.double())
+            s_w, of_w = layer.base.scale.double(), b8[:, aligned(lora.rank) :].float().double()
+            b8 = b8[:, : lora.rank]
             left.append(added)
-            right.append(b)
+            right.append(exactly(b8.float().double() * s_w / alpha.double()))
+            if lora.channels is not None:
+                error = cast_error(case, lora.channels)
+                left.append(cast_fp8(error.rounded(F32), _x_scale(case), E4M3).rounded(F32, dtype))
+                right.append(exactly(of_w * s_w))
             if g is None:
                 continue
-            grad = exactly(_flat(layer))
-            of_b = (grad.t() @ exactly(part)).rounded(dtype) * number(lora.scaling)
+            grad, rank = exactly(_flat(layer)), len(lora.lora_a)
+            of_b = (grad.t() @ exactly(part[:, :rank])).rounded(dtype) * number(lora.scaling)
             wanted[f"b {j}"] = of_b.rounded(F32, lora.lora_b.dtype)
             product = (exactly(g) @ exactly(b8.float())).rounded(dtype)
             d = (product * exactly(s_g / alpha)).rounded(F32, F32, dtype)
-            of_x = d if spec.scale == "pow2" else d.rounded(F32, dtype)
+            of_x = (d if spec.scale == "pow2" else d.rounded(F32, dtype))[:, :rank]
             wanted[f"a {j}"] = (of_x.t() @ read).rounded(dtype, lora.lora_a.dtype)
             if case.apart:
                 values = a if spec.scale == "pow2" else a.rounded(F32, dtype)
@@ -174,7 +183,7 @@ def test_results_equal_float64_on_the_same_quantized_operands(case):
         warnings.simplefilter("ignore")
         actual = run(case)
     assume(not any(clamped.of(lora.lora_b) for lora in case.adapters))
-    wanted = expected(case, actual["out_a"])
+    wanted = expected(case, actual["out_a"], gemm_dtype(case.out_dtype, torch.device("cpu")))
     assert actual.keys() == wanted.keys() & {*case.leaves(), *actual}
     for name, result in actual.items():
         shape, of = result.shape, wanted[name]

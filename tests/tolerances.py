@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -176,6 +177,9 @@ class Approx:
         for dtype in dtypes:
             bound = rounded_bound(self.value, bound, dtype)
         return Approx(self.value, bound)
+
+    def __getitem__(self, at: Any) -> Approx:
+        return Approx(self.value[at], self.bound[at])
 
     def t(self) -> Approx:
         return Approx(self.value.t(), self.bound.t())

@@ -31,7 +31,8 @@ class Run:
 def runs(rank: int, kernel: str) -> dict[str, Run]:
     """What is set side by side: PEFT + Inductor with its adapter in bfloat16, the faster form; ours
     with float32, as PEFT makes adapters, added in bfloat16 and as columns of FP8; on NVFP4; and
-    prepared, without a calibration and with compensate=16, outliers=16.
+    prepared, without a calibration and with compensate=16, outliers=16, that with its adapters both
+    ways.
     """
     options = {"kernel": kernel, "adapter_dtype": "bfloat16"}
     in_k = {**options, "adapter_dtype": "fp8"}
@@ -43,6 +44,7 @@ def runs(rank: int, kernel: str) -> dict[str, Run]:
         "falqon_nvfp4": Run("falqon", Adapter(rank), {**options, "base_dtype": "nvfp4"}),
         "falqon_prepared": Run("falqon", Adapter(rank, bought=0), options),
         "falqon_calibrated": Run("falqon", Adapter(rank, bought=16), options),
+        "falqon_calibrated_fp8": Run("falqon", Adapter(rank, bought=16), in_k),
         "inductor": Run("inductor", Adapter(rank, torch.bfloat16), {}),
     }
 

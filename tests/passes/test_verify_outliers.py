@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -88,8 +88,8 @@ def of_kind(done: Rewritten, target: Any) -> list[fx.Node]:
 
 def swap(node: fx.Node, place: int) -> None:
     """The last two operands of a list of them change places."""
-    *others, one, two = node.args[place]  # type: ignore[misc]
-    change(node, place, [*others, two, one])
+    given = cast(list[fx.Node], node.args[place])
+    change(node, place, [*given[:-2], given[-1], given[-2]])
 
 
 FIXED = {"error_a": 4, "error_b": 5, "columns": 6}
