@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 from falqon_fx.config import BaseDtype, FalqonConfig
-from falqon_fx.ops import adapter_casts, merged_linear, outliers
+from falqon_fx.ops import adapter_casts, merged_linear
 from falqon_fx.site.base import cast_base
 from falqon_fx.site.spec import SiteSpec
 
@@ -60,13 +60,11 @@ class Row:
 
 
 def calls(kind: str, group: str, dtype: torch.dtype) -> list[Callable[[], Any]]:
-    """The forward op, with what is added behind it, and that of dL/dx."""
+    """The forward op, and that of dL/dx."""
     torch.manual_seed(0)
     features, outs = GROUPS[group]
     base, calibrated = KINDS[kind]
-    spec = SiteSpec.from_config(FalqonConfig(base_dtype=base))
-    # What a calibration has bought of W's error is one more adapter of each site.
-    sites = [site for _ in range(1 + calibrated) for site in range(len(outs))]
+    spec, sites = SiteSpec.from_config(FalqonConfig(base_dtype=base)), range(len(outs))
 
     def draw(*shape: int, like: torch.dtype = dtype) -> Tensor:
         return (torch.randn(shape) / math.sqrt(shape[-1])).to(like)
@@ -74,23 +72,22 @@ def calls(kind: str, group: str, dtype: torch.dtype) -> list[Callable[[], Any]]:
     x, grads = draw(TOKENS, features), [draw(TOKENS, out) for out in outs]
     bases = [cast_base(draw(out, features), spec) for out in outs]
     lora_a = [draw(RANK, features, like=torch.float32) for _ in sites]
-    lora_b = [draw(outs[site], RANK, like=torch.float32) for site in sites]
+    lora_b = [draw(out, RANK, like=torch.float32) for out in outs]
     wide, factors = dtype == torch.float32, [1.0] * len(sites)
-    casts = adapter_casts.proxy_update(lora_a, lora_b, factors, [], wide, str(spec))
+    # What a calibration has made: A_c, B_c and W_S, as rows of A and columns of B.
+    shapes = [[(BOUGHT, features)] * len(outs), *[[(out, BOUGHT) for out in outs]] * 2]
+    fixed = [[draw(*shape, like=torch.bfloat16) for shape in of if calibrated] for of in shapes]
+    casts = adapter_casts.proxy_update(lora_a, lora_b, factors, [], *fixed, wide, str(spec))
     weight, scale = [b.weight for b in bases], [b.scale for b in bases]
     a, a_scale, b = casts[0::3], casts[1::3], casts[2::3]
-    d = [draw(TOKENS, RANK) for _ in sites]
+    d = [draw(TOKENS, len(code)) for code in a]
     none: list[Tensor] = []
     picked = [torch.randperm(features)[:BOUGHT].to(torch.int32) for _ in outs if calibrated]
-    columns = [draw(out, BOUGHT, like=torch.bfloat16) for out in outs if calibrated]
 
     def forward() -> Any:
         given = (x, weight, scale, none, a, a_scale, b, none, none, lora_a, lora_b, none)
-        rest = sites, factors, True, none, none, dtype, str(spec)
-        made = merged_linear.merged_linear(*given, *rest)
-        for out, channels, own in zip(made, picked, columns, strict=False):
-            out += outliers.outliers(x, channels, own, dtype, str(spec))
-        return made
+        rest = sites, factors, True, none, none, picked, dtype, str(spec)
+        return merged_linear.merged_linear(*given, *rest)
 
     def backward() -> Any:
         given = (grads, weight, scale, d, a, a_scale, none)

@@ -83,8 +83,13 @@ class Shape:
 
     @property
     def low(self) -> Any:
-        """The rank of all that is added to W."""
+        """The rows of A, with those of A_c."""
         return self.rank + self.compensate
+
+    @property
+    def added(self) -> Any:
+        """The columns of b: of B, B_c and W_S."""
+        return self.low + self.outliers
 
     @property
     def operands(self) -> str:
@@ -172,6 +177,7 @@ def merged(s: Shape) -> list[Kernel]:
     """
     n, i, o, r, e = s.n, s.features, s.out, s.low, WIDTH[s.dtype]
     g, share, each = WIDTH[s.operands], 1 / s.siblings, 1 / s.adapted
+    columns = s.added
     kept = n * i * share if s.train_a and s.rank != 0 else 0
     eight = "int8" if s.integers else "float8"
     multiplied = eight if s.width == 1 else s.operands
@@ -180,10 +186,10 @@ def merged(s: Shape) -> list[Kernel]:
         "x·Wᵀ + s·O_A·Bᵀ",
         multiplied,
         2 * n * i * o,
-        n * i * share + i * o * s.width + n * o * e + (n * r + o * r) * g,
+        n * i * share + i * o * s.width + n * o * e + (n + o) * columns * g,
         kept=n * o * e,
         launches=share,
-        added=2 * n * r * o,
+        added=2 * n * columns * o,
         added_dtype=s.operands,
     )
     back = [
@@ -205,11 +211,11 @@ def merged(s: Shape) -> list[Kernel]:
         Kernel("forward", "cast x", eight, 0, cast, kept=kept, launches=share),
         product,
         *(_decoded_grad_x(s) if s.integers else back),
-        *_bought(s, eight, 1),
+        *_error_of_x(s),
+        *(_adapter(s, eight, 1) if s.low != 0 else ()),
     ]
     if s.rank == 0:
         return kernels
-    kernels += [*_adapter(s, eight, 1)]
     if s.train_a:
         widened = n * i * (1 + g) * each
         kernels.append(Kernel("backward", "widen x", s.operands, 0, widened, launches=each))
@@ -263,9 +269,9 @@ def emulated(s: Shape) -> list[Kernel]:
     if r != 0:
         kernels += [
             *(() if s.integers else (_decoded_a(s),)),
-            *(_adapter(s, eight, x) if s.rank != 0 else ()),
-            *_bought(replace(s, outliers=0), eight, x),
-            _adding("forward", "s·O_A·Bᵀ", wide, n, r, o, g),
+            *_adapter(s, eight, x),
+            *_error_of_x(s),
+            _adding("forward", "s·O_A·Bᵀ", wide, n, s.added, o, g),
         ]
         if e != g:
             kernels.append(Kernel("backward", "widen dO", wide, 0, n * o * (e + g)))
@@ -277,7 +283,8 @@ def emulated(s: Shape) -> list[Kernel]:
         kernels.append(back)
         narrowed = n * i * (e + g) * share
         kernels.append(Kernel("backward", "narrow dx", wide, 0, narrowed, 0, grad_x, share))
-    kernels += _bought(replace(s, compensate=0), eight, x)
+    if r == 0 and s.outliers != 0:
+        kernels += [*_error_of_x(s), _adding("forward", "e·W_Sᵀ", wide, n, s.outliers, o, g)]
     return [*kernels, *(optimizer(s) if s.rank != 0 else ())]
 
 
@@ -322,29 +329,31 @@ def _cast(phase: str, name: str, count: Any, width: int) -> list[Kernel]:
 
 
 def _adapter(s: Shape, operands: str, x: int) -> list[Kernel]:
-    """What both forms of the op do for an adapter; x is multiplied with A in the dtype
-    ``operands`` of ``x`` bytes. D = dL/dO · s·B.
+    """What both forms of the op do for an adapter, with A_c and B_c (bfloat16) as rows and columns
+    of it; x is multiplied with A in the dtype ``operands`` of ``x`` bytes. D = dL/dO · s·B.
     """
-    n, i, o, r = s.n, s.features, s.out, s.rank
+    n, i, o, r, low = s.n, s.features, s.out, s.rank, s.low
     e, a, wide, g = WIDTH[s.dtype], WIDTH[s.adapter_dtype], s.operands, WIDTH[s.operands]
     each = 1 / s.adapted
     grad = e if operands == "float8" else g  # dL/dO, which a cast before may have widened
     kernels = [
-        Kernel("forward", "cast A", wide, 0, r * i * (a + 1), r * i),
-        Kernel("forward", "cast s·B", wide, 0, o * r * (a + g)),
+        Kernel("forward", "cast A", wide, 0, (r * a + s.compensate * 2 + low) * i, low * i),
+        Kernel("forward", "cast s·B", wide, 0, o * (r * a + (s.added - r) * 2 + s.added * g)),
         Kernel(
             "forward",
             "x·Aᵀ",
             operands,
-            2 * n * i * r,
-            n * i * x * each + r * i * x + n * r * g,
-            kept=n * r * g * int(s.train_b),
+            2 * n * i * low,
+            n * i * x * each + low * i * x + n * low * g,
+            kept=n * low * g * int(s.train_b) if s.rank != 0 else 0,
             launches=each,
         ),
-        Kernel("backward", "D", wide, 2 * n * o * r, n * o * grad + (o * r + n * r) * g),
-        Kernel("backward", "scale D", wide, 0, n * r * g * (2 + int(s.train_a))),
-        Kernel("backward", "decode A", wide, 0, r * i * (1 + g), r * i, 0, each),
+        Kernel("backward", "D", wide, 2 * n * o * low, n * o * grad + (o + n) * low * g),
+        Kernel("backward", "scale D", wide, 0, n * low * g * (2 + int(s.train_a))),
+        Kernel("backward", "decode A", wide, 0, low * i * (1 + g), low * i, 0, each),
     ]
+    if s.rank == 0:
+        return kernels
     if s.train_b:
         moved = n * o * grad + n * r * g + o * r * a
         kernels.append(Kernel("backward", "dB", wide, 2 * n * o * r, moved))
@@ -354,21 +363,16 @@ def _adapter(s: Shape, operands: str, x: int) -> list[Kernel]:
     return kernels
 
 
-def _bought(s: Shape, operands: str, x: int) -> list[Kernel]:
-    """What a calibration has added, but for the products that come with the adapter's."""
-    n, i, o, c, e = s.n, s.features, s.out, s.outliers, WIDTH[s.dtype]
-    kernels: list[Kernel] = []
-    if s.compensate != 0:
-        own = replace(s, rank=s.compensate, adapted=s.siblings, adapter_dtype="bfloat16")
-        own = replace(own, train_a=False, train_b=False)
-        kernels += [replace(k, name=f"{k.name}, W's error") for k in _adapter(own, operands, x)]
-    if c != 0:
-        wide, g = s.operands, WIDTH[s.operands]
-        kernels += [
-            Kernel("forward", "error of x", wide, 0, n * i * e + n * c * g, n * c),
-            _adding("forward", "error of x · W_Sᵀ", wide, n, c, o, g),
-        ]
-    return kernels
+def _error_of_x(s: Shape) -> list[Kernel]:
+    """The cast error of the channels of x that a calibration has chosen, for all siblings. Memory
+    is read in pieces of 32 bytes.
+    """
+    if s.outliers == 0:
+        return []
+    n, c, g = s.n, s.outliers, WIDTH[s.operands]
+    return [
+        Kernel("forward", "error of x", s.operands, 0, n * c * (32 + g), n * c, 0, 1 / s.siblings)
+    ]
 
 
 def optimizer(s: Shape, adapters: Any = 1) -> list[Kernel]:

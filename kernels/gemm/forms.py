@@ -111,8 +111,9 @@ def _backward(architecture: int) -> Iterator[Form]:
         for count in range(1, len(_WEIGHTS) + 1):
             grad_x = replace(_GRAD_X, layout=layout, more_k=_WEIGHTS[1:count])
             grad_x = replace(grad_x, one_tensor=count == 1)
-            # The term has the ranks of all sites: three of 64 take 256 columns.
-            for rank in (0, *_RANKS, *([256] if count == 3 else [])):
+            # The term has the ranks of all sites: three of 64 take 256 columns, as do two with what
+            # a calibration has made.
+            for rank in (0, *_RANKS, *([256] if count > 1 else [])):
                 yield replace(grad_x, rank=rank), "aligned"
             yield replace(grad_x, rank=16), "rank"
             if count == 3:  # three of 8
