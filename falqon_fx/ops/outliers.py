@@ -1,4 +1,6 @@
-"""``falqon::outliers``: the cast error of x in a few channels, brought to the output."""
+"""``falqon::outliers``: the cast error of x in a few channels, brought to the output of a layer
+that has no adapter to do so (see `merged_linear`).
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from falqon_fx.ops.lowering import gemm_dtype
+from falqon_fx.ops.lowering import cast_error, gemm_dtype
 from falqon_fx.site.casts import scale_of
-from falqon_fx.site.numerics import round_to_fp8, without_autocast
+from falqon_fx.site.numerics import without_autocast
 from falqon_fx.site.spec import parse_spec
 
 
@@ -38,11 +40,8 @@ def lower_outliers(
 ) -> Tensor:
     """`outliers` by ATen, which Inductor sees on a GPU."""
     spec, dtype = parse_spec(spec_text), gemm_dtype(out_dtype, x.device)
-    flat = x.reshape(-1, x.shape[-1])
-    scale = scale_of(flat.to(torch.float32), spec.operand, spec)
-    picked = flat.index_select(1, channels).to(torch.float32)
-    error = picked - round_to_fp8(picked * scale.reciprocal(), spec.operand) * scale
-    y = error.to(dtype) @ columns.to(dtype).t()
+    scale = scale_of(x.reshape(-1, x.shape[-1]).to(torch.float32), spec.operand, spec)
+    y = cast_error(x, scale, channels, spec).to(dtype) @ columns.to(dtype).t()
     # Not `reshape`: below autograd that makes a view, which may not be written in place later.
     shape = (*x.shape[:-1], columns.shape[0])
     return torch.ops.aten._unsafe_view(y.to(out_dtype), shape)  # type: ignore[no-any-return]
