@@ -119,6 +119,13 @@ def aligned(columns: int) -> int:
     return -(-columns // 16) * 16
 
 
+def rank_of(rank: int, error: int, columns: int) -> int:
+    """The rows of Â, for so many of A and of A_c, and columns of W_S behind b: with what a
+    calibration has made they end at a multiple of 16, so that kernels for "aligned" sizes do.
+    """
+    return aligned(rank + error) if error or columns else rank
+
+
 def check_literals(spec: KernelSpec) -> None:
     """Raises ValueError where a field of ``spec`` is outside its `Literal`."""
     kind: Any = type(spec)  # as a key; mypy thinks that it has no hash

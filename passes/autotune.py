@@ -15,8 +15,7 @@ from torch import Tensor
 
 from falqon_fx._compat import hint, value_of, without_fake_mode
 from falqon_fx.errors import FalqonError, NoKernelError
-from falqon_fx.kernels.spec import aligned
-from falqon_fx.ops.arguments import width_of
+from falqon_fx.kernels.spec import aligned, rank_of
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.ops.products import launches
 from falqon_fx.passes import room
@@ -90,11 +89,12 @@ class Adapter:
     @property
     def rows(self) -> int:
         """Of Â."""
-        return self.rank + self.error
+        return rank_of(self.rank, self.error, self.columns)
 
-    def width(self, in_fp8: bool) -> int:
+    @property
+    def width(self) -> int:
         """The columns of b."""
-        return width_of(self.rows, self.columns, in_fp8)
+        return self.rows + self.columns
 
 
 @dataclass(frozen=True)
@@ -154,13 +154,12 @@ class Operands:
         for it.
         """
         of_a = [adapter.rows for site in self.sites for adapter in site.adapters]
-        in_fp8 = spec.adapter == "fp8"
-        ranks = [[a.width(in_fp8) for a in site.adapters] for site in self.sites]
+        ranks = [[adapter.width for adapter in site.adapters] for site in self.sites]
         if of_a and not self.adds_b and not self.own_x and spec.base != "nvfp4":
             alone = len(self.sites) == len(of_a) == 1 and self.sites[0].merged
             return [self._problem(self.sites, spec, of_a, 0, alone)] * len(self.sites)
         found: dict[int, GemmProblem] = {}
-        if in_fp8:
+        if spec.adapter == "fp8":
             ranks = [[aligned(rank) for rank in own] for own in ranks]
         for members in launches([self.adds_b and bool(own) for own in ranks]):
             rank = max(sum(ranks[i]) for i in members) if self.adds_b else 0
@@ -274,8 +273,8 @@ def _random_arguments(operands: Operands, spec: SiteSpec) -> tuple[Tensor, tuple
             in_a, in_b = (each.rank, features), (site.out, each.rank)
             lora_a.append(draw(*in_a, dtype=each.a_dtype).requires_grad_(each.train_a))
             lora_b.append(draw(*in_b, dtype=each.b_dtype).requires_grad_(each.train_b))
-            width = each.width(spec.adapter == "fp8")
-            b += [draw(site.out, width, dtype=operands.gemm_dtype)] if operands.adds_b else []
+            of_b = site.out, each.width
+            b += [draw(*of_b, dtype=operands.gemm_dtype)] if operands.adds_b else []
             owner.append(i)
             if each.columns:
                 channels.append(torch.arange(each.columns, dtype=torch.int32, device=device))

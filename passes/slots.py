@@ -10,8 +10,7 @@ from typing import ClassVar, TypeVar
 from torch import Tensor, fx
 
 from falqon_fx._compat import hint
-from falqon_fx.kernels.spec import aligned
-from falqon_fx.ops.arguments import width_of
+from falqon_fx.kernels.spec import aligned, rank_of
 from falqon_fx.passes.match.dataflow import NO_CORRECTION, Correction
 from falqon_fx.passes.terms import Param
 from falqon_fx.report.data import Transposes, WithRoom
@@ -140,10 +139,11 @@ class AdapterSlot:
 
     @property
     def rank(self) -> int:
-        """The rows of A and of A_c."""
-        return int(self.lora_a.value.shape[0]) + self.correction.rank
+        """The rows of Â."""
+        own = self.correction
+        return rank_of(int(self.lora_a.value.shape[0]), own.rank, own.width)
 
     @property
     def width(self) -> int:
-        """The columns of b: of B, of B_c and of W_S."""
-        return width_of(self.rank, self.correction.width, self.base is not None)
+        """The columns of b, with those of W_S."""
+        return self.rank + self.correction.width

@@ -38,8 +38,9 @@ class Lora:
 
     @property
     def rank(self) -> int:
-        """The rows of A and of A_c."""
-        return len(self.lora_a) + sum(map(len, self.fixed.error_a))
+        """The rows of A and of A_c, and with these or columns of W up to a multiple of 16."""
+        rank = len(self.lora_a) + sum(map(len, self.fixed.error_a))
+        return -(-rank // 16) * 16 if any(self.fixed) else rank
 
 
 @dataclass
@@ -215,7 +216,8 @@ def adapters(
     columns = [(randn(out, count, seed=seed + 5) * 0.25).to(dtype)] if count else []
     if count:
         lora.channels = torch.arange(count, dtype=torch.int32) * 3 % features
-    lora.fixed = Fixed(of_error[0], of_error[1], columns)
+    if of_error[0] or columns:
+        lora.fixed = Fixed(of_error[0], of_error[1], columns)
     return lora
 
 

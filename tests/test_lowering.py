@@ -129,12 +129,16 @@ def test_the_adapters_are_cast_as_by_torch(case):
     """
     for lora, (code, scale, b) in zip(case.adapters, case.casts, strict=True):
         value = torch.cat([lora.lora_a.float(), *(t.float() for t in lora.fixed.error_a)])
+        lacking = lora.rank - len(value)
+        value = torch.cat([value, torch.zeros(lacking, value.shape[1])])
         spec = case.spec
         codes, wanted = cast(value, spec.operand, spec.per_row, spec.scale == "pow2")
         assert (code.dtype, scale.dtype) == (spec.operand, F32)
         assert torch.equal(code.float(), codes)
         assert torch.equal(scale, wanted)
-        parts = [lora.lora_b.float() * lora.scaling, *lora.fixed.error_b, *lora.fixed.columns]
+        zeros = torch.zeros(len(b), lacking)
+        parts = [lora.lora_b.float() * lora.scaling, *lora.fixed.error_b, zeros]
+        parts += lora.fixed.columns
         assert torch.equal(b, torch.cat([part.to(b.dtype) for part in parts], dim=1))
 
 

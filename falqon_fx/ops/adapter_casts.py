@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from falqon_fx.ops import fp8_adapter, fp8_gpu, gpu, lowering
-from falqon_fx.ops.arguments import Fixed, width_of
+from falqon_fx.ops.arguments import Fixed
 from falqon_fx.site.numerics import E4M3
 from falqon_fx.site.spec import parse_spec
 
@@ -35,8 +35,8 @@ def proxy_update(
 
     What a calibration has made stands behind: with ``error_a`` A_c,j [r_c, in] and ``error_b``
     B_c,j [out, r_c], one of each adapter or none, the rows of Â_j and the columns of b_j are those
-    of A_j and B_j and then theirs, and with ``columns`` W_S,j [out, c] the last columns of b_j are
-    W's own.
+    of A_j and B_j and then theirs, with zeros up to a multiple of 16, and with ``columns`` W_S,j
+    [out, c] the last columns of b_j are W's own.
 
     Gradients don't pass: they reach A and B through `merged_linear`, straight through the casts.
     """
@@ -63,9 +63,10 @@ def _(
 ) -> list[Tensor]:
     dtype, spec = torch.float32 if wide else torch.bfloat16, parse_spec(spec_text)
     casts = []
+    fixed = Fixed(error_a, error_b, columns)
     for j, (a, b) in enumerate(zip(lora_a, lora_b)):
-        rank = len(a) + (len(error_a[j]) if error_a else 0)
-        width = width_of(rank, columns[j].shape[1] if columns else 0, bool(base_scale))
+        rank = fixed.of([j]).rank(len(a))
+        width = rank + (columns[j].shape[1] if columns else 0)
         code, scale = (rank, a.shape[1]), (rank, 1) if spec.per_row else ()
         casts += [a.new_empty(code, dtype=spec.operand), a.new_empty(scale, dtype=torch.float32)]
         casts.append(b.new_empty((len(b), width), dtype=E4M3 if base_scale else dtype))

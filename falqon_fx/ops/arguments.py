@@ -8,19 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from falqon_fx.kernels.spec import aligned
-
-
-def width_of(rank: int, columns: int, in_fp8: bool) -> int:
-    """The columns of b for so many of [B | B_c] and of W_S: in FP8 those of W_S begin at a multiple
-    of 16.
-    """
-    return (aligned(rank) if columns and in_fp8 else rank) + columns
+from falqon_fx.kernels.spec import rank_of
 
 
 class Fixed(NamedTuple):
     """What a calibration has made for adapters, one of each adapter or none: A_c [r_c, in] and
-    B_c [out, r_c], which are cast as rows of A and columns of B, and W_S [out, c] behind these.
+    B_c [out, r_c], which are cast as rows of A and columns of B, and W_S [out, c]. Zeros follow the
+    rows of A_c up to a multiple of 16, and so do they between the columns of B_c and W_S.
     """
 
     error_a: Sequence[Tensor] = ()
@@ -30,6 +24,11 @@ class Fixed(NamedTuple):
     def of(self, adapters: Sequence[int]) -> Fixed:
         """That of some of the adapters."""
         return Fixed(*([column[j] for j in adapters if column] for column in self))
+
+    def rank(self, rank: int) -> int:
+        """The rows of Â of an adapter of that rank that has all of this."""
+        error, columns = (sum(t.shape[1] for t in part) for part in (self.error_b, self.columns))
+        return rank_of(rank, error, columns)
 
 
 NONE_FIXED = Fixed()

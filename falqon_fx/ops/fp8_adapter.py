@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from falqon_fx.errors import one_line
-from falqon_fx.kernels.spec import aligned
 from falqon_fx.ops.arguments import NONE_FIXED, Fixed, Merged, MergedGrad
 from falqon_fx.ops.lowering import (
     adapter_outputs,
@@ -49,7 +48,6 @@ from falqon_fx.site.numerics import (
     FP8_MAX,
     ROUNDS_TO_MAX,
     decode_fp8,
-    filled,
     round_to_fp8,
     without_autocast,
 )
@@ -126,36 +124,25 @@ def proxy_update(
     fixed: Fixed = NONE_FIXED,
 ) -> list[Tensor]:
     """[Â_j, s_A,j, b_j, α_j] of each adapter j in turn: b_j = q([s · B_j | B_c,j] · α_j / s_W) in
-    E4M3, for the base with scale s_W that it is added to, and α_j float32 [r]. Behind it, from a
-    multiple of 16 columns on, q(W_S,j / s_W).
+    E4M3, for the base with scale s_W that it is added to, and α_j float32 [r]. Behind it
+    q(W_S,j / s_W).
     """
     spec = parse_spec(spec_text)
     casts: list[Tensor] = []
     for j, s in enumerate(base_scale):
-        own = fixed.of([j])
-        a = stacked(lora_a[j], own.error_a, 0)
+        own, rank = fixed.of([j]), fixed.of([j]).rank(len(lora_a[j]))
+        a = stacked(lora_a[j], own.error_a, 0, rank)
         of_a = cast_fp8(a, E4M3, spec, torch.float32, keep=True)
         assert of_a.code is not None
         values = decode_fp8(of_a.code, of_a.scale, torch.float32)
-        scaled, alpha = to_range(values, scaled_b(lora_b[j], scaling[j], own.error_b), s)
+        b = stacked(lora_b[j].detach().to(torch.float32) * scaling[j], own.error_b, 1, rank)
+        scaled, alpha = to_range(values, b, s)
         clamped.add(lora_b[j], scaled, E4M3)
         of_b = round_to_fp8(scaled, E4M3).to(E4M3)
-        for columns in own.columns:
-            of_w = round_to_fp8(columns.to(torch.float32) / s, E4M3).to(E4M3)
-            of_b = side_by_side(of_b, of_w)
+        of_w = [part.to(torch.float32) / s for part in own.columns]
+        of_b = round_to_fp8(torch.cat([scaled, *of_w], dim=1), E4M3).to(E4M3)
         casts += [of_a.code, of_a.scale, of_b, alpha]
     return casts
-
-
-def side_by_side(b: Tensor, of_w: Tensor) -> Tensor:
-    """E4M3 [b | 0 | W_S], the last from a multiple of 16 columns on."""
-    parts = [code.view(torch.uint8) for code in (filled(b), of_w)]
-    return torch.cat(parts, dim=1).view(E4M3)
-
-
-def scaled_b(lora_b: Tensor, factor: float, error: Sequence[Tensor]) -> Tensor:
-    """[s · B | B_c], float32."""
-    return stacked(lora_b.detach().to(torch.float32) * factor, error, 1)
 
 
 def to_range(a: Tensor, b: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,7 +206,7 @@ def merged_linear(given: Merged) -> list[Tensor]:
             of_b, factor, rank = given.b[j], given.alpha[j], given.ranks[j]
             right.append(decode_fp8(of_b[:, :rank], s / factor if exact else 1.0, dtype))
             if j in corrected:
-                of_x = of_b[:, aligned(rank) :]
+                of_x = of_b[:, rank:]
                 right.append(decode_fp8(of_x, s if exact else 1.0, dtype))
         left = [read.x.value, *(part for j in own for part in tails[j])]
         y = torch.cat(left, dim=1) @ torch.cat(right, dim=1).t()

@@ -58,23 +58,17 @@ def _plain_casts(
 ) -> list[Tensor]:
     casts: list[Tensor] = []
     for j, s in enumerate(base_scale):
-        own = fixed.of([j])
-        a = stacked(lora_a[j], own.error_a, 0)
+        own, rank = fixed.of([j]), fixed.of([j]).rank(len(lora_a[j]))
+        a = stacked(lora_a[j], own.error_a, 0, rank)
         code, scale = cast_fp8(a.to(torch.float32), E4M3, spec_text)
         values = code.to(torch.float32) * scale
-        b = fp8_adapter.scaled_b(lora_b[j], scaling[j], own.error_b)
+        b = stacked(lora_b[j].to(torch.float32) * scaling[j], own.error_b, 1, rank)
         scaled, alpha = fp8_adapter.to_range(values, b, s)
-        of_b = _saturated(scaled)
-        for of_w in own.columns:
-            of_b = fp8_adapter.side_by_side(of_b, _saturated(of_w.to(torch.float32) / s))
-        as_stored = filled(of_b).narrow(1, 0, of_b.shape[1])  # by kernels
-        casts += [code, scale, as_stored, alpha]
+        whole = torch.cat([scaled, *(part.to(torch.float32) / s for part in own.columns)], dim=1)
+        most = FP8_MAX[E4M3]
+        of_b = filled(whole.clamp(-most, most).to(E4M3))  # as kernels store it
+        casts += [code, scale, of_b.narrow(1, 0, whole.shape[1]), alpha]
     return casts
-
-
-def _saturated(value: Tensor) -> Tensor:
-    most = FP8_MAX[E4M3]
-    return value.clamp(-most, most).to(E4M3)
 
 
 @without_autocast

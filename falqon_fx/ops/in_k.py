@@ -74,8 +74,8 @@ def merged_product_in_k(
         O_i   = ([q | t_j | e_j ...] · [W_i | b_j ...]ᵀ) ⊙ s_q ⊙ s_W,i + bias_i  over owner[j] == i
         O_A,j = t_j ⊙ s_q ⊙ α_j       t_j = q(dq(q_j) · dq(Â_j)ᵀ / (s_q ⊙ α_j))
 
-    e_j = q(error_j / s_q) stands from a multiple of 16 columns on, as the last columns of b_j do,
-    which are wider than Â_j is high; ``error`` has those of such adapters in turn, float32 [n, c].
+    e_j = q(error_j / s_q) stands behind t_j where b_j is wider than Â_j is high, as its last
+    columns do; ``error`` has those of such adapters in turn, float32 [n, c].
     q_j, with its scale, is q unless the adapters read something else (``own_q``). What is clamped
     of the t_j is added to ``count`` of their site, int32 [1]. ``joined`` may have [W_i; ...] of all
     sites with adapters, with room for the b_j behind them, which are written there.

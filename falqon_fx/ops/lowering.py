@@ -11,11 +11,13 @@ adapter j, and the adapters of a site stand side by side.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from falqon_fx._compat import native_bf16
 from falqon_fx.kernels.cpu import casts as cpu_casts
@@ -66,19 +68,20 @@ def proxy_update(
     dtype = torch.float32 if wide else torch.bfloat16
     casts: list[Tensor] = []
     for j, factor in enumerate(scaling):
-        own = fixed.of([j])
-        scaled = lora_b[j].detach().to(torch.float32) * factor
-        parts = [part.to(dtype) for part in (scaled, *own.error_b, *own.columns)]
-        casts += [*cast_code(stacked(lora_a[j], own.error_a, 0), spec), _stack(parts, dim=1)]
+        own, rank = fixed.of([j]), fixed.of([j]).rank(len(lora_a[j]))
+        b = stacked(lora_b[j].detach().to(torch.float32) * factor, own.error_b, 1, rank)
+        parts = [part.to(dtype) for part in (b, *own.columns)]
+        casts += [*cast_code(stacked(lora_a[j], own.error_a, 0, rank), spec), _stack(parts, dim=1)]
     return casts
 
 
-def stacked(lora: Tensor, error: Sequence[Tensor], dim: int) -> Tensor:
-    """A with the rows of A_c, or B with the columns of B_c behind it, where there are any."""
-    if not error:
-        return lora.detach()
-    wide = torch.promote_types(lora.dtype, error[0].dtype)
-    return torch.cat([lora.detach().to(wide), *(part.to(wide) for part in error)], dim)
+def stacked(lora: Tensor, error: Sequence[Tensor], dim: int, rank: int) -> Tensor:
+    """``rank`` rows of A, A_c and zeros, or columns of B, B_c and zeros."""
+    dtypes = [lora.dtype, *(part.dtype for part in error)]
+    wide = functools.reduce(torch.promote_types, dtypes)
+    whole = _stack([part.detach().to(wide) for part in (lora, *error)], dim)
+    lacking = rank - whole.shape[dim]
+    return F.pad(whole, [0, lacking] if dim else [0, 0, 0, lacking]) if lacking else whole
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from falqon_fx._compat import is_dtensor, is_plain, value_of
-from falqon_fx.kernels.spec import MAX_TAIL, aligned
+from falqon_fx.kernels.spec import MAX_TAIL, aligned, rank_of
 from falqon_fx.passes.scope import Scope
 from falqon_fx.passes.terms import (
     BaseLinear,
@@ -22,6 +22,7 @@ from falqon_fx.passes.terms import (
     Scale,
 )
 from falqon_fx.passes.writes import memory_of, written
+from falqon_fx.site.spec import parse_spec
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,9 @@ class AdapterMatch:
         """Whether it can be computed with this one: A_c reads what A does, and an accumulator of
         kernels holds both.
         """
-        rank = int(self.lora_a.value.shape[0]) + correction.rank
-        fits = aligned(rank) + aligned(correction.width) <= MAX_TAIL
+        width = correction.width
+        rank = rank_of(int(self.lora_a.value.shape[0]), correction.rank, width)
+        fits = aligned(rank) + aligned(width) <= MAX_TAIL
         return fits and (self.x is None or correction.error is None)
 
 
@@ -117,10 +119,11 @@ class Match:
     @property
     def added(self) -> tuple[AdapterMatch, ...]:
         """The adapters, one of them with the correction of W; one more for it where none reads
-        what W reads, or has room.
+        what W reads, or has room, or where one scale of A and A_c would have to do for both.
         """
         own, adapters = self.correction, self.adapters
-        takes = [j for j, adapter in enumerate(adapters) if adapter.takes(own)]
+        apart = own.error and not self._per_row
+        takes = [j for j, a in enumerate(adapters) if not apart and a.takes(own)]
         if own == NO_CORRECTION or not (takes or own.error):
             return adapters
         if takes:
@@ -129,6 +132,11 @@ class Match:
         assert own.error is not None
         behind = replace(own, error_a=None, error_b=None)
         return (*adapters, AdapterMatch(*own.error, 1.0, fixed=True, correction=behind))
+
+    @property
+    def _per_row(self) -> bool:
+        """Whether each row of a prepared W and of A has a scale of its own."""
+        return isinstance(self.base, BaseLinear) and parse_spec(self.base.spec_text).per_row
 
     @property
     def alone(self) -> tuple[Param, Param] | None:
