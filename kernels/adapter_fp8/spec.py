@@ -60,8 +60,10 @@ class AdapterFp8Spec(KernelSpec):
         adapters: int,
         fixed: FixedDtype = "none",
     ) -> AdapterFp8Spec:
-        """The spec for so many columns, padded: tiles of few columns would spill if larger."""
-        tile = 2048 if rank == 16 else 4096
+        """The spec for so many columns, padded. Larger tiles would spill where columns are few, and
+        where each may come from two or three matrices.
+        """
+        tile = 2048 if rank == 16 or fixed != "none" else 4096
         return cls(
             input_dtype=input_dtype,
             scale=scale,

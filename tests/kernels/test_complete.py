@@ -7,6 +7,7 @@ kernel, compiled for sizes that are multiples of 16 only where the launch's are.
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,10 +29,11 @@ from falqon_fx.kernels.grouped_outer import launch as grouped_outer
 from falqon_fx.kernels.hardware import family
 from falqon_fx.kernels.launching import Described
 from falqon_fx.kernels.matrix import kernel_of, matrix
-from falqon_fx.kernels.products import dispatch
+from falqon_fx.kernels.products import adapters, dispatch
+from falqon_fx.kernels.products import tails as tails_products
 from falqon_fx.kernels.products.choice import refuses
 from falqon_fx.kernels.products.contest import Contest
-from falqon_fx.kernels.spec import KernelSpec, Sizes
+from falqon_fx.kernels.spec import KernelSpec, Sizes, in_casts
 from falqon_fx.kernels.tails import launch as tails
 from falqon_fx.kernels.transpose import launch as transpose
 from falqon_fx.kernels.update import launch as update
@@ -256,6 +258,38 @@ def lowered(group: Group, *, fp8: bool, holds: bool, train_a: bool) -> None:
         products.adapter_grads_product(*of_a, group.lora_dtype, text)
 
 
+def calibrated(random: random.Random, group: Group) -> None:
+    """Casts and gradients of adapters behind which stand fixed rows and columns."""
+    spec, text, wide = group.spec, str(group.spec), BF16 if group.dtype == BF16 else F32
+    more, last = random.choice((16, 16, 8, 0)), random.choice((16, 16, 0, 4))
+    of = [(group.outs[i], rank) for i, rank in zip(group.owner, group.flat, strict=True)]
+    for part in in_casts(len(of)):
+        own = of[part]
+        lora_a = [empty(rank, group.into, dtype=group.lora_dtype) for _, rank in own]
+        lora_b = [empty(out, rank, dtype=group.lora_dtype) for out, rank in own]
+        rows = [empty(more, group.into, dtype=group.dtype) for _ in own] * bool(more)
+        behind = [empty(out, more, dtype=group.dtype) for out, _ in own] * bool(more)
+        columns = [empty(out, last, dtype=group.dtype) for out, _ in own] * bool(last)
+        ones = [1.0] * len(own)
+        fixed = rows, behind, columns
+        adapters.adapter_casts(lora_a, lora_b, ones, wide, text, *fixed).run()
+        scales = [empty(out, 1) for out, _ in own]
+        plain = functools.partial(list[Tensor])
+        tails_products.adapter_casts(lora_a, lora_b, ones, scales, plain, text, *fixed).run()
+    q = [empty(N, group.into, dtype=E4M3), scale(N, spec)] * random.choice((0, 1))
+    for part in adapter_parts(group.flat):
+        own = of[part.start : part.stop]
+        ranks, widths = [rank for _, rank in own], [rank + more for _, rank in own]
+        grad = [empty(N, out, dtype=group.dtype) for out, _ in own]
+        b = [empty(out, rank + more + last, dtype=wide)[:, :rank] for out, rank in own]
+        adapters.grad_out_a(grad, b, "auto").run()
+        # Those of other adapters stand in the same rows.
+        first = random.choice((0, 0, 16, 8))
+        low, d = (empty(N, first + sum(widths), dtype=wide)[:, first:] for _ in range(2))
+        given = grad, low, ranks, [1.0] * len(own), q, [d] if q else []
+        adapters.adapter_grads(*given, group.lora_dtype, "auto", widths).run()
+
+
 def adapter_parts(ranks: Sequence[int]) -> Iterator[range]:
     from falqon_fx.ops.adapter_grads import _parts
 
@@ -329,6 +363,7 @@ def test_each_launch_is_in_the_table(card: Card, architecture: int, count: int) 
     for i in range(count):
         group = Group.drawn(draw)
         lowered(group, fp8=i % 2 == 0, holds=i % 5 == 1, train_a=i % 3 > 0)
+        calibrated(draw, group)
         in_one_stack(draw)
         rows_written(draw, card)
     assert not card.missing, "\n".join(map(str, sorted(card.missing)))
