@@ -277,8 +277,8 @@ def calibrated(random: random.Random, group: Group) -> None:
         plain = functools.partial(list[Tensor])
         tails_products.adapter_casts(lora_a, lora_b, ones, scales, plain, text, *fixed).run()
     q = [empty(N, group.into, dtype=E4M3), scale(N, spec)] * random.choice((0, 1))
-    for part in adapter_parts(group.flat):
-        own = of[part.start : part.stop]
+    for places in adapter_parts(group.flat):
+        own = of[places.start : places.stop]
         ranks, widths = [rank for _, rank in own], [rank + more for _, rank in own]
         grad = [empty(N, out, dtype=group.dtype) for out, _ in own]
         b = [empty(out, rank + more + last, dtype=wide)[:, :rank] for out, rank in own]

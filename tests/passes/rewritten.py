@@ -26,7 +26,7 @@ CASTS = torch.ops.falqon.proxy_update.default
 WRITES = torch.ops.falqon.proxy_update_.default
 # Where merged_linear takes what.
 WEIGHT, SCALE, BIAS, A, A_SCALE, B, ALPHA, CLAMPED, LORA_A, LORA_B = range(1, 11)
-OWN_X, OWNER, SCALING, KEEP_X, TURNED, JOINED, DTYPE, SPEC = range(11, 19)
+OWN_X, OWNER, SCALING, KEEP_X, TURNED, JOINED, CHANNELS, DTYPE, SPEC = range(11, 20)
 
 
 class Model(nn.Module):

@@ -123,11 +123,11 @@ def a_in_the_place_of_b(done: Rewritten) -> None:
 
 
 def narrow(done: Rewritten) -> None:
-    change(done.casts(), 4, not done.casts().args[4])
+    change(done.casts(), 7, not done.casts().args[7])
 
 
 def another_spec(done: Rewritten) -> None:
-    change(done.casts(), 5, "row amax e5m2 bfloat16 auto fast auto #0")
+    change(done.casts(), 8, "row amax e5m2 bfloat16 auto fast auto #0")
 
 
 def swapped_parts(done: Rewritten) -> None:

@@ -11,7 +11,16 @@ from torch import fx
 
 from falqon_fx.ops import merged_linear, outliers
 from tests.calibrated import RANK, calibrated, inputs
-from tests.passes.rewritten import CASTS, Rewritten, captured, change, passes, seen, values
+from tests.passes.rewritten import (
+    CASTS,
+    CHANNELS,
+    Rewritten,
+    captured,
+    change,
+    passes,
+    seen,
+    values,
+)
 
 
 def rewritten(compensate: int) -> Rewritten:
@@ -107,7 +116,7 @@ def test_another_layers_terms_in_a_cast_are_seen(place):
 
 def test_other_channels_of_an_op_are_seen():
     done = rewritten(RANK)
-    (both,) = (node for node in of_kind(done, merged_linear.OP) if len(node.args[17]) == 2)
-    swap(both, 17)
+    (both,) = (node for node in of_kind(done, merged_linear.OP) if len(node.args[CHANNELS]) == 2)
+    swap(both, CHANNELS)
     with seen("is not its"):
         done.verify()
