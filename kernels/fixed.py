@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from falqon_fx.kernels.spec import POINTER, aligned
 
@@ -22,7 +23,7 @@ NAMES: tuple[Name, ...] = ("fixed_a", "fixed_b", "columns", "fixed_rank", "count
 @dataclass(frozen=True)
 class Fixed:
     """Behind A_j of each adapter j the rows ``a`` A_c [rc, in]; behind scaling_j · B_j the columns
-    ``b`` B_c [out, rc], and behind those ``columns`` W_S [out, c].
+    ``b`` B_c [out, rc]; both with zeros up to a multiple of 16. Behind b ``columns`` W_S [out, c].
 
     Each has one matrix an adapter, or none at all, which counts as no rows and columns.
     """
@@ -44,14 +45,18 @@ class Fixed:
         """The columns of W_S of each of so many adapters."""
         return [t.shape[1] for t in self.columns] or [0] * adapters
 
+    def rows(self, lora_a: Sequence[Tensor]) -> list[int]:
+        """The rows of each Â: with what is behind A up to a multiple of 16 (`rank_of`)."""
+        if not self.tensors:
+            return [*map(len, lora_a)]
+        return [aligned(len(a) + r) for a, r in zip(lora_a, self.ranks(len(lora_a)), strict=True)]
+
     def in_fp8(self, lora_a: Sequence[Tensor]) -> list[int]:
         """The columns of each b in FP8: those beside O_A, and those of W_S, up to multiples of 16
         each.
         """
-        adapters = len(lora_a)
-        ranks = (len(a) + rank for a, rank in zip(lora_a, self.ranks(adapters), strict=True))
-        counts = self.counts(adapters)
-        return [aligned(r) + aligned(c) for r, c in zip(ranks, counts, strict=True)]
+        counts = self.counts(len(lora_a))
+        return [aligned(r) + aligned(c) for r, c in zip(self.rows(lora_a), counts, strict=True)]
 
     def arguments(self, adapters: int, names: Sequence[Name] = NAMES) -> list[list[Any]]:
         """What a kernel takes of each adapter: A_c, B_c, W_S, rc, c. Where there is none of one, a
@@ -90,11 +95,13 @@ class Fixed:
             raise ValueError(f"{what}: fixed tensors of other dtypes than {dtype}")
 
 
-def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
-    """The parts one behind the other, in the dtype of the first."""
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat([part.to(parts[0].dtype) for part in parts], dim=dim)
+def joined(parts: Sequence[Tensor], dim: int, size: int = 0) -> Tensor:
+    """The parts one behind the other, in the dtype of the first, with zeros up to ``size``."""
+    whole = parts[0]
+    if len(parts) > 1:
+        whole = torch.cat([part.to(whole.dtype) for part in parts], dim=dim)
+    lacking = size - whole.shape[dim]
+    return F.pad(whole, [0, lacking] if dim else [0, 0, 0, lacking]) if lacking > 0 else whole
 
 
 def signature(j: int, dtype: FixedDtype, names: Sequence[Name] = NAMES) -> dict[str, str]:

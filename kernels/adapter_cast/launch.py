@@ -48,9 +48,9 @@ def adapter_cast(
     arguments: list[Any] = []
     programs = 0
     behind = fixed.arguments(spec.adapters) if fixed.tensors else [[]] * spec.adapters
-    more, last = fixed.ranks(spec.adapters), fixed.counts(spec.adapters)
+    all_rows, last = fixed.rows(lora_a), fixed.counts(spec.adapters)
     for j, (a, b, factor) in enumerate(zip(lora_a, lora_b, scaling, strict=True)):
-        rows, width = len(a) + more[j], b.shape[1] + more[j] + last[j]
+        rows, width = all_rows[j], all_rows[j] + last[j]
         # Bytes for the interpreter and for GPUs below sm_89, which know no FP8.
         code = torch.empty((rows, a.shape[1]), dtype=E4M3, device=device)
         code = code if spec.cast == "hardware" else code.view(torch.uint8)

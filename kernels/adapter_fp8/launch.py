@@ -57,7 +57,7 @@ def adapter_fp8(
     kernels, numbers = load(spec, interpreted), range(spec.adapters)
     trained, outs = [len(a) for a in lora_a], [len(b) for b in lora_b]
     last, widths = fixed.counts(spec.adapters), fixed.in_fp8(lora_a)
-    ranks = [sum(both) for both in zip(trained, fixed.ranks(spec.adapters), strict=True)]
+    ranks = fixed.rows(lora_a)
     blocks = [cdiv(out, spec.chunks * spec.rows) for out in outs]
     found = torch.empty((sum(blocks) + len(blocks), spec.rank), dtype=torch.int32, device=device)
     of_b = [(b.contiguous(), s.contiguous()) for b, s in zip(lora_b, base_scale, strict=True)]
@@ -87,7 +87,7 @@ def adapter_fp8(
     casts: list[Tensor] = []
     for j in numbers:
         (code, scale), (b, alpha) = (made[2 * j : 2 * j + 2] for made in (of_a, second))
-        b = b.view(E4M3).narrow(1, 0, widths[j] if last[j] else ranks[j])
+        b = b.view(E4M3).narrow(1, 0, ranks[j] + last[j])
         casts += [code.view(E4M3), scale, b, alpha]
     return casts
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -121,15 +120,16 @@ def adapter_casts(
     """
     site, first = parse_spec(spec_text), lora_a[0]
     fixed = Fixed(fixed_a, fixed_b, columns)
+    ranks = fixed.rows(lora_a)
 
     def plain() -> list[Tensor]:
         casts: list[Tensor] = []
         for j, (a, b, factor) in enumerate(zip(lora_a, lora_b, scaling, strict=True)):
-            rows = joined([a.to(torch.float32), *fixed_a[j : j + 1]], 0)
+            rows = joined([a.to(torch.float32), *fixed_a[j : j + 1]], 0, ranks[j])
             code, scale = cast_fp8(rows, site.operand, spec_text)
             scaled = (b.to(torch.float32) * factor).to(b_dtype)
-            behind = *fixed_b[j : j + 1], *columns[j : j + 1]
-            casts += [code, scale, joined([scaled, *behind], 1)]
+            of_b = joined([scaled, *fixed_b[j : j + 1]], 1, ranks[j])
+            casts += [code, scale, joined([of_b, *columns[j : j + 1]], 1)]
         return casts
 
     def generated(made: AdapterCastSpec) -> list[Tensor]:
@@ -144,11 +144,11 @@ def adapter_casts(
         dtypes = dtype_name(first.dtype), dtype_name(b_dtype)
         behind: FixedDtype = dtype_name(*of_fixed) if of_fixed else "none"
         spec = _adapter_cast_spec(dtypes, behind, site.scale, cast_mode(where), adapters)
-        ranks, more, last = map(len, lora_a), fixed.ranks(adapters), fixed.counts(adapters)
-        own = [*zip(ranks, more, last, strict=True)]
+        more, last = fixed.ranks(adapters), fixed.counts(adapters)
+        sizes_of_b = zip(lora_b, ranks, last, strict=True)
         widths = [a.shape[1] for a in lora_a]
-        widths += [len(b) * sum(columns) for b, columns in zip(lora_b, own, strict=True)]
-        sizes = sizes_of(itertools.chain(*own), widths)
+        widths += [len(b) * (rank + count) for b, rank, count in sizes_of_b]
+        sizes = sizes_of([*map(len, lora_a), *more, *last], widths)
         return (spec,) if ADAPTER_CAST.takes(spec, sizes, where) else ()
 
     shapes = [tuple(t.shape) for t in (*lora_a, *lora_b, *fixed.tensors)]

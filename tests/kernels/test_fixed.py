@@ -82,14 +82,20 @@ class Given:
         self.fixed = of_a * any_rows, of_b * any_rows, last * any_last
 
     def whole(self, j):
-        """[A; A_c], s · B, B_c and W_S of an adapter in float32."""
+        """[A; A_c; 0], s · B, [B_c | 0] and W_S of an adapter in float32, zeros up to a multiple
+        of 16 where anything is behind A and B.
+        """
         behind = [of[j].float() if of else None for of in self.fixed]
         a, b = self.lora_a[j].float(), self.lora_b[j].float()
         of_a, of_b, last = behind
         rows = a if of_a is None else torch.cat([a, of_a])
         none = b[:, :0]
+        of_b = none if of_b is None else of_b
+        lacking = -len(rows) % 16 * any(map(bool, self.fixed))
+        rows = torch.cat([rows, rows.new_zeros(lacking, rows.shape[1])])
+        of_b = torch.cat([of_b, b.new_zeros(len(b), lacking)], dim=1)
         scaled = b * torch.tensor(self.scaling[j])
-        return rows, scaled, none if of_b is None else of_b, none if last is None else last
+        return rows, scaled, of_b, none if last is None else last
 
 
 def same_bytes(actual, wanted):
@@ -177,14 +183,15 @@ def test_casts_to_fp8_have_one_balance_for_all_columns_beside_o_a(
         off, largest = gamma(width + 5), beside.abs().amax(dim=0)
         low, high = (balance((typical * factor).float(), largest) for factor in (1 - off, 1 + off))
         assert ((low <= alpha) & (alpha <= high)).all()
-        start, width_of_b = aligned(r + rc), aligned(r + rc) + aligned(c)
+        start, rank = aligned(r + rc), len(rows)
+        width_of_b = start + aligned(c)
         wide = torch.zeros(len(beside), width_of_b)
-        wide[:, : r + rc] = beside * alpha
+        wide[:, :rank] = beside * alpha
         wide[:, start : start + c] = last / made_of.base_scale[j]
         wanted_b = wide.clamp(-448, 448).to(E4M3)
         assert b.stride(0) == width_of_b
         assert same_bytes(b.as_strided(wide.shape, b.stride()), wanted_b)  # zeros between, too
-        assert b.shape[1] == (width_of_b if c else r + rc)
+        assert b.shape[1] == rank + c
 
 
 @pytest.mark.parametrize("lora_dtype", ["float32", "bfloat16"])
