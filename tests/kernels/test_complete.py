@@ -368,3 +368,15 @@ def test_each_launch_is_in_the_table(card: Card, architecture: int, count: int) 
         rows_written(draw, card)
     assert not card.missing, "\n".join(map(str, sorted(card.missing)))
     assert len(card.seen) > 40
+    fixed = [name for name, *_ in card.seen if "_fixed_" in name]
+    assert {name[:11] for name in fixed} == {"adapter_cas", "adapter_fp8"}
+
+
+def test_a_small_rank_beside_a_large_one(card: Card) -> None:
+    """In FP8, where one launch has both."""
+    card.architecture = 90
+    group = Group(
+        4096, (4096, 1024), ((8,), (128,)), BF16, False, F32, SiteSpec("row", "pow2", "e5m2")
+    )
+    lowered(group, fp8=True, holds=False, train_a=True)
+    assert not card.missing, card.missing
