@@ -264,8 +264,8 @@ def calibrated(group: Group, more: int, last: int, first: int, *, train_a: bool)
     """
     spec, text, wide = group.spec, str(group.spec), BF16 if group.dtype == BF16 else F32
     of = [(group.outs[i], rank) for i, rank in zip(group.owner, group.flat, strict=True)]
-    for part in in_casts(len(of)):
-        own = of[part]
+    for launched in in_casts(len(of)):
+        own = of[launched]
         lora_a = [empty(rank, group.into, dtype=group.lora_dtype) for _, rank in own]
         lora_b = [empty(out, rank, dtype=group.lora_dtype) for out, rank in own]
         rows = [empty(more, group.into, dtype=group.dtype) for _ in own] * bool(more)
