@@ -92,13 +92,15 @@ def all_tails(
     stored. ``adapters_of`` a version of it are those that read it.
 
     A launch takes three adapters, but where formats or scales are rare 64 columns of one. There,
-    and beyond 64, ranks are filled up to multiples of 16: kernels for others would spill.
+    and where one is beyond 64, ranks are filled up to multiples of 16: kernels for others would
+    spill.
     """
     scales: Granularity = "row" if unit.dim() == 2 else "tensor"
     usual = is_usual(direction, fp8_format(wide.dtype), scales, dtype_name(a_dtype))
     made: list[Tensor] = []
     ranks = [a.w.shape[0 if direction == "forward" else 1] for a in adapters_of(wide)]
-    widths = [rank if usual and rank <= RARE else aligned(rank) for rank in ranks]
+    narrow = usual and max(ranks, default=0) <= RARE
+    widths = [rank if narrow else aligned(rank) for rank in ranks]
     places = _places(widths, MAX_TAIL if usual else RARE)
     most = MAX_SIBLINGS if usual else 1
     for first in range(0, len(places), most):

@@ -258,13 +258,14 @@ def lowered(group: Group, *, fp8: bool, holds: bool, train_a: bool) -> None:
         products.adapter_grads_product(*of_a, group.lora_dtype, text)
 
 
-def calibrated(random: random.Random, group: Group) -> None:
-    """Casts and gradients of adapters behind which stand fixed rows and columns."""
+def calibrated(group: Group, more: int, last: int, first: int, *, train_a: bool) -> None:
+    """Casts and gradients of adapters behind which stand ``more`` fixed rows, and ``last`` columns
+    behind as many; in rows that begin with ``first`` columns of others.
+    """
     spec, text, wide = group.spec, str(group.spec), BF16 if group.dtype == BF16 else F32
-    more, last = random.choice((16, 16, 8, 0)), random.choice((16, 16, 0, 4))
     of = [(group.outs[i], rank) for i, rank in zip(group.owner, group.flat, strict=True)]
-    for part in in_casts(len(of)):
-        own = of[part]
+    for launched in in_casts(len(of)):
+        own = of[launched]
         lora_a = [empty(rank, group.into, dtype=group.lora_dtype) for _, rank in own]
         lora_b = [empty(out, rank, dtype=group.lora_dtype) for out, rank in own]
         rows = [empty(more, group.into, dtype=group.dtype) for _ in own] * bool(more)
@@ -276,15 +277,13 @@ def calibrated(random: random.Random, group: Group) -> None:
         scales = [empty(out, 1) for out, _ in own]
         plain = functools.partial(list[Tensor])
         tails_products.adapter_casts(lora_a, lora_b, ones, scales, plain, text, *fixed).run()
-    q = [empty(N, group.into, dtype=E4M3), scale(N, spec)] * random.choice((0, 1))
+    q = [empty(N, group.into, dtype=E4M3), scale(N, spec)] * train_a
     for places in adapter_parts(group.flat):
         own = of[places.start : places.stop]
         ranks, widths = [rank for _, rank in own], [rank + more for _, rank in own]
         grad = [empty(N, out, dtype=group.dtype) for out, _ in own]
         b = [empty(out, rank + more + last, dtype=wide)[:, :rank] for out, rank in own]
         adapters.grad_out_a(grad, b, "auto").run()
-        # Those of other adapters stand in the same rows.
-        first = random.choice((0, 0, 16, 8))
         low, d = (empty(N, first + sum(widths), dtype=wide)[:, first:] for _ in range(2))
         given = grad, low, ranks, [1.0] * len(own), q, [d] if q else []
         adapters.adapter_grads(*given, group.lora_dtype, "auto", widths).run()
@@ -363,8 +362,35 @@ def test_each_launch_is_in_the_table(card: Card, architecture: int, count: int) 
     for i in range(count):
         group = Group.drawn(draw)
         lowered(group, fp8=i % 2 == 0, holds=i % 5 == 1, train_a=i % 3 > 0)
-        calibrated(draw, group)
+        sizes = [draw.choice(of) for of in ((16, 16, 8, 0), (16, 16, 0, 4), (0, 0, 16, 8))]
+        calibrated(group, *sizes, train_a=i % 3 > 0)
         in_one_stack(draw)
         rows_written(draw, card)
     assert not card.missing, "\n".join(map(str, sorted(card.missing)))
     assert len(card.seen) > 40
+
+
+def test_a_small_rank_beside_a_large_one(card: Card) -> None:
+    """In FP8, where one launch has both."""
+    card.architecture = 90
+    group = Group(
+        4096, (4096, 1024), ((8,), (128,)), BF16, False, F32, SiteSpec("row", "pow2", "e5m2")
+    )
+    lowered(group, fp8=True, holds=False, train_a=True)
+    assert not card.missing, card.missing
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("rank", [8, 16, 64])
+def test_a_calibrated_layer_has_kernels(
+    card: Card, architecture: int, dtype: torch.dtype, rank: int
+) -> None:
+    """Of all seven sites, with 16 fixed rows and the columns of 16 channels."""
+    card.architecture = architecture
+    outs, spec = (4096,) * 4 + (11008, 11008, 4096), SiteSpec("row", "pow2", "e5m2")
+    group = Group(4096, outs, ((rank,),) * 7, BF16, False, dtype, spec)
+    calibrated(group, 16, 16, 0, train_a=True)
+    assert not card.missing, card.missing
+    fixed = {name[:11]: name for name, *_ in card.seen if "_7x_fixed_bfloat16_" in name}
+    assert sorted(fixed) == ["adapter_cas", "adapter_fp8"]
