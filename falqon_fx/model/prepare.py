@@ -169,8 +169,7 @@ def _convert(
     """Cast layers and put them in place; the bytes of their weights before and after."""
     before = after = 0
     for layer in track(layers, progress):
-        base = _cast(layer, config)
-        terms = wanted.terms(layer)
+        base, terms = _cast(layer, config, wanted), wanted.terms(layer)
         before += local(layer.module.weight).nbytes
         after += base.nbytes + sum(term.nbytes for term in terms.values())
         _replace(model, layer, base, config, terms)
@@ -189,11 +188,11 @@ def _convert_stacks(
     return before, after
 
 
-def _cast(layer: LinearLayer, config: FalqonConfig) -> Base:
+def _cast(layer: LinearLayer, config: FalqonConfig, wanted: Calibration) -> Base:
     if config.init == "svd" and layer.lora is not None:
         for a, b, _ in layer.lora.each():
             init_where_new(layer.weight, a, b, config)
-    return cast_part(layer.weight, SiteSpec.from_config(config))
+    return wanted.base(layer) or cast_part(layer.weight, SiteSpec.from_config(config))
 
 
 def _replace(
