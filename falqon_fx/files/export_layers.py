@@ -304,8 +304,9 @@ class Originals:
         transposed: bool = False,
         near: Tensor | None = None,
     ) -> Tensor:
-        """The tensor ``name`` [out, in], of which ``ours`` was made; see `read`. With ``near``, what
-        a calibration has made of it, that is at most twice as far from it as its cast to nearest.
+        """The tensor ``name`` [out, in], of which ``ours`` was made; see `read`. Where a
+        calibration has rounded it, ``near`` is what ours and its terms stand for: at most twice
+        as far from it as its cast to nearest.
         """
         remedy = "Name the folder of the model that was prepared, or leave out base="
         if name not in self._index:
