@@ -9,7 +9,9 @@ tr(E · C · Eᵀ) a token. The best E of rank r is known (QERA, arXiv 2410.0604
     U · S · Vᵀ = E · L          its top r singular triples
     A_c = √S · Vᵀ · L⁻¹ [r, in]     B_c = U · √S [out, r]
 
-so that ‖(E - B_c · A_c) · L‖² is the sum of the other S², the least that any rank r leaves.
+so that ‖(E - B_c · A_c) · L‖² is the sum of the other S², the least that any rank r leaves. What
+the product leaves of W is rounded anew along x (`falqon_fx.site.rounding`), and the product found
+once more, for E = W - Ŵ: since rounding may err along the product, both together err less.
 """
 
 from __future__ import annotations
