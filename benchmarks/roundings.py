@@ -4,10 +4,11 @@
     python benchmarks/roundings.py --keep FOLDER --seeds 0 --variants plain gptq
 
 SmolLM2-135M-Instruct in float32, the casts emulated as in ``benchmarks/forms.py``: bytes that this
-library could hold, products exact. Calibrated on 128 chats a sample, judged on all held-out chats
-and on twice the reviews of ``benchmarks/calibration.py``, since a few labels make most of a KL's
-error. Differences are paired: the mean over labels of one variant's KL minus another's, and its
-standard error, so that what is hard to say for both is not counted as noise.
+library could hold, products exact. Calibrated on 128 chats a sample (``--chats``; a folder for each
+number), judged on all held-out chats and on twice the reviews of ``benchmarks/calibration.py``,
+since a few labels make most of a KL's error. Differences are paired: the mean over labels of one
+variant's KL minus another's, and its standard error, so that what is hard to say for both is not
+counted as noise.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from weighted import (
     Factors,
     Rounding,
     Seen,
+    along,
     gptq,
     heaviest,
     low_rank,
@@ -85,6 +87,7 @@ VARIANTS = {
     "searched, both": Variant(searched, LOW_UNITS, HEAVY_UNITS),
     "gptq, both": Variant(gptq(of_units), LOW_UNITS, HEAVY_UNITS),
     "both, gptq": Variant(gptq(of_units), LOW_UNITS, HEAVY_UNITS, first=True),
+    "both, along x": Variant(along(of_inputs), None, HEAVY),
 }
 
 
@@ -129,8 +132,8 @@ def cast_row(values: Tensor) -> Tensor:
 class Bench:
     """The model, the texts, what the model says of them, and W as it was."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, count: int = CHATS) -> None:
+        self.folder, self.count = folder, count
         base, self.tokenizer = smollm.load_model()
         self.base = base.float().eval().requires_grad_(False)
         data = smollm.split(smollm.chatterbot_pairs())
@@ -157,7 +160,7 @@ class Bench:
         file = self.folder / f"seen-{seed}.pt"
         if not file.exists():
             fitting = calibration.chats(self.tokenizer, self.train)
-            picked = random.Random(seed).sample(fitting, CHATS)
+            picked = random.Random(seed).sample(fitting, self.count)
             batches = [{"input_ids": example.ids} for example in calibration.together(picked)]
             torch.save(
                 {n: asdict(s) for n, s in read(self.base, self.sites, batches).items()}, file
@@ -279,10 +282,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--variants", nargs="*", default=[*VARIANTS], choices=[*VARIANTS])
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
+    parser.add_argument("--chats", type=int, default=CHATS, help="of a sample")
     parser.add_argument("--keep", type=Path, required=True, help="folder of what was computed")
     args = parser.parse_args(argv)
     args.keep.mkdir(parents=True, exist_ok=True)
-    bench, judged = Bench(args.keep), list[Judged]()
+    bench, judged = Bench(args.keep, args.chats), list[Judged]()
     for seed, name in itertools.product(args.seeds, args.variants):
         if VARIANTS[name].calibrated or seed == args.seeds[0]:
             judged += judge(bench, name, seed)

@@ -12,11 +12,15 @@ from forms import by_row
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from falqon_fx import FalqonConfig
 from falqon_fx.site.compensate import damped_root, error_factors, heaviest_channels
 from falqon_fx.site.numerics import E4M3, amax_to_scale, round_to_fp8
+from falqon_fx.site.rounding import round_along
+from falqon_fx.site.spec import SiteSpec
 
 RANKS = CHANNELS = 16
 BLOCK = 128  # columns that GPTQ corrects at a time
+SPEC = SiteSpec.from_config(FalqonConfig())
 
 # ---------------------------------------------------------------- what layers read
 
@@ -182,6 +186,25 @@ def low_rank(weighting: Weighting, outputs: Outputs | None = None, ranks: int = 
         return found.a, torch.linalg.solve_triangular(left.t(), found.b, upper=True)
 
     return factors
+
+
+def along(weighting: Weighting, ranks: int = RANKS) -> Rounding:
+    """What `falqon_fx.prepare` makes of W with a calibration: what a product of low rank leaves of
+    it is rounded along x, and the product found anew for the error of that; both together.
+    """
+
+    def made(weight: Tensor, seen: Seen) -> Tensor:
+        moment = weighting(seen)
+        order = moment.diagonal().argsort()
+        root, wide = damped_root(moment[order][:, order]), weight[:, order]
+        found = error_factors(wide - by_row(wide), root, ranks)
+        cast = round_along(wide - found.b @ found.a, root, SPEC).dequantize()
+        found = error_factors(wide - cast, root, ranks)
+        back = torch.empty_like(weight)
+        back[:, order] = cast + found.b.bfloat16().float() @ by_row(found.a.bfloat16().float())
+        return back
+
+    return made
 
 
 def heaviest(

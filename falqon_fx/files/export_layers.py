@@ -119,13 +119,18 @@ class ExportLayer:
         Raises:
             FalqonError: as `cast`.
         """
-        if self.module is self.linear and self.prepared:
+        whole = not (self.prepared and self.rounded_beside_terms())
+        if self.module is self.linear and self.prepared and whole:
             return None
         weight, source = self.weight()
         merged = self._merged(weight)
         check_weight(self.path, merged, "merged weight")
         wide = weight.to(torch.float32)
-        return None if torch.equal(merged, wide) else Merged(wide, merged, source)
+        return None if whole and torch.equal(merged, wide) else Merged(wide, merged, source)
+
+    def rounded_beside_terms(self) -> bool:
+        """Whether the bytes stand for W together with the terms of a calibration alone."""
+        return self.spec.base != "nvfp4" and "error_b" in getattr(self.linear, "terms", {})
 
     def trained(self) -> Base:
         """The bytes that were trained on."""
@@ -286,7 +291,8 @@ class Originals:
         """
         name, ours = self._names[layer.path], layer.linear.base()
         given = (layer.path, name, ours, layer.dtype, layer.spec, layer.transposed)
-        return self.of_part(*given)
+        beside = layer.rounded_beside_terms()
+        return self.of_part(*given, layer.linear.corrected(ours.dequantize()) if beside else None)
 
     def of_part(
         self,
@@ -296,8 +302,12 @@ class Originals:
         dtype: torch.dtype,
         spec: SiteSpec,
         transposed: bool = False,
+        near: Tensor | None = None,
     ) -> Tensor:
-        """The tensor ``name`` [out, in], of which ``ours`` was made; see `read`."""
+        """The tensor ``name`` [out, in], of which ``ours`` was made; see `read`. Where a
+        calibration has rounded it, ``near`` is what ours and its terms stand for: at most twice
+        as far from it as its cast to nearest.
+        """
         remedy = "Name the folder of the model that was prepared, or leave out base="
         if name not in self._index:
             raise FalqonError(path, f"{self._folder} has no tensor {name!r}", remedy)
@@ -306,7 +316,11 @@ class Originals:
         weight = weight.t().contiguous() if transposed else weight
         if weight.shape == nvfp4.shape_of(ours.code):
             theirs = cast_base(weight, spec)
-            if torch.equal(theirs.code, ours.code) and torch.equal(theirs.scale, ours.scale):
+            if near is not None:
+                wide = weight.to(torch.float32)
+                if bool((near - wide).norm() <= 2 * (theirs.dequantize() - wide).norm()):
+                    return weight
+            elif torch.equal(theirs.code, ours.code) and torch.equal(theirs.scale, ours.scale):
                 return weight
         problem = f"its FP8 weight was not made from the weight in {self._folder}"
         raise FalqonError(path, problem, remedy)

@@ -17,8 +17,9 @@ from falqon_fx.model.lora_layers import LinearLayer
 from falqon_fx.model.moments import Moment, moments_of
 from falqon_fx.model.sensitivity import CastCost, cast_costs, check_any
 from falqon_fx.site.allot import Offer, allot
-from falqon_fx.site.base import cast_base
+from falqon_fx.site.base import Base, cast_base
 from falqon_fx.site.compensate import ErrorFactors, error_factors, heaviest_channels
+from falqon_fx.site.rounding import round_along
 from falqon_fx.site.spec import SiteSpec
 
 Asked = int | Literal["auto"]
@@ -31,6 +32,7 @@ class _Terms:
     """What could be bought for one layer: as many ranks and channels as are offered."""
 
     factors: ErrorFactors | None
+    base: Base | None  # W as it is to be cast; None: to nearest
     channels: Tensor
     shares: Tensor  # of the channels, of what the cast of x costs
     columns: Tensor
@@ -82,6 +84,7 @@ class Calibration:
     left: dict[str, float] = field(default_factory=dict)
     bought: dict[str, tuple[int, int]] = field(default_factory=dict)
     _terms: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    _bases: dict[str, Base] = field(default_factory=dict)
     _costs: dict[str, CastCost] | None = None
     _found: dict[str, _Terms] = field(default_factory=dict)  # read before they are asked for
 
@@ -192,6 +195,8 @@ class Calibration:
         chosen = self._chosen(layers, found, costs)
         for site, (ranks, channels) in chosen.items():
             self._terms[site] = found[site].take(ranks, channels)
+            if (base := found[site].base) is not None:
+                self._bases[site] = base
             self.left[site], self.bought[site] = found[site].left(ranks), (ranks, channels)
 
     @torch.no_grad()
@@ -217,15 +222,30 @@ class Calibration:
         return found
 
     def _offered(self, layer: LinearLayer, moment: Moment, spec: SiteSpec) -> _Terms:
+        """Of ranks that are given, the product is found for W as it is cast to nearest; what it
+        leaves of W is rounded along x (`round_along`), and the product found anew for the error of
+        that. Where each layer's ranks are still to be chosen, W itself is rounded.
+        """
         weight = layer.weight.detach()
         ranks, channels = self._most(layer)
-        factors = None
+        factors, base = None, None
         with torch.autocast(weight.device.type, enabled=False):
             if ranks:
-                error = weight.to(torch.float32) - cast_base(weight, spec).dequantize()
-                factors = error_factors(error, moment.root, ranks)
+                order, root = moment.order, moment.root
+                wide = weight.to(torch.float32)[:, order]
+                error = wide - cast_base(weight, spec).dequantize()[:, order]
+                factors = error_factors(error, root, ranks)
+                if spec.base != "nvfp4":  # whose neighbours share a scale
+                    part = 0.0 if self.ranks == "auto" else factors.b @ factors.a
+                    base = round_along(wide - part, root, spec)
+                    error = wide - base.dequantize()
+                    factors = error_factors(error, root, ranks, size=factors.size)
+                    code = torch.empty_like(base.code)
+                    code[:, order] = base.code
+                    base = Base(code.cpu(), base.scale.cpu())  # until all layers are cast
+                factors.a[:, order] = factors.a.clone()
             picked, shares = heaviest_channels(moment.squares, weight, channels)
-        return _Terms(factors, picked, shares, weight[:, picked])
+        return _Terms(factors, base, picked, shares, weight[:, picked])
 
     def _most(self, layer: LinearLayer) -> tuple[int, int]:
         """How many ranks and channels are made for a layer."""
@@ -279,3 +299,8 @@ class Calibration:
     def terms(self, layer: LinearLayer) -> dict[str, Tensor]:
         """The terms of a layer, see `Fp8Linear`; none where nothing came to it, or zeros alone."""
         return self._terms.pop(layer.site, {})
+
+    def base(self, layer: LinearLayer) -> Base | None:
+        """The base that the terms of a layer were made for; None where that is W to nearest."""
+        base, device = self._bases.pop(layer.site, None), layer.weight.device
+        return base and Base(base.code.to(device), base.scale.to(device))

@@ -70,9 +70,16 @@ class Moment:
         return self.total.diagonal() / self.tokens
 
     @functools.cached_property
+    def order(self) -> Tensor:
+        """The channels by E[x_c²], the largest last."""
+        return self.squares.argsort()
+
+    @functools.cached_property
     def root(self) -> Tensor:
-        """`damped_root` of the mean, made once for all layers that share it."""
-        return damped_root(self.mean)
+        """`damped_root` of the mean with its channels in `order`, made once for all layers that
+        share it.
+        """
+        return damped_root(self.mean[self.order][:, self.order])
 
 
 @dataclass

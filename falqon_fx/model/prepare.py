@@ -68,10 +68,11 @@ def prepare(
     sharded.
 
     With ``calibration`` the model runs over its batches once, and what the casts cost along these
-    inputs is bought back: most of W's cast error by a fixed product of low rank beside the FP8
-    weight (`falqon_fx.site.compensate` has the equation and its source), and x's in the channels
-    that weigh most. The adapters are not touched: they stay adapters of the plain base. Stacked
-    experts get neither.
+    inputs is bought back. Of W's cast error a fixed product of low rank beside the FP8 weight takes
+    most (`falqon_fx.site.compensate` has the equation and its source); what is left of W is rounded
+    so that the errors of its columns make up for each other (`falqon_fx.site.rounding`). Of x's it
+    is those channels that weigh most. The adapters are not touched: they stay adapters of the plain
+    base. Stacked experts get neither.
 
     Args:
         model: with adapters or without, or its compiled wrapper.
@@ -80,10 +81,12 @@ def prepare(
             on: dicts (keyword arguments), tuples or lists (positional ones), or tensors. Of each
             tensor that layers read 4 · in² bytes are held, at most half the bytes of the weights
             (or 1 GiB) at a time: with more of them the model runs over the batches several times.
+            The bytes of layers wait in the CPU's memory until all have been looked at.
         compensate: the rank r of the product, 2 · r · (in + out) bytes a layer; 16 where a
-            calibration is given. 0: none. "auto" spends as many bytes as 16 would take where they
-            are expected to lower the loss most (`falqon_fx.model.sensitivity`), for which the model
-            runs forward and backward over the batches first.
+            calibration is given. 0: none, and W is cast to nearest. "auto" spends as many bytes as
+            16 would take where they are expected to lower the loss most
+            (`falqon_fx.model.sensitivity`), for which the model runs forward and backward over the
+            batches first.
         outliers: the channels c of x whose cast error is added back, 2 · c · out bytes a layer; 16
             where a calibration is given. 0: none. "auto" as with ``compensate``; where both are,
             they share their bytes.
@@ -169,8 +172,7 @@ def _convert(
     """Cast layers and put them in place; the bytes of their weights before and after."""
     before = after = 0
     for layer in track(layers, progress):
-        base = _cast(layer, config)
-        terms = wanted.terms(layer)
+        base, terms = _cast(layer, config, wanted), wanted.terms(layer)
         before += local(layer.module.weight).nbytes
         after += base.nbytes + sum(term.nbytes for term in terms.values())
         _replace(model, layer, base, config, terms)
@@ -189,11 +191,11 @@ def _convert_stacks(
     return before, after
 
 
-def _cast(layer: LinearLayer, config: FalqonConfig) -> Base:
+def _cast(layer: LinearLayer, config: FalqonConfig, wanted: Calibration) -> Base:
     if config.init == "svd" and layer.lora is not None:
         for a, b, _ in layer.lora.each():
             init_where_new(layer.weight, a, b, config)
-    return cast_part(layer.weight, SiteSpec.from_config(config))
+    return wanted.base(layer) or cast_part(layer.weight, SiteSpec.from_config(config))
 
 
 def _replace(

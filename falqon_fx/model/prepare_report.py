@@ -20,8 +20,9 @@ class PrepareReport:
     Attributes:
         frozen: those of the ``prepared`` layers that have no adapter.
         tokens: how many a calibration has read.
-        calibrated: by layer, the share of the cast error of W that is left in its output,
-            ‖(E - B_c · A_c) · L‖ / ‖E · L‖, 1 where no ranks were asked for.
+        calibrated: by layer, what is left of W's cast error in its output, compared with a cast to
+            nearest, ‖(W - Ŵ - B_c · A_c) · L‖ / ‖(W - dq(q(W))) · L‖; 1 where no ranks were asked
+            for.
         bought: by layer, how many ranks and how many channels of x it got.
         config: what ``torch.compile`` is to get: the one given, where exclude="sensitive:8" named
             layers with their paths.

@@ -9,7 +9,9 @@ tr(E · C · Eᵀ) a token. The best E of rank r is known (QERA, arXiv 2410.0604
     U · S · Vᵀ = E · L          its top r singular triples
     A_c = √S · Vᵀ · L⁻¹ [r, in]     B_c = U · √S [out, r]
 
-so that ‖(E - B_c · A_c) · L‖² is the sum of the other S², the least that any rank r leaves.
+so that ‖(E - B_c · A_c) · L‖² is the sum of the other S², the least that any rank r leaves. What
+the product leaves of W is rounded anew along x (`falqon_fx.site.rounding`), and the product found
+once more, for E = W - Ŵ: since rounding may err along the product, both together err less.
 """
 
 from __future__ import annotations
@@ -26,25 +28,26 @@ DAMPING = 0.1
 
 @dataclass(frozen=True)
 class ErrorFactors:
-    """A_c [r, in] and B_c [out, r], float32; ``left`` is ‖(E - B_c · A_c) · L‖ / ‖E · L‖, and
-    ``shares`` [r] what each rank takes off its square, the largest first.
+    """A_c [r, in] and B_c [out, r], float32; ``left`` is ‖(E - B_c · A_c) · L‖ / ``size``, and
+    ``shares`` [r] what each rank takes off its square, the largest first. ``size`` is ‖E · L‖, or
+    that of another error, with which this one is compared.
     """
 
     a: Tensor
     b: Tensor
     left: float
     shares: Tensor
+    size: float
 
     def first(self, rank: int) -> ErrorFactors:
         """The factors of a lower rank."""
-        if rank == len(self.shares):
-            return self
-        shares = self.shares[:rank]
-        left = max(0.0, 1 - float(shares.sum())) ** 0.5
-        return ErrorFactors(self.a[:rank], self.b[:, :rank], left, shares)
+        left = (self.left**2 + float(self.shares[rank:].sum())) ** 0.5
+        return ErrorFactors(self.a[:rank], self.b[:, :rank], left, self.shares[:rank], self.size)
 
 
-def error_factors(error: Tensor, root: Tensor, rank: int, seed: int = 0) -> ErrorFactors:
+def error_factors(
+    error: Tensor, root: Tensor, rank: int, seed: int = 0, size: float | None = None
+) -> ErrorFactors:
     """The factors of E [out, in] for L = ``root`` [in, in], see `damped_root`.
 
     The singular triples are those of `low_rank_rows`: exact for small matrices, else of a
@@ -57,11 +60,11 @@ def error_factors(error: Tensor, root: Tensor, rank: int, seed: int = 0) -> Erro
     inverse = torch.where(sizes > 0, sizes.reciprocal(), 0.0)
     b = (weighted @ rows.t()) * inverse
     a = torch.linalg.solve_triangular(root.t(), rows.t(), upper=True).t()
-    norm = weighted.norm()
-    if not norm > 0:
-        return ErrorFactors(a, b, 0.0, torch.zeros_like(sizes))
-    shares = b.square().sum(0) * sizes / norm.square()
-    return ErrorFactors(a, b, float((weighted - b @ rows).norm() / norm), shares)
+    size = float(weighted.norm()) if size is None else size
+    if not size > 0:
+        return ErrorFactors(a, b, 0.0, torch.zeros_like(sizes), size)
+    shares = b.square().sum(0) * sizes / size**2
+    return ErrorFactors(a, b, float((weighted - b @ rows).norm() / size), shares, size)
 
 
 def damped_root(moment: Tensor) -> Tensor:
