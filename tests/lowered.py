@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from falqon_fx.ops import lowering
 from falqon_fx.site.forms import operand_of
 from falqon_fx.site.numerics import E4M3, E5M2
 from falqon_fx.site.spec import SiteSpec
@@ -40,6 +41,11 @@ def run(case: Case) -> dict[str, Tensor]:
 def gemm_dtype(dtype: torch.dtype) -> torch.dtype:
     """What products return; on a CPU that multiplies bfloat16."""
     return BF16 if dtype == BF16 else F32
+
+
+def on_this_cpu(dtype: torch.dtype) -> torch.dtype:
+    """The same here, also of what a GPU would do: it runs here, too."""
+    return lowering.gemm_dtype(dtype, torch.device("cpu"))
 
 
 def hat(x: Tensor, dtype: torch.dtype, spec: SiteSpec) -> Approx:
@@ -125,7 +131,7 @@ def expected(
     ``dtype``: what products return. ``steps``: dL/dx may be a buffer in it, which is rounded after
     each product that is added, instead of one product over all.
     """
-    dtype = dtype or gemm_dtype(case.out_dtype)
+    dtype = dtype or on_this_cpu(case.out_dtype)
     loras = operands(case, dtype)
     x_hat = hat(case.x.detach().reshape(-1, case.x.shape[-1]), case.spec.operand, case.spec)
     wanted: dict[str, Approx] = {}

@@ -75,14 +75,17 @@ def test_losses_and_share_are_those_of_the_casts_that_a_graph_makes(options):
 
 
 def test_the_adapter_of_a_bfloat16_layer_is_rounded_to_bfloat16():
-    """To nearest: off by at most 2^-9 of each element; it is in float32 as PEFT's are."""
+    """To nearest: off by at most 2^-9 of each element; it is in float32 as PEFT's are. A CPU that
+    doesn't multiply bfloat16 leaves it so.
+    """
     model = nn.Sequential(LoraLinear(32, 32, dtype=torch.bfloat16))
     fill_b(model)
     compiled = torch.compile(model, backend="falqon", options=OPTIONS)
     with falqon_fx.watch(model) as seen:
         train(compiled, trained(model), torch.randn(6, 32, dtype=torch.bfloat16), 1)
     (item,) = seen.history
-    assert 2**-12 < item.lost_b < 2**-9
+    rounds = gemm_dtype(torch.bfloat16, torch.device("cpu")) == torch.bfloat16
+    assert 2**-12 < item.lost_b < 2**-9 if rounds else item.lost_b == 0
 
 
 def test_what_fp8_clamps_is_counted_and_by_nothing_else():

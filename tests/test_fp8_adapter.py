@@ -17,12 +17,11 @@ from torch.nn import functional as F
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonConfigError, FalqonError
 from falqon_fx.ops.fp8_adapter import balance, clamped
-from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.report.repro import arguments, check
 from falqon_fx.site.base import cast_base
 from falqon_fx.site.numerics import E4M3, E5M2
 from falqon_fx.site.spec import SiteSpec
-from tests.lowered import behind, cast_error, decoded, hat, number, run
+from tests.lowered import behind, cast_error, decoded, hat, number, on_this_cpu, run
 from tests.models import LoraLinear, fill_b, lora_b, tiny_llama, tiny_mlp
 from tests.sites import randn
 from tests.spellings import Passes
@@ -182,7 +181,7 @@ def test_results_equal_float64_on_the_same_quantized_operands(case):
         warnings.simplefilter("ignore")
         actual = run(case)
     assume(not any(clamped.of(lora.lora_b) for lora in case.adapters))
-    wanted = expected(case, actual["out_a"], gemm_dtype(case.out_dtype, torch.device("cpu")))
+    wanted = expected(case, actual["out_a"], on_this_cpu(case.out_dtype))
     assert actual.keys() == wanted.keys() & {*case.leaves(), *actual}
     for name, result in actual.items():
         shape, of = result.shape, wanted[name]

@@ -21,6 +21,7 @@ from tests.lowered import (
     expected,
     falqon,
     number,
+    on_this_cpu,
     run,
 )
 from tests.sites import randn
@@ -28,11 +29,6 @@ from tests.strategies import cases
 from tests.tolerances import Approx, fp8_cast_bound, side_by_side
 
 BOTH = ("fp8", "int8")
-
-
-def on_this_cpu(dtype: torch.dtype) -> torch.dtype:
-    """What products return here."""
-    return lowering.gemm_dtype(dtype, torch.device("cpu"))
 
 
 def holds(wanted: Approx, actual: Tensor) -> None:
@@ -43,7 +39,7 @@ def holds(wanted: Approx, actual: Tensor) -> None:
 @settings(max_examples=6 * settings.default.max_examples)
 @given(cases(BOTH))
 def test_results_equal_float64_on_the_same_quantized_operands(case):
-    check(case, expected(case, dtype=on_this_cpu(case.out_dtype)))
+    check(case, expected(case))
 
 
 @given(cases(BOTH))
@@ -72,7 +68,7 @@ def test_results_equal_the_original_layer_within_the_fp8_casts(case):
     one to FP8 where it meets W in FP8. The rest is the arithmetic of the op.
     """
     spec, dtype = case.spec, on_this_cpu(case.out_dtype)
-    own = expected(case, dtype=dtype)
+    own = expected(case)
     casts, wanted = iter(case.casts), {}
 
     def near(x: Tensor, scale: Tensor) -> Approx:
