@@ -14,6 +14,7 @@ from torch import nn
 import falqon_fx
 from falqon_fx import CastAudit
 from falqon_fx.model.watching import _view, summary
+from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.rows import audit
 from falqon_fx.site.spec import SiteSpec
 from tests.models import LoraLinear, Stack, fill_b, lora_b, train

@@ -26,7 +26,7 @@ from falqon_fx.passes import insert_operands
 from falqon_fx.site.base import cast_base
 from falqon_fx.site.numerics import E4M3
 from tests.cuda import BF16, GROUPS, INTERPRETED, ROW, TENSOR, as_on_a_gpu, group, lower
-from tests.lowered import on_this_cpu, run
+from tests.lowered import gemm_dtype, run
 from tests.models import fill_b, tiny_mlp
 from tests.parameters import each_pair, each_value
 from tests.sites import dyadic, needs_row_scales
@@ -61,7 +61,7 @@ def test_results_equal_float64_on_the_same_quantized_operands(case: Case, kernel
     with as_on_a_gpu(grad_x=False):
         actual = run(case)
     assume(not any(counted(case)))
-    wanted = expected(case, actual["out_a"], on_this_cpu(case.out_dtype))
+    wanted = expected(case, actual["out_a"], gemm_dtype(case.out_dtype))
     assert actual.keys() == wanted.keys() & {*case.leaves(), *actual}
     for name, result in actual.items():
         shape, of = result.shape, wanted[name]
@@ -143,7 +143,7 @@ def test_by_the_library(name):
     case = counting(in_fp8(GROUPS[name](replace(ROW, kernel="scaled_mm"))))
     with as_on_a_gpu(grad_x=False):
         actual = run(case)
-    for result, of in expected(case, actual["out_a"], on_this_cpu(case.out_dtype)).items():
+    for result, of in expected(case, actual["out_a"], gemm_dtype(case.out_dtype)).items():
         if result in actual:
             of.assert_holds(actual[result])
 

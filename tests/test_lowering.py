@@ -39,7 +39,7 @@ def holds(wanted: Approx, actual: Tensor) -> None:
 @settings(max_examples=6 * settings.default.max_examples)
 @given(cases(BOTH))
 def test_results_equal_float64_on_the_same_quantized_operands(case):
-    check(case, expected(case))
+    check(case, expected(case, dtype=on_this_cpu(case.out_dtype)))
 
 
 @given(cases(BOTH))
@@ -68,7 +68,7 @@ def test_results_equal_the_original_layer_within_the_fp8_casts(case):
     one to FP8 where it meets W in FP8. The rest is the arithmetic of the op.
     """
     spec, dtype = case.spec, on_this_cpu(case.out_dtype)
-    own = expected(case)
+    own = expected(case, dtype=dtype)
     casts, wanted = iter(case.casts), {}
 
     def near(x: Tensor, scale: Tensor) -> Approx:
