@@ -42,7 +42,10 @@ def unaligned(spec: AdapterFp8Spec) -> dict[Sizes, str]:
     return {"rank": r"rank\d|fixed_rank\d|count\d"}
 
 
-GOLDEN = (replace(LAYER, adapters=2), replace(LAYER, adapters=1, fixed="bfloat16"))
+GOLDEN = (
+    replace(LAYER, adapters=2),
+    _made(64, "float32", adapters=1, fixed="bfloat16"),
+)
 # The conditions on α, of one row of a tile, change hands byte by byte.
 KERNEL = Kernel(
     AdapterFp8Spec, signatures, ahead, GOLDEN, unaligned, bytewise=frozenset({"cast_b"})

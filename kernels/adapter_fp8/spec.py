@@ -63,7 +63,7 @@ class AdapterFp8Spec(KernelSpec):
         """The spec for so many columns, padded. Larger tiles would spill where columns are few, and
         where each may come from two or three matrices.
         """
-        tile = 2048 if rank == 16 or fixed != "none" else 4096
+        many = fixed != "none"
         return cls(
             input_dtype=input_dtype,
             scale=scale,
@@ -71,7 +71,8 @@ class AdapterFp8Spec(KernelSpec):
             adapters=adapters,
             rank=rank,
             fixed=fixed,
-            tile=tile,
+            block=2048 if many else 4096,
+            tile=2048 if rank == 16 or many else 4096,
         )
 
     @property
