@@ -73,6 +73,7 @@ class AdapterFp8Spec(KernelSpec):
             fixed=fixed,
             block=2048 if many else 4096,
             tile=2048 if rank == 16 or many else 4096,
+            num_warps=8 if many else 4,
         )
 
     @property
