@@ -88,7 +88,7 @@ class Adapter:
 
     @property
     def rows(self) -> int:
-        """Of Â."""
+        """The rows of Â."""
         return rank_of(self.rank, self.error, self.columns)
 
     @property

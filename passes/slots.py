@@ -133,7 +133,7 @@ class AdapterSlot:
 
     @property
     def kind(self) -> tuple[bool, ...]:
-        """Those of one kind are cast by one op."""
+        """What adapters share that are cast by one op."""
         own = self.correction
         return self.wide, self.base is not None, own.error is not None, own.columns is not None
 

@@ -27,11 +27,11 @@ from falqon_fx.site.base import cast_base
 from falqon_fx.site.numerics import E4M3
 from tests.cuda import BF16, GROUPS, INTERPRETED, ROW, TENSOR, as_on_a_gpu, group, lower
 from tests.lowered import gemm_dtype, run
+from tests.lowered_fp8 import expected, in_fp8
 from tests.models import fill_b, tiny_mlp
 from tests.parameters import each_pair, each_value
 from tests.sites import dyadic, needs_row_scales
 from tests.strategies import Case, cases
-from tests.test_fp8_adapter import expected, in_fp8
 from tests.tolerances import Approx
 
 LAUNCH = "triton_kernel_wrapper_functional"

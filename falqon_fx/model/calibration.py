@@ -222,9 +222,9 @@ class Calibration:
         return found
 
     def _offered(self, layer: LinearLayer, moment: Moment, spec: SiteSpec) -> _Terms:
-        """Of ranks that are given, the product is found for W as it is cast to nearest; what it
-        leaves of W is rounded along x (`round_along`), and the product found anew for the error of
-        that. Where each layer's ranks are still to be chosen, W itself is rounded.
+        """The terms of a layer. The product is found for W as it is cast to nearest; what it leaves
+        of W is rounded along x (`round_along`), and the product found anew for the error of that.
+        Where each layer's ranks are still to be chosen, W itself is rounded.
         """
         weight = layer.weight.detach()
         ranks, channels = self._most(layer)
