@@ -314,9 +314,10 @@ def test_the_server_answers_as_the_trained_model_does(trained, folder):
     assert told["token_ids"] == SENTENCE[10:]
     served = prompt_logprobs(answer)
     exact = emulated(folder, torch.float64)
-    # vLLM computes in bfloat16 as transformers does, and rounds at other places. 0.8 was seen.
-    rounded = (emulated(folder, torch.bfloat16) - exact).abs().max()
-    assert (served - exact).abs().max() <= 2 * rounded
+    # vLLM computes in bfloat16 as transformers does, and rounds at other places: each token is
+    # off by other roundings, all of them together by as many.
+    rounded = (emulated(folder, torch.bfloat16) - exact).norm()
+    assert (served - exact).norm() <= 2 * rounded
 
 
 class Server:
