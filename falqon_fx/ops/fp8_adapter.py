@@ -130,7 +130,8 @@ def proxy_update(
     spec = parse_spec(spec_text)
     casts: list[Tensor] = []
     for j, s in enumerate(base_scale):
-        own, rank = fixed.of([j]), fixed.of([j]).rank(len(lora_a[j]))
+        own = fixed.of([j])
+        rank = own.rank(len(lora_a[j]))
         a = stacked(lora_a[j], own.error_a, 0, rank)
         of_a = cast_fp8(a, E4M3, spec, torch.float32, keep=True)
         assert of_a.code is not None

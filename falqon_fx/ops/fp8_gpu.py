@@ -58,7 +58,8 @@ def _plain_casts(
 ) -> list[Tensor]:
     casts: list[Tensor] = []
     for j, s in enumerate(base_scale):
-        own, rank = fixed.of([j]), fixed.of([j]).rank(len(lora_a[j]))
+        own = fixed.of([j])
+        rank = own.rank(len(lora_a[j]))
         a = stacked(lora_a[j], own.error_a, 0, rank)
         code, scale = cast_fp8(a.to(torch.float32), E4M3, spec_text)
         values = code.to(torch.float32) * scale

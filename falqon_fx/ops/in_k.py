@@ -254,17 +254,8 @@ def adapter_casts(
     """[Â_j, its scale, b_j, α_j] of each adapter in turn, at most `MAX_PIECES`."""
     from falqon_fx.kernels.products import tails
 
-    return tails.adapter_casts(
-        lora_a,
-        lora_b,
-        scaling,
-        base_scale,
-        plain,
-        spec_text,
-        fixed_a=fixed.error_a,
-        fixed_b=fixed.error_b,
-        columns=fixed.columns,
-    ).run()
+    given = lora_a, lora_b, scaling, base_scale, plain, spec_text
+    return tails.adapter_casts(*given, *fixed).run()
 
 
 define("merged_product_in_k", merged_product_in_k, _merged_product_fake)

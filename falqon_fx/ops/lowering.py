@@ -68,7 +68,8 @@ def proxy_update(
     dtype = torch.float32 if wide else torch.bfloat16
     casts: list[Tensor] = []
     for j, factor in enumerate(scaling):
-        own, rank = fixed.of([j]), fixed.of([j]).rank(len(lora_a[j]))
+        own = fixed.of([j])
+        rank = own.rank(len(lora_a[j]))
         b = stacked(lora_b[j].detach().to(torch.float32) * factor, own.error_b, 1, rank)
         parts = [part.to(dtype) for part in (b, *own.columns)]
         casts += [*cast_code(stacked(lora_a[j], own.error_a, 0, rank), spec), _stack(parts, dim=1)]

@@ -68,16 +68,7 @@ def adapter_casts(
     """
     from falqon_fx.kernels.products import adapters
 
-    return adapters.adapter_casts(
-        lora_a,
-        lora_b,
-        scaling,
-        dtype,
-        spec_text,
-        fixed_a=fixed.error_a,
-        fixed_b=fixed.error_b,
-        columns=fixed.columns,
-    ).run()
+    return adapters.adapter_casts(lora_a, lora_b, scaling, dtype, spec_text, *fixed).run()
 
 
 def merged_product(

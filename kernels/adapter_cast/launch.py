@@ -27,8 +27,9 @@ def adapter_cast(
     fixed_b: Sequence[Tensor] = (),
     columns: Sequence[Tensor] = (),
 ) -> list[Tensor]:
-    """[Â_j, its scale, b_j] of each adapter j in turn: Â_j = q([A_j; A_c]) [r + rc, in] in E4M3
-    with a float32 scale [r + rc, 1], b_j = [scaling_j · B_j | B_c | W_S] [out, r + rc + c].
+    """[Â_j, its scale, b_j] of each adapter j in turn: Â_j = q([A_j; A_c]) [R, in] in E4M3 with a
+    float32 scale [R, 1], b_j = [scaling_j · B_j | B_c | W_S] [out, R + c]. R is r, or with anything
+    fixed r + rc up to a multiple of 16 by zeros, as between B_c and W_S.
 
     ``fixed_a`` has A_c [rc, in] of each adapter, ``fixed_b`` B_c [out, rc], ``columns`` W_S
     [out, c]. Where one is empty there are no such rows and columns.

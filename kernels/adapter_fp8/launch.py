@@ -31,15 +31,15 @@ def adapter_fp8(
     fixed_b: Sequence[Tensor] = (),
     columns: Sequence[Tensor] = (),
 ) -> list[Tensor]:
-    """[Â_j, its scale, b_j, α_j] of each adapter j in turn, with R = r + rc: Â_j = q([A_j; A_c])
-    [R, in] and b_j = q([scaling_j · B_j | B_c] · α_j / s_W) [out, R] in E4M3, the scale float32
-    [R, 1], α_j float32 [R]; ``base_scale`` s_W float32 [out, 1] of each. The rows of b_j lie a
+    """[Â_j, its scale, b_j, α_j] of each adapter j in turn, with R = r, or with anything fixed
+    r + rc up to a multiple of 16 by zeros: Â_j = q([A_j; A_c]) [R, in] and
+    b_j = q([scaling_j · B_j | B_c] · α_j / s_W) [out, R] in E4M3, the scale float32 [R, 1], α_j
+    float32 [R]; ``base_scale`` s_W float32 [out, 1] of each. The rows of b_j lie a
     multiple of 16 apart, with zeros between.
 
     ``fixed_a`` has A_c [rc, in] of each adapter, ``fixed_b`` B_c [out, rc]; where they are empty
-    there are no such rows and columns. So with ``columns`` W_S [out, c]: with any b_j is
-    [out, R' + c'], where R' and c' are R and c up to a multiple of 16, and has q(W_S / s_W) from
-    column R' on. What is beyond them is zeros.
+    there are no such rows and columns. With ``columns`` W_S [out, c] b_j is [out, R + c] and has
+    q(W_S / s_W) from column R on.
 
     Raises ValueError where the tensors are not what the spec is for.
     """
