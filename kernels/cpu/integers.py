@@ -38,9 +38,11 @@ def exact() -> bool:
     return bool((torch.ops.aten._int_mm(left, right.t()) == 64 * 127 * -128).all())
 
 
-def cast_rows(x: Tensor, pow2: bool) -> tuple[Tensor, Tensor] | None:
-    """INT8 codes [n, k] of x [n, k] and their scales, float32 [n, 1]. None where there is no
-    compiled code, or it doesn't take x.
+def cast_rows(
+    x: Tensor, pow2: bool, apart: Tensor | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """INT8 codes [n, k] of x [n, k] and their scales, float32 [n, 1]; zeros in the channels
+    ``apart``, bool [k]. None where there is no compiled code, or it doesn't take x.
     """
     if not _by_rows(x) or library() is None:
         return None
@@ -48,7 +50,9 @@ def cast_rows(x: Tensor, pow2: bool) -> tuple[Tensor, Tensor] | None:
     scale = torch.empty(n, 1, dtype=torch.float32, device="cpu")
     codes = torch.empty(n, k, dtype=torch.int8, device="cpu")
     sizes = (x.dtype == torch.bfloat16, x.stride(0), n, k, pow2, torch.get_num_threads())
-    places = _POINTER(scale.data_ptr()), _POINTER(codes.data_ptr())
+    bits = None if apart is None else apart.to(torch.int32) - 1
+    of_bits = _POINTER(None if bits is None else bits.data_ptr())
+    places = of_bits, _POINTER(scale.data_ptr()), _POINTER(codes.data_ptr())
     _call("falqon_cast_int8", _POINTER(x.data_ptr()), *map(_INT64, sizes), *places)
     return codes, scale
 
