@@ -153,7 +153,7 @@ class OneLayer:
         return wanted, gauge
 
     def expected_gradient(self) -> tuple[Tensor, Tensor]:
-        """dL/dx = q(dO ⊙ s_W)·Ŵ + Σ (dO·b)·Â, and the same of absolute values; in INT8 without q."""
+        """dL/dx = q(dO ⊙ s_W)·Ŵ + Σ (dO·b)·Â (INT8: without q), and the same of absolute values."""
         base, grad = self.layer.base(), self.grad
         by_row = self.config.granularity == "row"
         back = grad.double()

@@ -51,7 +51,7 @@ def cast_errors(
 
 
 def bringers(given: Merged) -> dict[int, int]:
-    """For each adapter of an INT8 site that gets e the one whose b brings it there."""
+    """The adapter that brings e to O, for each of its site in INT8; none of sites that get none."""
     if parse_spec(given.spec_text).operand != INT8:
         return {}
     of_site = {given.owner[j]: j for j in reversed(given.corrected)}
