@@ -79,7 +79,7 @@ def with_errors(out_a: Tensor, given: Merged, errors: Mapping[int, Tensor]) -> T
     for j, bringer in found.items():
         picked = given.a[j].index_select(1, given.corrected[bringer])
         of_a = picked.to(torch.float32) * given.a_scale[j]
-        parts[j] = torch.addmm(parts[j], errors[bringer], of_a.to(out_a.dtype).t())
+        parts[j] = parts[j] + errors[bringer] @ of_a.to(out_a.dtype).t()
     return torch.cat(parts, dim=1)
 
 
@@ -102,9 +102,6 @@ class KeptErrors:
         place = self.of.get(adapter)
         if place is None:
             return grad_a
-        channels = self.channels[place]
-        index = torch.arange(grad_a.shape[1], dtype=torch.int32, device=grad_a.device)
-        product = (d.t() @ self.errors[place]).to(torch.float32)
-        # A product, since what is added to columns by their numbers has no fixed order on a GPU.
-        spread = product @ (channels[:, None] == index).to(torch.float32)
-        return (grad_a.to(torch.float32) + spread).to(grad_a.dtype)
+        channels, product = self.channels[place].long(), d.t() @ self.errors[place]
+        columns = grad_a.index_select(1, channels).to(torch.float32) + product
+        return grad_a.index_copy(1, channels, columns.to(grad_a.dtype))

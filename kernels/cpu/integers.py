@@ -38,9 +38,7 @@ def exact() -> bool:
     return bool((torch.ops.aten._int_mm(left, right.t()) == 64 * 127 * -128).all())
 
 
-def cast_rows(
-    x: Tensor, pow2: bool, apart: Tensor | None = None
-) -> tuple[Tensor, Tensor] | None:
+def cast_rows(x: Tensor, pow2: bool, apart: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
     """INT8 codes [n, k] of x [n, k] and their scales, float32 [n, 1]; zeros in the channels
     ``apart``, bool [k]. None where there is no compiled code, or it doesn't take x.
     """

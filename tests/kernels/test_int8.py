@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from falqon_fx.kernels.aot import compile_ahead
@@ -72,6 +72,7 @@ def test_every_kind_of_group_by_every_kernel(name, kernel, scale, granularity):
 
 @given(cases(("int8",)))
 def test_with_what_a_calibration_makes_results_equal_float64_on_the_same_operands(case):
+    assume(case.out_dtype != torch.float16)  # whose dL/dx the library rounds to it, see below
     wanted = expected(case, steps=True)
     with as_on_a_gpu():
         check(case, wanted)
