@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from falqon_fx.config import BaseDtype
-from falqon_fx.ops.arguments import NONE_FIXED, Fixed, Merged
+from falqon_fx.kernels.fixed import NONE_FIXED, Fixed
+from falqon_fx.ops.arguments import Merged
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.site.base import Base, cast_base
 from falqon_fx.site.spec import SiteSpec

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from falqon_fx import _compat
+from falqon_fx.kernels.fixed import NONE_FIXED, Fixed
 from falqon_fx.ops import fp8_adapter, in_k, products
-from falqon_fx.ops.arguments import NONE_FIXED, Fixed, Merged, MergedGrad
+from falqon_fx.ops.arguments import Merged, MergedGrad
 from falqon_fx.ops.cast_errors import cast_errors
 from falqon_fx.ops.gpu import by_launches, quantize
 from falqon_fx.ops.lowering import gemm_dtype, stacked

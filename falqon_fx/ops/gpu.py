@@ -13,10 +13,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from falqon_fx.kernels.fixed import NONE_FIXED, Fixed
 from falqon_fx.kernels.hardware import fp8_architecture
 from falqon_fx.kernels.spec import in_casts
 from falqon_fx.ops import products
-from falqon_fx.ops.arguments import NONE_FIXED, Fixed, Merged
+from falqon_fx.ops.arguments import Merged
 from falqon_fx.ops.cast_errors import cast_errors, channels_apart, kept_errors, with_errors
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.site.casts import cast_fp8

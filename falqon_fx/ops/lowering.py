@@ -23,7 +23,8 @@ from falqon_fx._compat import native_bf16
 from falqon_fx.kernels.cpu import casts as cpu_casts
 from falqon_fx.kernels.cpu import integers
 from falqon_fx.kernels.cpu import native as cpu
-from falqon_fx.ops.arguments import NONE_FIXED, Fixed, Merged
+from falqon_fx.kernels.fixed import NONE_FIXED, Fixed
+from falqon_fx.ops.arguments import Merged
 from falqon_fx.ops.cast_errors import cast_errors, channels_apart, kept_errors, with_errors
 from falqon_fx.site import nvfp4
 from falqon_fx.site.casts import cast_with_scale, scale_of
