@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from falqon_fx._compat import native_int8
 from falqon_fx.kernels.cpu.build import compiled
 
 _POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
@@ -31,9 +32,12 @@ def library() -> Any | None:
 
 @functools.cache
 def exact() -> bool:
-    """Whether the library adds up products of integers exactly: with VNNI. Without it oneDNN sums
-    pairs of them up in 16 bits, which clamps: 127 · -128 twice is already beyond.
+    """Whether the library adds up products of integers exactly, and not slower than float32: with
+    VNNI. Without it oneDNN sums pairs of them up in 16 bits, which clamps: 127 · -128 twice is
+    already beyond.
     """
+    if not native_int8():
+        return False
     left, right = (torch.full((16, 64), n, dtype=torch.int8, device="cpu") for n in (127, -128))
     return bool((torch.ops.aten._int_mm(left, right.t()) == 64 * 127 * -128).all())
 
