@@ -92,8 +92,8 @@ def native_bf16() -> bool:
 
 
 def native_int8() -> bool:
-    """Whether this CPU multiplies INT8 matrices in hardware, by VNNI. Without it torch adds products
-    up one by one, thirty times as slow as float32.
+    """Whether this CPU multiplies INT8 matrices in hardware, by VNNI. Without it torch adds up one
+    product after the other, which takes thirty times as long as float32.
     """
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True
