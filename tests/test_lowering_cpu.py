@@ -161,6 +161,12 @@ def test_integers_on_a_cpu_that_has_no_exact_sums_of_them(case):
             assert torch.equal(actual, expected[name]), name
 
 
+def test_a_cpu_without_vnni_is_not_given_products_of_integers(monkeypatch):
+    """Torch has them, thirty times as slow as those of float32."""
+    monkeypatch.setattr(integers, "native_int8", lambda: False)
+    assert not integers.exact.__wrapped__()
+
+
 def test_sums_of_integers_are_exact_whatever_their_sizes():
     for n, m, k in itertools.product((1, 2, 17), (1, 3, 16), (1, 2, 3, 64, 65)):
         left, right = (torch.randint(-128, 128, (size, k), dtype=torch.int8) for size in (n, m))
