@@ -51,7 +51,8 @@ def merged_linear(
 ) -> list[Tensor]:
     """O_i [..., out_i] = x · dq(W_i)ᵀ + Σ_j O_A,j · b_jᵀ + bias_i of the sites i that read x, over
     the adapters j with ``owner[j] == i``; then O_A,j = x_j · dq(Â_j)ᵀ of all adapters side by side,
-    [n, Σ r_j]; then, where ``keep_x``, the casts of what the adapters read, with their scales.
+    [n, Σ r_j]; then, where ``keep_x``, the casts of what the adapters read, with their scales, and
+    in INT8 what these lack in some channels (`falqon_fx.ops.cast_errors`).
 
     x, W_i and Â_j are multiplied in FP8 or INT8. ``weight``, ``scale`` and ``bias`` have one entry
     per site (bias may have none), as ``clamped`` may, to which a GPU adds how much of adapters in
@@ -66,7 +67,8 @@ def merged_linear(
     What a calibration has made is part of an adapter (see `proxy_update`): Â_j and b_j may have
     more rows and columns than lora_a and lora_b, without gradients. Where b_j is wider than Â_j is
     high, its last columns W_S bring the cast error of x to O_i, (x - dq(q(x)))_S · W_Sᵀ, in the
-    channels S: ``channels`` has them, int32 [c], of each such adapter in turn.
+    channels S: ``channels`` has them, int32 [c], of each such adapter in turn. INT8 has zeros in S,
+    and O_A,j and dL/dA_j get x_S, too.
 
     Gradients reach x, adapter_x, lora_a, lora_b and bias. With D_j = dL/dO · scaling_j · B_j:
 
