@@ -183,7 +183,9 @@ class Fp8Linear(PreparedLinear):
         if prefix + "code" in state_dict:
             given = {name: state_dict.get(prefix + name) for name in self.TERMS}
             found = {name: term for name, term in given.items() if isinstance(term, Tensor)}
-            check_terms(self.path, found, (self.out_features, self.in_features), "the state dict")
+            size = self.out_features, self.in_features
+            code = getattr(state_dict[prefix + "code"], "dtype", None)
+            check_terms(self.path, found, size, "the state dict", code)
             self.have_terms(found)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
