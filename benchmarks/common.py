@@ -81,11 +81,15 @@ def environment() -> dict[str, Any]:
 
 
 def machine_label() -> str:
-    """The machine as a part of a file name."""
+    """The machine as a part of a file name, with "avx2" where that is all that its CPU has, or all
+    that ATen is told to use.
+    """
     found = machine()
     name = re.sub(r"\((r|tm)\)|cpu|processor|@.*", "", found["cpu"].lower())
-    told = "-" + found["told"]["ATEN_CPU_CAPABILITY"] if found["told"] else ""
-    return f"{re.sub(r'[^a-z0-9]+', '-', name).strip('-')}-{found['cores']}c{told}"
+    alone = {"avx2", "avx512f"} & {*found["features"]} == {"avx2"}
+    level = found["told"].get("ATEN_CPU_CAPABILITY", "avx2" if alone else "")
+    cpu = re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+    return "-".join(part for part in (cpu, f"{found['cores']}c", level) if part)
 
 
 def result_path(benchmark: str, suffix: str) -> Path:

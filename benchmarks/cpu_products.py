@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 from falqon_fx.config import BaseDtype, FalqonConfig
-from falqon_fx.ops import adapter_casts, merged_linear
+from falqon_fx.ops import adapter_casts, grad_x, merged_linear
 from falqon_fx.site.base import cast_base
 from falqon_fx.site.spec import SiteSpec
 
@@ -44,6 +44,7 @@ KINDS: dict[str, tuple[BaseDtype, bool]] = {
     "fp8": ("fp8", False),
     "int8": ("int8", False),
     "fp8_calibrated": ("fp8", True),
+    "int8_calibrated": ("int8", True),
 }
 
 
@@ -82,7 +83,7 @@ def calls(kind: str, group: str, dtype: torch.dtype) -> list[Callable[[], Any]]:
     a, a_scale, b = casts[0::3], casts[1::3], casts[2::3]
     d = [draw(TOKENS, len(code)) for code in a]
     none: list[Tensor] = []
-    picked = [torch.randperm(features)[:BOUGHT].to(torch.int32) for _ in outs if calibrated]
+    picked = [torch.randperm(features)[:BOUGHT].to(torch.int32)] * len(outs) * calibrated
 
     def forward() -> Any:
         given = (x, weight, scale, none, a, a_scale, b, none, none, lora_a, lora_b, none)
@@ -91,7 +92,7 @@ def calls(kind: str, group: str, dtype: torch.dtype) -> list[Callable[[], Any]]:
 
     def backward() -> Any:
         given = (grads, weight, scale, d, a, a_scale, none)
-        return merged_linear.merged_linear_grad_x(*given, dtype, str(spec))
+        return grad_x.merged_linear_grad_x(*given, dtype, str(spec))
 
     return [forward, backward]
 

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     start = with_adapter(Variant("start", "start", 0.0, "falqon"), copy.deepcopy(data.base), 0)
     wanted = move(start)
     rows = []
-    with tempfile.TemporaryDirectory(dir=".") as folder:
+    with tempfile.TemporaryDirectory() as folder:
         data.base.save_pretrained(Path(folder, "base"))
         choices = itertools.product(arguments.bases, ("row", "tensor"), ("pow2", "amax"))
         for kind, granularity, scale in choices:

@@ -22,6 +22,7 @@ from torch import Tensor
 from falqon_fx import FalqonConfig, MergedAdapter
 from falqon_fx.kernels.activation_cast.launch import activation_cast
 from falqon_fx.kernels.activation_cast.spec import ActivationCastSpec
+from falqon_fx.kernels.fixed import NONE_FIXED, Fixed
 from falqon_fx.kernels.gemm.launch import Piece, Product
 from falqon_fx.kernels.products import adapters, dispatch
 from falqon_fx.kernels.products.choice import Candidate, Refusal
@@ -258,7 +259,9 @@ def _has_fp8() -> bool:
 
 
 def check_adapter_casts(device: str) -> Checked:
-    """Â, its scale, s·B, and with adapters in FP8 α against the CPU's: equal bytes."""
+    """Â, its scale, s·B, and with adapters in FP8 α against the CPU's: equal bytes. Alone, and with
+    one scale a row beside what a calibration makes.
+    """
     shapes = ((512, 256, 16), (96, 1024, 8)) if device == "cuda" else ((48, 32, 16), (16, 64, 8))
     generator = torch.Generator().manual_seed(0)
     lora_a = [torch.randn(r, features, generator=generator) for _, features, r in shapes]
@@ -266,14 +269,19 @@ def check_adapter_casts(device: str) -> Checked:
     scaling = [2.0, 0.3]
     given_a, given_b = ([t.to(device) for t in column] for column in (lora_a, lora_b))
     here, there = (lora_a, lora_b, scaling), (given_a, given_b, scaling)
-    for granularity, mode in itertools.product(("row", "tensor"), ("amax", "pow2")):
+    sizes = [[(9, features), (out, 9), (out, 5)] for out, features, _ in shapes]
+    drawn = [[torch.randn(*size, generator=generator).to(BF16) for size in of] for of in sizes]
+    bought = Fixed(*map(list, zip(*drawn, strict=True)))
+    ways = [(g, m, NONE_FIXED) for g in ("row", "tensor") for m in ("amax", "pow2")]
+    for granularity, mode, fixed in (*ways, ("row", "amax", bought), ("row", "pow2", bought)):
         spec = SiteSpec(granularity, mode, "e5m2")
+        fixed_there = Fixed(*([t.to(device) for t in column] for column in fixed))
         in_k = str(replace(spec, adapter="fp8"))
         s = [torch.rand(len(b), 1) + 0.1 if spec.per_row else torch.ones(()) for b in lora_b]
-        made = gpu.proxy_update(*there, [], False, str(spec))
-        made += fp8_gpu.proxy_update(*there, [t.to(device) for t in s], in_k)
-        expected = lowering.proxy_update(*here, [], False, str(spec))
-        expected += fp8_adapter.proxy_update(*here, s, in_k)
+        made = gpu.proxy_update(*there, [], False, str(spec), fixed_there)
+        made += fp8_gpu.proxy_update(*there, [t.to(device) for t in s], in_k, fixed_there)
+        expected = lowering.proxy_update(*here, [], False, str(spec), fixed)
+        expected += fp8_adapter.proxy_update(*here, s, in_k, fixed)
         for one, other in zip(made, expected, strict=True):
             ours, wanted = (t.reshape(-1).view(torch.uint8) for t in (one.cpu(), other))
             assert torch.equal(ours, wanted), spec

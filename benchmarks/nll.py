@@ -213,7 +213,7 @@ def claims(chosen: dict[str, list[Record]]) -> list[str]:
     """What falqon loses against the same LoRA, where both are there."""
     mean = {name: statistics.fmean(r.score for r in records) for name, records in chosen.items()}
     pairs = (
-        *(("falqon", "lora"), ("falqon_calibrated", "lora")),
+        *(("falqon", "lora"), ("falqon_calibrated", "lora"), ("int8_calibrated", "lora")),
         ("falqon_frozen_a", "lora_frozen_a"),
     )
     return [

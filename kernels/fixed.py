@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from falqon_fx.kernels.spec import POINTER, aligned
+from falqon_fx.kernels.spec import POINTER, aligned, rank_of
 
 FixedDtype = Literal["none", "bfloat16", "float32", "float16"]
 # What kernels are compiled ahead for: a calibration of a bfloat16 model keeps its dtype.
@@ -20,26 +19,34 @@ Name = Literal["fixed_a", "fixed_b", "columns", "fixed_rank", "count"]
 NAMES: tuple[Name, ...] = ("fixed_a", "fixed_b", "columns", "fixed_rank", "count")
 
 
-@dataclass(frozen=True)
-class Fixed:
-    """Behind A_j of each adapter j the rows ``a`` A_c [rc, in]; behind scaling_j · B_j the columns
-    ``b`` B_c [out, rc]; both with zeros up to a multiple of 16. Behind b ``columns`` W_S [out, c].
-
-    Each has one matrix an adapter, or none at all, which counts as no rows and columns.
+class Fixed(NamedTuple):
+    """What a calibration has made for adapters, one of each adapter or none at all, which counts as
+    no rows and columns. Behind A_j of each adapter j stand the rows of A_c [r_c, in], behind
+    scaling_j · B_j the columns of B_c [out, r_c], both with zeros up to a multiple of 16; behind b
+    the ``columns`` W_S [out, c].
     """
 
-    a: Sequence[Tensor] = ()
-    b: Sequence[Tensor] = ()
+    error_a: Sequence[Tensor] = ()
+    error_b: Sequence[Tensor] = ()
     columns: Sequence[Tensor] = ()
+
+    def of(self, adapters: Sequence[int]) -> Fixed:
+        """That of some of the adapters."""
+        return Fixed(*([column[j] for j in adapters if column] for column in self))
+
+    def rank(self, rank: int) -> int:
+        """The rows of Â of an adapter of that rank that has all of this."""
+        error, columns = (sum(t.shape[1] for t in part) for part in (self.error_b, self.columns))
+        return rank_of(rank, error, columns)
 
     @property
     def tensors(self) -> list[Tensor]:
         """All of them."""
-        return [*self.a, *self.b, *self.columns]
+        return [tensor for column in self for tensor in column]
 
     def ranks(self, adapters: int) -> list[int]:
         """The rows behind A of each of so many adapters."""
-        return [len(a) for a in self.a] or [0] * adapters
+        return [len(a) for a in self.error_a] or [0] * adapters
 
     def counts(self, adapters: int) -> list[int]:
         """The columns of W_S of each of so many adapters."""
@@ -66,8 +73,8 @@ class Fixed:
             return [[]] * adapters
         there = [self.tensors[0]] * adapters
         found: dict[Name, Sequence[Any]] = {
-            "fixed_a": [t.contiguous() for t in self.a or there],
-            "fixed_b": [t.contiguous() for t in self.b or there],
+            "fixed_a": [t.contiguous() for t in self.error_a or there],
+            "fixed_b": [t.contiguous() for t in self.error_b or there],
             "columns": [t.contiguous() for t in self.columns or there],
             "fixed_rank": self.ranks(adapters),
             "count": self.counts(adapters),
@@ -81,11 +88,13 @@ class Fixed:
         adapters = len(lora_a)
         ranks, counts = self.ranks(adapters), self.counts(adapters)
         fitting = (
-            (self.a, [(rank, a.shape[1]) for rank, a in zip(ranks, lora_a, strict=False)]),
-            (self.b, [(len(b), rank) for rank, b in zip(ranks, lora_b, strict=False)]),
+            (self.error_a, [(rank, a.shape[1]) for rank, a in zip(ranks, lora_a, strict=False)]),
+            (self.error_b, [(len(b), rank) for rank, b in zip(ranks, lora_b, strict=False)]),
             (self.columns, [(len(b), count) for count, b in zip(counts, lora_b, strict=False)]),
         )
-        if bool(self.a) != bool(self.b) or any(len(of) not in (0, adapters) for of, _ in fitting):
+        if bool(self.error_a) != bool(self.error_b) or any(
+            len(of) not in (0, adapters) for of, _ in fitting
+        ):
             raise ValueError(f"{what}: fixed tensors of some of {adapters} adapters")
         for of, shapes in fitting:
             if of and [tuple(t.shape) for t in of] != shapes:
@@ -93,6 +102,9 @@ class Fixed:
         wanted = set() if dtype == "none" else {getattr(torch, dtype)}
         if {t.dtype for t in self.tensors} != wanted:
             raise ValueError(f"{what}: fixed tensors of other dtypes than {dtype}")
+
+
+NONE_FIXED = Fixed()
 
 
 def joined(parts: Sequence[Tensor], dim: int, size: int = 0) -> Tensor:

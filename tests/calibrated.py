@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import falqon_fx
 from falqon_fx import FalqonConfig
 from falqon_fx.model.fp8_linear import Fp8Linear
-from falqon_fx.site.numerics import E4M3, E5M2
+from falqon_fx.site.numerics import E5M2, INT8
 from falqon_fx.site.spec import SiteSpec
 from tests.sites import cast, randn
 
@@ -112,22 +112,39 @@ class OneLayer:
         found = []
         if self.layer.error_a is not None and self.layer.error_b is not None:
             a, b = self.layer.error_a.detach().float(), self.layer.error_b.detach().double()
-            found.append((cast(a, E4M3, self.spec), b))
+            found.append((cast(a, self.spec.operand, self.spec), b))
         if self.adapter:
             a, b = (m.default.weight.detach() for m in (self.lora.lora_A, self.lora.lora_B))
-            found.append((cast(a, E4M3, self.spec), b.double() * self.lora.scaling["default"]))
+            found.append(
+                (cast(a, self.spec.operand, self.spec), b.double() * self.lora.scaling["default"])
+            )
         return found
 
+    def read(self) -> tuple[Tensor, Tensor, Tensor]:
+        """x̂; e, the cast error of x in S, and zeros elsewhere; and what of e the adapters read: in
+        INT8, where x̂ has zeros in S unless there is no adapter at all, all of it.
+        """
+        operand, channels = self.spec.operand, self.layer.channels
+        apart = operand == INT8 and bool(self.low())
+        x, picked = self.x, [] if channels is None else channels.tolist()
+        left = x.index_fill(1, torch.tensor(picked, dtype=torch.int64), 0.0) if apart else x
+        read = cast(left, operand, self.spec)
+        error = torch.zeros_like(read)
+        error[:, picked] = (x.double() - read)[:, picked]
+        return read, error, error * apart
+
     def expected(self) -> tuple[Tensor, Tensor]:
-        """x̂·Ŵᵀ + Σ x̂·Âᵀ·bᵀ + (x - x̂)_S·W_Sᵀ + bias, and the same of absolute values, float64."""
-        layer, read = self.layer, cast(self.x, E4M3, self.spec)
+        """x̂·Ŵᵀ + Σ x̂·Âᵀ·bᵀ + e·W_Sᵀ + bias, and the same of absolute values, float64. In INT8 the
+        adapters read x̂ + e.
+        """
+        layer, (read, error, of_a) = self.layer, self.read()
         weight = layer.base().dequantize().double()
         wanted, gauge = read @ weight.t(), read.abs() @ weight.abs().t()
         for a, b in self.low():
-            wanted = wanted + read @ a.t() @ b.t()
-            gauge = gauge + read.abs() @ a.abs().t() @ b.abs().t()
+            wanted = wanted + (read + of_a) @ a.t() @ b.t()
+            gauge = gauge + (read + of_a).abs() @ a.abs().t() @ b.abs().t()
         if layer.channels is not None and layer.columns is not None:
-            error = (self.x.double() - read)[:, layer.channels.long()]
+            error = error[:, layer.channels.long()]
             columns = layer.columns.detach().double()
             wanted, gauge = wanted + error @ columns.t(), gauge + error.abs() @ columns.abs().t()
         if layer.bias is not None:
@@ -136,11 +153,13 @@ class OneLayer:
         return wanted, gauge
 
     def expected_gradient(self) -> tuple[Tensor, Tensor]:
-        """dL/dx = q(dO ⊙ s_W)·Ŵ + Σ (dO·b)·Â, and the same of absolute values."""
+        """dL/dx = q(dO ⊙ s_W)·Ŵ + Σ (dO·b)·Â (INT8: without q), and the same of absolute values."""
         base, grad = self.layer.base(), self.grad
         by_row = self.config.granularity == "row"
-        back = cast(grad * base.scale.t() if by_row else grad, E5M2, self.spec)
-        back = back / base.scale.double().t() if by_row else back
+        back = grad.double()
+        if self.spec.base != "int8":
+            back = cast(grad * base.scale.t() if by_row else grad, E5M2, self.spec)
+            back = back / base.scale.double().t() if by_row else back
         weight = base.dequantize().double()
         wanted, gauge = back @ weight, back.abs() @ weight.abs()
         for a, b in self.low():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from falqon_fx.ops import fp8_gpu, fp8_grad, gpu, lowering
+from falqon_fx.ops import grad_x as op_of_grad_x
 from falqon_fx.ops import merged_linear as ops
 from falqon_fx.ops.adapter_grads import adapter_grads_on_gpu, grad_out_a_on_gpu
 from falqon_fx.ops.arguments import Merged
@@ -42,7 +43,7 @@ def as_on_a_gpu(*, grad_x: bool = True) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "lower_merged_linear", lower)
         if grad_x:
-            patch.setattr(ops, "lower_grad_x", gpu.merged_linear_grad_x)
+            patch.setattr(op_of_grad_x, "lower_grad_x", gpu.merged_linear_grad_x)
         patch.setattr(fp8_grad, "lower_grad", fp8_gpu.merged_linear_grad)
         patch.setattr(ops, "lower_adapter_grads", adapter_grads_on_gpu)
         patch.setattr(ops, "lower_grad_out_a", grad_out_a_on_gpu)

@@ -28,9 +28,13 @@ E4M3, E5M2, INT8 = torch.float8_e4m3fn, torch.float8_e5m2, torch.int8
 DEFAULTS = FalqonConfig()
 
 
-def cast(x: Tensor, dtype: torch.dtype, per_row: bool, pow2: bool) -> tuple[Tensor, Tensor]:
-    """(codes, scale): x ≈ codes · scale, codes as float32."""
+def cast(
+    x: Tensor, dtype: torch.dtype, per_row: bool, pow2: bool, apart: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
+    """(codes, scale): x ≈ codes · scale, codes as float32; zeros in the channels ``apart``."""
     largest = 127.0 if dtype == INT8 else torch.finfo(dtype).max
+    if apart:
+        x = x.index_fill(1, torch.tensor([*apart]), 0.0)
     if per_row:
         amax = x.abs().amax(1, keepdim=True)
     else:

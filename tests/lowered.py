@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from falqon_fx.site.forms import operand_of
 from falqon_fx.site.numerics import E4M3, E5M2
 from falqon_fx.site.spec import SiteSpec
 from tests.emulation import cast, codes_of
-from tests.strategies import Case, Lora
+from tests.strategies import Case, Layer, Lora
 from tests.tolerances import Approx, rounded_bound, side_by_side
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -48,9 +49,9 @@ def on_this_cpu(dtype: torch.dtype) -> torch.dtype:
     return lowering.gemm_dtype(dtype, torch.device("cpu"))
 
 
-def hat(x: Tensor, dtype: torch.dtype, spec: SiteSpec) -> Approx:
+def hat(x: Tensor, dtype: torch.dtype, spec: SiteSpec, apart: Sequence[int] = ()) -> Approx:
     """x [n, k] as it is multiplied: after its cast, exactly."""
-    codes, scale = cast(x.float(), dtype, spec.per_row, spec.scale == "pow2")
+    codes, scale = cast(x.float(), dtype, spec.per_row, spec.scale == "pow2", apart)
     return Approx.exact(codes.double() * scale.double())
 
 
@@ -69,6 +70,8 @@ class Operands:
     b: Approx  # scaling · B in the dtype of the products, with B_c and W_S
     out_a: Approx
     left: Approx  # O_A, with the cast error of x: what b meets
+    channels: Tensor | None  # in which O_A and dL/dA get the cast error of x, too
+    error: Approx | None
 
     @property
     def b_of_a(self) -> Approx:
@@ -84,12 +87,16 @@ def operands(case: Case, dtype: torch.dtype) -> list[list[Operands]]:
         found.append([])
         for lora in layer.adapters:
             code, scale, b = next(casts)
-            x = case.x if lora.x is None else lora.x
-            read, a = (
-                hat(x.detach().reshape(-1, x.shape[-1]), case.spec.operand, case.spec),
-                decoded(code, scale),
-            )
+            x, a = (case.x if lora.x is None else lora.x), decoded(code, scale)
+            apart = () if case.apart else channels_apart(case)
+            read = hat(x.detach().reshape(-1, x.shape[-1]), case.spec.operand, case.spec, apart)
             out_a = (read @ a.t()).rounded(dtype, *behind(case.spec, dtype))
+            channels = None if case.apart or case.spec.base != "int8" else corrected(layer)
+            error = None
+            if channels is not None:
+                error = cast_error(case, channels).rounded(dtype)
+                of_a = a[:, channels.long()].rounded(F32, dtype)
+                out_a = out_a.addmm(error, of_a.t(), dtype)
             # On a CPU without products in bfloat16 b is float32, which kernels may round.
             narrows = (b.dtype, dtype) == (F32, BF16)
             factor = Approx.exact(b).rounded(dtype) if narrows else Approx.exact(b.to(dtype))
@@ -98,8 +105,26 @@ def operands(case: Case, dtype: torch.dtype) -> list[list[Operands]]:
             left = [out_a]
             if lora.channels is not None:
                 left.append(cast_error(case, lora.channels).rounded(dtype))
-            found[-1].append(Operands(lora, read, a, factor, out_a, side_by_side(left, 1)))
+            both = side_by_side(left, 1)
+            found[-1].append(Operands(lora, read, a, factor, out_a, both, channels, error))
     return found
+
+
+def corrected(layer: Layer) -> Tensor | None:
+    """The channels in which a layer gets the cast error of x back: where several of its adapters
+    bring it, those of the first.
+    """
+    each = (lora.channels for lora in layer.adapters)
+    return next((channels for channels in each if channels is not None), None)
+
+
+def channels_apart(case: Case) -> list[int]:
+    """Those that the cast of x is zero in: in INT8 what is `corrected` in all layers."""
+    if case.spec.base != "int8" or not case.adds_b:
+        return []
+    each = [corrected(layer) for layer in case.layers]
+    found = [set[int]() if channels is None else {*channels.tolist()} for channels in each]
+    return sorted(set.intersection(*found))
 
 
 def cast_error(case: Case, channels: Tensor) -> Approx:
@@ -107,7 +132,7 @@ def cast_error(case: Case, channels: Tensor) -> Approx:
     difference.
     """
     x = case.x.detach().reshape(-1, case.x.shape[-1])
-    read = hat(x, case.spec.operand, case.spec).value[:, channels.long()]
+    read = hat(x, case.spec.operand, case.spec, channels_apart(case)).value[:, channels.long()]
     value = x.double()[:, channels.long()] - read
     off = rounded_bound(read, torch.zeros_like(read), F32)
     return Approx(value, off).rounded(F32)
@@ -135,7 +160,8 @@ def expected(
     """
     dtype = dtype or gemm_dtype(case.out_dtype)
     loras = operands(case, dtype)
-    x_hat = hat(case.x.detach().reshape(-1, case.x.shape[-1]), case.spec.operand, case.spec)
+    flat = case.x.detach().reshape(-1, case.x.shape[-1])
+    x_hat = hat(flat, case.spec.operand, case.spec, channels_apart(case))
     wanted: dict[str, Approx] = {}
     for i, (layer, adapters) in enumerate(zip(case.layers, loras)):
         y = x_hat @ decoded(layer.base.code, layer.base.scale).t()
@@ -174,7 +200,11 @@ def gradients(
             d = (exact @ lora.b_of_a).rounded(dtype)
             # The scale of x goes into D, unless it is in x̂ exactly.
             of_a = (d if pow2 else d.rounded(F32, dtype))[:, :rank]
-            wanted[f"a {j}"] = (of_a.t() @ lora.read).rounded(dtype, lora.lora.lora_a.dtype)
+            of_a = (of_a.t() @ lora.read).rounded(dtype, lora.lora.lora_a.dtype)
+            if lora.channels is not None and lora.error is not None:
+                error = (d[:, :rank].t() @ lora.error).rounded(dtype)
+                of_a = with_columns(of_a, lora.channels, error).rounded(F32, lora.lora.lora_a.dtype)
+            wanted[f"a {j}"] = of_a
             code, a_scale, _ = case.casts[j]
             if case.apart and case.adds_b:
                 x = case.x if lora.lora.x is None else lora.lora.x
@@ -215,6 +245,15 @@ def gradients(
         total = Approx(total.value, total.bound + off)
     wanted["x"] = added([total.rounded(case.x.dtype), *others], case.x.dtype)
     return wanted
+
+
+def with_columns(whole: Approx, channels: Tensor, columns: Approx) -> Approx:
+    """``whole`` with ``columns`` added in some channels."""
+    parts = [
+        of.index_add(1, channels, column)
+        for of, column in ((whole.value, columns.value), (whole.bound, columns.bound))
+    ]
+    return Approx(*parts)
 
 
 def added(parts: list[Approx], dtype: torch.dtype) -> Approx:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from falqon_fx.config import BaseDtype
-from falqon_fx.ops.arguments import NONE_FIXED, Fixed, Merged
+from falqon_fx.kernels.fixed import NONE_FIXED, Fixed
+from falqon_fx.ops.arguments import Merged
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.site.base import Base, cast_base
 from falqon_fx.site.spec import SiteSpec
@@ -209,13 +210,16 @@ def adapters(
         return lora
     dtype = draw(st.sampled_from([torch.bfloat16, torch.float32]))
     error, count = draw(st.sampled_from([0, 0, 1, 4, 16])), draw(st.sampled_from([0, 0, 1, 5, 16]))
+    count = min(count, features)
     of_error: list[list[Tensor]] = [[], []]
     if error and dropped is None:  # A_c reads x itself
         of_error[0].append((randn(error, features, seed=seed + 3) * 2.0**-4).to(dtype))
         of_error[1].append((randn(out, error, seed=seed + 4) * 2.0**-5).to(dtype))
     columns = [(randn(out, count, seed=seed + 5) * 0.25).to(dtype)] if count else []
     if count:
-        lora.channels = torch.arange(count, dtype=torch.int32) * 3 % features
+        generator = torch.Generator().manual_seed(draw(st.integers(0, 3)))  # siblings may agree
+        order = torch.randperm(features, generator=generator)
+        lora.channels = order[:count].sort().values.to(torch.int32)
     if of_error[0] or columns:
         lora.fixed = Fixed(of_error[0], of_error[1], columns)
     return lora

@@ -116,6 +116,22 @@ def test_a_state_dict_is_taken_whole_or_not_at_all():
     assert all(t.dtype != torch.float16 for of in terms(moved).values() for t in of.values())
 
 
+def test_int8_has_no_correction_of_w_in_channels_that_its_cast_of_x_leaves_out(tmp_path: Path):
+    """As calibrations before that had: W_S has no error."""
+    model = calibrated(FalqonConfig(inner="eager", base_dtype="int8"))
+    layer: Any = model.base_model.model.q.base_layer
+    assert not layer.error_a[:, layer.channels.long()].any()
+    assert layer.error_a.any()
+    layer.set_terms({**layer.terms, "error_a": torch.ones_like(layer.error_a)})
+    falqon_fx.save_checkpoint(model, tmp_path / "checkpoint")
+    for load in (
+        lambda: falqon_fx.load_checkpoint(adapted(), tmp_path / "checkpoint"),
+        lambda: model.load_state_dict(model.state_dict()),
+    ):
+        with pytest.raises(FalqonError, match=r"base_model\.model\.q.*leaves out of the cast of x"):
+            load()
+
+
 # What a file may hold in the place of q's, and what is said of it.
 DAMAGED: dict[str, tuple[dict[str, Tensor | None], str]] = {
     "half of a pair": ({"error_b": None}, "lacks its error_b"),

@@ -172,6 +172,7 @@ def check(one: OneLayer, **options: Any) -> None:
 @given(
     rank=st.sampled_from([0, 1, 7, 16]),
     channels=st.sampled_from([0, 1, 6]),
+    base=st.sampled_from(["fp8", "int8"]),
     granularity=st.sampled_from(["row", "tensor"]),
     scale=st.sampled_from(["pow2", "amax"]),
     bias=st.booleans(),
@@ -179,9 +180,9 @@ def check(one: OneLayer, **options: Any) -> None:
     seed=st.integers(0, 99),
 )
 def test_forward_and_gradients_are_those_of_the_quantized_operands(
-    rank, channels, granularity, scale, bias, adapter, seed
+    rank, channels, base, granularity, scale, bias, adapter, seed
 ):
-    config = FalqonConfig(inner="eager", granularity=granularity, scale=scale)
+    config = FalqonConfig(inner="eager", base_dtype=base, granularity=granularity, scale=scale)
     check(OneLayer(config, rank or (0 if channels else 3), channels, bias, adapter, seed))
 
 

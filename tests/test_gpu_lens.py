@@ -43,6 +43,8 @@ COUNTS = {
     "falqon_prepared": (49, 0, 0, 3, 1_743_352),
     "falqon_calibrated": (56, 0, 0, 6, 2_137_240),
     "falqon_calibrated_fp8": (59, 0, 0, 5, 1_875_536),
+    "falqon_int8": (111, 0, 0, 10, 4_158_200),
+    "falqon_int8_calibrated": (159, 0, 0, 12, 4_723_352),
 }
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import falqon_fx
@@ -130,18 +131,32 @@ def test_a_prepared_layer_reads_as_its_weight_within_the_cast():
     assert_within(model.base_model.model[0].base_layer.weight.detach(), before, bound)
 
 
-def test_calibration_buys_back_the_cast_errors_of_int8():
+def test_large_channels_of_x_cost_the_others_nothing_after_a_calibration():
+    """Without one the step of all channels is that of the large ones, a hundred times too wide. The
+    output and dL/dA get these channels in full. (dL/dB has A's own cast in it.)
+    """
     torch.manual_seed(0)
-    model, x = Net().requires_grad_(False), randn(200, 64) * randn(64, seed=1).exp()
-    wanted = model(x)
-    errors = {}
-    for terms in (0, 64):
-        own = copy.deepcopy(model)
-        given: dict[str, Any] = {"compensate": terms, "outliers": terms, "calibration": [x]}
-        falqon_fx.prepare(own, CONFIG, progress=False, **(given if terms else {}))
-        y = torch.compile(own, backend="falqon", options=dict[str, Any](config=CONFIG))(x)
-        errors[terms] = float((y - wanted).norm() / wanted.norm())
-    assert errors[64] < errors[0] / 10  # all of W's error, and that of all channels of x
+    x = randn(200, 64)
+    x[:, 5::16] *= 100.0
+    grad, errors = randn(200, 48, seed=1), []
+    for channels in (0, 4):
+        plain: nn.Module = nn.Sequential(nn.Linear(64, 48, bias=False))
+        plain.load_state_dict({"0.weight": randn(48, 64, seed=2).bfloat16().float()})
+        plain = peft.get_peft_model(plain, peft.LoraConfig(r=4, target_modules=["0"]))
+        fill_b(plain)
+        model = copy.deepcopy(plain)
+        given: dict[str, Any] = {"outliers": channels, "calibration": [x]}
+        falqon_fx.prepare(model, CONFIG, progress=False, **given)
+        call = torch.compile(model, backend="falqon", options=dict[str, Any](config=CONFIG))
+        pairs = []
+        for run, own in ((call, model), (plain, plain)):
+            y = run(x)
+            y.backward(grad)
+            of_a = [p.grad for name, p in own.named_parameters() if "lora_A" in name]
+            pairs.append([y.detach(), *of_a])
+        errors.append([float((a - b).norm() / b.norm()) for a, b in zip(*pairs, strict=True)])
+    for before, after in zip(*errors, strict=True):
+        assert after < before / 10
 
 
 # -- files -----------------------------------------------------------------------------------------

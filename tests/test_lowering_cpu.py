@@ -91,11 +91,22 @@ def test_compiled_casts_equal_those_of_aten(x, fp8, turned, dtype):
             assert same_bits(decode(), by_aten(decode))
 
 
-@given(matrices(), st.sampled_from(["pow2", "amax"]))
-def test_compiled_casts_to_int8_equal_those_of_aten(x, scale):
-    """Integers and scales; of a row with NaN or Inf nothing but NaN is left."""
+@given(matrices(), st.sampled_from(["pow2", "amax"]), st.sampled_from([None, 0.0, 0.3, 1.0]))
+def test_compiled_casts_to_int8_equal_those_of_aten(x, scale, share):
+    """Integers and scales; of a row with NaN or Inf nothing but NaN is left. With zeros in a
+    ``share`` of the channels, as if x had them.
+    """
     spec = SiteSpec("row", scale, "e5m2", base="int8")
-    compiled, aten = lowering.cast_int8(x, spec), by_aten(lambda: lowering.cast_int8(x, spec))
+    generator = torch.Generator().manual_seed(5)
+    apart = None if share is None else torch.rand(x.shape[1], generator=generator) < share
+    compiled, aten = (
+        lowering.cast_int8(x, spec, apart),
+        by_aten(lambda: lowering.cast_int8(x, spec, apart)),
+    )
+    if apart is not None:
+        rest = lowering.cast_int8(x.masked_fill(apart, 0.0), spec)
+        assert same_bits(compiled.scale, rest.scale)
+        assert torch.equal(compiled.value, rest.value)
     assert same_bits(compiled.scale, aten.scale)
     finite = compiled.scale.isfinite()
     assert torch.equal(compiled.value * finite, aten.value * finite)
@@ -148,6 +159,12 @@ def test_integers_on_a_cpu_that_has_no_exact_sums_of_them(case):
         patch.setattr(integers, "exact", lambda: False)
         for name, actual in run(case).items():
             assert torch.equal(actual, expected[name]), name
+
+
+def test_a_cpu_without_vnni_is_not_given_products_of_integers(monkeypatch):
+    """Torch has them, thirty times as slow as those of float32."""
+    monkeypatch.setattr(integers, "native_int8", lambda: False)
+    assert not integers.exact.__wrapped__()
 
 
 def test_sums_of_integers_are_exact_whatever_their_sizes():

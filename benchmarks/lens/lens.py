@@ -32,10 +32,11 @@ def runs(rank: int, kernel: str) -> dict[str, Run]:
     """What is set side by side: PEFT + Inductor with its adapter in bfloat16, the faster form; ours
     with float32, as PEFT makes adapters, added in bfloat16 and as columns of FP8; on NVFP4; and
     prepared, without a calibration and with compensate=16, outliers=16, that with its adapters both
-    ways.
+    ways, and in INT8.
     """
     options = {"kernel": kernel, "adapter_dtype": "bfloat16"}
     in_k = {**options, "adapter_dtype": "fp8"}
+    in_int8 = {**options, "base_dtype": "int8"}
     return {
         "falqon": Run("falqon", Adapter(rank), options),
         "falqon_frozen_a": Run("falqon", Adapter(rank, train_a=False), options),
@@ -45,6 +46,8 @@ def runs(rank: int, kernel: str) -> dict[str, Run]:
         "falqon_prepared": Run("falqon", Adapter(rank, bought=0), options),
         "falqon_calibrated": Run("falqon", Adapter(rank, bought=16), options),
         "falqon_calibrated_fp8": Run("falqon", Adapter(rank, bought=16), in_k),
+        "falqon_int8": Run("falqon", Adapter(rank, bought=0, base="int8"), in_int8),
+        "falqon_int8_calibrated": Run("falqon", Adapter(rank, bought=16, base="int8"), in_int8),
         "inductor": Run("inductor", Adapter(rank, torch.bfloat16), {}),
     }
 

@@ -14,6 +14,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
 
 from falqon_fx import FalqonConfig
+from falqon_fx.config import BaseDtype
 from falqon_fx.integrations.peft import trace_param_wrappers
 from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.model.lora_layers import LinearLayer, linear_layers
@@ -55,13 +56,15 @@ _KINDS: dict[str, tuple[Any, Any]] = {
 @dataclass(frozen=True)
 class Adapter:
     """LoRA on every linear: its rank, the dtype of A and B, and whether A trains. ``bought``: ranks
-    and channels of x that a calibration has added, None for a model that wasn't prepared.
+    and channels of x that a calibration has added, None for a model that wasn't prepared; ``base``:
+    what it was prepared in.
     """
 
     rank: int = 64
     dtype: torch.dtype = torch.float32
     train_a: bool = True
     bought: int | None = None
+    base: BaseDtype = "fp8"
 
 
 class Layers(nn.Module):
@@ -121,19 +124,20 @@ def build(shape: Shape, layers: int, adapter: Adapter) -> Layers:
             parameter.data = parameter.data.to(adapter.dtype)
     if adapter.bought is not None:
         for layer in [*linear_layers(model)]:
-            model.set_submodule(layer.path, _prepared(layer, adapter.bought))
+            model.set_submodule(layer.path, _prepared(layer, adapter.bought, adapter.base))
     return model.train()
 
 
-def _prepared(layer: LinearLayer, bought: int) -> Fp8Linear:
+def _prepared(layer: LinearLayer, bought: int, dtype: BaseDtype) -> Fp8Linear:
     """What `falqon_fx.prepare` puts in the place of a layer, on the meta device."""
     out, features = layer.weight.shape
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    base = Base(empty(out, features, dtype=torch.uint8), empty(out, 1, dtype=torch.float32))
-    spec = str(SiteSpec.from_config(FalqonConfig()))
+    code = torch.int8 if dtype == "int8" else torch.uint8
+    base = Base(empty(out, features, dtype=code), empty(out, 1, dtype=torch.float32))
+    spec = str(SiteSpec.from_config(FalqonConfig(base_dtype=dtype)))
     made = Fp8Linear(base, None, torch.bfloat16, False, spec, layer.site)
     terms = {
         "error_a": empty(bought, features, dtype=torch.bfloat16),

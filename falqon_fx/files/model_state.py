@@ -224,7 +224,7 @@ def _check_layer(model: nn.Module, site: Site, tensors: Mapping[str, Tensor], wh
     if [*terms] != [*site.get("terms", ())]:
         problem = f"{where} has {[*terms]} of a calibration, and says {site.get('terms')}"
         raise FalqonError(path, problem, "Load another checkpoint, or write this one again")
-    check_terms(path, terms, size, where)
+    check_terms(path, terms, size, where, own["code"].dtype if terms else None)
     if isinstance(module, Fp8Linear) and module.is_part():  # it will get a digest of its part
         code, scale, known = (whole(own[name]) for name in Fp8Linear.STATE)
         if not torch.equal(digest(code, scale), known):

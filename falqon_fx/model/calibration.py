@@ -19,6 +19,7 @@ from falqon_fx.model.sensitivity import CastCost, cast_costs, check_any
 from falqon_fx.site.allot import Offer, allot
 from falqon_fx.site.base import Base, cast_base
 from falqon_fx.site.compensate import ErrorFactors, error_factors, heaviest_channels
+from falqon_fx.site.numerics import INT8
 from falqon_fx.site.rounding import round_along
 from falqon_fx.site.spec import SiteSpec
 
@@ -36,13 +37,17 @@ class _Terms:
     channels: Tensor
     shares: Tensor  # of the channels, of what the cast of x costs
     columns: Tensor
+    apart: bool  # whether q(x) has zeros in the channels, see `falqon_fx.ops.cast_errors`
 
     def take(self, ranks: int, channels: int) -> dict[str, Tensor]:
         """The parameters of `Fp8Linear`."""
         terms: dict[str, Tensor] = {}
         if self.factors is not None and ranks:
             factors = self.factors.first(ranks)
-            terms |= {"error_a": factors.a, "error_b": factors.b}
+            of_a = factors.a
+            if self.apart:
+                of_a = of_a.index_fill(1, self.channels[:channels].long(), 0.0)
+            terms |= {"error_a": of_a, "error_b": factors.b}
         if channels:
             order = self.channels[:channels].argsort()
             terms["columns"] = self.columns[:, order]
@@ -228,9 +233,13 @@ class Calibration:
         """
         weight = layer.weight.detach()
         ranks, channels = self._most(layer)
-        factors, base = None, None
+        factors, base, apart = None, None, spec.operand == INT8
         with torch.autocast(weight.device.type, enabled=False):
-            if ranks:
+            of_weight = None if apart else weight
+            picked, shares = heaviest_channels(moment.squares, of_weight, channels)
+            if apart and self.channels != "auto":
+                moment = moment.without_largest(channels)
+            if ranks and bool((moment.squares > 0).any()):
                 order, root = moment.order, moment.root
                 wide = weight.to(torch.float32)[:, order]
                 error = wide - cast_base(weight, spec).dequantize()[:, order]
@@ -244,8 +253,7 @@ class Calibration:
                     code[:, order] = base.code
                     base = Base(code.cpu(), base.scale.cpu())  # until all layers are cast
                 factors.a[:, order] = factors.a.clone()
-            picked, shares = heaviest_channels(moment.squares, weight, channels)
-        return _Terms(factors, base, picked, shares, weight[:, picked])
+        return _Terms(factors, base, picked, shares, weight[:, picked], apart)
 
     def _most(self, layer: LinearLayer) -> tuple[int, int]:
         """How many ranks and channels are made for a layer."""

@@ -123,7 +123,7 @@ class Fp8Linear(PreparedLinear):
         return Base(self.code.detach(), as_scale(self.scale.detach()))
 
     def dequantized(self) -> Tensor:
-        """dq(W) + B_c · A_c [out, in], in the original dtype.
+        """dq(W) + B_c · A_c [out, in] with W_S in its channels, in the original dtype.
 
         Raises:
             FalqonError: its bytes are no longer those that `prepare` made, or FSDP has spread them
@@ -133,7 +133,7 @@ class Fp8Linear(PreparedLinear):
             problem = "it is sharded, and its dense base weight was asked for, as by PEFT's merge"
             raise FalqonError(self.path, problem, IN_ONE_PROCESS)
         self._verify()
-        if self.error_a is not None:
+        if self.terms:
             wide = dequantize(self.code, self.scale, torch.float32)
             return self.corrected(wide).to(self.dtype)
         weight: Tensor = dequantize(local(self.code), local(self.scale), self.dtype)
@@ -141,10 +141,14 @@ class Fp8Linear(PreparedLinear):
         return weight if cut is None else cut.wrap(weight)
 
     def corrected(self, wide: Tensor) -> Tensor:
-        """dq(W) + B_c · A_c for float32 dq(W) [out, in]; that itself without a calibration."""
-        if self.error_a is None or self.error_b is None:
-            return wide
-        return wide + self.error_b.detach().float() @ self.error_a.detach().float()
+        """dq(W) + B_c · A_c with W_S in its channels, for float32 dq(W) [out, in]; dq(W) without a
+        calibration.
+        """
+        if self.error_a is not None and self.error_b is not None:
+            wide = wide + self.error_b.detach().float() @ self.error_a.detach().float()
+        if self.channels is not None and self.columns is not None:
+            wide = wide.index_copy(1, self.channels.long(), self.columns.detach().float())
+        return wide
 
     def is_part(self) -> bool:
         """Whether tensor parallelism has cut W: then each process has a digest of its own bytes.
@@ -179,7 +183,9 @@ class Fp8Linear(PreparedLinear):
         if prefix + "code" in state_dict:
             given = {name: state_dict.get(prefix + name) for name in self.TERMS}
             found = {name: term for name, term in given.items() if isinstance(term, Tensor)}
-            check_terms(self.path, found, (self.out_features, self.in_features), "the state dict")
+            size = self.out_features, self.in_features
+            code = getattr(state_dict[prefix + "code"], "dtype", None)
+            check_terms(self.path, found, size, "the state dict", code)
             self.have_terms(found)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

@@ -42,6 +42,7 @@ class Moment:
     tokens: int = 0
     seen: weakref.ref[Tensor] | None = None  # what was added last, and its version
     at: int = 0
+    _rest: dict[int, Moment] = field(default_factory=dict)
 
     def add(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Add what a layer reads; of what ``mask`` [...] says is padding nothing, also where the
@@ -68,6 +69,15 @@ class Moment:
     def squares(self) -> Tensor:
         """E[x_c²] [in]."""
         return self.total.diagonal() / self.tokens
+
+    def without_largest(self, count: int) -> Moment:
+        """That of x with zeros in its ``count`` channels with the largest E[x_c²], made once for
+        all layers that share it.
+        """
+        if count not in self._rest:
+            left = torch.ones_like(self.squares).index_fill(0, self.squares.topk(count).indices, 0)
+            self._rest[count] = Moment(self.total * left * left[:, None], self.tokens)
+        return self._rest[count]
 
     @functools.cached_property
     def order(self) -> Tensor:

@@ -10,19 +10,26 @@ import torch
 from torch import Tensor
 
 from falqon_fx.errors import FalqonError
-from falqon_fx.site.numerics import dtype_name
+from falqon_fx.site.numerics import INT8, dtype_name
 from falqon_fx.site.sharded import local
 
 _PAIRS = (("error_a", "error_b"), ("channels", "columns"))
 _REMEDY = "Load another file, or calibrate anew with falqon_fx.prepare(model, calibration=batches)"
 
 
-def check_terms(path: str, terms: Mapping[str, Tensor], size: tuple[int, int], where: str) -> None:
-    """Refuse terms that don't belong to a weight [out, in] of ``size``.
+def check_terms(
+    path: str,
+    terms: Mapping[str, Tensor],
+    size: tuple[int, int],
+    where: str,
+    code: torch.dtype | None = None,
+) -> None:
+    """Refuse terms that don't belong to a weight [out, in] of ``size``, whose bytes are ``code``.
 
     Raises:
         FalqonError: one without its other half, a shape or dtype that is another, values that are
-            no numbers, channels that x doesn't have, or one twice.
+            no numbers, channels that x doesn't have, or one twice; in INT8 an A_c that is not zero
+            in these channels (see `falqon_fx.ops.cast_errors`).
     """
     for pair in _PAIRS:
         given = [name for name in pair if name in terms]
@@ -49,6 +56,12 @@ def check_terms(path: str, terms: Mapping[str, Tensor], size: tuple[int, int], w
                 raise FalqonError(path, f"{where} has a channel of x twice", _REMEDY)
         elif not bool(values.isfinite().all()):
             raise FalqonError(path, f"its {name} in {where} holds NaN or Inf", _REMEDY)
+    both = terms.get("error_a"), terms.get("channels")
+    if code == INT8 and all(term is not None and not term.is_meta for term in both):
+        error_a, channels = (local(term) for term in both if term is not None)
+        if bool(error_a.index_select(1, channels).any()):
+            problem = f"{where} has an error_a for channels that INT8 leaves out of the cast of x"
+            raise FalqonError(path, f"{problem}, as before falqon-fx left any out", _REMEDY)
 
 
 def _shapes(terms: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, tuple[int, ...]]:

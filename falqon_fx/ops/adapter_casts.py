@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from falqon_fx.kernels.fixed import Fixed
 from falqon_fx.ops import fp8_adapter, fp8_gpu, gpu, lowering
-from falqon_fx.ops.arguments import Fixed
 from falqon_fx.site.numerics import E4M3
 from falqon_fx.site.spec import parse_spec
 

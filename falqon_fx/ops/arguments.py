@@ -8,31 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from falqon_fx.kernels.spec import rank_of
-
-
-class Fixed(NamedTuple):
-    """What a calibration has made for adapters, one of each adapter or none: A_c [r_c, in] and
-    B_c [out, r_c], which are cast as rows of A and columns of B, and W_S [out, c]. Zeros follow the
-    rows of A_c up to a multiple of 16, and so do they between the columns of B_c and W_S.
-    """
-
-    error_a: Sequence[Tensor] = ()
-    error_b: Sequence[Tensor] = ()
-    columns: Sequence[Tensor] = ()
-
-    def of(self, adapters: Sequence[int]) -> Fixed:
-        """That of some of the adapters."""
-        return Fixed(*([column[j] for j in adapters if column] for column in self))
-
-    def rank(self, rank: int) -> int:
-        """The rows of Â of an adapter of that rank that has all of this."""
-        error, columns = (sum(t.shape[1] for t in part) for part in (self.error_b, self.columns))
-        return rank_of(rank, error, columns)
-
-
-NONE_FIXED = Fixed()
-
 
 class Merged(NamedTuple):
     """The arguments of `falqon_fx.ops.merged_linear.merged_linear`, described there, in order."""

@@ -4,7 +4,7 @@ stacks of weights that `falqon_fx.prepare` makes.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,18 +30,44 @@ def base_linear(
     channels: Tensor | None = None,
     columns: Tensor | None = None,
 ) -> Tensor:
-    """The layer that `prepare` makes: x · dq(W)ᵀ + (x · A_cᵀ) · B_cᵀ + bias, in x's dtype.
+    """The layer that `prepare` makes: x · dq(W)ᵀ + (x · A_cᵀ) · B_cᵀ + bias, in x's dtype, and
+    x_S · W_Sᵀ in place of the channels S of both.
 
     ``code`` uint8 [out, in], the bytes of W in E4M3, or int8; ``scale`` int32 [out, 1] or [1], the
     bits of its float32 scales; ``digest`` uint8 [8] their hash. ``spec`` says what they were made
     with, for the passes, which find all of it in the graph.
 
     ``error_a`` A_c [r, in] and ``error_b`` B_c [out, r], where there are any, stand for the cast
-    error of W. ``channels`` int32 [c] and ``columns`` W_S [out, c] are what compiled code adds the
-    cast error of x with (see `outliers`); x is not cast here, so there is none.
+    error of W. With ``channels`` S int32 [c] and ``columns`` W_S [out, c] compiled code adds what
+    the cast of x loses (see `falqon_fx.ops.cast_errors`); here x is not cast.
     """
     bases.verify("a prepared layer", Base(code, as_scale(scale)), digest)
-    return _product(x, code, scale, bias, error_a, error_b)
+    return _product(x, code, scale, bias, _Terms(error_a, error_b, channels, columns))
+
+
+class _Terms(NamedTuple):
+    """What a calibration has added."""
+
+    error_a: Tensor | None
+    error_b: Tensor | None
+    channels: Tensor | None
+    columns: Tensor | None
+
+    def weight(self, code: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """dq(W) with W_S."""
+        weight = lowering.dequantize(code, scale, dtype)
+        if self.channels is None or self.columns is None:
+            return weight
+        return weight.index_copy_(1, self.channels.long(), self.columns.to(dtype))
+
+    def error(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """A_c, with zeros in S, and B_c."""
+        if self.error_a is None or self.error_b is None:
+            return None
+        error_a = self.error_a.to(dtype)
+        if self.channels is not None:
+            error_a = error_a.index_fill(1, self.channels.long(), 0.0)
+        return error_a, self.error_b.to(dtype)
 
 
 @without_autocast
@@ -50,14 +76,13 @@ def _product(
     code: Tensor,
     scale: Tensor,
     bias: Tensor | None,
-    error_a: Tensor | None,
-    error_b: Tensor | None,
+    terms: _Terms,
 ) -> Tensor:
     wide = _plain_dtype(x)
     of_bias = None if bias is None else bias.to(wide)
-    y = F.linear(x.to(wide), lowering.dequantize(code, scale, wide), of_bias)
-    if error_a is not None and error_b is not None:
-        y = y + (x.to(wide) @ error_a.to(wide).t()) @ error_b.to(wide).t()
+    y = F.linear(x.to(wide), terms.weight(code, scale, wide), of_bias)
+    if error := terms.error(wide):
+        y = y + (x.to(wide) @ error[0].t()) @ error[1].t()
     return y.to(x.dtype)
 
 
@@ -74,31 +99,29 @@ def _(x: Tensor, code: Tensor, *rest: Any) -> Tensor:
 
 
 def _save_base(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, code, scale, _, bias, _, error_a, error_b, *_ = inputs
-    ctx.save_for_backward(code, scale, error_a, error_b)
+    _, code, scale, _, bias, _, *terms = inputs
+    ctx.save_for_backward(code, scale, *terms)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 @without_autocast
 def _backward_base(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    code, scale, *error = ctx.saved_tensors
+    code, scale, *terms = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = _grad_x(grad, code, scale, *error)
+        grad_x = _grad_x(grad, code, scale, _Terms(*terms))
     if ctx.needs_input_grad[4]:
         flat = grad.reshape(-1, grad.shape[-1])
         grad_bias = flat.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
     return grad_x, None, None, None, grad_bias, None, None, None, None, None
 
 
-def _grad_x(
-    grad: Tensor, code: Tensor, scale: Tensor, error_a: Tensor | None, error_b: Tensor | None
-) -> Tensor:
-    """dL/dx = dL/dO · dq(W) + (dL/dO · B_c) · A_c."""
+def _grad_x(grad: Tensor, code: Tensor, scale: Tensor, terms: _Terms) -> Tensor:
+    """dL/dx = dL/dO · dq(W) + (dL/dO · B_c) · A_c, and dL/dO · W_S in the channels S."""
     wide = _plain_dtype(grad)
-    result = grad.to(wide) @ lowering.dequantize(code, scale, wide)
-    if error_a is not None and error_b is not None:
-        result = result + (grad.to(wide) @ error_b.to(wide)) @ error_a.to(wide)
+    result = grad.to(wide) @ terms.weight(code, scale, wide)
+    if error := terms.error(wide):
+        result = result + (grad.to(wide) @ error[1]) @ error[0]
     return result.to(grad.dtype)
 
 

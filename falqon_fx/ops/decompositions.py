@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from falqon_fx._compat import OpOverload, inductor_decompositions
+from falqon_fx.kernels.fixed import Fixed
 from falqon_fx.ops import (
     experts,
     experts_lowering,
@@ -20,7 +21,7 @@ from falqon_fx.ops import (
     outliers,
     products,
 )
-from falqon_fx.ops.arguments import Fixed, Merged, MergedGrad
+from falqon_fx.ops.arguments import Merged, MergedGrad
 from falqon_fx.rows import ops as rows_ops
 from falqon_fx.site.spec import lowering_version
 

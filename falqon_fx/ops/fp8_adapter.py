@@ -27,10 +27,11 @@ import torch
 from torch import Tensor
 
 from falqon_fx.errors import one_line
-from falqon_fx.ops.arguments import NONE_FIXED, Fixed, Merged, MergedGrad
+from falqon_fx.kernels.fixed import NONE_FIXED, Fixed
+from falqon_fx.ops.arguments import Merged, MergedGrad
+from falqon_fx.ops.cast_errors import cast_error
 from falqon_fx.ops.lowering import (
     adapter_outputs,
-    cast_error,
     cast_fp8,
     cast_inputs,
     decode,

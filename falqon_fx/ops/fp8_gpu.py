@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from falqon_fx import _compat
+from falqon_fx.kernels.fixed import NONE_FIXED, Fixed
 from falqon_fx.ops import fp8_adapter, in_k, products
-from falqon_fx.ops.arguments import NONE_FIXED, Fixed, Merged, MergedGrad
-from falqon_fx.ops.gpu import by_launches, cast_errors, quantize
+from falqon_fx.ops.arguments import Merged, MergedGrad
+from falqon_fx.ops.cast_errors import cast_errors
+from falqon_fx.ops.gpu import by_launches, quantize
 from falqon_fx.ops.lowering import gemm_dtype, stacked
 from falqon_fx.site.casts import cast_fp8
 from falqon_fx.site.numerics import (
@@ -94,7 +96,7 @@ def merged_linear(given: Merged) -> list[Tensor]:
         given.b,
         given.alpha,
         counts(given.clamped, len(given.weight), x),
-        cast_errors(given, q_scale, torch.float32),
+        [*cast_errors(given, q_scale, torch.float32).values()],
         given.owner,
         given.joined,
         given.out_dtype,

@@ -13,22 +13,29 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from falqon_fx.kernels.fixed import NONE_FIXED, Fixed
 from falqon_fx.kernels.hardware import fp8_architecture
 from falqon_fx.kernels.spec import in_casts
 from falqon_fx.ops import products
-from falqon_fx.ops.arguments import NONE_FIXED, Fixed, Merged
-from falqon_fx.ops.lowering import cast_error, gemm_dtype
+from falqon_fx.ops.arguments import Merged
+from falqon_fx.ops.cast_errors import cast_errors, channels_apart, kept_errors, with_errors
+from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.site.casts import cast_fp8
 from falqon_fx.site.forms import operand_of
 from falqon_fx.site.numerics import INT8, as_operand, without_autocast
 from falqon_fx.site.spec import parse_spec
 
 
-def quantize(x: Tensor, dtype: torch.dtype, spec_text: str) -> tuple[Tensor, Tensor]:
-    """``x`` [n, k] ≈ q · scale: FP8 or INT8 q [n, k], scale float32 [n, 1] or [].
+def quantize(
+    x: Tensor, dtype: torch.dtype, spec_text: str, apart: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``x`` [n, k] ≈ q · scale: FP8 or INT8 q [n, k], scale float32 [n, 1] or []; zeros in the
+    channels ``apart``, bool [k].
 
     Below sm_89 the compiler of generated kernels has no FP8: there its cast is an op by itself.
     """
+    if apart is not None:
+        x = x.masked_fill(apart, 0.0)
     known = x.device.type == "cuda" and torch.cuda.is_available()
     if known and dtype != INT8 and not fp8_architecture(x.device):
         narrow = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
@@ -94,7 +101,8 @@ def merged_linear(given: Merged) -> list[Tensor]:
     x, spec_text = given.x, given.spec_text
     operand = parse_spec(spec_text).operand
     dtype = gemm_dtype(given.out_dtype, x.device)
-    q, q_scale = quantize(x.reshape(-1, x.shape[-1]), operand, spec_text)
+    apart = channels_apart(given)
+    q, q_scale = quantize(x.reshape(-1, x.shape[-1]), operand, spec_text, apart)
     own = [quantize(x_j.reshape(-1, x_j.shape[-1]), operand, spec_text) for x_j in given.adapter_x]
     codes_a = [as_operand(code) for code in given.a]
     out_a: list[Tensor] = []
@@ -106,6 +114,15 @@ def merged_linear(given: Merged) -> list[Tensor]:
             for cast, code, scale_a in zip(own, codes_a, given.a_scale, strict=True)
         ]
         out_a = [torch.cat(parts, dim=1)]
+    errors = cast_errors(given, q_scale, dtype, apart)
+    if operand == INT8 and errors and not own:
+        (of_codes,) = products.call(
+            products.merged_product,
+            *(q, q_scale, [], [], [], codes_a, given.a_scale, [], [], [], []),
+            given.out_dtype,
+            spec_text,
+        )
+        out_a = [with_errors(of_codes, given, errors)]
     made = products.call(
         products.merged_product,
         q,
@@ -117,7 +134,7 @@ def merged_linear(given: Merged) -> list[Tensor]:
         given.a_scale,
         [t.to(dtype) for t in given.b],
         out_a,
-        cast_errors(given, q_scale, dtype),
+        [*errors.values()],
         given.owner,
         given.out_dtype,
         spec_text,
@@ -126,14 +143,8 @@ def merged_linear(given: Merged) -> list[Tensor]:
     shape, sites = x.shape[:-1], len(given.weight)
     ys = [torch.ops.aten._unsafe_view(y, (*shape, y.shape[1])) for y in made[:sites]]
     kept = [part for cast in own or [(q, q_scale)] for part in cast] if given.keep_x else []
+    kept += [errors[j] for j in kept_errors(given)]
     return [*ys, *(out_a or made[sites:]), *kept]
-
-
-def cast_errors(given: Merged, scale: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """The cast error of x in the channels of each adapter that has some, [n, c]."""
-    spec = parse_spec(given.spec_text)
-    each = given.corrected.values()
-    return [cast_error(given.x, scale, channels, spec).to(dtype) for channels in each]
 
 
 @without_autocast

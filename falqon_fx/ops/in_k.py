@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from falqon_fx import _compat
+from falqon_fx.kernels.fixed import Fixed
 from falqon_fx.kernels.spec import MAX_PIECES, aligned
-from falqon_fx.ops.arguments import Fixed
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.ops.products import define, launches, options_of
 from falqon_fx.site.casts import cast_with_scale

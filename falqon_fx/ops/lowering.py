@@ -23,12 +23,15 @@ from falqon_fx._compat import native_bf16
 from falqon_fx.kernels.cpu import casts as cpu_casts
 from falqon_fx.kernels.cpu import integers
 from falqon_fx.kernels.cpu import native as cpu
-from falqon_fx.ops.arguments import NONE_FIXED, Fixed, Merged
+from falqon_fx.kernels.fixed import NONE_FIXED, Fixed
+from falqon_fx.ops.arguments import Merged
+from falqon_fx.ops.cast_errors import cast_errors, channels_apart, kept_errors, with_errors
 from falqon_fx.site import nvfp4
 from falqon_fx.site.casts import cast_with_scale, scale_of
 from falqon_fx.site.numerics import (
     E4M3,
     INT8,
+    as_code,
     as_scale,
     decode_fp8,
     round_to_fp8,
@@ -98,20 +101,31 @@ class Cast:
     code: Tensor | None = None
 
 
-def cast_operand(x: Tensor, spec: SiteSpec, dtype: torch.dtype, *, keep: bool = False) -> Cast:
+def cast_operand(
+    x: Tensor,
+    spec: SiteSpec,
+    dtype: torch.dtype,
+    *,
+    keep: bool = False,
+    apart: Tensor | None = None,
+) -> Cast:
     """Cast x [n, k] to what W is, see `cast_fp8` and `cast_int8`."""
     if spec.operand == INT8:
-        return cast_int8(x, spec)
+        return cast_int8(x, spec, apart)
     return cast_fp8(x, spec.operand, spec, dtype, keep=keep)
 
 
-def cast_int8(x: Tensor, spec: SiteSpec) -> Cast:
-    """Cast x [n, k] to INT8 with one scale per row or one for all of it."""
+def cast_int8(x: Tensor, spec: SiteSpec, apart: Tensor | None = None) -> Cast:
+    """Cast x [n, k] to INT8 with one scale per row or one for all of it, with zeros in the channels
+    ``apart``, bool [k].
+    """
     if spec.per_row and x.device.type == "cpu":
-        cast = integers.cast_rows(x, spec.scale == "pow2")
+        cast = integers.cast_rows(x, spec.scale == "pow2", apart)
         if cast is not None:
             code, scale = cast
             return Cast(code, scale, scale, code)
+    if apart is not None:
+        x = x.masked_fill(apart, 0.0)
     scale = scale_of(x, INT8, spec)
     code = cast_with_scale(x.to(torch.float32), scale, INT8)
     return Cast(code, scale, scale, code)
@@ -160,6 +174,11 @@ def cast_code(x: Tensor, spec: SiteSpec) -> tuple[Tensor, Tensor]:
     return cast.code, cast.scale
 
 
+def as_read(weight: Tensor) -> Tensor:
+    """FP8 as `decode_fp8` reads it fastest where nothing is compiled."""
+    return as_code(weight) if weight.device.type == "cpu" else weight
+
+
 def decode(
     code: Tensor, scale: Tensor | float, dtype: torch.dtype, to: Tensor | None = None
 ) -> Tensor:
@@ -184,30 +203,24 @@ def merged_linear(given: Merged) -> list[Tensor]:
     """
     spec = parse_spec(given.spec_text)
     dtype, exact = gemm_dtype(given.out_dtype, given.x.device), spec.scales_inside
-    read = cast_inputs(given, spec, dtype)
+    apart = channels_apart(given)
+    read = cast_inputs(given, spec, dtype, apart)
     out_a = given.x.new_empty((read.x.value.shape[0], 0), dtype=dtype)
+    errors = cast_errors(given, read.x.scale, dtype, apart)
     if given.a:
         out_a = adapter_outputs(given, read, spec, dtype)
+        out_a = out_a if read.own else with_errors(out_a, given, errors)
     parts = out_a.split(given.ranks, dim=1) if given.a else ()
-    corrected = given.corrected
     ys = []
     for i, (w, s) in enumerate(zip(given.weight, given.scale)):
         y = multiplied(read.x.value, right_operand(w, s if exact else 1.0, dtype))
         if not exact:
             y = rescale(y, read.x.rest, s, dtype)
         for j in given.adapters_of(i) if given.b else []:
-            left = [parts[j]]
-            if j in corrected:
-                left.append(cast_error(given.x, read.x.scale, corrected[j], spec).to(dtype))
+            left = [parts[j], *([errors[j]] if j in errors else [])]
             y = torch.addmm(y, _stack(left, dim=1), given.b[j].to(dtype).t())
         ys.append(finished(y, given, i))
-    return [*ys, out_a, *read.kept(given.keep_x)]
-
-
-def cast_error(x: Tensor, scale: Tensor, channels: Tensor, spec: SiteSpec) -> Tensor:
-    """(x - dq(q(x)))_S [n, c], float32, for x [..., in] with the ``scale`` that it is cast with."""
-    picked = x.reshape(-1, x.shape[-1]).index_select(1, channels).to(torch.float32)
-    return picked - round_to_fp8(picked * scale.reciprocal(), spec.operand) * scale
+    return [*ys, out_a, *read.kept(given.keep_x), *(errors[j] for j in kept_errors(given))]
 
 
 @dataclass(frozen=True)
@@ -228,13 +241,17 @@ class Read:
         return found
 
 
-def cast_inputs(given: Merged, spec: SiteSpec, dtype: torch.dtype) -> Read:
-    """x and ``adapter_x`` cast to the operands' format, as values in ``dtype``."""
+def cast_inputs(
+    given: Merged, spec: SiteSpec, dtype: torch.dtype, apart: Tensor | None = None
+) -> Read:
+    """x and ``adapter_x`` cast to the operands' format, as values in ``dtype``; of x without the
+    channels ``apart``.
+    """
 
-    def cast(x: Tensor, keep: bool) -> Cast:
-        return cast_operand(x.reshape(-1, x.shape[-1]), spec, dtype, keep=keep)
+    def cast(x: Tensor, keep: bool, apart: Tensor | None = None) -> Cast:
+        return cast_operand(x.reshape(-1, x.shape[-1]), spec, dtype, keep=keep, apart=apart)
 
-    of_x = cast(given.x, given.keep_x and not given.adapter_x)
+    of_x = cast(given.x, given.keep_x and not given.adapter_x, apart)
     return Read(of_x, [cast(x_j, given.keep_x) for x_j in given.adapter_x])
 
 

@@ -19,9 +19,10 @@ from falqon_fx.kernels.spec import aligned
 from falqon_fx.ops import adapter_casts, fp8_adapter, fp8_gpu, fp8_grad, gpu, lowering
 from falqon_fx.ops.adapter_grads import Batch, OutAGrads, lower_adapter_grads, lower_grad_out_a
 from falqon_fx.ops.arguments import Merged
+from falqon_fx.ops.cast_errors import KeptErrors, bringers, kept_errors
+from falqon_fx.ops.grad_x import merged_linear_grad_x
 from falqon_fx.ops.once import once
-from falqon_fx.site.numerics import as_code, without_autocast
-from falqon_fx.site.nvfp4 import shape_of
+from falqon_fx.site.numerics import without_autocast
 from falqon_fx.site.spec import parse_spec
 
 
@@ -50,7 +51,8 @@ def merged_linear(
 ) -> list[Tensor]:
     """O_i [..., out_i] = x · dq(W_i)ᵀ + Σ_j O_A,j · b_jᵀ + bias_i of the sites i that read x, over
     the adapters j with ``owner[j] == i``; then O_A,j = x_j · dq(Â_j)ᵀ of all adapters side by side,
-    [n, Σ r_j]; then, where ``keep_x``, the casts of what the adapters read, with their scales.
+    [n, Σ r_j]; then, where ``keep_x``, the casts of what the adapters read, with their scales, and
+    in INT8 what these lack in some channels (`falqon_fx.ops.cast_errors`).
 
     x, W_i and Â_j are multiplied in FP8 or INT8. ``weight``, ``scale`` and ``bias`` have one entry
     per site (bias may have none), as ``clamped`` may, to which a GPU adds how much of adapters in
@@ -65,7 +67,8 @@ def merged_linear(
     What a calibration has made is part of an adapter (see `proxy_update`): Â_j and b_j may have
     more rows and columns than lora_a and lora_b, without gradients. Where b_j is wider than Â_j is
     high, its last columns W_S bring the cast error of x to O_i, (x - dq(q(x)))_S · W_Sᵀ, in the
-    channels S: ``channels`` has them, int32 [c], of each such adapter in turn.
+    channels S: ``channels`` has them, int32 [c], of each such adapter in turn. INT8 has zeros in S,
+    and O_A,j and dL/dA_j get x_S, too.
 
     Gradients reach x, adapter_x, lora_a, lora_b and bias. With D_j = dL/dO · scaling_j · B_j:
 
@@ -76,10 +79,10 @@ def merged_linear(
     """
     given = Merged(
         x,
-        [_as_read(w) for w in weight],
+        [lowering.as_read(w) for w in weight],
         [*scale],
         [*bias],
-        [_as_read(w) for w in a],
+        [lowering.as_read(w) for w in a],
         [*a_scale],
         [*b],
         [*alpha],
@@ -99,11 +102,6 @@ def merged_linear(
     return lower_merged_linear(given)
 
 
-def _as_read(weight: Tensor) -> Tensor:
-    """FP8 as `decode_fp8` reads it fastest where nothing is compiled."""
-    return as_code(weight) if weight.device.type == "cpu" else weight
-
-
 def lower_merged_linear(given: Merged) -> list[Tensor]:
     """`falqon_fx.ops.lowering.merged_linear`, or its like for GPUs or for adapters in FP8."""
     on_gpu = given.x.device.type == "cuda"
@@ -112,15 +110,6 @@ def lower_merged_linear(given: Merged) -> list[Tensor]:
         return in_fp8(given)
     run = gpu.merged_linear if on_gpu else lowering.merged_linear
     return run(given)
-
-
-def lower_grad_x(grad: Sequence[Tensor], *rest: Any) -> Tensor:
-    """`falqon_fx.ops.lowering.merged_linear_grad_x`, or its like for GPUs."""
-    if grad[0].device.type == "cuda":
-        return gpu.merged_linear_grad_x(grad, *rest)
-    weight, scale, d, a, a_scale, _, x_dtype, spec_text = rest  # a CPU decodes W as it is
-    given = weight, scale, d, a, a_scale
-    return lowering.merged_linear_grad_x(grad, *given, x_dtype, spec_text)
 
 
 @merged_linear.register_fake
@@ -133,35 +122,9 @@ def _(*args: Any) -> list[Tensor]:
     for _ in (given.adapter_x or [x]) if given.keep_x else []:
         results.append(x.new_empty((n, x.shape[-1]), dtype=spec.operand))
         results.append(x.new_empty((n, 1) if spec.per_row else (), dtype=torch.float32))
+    corrected = given.corrected
+    results += [x.new_empty((n, len(corrected[j])), dtype=dtype) for j in kept_errors(given)]
     return results
-
-
-@torch.library.custom_op("falqon::merged_linear_grad_x", mutates_args=())
-def merged_linear_grad_x(
-    grad: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    scale: Sequence[Tensor],
-    d: Sequence[Tensor],
-    a: Sequence[Tensor],
-    a_scale: Sequence[Tensor],
-    turned: Sequence[Tensor],
-    x_dtype: torch.dtype,
-    spec_text: str,
-) -> Tensor:
-    """dL/dx [n, in] = Σ_i q(dL/dO_i) · dq(W_i) + Σ_j D_j · dq(Â_j), dL/dO_i [n, out_i] cast to FP8
-    where W is. ``turned`` has W_iᵀ where they are kept, with zeros behind them, or nothing.
-
-    See `falqon_fx.ops.lowering.merged_linear_grad_x`.
-    """
-    codes, codes_a = [_as_read(w) for w in weight], [_as_read(w) for w in a]
-    return lower_grad_x(grad, codes, scale, d, codes_a, a_scale, turned, x_dtype, spec_text)
-
-
-@merged_linear_grad_x.register_fake
-def _(grad: Sequence[Tensor], weight: Sequence[Tensor], *rest: Any) -> Tensor:
-    *_, x_dtype, _ = rest
-    _, features = shape_of(weight[0])
-    return grad[0].new_empty((grad[0].shape[0], features), dtype=x_dtype)
 
 
 @torch.library.custom_op("falqon::grad_a", mutates_args=())
@@ -191,6 +154,8 @@ class _Saved(NamedTuple):
     turned: list[Tensor]
     kept: list[Tensor]
     out_a: list[Tensor]
+    errors: list[Tensor]
+    channels: list[Tensor]
 
     @classmethod
     def of(cls, ctx: Any) -> _Saved:
@@ -202,6 +167,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     given = Merged(*inputs)
     sites = len(given.weight)
     out_a, *kept = output[sites:]
+    of_errors = kept_errors(given)
+    first_error = len(kept) - len(of_errors)
     ctx.mark_non_differentiable(*output[sites:])
     ctx.set_materialize_grads(False)
     # Without b, D needs B itself.
@@ -217,11 +184,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
         given.alpha,
         counted,
         given.turned,
-        kept,
+        kept[:first_error],
         [out_a],
+        kept[first_error:],
+        [given.corrected[j] for j in of_errors],
     )
     ctx.save_for_backward(*(tensor for column in columns for tensor in column))
     ctx.lengths = [len(column) for column in columns]
+    ctx.error_of = {j: of_errors.index(k) for j, k in bringers(given).items() if k in of_errors}
     ctx.adds_b, ctx.keep_x = bool(given.b), given.keep_x
     uncounted = given.b, given.clamped, given.joined, given.channels
     ctx.of_b, ctx.clamped, ctx.joined, ctx.channels = map(len, uncounted)
@@ -297,11 +267,15 @@ def _gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         for into, places, made in ((grad_b, batch, made_b), (grad_a, of_x, made_a)):
             for j, result in zip(places, made, strict=True):
                 into[j] = result
+    errors = KeptErrors(ctx.error_of, saved.errors, saved.channels)
+    for j in train_a:
+        if (lacking := grad_a[j]) is not None:
+            grad_a[j] = errors.added(lacking, j, d.parts[j][:, : ctx.trained_ranks[j]])
     for j in adapters:
         if own_x and needs_own[j] and ctx.adds_b:
             shape, dtype = ctx.shapes[1 + j]
             of_j = d.parts[j]
-            values = lowering.dequantize(_as_read(saved.a[j]), saved.a_scale[j], of_j.dtype)
+            values = lowering.dequantize(lowering.as_read(saved.a[j]), saved.a_scale[j], of_j.dtype)
             grad_own[j] = (of_j @ values).to(dtype).reshape(shape)
     for i, g in flat.items():
         if grad_bias and needs_bias[i]:

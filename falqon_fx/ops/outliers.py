@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from falqon_fx.ops.lowering import cast_error, gemm_dtype
+from falqon_fx.ops.cast_errors import cast_error
+from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.site.casts import scale_of
 from falqon_fx.site.numerics import without_autocast
 from falqon_fx.site.spec import parse_spec

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from falqon_fx.kernels.fixed import Fixed
 from falqon_fx.kernels.spec import MAX_PIECES
 from falqon_fx.ops.adapter_grads import blocks
-from falqon_fx.ops.arguments import Fixed
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.site.numerics import filled
 from falqon_fx.site.nvfp4 import is_packed, shape_of

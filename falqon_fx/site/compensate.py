@@ -76,14 +76,17 @@ def damped_root(moment: Tensor) -> Tensor:
     return root.to(torch.float32)
 
 
-def heaviest_channels(squares: Tensor, weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def heaviest_channels(squares: Tensor, weight: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
     """The ``count`` channels c of x with the largest E[x_c²] · |W_c|², int32, the largest first,
     and what share of all channels' sum each has; for ``squares`` E[x_c²] [in].
 
     A token's cast error of x_c is a share of x_c, and reaches the output through column W_c of
-    W [out, in].
+    W [out, in]. Without ``weight``, those with the largest E[x_c²]: in INT8 it is these that the
+    scale of all channels goes by, for each layer that reads x alike.
     """
-    size = weight.to(torch.float32).square().sum(0).double() * squares.double()
+    size = squares.double()
+    if weight is not None:
+        size = size * weight.to(torch.float32).square().sum(0).double()
     found, whole = size.topk(count), size.sum()
     shares = found.values / torch.where(whole > 0, whole, 1.0)  # a weight of zeros has none
     return found.indices.to(torch.int32), shares.float()

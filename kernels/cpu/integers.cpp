@@ -19,9 +19,21 @@ float scale_of(uint32_t amax, bool pow2) {
   return scale < 0x1p-126f ? 0x1p-126f : scale;  // a NaN stays
 }
 
+// Zeros where `bits` has none, and the bits of the largest magnitude of the rest.
+uint32_t masked(float* __restrict row, const uint32_t* __restrict bits, int64_t count) {
+  uint32_t amax = 0;
+  for (int64_t j = 0; j < count; ++j) {
+    const uint32_t left = as_bits(row[j]) & bits[j];
+    row[j] = as_float(left);
+    const uint32_t size = left & 0x7FFFFFFFu;
+    amax = size > amax ? size : amax;
+  }
+  return amax;
+}
+
 template <typename In>
-void cast(const In* x, int64_t x_stride, int64_t rows, int64_t count, bool pow2, float* scale,
-          int8_t* codes, int64_t threads) {
+void cast(const In* x, int64_t x_stride, int64_t rows, int64_t count, bool pow2,
+          const uint32_t* bits, float* scale, int8_t* codes, int64_t threads) {
 #pragma omp parallel num_threads(threads)
   {
     std::vector<float> buffer(count);
@@ -29,7 +41,9 @@ void cast(const In* x, int64_t x_stride, int64_t rows, int64_t count, bool pow2,
     for (int64_t i = 0; i < rows; ++i) {
       float* __restrict row = buffer.data();
       int8_t* __restrict to = codes + i * count;
-      scale[i] = scale_of(load_row(row, x + i * x_stride, count), pow2);
+      uint32_t amax = load_row(row, x + i * x_stride, count);
+      if (bits) amax = masked(row, bits, count);
+      scale[i] = scale_of(amax, pow2);
       if ((as_bits(scale[i]) & 0x7FFFFFFFu) >= 0x7F800000u) {  // all of the row is NaN
         std::memset(to, 0, count);
         continue;
@@ -78,14 +92,15 @@ void rescale(const int32_t* sums, const float* left, int64_t left_stride, const 
 
 }  // namespace
 
-// Rows of x [rows, count] cast to INT8, one scale each: scale [rows], codes [rows, count].
+// Rows of x [rows, count] cast to INT8, one scale each: scale [rows], codes [rows, count]. Of a
+// column only those bits are read that are set in `bits` [count], where that is given.
 extern "C" void falqon_cast_int8(const void* x, int64_t x_is_bfloat16, int64_t x_stride,
                                  int64_t rows, int64_t count, int64_t pow2, int64_t threads,
-                                 float* scale, int8_t* codes) {
+                                 const uint32_t* bits, float* scale, int8_t* codes) {
   if (x_is_bfloat16) {
-    cast(static_cast<const bfloat16*>(x), x_stride, rows, count, pow2, scale, codes, threads);
+    cast(static_cast<const bfloat16*>(x), x_stride, rows, count, pow2, bits, scale, codes, threads);
   } else {
-    cast(static_cast<const float*>(x), x_stride, rows, count, pow2, scale, codes, threads);
+    cast(static_cast<const float*>(x), x_stride, rows, count, pow2, bits, scale, codes, threads);
   }
 }
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from falqon_fx._compat import native_int8
 from falqon_fx.kernels.cpu.build import compiled
 
 _POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
@@ -31,16 +32,19 @@ def library() -> Any | None:
 
 @functools.cache
 def exact() -> bool:
-    """Whether the library adds up products of integers exactly: with VNNI. Without it oneDNN sums
-    pairs of them up in 16 bits, which clamps: 127 · -128 twice is already beyond.
+    """Whether the library adds up products of integers exactly, and not slower than float32: with
+    VNNI. Without it oneDNN sums pairs of them up in 16 bits, which clamps: 127 · -128 twice is
+    already beyond.
     """
+    if not native_int8():
+        return False
     left, right = (torch.full((16, 64), n, dtype=torch.int8, device="cpu") for n in (127, -128))
     return bool((torch.ops.aten._int_mm(left, right.t()) == 64 * 127 * -128).all())
 
 
-def cast_rows(x: Tensor, pow2: bool) -> tuple[Tensor, Tensor] | None:
-    """INT8 codes [n, k] of x [n, k] and their scales, float32 [n, 1]. None where there is no
-    compiled code, or it doesn't take x.
+def cast_rows(x: Tensor, pow2: bool, apart: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
+    """INT8 codes [n, k] of x [n, k] and their scales, float32 [n, 1]; zeros in the channels
+    ``apart``, bool [k]. None where there is no compiled code, or it doesn't take x.
     """
     if not _by_rows(x) or library() is None:
         return None
@@ -48,7 +52,9 @@ def cast_rows(x: Tensor, pow2: bool) -> tuple[Tensor, Tensor] | None:
     scale = torch.empty(n, 1, dtype=torch.float32, device="cpu")
     codes = torch.empty(n, k, dtype=torch.int8, device="cpu")
     sizes = (x.dtype == torch.bfloat16, x.stride(0), n, k, pow2, torch.get_num_threads())
-    places = _POINTER(scale.data_ptr()), _POINTER(codes.data_ptr())
+    bits = None if apart is None else apart.to(torch.int32) - 1
+    of_bits = _POINTER(None if bits is None else bits.data_ptr())
+    places = of_bits, _POINTER(scale.data_ptr()), _POINTER(codes.data_ptr())
     _call("falqon_cast_int8", _POINTER(x.data_ptr()), *map(_INT64, sizes), *places)
     return codes, scale
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from falqon_fx.kernels.aot import compile_ahead
@@ -21,7 +21,7 @@ from tests.cuda import GROUPS, INTERPRETED, as_on_a_gpu
 from tests.lowered import check, expected, run
 from tests.parameters import each_value
 from tests.sites import randn
-from tests.strategies import SEEDS
+from tests.strategies import SEEDS, cases
 
 pytestmark = INTERPRETED
 
@@ -65,6 +65,14 @@ def test_o_is_that_of_a_cpu_bit_for_bit(n, out, features, dtype, granularity, bi
 )  # fmt: skip
 def test_every_kind_of_group_by_every_kernel(name, kernel, scale, granularity):
     case = GROUPS[name](replace(SPEC, kernel=kernel, scale=scale, granularity=granularity))
+    wanted = expected(case, steps=True)
+    with as_on_a_gpu():
+        check(case, wanted)
+
+
+@given(cases(("int8",)))
+def test_with_what_a_calibration_makes_results_equal_float64_on_the_same_operands(case):
+    assume(case.out_dtype != torch.float16)  # whose dL/dx the library rounds to it, see below
     wanted = expected(case, steps=True)
     with as_on_a_gpu():
         check(case, wanted)

@@ -19,6 +19,7 @@ from falqon_fx.kernels.products import choice, contest, dispatch
 from falqon_fx.kernels.products.choice import Candidate, Choice, Choices, run_once
 from falqon_fx.kernels.products.problem import key_of
 from falqon_fx.ops import fp8_gpu, fp8_grad, gpu, products
+from falqon_fx.ops import grad_x as op_of_grad_x
 from falqon_fx.ops import merged_linear as ops
 from falqon_fx.ops.adapter_grads import adapter_grads_on_gpu, grad_out_a_on_gpu
 from falqon_fx.passes import autotune as autotuning
@@ -132,7 +133,7 @@ def told(monkeypatch, tmp_path):
     monkeypatch.setattr(
         ops, "lower_merged_linear", lambda m: (fp8_gpu if m.alpha else gpu).merged_linear(m)
     )
-    monkeypatch.setattr(ops, "lower_grad_x", gpu.merged_linear_grad_x)
+    monkeypatch.setattr(op_of_grad_x, "lower_grad_x", gpu.merged_linear_grad_x)
     monkeypatch.setattr(fp8_grad, "lower_grad", fp8_gpu.merged_linear_grad)
     monkeypatch.setattr(ops, "lower_adapter_grads", adapter_grads_on_gpu)
     monkeypatch.setattr(ops, "lower_grad_out_a", grad_out_a_on_gpu)
