@@ -62,8 +62,9 @@ class FalqonConfig:
             and never changes; A and s·B are cast from the parameters whenever the graph runs.
             "rows" is the paper's method: rows of W' are written in place (options below).
         base_dtype: what W, x and A are cast to. "fp8" is E4M3. "int8", for CPUs and for GPUs
-            without FP8, has a third of its error where no value is far above its row's others;
-            dL/dO stays in the model's dtype then. "nvfp4" is W alone in four bits
+            without FP8, has a third of its error where no value is far above its row's others, as
+            after a calibration, which leaves the largest channels of x out; dL/dO stays in the
+            model's dtype then. "nvfp4" is W alone in four bits
             (`falqon_fx.site.nvfp4`), 0.56 bytes a weight, with x and A in FP8.
         adapter_dtype: how s·B enters the product. "bfloat16" adds s·O_A·Bᵀ to the FP8 product.
             "fp8" makes O_A and s·B further columns of it (`falqon_fx.ops.fp8_adapter`): O and dL/dx
