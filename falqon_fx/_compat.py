@@ -30,6 +30,7 @@ from falqon_fx.errors import FalqonError
 LazyGraphModule = _LazyGraphModule
 # torch 2.11's makes each parameter as one that may have a gradient, which integers can't have.
 FSDP2_TAKES_INTEGERS = torch.__version__ >= "2.12"
+X86 = platform.machine().lower() in ("x86_64", "amd64")
 # How Dynamo writes `torch.no_grad()`, `torch.inference_mode()` and `torch.autocast()` in a graph.
 SET_GRAD = torch._C._set_grad_enabled
 _autocast, _grad_mode = torch.amp.autocast_mode, torch.autograd.grad_mode
@@ -85,19 +86,13 @@ def native_bf16() -> bool:
     onednn = torch.backends.mkldnn.is_available()
     if not (onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return True
     on = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return on and torch.cpu._is_avx512_bf16_supported()
+    return not X86 or (on and torch.cpu._is_avx512_bf16_supported())
 
 
 def native_int8() -> bool:
-    """Whether this CPU multiplies INT8 matrices in hardware, by VNNI. Without it torch adds up one
-    product after the other, which takes thirty times as long as float32.
-    """
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return True
-    return torch.cpu._is_vnni_supported()
+    """Whether this CPU has VNNI, without which torch's products of integers are 30 times slower."""
+    return not X86 or torch.cpu._is_vnni_supported()
 
 
 def inductor_compile(
@@ -339,9 +334,8 @@ def trace_alone(function: Callable[[], Any], backend: Callable[..., Any]) -> Any
     """
     from torch._dynamo.pgo import get_code_state
 
-    options: dict[str, Any] = {}
-    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-        options["isolate_recompiles"] = True
+    newer = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    options: dict[str, Any] = {"isolate_recompiles": True} if newer else {}
     fresh = with_own_code(function, function.__name__)
     sizes = get_code_state()  # the sizes seen by each function, from which Dynamo guesses symbols
     mine = copy.deepcopy(dict(sizes))
