@@ -92,9 +92,8 @@ class Fixed(NamedTuple):
             (self.error_b, [(len(b), rank) for rank, b in zip(ranks, lora_b, strict=False)]),
             (self.columns, [(len(b), count) for count, b in zip(counts, lora_b, strict=False)]),
         )
-        if bool(self.error_a) != bool(self.error_b) or any(
-            len(of) not in (0, adapters) for of, _ in fitting
-        ):
+        halves = bool(self.error_a) != bool(self.error_b)
+        if halves or any(len(of) not in (0, adapters) for of, _ in fitting):
             raise ValueError(f"{what}: fixed tensors of some of {adapters} adapters")
         for of, shapes in fitting:
             if of and [tuple(t.shape) for t in of] != shapes:

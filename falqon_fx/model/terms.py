@@ -22,7 +22,7 @@ def check_terms(
     terms: Mapping[str, Tensor],
     size: tuple[int, int],
     where: str,
-    code: torch.dtype | None = None,
+    code: torch.dtype | None,
 ) -> None:
     """Refuse terms that don't belong to a weight [out, in] of ``size``, whose bytes are ``code``.
 
@@ -61,7 +61,7 @@ def check_terms(
         error_a, channels = (local(term) for term in both if term is not None)
         if bool(error_a.index_select(1, channels).any()):
             problem = f"{where} has an error_a for channels that INT8 leaves out of the cast of x"
-            raise FalqonError(path, f"{problem}, as before falqon-fx left any out", _REMEDY)
+            raise FalqonError(path, f"{problem}: it is of a version that left none out", _REMEDY)
 
 
 def _shapes(terms: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, tuple[int, ...]]:

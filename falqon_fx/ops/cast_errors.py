@@ -58,6 +58,11 @@ def bringers(given: Merged) -> dict[int, int]:
     return {j: of_site[i] for j, i in enumerate(given.owner) if i in of_site}
 
 
+def receivers(given: Merged) -> dict[int, int]:
+    """The same where the adapters read q: not where they read something else (dropout)."""
+    return {} if given.adapter_x else bringers(given)
+
+
 def channels_apart(given: Merged) -> Tensor | None:
     """The channels of x, bool [in], that q has zeros in: those that every site gets in e. None
     where a site gets none.
@@ -71,8 +76,8 @@ def channels_apart(given: Merged) -> Tensor | None:
 
 
 def with_errors(out_a: Tensor, given: Merged, errors: Mapping[int, Tensor]) -> Tensor:
-    """O_A [n, Σ r_j], of adapters that read x, with e · dq(Â_S)ᵀ."""
-    found = bringers(given)
+    """O_A [n, Σ r_j] with e · dq(Â_S)ᵀ."""
+    found = receivers(given)
     if not found:
         return out_a
     parts = [*out_a.split(given.ranks, dim=1)]
@@ -85,8 +90,7 @@ def with_errors(out_a: Tensor, given: Merged, errors: Mapping[int, Tensor]) -> T
 
 def kept_errors(given: Merged) -> list[int]:
     """The adapters whose e dL/dA needs, in turn."""
-    needed = bringers(given) if given.keep_x and not given.adapter_x else {}
-    return sorted({*needed.values()})
+    return sorted({*receivers(given).values()}) if given.keep_x else []
 
 
 @dataclass(frozen=True)

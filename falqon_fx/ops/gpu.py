@@ -18,7 +18,13 @@ from falqon_fx.kernels.hardware import fp8_architecture
 from falqon_fx.kernels.spec import in_casts
 from falqon_fx.ops import products
 from falqon_fx.ops.arguments import Merged
-from falqon_fx.ops.cast_errors import cast_errors, channels_apart, kept_errors, with_errors
+from falqon_fx.ops.cast_errors import (
+    cast_errors,
+    channels_apart,
+    kept_errors,
+    receivers,
+    with_errors,
+)
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.site.casts import cast_fp8
 from falqon_fx.site.forms import operand_of
@@ -115,7 +121,7 @@ def merged_linear(given: Merged) -> list[Tensor]:
         ]
         out_a = [torch.cat(parts, dim=1)]
     errors = cast_errors(given, q_scale, dtype, apart)
-    if operand == INT8 and errors and not own:
+    if receivers(given):
         (of_codes,) = products.call(
             products.merged_product,
             *(q, q_scale, [], [], [], codes_a, given.a_scale, [], [], [], []),

@@ -208,8 +208,7 @@ def merged_linear(given: Merged) -> list[Tensor]:
     out_a = given.x.new_empty((read.x.value.shape[0], 0), dtype=dtype)
     errors = cast_errors(given, read.x.scale, dtype, apart)
     if given.a:
-        out_a = adapter_outputs(given, read, spec, dtype)
-        out_a = out_a if read.own else with_errors(out_a, given, errors)
+        out_a = with_errors(adapter_outputs(given, read, spec, dtype), given, errors)
     parts = out_a.split(given.ranks, dim=1) if given.a else ()
     ys = []
     for i, (w, s) in enumerate(zip(given.weight, given.scale)):

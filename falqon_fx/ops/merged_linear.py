@@ -19,7 +19,7 @@ from falqon_fx.kernels.spec import aligned
 from falqon_fx.ops import adapter_casts, fp8_adapter, fp8_gpu, fp8_grad, gpu, lowering
 from falqon_fx.ops.adapter_grads import Batch, OutAGrads, lower_adapter_grads, lower_grad_out_a
 from falqon_fx.ops.arguments import Merged
-from falqon_fx.ops.cast_errors import KeptErrors, bringers, kept_errors
+from falqon_fx.ops.cast_errors import KeptErrors, kept_errors, receivers
 from falqon_fx.ops.grad_x import merged_linear_grad_x
 from falqon_fx.ops.once import once
 from falqon_fx.site.numerics import without_autocast
@@ -191,7 +191,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     )
     ctx.save_for_backward(*(tensor for column in columns for tensor in column))
     ctx.lengths = [len(column) for column in columns]
-    ctx.error_of = {j: of_errors.index(k) for j, k in bringers(given).items() if k in of_errors}
+    ctx.error_of = {j: of_errors.index(k) for j, k in receivers(given).items() if of_errors}
     ctx.adds_b, ctx.keep_x = bool(given.b), given.keep_x
     uncounted = given.b, given.clamped, given.joined, given.channels
     ctx.of_b, ctx.clamped, ctx.joined, ctx.channels = map(len, uncounted)
