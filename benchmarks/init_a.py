@@ -1,7 +1,7 @@
 """Where A starts: PEFT's Kaiming, what layers read, or the gradient; held-out NLL after few steps.
 
     python benchmarks/init_a.py
-    python benchmarks/init_a.py --starts keep activations --seeds 0
+    python benchmarks/init_a.py --starts keep activations --seeds 0 --steps 60 300
 
 SmolLM2-135M-Instruct with LoRA, B zero at first, without falqon: what differs is where A starts,
 and a step in eager mode costs no compiler. ``activations``: the rows of A are the first r
@@ -9,7 +9,8 @@ eigenvectors of E[x · xᵀ] of what the layer reads (EVA, arXiv 2410.07170). ``
 right singular vectors of ΣdL/dW (LoRA-GA, arXiv 2407.05000, which starts with B too). Both from the
 first 32 training batches of the seed. Each row is scaled so that its share of x · Aᵀ is as large as
 of a row of Kaiming's, so that a learning rate means the same. Seeds have their own batches and
-their own Kaiming A; differences are paired by seed. Finished runs are kept and not repeated.
+their own Kaiming A; differences are paired by seed. The rate is constant, so that one run is
+evaluated at several steps. Finished runs are kept and not repeated.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import copy
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import common
@@ -106,34 +108,51 @@ def start(model: nn.Module, rows: Rows, batches: Sequence[smollm.Batch]) -> None
         a.copy_(found * (wanted / size.clamp(min=torch.finfo().tiny)).sqrt())
 
 
-def run(data: Data, of: str, train_a: bool, rate: float, seed: int, steps: int) -> Record:
+def cut(batch: smollm.Batch) -> smollm.Batch:
+    """The batch up to its last label: what is behind can't be seen, and nothing is compiled."""
+    end = int((batch.labels != smollm.IGNORED).any(0).nonzero().max()) + 1
+    return smollm.Batch(batch.input_ids[:, :end], batch.labels[:, :end])
+
+
+def run(
+    data: Data, of: str, train_a: bool, rate: float, seed: int, steps: Sequence[int]
+) -> Iterator[Record]:
+    """A record at each of the steps."""
     variant = Variant(of, of, rate, "eager", train_a=train_a)
     model = training.with_adapter(variant, copy.deepcopy(data.base), seed)
-    batches = data.train(max(steps, READ), seed)
+    batches = [cut(batch) for batch in data.train(max(*steps, READ), seed)]
+    held_out = [cut(batch) for batch in data.held_out]
     if of in ROWS:
         start(model, ROWS[of], batches[:READ])
     trainee = training.compiled(variant, model)
     optimizer = training.make_optimizer(model, rate)
-    with training.progress_bar(Console(quiet=True)) as quiet:
-        losses = training.train_steps(trainee, optimizer, batches[:steps], quiet, of)[0]
-        after = training.mean_nll(trainee, data.held_out, quiet, of)
     name = "A trained" if train_a else "A frozen"
-    return Record(name, of, rate, seed, steps, after, statistics.fmean(losses))
+    losses: list[float] = []
+    with training.progress_bar(Console(quiet=True)) as quiet:
+        for begin, end in pairwise([0, *sorted(steps)]):
+            losses += training.train_steps(trainee, optimizer, batches[begin:end], quiet, of)[0]
+            after = training.mean_nll(trainee, held_out, quiet, of)
+            yield Record(name, of, rate, seed, end, after, statistics.fmean(losses))
 
 
 def paired(records: Sequence[Record]) -> list[list[str]]:
-    """A row a variant and start: the mean after training, and how much that is more than of the
-    default start with the same seed, with the standard error over seeds.
+    """A row of steps, variant and start: the mean after training, and how much that is more than of
+    the default start with the same seed, with the standard error over seeds.
     """
+
+    def of_seeds(steps: int, name: str, of: str) -> dict[int, Record]:
+        key = (steps, name, of)
+        return {r.seed: r for r in records if (r.steps, r.variant, r.options) == key}
+
     rows = []
-    for name, of in dict.fromkeys((r.variant, r.options) for r in records):
-        own = {r.seed: r for r in records if (r.variant, r.options) == (name, of)}
-        kept = {r.seed: r for r in records if (r.variant, r.options) == (name, "keep")}
+    for steps, name, of in sorted({(r.steps, r.variant, r.options) for r in records}):
+        own, kept = of_seeds(steps, name, of), of_seeds(steps, name, "keep")
         seeds = sorted(own.keys() & kept.keys())
         differences = [own[s].nll_after - kept[s].nll_after for s in seeds]
         of_loss = [own[s].loss - kept[s].loss for s in seeds]
         rows.append(
             [
+                str(steps),
                 name,
                 of,
                 f"{next(iter(own.values())).learning_rate:g}",
@@ -153,7 +172,16 @@ def with_error(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):+.3f} ± {error:.3f}"
 
 
-HEADER = ("variant", "start of A", "lr", "held out", "against keep", "loss while training", "seeds")
+HEADER = (
+    "steps",
+    "variant",
+    "start of A",
+    "lr",
+    "held out",
+    "against keep",
+    "loss while training",
+    "seeds",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -163,22 +191,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--starts", nargs="+", default=STARTS, choices=STARTS)
     parser.add_argument("--a", nargs="+", default=("frozen", "trained"))
     parser.add_argument("--seeds", type=int, nargs="+", default=range(5))
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, nargs="+", default=(60, 300))
     args = parser.parse_args(argv)
     protocol = {"batch_size": BATCH_SIZE, "read": READ}
     results = Results(common.latest_or_new("init_a"), Record, protocol)
     data: Data | None = None
     for seed, of_a, of in itertools.product(args.seeds, args.a, args.starts):
         rate = RATES[of_a == "trained"]
-        if results.find((f"A {of_a}", of, rate, seed, args.steps)):
+        names = (f"A {of_a}", of, rate, seed)
+        if all(results.find((*names, steps)) for steps in args.steps):
             continue
         data = data or Data.load()
-        results.add(run(data, of, of_a == "trained", rate, seed, args.steps))
-        print(results.records[-1], flush=True)
+        for record in run(data, of, of_a == "trained", rate, seed, args.steps):
+            if not results.find(record.key):
+                results.add(record)
+                print(record, flush=True)
         training.release()
-    rows = paired([r for r in results.records if r.steps == args.steps])
-    title = f"Held-out NLL after {args.steps} steps of batch {BATCH_SIZE}, by where A starts"
-    page = common.markdown(title, common.environment(), HEADER, rows)
+    title = f"Held-out NLL after steps of batch {BATCH_SIZE}, by where A starts"
+    page = common.markdown(title, common.environment(), HEADER, paired(results.records))
     results.file.with_suffix(".md").write_text(page, encoding="utf-8")
 
 
