@@ -93,19 +93,37 @@ def read(layers: dict[str, Any], call: Any, batches: Sequence[smollm.Batch]) -> 
     return {name: (moments[name] / tokens, grads[name]) for name in bases}
 
 
-@torch.no_grad()
-def start(model: nn.Module, rows: Rows, batches: Sequence[smollm.Batch]) -> None:
-    """Overwrite A."""
+Started = dict[str, dict[str, Tensor]]  # A of each layer, by start
+
+
+def starts(data: Data, seed: int, wanted: Sequence[str]) -> Started:
+    """Where A is to start, once for a seed: with B = 0 neither A nor whether it is trained matters
+    to what is read. Of PEFT's own nothing.
+    """
+    model = training.with_adapter(
+        Variant("lora", "LoRA", 0.0, "eager"), copy.deepcopy(data.base), seed
+    )
     layers = training.lora_layers(model)
-    with torch.enable_grad():
-        seen = read(layers, model, batches)
-    for name, layer in layers.items():
-        a: Tensor = layer.lora_A["default"].weight  # type: ignore[assignment]
-        moment, grad = seen[name]
-        found = rows(moment, grad, a.shape[0])
-        size = (found * (found @ moment)).sum(1, keepdim=True)  # E[(x · rowᵀ)²]
-        wanted = moment.trace() / (3 * a.shape[1])  # Kaiming's variance is 1 / 3 in
-        a.copy_(found * (wanted / size.clamp(min=torch.finfo().tiny)).sqrt())
+    seen = read(layers, model, data.train(READ, seed))
+    found: Started = {of: {} for of in wanted if of in ROWS}
+    for name, (moment, grad) in seen.items():
+        for of, of_layer in found.items():
+            of_layer[name] = sized(ROWS[of](moment, grad, training.LORA.r), moment)
+    return found
+
+
+def sized(rows: Tensor, moment: Tensor) -> Tensor:
+    """The rows, each with the share of x · Aᵀ that one of Kaiming's has."""
+    size = (rows * (rows @ moment)).sum(1, keepdim=True)  # E[(x · rowᵀ)²]
+    wanted = moment.trace() / (3 * moment.shape[0])  # Kaiming's variance is 1 / 3 in
+    return rows * (wanted / size.clamp(min=torch.finfo().tiny)).sqrt()
+
+
+@torch.no_grad()
+def start(model: nn.Module, rows: dict[str, Tensor]) -> None:
+    """Overwrite A."""
+    for name, layer in training.lora_layers(model).items():
+        layer.lora_A["default"].weight.copy_(rows[name])  # type: ignore[operator]
 
 
 def cut(batch: smollm.Batch) -> smollm.Batch:
@@ -115,15 +133,16 @@ def cut(batch: smollm.Batch) -> smollm.Batch:
 
 
 def run(
-    data: Data, of: str, train_a: bool, rate: float, seed: int, steps: Sequence[int]
+    data: Data, of: str, train_a: bool, seed: int, steps: Sequence[int], started: Started
 ) -> Iterator[Record]:
     """A record at each of the steps."""
+    rate = RATES[train_a]
     variant = Variant(of, of, rate, "eager", train_a=train_a)
     model = training.with_adapter(variant, copy.deepcopy(data.base), seed)
-    batches = [cut(batch) for batch in data.train(max(*steps, READ), seed)]
+    batches = [cut(batch) for batch in data.train(max(steps), seed)]
     held_out = [cut(batch) for batch in data.held_out]
-    if of in ROWS:
-        start(model, ROWS[of], batches[:READ])
+    if of in started:
+        start(model, started[of])
     trainee = training.compiled(variant, model)
     optimizer = training.make_optimizer(model, rate)
     name = "A trained" if train_a else "A frozen"
@@ -196,17 +215,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     protocol = {"batch_size": BATCH_SIZE, "read": READ}
     results = Results(common.latest_or_new("init_a"), Record, protocol)
     data: Data | None = None
-    for seed, of_a, of in itertools.product(args.seeds, args.a, args.starts):
-        rate = RATES[of_a == "trained"]
-        names = (f"A {of_a}", of, rate, seed)
-        if all(results.find((*names, steps)) for steps in args.steps):
-            continue
-        data = data or Data.load()
-        for record in run(data, of, of_a == "trained", rate, seed, args.steps):
-            if not results.find(record.key):
-                results.add(record)
-                print(record, flush=True)
-        training.release()
+    for seed in args.seeds:
+        started: Started | None = None
+        for train_a, of in itertools.product([a == "trained" for a in args.a], args.starts):
+            of_a = "A trained" if train_a else "A frozen"
+            keys = [(of_a, of, RATES[train_a], seed, steps) for steps in args.steps]
+            if all(results.find(key) for key in keys):
+                continue
+            data = data or Data.load()
+            if started is None:
+                started = starts(data, seed, args.starts)
+            for record in run(data, of, train_a, seed, args.steps, started):
+                if not results.find(record.key):
+                    results.add(record)
+                    print(record, flush=True)
+            training.release()
     title = f"Held-out NLL after steps of batch {BATCH_SIZE}, by where A starts"
     page = common.markdown(title, common.environment(), HEADER, paired(results.records))
     results.file.with_suffix(".md").write_text(page, encoding="utf-8")
