@@ -116,6 +116,31 @@ def test_a_state_dict_is_taken_whole_or_not_at_all():
     assert all(t.dtype != torch.float16 for of in terms(moved).values() for t in of.values())
 
 
+PARTS: dict[str, tuple[tuple[str, ...], str]] = {
+    "floats": (("error_a", "error_b", "columns"), "lacks code, scale, digest"),
+    "all terms": (Fp8Linear.TERMS, "lacks code, scale, digest"),
+    "a term": (("error_a",), "lacks code, scale, digest"),
+    "terms and bytes": (("code", *Fp8Linear.TERMS), "lacks scale, digest"),
+    "no channels": ((*Fp8Linear.STATE, "error_a", "error_b", "columns"), "lacks its channels"),
+}
+
+
+@pytest.mark.parametrize("given", PARTS)
+def test_terms_without_the_bytes_that_they_were_made_for_are_refused(given: str):
+    """Of another calibration they would be wrong numbers, and nothing else would tell."""
+    names, problem = PARTS[given]
+    model = calibrated(compensate=3, outliers=2)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    state = calibrated().state_dict()
+    part = {name: t for name, t in state.items() if name.rpartition(".")[2] in names}
+    with pytest.raises(FalqonError, match=problem) as caught:
+        model.load_state_dict(part, strict=False)
+    assert caught.value.site == "base_model.model.q"
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], t) for name, t in before.items())
+
+
 def test_int8_has_no_correction_of_w_in_channels_that_its_cast_of_x_leaves_out(tmp_path: Path):
     """As calibrations before that had: W_S has no error."""
     model = calibrated(FalqonConfig(inner="eager", base_dtype="int8"))

@@ -176,10 +176,9 @@ class Fp8Linear(PreparedLinear):
             base = Base(local(self.code).detach(), as_scale(local(self.scale).detach()))
             bases.verify(self.path, base, local(self.digest))
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
+    def _make_ready(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Have the terms that the state dict has, which may be of another calibration."""
+        super()._make_ready(state_dict, prefix)
         if prefix + "code" in state_dict:
             given = {name: state_dict.get(prefix + name) for name in self.TERMS}
             found = {name: term for name, term in given.items() if isinstance(term, Tensor)}
@@ -187,7 +186,6 @@ class Fp8Linear(PreparedLinear):
             code = getattr(state_dict[prefix + "code"], "dtype", None)
             check_terms(self.path, found, size, "the state dict", code)
             self.have_terms(found)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         return (

@@ -59,34 +59,42 @@ class PreparedLinear(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Take bytes of this layer's own dtypes and shapes alone, all or none of them."""
-        lacking = [name for name in self.STATE if prefix + name not in state_dict]
-        if lacking and len(lacking) < len(self.STATE):
+        self._make_ready(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        stored.forget()
+
+    def _make_ready(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Take bytes of this layer's own dtypes and shapes alone; all or none of them, and nothing
+        that is made for them without them.
+        """
+        given = [n for n in (*self.STATE, *self.TERMS) if prefix + n in state_dict]
+        lacking = [name for name in self.STATE if name not in given]
+        if given and lacking:
             raise FalqonError(
                 self.path,
-                f"the state dict has a part of its FP8 weight, and lacks {', '.join(lacking)}",
-                "Load all of it or nothing of it: one means nothing without the others",
+                f"the state dict has a part of its FP8 weight, {', '.join(given)}, and lacks "
+                f"{', '.join(lacking)}",
+                "Load all of it or nothing of it (the trained parameters alone): one means nothing "
+                "without the others",
             )
         for name in self.STATE:
-            given, own = state_dict.get(prefix + name), getattr(self, name)
-            if not isinstance(given, Tensor):
+            found, own = state_dict.get(prefix + name), getattr(self, name)
+            if not isinstance(found, Tensor):
                 continue
-            if given.dtype != own.dtype:
+            if found.dtype != own.dtype:
                 raise FalqonError(
                     self.path,
                     f"its {name} is {own.dtype} for a weight that was cast, the state dict has "
-                    f"{given.dtype}: an average, a cast or another base_dtype's means nothing",
+                    f"{found.dtype}: an average, a cast or another base_dtype's means nothing",
                     "Average or cast the trained parameters alone, and prepare both models with "
                     "the same config",
                 )
-            if given.shape != own.shape:
+            if found.shape != own.shape:
                 raise FalqonError(
                     self.path,
-                    f"its {name} is {list(own.shape)}, the state dict has {list(given.shape)}",
+                    f"its {name} is {list(own.shape)}, the state dict has {list(found.shape)}",
                     "Load it into a model with the same base, adapter and config",
                 )
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        stored.forget()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow moves between devices, never a cast: the scales are part of the FP8 weight."""
