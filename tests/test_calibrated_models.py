@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -116,6 +117,41 @@ def test_a_state_dict_is_taken_whole_or_not_at_all():
     assert all(t.dtype != torch.float16 for of in terms(moved).values() for t in of.values())
 
 
+@pytest.mark.parametrize("way", ["checkpoint", "state dict"])
+def test_a_cast_of_all_parameters_by_peft_can_be_saved_and_loaded(tmp_path: Path, way: str):
+    """To float32, on either side, also into one that was cast: bfloat16 is exact in it."""
+    model, others = calibrated(), [adapted(), calibrated(compensate=3), calibrated(compensate=RANK)]
+    falqon_fx.prepare(others[0], EAGER, progress=False)
+    wanted = model.state_dict()
+    for cast in (model, others[2]):
+        peft.prepare_model_for_kbit_training(cast, use_gradient_checkpointing=False)
+        assert cast.base_model.model.q.base_layer.error_a.dtype == torch.float32
+    falqon_fx.save_checkpoint(model, tmp_path / "cast")
+    for other in others:
+        if way == "checkpoint":
+            falqon_fx.load_checkpoint(other, tmp_path / "cast")
+        else:
+            other.load_state_dict(model.state_dict())
+        found = other.state_dict()
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], t.to(found[name].dtype)) for name, t in wanted.items())
+        assert other.base_model.model.q.base_layer.terms.keys() == set(Fp8Linear.TERMS)
+
+
+def test_terms_that_are_no_longer_those_that_were_made_are_refused(tmp_path: Path):
+    model, other = calibrated(), calibrated()
+    layer: Any = model.base_model.model.q.base_layer
+    layer.set_terms({**layer.terms, "columns": layer.columns * 0.9 + layer.columns.float() * 0.1})
+    for use in (
+        lambda: falqon_fx.save_checkpoint(model, tmp_path / "checkpoint"),
+        lambda: other.load_state_dict(model.state_dict()),
+    ):
+        with pytest.raises(FalqonError, match=r"columns that bfloat16 doesn't hold") as caught:
+            use()
+        assert caught.value.site == "base_model.model.q"
+        assert "Average the trained parameters alone" in caught.value.remedy
+
+
 PARTS: dict[str, tuple[tuple[str, ...], str]] = {
     "floats": (("error_a", "error_b", "columns"), "lacks code, scale, digest"),
     "all terms": (Fp8Linear.TERMS, "lacks code, scale, digest"),
@@ -163,7 +199,6 @@ DAMAGED: dict[str, tuple[dict[str, Tensor | None], str]] = {
     "other rows": ({"error_a": torch.zeros(RANK, IN + 1, dtype=torch.bfloat16)}, "to be bfloat16"),
     "other ranks": ({"error_a": torch.zeros(RANK + 1, IN, dtype=torch.bfloat16)}, "to be bfloat16"),
     "one number": ({"error_a": torch.tensor(1.0, dtype=torch.bfloat16)}, "to be bfloat16"),
-    "wide": ({"columns": torch.zeros(MIDDLE, CHANNELS)}, "to be bfloat16"),
     "NaN": ({"columns": torch.full((MIDDLE, CHANNELS), torch.nan, dtype=torch.bfloat16)}, "NaN"),
     "far channels": ({"channels": torch.arange(CHANNELS, dtype=torch.int32) + IN}, "channels of x"),
     "no channels": ({"channels": -torch.arange(CHANNELS, dtype=torch.int32)}, "channels of x"),

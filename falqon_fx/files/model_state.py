@@ -27,7 +27,7 @@ from falqon_fx.model.lora_layers import is_linear
 from falqon_fx.model.prepare import BEFORE
 from falqon_fx.model.prepared_linear import PreparedLinear
 from falqon_fx.model.stacks import Fp8Stack
-from falqon_fx.model.terms import check_terms
+from falqon_fx.model.terms import as_made, check_terms
 from falqon_fx.rows.prepared import MergedBaseLinear
 from falqon_fx.rows.state import STATE, MergedAdapter, registry
 from falqon_fx.site import transposed as stored
@@ -79,10 +79,17 @@ def snapshot(model: nn.Module) -> tuple[list[Site], list[tuple[str, Tensor]]]:
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """A model's tensors by name. Where tensor parallelism has cut W, its digest is that of all of
-    W, as any number of processes can compare it.
+    W, as any number of processes can compare it. The terms of a calibration are in the dtype that
+    they were made in.
     """
     whole_digests = {name: layer.whole_digest() for name, layer in _cut(model).items()}
-    return {**model.state_dict(), **whole_digests}
+    terms = {
+        f"{without_wrappers(path)}.{name}": term
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, Fp8Linear)
+        for name, term in as_made(module.path, module.terms, "the model").items()
+    }
+    return {**model.state_dict(), **whole_digests, **terms}
 
 
 def _cut(model: nn.Module) -> dict[str, Fp8Linear]:
@@ -319,7 +326,10 @@ def write(model: nn.Module, sites: list[Site], tensors: Mapping[str, Tensor]) ->
         if "prepared" in site:
             _prepare_layer(model, site, tensors)
     named, cut = dict(model.state_dict(keep_vars=True)), _cut(model)
-    copy_tensors((named[n], t) for n, t in tensors.items() if n in named and n not in cut)
+    # A model's terms may have been cast to a wider dtype since.
+    copy_tensors(
+        (named[n], t.to(named[n].dtype)) for n, t in tensors.items() if n in named and n not in cut
+    )
     for layer in cut.values():
         layer.digest_anew()
     for parameter in model.parameters():

@@ -14,7 +14,7 @@ from falqon_fx._compat import is_dtensor
 from falqon_fx.errors import FalqonError
 from falqon_fx.model.parts import on_parts
 from falqon_fx.model.prepared_linear import PreparedLinear, autocast
-from falqon_fx.model.terms import check_terms
+from falqon_fx.model.terms import as_made, check_terms
 from falqon_fx.ops.base_linear import base_linear, dequantize
 from falqon_fx.site.base import DIGEST_BYTES, Base, bases, digest
 from falqon_fx.site.numerics import as_scale, scale_bits
@@ -182,6 +182,7 @@ class Fp8Linear(PreparedLinear):
         if prefix + "code" in state_dict:
             given = {name: state_dict.get(prefix + name) for name in self.TERMS}
             found = {name: term for name, term in given.items() if isinstance(term, Tensor)}
+            found = as_made(self.path, found, "the state dict")
             size = self.out_features, self.in_features
             code = getattr(state_dict[prefix + "code"], "dtype", None)
             check_terms(self.path, found, size, "the state dict", code)

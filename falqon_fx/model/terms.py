@@ -17,6 +17,27 @@ _PAIRS = (("error_a", "error_b"), ("channels", "columns"))
 _REMEDY = "Load another file, or calibrate anew with falqon_fx.prepare(model, calibration=batches)"
 
 
+def as_made(path: str, terms: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Terms in bfloat16, as a calibration makes them, where something has cast all parameters to a
+    wider dtype, as PEFT's `prepare_model_for_kbit_training` does.
+
+    Raises:
+        FalqonError: a value of them is none of bfloat16.
+    """
+    made = {}
+    for name, term in terms.items():
+        wide = term.is_floating_point() and term.dtype != torch.bfloat16
+        made[name] = term.detach().to(torch.bfloat16) if wide else term.detach()
+        if wide and not term.is_meta and bool((local(made[name]) != local(term)).any()):
+            raise FalqonError(
+                path,
+                f"{where} has {dtype_name(term.dtype)} as its {name} that bfloat16 doesn't hold: "
+                "something has averaged or overwritten what a calibration made",
+                "Average the trained parameters alone (those with requires_grad)",
+            )
+    return made
+
+
 def check_terms(
     path: str,
     terms: Mapping[str, Tensor],
