@@ -312,8 +312,8 @@ def _site_operands(site: SitePlan) -> SiteOperands:
             m.correction.width,
             a.dtype,
             b.dtype,
-            a.requires_grad,
-            b.requires_grad,
+            a.requires_grad and not m.fixed,
+            b.requires_grad and not m.fixed,
         )
         for m, a, b in ((m, m.lora_a.value, m.lora_b.value) for m in site.match.added)
     )

@@ -250,8 +250,25 @@ def _cast_adapters(
         own = slot.correction.channels
         channels = None if own is None else at_head(plan.root, own)
         made = a, a_scale, b, of_fp8, slot.scaling, channels
-        found[id(slot)] = AdapterNodes(lora_a[j], lora_b[j], *made)
+        of_a, of_b = lora_a[j], lora_b[j]
+        if slot.fixed:
+            of_a, of_b = _constant(graph, of_a), _constant(graph, of_b)
+        found[id(slot)] = AdapterNodes(of_a, of_b, *made)
     return found
+
+
+def _constant(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """What no gradient is made of, whatever a loop over all parameters has set."""
+    if not value_of(node).requires_grad:
+        return node
+    constant = graph.call_method("detach", (node,))
+    constant.meta["val"] = value_of(node).detach()
+    return constant
+
+
+def detached(slot: AdapterSlot) -> int:
+    """How many of an adapter's parameters are read as constants."""
+    return slot.fixed * sum(p.value.requires_grad for p in (slot.lora_a, slot.lora_b))
 
 
 def cast_from(slots: Sequence[AdapterSlot]) -> list[list[Param]]:

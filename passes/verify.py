@@ -22,6 +22,7 @@ from falqon_fx.passes.insert_operands import (
     Operands,
     cast_from,
     casts_per_adapter,
+    detached,
     spec_of,
 )
 from falqon_fx.passes.match.dataflow import shape
@@ -129,7 +130,7 @@ def _check_counts(plan: Plan, operands: Operands, new: list[fx.Node]) -> None:
         operator.add: len(biases) + corrected,
         "to": biased,
         "t": len(flipped),
-        "detach": zeroed,
+        "detach": zeroed + sum(map(detached, plan.adapters)),
         "zero_": zeroed,
     }
     found = Counter(node.target for node in new if node.op.startswith("call"))
@@ -300,7 +301,8 @@ def _fixed(slot: AdapterSlot) -> list[fx.Node]:
 def _check_adapter(
     path: str, plan: Plan, nodes: AdapterNodes, lora_a: fx.Node, lora_b: fx.Node
 ) -> None:
-    for node, wanted in ((lora_a, nodes.lora_a), (lora_b, nodes.lora_b)):
+    for node, read in ((lora_a, nodes.lora_a), (lora_b, nodes.lora_b)):
+        wanted = cast(fx.Node, read.args[0]) if read.target == "detach" else read
         if not is_same(plan.root, node, wanted):
             raise PassError(path, f"the cast reads {node}, not {wanted}")
 

@@ -322,3 +322,28 @@ def test_x_is_not_kept_for_what_does_not_train():
 
     torch.compile(model, backend=look)(inputs()[0])
     assert kept == [False] * 3
+
+
+@pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("base_dtype", ["fp8", "int8"])
+def test_it_stays_constant_where_a_loop_sets_requires_grad_on_all_parameters(base_dtype, inner):
+    """Also where it is all that a site has beside W."""
+    config = FalqonConfig(inner=inner, base_dtype=base_dtype)
+    wanted, model = calibrated(config).eval(), calibrated(config).eval()
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+    results = []
+    for each in (wanted, model):
+        torch._dynamo.reset()
+        x = inputs(1)[0].requires_grad_()
+        y = torch.compile(each, backend="falqon", options=dict[str, Any](config=config))(x)
+        y.square().sum().backward()
+        results += [(y, x.grad, {n: p.grad for n, p in each.named_parameters()})]
+    (y, grad_x, grads), (found_y, found_x, found) = results
+    assert torch.equal(y, found_y)
+    assert torch.equal(grad_x, found_x)
+    for name, grad in found.items():
+        last = name.rpartition(".")[2]
+        assert (grad is not None) is ("lora_" in name or last == "bias"), name
+        assert grads[name] is None or torch.equal(grad, grads[name])
