@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -179,6 +180,23 @@ def test_terms_are_the_same_in_any_mode_of_the_caller(within):
             found = other.get_parameter(name)
             assert not found.is_inference()
             assert torch.equal(found, term) or ".q." not in name
+
+
+@pytest.mark.parametrize("asked", [{}, {"calibration": inputs()}], ids=["cast", "calibrated"])
+def test_what_is_prepared_in_inference_mode_can_be_trained_loaded_and_restored(asked):
+    usual, model = adapted(), adapted()
+    falqon_fx.prepare(usual, EAGER, progress=False, **asked)
+    with torch.inference_mode():
+        falqon_fx.prepare(model, EAGER, progress=False, **asked)
+    restored, loaded = copy.deepcopy(model), adapted()
+    falqon_fx.prepare(loaded, EAGER, progress=False)  # without a place for terms yet
+    with torch.inference_mode():
+        falqon_fx.restore(restored)
+        loaded.load_state_dict(model.state_dict())
+    for each in (model, restored, loaded):
+        assert not any(p.is_inference() for p in each.parameters())
+        each(inputs()[0].requires_grad_()).sum().backward()
+    model.load_state_dict(usual.state_dict())
 
 
 class Merging(nn.Linear):

@@ -83,6 +83,7 @@ class Fp8Linear(PreparedLinear):
         named = ((name, getattr(self, name)) for name in self.TERMS)
         return {name: term for name, term in named if term is not None}
 
+    @torch.inference_mode(False)  # they outlive the call
     def have_terms(self, like: Mapping[str, Tensor]) -> None:
         """Make place for the terms of a file, where there is none for them.
 

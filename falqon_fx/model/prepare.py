@@ -49,6 +49,7 @@ from falqon_fx.site.svd import init_where_new
 BEFORE = "Call falqon_fx.prepare(model) before fully_shard, and after parallelize_module"
 
 
+@torch.inference_mode(False)  # what is prepared is to be trained
 def prepare(
     model: nn.Module,
     config: FalqonConfig | None = None,
@@ -224,6 +225,7 @@ def _replace(
                 setattr(parent, name, new.train(child.training))
 
 
+@torch.inference_mode(False)
 def restore(model: nn.Module) -> nn.Module:
     """Give prepared layers plain base weights again, dq(W) in the dtype that they had.
 
