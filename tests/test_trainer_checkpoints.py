@@ -99,6 +99,37 @@ def test_the_trainer_resumes_bit_for_bit(tmp_path, prepared, update, own):
     assert_same(whole.model, resumed.model)
 
 
+@pytest.mark.parametrize("other", [0, 1, None], ids=["same batches", "other batches", "none"])
+def test_a_run_that_resumes_on_another_calibration_is_warned(tmp_path, other):
+    """The adapter and the optimizer are in the trainer's files, and the base is not."""
+
+    def calibrated_trainer(folder: str, last: int, batches: int | None) -> Any:
+        torch.manual_seed(0)
+        model = tiny_llama(layers=1, target_modules=["q_proj", "down_proj"])
+        if batches is not None:
+            ids = torch.randint(64, (4, 6), generator=torch.Generator().manual_seed(batches))
+            asked: dict[str, Any] = {"calibration": [{"input_ids": ids}], "progress": False}
+            falqon_fx.prepare(model, CONFIGS["adapter"], **asked)
+        prepared = batches is None
+        folder_of = tmp_path / folder
+        return trainer_of(folder_of, prepared, last, own=False, update="adapter", model=model)
+
+    calibrated_trainer("run", 3, 0).train()
+    resumed = calibrated_trainer("run", 6, other)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        resumed.train(resume_from_checkpoint=True)
+    said = [str(w.message) for w in caught if "falqon: training resumes" in str(w.message)]
+    if other != 0:
+        assert len(said) == 1
+        assert "on another base than it was saved on" in said[0]
+        return
+    assert not said
+    whole = calibrated_trainer("whole", 6, 0)
+    whole.train()
+    assert_same(whole.model, resumed.model)
+
+
 class HandWritten(nn.Module):
     """A prepared layer in a model that is not PEFT's, of which the trainer saves all tensors."""
 

@@ -44,8 +44,9 @@ class FalqonCallback(TrainerCheckpoints):
     FP8 base is constant: the trainer's own checkpoints of a PEFT model, which hold the adapter and
     the optimizer, resume bit for bit and bring the best model back as it was, and trl's reference
     model (the adapter disabled, or a copy of it) gives the same numbers from first to last. The
-    base is made from the model that the trainer gets, in a resumed run, too. PEFT's adapters of
-    stacked experts compile into the model's graph
+    base is made from the model that the trainer gets, in a resumed run, too, which is
+    warned where that is another base than it was saved on (`TrainerCheckpoints`). PEFT's adapters
+    of stacked experts compile into the model's graph
     (`falqon_fx.integrations.peft.trace_param_wrappers`).
 
     With several processes it compiles block by block, so that gradients are exchanged while the
@@ -65,7 +66,8 @@ class FalqonCallback(TrainerCheckpoints):
             it samples (``num_generations``: trl's GRPO and RLOO). Without it a model that is not
             prepared generates from its own weights.
         checkpoints: add what the trainer's own checkpoints lack with update="rows", and of
-            prepared models that are not PEFT's (see `TrainerCheckpoints`).
+            prepared models that are not PEFT's; of PEFT's what tells the base from others (see
+            `TrainerCheckpoints`).
         compile_arguments: handed to ``torch.compile`` (``dynamic``, ``fullgraph``).
 
     Raises:
