@@ -193,6 +193,29 @@ def test_int8_has_no_correction_of_w_in_channels_that_its_cast_of_x_leaves_out(t
             load()
 
 
+@pytest.mark.parametrize("asked", [{"compensate": 0}, {"compensate": RANK}, {"compensate": "auto"}])
+def test_int8_leaves_channels_out_of_all_that_read_x_whatever_has_an_adapter(asked):
+    """One step holds x of q and k. An adapter of k that adds nothing changes nothing, but how
+    float32 sums of as many products as x has values are put together.
+    """
+    config = FalqonConfig(inner="eager", base_dtype="int8")
+    x = inputs(1)[0]
+    results: list[Tensor] = []
+    for without in (False, True):
+        model = adapted(target_modules=["q", "o"] if without else ["q", "k", "o"]).eval()
+        for name, parameter in model.named_parameters():
+            if ".k.lora_B" in name:
+                nn.init.zeros_(parameter)
+            elif "lora_" in name:
+                nn.init.constant_(parameter, 0.01)
+        report = falqon_fx.prepare(model, config, calibration=inputs(), progress=False, **asked)
+        assert {channels for _, channels in report.bought.values()} == {16}
+        torch._dynamo.reset()
+        call = torch.compile(model, backend="falqon", options=dict[str, Any](config=config))
+        results.append(call(x).detach())
+    torch.testing.assert_close(*results)
+
+
 # What a file may hold in the place of q's, and what is said of it.
 DAMAGED: dict[str, tuple[dict[str, Tensor | None], str]] = {
     "half of a pair": ({"error_b": None}, "lacks its error_b"),

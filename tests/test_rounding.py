@@ -117,13 +117,20 @@ def test_a_prepared_layer_has_the_error_that_is_reported_and_less_than_ranks_alo
     assert left < float(alone)
 
 
-@pytest.mark.parametrize("asked", [{"compensate": 0, "outliers": 4}, {}])
+@pytest.mark.parametrize("asked", [{"compensate": 0, "outliers": 4}, {}, {"compensate": "auto"}])
 def test_without_ranks_w_is_cast_to_nearest(asked):
+    """Also of layers that "auto" buys none for, which an export knows by that."""
     plain, model = adapted(), adapted()
     falqon_fx.prepare(plain, EAGER, progress=False)
     given: dict[str, Any] = {"calibration": inputs(), **asked} if asked else {}
-    falqon_fx.prepare(model, EAGER, progress=False, **given)
-    assert all(torch.equal(code, codes(model)[path]) for path, code in codes(plain).items())
+    report = falqon_fx.prepare(model, EAGER, progress=False, **given)
+    bought = report.bought.items()
+    ranks = {path.removesuffix(".base_layer"): ranks for path, (ranks, _) in bought}
+    without = [path for path in codes(plain) if not ranks.get(path.removesuffix(".base_layer"))]
+    assert without
+    assert all(torch.equal(codes(plain)[path], codes(model)[path]) for path in without)
+    left = report.calibrated
+    assert all(left[path] == 1.0 for path, (ranks, _) in bought if not ranks)
 
 
 def test_an_export_knows_the_weight_that_was_rounded_from_another(tmp_path: Path):

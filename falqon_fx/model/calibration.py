@@ -38,6 +38,7 @@ class _Terms:
     shares: Tensor  # of the channels, of what the cast of x costs
     columns: Tensor
     apart: bool  # whether q(x) has zeros in the channels, see `falqon_fx.ops.cast_errors`
+    width: int  # of x
 
     def take(self, ranks: int, channels: int) -> dict[str, Tensor]:
         """The parameters of `Fp8Linear`."""
@@ -48,6 +49,11 @@ class _Terms:
             if self.apart:
                 of_a = of_a.index_fill(1, self.channels[:channels].long(), 0.0)
             terms |= {"error_a": of_a, "error_b": factors.b}
+        elif self.apart and channels:
+            # What brings x_S to O stands behind an adapter, and one of q, k and v without any would
+            # have its channels in the step of all three.
+            none = self.columns.new_zeros
+            terms |= {"error_a": none(1, self.width), "error_b": none(len(self.columns), 1)}
         if channels:
             order = self.channels[:channels].argsort()
             terms["columns"] = self.columns[:, order]
@@ -61,7 +67,7 @@ class _Terms:
 
     def left(self, ranks: int) -> float:
         """The share of W's cast error that the ranks leave in the output."""
-        return self.factors.first(ranks).left if self.factors else 1.0
+        return self.factors.first(ranks).left if self.factors and ranks else 1.0
 
     def rest(self, cost: CastCost, ranks: int, channels: int) -> CastCost:
         """What the casts cost beside so many of them."""
@@ -99,10 +105,10 @@ class Calibration:
         batches: Iterable[Any] | None,
         compensate: Asked | None,
         outliers: Asked | None,
-        sensitive: int = 0,
+        config: FalqonConfig,
     ) -> Calibration:
-        """What the arguments of `prepare` ask for; a calibration may also be for ``sensitive``
-        layers that are to be found.
+        """What the arguments of `prepare` ask for; a calibration may also be for the sensitive
+        layers that ``config`` leaves out.
 
         Raises:
             FalqonError: they say nothing together.
@@ -124,13 +130,17 @@ class Calibration:
             return cls()
         other: Asked = "auto" if "auto" in (compensate, outliers) else DEFAULT
         ranks, channels = (other if n is None else n for n in (compensate, outliers))
-        if not (ranks or channels or sensitive):
+        if config.base_dtype == "int8" and channels == "auto":
+            # One step holds all of x: a channel that one of q, k and v has in it all have.
+            channels = DEFAULT
+            said.pop("outliers", None)
+        if not (ranks or channels or config.sensitive()):
             raise FalqonError(
                 "calibration",
                 "it is for nothing: compensate=0, outliers=0",
                 "Leave it out, or ask for one of them",
             )
-        if sensitive or other == "auto":
+        if config.sensitive() or other == "auto":
             batches = lasting(batches)
         return cls(batches, ranks, channels, frozenset(said))
 
@@ -200,7 +210,7 @@ class Calibration:
         chosen = self._chosen(layers, found, costs)
         for site, (ranks, channels) in chosen.items():
             self._terms[site] = found[site].take(ranks, channels)
-            if (base := found[site].base) is not None:
+            if (base := found[site].base) is not None and ranks:
                 self._bases[site] = base
             self.left[site], self.bought[site] = found[site].left(ranks), (ranks, channels)
 
@@ -237,7 +247,7 @@ class Calibration:
         with torch.autocast(weight.device.type, enabled=False):
             of_weight = None if apart else weight
             picked, shares = heaviest_channels(moment.squares, of_weight, channels)
-            if apart and self.channels != "auto":
+            if apart:
                 moment = moment.without_largest(channels)
             if ranks and bool((moment.squares > 0).any()):
                 order, root = moment.order, moment.root
@@ -253,7 +263,7 @@ class Calibration:
                     code[:, order] = base.code
                     base = Base(code.cpu(), base.scale.cpu())  # until all layers are cast
                 factors.a[:, order] = factors.a.clone()
-        return _Terms(factors, base, picked, shares, weight[:, picked], apart)
+        return _Terms(factors, base, picked, shares, weight[:, picked], apart, weight.shape[1])
 
     def _most(self, layer: LinearLayer) -> tuple[int, int]:
         """How many ranks and channels are made for a layer."""

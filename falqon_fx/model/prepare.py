@@ -90,7 +90,7 @@ def prepare(
             batches first.
         outliers: the channels c of x whose cast error is added back, 2 · c · out bytes a layer; 16
             where a calibration is given. 0: none. "auto" as with ``compensate``; where both are,
-            they share their bytes.
+            they share their bytes. With base_dtype="int8" it is 16: all that read x share its step.
         progress: show bars.
 
     Raises:
@@ -101,7 +101,7 @@ def prepare(
             changed then.
     """
     config, inner = config or FalqonConfig(), unwrap(model)
-    wanted = Calibration.asked(calibration, compensate, outliers, config.sensitive())
+    wanted = Calibration.asked(calibration, compensate, outliers, config)
     refuse_fsdp(inner, "prepare", BEFORE)
     texts = [f"{name}={value}" for name, value in config.texts().items()]
     texts += [f"compensate={wanted.ranks}", f"outliers={wanted.channels}"]
