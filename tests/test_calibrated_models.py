@@ -177,6 +177,23 @@ def test_terms_without_the_bytes_that_they_were_made_for_are_refused(given: str)
     assert all(torch.equal(after[name], t) for name, t in before.items())
 
 
+@pytest.mark.parametrize("base", ["fp8", "int8", "nvfp4"])
+def test_outside_of_compiled_code_int8_alone_has_the_columns_that_its_cast_leaves_out(base):
+    """What FP8's rounding did to them is in the others, and in the product."""
+    model = calibrated(FalqonConfig(inner="eager", base_dtype=base))
+    for layer in (m for m in model.modules() if isinstance(m, Fp8Linear)):
+        assert layer.channels is not None
+        assert layer.columns is not None
+        wanted = layer.base().dequantize() + layer.error_b.float() @ layer.error_a.float()
+        if base == "int8":
+            wanted[:, layer.channels.long()] = layer.columns.float()
+        assert torch.equal(layer.dequantized(), wanted)
+        x = torch.eye(layer.in_features)
+        y = layer(x) - (0 if layer.bias is None else layer.bias)
+        off = gamma(RANK + 4) * (wanted.abs() + 1)  # a product of ranks, one with zeros, the bias
+        assert_within(y.double(), wanted.t().double(), off.t())
+
+
 def test_int8_has_no_correction_of_w_in_channels_that_its_cast_of_x_leaves_out(tmp_path: Path):
     """As calibrations before that had: W_S has no error."""
     model = calibrated(FalqonConfig(inner="eager", base_dtype="int8"))

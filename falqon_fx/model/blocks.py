@@ -61,6 +61,10 @@ def compile_blocks(
     off, and blocks that are called with a cache all the same, as by ``model.generate``, run
     uncompiled. An input without gradient, which the first block alone has, gets one.
 
+    Blocks that differ are graphs of their own: each with ranks that ``compensate="auto"`` chose, or
+    with a layer that ``exclude`` leaves out. Past ``torch._dynamo.config.recompile_limit`` of them
+    (8) Dynamo runs the others uncompiled, of which a warning tells.
+
     Args:
         model: with its adapters on, before or after `prepare`.
         config: options of the backend.

@@ -17,7 +17,7 @@ from falqon_fx.model.prepared_linear import PreparedLinear, autocast
 from falqon_fx.model.terms import as_made, check_terms
 from falqon_fx.ops.base_linear import base_linear, dequantize
 from falqon_fx.site.base import DIGEST_BYTES, Base, bases, digest
-from falqon_fx.site.numerics import as_scale, scale_bits
+from falqon_fx.site.numerics import INT8, as_scale, scale_bits
 from falqon_fx.site.nvfp4 import shape_of
 from falqon_fx.site.sharded import local, whole
 from falqon_fx.site.shards import Cut
@@ -124,7 +124,7 @@ class Fp8Linear(PreparedLinear):
         return Base(self.code.detach(), as_scale(self.scale.detach()))
 
     def dequantized(self) -> Tensor:
-        """dq(W) + B_c · A_c [out, in] with W_S in its channels, in the original dtype.
+        """dq(W) + B_c · A_c [out, in], in INT8 with W_S in its channels, in the original dtype.
 
         Raises:
             FalqonError: its bytes are no longer those that `prepare` made, or FSDP has spread them
@@ -142,12 +142,12 @@ class Fp8Linear(PreparedLinear):
         return weight if cut is None else cut.wrap(weight)
 
     def corrected(self, wide: Tensor) -> Tensor:
-        """dq(W) + B_c · A_c with W_S in its channels, for float32 dq(W) [out, in]; dq(W) without a
-        calibration.
+        """dq(W) + B_c · A_c, in INT8 with W_S in its channels, for float32 dq(W) [out, in]; dq(W)
+        without a calibration. What FP8's rounding did to W_S other channels make up for.
         """
         if self.error_a is not None and self.error_b is not None:
             wide = wide + self.error_b.detach().float() @ self.error_a.detach().float()
-        if self.channels is not None and self.columns is not None:
+        if self.code.dtype == INT8 and self.channels is not None and self.columns is not None:
             wide = wide.index_copy(1, self.channels.long(), self.columns.detach().float())
         return wide
 

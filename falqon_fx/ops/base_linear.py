@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from falqon_fx.ops import lowering
 from falqon_fx.ops.lowering import gemm_dtype
 from falqon_fx.site.base import Base, bases
-from falqon_fx.site.numerics import as_scale, without_autocast
+from falqon_fx.site.numerics import INT8, as_scale, without_autocast
 from falqon_fx.site.nvfp4 import shape_of
 
 
@@ -30,8 +30,8 @@ def base_linear(
     channels: Tensor | None = None,
     columns: Tensor | None = None,
 ) -> Tensor:
-    """The layer that `prepare` makes: x · dq(W)ᵀ + (x · A_cᵀ) · B_cᵀ + bias, in x's dtype, and
-    x_S · W_Sᵀ in place of the channels S of both.
+    """The layer that `prepare` makes: x · dq(W)ᵀ + (x · A_cᵀ) · B_cᵀ + bias, in x's dtype, and in
+    INT8 x_S · W_Sᵀ in place of the channels S.
 
     ``code`` uint8 [out, in], the bytes of W in E4M3, or int8; ``scale`` int32 [out, 1] or [1], the
     bits of its float32 scales; ``digest`` uint8 [8] their hash. ``spec`` says what they were made
@@ -54,20 +54,17 @@ class _Terms(NamedTuple):
     columns: Tensor | None
 
     def weight(self, code: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """dq(W) with W_S."""
+        """dq(W), in INT8 with W_S. What FP8's rounding did to W_S other channels make up for."""
         weight = lowering.dequantize(code, scale, dtype)
-        if self.channels is None or self.columns is None:
+        if self.channels is None or self.columns is None or code.dtype != INT8:
             return weight
         return weight.index_copy_(1, self.channels.long(), self.columns.to(dtype))
 
     def error(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """A_c, with zeros in S, and B_c."""
+        """A_c and B_c."""
         if self.error_a is None or self.error_b is None:
             return None
-        error_a = self.error_a.to(dtype)
-        if self.channels is not None:
-            error_a = error_a.index_fill(1, self.channels.long(), 0.0)
-        return error_a, self.error_b.to(dtype)
+        return self.error_a.to(dtype), self.error_b.to(dtype)
 
 
 @without_autocast
@@ -117,7 +114,7 @@ def _backward_base(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _grad_x(grad: Tensor, code: Tensor, scale: Tensor, terms: _Terms) -> Tensor:
-    """dL/dx = dL/dO · dq(W) + (dL/dO · B_c) · A_c, and dL/dO · W_S in the channels S."""
+    """dL/dx = dL/dO · dq(W) + (dL/dO · B_c) · A_c, in INT8 with W_S in dq(W)'s channels S."""
     wide = _plain_dtype(grad)
     result = grad.to(wide) @ terms.weight(code, scale, wide)
     if error := terms.error(wide):
