@@ -123,7 +123,8 @@ def sized(rows: Tensor, moment: Tensor) -> Tensor:
 def start(model: nn.Module, rows: dict[str, Tensor]) -> None:
     """Overwrite A."""
     for name, layer in training.lora_layers(model).items():
-        layer.lora_A["default"].weight.copy_(rows[name])  # type: ignore[operator]
+        a: Any = layer.lora_A["default"]
+        a.weight.copy_(rows[name])
 
 
 def cut(batch: smollm.Batch) -> smollm.Batch:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import falqon_fx
 from falqon_fx import FalqonConfig, FalqonError
+from falqon_fx.model import fp8_linear
 from falqon_fx.model import prepare as prepare_module
 from falqon_fx.model.fp8_linear import Fp8Linear
 from tests.calibrated import CHANNELS, EAGER, IN, MIDDLE, OUT, RANK, adapted, calibrated, inputs
@@ -239,6 +240,7 @@ DAMAGED: dict[str, tuple[dict[str, Tensor | None], str]] = {
     "other rows": ({"error_a": torch.zeros(RANK, IN + 1, dtype=torch.bfloat16)}, "to be bfloat16"),
     "other ranks": ({"error_a": torch.zeros(RANK + 1, IN, dtype=torch.bfloat16)}, "to be bfloat16"),
     "one number": ({"error_a": torch.tensor(1.0, dtype=torch.bfloat16)}, "to be bfloat16"),
+    "wide": ({"columns": torch.zeros(MIDDLE, CHANNELS)}, "to be bfloat16"),
     "NaN": ({"columns": torch.full((MIDDLE, CHANNELS), torch.nan, dtype=torch.bfloat16)}, "NaN"),
     "far channels": ({"channels": torch.arange(CHANNELS, dtype=torch.int32) + IN}, "channels of x"),
     "no channels": ({"channels": -torch.arange(CHANNELS, dtype=torch.int32)}, "channels of x"),
@@ -255,7 +257,9 @@ def test_damaged_terms_of_a_checkpoint_are_refused_and_nothing_changes(tmp_path:
     before = {id(other): {n: t.clone() for n, t in other.state_dict().items()} for other in others}
     for name, (change, problem) in DAMAGED.items():
         layer.set_terms({n: t for n, t in {**whole, **change}.items() if t is not None})
-        falqon_fx.save_checkpoint(model, tmp_path / name)
+        with pytest.MonkeyPatch.context() as patch:  # files are written as they stand in the model
+            patch.setattr(fp8_linear, "as_made", lambda path, terms, where: terms)
+            falqon_fx.save_checkpoint(model, tmp_path / name)
         with pytest.raises(FalqonError, match=problem) as caught:
             falqon_fx.load_checkpoint(other := next(each), tmp_path / name)
         assert "base_model.model.q" in str(caught.value)

@@ -22,12 +22,12 @@ from falqon_fx.errors import FalqonError
 from falqon_fx.files import storage
 from falqon_fx.files.copies import copy_tensors
 from falqon_fx.files.site_checks import check_site, check_values, described, ranks_around
-from falqon_fx.model.fp8_linear import Fp8Linear
+from falqon_fx.model.fp8_linear import Fp8Linear, made_terms
 from falqon_fx.model.lora_layers import is_linear
 from falqon_fx.model.prepare import BEFORE
 from falqon_fx.model.prepared_linear import PreparedLinear
 from falqon_fx.model.stacks import Fp8Stack
-from falqon_fx.model.terms import as_made, check_terms
+from falqon_fx.model.terms import check_terms
 from falqon_fx.rows.prepared import MergedBaseLinear
 from falqon_fx.rows.state import STATE, MergedAdapter, registry
 from falqon_fx.site import transposed as stored
@@ -83,13 +83,7 @@ def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
     they were made in.
     """
     whole_digests = {name: layer.whole_digest() for name, layer in _cut(model).items()}
-    terms = {
-        f"{without_wrappers(path)}.{name}": term
-        for path, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, Fp8Linear)
-        for name, term in as_made(module.path, module.terms, "the model").items()
-    }
-    return {**model.state_dict(), **whole_digests, **terms}
+    return {**model.state_dict(), **whole_digests, **made_terms(model)}
 
 
 def _cut(model: nn.Module) -> dict[str, Fp8Linear]:
@@ -326,9 +320,12 @@ def write(model: nn.Module, sites: list[Site], tensors: Mapping[str, Tensor]) ->
         if "prepared" in site:
             _prepare_layer(model, site, tensors)
     named, cut = dict(model.state_dict(keep_vars=True)), _cut(model)
-    # A model's terms may have been cast to a wider dtype since.
+    # These alone may have been cast to a wider dtype in the model since.
+    terms = {f"{site['prepared']}.{n}" for site in sites for n in site.get("terms", ())}
     copy_tensors(
-        (named[n], t.to(named[n].dtype)) for n, t in tensors.items() if n in named and n not in cut
+        (named[n], t.to(named[n].dtype) if n in terms else t)
+        for n, t in tensors.items()
+        if n in named and n not in cut
     )
     for layer in cut.values():
         layer.digest_anew()

@@ -15,8 +15,7 @@ from falqon_fx.config import FalqonConfig
 from falqon_fx.files import storage
 from falqon_fx.files.atomic import atomic_file
 from falqon_fx.files.checkpoint import MANIFEST, load_checkpoint, read_extra, save_checkpoint
-from falqon_fx.model.fp8_linear import Fp8Linear
-from falqon_fx.model.terms import as_made
+from falqon_fx.model.fp8_linear import Fp8Linear, made_terms
 from falqon_fx.rows import model as rows_model
 from falqon_fx.site.paths import without_wrappers
 from falqon_fx.site.sharded import hashes, is_sharded
@@ -136,18 +135,12 @@ def _base_of(model: nn.Module) -> dict[str, str | None]:
     """Hashes of what `prepare` made of a model, and of what its calibration added; None where there
     is none of it. All processes of a sharded model call this.
     """
-    layers = {
-        without_wrappers(path): module
+    digests = {
+        without_wrappers(path): module.whole_digest()
         for path, module in model.named_modules()
         if isinstance(module, Fp8Linear)
     }
-    digests = {path: layer.whole_digest() for path, layer in layers.items()}
-    terms = {
-        f"{path}.{name}": term
-        for path, layer in layers.items()
-        for name, term in as_made(layer.path, layer.terms, "the model").items()
-    }
-    made = {"prepared": digests, "calibration": terms}
+    made = {"prepared": digests, "calibration": made_terms(model)}
     return {
         name: storage.json_checksum(hashes(tensors)) if tensors else None
         for name, tensors in made.items()

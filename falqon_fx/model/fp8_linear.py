@@ -19,6 +19,7 @@ from falqon_fx.ops.base_linear import base_linear, dequantize
 from falqon_fx.site.base import DIGEST_BYTES, Base, bases, digest
 from falqon_fx.site.numerics import INT8, as_scale, scale_bits
 from falqon_fx.site.nvfp4 import shape_of
+from falqon_fx.site.paths import without_wrappers
 from falqon_fx.site.sharded import local, whole
 from falqon_fx.site.shards import Cut
 
@@ -212,3 +213,15 @@ def refuse_parts(model: nn.Module, call: str) -> None:
                 "can't put together yet",
                 "Save the adapters with falqon_fx.save_adapter(model, folder)",
             )
+
+
+def made_terms(model: nn.Module) -> dict[str, Tensor]:
+    """What calibrations have added to a model's layers, by name, in the dtypes it was made in
+    (`as_made`).
+    """
+    return {
+        f"{without_wrappers(path)}.{name}": term
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, Fp8Linear)
+        for name, term in as_made(module.path, module.terms, "the model").items()
+    }
