@@ -165,6 +165,7 @@ FORMS = {
     "int8": Form("INT8, a scale a row and token", int8, int8, 1 + 4 / 4096),
     "int8_fp8": Form("W in INT8, x in FP8", int8, by_row, 1 + 4 / 4096),
     "nvfp4": Form("W in NVFP4, x in FP8", nvfp4, by_row, 0.5 + 1 / 16),
+    "nvfp4_both": Form("NVFP4, both", nvfp4, nvfp4, 0.5 + 1 / 16),
     "nvfp4_exact": Form("W in NVFP4, x exact", nvfp4, same, 0.5 + 1 / 16),
     "nvfp4_pow2": Form(
         "W in NVFP4, a power of two for all of it, x in FP8",

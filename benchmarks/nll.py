@@ -4,13 +4,13 @@
     python benchmarks/nll.py --variants falqon --extra amax:scale=amax
 
 LoRA and falqon, with A and B trained and with A frozen, falqon after a calibration on 128 of the
-training chats, the paper's rows and its public code. By name: FP8 adapters and bases in
-other forms (INT8, NVFP4, and NF4 as QLoRA has it). Each variant's rates are tried on seed 0 (for
-``--rate-steps``), the best is trained on all seeds. Steps, batches and the start of A are the same
-for all. Beside them stands what the FP8 casts cost before any training: the NLL and the mean KL
-divergence per label of the untrained model. Finished runs are kept in
-``results/nll-<date>-<machine>.json`` and are not repeated: an interrupted benchmark goes on where
-it stopped.
+training chats, the paper's rows and its public code. By name: FP8 adapters, and bases
+in other forms (INT8, NVFP4, NF4 as QLoRA has it, blocks of FP8 cast again by row). Each variant's
+rates are tried on seed 0 (for ``--rate-steps``), the best is trained on all seeds. Steps, batches
+and the start of A are the same for all. Beside them stands what the FP8 casts cost before any
+training: the NLL and the mean KL divergence per label of the untrained model. Finished runs are
+kept in ``results/nll-<date>-<machine>.json`` and are not repeated: an interrupted benchmark goes
+on where it stopped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import peft
 import smollm
 import torch
 import training
-from nll_variants import RATES, extra_variant, in_nf4, known_variants, options_text
+from nll_variants import RATES, extra_variant, known_variants, options_text, published
 from records import Finished, Results
 from rich.console import Console
 from rich.progress import Progress
@@ -115,8 +115,7 @@ class Bench:
         data, show = self.data, self.progress
         title = f"{variant.title} {variant.learning_rate:g} seed {seed}"
         read = data.train(CALIBRATION, seed) if variant.calibrated else ()
-        base = in_nf4(data.base) if variant.name == "qlora_nf4" else data.base
-        trainee = training.build(variant, base, seed, read)
+        trainee = training.build(variant, published(variant.name, data.base), seed, read)
         optimizer = training.make_optimizer(trainee.model, variant.learning_rate)
         # B is zero: seeds and rates begin with the same model, but for a calibration.
         before = None if variant.calibrated else self._before(variant)

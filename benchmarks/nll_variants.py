@@ -25,6 +25,7 @@ RATES = {
 }
 ROWS = {"update": "rows", "pending": "hold"}  # the paper
 FP8_ADAPTER, INT8, NVFP4 = {"adapter_dtype": "fp8"}, {"base_dtype": "int8"}, {"base_dtype": "nvfp4"}
+AMAX = {"scale": "amax"}
 NUMERIC_OPTIONS = (
     *("update", "adapter_dtype", "frozen", "init", "granularity", "scale", "grad_dtype", "dropout"),
     *("pending", "topk", "rounding"),
@@ -44,6 +45,11 @@ def known_variants(baseline: str, inner: str) -> dict[str, Variant]:
         Variant("int8_calibrated", "INT8", 0.0, "falqon", INT8 | options, calibrated=True),
         Variant("nvfp4", "NVFP4", 0.0, "falqon", NVFP4 | options),
         Variant("nvfp4_calibrated", "NVFP4", 0.0, "falqon", NVFP4 | options, calibrated=True),
+        Variant("nvfp4_amax", "NVFP4, amax", 0.0, "falqon", NVFP4 | AMAX | options),
+        Variant("fp8_amax", "amax", 0.0, "falqon", AMAX | options),
+        Variant("fp8_blocks", "blocks", 0.0, "falqon", options),
+        Variant("fp8_blocks_amax", "blocks, amax", 0.0, "falqon", AMAX | options),
+        Variant("fp8_blocks_pow2", "blocks, pow2", 0.0, "falqon", options),
         Variant("qlora_nf4", "QLoRA", 0.0, baseline),
         Variant("falqon_frozen_a", "falqon, A frozen", 0.0, "falqon", options, train_a=False),
         Variant("falqon_rows", "rows (hold)", 0.0, "falqon", ROWS | options, train_a=False),
@@ -95,11 +101,17 @@ def options_text(variant: Variant) -> str:
 
 
 @torch.no_grad()
-def in_nf4(base: nn.Module) -> nn.Module:
-    """A copy whose linear layers' W, but for the head's, is what NF4 holds."""
+def published(name: str, base: nn.Module) -> nn.Module:
+    """What the variant starts from: the base, or a copy whose linear layers' W, but for the head's,
+    are what the form holds in which others publish them.
+    """
+    if not name.startswith(("fp8_blocks", "qlora_nf4")):
+        return base
     import forms  # loads torchao and bitsandbytes
 
+    scale = "pow2" if name == "fp8_blocks_pow2" else "amax"
     base = copy.deepcopy(base)
     for layer in forms.layers(base):
-        layer.weight.copy_(forms.nf4(layer.weight.float()))
+        w = layer.weight.float()
+        layer.weight.copy_(forms.nf4(w) if name == "qlora_nf4" else forms.by_block(w, scale))
     return base
