@@ -15,9 +15,9 @@ from falqon_fx.errors import FalqonError
 from falqon_fx.model.parts import on_parts
 from falqon_fx.model.prepared_linear import PreparedLinear, autocast
 from falqon_fx.model.terms import as_made, check_terms
-from falqon_fx.ops.base_linear import base_linear, dequantize
+from falqon_fx.ops.base_linear import base_linear, dequantize, with_columns
 from falqon_fx.site.base import DIGEST_BYTES, Base, bases, digest
-from falqon_fx.site.numerics import INT8, as_scale, scale_bits
+from falqon_fx.site.numerics import as_scale, scale_bits
 from falqon_fx.site.nvfp4 import shape_of
 from falqon_fx.site.paths import without_wrappers
 from falqon_fx.site.sharded import local, whole
@@ -144,13 +144,11 @@ class Fp8Linear(PreparedLinear):
 
     def corrected(self, wide: Tensor) -> Tensor:
         """dq(W) + B_c · A_c, in INT8 with W_S in its channels, for float32 dq(W) [out, in]; dq(W)
-        without a calibration. What FP8's rounding did to W_S other channels make up for.
+        without a calibration.
         """
         if self.error_a is not None and self.error_b is not None:
             wide = wide + self.error_b.detach().float() @ self.error_a.detach().float()
-        if self.code.dtype == INT8 and self.channels is not None and self.columns is not None:
-            wide = wide.index_copy(1, self.channels.long(), self.columns.detach().float())
-        return wide
+        return with_columns(wide, self.code, self.channels, self.columns)
 
     def is_part(self) -> bool:
         """Whether tensor parallelism has cut W: then each process has a digest of its own bytes.

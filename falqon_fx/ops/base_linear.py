@@ -45,6 +45,17 @@ def base_linear(
     return _product(x, code, scale, bias, _Terms(error_a, error_b, channels, columns))
 
 
+def with_columns(
+    weight: Tensor, code: Tensor, channels: Tensor | None, columns: Tensor | None
+) -> Tensor:
+    """dq(W) [out, in], in INT8 with W_S [out, c] in the channels S that its cast leaves out. What
+    FP8's rounding did to W_S other channels make up for.
+    """
+    if channels is None or columns is None or code.dtype != INT8:
+        return weight
+    return weight.index_copy(1, channels.long(), columns.detach().to(weight.dtype))
+
+
 class _Terms(NamedTuple):
     """What a calibration has added."""
 
@@ -54,11 +65,9 @@ class _Terms(NamedTuple):
     columns: Tensor | None
 
     def weight(self, code: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """dq(W), in INT8 with W_S. What FP8's rounding did to W_S other channels make up for."""
+        """dq(W), in INT8 with W_S."""
         weight = lowering.dequantize(code, scale, dtype)
-        if self.channels is None or self.columns is None or code.dtype != INT8:
-            return weight
-        return weight.index_copy_(1, self.channels.long(), self.columns.to(dtype))
+        return with_columns(weight, code, self.channels, self.columns)
 
     def error(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """A_c and B_c."""
