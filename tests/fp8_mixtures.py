@@ -159,7 +159,8 @@ def as_deepseek_publishes_v4(source: Path, out: Path) -> Path:
     out.mkdir()
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((source / "config.json").read_text())
-    config["quantization_config"]["expert_dtype"] = "fp4"
+    config["quantization_config"].pop("expert_dtype", None)
+    config["expert_dtype"] = "fp4"
     (out / "config.json").write_text(json.dumps(config))
     return out
 

@@ -101,8 +101,11 @@ def check_blocks(
 
     Raises:
         FalqonError: another number of scales than blocks, a code that is NaN, or a scale that is
-            no positive number.
+            no positive number, or an integer (the bits of one).
     """
+    if not scale.is_floating_point():
+        problem = f"{where} has {described(code)} with scales {described(scale)}"
+        raise FalqonError(path, problem, "Check the checkpoint")
     if size is None:
         problem = f"it has {described(scale)} as its scales, and config.json names no blocks"
         raise FalqonError(path, problem, _CHECK)

@@ -32,7 +32,14 @@ from falqon_fx.files.nvfp4_import import is_nvfp4, quantization_of
 from falqon_fx.files.public_names import without_left_out
 from falqon_fx.files.site_checks import described
 from falqon_fx.files.stack_files import Checkpoint
-from falqon_fx.files.units import OF_CACHE, OF_INPUT, SCALES, ZERO_POINT
+from falqon_fx.files.units import (
+    OF_INPUT,
+    SCALES,
+    ZERO_POINT,
+    refuse_zero_points,
+    scales_of_cache,
+    the_scale,
+)
 from falqon_fx.model.lora_layers import lora_layers
 from falqon_fx.site.base import Base, check_base, digest
 from falqon_fx.site.numerics import E4M3, INT8, as_code, dtype_name, powers_of_two, scale_bits
@@ -92,14 +99,7 @@ def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = No
         if path in layers:
             raise FalqonError(name, f"{directory} has it twice, as {path}, too", "Remove one")
         layers[path] = (site, _tensors(base))
-    of_cache = {name for name in tensors if name.endswith(OF_CACHE)}
-    if of_cache:
-        warnings.warn(
-            f"falqon: {one_line(str(directory))} holds {len(of_cache)} scales of an FP8 cache of "
-            "keys and values: training has none, and they are left out. A server that wants them "
-            "needs them again.",
-            stacklevel=3,
-        )
+    of_cache = scales_of_cache(tensors, directory)
     rest = {n: t for n, t in tensors.items() if n not in taken.used | of_cache}
     for name, weight in taken.dense.items():
         rest[f"{name}.weight"] = weight().to(model.get_base_model().dtype)
@@ -136,7 +136,7 @@ def _eight_bits(
     cast = {n: t for n, t in tensors.items() if t.dtype in _OPERANDS and not n.endswith(_BESIDE)}
     weights = {name.removesuffix(".weight"): tensor for name, tensor in cast.items()}
     kind = _base_dtype(weights, settings, directory)
-    _check_zero_points(tensors)
+    refuse_zero_points(tensors.items())
     found = {path: _scale(path, w, tensors, directory) for path, w in weights.items()}
     in_blocks: dict[str, _InBlocks] = {}
     of_rows: dict[str, Tensor] = {}
@@ -250,6 +250,7 @@ def _base_dtype(
     """
     groups = (settings.get("config_groups") or {}).values()
     said = {_TYPES[(group.get("weights") or {})["type"]] for group in groups}
+    said |= {"fp8"} if settings.get("quant_method") == "fp8" else set()
     found = {_OPERANDS[tensor.dtype] for tensor in weights.values()}
     if not found:
         problem = "it holds no float8_e4m3fn or int8 weight"
@@ -264,26 +265,16 @@ def _base_dtype(
     return kind
 
 
-def _check_zero_points(tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if name.endswith(ZERO_POINT) and tensor.any():
-            problem = "it has zero points that are not zero, and W is multiplied by scales alone"
-            raise FalqonError(
-                name.removesuffix(ZERO_POINT),
-                problem,
-                "Take a symmetric checkpoint, or a dense one",
-            )
-
-
 def _scale(path: str, weight: Tensor, tensors: Mapping[str, Tensor], directory: Path) -> Tensor:
     """The scales of a weight, as the checkpoint has them."""
-    found = [tensors[path + end] for end in SCALES if path + end in tensors]
-    if not found:
+    name = the_scale(path, tensors)
+    if name is None:
         raise FalqonError(path, f"{directory} holds no scale for it", "Check the checkpoint")
-    if not found[0].is_floating_point() or not found[0].numel() or weight.dim() != 2:
-        problem = f"{directory} has {described(weight)} with scales {described(found[0])}"
+    scale = tensors[name]
+    if not scale.is_floating_point() or not scale.numel() or weight.dim() != 2:
+        problem = f"{directory} has {described(weight)} with scales {described(scale)}"
         raise FalqonError(path, problem, "Check the checkpoint")
-    return found[0].to(torch.float32)
+    return scale.to(torch.float32)
 
 
 def _alike(scale: Tensor) -> Tensor:

@@ -145,11 +145,15 @@ def _exists(model: nn.Module, name: str) -> bool:
 
 
 def quantization_config(source: Path) -> Mapping[str, Any]:
-    """What config.json says of how the weights were quantized; empty for dense ones."""
+    """What config.json says of how the weights were quantized; empty for dense ones. DeepSeek V4
+    has the ``expert_dtype`` beside it, V4.1 in it.
+    """
     file = source / "config.json"
     content = storage.read_json(file)
     storage.check_form(file, content, "config")
-    return content.get("quantization_config") or {}
+    settings = content.get("quantization_config") or {}
+    beside = {"expert_dtype": content["expert_dtype"]} if "expert_dtype" in content else {}
+    return {**beside, **settings} if settings else {}
 
 
 def read_index(source: Path) -> dict[str, str]:

@@ -187,19 +187,42 @@ class Group(TypedDict):
     weights: NotRequired[Weights | None]
 
 
+class Transform(TypedDict):
+    """Where a transform is applied."""
+
+    location: NotRequired[str | None]
+
+
+class TransformScheme(TypedDict):
+    """A transform of compressed-tensors."""
+
+    apply: NotRequired[list[Transform] | None]
+
+
+class Transforms(TypedDict):
+    """The rotations of weights and activations of compressed-tensors."""
+
+    config_groups: NotRequired[dict[str, TransformScheme] | None]
+
+
 class Quantization(TypedDict):
-    """The ``quantization_config`` of a checkpoint; ModelOpt has a ``quant_algo``."""
+    """The ``quantization_config`` of a checkpoint; ModelOpt has a ``quant_algo``, DeepSeek V4 an
+    ``expert_dtype``.
+    """
 
     quant_method: NotRequired[str | None]
     quant_algo: NotRequired[str | None]
     group_size: NotRequired[int | None]
     weight_block_size: NotRequired[list[int] | None]
     config_groups: NotRequired[dict[str, Group] | None]
+    transform_config: NotRequired[Transforms | None]
+    expert_dtype: NotRequired[str | None]
 
 
 class Config(TypedDict):
     """What is read of a model's config here."""
 
+    expert_dtype: NotRequired[str | None]
     quantization_config: NotRequired[Quantization | None]
 
 

@@ -55,13 +55,31 @@ class Names:
 
 
 def quantization_of(directory: Path) -> Mapping[str, Any]:
-    """The ``quantization_config`` of config.json, or else what ModelOpt has written beside it."""
+    """The ``quantization_config`` of config.json, or else what ModelOpt has written beside it.
+
+    Raises:
+        FalqonError: one with transforms of activations (SpinQuant, QuIP).
+    """
     settings = quantization_config(directory)
+    _refuse_transforms(settings, directory)
     if settings or not (directory / MODELOPT).is_file():
         return settings
     content = storage.read_json(directory / MODELOPT)
     storage.check_form(directory / MODELOPT, content, "modelopt")
     return {"quant_method": "modelopt", **content["quantization"]}
+
+
+def _refuse_transforms(settings: Mapping[str, Any], directory: Path) -> None:
+    """Those of weights are in them already; those of activations undo them as the model runs."""
+    transforms = settings.get("transform_config") or {}
+    for name, scheme in (transforms.get("config_groups") or {}).items():
+        places = {str(each.get("location")) for each in scheme.get("apply") or ()}
+        if online := sorted(places - {"weight_input", "weight_output"}):
+            problem = (
+                f"its weights are made for a transform of activations ({one_line(name)}: "
+                f"{', '.join(online)}), by its config.json, and x is multiplied as it is here"
+            )
+            raise FalqonError(str(directory), problem, "Take a checkpoint without, or a dense one")
 
 
 def is_nvfp4(settings: Mapping[str, Any], directory: Path) -> bool:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from falqon_fx.config import FalqonConfig
-from falqon_fx.errors import FalqonError
+from falqon_fx.errors import FalqonError, one_line
 from falqon_fx.files import blocks
-from falqon_fx.files.hf import read_entries
+from falqon_fx.files.hf import read_entries, read_tensor
 from falqon_fx.files.nvfp4_import import OF_X, Names
 from falqon_fx.files.stack_files import StackLayer
 from falqon_fx.model.lora_layers import LinearLayer, linear_layers
@@ -82,6 +84,33 @@ def path_of(weight: str) -> str:
     return weight.removesuffix(".weight").removesuffix(".weight_packed")
 
 
+def the_scale(path: str, known: Collection[str]) -> str | None:
+    """The name of the scales of a weight among those of a checkpoint.
+
+    Raises:
+        FalqonError: it has several.
+    """
+    found = [name for end in SCALES if (name := path + end) in known]
+    if len(found) > 1:
+        raise FalqonError(path, f"it has scales as {' and as '.join(found)}", "Remove all but one")
+    return found[0] if found else None
+
+
+def scales_of_cache(names: Iterable[str], directory: Path) -> set[str]:
+    """Those of a cache among the tensors of a quantized checkpoint, which are left out, with a
+    warning.
+    """
+    found = {name for name in names if name.endswith(OF_CACHE)}
+    if found:
+        warnings.warn(
+            f"falqon: {one_line(str(directory))} holds {len(found)} scales of an FP8 cache of keys "
+            "and values: training has none, and they are left out. A server that wants them needs "
+            "them again.",
+            stacklevel=4,
+        )
+    return found
+
+
 def tensors_of(layer: LinearLayer | StackLayer, named: Mapping[str, str]) -> tuple[str, ...]:
     """The names of its weights in the checkpoint; a stack may have many."""
     if isinstance(layer, StackLayer):
@@ -103,12 +132,14 @@ def units_of(
     of ``dtype``; those of layers that are not cast become that.
     """
     given = read_entries(source, index), blocks.block_size(settings, source), nvfp4
-    known = _Headers(*given, dtype_name(dtype), blocks.has_mxfp4(settings))
-    _refuse_zero_points(known.entries)
+    int8 = settings.get("quant_method") != "fp8"
+    known = _Headers(*given, dtype_name(dtype), blocks.has_mxfp4(settings), int8)
+    zero_points = [name for name in index if name.endswith(ZERO_POINT)]
+    refuse_zero_points((name, read_tensor(source / index[name], name)) for name in zero_points)
     units = [known.cast(i, p, layer, named) for i, (p, layer) in enumerate(layers.items())]
     if not units:
         raise FalqonError(str(source), "none of its layers is to be cast", "Check the LoraConfig")
-    used = {name for unit in units for name in unit.tensors}
+    used = {name for unit in units for name in unit.tensors}.union(zero_points)
     for name in index:
         if name not in used and not name.endswith(OF_INPUT) and known.form(name) is not None:
             units.append(known.decoded(len(units), name))
@@ -116,7 +147,8 @@ def units_of(
     scaled = [w for unit in units if unit.block is not None for w in unit.tensors]
     used |= {w.removesuffix(".weight") + end for w in scaled for end in OF_INPUT}
     used |= {path + end for path in nvfp4 for end in OF_X}
-    used |= {name for name in index if nvfp4 and name.endswith(OF_CACHE)}
+    if scaled or nvfp4:
+        used |= scales_of_cache(index, source)
     rest = [name for name in index if name not in used]
     small = tuple(name for name in rest if known.bytes(name) < _SMALL)
     alone = [(name,) for name in rest if known.bytes(name) >= _SMALL]
@@ -136,6 +168,7 @@ class _Headers:
     nvfp4: Mapping[str, Names]
     dtype: str  # of the model
     mxfp4: bool  # whether what is stored as int8 is that
+    int8: bool  # or may be integers
 
     def bytes(self, *names: str) -> int:
         ends = (self.entries[name]["data_offsets"] for name in names)
@@ -203,6 +236,8 @@ class _Headers:
             return None
         block, entry = self.block, self.entries[weights[0]]
         in_four = entry["dtype"] == "I8" and self.mxfp4
+        if entry["dtype"] == "I8" and not (in_four or self.int8):
+            return None
         if entry["dtype"] == "I8":
             rows, columns = entry["shape"]
             whole_scale = math.prod(self.entries[scales[0]]["shape"]) == 1
@@ -215,8 +250,7 @@ class _Headers:
         entry = self.entries[weight]
         if entry["dtype"] not in _CAST:
             return None
-        names = (weight.removesuffix(".weight") + end for end in SCALES)
-        scale = next((name for name in names if name in self.entries), None)
+        scale = the_scale(weight.removesuffix(".weight"), self.entries)
         if scale is None or entry["dtype"] == "I8":
             return scale
         per_row = self.entries[scale]["shape"] == [entry["shape"][0], 1]
@@ -227,12 +261,17 @@ def _already(site: str, form: str) -> FalqonError:
     return FalqonError(site, f"its weight is {form} already", "falqon_fx.load takes FP8 as it is")
 
 
-def _refuse_zero_points(entries: Mapping[str, Any]) -> None:
-    for name in entries:
-        if name.endswith(ZERO_POINT):
+def refuse_zero_points(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Look at the zero points among named tensors.
+
+    Raises:
+        FalqonError: some are not zero.
+    """
+    for name, tensor in tensors:
+        if name.endswith(ZERO_POINT) and tensor.any():
             raise FalqonError(
                 name.removesuffix(ZERO_POINT),
-                "it has zero points, and W is multiplied by scales alone",
+                "it has zero points that are not zero, and W is multiplied by scales alone",
                 "Take a symmetric checkpoint, or a dense one",
             )
 
