@@ -7,19 +7,22 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import falqon_fx
-from falqon_fx import FalqonError
+from falqon_fx import FalqonConfig, FalqonConfigError, FalqonError
 from falqon_fx.files.hf import quantization_config
+from falqon_fx.files.places import in_own_dtype
 from falqon_fx.site.numerics import E4M3
-from tests.folders import lora
-from tests.test_block_scales import UP, WAYS, edited, published
+from tests.folders import IDS, lora
+from tests.test_block_scales import UP, WAYS, by_transformers, edited, published
 
+transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
 
 INV = f"{UP}.weight_scale_inv"
@@ -125,3 +128,179 @@ def test_deepseek_v4_names_the_dtype_of_experts_in_either_place(tmp_path):
         assert quantization_config(tmp_path) == {**given, "expert_dtype": "fp4"}
     (tmp_path / "config.json").write_text(json.dumps({"expert_dtype": "bf16"}))
     assert quantization_config(tmp_path) == {}
+
+
+# -- tensors beside the weights --------------------------------------------------------------------
+
+
+def in_bfloat16(folder: Path, **more: Any) -> Path:
+    """A checkpoint that says so, as published ones do."""
+    published(folder, True)
+    settings(folder, lambda content: content.update(dtype="bfloat16", **more))
+    return folder
+
+
+def test_tensors_have_the_dtypes_in_which_transformers_loads_them(tmp_path):
+    """Those of config.json: norms in float32 would meet weights in bfloat16."""
+    folder = in_bfloat16(tmp_path / "fp8")
+    names = ("model.norm.weight", "model.layers.0.input_layernorm.weight")
+
+    def widen(tensors: dict[str, Tensor]) -> None:
+        tensors |= {name: 1.001 * tensors[name].float() for name in names}
+
+    edited(folder, widen)
+    WAYS["prequantize"](tmp_path)
+    for model in (falqon_fx.load(folder, lora()), falqon_fx.load(tmp_path / "out")):
+        for name in names:
+            found = model.get_parameter(f"base_model.model.{name}")
+            assert torch.equal(found, torch.full_like(found, 1.001))
+            assert found.dtype == torch.bfloat16
+        assert model(input_ids=IDS).logits.isfinite().all()
+
+
+def test_a_router_stays_in_float32_where_transformers_keeps_it_there():
+    class Router(nn.Module):
+        _keep_in_fp32_modules_strict = ("gate.weight",)
+        config = SimpleNamespace(dtype=torch.bfloat16)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.proj = (nn.Linear(2, 2, bias=False).bfloat16() for _ in range(2))
+
+        def get_base_model(self) -> nn.Module:
+            return self
+
+    for dtype in (torch.float32, torch.bfloat16):
+        given = {f"{name}.weight": torch.ones(2, 2, dtype=dtype) for name in ("gate", "proj")}
+        found = {name: tensor.dtype for name, tensor in in_own_dtype(Router(), given).items()}
+        assert found == {"gate.weight": torch.float32, "proj.weight": torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, E4M3], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_head_of_its_own_is_not_tied(tmp_path, way, dtype):
+    """transformers leaves it apart, whatever config.json says; with the same values it is tied."""
+    folder, table = in_bfloat16(tmp_path / "fp8", tie_word_embeddings=True), "model.embed_tokens"
+    edited(folder, put("lm_head.weight", f"{table}.weight", lambda t: t))
+    model: Any = falqon_fx.load(folder, lora()).get_base_model()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    edited(folder, put("lm_head.weight", f"{table}.weight", lambda t: (t.float() + 1).to(dtype)))
+    if dtype == E4M3:
+        edited(folder, put("lm_head.weight_scale_inv", INV, lambda t: t[:4]))
+    with pytest.raises(FalqonError, match=r"lm_head\.weight: .* Set .tie_word_embeddings.: false"):
+        WAYS[way](tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda t: t.update({"more.weight": torch.ones(2)}), r"more\.weight: it is in .* but not"),
+        (lambda t: t.pop("model.norm.weight"), r"model\.norm\.weight: the model needs it"),
+        (put("model.norm.weight", INV, lambda t: t), r"norm\.weight: .* \[6, 2\], the model"),
+    ],
+    ids=["unknown", "missing", "shape"],
+)
+def test_what_can_not_be_loaded_is_not_prequantized(tmp_path, change, told):
+    """It is refused by the same words, before hours of casting."""
+    edited(in_bfloat16(tmp_path / "fp8"), change)
+    for way in WAYS.values():
+        with pytest.raises(FalqonError, match=told):
+            way(tmp_path)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_modules_that_are_saved_whole_are_loaded(tmp_path):
+    """PEFT's modules_to_save: the original, decoded where it was in FP8, and a copy that trains."""
+    folder = in_bfloat16(tmp_path / "fp8")
+    whole = lora(target_modules=["q_proj"], modules_to_save=["lm_head", "up_proj"])
+    model, plain = falqon_fx.load(folder, whole), by_transformers(folder)
+    falqon_fx.prequantize(folder, tmp_path / "out", whole, progress=False)
+    for found in (model, falqon_fx.load(tmp_path / "out")):
+        for path in ("lm_head", UP):
+            module: Any = found.get_submodule(f"base_model.model.{path}")
+            copy = module.modules_to_save.default.weight
+            assert torch.equal(copy.float(), plain.get_parameter(f"{path}.weight"))
+            assert torch.equal(copy, module.original_module.weight)
+            assert copy.data_ptr() != module.original_module.weight.data_ptr()
+        found(input_ids=IDS, labels=IDS).loss.backward()
+        assert copy.grad is not None
+        assert module.original_module.weight.grad is None
+
+
+def test_a_layer_that_stores_its_weight_turned_is_refused(tmp_path):
+    """GPT-2's Conv1D, [in, out]: of a square one the shapes would not tell."""
+    sizes = {"vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).bfloat16()
+    model.config.quantization_config = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    model.config.save_pretrained(tmp_path)
+    name = "transformer.h.0.attn.c_proj.weight"
+    tensors = {n: t for n, t in model.state_dict().items() if n != "lm_head.weight"}
+    tensors |= {name: tensors[name].to(E4M3), f"{name}_scale": torch.ones(())}
+    safetensors.save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        FalqonError, match=r"c_proj: .* weights \[out, in\] for it, the model a Conv"
+    ):
+        falqon_fx.load(tmp_path, lora(target_modules=["c_attn"], fan_in_fan_out=True))
+
+
+def test_a_buffer_that_is_missing_is_refused(tmp_path):
+    """It would be zeros: a router would choose by its scores alone."""
+    sizes = {
+        "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "vocab_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1,
+    }  # fmt: skip
+    model = transformers.Glm4MoeForCausalLM(transformers.Glm4MoeConfig(**sizes)).bfloat16()
+    model.save_pretrained(tmp_path / "dense")
+    (file,) = (tmp_path / "dense").glob("*.safetensors")
+    tensors = safetensors.load_file(file)
+    del tensors["model.layers.1.mlp.gate.e_score_correction_bias"]
+    safetensors.save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(FalqonError, match="e_score_correction_bias: the model needs it"):
+        falqon_fx.prequantize(tmp_path / "dense", tmp_path / "out", lora(), progress=False)
+
+
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_a_tied_module_is_not_saved_whole(tmp_path, module):
+    folder = in_bfloat16(tmp_path / "fp8", tie_word_embeddings=True)
+    edited(folder, lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(FalqonError, match=rf"{module}.*: modules_to_save makes a copy .* tied to"):
+        falqon_fx.load(folder, lora(target_modules=["q_proj"], modules_to_save=[module]))
+
+
+# -- options ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"init_lora_weights": "pissa"}, "'pissa' is not how adapters start"),
+        ({"init_lora_weights": False}, "False is not how adapters start"),
+        ({"trainable_token_indices": [1]}, "its rows are copied from an embedding"),
+    ],
+    ids=str,
+)
+def test_adapters_that_start_otherwise_are_refused(tmp_path, options, told):
+    """They would start as others do, without a word."""
+    given = lora(target_modules=["q_proj"], **options)
+    folder = published(tmp_path / "fp8", True)
+    with pytest.raises(FalqonError, match=told):
+        falqon_fx.load(folder, given)
+    with pytest.raises(FalqonError, match=told):
+        falqon_fx.prequantize(folder, tmp_path / "out", given, progress=False)
+
+
+def test_options_that_loading_can_not_keep_are_refused(tmp_path):
+    folder = published(tmp_path / "fp8", True)
+    for option, value in (("init", "svd"), ("base_dtype", "int8"), ("base_dtype", "nvfp4")):
+        with pytest.raises(FalqonConfigError, match=f"'{option}': '{value}'"):
+            falqon_fx.load(folder, lora(), FalqonConfig(**{option: value}))
+
+
+def test_what_is_excluded_is_decoded(tmp_path):
+    folder = in_bfloat16(tmp_path / "fp8")
+    model = falqon_fx.load(folder, lora(), FalqonConfig(exclude=("*.up_proj",)))
+    assert len(falqon_fx.adapters(model)) == 12
+    found = model.get_parameter(f"base_model.model.{UP}.base_layer.weight")
+    assert torch.equal(found.float(), by_transformers(folder).get_parameter(f"{UP}.weight"))

@@ -140,7 +140,9 @@ class Export:
         else:
             assert self.adapter is not None  # `_check` saw it
             if self._is_cast():
-                model = load(self.model, lora.config_of(self.adapter))
+                config = lora.config_of(self.adapter)
+                config.init_lora_weights = True  # what it starts from is in the folder
+                model = load(self.model, config)
                 lora.put_in_place(model, self.adapter)
             else:
                 model = lora.with_adapter(self.model, self.adapter)
@@ -149,8 +151,8 @@ class Export:
         if not adapters(model):  # no FP8 weights came with it
             granularity: Granularity = "tensor" if self.form == "fp8" else "row"
             kind: BaseDtype = self.base_dtype or "fp8"
-            config = FalqonConfig(granularity=granularity, base_dtype=kind)
-            prepare(model, config, progress=self._progress)
+            options = FalqonConfig(granularity=granularity, base_dtype=kind)
+            prepare(model, options, progress=self._progress)
         return model
 
 

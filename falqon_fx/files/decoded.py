@@ -9,9 +9,15 @@ import torch
 from torch import Tensor
 
 from falqon_fx.files import blocks
-from falqon_fx.files.hf import read_tensor
+from falqon_fx.files.hf import read_entries, read_tensor
 from falqon_fx.files.nvfp4_import import base_of
 from falqon_fx.files.units import SCALES, Unit, path_of
+
+# Of tensors that stay what they are, by the names in headers.
+_DTYPES = {
+    "F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16", "BOOL": "bool",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+}  # fmt: skip
 
 
 def read(unit: Unit, source: Path, index: Mapping[str, str]) -> dict[str, Tensor]:
@@ -47,6 +53,23 @@ def left_dense(unit: Unit, tensors: Mapping[str, Tensor], source: Path) -> dict[
     path = path_of(unit.tensors[0])
     weight = weight_of(unit, path, opened(unit, tensors), source)
     return {f"{path}.weight": weight.to(getattr(torch, unit.dtype))}
+
+
+def shapes_of(units: Iterable[Unit], source: Path, index: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors of units that are not cast, as they are written, on the meta device."""
+    entries, found = read_entries(source, index), {}
+    for unit in units:
+        if unit.layer is not None:
+            continue
+        for name in unit.tensors[:1] if unit.dtype else unit.tensors:
+            shape, kind = entries[name]["shape"], entries[name]["dtype"]
+            dtype = getattr(torch, unit.dtype or _DTYPES.get(kind, "uint8"))
+            if unit.dtype:
+                name = f"{path_of(name)}.weight"
+                packed = unit.mxfp4 or unit.nvfp4 is not None
+                shape = [*shape[:-1], 2 * shape[-1]] if packed else shape
+            found[name] = torch.empty(shape, dtype=dtype, device="meta")
+    return found
 
 
 def scales_of(units: Iterable[Unit], source: Path, index: Mapping[str, str]) -> Iterator[Tensor]:

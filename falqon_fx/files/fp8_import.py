@@ -71,6 +71,12 @@ def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = No
             f"'rows' would write into the weights of {directory}, which are loaded as they are",
             "Set update='adapter'; or load the dense model, and call falqon_fx.prepare(model)",
         )
+    if config is not None and config.init == "svd":
+        raise FalqonConfigError(
+            "init",
+            f"'svd' starts from the error of a cast, and {directory} is cast already",
+            "Set init='keep'; or call falqon_fx.prequantize on the dense model",
+        )
     index, settings = read_index(directory), quantization_of(directory)
     model = empty_model(directory, lora_config(lora), len(index))
     tensors = _read(directory, without_left_out(model.get_base_model(), index))
@@ -79,7 +85,9 @@ def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = No
     modules: dict[str, Any] = dict(model.named_modules())
 
     def is_decoded(name: str) -> bool:
-        return takes_decoded(modules.get(known.layer(name)))
+        path = known.layer(name)
+        left = config is not None and not config.selects(path, f"{path}.base_layer")
+        return takes_decoded(modules.get(path)) or (left and path in modules)
 
     take = _nvfp4 if is_nvfp4(settings, directory) else _eight_bits
     taken = take(tensors, settings, directory, config, is_decoded)
@@ -150,6 +158,12 @@ def _eight_bits(
         else:
             of_rows[path] = _row_scale(weight, scale)
     config = config or FalqonConfig(base_dtype=kind)
+    if config.base_dtype not in ("fp8", kind):  # "fp8" is what nobody has said
+        raise FalqonConfigError(
+            "base_dtype",
+            f"{config.base_dtype!r} would be a second cast of {directory}, which is {kind.upper()}",
+            f"Set base_dtype={kind!r}; or call falqon_fx.prequantize on the dense model",
+        )
     config = replace(config, granularity="row", base_dtype=kind)
     if not all(map(powers_of_two, of_rows.values())):
         config = replace(config, scale="amax")

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from falqon_fx.errors import FalqonError
 from falqon_fx.files import storage
 from falqon_fx.files.model_state import Site, make_layer, names_of
-from falqon_fx.files.site_checks import check_site, check_values, described, ranks_around
+from falqon_fx.files.places import check_tied, in_own_dtype, lacks, places, tied_names
+from falqon_fx.files.site_checks import check_site, check_values, ranks_around
 from falqon_fx.files.stack_files import put_stacks, stack_size
 from falqon_fx.model.lora_layers import is_linear
 
 INDEX = "model.safetensors.index.json"
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _NOT_LORA = "Load the model with transformers, and call falqon_fx.prepare(model)"
 
 
@@ -44,27 +44,15 @@ def fill(
         if verify:
             check_values(path, found, where)
     own = {f"{path}.{name}" for path, (site, _) in layers.items() for name in names_of(site)}
+    tied = tied_names(model)
+    cast = {f"{path}.weight" for path in layers}
     for path, (site, found) in put_stacks(model, layers).items():
         bias = model.get_submodule(path).bias
         model.set_submodule(path, make_layer(site, found, bias, path))
-    named = {}
-    for name, tensor in tensors.items():
-        path, _, last = name.rpartition(".")
-        inside = f"{path}.base_layer.{last}"  # PEFT wrapped the layer
-        place = inside if _exists(model, inside) else name
-        if place in own:  # or it would take the place of what was checked
-            problem = f"{where} has it twice, as FP8 weight and beside it"
-            raise FalqonError(name, problem, "Remove one of the two")
-        if place in named:
-            raise FalqonError(
-                name, f"{where} has it twice, as {place}, too", "Remove one of the two"
-            )
-        named[place] = tensor
-    _check_shapes(model, named, where)
-    unknown = model.load_state_dict(named, strict=False, assign=True).unexpected_keys
+    named = places(model, own, tensors, where)
+    check_tied(tied, cast, named, where)
+    model.load_state_dict(in_own_dtype(model, named), strict=False, assign=True)
     model.get_base_model().tie_weights()
-    if unknown:
-        raise FalqonError(unknown[0], f"it is in {where} but not in the model", "Check config.json")
     for name, parameter in list(model.named_parameters()):
         if parameter.device.type == "meta":
             fresh = _new_parameter(name, parameter.shape, where)
@@ -99,21 +87,12 @@ def _size(model: nn.Module, path: str, site: Site, where: str) -> tuple[int, int
         kind = type(module).__name__
         problem = f"{where} has FP8 weights for it, the model a {kind}"
         raise FalqonError(path, problem, "Leave it dense: call falqon_fx.prequantize on the model")
+    turned = type(module) is not nn.Linear
+    if turned is not site["transposed"]:
+        problem = f"{where} has FP8 weights [out, in] for it, the model a {type(module).__name__}"
+        raise FalqonError(path, problem, "Give the dense checkpoint to falqon_fx.prequantize")
     first, second = module.weight.shape
-    return (second, first) if site["transposed"] else (first, second)
-
-
-def _check_shapes(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Each tensor must be of the shape of its place; of another width where that holds floats."""
-    expected = model.state_dict()
-    for name, tensor in tensors.items():
-        like = expected.get(name)
-        if like is None:
-            continue  # there is a better word for it later
-        fits = tensor.dtype in _FLOATS if like.dtype in _FLOATS else tensor.dtype == like.dtype
-        if tensor.shape != like.shape or not fits:
-            problem = f"{where} has {described(tensor)}, the model {described(like)}"
-            raise FalqonError(name, problem, "Check config.json and adapter_config.json")
+    return (second, first) if turned else (first, second)
 
 
 def _new_parameter(name: str, shape: torch.Size, where: str) -> Tensor:
@@ -133,15 +112,7 @@ def _new_parameter(name: str, shape: torch.Size, where: str) -> Tensor:
             "it starts from the dense weight, which is not loaded",
             _NOT_LORA,
         )
-    raise FalqonError(name, f"the model needs it, {where} lacks it", "Check config.json")
-
-
-def _exists(model: nn.Module, name: str) -> bool:
-    path, _, last = name.rpartition(".")
-    try:
-        return hasattr(model.get_submodule(path), last)
-    except AttributeError:
-        return False
+    raise lacks(name, where)
 
 
 def quantization_config(source: Path) -> Mapping[str, Any]:
@@ -222,10 +193,22 @@ def read_tensor(file: Path, name: str) -> Tensor:
 def lora_config(lora: Any, **given: Any) -> Any:
     """The given adapter config, or a new one: rank 16 on all linear layers, where nothing else is
     ``given``.
+
+    Raises:
+        FalqonError: one that starts otherwise than with Kaiming's A and a B of zeros, or that
+            trains rows of an embedding.
     """
     peft = storage.require("peft", "peft")
     defaults = {"r": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    return lora or peft.LoraConfig(**{**defaults, **given})
+    config = lora or peft.LoraConfig(**{**defaults, **given})
+    start = getattr(config, "init_lora_weights", True)
+    if start not in (True, "eva"):  # which comes after loading
+        problem = f"{start!r} is not how adapters start that are made while files are read"
+        raise FalqonError("init_lora_weights", problem, f"Leave it out. {_NOT_LORA}")
+    if getattr(config, "trainable_token_indices", None):
+        problem = "its rows are copied from an embedding, which is not read yet"
+        raise FalqonError("trainable_token_indices", problem, _NOT_LORA)
+    return config
 
 
 def adapter_config(source: Path) -> Any:
@@ -267,6 +250,7 @@ def empty_model(source: Path, lora: Any, tensors: int | None = None) -> Any:
         with accelerate.init_empty_weights(include_buffers=False):
             auto = transformers.AutoModelForCausalLM
             model = auto.from_config(config, dtype=config.dtype, trust_remote_code=False)
+        model.tie_weights()  # which making them empty has untied
         model.config._name_or_path = str(source)
     generation = source / "generation_config.json"
     if transformers.GenerationConfig and generation.is_file():

@@ -39,14 +39,16 @@ from falqon_fx.files.nvfp4_import import (
     quantization_of,
     warn_of_a_second_cast,
 )
+from falqon_fx.files.places import check_places, tied_names
 from falqon_fx.files.public_names import PublicNames, without_left_out
-from falqon_fx.files.stack_files import StackLayer, stacks_to_cast
+from falqon_fx.files.stack_files import Checkpoint, StackLayer, stacks_to_cast
 from falqon_fx.files.units import Unit, layers_to_cast, units_of
 from falqon_fx.files.workers import Admission, Clock, shared_threads
 from falqon_fx.model.lora_layers import LinearLayer
 from falqon_fx.rows.state import create
 from falqon_fx.site.base import cast_base, check_weight, digest
 from falqon_fx.site.numerics import scale_bits
+from falqon_fx.site.paths import IN_FP8
 from falqon_fx.site.spec import RowsSpec, SiteSpec
 from falqon_fx.site.svd import init_lora_a_
 
@@ -130,6 +132,7 @@ def prequantize(
             config = as_published(config, (read_tensor(source / index[n], n) for n in wholes))
         elif nvfp4:
             warn_of_a_second_cast(source, config.base_dtype, len(nvfp4))
+        _check_rest(skeleton, layers, units, source, index)
         blocks.warn_unless_exact(decoded.scales_of(units, source, index), source)
     partial = atomic.working_folder(out)
     atomic.refuse_link(partial)
@@ -153,6 +156,28 @@ def prequantize(
         time.perf_counter() - start,
         clock.seconds,
     )
+
+
+def _check_rest(
+    skeleton: Any,
+    layers: Layers,
+    units: list[Unit],
+    source: Path,
+    index: Mapping[str, str],
+) -> None:
+    """Refuse a checkpoint whose other tensors `load` would refuse, before hours of casting."""
+    rest = decoded.shapes_of(units, source, index)
+    names = PublicNames(skeleton.get_base_model()).by_own(rest)
+    plain = {name for unit in units if not unit.dtype for name in unit.tensors}
+    for several in tied_names(skeleton.get_base_model()):
+        held = [names[n] for name in several if (n := name.replace(".base_layer.", ".")) in names]
+        if len(held) > 1:  # which is compared
+            rest |= {n: read_tensor(source / index[n], n) for n in held if n in plain}
+    cast = {
+        path.removesuffix(IN_FP8) if isinstance(layer, StackLayer) else f"{path}.weight"
+        for path, layer in layers.items()
+    }
+    check_places(skeleton, cast, Checkpoint(skeleton, rest).placed(rest), str(source))
 
 
 def _run(
