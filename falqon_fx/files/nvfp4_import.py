@@ -70,7 +70,7 @@ def quantization_of(directory: Path) -> Mapping[str, Any]:
 
 
 def _refuse_transforms(settings: Mapping[str, Any], directory: Path) -> None:
-    """Those of weights are in them already; those of activations undo them as the model runs."""
+    """Transforms of weights are in them; those of activations undo them as the model runs."""
     transforms = settings.get("transform_config") or {}
     for name, scheme in (transforms.get("config_groups") or {}).items():
         places = {str(each.get("location")) for each in scheme.get("apply") or ()}

@@ -97,8 +97,8 @@ def the_scale(path: str, known: Collection[str]) -> str | None:
 
 
 def scales_of_cache(names: Iterable[str], directory: Path) -> set[str]:
-    """Those of a cache among the tensors of a quantized checkpoint, which are left out, with a
-    warning.
+    """The scales of a cache among the tensors of a quantized checkpoint, which are left out, with
+    a warning.
     """
     found = {name for name in names if name.endswith(OF_CACHE)}
     if found:
