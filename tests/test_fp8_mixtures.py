@@ -26,6 +26,7 @@ from falqon_fx.model.stacks import Fp8Stack
 from falqon_fx.site.base import cast_base
 from falqon_fx.site.numerics import E4M3
 from falqon_fx.site.spec import SiteSpec
+from tests import zoo
 from tests.fp8_mixtures import (
     SIZE,
     as_deepseek_publishes_v4,
@@ -215,6 +216,32 @@ def test_stacks_that_are_kept_in_one_tensor_are_taken(tmp_path):
             scale = scale.repeat_interleave(SIZE[0], 1).repeat_interleave(SIZE[1], 2)
             assert torch.equal(own[name], by_row(tensors[theirs].float() * scale)), name
         model(input_ids=IDS, labels=IDS).loss.backward()
+
+
+def test_the_text_model_of_a_larger_one_is_taken(tmp_path):
+    """Qwen3.5 is published with its vision tower, a word more in the names of its text model."""
+    torch.manual_seed(0)
+    model: Any = zoo.build("qwen3_5_moe_text").bfloat16()
+    model.save_pretrained(tmp_path)
+    tensors = {}
+    for name, tensor in tensors_in(tmp_path).items():
+        theirs = name.replace("model.", "model.language_model.")
+        tensors[theirs] = tensor.to(E4M3) if ".experts." in name else tensor
+        if ".experts." in name:
+            size = [-(-n // of_block) for n, of_block in zip(tensor.shape, SIZE, strict=True)]
+            tensors[f"{theirs}_scale_inv"] = torch.randint(-3, 3, size).exp2()
+    tensors |= {"mtp.fc.weight": torch.ones(2, 2), "model.visual.norm.weight": torch.ones(2)}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [*SIZE]}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    given = lora("qwen3_5_moe_text")
+    falqon_fx.prequantize(tmp_path, tmp_path / "out", given, progress=False)
+    for found in (falqon_fx.load(tmp_path, given), falqon_fx.load(tmp_path / "out")):
+        stacks = {name: base for name, base in bases(found).items() if ".experts." in name}
+        assert stacks
+        for name, weight in dense(tmp_path, stacks).items():
+            assert torch.equal(stacks[name], by_row(weight)), name
 
 
 class Stack(nn.Module):

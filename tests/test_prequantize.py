@@ -179,6 +179,16 @@ def test_adapters_outside_of_the_files_start_as_peft_starts_them(tmp_path):
     assert not inner.layers[0].self_attn.q_proj.lora_B.default.weight.any()
 
 
+def test_no_two_adapters_start_alike(tmp_path):
+    """Layers of one width, which share a seed, have rows of their own."""
+    source = folder_of(dense_model(), tmp_path / "dense")
+    prequantize(source, tmp_path / "out", FalqonConfig(), target_modules=["q_proj", "v_proj"])
+    inner = falqon_fx.load(tmp_path / "out").base_model.model.model
+    layers = [getattr(b.self_attn, n) for b in inner.layers for n in ("q_proj", "v_proj")]
+    starts = torch.stack([layer.lora_A.default.weight.detach().flatten() for layer in layers])
+    assert len(starts.unique(dim=0)) == 4
+
+
 def test_no_dense_weight_is_made_while_loading(tmp_path):
     """The FP8 parameters are the mapped files themselves."""
     source = folder_of(dense_model(), tmp_path / "dense")

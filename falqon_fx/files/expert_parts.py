@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from falqon_fx.errors import FalqonError
 from falqon_fx.files.export_files import renamed
+from falqon_fx.files.public_names import PublicNames
 from falqon_fx.model.stacks import Fp8Stack, is_experts
 from falqon_fx.site.paths import IN_FP8
 
@@ -100,15 +101,19 @@ def parts_of(model: Any, stacks: Mapping[str, tuple[int, int]]) -> dict[str, tup
 
 
 def parts_in(
-    names: Collection[str], parts: Mapping[str, tuple[Part, ...]]
+    names: Collection[str], parts: Mapping[str, tuple[Part, ...]], public: PublicNames
 ) -> dict[str, tuple[Part, ...]]:
     """Parts by the names that a checkpoint has for them: it may lack the first word, which is that
-    of the model inside (DeepSeek V4).
+    of the model inside (DeepSeek V4), or be of a model that this one is inside of (Qwen3.5).
     """
+    if all(part.name in names for each in parts.values() for part in each):
+        return dict(parts)
+    theirs = {public.renamed(name): name for name in names}
 
     def known(part: Part) -> Part:
         short = part.name.partition(".")[2]
-        return replace(part, name=short) if part.name not in names and short in names else part
+        name = short if short in names else theirs.get(part.name, part.name)
+        return part if part.name in names else replace(part, name=name)
 
     return {name: tuple(map(known, each)) for name, each in parts.items()}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -316,7 +317,8 @@ def _cast(
     weight = weight.t().contiguous() if layer.transposed else weight
     check_weight(layer.site, weight)
     if layer.lora is not None:
-        generator = torch.Generator().manual_seed(config.seed)
+        # Its own, or layers of one width would start alike; the same after an interruption.
+        generator = torch.Generator().manual_seed(config.seed ^ zlib.crc32(layer.path.encode()))
         lora_a = new_lora_a((layer.lora.lora_a.shape[0], weight.shape[1]), generator)
         adapter["lora_A"] = lora_a
         if config.update == "rows":

@@ -33,6 +33,11 @@ class PublicNames:
                 return found
         return name
 
+    def renamed(self, name: str) -> str:
+        """The name of a tensor of a checkpoint, of which no other is made."""
+        found: str = self._renamed(name, self._renamings, [])[0]
+        return found
+
     def _renamed(self, name: str, renamings: list[Any], converters: list[Any]) -> tuple[str, Any]:
         try:
             from transformers.core_model_loading import rename_source_key

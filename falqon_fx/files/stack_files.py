@@ -115,7 +115,7 @@ def stacks_to_cast(
         FalqonError: the checkpoint lacks a part of one.
     """
     base = skeleton.get_base_model()
-    apart, found = parts_in(index, parts_of(base, stacks_of(base))), {}
+    apart, found = parts_in(index, parts_of(base, stacks_of(base)), PublicNames(base)), {}
     stacks = {
         stack_path(f"{stack.path}.{stack.name}", prepared=False).removeprefix(_BASE): stack
         for stack in stacked_weights(skeleton)
@@ -194,7 +194,7 @@ class Checkpoint:
         sizes = stacks_of(base)
         self._names = PublicNames(base)
         self._rearranged = rearranged(base) if any(experts_of(base)) else []
-        self._parts = parts_in(names, parts_of(base, sizes))
+        self._parts = parts_in(names, parts_of(base, sizes), self._names)
         in_one = sizes.keys() - self._parts.keys()
         for theirs in names if in_one else ():
             if (own := self._names.own(theirs)) in in_one:
