@@ -20,6 +20,7 @@ from falqon_fx.files.hf import quantization_config
 from falqon_fx.files.places import in_own_dtype
 from falqon_fx.site.numerics import E4M3
 from tests.folders import IDS, lora
+from tests.models import fill_b
 from tests.test_block_scales import UP, WAYS, by_transformers, edited, published
 
 transformers = pytest.importorskip("transformers")
@@ -117,8 +118,10 @@ def test_weights_for_rotated_activations_are_refused(tmp_path, way):
         WAYS[way](tmp_path)
 
 
-def test_deepseek_v4_names_the_dtype_of_experts_in_either_place(tmp_path):
-    """V4 beside the settings of its quantization, V4.1 among them."""
+def test_settings_are_read_where_they_are(tmp_path):
+    """DeepSeek V4's dtype of experts beside those of its quantization, V4.1's among them; those of
+    the text model of a larger one.
+    """
     given: dict[str, Any] = {"quant_method": "fp8"}
     for content in (
         {"expert_dtype": "fp4", "quantization_config": given},
@@ -126,6 +129,9 @@ def test_deepseek_v4_names_the_dtype_of_experts_in_either_place(tmp_path):
     ):
         (tmp_path / "config.json").write_text(json.dumps(content))
         assert quantization_config(tmp_path) == {**given, "expert_dtype": "fp4"}
+    inside = {"text_config": {"quantization_config": given}, "quantization_config": None}
+    (tmp_path / "config.json").write_text(json.dumps(inside))
+    assert quantization_config(tmp_path) == given
     (tmp_path / "config.json").write_text(json.dumps({"expert_dtype": "bf16"}))
     assert quantization_config(tmp_path) == {}
 
@@ -296,6 +302,15 @@ def test_options_that_loading_can_not_keep_are_refused(tmp_path):
     for option, value in (("init", "svd"), ("base_dtype", "int8"), ("base_dtype", "nvfp4")):
         with pytest.raises(FalqonConfigError, match=f"'{option}': '{value}'"):
             falqon_fx.load(folder, lora(), FalqonConfig(**{option: value}))
+
+
+def test_an_export_says_that_its_base_is_no_dense_one(tmp_path):
+    folder = published(tmp_path / "fp8", True)
+    model = falqon_fx.load(folder, lora())
+    fill_b(model, 0.1)
+    with pytest.raises(FalqonError, match=r"has float8_e4m3fn .*, which was cast already"):
+        falqon_fx.save_fp8(model, tmp_path / "served", base=folder, progress=False)
+    assert not (tmp_path / "served").exists()
 
 
 def test_what_is_excluded_is_decoded(tmp_path):

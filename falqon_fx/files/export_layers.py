@@ -18,6 +18,7 @@ from falqon_fx.errors import FalqonError
 from falqon_fx.files import export_files as files
 from falqon_fx.files.export_report import FROM_CAST, Left, Source
 from falqon_fx.files.hf import read_index, read_tensor
+from falqon_fx.files.site_checks import described
 from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.model.lora_layers import LoraLayer, is_linear
 from falqon_fx.model.prepared_linear import PreparedLinear, plain_layer
@@ -312,6 +313,9 @@ class Originals:
         if name not in self._index:
             raise FalqonError(path, f"{self._folder} has no tensor {name!r}", remedy)
         weight = read_tensor(self._folder / self._index[name], name)
+        if not weight.dtype.is_floating_point or weight.dtype.itemsize == 1:
+            problem = f"{self._folder} has {described(weight)}, which was cast already"
+            raise FalqonError(path, problem, "Name a dense checkpoint, or leave out base=")
         weight = weight.to(ours.code.device, dtype)
         weight = weight.t().contiguous() if transposed else weight
         if weight.shape == nvfp4.shape_of(ours.code):

@@ -116,13 +116,14 @@ def _new_parameter(name: str, shape: torch.Size, where: str) -> Tensor:
 
 
 def quantization_config(source: Path) -> Mapping[str, Any]:
-    """What config.json says of how the weights were quantized; empty for dense ones. DeepSeek V4
-    has the ``expert_dtype`` beside it, V4.1 in it.
+    """What config.json says of how the weights were quantized, perhaps of the text model alone;
+    empty for dense ones. DeepSeek V4 has the ``expert_dtype`` beside it, V4.1 in it.
     """
     file = source / "config.json"
     content = storage.read_json(file)
     storage.check_form(file, content, "config")
-    settings = content.get("quantization_config") or {}
+    of_text = (content.get("text_config") or {}).get("quantization_config")
+    settings = content.get("quantization_config") or of_text or {}
     beside = {"expert_dtype": content["expert_dtype"]} if "expert_dtype" in content else {}
     return {**beside, **settings} if settings else {}
 
@@ -245,8 +246,9 @@ def empty_model(source: Path, lora: Any, tensors: int | None = None) -> Any:
         # What the folder brings as code is not run: load such a model with transformers.
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         _check_sizes(file, config, source, tensors)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
+        for part in (config, config.get_text_config()):
+            if hasattr(part, "quantization_config"):
+                del part.quantization_config
         with accelerate.init_empty_weights(include_buffers=False):
             auto = transformers.AutoModelForCausalLM
             model = auto.from_config(config, dtype=config.dtype, trust_remote_code=False)

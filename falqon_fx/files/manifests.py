@@ -219,10 +219,17 @@ class Quantization(TypedDict):
     expert_dtype: NotRequired[str | None]
 
 
+class TextConfig(TypedDict):
+    """What is read of that of the text model inside."""
+
+    quantization_config: NotRequired[Quantization | None]
+
+
 class Config(TypedDict):
     """What is read of a model's config here."""
 
     expert_dtype: NotRequired[str | None]
+    text_config: NotRequired[TextConfig | None]
     quantization_config: NotRequired[Quantization | None]
 
 
