@@ -19,7 +19,7 @@ from falqon_fx import FalqonConfig, FalqonConfigError, FalqonError
 from falqon_fx.files.hf import quantization_config
 from falqon_fx.files.places import in_own_dtype
 from falqon_fx.site.numerics import E4M3
-from tests.folders import IDS, lora
+from tests.folders import IDS, WIDE, dense_model, folder_of, lora
 from tests.models import fill_b
 from tests.test_block_scales import UP, WAYS, by_transformers, edited, published
 
@@ -164,6 +164,19 @@ def test_tensors_have_the_dtypes_in_which_transformers_loads_them(tmp_path):
         assert model(input_ids=IDS).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_dense_checkpoint_keeps_its_dtype(tmp_path, dtype):
+    """Which is then that of all, whatever config.json says."""
+    folder_of(dense_model(dtype=dtype, **WIDE), tmp_path / "dense")
+    settings(tmp_path / "dense", lambda content: content.update(dtype="bfloat16"))
+    falqon_fx.prequantize(tmp_path / "dense", tmp_path / "out", lora(), progress=False)
+    model = falqon_fx.load(tmp_path / "out")
+    assert {p.dtype for n, p in model.named_parameters() if p.is_floating_point() and
+            ".lora_" not in n} == {dtype}  # fmt: skip
+    merged: Any = falqon_fx.merge_and_unload(model)
+    assert merged(input_ids=IDS).logits.dtype == dtype
+
+
 def test_a_router_stays_in_float32_where_transformers_keeps_it_there():
     class Router(nn.Module):
         _keep_in_fp32_modules_strict = ("gate.weight",)
@@ -178,7 +191,10 @@ def test_a_router_stays_in_float32_where_transformers_keeps_it_there():
 
     for dtype in (torch.float32, torch.bfloat16):
         given = {f"{name}.weight": torch.ones(2, 2, dtype=dtype) for name in ("gate", "proj")}
-        found = {name: tensor.dtype for name, tensor in in_own_dtype(Router(), given).items()}
+        found = {
+            name: tensor.dtype
+            for name, tensor in in_own_dtype(Router(), given, {"bfloat16"}).items()
+        }
         assert found == {"gate.weight": torch.float32, "proj.weight": torch.bfloat16}
 
 

@@ -51,7 +51,8 @@ def fill(
         model.set_submodule(path, make_layer(site, found, bias, path))
     named = places(model, own, tensors, where)
     check_tied(tied, cast, named, where)
-    model.load_state_dict(in_own_dtype(model, named), strict=False, assign=True)
+    named = in_own_dtype(model, named, {site["dtype"] for site, _ in layers.values()})
+    model.load_state_dict(named, strict=False, assign=True)
     model.get_base_model().tie_weights()
     for name, parameter in list(model.named_parameters()):
         if parameter.device.type == "meta":

@@ -110,21 +110,26 @@ def _own_places(model: nn.Module, name: str) -> list[str]:
     return [name]
 
 
-def in_own_dtype(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors in the dtypes in which transformers loads them: that of config.json, where it names
-    one, and float32 for those that a model keeps in that. Adapters are left as they are.
+def in_own_dtype(
+    model: Any, tensors: Mapping[str, Tensor], dtypes: Collection[str]
+) -> dict[str, Tensor]:
+    """Tensors in the dtypes in which transformers loads them: where config.json names one, that of
+    the layers in FP8, of ``dtypes``, and float32 for those that a model keeps in that. Adapters are
+    left as they are.
     """
     base = model.get_base_model()
-    if base.config.dtype is None:
+    if base.config.dtype is None or len(dtypes) != 1:
         return dict(tensors)
+    of_layers = getattr(torch, *dtypes)
     wide = [p.replace("*", ".*") for p in getattr(base, "_keep_in_fp32_modules_strict", None) or ()]
     in_float32 = re.compile("|".join(wide) or "(?!)")
     known, found = model.state_dict(), {}
     for name, tensor in tensors.items():
         plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        dtype = torch.float32 if in_float32.search(plain) else known[name].dtype
-        own = tensor.dtype in _FLOATS and ".lora_" not in name
-        found[name] = tensor.to(dtype) if own else tensor
+        own = of_layers if known[name].dtype == base.config.dtype else known[name].dtype
+        own = torch.float32 if in_float32.search(plain) else own
+        kept = tensor.dtype not in _FLOATS or ".lora_" in name
+        found[name] = tensor if kept else tensor.to(own)
     return found
 
 
