@@ -320,6 +320,13 @@ def test_options_that_loading_can_not_keep_are_refused(tmp_path):
             falqon_fx.load(folder, lora(), FalqonConfig(**{option: value}))
 
 
+def test_weights_without_their_settings_are_refused(tmp_path):
+    folder = published(tmp_path / "fp8", True)
+    settings(folder, lambda content: content.pop("quantization_config"))
+    with pytest.raises(FalqonError, match=r"config\.json has no quantization_config\. Fetch"):
+        falqon_fx.load(folder, lora())
+
+
 def test_an_export_says_that_its_base_is_no_dense_one(tmp_path):
     folder = published(tmp_path / "fp8", True)
     model = falqon_fx.load(folder, lora())

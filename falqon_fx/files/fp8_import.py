@@ -137,7 +137,7 @@ def _eight_bits(
     is_decoded: Callable[[str], bool],
 ) -> _Taken:
     """FP8 and INT8 weights."""
-    _check_settings(settings, directory)
+    _check_settings(settings, tensors, directory)
     size = blocks.block_size(settings, directory)
     in_four = {n for n, t in tensors.items() if t.dtype == INT8 and blocks.has_mxfp4(settings)}
     tensors = {n: blocks.of_mxfp4(t) if n in in_four else t for n, t in tensors.items()}
@@ -228,9 +228,14 @@ def _read(directory: Path, index: Mapping[str, str]) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_settings(settings: Mapping[str, Any], directory: Path) -> None:
+def _check_settings(
+    settings: Mapping[str, Any], tensors: Mapping[str, Tensor], directory: Path
+) -> None:
     """Refuse a ``quantization_config`` that is not of an FP8 or INT8 checkpoint."""
     method = settings.get("quant_method")
+    if not settings and any(tensor.dtype in _OPERANDS for tensor in tensors.values()):
+        problem = "it holds FP8 or INT8 weights, and its config.json has no quantization_config"
+        raise FalqonError(str(directory), problem, "Fetch config.json again")
     if method not in ("compressed-tensors", "fp8"):
         raise FalqonError(
             str(directory),

@@ -31,8 +31,8 @@ def fill(
     verify: bool = True,
 ) -> nn.Module:
     """Give a model on the meta device its FP8 layers (`falqon_fx.files.model_state.make_layer`) and
-    its other tensors, as they are. New adapters start as PEFT starts them. Unless ``verify`` is
-    False, FP8 bytes are looked at for NaN.
+    its other tensors, in the dtypes of transformers. New adapters start as PEFT starts them. Unless
+    ``verify`` is False, FP8 bytes are looked at for NaN.
 
     Raises:
         FalqonError: a tensor without a place or of another shape, a place without a tensor, or FP8
