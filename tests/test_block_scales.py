@@ -240,6 +240,12 @@ def test_what_compressed_tensors_wrote_in_blocks(tmp_path):
     compressor.compress_model(model)
     folder_of(model, tmp_path)
     compressor.update_config(tmp_path)
+    written = tmp_path / "config.json"
+    pair = json.loads(written.read_text())["quantization_config"]["config_groups"]["group_0"]
+    assert pair["weights"]["block_structure"] == [128, 128]
+    assert blocks.block_size({"config_groups": {"": pair}}, tmp_path) == (128, 128)
+    pair["weights"]["block_structure"] = "128x128"  # which the package takes, too
+    assert blocks.block_size({"config_groups": {"": pair}}, tmp_path) == (128, 128)
     tensors = safetensors.load_file(tmp_path / "model.safetensors")
     with pytest.warns(UserWarning, match="one FP8 scale per block"):
         states = falqon_fx.adapters(falqon_fx.load(tmp_path, lora()))

@@ -19,7 +19,7 @@ from falqon_fx import FalqonConfig, FalqonConfigError, FalqonError
 from falqon_fx.files.hf import quantization_config
 from falqon_fx.files.places import in_own_dtype
 from falqon_fx.site.numerics import E4M3
-from tests.folders import IDS, WIDE, dense_model, folder_of, lora
+from tests.folders import IDS, WIDE, dense_model, exported, folder_of, lora
 from tests.models import fill_b
 from tests.test_block_scales import UP, WAYS, by_transformers, edited, published
 
@@ -98,6 +98,24 @@ def test_what_training_has_no_use_for_is_left_out(tmp_path):
     found = falqon_fx.adapters(falqon_fx.load(tmp_path / "out"))
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[path].base(), state.base()) for path, state in wanted.items())
+
+
+def test_attention_that_is_quantized_is_left_out(tmp_path):
+    """A group of compressed-tensors that has no weights, and its scales."""
+    exported(tmp_path)
+    activations = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+    group = {"targets": ["LlamaAttention"], "weights": None, "input_activations": activations}
+
+    def more(content: dict[str, Any]) -> None:
+        content["quantization_config"]["config_groups"]["attention"] = group
+
+    settings(tmp_path, more)
+    (file,) = tmp_path.glob("*.safetensors")
+    scales = {f"model.layers.0.self_attn.{n}_scale": torch.ones(1) for n in "qkv"}
+    own = {**safetensors.load_file(file), **scales}
+    safetensors.save_file(own, file, metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match="holds 3 scales of an FP8 cache"):
+        assert len(falqon_fx.adapters(falqon_fx.load(tmp_path, lora()))) == 14
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -59,8 +59,7 @@ def block_size(settings: Mapping[str, Any], directory: Path) -> tuple[int, int] 
         FalqonError: groups of layers with different blocks, or something else than two sizes.
     """
     sizes = {_size(settings.get("weight_block_size"), directory)}
-    for group in (settings.get("config_groups") or {}).values():
-        weights = group.get("weights") or {}
+    for weights in groups_of_weights(settings):
         sizes.add(_size(weights.get("block_structure"), directory))
         if weights.get("strategy") == "group":
             sizes.add(_size([1, weights.get("group_size")], directory))
@@ -69,6 +68,14 @@ def block_size(settings: Mapping[str, Any], directory: Path) -> tuple[int, int] 
         problem = f"its config.json names blocks of several sizes, {sorted(filter(None, sizes))}"
         raise FalqonError(str(directory), problem, "Dequantize it with transformers first")
     return sizes.pop() if sizes else None
+
+
+def groups_of_weights(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """How groups of layers have their weights quantized, but for those that have activations alone
+    (attention).
+    """
+    groups = (settings.get("config_groups") or {}).values()
+    return [weights for group in groups if (weights := group.get("weights"))]
 
 
 MXFP4 = (1, 32)  # rows and columns that share a scale
@@ -87,6 +94,8 @@ def of_mxfp4(packed: Tensor) -> Tensor:
 def _size(given: Any, directory: Path) -> tuple[int, int] | None:
     if given is None:
         return None
+    if isinstance(given, str):  # "128x128", as compressed-tensors wrote it once
+        given = [int(n) if n.isdecimal() else n for n in given.split("x")]
     whole = [n for n in given if type(n) is int and n > 0]
     if len(given) != 2 or whole != [*given]:
         problem = f"its config.json names blocks of {given}, and a block has rows and columns"

@@ -243,8 +243,7 @@ def _check_settings(
             f"(quant_method={method!r})",
             "Call falqon_fx.prequantize on it, or load it with transformers",
         )
-    for group in (settings.get("config_groups") or {}).values():
-        weights = group.get("weights") or {}
+    for weights in blocks.groups_of_weights(settings):
         kind, whole = weights.get("type"), weights.get("strategy") in ("channel", "tensor")
         if weights.get("num_bits") != 8 or kind not in _TYPES or (kind == "int" and not whole):
             raise FalqonError(
@@ -267,8 +266,7 @@ def _base_dtype(
     Raises:
         FalqonError: none is quantized, some are FP8 and some INT8, or config.json says otherwise.
     """
-    groups = (settings.get("config_groups") or {}).values()
-    said = {_TYPES[(group.get("weights") or {})["type"]] for group in groups}
+    said = {_TYPES[weights["type"]] for weights in blocks.groups_of_weights(settings)}
     said |= {"fp8"} if settings.get("quant_method") == "fp8" else set()
     found = {_OPERANDS[tensor.dtype] for tensor in weights.values()}
     if not found:

@@ -178,7 +178,7 @@ class Weights(TypedDict):
     type: NotRequired[str | None]
     strategy: NotRequired[str | None]
     group_size: NotRequired[int | None]
-    block_structure: NotRequired[list[int] | None]
+    block_structure: NotRequired[list[int] | str | None]
 
 
 class Group(TypedDict):

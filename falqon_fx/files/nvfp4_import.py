@@ -20,7 +20,7 @@ from torch import Tensor
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonConfigError, FalqonError, one_line
 from falqon_fx.files import storage
-from falqon_fx.files.blocks import STRIP, Moved
+from falqon_fx.files.blocks import STRIP, Moved, groups_of_weights
 from falqon_fx.files.hf import quantization_config
 from falqon_fx.files.site_checks import described
 from falqon_fx.site import nvfp4
@@ -89,7 +89,7 @@ def is_nvfp4(settings: Mapping[str, Any], directory: Path) -> bool:
         FalqonError: another form of ModelOpt's, NVFP4 beside other forms, or blocks that are not of
             16 weights.
     """
-    groups = [g.get("weights") or {} for g in (settings.get("config_groups") or {}).values()]
+    groups = groups_of_weights(settings)
     sizes = {group.get("group_size") for group in groups}
     if settings.get("quant_method") == "modelopt":
         algorithm = settings.get("quant_algo")

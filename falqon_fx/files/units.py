@@ -30,8 +30,11 @@ SCALES = (".weight_scale", ".weight_scale_inv", ".scale")
 ZERO_POINT = ".weight_zero_point"
 # Static ones of activations: x is cast by its own values here.
 OF_INPUT = (".input_scale", ".input_zero_point", ".activation_scale")
-# Of an FP8 cache of keys and values, by the names of AutoFP8, compressed-tensors and vLLM.
-OF_CACHE = (".k_scale", ".v_scale", ".kv_scale", "k_proj.output_scale", "v_proj.output_scale")
+# Of an FP8 cache of keys and values, by the names of AutoFP8, compressed-tensors and vLLM, and of
+# the queries beside them.
+OF_CACHE = (
+    ".q_scale", ".k_scale", ".v_scale", ".kv_scale", "k_proj.output_scale", "v_proj.output_scale",
+)  # fmt: skip
 _CAST = {"F8_E4M3": "FP8", "I8": "INT8"}
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
