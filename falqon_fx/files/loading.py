@@ -37,6 +37,7 @@ def load(
         lora: for FP8 checkpoints: a PEFT ``LoraConfig``; by default rank 16 on all linear layers.
         config: for FP8 checkpoints: as for `prepare`; scales that aren't all powers of two make it
             scale="amax", and INT8 weights base_dtype="int8", which torch.compile must then get too.
+            What ``exclude`` names is decoded.
         verify: compare the checksums of a folder that `prequantize` or `save_fp8` wrote, and look
             for FP8 weights of `prequantize` that are no numbers (reads every byte twice). Without
             it NaN in them is not seen; FP8 weights of others are always looked at.
