@@ -19,6 +19,7 @@ from falqon_fx import FalqonConfig, FalqonConfigError, FalqonError
 from falqon_fx.files.hf import quantization_config
 from falqon_fx.files.places import in_own_dtype
 from falqon_fx.site.numerics import E4M3
+from tests import zoo
 from tests.folders import IDS, WIDE, dense_model, exported, folder_of, lora
 from tests.models import fill_b
 from tests.test_block_scales import UP, WAYS, by_transformers, edited, published
@@ -360,3 +361,13 @@ def test_what_is_excluded_is_decoded(tmp_path):
     assert len(falqon_fx.adapters(model)) == 12
     found = model.get_parameter(f"base_model.model.{UP}.base_layer.weight")
     assert torch.equal(found.float(), by_transformers(folder).get_parameter(f"{UP}.weight"))
+
+
+def test_weights_that_transformers_can_not_tie_are_refused(tmp_path):
+    """Zamba ties whole layers, by patterns that know nothing of PEFT's names."""
+    dense, out = tmp_path / "dense", tmp_path / "fp8"
+    zoo.build("zamba").save_pretrained(dense)
+    path = "model.layers.1.shared_transf.feed_forward.gate_proj"
+    falqon_fx.prequantize(dense, out, lora(target_modules=[path]), progress=False)
+    with pytest.raises(FalqonError, match="can't tie its weights"):
+        falqon_fx.load(out)

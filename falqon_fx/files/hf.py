@@ -53,7 +53,12 @@ def fill(
     check_tied(tied, cast, named, where)
     named = in_own_dtype(model, named, {site["dtype"] for site, _ in layers.values()})
     model.load_state_dict(named, strict=False, assign=True)
-    model.get_base_model().tie_weights()
+    try:
+        model.get_base_model().tie_weights()
+    except ValueError as error:  # a pattern that PEFT's names don't fit (Zamba)
+        raise FalqonError(
+            where, f"transformers can't tie its weights: {error}", _NOT_LORA
+        ) from error
     for name, parameter in list(model.named_parameters()):
         if parameter.device.type == "meta":
             fresh = _new_parameter(name, parameter.shape, where)
