@@ -156,7 +156,7 @@ def units_of(
     small = tuple(name for name in rest if known.bytes(name) < _SMALL)
     alone = [(name,) for name in rest if known.bytes(name) >= _SMALL]
     for names in [*alone, small] if small else alone:
-        file = _file_of(len(units), "small" if names is small else names[0])
+        file = file_of(len(units), "small" if names is small else names[0])
         units.append(Unit(file, names, None, known.bytes(*names)))
     # The largest first, so that workers end together.
     return sorted(units, key=lambda unit: -unit.bytes)
@@ -193,7 +193,7 @@ class _Headers:
             FalqonError: it was cast in a way that isn't read here.
         """
         weights = tensors_of(layer, named)
-        file = _file_of(number, layer.site)
+        file = file_of(number, layer.site)
         packed = [self.nvfp4[p] for w in weights if (p := w.removesuffix(".weight")) in self.nvfp4]
         if packed and isinstance(layer, StackLayer):
             problem = "it is a stack of experts, which the checkpoint has in NVFP4"
@@ -215,7 +215,7 @@ class _Headers:
         Raises:
             FalqonError: it was cast in a way that isn't read here.
         """
-        file, path = _file_of(number, name), path_of(name)
+        file, path = file_of(number, name), path_of(name)
         if path in self.nvfp4:
             return self._packed(file, None, self.nvfp4[path])
         if (unit := self._scaled(file, None, (name,), None)) is None:
@@ -279,6 +279,6 @@ def refuse_zero_points(tensors: Iterable[tuple[str, Tensor]]) -> None:
             )
 
 
-def _file_of(number: int, name: str) -> str:
+def file_of(number: int, name: str) -> str:
     """A file for what a checkpoint calls ``name``: anything, a path out of the folder as well."""
     return f"weights/{number:05}.{re.sub(r'[^A-Za-z0-9_.-]', '_', name)[-100:]}.safetensors"
