@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -72,7 +73,7 @@ def test_a_run_cut_at_its_start_or_end_goes_on(tmp_path, monkeypatch, where):
     """Before there is a plan, before there is a manifest, and before the folder has its name."""
     source = folder_of(dense_model(), tmp_path / "dense")
     out = tmp_path / "out"
-    module = sys.modules["falqon_fx.files.prequantize"]
+    module = importlib.import_module("falqon_fx.files.prequantize")
     cut = {
         "plan": (module.json, "dumps"),
         "manifest": (module.storage, "write_manifest"),
