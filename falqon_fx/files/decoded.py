@@ -11,12 +11,11 @@ from torch import Tensor
 from falqon_fx.files import blocks
 from falqon_fx.files.hf import read_entries, read_tensor
 from falqon_fx.files.nvfp4_import import base_of
-from falqon_fx.files.units import SCALES, Unit, path_of
+from falqon_fx.files.units import FLOATS, SCALES, Unit, path_of
 
-# Of tensors that stay what they are, by the names in headers.
-_DTYPES = {
-    "F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16", "BOOL": "bool",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+# Of tensors that stay what they are.
+_DTYPES = FLOATS | {
+    "F64": "float64", "BOOL": "bool", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
 }  # fmt: skip
 
 

@@ -36,7 +36,7 @@ OF_CACHE = (
     ".q_scale", ".k_scale", ".v_scale", ".kv_scale", "k_proj.output_scale", "v_proj.output_scale",
 )  # fmt: skip
 _CAST = {"F8_E4M3": "FP8", "I8": "INT8"}
-_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # by the names in headers
 
 
 @dataclass(frozen=True)
@@ -205,9 +205,9 @@ class _Headers:
         if (unit := self._scaled(file, path, weights, whole)) is not None:
             return unit
         found = {self.entries[name]["dtype"] for name in weights}
-        if len(found) > 1 or not found <= _DTYPES.keys():
+        if len(found) > 1 or not found <= FLOATS.keys():
             raise _already(layer.site, " and ".join(sorted(found)))
-        return Unit(file, weights, path, self.bytes(*weights), _DTYPES[found.pop()])
+        return Unit(file, weights, path, self.bytes(*weights), FLOATS[found.pop()])
 
     def decoded(self, number: int, name: str) -> Unit:
         """A weight that was cast already, of a layer that is not.
