@@ -25,7 +25,7 @@ RATES = {
 }
 ROWS = {"update": "rows", "pending": "hold"}  # the paper
 FP8_ADAPTER, INT8, NVFP4 = {"adapter_dtype": "fp8"}, {"base_dtype": "int8"}, {"base_dtype": "nvfp4"}
-AMAX = {"scale": "amax"}
+AMAX, LEFT = {"scale": "amax"}, {"exclude": "sensitive:8"}
 NUMERIC_OPTIONS = (
     *("update", "adapter_dtype", "frozen", "init", "granularity", "scale", "grad_dtype", "dropout"),
     *("pending", "topk", "rounding"),
@@ -40,6 +40,7 @@ def known_variants(baseline: str, inner: str) -> dict[str, Variant]:
         Variant("lora_frozen_a", "LoRA, A frozen", 0.0, baseline, train_a=False),
         Variant("falqon", "falqon", 0.0, "falqon", options),
         Variant("falqon_calibrated", "calibrated", 0.0, "falqon", options, calibrated=True),
+        Variant("falqon_8_left", "8 left", 0.0, "falqon", LEFT | options, calibrated=True),
         Variant("falqon_fp8_adapter", "FP8 adapters", 0.0, "falqon", FP8_ADAPTER | options),
         Variant("int8", "INT8", 0.0, "falqon", INT8 | options),
         Variant("int8_calibrated", "INT8", 0.0, "falqon", INT8 | options, calibrated=True),
@@ -97,6 +98,7 @@ def options_text(variant: Variant) -> str:
     values = {name: getattr(config, name) for name in names}
     values["adapter_dtype"] = SiteSpec.from_config(config).adapter  # "auto" on a CPU
     text = " ".join(f"{name}={value}" for name, value in values.items())
+    text += f" exclude={','.join(config.exclude)}" if config.exclude else ""
     return text + " calibrated" * variant.calibrated
 
 

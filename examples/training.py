@@ -11,7 +11,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -99,11 +99,14 @@ def build(
     model = with_adapter(variant, copy.deepcopy(base), seed)
     if variant.backend == "falqon":
         read = [ids for batch in calibration for ids in without_padding(batch)]
-        falqon_fx.prepare(
+        report = falqon_fx.prepare(
             model,
             falqon_fx.FalqonConfig(**variant.options),
             calibration=read if variant.calibrated else None,
         )
+        if "exclude" in variant.options:  # "sensitive:8" has become names
+            options = {**variant.options, "exclude": report.config.exclude}
+            variant = replace(variant, options=options)
     return compiled(variant, model)
 
 
