@@ -64,6 +64,23 @@ def test_little_memory_takes_more_passes_and_the_same_moments():
         assert one.tokens == other.tokens
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("asked", [{}, {"compensate": "auto", "outliers": "auto"}])
+def test_what_is_bought_does_not_depend_on_the_default_dtype(dtype, asked):
+    """Sums in bfloat16 would lose what a batch adds to a hundred."""
+    model, other, read = adapted(), adapted(), inputs()
+    falqon_fx.prepare(model, EAGER, calibration=read, progress=False, **asked)
+    torch.set_default_dtype(dtype)
+    try:
+        falqon_fx.prepare(other, EAGER, calibration=read, progress=False, **asked)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    bought = dict(model.state_dict())
+    assert any("error_a" in name for name in bought)
+    for name, value in other.state_dict().items():
+        assert torch.equal(value, bought[name]), name
+
+
 def test_a_hundred_thousand_tokens_are_one_moment():
     """Sums of float32 over as many; a batch is gone when it has been read."""
     layer = nn.Linear(8, 8).requires_grad_(False)

@@ -282,14 +282,14 @@ def _casts(
     from falqon_fx.site.numerics import E4M3, decode_fp8
 
     code = torch.randint(0, 120, (size, size), dtype=torch.uint8, device=device).view(E4M3)
-    scale = torch.ones(size, 1, device=device)
+    scale = torch.ones(size, 1, dtype=torch.float32, device=device)
     decode = torch.compile(lambda c, s: decode_fp8(c, s, torch.bfloat16))
     return size * size / median(lambda: decode(code, scale))
 
 
 def _scaled_mm(device: torch.device, size: int) -> Callable[[], object]:
     a, b = (torch.randn(size, size, device=device).to(torch.float8_e4m3fn) for _ in range(2))
-    one = torch.ones((), device=device)
+    one = torch.ones((), dtype=torch.float32, device=device)
     return lambda: scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16)
 
 

@@ -92,7 +92,7 @@ class ExportStack:
         out = self.parts[-1].last // self._experts
         expert, first = divmod(part.first, out)
         rows = slice(first, first + part.last - part.first)
-        delta = torch.zeros(part.last - part.first, self.features)
+        delta = torch.zeros(part.last - part.first, self.features, dtype=torch.float32)
         for a, b, scaling in self.adapters:
             of_b = stacked_b(b.detach().float(), self._experts)[expert, rows]
             of_a = a.detach().float().view(self._experts, -1, a.shape[1])[expert]

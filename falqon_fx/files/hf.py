@@ -299,4 +299,5 @@ def _others_errors_explained(file: Path, problem: str, remedy: str) -> Iterator[
 
 def new_lora_a(shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
     """A as PEFT starts it, float32 [r, in]."""
-    return nn.init.kaiming_uniform_(torch.empty(*shape), a=5**0.5, generator=generator)
+    new = torch.empty(*shape, dtype=torch.float32)
+    return nn.init.kaiming_uniform_(new, a=5**0.5, generator=generator)

@@ -322,7 +322,7 @@ def _cast(
         lora_a = new_lora_a((layer.lora.lora_a.shape[0], weight.shape[1]), generator)
         adapter["lora_A"] = lora_a
         if config.update == "rows":
-            b = torch.zeros(layer.lora.lora_b.shape)
+            b = torch.zeros(layer.lora.lora_b.shape, dtype=torch.float32)
             given = (weight, lora_a, b, layer.lora.scaling)
             state = create(layer.site, *given, config, frees_base=True)
             return {**state.stored, **adapter}

@@ -68,9 +68,10 @@ def check_site(
             expected["applied"] = expected["applied"].to(applied.dtype if floats else dtype)
     else:
         shape, code = code_of(out, features, spec)
+        scale = torch.empty(scale_shape(out, spec), dtype=torch.float32, device="meta")
         expected = {
             "code": torch.empty(shape, dtype=code, device="meta"),
-            "scale": scale_bits(torch.empty(scale_shape(out, spec), device="meta")),
+            "scale": scale_bits(scale),
             "digest": torch.empty(8, dtype=torch.uint8, device="meta"),
         }
     for name, like in expected.items():

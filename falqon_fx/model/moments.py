@@ -125,7 +125,8 @@ class _Reader:
         size = 4 * x.shape[-1] ** 2
         if moment is None and (size <= self.room or not self._first):
             self.room -= size
-            moment = Moment(torch.zeros(2 * x.shape[-1:], device=x.device))
+            total = torch.zeros(2 * x.shape[-1:], dtype=torch.float32, device=x.device)
+            moment = Moment(total)
             self._first.append(moment)
         return moment
 
@@ -228,7 +229,7 @@ def _add_up(
     texts += [f"{layer.site} waits" for layer in waiting]
     check_same_on_all_ranks("\n".join(texts))
     for moment in each.values():
-        count = torch.tensor(float(moment.tokens), device=moment.total.device)
+        count = torch.tensor(moment.tokens, dtype=torch.int64, device=moment.total.device)
         for tensor in (moment.total, count):
             dist.all_reduce(tensor)
         moment.tokens = int(count)

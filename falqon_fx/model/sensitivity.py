@@ -230,7 +230,7 @@ def _kept(logits: Tensor, batch: Any) -> Tensor:
     """Which tokens predict something: those before a label, or all that are no padding. Of
     sequences that are classified each has its label.
     """
-    every = torch.ones(logits.shape[:-1], device=logits.device)
+    every = torch.ones(logits.shape[:-1], dtype=torch.float32, device=logits.device)
     given = batch if isinstance(batch, Mapping) else {}
     labels, mask = given.get("labels"), given.get("attention_mask")
     if isinstance(labels, Tensor) and labels.shape == every.shape and every.dim() == 1:
