@@ -165,31 +165,33 @@ def casts(bench: calibration.Bench, batches: Sequence[Any]) -> Iterator[Judged]:
 # ---------------------------------------------------------------- W_S in W
 
 
+def moments(bench: calibration.Bench) -> dict[str, Tensor]:
+    """Σ x · xᵀ over the held-out chats, of what each layer of `BLOCKS` reads."""
+    exact = linear(bench.base)
+    sites = {n: m for n, m in exact.items() if any(f".layers.{b}." in n for b in BLOCKS)}
+    sums = {n: torch.zeros(m.in_features, m.in_features) for n, m in sites.items()}
+    batches = [{"input_ids": e.ids} for e in bench.held_out]
+    read(bench.base, sites, batches, lambda name, x: sums[name].addmm_(x.t(), x))
+    return sums
+
+
 @torch.no_grad()
 def weights(
-    bench: calibration.Bench, base_dtype: BaseDtype, batches: Sequence[Any]
+    bench: calibration.Bench,
+    base_dtype: BaseDtype,
+    batches: Sequence[Any],
+    held_out: dict[str, Tensor],
 ) -> Iterator[Layer]:
     model = copy.deepcopy(bench.base)
-    config = FalqonConfig(
-        inner="eager", base_dtype=base_dtype, include=tuple(f"*.layers.{n}.*" for n in BLOCKS)
-    )
+    config = FalqonConfig(inner="eager", base_dtype=base_dtype, include=tuple(held_out))
     falqon_fx.prepare(model, config, calibration=batches, progress=False)
-    exact = linear(bench.base)
-    prepared = {n: m for n, m in model.named_modules() if isinstance(m, Fp8Linear)}
-    moments: dict[str, Any] = dict.fromkeys(prepared, 0.0)  # Σ x · xᵀ
-
-    def see(name: str, x: Tensor) -> None:
-        moments[name] = moments[name] + x.t() @ x
-
-    held_out = [{"input_ids": e.ids} for e in bench.held_out]
-    read(bench.base, {name: exact[name] for name in prepared}, held_out, see)
-    for name, layer in prepared.items():
-        weight, moment = exact[name].weight, moments[name]
+    for name, moment in held_out.items():
+        weight, layer = bench.base.get_parameter(f"{name}.weight"), model.get_submodule(name)
+        assert isinstance(layer, Fp8Linear)
         terms: dict[str, Tensor] = dict(layer.terms)
         product = terms["error_b"].float() @ terms["error_a"].float()
         without = layer.base().dequantize() + product
         put = without.index_copy(1, terms["channels"].long(), terms["columns"].float())
-
         sizes = [float(((m @ moment) * m).sum()) for m in (put - weight, without - weight, weight)]
         with_columns, alone = (math.sqrt(size / sizes[2]) for size in sizes[:2])
         yield Layer(base_dtype, name, with_columns, alone)
@@ -206,8 +208,11 @@ def page(judged: Sequence[Judged], layers: Sequence[Layer]) -> str:
     header = ("cast of x", "KL of chats", "KL of reviews")
     title = "The channels of x that a calibration picks"
     text = common.markdown(title, common.environment(), header, rows)
-    text += f"\n{judged[0].chats[2]} labels of chats, {judged[0].reviews[2]} of reviews; ± is a "
-    text += "standard error over labels.\n\nErrors of outputs outside of compiled code:\n\n"
+    for of in judged[:1]:
+        text += (
+            f"\n{of.chats[2]} labels of chats, {of.reviews[2]} of reviews; ± is a standard error."
+        )
+    text += "\n\nErrors of outputs outside of compiled code:\n\n"
     columns = ("base_dtype", "layers", "without W_S", "with W_S", "ratio", "of each layer")
     rows = []
     for kind in dict.fromkeys(of.base_dtype for of in layers):
@@ -229,14 +234,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     bench = calibration.Bench(CHATS)
     batches = bench.sample(SAMPLE, CHATS)
     layers, judged = list[Layer](), list[Judged]()
+    held_out = moments(bench)
+    for kind in get_args(BaseDtype):
+        for layer in weights(bench, kind, batches, held_out):
+            print(layer, f"{layer.ratio:.3f}", flush=True)
+            layers.append(layer)
+        write(judged, layers)
     for of in casts(bench, batches):
         print(of, flush=True)
         judged.append(of)
-        write(judged, layers)
-    for kind in get_args(BaseDtype):
-        for layer in weights(bench, kind, batches):
-            print(layer, f"{layer.ratio:.3f}", flush=True)
-            layers.append(layer)
         write(judged, layers)
 
 
