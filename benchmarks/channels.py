@@ -84,7 +84,7 @@ VARIANTS = (
     Variant(f"INT8, 16 most often beyond {BEYOND} rms", int8, 16, lambda seen, _: seen.often),
     Variant(f"INT8, 16 most beyond {BEYOND} rms", int8, 16, lambda seen, _: seen.excess),
     Variant("FP8", by_row),
-    Variant("FP8, 16 with the largest E[x_c²] · |W_c|² left out", by_row, 16, of_outputs),
+    Variant("FP8, 16 with the largest E[x_c²] · ‖W_c‖² left out", by_row, 16, of_outputs),
 )
 
 
@@ -120,10 +120,14 @@ def linear(model: nn.Module) -> Sites:
 @torch.no_grad()
 def read(model: nn.Module, sites: Sites, batches: Sequence[Any], see: Any) -> None:
     """Call ``see(site, x)`` with what each site reads, [tokens, in]."""
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, given, n=name: see(n, given[0].flatten(0, -2)))
-        for name, layer in sites.items()
-    ]
+
+    def hook(name: str) -> Any:
+        def keep(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+            see(name, given[0].flatten(0, -2))
+
+        return keep
+
+    hooks = [layer.register_forward_pre_hook(hook(name)) for name, layer in sites.items()]
     for batch in batches:
         model(**batch)
     for hook in hooks:
