@@ -130,8 +130,8 @@ def read(model: nn.Module, sites: Sites, batches: Sequence[Any], see: Any) -> No
     hooks = [layer.register_forward_pre_hook(hook(name)) for name, layer in sites.items()]
     for batch in batches:
         model(**batch)
-    for hook in hooks:
-        hook.remove()
+    for of_layer in hooks:
+        of_layer.remove()
 
 
 # ---------------------------------------------------------------- the cast of x
