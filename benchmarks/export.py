@@ -2,7 +2,7 @@
 (`merge_and_unload`), and how long `save_fp8` takes.
 
     python benchmarks/export.py --nll --time
-    python benchmarks/export.py --nll --bases int8 nvfp4
+    python benchmarks/export.py --nll --bases fp8 int8 --defaults
 
 SmolLM2-135M-Instruct with an adapter on all 210 linear layers whose B is random and moves each
 weight by 1%. All errors are relative, in Frobenius norms over all layers:
@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--time", action="store_true", help="also save_fp8")
     kinds = get_args(BaseDtype)
     parser.add_argument("--bases", nargs="+", choices=kinds, default=["fp8"], help="what W is")
+    parser.add_argument("--defaults", action="store_true", help="the default scales of each base")
     parser.add_argument("--out", type=Path, help="result file (JSON)")
     arguments = parser.parse_args(argv)
     data = Data.load()
@@ -69,6 +70,8 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             how = {"base_dtype": kind, "granularity": granularity, "scale": scale}
             config = falqon_fx.FalqonConfig(**how)
+            if arguments.defaults and config != falqon_fx.FalqonConfig(base_dtype=kind):
+                continue
             row = measure(start, config, wanted, data, Path(folder), arguments)
             rows.append({**how, **row})
             print(json.dumps(rows[-1]), flush=True)
