@@ -2,15 +2,18 @@
 
     python benchmarks/init_a.py
     python benchmarks/init_a.py --starts keep activations --seeds 0 --steps 60 300
+    python benchmarks/init_a.py --a frozen --rate 0.001
 
 SmolLM2-135M-Instruct with LoRA, B zero at first, without falqon: what differs is where A starts,
 and a step in eager mode costs no compiler. ``activations``: the rows of A are the first r
 eigenvectors of E[x · xᵀ] of what the layer reads (EVA, arXiv 2410.07170). ``gradient``: the first r
 right singular vectors of ΣdL/dW (LoRA-GA, arXiv 2407.05000, which starts with B too). Both from the
 first 32 training batches of the seed. Each row is scaled so that its share of x · Aᵀ is as large as
-of a row of Kaiming's, so that a learning rate means the same. Seeds have their own batches and
-their own Kaiming A; differences are paired by seed. The rate is constant, so that one run is
-evaluated at several steps. Finished runs are kept and not repeated.
+of a row of Kaiming's, so that a learning rate means the same, but for a tenth of the mean of all
+directions in that share: one in which a single token is large would get a row ten times as long.
+Seeds have their own batches and their own Kaiming A; differences are paired by seed, with Kaiming's
+at the same rate. The rate is constant, so that one run is evaluated at several steps. Finished runs
+are kept and not repeated.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import common
@@ -39,6 +43,7 @@ from weighted import Kept, keep_outputs
 STARTS = ("keep", "activations", "gradient")
 RATES = {True: 1e-3, False: 3e-3}  # with A trained, and frozen
 READ = 32  # batches
+DAMPING = 0.1
 
 
 @dataclass(frozen=True)
@@ -115,8 +120,8 @@ def starts(data: Data, seed: int, wanted: Sequence[str]) -> Started:
 def sized(rows: Tensor, moment: Tensor) -> Tensor:
     """The rows, each with the share of x · Aᵀ that one of Kaiming's has."""
     size = (rows * (rows @ moment)).sum(1, keepdim=True)  # E[(x · rowᵀ)²]
-    wanted = moment.trace() / (3 * moment.shape[0])  # Kaiming's variance is 1 / 3 in
-    return rows * (wanted / size.clamp(min=torch.finfo().tiny)).sqrt()
+    mean = moment.diagonal().mean()
+    return rows * (mean / 3 / (size + DAMPING * mean)).sqrt()  # Kaiming's variance is 1 / 3 in
 
 
 @torch.no_grad()
@@ -134,10 +139,15 @@ def cut(batch: smollm.Batch) -> smollm.Batch:
 
 
 def run(
-    data: Data, of: str, train_a: bool, seed: int, steps: Sequence[int], started: Started
+    data: Data,
+    of: str,
+    train_a: bool,
+    rate: float,
+    seed: int,
+    steps: Sequence[int],
+    started: Started,
 ) -> Iterator[Record]:
     """A record at each of the steps."""
-    rate = RATES[train_a]
     variant = Variant(of, of, rate, "eager", train_a=train_a)
     model = training.with_adapter(variant, copy.deepcopy(data.base), seed)
     batches = [cut(batch) for batch in data.train(max(steps), seed)]
@@ -155,18 +165,21 @@ def run(
             yield Record(name, of, rate, seed, end, after, statistics.fmean(losses))
 
 
+def key_of(record: Record) -> tuple[int, str, float, str]:
+    return record.steps, record.variant, record.learning_rate, record.options
+
+
 def paired(records: Sequence[Record]) -> list[list[str]]:
-    """A row of steps, variant and start: the mean after training, and how much that is more than of
-    the default start with the same seed, with the standard error over seeds.
+    """A row of steps, variant, rate and start: the mean after training, and how much that is more
+    than of the default start with the same seed and rate, with the standard error over seeds.
     """
 
-    def of_seeds(steps: int, name: str, of: str) -> dict[int, Record]:
-        key = (steps, name, of)
-        return {r.seed: r for r in records if (r.steps, r.variant, r.options) == key}
+    def of_seeds(*key: Any) -> dict[int, Record]:
+        return {r.seed: r for r in records if key_of(r) == key}
 
     rows = []
-    for steps, name, of in sorted({(r.steps, r.variant, r.options) for r in records}):
-        own, kept = of_seeds(steps, name, of), of_seeds(steps, name, "keep")
+    for steps, name, rate, of in sorted({key_of(record) for record in records}):
+        own, kept = of_seeds(steps, name, rate, of), of_seeds(steps, name, rate, "keep")
         seeds = sorted(own.keys() & kept.keys())
         differences = [own[s].nll_after - kept[s].nll_after for s in seeds]
         of_loss = [own[s].loss - kept[s].loss for s in seeds]
@@ -175,7 +188,7 @@ def paired(records: Sequence[Record]) -> list[list[str]]:
                 str(steps),
                 name,
                 of,
-                f"{next(iter(own.values())).learning_rate:g}",
+                f"{rate:g}",
                 f"{statistics.fmean(r.nll_after for r in own.values()):.3f}",
                 with_error(differences),
                 with_error(of_loss),
@@ -187,7 +200,7 @@ def paired(records: Sequence[Record]) -> list[list[str]]:
 
 def with_error(values: Sequence[float]) -> str:
     if len(values) < 2:
-        return " ".join(f"{v:+.3f}" for v in values)
+        return " ".join(f"{v:+.3f}" for v in values) or "-"
     error = statistics.stdev(values) / math.sqrt(len(values))
     return f"{statistics.fmean(values):+.3f} ± {error:.3f}"
 
@@ -212,21 +225,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--a", nargs="+", default=("frozen", "trained"))
     parser.add_argument("--seeds", type=int, nargs="+", default=range(5))
     parser.add_argument("--steps", type=int, nargs="+", default=(60, 300))
+    parser.add_argument("--rate", type=float, help="by default 0.001 with A trained, 0.003 frozen")
+    parser.add_argument("--results", type=Path, help="a JSON file to write to, and to go on with")
     args = parser.parse_args(argv)
-    protocol = {"batch_size": BATCH_SIZE, "read": READ}
-    results = Results(common.latest_or_new("init_a"), Record, protocol)
+    protocol = {"batch_size": BATCH_SIZE, "read": READ, "damping": DAMPING}
+    results = Results(args.results or common.latest_or_new("init_a"), Record, protocol)
     data: Data | None = None
     for seed in args.seeds:
         started: Started | None = None
         for train_a, of in itertools.product([a == "trained" for a in args.a], args.starts):
             of_a = "A trained" if train_a else "A frozen"
-            keys = [(of_a, of, RATES[train_a], seed, steps) for steps in args.steps]
+            rate = args.rate or RATES[train_a]
+            keys = [(of_a, of, rate, seed, steps) for steps in args.steps]
             if all(results.find(key) for key in keys):
                 continue
             data = data or Data.load()
             if started is None:
                 started = starts(data, seed, args.starts)
-            for record in run(data, of, train_a, seed, args.steps, started):
+            for record in run(data, of, train_a, rate, seed, args.steps, started):
                 if not results.find(record.key):
                     results.add(record)
                     print(record, flush=True)
