@@ -24,6 +24,7 @@ from typing import Any, get_args
 
 import calibration
 import common
+import forms
 import torch
 from forms import Cast, by_row, int8
 from torch import Tensor, nn
@@ -111,12 +112,6 @@ class Layer:
         return self.with_columns / self.without
 
 
-def linear(model: nn.Module) -> Sites:
-    """What `falqon_fx.prepare` casts."""
-    named = model.named_modules()
-    return {n: m for n, m in named if isinstance(m, nn.Linear) and ".layers." in n}
-
-
 @torch.no_grad()
 def read(model: nn.Module, sites: Sites, batches: Sequence[Any], see: Any) -> None:
     """Call ``see(site, x)`` with what each site reads, [tokens, in]."""
@@ -148,7 +143,7 @@ def leaving(cast: Cast, picked: Tensor) -> Any:
 
 
 def casts(bench: calibration.Bench, batches: Sequence[Any]) -> Iterator[Judged]:
-    sites = linear(bench.base)
+    sites = forms.layers(bench.base)
     seen = {name: Seen() for name in sites}
     read(bench.base, sites, batches, lambda name, x: seen[name].add(x))
     for variant in VARIANTS:
@@ -171,8 +166,8 @@ def casts(bench: calibration.Bench, batches: Sequence[Any]) -> Iterator[Judged]:
 
 def moments(bench: calibration.Bench) -> dict[str, Tensor]:
     """Σ x · xᵀ over the held-out chats, of what each layer of `BLOCKS` reads."""
-    exact = linear(bench.base)
-    sites = {n: m for n, m in exact.items() if any(f".layers.{b}." in n for b in BLOCKS)}
+    every = forms.layers(bench.base).items()
+    sites = {n: m for n, m in every if any(f".layers.{b}." in n for b in BLOCKS)}
     sums = {n: torch.zeros(m.in_features, m.in_features) for n, m in sites.items()}
     batches = [{"input_ids": e.ids} for e in bench.held_out]
     read(bench.base, sites, batches, lambda name, x: sums[name].addmm_(x.t(), x))

@@ -195,17 +195,17 @@ class Run:
     labels_reviews: int
 
 
-def layers(model: nn.Module) -> list[nn.Linear]:
-    """What `falqon_fx.prepare` casts."""
+def layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """What `falqon_fx.prepare` casts, by path."""
     named = model.named_modules()
-    return [m for name, m in named if isinstance(m, nn.Linear) and ".layers." in name]
+    return {name: m for name, m in named if isinstance(m, nn.Linear) and ".layers." in name}
 
 
 @torch.no_grad()
 def measure(bench: calibration.Bench, name: str) -> Run:
     form, model = FORMS[name], copy.deepcopy(bench.base)
     off, norm = [], []
-    for layer in layers(model):
+    for layer in layers(model).values():
         cast = form.weight(layer.weight)
         off.append(float((cast - layer.weight).square().sum()))
         norm.append(float(layer.weight.square().sum()))

@@ -113,7 +113,7 @@ def published(name: str, base: nn.Module) -> nn.Module:
 
     scale = "pow2" if name == "fp8_blocks_pow2" else "amax"
     base = copy.deepcopy(base)
-    for layer in forms.layers(base):
+    for layer in forms.layers(base).values():
         w = layer.weight.float()
         layer.weight.copy_(forms.nf4(w) if name == "qlora_nf4" else forms.by_block(w, scale))
     return base

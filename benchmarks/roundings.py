@@ -26,7 +26,7 @@ import calibration
 import common
 import smollm
 import torch
-from forms import by_row
+from forms import by_row, layers
 from torch import Tensor, nn
 from weighted import (
     Factors,
@@ -145,10 +145,7 @@ class Bench:
         if not file.exists():
             torch.save(self.said(), file)
         self.wanted: list[list[Tensor]] = torch.load(file)
-        named = self.base.named_modules()
-        self.sites = {
-            name: m for name, m in named if isinstance(m, nn.Linear) and ".layers." in name
-        }
+        self.sites = layers(self.base)
         self.weights = {name: m.weight.detach().clone() for name, m in self.sites.items()}
 
     def said(self) -> list[list[Tensor]]:

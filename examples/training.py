@@ -104,9 +104,8 @@ def build(
             falqon_fx.FalqonConfig(**variant.options),
             calibration=read if variant.calibrated else None,
         )
-        if "exclude" in variant.options:  # "sensitive:8" has become names
-            options = {**variant.options, "exclude": report.config.exclude}
-            variant = replace(variant, options=options)
+        found = {"exclude": report.config.exclude}  # "sensitive:8" has become names
+        variant = replace(variant, options={**variant.options, **found})
     return compiled(variant, model)
 
 
