@@ -40,6 +40,15 @@ def known_variants(baseline: str, inner: str) -> dict[str, Variant]:
         Variant("lora_frozen_a", "LoRA, A frozen", 0.0, baseline, train_a=False),
         Variant("falqon", "falqon", 0.0, "falqon", options),
         Variant("falqon_calibrated", "calibrated", 0.0, "falqon", options, calibrated=True),
+        Variant(
+            "falqon_64_channels",
+            "64 channels",
+            0.0,
+            "falqon",
+            options,
+            calibrated=True,
+            terms={"outliers": 64},
+        ),
         Variant("falqon_8_left", "8 left", 0.0, "falqon", LEFT | options, calibrated=True),
         Variant("falqon_fp8_adapter", "FP8 adapters", 0.0, "falqon", FP8_ADAPTER | options),
         Variant("int8", "INT8", 0.0, "falqon", INT8 | options),
@@ -100,7 +109,8 @@ def options_text(variant: Variant) -> str:
     values["adapter_dtype"] = SiteSpec.from_config(config).adapter  # "auto" on a CPU
     text = " ".join(f"{name}={value}" for name, value in values.items())
     text += f" exclude={','.join(config.exclude)}" if config.exclude else ""
-    return text + " calibrated" * variant.calibrated
+    text += " calibrated" * variant.calibrated
+    return text + "".join(f" {name}={value}" for name, value in variant.terms.items())
 
 
 @torch.no_grad()

@@ -59,6 +59,7 @@ class Variant:
     bf16_adapter: bool = False  # PEFT's default keeps A and B in float32
     by_blocks: bool = False  # falqon_fx.compile_blocks
     calibrated: bool = False  # falqon_fx.prepare(..., calibration=)
+    terms: Mapping[str, int] = field(default_factory=dict)  # its compensate= and outliers=
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ def build(
             model,
             falqon_fx.FalqonConfig(**variant.options),
             calibration=read if variant.calibrated else None,
+            **variant.terms,
         )
         found = {"exclude": report.config.exclude}  # "sensitive:8" has become names
         variant = replace(variant, options={**variant.options, **found})
