@@ -2,6 +2,7 @@
 
     python benchmarks/calibration.py
     python benchmarks/calibration.py --seeds 0 --variants plain both
+    python benchmarks/calibration.py --variants both --chats 500 --outliers 64
     python benchmarks/calibration.py --base-dtype nvfp4
     python benchmarks/calibration.py --model gemma-3-270m
 
@@ -44,6 +45,7 @@ from falqon_fx.model.fp8_linear import Fp8Linear
 
 LONGEST = 48  # tokens of a chat or a review
 CHATS, REVIEWS = 64, 40  # to judge by
+OUTLIERS = 16  # channels of x, as prepare has it
 SENSITIVE = 8  # layers, by what is left of the cost of their casts
 
 
@@ -159,12 +161,17 @@ class Bench:
     """The model, the texts and what the model says of them."""
 
     def __init__(
-        self, chats_to_read: int, base_dtype: BaseDtype = "fp8", folder: Path | None = None
+        self,
+        chats_to_read: int,
+        base_dtype: BaseDtype = "fp8",
+        folder: Path | None = None,
+        outliers: int = OUTLIERS,
     ) -> None:
         base, tokenizer = smollm.load_model(folder)
         self.base = base.float().eval().requires_grad_(False)
         data = smollm.split(smollm.chatterbot_pairs())
         self.train, self.tokenizer, self.chats = data.train, tokenizer, chats_to_read
+        self.outliers = outliers
         self.config = FalqonConfig(inner="eager", base_dtype=base_dtype)
         self.held_out = together(chats(tokenizer, data.held_out)[:CHATS])
         self.reviews = together(reviews(tokenizer, REVIEWS))
@@ -178,8 +185,8 @@ class Bench:
     def prepared(self, seed: int, auto: bool, leave: bool, ranks: bool) -> Prepared:
         """The model with all that a sample of calibration gives, or without its ranks."""
         model = copy.deepcopy(self.base)
-        asked: dict[str, Any] = {"compensate": "auto"} if auto else {}
-        asked = asked if ranks else {"compensate": 0}
+        asked: dict[str, Any] = {"compensate": "auto"} if auto else {"outliers": self.outliers}
+        asked = asked if ranks else asked | {"compensate": 0}
         exclude = (f"sensitive:{SENSITIVE}",) if leave else ()
         config = replace(self.config, exclude=exclude)
         start = time.perf_counter()
@@ -261,16 +268,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--variants", nargs="*", default=[*VARIANTS], choices=[*VARIANTS])
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--chats", type=int, default=128, help="that a calibration reads")
+    parser.add_argument("--outliers", type=int, default=OUTLIERS, help="channels of x")
     parser.add_argument("--base-dtype", default="fp8", choices=get_args(BaseDtype))
     parser.add_argument("--model", type=Path, help="a folder, instead of SmolLM2-135M-Instruct")
     args = parser.parse_args(argv)
     name = "calibration" if args.base_dtype == "fp8" else f"calibration_{args.base_dtype}"
+    name += f"_{args.outliers}_channels" * (args.outliers != OUTLIERS)
     name += f"_{args.model.resolve().name}" if args.model else ""
     console, file = Console(), common.result_path(name, ".json")
     known = common.read_json(file) if file.exists() else {"runs": []}
     runs = [Run(**run) for run in known["runs"]]
     left: dict[str, list[str]] = known.get("left", {})
-    bench = Bench(args.chats, args.base_dtype, args.model)
+    bench = Bench(args.chats, args.base_dtype, args.model, args.outliers)
     done = {(run.variant, run.seed) for run in runs if run.chats in (0, args.chats)}
     ways = itertools.product((False, True), (False, True), (False, True), args.seeds)
     for auto, leave, ranks, seed in ways:

@@ -59,7 +59,7 @@ class Variant:
     bf16_adapter: bool = False  # PEFT's default keeps A and B in float32
     by_blocks: bool = False  # falqon_fx.compile_blocks
     calibrated: bool = False  # falqon_fx.prepare(..., calibration=)
-    terms: Mapping[str, int] = field(default_factory=dict)  # its compensate= and outliers=
+    terms: Mapping[str, Any] = field(default_factory=dict)  # its compensate= and outliers=
 
 
 @dataclass(frozen=True)
