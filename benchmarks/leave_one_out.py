@@ -130,8 +130,8 @@ def expected(model: nn.Module, tokenizer: Any, chats: Sequence[smollm.Chat]) -> 
 @torch.no_grad()
 def measure(
     model: Any, column: dict[str, float], texts: Sequence[Tensor], done: set[str]
-) -> Iterator[Row]:
-    """A row a layer that is not ``done``."""
+) -> Iterator[tuple[Row, float]]:
+    """A row a layer that is not ``done``, and the KL of all casts."""
     casts = Casts({site: model.get_submodule(site) for site in column})
     decoder = Decoder(model, texts)
     plain = decoder.ahead()
@@ -139,7 +139,6 @@ def measure(
     casts.put(True, *column)
     every = decoder.ahead()
     whole = divergence(wanted, decoder.says(every, 0))
-    print(f"{len(wanted)} tokens; all layers cast: {whole:.4f}", flush=True)
     for site, cost in column.items():
         if site in done:
             continue
@@ -152,7 +151,7 @@ def measure(
             alone = divergence(wanted, decoder.says(plain, first))
         row = Row(site, cost, alone, whole - without)
         print(f"{site} {cost:.6f} {alone:.6f} {whole - without:+.6f}", flush=True)
-        yield row
+        yield row, whole
 
 
 def correlation(one: Sequence[float], other: Sequence[float]) -> float:
@@ -199,16 +198,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     column = known.get("column") or expected(model, tokenizer, data.train)
     given = [text.ids for text in texts]
     tokens = sum(ids.numel() for ids in given)
-    for row in measure(model, column, given, {row.site for row in rows}):
+    for row, whole in measure(model, column, given, {row.site for row in rows}):
         rows.append(row)
-        write(file, rows, column, tokens)
+        write(file, rows, column, tokens, whole)
 
 
-def write(file: Path, rows: Sequence[Row], column: dict[str, float], tokens: int) -> None:
+def write(
+    file: Path, rows: Sequence[Row], column: dict[str, float], tokens: int, whole: float
+) -> None:
     """The results as JSON and as a page, the worst layers first."""
     about = common.environment()
     compared = {what: compare(rows, what) for what in ("alone", "left_out")}
-    content = {"environment": about, "tokens": tokens, "compared": compared, "column": column}
+    content = {"environment": about, "tokens": tokens, "all_cast": whole, "compared": compared}
+    content["column"] = column
     common.write_json(file, {**content, "rows": [asdict(row) for row in rows]})
     ordered = sorted(rows, key=lambda row: -row.expected)
     cells = [
@@ -217,8 +219,8 @@ def write(file: Path, rows: Sequence[Row], column: dict[str, float], tokens: int
     ]
     title = "What each layer's casts are expected to cost, and what they cost: nats per token"
     page = common.markdown(title, about, HEADER, cells)
-    page += f"\n{len(rows)} of {len(column)} layers, {tokens} tokens of held-out chats. "
-    page += "Against the column:\n\n"
+    page += f"\n{len(rows)} of {len(column)} layers, {tokens} tokens of held-out chats, "
+    page += f"where the casts of all layers cost {whole:.4f}. Against the column:\n\n"
     names = [*compared["alone"]]
     of = [(what, *(f"{found[name]:.4g}" for name in names)) for what, found in compared.items()]
     page += "\n".join(common.markdown_table(("", *names), of)) + "\n"
