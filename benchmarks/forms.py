@@ -217,6 +217,14 @@ def measure(bench: calibration.Bench, name: str) -> Run:
     return Run(name, form.bytes, error, *judged[0], *judged[1])
 
 
+def changed_by_row(model: nn.Module) -> tuple[int, int]:
+    """Of values in FP8 blocks with powers of two, how many change where they are cast again by row,
+    and all of them.
+    """
+    blocks = [by_block(layer.weight.detach(), "pow2") for layer in layers(model).values()]
+    return sum(int((by_row(w) != w).sum()) for w in blocks), sum(w.numel() for w in blocks)
+
+
 HEADER = ("form", "bytes a weight", "error of W", "KL", "KL of reviews")
 
 
@@ -242,13 +250,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     console, file = Console(), common.result_path("forms", ".json")
     runs = [Run(**run) for run in common.read_json(file)["runs"]] if file.exists() else []
     bench = calibration.Bench(0)
+    changed = changed_by_row(bench.base)
     done = {run.form for run in runs}  # an interrupted benchmark goes on
     for name in args.forms:
         if name in done:
             continue
         runs.append(measure(bench, name))
         console.print(runs[-1], soft_wrap=True, highlight=False)
-        about = {"environment": common.environment()}
+        about = {"environment": common.environment(), "changed_by_row": changed}
         common.write_json(file, {**about, "runs": [asdict(run) for run in runs]})
     table = Table(*HEADER)
     for row in summary(runs):
@@ -262,6 +271,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     page += f"\n{runs[0].labels} labels of chats, {runs[0].labels_reviews} of reviews; ± is a "
     page += "standard error over labels. Bytes: of a matrix of 4096 x 4096.\n"
+    page += (
+        f"\nOf {changed[1]:,} values in FP8 blocks with powers of two {changed[0]:,} change where "
+    )
+    page += "they are cast again by row.\n"
     file.with_suffix(".md").write_text(page, encoding="utf-8")
 
 
