@@ -40,14 +40,12 @@ def known_variants(baseline: str, inner: str) -> dict[str, Variant]:
         Variant("lora_frozen_a", "LoRA, A frozen", 0.0, baseline, train_a=False),
         Variant("falqon", "falqon", 0.0, "falqon", options),
         Variant("falqon_calibrated", "calibrated", 0.0, "falqon", options, calibrated=True),
-        Variant(
-            "falqon_64_channels",
-            "64 channels",
-            0.0,
-            "falqon",
-            options,
-            calibrated=True,
-            terms={"outliers": 64},
+        *(
+            Variant(name, title, 0.0, "falqon", options, calibrated=True, terms=terms)
+            for name, title, terms in (
+                ("falqon_64_channels", "64 channels", {"outliers": 64}),
+                ("falqon_64_of_both", "64 of both", {"compensate": 64, "outliers": 64}),
+            )
         ),
         Variant("falqon_8_left", "8 left", 0.0, "falqon", LEFT | options, calibrated=True),
         Variant("falqon_fp8_adapter", "FP8 adapters", 0.0, "falqon", FP8_ADAPTER | options),
