@@ -155,7 +155,7 @@ class OneLayer:
     def expected_gradient(self) -> tuple[Tensor, Tensor]:
         """dL/dx = q(dO ⊙ s_W)·Ŵ + Σ (dO·b)·Â (INT8: without q), and the same of absolute values."""
         base, grad = self.layer.base(), self.grad
-        by_row = self.config.granularity == "row"
+        by_row = self.spec.base_per_row  # NVFP4 has one scale, which the cast leaves alone
         back = grad.double()
         if self.spec.base != "int8":
             back = cast(grad * base.scale.t() if by_row else grad, E5M2, self.spec)

@@ -24,6 +24,28 @@ RANKS = st.sampled_from([1, 2, 3, 4, 7, 8, 16, 17, 64])
 SEEDS = st.integers(0, 2**32 - 1)
 
 
+@st.composite
+def base_weights(
+    draw: st.DrawFn,
+    rows: tuple[int, int] = (1, 20),
+    columns: tuple[int, int] = (1, 70),
+    least: float = 2.0**-140,
+) -> Tensor:
+    """W [out, in] of so many ``rows`` and ``columns`` at least and at most, float32 or bfloat16:
+    rows and columns alike or not, rows of zeros, and numbers up to the largest that is cast, 2**16,
+    or all subnormal in float32 unless ``least`` is more.
+    """
+    out, features, seed = draw(st.integers(*rows)), draw(st.integers(*columns)), draw(SEEDS)
+    spread = draw(st.sampled_from([0, 2, 6]))
+    weight = randn(out, features, seed=seed) * (randn(out, 1, seed=seed + 1) * spread).exp2()
+    weight = weight * (randn(1, features, seed=seed + 2) * spread).exp2()
+    largest = draw(st.sampled_from([2.0**-140, 2.0**-100, 0.02, 1.0, 65000.0]))
+    weight = weight * (max(largest, least) / weight.abs().amax())
+    if draw(st.booleans()):
+        weight[draw(st.integers(0, out - 1))] = 0
+    return weight.to(draw(st.sampled_from([torch.float32, torch.bfloat16])))
+
+
 @dataclass
 class Lora:
     """One adapter; ``x``: what it reads where that is not what the layer reads (dropout).

@@ -120,7 +120,7 @@ def test_rows_that_are_no_multiple_of_16_stay_as_they_are():
     model = nn.Sequential(nn.Linear(40, 64), nn.ReLU(), nn.Linear(64, 24))
     model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0", "2"]))
     fill_b(model)
-    x, plain = randn(5, 40), copy.deepcopy(model)
+    x = randn(5, 40)
     report = falqon_fx.explain(model, x, config=CONFIG)
     assert [site.path for site in report.sites] == ["base_model.model.2"]
     assert [r.site for r in report.rejected] == ["base_model.model.0"]
@@ -132,22 +132,8 @@ def test_rows_that_are_no_multiple_of_16_stay_as_they_are():
     assert [site.path for site in falqon_fx.explain(model, x, config=CONFIG).sites] == [
         "base_model.model.2"
     ]
-    error = (run(x) - plain(x)).norm() / plain(x).norm()
-    assert 0.01 < float(error) < 0.2  # of one cast to four bits
-
-
-def test_calibration_buys_back_the_cast_errors():
-    torch.manual_seed(0)
-    model, x = Net().requires_grad_(False), randn(200, 64) * randn(64, seed=1).exp()
-    wanted = model(x)
-    errors = {}
-    for terms in (0, 16):
-        own = copy.deepcopy(model)
-        given: dict[str, Any] = {"compensate": terms, "outliers": terms, "calibration": [x]}
-        falqon_fx.prepare(own, CONFIG, progress=False, **(given if terms else {}))
-        y = torch.compile(own, backend="falqon", options=dict[str, Any](config=CONFIG))(x)
-        errors[terms] = float((y - wanted).norm() / wanted.norm())
-    assert errors[16] < errors[0] / 1.5
+    twin = emulate(copy.deepcopy(model), falqon_fx.adapters(model), CONFIG)
+    assert torch.equal(run(x), twin(x))  # the first layer as it is, the other cast
 
 
 @pytest.mark.slow
