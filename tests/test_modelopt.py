@@ -33,8 +33,8 @@ def check_cast(weight: Tensor, scale: Tensor, codes: Tensor, of_blocks: Tensor) 
     would round to 0, ModelOpt takes the least, 2**-9, or 1 for zeros; here it is 0.125 with codes
     of 0, as in compressed-tensors: lost is what lies below 6 · 2**-10 · s.
     """
-    own_codes, own = (t.unflatten(1, (-1, n)) for t, n in _parted(weight, scale))
-    codes, of_blocks = codes.unflatten(1, (-1, 8)), of_blocks.unsqueeze(-1)
+    own_codes, own = nvfp4.parted(nvfp4.cast(weight, scale))
+    own_codes, codes = (t.unflatten(1, (-1, 8)) for t in (own_codes, codes))
     largest = weight.float().abs().unflatten(1, (-1, 16)).amax(-1)
     lost = (largest / (6 * scale)).to(E4M3).float() == 0
     assert torch.equal(own[~lost], of_blocks.view(torch.uint8)[~lost])
@@ -42,11 +42,7 @@ def check_cast(weight: Tensor, scale: Tensor, codes: Tensor, of_blocks: Tensor) 
     assert bool((own.view(E4M3).float()[lost] == 0.125).all())
     assert not (own_codes[lost] & 0x77).any()
     least = torch.where(largest[lost] == 0, 1.0, 2.0**-9)
-    assert torch.equal(of_blocks.float()[lost].flatten(), least)
-
-
-def _parted(weight: Tensor, scale: Tensor) -> list[tuple[Tensor, int]]:
-    return list(zip(nvfp4.parted(nvfp4.cast(weight, scale)), (8, 1), strict=True))
+    assert torch.equal(of_blocks.float()[lost], least)
 
 
 def base_of(codes: Tensor, of_blocks: Tensor, scale: Tensor) -> Base:
