@@ -100,8 +100,9 @@ def test_what_compressed_tensors_writes_is_read(weight, kind, strategy):
     Its INT8 codes go down to -128, which ours do not.
     """
     scheme = scheme_of(kind, strategy=strategy)
-    extremes = weight.aminmax(dim=1, keepdim=True) if strategy == "channel" else weight.aminmax()
-    state = compressed(weight, *extremes, scheme)
+    rows = weight if strategy == "channel" else weight.reshape(1, -1)
+    low, high = rows.aminmax(dim=1, keepdim=True)
+    state = compressed(weight, low, high, scheme)
     theirs, base = decompressed(state, scheme), loaded(state, **config_of(scheme))
     assert theirs.dtype == weight.dtype
     assert torch.equal(base.weight.float(), state["weight"].float())
