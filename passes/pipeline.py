@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from falqon_fx.passes.adapter_dtype import why_not_by_default
 from falqon_fx.passes.autotune import autotune
@@ -18,6 +19,7 @@ from falqon_fx.passes.localize import localize
 from falqon_fx.passes.match.pair import match
 from falqon_fx.passes.normalize import normalize
 from falqon_fx.passes.plan import plan
+from falqon_fx.passes.quantized import quantized_layers
 from falqon_fx.passes.rewrite import rewrite
 from falqon_fx.passes.room import keep_room
 from falqon_fx.passes.saturation import Saturation
@@ -51,6 +53,7 @@ def _plan(work: Work) -> None:
     clamped = Saturation(work.root, work.inputs)
     given = work.root, work.matches, work.rejected, work.config, work.names
     work.plan = plan(*given, clamped)
+    work.plan = replace(work.plan, left=(*work.plan.left, *quantized_layers(work.plan)))
     for site in work.plan.sites:
         if site.spec != work.plan.spec:
             asked = work.config.adapter_dtype == "fp8"

@@ -21,6 +21,7 @@ from falqon_fx.errors import FalqonError
 from falqon_fx.model.lora_layers import unwrap
 from falqon_fx.model.mesh import MeshPlan
 from falqon_fx.model.mesh_bytes import on_mesh
+from falqon_fx.model.opaque import codes_of, opaque_linears, standing_in, told
 from falqon_fx.model.sensitivity import cast_costs, sensitivity
 from falqon_fx.model.sorting import sort_layers
 from falqon_fx.passes.describe import innermost
@@ -48,7 +49,9 @@ def explain(
     ``torch._dynamo.mark_dynamic`` marks on the arguments appear as symbols.
 
     Where the config of a Hugging Face model asks for a cache, this call gets ``use_cache=False``
-    on the meta device, where a cache can't be made; the report says so.
+    on the meta device, where a cache can't be made; the report says so. So it does of linear layers
+    on weights whose class fake tensors can't stand for, as bitsandbytes' are: they don't run, and
+    are taken to be products (`falqon_fx.model.opaque`).
 
     With ``mesh``, processes as a `MeshPlan`, as sizes (``{"fsdp": 8, "tp": 2}``) or a DeviceMesh,
     the report also has what FSDP2, tensor parallelism or DDP would hold and move there. It is
@@ -62,7 +65,8 @@ def explain(
     Raises:
         FalqonError: what compiling would raise; a mesh or a calibration that says nothing; or the
             model's path through its own code depends on the values of its inputs, as with PEFT's
-            aLoRA; or other processes hold parts of it.
+            aLoRA; or other processes hold parts of it; or it holds such a weight in a layer that
+            is no linear one.
     """
     inner, config = unwrap(model), config or FalqonConfig()
     costly: dict[str, float] = {}
@@ -75,7 +79,8 @@ def explain(
         plan.check(config)
     refuse_sharded(inner, "explain", "Call it before fully_shard or parallelize_module")
     kwargs, notes = _without_cache(inner, kwargs)
-    with _compat.fake_mode() as mode:
+    opaque = opaque_linears(inner)
+    with _compat.fake_mode() as mode, standing_in(opaque):
 
         def fake(value: Any) -> Any:
             if not isinstance(value, torch.Tensor):
@@ -84,7 +89,8 @@ def explain(
             _compat.copy_dynamic_marks(value, stand_in)
             return stand_in
 
-        tensors = {f"model.{name}": fake(t) for name, t in _tensors(inner)}
+        tensors = {name: fake(t) for name, t in _tensors(inner)} | codes_of(opaque)
+        tensors = {f"model.{name}": t for name, t in tensors.items()}
         args, kwargs = _compat.tree_map(fake, (args, kwargs))
         tracer = _Tracer(inner, config)
         # Around Dynamo, not inside of it: tracing the exchange of each tensor takes longer than the
@@ -106,7 +112,7 @@ def explain(
         tuple(predict(graph) for graph in tracer.graphs),
         config.texts(),
         tuple(_modules(inner)),
-        (*notes, *predict.notes),
+        (*notes, *told(opaque), *predict.notes),
         spread,
         costly,
     )

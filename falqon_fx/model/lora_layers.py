@@ -15,6 +15,7 @@ from falqon_fx.errors import FalqonError
 from falqon_fx.model.prepared_linear import PreparedLinear
 from falqon_fx.passes.match.frozen import part_of_adapter
 from falqon_fx.site.paths import without_wrappers
+from falqon_fx.site.quantized import quantized_as
 from falqon_fx.site.sharded import added_up, local
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -185,7 +186,9 @@ def linear_layers(model: nn.Module) -> Iterator[LinearLayer]:
     for path, module in model.named_modules():
         own = is_linear(module) and not part_of_adapter(path)
         weight = getattr(module, "weight", None) if own else None
-        if isinstance(weight, Tensor) and weight.dtype in _FLOATS and not weight.requires_grad:
+        if not isinstance(weight, Tensor) or weight.dtype not in _FLOATS or weight.requires_grad:
+            continue
+        if quantized_as(weight) is None:
             yield LinearLayer(without_wrappers(path), module, around.get(id(module)))
 
 

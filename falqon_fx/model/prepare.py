@@ -25,7 +25,7 @@ from falqon_fx.model.lora_layers import (
 from falqon_fx.model.parts import cast_part, check_part, check_together, cut_like, move_hooks
 from falqon_fx.model.prepare_report import PrepareReport, track
 from falqon_fx.model.sensitivity import sensitivity
-from falqon_fx.model.sorting import skipped_adapters, sort_layers
+from falqon_fx.model.sorting import skipped_adapters, skipped_quantized, sort_layers
 from falqon_fx.model.stacks import (
     Fp8Stack,
     StackedWeight,
@@ -111,7 +111,7 @@ def prepare(
         return _prepare_rows(inner, config, progress)
     config = _leaving(inner, config, wanted, progress)
     layers, skipped = sort_layers(inner, config)
-    skipped |= skipped_adapters(inner, layers, skipped)
+    skipped |= skipped_adapters(inner, layers, skipped) | skipped_quantized(inner, config)
     stacks, left = sort_stacks(inner, config)
     _check_before(inner, layers, config, stacks)
     wanted.read(inner, layers, config, progress)
@@ -153,6 +153,7 @@ def _prepare_rows(model: nn.Module, config: FalqonConfig, progress: bool) -> Pre
         model, config, lambda layers: track(layers, progress)
     )
     layers, others = sort_layers(model, config)
+    others |= skipped_quantized(model, config)
     layers = [layer for layer in layers if layer.lora is None]
     _check_before(model, layers, config)
     more_before, more_after = _convert(model, layers, config, progress, Calibration())

@@ -17,8 +17,10 @@ from falqon_fx.model.lora_layers import (
 )
 from falqon_fx.model.prepared_linear import PreparedLinear
 from falqon_fx.model.stacks import stacked_weights
-from falqon_fx.passes.match.frozen import why_left
+from falqon_fx.passes.match.frozen import part_of_adapter, why_left
 from falqon_fx.site import nvfp4
+from falqon_fx.site.paths import without_wrappers
+from falqon_fx.site.quantized import SKIPPED, layer_quantized_as
 from falqon_fx.site.sharded import local
 
 
@@ -47,6 +49,22 @@ def skipped_adapters(
     return {lora.path: _why_not(lora) for lora in others if lora.path not in skipped}
 
 
+def skipped_quantized(model: nn.Module, config: FalqonConfig) -> dict[str, str]:
+    """The linear layers without an adapter whose weights others have quantized."""
+    if config.frozen == "leave":
+        return {}
+    adapted = {id(lora.base) for lora in lora_layers(model)}
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        weight = getattr(module, "weight", None) if isinstance(module, nn.Linear) else None
+        if id(module) in adapted:
+            continue
+        kind, path = layer_quantized_as(module, weight), without_wrappers(path)
+        if kind is not None and config.selects(path) and not part_of_adapter(path):
+            found[path] = SKIPPED.format(kind)
+    return found
+
+
 def skip_reason(layer: LinearLayer, config: FalqonConfig, tied: bool) -> str | None:
     """Why a frozen layer is left; "" where that is nothing to report."""
     if not (config.selects(layer.site) and config.selects(layer.path)):
@@ -67,8 +85,10 @@ def _why_not(layer: LoraLayer) -> str:
     if isinstance(base, PreparedLinear):
         return "it is prepared already"
     weight = getattr(base, "weight", None)
+    if (kind := layer_quantized_as(base, weight)) is not None:
+        return SKIPPED.format(kind)
     if not isinstance(weight, Tensor) or type(base) is not nn.Linear:
         return f"its base layer is a {type(base).__name__}, not an nn.Linear"
     if weight.requires_grad:
         return "its base weight is trained too"
-    return f"its base weight is already quantized ({weight.dtype})"
+    return f"its base weight is in {weight.dtype}"

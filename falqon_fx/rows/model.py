@@ -23,6 +23,7 @@ from falqon_fx.rows import dropped
 from falqon_fx.rows.prepared import MergedBaseLinear
 from falqon_fx.rows.state import MergedAdapter, check_values, create, registry
 from falqon_fx.site.paths import deepest_path
+from falqon_fx.site.quantized import SKIPPED, layer_quantized_as
 
 Track = Callable[[Sequence[LoraLayer]], Iterable[LoraLayer]]
 
@@ -114,10 +115,13 @@ def skip_reason(layer: LoraLayer, config: FalqonConfig) -> str | None:
     """Why a LoRA layer can't be merged and written, None where it can."""
     if isinstance(layer.base, PreparedLinear):
         return "it is prepared already"
+    weight = getattr(layer.base, "weight", None)
+    if (kind := layer_quantized_as(layer.base, weight)) is not None:
+        return SKIPPED.format(kind)
     if not is_linear(layer.base):
         return f"its base layer is a {type(layer.base).__name__}, not an nn.Linear"
     if layer.base.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"its base weight is already quantized ({layer.base.weight.dtype})"
+        return f"its base weight is in {layer.base.weight.dtype}"
     if layer.base.weight.requires_grad:
         return "its base weight is trained too"
     if getattr(layer.module, "use_dora", {}).get(layer.adapter):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from falqon_fx._compat import is_dtensor, is_plain, value_of
 from falqon_fx.kernels.spec import MAX_TAIL, aligned, rank_of
@@ -22,6 +22,7 @@ from falqon_fx.passes.terms import (
     Scale,
 )
 from falqon_fx.passes.writes import memory_of, written
+from falqon_fx.site.quantized import ALREADY, REMEDY, quantized_as
 from falqon_fx.site.spec import parse_spec
 
 
@@ -178,6 +179,8 @@ class MatchRejected(Exception):
 
 
 LEAVE = "The layer runs unmerged, as it was"
+UNQUANTIZED = "Use an unquantized nn.Linear as base"
+_STEPS = 16  # nodes between a weight that others have quantized and the output of its layer
 
 
 def strip_elementwise(scope: Scope, node: fx.Node, until: tuple[fx.Node, ...] = ()) -> Chain:
@@ -204,20 +207,36 @@ def either(p: float, q: float) -> float:
 def check_base(base: Linear) -> None:
     """Refuse base weights that can't be merged."""
     value = base.weight.value
+    if (kind := quantized_as(value)) is not None:
+        raise MatchRejected(ALREADY.format(kind), REMEDY)
     if not is_plain(value) and not is_dtensor(value):  # plan refuses sharded ones by name
-        raise MatchRejected(
-            f"the base weight is a {type(value).__name__}", "Use an unquantized nn.Linear as base"
-        )
+        raise MatchRejected(f"the base weight is a {type(value).__name__}", UNQUANTIZED)
     if value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise MatchRejected(
-            f"the base weight is already quantized ({value.dtype})",
-            "Use an unquantized nn.Linear as base",
-        )
+        raise MatchRejected(f"the base weight is in {value.dtype}", UNQUANTIZED)
     if value.requires_grad:
         raise MatchRejected(
             "the base weight is trained too",
             "Freeze it (requires_grad_(False)): an FP8 base is constant",
         )
+
+
+def quantized_below(scope: Scope, node: fx.Node, until: Collection[fx.Node]) -> str | None:
+    """As what the nearest weight is quantized from which ``node`` is computed, None where none is;
+    ``until`` are x and what it is read through.
+    """
+    nodes, seen = [node], {*until}
+    for _ in range(_STEPS):
+        if not nodes or (node := nodes.pop(0)) in seen:
+            continue
+        seen.add(node)
+        outer = scope.outer(node)
+        value = value_of(outer)
+        if outer.op in ("placeholder", "get_attr") and isinstance(value, Tensor):
+            kind = quantized_as(value)
+            if kind is not None:
+                return kind
+        nodes += node.all_input_nodes
+    return None
 
 
 def casts(scope: Scope, reader: fx.Node, x: fx.Node, taken: set[fx.Node]) -> tuple[fx.Node, ...]:

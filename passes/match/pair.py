@@ -11,6 +11,7 @@ from torch import fx
 from falqon_fx._compat import value_of
 from falqon_fx.passes.match.dataflow import (
     LEAVE,
+    UNQUANTIZED,
     AdapterMatch,
     Chain,
     Match,
@@ -24,6 +25,7 @@ from falqon_fx.passes.match.dataflow import (
     either,
     exclusive,
     nodes_of,
+    quantized_below,
     shape,
     strip_elementwise,
     trailing_cast,
@@ -45,6 +47,7 @@ from falqon_fx.passes.terms import (
     UnsupportedAdapted,
 )
 from falqon_fx.site.nvfp4 import shape_of
+from falqon_fx.site.quantized import ALREADY, REMEDY
 
 
 @dataclass(frozen=True)
@@ -198,10 +201,14 @@ def _complete(
             torn=True,
         )
     elif not isinstance(base, BaseLinear | RowsBaseLinear):
+        given = strip_elementwise(scope, pair.a.x)
+        kind = quantized_below(scope, base_chain.end, _down(given))
+        if kind is not None:
+            raise MatchRejected(ALREADY.format(kind), REMEDY)
         raise MatchRejected(
             f"the adapter is added to {base_chain.end.target!s}, not to a linear on a parameter "
             "(a quantized or wrapped base layer?)",
-            "Use an unquantized nn.Linear as base",
+            UNQUANTIZED,
         )
     inside = {pair.b_node, pair.inner.end, *pair.inner.nodes, *up, *pair.b.parts}
     if before is None:
