@@ -78,6 +78,17 @@ def test_explain_as_json_has_the_schema(folder, capsys):
     assert any("use_cache=False" in note for note in report.notes)
 
 
+def test_explain_says_that_it_shows_a_quantized_checkpoint_in_16_bits(folder, tmp_path, capsys):
+    tree = json.loads(Path(folder, "config.json").read_text())
+    how = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "config.json").write_text(json.dumps({**tree, "quantization_config": how}))
+    for path, told in ((tmp_path, True), (folder, False)):
+        assert main(["explain", str(path), *FLAGS, "--json"]) == 0
+        report = RewriteReport.from_json(capsys.readouterr().out)
+        assert len(report.sites) == 7
+        assert any("quantization_config" in note for note in report.notes) is told
+
+
 def test_explain_takes_rank_and_targets_from_an_adapter_folder(folder, tmp_path, capsys):
     lora = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["down_proj"])
     lora.save_pretrained(str(tmp_path))

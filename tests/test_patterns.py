@@ -124,7 +124,10 @@ DIALECTS: dict[str, tuple[str, str]] = {
         "test_dialects_refused.py::test_a_bitsandbytes_base_is_refused "
         "passes/test_match_refused.py::test_a_quantized_base_is_refused "
         "passes/test_match_refused.py::test_an_fp8_base_is_refused "
-        "test_warnings.py::test_a_quantized_base_is_rejected_and_left_alone",
+        "test_warnings.py::test_a_quantized_base_is_rejected_and_left_alone "
+        "test_quantized_bases.py::test_explain_names_them "
+        "test_quantized_bases.py::test_training_is_bit_for_bit_that_of_another_backend "
+        "test_quantized_bases.py::test_prepare_leaves_them",
     ),
 }
 

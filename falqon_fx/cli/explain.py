@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,10 @@ from falqon_fx_cli import lora
 from falqon_fx_cli.exit_codes import DONE, FOUND
 from falqon_fx_cli.output import write_text
 
+_QUANTIZED = (
+    "config.json has a quantization_config: the layers here are those of a checkpoint in 16 bits, "
+    "as falqon_fx.load makes them, too"
+)
 _UNREAD = "Give a folder with config.json, or an id that this machine can reach"
 
 
@@ -57,6 +61,8 @@ class Explain:
             for dimension in (0, 1):
                 torch._dynamo.mark_dynamic(ids, dimension)
         report = explain(model, input_ids=ids, config=config, mesh=mesh)
+        if getattr(model.config, "quantization_config", None):
+            report = replace(report, notes=(_QUANTIZED, *report.notes))
         if self.as_json:
             print(report.to_json(graphs=self.diff, indent=1))
         else:
