@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 from torch import fx, nn
 
-from falqon_fx._compat import OpOverload, is_checkpoint, source_path
+from falqon_fx._compat import is_checkpoint, source_path
 from falqon_fx.passes.describe import source_of
 from falqon_fx.passes.match.frozen import part_of_adapter, site_of
-from falqon_fx.passes.match.unmatched import only_moves
+from falqon_fx.passes.match.unmatched import is_ours, only_moves
 from falqon_fx.passes.plan import Plan
 from falqon_fx.passes.scope import param_of
 from falqon_fx.report.data import Rejected
@@ -23,7 +23,7 @@ def quantized_layers(plan: Plan) -> Iterator[Rejected]:
         return
     known = {site_of(item.site) for item in (*plan.rejected, *plan.left)}
     for weight, readers in _readers(plan).items():
-        if any(map(_is_ours, readers)):  # `prepare` cast it
+        if any(map(is_ours, readers)):  # `prepare` cast it
             continue
         path = (source_path(weight) or str(weight.target)).rpartition(".")[0]
         param = param_of(weight, plan.root)
@@ -51,7 +51,3 @@ def _readers(plan: Plan) -> dict[fx.Node, list[fx.Node]]:
                 found[scope.outer(node)].append(reader)
                 reads += reader.users if only_moves(reader) else ()
     return found
-
-
-def _is_ours(node: fx.Node) -> bool:
-    return isinstance(node.target, OpOverload) and node.target.namespace == "falqon"

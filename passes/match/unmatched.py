@@ -66,7 +66,7 @@ def _by_owner(scope: Scope, known: set[int]) -> dict[str, dict[str, Param]]:
     for node in scope.gm.graph.nodes:
         if node.op not in ("placeholder", "get_attr") or not node.users:
             continue
-        if any(map(_is_ours, node.users)):
+        if any(map(is_ours, node.users)):
             continue
         name = source_path(node) or str(node.target)
         named = _LORA.search(name)
@@ -88,7 +88,7 @@ def named_lora(scope: Scope, param: Param) -> bool:
     return "lora" in name.lower()
 
 
-def _is_ours(node: fx.Node) -> bool:
+def is_ours(node: fx.Node) -> bool:
     """Whether a node is one that the passes have put there before."""
     return isinstance(node.target, OpOverload) and node.target.namespace == "falqon"
 
