@@ -29,7 +29,7 @@ def in_four_bits(linear: nn.Linear, storage: torch.dtype = torch.uint8) -> nn.Mo
     layer = bnb.nn.Linear4bit(*sizes, compute_dtype=torch.float32, **how)
     layer.weight = bnb.nn.Params4bit(linear.weight.detach(), module=layer, **how)
     layer.bias = linear.bias
-    return layer.to("cpu")  # type: ignore[no-any-return]  # which quantizes
+    return layer.to("cpu")  # which quantizes
 
 
 def in_eight_bits(linear: nn.Linear) -> nn.Module:
@@ -40,7 +40,7 @@ def in_eight_bits(linear: nn.Linear) -> nn.Module:
     how: dict[str, Any] = {"requires_grad": False, "has_fp16_weights": False}
     layer.weight = bnb.nn.Int8Params(linear.weight.detach(), **how)
     layer.bias = linear.bias
-    return layer.to("cpu")  # type: ignore[no-any-return]
+    return layer.to("cpu")
 
 
 def by_torchao(linear: nn.Linear) -> nn.Module:
