@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import falqon_fx
 from falqon_fx import (
@@ -23,6 +22,17 @@ from falqon_fx.site.numerics import E4M3
 from falqon_fx.site.spec import SiteSpec
 from tests.folders import BF16, IDS, dense_model, exported, folder_of, lora
 from tests.parameters import slow
+from tests.refusals import (
+    Change,
+    assert_load_refuses,
+    assert_refused,
+    damaged,
+    lose,
+    put,
+    put_byte,
+    put_first,
+    settings,
+)
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -201,55 +211,39 @@ def test_a_dense_checkpoint_is_not_loaded_as_fp8(tmp_path):
         falqon_fx.load(tmp_path / "dense")
 
 
-def test_other_quantizations_are_refused(tmp_path):
-    exported(tmp_path / "fp8")
-    file = tmp_path / "fp8/config.json"
-    config = json.loads(file.read_text())
-    config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 4
-    file.write_text(json.dumps(config))
-    with pytest.raises(FalqonError, match="4 bits of type 'float'"):
-        falqon_fx.load(tmp_path / "fp8")
+def test_other_quantizations_are_refused(source, tmp_path):
+    folder = damaged(source, tmp_path / "fp8", lambda _: None)
+
+    def change(content: dict[str, Any]) -> None:
+        content["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 4
+
+    assert_refused(settings(folder, change), "fp8", "4 bits of type 'float'")
 
 
 # -- damaged ---------------------------------------------------------------------------------------
 
 UP = "model.layers.0.mlp.up_proj"
-
-
-def scale_with(value: float) -> Callable[[dict[str, Tensor]], None]:
-    def change(tensors: dict[str, Tensor]) -> None:
-        tensors[f"{UP}.weight_scale"][3] = value
-
-    return change
-
-
-def put(name: str, tensor: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], None]:
-    def change(tensors: dict[str, Tensor]) -> None:
-        tensors[f"{UP}.{name}"] = tensor(tensors[f"{UP}.{name}"]).contiguous()
-
-    return change
-
-
-def break_code(tensors: dict[str, Tensor]) -> None:
-    tensors[f"{UP}.weight"].view(torch.uint8)[3, 3] = 0xFF
-
-
-def lose_scale(tensors: dict[str, Tensor]) -> None:
-    del tensors[f"{UP}.weight_scale"]
-
-
-DAMAGES = {
-    "NaN": (scale_with(float("nan")), "1 of its 48 scales in .* are NaN"),
-    "Inf": (scale_with(float("inf")), "1 of its 48 scales in .* are Inf"),
-    "zero": (scale_with(0.0), "1 of its 48 scales in .* are zero"),
-    "negative": (scale_with(-1.0), "1 of its 48 scales in .* are negative"),
-    "code": (break_code, "1 of its FP8 bytes in .* are NaN"),
-    "no scale": (lose_scale, "holds no scale for it"),
-    "too few": (put("weight_scale", lambda t: t[1:]), r"\[47, 1\] as its scales"),
-    "integers": (put("weight_scale", lambda t: t.int()), r"scales int32 \[48, 1\]"),
-    "another shape": (put("weight", lambda t: t[:, :16]), r"float8_e4m3fn|\[48, 16\]"),
-    "INT8 beside it": (put("weight", lambda t: t.float().char()), "its weights are FP8, INT8"),
-    "E5M2": (put("weight", lambda t: t.float().to(torch.float8_e5m2)), "up_proj"),
+SCALE, WEIGHT = f"{UP}.weight_scale", f"{UP}.weight"
+DAMAGES: dict[str, tuple[Change, str]] = {
+    "no scale": (lose(SCALE), r"holds no scale for it, which is float8_e4m3fn \[48, 32\]"),
+    "too few": (put(SCALE, lambda t: t[1:]), r"float32 \[47, 1\] as its scales.* names no blocks"),
+    "too few, alike": (put(SCALE, lambda _: torch.ones(47, 1)), r"\[47, 1\] as its scales"),
+    "turned": (put(SCALE, lambda t: t.t()), r"float32 \[1, 48\] as its scales"),
+    "integers": (put(SCALE, lambda t: t.int()), r"scales int32 \[48, 1\]"),
+    "INT8 beside it": (put(WEIGHT, lambda t: t.float().char()), "has it in INT8, and .* in FP8"),
+    "E5M2": (
+        put(WEIGHT, lambda t: t.float().to(torch.float8_e5m2)),
+        r"float8_e5m2 \[48, 32\] for it",
+    ),
+}
+# Of values that `prequantize` doesn't come to: it takes no FP8 with a scale per row.
+OF_LOAD: dict[str, tuple[Change, str]] = {
+    "NaN": (put_first(SCALE, float("nan")), "1 of its 48 scales in .* are NaN"),
+    "Inf": (put_first(SCALE, float("inf")), "1 of its 48 scales in .* are Inf"),
+    "zero": (put_first(SCALE, 0.0), "1 of its 48 scales in .* are zero"),
+    "negative": (put_first(SCALE, -1.0), "1 of its 48 scales in .* are negative"),
+    "code": (put_byte(WEIGHT, 0xFF), "1 of its FP8 bytes in .* are NaN"),
+    "another shape": (put(WEIGHT, lambda t: t[:, :16]), r"\[48, 16\] as its code, the model"),
 }
 
 
@@ -262,11 +256,18 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_weights_are_refused_by_name(source, tmp_path, damage):
-    change, message = DAMAGES[damage]
-    tensors = safetensors.load_file(source / "model.safetensors")
-    change(tensors)
-    safetensors.save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    shutil.copy(source / "config.json", tmp_path)
-    with pytest.raises(FalqonError, match=message) as error:
-        falqon_fx.load(tmp_path, lora())
-    assert "up_proj" in str(error.value) or "FP8, INT8" in message
+    change, told = DAMAGES[damage]
+    assert_refused(damaged(source, tmp_path / "fp8", change), UP, told)
+
+
+@pytest.mark.parametrize("damage", OF_LOAD)
+def test_damaged_values_are_refused_by_name(source, tmp_path, damage):
+    change, told = OF_LOAD[damage]
+    assert_load_refuses(damaged(source, tmp_path / "fp8", change), UP, told)
+
+
+def test_prequantize_sends_whole_rows_to_load(source, tmp_path):
+    with pytest.raises(FalqonError, match=r"_proj: its weight is FP8 already.*load takes it as"):
+        falqon_fx.prequantize(source, tmp_path / "out", lora(), progress=False)
+    assert not [*tmp_path.iterdir()]
+    assert len(falqon_fx.adapters(falqon_fx.load(source, lora()))) == 14

@@ -5,9 +5,7 @@ trained, resumed, exported.
 from __future__ import annotations
 
 import json
-import shutil
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import falqon_fx
-from falqon_fx import FalqonConfig, FalqonError
+from falqon_fx import FalqonConfig
 from falqon_fx.files.public_names import without_left_out
 from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.model.stacks import Fp8Stack
@@ -37,6 +35,7 @@ from tests.fp8_mixtures import (
     tensors_in,
 )
 from tests.parameters import slow
+from tests.refusals import Change, assert_refused, damaged, lose, put, put_byte
 from tests.training import adam
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*one FP8 scale per block")
@@ -266,67 +265,56 @@ EXPERT = "model.layers.0.mlp.experts.2.up_proj"
 OF_STACK = "model.layers.0.mlp.experts.down_proj_scale_inv"
 
 
-def put(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], None]:
-    return lambda tensors: tensors.update({name: change(tensors[name]).contiguous()})
-
-
-def first_byte(value: int) -> Callable[[Tensor], Tensor]:
-    """One byte of a tensor of bytes."""
-
-    def change(tensor: Tensor) -> Tensor:
-        own = tensor.clone()
-        own.view(torch.uint8)[..., 0, 0] = value
-        return own
-
-    return change
-
-
-def lose(name: str) -> Callable[[dict[str, Tensor]], None]:
-    return lambda tensors: tensors.__delitem__(name)
-
-
-# Of which layout, what is done to it, and what is said of it.
-DAMAGES: dict[str, tuple[str, Callable[[dict[str, Tensor]], None], str]] = {
+# Of which layout, what is done to it, whose weight it is, and what is said of it.
+DAMAGES: dict[str, tuple[str, Change, str, str]] = {
     "NaN scale": (
         "published",
-        put(f"{EXPERT}.weight_scale_inv", first_byte(0xFF)),
-        rf"{EXPERT}: 1 of its \d+ scales in .* are NaN",
+        put_byte(f"{EXPERT}.weight_scale_inv", 0xFF),
+        EXPERT,
+        r"1 of its \d+ scales in .* are NaN",
     ),
-    "NaN": (
+    "no scale": ("published", lose(f"{EXPERT}.weight_scale_inv"), EXPERT, "holds no scale for it"),
+    "no weight": (
         "published",
-        put(f"{EXPERT}.weight", first_byte(0x7F)),
-        rf"{EXPERT}: 1 of its FP8 bytes",
+        lose(f"{EXPERT}.weight"),
+        "experts",
+        rf"no such layer|has no tensor '{EXPERT}\.weight'",
     ),
-    "no scale": (
-        "published",
-        lose(f"{EXPERT}.weight_scale_inv"),
-        r"experts.*(holds no scale for it|F8_E4M3 already)",
-    ),
-    "no weight": ("published", lose(f"{EXPERT}.weight"), r"experts.*(no such layer|has no tensor)"),
     "another shape": (
         "published",
         put(f"{EXPERT}.weight", lambda t: t[:, :32]),
-        rf"{EXPERT}.* as its scales, and blocks of 8 x 16",
+        EXPERT,
+        "as its scales, and blocks of 8 x 16",
+    ),
+    "INT8 beside it": (
+        "published",
+        put(f"{EXPERT}.weight", lambda t: t.float().char()),
+        EXPERT,
+        "has it in INT8, and model.* in FP8",
     ),
     "NaN in the scales of a stack": (
         "saved",
-        put(OF_STACK, first_byte(0xFF)),
-        r"experts\.\d\.down_proj: 1 of its \d+ scales in .* are NaN",
+        put_byte(OF_STACK, 0xFF),
+        r"experts(\.\d)?\.down_proj",  # an expert's, or the tensor of the stack
+        r"\d of its \d+ scales in .* are NaN",
     ),
     "fewer scales of a stack": (
         "saved",
         put(OF_STACK, lambda t: t[:, 1:]),
-        r"experts\.0\.down_proj.* as its scales, and blocks of 8 x 16",
+        r"experts\.0\.down_proj",
+        "as its scales, and blocks of 8 x 16",
     ),
     "twice the scales of a stack": (
         "saved",
         put(OF_STACK, lambda t: t.repeat(1, 2, 1)),
-        r"experts\.0\.down_proj.* as its scales, and blocks of 8 x 16",
+        r"experts\.0\.down_proj",
+        "as its scales, and blocks of 8 x 16",
     ),
     "scales of fewer experts": (
         "saved",
         put(OF_STACK, lambda t: t[1:]),
-        r"experts.*not those of 4 experts",
+        "experts",
+        "not those of 4 experts",
     ),
 }
 
@@ -338,29 +326,26 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def of_qwen() -> peft.LoraConfig:
+    return lora("qwen3_moe")
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_expert_is_refused_by_name(source, tmp_path, damage):
-    layout, change, told = DAMAGES[damage]
-    tensors = tensors_in(source / layout)
-    change(tensors)
-    (tmp_path / "bad").mkdir()
-    save_file(tensors, tmp_path / "bad/model.safetensors", metadata={"format": "pt"})
-    shutil.copy(source / layout / "config.json", tmp_path / "bad")
-    given = lora("qwen3_moe")
-    with pytest.raises(FalqonError, match=told):
-        falqon_fx.load(tmp_path / "bad", given)
-    with pytest.raises(FalqonError, match=told):
-        falqon_fx.prequantize(tmp_path / "bad", tmp_path / "out", given, progress=False)
-    assert not (tmp_path / "out").exists()
+    layout, change, site, told = DAMAGES[damage]
+    assert_refused(damaged(source / layout, tmp_path / "bad", change), site, told, lora=of_qwen)
+
+
+def test_a_damaged_code_of_an_expert_is_refused_by_name(source, tmp_path):
+    folder = damaged(source / "published", tmp_path / "bad", put_byte(f"{EXPERT}.weight", 0x7F))
+    told = "1 of its FP8 bytes"
+    assert_refused(folder, EXPERT, told, lora=of_qwen, in_codes=True)
 
 
 IN_FOUR = "layers.0.ffn.experts.2.w3"
-FOUR_BIT_DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
-    "NaN scale": (
-        put(f"{IN_FOUR}.scale", first_byte(0xFF)),
-        r": 1 of its \d+ scales in .* are NaN",
-    ),
-    "no scale": (lose(f"{IN_FOUR}.scale"), "holds no scale for it|I8 already"),
+FOUR_BIT_DAMAGES: dict[str, tuple[Change, str]] = {
+    "NaN scale": (put_byte(f"{IN_FOUR}.scale", 0xFF), r"1 of its \d+ scales in .* are NaN"),
+    "no scale": (lose(f"{IN_FOUR}.scale"), "holds no scale for it"),
     "fewer scales": (
         put(f"{IN_FOUR}.scale", lambda t: t[:, :1]),
         " as its scales, and blocks of 1 x 32",
@@ -375,15 +360,7 @@ FOUR_BIT_DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
 @pytest.mark.slow
 def test_damaged_experts_in_four_bits_are_refused_by_name(tmp_path):
     folder = published("deepseek_v4", tmp_path, "ue8m0")
-    whole = tensors_in(as_deepseek_publishes_v4(folder, tmp_path / "bad"))
-    given = lora("deepseek_v4")
+    whole = as_deepseek_publishes_v4(folder, tmp_path / "whole")
     for name, (change, told) in FOUR_BIT_DAMAGES.items():
-        tensors = dict(whole)
-        change(tensors)
-        save_file(tensors, tmp_path / "bad/model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(FalqonError, match=told) as error:
-            falqon_fx.load(tmp_path / "bad", given)
-        assert IN_FOUR in str(error.value)
-        with pytest.raises(FalqonError, match=told):
-            falqon_fx.prequantize(tmp_path / "bad", tmp_path / name, given, progress=False)
-        assert not (tmp_path / name).exists()
+        bad = damaged(whole, tmp_path / name / "bad", change)
+        assert_refused(bad, IN_FOUR, told, lora=lambda: lora("deepseek_v4"))

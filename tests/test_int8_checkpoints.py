@@ -5,9 +5,6 @@ refused.
 from __future__ import annotations
 
 import functools
-import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +16,13 @@ from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 
 import falqon_fx
-from falqon_fx import FalqonConfig, FalqonConfigError, FalqonError
+from falqon_fx import FalqonConfig, FalqonConfigError
 from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.site.base import Base, cast_base
 from falqon_fx.site.spec import SiteSpec
 from tests.folders import BF16, IDS, WIDE, dense_model, lora
 from tests.parameters import slow
+from tests.refusals import Change, assert_refused, damaged, lose, put, put_first, settings
 from tests.sites import randn
 from tests.strategies import SEEDS
 
@@ -152,7 +150,7 @@ def test_one_scale_for_all_of_a_weight_is_taken(source, tmp_path, shape):
     def change(tensors: dict[str, Tensor]) -> None:
         tensors[f"{UP}.weight_scale"] = tensors[f"{UP}.weight_scale"][3].reshape(shape)
 
-    folder = changed(source, tmp_path / "whole", change)
+    folder = damaged(source, tmp_path / "whole", change)
     base = falqon_fx.adapters(falqon_fx.load(folder, lora()))[f"base_model.model.{UP}"].base()
     code, scale = (tensors_in(source)[f"{UP}.{end}"] for end in ("weight", "weight_scale"))
     assert torch.equal(base, code.float() * scale[3].float())
@@ -170,7 +168,7 @@ def test_static_scales_of_activations_are_left_out(source, tmp_path):
         tensors[f"{UP}.input_scale"] = torch.tensor([0.01])
         tensors[f"{UP}.input_zero_point"] = torch.tensor([3], dtype=torch.int8)
 
-    folder = changed(source, tmp_path / "static", change)
+    folder = damaged(source, tmp_path / "static", change)
     assert len(falqon_fx.adapters(falqon_fx.load(folder, lora()))) == 7
     with pytest.warns(UserWarning, match="cast again here"):
         falqon_fx.prequantize(folder, tmp_path / "out", lora(), progress=False)
@@ -180,85 +178,56 @@ def test_static_scales_of_activations_are_left_out(source, tmp_path):
 # -- refused ---------------------------------------------------------------------------------------
 
 
-def changed(source: Path, folder: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
-    """A copy with other tensors, in one file."""
-    folder.mkdir()
-    for name in ("config.json", "generation_config.json"):
-        shutil.copy(source / name, folder)
-    tensors = dict(tensors_in(source))
-    change(tensors)
-    safetensors.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+SCALE, WEIGHT = f"{UP}.weight_scale", f"{UP}.weight"
+NO_BLOCKS = "as its scales, and config.json names no blocks"
+DAMAGES: dict[str, tuple[Change, str]] = {
+    "no scale": (lose(SCALE), r"holds no scale for it, which is int8 \[96, 64\]"),
+    "NaN": (put_first(SCALE, float("nan")), "1 of its 96 scales in .* are NaN"),
+    "Inf": (put_first(SCALE, float("inf")), "1 of its 96 scales in .* are Inf"),
+    "zero": (put_first(SCALE, 0.0), "1 of its 96 scales in .* are zero"),
+    "negative": (put_first(SCALE, -1.0), "1 of its 96 scales in .* are negative"),
+    "too few": (put(SCALE, lambda t: t[:5]), rf"bfloat16 \[5, 1\] {NO_BLOCKS}"),
+    "too few, alike": (put(SCALE, lambda t: t[:1].expand(5, 1)), rf"\[5, 1\] {NO_BLOCKS}"),
+    "in groups": (
+        put(SCALE, lambda t: t.repeat(1, 4) * torch.arange(1, 5)),
+        rf"\[96, 4\] {NO_BLOCKS}",
+    ),
+    "integers": (put(SCALE, lambda t: t.int()), r"with scales int32 \[96, 1\]"),
+    "FP8 beside it": (
+        put(WEIGHT, lambda t: t.float().to(torch.float8_e4m3fn)),
+        "has it in FP8, and model.* in INT8",
+    ),
+    "zero points": (
+        put(f"{UP}.weight_zero_point", lambda t: torch.ones(len(t), 1).char(), of=WEIGHT),
+        "zero points that are not zero",
+    ),
+    "another shape": (put(WEIGHT, lambda t: t[:, :32]), r"\[96, 32\].* (\[96, 64\]|model int8)"),
+}
 
 
-def settings_of(folder: Path, **given: Any) -> Path:
-    """A copy of the folder's config.json with other arguments of the weights."""
-    file = folder / "config.json"
-    config = json.loads(file.read_text())
-    (group,) = config["quantization_config"]["config_groups"].values()
-    group["weights"] |= given
-    file.write_text(json.dumps(config))
-    return folder
-
-
-def _lose_scale(tensors: dict[str, Tensor]) -> None:
-    del tensors[f"{UP}.weight_scale"]
-
-
-def _nan_scale(tensors: dict[str, Tensor]) -> None:
-    tensors[f"{UP}.weight_scale"] = tensors[f"{UP}.weight_scale"].clone().fill_(float("nan"))
-
-
-def _short_scale(tensors: dict[str, Tensor]) -> None:
-    tensors[f"{UP}.weight_scale"] = tensors[f"{UP}.weight_scale"][:5].clone()
-
-
-def _in_groups(tensors: dict[str, Tensor]) -> None:
-    tensors[f"{UP}.weight_scale"] = tensors[f"{UP}.weight_scale"].repeat(1, 4) * torch.arange(1, 5)
-
-
-def _mixed(tensors: dict[str, Tensor]) -> None:
-    tensors[f"{UP}.weight"] = tensors[f"{UP}.weight"].float().to(torch.float8_e4m3fn)
-
-
-def _zero_points(tensors: dict[str, Tensor]) -> None:
-    tensors[f"{UP}.weight_zero_point"] = torch.ones(len(tensors[f"{UP}.weight"]), 1).char()
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_bad_file_is_refused_by_name(source, tmp_path, damage):
+    change, told = DAMAGES[damage]
+    assert_refused(damaged(source, tmp_path / "int8", change), UP, told)
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("given", "site", "told"),
     [
-        (_lose_scale, "holds no scale for it"),
-        (_nan_scale, "scales in .* are NaN"),
-        (_short_scale, f"{UP}"),
-        (_in_groups, f"{UP}"),
-        (_mixed, "its weights are FP8, INT8"),
-        (_zero_points, "zero points"),
+        ({"num_bits": 4}, "other", "its weights have 4 bits"),
+        ({"type": "float"}, "_proj", "has it in INT8, by its config.json weights are FP8"),
+        ({"strategy": "group", "group_size": 32}, "other", "its weights have .* by 'group'"),
     ],
+    ids=str,
 )
-def test_a_bad_file_is_refused_by_name(source, tmp_path, change, told):
-    folder = changed(source, tmp_path / "bad", change)
-    with pytest.raises(FalqonError, match=told):
-        falqon_fx.load(folder, lora())
+def test_other_forms_are_refused(source, tmp_path, given, site, told):
+    folder = damaged(source, tmp_path / "other", lambda _: None)
 
+    def change(content: dict[str, Any]) -> None:
+        (group,) = content["quantization_config"]["config_groups"].values()
+        group["weights"] |= given
 
-@pytest.mark.parametrize(
-    "change", [_lose_scale, _nan_scale, _short_scale, _in_groups, _zero_points]
-)
-def test_prequantize_refuses_the_same(source, tmp_path, change):
-    folder = changed(source, tmp_path / "bad", change)
-    with pytest.raises(FalqonError, match="up_proj"):
-        falqon_fx.prequantize(folder, tmp_path / "out", lora(), progress=False)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    "given", [{"num_bits": 4}, {"type": "float"}, {"strategy": "group", "group_size": 32}], ids=str
-)
-def test_other_forms_are_refused(source, tmp_path, given):
-    folder = settings_of(changed(source, tmp_path / "other", lambda _: None), **given)
-    with pytest.raises(FalqonError, match=r"its weights (have|are)"):
-        falqon_fx.load(folder, lora())
+    assert_refused(settings(folder, change), site, told)
 
 
 def test_options_of_fp8_are_refused(source):

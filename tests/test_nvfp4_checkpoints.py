@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import falqon_fx
-from falqon_fx import FalqonConfig, FalqonConfigError, FalqonError
+from falqon_fx import FalqonConfig, FalqonError
 from falqon_fx.model.fp8_linear import Fp8Linear
 from falqon_fx.site import nvfp4
 from falqon_fx.site.base import cast_base
@@ -23,6 +23,16 @@ from falqon_fx.site.numerics import E4M3
 from falqon_fx.site.spec import SiteSpec, parse_spec
 from tests.folders import IDS, WIDE, dense_model, folder_of, lora
 from tests.modelopt import steps
+from tests.refusals import (
+    Change,
+    assert_refused,
+    damaged,
+    lose,
+    put,
+    put_byte,
+    put_first,
+    settings,
+)
 from tests.tolerances import assert_within, fp8_cast_bound, gamma
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -202,117 +212,100 @@ def test_it_is_a_base_as_it_is(tmp_path, layout):
 
 def test_an_svd_start_is_refused(tmp_path):
     config = FalqonConfig(base_dtype="nvfp4", init="svd")
-    by_modelopt(tmp_path / "nvfp4")
-    for way in WAYS.values():
-        with pytest.raises(FalqonConfigError, match="starts from the error of a cast"):
-            way(tmp_path, config)
+    folder = by_modelopt(tmp_path / "nvfp4")
+    assert_refused(folder, "'init'", "'svd' starts from the error of a cast", config=config)
 
 
 # -- damaged ---------------------------------------------------------------------------------------
 
 
-def edited(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
-    file = folder / "1.safetensors"
-    tensors = safetensors.load_file(file)
-    change(tensors)
-    safetensors.save_file(tensors, file, metadata={"format": "pt"})
-    index = folder / "model.safetensors.index.json"
-    known = json.loads(index.read_text())["weight_map"]
-    known = {n: f for n, f in known.items() if f != file.name} | dict.fromkeys(tensors, file.name)
-    index.write_text(json.dumps({"weight_map": known}))
-
-
-def set_block(byte: int) -> Callable[[dict[str, Tensor]], None]:
-    def change(tensors: dict[str, Tensor]) -> None:
-        tensors[f"{UP}.weight_scale"].view(torch.uint8)[1, 1] = byte
-
-    return change
-
-
-def put(name: str, value: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], None]:
-    def change(tensors: dict[str, Tensor]) -> None:
-        tensors[f"{UP}.{name}"] = value(tensors[f"{UP}.{name}"]).contiguous()
-
-    return change
-
-
-def lose(name: str) -> Callable[[dict[str, Tensor]], None]:
-    return lambda tensors: tensors.__delitem__(f"{UP}.{name}")
-
-
-def whole(value: float) -> Callable[[dict[str, Tensor]], None]:
-    return put("weight_scale_2", lambda scale: torch.full_like(scale, value))
-
-
 SHAPES = "as its codes, block scales and scale"
+
+
+def damages(codes: str, whole: str) -> dict[str, tuple[Change, str]]:
+    """By the names that a layout has for codes and for the scale of all of a weight."""
+    codes, scales, whole = (f"{UP}.{name}" for name in (codes, "weight_scale", whole))
+    return {
+        "NaN": (put_first(whole, float("nan")), "1 of its 1 scales in .* are NaN"),
+        "Inf": (put_first(whole, float("inf")), "1 of its 1 scales in .* are Inf"),
+        "zero": (put_first(whole, 0.0), "1 of its 1 scales in .* are zero"),
+        "negative": (put_first(whole, -1.0), "1 of its 1 scales in .* are negative"),
+        "no block scales": (lose(scales), r"lacks its .*weight_scale$"),
+        "no scale": (lose(whole), rf"lacks its {whole}$"),
+        "blocks of 32": (put(scales, lambda t: t[:, ::2]), SHAPES),
+        "a row too few": (put(scales, lambda t: t[1:]), SHAPES),
+        "a code too few": (put(codes, lambda t: t[:, 1:]), SHAPES),
+        "turned": (put(scales, lambda t: t.t()), SHAPES),
+        "other block scales": (put(scales, lambda t: t.float()), SHAPES),
+        "a scale a row": (put(whole, lambda t: t.expand(96)), SHAPES),
+        "a scale of integers": (put(whole, lambda t: t.int()), SHAPES),
+        "INT8 beside it": (put(codes, lambda t: t.view(torch.int8)), SHAPES),
+    }
+
+
 DAMAGES = {
-    "NaN block": (set_block(0x7F), "1 of its block scales in .* are NaN or negative"),
-    "negative block": (set_block(0xB8), "1 of its block scales in .* are NaN or negative"),
-    "NaN": (whole(float("nan")), "1 of its 1 scales in .* are NaN"),
-    "Inf": (whole(float("inf")), "1 of its 1 scales in .* are Inf"),
-    "zero": (whole(0.0), "1 of its 1 scales in .* are zero"),
-    "negative": (whole(-1.0), "1 of its 1 scales in .* are negative"),
-    "no block scales": (lose("weight_scale"), r"lacks its .*weight_scale"),
-    "no scale": (lose("weight_scale_2"), r"lacks its .*weight_scale_2"),
-    "blocks of 32": (put("weight_scale", lambda t: t[:, ::2]), SHAPES),
-    "a row too few": (put("weight_scale", lambda t: t[1:]), SHAPES),
-    "a code too few": (put("weight", lambda t: t[:, 1:]), SHAPES),
-    "other block scales": (put("weight_scale", lambda t: t.float()), SHAPES),
-    "a scale a row": (put("weight_scale_2", lambda t: t.expand(96)), SHAPES),
-    "INT8 beside it": (put("weight", lambda t: t.view(torch.int8)), SHAPES),
+    "compressed-tensors": damages("weight_packed", "weight_global_scale"),
+    "ModelOpt": damages("weight", "weight_scale_2"),
 }
-WAYS: dict[str, Callable[..., object]] = {
-    "load": lambda folder, config=None: falqon_fx.load(folder / "nvfp4", lora(), config),
-    "prequantize": lambda folder, config=None: falqon_fx.prequantize(
-        folder / "nvfp4", folder / "out", lora(), config, progress=False
-    ),
-}
+DAMAGES["compressed-tensors"]["a divisor of next to nothing"] = (
+    put_first(f"{UP}.weight_global_scale", 1e-40),
+    "are to be divided by .*, which gives Inf",
+)
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_weights_are_refused(tmp_path, damage):
-    change, message = DAMAGES[damage]
-    edited(by_modelopt(tmp_path / "nvfp4"), change)
-    for way in WAYS.values():
-        with pytest.raises(FalqonError, match=rf"{UP}.*{message}"):
-            way(tmp_path)
-        assert not (tmp_path / "out").exists()
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("nvfp4")
+    return {name: LAYOUTS[name](folder / name) for name in DAMAGES}
 
 
-def test_a_weight_beyond_fp8_can_not_be_cast_again(tmp_path):
-    edited(by_modelopt(tmp_path / "nvfp4"), whole(2.0**16))
-    for way in WAYS.values():
-        with pytest.raises(FalqonError, match=rf"{UP}.*exceeds 65536"):
-            way(tmp_path, FP8)
+@pytest.mark.parametrize("damage", DAMAGES["compressed-tensors"])
+def test_damaged_weights_are_refused(sources, tmp_path, damage):
+    for layout, known in DAMAGES.items():
+        if damage in known:
+            change, told = known[damage]
+            folder = damaged(sources[layout], tmp_path / layout / "nvfp4", change)
+            assert_refused(folder, UP, told)
 
 
-def test_weights_in_two_forms_are_refused(tmp_path):
-    folder = by_modelopt(tmp_path / "nvfp4")
+@pytest.mark.parametrize("layout", DAMAGES)
+@pytest.mark.parametrize("byte", [0x7F, 0xB8], ids=["NaN", "negative"])
+def test_damaged_block_scales_are_refused(sources, tmp_path, layout, byte):
+    """`prequantize` reads them with their codes."""
+    folder = damaged(sources[layout], tmp_path / "nvfp4", put_byte(f"{UP}.weight_scale", byte))
+    told = "1 of its block scales in .* are NaN or negative"
+    assert_refused(folder, UP, told, in_codes=True)
+
+
+def test_a_weight_beyond_fp8_can_not_be_cast_again(sources, tmp_path):
+    change = put_first(f"{UP}.weight_scale_2", 2.0**16)
+    folder = damaged(sources["ModelOpt"], tmp_path / "nvfp4", change)
+    assert_refused(folder, UP, "exceeds 65536", config=FP8, in_codes=True)
+
+
+def test_weights_in_two_forms_are_refused(sources, tmp_path):
     down = "model.layers.0.mlp.down_proj"
 
     def other(tensors: dict[str, Tensor]) -> None:
-        for name in ("weight_scale", "weight_scale_2"):
-            del tensors[f"{down}.{name}"]
+        lose(f"{down}.weight_scale", f"{down}.weight_scale_2")(tensors)
         tensors[f"{down}.weight"] = torch.ones(64, 96).to(E4M3)
 
-    edited(folder, other)
-    with pytest.raises(FalqonError, match=rf"{down}.*float8_e4m3fn \[64, 96\].*NVFP4 elsewhere"):
-        WAYS["load"](tmp_path)
-    with pytest.raises(FalqonError, match=rf"{down}.*F8_E4M3 already"):
-        WAYS["prequantize"](tmp_path)
-
     def both(tensors: dict[str, Tensor]) -> None:
-        tensors[f"{UP}.weight_packed"] = tensors[f"{UP}.weight"].clone()
+        tensors[f"{UP}.weight_packed"] = tensors[f"{UP}.weight"]
         tensors[f"{UP}.weight_global_scale"] = torch.ones(1)
 
-    edited(folder, both)
-    for way in WAYS.values():
-        with pytest.raises(FalqonError, match=rf"{UP}.*in two forms"):
-            way(tmp_path)
+    for name, change, site, told in (
+        ("other", other, down, r"float8_e4m3fn \[64, 96\] there, and NVFP4 elsewhere"),
+        ("no scales", lose(f"{UP}.weight_scale", f"{UP}.weight_scale_2"), UP, r"uint8 \[96, 32\]"),
+        ("both", both, UP, "in two forms"),
+    ):
+        folder = damaged(sources["ModelOpt"], tmp_path / name / "nvfp4", change)
+        assert_refused(folder, site, told)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "told"),
     [
         ({"quant_algo": "MIXED_PRECISION"}, "MIXED_PRECISION weights"),
         ({"quant_algo": "NVFP4_AWQ"}, "NVFP4_AWQ weights"),
@@ -321,28 +314,29 @@ def test_weights_in_two_forms_are_refused(tmp_path):
         ({"quant_algo": 4}, "quant_algo"),
     ],
 )
-def test_other_settings_are_refused(tmp_path, change, message):
-    file = by_modelopt(tmp_path / "nvfp4") / "hf_quant_config.json"
-    content = json.loads(file.read_text())
-    content["quantization"] |= change
-    file.write_text(json.dumps(content))
-    for way in WAYS.values():
-        with pytest.raises(FalqonError, match=message):
-            way(tmp_path)
-    assert not (tmp_path / "out").exists()
+def test_other_settings_are_refused(sources, tmp_path, change, told):
+    folder = damaged(sources["ModelOpt"], tmp_path / "nvfp4", lambda _: None)
+    settings(folder, lambda c: c["quantization"].update(change), "hf_quant_config.json")
+    assert_refused(folder, "nvfp4", told)
+
+
+def test_lost_settings_are_refused(sources, tmp_path):
+    folder = damaged(sources["ModelOpt"], tmp_path / "nvfp4", lambda _: None)
+    (folder / "hf_quant_config.json").unlink()
+    assert_refused(folder, "_proj", "its config.json has no quantization_config")
 
 
 def test_groups_in_several_forms_are_refused(tmp_path):
-    file = by_modelopt(tmp_path / "nvfp4", inside=True) / "config.json"
-    content = json.loads(file.read_text())
-    groups = content["quantization_config"]["config_groups"]
-    groups["group_1"] = {"weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}
-    groups["group_0"]["weights"]["strategy"] = "tensor_group"
-    content["quantization_config"] |= {"quant_method": "compressed-tensors"}
-    file.write_text(json.dumps(content))
-    for way in WAYS.values():
-        with pytest.raises(FalqonError, match="some of its weights are NVFP4 and others are not"):
-            way(tmp_path)
+    folder = by_modelopt(tmp_path / "nvfp4", inside=True)
+
+    def change(content: dict[str, Any]) -> None:
+        groups = content["quantization_config"]["config_groups"]
+        groups["group_1"] = {"weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}
+        groups["group_0"]["weights"]["strategy"] = "tensor_group"
+        content["quantization_config"] |= {"quant_method": "compressed-tensors"}
+
+    told = "some of its weights are NVFP4 and others are not"
+    assert_refused(settings(folder, change), "nvfp4", told)
 
 
 def test_experts_are_cast_again_or_refused(tmp_path):

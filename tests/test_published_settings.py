@@ -5,7 +5,6 @@ mean, and such that training has no use for.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,56 +19,16 @@ from falqon_fx.files.hf import quantization_config
 from falqon_fx.files.places import in_own_dtype
 from falqon_fx.site.numerics import E4M3
 from tests import zoo
-from tests.folders import IDS, WIDE, dense_model, exported, folder_of, lora
+from tests.folders import IDS, WIDE, dense_model, exported, folder_of, lora, prequantize
 from tests.models import fill_b
-from tests.test_block_scales import UP, WAYS, by_transformers, edited, published
+from tests.refusals import assert_refused, edit, lose, put, settings
+from tests.test_block_scales import INV, UP, by_transformers, published
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
 
-INV = f"{UP}.weight_scale_inv"
 
-
-def settings(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the config.json of a folder."""
-    file = folder / "config.json"
-    content = json.loads(file.read_text())
-    change(content)
-    file.write_text(json.dumps(content))
-
-
-def put(name: str, of: str, value: Callable[[Tensor], Tensor]) -> Callable[[Any], None]:
-    return lambda tensors: tensors.update({name: value(tensors[of]).clone()})
-
-
-REFUSED = {
-    "bits of scales": (
-        put(INV, INV, lambda t: t.to(torch.float8_e8m0fnu).view(torch.uint8)),
-        rf"{UP}: .* with scales uint8 \[6, 2\]",
-    ),
-    "two scales": (
-        put(f"{UP}.weight_scale", INV, lambda t: 2 * t),
-        rf"{UP}: it has scales as {UP}\.weight_scale and as {UP}\.weight_scale_inv",
-    ),
-    "zero points": (
-        put(f"{UP}.weight_zero_point", INV, lambda t: t.char() + 3),
-        rf"{UP}: it has zero points that are not zero",
-    ),
-}
-
-
-@pytest.mark.parametrize("what", REFUSED)
-@pytest.mark.parametrize("way", WAYS)
-def test_scales_that_mean_something_else_are_refused(tmp_path, what, way):
-    change, told = REFUSED[what]
-    edited(published(tmp_path / "fp8", True), change)
-    with pytest.raises(FalqonError, match=told):
-        WAYS[way](tmp_path)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_fp8_is_never_read_as_integers(tmp_path, way):
+def test_fp8_is_never_read_as_integers(tmp_path):
     """Bytes under the dtype of integers, with a scale for all of a weight."""
     folder = published(tmp_path / "fp8", True)
     for file in folder.glob("*.safetensors"):
@@ -77,8 +36,7 @@ def test_fp8_is_never_read_as_integers(tmp_path, way):
         own = {n: t.view(torch.int8) if t.dtype == E4M3 else t for n, t in tensors.items()}
         own = {n: t.flatten()[:1] if n.endswith("_inv") else t for n, t in own.items()}
         safetensors.save_file(own, file, metadata={"format": "pt"})
-    with pytest.raises(FalqonError, match=r"weights are INT8, by its config\.json FP8|I8 already"):
-        WAYS[way](tmp_path)
+    assert_refused(folder, "_proj", r"has it in INT8, by its config\.json weights are FP8")
 
 
 def test_what_training_has_no_use_for_is_left_out(tmp_path):
@@ -91,11 +49,11 @@ def test_what_training_has_no_use_for_is_left_out(tmp_path):
         tensors[f"{UP}.weight_zero_point"] = torch.zeros(6, 2).to(E4M3)
         tensors["model.layers.0.self_attn.k_scale"] = torch.ones(1)
 
-    edited(folder, more)
+    edit(folder, more)
     with pytest.warns(UserWarning, match="holds 1 scales of an FP8 cache"):
         wanted = falqon_fx.adapters(falqon_fx.load(folder, lora()))
     with pytest.warns(UserWarning, match="holds 1 scales of an FP8 cache"):
-        WAYS["prequantize"](tmp_path)
+        prequantize(tmp_path / "fp8", tmp_path / "out")
     found = falqon_fx.adapters(falqon_fx.load(tmp_path / "out"))
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[path].base(), state.base()) for path, state in wanted.items())
@@ -119,8 +77,7 @@ def test_attention_that_is_quantized_is_left_out(tmp_path):
         assert len(falqon_fx.adapters(falqon_fx.load(tmp_path, lora()))) == 14
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_weights_for_rotated_activations_are_refused(tmp_path, way):
+def test_weights_for_rotated_activations_are_refused(tmp_path):
     """SpinQuant's R4 of compressed-tensors; what is of weights alone is in them already."""
     apply = [{"targets": ["re:.*down_proj$"], "location": "weight_input", "inverse": True}]
     scheme: dict[str, Any] = {"type": "hadamard", "head_dim": 32, "apply": apply}
@@ -133,8 +90,7 @@ def test_weights_for_rotated_activations_are_refused(tmp_path, way):
     assert len(falqon_fx.adapters(falqon_fx.load(folder, lora()))) == 14
     apply.append({"targets": ["re:.*down_proj$"], "location": "input"})
     settings(folder, rotate)
-    with pytest.raises(FalqonError, match=r"made for a transform of activations \(R4: input\)"):
-        WAYS[way](tmp_path)
+    assert_refused(folder, "fp8", r"made for a transform of activations \(R4: input\)")
 
 
 def test_settings_are_read_where_they_are(tmp_path):
@@ -173,8 +129,8 @@ def test_tensors_have_the_dtypes_in_which_transformers_loads_them(tmp_path):
     def widen(tensors: dict[str, Tensor]) -> None:
         tensors |= {name: 1.001 * tensors[name].float() for name in names}
 
-    edited(folder, widen)
-    WAYS["prequantize"](tmp_path)
+    edit(folder, widen)
+    prequantize(tmp_path / "fp8", tmp_path / "out")
     for model in (falqon_fx.load(folder, lora()), falqon_fx.load(tmp_path / "out")):
         for name in names:
             found = model.get_parameter(f"base_model.model.{name}")
@@ -218,37 +174,35 @@ def test_a_router_stays_in_float32_where_transformers_keeps_it_there():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, E4M3], ids=str)
-@pytest.mark.parametrize("way", WAYS)
-def test_a_head_of_its_own_is_not_tied(tmp_path, way, dtype):
+def test_a_head_of_its_own_is_not_tied(tmp_path, dtype):
     """transformers leaves it apart, whatever config.json says; with the same values it is tied."""
     folder, table = in_bfloat16(tmp_path / "fp8", tie_word_embeddings=True), "model.embed_tokens"
-    edited(folder, put("lm_head.weight", f"{table}.weight", lambda t: t))
+    edit(folder, put("lm_head.weight", Tensor.clone, of=f"{table}.weight"))
     model: Any = falqon_fx.load(folder, lora()).get_base_model()
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    edited(folder, put("lm_head.weight", f"{table}.weight", lambda t: (t.float() + 1).to(dtype)))
+    edit(folder, put("lm_head.weight", lambda t: (t.float() + 1).to(dtype)))
     if dtype == E4M3:
-        edited(folder, put("lm_head.weight_scale_inv", INV, lambda t: t[:4]))
-    with pytest.raises(FalqonError, match=r"lm_head\.weight: .* Set .tie_word_embeddings.: false"):
-        WAYS[way](tmp_path)
-    assert not (tmp_path / "out").exists()
+        edit(folder, put("lm_head.weight_scale_inv", lambda t: t[:4], of=INV))
+    assert_refused(folder, r"lm_head\.weight", "another weight for .*, and its config.json ties")
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "site", "told"),
     [
-        (lambda t: t.update({"more.weight": torch.ones(2)}), r"more\.weight: it is in .* but not"),
-        (lambda t: t.pop("model.norm.weight"), r"model\.norm\.weight: the model needs it"),
-        (put("model.norm.weight", INV, lambda t: t), r"norm\.weight: .* \[6, 2\], the model"),
+        (
+            lambda t: t.update({"more.weight": torch.ones(2)}),
+            r"more\.weight",
+            "it is in .* but not",
+        ),
+        (lose("model.norm.weight"), r"model\.norm\.weight", "the model needs it"),
+        (put("model.norm.weight", Tensor.clone, of=INV), r"norm\.weight", r"\[6, 2\], the model"),
     ],
     ids=["unknown", "missing", "shape"],
 )
-def test_what_can_not_be_loaded_is_not_prequantized(tmp_path, change, told):
+def test_what_can_not_be_loaded_is_not_prequantized(tmp_path, change, site, told):
     """It is refused by the same words, before hours of casting."""
-    edited(in_bfloat16(tmp_path / "fp8"), change)
-    for way in WAYS.values():
-        with pytest.raises(FalqonError, match=told):
-            way(tmp_path)
-    assert not (tmp_path / "out.partial").exists()
+    edit(in_bfloat16(tmp_path / "fp8"), change)
+    assert_refused(tmp_path / "fp8", site, told)
 
 
 def test_modules_that_are_saved_whole_are_loaded(tmp_path):
@@ -305,7 +259,7 @@ def test_a_buffer_that_is_missing_is_refused(tmp_path):
 @pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
 def test_a_tied_module_is_not_saved_whole(tmp_path, module):
     folder = in_bfloat16(tmp_path / "fp8", tie_word_embeddings=True)
-    edited(folder, lambda tensors: tensors.pop("lm_head.weight"))
+    edit(folder, lambda tensors: tensors.pop("lm_head.weight"))
     with pytest.raises(FalqonError, match=rf"{module}.*: modules_to_save makes a copy .* tied to"):
         falqon_fx.load(folder, lora(target_modules=["q_proj"], modules_to_save=[module]))
 
@@ -342,8 +296,7 @@ def test_options_that_loading_can_not_keep_are_refused(tmp_path):
 def test_weights_without_their_settings_are_refused(tmp_path):
     folder = published(tmp_path / "fp8", True)
     settings(folder, lambda content: content.pop("quantization_config"))
-    with pytest.raises(FalqonError, match=r"config\.json has no quantization_config\. Fetch"):
-        falqon_fx.load(folder, lora())
+    assert_refused(folder, "_proj", r"config\.json has no quantization_config")
 
 
 def test_an_export_says_that_its_base_is_no_dense_one(tmp_path):

@@ -24,7 +24,7 @@ from falqon_fx.errors import FalqonError, one_line
 from falqon_fx.files.site_checks import described
 from falqon_fx.site import nvfp4
 from falqon_fx.site.base import Base, cast_base, check_base, check_weight
-from falqon_fx.site.numerics import E4M3, as_code, powers_of_two
+from falqon_fx.site.numerics import E4M3, as_code
 from falqon_fx.site.spec import SiteSpec
 
 STRIP = 1 << 24  # elements that are decoded at a time
@@ -103,14 +103,15 @@ def _size(given: Any, directory: Path) -> tuple[int, int] | None:
     return (given[0], given[1])
 
 
-def check_blocks(
+def check_grid(
     path: str, code: Tensor, scale: Tensor, size: tuple[int, int] | None, where: str
 ) -> tuple[int, int]:
-    """The size of the blocks whose scales are ``scale`` [⌈out / rows⌉, ⌈in / columns⌉].
+    """The size of the blocks whose scales are ``scale`` [⌈out / rows⌉, ⌈in / columns⌉]. Both may be
+    on the meta device.
 
     Raises:
-        FalqonError: another number of scales than blocks, a code that is NaN, or a scale that is
-            no positive number, or an integer (the bits of one).
+        FalqonError: another number of scales than blocks, or scales that are integers (the bits of
+            numbers).
     """
     if not scale.is_floating_point():
         problem = f"{where} has {described(code)} with scales {described(scale)}"
@@ -125,8 +126,17 @@ def check_blocks(
             f"of {list(code.shape)} need {list(expected)}"
         )
         raise FalqonError(path, problem, _CHECK)
-    check_base(path, Base(as_code(code), scale.to(torch.float32)), where)
     return size
+
+
+def check_blocks(path: str, code: Tensor, scale: Tensor, size: tuple[int, int], where: str) -> None:
+    """Look at codes and one scale per block.
+
+    Raises:
+        FalqonError: as `check_grid`; or a code that is NaN, or a scale that is no positive number.
+    """
+    check_grid(path, code, scale, size, where)
+    check_base(path, Base(as_code(code), scale.to(torch.float32)), where)
 
 
 def dequantize(code: Tensor, scale: Tensor, size: tuple[int, int]) -> Tensor:
@@ -160,16 +170,14 @@ def cast_again(
     return base, Moved.total(moved)
 
 
-def warn_unless_exact(scales: Iterable[Tensor], directory: Path) -> None:
+def warn_of_a_second_cast(directory: Path) -> None:
     """Say once what casting again costs where scales are no powers of two."""
-    if all(map(powers_of_two, scales)):
-        return
     warnings.warn(
         f"falqon: {one_line(str(directory))} has 8-bit weights with scales that are no powers of "
         "two. W is cast again here, which costs about what the cast that was published had cost "
         "(of FP8 with one scale per block 2.6% of W each, 3.7% together). Start from a dense "
         "checkpoint where there is one.",
-        stacklevel=3,
+        stacklevel=4,
     )
 
 

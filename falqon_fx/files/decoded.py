@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -10,8 +10,12 @@ from torch import Tensor
 
 from falqon_fx.files import blocks
 from falqon_fx.files.hf import read_entries, read_tensor
-from falqon_fx.files.nvfp4_import import base_of
+from falqon_fx.files.nvfp4_import import base_of, whole_scale
 from falqon_fx.files.units import FLOATS, SCALES, Unit, path_of
+from falqon_fx.site.base import check_scale
+from falqon_fx.site.numerics import powers_of_two
+
+_SCALES = (*SCALES, "_scale_inv")  # the last of a whole stack
 
 # Of tensors that stay what they are.
 _DTYPES = FLOATS | {
@@ -71,9 +75,24 @@ def shapes_of(units: Iterable[Unit], source: Path, index: Mapping[str, str]) -> 
     return found
 
 
-def scales_of(units: Iterable[Unit], source: Path, index: Mapping[str, str]) -> Iterator[Tensor]:
-    """The scales of the weights that are cast again."""
-    again = (unit for unit in units if unit.block is not None and unit.layer is not None)
-    ends = (*SCALES, "_scale_inv")  # the last of a whole stack
-    names = (name for unit in again for name in unit.tensors if name.endswith(ends))
-    return (read_tensor(source / index[name], name) for name in names)
+def check_scales(units: Iterable[Unit], source: Path, index: Mapping[str, str]) -> None:
+    """Look at the scales of weights that were cast already, before any is cast again; those of
+    NVFP4's blocks are looked at with its codes. Say what a second cast costs.
+
+    Raises:
+        FalqonError: one that is no positive number.
+    """
+    exact = True
+    for unit in units:
+        for name in unit.tensors if unit.block is not None else ():
+            if not name.endswith(_SCALES):
+                continue
+            scale = read_tensor(source / index[name], name)
+            path = next((p for end in SCALES if (p := name.removesuffix(end)) != name), name)
+            check_scale(path, scale.to(torch.float32), str(source))
+            exact = exact and (unit.layer is None or powers_of_two(scale))
+        if (names := unit.nvfp4) is not None:
+            whole = read_tensor(source / index[names.whole], names.whole)
+            whole_scale(path_of(names.codes), names, whole, source)
+    if not exact:
+        blocks.warn_of_a_second_cast(source)

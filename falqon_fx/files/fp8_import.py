@@ -16,7 +16,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor, nn
 
-from falqon_fx.config import BaseDtype, FalqonConfig
+from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonConfigError, FalqonError, one_line
 from falqon_fx.files import blocks, nvfp4_import, storage
 from falqon_fx.files.hf import (
@@ -30,23 +30,14 @@ from falqon_fx.files.hf import (
 from falqon_fx.files.model_state import Site
 from falqon_fx.files.nvfp4_import import is_nvfp4, quantization_of
 from falqon_fx.files.public_names import without_left_out
-from falqon_fx.files.site_checks import described
+from falqon_fx.files.published import used_by, weights_in
 from falqon_fx.files.stack_files import Checkpoint
-from falqon_fx.files.units import (
-    OF_INPUT,
-    SCALES,
-    ZERO_POINT,
-    refuse_zero_points,
-    scales_of_cache,
-    the_scale,
-)
+from falqon_fx.files.units import refuse_zero_points, scales_of_cache
 from falqon_fx.model.lora_layers import lora_layers
 from falqon_fx.site.base import Base, check_base, digest
-from falqon_fx.site.numerics import E4M3, INT8, as_code, dtype_name, powers_of_two, scale_bits
+from falqon_fx.site.numerics import as_code, dtype_name, powers_of_two, scale_bits
 from falqon_fx.site.spec import SiteSpec
 
-_OPERANDS: dict[torch.dtype, BaseDtype] = {E4M3: "fp8", INT8: "int8"}
-_BESIDE = (*OF_INPUT, ".weight_shape", ZERO_POINT)
 _EXACT = 1e-3  # what becomes subnormal moves weights by less
 
 
@@ -137,26 +128,19 @@ def _eight_bits(
     is_decoded: Callable[[str], bool],
 ) -> _Taken:
     """FP8 and INT8 weights."""
-    _check_settings(settings, tensors, directory)
-    size = blocks.block_size(settings, directory)
-    in_four = {n for n, t in tensors.items() if t.dtype == INT8 and blocks.has_mxfp4(settings)}
-    tensors = {n: blocks.of_mxfp4(t) if n in in_four else t for n, t in tensors.items()}
-    cast = {n: t for n, t in tensors.items() if t.dtype in _OPERANDS and not n.endswith(_BESIDE)}
-    weights = {name.removesuffix(".weight"): tensor for name, tensor in cast.items()}
-    kind = _base_dtype(weights, settings, directory)
+    kind, weights = weights_in(tensors, settings, directory)
     refuse_zero_points(tensors.items())
-    found = {path: _scale(path, w, tensors, directory) for path, w in weights.items()}
     in_blocks: dict[str, _InBlocks] = {}
     of_rows: dict[str, Tensor] = {}
-    for path, weight in weights.items():
-        four = f"{path}.weight" in in_four
-        scale = found[path] if four else _alike(found[path])
-        if four or blocks.has_blocks(weight, scale):
-            own = blocks.MXFP4 if four else size
-            own = blocks.check_blocks(path, weight, scale, own, str(directory))
-            in_blocks[path] = (weight, scale, own)
-        else:
-            of_rows[path] = _row_scale(weight, scale)
+    for path, each in weights.items():
+        code, scale = each.code, each.scale.to(torch.float32)
+        if each.block is not None:
+            blocks.check_blocks(path, code, scale, each.block, str(directory))
+            if each.mxfp4 or not _alike(scale):
+                in_blocks[path] = (code, scale, each.block)
+                continue
+            scale = scale.flatten()[:1]
+        of_rows[path] = _row_scale(code, scale)
     config = config or FalqonConfig(base_dtype=kind)
     if config.base_dtype not in ("fp8", kind):  # "fp8" is what nobody has said
         raise FalqonConfigError(
@@ -167,7 +151,7 @@ def _eight_bits(
     config = replace(config, granularity="row", base_dtype=kind)
     if not all(map(powers_of_two, of_rows.values())):
         config = replace(config, scale="amax")
-    bases = {path: Base(as_code(weights[path]), scale) for path, scale in of_rows.items()}
+    bases = {path: Base(as_code(weights[path].code), scale) for path, scale in of_rows.items()}
     dense: dict[str, Callable[[], Tensor]] = {}
     for path in [path for path in bases if is_decoded(path)]:
         check_base(path, bases[path], str(directory))
@@ -175,7 +159,7 @@ def _eight_bits(
     for path in [path for path in in_blocks if is_decoded(path)]:
         dense[path] = partial(blocks.dequantize, *in_blocks.pop(path))
     bases |= _cast_again(in_blocks, SiteSpec.from_config(config), directory)
-    used = {f"{name}{end}" for name in weights for end in (".weight", *_BESIDE, *SCALES)}
+    used = {name for path in weights for name in used_by(path)}
     return _Taken(bases, config, used, dense)
 
 
@@ -228,76 +212,9 @@ def _read(directory: Path, index: Mapping[str, str]) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_settings(
-    settings: Mapping[str, Any], tensors: Mapping[str, Tensor], directory: Path
-) -> None:
-    """Refuse a ``quantization_config`` that is not of an FP8 or INT8 checkpoint."""
-    method = settings.get("quant_method")
-    if not settings and any(tensor.dtype in _OPERANDS for tensor in tensors.values()):
-        problem = "it holds FP8 or INT8 weights, and its config.json has no quantization_config"
-        raise FalqonError(str(directory), problem, "Fetch config.json again")
-    if method not in ("compressed-tensors", "fp8"):
-        raise FalqonError(
-            str(directory),
-            "it is neither a folder of falqon_fx.prequantize nor an FP8, INT8 or NVFP4 checkpoint "
-            f"(quant_method={method!r})",
-            "Call falqon_fx.prequantize on it, or load it with transformers",
-        )
-    for weights in blocks.groups_of_weights(settings):
-        kind, whole = weights.get("type"), weights.get("strategy") in ("channel", "tensor")
-        if weights.get("num_bits") != 8 or kind not in _TYPES or (kind == "int" and not whole):
-            raise FalqonError(
-                str(directory),
-                f"its weights have {weights.get('num_bits')} bits of type {kind!r}, and scales by "
-                f"{weights.get('strategy')!r}",
-                "8-bit floats can be trained on as they are, and 8-bit integers with a scale per "
-                "row (channel) or one for all",
-            )
-
-
-_TYPES: dict[str, BaseDtype] = {"float": "fp8", "int": "int8"}  # of compressed-tensors
-
-
-def _base_dtype(
-    weights: Mapping[str, Tensor], settings: Mapping[str, Any], directory: Path
-) -> BaseDtype:
-    """What all of the weights are.
-
-    Raises:
-        FalqonError: none is quantized, some are FP8 and some INT8, or config.json says otherwise.
-    """
-    said = {_TYPES[weights["type"]] for weights in blocks.groups_of_weights(settings)}
-    said |= {"fp8"} if settings.get("quant_method") == "fp8" else set()
-    found = {_OPERANDS[tensor.dtype] for tensor in weights.values()}
-    if not found:
-        problem = "it holds no float8_e4m3fn or int8 weight"
-        raise FalqonError(str(directory), problem, "Use transformers")
-    if len(found | said) > 1:
-        text = ", ".join(sorted(map(str.upper, found)))
-        problem = f"its weights are {text}, by its config.json {', '.join(sorted(said)).upper()}"
-        raise FalqonError(
-            str(directory), problem, "Take a checkpoint in one of them, or a dense one"
-        )
-    (kind,) = found
-    return kind
-
-
-def _scale(path: str, weight: Tensor, tensors: Mapping[str, Tensor], directory: Path) -> Tensor:
-    """The scales of a weight, as the checkpoint has them."""
-    name = the_scale(path, tensors)
-    if name is None:
-        raise FalqonError(path, f"{directory} holds no scale for it", "Check the checkpoint")
-    scale = tensors[name]
-    if not scale.is_floating_point() or not scale.numel() or weight.dim() != 2:
-        problem = f"{directory} has {described(weight)} with scales {described(scale)}"
-        raise FalqonError(path, problem, "Check the checkpoint")
-    return scale.to(torch.float32)
-
-
-def _alike(scale: Tensor) -> Tensor:
-    """One scale in the place of many that are alike."""
-    first = scale.flatten()[:1]
-    return first if bool((scale == first).all()) else scale
+def _alike(scale: Tensor) -> bool:
+    """Whether all are the same, so that one can be in their place."""
+    return bool((scale == scale.flatten()[0]).all())
 
 
 def _row_scale(weight: Tensor, scale: Tensor) -> Tensor:

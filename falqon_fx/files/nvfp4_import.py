@@ -24,7 +24,7 @@ from falqon_fx.files.blocks import STRIP, Moved, groups_of_weights
 from falqon_fx.files.hf import quantization_config
 from falqon_fx.files.site_checks import described
 from falqon_fx.site import nvfp4
-from falqon_fx.site.base import Base, cast_base, check_base, check_weight
+from falqon_fx.site.base import Base, cast_base, check_base, check_scale, check_weight
 from falqon_fx.site.numerics import E4M3, powers_of_two
 from falqon_fx.site.spec import SiteSpec
 
@@ -163,12 +163,11 @@ def check_alone(tensors: Mapping[str, Tensor], names: Mapping[str, Names], direc
             raise FalqonError(name, problem, _MIXED)
 
 
-def base_of(path: str, names: Names, tensors: Mapping[str, Tensor], directory: Path) -> Base:
-    """The base weight of an NVFP4 weight: its own bytes, and s.
+def check_sizes(path: str, names: Names, tensors: Mapping[str, Tensor], directory: Path) -> None:
+    """Look at dtypes and shapes of a weight's tensors, which may be on the meta device.
 
     Raises:
-        FalqonError: tensors of another kind or shape, or scales that are NaN or negative, or one
-            for all of W that is Inf or zero.
+        FalqonError: they are others.
     """
     codes, blocks, whole = (tensors[name] for name in names.all)
     right = codes.dtype == torch.uint8 and codes.dim() == 2 and blocks.dtype == E4M3
@@ -179,9 +178,34 @@ def base_of(path: str, names: Names, tensors: Mapping[str, Tensor], directory: P
             "its codes, block scales and scale: two codes are a byte, and 16 have a scale"
         )
         raise FalqonError(path, problem, _CHECK)
-    packed, scale = nvfp4.joined(codes, blocks.view(torch.uint8)), whole.reshape(())
-    check_base(path, Base(packed, scale), str(directory))
-    return Base(packed, 1 / scale if names.divides else scale)
+
+
+def whole_scale(path: str, names: Names, given: Tensor, directory: Path) -> Tensor:
+    """s, float32 [], of the tensor ``names.whole``.
+
+    Raises:
+        FalqonError: it is NaN, Inf, zero or negative, or so small that 1 / s is Inf.
+    """
+    check_scale(path, given, str(directory))
+    scale = given.reshape(())
+    if names.divides and not (1 / scale).isfinite():
+        problem = f"the weights of {directory} are to be divided by {float(scale)}, which gives Inf"
+        raise FalqonError(path, problem, _CHECK)
+    return 1 / scale if names.divides else scale
+
+
+def base_of(path: str, names: Names, tensors: Mapping[str, Tensor], directory: Path) -> Base:
+    """The base weight of an NVFP4 weight: its own bytes, and s.
+
+    Raises:
+        FalqonError: as `check_sizes` and `whole_scale`; block scales that are NaN or negative.
+    """
+    check_sizes(path, names, tensors, directory)
+    codes, blocks, whole = (tensors[name] for name in names.all)
+    packed = nvfp4.joined(codes, blocks.view(torch.uint8))
+    base = Base(packed, whole_scale(path, names, whole, directory))
+    check_base(path, base, str(directory))
+    return base
 
 
 def taken(names: Mapping[str, Names]) -> set[str]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonError
-from falqon_fx.files import atomic, blocks, decoded, disk, seals, storage
+from falqon_fx.files import atomic, decoded, disk, seals, storage
 from falqon_fx.files.checkpoint import versions
 from falqon_fx.files.hf import (
     empty_model,
@@ -42,6 +42,7 @@ from falqon_fx.files.nvfp4_import import (
 )
 from falqon_fx.files.places import check_places, tied_names
 from falqon_fx.files.public_names import PublicNames, without_left_out
+from falqon_fx.files.published import check_headers
 from falqon_fx.files.stack_files import Checkpoint, StackLayer, stacks_to_cast
 from falqon_fx.files.units import Unit, layers_to_cast, units_of
 from falqon_fx.files.workers import Admission, Clock, shared_threads
@@ -119,6 +120,7 @@ def prequantize(
         index = without_left_out(skeleton.get_base_model(), index)
         settings = quantization_of(source)
         nvfp4 = names_of(index, source) if is_nvfp4(settings, source) else {}
+        check_headers(skeleton, source, index, settings, nvfp4)
         config = config or (FalqonConfig(base_dtype="nvfp4") if nvfp4 else DEFAULT)
         weights = index | {f"{path}.weight": index[n.codes] for path, n in nvfp4.items()}
         named = PublicNames(skeleton.get_base_model()).by_own(weights)
@@ -134,7 +136,7 @@ def prequantize(
         elif nvfp4:
             warn_of_a_second_cast(source, config.base_dtype, len(nvfp4))
         _check_rest(skeleton, layers, units, source, index)
-        blocks.warn_unless_exact(decoded.scales_of(units, source, index), source)
+        decoded.check_scales(units, source, index)
     partial = atomic.working_folder(out)
     atomic.refuse_link(partial)
     clock = Clock()
@@ -310,10 +312,6 @@ def _cast(
         return {**own, "digest": digest(base.code, base.scale)}
     spec, adapter = SiteSpec.from_config(config), {}
     weight = decoded.weight_of(unit, layer.site, tensors, source)
-    if weight.shape != layer.module.weight.shape:
-        wanted = list(layer.module.weight.shape)
-        problem = f"its weight is {list(weight.shape)}, by config.json {wanted}"
-        raise FalqonError(layer.site, problem, "Fetch the folder again")
     weight = weight.t().contiguous() if layer.transposed else weight
     check_weight(layer.site, weight)
     if layer.lora is not None:

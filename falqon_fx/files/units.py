@@ -135,8 +135,7 @@ def units_of(
     of ``dtype``; those of layers that are not cast become that.
     """
     given = read_entries(source, index), blocks.block_size(settings, source), nvfp4
-    int8 = settings.get("quant_method") != "fp8"
-    known = _Headers(*given, dtype_name(dtype), blocks.has_mxfp4(settings), int8)
+    known = _Headers(*given, dtype_name(dtype), blocks.has_mxfp4(settings))
     zero_points = [name for name in index if name.endswith(ZERO_POINT)]
     refuse_zero_points((name, read_tensor(source / index[name], name)) for name in zero_points)
     units = [known.cast(i, p, layer, named) for i, (p, layer) in enumerate(layers.items())]
@@ -171,7 +170,6 @@ class _Headers:
     nvfp4: Mapping[str, Names]
     dtype: str  # of the model
     mxfp4: bool  # whether what is stored as int8 is that
-    int8: bool  # or may be integers
 
     def bytes(self, *names: str) -> int:
         ends = (self.entries[name]["data_offsets"] for name in names)
@@ -194,6 +192,8 @@ class _Headers:
         """
         weights = tensors_of(layer, named)
         file = file_of(number, layer.site)
+        if isinstance(layer, LinearLayer):
+            self._check_shape(layer, weights[0])
         packed = [self.nvfp4[p] for w in weights if (p := w.removesuffix(".weight")) in self.nvfp4]
         if packed and isinstance(layer, StackLayer):
             problem = "it is a stack of experts, which the checkpoint has in NVFP4"
@@ -206,7 +206,7 @@ class _Headers:
             return unit
         found = {self.entries[name]["dtype"] for name in weights}
         if len(found) > 1 or not found <= FLOATS.keys():
-            raise _already(layer.site, " and ".join(sorted(found)))
+            raise _refused(layer.site, " and ".join(sorted(found)))
         return Unit(file, weights, path, self.bytes(*weights), FLOATS[found.pop()])
 
     def decoded(self, number: int, name: str) -> Unit:
@@ -219,7 +219,7 @@ class _Headers:
         if path in self.nvfp4:
             return self._packed(file, None, self.nvfp4[path])
         if (unit := self._scaled(file, None, (name,), None)) is None:
-            raise _already(name, self.entries[name]["dtype"])
+            raise _refused(name, self.entries[name]["dtype"])
         return unit
 
     def _packed(self, file: str, path: str | None, names: Names) -> Unit:
@@ -239,8 +239,6 @@ class _Headers:
             return None
         block, entry = self.block, self.entries[weights[0]]
         in_four = entry["dtype"] == "I8" and self.mxfp4
-        if entry["dtype"] == "I8" and not (in_four or self.int8):
-            return None
         if entry["dtype"] == "I8":
             rows, columns = entry["shape"]
             whole_scale = math.prod(self.entries[scales[0]]["shape"]) == 1
@@ -256,12 +254,37 @@ class _Headers:
         scale = the_scale(weight.removesuffix(".weight"), self.entries)
         if scale is None or entry["dtype"] == "I8":
             return scale
-        per_row = self.entries[scale]["shape"] == [entry["shape"][0], 1]
-        return None if per_row or not self.block else scale
+        if self.block is None:
+            return None
+        given, (rows, *_, columns) = self.entries[scale]["shape"], entry["shape"]
+        whole = math.prod(given) == 1 and (rows > self.block[0] or columns > self.block[1])
+        return None if whole or given in ([rows, 1], [rows]) else scale
+
+    def _check_shape(self, layer: LinearLayer, weight: str) -> None:
+        """Compare a weight's shape in the checkpoint with that in the model.
+
+        Raises:
+            FalqonError: they differ.
+        """
+        names = self.nvfp4.get(weight.removesuffix(".weight"))
+        entry = self.entries[weight if names is None else names.codes]
+        packed = names is not None or (self.mxfp4 and entry["dtype"] == "I8")
+        found, wanted = [*entry["shape"]], [*layer.module.weight.shape]
+        found[-1:] = [n * (1 + packed) for n in found[-1:]]
+        if found != wanted:
+            problem = f"its weight is {found}, by config.json {wanted}"
+            raise FalqonError(layer.site, problem, "Fetch the folder again")
 
 
-def _already(site: str, form: str) -> FalqonError:
-    return FalqonError(site, f"its weight is {form} already", "falqon_fx.load takes FP8 as it is")
+def _refused(site: str, form: str) -> FalqonError:
+    """What to raise of a weight that is neither dense nor decoded here. One in FP8 has a scale per
+    row or one for all of it: all others `check_headers` refuses.
+    """
+    if form == "F8_E4M3":
+        problem = "its weight is FP8 already, with a scale per row or one for all of it"
+        return FalqonError(site, problem, "falqon_fx.load takes it as it is")
+    problem = f"its weight is {form}"
+    return FalqonError(site, problem, "Take a checkpoint that is dense, FP8, INT8 or NVFP4")
 
 
 def refuse_zero_points(tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -133,19 +133,30 @@ def check_weight(path: str, weight: Tensor, name: str = "base weight") -> None:
 
 
 @torch.no_grad()
+def check_scale(path: str, scale: Tensor, where: str) -> None:
+    """Refuse scales that came from a file and are no positive numbers; float32, of any shape.
+
+    Raises:
+        FalqonError: one that is NaN, Inf, zero or negative.
+    """
+    own = local(scale)
+    bad = torch.stack([own.isnan(), own.isinf(), own == 0, own < 0]).reshape(4, -1).sum(1)
+    counts = added_up(bad, scale).tolist()
+    for count, kind in zip(counts, ("NaN", "Inf", "zero", "negative"), strict=True):
+        if count:
+            problem = f"{count} of its {scale.numel()} scales in {where} are {kind}"
+            raise FalqonError(path, problem, _REMEDY)
+
+
+@torch.no_grad()
 def check_base(path: str, base: Base, where: str) -> None:
     """Refuse a base that came from a file and holds something else than numbers.
 
     Raises:
         FalqonError: a byte that is NaN, or a scale that is NaN, Inf, zero or negative.
     """
-    code, scale = local(base.code), local(base.scale)
-    bad = torch.stack([scale.isnan(), scale.isinf(), scale == 0, scale < 0]).reshape(4, -1).sum(1)
-    counts = added_up(bad, base.scale).tolist()
-    for count, kind in zip(counts, ("NaN", "Inf", "zero", "negative"), strict=True):
-        if count:
-            problem = f"{count} of its {base.scale.numel()} scales in {where} are {kind}"
-            raise FalqonError(path, problem, _REMEDY)
+    check_scale(path, base.scale, where)
+    code = local(base.code)
     if code.dtype == INT8:
         return
     if packed := nvfp4.is_packed(code):
