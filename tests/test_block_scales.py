@@ -358,6 +358,12 @@ def test_damaged_codes_are_refused(source, tmp_path, change, told):
         assert torch.equal(state.base(), wanted[path].base())
 
 
+def test_a_layer_that_is_left_out_is_refused_where_it_is_inf(source, tmp_path):
+    folder = damaged(source, tmp_path / "fp8", put_first(INV, 1e38))
+    config = FalqonConfig(exclude=["*.up_proj"])
+    assert_refused(folder, UP, "holds NaN or Inf", config=config, in_codes=True)
+
+
 @pytest.mark.parametrize(
     ("given", "site", "told"),
     [

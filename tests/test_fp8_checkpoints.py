@@ -242,6 +242,7 @@ OF_LOAD: dict[str, tuple[Change, str]] = {
     "Inf": (put_first(SCALE, float("inf")), "1 of its 48 scales in .* are Inf"),
     "zero": (put_first(SCALE, 0.0), "1 of its 48 scales in .* are zero"),
     "negative": (put_first(SCALE, -1.0), "1 of its 48 scales in .* are negative"),
+    "huge": (put_first(SCALE, 2.0**100), "exceeds 65536"),
     "code": (put_byte(WEIGHT, 0xFF), "1 of its FP8 bytes in .* are NaN"),
     "another shape": (put(WEIGHT, lambda t: t[:, :16]), r"\[48, 16\] as its code, the model"),
 }

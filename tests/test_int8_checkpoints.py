@@ -211,6 +211,12 @@ def test_a_bad_file_is_refused_by_name(source, tmp_path, damage):
     assert_refused(damaged(source, tmp_path / "int8", change), UP, told)
 
 
+def test_a_weight_beyond_the_scales_in_use_is_refused(source, tmp_path):
+    """Its output would be Inf, and the loss NaN."""
+    folder = damaged(source, tmp_path / "int8", put_first(SCALE, 1e30))
+    assert_refused(folder, UP, "exceeds 65536", in_codes=True)
+
+
 @pytest.mark.parametrize(
     ("given", "site", "told"),
     [

@@ -278,10 +278,11 @@ def test_damaged_block_scales_are_refused(sources, tmp_path, layout, byte):
     assert_refused(folder, UP, told, in_codes=True)
 
 
-def test_a_weight_beyond_fp8_can_not_be_cast_again(sources, tmp_path):
+@pytest.mark.parametrize("config", [None, FP8], ids=["NVFP4", "FP8"])
+def test_a_weight_beyond_the_scales_in_use_is_refused(sources, tmp_path, config):
     change = put_first(f"{UP}.weight_scale_2", 2.0**16)
     folder = damaged(sources["ModelOpt"], tmp_path / "nvfp4", change)
-    assert_refused(folder, UP, "exceeds 65536", config=FP8, in_codes=True)
+    assert_refused(folder, UP, "exceeds 65536", config=config, in_codes=True)
 
 
 def test_weights_in_two_forms_are_refused(sources, tmp_path):

@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from falqon_fx.errors import FalqonError
 from falqon_fx.files import blocks
 from falqon_fx.files.hf import read_entries, read_tensor
 from falqon_fx.files.nvfp4_import import base_of, whole_scale
 from falqon_fx.files.units import FLOATS, SCALES, Unit, path_of
 from falqon_fx.site.base import check_scale
-from falqon_fx.site.numerics import powers_of_two
+from falqon_fx.site.numerics import dtype_name, powers_of_two
 
 _SCALES = (*SCALES, "_scale_inv")  # the last of a whole stack
 
@@ -52,10 +53,27 @@ def weight_of(unit: Unit, site: str, tensors: Mapping[str, Tensor], source: Path
 
 
 def left_dense(unit: Unit, tensors: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
-    """The weight of a layer that is not cast, in the model's dtype."""
+    """The weight of a layer that is not cast, in the model's dtype.
+
+    Raises:
+        FalqonError: as `weight_of` and `check_finite`.
+    """
     path = path_of(unit.tensors[0])
     weight = weight_of(unit, path, opened(unit, tensors), source)
-    return {f"{path}.weight": weight.to(getattr(torch, unit.dtype))}
+    weight = weight.to(getattr(torch, unit.dtype))
+    return {f"{path}.weight": check_finite(path, weight, source)}
+
+
+def check_finite(path: str, weight: Tensor, source: Path) -> Tensor:
+    """A decoded weight of a layer that stays dense.
+
+    Raises:
+        FalqonError: it holds NaN or Inf, as of scales that are too large.
+    """
+    if not bool(weight.isfinite().all()):
+        problem = f"decoded to {dtype_name(weight.dtype)} its weight in {source} holds NaN or Inf"
+        raise FalqonError(path, problem, "Check the checkpoint")
+    return weight
 
 
 def shapes_of(units: Iterable[Unit], source: Path, index: Mapping[str, str]) -> dict[str, Tensor]:

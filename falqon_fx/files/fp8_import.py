@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from falqon_fx.config import FalqonConfig
 from falqon_fx.errors import FalqonConfigError, FalqonError, one_line
 from falqon_fx.files import blocks, nvfp4_import, storage
+from falqon_fx.files.decoded import check_finite
 from falqon_fx.files.hf import (
     empty_model,
     fill,
@@ -34,7 +35,7 @@ from falqon_fx.files.published import used_by, weights_in
 from falqon_fx.files.stack_files import Checkpoint
 from falqon_fx.files.units import refuse_zero_points, scales_of_cache
 from falqon_fx.model.lora_layers import lora_layers
-from falqon_fx.site.base import Base, check_base, digest
+from falqon_fx.site.base import Base, check_base, check_weight, digest
 from falqon_fx.site.numerics import as_code, dtype_name, powers_of_two, scale_bits
 from falqon_fx.site.spec import SiteSpec
 
@@ -83,6 +84,8 @@ def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = No
     take = _nvfp4 if is_nvfp4(settings, directory) else _eight_bits
     taken = take(tensors, settings, directory, config, is_decoded)
     bases, spec = taken.bases, SiteSpec.from_config(taken.config)
+    for name, base in bases.items():
+        _check_range(name, base, directory)
     kind, dtype = spec.base, dtype_name(model.get_base_model().dtype)
     adapted = {layer.path for layer in lora_layers(model)}
     layers: dict[str, tuple[Site, Mapping[str, Tensor]]] = {}
@@ -100,8 +103,9 @@ def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = No
         layers[path] = (site, _tensors(base))
     of_cache = scales_of_cache(tensors, directory)
     rest = {n: t for n, t in tensors.items() if n not in taken.used | of_cache}
-    for name, weight in taken.dense.items():
-        rest[f"{name}.weight"] = weight().to(model.get_base_model().dtype)
+    for name, decode in taken.dense.items():
+        weight = decode().to(model.get_base_model().dtype)
+        rest[f"{name}.weight"] = check_finite(name, weight, directory)
     return fill(model, layers, known.placed(rest), str(directory))
 
 
@@ -210,6 +214,15 @@ def _read(directory: Path, index: Mapping[str, str]) -> dict[str, Tensor]:
         ):
             tensors |= {name: opened.get_tensor(name) for name in own}
     return tensors
+
+
+def _check_range(path: str, base: Base, directory: Path) -> None:
+    """Refuse a weight that lies beyond the scales in use, as `prepare` does. A code is 6 · 448 at
+    most, of NVFP4: only where scales are as large as none of a model are, weights are decoded.
+    """
+    if bool((base.scale >= 2.0**16 / 2688).any()):
+        check_base(path, base, str(directory))
+        check_weight(path, base.dequantize())
 
 
 def _alike(scale: Tensor) -> bool:
