@@ -81,9 +81,7 @@ def nvfp4(values: Tensor) -> Tensor:
 
     def cast(groups: Tensor, amax: Tensor) -> Tensor:
         scale = round_to_fp8(amax / 6 / whole, E4M3) * whole
-        scaled = (groups / scale.clamp(min=torch.finfo().tiny)).clamp(-6, 6)
-        middles = (E2M1[1:] + E2M1[:-1]) / 2
-        return E2M1[torch.bucketize(scaled.abs(), middles)] * scaled.sign() * scale
+        return to_e2m1(groups / scale.clamp(min=torch.finfo().tiny)) * scale
 
     return by_group(values, 16, cast)
 
@@ -103,6 +101,22 @@ def nf4(values: Tensor) -> Tensor:
     codes, state = quantize_4bit(values.contiguous(), blocksize=64, quant_type="nf4")
     cast: Tensor = dequantize_4bit(codes, state)
     return cast
+
+
+def mxfp4(values: Tensor) -> Tensor:
+    """E2M1 with a power of two for each 32 of a row, the least whose codes hold all of them."""
+
+    def cast(groups: Tensor, amax: Tensor) -> Tensor:
+        scale = (amax / 6).clamp(min=torch.finfo().tiny).log2().ceil().exp2()
+        return to_e2m1(groups / scale) * scale
+
+    return by_group(values, 32, cast)
+
+
+def to_e2m1(values: Tensor) -> Tensor:
+    """The nearest, of those that are as near the one nearer to zero; 6 beyond."""
+    middles = (E2M1[1:] + E2M1[:-1]) / 2
+    return E2M1[torch.bucketize(values.abs().clamp(max=6), middles)] * values.sign()
 
 
 def same(values: Tensor) -> Tensor:
@@ -130,6 +144,15 @@ FORMS = {
         lambda w: by_row(w, "amax"),
         lambda x: by_row(x, "amax"),
         1 + 4 / 4096,
+    ),
+    "fp8_tensor": Form(
+        "FP8, a power of two for all of W, and a token's of x",
+        lambda w: fp8(w, w.abs().amax()),
+        by_row,
+        1 + 4 / 4096**2,
+    ),
+    "mxfp4_row": Form(
+        "MXFP4, cast again to FP8 by row", lambda w: by_row(mxfp4(w)), by_row, 1 + 4 / 4096
     ),
     "fp8_block": Form(
         "FP8 blocks of 128 x 128, x in groups of 128",

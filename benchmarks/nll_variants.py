@@ -26,6 +26,7 @@ RATES = {
 ROWS = {"update": "rows", "pending": "hold"}  # the paper
 FP8_ADAPTER, INT8, NVFP4 = {"adapter_dtype": "fp8"}, {"base_dtype": "int8"}, {"base_dtype": "nvfp4"}
 AMAX, LEFT = {"scale": "amax"}, {"exclude": "sensitive:8"}
+TENSOR = {"granularity": "tensor"}
 NUMERIC_OPTIONS = (
     *("update", "adapter_dtype", "frozen", "init", "granularity", "scale", "grad_dtype", "dropout"),
     *("pending", "topk", "rounding"),
@@ -56,6 +57,7 @@ def known_variants(baseline: str, inner: str) -> dict[str, Variant]:
         Variant("nvfp4_amax", "NVFP4, amax", 0.0, "falqon", NVFP4 | AMAX | options),
         Variant("fp8_amax", "amax", 0.0, "falqon", AMAX | options),
         Variant("fp8_amax_calibrated", "amax", 0.0, "falqon", AMAX | options, calibrated=True),
+        Variant("fp8_tensor", "tensor", 0.0, "falqon", TENSOR | options),
         Variant("fp8_blocks", "blocks", 0.0, "falqon", options),
         Variant("fp8_blocks_amax", "blocks, amax", 0.0, "falqon", AMAX | options),
         Variant("fp8_blocks_pow2", "blocks, pow2", 0.0, "falqon", options),
