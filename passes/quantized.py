@@ -18,7 +18,7 @@ from falqon_fx.site.quantized import ALREADY, REMEDY, quantized_as
 
 
 def quantized_layers(plan: Plan) -> Iterator[Rejected]:
-    """Those of which nothing has been said yet, whatever multiplies by their weights."""
+    """The layers of which nothing has been said yet, whatever multiplies by their weights."""
     if plan.config.frozen == "leave":
         return
     known = {site_of(item.site) for item in (*plan.rejected, *plan.left)}

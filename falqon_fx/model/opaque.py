@@ -20,7 +20,7 @@ from falqon_fx.site.quantized import own_state, quantized_as
 
 
 def opaque_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Those layers by path. A layer that is exactly an ``nn.Linear`` reads the elements alone.
+    """The layers, by path. One that is exactly an ``nn.Linear`` reads the elements alone.
 
     Raises:
         FalqonError: such a weight in a layer of another kind, whose output could be anything.

@@ -221,7 +221,7 @@ def check_base(base: Linear) -> None:
 
 
 def quantized_below(scope: Scope, node: fx.Node, until: Collection[fx.Node]) -> str | None:
-    """As what the nearest weight is quantized from which ``node`` is computed, None where none is;
+    """What the nearest weight is quantized as from which ``node`` is computed, None where none is;
     ``until`` are x and what it is read through.
     """
     nodes, seen = [node], {*until}
