@@ -98,6 +98,7 @@ TESTS: Mapping[str, tuple[str, ...]] = {
         "passes/test_match_peft.py",
         "test_merged_experts.py",
     ),
+    "quantized.py": ("test_quantized_bases.py",),
     "room.py": ("passes/test_room.py",),
     "rows.py": ("passes/test_insert_operands.py", *_VERIFY, "passes/test_plan.py"),
     "saturation.py": ("test_saturation.py",),

@@ -121,7 +121,7 @@ def test_what_compressed_tensors_writes_in_blocks_is_read(weight, rows, columns)
     theirs, size = decompressed(state, scheme), (rows, columns)
     assert blocks.block_size(config_of(scheme), Path()) == size
     code, scale = state["weight"], state["weight_scale"]
-    assert blocks.check_blocks("w", code, scale, size, "w") == size
+    assert blocks.check_grid("w", code, scale, size, "w") == size
     assert torch.equal(blocks.dequantize(code, scale, size).to(theirs.dtype), theirs)
 
 
@@ -174,7 +174,7 @@ def test_what_transformers_writes_in_blocks_is_read(grid, size, scales, data):
     code, scale = transformers_fp8.Fp8Quantize(quantizer)._quantize_one("w", weight).values()
     assert scale.dtype == (F32 if scales == "float" else torch.float8_e8m0fnu)
     theirs = transformers_fp8.Fp8Dequantize(quantizer)._dequantize_one(code, scale, F32)
-    assert blocks.check_blocks("w", code, scale, size, "w") == size
+    assert blocks.check_grid("w", code, scale, size, "w") == size
     assert torch.equal(blocks.dequantize(code, scale, size), theirs)
 
 

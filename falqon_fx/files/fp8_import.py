@@ -85,7 +85,7 @@ def load_fp8(directory: Path, lora: Any = None, config: FalqonConfig | None = No
     taken = take(tensors, settings, directory, config, is_decoded)
     bases, spec = taken.bases, SiteSpec.from_config(taken.config)
     for name, base in bases.items():
-        _check_range(name, base, directory)
+        _check_range(known.layer(name), base, directory)
     kind, dtype = spec.base, dtype_name(model.get_base_model().dtype)
     adapted = {layer.path for layer in lora_layers(model)}
     layers: dict[str, tuple[Site, Mapping[str, Tensor]]] = {}
