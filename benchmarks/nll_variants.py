@@ -56,7 +56,6 @@ def known_variants(baseline: str, inner: str) -> dict[str, Variant]:
         Variant("nvfp4_calibrated", "NVFP4", 0.0, "falqon", NVFP4 | options, calibrated=True),
         Variant("nvfp4_amax", "NVFP4, amax", 0.0, "falqon", NVFP4 | AMAX | options),
         Variant("fp8_amax", "amax", 0.0, "falqon", AMAX | options),
-        Variant("fp8_amax_calibrated", "amax", 0.0, "falqon", AMAX | options, calibrated=True),
         Variant("fp8_tensor", "tensor", 0.0, "falqon", TENSOR | options),
         Variant("fp8_blocks", "blocks", 0.0, "falqon", options),
         Variant("fp8_blocks_amax", "blocks, amax", 0.0, "falqon", AMAX | options),

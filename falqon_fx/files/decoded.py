@@ -12,16 +12,11 @@ from falqon_fx.errors import FalqonError
 from falqon_fx.files import blocks
 from falqon_fx.files.hf import read_entries, read_tensor
 from falqon_fx.files.nvfp4_import import base_of, whole_scale
-from falqon_fx.files.units import FLOATS, SCALES, Unit, path_of
+from falqon_fx.files.units import SCALES, Unit, header_dtype, path_of
 from falqon_fx.site.base import check_scale
 from falqon_fx.site.numerics import dtype_name, powers_of_two
 
 _SCALES = (*SCALES, "_scale_inv")  # the last of a whole stack
-
-# Of tensors that stay what they are.
-_DTYPES = FLOATS | {
-    "F64": "float64", "BOOL": "bool", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
-}  # fmt: skip
 
 
 def read(unit: Unit, source: Path, index: Mapping[str, str]) -> dict[str, Tensor]:
@@ -83,9 +78,9 @@ def shapes_of(units: Iterable[Unit], source: Path, index: Mapping[str, str]) -> 
         if unit.layer is not None:
             continue
         for name in unit.tensors[:1] if unit.dtype else unit.tensors:
-            shape, kind = entries[name]["shape"], entries[name]["dtype"]
-            dtype = getattr(torch, unit.dtype or _DTYPES.get(kind, "uint8"))
+            shape, dtype = entries[name]["shape"], header_dtype(entries[name])
             if unit.dtype:
+                dtype = getattr(torch, unit.dtype)
                 name = f"{path_of(name)}.weight"
                 packed = unit.mxfp4 or unit.nvfp4 is not None
                 shape = [*shape[:-1], 2 * shape[-1]] if packed else shape

@@ -20,7 +20,7 @@ from falqon_fx.files import blocks, nvfp4_import
 from falqon_fx.files.hf import read_entries
 from falqon_fx.files.site_checks import described
 from falqon_fx.files.stack_files import Checkpoint
-from falqon_fx.files.units import OF_INPUT, SCALES, ZERO_POINT, the_scale
+from falqon_fx.files.units import OF_INPUT, SCALES, ZERO_POINT, header_dtype, the_scale
 from falqon_fx.site.numerics import E4M3, INT8
 
 _OPERANDS: dict[torch.dtype, BaseDtype] = {E4M3: "fp8", INT8: "int8"}
@@ -28,14 +28,6 @@ _TYPES: dict[str, BaseDtype] = {"float": "fp8", "int": "int8"}  # of compressed-
 _BESIDE = (*OF_INPUT, ".weight_shape", ZERO_POINT)
 _CHECK = "Check the checkpoint"
 _ONE = "Take a checkpoint in one form, or a dense one"
-# By the names in headers. Others are read as bytes, of which none is a weight.
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": E4M3, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": INT8, "BOOL": torch.bool,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
-    "C64": torch.complex64,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -102,7 +94,7 @@ def check_headers(
     """
     entries = read_entries(source, index)
     tensors = {
-        name: torch.empty(e["shape"], dtype=_DTYPES.get(e["dtype"], torch.uint8), device="meta")
+        name: torch.empty(e["shape"], dtype=header_dtype(e), device="meta")
         for name, e in entries.items()
     }
     tensors = Checkpoint(model, tensors).scales_parted(tensors)

@@ -37,6 +37,18 @@ OF_CACHE = (
 )  # fmt: skip
 _CAST = {"F8_E4M3": "FP8", "I8": "INT8"}
 FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # by the names in headers
+_DTYPES: dict[str, torch.dtype] = {
+    **{name: getattr(torch, dtype) for name, dtype in FLOATS.items()},
+    "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu, "BOOL": torch.bool, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+}  # fmt: skip
+
+
+def header_dtype(entry: Mapping[str, Any]) -> torch.dtype:
+    """The dtype of a tensor by its entry in a header; bytes where that is not known."""
+    return _DTYPES.get(entry["dtype"], torch.uint8)
 
 
 @dataclass(frozen=True)
